@@ -1,0 +1,120 @@
+//! A parsed request, a response under construction, and the function between them.
+//!
+//! Engines own the bytes on the wire; a [`Service`] sees only complete, correctly framed
+//! requests and never writes to a socket itself.
+
+use std::fmt::{Display, Write as _};
+use std::task::Waker;
+
+/// One complete request. Every slice borrows from the connection's buffer.
+pub struct Request<'a> {
+    /// The method as it came, for example `POST`.
+    pub method: &'a str,
+    /// The request target in origin form: path and optional query.
+    pub target: &'a str,
+    /// The header fields in order of arrival.
+    pub headers: &'a [httparse::Header<'a>],
+    /// The whole body; empty when there is none.
+    pub body: &'a [u8],
+    /// Wakes the coroutine that runs this request, once it parks.
+    pub waker: &'a Waker,
+}
+
+impl<'a> Request<'a> {
+    /// The path of the target, without its query.
+    pub fn path(&self) -> &'a str {
+        self.target.split_once('?').map_or(self.target, |(path, _)| path)
+    }
+
+    /// The query of the target, without its question mark; empty when there is none.
+    pub fn query(&self) -> &'a str {
+        self.target.split_once('?').map_or("", |(_, query)| query)
+    }
+
+    /// The values of every field with this name, compared without case (RFC 9110 5.1).
+    pub fn header_values(&self, name: &'static str) -> impl Iterator<Item = &'a [u8]> + use<'a> {
+        self.headers
+            .iter()
+            .filter(move |header| header.name.eq_ignore_ascii_case(name))
+            .map(|header| header.value)
+    }
+
+    /// The value of the first field with this name.
+    pub fn header(&self, name: &'static str) -> Option<&'a [u8]> {
+        self.header_values(name).next()
+    }
+}
+
+/// A response under construction. An engine keeps one for each connection and clears it between
+/// requests, so that a steady connection allocates nothing for it.
+#[derive(Default)]
+pub struct Response {
+    status: u16,
+    fields: String,
+    body: Vec<u8>,
+}
+
+impl Response {
+    /// Makes this the empty `200` again and keeps its buffers.
+    pub fn clear(&mut self) {
+        self.status = 200;
+        self.fields.clear();
+        self.body.clear();
+    }
+
+    /// Sets the status code, 100 to 999.
+    pub fn set_status(&mut self, status: u16) {
+        self.status = status;
+    }
+
+    /// The status code.
+    pub fn status(&self) -> u16 {
+        self.status
+    }
+
+    /// Appends a field. Engines add `Content-Length`, `Date` and `Connection` themselves.
+    ///
+    /// A value with a byte that could end the field (anything but visible ASCII, space and tab)
+    /// has that byte replaced by `?`, so that no value from a request can break a response apart.
+    pub fn header(&mut self, name: &'static str, value: impl Display) {
+        self.fields.push_str(name);
+        self.fields.push_str(": ");
+        let start = self.fields.len();
+        // Writing to a String cannot fail.
+        let _ = write!(self.fields, "{value}");
+        let safe = |byte: u8| byte == b'\t' || (b' '..=b'~').contains(&byte);
+        if !self.fields.as_bytes()[start..].iter().copied().all(safe) {
+            let cleaned: String = self.fields[start..]
+                .chars()
+                .map(|c| if c.is_ascii() && safe(c as u8) { c } else { '?' })
+                .collect();
+            self.fields.truncate(start);
+            self.fields.push_str(&cleaned);
+        }
+        self.fields.push_str("\r\n");
+    }
+
+    /// The fields so far, each as `Name: value\r\n`.
+    pub fn fields(&self) -> &str {
+        &self.fields
+    }
+
+    /// The body so far.
+    pub fn body(&self) -> &[u8] {
+        &self.body
+    }
+
+    /// The body, to be written to.
+    pub fn body_mut(&mut self) -> &mut Vec<u8> {
+        &mut self.body
+    }
+}
+
+/// The function from a request to a response that every engine mounts.
+pub trait Service: Send + Sync + 'static {
+    /// Answers `request` into `response`, which is clear (status 200, empty) on entry.
+    ///
+    /// Runs on a coroutine with a stack of 256 KiB: no guard, thread-local borrow or blocking
+    /// call may be held across the point where it parks.
+    fn call(&self, request: &Request<'_>, response: &mut Response);
+}

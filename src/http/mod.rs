@@ -1,0 +1,3 @@
+//! Wire types and the two planes: data (for the shop's backend) and control (for operators).
+
+pub mod data_plane;

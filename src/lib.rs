@@ -1,0 +1,5 @@
+//! Millrace: flash-sale order intake in front of PostgreSQL.
+
+pub mod http;
+pub mod loadgen;
+pub mod store;
