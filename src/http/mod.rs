@@ -1,3 +1,5 @@
 //! Wire types and the two planes: data (for the shop's backend) and control (for operators).
 
 pub mod data_plane;
+pub mod problem;
+pub mod wire;

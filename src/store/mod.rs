@@ -1,1 +1,16 @@
-//! Rows in PostgreSQL. SQL lives nowhere else.
+//! Rows in PostgreSQL. SQL lives here and nowhere else.
+//!
+//! * [`schema`]: the tables and views, and how they come to be.
+//! * [`postgres`]: connections, and everything that is not a worker's batch: start-up,
+//!   look-ups, administration, audit.
+//! * [`batch`]: one worker's writer: a batch and its counters in one transaction, exactly once.
+//! * [`copy`]: the rows of a batch in the binary form of COPY.
+//! * [`embedded`]: Millrace's own PostgreSQL, where no other is given.
+
+pub mod batch;
+pub mod copy;
+mod error;
+pub mod postgres;
+pub mod schema;
+
+pub use error::StoreError;

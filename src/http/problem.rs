@@ -1,0 +1,142 @@
+//! Errors as RFC 9457 `application/problem+json`.
+
+use serde::Serialize;
+
+use crate::order::Refusal;
+
+/// The media type of a problem body.
+pub const MEDIA_TYPE: &str = "application/problem+json";
+
+/// A problem body: `type`, `title`, `status`, `detail` and a stable `code`, and what a code adds.
+#[derive(Clone, Debug, Serialize)]
+pub struct Problem {
+    /// No page describes a code on its own, so always `about:blank` (RFC 9457 4.2.1).
+    pub r#type: &'static str,
+    /// The status code's meaning.
+    pub title: &'static str,
+    /// The status code.
+    pub status: u16,
+    /// What happened, to whom, and what to do.
+    pub detail: String,
+    /// Stable, for programs.
+    pub code: &'static str,
+    /// With `sold_out`: units that are free.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub available: Option<u32>,
+    /// Sent as the `Retry-After` field, in seconds, not in the body.
+    #[serde(skip)]
+    pub retry_after: Option<u32>,
+}
+
+impl Problem {
+    /// A problem without extras.
+    pub fn new(status: u16, code: &'static str, detail: impl Into<String>) -> Self {
+        Problem {
+            r#type: "about:blank",
+            title: reason(status),
+            status,
+            detail: detail.into(),
+            code,
+            available: None,
+            retry_after: None,
+        }
+    }
+
+    /// The same with a `Retry-After` in seconds.
+    pub fn retry_after(mut self, seconds: u32) -> Self {
+        self.retry_after = Some(seconds);
+        self
+    }
+
+    /// A defect of ours.
+    pub fn internal() -> Self {
+        Problem::new(
+            500,
+            "internal",
+            "an internal error; the server's log has the cause",
+        )
+    }
+}
+
+impl From<Refusal> for Problem {
+    fn from(refusal: Refusal) -> Self {
+        let code = refusal.code();
+        match refusal {
+            Refusal::NotReady => Problem::new(
+                503,
+                code,
+                "the service is not ready to take orders; see /readyz",
+            )
+            .retry_after(1),
+            Refusal::Draining => {
+                Problem::new(503, code, "the service is shutting down").retry_after(5)
+            }
+            Refusal::UnknownSku => Problem::new(404, code, "sku_id: no such SKU"),
+            Refusal::AmountOutOfRange => Problem::new(
+                400,
+                code,
+                "adjustment: unit_price × quantity + adjustment must be 0 or more and less than 2^63",
+            ),
+            Refusal::IdempotencyKeyReused => Problem::new(
+                422,
+                code,
+                "Idempotency-Key: this key came before with another body",
+            ),
+            Refusal::SalePaused => Problem::new(409, code, "the sale is paused"),
+            Refusal::SaleNotOpen { opens_at } => {
+                Problem::new(409, code, format!("the sale opens at {opens_at}"))
+            }
+            Refusal::SaleClosed => Problem::new(409, code, "the sale is over"),
+            Refusal::PurchaseLimit { limit, taken } => Problem::new(
+                409,
+                code,
+                format!("the limit is {limit} units a buyer; this buyer's orders hold {taken}"),
+            ),
+            Refusal::SoldOut { available } => Problem {
+                available: Some(available),
+                ..Problem::new(
+                    409,
+                    code,
+                    format!("not enough units are free: {available} available"),
+                )
+            },
+            Refusal::Overloaded => Problem::new(
+                503,
+                code,
+                "too many orders are waiting to be written; nothing was held",
+            )
+            .retry_after(1),
+        }
+    }
+}
+
+/// The reason phrase of a status code (RFC 9110 15, RFC 6585).
+pub fn reason(status: u16) -> &'static str {
+    match status {
+        100 => "Continue",
+        200 => "OK",
+        201 => "Created",
+        202 => "Accepted",
+        204 => "No Content",
+        303 => "See Other",
+        400 => "Bad Request",
+        401 => "Unauthorized",
+        404 => "Not Found",
+        405 => "Method Not Allowed",
+        408 => "Request Timeout",
+        409 => "Conflict",
+        411 => "Length Required",
+        413 => "Content Too Large",
+        415 => "Unsupported Media Type",
+        417 => "Expectation Failed",
+        422 => "Unprocessable Content",
+        429 => "Too Many Requests",
+        431 => "Request Header Fields Too Large",
+        500 => "Internal Server Error",
+        501 => "Not Implemented",
+        503 => "Service Unavailable",
+        504 => "Gateway Timeout",
+        505 => "HTTP Version Not Supported",
+        _ => "Unknown",
+    }
+}

@@ -1,0 +1,473 @@
+//! The JSON of both planes: what is read, and how it is checked; what is written.
+
+use std::borrow::Cow;
+use std::fmt;
+
+use serde::de::{self, Deserializer, Visitor};
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+use super::problem::Problem;
+use crate::order::{Currency, Order, OrderId, OrderStatus, Quantity, SkuId, UnixMillis, UserId};
+use crate::state::stock::{SaleTerms, Sku};
+use crate::store::postgres::orders::StoredOrder;
+
+/// Longest `attributes` in bytes, as it came.
+pub const ATTRIBUTES_BYTES_MAX: usize = 1_024;
+
+/// A string, or a JSON integer that means its decimal string.
+#[derive(Debug)]
+struct Text<'a>(Cow<'a, str>);
+
+impl<'de: 'a, 'a> Deserialize<'de> for Text<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct TextVisitor;
+        impl<'de> Visitor<'de> for TextVisitor {
+            type Value = Text<'de>;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a string or an integer")
+            }
+            fn visit_borrowed_str<E: de::Error>(self, text: &'de str) -> Result<Self::Value, E> {
+                Ok(Text(Cow::Borrowed(text)))
+            }
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Self::Value, E> {
+                Ok(Text(Cow::Owned(text.to_owned())))
+            }
+            fn visit_u64<E: de::Error>(self, number: u64) -> Result<Self::Value, E> {
+                Ok(Text(Cow::Owned(number.to_string())))
+            }
+            fn visit_i64<E: de::Error>(self, number: i64) -> Result<Self::Value, E> {
+                Ok(Text(Cow::Owned(number.to_string())))
+            }
+        }
+        deserializer.deserialize_any(TextVisitor)
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct OrderMembers<'a> {
+    #[serde(borrow)]
+    user_id: Text<'a>,
+    #[serde(borrow)]
+    sku_id: Text<'a>,
+    #[serde(default = "one")]
+    quantity: u32,
+    #[serde(default)]
+    adjustment: i64,
+    #[serde(borrow, default)]
+    attributes: Option<&'a RawValue>,
+}
+
+fn one() -> u32 {
+    1
+}
+
+/// The body of `POST /v1/orders`, every member checked on its own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OrderBody {
+    /// Who buys.
+    pub user_id: UserId,
+    /// What.
+    pub sku_id: SkuId,
+    /// How many units.
+    pub quantity: Quantity,
+    /// What the shop adds or takes off, in minor units.
+    pub adjustment: i64,
+    /// The shop's own object as it came.
+    pub attributes: Option<Box<str>>,
+}
+
+impl OrderBody {
+    /// Parses and checks a body.
+    ///
+    /// # Errors
+    /// A `400` problem: `malformed_json`, `unknown_field` or `invalid_field`, naming the member.
+    pub fn parse(body: &[u8]) -> Result<Self, Problem> {
+        let members: OrderMembers<'_> = from_json(body)?;
+        let field = |name: &str, what: &dyn fmt::Display| {
+            Problem::new(400, "invalid_field", format!("{name}: {what}"))
+        };
+        let attributes = match members.attributes.map(RawValue::get) {
+            None => None,
+            Some(raw) if !raw.starts_with('{') => {
+                return Err(field("attributes", &"must be an object"));
+            }
+            Some(raw) if raw.len() > ATTRIBUTES_BYTES_MAX => {
+                return Err(field(
+                    "attributes",
+                    &format!(
+                        "is {} bytes long, {ATTRIBUTES_BYTES_MAX} at most",
+                        raw.len()
+                    ),
+                ));
+            }
+            Some(raw) => Some(Box::from(raw)),
+        };
+        Ok(OrderBody {
+            user_id: UserId::new(&members.user_id.0).map_err(|e| field("user_id", &e))?,
+            sku_id: SkuId::new(&members.sku_id.0).map_err(|e| field("sku_id", &e))?,
+            quantity: Quantity::new(members.quantity)
+                .ok_or_else(|| field("quantity", &format!("must be 1 to {}", Quantity::MAX)))?,
+            adjustment: members.adjustment,
+            attributes,
+        })
+    }
+}
+
+/// Parses JSON and sorts what is wrong with it.
+///
+/// # Errors
+/// A `400` problem: `malformed_json`, `unknown_field` or `invalid_field`.
+pub fn from_json<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, Problem> {
+    serde_json::from_slice(body).map_err(|error| {
+        let text = error.to_string();
+        let code = match error.classify() {
+            serde_json::error::Category::Data if text.starts_with("unknown field") => {
+                "unknown_field"
+            }
+            serde_json::error::Category::Data => "invalid_field",
+            _ => "malformed_json",
+        };
+        Problem::new(400, code, text)
+    })
+}
+
+/// An order as API.md writes it.
+#[derive(Debug, Serialize)]
+pub struct OrderView<'a> {
+    order_id: OrderId,
+    user_id: &'a str,
+    sku_id: &'a str,
+    quantity: u32,
+    adjustment: i64,
+    amount: i64,
+    currency: &'a str,
+    status: &'static str,
+    created_at: Time,
+    expires_at: Time,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    attributes: Option<&'a RawValue>,
+}
+
+/// RFC 3339, UTC, milliseconds.
+#[derive(Debug)]
+struct Time(UnixMillis);
+
+impl Serialize for Time {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&self.0)
+    }
+}
+
+fn as_raw(attributes: Option<&str>) -> Option<&RawValue> {
+    attributes.and_then(|text| serde_json::from_str(text).ok())
+}
+
+impl<'a> OrderView<'a> {
+    /// An order in flight, or one whose row was just committed.
+    pub fn of(order: &'a Order, status: OrderStatus) -> Self {
+        OrderView {
+            order_id: order.id,
+            user_id: order.user_id.as_str(),
+            sku_id: order.sku_id.as_str(),
+            quantity: order.quantity.get(),
+            adjustment: order.adjustment,
+            amount: order.amount,
+            currency: order.currency.as_str(),
+            status: status.as_str(),
+            created_at: Time(order.created_at),
+            expires_at: Time(order.expires_at),
+            attributes: as_raw(order.attributes.as_deref()),
+        }
+    }
+
+    /// An order from the database.
+    pub fn stored(order: &'a StoredOrder) -> Self {
+        OrderView {
+            order_id: order.id,
+            user_id: &order.user_id,
+            sku_id: &order.sku_id,
+            quantity: order.quantity,
+            adjustment: order.adjustment,
+            amount: order.amount,
+            currency: &order.currency,
+            status: order.status.as_str(),
+            created_at: Time(order.created_at),
+            expires_at: Time(order.expires_at),
+            attributes: as_raw(order.attributes.as_deref()),
+        }
+    }
+}
+
+/// A SKU as both planes write it.
+#[derive(Debug, Serialize)]
+pub struct SkuView {
+    sku_id: SkuId,
+    title: String,
+    unit_price: i64,
+    currency: Currency,
+    total: u32,
+    free: u32,
+    held: u32,
+    sold: u32,
+    state: &'static str,
+    opens_at: Option<Time>,
+    closes_at: Option<Time>,
+    per_user_limit: Option<u32>,
+    now: Time,
+}
+
+impl SkuView {
+    /// A SKU as it stands now; `all_paused`: every sale is.
+    pub fn of(sku: &Sku, all_paused: bool) -> Self {
+        let now = UnixMillis::now();
+        let terms = sku.terms();
+        let stock = sku.counter().snapshot();
+        SkuView {
+            sku_id: sku.id.clone(),
+            title: terms.title.clone(),
+            unit_price: terms.unit_price,
+            currency: terms.currency,
+            total: stock.total,
+            free: stock.free,
+            held: stock.held,
+            sold: stock.sold,
+            state: if all_paused {
+                "paused"
+            } else {
+                sku.state(now).as_str()
+            },
+            opens_at: terms.opens_at.map(Time),
+            closes_at: terms.closes_at.map(Time),
+            per_user_limit: terms.per_user_limit,
+            now: Time(now),
+        }
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SkuMembers {
+    #[serde(default)]
+    title: Option<String>,
+    unit_price: i64,
+    currency: String,
+    total: u32,
+    #[serde(default)]
+    per_user_limit: Option<u32>,
+    #[serde(default)]
+    opens_at: Option<String>,
+    #[serde(default)]
+    closes_at: Option<String>,
+}
+
+/// The body of `PUT /admin/v1/skus/{sku_id}`, checked.
+#[derive(Debug)]
+pub struct SkuBody {
+    /// The terms of the sale.
+    pub terms: SaleTerms,
+    /// Units that it offers.
+    pub total: u32,
+}
+
+/// Longest title in bytes.
+const TITLE_BYTES_MAX: usize = 200;
+
+impl SkuBody {
+    /// Parses and checks a body; a missing title is the id.
+    ///
+    /// # Errors
+    /// As [`OrderBody::parse`].
+    pub fn parse(id: &SkuId, body: &[u8]) -> Result<Self, Problem> {
+        let members: SkuMembers = from_json(body)?;
+        let field = |name: &str, what: &dyn fmt::Display| {
+            Problem::new(400, "invalid_field", format!("{name}: {what}"))
+        };
+        let time = |name: &'static str, text: Option<String>| match text {
+            None => Ok(None),
+            Some(text) => text
+                .parse::<jiff::Timestamp>()
+                .map(|at| Some(UnixMillis(at.as_millisecond())))
+                .map_err(|_| field(name, &"must be a time as in RFC 3339, with its offset")),
+        };
+        let title = members.title.unwrap_or_else(|| id.to_string());
+        if title.len() > TITLE_BYTES_MAX || title.contains('\0') {
+            return Err(field(
+                "title",
+                &format!("must be at most {TITLE_BYTES_MAX} bytes, without NUL"),
+            ));
+        }
+        if members.unit_price < 0 {
+            return Err(field("unit_price", &"must be 0 or more, in minor units"));
+        }
+        if members.per_user_limit == Some(0) {
+            return Err(field(
+                "per_user_limit",
+                &"must be 1 or more; leave it out for none",
+            ));
+        }
+        let (opens_at, closes_at) = (
+            time("opens_at", members.opens_at)?,
+            time("closes_at", members.closes_at)?,
+        );
+        if let (Some(opens_at), Some(closes_at)) = (opens_at, closes_at)
+            && closes_at <= opens_at
+        {
+            return Err(field("closes_at", &"must be after opens_at"));
+        }
+        Ok(SkuBody {
+            terms: SaleTerms {
+                title,
+                unit_price: members.unit_price,
+                currency: Currency::new(&members.currency).map_err(|e| field("currency", &e))?,
+                per_user_limit: members.per_user_limit,
+                opens_at,
+                closes_at,
+            },
+            total: members.total,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn code(body: &str) -> (&'static str, String) {
+        let problem = OrderBody::parse(body.as_bytes()).unwrap_err();
+        assert_eq!(problem.status, 400);
+        (problem.code, problem.detail)
+    }
+
+    #[test]
+    fn a_body_is_read_with_its_defaults() {
+        let body = OrderBody::parse(br#"{"user_id": 42, "sku_id": "A"}"#).unwrap();
+        assert_eq!(body.user_id.as_str(), "42");
+        assert_eq!(
+            (body.quantity, body.adjustment, body.attributes),
+            (Quantity::ONE, 0, None)
+        );
+        let body = OrderBody::parse(
+            br#"{"user_id":"u\u002d1","sku_id":"A","quantity":3,"adjustment":-5,"attributes":{"a" : [1, 2]}}"#,
+        )
+        .unwrap();
+        assert_eq!(body.user_id.as_str(), "u-1");
+        assert_eq!(body.attributes.as_deref(), Some(r#"{"a" : [1, 2]}"#));
+    }
+
+    #[test]
+    fn each_mistake_has_its_code_and_names_its_member() {
+        let cases = [
+            ("", "malformed_json", "EOF"),
+            (
+                "{\"user_id\":\"u\",\"sku_id\":\"A\"} x",
+                "malformed_json",
+                "trailing",
+            ),
+            (
+                r#"{"user_id":"u","sku_id":"A","quantitiy":2}"#,
+                "unknown_field",
+                "quantitiy",
+            ),
+            (
+                r#"{"user_id":"u","user_id":"v","sku_id":"A"}"#,
+                "invalid_field",
+                "duplicate field `user_id`",
+            ),
+            (r#"{"user_id":"u"}"#, "invalid_field", "sku_id"),
+            (r#"{"user_id":"","sku_id":"A"}"#, "invalid_field", "user_id"),
+            (
+                r#"{"user_id":"a b","sku_id":"A"}"#,
+                "invalid_field",
+                "user_id",
+            ),
+            (
+                r#"{"user_id":1.5,"sku_id":"A"}"#,
+                "invalid_field",
+                "integer",
+            ),
+            (
+                r#"{"user_id":"u","sku_id":"A","quantity":0}"#,
+                "invalid_field",
+                "quantity",
+            ),
+            (
+                r#"{"user_id":"u","sku_id":"A","quantity":10001}"#,
+                "invalid_field",
+                "quantity",
+            ),
+            (
+                r#"{"user_id":"u","sku_id":"A","quantity":-1}"#,
+                "invalid_field",
+                "",
+            ),
+            (
+                r#"{"user_id":"u","sku_id":"A","quantity":"1"}"#,
+                "invalid_field",
+                "",
+            ),
+            (
+                r#"{"user_id":"u","sku_id":"A","quantity":1.0}"#,
+                "invalid_field",
+                "",
+            ),
+            (
+                r#"{"user_id":"u","sku_id":"A","adjustment":9223372036854775808}"#,
+                "invalid_field",
+                "",
+            ),
+            (
+                r#"{"user_id":"u","sku_id":"A","attributes":[]}"#,
+                "invalid_field",
+                "attributes",
+            ),
+            (r#"{"user_id":"\ud800","sku_id":"A"}"#, "malformed_json", ""),
+            ("[]", "invalid_field", ""),
+        ];
+        for (body, expected, named) in cases {
+            let (code, detail) = code(body);
+            assert_eq!(code, expected, "{body}: {detail}");
+            assert!(detail.contains(named), "{body}: {detail}");
+        }
+        let long = format!(
+            r#"{{"user_id":"u","sku_id":"A","attributes":{{"a":"{}"}}}}"#,
+            "x".repeat(1024)
+        );
+        assert_eq!(code(&long).0, "invalid_field");
+    }
+
+    #[test]
+    fn a_sku_is_checked_member_by_member() {
+        let id = SkuId::new("A").unwrap();
+        let parse = |body: &str| SkuBody::parse(&id, body.as_bytes());
+        let body = parse(r#"{"unit_price":100,"currency":"EUR","total":5,"opens_at":"2026-11-11T20:00:00+08:00"}"#).unwrap();
+        assert_eq!(body.terms.title, "A");
+        assert_eq!(
+            body.terms.opens_at.unwrap().to_string(),
+            "2026-11-11T12:00:00.000Z"
+        );
+        for (bad, named) in [
+            (
+                r#"{"unit_price":-1,"currency":"EUR","total":5}"#,
+                "unit_price",
+            ),
+            (r#"{"unit_price":1,"currency":"eur","total":5}"#, "currency"),
+            (
+                r#"{"unit_price":1,"currency":"EUR","total":4294967296}"#,
+                "4294967296",
+            ),
+            (
+                r#"{"unit_price":1,"currency":"EUR","total":1,"per_user_limit":0}"#,
+                "per_user_limit",
+            ),
+            (
+                r#"{"unit_price":1,"currency":"EUR","total":1,"opens_at":"tomorrow"}"#,
+                "opens_at",
+            ),
+        ] {
+            let problem = parse(bad).unwrap_err();
+            assert!(problem.detail.contains(named), "{}", problem.detail);
+        }
+    }
+}

@@ -1,0 +1,321 @@
+//! Every domain type: ids, quantities, money, [`Order`], [`OrderStatus`], [`Refusal`].
+//!
+//! # The life of an order
+//!
+//! ```text
+//!   accepted ──► pending_payment ──► paid ──────────► refund_due ──► refunded
+//!      │              │   │                               ▲
+//!      │              │   └──► expired ───────────────────┤   (paid too late,
+//!      │              └──────► cancelled ─────────────────┘    wrongly or twice)
+//!      └─► failed (the database refused the row) ─────────┘
+//! ```
+//!
+//! `accepted` and `undecided` are what a client is told before a row exists; they are never
+//! stored. [`OrderStatus::may_become`] is the transition table, and a test walks every pair.
+
+mod id;
+mod refusal;
+mod status;
+
+use std::fmt;
+use std::num::NonZeroU32;
+
+use compact_str::CompactString;
+use sha2::{Digest, Sha256};
+
+pub use id::{IdClock, IdLeaseExhausted, OrderId};
+pub use refusal::Refusal;
+pub use status::OrderStatus;
+
+/// Milliseconds since the Unix epoch, by the wall clock. For people and for `expires_at`; no
+/// safety property is decided by it (I10).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct UnixMillis(pub i64);
+
+impl UnixMillis {
+    /// The wall clock now; 0 when it stands before the epoch.
+    pub fn now() -> Self {
+        let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        UnixMillis(since.map_or(0, |d| i64::try_from(d.as_millis()).unwrap_or(i64::MAX)))
+    }
+
+    /// This moment plus a number of milliseconds, saturating.
+    pub fn plus_ms(self, ms: u64) -> Self {
+        UnixMillis(self.0.saturating_add(i64::try_from(ms).unwrap_or(i64::MAX)))
+    }
+}
+
+impl fmt::Display for UnixMillis {
+    /// RFC 3339 in UTC with milliseconds, for example `2026-11-11T12:00:00.000Z`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match jiff::Timestamp::from_millisecond(self.0) {
+            Ok(timestamp) => write!(f, "{timestamp:.3}"),
+            Err(_) => write!(f, "{}", self.0),
+        }
+    }
+}
+
+/// Why a text is not a valid id, key or currency.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidText {
+    /// Its length in bytes is outside the range.
+    #[error("must be {min} to {max} characters long")]
+    Length {
+        /// The least length.
+        min: usize,
+        /// The greatest length.
+        max: usize,
+    },
+    /// It has a byte other than `!` to `~`.
+    #[error("must be visible ASCII, without spaces")]
+    NotVisibleAscii,
+    /// It is not three capital letters.
+    #[error("must be three capital letters (ISO 4217)")]
+    NotACurrency,
+}
+
+fn visible_ascii(text: &str, max: usize) -> Result<CompactString, InvalidText> {
+    if text.is_empty() || text.len() > max {
+        return Err(InvalidText::Length { min: 1, max });
+    }
+    if !text.bytes().all(|byte| byte.is_ascii_graphic()) {
+        return Err(InvalidText::NotVisibleAscii);
+    }
+    Ok(CompactString::new(text))
+}
+
+macro_rules! opaque_text {
+    ($(#[$doc:meta])* $name:ident, $max:literal) => {
+        $(#[$doc])*
+        #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub struct $name(CompactString);
+
+        impl $name {
+            /// The greatest length in characters.
+            pub const LEN_MAX: usize = $max;
+
+            /// Checks and takes `text`.
+            ///
+            /// # Errors
+            /// [`InvalidText`] where it is empty, too long or not visible ASCII.
+            pub fn new(text: &str) -> Result<Self, InvalidText> {
+                visible_ascii(text, $max).map(Self)
+            }
+
+            /// The text.
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+
+        impl serde::Serialize for $name {
+            fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.serialize_str(&self.0)
+            }
+        }
+    };
+}
+
+opaque_text!(
+    /// The shop's name for a buyer: 1 to 48 characters of visible ASCII, opaque to Millrace.
+    UserId,
+    48
+);
+opaque_text!(
+    /// The shop's name for what is sold: 1 to 32 characters of visible ASCII.
+    SkuId,
+    32
+);
+opaque_text!(
+    /// A client's `Idempotency-Key`: 1 to 64 characters of visible ASCII, scoped to the user.
+    IdempotencyKey,
+    64
+);
+
+/// The database's number for a SKU: the primary key of `sku`, from 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SkuNumber(pub i32);
+
+/// Units in one order: 1 to 10,000.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Quantity(NonZeroU32);
+
+impl Quantity {
+    /// The most units one order may take.
+    pub const MAX: u32 = 10_000;
+    /// One unit, the default.
+    pub const ONE: Quantity = Quantity(NonZeroU32::MIN);
+
+    /// A quantity, where `units` is 1 to [`Quantity::MAX`].
+    pub fn new(units: u32) -> Option<Self> {
+        NonZeroU32::new(units)
+            .filter(|units| units.get() <= Self::MAX)
+            .map(Self)
+    }
+
+    /// The number of units.
+    pub fn get(self) -> u32 {
+        self.0.get()
+    }
+}
+
+/// An ISO 4217 currency code, three capital letters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Currency([u8; 3]);
+
+impl Currency {
+    /// Checks and takes a code.
+    ///
+    /// # Errors
+    /// [`InvalidText::NotACurrency`] where it is not three capital ASCII letters.
+    pub fn new(code: &str) -> Result<Self, InvalidText> {
+        match <[u8; 3]>::try_from(code.as_bytes()) {
+            Ok(bytes) if bytes.iter().all(u8::is_ascii_uppercase) => Ok(Self(bytes)),
+            _ => Err(InvalidText::NotACurrency),
+        }
+    }
+
+    /// The code.
+    pub fn as_str(&self) -> &str {
+        std::str::from_utf8(&self.0).unwrap_or("XXX")
+    }
+}
+
+impl serde::Serialize for Currency {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.as_str())
+    }
+}
+
+/// The first 128 bits of SHA-256 over an idempotency key. Stored as a `uuid` column.
+///
+/// A cryptographic hash, because keys come from buyers' devices: with a weaker one a buyer could
+/// craft two keys of one hash, and the second order would be answered with the first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct KeyHash(pub [u8; 16]);
+
+impl KeyHash {
+    /// The hash of a key. The scope (the user) is kept by the map that holds it.
+    pub fn of(key: &IdempotencyKey) -> Self {
+        let digest = Sha256::digest(key.as_str().as_bytes());
+        let mut first = [0; 16];
+        first.copy_from_slice(&digest[..16]);
+        KeyHash(first)
+    }
+}
+
+/// 64 bits of SHA-256 over what an order asks for. Tells a retry from another order that came
+/// under the same key. Stored as a `bigint` column.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PayloadHash(pub u64);
+
+impl PayloadHash {
+    /// The hash of what is asked for; each part is length-prefixed or of fixed size, so that no
+    /// two requests run together.
+    pub fn of(sku: &SkuId, quantity: Quantity, adjustment: i64, attributes: Option<&str>) -> Self {
+        let mut hasher = Sha256::new();
+        hasher.update([u8::try_from(sku.as_str().len()).unwrap_or(u8::MAX)]);
+        hasher.update(sku.as_str().as_bytes());
+        hasher.update(quantity.get().to_be_bytes());
+        hasher.update(adjustment.to_be_bytes());
+        hasher.update(attributes.unwrap_or_default().as_bytes());
+        let digest = hasher.finalize();
+        let mut first = [0; 8];
+        first.copy_from_slice(&digest[..8]);
+        PayloadHash(u64::from_be_bytes(first))
+    }
+}
+
+/// One order, complete, as it is queued and written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Order {
+    /// Its time-ordered id.
+    pub id: OrderId,
+    /// Who buys.
+    pub user_id: UserId,
+    /// What is bought, as the shop calls it.
+    pub sku_id: SkuId,
+    /// What is bought, as the database calls it.
+    pub sku: SkuNumber,
+    /// How many units.
+    pub quantity: Quantity,
+    /// What the shop adds or takes off, in minor units.
+    pub adjustment: i64,
+    /// `unit_price × quantity + adjustment` in minor units; never negative.
+    pub amount: i64,
+    /// The currency of both.
+    pub currency: Currency,
+    /// When it was admitted.
+    pub created_at: UnixMillis,
+    /// When it stops being payable.
+    pub expires_at: UnixMillis,
+    /// The hash of its idempotency key, where it came with one.
+    pub key: Option<KeyHash>,
+    /// The hash of what it asks for.
+    pub payload: PayloadHash,
+    /// The shop's own JSON object as it came, at most 1 KiB.
+    pub attributes: Option<Box<str>>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_take_visible_ascii_of_their_length_only() {
+        assert!(UserId::new("u-42").is_ok());
+        assert_eq!(
+            UserId::new(""),
+            Err(InvalidText::Length { min: 1, max: 48 })
+        );
+        assert!(UserId::new(&"u".repeat(48)).is_ok());
+        assert!(UserId::new(&"u".repeat(49)).is_err());
+        for bad in ["a b", "a\0", "é", "a\n", "\u{7f}"] {
+            assert_eq!(
+                SkuId::new(bad),
+                Err(InvalidText::NotVisibleAscii),
+                "{bad:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn quantity_is_one_to_ten_thousand() {
+        assert!(Quantity::new(0).is_none());
+        assert_eq!(Quantity::new(1), Some(Quantity::ONE));
+        assert!(Quantity::new(10_000).is_some());
+        assert!(Quantity::new(10_001).is_none());
+    }
+
+    #[test]
+    fn payload_hash_sees_every_member() {
+        let sku = |text| SkuId::new(text).unwrap();
+        let base = PayloadHash::of(&sku("A"), Quantity::ONE, 0, None);
+        assert_eq!(base, PayloadHash::of(&sku("A"), Quantity::ONE, 0, None));
+        assert_ne!(base, PayloadHash::of(&sku("B"), Quantity::ONE, 0, None));
+        assert_ne!(
+            base,
+            PayloadHash::of(&sku("A"), Quantity::new(2).unwrap(), 0, None)
+        );
+        assert_ne!(base, PayloadHash::of(&sku("A"), Quantity::ONE, -1, None));
+        assert_ne!(
+            base,
+            PayloadHash::of(&sku("A"), Quantity::ONE, 0, Some("{}"))
+        );
+    }
+
+    #[test]
+    fn times_are_rfc_3339_with_milliseconds() {
+        assert_eq!(
+            UnixMillis(1_700_000_000_123).to_string(),
+            "2023-11-14T22:13:20.123Z"
+        );
+        assert_eq!(UnixMillis(0).to_string(), "1970-01-01T00:00:00.000Z");
+    }
+}

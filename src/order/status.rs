@@ -1,0 +1,149 @@
+//! Where an order stands.
+
+use std::fmt;
+
+/// Where an order stands. The stored ones have a code, kept in `orders.status`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum OrderStatus {
+    /// Durable in the queue, not yet in the database.
+    Accepted,
+    /// Being written when the wait ran out; it becomes one of the others or never was.
+    Undecided,
+    /// Persisted, its units held, to be paid before it expires.
+    PendingPayment,
+    /// Paid in time and in full; its units are sold.
+    Paid,
+    /// Cancelled before payment; its units are back.
+    Cancelled,
+    /// Not paid in time; its units are back.
+    Expired,
+    /// The database refused the row; its units are back; a dead letter keeps it for a person.
+    Failed,
+    /// Money came that must go back.
+    RefundDue,
+    /// The money went back.
+    Refunded,
+}
+
+impl OrderStatus {
+    /// Every status, in the order of an order's life.
+    pub const ALL: [OrderStatus; 9] = [
+        OrderStatus::Accepted,
+        OrderStatus::Undecided,
+        OrderStatus::PendingPayment,
+        OrderStatus::Paid,
+        OrderStatus::Cancelled,
+        OrderStatus::Expired,
+        OrderStatus::Failed,
+        OrderStatus::RefundDue,
+        OrderStatus::Refunded,
+    ];
+
+    /// The word used in JSON and in the database's views.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            OrderStatus::Accepted => "accepted",
+            OrderStatus::Undecided => "undecided",
+            OrderStatus::PendingPayment => "pending_payment",
+            OrderStatus::Paid => "paid",
+            OrderStatus::Cancelled => "cancelled",
+            OrderStatus::Expired => "expired",
+            OrderStatus::Failed => "failed",
+            OrderStatus::RefundDue => "refund_due",
+            OrderStatus::Refunded => "refunded",
+        }
+    }
+
+    /// The status that a word means.
+    pub fn from_word(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|status| status.as_str() == word)
+    }
+
+    /// The code in `orders.status`; `None` for what is never stored there. The schema's views
+    /// spell out the same table, and a test compares them.
+    pub fn code(self) -> Option<i16> {
+        match self {
+            OrderStatus::Accepted | OrderStatus::Undecided | OrderStatus::Failed => None,
+            OrderStatus::PendingPayment => Some(1),
+            OrderStatus::Paid => Some(2),
+            OrderStatus::Cancelled => Some(3),
+            OrderStatus::Expired => Some(4),
+            OrderStatus::RefundDue => Some(5),
+            OrderStatus::Refunded => Some(6),
+        }
+    }
+
+    /// Whether its units count against the stock and the buyer's purchase limit.
+    pub fn is_live(self) -> bool {
+        match self {
+            OrderStatus::Accepted
+            | OrderStatus::Undecided
+            | OrderStatus::PendingPayment
+            | OrderStatus::Paid => true,
+            OrderStatus::Cancelled
+            | OrderStatus::Expired
+            | OrderStatus::Failed
+            | OrderStatus::RefundDue
+            | OrderStatus::Refunded => false,
+        }
+    }
+
+    /// The transition table: whether an order that stands here may next stand at `next`.
+    pub fn may_become(self, next: OrderStatus) -> bool {
+        use OrderStatus::{
+            Accepted, Cancelled, Expired, Failed, Paid, PendingPayment, RefundDue, Refunded,
+            Undecided,
+        };
+        match self {
+            Accepted | Undecided => matches!(next, PendingPayment | Failed | Expired),
+            PendingPayment => matches!(next, Paid | Cancelled | Expired | RefundDue),
+            Paid | Cancelled | Expired | Failed => matches!(next, RefundDue),
+            RefundDue => matches!(next, Refunded),
+            Refunded => false,
+        }
+    }
+}
+
+impl fmt::Display for OrderStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_round_trip_and_codes_are_distinct() {
+        let mut codes = Vec::new();
+        for status in OrderStatus::ALL {
+            assert_eq!(OrderStatus::from_word(status.as_str()), Some(status));
+            codes.extend(status.code());
+        }
+        codes.sort_unstable();
+        codes.dedup();
+        assert_eq!(codes, [1, 2, 3, 4, 5, 6]);
+    }
+
+    #[test]
+    fn every_pair_of_statuses_is_decided_and_units_never_come_back_to_life() {
+        for from in OrderStatus::ALL {
+            assert!(!from.may_become(from), "{from} must not become itself");
+            for to in OrderStatus::ALL {
+                if !from.is_live() {
+                    assert!(
+                        !(from.may_become(to) && to.is_live()),
+                        "{from} -> {to} revives units"
+                    );
+                }
+                if to == OrderStatus::Accepted || to == OrderStatus::Undecided {
+                    assert!(!from.may_become(to), "{from} -> {to} forgets a row");
+                }
+            }
+        }
+        assert!(OrderStatus::PendingPayment.may_become(OrderStatus::Paid));
+        assert!(!OrderStatus::Refunded.may_become(OrderStatus::RefundDue));
+        assert!(!OrderStatus::Expired.may_become(OrderStatus::Paid));
+    }
+}

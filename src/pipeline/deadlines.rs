@@ -1,0 +1,38 @@
+//! Gives up what nobody claimed in time, and wakes whoever has waited long enough.
+//!
+//! Deadlines are kept here, on the tokio side, because a coroutine that times out would continue
+//! on `may`'s single timer thread.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::WakeAll;
+use super::ledger::Ledger;
+use crate::metrics::Metrics;
+
+/// How late a deadline may be noticed: the "small bound" of I6.
+const TICK: Duration = Duration::from_millis(20);
+
+/// Runs until it is dropped.
+pub async fn keep(ledger: Arc<Ledger>, wake_all: WakeAll, metrics: Metrics) {
+    let mut tick = tokio::time::interval(TICK);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tick.tick().await;
+        expire(&ledger, &wake_all, &metrics, Instant::now());
+    }
+}
+
+/// One look at the clock.
+pub fn expire(ledger: &Ledger, wake_all: &WakeAll, metrics: &Metrics, now: Instant) {
+    let mut wakers = Vec::new();
+    for pending in ledger.pending.due(now) {
+        if now >= pending.deadline && ledger.abandon(&pending) {
+            metrics.orders_abandoned.inc();
+        }
+        pending.slot.take_wakers(|waker| wakers.push(waker));
+    }
+    if !wakers.is_empty() {
+        wake_all(wakers);
+    }
+}

@@ -1,0 +1,198 @@
+//! From a request to an order in the queue.
+//!
+//! ```text
+//!   claim the key ─► sale window ─► purchase limit ─► hold stock ─► register ─► enqueue
+//! ```
+//!
+//! Each step leaves a guard; when a later step refuses, dropping the guards undoes the earlier
+//! ones. No lock is held from one step to the next, nothing here blocks, and nothing is allocated
+//! but the order itself.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::task::Waker;
+use std::time::{Duration, Instant};
+
+use super::ledger::Ledger;
+use crate::order::{
+    IdempotencyKey, KeyHash, Order, OrderId, PayloadHash, Quantity, Refusal, SkuId, UnixMillis,
+    UserId,
+};
+use crate::queue::OrderQueue;
+use crate::state::buyers::{Claimed, Remembered};
+use crate::state::pending::PendingOrder;
+
+/// What a client asks for, every member checked on its own.
+#[derive(Clone, Debug)]
+pub struct OrderRequest {
+    /// Who buys.
+    pub user_id: UserId,
+    /// What.
+    pub sku_id: SkuId,
+    /// How many units.
+    pub quantity: Quantity,
+    /// What the shop adds or takes off, in minor units.
+    pub adjustment: i64,
+    /// The shop's own JSON object.
+    pub attributes: Option<Box<str>>,
+    /// Its idempotency key.
+    pub key: Option<IdempotencyKey>,
+    /// How long the client waits for persistence.
+    pub wait: Duration,
+}
+
+/// An order that was admitted, now or before.
+#[derive(Debug)]
+pub enum Admission {
+    /// A new order, in the queue.
+    Placed(Arc<PendingOrder>),
+    /// The same key came with the same body before.
+    Duplicate {
+        /// Its order.
+        id: OrderId,
+        /// The order, where it is still in flight.
+        pending: Option<Arc<PendingOrder>>,
+    },
+}
+
+const NOT_READY: u8 = 0;
+const OPEN: u8 = 1;
+const DRAINING: u8 = 2;
+
+/// The way in.
+#[derive(Debug)]
+pub struct Intake {
+    ledger: Arc<Ledger>,
+    queue: Arc<dyn OrderQueue>,
+    payment_ttl_ms: u64,
+    gate: AtomicU8,
+}
+
+impl Intake {
+    /// An intake that refuses with `not_ready` until it is opened.
+    pub fn new(ledger: Arc<Ledger>, queue: Arc<dyn OrderQueue>, payment_ttl_ms: u64) -> Self {
+        Intake {
+            ledger,
+            queue,
+            payment_ttl_ms,
+            gate: AtomicU8::new(NOT_READY),
+        }
+    }
+
+    /// Lets orders in.
+    pub fn open(&self) {
+        self.gate.store(OPEN, Ordering::Release);
+    }
+
+    /// Refuses every further order with `draining`.
+    pub fn drain(&self) {
+        self.gate.store(DRAINING, Ordering::Release);
+    }
+
+    /// Whether orders are let in.
+    ///
+    /// # Errors
+    /// The refusal that a client gets otherwise.
+    pub fn check_open(&self) -> Result<(), Refusal> {
+        if self.ledger.poison.is_set() {
+            return Err(Refusal::NotReady);
+        }
+        match self.gate.load(Ordering::Acquire) {
+            OPEN => Ok(()),
+            DRAINING => Err(Refusal::Draining),
+            _ => Err(Refusal::NotReady),
+        }
+    }
+
+    /// Admits an order: holds its units and queues it. `waker` belongs to whoever waits for it.
+    ///
+    /// # Errors
+    /// A [`Refusal`]; nothing is held then.
+    pub fn admit(&self, request: OrderRequest, waker: Option<Waker>) -> Result<Admission, Refusal> {
+        self.check_open()?;
+        let sku = self
+            .ledger
+            .catalogue
+            .get(&request.sku_id)
+            .ok_or(Refusal::UnknownSku)?;
+        let terms = sku.terms();
+        let amount = terms
+            .unit_price
+            .checked_mul(i64::from(request.quantity.get()))
+            .and_then(|price| price.checked_add(request.adjustment))
+            .filter(|amount| *amount >= 0)
+            .ok_or(Refusal::AmountOutOfRange)?;
+        let id = self.ledger.ids.next().map_err(|_| Refusal::NotReady)?;
+        let now = UnixMillis::now();
+        let key = request.key.as_ref().map(KeyHash::of);
+        let payload = PayloadHash::of(
+            &request.sku_id,
+            request.quantity,
+            request.adjustment,
+            request.attributes.as_deref(),
+        );
+        let remembered = Remembered {
+            order_id: id,
+            key,
+            payload,
+            sku: sku.number,
+            quantity: request.quantity,
+            live: true,
+        };
+        let window = if self.ledger.catalogue.is_paused() {
+            Err(Refusal::SalePaused)
+        } else {
+            sku.window(now)
+        };
+
+        let claim = match self.ledger.buyers.claim(
+            &request.user_id,
+            remembered,
+            terms.per_user_limit,
+            window,
+        )? {
+            Claimed::Fresh(claim) => claim,
+            Claimed::Duplicate(id) => {
+                return Ok(Admission::Duplicate {
+                    id,
+                    pending: self.ledger.pending.get(id),
+                });
+            }
+        };
+        let hold = sku.hold(request.quantity)?;
+        let order = Order {
+            id,
+            sku: sku.number,
+            quantity: request.quantity,
+            adjustment: request.adjustment,
+            amount,
+            currency: terms.currency,
+            created_at: now,
+            expires_at: now.plus_ms(self.payment_ttl_ms),
+            key,
+            payload,
+            attributes: request.attributes,
+            user_id: request.user_id,
+            sku_id: request.sku_id,
+        };
+        let pending = Arc::new(PendingOrder::new(
+            order,
+            Instant::now() + request.wait,
+            waker,
+        ));
+        // Registered before a worker can see it, so that it is settled in the map it is in.
+        self.ledger.pending.insert(&pending);
+        if let Err(rejected) = self.queue.push(Arc::clone(&pending)) {
+            self.ledger.pending.remove(id);
+            return Err(if rejected.closed {
+                Refusal::Draining
+            } else {
+                Refusal::Overloaded
+            });
+        }
+        // From here on whoever settles the order accounts for both.
+        hold.keep();
+        claim.keep();
+        Ok(Admission::Placed(pending))
+    }
+}

@@ -1,0 +1,76 @@
+//! Every way in which an order in flight can end, and what memory owes for each.
+//!
+//! | ends as | units | the buyer's record | the slot |
+//! |---|---|---|---|
+//! | persisted | stay held | stays | leaves the map |
+//! | failed (dead letter) | back | stays, no longer live | leaves the map |
+//! | abandoned, unwritten | back | forgotten: the key may be used afresh | leaves the map |
+
+use crate::order::{IdClock, Order};
+use crate::state::buyers::Buyers;
+use crate::state::pending::{Pending, PendingOrder, Settled};
+use crate::state::poison::Poison;
+use crate::state::stock::Catalogue;
+
+/// The in-memory state of the pipeline.
+#[derive(Debug)]
+pub struct Ledger {
+    /// What is on sale.
+    pub catalogue: Catalogue,
+    /// What is remembered of each buyer.
+    pub buyers: Buyers,
+    /// Orders in flight.
+    pub pending: Pending,
+    /// The fail-stop flag.
+    pub poison: Poison,
+    /// Where order ids come from.
+    pub ids: IdClock,
+}
+
+impl Ledger {
+    /// The row of a claimed order is committed.
+    pub fn persisted(&self, pending: &PendingOrder) {
+        pending.slot.settle(Settled::Persisted);
+        self.pending.remove(pending.order.id);
+    }
+
+    /// The database refused a claimed order's row and its dead letter is committed.
+    pub fn failed(&self, pending: &PendingOrder) {
+        self.release(&pending.order);
+        self.buyers
+            .no_longer_live(&pending.order.user_id, pending.order.id);
+        pending.slot.settle(Settled::Failed);
+        self.pending.remove(pending.order.id);
+    }
+
+    /// A claimed order is given up at shutdown: there is no row and there will be none.
+    pub fn unwritten(&self, pending: &PendingOrder) {
+        self.release(&pending.order);
+        self.buyers.forget(&pending.order.user_id, pending.order.id);
+        pending.slot.settle(Settled::Unwritten);
+        self.pending.remove(pending.order.id);
+    }
+
+    /// Gives an order up, unless a worker has claimed it. True: it was given up.
+    pub fn abandon(&self, pending: &PendingOrder) -> bool {
+        if !pending.slot.abandon() {
+            return false;
+        }
+        self.release(&pending.order);
+        self.buyers.forget(&pending.order.user_id, pending.order.id);
+        self.pending.remove(pending.order.id);
+        true
+    }
+
+    fn release(&self, order: &Order) {
+        let sku = self.catalogue.by_number(order.sku);
+        assert!(
+            sku.is_some(),
+            "order {} is of a SKU that has left the catalogue",
+            order.id
+        );
+        if let Some(sku) = sku {
+            sku.counter().release(order.quantity.get());
+        }
+    }
+}

@@ -1,0 +1,19 @@
+//! The flow of an order: [`intake`] holds stock and queues, [`worker`] writes and settles,
+//! [`deadlines`] gives up what nobody claimed in time. [`ledger`] is what they share: every way in
+//! which an order in flight can end, and what memory owes for each.
+
+pub mod deadlines;
+pub mod intake;
+pub mod ledger;
+pub mod worker;
+
+use std::sync::Arc;
+use std::task::Waker;
+
+/// Wakes everyone in a batch, cheaply: the data plane hands the batch to one coroutine.
+pub type WakeAll = Arc<dyn Fn(Vec<Waker>) + Send + Sync>;
+
+/// Wakes everyone directly, for callers without a data plane.
+pub fn wake_directly() -> WakeAll {
+    Arc::new(|wakers| wakers.into_iter().for_each(Waker::wake))
+}

@@ -1,0 +1,355 @@
+//! One worker: takes what is in the queue, writes it as one batch, settles each order.
+//!
+//! Batches form by themselves: while one is being written, the next gathers in the queue. An idle
+//! system writes each order at once; a busy one writes thousands together.
+//!
+//! What can happen to a batch:
+//!
+//! * A transient failure keeps it at the head of the line: it is tried again, whole, with
+//!   jittered backoff, until the database has taken it.
+//! * A refused row is found by halving the batch; it alone becomes a dead letter.
+//! * A refused counter pauses its SKU and parks that SKU's orders, to be tried again until
+//!   somebody has mended it. Other SKUs' orders go on.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rand::Rng;
+use tokio::sync::watch;
+
+use super::WakeAll;
+use super::ledger::Ledger;
+use crate::metrics::Metrics;
+use crate::order::{Order, SkuNumber};
+use crate::queue::OrderQueue;
+use crate::state::pending::PendingOrder;
+use crate::store::StoreError;
+use crate::store::batch::{BatchWriter, WriteError};
+
+const BACKOFF_MIN: Duration = Duration::from_millis(10);
+const BACKOFF_MAX: Duration = Duration::from_secs(1);
+/// How often orders of a SKU with refused counters are tried again.
+const PARKED_RETRY: Duration = Duration::from_secs(2);
+
+type Batch = Vec<Arc<PendingOrder>>;
+
+/// Why a worker ended before its queue did.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerError {
+    /// This process may not write any more.
+    #[error(transparent)]
+    Fatal(#[from] StoreError),
+    /// The drain's deadline came; what was left is settled as unwritten.
+    #[error("stopped at the drain's deadline with {0} orders unwritten")]
+    Cut(usize),
+}
+
+/// One worker.
+pub struct Worker {
+    writer: BatchWriter,
+    queue: Arc<dyn OrderQueue>,
+    ledger: Arc<Ledger>,
+    wake_all: WakeAll,
+    metrics: Metrics,
+    rows_max: usize,
+    parked: BTreeMap<SkuNumber, Batch>,
+    /// Turns true when the worker has to stop even if the database does not answer.
+    cut: watch::Receiver<bool>,
+    commits_lost: u64,
+}
+
+/// How an attempt to write a batch, tried until it is decided, came out.
+enum Decided {
+    Written,
+    Row { sqlstate: String, reason: String },
+    Counter { reason: String },
+}
+
+impl Worker {
+    /// A worker on `queue` that writes through `writer`, at most `rows_max` orders at once.
+    pub fn new(
+        writer: BatchWriter,
+        queue: Arc<dyn OrderQueue>,
+        ledger: Arc<Ledger>,
+        wake_all: WakeAll,
+        metrics: Metrics,
+        rows_max: usize,
+        cut: watch::Receiver<bool>,
+    ) -> Self {
+        Worker {
+            writer,
+            queue,
+            ledger,
+            wake_all,
+            metrics,
+            rows_max,
+            parked: BTreeMap::new(),
+            cut,
+            commits_lost: 0,
+        }
+    }
+
+    /// Works until the queue is closed and empty, or `cut` turns true.
+    ///
+    /// # Errors
+    /// [`WorkerError`]; every order that the worker had claimed is settled all the same.
+    pub async fn run(mut self) -> Result<(), WorkerError> {
+        let queue = Arc::clone(&self.queue);
+        let mut retry_parked = tokio::time::Instant::now() + PARKED_RETRY;
+        loop {
+            let taken = tokio::select! {
+                taken = queue.take(self.rows_max) => taken,
+                () = tokio::time::sleep_until(retry_parked), if !self.parked.is_empty() => {
+                    self.retry_parked().await?;
+                    retry_parked = tokio::time::Instant::now() + PARKED_RETRY;
+                    continue;
+                }
+            };
+            let Some(taken) = taken else { break };
+            if self.parked.is_empty() {
+                retry_parked = tokio::time::Instant::now() + PARKED_RETRY;
+            }
+            let claimed: Batch = taken
+                .orders()
+                .iter()
+                .filter(|order| order.slot.claim())
+                .map(Arc::clone)
+                .collect();
+            // From here each is settled by this worker or parked with it, whatever happens.
+            taken.done();
+            self.write(claimed).await?;
+        }
+        self.retry_parked().await?;
+        let left: Batch = std::mem::take(&mut self.parked)
+            .into_values()
+            .flatten()
+            .collect();
+        self.metrics.orders_parked.sub(left.len() as i64);
+        match left.len() {
+            0 => Ok(()),
+            count => {
+                self.give_up(left);
+                Err(WorkerError::Cut(count))
+            }
+        }
+    }
+
+    /// Writes and settles every order in `batch`, or parks it.
+    async fn write(&mut self, batch: Batch) -> Result<(), WorkerError> {
+        // A stack of parts, the oldest orders on top.
+        let mut parts = vec![batch];
+        while let Some(mut part) = parts.pop() {
+            if part.is_empty() {
+                continue;
+            }
+            let decided = match self.write_until_decided(&part).await {
+                Ok(decided) => decided,
+                Err(error) => {
+                    // What may have been committed stays claimed: those who wait for it are told
+                    // `undecided`, which is the truth.
+                    if !self.writer.outcome_unknown() {
+                        parts.push(part);
+                    }
+                    parts.into_iter().for_each(|part| self.give_up(part));
+                    return Err(error);
+                }
+            };
+            match decided {
+                Decided::Written => self.settle(&part, Ledger::persisted),
+                Decided::Row { sqlstate, reason } if part.len() == 1 => {
+                    if let Err(error) = self.bury(&part, &sqlstate, &reason).await {
+                        parts.push(part);
+                        parts.into_iter().for_each(|part| self.give_up(part));
+                        return Err(error);
+                    }
+                }
+                Decided::Row { .. } => {
+                    let newer = part.split_off(part.len() / 2);
+                    parts.extend([newer, part]);
+                }
+                Decided::Counter { reason } => match split_by_sku(part) {
+                    Ok(parts_by_sku) => parts.extend(parts_by_sku),
+                    Err((sku, part)) => self.park(sku, part, &reason),
+                },
+            }
+        }
+        Ok(())
+    }
+
+    /// Tries the same orders again and again until the database has judged them.
+    async fn write_until_decided(&mut self, part: &Batch) -> Result<Decided, WorkerError> {
+        let orders: Vec<&Order> = part.iter().map(|pending| &pending.order).collect();
+        let started = Instant::now();
+        let mut backoff = Backoff::new();
+        loop {
+            let result = self.writer.write(&orders).await;
+            self.note_lost_commits();
+            match result {
+                Ok(()) => {
+                    self.metrics.batches.inc();
+                    self.metrics.rows_written.inc_by(orders.len() as u64);
+                    self.metrics.batch_rows.observe(orders.len() as f64);
+                    self.metrics
+                        .batch_seconds
+                        .observe(started.elapsed().as_secs_f64());
+                    if backoff.attempts > 0 {
+                        tracing::info!(
+                            rows = orders.len(),
+                            attempts = backoff.attempts + 1,
+                            "a delayed batch is written"
+                        );
+                    }
+                    return Ok(Decided::Written);
+                }
+                Err(WriteError::Row { sqlstate, reason }) => {
+                    return Ok(Decided::Row { sqlstate, reason });
+                }
+                Err(WriteError::Counter { reason, .. }) => return Ok(Decided::Counter { reason }),
+                Err(WriteError::Fatal(error)) => return Err(error.into()),
+                Err(WriteError::Retry(error)) => {
+                    let reason = if matches!(error, StoreError::Timeout { .. }) {
+                        "timeout"
+                    } else {
+                        "transient"
+                    };
+                    self.metrics
+                        .batch_retries
+                        .with_label_values(&[reason])
+                        .inc();
+                    self.pause(&mut backoff, orders.len(), &error).await?;
+                }
+            }
+        }
+    }
+
+    /// Turns the one order in `part` into a dead letter.
+    async fn bury(
+        &mut self,
+        part: &Batch,
+        sqlstate: &str,
+        reason: &str,
+    ) -> Result<(), WorkerError> {
+        let mut backoff = Backoff::new();
+        for pending in part {
+            let order = &pending.order;
+            while let Err(error) = self.writer.write_dead_letter(order, sqlstate, reason).await {
+                self.pause(&mut backoff, 1, &error).await?;
+            }
+            tracing::error!(order_id = %order.id, sqlstate, reason, "the database refused an order; it is a dead letter now");
+            self.metrics.dead_letters.inc();
+        }
+        self.settle(part, Ledger::failed);
+        Ok(())
+    }
+
+    fn park(&mut self, sku: SkuNumber, part: Batch, reason: &str) {
+        if let Some(sku) = self.ledger.catalogue.by_number(sku) {
+            if !sku.is_faulted() {
+                tracing::error!(
+                    sku_id = %sku.id, reason, orders = part.len(),
+                    "the database refuses this SKU's counters: its sale is paused and its orders are parked until \
+                     the row in `sku` agrees with its orders again (see the audit)"
+                );
+            }
+            sku.set_faulted(true);
+        }
+        self.metrics.orders_parked.add(part.len() as i64);
+        self.parked.entry(sku).or_default().extend(part);
+    }
+
+    async fn retry_parked(&mut self) -> Result<(), WorkerError> {
+        for (number, part) in std::mem::take(&mut self.parked) {
+            self.metrics.orders_parked.sub(part.len() as i64);
+            self.write(part).await?;
+            if !self.parked.contains_key(&number)
+                && let Some(sku) = self.ledger.catalogue.by_number(number)
+            {
+                tracing::info!(sku_id = %sku.id, "the database takes this SKU's counters again: its sale goes on");
+                sku.set_faulted(false);
+            }
+        }
+        Ok(())
+    }
+
+    fn settle(&self, part: &Batch, settle: impl Fn(&Ledger, &PendingOrder)) {
+        let mut wakers = Vec::with_capacity(part.len());
+        for pending in part {
+            settle(&self.ledger, pending);
+            pending.slot.take_wakers(|waker| wakers.push(waker));
+        }
+        (self.wake_all)(wakers);
+    }
+
+    fn give_up(&self, part: Batch) {
+        if !part.is_empty() {
+            tracing::warn!(
+                orders = part.len(),
+                "gave up orders that could not be written"
+            );
+            self.settle(&part, Ledger::unwritten);
+        }
+    }
+
+    fn note_lost_commits(&mut self) {
+        let lost = self.writer.commits_lost();
+        self.metrics.commits_lost.inc_by(lost - self.commits_lost);
+        self.commits_lost = lost;
+    }
+
+    /// Waits before the next attempt.
+    async fn pause(
+        &mut self,
+        backoff: &mut Backoff,
+        rows: usize,
+        error: &StoreError,
+    ) -> Result<(), WorkerError> {
+        let wait = backoff.next();
+        // The first and then every tenth: an outage is not a line a retry.
+        if backoff.attempts % 10 == 1 {
+            tracing::warn!(rows, attempts = backoff.attempts, reason = %error, "a batch is not written yet; it is tried again");
+        }
+        tokio::select! {
+            () = tokio::time::sleep(wait) => Ok(()),
+            _ = self.cut.wait_for(|cut| *cut) => Err(WorkerError::Cut(rows)),
+        }
+    }
+}
+
+/// Full jitter over a doubling range: workers that failed together do not come back together.
+struct Backoff {
+    range: Duration,
+    attempts: u32,
+}
+
+impl Backoff {
+    fn new() -> Self {
+        Backoff {
+            range: BACKOFF_MIN,
+            attempts: 0,
+        }
+    }
+
+    fn next(&mut self) -> Duration {
+        self.attempts += 1;
+        let wait = rand::rng().random_range(BACKOFF_MIN / 2..=self.range);
+        self.range = (self.range * 2).min(BACKOFF_MAX);
+        wait
+    }
+}
+
+/// The orders of each SKU on their own, or the whole where it is of one SKU only.
+fn split_by_sku(part: Batch) -> Result<Vec<Batch>, (SkuNumber, Batch)> {
+    let mut by_sku: BTreeMap<SkuNumber, Batch> = BTreeMap::new();
+    for pending in part {
+        by_sku.entry(pending.order.sku).or_default().push(pending);
+    }
+    match by_sku.pop_first() {
+        Some(only) if by_sku.is_empty() => Err(only),
+        first => Ok(first
+            .into_iter()
+            .chain(by_sku)
+            .map(|(_, part)| part)
+            .collect()),
+    }
+}

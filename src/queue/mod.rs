@@ -1,0 +1,115 @@
+//! The hand-off from coroutines to workers, and its durability.
+//!
+//! Whatever stands behind it, a queue behaves the same way, and `tests/it/queue.rs` checks every
+//! implementation against it:
+//!
+//! * It is bounded: a push into a full queue gives the order back.
+//! * Orders leave in the order in which they came, each once, to any number of consumers.
+//! * A consumer owns what it took until it says [`Taken::done`]. One that stops before that,
+//!   for whatever reason, leaves the rest at the head of the line.
+//! * [`OrderQueue::take`] waits while the queue is empty and returns `None` once it is closed and
+//!   empty; a closed queue gives every further push back.
+//!
+//! Stock is held before anything is queued.
+
+mod ring;
+
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use crate::state::pending::PendingOrder;
+pub use ring::RingQueue;
+
+/// What an order survives once it is in the queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Durability {
+    /// Nothing: it lives as long as the process. `respond-async` falls back to waiting.
+    Volatile,
+}
+
+/// The queue did not take the order; here it is again.
+#[derive(Debug)]
+pub struct Rejected {
+    /// The order.
+    pub order: Arc<PendingOrder>,
+    /// Whether the queue was closed rather than full.
+    pub closed: bool,
+}
+
+impl fmt::Display for Rejected {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.closed {
+            "the queue is closed"
+        } else {
+            "the queue is full"
+        })
+    }
+}
+
+/// A queue of orders. See the module's text for what every implementation promises.
+pub trait OrderQueue: Send + Sync + fmt::Debug {
+    /// What an order in it survives.
+    fn durability(&self) -> Durability;
+
+    /// Appends an order, without blocking.
+    ///
+    /// # Errors
+    /// [`Rejected`] with the order where the queue is full or closed.
+    fn push(&self, order: Arc<PendingOrder>) -> Result<(), Rejected>;
+
+    /// Takes what is there, 1 to `max` orders, waiting for the first; `None` once the queue is
+    /// closed and empty.
+    fn take(&self, max: usize) -> Pin<Box<dyn Future<Output = Option<Taken>> + Send + '_>>;
+
+    /// Orders in it now.
+    fn depth(&self) -> usize;
+
+    /// Refuses further pushes and lets consumers run it empty.
+    fn close(&self);
+}
+
+/// Orders taken from a queue by one consumer, and still its own responsibility. Dropping it
+/// before [`Taken::done`] puts them back at the head of the line.
+#[must_use = "dropping it puts the orders back"]
+pub struct Taken {
+    orders: Vec<Arc<PendingOrder>>,
+    put_back: Arc<dyn Fn(Vec<Arc<PendingOrder>>) + Send + Sync>,
+}
+
+impl Taken {
+    /// `put_back` takes what was not done.
+    pub fn new(
+        orders: Vec<Arc<PendingOrder>>,
+        put_back: Arc<dyn Fn(Vec<Arc<PendingOrder>>) + Send + Sync>,
+    ) -> Self {
+        Taken { orders, put_back }
+    }
+
+    /// The orders, oldest first.
+    pub fn orders(&self) -> &[Arc<PendingOrder>] {
+        &self.orders
+    }
+
+    /// Every order in it is settled; the queue may forget them.
+    pub fn done(mut self) {
+        self.orders.clear();
+    }
+}
+
+impl fmt::Debug for Taken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Taken")
+            .field("orders", &self.orders.len())
+            .finish()
+    }
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        if !self.orders.is_empty() {
+            (self.put_back)(std::mem::take(&mut self.orders));
+        }
+    }
+}

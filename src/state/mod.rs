@@ -1,0 +1,16 @@
+//! The in-memory state, shared by everything above it.
+//!
+//! * [`stock`]: the catalogue of SKUs and, for each, the word that cannot oversell.
+//! * [`buyers`]: one record a buyer: keys, recent orders, units toward purchase limits.
+//! * [`pending`]: the slots of orders in flight, by id; the meeting place of a buyer that waits
+//!   and the worker that writes.
+//! * [`poison`]: the fail-stop flag.
+//!
+//! Nothing here knows tokio, `may`, HTTP or SQL. What is full refuses and gives back; what was
+//! taken is given back by dropping its guard.
+
+pub mod buyers;
+pub mod pending;
+pub mod poison;
+pub mod stock;
+mod sync;

@@ -1,0 +1,250 @@
+//! Orders in flight, by id: the meeting place of a buyer that waits and the worker that writes.
+
+mod slot;
+use super::sync;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::Waker;
+use std::time::{Duration, Instant};
+
+use dashmap::DashMap;
+
+use crate::order::{Order, OrderId};
+pub use slot::{Settled, Slot, SlotState};
+
+/// An order on its way, with the slot that decides its outcome. One allocation: the queue, the
+/// map and those who wait share it.
+#[derive(Debug)]
+pub struct PendingOrder {
+    /// The order as it will be written.
+    pub order: Order,
+    /// Its state machine.
+    pub slot: Slot,
+    /// When it is given up where nobody has claimed it.
+    pub deadline: Instant,
+    /// The earliest deadline of anybody who waits for it, as [`Pending`] counts milliseconds;
+    /// `u64::MAX` before it is entered.
+    look_at_ms: AtomicU64,
+}
+
+impl PendingOrder {
+    /// An order that waits to be claimed until `deadline`; `waker` belongs to whoever sent it.
+    pub fn new(order: Order, deadline: Instant, waker: Option<Waker>) -> Self {
+        PendingOrder {
+            order,
+            slot: Slot::new(waker),
+            deadline,
+            look_at_ms: AtomicU64::new(u64::MAX),
+        }
+    }
+}
+
+/// The map of orders in flight, bounded by what the queue and the workers can hold.
+#[derive(Debug)]
+pub struct Pending {
+    orders: DashMap<OrderId, Arc<PendingOrder>, foldhash::fast::RandomState>,
+    /// No deadline lies before this moment, in milliseconds since `started`; `u64::MAX` where none
+    /// is known. It spares the deadline keeper the walk through the map while nothing is due.
+    next_due_ms: AtomicU64,
+    started: Instant,
+}
+
+impl Pending {
+    /// A map sized for `capacity` orders, so that it never resizes under load.
+    pub fn with_capacity(capacity: usize) -> Self {
+        Pending {
+            orders: DashMap::with_capacity_and_hasher(
+                capacity,
+                foldhash::fast::RandomState::default(),
+            ),
+            next_due_ms: AtomicU64::new(u64::MAX),
+            started: Instant::now(),
+        }
+    }
+
+    /// Enters an order, before it becomes visible to a worker.
+    pub fn insert(&self, pending: &Arc<PendingOrder>) {
+        self.orders.insert(pending.order.id, Arc::clone(pending));
+        self.wake_by(pending, pending.deadline);
+    }
+
+    /// Makes sure that those who wait for `pending` are woken at `deadline`: a duplicate or a
+    /// long poll may wait for less time than the order itself.
+    pub fn wake_by(&self, pending: &PendingOrder, deadline: Instant) {
+        let due = self.millis(deadline);
+        pending.look_at_ms.fetch_min(due, Ordering::AcqRel);
+        // Almost always later than what is noted: one relaxed read, no write. Relaxed suffices
+        // because the keeper swaps the mark out *before* it walks the map, see `due`.
+        if due < self.next_due_ms.load(Ordering::Relaxed) {
+            self.next_due_ms.fetch_min(due, Ordering::AcqRel);
+        }
+    }
+
+    fn millis(&self, at: Instant) -> u64 {
+        let since = at.saturating_duration_since(self.started).as_millis();
+        u64::try_from(since).unwrap_or(u64::MAX)
+    }
+
+    /// The order in flight with this id.
+    pub fn get(&self, id: OrderId) -> Option<Arc<PendingOrder>> {
+        self.orders.get(&id).map(|entry| Arc::clone(entry.value()))
+    }
+
+    /// Forgets an order whose slot is final.
+    pub fn remove(&self, id: OrderId) {
+        self.orders.remove(&id);
+    }
+
+    /// Orders in flight now.
+    pub fn len(&self) -> usize {
+        self.orders.len()
+    }
+
+    /// Whether no order is in flight.
+    pub fn is_empty(&self) -> bool {
+        self.orders.is_empty()
+    }
+
+    /// Every order in flight for which somebody's deadline has passed. Walks the map only when
+    /// something can be due; finding nothing costs one read.
+    pub fn due(&self, now: Instant) -> Vec<Arc<PendingOrder>> {
+        let now_ms = self.millis(now);
+        if self.next_due_ms.load(Ordering::Acquire) > now_ms {
+            return Vec::new();
+        }
+        // Taken out before the walk: what is entered during it notes itself again.
+        self.next_due_ms.store(u64::MAX, Ordering::SeqCst);
+        let mut due = Vec::new();
+        let mut next = u64::MAX;
+        for entry in &self.orders {
+            let mut look_at = entry.look_at_ms.load(Ordering::Acquire);
+            if look_at <= now_ms {
+                due.push(Arc::clone(entry.value()));
+                // The order's own deadline comes next, or it is overdue and being written.
+                let later = match self.millis(entry.deadline) {
+                    deadline if deadline > now_ms => deadline,
+                    _ => now_ms + OVERDUE_RECHECK.as_millis() as u64,
+                };
+                // Where somebody has asked for an earlier moment meanwhile, that one stays.
+                let _ = entry.look_at_ms.compare_exchange(
+                    look_at,
+                    later,
+                    Ordering::AcqRel,
+                    Ordering::Acquire,
+                );
+                look_at = later;
+            }
+            next = next.min(look_at);
+        }
+        self.next_due_ms.fetch_min(next, Ordering::AcqRel);
+        due
+    }
+
+    /// Everything in flight, for the last settling at shutdown.
+    pub fn all(&self) -> Vec<Arc<PendingOrder>> {
+        self.orders
+            .iter()
+            .map(|entry| Arc::clone(entry.value()))
+            .collect()
+    }
+}
+
+/// How often those who wait for an order that is overdue, but being written, are woken to look at
+/// their own clocks.
+const OVERDUE_RECHECK: Duration = Duration::from_millis(100);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::order::*;
+    use std::sync::atomic::AtomicUsize;
+    use std::task::Wake;
+
+    struct Count(AtomicUsize);
+    impl Wake for Count {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    fn order(id: u64) -> Order {
+        Order {
+            id: OrderId::new(id).unwrap(),
+            user_id: UserId::new("u").unwrap(),
+            sku_id: SkuId::new("s").unwrap(),
+            sku: SkuNumber(1),
+            quantity: Quantity::ONE,
+            adjustment: 0,
+            amount: 1,
+            currency: Currency::new("EUR").unwrap(),
+            created_at: UnixMillis(0),
+            expires_at: UnixMillis(0),
+            key: None,
+            payload: PayloadHash(0),
+            attributes: None,
+        }
+    }
+
+    #[test]
+    fn a_claimed_order_cannot_be_abandoned_nor_the_other_way_round() {
+        let slot = Slot::new(None);
+        assert!(slot.claim());
+        assert!(!slot.abandon());
+        slot.settle(Settled::Persisted);
+        assert_eq!(slot.state(), SlotState::Persisted);
+        let slot = Slot::new(None);
+        assert!(slot.abandon());
+        assert!(!slot.claim());
+    }
+
+    #[test]
+    #[should_panic(expected = "not claimed")]
+    fn settling_what_is_not_claimed_is_a_broken_invariant() {
+        Slot::new(None).settle(Settled::Persisted);
+    }
+
+    #[test]
+    fn everyone_who_waits_is_woken() {
+        let count = Arc::new(Count(AtomicUsize::new(0)));
+        let waker = Waker::from(Arc::clone(&count));
+        let slot = Slot::new(Some(waker.clone()));
+        slot.subscribe(waker.clone());
+        slot.subscribe(waker.clone());
+        slot.take_wakers(Waker::wake);
+        assert_eq!(count.0.load(Ordering::SeqCst), 3);
+        slot.take_wakers(Waker::wake);
+        assert_eq!(
+            count.0.load(Ordering::SeqCst),
+            4,
+            "others are taken once, the first each time"
+        );
+    }
+
+    #[test]
+    fn only_what_is_past_its_deadline_is_due() {
+        let pending = Pending::with_capacity(16);
+        let now = Instant::now();
+        let enter = |id, after| {
+            let entry = Arc::new(PendingOrder::new(
+                order(id),
+                now + Duration::from_millis(after),
+                None,
+            ));
+            pending.insert(&entry);
+            entry
+        };
+        enter(1, 50);
+        enter(2, 500);
+        assert!(pending.due(now).is_empty());
+        let due = pending.due(now + Duration::from_millis(60));
+        assert_eq!(
+            due.iter().map(|p| p.order.id.get()).collect::<Vec<_>>(),
+            [1]
+        );
+        pending.remove(OrderId::new(1).unwrap());
+        assert!(pending.due(now + Duration::from_millis(100)).is_empty());
+        enter(3, 200);
+        assert_eq!(pending.due(now + Duration::from_millis(700)).len(), 2);
+    }
+}

@@ -1,0 +1,47 @@
+//! The fail-stop flag.
+//!
+//! A broken invariant or a panic where one was not allowed for leaves the state in memory in
+//! doubt. The process then stops taking orders, finishes or fails what it holds, and exits
+//! non-zero; it never acknowledges into a void.
+
+use std::sync::OnceLock;
+
+/// Set once, never cleared; the first reason is kept.
+#[derive(Debug, Default)]
+pub struct Poison {
+    reason: OnceLock<String>,
+}
+
+impl Poison {
+    /// Stops the process from taking orders, for this reason.
+    pub fn set(&self, reason: impl Into<String>) {
+        let reason = reason.into();
+        tracing::error!(%reason, "poisoned: no more orders are taken");
+        // A second reason is a consequence of the first and only logged.
+        let _ = self.reason.set(reason);
+    }
+
+    /// The first reason, where there is one.
+    pub fn reason(&self) -> Option<&str> {
+        self.reason.get().map(String::as_str)
+    }
+
+    /// Whether the flag is set.
+    pub fn is_set(&self) -> bool {
+        self.reason.get().is_some()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_reason_stays() {
+        let poison = Poison::default();
+        assert!(!poison.is_set());
+        poison.set("a worker panicked");
+        poison.set("and then another");
+        assert_eq!(poison.reason(), Some("a worker panicked"));
+    }
+}

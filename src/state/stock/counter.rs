@@ -1,0 +1,189 @@
+//! The counters of one SKU.
+//!
+//! `total` and `taken` (held + sold) share one 64-bit word, so that a hold is one compare-and-swap
+//! that cannot oversell (I1), and a read of both is consistent. `sold` stands beside it, checked
+//! by a sequence number; `free` and `held` are derived, so `total = free + held + sold` in every
+//! snapshot by construction (I2).
+//!
+//! `tests/loom.rs` compiles this file against loom's primitives.
+
+use super::sync::{AtomicU32, AtomicU64, Guarded, Ordering, fence};
+
+/// A consistent reading of one SKU's counters, in units.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StockSnapshot {
+    /// What the sale offers.
+    pub total: u32,
+    /// What nobody holds or has bought.
+    pub free: u32,
+    /// What unpaid orders hold.
+    pub held: u32,
+    /// What paid orders have taken.
+    pub sold: u32,
+}
+
+/// Not enough units are free.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NotEnough {
+    /// Units that are free.
+    pub available: u32,
+}
+
+/// `total` would fall below what orders have taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BelowCommitted {
+    /// Units that orders hold or have bought.
+    pub committed: u32,
+}
+
+/// The counters of one SKU. See the module's text for the protocol.
+#[derive(Debug)]
+pub struct StockCounter {
+    /// `total << 32 | taken`; `taken ≤ total` always. A hold needs no ordering with other memory:
+    /// it grants a right that nobody else's writes depend on, so the compare-and-swaps are
+    /// relaxed on failure and `AcqRel` on success, the latter for the snapshot's sequence check.
+    word: AtomicU64,
+    /// Units sold; part of `taken`. Written under `moving`, between two steps of `sequence`.
+    sold: AtomicU32,
+    /// Odd while a writer moves units between `held` and `sold` (a seqlock after Boehm, "Can
+    /// seqlocks get along with programming language memory models?", 2012).
+    sequence: AtomicU32,
+    /// One writer of `sold` at a time.
+    moving: Guarded<()>,
+}
+
+const fn pack(total: u32, taken: u32) -> u64 {
+    (total as u64) << 32 | taken as u64
+}
+
+const fn unpack(word: u64) -> (u32, u32) {
+    ((word >> 32) as u32, word as u32)
+}
+
+impl StockCounter {
+    /// Counters as the database has them.
+    ///
+    /// # Panics
+    /// Where `held + sold > total`, which the database's own CHECK excludes.
+    pub fn new(total: u32, held: u32, sold: u32) -> Self {
+        let taken = held.checked_add(sold).filter(|taken| *taken <= total);
+        assert!(
+            taken.is_some(),
+            "held {held} + sold {sold} exceed total {total}"
+        );
+        StockCounter {
+            word: AtomicU64::new(pack(total, held + sold)),
+            sold: AtomicU32::new(sold),
+            sequence: AtomicU32::new(0),
+            moving: Guarded::new(()),
+        }
+    }
+
+    /// Takes `units` from what is free.
+    ///
+    /// # Errors
+    /// [`NotEnough`] where fewer are free; nothing is taken then.
+    pub fn hold(&self, units: u32) -> Result<(), NotEnough> {
+        self.word
+            .fetch_update(Ordering::AcqRel, Ordering::Relaxed, |word| {
+                let (total, taken) = unpack(word);
+                (units <= total - taken).then(|| pack(total, taken + units))
+            })
+            .map(|_| ())
+            .map_err(|word| {
+                let (total, taken) = unpack(word);
+                NotEnough {
+                    available: total - taken,
+                }
+            })
+    }
+
+    /// Gives back `units` that were held and not sold.
+    ///
+    /// # Panics
+    /// Where fewer are taken: units would be created from nothing.
+    pub fn release(&self, units: u32) {
+        let released = self
+            .word
+            .fetch_update(Ordering::AcqRel, Ordering::Relaxed, |word| {
+                let (total, taken) = unpack(word);
+                taken.checked_sub(units).map(|taken| pack(total, taken))
+            });
+        if let Err(word) = released {
+            let (_, taken) = unpack(word);
+            panic!("released {units} units where only {taken} were taken");
+        }
+    }
+
+    /// Moves `units` from held to sold.
+    pub fn sell(&self, units: u32) {
+        self.move_sold(|sold| sold + units, 0);
+    }
+
+    /// Gives back `units` that were sold.
+    pub fn unsell(&self, units: u32) {
+        self.move_sold(|sold| sold - units, units);
+    }
+
+    fn move_sold(&self, change: impl FnOnce(u32) -> u32, release: u32) {
+        self.moving.with(|()| {
+            let sequence = self.sequence.load(Ordering::Relaxed);
+            self.sequence
+                .store(sequence.wrapping_add(1), Ordering::Relaxed);
+            // The odd number becomes visible before any of the writes below.
+            fence(Ordering::Release);
+            self.sold
+                .store(change(self.sold.load(Ordering::Relaxed)), Ordering::Relaxed);
+            if release > 0 {
+                self.release(release);
+            }
+            // Release: the writes above are visible before the even number.
+            self.sequence
+                .store(sequence.wrapping_add(2), Ordering::Release);
+        });
+    }
+
+    /// Sets the total.
+    ///
+    /// # Errors
+    /// [`BelowCommitted`] where orders have taken more.
+    pub fn set_total(&self, total: u32) -> Result<(), BelowCommitted> {
+        self.word
+            .fetch_update(Ordering::AcqRel, Ordering::Relaxed, |word| {
+                let (_, taken) = unpack(word);
+                (taken <= total).then(|| pack(total, taken))
+            })
+            .map(|_| ())
+            .map_err(|word| BelowCommitted {
+                committed: unpack(word).1,
+            })
+    }
+
+    /// Units that are free at this instant.
+    pub fn free(&self) -> u32 {
+        let (total, taken) = unpack(self.word.load(Ordering::Relaxed));
+        total - taken
+    }
+
+    /// A consistent reading.
+    pub fn snapshot(&self) -> StockSnapshot {
+        loop {
+            // Acquire: the reads below do not move before it.
+            let before = self.sequence.load(Ordering::Acquire);
+            let sold = self.sold.load(Ordering::Relaxed);
+            let (total, taken) = unpack(self.word.load(Ordering::Acquire));
+            // The reads above do not move behind the second look at the sequence.
+            fence(Ordering::Acquire);
+            let after = self.sequence.load(Ordering::Relaxed);
+            if before == after && before % 2 == 0 {
+                return StockSnapshot {
+                    total,
+                    free: total - taken,
+                    held: taken - sold,
+                    sold,
+                };
+            }
+            super::sync::spin();
+        }
+    }
+}

@@ -1,0 +1,364 @@
+//! The catalogue: what is on sale, on which terms, and how many units are left.
+
+mod counter;
+use super::sync;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use arc_swap::ArcSwap;
+use crossbeam::utils::CachePadded;
+
+use crate::order::{Currency, Quantity, Refusal, SkuId, SkuNumber, UnixMillis};
+pub use counter::{BelowCommitted, NotEnough, StockCounter, StockSnapshot};
+
+/// On which terms a SKU is sold.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SaleTerms {
+    /// For people.
+    pub title: String,
+    /// Price of one unit in minor units, 0 or more.
+    pub unit_price: i64,
+    /// Its currency.
+    pub currency: Currency,
+    /// Units that one buyer's live orders may hold together; `None` for no limit.
+    pub per_user_limit: Option<u32>,
+    /// Orders are refused before this moment.
+    pub opens_at: Option<UnixMillis>,
+    /// Orders are refused from this moment on.
+    pub closes_at: Option<UnixMillis>,
+}
+
+/// Whether a SKU sells right now; the `state` of API.md.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SaleState {
+    /// Orders are taken.
+    Open,
+    /// Before `opens_at`.
+    NotOpen,
+    /// From `closes_at` on.
+    Closed,
+    /// By an operator, or because the database refused its counters.
+    Paused,
+    /// Open, and no unit is free.
+    SoldOut,
+}
+
+impl SaleState {
+    /// The word used in JSON.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            SaleState::Open => "open",
+            SaleState::NotOpen => "not_open",
+            SaleState::Closed => "closed",
+            SaleState::Paused => "paused",
+            SaleState::SoldOut => "sold_out",
+        }
+    }
+}
+
+/// One SKU: identity, terms and counters.
+#[derive(Debug)]
+pub struct Sku {
+    /// As the shop calls it.
+    pub id: SkuId,
+    /// As the database calls it.
+    pub number: SkuNumber,
+    terms: ArcSwap<SaleTerms>,
+    /// Padded: the one word that every buyer's core wants must not share its cache line.
+    counter: CachePadded<StockCounter>,
+    paused: AtomicBool,
+    /// Set while the database refuses this SKU's counters; cleared when it takes them again.
+    faulted: AtomicBool,
+}
+
+impl Sku {
+    /// A SKU as the database has it.
+    pub fn new(
+        id: SkuId,
+        number: SkuNumber,
+        terms: SaleTerms,
+        counter: StockCounter,
+        paused: bool,
+    ) -> Self {
+        Sku {
+            id,
+            number,
+            terms: ArcSwap::from_pointee(terms),
+            counter: CachePadded::new(counter),
+            paused: AtomicBool::new(paused),
+            faulted: AtomicBool::new(false),
+        }
+    }
+
+    /// The terms in force.
+    pub fn terms(&self) -> arc_swap::Guard<Arc<SaleTerms>> {
+        self.terms.load()
+    }
+
+    /// Puts new terms in force.
+    pub fn set_terms(&self, terms: SaleTerms) {
+        self.terms.store(Arc::new(terms));
+    }
+
+    /// The counters.
+    pub fn counter(&self) -> &StockCounter {
+        &self.counter
+    }
+
+    /// Takes `quantity` from what is free; dropping the guard gives it back.
+    ///
+    /// # Errors
+    /// [`Refusal::SoldOut`] where fewer are free.
+    pub fn hold(self: &Arc<Self>, quantity: Quantity) -> Result<Hold, Refusal> {
+        match self.counter.hold(quantity.get()) {
+            Ok(()) => Ok(Hold {
+                sku: Arc::clone(self),
+                units: quantity.get(),
+            }),
+            Err(NotEnough { available }) => Err(Refusal::SoldOut { available }),
+        }
+    }
+
+    /// Pauses or resumes sales of this SKU, by an operator.
+    pub fn set_paused(&self, paused: bool) {
+        self.paused.store(paused, Ordering::Relaxed);
+    }
+
+    /// Pauses or resumes sales of this SKU, because the database refuses its counters.
+    pub fn set_faulted(&self, faulted: bool) {
+        self.faulted.store(faulted, Ordering::Relaxed);
+    }
+
+    /// Whether the database refuses this SKU's counters.
+    pub fn is_faulted(&self) -> bool {
+        self.faulted.load(Ordering::Relaxed)
+    }
+
+    /// Whether the sale takes orders at `now`.
+    ///
+    /// # Errors
+    /// The refusal that a buyer gets otherwise.
+    pub fn window(&self, now: UnixMillis) -> Result<(), Refusal> {
+        if self.paused.load(Ordering::Relaxed) || self.is_faulted() {
+            return Err(Refusal::SalePaused);
+        }
+        let terms = self.terms.load();
+        match (terms.opens_at, terms.closes_at) {
+            (Some(opens_at), _) if now < opens_at => Err(Refusal::SaleNotOpen { opens_at }),
+            (_, Some(closes_at)) if now >= closes_at => Err(Refusal::SaleClosed),
+            _ => Ok(()),
+        }
+    }
+
+    /// The `state` of API.md at `now`.
+    pub fn state(&self, now: UnixMillis) -> SaleState {
+        match self.window(now) {
+            Err(Refusal::SaleNotOpen { .. }) => SaleState::NotOpen,
+            Err(Refusal::SaleClosed) => SaleState::Closed,
+            Err(_) => SaleState::Paused,
+            Ok(()) if self.counter.free() == 0 => SaleState::SoldOut,
+            Ok(()) => SaleState::Open,
+        }
+    }
+}
+
+/// Units taken from the free stock. Dropping it gives them back; [`Hold::keep`] hands them over
+/// to the order that now accounts for them.
+#[derive(Debug)]
+#[must_use = "dropping a hold gives its units back"]
+pub struct Hold {
+    sku: Arc<Sku>,
+    units: u32,
+}
+
+impl Hold {
+    /// Hands the units over: whoever settles the order gives them back, or the row keeps them.
+    pub fn keep(mut self) {
+        self.units = 0;
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        if self.units > 0 {
+            self.sku.counter.release(self.units);
+        }
+    }
+}
+
+/// Every SKU, by the shop's name and by the database's number.
+///
+/// Read on every request and changed by hand: readers load an immutable map without a lock,
+/// writers copy it.
+#[derive(Debug, Default)]
+pub struct Catalogue {
+    maps: ArcSwap<CatalogueMaps>,
+    changing: sync::Guarded<()>,
+    paused: AtomicBool,
+}
+
+#[derive(Debug, Default, Clone)]
+struct CatalogueMaps {
+    by_id: HashMap<SkuId, Arc<Sku>, foldhash::fast::RandomState>,
+    by_number: HashMap<SkuNumber, Arc<Sku>, foldhash::fast::RandomState>,
+}
+
+impl Catalogue {
+    /// The SKU that the shop calls this.
+    pub fn get(&self, id: &SkuId) -> Option<Arc<Sku>> {
+        self.maps.load().by_id.get(id).map(Arc::clone)
+    }
+
+    /// The SKU that the database calls this.
+    pub fn by_number(&self, number: SkuNumber) -> Option<Arc<Sku>> {
+        self.maps.load().by_number.get(&number).map(Arc::clone)
+    }
+
+    /// Every SKU, ordered by id.
+    pub fn all(&self) -> Vec<Arc<Sku>> {
+        let mut all: Vec<_> = self.maps.load().by_id.values().map(Arc::clone).collect();
+        all.sort_by(|a, b| a.id.cmp(&b.id));
+        all
+    }
+
+    /// Adds SKUs. One that is there already is kept: its counters are the ones in use.
+    pub fn add(&self, skus: impl IntoIterator<Item = Sku>) {
+        self.changing.with(|()| {
+            let mut maps = CatalogueMaps::clone(&self.maps.load());
+            for sku in skus {
+                let sku = Arc::new(sku);
+                let kept = maps.by_id.entry(sku.id.clone()).or_insert(sku);
+                maps.by_number.insert(kept.number, Arc::clone(kept));
+            }
+            self.maps.store(Arc::new(maps));
+        });
+    }
+
+    /// Pauses or resumes every sale.
+    pub fn set_paused(&self, paused: bool) {
+        self.paused.store(paused, Ordering::Relaxed);
+    }
+
+    /// Whether every sale is paused.
+    pub fn is_paused(&self) -> bool {
+        self.paused.load(Ordering::Relaxed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sku(total: u32) -> Arc<Sku> {
+        let terms = SaleTerms {
+            title: "A".into(),
+            unit_price: 100,
+            currency: Currency::new("EUR").unwrap(),
+            per_user_limit: None,
+            opens_at: None,
+            closes_at: None,
+        };
+        Arc::new(Sku::new(
+            SkuId::new("A").unwrap(),
+            SkuNumber(1),
+            terms,
+            StockCounter::new(total, 0, 0),
+            false,
+        ))
+    }
+
+    #[test]
+    fn a_dropped_hold_gives_back_and_a_kept_one_does_not() {
+        let sku = sku(3);
+        let two = Quantity::new(2).unwrap();
+        let hold = sku.hold(two).unwrap();
+        assert_eq!(
+            sku.hold(two).unwrap_err(),
+            Refusal::SoldOut { available: 1 }
+        );
+        drop(hold);
+        assert_eq!(sku.counter().free(), 3);
+        sku.hold(two).unwrap().keep();
+        assert_eq!(sku.counter().free(), 1);
+    }
+
+    #[test]
+    fn total_never_falls_below_what_is_taken() {
+        let counter = StockCounter::new(10, 4, 2);
+        assert_eq!(counter.set_total(5), Err(BelowCommitted { committed: 6 }));
+        assert_eq!(counter.set_total(6), Ok(()));
+        assert_eq!(
+            counter.snapshot(),
+            StockSnapshot {
+                total: 6,
+                free: 0,
+                held: 4,
+                sold: 2
+            }
+        );
+        counter.sell(4);
+        counter.unsell(1);
+        assert_eq!(
+            counter.snapshot(),
+            StockSnapshot {
+                total: 6,
+                free: 1,
+                held: 0,
+                sold: 5
+            }
+        );
+    }
+
+    #[test]
+    fn the_extremes_of_the_word_hold() {
+        let counter = StockCounter::new(u32::MAX, 0, 0);
+        counter.hold(u32::MAX).unwrap();
+        assert_eq!(counter.hold(1), Err(NotEnough { available: 0 }));
+        counter.release(u32::MAX);
+        assert_eq!(counter.free(), u32::MAX);
+    }
+
+    #[test]
+    #[should_panic(expected = "released 1 units where only 0 were taken")]
+    fn releasing_what_was_not_taken_is_a_broken_invariant() {
+        StockCounter::new(5, 0, 0).release(1);
+    }
+
+    #[test]
+    fn many_threads_on_one_unit_take_it_once() {
+        for _ in 0..1_000 {
+            let sku = sku(1);
+            let won: usize = std::thread::scope(|scope| {
+                let threads: Vec<_> = (0..4)
+                    .map(|_| scope.spawn(|| sku.hold(Quantity::ONE).map(Hold::keep).is_ok()))
+                    .collect();
+                threads
+                    .into_iter()
+                    .map(|thread| usize::from(thread.join().unwrap()))
+                    .sum()
+            });
+            assert_eq!(won, 1);
+        }
+    }
+
+    #[test]
+    fn the_window_decides_by_pause_then_opening_then_closing() {
+        let sku = sku(1);
+        let mut terms = SaleTerms::clone(&sku.terms());
+        terms.opens_at = Some(UnixMillis(100));
+        terms.closes_at = Some(UnixMillis(200));
+        sku.set_terms(terms);
+        assert_eq!(
+            sku.window(UnixMillis(99)),
+            Err(Refusal::SaleNotOpen {
+                opens_at: UnixMillis(100)
+            })
+        );
+        assert_eq!(sku.window(UnixMillis(100)), Ok(()));
+        assert_eq!(sku.window(UnixMillis(200)), Err(Refusal::SaleClosed));
+        sku.set_paused(true);
+        assert_eq!(sku.window(UnixMillis(150)), Err(Refusal::SalePaused));
+    }
+}

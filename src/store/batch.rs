@@ -1,0 +1,422 @@
+//! One worker's writer: a batch and its counters in one transaction, exactly once.
+//!
+//! # The conversation
+//!
+//! ```text
+//!   ──► BEGIN; UPDATE writer SET batch = n; COPY orders FROM STDIN     one flush
+//!   ◄── ready for rows
+//!   ──► the rows; counters; COMMIT                                     one flush
+//!   ◄── done
+//! ```
+//!
+//! The SKU rows are locked only in the second flush, so a hot SKU is locked for the length of a
+//! commit and no longer. If any of its statements fails, the server turns the COMMIT behind it
+//! into a ROLLBACK.
+//!
+//! # A commit of unknown outcome
+//!
+//! Each batch has a number, kept in the worker's own row of `writer` and moved by the batch's own
+//! transaction. When a connection dies or a step times out, the next connection first takes the
+//! lock on that row: whoever gets it knows that the old transaction has ended. If it does not get
+//! it, the old backend is terminated. The number then tells whether the batch was committed. It
+//! is never guessed.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::time::Duration;
+
+use bytes::BytesMut;
+use futures_util::SinkExt;
+use tokio_postgres::Statement;
+use tokio_postgres::types::ToSql;
+
+use super::error::{refuses_row, sqlstate};
+use super::postgres::{Connected, Database, NodeLease};
+use super::{StoreError, copy};
+use crate::order::{Order, OrderStatus};
+
+const FENCE: &str =
+    "UPDATE writer SET batch = $4 WHERE node = $1 AND shard = $2 AND epoch = $3 AND batch = $4 - 1";
+
+/// Moves `held` of each SKU once, locking by id, and writes the journal. The LEFT JOIN makes a
+/// SKU that does not exist violate NOT NULL, which takes the transaction down.
+const COUNTERS: &str = "
+    WITH wanted AS (
+        SELECT w.sku, w.units FROM unnest($1::int4[], $2::int8[]) AS w (sku, units)
+    ), locked AS (
+        SELECT s.id, w.units FROM sku s JOIN wanted w ON w.sku = s.id ORDER BY s.id FOR UPDATE OF s
+    ), moved AS (
+        UPDATE sku s SET held = s.held + l.units FROM locked l WHERE s.id = l.id
+        RETURNING s.id, s.total, s.held, s.sold
+    )
+    INSERT INTO stock_journal (sku, cause, reference, held_delta, total_after, held_after, sold_after)
+    SELECT w.sku, 'orders', $3, w.units, m.total, m.held, m.sold
+      FROM wanted w LEFT JOIN moved m ON m.id = w.sku ORDER BY w.sku";
+
+const DEAD_LETTER: &str = "
+    INSERT INTO dead_letters (order_id, user_id, sku, quantity, adjustment, amount, currency,
+        created_at, expires_at, key_hash, payload_hash, attributes, sqlstate, reason)
+    VALUES ($1, $2, $3, $4, $5, $6, $7, to_timestamp($8::int8 / 1000.0), to_timestamp($9::int8 / 1000.0),
+        encode($10::bytea, 'hex')::uuid, $11, $12, $13, $14)
+    ON CONFLICT (order_id) DO NOTHING";
+
+/// Why a batch was not written.
+#[derive(Debug, thiserror::Error)]
+pub enum WriteError {
+    /// Nothing was written, or it is not known: try the same batch again.
+    #[error("{0}")]
+    Retry(#[source] StoreError),
+    /// A row in it was refused; nothing was written.
+    #[error("the database refused a row ({sqlstate}): {reason}")]
+    Row {
+        /// The five characters of PostgreSQL's code.
+        sqlstate: String,
+        /// PostgreSQL's own words.
+        reason: String,
+    },
+    /// The counters of a SKU in it were refused; nothing was written.
+    #[error("the database refused a stock counter ({sqlstate}): {reason}")]
+    Counter {
+        /// The five characters of PostgreSQL's code.
+        sqlstate: String,
+        /// PostgreSQL's own words.
+        reason: String,
+    },
+    /// This process may not write any more.
+    #[error("{0}")]
+    Fatal(#[source] StoreError),
+}
+
+/// One worker's way into the database.
+#[derive(Debug)]
+pub struct BatchWriter {
+    database: Database,
+    lease: NodeLease,
+    shard: i16,
+    session: Option<Session>,
+    /// The last batch that is known to be committed; `None` before the first connection.
+    committed: Option<i64>,
+    /// The batch whose outcome is not known.
+    unknown: Option<i64>,
+    /// The backend that may still be writing it.
+    suspect: Option<i32>,
+    commits_lost: u64,
+    buffer: BytesMut,
+}
+
+#[derive(Debug)]
+struct Session {
+    client: Connected,
+    backend: i32,
+    fence: Statement,
+    copy: Statement,
+    counters: Statement,
+}
+
+impl BatchWriter {
+    /// The writer of worker `shard`, not connected yet.
+    pub fn new(database: Database, lease: NodeLease, shard: i16) -> Self {
+        BatchWriter {
+            database,
+            lease,
+            shard,
+            session: None,
+            committed: None,
+            unknown: None,
+            suspect: None,
+            commits_lost: 0,
+            buffer: BytesMut::new(),
+        }
+    }
+
+    /// Commits that the database had acknowledged and lost, as found so far.
+    pub fn commits_lost(&self) -> u64 {
+        self.commits_lost
+    }
+
+    /// Whether the last batch may or may not have been committed.
+    pub fn outcome_unknown(&self) -> bool {
+        self.unknown.is_some()
+    }
+
+    /// Writes `orders` and moves their SKUs' counters, all or nothing.
+    ///
+    /// After [`WriteError::Retry`] the next call must be with the same orders: the earlier call
+    /// may have committed them, and then this one returns at once.
+    ///
+    /// # Errors
+    /// See [`WriteError`].
+    pub async fn write(&mut self, orders: &[&Order]) -> Result<(), WriteError> {
+        if self.session.is_none() && self.connect().await? {
+            return Ok(());
+        }
+        let (Some(session), Some(committed)) = (self.session.take(), self.committed) else {
+            unreachable!("connect() returned without a session or an error");
+        };
+        let batch = committed + 1;
+        match self.attempt(&session, batch, orders).await {
+            Ok(()) => {
+                self.committed = Some(batch);
+                self.session = Some(session);
+                Ok(())
+            }
+            Err(WriteError::Retry(error)) => {
+                // Whatever failed, the old backend may still be at it. The next connection
+                // finds out.
+                self.unknown = Some(batch);
+                self.suspect = Some(session.backend);
+                Err(WriteError::Retry(error))
+            }
+            Err(refused) => {
+                self.session = Some(session);
+                Err(refused)
+            }
+        }
+    }
+
+    async fn attempt(
+        &mut self,
+        session: &Session,
+        batch: i64,
+        orders: &[&Order],
+    ) -> Result<(), WriteError> {
+        let NodeLease { node, epoch } = self.lease;
+        let client = &session.client;
+        let step = self.database.step_timeout();
+        let retry =
+            |doing| move |source| WriteError::Retry(StoreError::Statement { doing, source });
+
+        let fence: [&(dyn ToSql + Sync); 4] = [&node, &self.shard, &epoch, &batch];
+        let (begun, fenced, sink) = timed("starting a batch", step, async {
+            tokio::join!(
+                client.batch_execute("BEGIN"),
+                client.execute(&session.fence, &fence),
+                client.copy_in::<_, bytes::Bytes>(&session.copy),
+            )
+        })
+        .await?;
+        begun.map_err(retry("BEGIN"))?;
+        let fenced = fenced.map_err(retry("fencing a batch"))?;
+        let sink = sink.map_err(retry("COPY orders"))?;
+        if fenced != 1 {
+            // Dropping the sink aborts the COPY. Connecting again tells who moved our row.
+            return Err(WriteError::Retry(StoreError::Data(format!(
+                "the row of writer {} was moved",
+                self.shard
+            ))));
+        }
+
+        self.buffer.clear();
+        copy::encode(
+            &mut self.buffer,
+            orders
+                .iter()
+                .map(|order| (*order, OrderStatus::PendingPayment)),
+        );
+        let rows = self.buffer.split().freeze();
+        let (skus, units) = units_by_sku(orders);
+        let reference = format!("batch {node}/{}/{batch}", self.shard);
+        let counters: [&(dyn ToSql + Sync); 3] = [&skus, &units, &reference];
+        let mut sink = std::pin::pin!(sink);
+        let (copied, counted, committed) = timed("writing a batch", step, async {
+            let copied = async {
+                sink.as_mut().send(rows).await?;
+                sink.as_mut().finish().await
+            };
+            tokio::join!(
+                copied,
+                client.execute(&session.counters, &counters),
+                client.batch_execute("COMMIT"),
+            )
+        })
+        .await?;
+        if let Err(source) = copied {
+            return Err(judge("COPY orders", source, false));
+        }
+        if let Err(source) = counted {
+            return Err(judge("moving the stock counters", source, true));
+        }
+        // Everything before it succeeded, so this is a COMMIT and no disguised ROLLBACK. Its
+        // failure says nothing: the server may have committed and then been stopped.
+        committed.map_err(retry("COMMIT"))
+    }
+
+    /// Makes a connection and settles what the last one left open. True: the batch of unknown
+    /// outcome was committed.
+    async fn connect(&mut self) -> Result<bool, WriteError> {
+        let NodeLease { node, epoch } = self.lease;
+        let step = self.database.step_timeout();
+        let client = self
+            .database
+            .connect(&format!("millrace worker {node}/{}", self.shard))
+            .await
+            .map_err(WriteError::Retry)?;
+        let prepare = |doing: &'static str, sql: &'static str| {
+            let client = &client;
+            async move {
+                let prepared = timed(doing, step, client.prepare(sql)).await?;
+                prepared
+                    .map_err(|source| WriteError::Retry(StoreError::Statement { doing, source }))
+            }
+        };
+        let fence = prepare("preparing the fence", FENCE).await?;
+        let copy = prepare("preparing the COPY", copy::STATEMENT).await?;
+        let counters = prepare("preparing the counters", COUNTERS).await?;
+        let locked = timed("settling the last batch", step, async {
+            client
+                .query_opt(
+                    "SELECT epoch, batch, pg_backend_pid() FROM writer WHERE node = $1 AND shard = $2 FOR UPDATE",
+                    &[&node, &self.shard],
+                )
+                .await
+        })
+        .await?;
+        let row = match locked {
+            Ok(Some(row)) => row,
+            Ok(None) => {
+                return Err(WriteError::Fatal(StoreError::Data(format!(
+                    "writer {} has no row",
+                    self.shard
+                ))));
+            }
+            Err(source) => {
+                // Somebody holds our row: the old backend, still in its transaction.
+                self.end_suspect(&client).await?;
+                return Err(WriteError::Retry(StoreError::Statement {
+                    doing: "settling the last batch",
+                    source,
+                }));
+            }
+        };
+        let (found, batch, backend): (i64, i64, i32) = (row.get(0), row.get(1), row.get(2));
+        if found != epoch {
+            return Err(WriteError::Fatal(StoreError::Fenced { found, ours: epoch }));
+        }
+        self.suspect = None;
+        let unknown = self.unknown.take();
+        if let Some(committed) = self.committed.filter(|committed| batch < *committed) {
+            let lost = committed.abs_diff(batch);
+            self.commits_lost += lost;
+            tracing::error!(
+                worker = self.shard,
+                lost,
+                "the database has lost batches that it had committed: it was probably failed over to a standby \
+                 that lagged; the rows in them are gone"
+            );
+        }
+        self.committed = Some(batch);
+        self.session = Some(Session {
+            client,
+            backend,
+            fence,
+            copy,
+            counters,
+        });
+        Ok(unknown == Some(batch))
+    }
+
+    /// Terminates the backend of the connection that was given up. Only one that still bears our
+    /// name: process ids are used again.
+    async fn end_suspect(&self, client: &Connected) -> Result<(), WriteError> {
+        let Some(suspect) = self.suspect else {
+            return Ok(());
+        };
+        let name = format!("millrace worker {}/{}", self.lease.node, self.shard);
+        let ended = timed(
+            "terminating the old backend",
+            self.database.step_timeout(),
+            async {
+                client
+                    .execute(
+                        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+                      WHERE pid = $1 AND application_name = $2 AND pid <> pg_backend_pid()",
+                        &[&suspect, &name],
+                    )
+                    .await
+            },
+        )
+        .await?;
+        match ended {
+            Ok(0) => {}
+            Ok(_) => tracing::warn!(
+                worker = self.shard,
+                backend = suspect,
+                "terminated a backend that had stalled"
+            ),
+            Err(e) => {
+                tracing::warn!(worker = self.shard, backend = suspect, reason = %e, "could not terminate a stalled backend")
+            }
+        }
+        Ok(())
+    }
+
+    /// Keeps an order that the database refused, for a person. Safe to repeat.
+    ///
+    /// # Errors
+    /// Where the dead letter itself could not be stored.
+    pub async fn write_dead_letter(
+        &mut self,
+        order: &Order,
+        sqlstate: &str,
+        reason: &str,
+    ) -> Result<(), StoreError> {
+        let client = self.database.pooled().await?;
+        let key = order.key.map(|key| key.0.to_vec());
+        client
+            .execute(
+                DEAD_LETTER,
+                &[
+                    &order.id.as_i64(),
+                    &order.user_id.as_str(),
+                    &order.sku.0,
+                    &(order.quantity.get() as i32),
+                    &order.adjustment,
+                    &order.amount,
+                    &order.currency.as_str(),
+                    &order.created_at.0,
+                    &order.expires_at.0,
+                    &key,
+                    &(order.payload.0 as i64),
+                    &order.attributes.as_deref(),
+                    &sqlstate,
+                    &reason,
+                ],
+            )
+            .await
+            .map(|_| ())
+            .map_err(StoreError::statement("writing a dead letter"))
+    }
+}
+
+/// The units of each SKU in a batch, by id, so that every transaction locks in the same order.
+fn units_by_sku(orders: &[&Order]) -> (Vec<i32>, Vec<i64>) {
+    let mut units = BTreeMap::new();
+    for order in orders {
+        *units.entry(order.sku.0).or_insert(0_i64) += i64::from(order.quantity.get());
+    }
+    units.into_iter().unzip()
+}
+
+/// Sorts the failure of a statement within the transaction. Where the server has judged the data,
+/// it has rolled back and the session goes on.
+fn judge(doing: &'static str, source: tokio_postgres::Error, counters: bool) -> WriteError {
+    if !refuses_row(&source) {
+        return WriteError::Retry(StoreError::Statement { doing, source });
+    }
+    let (sqlstate, reason) = (sqlstate(&source).to_owned(), super::error::chain(&source));
+    if counters {
+        WriteError::Counter { sqlstate, reason }
+    } else {
+        WriteError::Row { sqlstate, reason }
+    }
+}
+
+async fn timed<T>(
+    doing: &'static str,
+    after: Duration,
+    step: impl Future<Output = T>,
+) -> Result<T, WriteError> {
+    tokio::time::timeout(after, step)
+        .await
+        .map_err(|_| WriteError::Retry(StoreError::Timeout { doing, after }))
+}

@@ -1,0 +1,226 @@
+//! Connections, and everything that is not a worker's batch.
+//!
+//! * here: the pool and single connections, each set up the same way;
+//! * [`lease`]: who may write, and which order ids are ours to give out;
+//! * [`recovery`]: what start-up reads back into memory;
+//! * [`orders`]: look-ups of single orders;
+//! * [`skus`]: administration of SKUs;
+//! * [`audit`]: every promise that the database can show, recomputed.
+
+pub mod audit;
+pub mod lease;
+pub mod orders;
+pub mod recovery;
+pub mod skus;
+
+use std::ops::{Deref, DerefMut};
+use std::str::FromStr;
+use std::time::Duration;
+
+use deadpool_postgres::{Hook, HookError, Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
+use tokio::task::JoinHandle;
+use tokio_postgres::{Client, NoTls};
+
+use super::StoreError;
+pub use lease::NodeLease;
+
+/// A way to connect, and a pool of connections for what is not a worker's batch.
+#[derive(Clone, Debug)]
+pub struct Database {
+    config: tokio_postgres::Config,
+    schema: String,
+    step_timeout: Duration,
+    pool: Pool,
+}
+
+/// One connection of its own. Dropping it closes the socket at once, also when the server has
+/// stopped answering.
+#[derive(Debug)]
+pub struct Connected {
+    client: Client,
+    driver: JoinHandle<()>,
+}
+
+impl Deref for Connected {
+    type Target = Client;
+    fn deref(&self) -> &Client {
+        &self.client
+    }
+}
+
+impl DerefMut for Connected {
+    fn deref_mut(&mut self) -> &mut Client {
+        &mut self.client
+    }
+}
+
+impl Drop for Connected {
+    fn drop(&mut self) {
+        self.driver.abort();
+    }
+}
+
+impl Database {
+    /// Checks `url` and makes a pool; connects to nothing yet.
+    ///
+    /// # Errors
+    /// [`StoreError::Schema`] where the URL does not parse, with what is wrong with it.
+    pub fn new(
+        url: &str,
+        schema: &str,
+        pool_size: usize,
+        step_timeout: Duration,
+    ) -> Result<Self, StoreError> {
+        let config = tokio_postgres::Config::from_str(url).map_err(|e| {
+            StoreError::Schema(format!("database.url: {}", super::error::chain(&e)))
+        })?;
+        Self::with_config(config, schema, pool_size, step_timeout)
+    }
+
+    /// The same from a configuration, as Millrace's own PostgreSQL gives it.
+    ///
+    /// # Errors
+    /// Where no pool can be made.
+    pub fn with_config(
+        mut config: tokio_postgres::Config,
+        schema: &str,
+        pool_size: usize,
+        step_timeout: Duration,
+    ) -> Result<Self, StoreError> {
+        config
+            .connect_timeout(step_timeout)
+            .tcp_user_timeout(step_timeout);
+        let setup = session_setup(schema, step_timeout);
+        let mut pooled = config.clone();
+        pooled.application_name("millrace");
+        let manager = Manager::from_config(
+            pooled,
+            NoTls,
+            ManagerConfig {
+                recycling_method: RecyclingMethod::Fast,
+            },
+        );
+        let pool = Pool::builder(manager)
+            .max_size(pool_size)
+            .runtime(Runtime::Tokio1)
+            .wait_timeout(Some(step_timeout))
+            .create_timeout(Some(step_timeout))
+            .recycle_timeout(Some(step_timeout))
+            .post_create(Hook::async_fn(move |client, _| {
+                let setup = setup.clone();
+                Box::pin(async move {
+                    client
+                        .batch_execute(&setup)
+                        .await
+                        .map_err(HookError::Backend)
+                })
+            }))
+            .build()
+            .map_err(|e| StoreError::Pool(e.to_string()))?;
+        Ok(Database {
+            config,
+            schema: schema.to_owned(),
+            step_timeout,
+            pool,
+        })
+    }
+
+    /// Longest time for one step of a conversation.
+    pub fn step_timeout(&self) -> Duration {
+        self.step_timeout
+    }
+
+    /// The schema that holds every object.
+    pub fn schema(&self) -> &str {
+        &self.schema
+    }
+
+    /// A pooled connection.
+    ///
+    /// # Errors
+    /// [`StoreError::Pool`] where none came free in time or none could be made.
+    pub async fn pooled(&self) -> Result<deadpool_postgres::Client, StoreError> {
+        self.pool
+            .get()
+            .await
+            .map_err(|e| StoreError::Pool(super::error::chain(&e)))
+    }
+
+    /// A connection of its own, which names itself `name` in `pg_stat_activity`.
+    ///
+    /// # Errors
+    /// [`StoreError::Connect`] or [`StoreError::Timeout`].
+    pub async fn connect(&self, name: &str) -> Result<Connected, StoreError> {
+        let connecting = async {
+            let mut config = self.config.clone();
+            config.application_name(name);
+            let (client, connection) = config.connect(NoTls).await.map_err(StoreError::Connect)?;
+            let driver = tokio::spawn(async move {
+                if let Err(e) = connection.await {
+                    tracing::debug!(reason = %super::error::chain(&e), "a database connection ended");
+                }
+            });
+            let connected = Connected { client, driver };
+            connected
+                .batch_execute(&session_setup(&self.schema, self.step_timeout))
+                .await
+                .map_err(StoreError::statement("setting up a session"))?;
+            Ok(connected)
+        };
+        tokio::time::timeout(self.step_timeout, connecting)
+            .await
+            .map_err(|_| StoreError::Timeout {
+                doing: "connecting",
+                after: self.step_timeout,
+            })?
+    }
+
+    /// Waits for `step`, but no longer than a step may take.
+    ///
+    /// # Errors
+    /// [`StoreError::Timeout`], or what `step` failed with.
+    pub async fn timed<T>(
+        &self,
+        doing: &'static str,
+        step: impl Future<Output = Result<T, tokio_postgres::Error>>,
+    ) -> Result<T, StoreError> {
+        match tokio::time::timeout(self.step_timeout, step).await {
+            Ok(done) => done.map_err(StoreError::statement(doing)),
+            Err(_) => Err(StoreError::Timeout {
+                doing,
+                after: self.step_timeout,
+            }),
+        }
+    }
+
+    /// Whether the database answers.
+    ///
+    /// # Errors
+    /// Why it does not.
+    pub async fn ping(&self) -> Result<(), StoreError> {
+        let client = self.pooled().await?;
+        self.timed("SELECT 1", client.simple_query("SELECT 1"))
+            .await
+            .map(|_| ())
+    }
+
+    /// Closes the pool.
+    pub fn close(&self) {
+        self.pool.close();
+    }
+}
+
+/// What every session starts with. `synchronous_commit` is put back on where a role or database
+/// default has turned it off: an answer of `201` means that the row survives a crash.
+fn session_setup(schema: &str, step_timeout: Duration) -> String {
+    let lock_ms = (step_timeout.as_millis() / 2).max(50);
+    format!(
+        "SET search_path = {schema}, pg_temp;
+         SET lock_timeout = {lock_ms};
+         SET idle_in_transaction_session_timeout = {};
+         SET TIME ZONE 'UTC';
+         SELECT set_config('synchronous_commit', 'on', false)
+          WHERE current_setting('synchronous_commit') = 'off';",
+        step_timeout.as_millis() * 2
+    )
+}

@@ -1,0 +1,101 @@
+//! Administration of SKUs. Every change of a counter goes to the stock journal with its cause, in
+//! the same transaction.
+
+use super::recovery::{SKU_COLUMNS, sku_from_row};
+use super::{Database, NodeLease};
+use crate::order::SkuId;
+use crate::state::stock::{SaleTerms, Sku};
+use crate::store::StoreError;
+
+impl Database {
+    /// Creates a SKU or replaces its terms and total, and returns it as it now stands.
+    ///
+    /// # Errors
+    /// [`StoreError::Statement`] with a CHECK violation where the total would fall below what
+    /// orders have taken, [`StoreError::Fenced`] where this process may not write any more.
+    pub async fn put_sku(
+        &self,
+        lease: NodeLease,
+        id: &SkuId,
+        terms: &SaleTerms,
+        total: u32,
+    ) -> Result<Sku, StoreError> {
+        let doing = "storing a SKU";
+        let mut client = self.pooled().await?;
+        let work = async {
+            let transaction = client.transaction().await?;
+            let fenced = transaction
+                .query_opt(
+                    "SELECT 1 FROM node WHERE node = $1 AND epoch = $2 FOR SHARE",
+                    &[&lease.node, &lease.epoch],
+                )
+                .await?;
+            if fenced.is_none() {
+                return Ok(None);
+            }
+            let before: i64 = transaction
+                .query_opt(
+                    "SELECT total FROM sku WHERE sku_id = $1 FOR UPDATE",
+                    &[&id.as_str()],
+                )
+                .await?
+                .map_or(0, |row| row.get(0));
+            let row = transaction
+                .query_one(
+                    &format!(
+                        "INSERT INTO sku (sku_id, title, unit_price, currency, total, per_user_limit, opens_at, closes_at)
+                         VALUES ($1, $2, $3, $4, $5, $6, to_timestamp($7::int8 / 1000.0), to_timestamp($8::int8 / 1000.0))
+                         ON CONFLICT (sku_id) DO UPDATE SET title = excluded.title, unit_price = excluded.unit_price,
+                             currency = excluded.currency, total = excluded.total, per_user_limit = excluded.per_user_limit,
+                             opens_at = excluded.opens_at, closes_at = excluded.closes_at
+                         RETURNING {SKU_COLUMNS}"
+                    ),
+                    &[
+                        &id.as_str(),
+                        &terms.title,
+                        &terms.unit_price,
+                        &terms.currency.as_str(),
+                        &i64::from(total),
+                        &terms.per_user_limit.map(i64::from),
+                        &terms.opens_at.map(|at| at.0),
+                        &terms.closes_at.map(|at| at.0),
+                    ],
+                )
+                .await?;
+            transaction
+                .execute(
+                    "INSERT INTO stock_journal (sku, cause, reference, total_delta, total_after, held_after, sold_after)
+                     SELECT id, 'admin', 'put', total - $2, total, held, sold FROM sku WHERE sku_id = $1",
+                    &[&id.as_str(), &before],
+                )
+                .await?;
+            transaction.commit().await?;
+            Ok(Some(row))
+        };
+        match self.timed(doing, work).await? {
+            Some(row) => sku_from_row(&row),
+            None => Err(StoreError::Fenced {
+                found: 0,
+                ours: lease.epoch,
+            }),
+        }
+    }
+
+    /// Stores whether a SKU is paused. False: there is no such SKU.
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn set_sku_paused(&self, id: &SkuId, paused: bool) -> Result<bool, StoreError> {
+        let client = self.pooled().await?;
+        let changed = self
+            .timed(
+                "pausing a SKU",
+                client.execute(
+                    "UPDATE sku SET paused = $2 WHERE sku_id = $1",
+                    &[&id.as_str(), &paused],
+                ),
+            )
+            .await?;
+        Ok(changed == 1)
+    }
+}

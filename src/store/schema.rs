@@ -1,0 +1,133 @@
+//! The schema and its migrations, by `refinery`.
+//!
+//! Everything lives in one schema of our own, found through the session's `search_path`, and so
+//! does the table that remembers which migrations ran. Nothing outside that schema is touched.
+
+use tokio_postgres::Client;
+
+use super::StoreError;
+
+mod embedded_migrations {
+    refinery::embed_migrations!("src/store/migrations");
+}
+
+/// The table in which `refinery` remembers what ran.
+const HISTORY: &str = "refinery_schema_history";
+
+/// The SQL that [`migrate`] would run on an empty database, for people who run it themselves.
+pub fn print(schema: &str) -> String {
+    let mut text = format!("CREATE SCHEMA IF NOT EXISTS {schema};\nSET search_path = {schema};\n");
+    for migration in embedded_migrations::migrations::runner().get_migrations() {
+        text.push_str(&format!(
+            "\n-- {migration}\n{}",
+            migration.sql().unwrap_or_default()
+        ));
+    }
+    text
+}
+
+/// Brings the schema up to date. `client`'s search path must be `schema`.
+///
+/// # Errors
+/// Where the schema holds relations that Millrace did not make, where the role lacks rights, or
+/// where the schema belongs to a newer release.
+pub async fn migrate(client: &mut Client, schema: &str) -> Result<usize, StoreError> {
+    let relations: i64 = client
+        .query_one(
+            "SELECT count(*) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+              WHERE n.nspname = $1 AND c.relkind IN ('r', 'p', 'v', 'm', 'f')",
+            &[&schema],
+        )
+        .await
+        .map_err(StoreError::statement("looking at the schema"))?
+        .get(0);
+    if relations > 0 && !has_history(client, schema).await? {
+        return Err(StoreError::Schema(format!(
+            "schema {schema} holds relations that Millrace did not make; set database.schema to another name"
+        )));
+    }
+    client
+        .batch_execute(&format!("CREATE SCHEMA IF NOT EXISTS {schema}"))
+        .await
+        .map_err(StoreError::statement(
+            "creating the schema (the role needs CREATE on the database)",
+        ))?;
+    let report = embedded_migrations::migrations::runner()
+        .set_migration_table_name(HISTORY)
+        .run_async(client)
+        .await
+        .map_err(|e| {
+            StoreError::Schema(format!(
+                "migrating schema {schema}: {}",
+                super::error::chain(&e)
+            ))
+        })?;
+    publish(client).await;
+    Ok(report.applied_migrations().len())
+}
+
+/// Checks that the schema is this release's.
+///
+/// # Errors
+/// Where migrations are missing, or unknown to this release.
+pub async fn check(client: &mut Client, schema: &str) -> Result<(), StoreError> {
+    let stale = |what: &str| {
+        StoreError::Schema(format!(
+            "schema {schema} {what}; run `millrace migrate`, or set database.migrate = \"auto\""
+        ))
+    };
+    if !has_history(client, schema).await? {
+        return Err(stale("has not been made"));
+    }
+    let newest = embedded_migrations::migrations::runner()
+        .get_migrations()
+        .iter()
+        .map(|m| m.version())
+        .max();
+    let found: Option<i32> = client
+        .query_one(&format!("SELECT max(version) FROM {HISTORY}"), &[])
+        .await
+        .map_err(StoreError::statement("reading the schema's version"))?
+        .get(0);
+    let found = found.map(i64::from);
+    match newest.map(i64::from) {
+        newest if newest == found => Ok(()),
+        newest if newest > found => Err(stale("is older than this release")),
+        _ => Err(StoreError::Schema(format!(
+            "schema {schema} is newer than this release of Millrace"
+        ))),
+    }
+}
+
+async fn has_history(client: &Client, schema: &str) -> Result<bool, StoreError> {
+    client
+        .query_one(
+            "SELECT to_regclass($1) IS NOT NULL",
+            &[&format!("{schema}.{HISTORY}")],
+        )
+        .await
+        .map(|row| row.get(0))
+        .map_err(StoreError::statement("looking for the schema's history"))
+}
+
+/// Offers changes by logical replication, where the role may.
+async fn publish(client: &Client) {
+    let exists = client
+        .query_opt(
+            "SELECT 1 FROM pg_publication WHERE pubname = 'millrace'",
+            &[],
+        )
+        .await;
+    if !matches!(exists, Ok(None)) {
+        return;
+    }
+    if let Err(e) = client
+        .batch_execute("CREATE PUBLICATION millrace FOR TABLE orders, sku, dead_letters")
+        .await
+    {
+        tracing::info!(
+            reason = %super::error::chain(&e),
+            "no publication was made, so changes cannot be read by logical replication; the role lacks the right"
+        );
+    }
+}
