@@ -8,7 +8,8 @@ use std::task::Waker;
 
 /// One complete request. Every slice borrows from the connection's buffer.
 pub struct Request<'a> {
-    /// The method as it came, for example `POST`.
+    /// The method, for example `POST`. `HEAD` arrives as `GET`: the engine withholds the body, so
+    /// a service answers both alike without knowing.
     pub method: &'a str,
     /// The request target in origin form: path and optional query.
     pub target: &'a str,
@@ -18,6 +19,9 @@ pub struct Request<'a> {
     pub body: &'a [u8],
     /// Wakes the coroutine that runs this request, once it parks.
     pub waker: &'a Waker,
+    /// To be called before the service parks; [`super::wake::wait`] does. It writes the answers
+    /// that earlier pipelined requests are owed, so that they never wait behind this one.
+    pub before_wait: &'a dyn Fn(),
 }
 
 impl<'a> Request<'a> {

@@ -1,0 +1,142 @@
+//! The thread that takes connections from the listener.
+//!
+//! A thread and not a coroutine: a flood of connections would keep a coroutine running and the
+//! sockets of its worker unpolled, while a thread is preempted; and it may sleep to back off.
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::answer;
+use super::connection;
+use super::janitor::TICK;
+use super::peer::Peer;
+use super::{Service, Shared};
+
+const BACKOFF_MIN: Duration = Duration::from_millis(5);
+const BACKOFF_MAX: Duration = Duration::from_millis(500);
+
+/// Descriptors that may be held beyond the limit by connections that have just ended.
+const ENDED_MAX: usize = 1024;
+
+/// Starts the acceptor; it ends, and closes the listener, once the server is stopping.
+pub(super) fn start<S: Service>(
+    listener: TcpListener,
+    service: Arc<S>,
+    shared: Arc<Shared>,
+) -> io::Result<JoinHandle<()>> {
+    listener.set_nonblocking(true)?;
+    thread::Builder::new()
+        .name("http-acceptor".to_owned())
+        .spawn(move || run(&listener, &service, &shared))
+}
+
+fn run<S: Service>(listener: &TcpListener, service: &Arc<S>, shared: &Arc<Shared>) {
+    let mut backoff = BACKOFF_MIN;
+    loop {
+        // Read before accepting: what the kernel has queued by the time of the stop is still taken.
+        let stopping = shared.stopping.load(Ordering::Acquire);
+        match listener.accept() {
+            Ok((socket, _)) => {
+                backoff = BACKOFF_MIN;
+                admit(socket, service, shared);
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                if stopping {
+                    return;
+                }
+                wait_for_connection(listener);
+            }
+            // The connection failed, not the listener.
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    ErrorKind::ConnectionAborted | ErrorKind::Interrupted
+                ) => {}
+            Err(error) => {
+                shared
+                    .counters
+                    .accept_errors
+                    .fetch_add(1, Ordering::Relaxed);
+                tracing::warn!(%error, ?backoff, "cannot accept a connection, waiting");
+                if stopping {
+                    return;
+                }
+                // Out of descriptors, most likely: an idle connection gives one back in a moment.
+                shared.registry.make_room(shared.clock.now_ms());
+                thread::sleep(backoff);
+                backoff = (backoff * 2).min(BACKOFF_MAX);
+            }
+        }
+    }
+}
+
+fn wait_for_connection(listener: &TcpListener) {
+    let tick = Timespec {
+        tv_sec: 0,
+        tv_nsec: i64::from(TICK.subsec_nanos()),
+    };
+    // An error (a signal) and the timeout both mean to look again: at the listener and at the stop.
+    let _ = poll(&mut [PollFd::new(listener, PollFlags::IN)], Some(&tick));
+}
+
+fn admit<S: Service>(socket: TcpStream, service: &Arc<S>, shared: &Arc<Shared>) {
+    shared.counters.accepted.fetch_add(1, Ordering::Relaxed);
+    let now_ms = shared.clock.now_ms();
+    let full = shared.registry.admitted() >= shared.limits.connections_max;
+    if full && !shared.registry.make_room(now_ms) {
+        return refuse(socket, shared);
+    }
+    // Evicted and ended connections hold a descriptor for a tick or two. Where they come faster
+    // than that, new ones wait in the kernel's queue, so that descriptors stay bounded as well.
+    while shared.registry.held() >= shared.limits.connections_max.saturating_add(ENDED_MAX) {
+        thread::sleep(BACKOFF_MIN);
+    }
+    let fd = socket.as_raw_fd();
+    let peer = match Peer::new(socket, now_ms) {
+        Ok(peer) => Arc::new(peer),
+        Err(error) => {
+            shared
+                .counters
+                .accept_errors
+                .fetch_add(1, Ordering::Relaxed);
+            tracing::warn!(%error, "cannot set up a connection");
+            return;
+        }
+    };
+    let slot = shared.registry.insert(peer.clone());
+    let guard = connection::End::new(shared.clone(), peer, slot);
+    let service = service.clone();
+    // The runtime polls a descriptor on the worker of its number; starting there saves a hop.
+    let builder = may::coroutine::Builder::new().id(usize::try_from(fd).unwrap_or(0));
+    // Without memory for a stack the runtime panics. That ends one connection (through the guard),
+    // not the acceptor.
+    let spawned = catch_unwind(AssertUnwindSafe(|| {
+        may::go!(builder, move || connection::run(guard, &*service))
+    }));
+    if !matches!(spawned, Ok(Ok(_))) {
+        shared
+            .counters
+            .accept_errors
+            .fetch_add(1, Ordering::Relaxed);
+        tracing::warn!("cannot start the coroutine of a connection");
+    }
+}
+
+/// Says `503` and closes; best effort, because nothing here may wait for a client.
+fn refuse(mut socket: TcpStream, shared: &Shared) {
+    shared.counters.refused.fetch_add(1, Ordering::Relaxed);
+    if socket.set_nonblocking(true).is_ok() {
+        // Unread input would turn the close into a reset that may overtake the answer.
+        let _ = socket.read(&mut [0; 4096]);
+        let _ = socket.write(answer::OVERLOADED);
+        let _ = socket.shutdown(Shutdown::Write);
+    }
+}
