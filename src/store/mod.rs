@@ -1,1 +1,3 @@
 //! Rows in PostgreSQL. SQL lives nowhere else.
+
+pub mod embedded;
