@@ -170,8 +170,11 @@ pub(super) fn take_over(data: &Path, patience: Duration) -> Result<(), EmbeddedE
         }
     }
     // After a reboot the number in a stale file can belong to any other process, and PostgreSQL
-    // would then refuse to start. Where every process was looked at, the file is known to be stale.
-    if cfg!(target_os = "linux") && named.is_some() {
+    // would then refuse to start. Where every process was looked at, the file is known to be
+    // stale; with a number that belongs to nobody it is left for PostgreSQL's own checks.
+    if cfg!(target_os = "linux")
+        && named.is_some_and(|pid| rustix::process::test_kill_process(pid).is_ok())
+    {
         let path = data.join("postmaster.pid");
         match std::fs::remove_file(&path) {
             Ok(()) => {}
