@@ -22,8 +22,9 @@ use super::{
 /// (plus what is written between two looks).
 const LOG_BYTES_MAX: u64 = 16 << 20;
 
-/// How often a condition is looked at again.
-const LOOK: Duration = Duration::from_millis(5);
+/// How soon a condition is looked at again, at first and at last: most servers end at once, and a
+/// look at every process is not free.
+const LOOKS: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(50));
 
 /// How long an immediate shutdown may take. The postmaster itself kills what is left after 5 s.
 const IMMEDIATE: Duration = Duration::from_secs(10);
@@ -199,6 +200,7 @@ fn ask_to_end(pid: Pid, signal: Signal) {
 
 fn wait_until(patience: Duration, mut condition: impl FnMut() -> bool) -> bool {
     let deadline = Instant::now() + patience;
+    let (mut pause, longest) = LOOKS;
     loop {
         if condition() {
             return true;
@@ -206,7 +208,8 @@ fn wait_until(patience: Duration, mut condition: impl FnMut() -> bool) -> bool {
         if Instant::now() >= deadline {
             return false;
         }
-        std::thread::sleep(LOOK);
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(longest);
     }
 }
 
