@@ -9,6 +9,7 @@
 
 pub mod batch;
 pub mod copy;
+pub mod embedded;
 mod error;
 pub mod postgres;
 pub mod schema;

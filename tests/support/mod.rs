@@ -1,0 +1,7 @@
+//! What several integration tests share.
+#![allow(
+    dead_code,
+    reason = "every test binary compiles this module and uses a part of it"
+)]
+
+pub mod postgres;
