@@ -1,5 +1,7 @@
 //! Millrace: flash-sale order intake in front of PostgreSQL.
 
+pub mod app;
+pub mod cli;
 pub mod config;
 pub mod http;
 pub mod loadgen;

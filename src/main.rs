@@ -1,4 +1,10 @@
+//! The `millrace` command.
+
+use std::process::ExitCode;
+
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-fn main() {}
+fn main() -> ExitCode {
+    millrace::cli::main()
+}

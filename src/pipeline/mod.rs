@@ -1,10 +1,13 @@
 //! The flow of an order: [`intake`] holds stock and queues, [`worker`] writes and settles,
 //! [`deadlines`] gives up what nobody claimed in time. [`ledger`] is what they share: every way in
-//! which an order in flight can end, and what memory owes for each.
+//! which an order in flight can end, and what memory owes for each. [`operator`] and [`audit`] are
+//! an operator's hands and eyes.
 
+pub mod audit;
 pub mod deadlines;
 pub mod intake;
 pub mod ledger;
+pub mod operator;
 pub mod worker;
 
 use std::sync::Arc;

@@ -1,9 +1,13 @@
-//! The data plane: one plain function from a parsed request to a response, and the engines it
-//! mounts on.
+//! The data plane, for the shop's backend: one plain function from a parsed request to a response
+//! ([`service`]), and the two engines that it mounts on ([`hardened`], [`minihttp`]).
 
+mod bridge;
 pub mod dispatcher;
 pub mod hardened;
 pub mod message;
 pub mod minihttp;
+mod orders;
+mod preference;
 pub mod runtime;
+pub mod service;
 pub mod wake;

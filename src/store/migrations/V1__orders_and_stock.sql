@@ -6,7 +6,9 @@ CREATE TABLE node (
     node                 smallint PRIMARY KEY CHECK (node BETWEEN 0 AND 63),
     epoch                bigint NOT NULL,
     ids_leased_until_ms  bigint NOT NULL,
-    started_at           timestamptz NOT NULL
+    started_at           timestamptz NOT NULL,
+    -- Set while an operator has paused every sale; kept over restarts.
+    paused               boolean NOT NULL DEFAULT false
 );
 
 -- One row a worker. Each batch moves `batch` by one in its own transaction, which makes this row

@@ -29,6 +29,8 @@ pub struct Taken {
     pub id_high_water: UnixMillis,
     /// Ids up to here are ours.
     pub ids_leased_until: UnixMillis,
+    /// Whether an operator has paused every sale.
+    pub paused: bool,
     /// Holds the advisory lock that keeps a second process away; keep it until the end.
     pub guard: Connected,
 }
@@ -50,11 +52,12 @@ impl Database {
         let doing = "taking the node over";
         let row: Option<Row> = transaction
             .query_opt(
-                "SELECT ids_leased_until_ms FROM node WHERE node = $1 FOR UPDATE",
+                "SELECT ids_leased_until_ms, paused FROM node WHERE node = $1 FOR UPDATE",
                 &[&NODE],
             )
             .await
             .map_err(StoreError::statement(doing))?;
+        let paused = row.as_ref().is_some_and(|row| row.get(1));
         let high_water = UnixMillis(row.map_or(0, |row| row.get(0)));
         let leased_until = high_water.max(UnixMillis::now()).plus_ms(ID_LEASE_MS);
         let epoch: i64 = transaction
@@ -94,6 +97,7 @@ impl Database {
             lease: NodeLease { node: NODE, epoch },
             id_high_water: high_water,
             ids_leased_until: leased_until,
+            paused,
             guard,
         })
     }
@@ -165,5 +169,23 @@ impl Database {
             found,
             ours: lease.epoch,
         })
+    }
+
+    /// Gives back, at a clean stop, what was leased beyond `used`.
+    ///
+    /// # Errors
+    /// Where the database does not answer; the next process then starts its ids a little later.
+    pub async fn return_lease(&self, lease: NodeLease, used: UnixMillis) -> Result<(), StoreError> {
+        let client = self.pooled().await?;
+        let used = used.plus_ms(1_000);
+        self.timed(
+            "giving the lease on order ids back",
+            client.execute(
+                "UPDATE node SET ids_leased_until_ms = least(ids_leased_until_ms, $3) WHERE node = $1 AND epoch = $2",
+                &[&lease.node, &lease.epoch, &used.0],
+            ),
+        )
+        .await
+        .map(|_| ())
     }
 }

@@ -98,4 +98,21 @@ impl Database {
             .await?;
         Ok(changed == 1)
     }
+
+    /// Stores whether every sale is paused.
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn set_all_paused(&self, lease: NodeLease, paused: bool) -> Result<(), StoreError> {
+        let client = self.pooled().await?;
+        self.timed(
+            "pausing every sale",
+            client.execute(
+                "UPDATE node SET paused = $2 WHERE node = $1",
+                &[&lease.node, &paused],
+            ),
+        )
+        .await
+        .map(|_| ())
+    }
 }

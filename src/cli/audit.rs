@@ -1,0 +1,114 @@
+//! `millrace audit`
+
+use std::io::Write as _;
+
+use anyhow::Context;
+use clap::Args;
+use http_body_util::{BodyExt, Empty};
+use hyper_util::rt::TokioIo;
+
+use super::{ConfigArgs, logging};
+use crate::app::open_database;
+use crate::config::Config;
+use crate::pipeline::audit::audit;
+
+#[derive(Debug, Args)]
+pub struct AuditArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Print the whole verdict as JSON on standard output.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Asks the running server, where `data_dir` names one, else audits the database alone. True:
+/// every check holds.
+pub async fn run(args: &AuditArgs) -> anyhow::Result<bool> {
+    let config = args.config.load()?;
+    logging::start(&config.log)?;
+    let verdict = match running_server(&config) {
+        Some(address) => ask(&address, config.control_plane.token.0.first()).await?,
+        None => offline(&config).await?,
+    };
+    let ok = verdict["ok"] == true;
+    // A closed pipe is the reader's choice, not a failed audit.
+    let mut out = std::io::stdout();
+    let _ = if args.json {
+        writeln!(out, "{verdict:#}")
+    } else {
+        write!(out, "{}", table(&verdict))
+    };
+    Ok(ok)
+}
+
+/// The control plane of a server that runs on this `data_dir`.
+fn running_server(config: &Config) -> Option<String> {
+    let text = std::fs::read_to_string(config.data_dir.join("addresses.json")).ok()?;
+    let addresses: serde_json::Value = serde_json::from_str(&text).ok()?;
+    let address = addresses["control_plane"].as_str()?.to_owned();
+    // A server that was killed leaves the file behind.
+    std::net::TcpStream::connect(&address)
+        .is_ok()
+        .then_some(address)
+}
+
+async fn ask(address: &str, token: Option<&String>) -> anyhow::Result<serde_json::Value> {
+    let asking = format!("asking the server at {address}");
+    let stream = tokio::net::TcpStream::connect(address)
+        .await
+        .context(asking.clone())?;
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+    let driver = tokio::spawn(connection);
+    let mut request = hyper::Request::get("/admin/v1/audit").header("host", address);
+    if let Some(token) = token {
+        request = request.header("authorization", format!("Bearer {token}"));
+    }
+    let response = sender
+        .send_request(request.body(Empty::<bytes::Bytes>::new())?)
+        .await
+        .context(asking)?;
+    let status = response.status();
+    let body = response.into_body().collect().await?.to_bytes();
+    driver.abort();
+    let body: serde_json::Value =
+        serde_json::from_slice(&body).context("the server's answer is not JSON")?;
+    if !status.is_success() {
+        anyhow::bail!(
+            "the server at {address} answered {status}: {}",
+            body["detail"].as_str().unwrap_or_default()
+        );
+    }
+    Ok(body)
+}
+
+async fn offline(config: &Config) -> anyhow::Result<serde_json::Value> {
+    let open = open_database(config).await?;
+    let verdict = audit(&open.database, None).await;
+    open.database.close();
+    if let Some(embedded) = open.embedded {
+        embedded.stop().await?;
+    }
+    Ok(serde_json::to_value(verdict?)?)
+}
+
+/// The verdict as a table for people.
+pub fn table(verdict: &serde_json::Value) -> String {
+    let mut table = comfy_table::Table::new();
+    table.load_preset(comfy_table::presets::UTF8_HORIZONTAL_ONLY);
+    table.set_header(["", "promise", "what has to hold", "found"]);
+    for check in verdict["checks"].as_array().into_iter().flatten() {
+        let text = |name: &str| check[name].as_str().unwrap_or_default().to_owned();
+        let mark = if check["ok"] == true { "ok" } else { "BROKEN" };
+        table.add_row([
+            mark.to_owned(),
+            text("promise"),
+            text("name"),
+            text("detail"),
+        ]);
+    }
+    format!(
+        "{table}\n{} orders, {} dead letters\n",
+        verdict["orders"], verdict["dead_letters"]
+    )
+}

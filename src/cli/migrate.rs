@@ -1,0 +1,42 @@
+//! `millrace migrate`
+
+use clap::Args;
+
+use super::{ConfigArgs, logging};
+use crate::app::open_database;
+use crate::store::schema;
+
+#[derive(Debug, Args)]
+pub struct MigrateArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Print the SQL on standard output and change nothing.
+    #[arg(long)]
+    print: bool,
+}
+
+/// Brings the schema up to date, whatever `database.migrate` says.
+pub async fn run(args: &MigrateArgs) -> anyhow::Result<bool> {
+    let config = args.config.load()?;
+    if args.print {
+        print!("{}", schema::print(&config.database.schema));
+        return Ok(true);
+    }
+    logging::start(&config.log)?;
+    let open = open_database(&config).await?;
+    let mut client = open.database.connect("millrace migrate").await?;
+    let applied = schema::migrate(&mut client, open.database.schema()).await;
+    drop(client);
+    open.database.close();
+    if let Some(embedded) = open.embedded {
+        embedded.stop().await?;
+    }
+    match applied? {
+        0 => eprintln!("schema {} is up to date", config.database.schema),
+        count => eprintln!(
+            "schema {}: {count} migrations applied",
+            config.database.schema
+        ),
+    }
+    Ok(true)
+}

@@ -1,0 +1,92 @@
+//! The commands. Exit codes: 0 done, 1 failed, 2 wrong usage.
+
+mod audit;
+mod config_check;
+mod logging;
+mod migrate;
+mod serve;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::Config;
+
+/// Flash-sale order intake in front of PostgreSQL: holds stock in memory, writes winners with COPY,
+/// tells every buyer the truth.
+#[derive(Debug, Parser)]
+#[command(name = "millrace", version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the service until SIGTERM or Ctrl-C, then drain.
+    Serve(ConfigArgs),
+    /// Recompute every promise from the database and compare it with the live counters.
+    Audit(audit::AuditArgs),
+    /// Bring the database schema up to date, or print its SQL.
+    Migrate(migrate::MigrateArgs),
+    /// Look at the configuration.
+    Config {
+        #[command(subcommand)]
+        command: ConfigCommand,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum ConfigCommand {
+    /// Check the configuration and the database that it names.
+    Check(config_check::CheckArgs),
+}
+
+/// Where the configuration comes from.
+#[derive(Clone, Debug, Args)]
+struct ConfigArgs {
+    /// TOML file; without it ./millrace.toml, if there is one. Every field can be overridden by an
+    /// environment variable such as MILLRACE_DATABASE__URL.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+impl ConfigArgs {
+    fn load(&self) -> anyhow::Result<Config> {
+        Ok(Config::load(self.config.as_deref())?)
+    }
+}
+
+/// Runs the command line of this process.
+pub fn main() -> ExitCode {
+    // Wrong usage ends here, with exit code 2.
+    let cli = Cli::parse();
+    let result = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .thread_name("millrace-tokio")
+        .build()
+        .context("cannot start the runtime")
+        .and_then(|runtime| runtime.block_on(run(cli)));
+    match result {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("millrace: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// True: done and well.
+async fn run(cli: Cli) -> anyhow::Result<bool> {
+    match cli.command {
+        Command::Serve(args) => serve::run(&args).await,
+        Command::Audit(args) => audit::run(&args).await,
+        Command::Migrate(args) => migrate::run(&args).await,
+        Command::Config {
+            command: ConfigCommand::Check(args),
+        } => config_check::run(&args).await,
+    }
+}
