@@ -70,7 +70,7 @@ async fn until(what: &str, condition: impl Fn() -> bool) {
 async fn a_fresh_start_makes_a_durable_private_cluster_that_answers() {
     let dir = test_dir();
     // Not the settings of tests: what a user gets.
-    let embedded = Embedded::start(EmbeddedOptions::new(dir.path().join("not/yet/there")))
+    let embedded = Embedded::start(EmbeddedOptions::new(dir.path()))
         .await
         .unwrap();
     let client = connect(&embedded.config(DATABASE)).await;
