@@ -98,15 +98,14 @@ impl Link {
             })
         };
         tokio::pin!(work);
-        let ended = tokio::select! {
+        tokio::select! {
             biased;
             result = &mut work => {
                 self.used_at = Instant::now();
                 return result;
             }
-            _ = driver.as_mut() => true,
-        };
-        debug_assert!(ended);
+            _ = driver.as_mut() => {}
+        }
         // The connection is over, but an answer that arrived before its end is still good. Without
         // the driver `work` cannot wait for more than what is already there.
         self.driver = None;
@@ -122,10 +121,9 @@ impl Link {
     async fn look(&mut self) {
         let ended = match &mut self.driver {
             None => true,
-            Some(driver) => std::future::poll_fn(|cx| {
-                Poll::Ready(driver.as_mut().poll(cx).is_ready())
-            })
-            .await,
+            Some(driver) => {
+                std::future::poll_fn(|cx| Poll::Ready(driver.as_mut().poll(cx).is_ready())).await
+            }
         };
         if ended {
             self.driver = None;
@@ -197,13 +195,8 @@ impl Getter {
 
     /// Connects if there is no open connection.
     pub(super) async fn connect(&mut self) -> std::io::Result<()> {
-        if !self.link.as_ref().is_some_and(Link::is_open) {
-            self.link = Some(
-                tokio::time::timeout(self.timeout, Link::connect(&self.address))
-                    .await
-                    .map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))??,
-            );
-        }
+        let link = self.take_or_connect().await?;
+        self.link = Some(link);
         Ok(())
     }
 
@@ -211,24 +204,29 @@ impl Getter {
     pub(super) async fn get(&mut self, path: &str) -> Result<Reply, Fault> {
         let mut last = Fault::Connect;
         for _ in 0..2 {
-            if self.connect().await.is_err() {
-                return Err(Fault::Connect);
-            }
-            let Some(link) = &mut self.link else {
-                return Err(Fault::Connect);
-            };
+            // Out of its place while in use: a call that is dropped half-way takes the connection,
+            // with the answer still to come on it, along.
+            let mut link = self.take_or_connect().await.map_err(|_| Fault::Connect)?;
             let request = get(path, self.headers.clone())?;
             match tokio::time::timeout(self.timeout, link.exchange(request)).await {
-                Ok(Ok(reply)) => return Ok(reply),
+                Ok(Ok(reply)) => {
+                    self.link = Some(link);
+                    return Ok(reply);
+                }
                 Ok(Err(Broken::Failed(fault))) => last = fault,
                 Ok(Err(Broken::Unsent(_))) => last = Fault::Closed,
-                Err(_) => {
-                    self.link = None;
-                    return Err(Fault::Timeout);
-                }
+                Err(_) => return Err(Fault::Timeout),
             }
-            self.link = None;
         }
         Err(last)
+    }
+
+    async fn take_or_connect(&mut self) -> std::io::Result<Link> {
+        match self.link.take().filter(Link::is_open) {
+            Some(link) => Ok(link),
+            None => tokio::time::timeout(self.timeout, Link::connect(&self.address))
+                .await
+                .map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))?,
+        }
     }
 }

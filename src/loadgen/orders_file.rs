@@ -43,8 +43,8 @@ pub(super) fn read(path: &Path) -> Result<Script, LoadError> {
         if raw.is_empty() {
             continue;
         }
-        let mut object: Map<String, Value> =
-            serde_json::from_slice(raw).map_err(|e| at(number, format!("not a JSON object: {e}")))?;
+        let mut object: Map<String, Value> = serde_json::from_slice(raw)
+            .map_err(|e| at(number, format!("not a JSON object: {e}")))?;
         let key = match object.remove("idempotency_key") {
             None => None,
             Some(Value::String(key))

@@ -211,8 +211,10 @@ impl Answer {
                 replayed: replayed || http_status == 200,
             };
         }
-        let code = serde_json::from_slice::<ProblemBody>(body)
-            .map_or_else(|_| CompactString::default(), |p| CompactString::from(p.code));
+        let code = serde_json::from_slice::<ProblemBody>(body).map_or_else(
+            |_| CompactString::default(),
+            |p| CompactString::from(p.code),
+        );
         let kind = match http_status {
             409 if code == "sold_out" => AnswerKind::SoldOut,
             409 => AnswerKind::Refused,
@@ -410,7 +412,11 @@ mod tests {
     use super::*;
 
     fn read(status: u16, body: &str) -> Answer {
-        Answer::read(StatusCode::from_u16(status).unwrap(), false, body.as_bytes())
+        Answer::read(
+            StatusCode::from_u16(status).unwrap(),
+            false,
+            body.as_bytes(),
+        )
     }
 
     #[test]
@@ -428,14 +434,26 @@ mod tests {
             (429, problem("rate_limited"), RateLimited, "rate_limited"),
             (503, problem("overloaded"), Unavailable, "overloaded"),
             (504, problem("timed_out"), TimedOut, "timed_out"),
-            (422, problem("idempotency_key_reused"), ClientError, "idempotency_key_reused"),
+            (
+                422,
+                problem("idempotency_key_reused"),
+                ClientError,
+                "idempotency_key_reused",
+            ),
             (500, "not json".to_owned(), ServerError, ""),
             (201, "{}".to_owned(), Transport, "bad_answer"),
             (302, String::new(), Transport, "bad_answer"),
         ] {
             let answer = read(status, &body);
-            assert_eq!((answer.kind, answer.code.as_str()), (kind, code), "{status} {body}");
-            assert_eq!(answer.order_id.is_some(), status <= 202 && kind != Transport);
+            assert_eq!(
+                (answer.kind, answer.code.as_str()),
+                (kind, code),
+                "{status} {body}"
+            );
+            assert_eq!(
+                answer.order_id.is_some(),
+                status <= 202 && kind != Transport
+            );
         }
     }
 

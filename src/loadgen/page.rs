@@ -79,9 +79,9 @@ fn escape_html(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::plan::LoadPlan;
+    use super::super::recorder::Recorder;
     use super::*;
-    use crate::loadgen::plan::LoadPlan;
-    use crate::loadgen::recorder::Recorder;
 
     #[test]
     fn no_text_can_break_out_of_the_page() {

@@ -44,7 +44,8 @@ pub struct LoadPlan {
     /// due again within [`double_click_ms_max`](Self::double_click_ms_max), so often while the
     /// first is in flight. Both count towards the rate.
     pub double_click_share: f64,
-    /// The longest pause between the two requests of a double click, in milliseconds.
+    /// The longest pause between the two requests of a double click, in milliseconds, at most
+    /// 60,000.
     pub double_click_ms_max: u64,
     /// Units in each order, 1 to 10,000.
     pub quantity: u32,
@@ -174,6 +175,9 @@ impl LoadPlan {
         }
         if !(0.0..=1.0).contains(&self.double_click_share) {
             return bad("the share of double clicks must be from 0 to 1");
+        }
+        if self.double_click_ms_max > 60_000 {
+            return bad("the pause of a double click must be at most 60000 ms");
         }
         if !(1..=10_000).contains(&self.quantity) {
             return bad("the quantity of an order must be from 1 to 10000");

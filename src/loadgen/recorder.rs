@@ -82,7 +82,8 @@ impl Recorder {
 
     /// Notes that a request was handed to its connection (or given up) at this moment.
     pub(super) fn sent(&mut self, click: &Click, now_ns: u64) {
-        self.send_lag.record(now_ns.saturating_sub(click.scheduled_ns));
+        self.send_lag
+            .record(now_ns.saturating_sub(click.scheduled_ns));
         self.double_clicks += u64::from(click.double);
         self.interval(click.scheduled_ns).offered += 1;
     }
@@ -95,7 +96,9 @@ impl Recorder {
         self.interval(now_ns).answers[place] += 1;
         if is_timed(answer) {
             self.by_kind[place].record(latency_ns);
-            self.interval(click.scheduled_ns).latencies.record(latency_ns);
+            self.interval(click.scheduled_ns)
+                .latencies
+                .record(latency_ns);
         }
         // Orders carry their status as the code, which says nothing that the kind does not.
         if answer.order_id.is_none() && !answer.code.is_empty() {
@@ -132,7 +135,8 @@ impl Recorder {
         }
         self.send_lag.add(&other.send_lag);
         if self.intervals.len() < other.intervals.len() {
-            self.intervals.resize_with(other.intervals.len(), Interval::new);
+            self.intervals
+                .resize_with(other.intervals.len(), Interval::new);
         }
         for (own, others) in self.intervals.iter_mut().zip(&other.intervals) {
             own.offered += others.offered;
@@ -184,7 +188,8 @@ impl Live {
     }
 
     pub(super) fn show_p99(&self, p99_ms: f64) {
-        self.p99_us.store((p99_ms * 1000.0) as u64, Ordering::Relaxed);
+        self.p99_us
+            .store((p99_ms * 1000.0) as u64, Ordering::Relaxed);
     }
 
     pub(super) fn sent(&self) -> u64 {

@@ -37,7 +37,7 @@ pub struct LoadReport {
     pub errors: u64,
     /// Requests due a second, on average over the schedule.
     pub offered_per_second: f64,
-    /// Answers a second, on average until the last answer.
+    /// Answers a second, on average until the schedule's end or the last answer, whichever is later.
     pub answered_per_second: f64,
     /// The most answers within any one second.
     pub peak_answered_per_second: f64,
@@ -143,7 +143,8 @@ pub struct StockSeries {
     pub sku_id: String,
     /// Its title, if it has one.
     pub title: Option<String>,
-    /// What `GET /v1/skus/{sku_id}` said, about every 100 ms.
+    /// What `GET /v1/skus/{sku_id}` said, about every 100 ms; the first, at 0, is from before the
+    /// load.
     pub samples: Vec<StockSample>,
     /// The first look that found nothing free, in milliseconds after the start.
     pub sold_out_after_ms: Option<f64>,
@@ -222,7 +223,7 @@ impl LoadReport {
             refused: count_of(AnswerKind::is_refused),
             errors: count_of(AnswerKind::is_error),
             offered_per_second: per_second(offered, scheduled_s),
-            answered_per_second: per_second(answered, elapsed_ms / 1000.0),
+            answered_per_second: per_second(answered, scheduled_s.max(elapsed_ms / 1000.0)),
             peak_answered_per_second: series.peak(|place| {
                 recorder.intervals[place].answers.iter().sum::<u64>()
                     - recorder.intervals[place].answers[AnswerKind::Transport.place()]

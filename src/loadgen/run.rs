@@ -53,25 +53,26 @@ pub async fn run_until(
     let begun = sending.begun().await?;
     let started_at = jiff::Timestamp::now();
 
-    // One look before the first click lands shows the full stock.
     let mut stop = std::pin::pin!(stop);
     let mut interrupted = false;
     let mut speed = Speedometer::default();
-    let planned = Some(schedule.seconds_expected())
-        .filter(|s| s.is_finite())
-        .map(Duration::from_secs_f64);
-    let mut tick = tokio::time::interval(TICK);
-    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    while !sending.is_finished() {
-        tokio::select! {
-            _ = tick.tick() => {}
-            () = &mut stop, if !interrupted => {
-                interrupted = true;
-                sending.common.stop.store(true, Ordering::Relaxed);
+    let planned = Duration::try_from_secs_f64(schedule.seconds_expected()).ok();
+    let watching = async {
+        while !sending.is_finished() {
+            tokio::select! {
+                () = tokio::time::sleep(TICK) => {}
+                () = &mut stop, if !interrupted => {
+                    interrupted = true;
+                    sending.common.stop.store(true, Ordering::Relaxed);
+                }
             }
+            progress.tick(&sending.snapshot(begun, planned, &schedule, &mut speed));
         }
-        stock.sample(begun).await;
-        progress.tick(&sending.snapshot(begun, planned, &schedule, &mut speed));
+    };
+    // Beside each other: a server that is slow to tell its stock must hold up no stop.
+    tokio::select! {
+        () = watching => {}
+        () = stock.keep_sampling(begun, TICK) => {}
     }
     let snapshot = Snapshot {
         phase: Phase::FollowUp,
@@ -128,8 +129,8 @@ impl Sending {
         for part in 0..count {
             let live = Arc::new(Live::default());
             let cursor = Cursor::new(Arc::clone(schedule), part, count);
-            let connections = plan.connections / count
-                + usize::from(part < plan.connections % count);
+            let connections =
+                plan.connections / count + usize::from(part < plan.connections % count);
             sending.lives.push(Arc::clone(&live));
             sending.threads.push(worker::spawn(
                 Arc::clone(&sending.common),
@@ -172,7 +173,11 @@ impl Sending {
         let mut snapshot = Snapshot {
             elapsed,
             planned,
-            phase: if over { Phase::LastAnswers } else { Phase::Load },
+            phase: if over {
+                Phase::LastAnswers
+            } else {
+                Phase::Load
+            },
             sent: self.lives.iter().map(|live| live.sent()).sum(),
             planned_requests: schedule.requests_expected(),
             answered_per_second: speed.per_second(answered),
@@ -182,7 +187,11 @@ impl Sending {
             refused: 0,
             pushed_back: 0,
             errors: 0,
-            p99_ms: self.lives.iter().map(|live| live.p99_ms()).fold(0.0, f64::max),
+            p99_ms: self
+                .lives
+                .iter()
+                .map(|live| live.p99_ms())
+                .fold(0.0, f64::max),
         };
         snapshot.count(count_of);
         snapshot
@@ -218,7 +227,12 @@ fn join_records(
     let outcomes = plan.keep_outcomes.then(|| {
         let rows = parts
             .iter_mut()
-            .map(|part| (std::mem::take(&mut part.rows), std::mem::take(&mut part.names)))
+            .map(|part| {
+                (
+                    std::mem::take(&mut part.rows),
+                    std::mem::take(&mut part.names),
+                )
+            })
             .collect();
         Outcomes::join(Arc::clone(script), rows)
     });

@@ -294,10 +294,18 @@ mod tests {
     #[test]
     fn clicks_fall_due_in_order_at_the_rate_of_the_plan() {
         let clicks = clicks(&plan());
-        assert!(clicks.windows(2).all(|w| w[0].scheduled_ns <= w[1].scheduled_ns));
+        assert!(
+            clicks
+                .windows(2)
+                .all(|w| w[0].scheduled_ns <= w[1].scheduled_ns)
+        );
         // Half a second of rise is worth a quarter of a second at the peak.
         let expected = 20_000.0 * 2.75;
-        assert!((clicks.len() as f64 / expected - 1.0).abs() < 0.02, "{}", clicks.len());
+        assert!(
+            (clicks.len() as f64 / expected - 1.0).abs() < 0.02,
+            "{}",
+            clicks.len()
+        );
         let mid = clicks
             .iter()
             .filter(|c| (1_000_000_000..2_000_000_000).contains(&c.scheduled_ns))

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use serde::Deserialize;
+use tokio::time::MissedTickBehavior;
 
 use super::client::Getter;
 use super::error::LoadError;
@@ -23,6 +24,18 @@ struct Sku {
     free: u64,
     held: u64,
     sold: u64,
+}
+
+impl Sku {
+    fn sample(&self, t_ms: f64) -> StockSample {
+        StockSample {
+            t_ms,
+            free: self.free,
+            held: self.held,
+            sold: self.sold,
+            total: self.total,
+        }
+    }
 }
 
 /// Looks at SKUs over one connection of its own.
@@ -69,8 +82,8 @@ impl StockWatch {
             match (reply.status.as_u16(), read) {
                 (200, Ok(sku_now)) => own.series.push(StockSeries {
                     sku_id: sku.clone(),
+                    samples: vec![sku_now.sample(0.0)],
                     title: sku_now.title,
-                    samples: Vec::new(),
                     sold_out_after_ms: None,
                 }),
                 (401, _) => {
@@ -97,6 +110,16 @@ impl StockWatch {
         Ok(own)
     }
 
+    /// Samples every SKU at this interval, until it is dropped.
+    pub(super) async fn keep_sampling(&mut self, start: Instant, every: Duration) {
+        let mut tick = tokio::time::interval(every);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tick.tick().await;
+            self.sample(start).await;
+        }
+    }
+
     /// Samples every SKU once. A look that fails leaves a gap, not an error: the load goes on.
     pub(super) async fn sample(&mut self, start: Instant) {
         for series in &mut self.series {
@@ -110,13 +133,7 @@ impl StockWatch {
             if sku.free == 0 && sku.total > 0 && series.sold_out_after_ms.is_none() {
                 series.sold_out_after_ms = Some(t_ms);
             }
-            series.samples.push(StockSample {
-                t_ms,
-                free: sku.free,
-                held: sku.held,
-                sold: sku.sold,
-                total: sku.total,
-            });
+            series.samples.push(sku.sample(t_ms));
         }
     }
 

@@ -1,7 +1,7 @@
 //! The result on a terminal.
 
-use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
-use comfy_table::{Cell, CellAlignment, Table};
+use comfy_table::presets::NOTHING;
+use comfy_table::{Cell, CellAlignment, Table, TableComponent};
 use indicatif::HumanCount;
 
 use super::report::{LoadReport, Percentiles};
@@ -61,24 +61,42 @@ pub fn render_table(report: &LoadReport) -> String {
             .map(|(status, count)| format!("{} {status}", HumanCount(*count)))
             .collect();
         if report.undecided.unsettled > 0 {
-            parts.push(format!("{} still open", HumanCount(report.undecided.unsettled)));
+            parts.push(format!(
+                "{} still open",
+                HumanCount(report.undecided.unsettled)
+            ));
         }
         line(
             "undecided",
-            format!("{} orders: {}", HumanCount(report.undecided.orders), parts.join(", ")),
+            format!(
+                "{} orders: {}",
+                HumanCount(report.undecided.orders),
+                parts.join(", ")
+            ),
         );
     }
 
     let mut table = Table::new();
-    table.load_preset(UTF8_HORIZONTAL_ONLY);
+    table.load_preset(NOTHING);
+    // One rule below the header is enough.
+    table.set_style(TableComponent::HeaderLines, '─');
+    table.set_style(TableComponent::MiddleHeaderIntersections, '─');
     table.set_header(
-        ["answer", "count", "share", "p50", "p90", "p99", "p99.9", "max"]
-            .into_iter()
-            .enumerate()
-            .map(|(column, name)| aligned(column, name.to_owned())),
+        [
+            "answer", "count", "share", "p50", "p90", "p99", "p99.9", "max",
+        ]
+        .into_iter()
+        .enumerate()
+        .map(|(column, name)| aligned(column, name.to_owned())),
     );
     for answer in &report.answers {
-        add(&mut table, answer.label, answer.count, answer.share, &answer.latency);
+        add(
+            &mut table,
+            answer.label,
+            answer.count,
+            answer.share,
+            &answer.latency,
+        );
     }
     if report.answers.len() != 1 {
         add(&mut table, "all", report.offered, 1.0, &report.latency.all);
@@ -97,7 +115,7 @@ pub fn render_table(report: &LoadReport) -> String {
     }
     if let Some(lag) = report.send_lag.p99_ms.filter(|&lag| lag >= 10.0) {
         text.push_str(&format!(
-            "Note: the last 1 % of requests left {lag:.0} ms or more after they were due; more connections (now {}) or more threads may help.\n",
+            "Note: the latest 1 % of requests left {lag:.0} ms or more after they were due, mostly for want of a free connection among {}.\n",
             report.plan.connections
         ));
     }

@@ -27,7 +27,11 @@ impl Target {
             url: plan.target.clone(),
             reason,
         };
-        let uri: Uri = plan.target.trim().parse().map_err(|e| bad(format!("{e}")))?;
+        let uri: Uri = plan
+            .target
+            .trim()
+            .parse()
+            .map_err(|e| bad(format!("{e}")))?;
         match uri.scheme_str() {
             Some("http") => {}
             Some(other) => return Err(bad(format!("it is {other}, not http"))),
@@ -56,7 +60,10 @@ impl Target {
         }
         let mut order_headers = get_headers.clone();
         order_headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        if let Some(prefer) = plan.prefer().and_then(|text| HeaderValue::from_str(&text).ok()) {
+        if let Some(prefer) = plan
+            .prefer()
+            .and_then(|text| HeaderValue::from_str(&text).ok())
+        {
             order_headers.insert(HeaderName::from_static("prefer"), prefer);
         }
         let orders = format!("{prefix}/v1/orders")
@@ -115,7 +122,14 @@ mod tests {
 
     #[test]
     fn only_http_urls_are_taken() {
-        for url in ["", "127.0.0.1:8080", "https://a", "ftp://a", "http://", "http://a/?b=c"] {
+        for url in [
+            "",
+            "127.0.0.1:8080",
+            "https://a",
+            "ftp://a",
+            "http://",
+            "http://a/?b=c",
+        ] {
             assert!(Target::of(&LoadPlan::new(url)).is_err(), "{url}");
         }
         let target = Target::of(&LoadPlan::new("http://[::1]:8080/shop/")).unwrap();

@@ -112,7 +112,11 @@ async fn place(State(shop): State<Arc<Shop>>, headers: HeaderMap, body: Bytes) -
         }
         _ => drop(shop.stalled.read().await),
     }
-    if shop.rules.ignored_user.is_some_and(|ignored| ignored == user) {
+    if shop
+        .rules
+        .ignored_user
+        .is_some_and(|ignored| ignored == user)
+    {
         std::future::pending::<()>().await;
     }
     let mut response = shop.decide(user, sku, seen.key);

@@ -158,11 +158,17 @@ async fn a_file_of_orders_is_replayed_as_it_stands() {
     .await;
     let seen = server.seen();
     assert_eq!(seen.len(), 3);
-    assert_eq!((seen[0].key.as_deref(), &seen[0].body[..]), (None, first.as_bytes()));
+    assert_eq!(
+        (seen[0].key.as_deref(), &seen[0].body[..]),
+        (None, first.as_bytes())
+    );
     assert_eq!(seen[1].key.as_deref(), Some("k1"));
     assert_eq!(&seen[1].body[..], br#"{"sku_id":"COLD","user_id":"b"}"#);
     assert_eq!(seen[1], seen[2]);
-    assert!(seen.iter().all(|seen| seen.prefer.as_deref() == Some("respond-async")));
+    assert!(
+        seen.iter()
+            .all(|seen| seen.prefer.as_deref() == Some("respond-async"))
+    );
     assert_eq!((report.placed, report.count(AnswerKind::Replayed)), (2, 1));
     let outcomes = report.outcomes.unwrap();
     let told = outcomes.iter().last().unwrap();
@@ -313,7 +319,12 @@ async fn a_load_that_cannot_begin_says_so_in_one_sentence() {
 #[tokio::test]
 async fn pages_and_tables_can_be_made_of_much_and_of_little() {
     let server = TestServer::start(Rules {
-        stock: vec![("IPHONE-15", 3000), ("CASE-RED", 400), ("CHARGER", 600)],
+        stock: vec![
+            ("IPHONE-15", 3000),
+            ("CASE-RED", 400),
+            ("CHARGER", 600),
+            ("LAST", 1),
+        ],
         undecided_every: Some(401),
         stall: Some((9000, Duration::from_millis(350))),
         ..rules()
@@ -341,7 +352,7 @@ async fn pages_and_tables_can_be_made_of_much_and_of_little() {
             user_prefix: "v-".to_owned(),
             ..base
         }
-        .with_sku("CHARGER", 1.0),
+        .with_sku("LAST", 1.0),
     )
     .await;
     let promise = |name: &str, ok: bool, detail: &str| Promise {
@@ -355,8 +366,16 @@ async fn pages_and_tables_can_be_made_of_much_and_of_little() {
             &much,
             vec![
                 promise("Every unit sold", true, "4,000 units, 4,000 live orders"),
-                promise("None sold twice", true, "no order_id and no key occurs twice"),
-                promise("Every answer true", true, "31,004 answers compared row by row"),
+                promise(
+                    "None sold twice",
+                    true,
+                    "no order_id and no key occurs twice",
+                ),
+                promise(
+                    "Every answer true",
+                    true,
+                    "31,004 answers compared row by row",
+                ),
                 promise("Nothing undecided", false, "2 orders could not be settled"),
             ],
         ),

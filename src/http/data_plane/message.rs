@@ -23,7 +23,9 @@ pub struct Request<'a> {
 impl<'a> Request<'a> {
     /// The path of the target, without its query.
     pub fn path(&self) -> &'a str {
-        self.target.split_once('?').map_or(self.target, |(path, _)| path)
+        self.target
+            .split_once('?')
+            .map_or(self.target, |(path, _)| path)
     }
 
     /// The query of the target, without its question mark; empty when there is none.
@@ -86,7 +88,13 @@ impl Response {
         if !self.fields.as_bytes()[start..].iter().copied().all(safe) {
             let cleaned: String = self.fields[start..]
                 .chars()
-                .map(|c| if c.is_ascii() && safe(c as u8) { c } else { '?' })
+                .map(|c| {
+                    if c.is_ascii() && safe(c as u8) {
+                        c
+                    } else {
+                        '?'
+                    }
+                })
                 .collect();
             self.fields.truncate(start);
             self.fields.push_str(&cleaned);
