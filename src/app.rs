@@ -335,6 +335,11 @@ impl Millrace {
         })
     }
 
+    /// The database behind it.
+    pub fn database(&self) -> &Database {
+        &self.database
+    }
+
     /// Waits until an internal fault stops the process from taking orders.
     pub async fn poisoned(&self) -> String {
         let mut tick = tokio::time::interval(Duration::from_millis(50));
