@@ -2,13 +2,17 @@
 //!
 //! ```text
 //! cargo build --release --example http_constant
-//! http_constant hardened 127.0.0.1:9001 &   http_constant minihttp 127.0.0.1:9002 &
+//! http_constant hardened 127.0.0.1:9001 &   http_constant stock 127.0.0.1:9002 &
 //! wrk -t1 -c64 -d5 http://127.0.0.1:9001/   # alternating with 9002
 //! ```
+//!
+//! `minihttp` is that engine behind our `Service`, `stock` the engine alone, without even looking
+//! at the request.
 
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 
+use may_minihttp::{HttpServer, HttpService};
 use millrace::http::data_plane::hardened::{self, Limits};
 use millrace::http::data_plane::message::{Request, Response, Service};
 use millrace::http::data_plane::{minihttp, runtime};
@@ -19,6 +23,21 @@ impl Service for Constant {
     fn call(&self, _: &Request<'_>, response: &mut Response) {
         response.header("Content-Type", "text/plain");
         response.body_mut().extend_from_slice(b"Hello, World!");
+    }
+}
+
+#[derive(Clone)]
+struct Stock;
+
+impl HttpService for Stock {
+    fn call(
+        &mut self,
+        _: may_minihttp::Request<'_, '_, '_>,
+        response: &mut may_minihttp::Response<'_>,
+    ) -> std::io::Result<()> {
+        response.header("Content-Type: text/plain");
+        response.body("Hello, World!");
+        Ok(())
     }
 }
 
@@ -43,7 +62,10 @@ fn main() -> anyhow::Result<()> {
             // It ends only by a panic of the engine.
             let _ = handle.join();
         }
-        _ => anyhow::bail!("usage: http_constant hardened|minihttp ADDRESS"),
+        "stock" => {
+            let _ = HttpServer(Stock).start(address)?.join();
+        }
+        _ => anyhow::bail!("usage: http_constant hardened|minihttp|stock ADDRESS"),
     }
     Ok(())
 }
