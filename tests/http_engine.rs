@@ -606,7 +606,9 @@ fn a_full_server_makes_room_where_nothing_is_being_served() {
     eventually("two are parked", || service.parked() == 2);
     assert_eq!(read_to_end(&mut partial), "");
     assert_eq!(read_to_end(&mut idle), "");
-    assert_eq!(counters.closed(CloseReason::Evicted), 2);
+    eventually("both are counted", || {
+        counters.closed(CloseReason::Evicted) == 2
+    });
     // Everyone is being served now.
     let refused = answers(&read_to_end(&mut connect(server.local_addr())));
     assert_eq!(
@@ -686,14 +688,14 @@ fn connections_that_come_and_go_leave_nothing_behind() {
             });
         }
     });
-    eventually("every connection has ended", || {
-        server.counters().open.load(Ordering::Acquire) == 0
+    // The last ones may still be in the kernel's queue.
+    eventually("every connection has come and ended", || {
+        let ended: u64 = CloseReason::ALL
+            .into_iter()
+            .map(|reason| server.counters().closed(reason))
+            .sum();
+        ended == 1000 && server.counters().open.load(Ordering::Acquire) == 0
     });
-    let ended: u64 = CloseReason::ALL
-        .into_iter()
-        .map(|reason| server.counters().closed(reason))
-        .sum();
-    assert_eq!(ended, 1000);
     assert_eq!(server.counters().accepted.load(Ordering::Relaxed), 1000);
     // Other tests of this process come and go meanwhile, a few descriptors each.
     eventually("descriptors are given back", || {
