@@ -7,7 +7,7 @@ use super::framing::FramingError;
 pub(super) const OVERLOADED: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\n\
     Content-Type: application/problem+json\r\n\
     Retry-After: 1\r\n\
-    Content-Length: 134\r\n\
+    Content-Length: 136\r\n\
     Connection: close\r\n\
     \r\n\
     {\"type\":\"about:blank\",\"title\":\"Service Unavailable\",\"status\":503,\
