@@ -30,10 +30,11 @@ use std::task::Waker;
 use may::coroutine::JoinHandle;
 use may_minihttp::{HttpService, HttpServiceFactory};
 
+use super::hardened::Limits;
 use super::hardened::framing::BATCH_PATH;
-use super::hardened::{Limits, reason_phrase};
 use super::message::{Request, Response, Service};
 use super::wake::CoroutineWaker;
+use crate::http::problem::{Problem, reason};
 
 /// Fields in one request or response, by the engine.
 const HEADERS_MAX: usize = 16;
@@ -114,7 +115,7 @@ impl<S: Service> HttpService for Mounted<S> {
             refusal.write_to(&mut self.response);
         }
         let status = self.response.status();
-        out.status_code(usize::from(status), reason_phrase(status));
+        out.status_code(usize::from(status), reason(status));
         for line in self
             .response
             .fields()
@@ -237,7 +238,8 @@ impl Refusal {
             Self::Truncated => (400, "bad_request", "the request body was cut off"),
             Self::Defect => (500, "internal", "a defect of the server"),
         };
-        super::hardened::problem(status, code, detail, response);
+        response.clear();
+        Problem::new(status, code, detail).write_to(response);
     }
 }
 
