@@ -357,6 +357,11 @@ impl Millrace {
         })
     }
 
+    /// The in-memory state.
+    pub fn ledger(&self) -> &Arc<Ledger> {
+        &self.ledger
+    }
+
     /// The database behind it.
     pub fn database(&self) -> &Database {
         &self.database
