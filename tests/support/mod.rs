@@ -5,3 +5,5 @@
 )]
 
 pub mod postgres;
+pub mod proxy;
+pub mod sale;
