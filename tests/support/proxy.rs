@@ -6,6 +6,7 @@
 
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use bytes::{Bytes, BytesMut};
@@ -28,6 +29,19 @@ struct Shared {
     socket: PathBuf,
     cut: Mutex<Option<Cut>>,
     frozen: watch::Sender<bool>,
+    /// Close the door with the next cut.
+    last: AtomicBool,
+    closed: AtomicBool,
+}
+
+impl Shared {
+    fn take_cut(&self) -> Option<Cut> {
+        let cut = self.cut.lock().unwrap().take();
+        if cut.is_some() && self.last.load(Ordering::SeqCst) {
+            self.closed.store(true, Ordering::SeqCst);
+        }
+        cut
+    }
 }
 
 /// A running proxy; dropping it closes its door.
@@ -49,6 +63,8 @@ impl Proxy {
             socket: directory.join(".s.PGSQL.5432"),
             cut: Mutex::new(None),
             frozen: watch::Sender::new(false),
+            last: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
         });
         let door = tokio::spawn({
             let shared = Arc::clone(&shared);
@@ -77,6 +93,17 @@ impl Proxy {
         *self.shared.cut.lock().unwrap() = Some(cut);
     }
 
+    /// Cuts the next connection that commits, and lets nobody in afterwards.
+    pub fn cut_and_close(&self, cut: Cut) {
+        self.shared.last.store(true, Ordering::SeqCst);
+        self.cut(cut);
+    }
+
+    /// Lets nobody in any more.
+    pub fn close(&self) {
+        self.shared.closed.store(true, Ordering::SeqCst);
+    }
+
     /// Whether the last [`Proxy::cut`] has happened.
     pub fn has_cut(&self) -> bool {
         self.shared.cut.lock().unwrap().is_none()
@@ -96,6 +123,9 @@ impl Drop for Proxy {
 }
 
 async fn relay(client: TcpStream, shared: Arc<Shared>) {
+    if shared.closed.load(Ordering::SeqCst) {
+        return;
+    }
     let Ok(server) = UnixStream::connect(&shared.socket).await else {
         return;
     };
@@ -118,7 +148,7 @@ async fn relay(client: TcpStream, shared: Arc<Shared>) {
         }
         while let Some(message) = next_message(&mut asked, started) {
             if started && &message[..] == b"Q\0\0\0\x0bCOMMIT\0" {
-                match shared.cut.lock().unwrap().take() {
+                match shared.take_cut() {
                     Some(Cut::BeforeCommit) => return,
                     Some(Cut::AfterCommit) => swallow = true,
                     None => {}

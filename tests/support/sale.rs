@@ -136,6 +136,11 @@ impl Sale {
             .collect()
     }
 
+    /// After the server was started again.
+    pub async fn reconnect(&mut self) {
+        self.admin = admin(&self.config).await;
+    }
+
     /// One more connection, for a session that holds locks.
     pub async fn session(&self) -> tokio_postgres::Client {
         admin(&self.config).await
