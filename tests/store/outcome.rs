@@ -9,7 +9,7 @@ use rand::Rng;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::support::proxy::{Cut, Proxy};
-use crate::support::sale::{STEP, Sale, count, orders, refs};
+use crate::support::sale::{STEP, Sale, count, order, orders, refs};
 
 const BACKENDS: &str = "SELECT pid FROM pg_stat_activity
     WHERE datname = current_database() AND application_name = 'millrace worker 0/0'";
@@ -79,22 +79,68 @@ async fn a_commit_that_never_arrived_is_written_by_the_retry() {
 }
 
 #[tokio::test]
-async fn a_write_that_is_given_up_half_way_is_not_written_twice() {
+async fn a_commit_that_is_answered_by_silence_is_found_and_not_written_twice() {
     let sale = Sale::open(1).await;
-    let sku = sale.sku("A", 100_000).await;
-    let mut writer = sale.writer(0);
-    let batch = orders(&sku, 1);
-    writer.write(&refs(&batch)).await.unwrap();
-    for round in 0..30 * count("MILLRACE_ROUNDS", 1) {
-        let batch = orders(&sku, 1);
-        let patience = Duration::from_micros(rand::rng().random_range(100..4_000));
-        let given_up = tokio::time::timeout(patience, writer.write(&refs(&batch))).await;
-        if !matches!(given_up, Ok(Ok(()))) {
-            persist(&mut writer, &batch).await;
+    let sku = sale.sku("A", 100).await;
+    let proxy = Proxy::start(&sale.config).await;
+    let database = sale.through(&proxy, Duration::from_millis(500));
+    let mut writer = BatchWriter::new(database, sale.lease(), 0);
+    for (round, give_up) in [(1, false), (2, true)] {
+        let batch = orders(&sku, 3);
+        proxy.cut(Cut::SilentAfterCommit);
+        if give_up {
+            // The caller loses patience first: the call is dropped half-way.
+            let batch = refs(&batch);
+            let mut write = std::pin::pin!(writer.write(&batch));
+            let deadline = Instant::now() + Duration::from_secs(10);
+            while !proxy.has_cut() {
+                assert!(Instant::now() < deadline);
+                let step = tokio::time::timeout(Duration::from_millis(1), write.as_mut());
+                assert!(step.await.is_err(), "it was answered");
+            }
+        } else {
+            let silence = writer.write(&refs(&batch)).await;
+            assert!(
+                matches!(silence, Err(WriteError::Retry(StoreError::Timeout { .. }))),
+                "{silence:?}"
+            );
         }
-        assert_eq!(sale.rows().await, round as i64 + 2);
+        assert!(writer.outcome_unknown());
+        sale.until(&format!("SELECT count(*) = {} FROM orders", 3 * round))
+            .await;
+        persist(&mut writer, &batch).await;
+        assert_eq!(sale.rows().await, 3 * round);
     }
     sale.assert_audit(None).await;
+}
+
+#[tokio::test]
+async fn a_dead_letter_that_meets_silence_has_a_deadline() {
+    let sale = Sale::open(1).await;
+    let sku = sale.sku("A", 100).await;
+    let proxy = Proxy::start(&sale.config).await;
+    let database = sale.through(&proxy, Duration::from_millis(300));
+    let mut writer = BatchWriter::new(database, sale.lease(), 0);
+    let [first, second] = [order(&sku, 1), order(&sku, 1)];
+    // The pool has a connection from now on.
+    writer
+        .write_dead_letter(&first, "23514", "x")
+        .await
+        .unwrap();
+    proxy.freeze(true);
+    let started = Instant::now();
+    let silence = writer.write_dead_letter(&second, "23514", "x").await;
+    assert!(
+        matches!(silence, Err(StoreError::Timeout { .. })),
+        "{silence:?}"
+    );
+    assert!(started.elapsed() < Duration::from_secs(5));
+    proxy.freeze(false);
+    writer
+        .write_dead_letter(&second, "23514", "x")
+        .await
+        .unwrap();
+    assert_eq!(sale.number("SELECT count(*) FROM dead_letters").await, 2);
 }
 
 #[tokio::test]

@@ -23,6 +23,8 @@ pub enum Cut {
     BeforeCommit,
     /// The server has committed, and nobody hears of it.
     AfterCommit,
+    /// The same, but the connection stays open and silent.
+    SilentAfterCommit,
 }
 
 struct Shared {
@@ -133,7 +135,7 @@ async fn relay(client: TcpStream, shared: Arc<Shared>) {
     let (mut server_read, mut server_write) = server.into_split();
     let (mut asked, mut answered) = (BytesMut::new(), BytesMut::new());
     let mut frozen = shared.frozen.subscribe();
-    let (mut started, mut swallow) = (false, false);
+    let (mut started, mut swallow) = (false, None);
     loop {
         if frozen.wait_for(|frozen| !frozen).await.is_err() {
             return;
@@ -150,7 +152,7 @@ async fn relay(client: TcpStream, shared: Arc<Shared>) {
             if started && &message[..] == b"Q\0\0\0\x0bCOMMIT\0" {
                 match shared.take_cut() {
                     Some(Cut::BeforeCommit) => return,
-                    Some(Cut::AfterCommit) => swallow = true,
+                    Some(cut) => swallow = Some(cut),
                     None => {}
                 }
             }
@@ -160,7 +162,13 @@ async fn relay(client: TcpStream, shared: Arc<Shared>) {
             }
         }
         while let Some(message) = next_message(&mut answered, true) {
-            if swallow && &message[..] == b"C\0\0\0\x0bCOMMIT\0" {
+            if let Some(cut) = swallow
+                && &message[..] == b"C\0\0\0\x0bCOMMIT\0"
+            {
+                if cut == Cut::SilentAfterCommit {
+                    // Until the client hangs up.
+                    while matches!(client_read.read_buf(&mut asked).await, Ok(1..)) {}
+                }
                 return;
             }
             if client_write.write_all(&message).await.is_err() {
