@@ -4,6 +4,8 @@
     reason = "every test binary compiles this module and uses a part of it"
 )]
 
+pub mod http;
 pub mod postgres;
 pub mod proxy;
 pub mod sale;
+pub mod server;

@@ -29,7 +29,7 @@ const SHELF: [(&str, &str, i64, f64, f64); 4] = [
 #[derive(Debug, Args)]
 pub struct DemoArgs {
     /// Units on sale, over all SKUs; at least 20.
-    #[arg(long, value_name = "N", default_value_t = 4_000, value_parser = clap::value_parser!(u32).range(20..=10_000_000))]
+    #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(20..=10_000_000))]
     stock: u32,
     /// Clicks a second at the peak, double clicks included.
     #[arg(long, value_name = "N", default_value_t = 12_000, value_parser = clap::value_parser!(u32).range(10..=200_000))]

@@ -24,6 +24,8 @@ struct Heard {
     settled_as_none: bool,
     /// No answer came, so the buyer knows nothing.
     in_the_dark: bool,
+    /// Told to come back later, for want of room or time.
+    turned_away: bool,
 }
 
 impl Heard {
@@ -37,12 +39,10 @@ impl Heard {
                 Some(_) => self.name(told.order_id),
                 None => self.unsettled = true,
             },
-            AnswerKind::SoldOut
-            | AnswerKind::Refused
-            | AnswerKind::RateLimited
-            | AnswerKind::Unavailable
-            | AnswerKind::TimedOut
-            | AnswerKind::ClientError => {}
+            AnswerKind::RateLimited | AnswerKind::Unavailable | AnswerKind::TimedOut => {
+                self.turned_away = true;
+            }
+            AnswerKind::SoldOut | AnswerKind::Refused | AnswerKind::ClientError => {}
             AnswerKind::ServerError | AnswerKind::Transport => self.in_the_dark = true,
         }
     }
@@ -107,12 +107,7 @@ pub async fn judge(
     let settled_as_none = count(|told| told.settled_as_none && told.placed.is_some());
     let unsettled = count(|told| told.unsettled);
 
-    let unsold: u64 = report
-        .stock
-        .iter()
-        .filter_map(|sku| sku.samples.last())
-        .map(|last| last.free)
-        .sum();
+    let unsold = unsold(report, &heard, &found);
     let oversold = audit["skus"]
         .as_array()
         .into_iter()
@@ -129,9 +124,11 @@ pub async fn judge(
     };
     Ok(vec![
         promise(
-            "Every unit was sold, and none twice",
+            "Every unit that was wanted was sold, and none twice",
             unsold == 0 && oversold == 0,
-            format!("{rows} orders of one unit; {unsold} units unsold, {oversold} SKUs oversold"),
+            format!(
+                "{rows} orders of one unit; {unsold} units withheld from buyers who wanted them, {oversold} SKUs oversold"
+            ),
         ),
         promise(
             "Every buyer who was told yes has exactly that order",
@@ -180,6 +177,31 @@ pub async fn judge(
             audit_detail(audit),
         ),
     ])
+}
+
+/// Units that are still free although somebody who wanted one was told that there were none.
+fn unsold(
+    report: &LoadReport,
+    heard: &HashMap<Buyer, Heard>,
+    found: &HashMap<Buyer, u64>,
+) -> usize {
+    let stock = report
+        .stock
+        .iter()
+        .filter_map(|sku| Some((sku, sku.samples.first()?)));
+    stock
+        .map(|(sku, before)| {
+            let of_sku = |buyer: &&Buyer| buyer.1 == sku.sku_id;
+            let wanted = heard.keys().filter(of_sku).count();
+            let bought = found.keys().filter(of_sku).count();
+            let turned_away = heard
+                .iter()
+                .filter(|(buyer, told)| of_sku(buyer) && (told.turned_away || told.in_the_dark))
+                .count();
+            let could = wanted.min(usize::try_from(before.free).unwrap_or(usize::MAX));
+            could.saturating_sub(bought + turned_away)
+        })
+        .sum()
 }
 
 fn audit_detail(audit: &Value) -> String {
