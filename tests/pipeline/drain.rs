@@ -114,7 +114,7 @@ async fn a_batch_that_was_never_sent_is_given_back_also_on_a_broken_connection()
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_batch_of_unknown_outcome_stays_undecided_at_the_cut() {
-    for (cut, rows) in [(Cut::BeforeCommit, 0), (Cut::AfterCommit, 20)] {
+    for (cut, rows) in [(Cut::Before, 0), (Cut::After, 20)] {
         let (mut line, placed) = filled(50).await;
         let proxy = Proxy::start(&line.sale.config).await;
         proxy.cut_and_close(cut);

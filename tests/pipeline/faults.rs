@@ -149,7 +149,7 @@ async fn a_dead_letter_that_cannot_be_stored_is_tried_again() {
     let second = {
         let mut second = crate::line::request("bad", "A", 1, LONG);
         second.key = None;
-        match line.intake.admit(second, None).unwrap() {
+        match line.intake.admit(&second, None).unwrap() {
             millrace::pipeline::intake::Admission::Placed(pending) => pending,
             duplicate => panic!("{duplicate:?}"),
         }

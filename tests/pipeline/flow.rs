@@ -45,7 +45,7 @@ async fn every_order_placed_by_many_at_once_becomes_one_row() {
                     match line.place(&user, sku, units, LONG) {
                         Ok(pending) => {
                             // A double click finds the order that is there.
-                            let again = line.intake.admit(request(&user, sku, units, LONG), None);
+                            let again = line.intake.admit(&request(&user, sku, units, LONG), None);
                             assert!(
                                 matches!(&again, Ok(Admission::Duplicate { id, .. }) if *id == pending.order.id),
                                 "{again:?}"
@@ -112,7 +112,7 @@ async fn one_bad_row_among_thousands_is_a_dead_letter_and_its_neighbours_are_wri
     assert!(line.metrics.batches.get() <= 26);
 
     // The key is taken, the limit is not.
-    let again = line.intake.admit(request("u-3141", "A", 1, LONG), None);
+    let again = line.intake.admit(&request("u-3141", "A", 1, LONG), None);
     assert!(
         matches!(&again, Ok(Admission::Duplicate { id, .. }) if *id == placed[3_141].order.id),
         "{again:?}"
@@ -121,7 +121,7 @@ async fn one_bad_row_among_thousands_is_a_dead_letter_and_its_neighbours_are_wri
     let fresh = |user| {
         let mut fresh = request(user, "A", 1, LONG);
         fresh.key = Some(IdempotencyKey::new("another").unwrap());
-        line.intake.admit(fresh, None)
+        line.intake.admit(&fresh, None)
     };
     let Ok(Admission::Placed(second)) = fresh("u-3141") else {
         panic!("it is the buyer's only live order");

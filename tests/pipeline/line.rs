@@ -105,7 +105,7 @@ impl Line {
         units: u32,
         wait: Duration,
     ) -> Result<Arc<PendingOrder>, Refusal> {
-        match self.intake.admit(request(user, sku, units, wait), None)? {
+        match self.intake.admit(&request(user, sku, units, wait), None)? {
             Admission::Placed(pending) => Ok(pending),
             Admission::Duplicate { id, .. } => panic!("{user} has order {id} already"),
         }

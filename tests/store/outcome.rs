@@ -44,7 +44,7 @@ async fn a_commit_that_nobody_heard_of_is_found_and_not_written_twice() {
         }
         let before = sale.rows().await;
         let batch = orders(&sku, 3);
-        proxy.cut(Cut::AfterCommit);
+        proxy.cut(Cut::After);
         let lost = writer.write(&refs(&batch)).await;
         assert!(matches!(lost, Err(WriteError::Retry(_))), "{lost:?}");
         assert!(proxy.has_cut() && writer.outcome_unknown());
@@ -68,7 +68,7 @@ async fn a_commit_that_never_arrived_is_written_by_the_retry() {
     let mut writer = BatchWriter::new(sale.through(&proxy, STEP), sale.lease(), 0);
     for round in 1..=3 {
         let batch = orders(&sku, 3);
-        proxy.cut(Cut::BeforeCommit);
+        proxy.cut(Cut::Before);
         let lost = writer.write(&refs(&batch)).await;
         assert!(matches!(lost, Err(WriteError::Retry(_))), "{lost:?}");
         assert!(proxy.has_cut() && writer.outcome_unknown());
@@ -87,7 +87,7 @@ async fn a_commit_that_is_answered_by_silence_is_found_and_not_written_twice() {
     let mut writer = BatchWriter::new(database, sale.lease(), 0);
     for (round, give_up) in [(1, false), (2, true)] {
         let batch = orders(&sku, 3);
-        proxy.cut(Cut::SilentAfterCommit);
+        proxy.cut(Cut::AfterInSilence);
         if give_up {
             // The caller loses patience first: the call is dropped half-way.
             let batch = refs(&batch);

@@ -20,11 +20,11 @@ use tokio_postgres::config::Host;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cut {
     /// The COMMIT never reaches the server.
-    BeforeCommit,
+    Before,
     /// The server has committed, and nobody hears of it.
-    AfterCommit,
+    After,
     /// The same, but the connection stays open and silent.
-    SilentAfterCommit,
+    AfterInSilence,
 }
 
 struct Shared {
@@ -151,7 +151,7 @@ async fn relay(client: TcpStream, shared: Arc<Shared>) {
         while let Some(message) = next_message(&mut asked, started) {
             if started && &message[..] == b"Q\0\0\0\x0bCOMMIT\0" {
                 match shared.take_cut() {
-                    Some(Cut::BeforeCommit) => return,
+                    Some(Cut::Before) => return,
                     Some(cut) => swallow = Some(cut),
                     None => {}
                 }
@@ -165,7 +165,7 @@ async fn relay(client: TcpStream, shared: Arc<Shared>) {
             if let Some(cut) = swallow
                 && &message[..] == b"C\0\0\0\x0bCOMMIT\0"
             {
-                if cut == Cut::SilentAfterCommit {
+                if cut == Cut::AfterInSilence {
                     // Until the client hangs up.
                     while matches!(client_read.read_buf(&mut asked).await, Ok(1..)) {}
                 }
