@@ -43,6 +43,26 @@ pub fn print(schema: &str) -> String {
 /// where the schema belongs to a newer release.
 pub async fn migrate(client: &mut Client, schema: &str) -> Result<usize, StoreError> {
     check_encoding(client).await?;
+    // Two processes that start together: the second finds the work done.
+    let turn = format!("millrace migrate:{schema}");
+    client
+        .execute("SELECT pg_advisory_lock(hashtextextended($1, 0))", &[&turn])
+        .await
+        .map_err(StoreError::statement(
+            "waiting for another process that migrates",
+        ))?;
+    let migrated = migrate_alone(client, schema).await;
+    // Its failure would be that of the connection, and then the lock is gone too.
+    let _ = client
+        .execute(
+            "SELECT pg_advisory_unlock(hashtextextended($1, 0))",
+            &[&turn],
+        )
+        .await;
+    migrated
+}
+
+async fn migrate_alone(client: &mut Client, schema: &str) -> Result<usize, StoreError> {
     let relations: i64 = client
         .query_one(
             "SELECT count(*) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace

@@ -107,7 +107,7 @@ async fn a_network_that_stalls_around_the_timeout_makes_no_order_refused_and_wri
             proxy.freeze(true);
             tokio::time::sleep(delay()).await;
             proxy.freeze(false);
-            tokio::time::sleep(delay() / 4).await;
+            tokio::time::sleep(delay()).await;
         }
     };
     let (placed, ()) = tokio::join!(buy(&line, "u", &["A", "B"], after(length)), disturb);

@@ -54,6 +54,23 @@ async fn migrating_twice_does_nothing_and_everything_lives_in_the_schema() {
     assert_eq!(published, ["dead_letters", "orders", "sku"]);
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn processes_that_migrate_together_do_it_once() {
+    let test = TestDatabase::create().await;
+    let mut processes = Vec::new();
+    for _ in 0..4 {
+        let (_, mut client) = at(test.config(), "shop").await;
+        processes.push(tokio::spawn(async move {
+            schema::migrate(&mut client, "shop").await
+        }));
+    }
+    let mut applied = 0;
+    for process in processes {
+        applied += usize::from(process.await.unwrap().unwrap() > 0);
+    }
+    assert_eq!(applied, 1);
+}
+
 #[tokio::test]
 async fn a_schema_of_another_release_is_told_from_ours() {
     let sale = Sale::open(1).await;
