@@ -166,7 +166,7 @@ async fn backends_terminated_at_random_lose_and_double_nothing() {
     let session = sale.session().await;
     let terminator = tokio::spawn(async move {
         loop {
-            let wait = rand::rng().random_range(0..20_000);
+            let wait = rand::rng().random_range(0..60_000);
             tokio::time::sleep(Duration::from_micros(wait)).await;
             let statement = format!("SELECT pg_terminate_backend(pid) FROM ({BACKENDS}) b");
             session.batch_execute(&statement).await.unwrap();
@@ -174,7 +174,7 @@ async fn backends_terminated_at_random_lose_and_double_nothing() {
     });
     let mut written = 0;
     let mut retries = 0;
-    for at in 0..60 * count("MILLRACE_ROUNDS", 1) as usize {
+    for at in 0..150 * count("MILLRACE_ROUNDS", 1) as usize {
         let batch = orders(&sku, 1 + at % 50);
         retries += persist(&mut writer, &batch).await;
         written += batch.len() as i64;
@@ -209,7 +209,7 @@ impl Drop for Stopped {
 async fn a_stalled_backend_is_terminated_before_its_batch_is_written_again() {
     let sale = Sale::open(1).await;
     let sku = sale.sku("A", 100).await;
-    let database = sale.with_step(Duration::from_millis(600));
+    let database = sale.with_step(Duration::from_millis(1_200));
     let mut writer = BatchWriter::new(database, sale.lease(), 0);
     writer.write(&refs(&orders(&sku, 1))).await.unwrap();
     let backend = sale.number("SELECT pid::int8 FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'millrace worker 0/0'").await;
@@ -260,7 +260,7 @@ async fn a_stalled_backend_is_terminated_before_its_batch_is_written_again() {
 async fn backends_stopped_at_random_lose_and_double_nothing() {
     let sale = Sale::open(1).await;
     let sku = sale.sku("A", 1_000_000).await;
-    let database = sale.with_step(Duration::from_millis(200));
+    let database = sale.with_step(Duration::from_millis(300));
     let mut writer = BatchWriter::new(database, sale.lease(), 0);
     let (mut written, mut retries) = (0, 0);
     for _ in 0..5 * count("MILLRACE_ROUNDS", 1) {
@@ -299,7 +299,7 @@ async fn a_network_that_delivers_late_doubles_nothing() {
     let sale = Sale::open(1).await;
     let sku = sale.sku("A", 1_000_000).await;
     let proxy = Proxy::start(&sale.config).await;
-    let database = sale.through(&proxy, Duration::from_millis(150));
+    let database = sale.through(&proxy, Duration::from_millis(250));
     let mut writer = BatchWriter::new(database, sale.lease(), 0);
     let (mut written, mut retries) = (0, 0);
     for _ in 0..6 * count("MILLRACE_ROUNDS", 1) {
