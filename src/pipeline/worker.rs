@@ -142,8 +142,16 @@ impl Worker {
 
     /// Writes and settles every order in `batch`, or parks it.
     async fn write(&mut self, batch: Batch) -> Result<(), WorkerError> {
-        // A stack of parts, the oldest orders on top.
-        let mut parts = vec![batch];
+        // A stack of parts, the oldest orders on top. What was parked may be more than one batch.
+        let mut parts = Vec::new();
+        let mut rest = batch;
+        while rest.len() > self.rows_max {
+            let newer = rest.split_off(self.rows_max);
+            parts.push(rest);
+            rest = newer;
+        }
+        parts.push(rest);
+        parts.reverse();
         while let Some(mut part) = parts.pop() {
             if part.is_empty() {
                 continue;

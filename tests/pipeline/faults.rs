@@ -19,10 +19,11 @@ async fn faulty() -> Line {
     }
     let database = sale.database.clone();
     let mut line = Line::open(sale, 1_024).await;
+    let rows_max = 8;
     line.sale
         .sql("UPDATE sku SET total = 0 WHERE sku_id IN ('A', 'C')")
         .await;
-    line.start_worker(database, 100);
+    line.start_worker(database, rows_max);
     line
 }
 
@@ -50,11 +51,17 @@ async fn a_refused_counter_pauses_its_sale_and_no_other_until_it_is_mended() {
     placed.push(last);
     assert!(line.ledger.poison.reason().is_none());
 
+    let batches = line.metrics.batches.get();
     line.sale.sql("UPDATE sku SET total = 100").await;
     let states = outcomes(&placed).await;
     assert_eq!(tally(&states, SlotState::Persisted), placed.len());
     until("A is sold again", || !line.sku("A").is_faulted()).await;
     assert_eq!(line.metrics.orders_parked.get(), 0);
+    assert_eq!(
+        line.metrics.batches.get() - batches,
+        2,
+        "ten orders, eight at once"
+    );
     placed.push(line.place("a-late", "A", 1, LONG).unwrap());
     outcomes(&placed).await;
     line.check(&placed).await;
