@@ -14,6 +14,8 @@ use std::task::Waker;
 use std::time::{Duration, Instant};
 
 use super::ledger::Ledger;
+use super::rate_limit::RateLimits;
+use crate::config::RateLimit;
 use crate::order::{
     IdempotencyKey, KeyHash, Order, OrderId, PayloadHash, Quantity, Refusal, SkuId, UnixMillis,
     UserId,
@@ -64,6 +66,7 @@ const DRAINING: u8 = 2;
 pub struct Intake {
     ledger: Arc<Ledger>,
     queue: Arc<dyn OrderQueue>,
+    rate_limits: RateLimits,
     payment_ttl_ms: u64,
     gate: AtomicU8,
 }
@@ -74,9 +77,21 @@ impl Intake {
         Intake {
             ledger,
             queue,
+            rate_limits: RateLimits::new(&RateLimit::default()),
             payment_ttl_ms,
             gate: AtomicU8::new(NOT_READY),
         }
+    }
+
+    /// The same with rate limits.
+    pub fn with_rate_limits(mut self, config: &RateLimit) -> Self {
+        self.rate_limits = RateLimits::new(config);
+        self
+    }
+
+    /// Forgets what rate limits need no longer remember.
+    pub fn forget_idle(&self) {
+        self.rate_limits.forget_idle();
     }
 
     /// Lets orders in.
@@ -114,6 +129,7 @@ impl Intake {
         waker: Option<&Waker>,
     ) -> Result<Admission, Refusal> {
         self.check_open()?;
+        self.rate_limits.check(&request.user_id)?;
         let sku = self
             .ledger
             .catalogue
@@ -153,24 +169,39 @@ impl Intake {
             id,
             pending: self.ledger.pending.get(id),
         };
+        let told_before = || match key {
+            Some(key) => self.ledger.refusals.check(&request.user_id, key, payload),
+            None => Ok(()),
+        };
+        let refuse = |refusal: Refusal| {
+            let refusal = told_before().err().unwrap_or(refusal);
+            if let Some(key) = key.filter(|_| refusal.is_sticky()) {
+                self.ledger
+                    .refusals
+                    .remember(&request.user_id, key, payload, refusal);
+            }
+            refusal
+        };
+        let buyers = &self.ledger.buyers;
         let (limit, available) = (terms.per_user_limit, sku.counter().free());
         if available < request.quantity.get() {
-            // Most of a sale is this: it costs one look at the buyer's record and writes nothing.
-            let earlier = self
-                .ledger
-                .buyers
-                .look(&request.user_id, &remembered, limit, window)?;
-            return earlier.map(duplicate).ok_or(Refusal::SoldOut { available });
+            // Most of a sale is this: it costs a look at the buyer's record and no write to it.
+            let earlier = buyers
+                .look(&request.user_id, &remembered, limit, window)
+                .map_err(refuse)?;
+            return earlier
+                .map(duplicate)
+                .ok_or_else(|| refuse(Refusal::SoldOut { available }));
         }
-        let claim = match self
-            .ledger
-            .buyers
-            .claim(&request.user_id, remembered, limit, window)?
+        let claim = match buyers
+            .claim(&request.user_id, remembered, limit, window)
+            .map_err(refuse)?
         {
             Claimed::Fresh(claim) => claim,
             Claimed::Duplicate(id) => return Ok(duplicate(id)),
         };
-        let hold = sku.hold(request.quantity)?;
+        told_before()?;
+        let hold = sku.hold(request.quantity).map_err(refuse)?;
         let order = Order {
             id,
             sku: sku.number,

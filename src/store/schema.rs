@@ -139,6 +139,24 @@ pub async fn check(client: &mut Client, schema: &str) -> Result<(), StoreError> 
     }
 }
 
+/// Makes or drops the index that lists a user's whole history. Writes go on meanwhile.
+///
+/// # Errors
+/// What the database says.
+pub async fn ensure_user_index(client: &Client, wanted: bool) -> Result<(), StoreError> {
+    let sql = if wanted {
+        "CREATE INDEX CONCURRENTLY IF NOT EXISTS orders_user ON orders (user_id, order_id)"
+    } else {
+        "DROP INDEX CONCURRENTLY IF EXISTS orders_user"
+    };
+    client
+        .batch_execute(sql)
+        .await
+        .map_err(StoreError::statement(
+            "bringing database.user_index into force",
+        ))
+}
+
 async fn has_history(client: &Client, schema: &str) -> Result<bool, StoreError> {
     client
         .query_one(

@@ -3,15 +3,18 @@
 //! * here: the pool and single connections, each set up the same way;
 //! * [`lease`]: who may write, and which order ids are ours to give out;
 //! * [`recovery`]: what start-up reads back into memory;
-//! * [`orders`]: look-ups of single orders;
+//! * [`orders`]: look-ups of orders; [`transitions`]: what changes them afterwards;
+//! * [`dead_letters`]: orders that the database refused, and what a person does about them;
 //! * [`skus`]: administration of SKUs;
 //! * [`audit`]: every promise that the database can show, recomputed.
 
 pub mod audit;
+pub mod dead_letters;
 pub mod lease;
 pub mod orders;
 pub mod recovery;
 pub mod skus;
+pub mod transitions;
 
 use std::ops::{Deref, DerefMut};
 use std::str::FromStr;
