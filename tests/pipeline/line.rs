@@ -16,6 +16,7 @@ use millrace::queue::{OrderQueue, RingQueue};
 use millrace::state::buyers::Buyers;
 use millrace::state::pending::{Pending, PendingOrder, SlotState};
 use millrace::state::poison::Poison;
+use millrace::state::refusals::Refusals;
 use millrace::state::stock::{Catalogue, Sku};
 use millrace::store::batch::BatchWriter;
 use millrace::store::postgres::Database;
@@ -49,6 +50,7 @@ impl Line {
         let ledger = Arc::new(Ledger {
             catalogue,
             buyers: Buyers::new(1_000_000, 10_000),
+            refusals: Refusals::with_capacity(1_000),
             pending: Pending::with_capacity(capacity),
             poison: Poison::default(),
             ids: IdClock::new(0, sale.taken.id_high_water, hour),
