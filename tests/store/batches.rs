@@ -85,6 +85,37 @@ async fn writers_of_one_hot_sku_keep_its_counter_exact() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn cancelling_while_batches_are_written_leaves_an_unbroken_journal() {
+    let sale = Sale::open(2).await;
+    let mut skus = Vec::new();
+    for at in 0..8 {
+        skus.push(sale.sku(&format!("S{at}"), 1_000_000).await);
+    }
+    let mut writer = sale.writer(1);
+    let cancelled: Vec<Order> = skus.iter().flat_map(|sku| orders(sku, 20)).collect();
+    writer.write(&refs(&cancelled)).await.unwrap();
+    let work = vec![
+        (0..60)
+            .map(|_| skus.iter().flat_map(|sku| orders(sku, 2)).collect())
+            .collect::<Vec<Vec<Order>>>(),
+    ];
+    let cancel = async {
+        for order in &cancelled {
+            let moved = sale.database.cancel_order(sale.lease(), order.id).await;
+            assert!(
+                matches!(
+                    moved,
+                    Ok(millrace::store::postgres::transitions::Moved::Now(_))
+                ),
+                "{moved:?}"
+            );
+        }
+    };
+    tokio::join!(run_writers(&sale, work), cancel);
+    sale.assert_audit(None).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn writers_of_many_skus_in_opposite_order_never_deadlock() {
     for writers in [2_usize, 4] {
         let sale = Sale::open(writers as i16).await;
