@@ -6,6 +6,8 @@
 
 pub mod http;
 pub mod postgres;
+pub mod proxy;
+pub mod sale;
 pub mod server;
 
 /// Runs a test on a runtime with room for many blocking callers.

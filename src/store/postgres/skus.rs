@@ -97,18 +97,26 @@ impl Database {
     /// Stores whether every sale is paused.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// Where the database does not answer; [`StoreError::Fenced`] where this process may not write
+    /// any more.
     pub async fn set_all_paused(&self, lease: NodeLease, paused: bool) -> Result<(), StoreError> {
         let client = self.pooled().await?;
-        self.timed(
-            "pausing every sale",
-            client.execute(
-                "UPDATE node SET paused = $2 WHERE node = $1",
-                &[&lease.node, &paused],
-            ),
-        )
-        .await
-        .map(|_| ())
+        let changed = self
+            .timed(
+                "pausing every sale",
+                client.execute(
+                    "UPDATE node SET paused = $2 WHERE node = $1 AND epoch = $3",
+                    &[&lease.node, &paused, &lease.epoch],
+                ),
+            )
+            .await?;
+        if changed == 1 {
+            return Ok(());
+        }
+        Err(StoreError::Fenced {
+            found: 0,
+            ours: lease.epoch,
+        })
     }
 
     /// Changes a SKU's total by `units`, once for each `request_key`.

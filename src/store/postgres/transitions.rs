@@ -78,14 +78,16 @@ impl Database {
                 return Ok(Some(status.map_or(Moved::Unknown, Moved::StandsAt)));
             };
             let (sku, quantity): (i32, i32) = (row.get(1), row.get(2));
+            // The journal reads FROM `moved`, so that its entry is numbered after the SKU's row is
+            // locked: the audit follows the chain by number.
             transaction
                 .execute(
                     "WITH moved AS (
                          UPDATE sku SET held = held - $2::int8 WHERE id = $1 RETURNING total, held, sold
                      )
                      INSERT INTO stock_journal (sku, cause, reference, held_delta, total_after, held_after, sold_after)
-                     SELECT $1, 'cancelled', $3, -$2::int8, (SELECT total FROM moved), (SELECT held FROM moved),
-                            (SELECT sold FROM moved)",
+                     SELECT w.sku, 'cancelled', $3, -$2::int8, m.total, m.held, m.sold
+                       FROM (SELECT $1::int4 AS sku) w LEFT JOIN moved m ON true",
                     &[&sku, &i64::from(quantity), &id.to_string()],
                 )
                 .await?;
