@@ -99,7 +99,7 @@ fn of_a_claim_and_an_abandonment_exactly_one_wins() {
 
 #[test]
 fn of_two_workers_and_a_deadline_exactly_one_wins_while_somebody_subscribes() {
-    loom::model(|| {
+    bounded(2, || {
         let slot = Arc::new(Slot::new(None));
         let threads = [
             spawn(&slot, Slot::claim),
