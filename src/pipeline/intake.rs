@@ -116,10 +116,11 @@ impl Intake {
             .get(&request.sku_id)
             .ok_or(Refusal::UnknownSku)?;
         let terms = sku.terms();
-        let amount = terms
-            .unit_price
-            .checked_mul(i64::from(request.quantity.get()))
-            .and_then(|price| price.checked_add(request.adjustment))
+        // Wide, so that only the sum decides, not a step on the way to it.
+        let amount = i128::from(terms.unit_price) * i128::from(request.quantity.get())
+            + i128::from(request.adjustment);
+        let amount = i64::try_from(amount)
+            .ok()
             .filter(|amount| *amount >= 0)
             .ok_or(Refusal::AmountOutOfRange)?;
         let id = self.ledger.ids.next().map_err(|_| Refusal::NotReady)?;
@@ -150,14 +151,21 @@ impl Intake {
             remembered,
             terms.per_user_limit,
             window,
-        )? {
-            Claimed::Fresh(claim) => claim,
-            Claimed::Duplicate(id) => {
+        ) {
+            Ok(Claimed::Fresh(claim)) => claim,
+            Ok(Claimed::Duplicate(id)) => {
                 return Ok(Admission::Duplicate {
                     id,
                     pending: self.ledger.pending.get(id),
                 });
             }
+            // Precedence: whoever would get no unit anyway is told so, not to come again. The
+            // hold, taken here only to be asked, is given back at once.
+            Err(Refusal::Overloaded) => {
+                let _ = sku.hold(request.quantity)?;
+                return Err(Refusal::Overloaded);
+            }
+            Err(refusal) => return Err(refusal),
         };
         let hold = sku.hold(request.quantity)?;
         let order = Order {

@@ -35,8 +35,7 @@ use super::postgres::{Connected, Database, NodeLease};
 use super::{StoreError, copy};
 use crate::order::{Order, OrderStatus};
 
-const FENCE: &str =
-    "UPDATE writer SET batch = $4::int8 WHERE node = $1 AND shard = $2 AND epoch = $3 AND batch = $4::int8 - 1";
+const FENCE: &str = "UPDATE writer SET batch = $4::int8 WHERE node = $1 AND shard = $2 AND epoch = $3 AND batch = $4::int8 - 1";
 
 /// Moves `held` of each SKU once, locking by id, and writes the journal. The LEFT JOIN makes a
 /// SKU that does not exist violate NOT NULL, which takes the transaction down.
