@@ -230,7 +230,7 @@ fn intake(c: &mut Criterion) {
         b.iter(|| {
             number += 1;
             // A full queue gives the order back; the buyer comes again.
-            while intake.admit(request(number), None).is_err() {
+            while intake.admit(&request(number), None).is_err() {
                 std::thread::yield_now();
             }
         });
@@ -245,7 +245,7 @@ fn intake(c: &mut Criterion) {
     c.bench_function("intake/refuse_sold_out", |b| {
         b.iter(|| {
             number += 1;
-            intake.admit(request(number), None).unwrap_err()
+            intake.admit(&request(number), None).unwrap_err()
         });
     });
 
@@ -253,10 +253,10 @@ fn intake(c: &mut Criterion) {
     let ring: Arc<dyn OrderQueue> = Arc::new(RingQueue::new(1));
     let intake = Intake::new(held, ring, 900_000);
     intake.open();
-    intake.admit(request(1), None).unwrap();
+    intake.admit(&request(1), None).unwrap();
     c.bench_function("intake/answer_duplicate", |b| {
         b.iter(|| {
-            let admitted = intake.admit(request(1), None);
+            let admitted = intake.admit(&request(1), None);
             assert!(matches!(admitted, Ok(Admission::Duplicate { .. })));
         });
     });

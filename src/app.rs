@@ -13,7 +13,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{Mutex, oneshot, watch};
 use tokio::task::{AbortHandle, JoinHandle, JoinSet};
 
 use crate::config::{Backend, Config, Engine, Migrate};
@@ -45,6 +45,8 @@ use crate::store::{StoreError, schema};
 const LEASE_RENEWAL: Duration = Duration::from_secs(5);
 /// How often what has left the idempotency window is forgotten.
 const EVICTION: Duration = Duration::from_secs(60);
+/// How often our own PostgreSQL is looked at.
+const POSTGRES_WATCH: Duration = Duration::from_millis(250);
 /// What a drain may take beyond the order timeout.
 const DRAIN_MARGIN: Duration = Duration::from_secs(3);
 
@@ -168,7 +170,7 @@ pub struct Millrace {
     lease: NodeLease,
     /// Keeps other processes away from this database.
     guard: Connected,
-    embedded: Option<Embedded>,
+    embedded: Option<Arc<Mutex<Embedded>>>,
 }
 
 /// The engine that carries the data plane.
@@ -271,8 +273,9 @@ impl Millrace {
             );
             workers.spawn(worker.run());
         }
+        let embedded = embedded.map(|embedded| Arc::new(Mutex::new(embedded)));
         let workers = tokio::spawn(watch_workers(workers, Arc::clone(&ledger)));
-        let background = vec![
+        let mut background = vec![
             tokio::spawn(deadlines::keep(
                 Arc::clone(&ledger),
                 Arc::clone(&wake_all),
@@ -286,6 +289,10 @@ impl Millrace {
             ))
             .abort_handle(),
         ];
+
+        if let Some(embedded) = &embedded {
+            background.push(tokio::spawn(keep_running(Arc::clone(embedded))).abort_handle());
+        }
 
         let service = Arc::new(DataPlane::new(
             Arc::clone(&intake),
@@ -333,6 +340,11 @@ impl Millrace {
             guard,
             embedded,
         })
+    }
+
+    /// The database behind it.
+    pub fn database(&self) -> &Database {
+        &self.database
     }
 
     /// Waits until an internal fault stops the process from taking orders.
@@ -425,10 +437,14 @@ impl Millrace {
         }
         drop(self.guard);
         self.database.close();
-        if let Some(embedded) = self.embedded
-            && let Err(error) = embedded.stop().await
-        {
-            tracing::warn!(reason = %error, "our own PostgreSQL did not stop as it should");
+        if let Some(embedded) = self.embedded {
+            // Its keeper was aborted above and lets go at its next await.
+            let embedded = Arc::into_inner(wait_for_sole_owner(embedded).await);
+            if let Some(embedded) = embedded
+                && let Err(error) = embedded.into_inner().stop().await
+            {
+                tracing::warn!(reason = %error, "our own PostgreSQL did not stop as it should");
+            }
         }
         let _ = std::fs::remove_file(config.data_dir.join("addresses.json"));
         clean &= !ledger.poison.is_set();
@@ -558,6 +574,31 @@ async fn watch_workers(
         }
     }
     result
+}
+
+/// Starts our own PostgreSQL again where it has died. Workers keep their batches meanwhile.
+async fn keep_running(embedded: Arc<Mutex<Embedded>>) {
+    let mut tick = tokio::time::interval(POSTGRES_WATCH);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tick.tick().await;
+        let mut embedded = embedded.lock().await;
+        if embedded.is_running() {
+            continue;
+        }
+        tracing::error!("our own PostgreSQL has died; starting it again");
+        match embedded.start_again().await {
+            Ok(()) => tracing::info!("our own PostgreSQL runs again"),
+            Err(error) => tracing::error!(reason = %error, "it did not start; it is tried again"),
+        }
+    }
+}
+
+async fn wait_for_sole_owner<T>(shared: Arc<T>) -> Arc<T> {
+    while Arc::strong_count(&shared) > 1 {
+        tokio::task::yield_now().await;
+    }
+    shared
 }
 
 async fn renew_lease(database: Database, lease: NodeLease, ledger: Arc<Ledger>) {

@@ -1,4 +1,16 @@
-//! Millrace: flash-sale order intake in front of PostgreSQL.
+//! Millrace: flash-sale order intake in front of PostgreSQL. It holds stock in memory, writes the
+//! winners with COPY, and tells every buyer the truth.
+//!
+//! ```text
+//!             data plane                                              PostgreSQL
+//!  client ─► http ─► intake ─► queue ─► worker (×N) ─► store ── COPY ──►  orders, sku
+//!               ▲      │ holds stock        │ settles
+//!               │      ▼                    ▼
+//!               └── state: stock · buyers · pending · poison
+//! ```
+//!
+//! Calls point right and down only; the reply travels back as data, because [`state::pending`]
+//! lies below both ends. `ARCHITECTURE.md` has the map and the promises.
 
 pub mod app;
 pub mod cli;

@@ -70,7 +70,7 @@ async fn until(what: &str, condition: impl Fn() -> bool) {
 async fn a_fresh_start_makes_a_durable_private_cluster_that_answers() {
     let dir = test_dir();
     // Not the settings of tests: what a user gets.
-    let embedded = Embedded::start(EmbeddedOptions::new(dir.path().join("not/yet/there")))
+    let embedded = Embedded::start(EmbeddedOptions::new(dir.path()))
         .await
         .unwrap();
     let client = connect(&embedded.config(DATABASE)).await;
@@ -123,7 +123,13 @@ async fn a_killed_postmaster_is_recovered_from_by_the_same_handle_and_by_the_nex
     let dir = made().await;
     let mut embedded = start(dir.path()).await;
     put(&embedded, 1).await;
+    assert!(embedded.is_running());
     kill_process(pid(&embedded), Signal::KILL).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while embedded.is_running() {
+        assert!(Instant::now() < deadline, "the death was not noticed");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
     embedded.start_again().await.unwrap();
     assert_eq!(kept(&embedded).await, [1]);
 
@@ -219,6 +225,18 @@ async fn a_cluster_that_millrace_did_not_make_is_refused_and_left_as_it_is() {
     assert!(!dir.path().join("postgres/data/postmaster.pid").exists());
     std::fs::write(&marker, ours).unwrap();
     start(dir.path()).await;
+}
+
+#[tokio::test]
+async fn a_link_in_the_place_of_the_log_is_not_followed() {
+    let dir = made().await;
+    let (log, victim) = (dir.path().join("postgres/server.log"), dir.path().join("v"));
+    std::fs::write(&victim, "").unwrap();
+    std::fs::remove_file(&log).unwrap();
+    std::os::unix::fs::symlink(&victim, &log).unwrap();
+    let error = refusal(options(dir.path())).await;
+    assert!(matches!(error, EmbeddedError::Io { .. }), "{error}");
+    assert_eq!(std::fs::read(&victim).unwrap(), b"");
 }
 
 #[tokio::test]

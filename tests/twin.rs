@@ -9,7 +9,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
@@ -24,7 +24,7 @@ use millrace::order::{
 use millrace::pipeline::intake::{Admission, Intake, OrderRequest};
 use millrace::pipeline::ledger::Ledger;
 use millrace::pipeline::{WakeAll, deadlines, wake_directly};
-use millrace::queue::{OrderQueue, RingQueue, Taken};
+use millrace::queue::{Durability, OrderQueue, Rejected, RingQueue, Taken};
 use millrace::state::buyers::Buyers;
 use millrace::state::pending::{Pending, PendingOrder, SlotState};
 use millrace::state::poison::Poison;
@@ -144,7 +144,7 @@ fn sku_id(at: usize) -> SkuId {
     SkuId::new(&char::from(b'A' + at as u8).to_string()).unwrap()
 }
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Woken(AtomicUsize);
 
 impl Wake for Woken {
@@ -496,7 +496,7 @@ impl Round {
         let admitted = self
             .real
             .intake
-            .admit(ask.request(HOUR * deadline_hour), Some(waker));
+            .admit(&ask.request(HOUR * deadline_hour), Some(&waker));
         let answer = match &admitted {
             Err(refusal) => Answer::Refused(*refusal),
             Ok(Admission::Placed(pending)) => Answer::Placed {
@@ -768,7 +768,11 @@ impl Round {
         self.real.queue.close();
         let ask = self.ask();
         if let Answer::Placed { .. } = self.twin.judge(&ask, UnixMillis::now().0) {
-            let refusal = self.real.intake.admit(ask.request(HOUR), None).unwrap_err();
+            let refusal = self
+                .real
+                .intake
+                .admit(&ask.request(HOUR), None)
+                .unwrap_err();
             assert_eq!(refusal, Refusal::Draining, "a closed queue");
             self.compare();
         }
@@ -876,7 +880,7 @@ fn a_million_requests_for_a_thousand_units_place_exactly_a_thousand() {
                             return placed;
                         }
                         // Every buyer clicks twice, the second time often on another thread.
-                        match real.intake.admit(click(request / 2), None) {
+                        match real.intake.admit(&click(request / 2), None) {
                             Ok(Admission::Placed(_)) => placed += 1,
                             Ok(Admission::Duplicate { .. }) => {}
                             Err(Refusal::SoldOut { available }) => assert_eq!(available, 0),
@@ -934,7 +938,7 @@ fn a_thousand_sales_of_one_unit_place_exactly_one_each() {
             scope.spawn(move || {
                 for (real, placed) in sales.iter().zip(placed) {
                     together.wait();
-                    match real.intake.admit(click(buyer), None) {
+                    match real.intake.admit(&click(buyer), None) {
                         Ok(_) => placed.fetch_add(1, Ordering::Relaxed),
                         Err(refusal) => {
                             assert_eq!(refusal, Refusal::SoldOut { available: 0 });
@@ -998,7 +1002,7 @@ fn deadlines_that_race_with_workers_leak_no_unit_and_leave_nobody_waiting() {
                         };
                         match real
                             .intake
-                            .admit(request, Some(Waker::from(Arc::clone(&woken))))
+                            .admit(&request, Some(&Waker::from(Arc::clone(&woken))))
                         {
                             Ok(Admission::Placed(order)) => {
                                 placed.lock().unwrap().push((order, woken))
@@ -1053,8 +1057,74 @@ fn deadlines_that_race_with_workers_leak_no_unit_and_leave_nobody_waiting() {
         persisted.len() + failed,
         "{ended:?}"
     );
-    assert_eq!(
-        real.metrics.orders_abandoned.get(),
-        ended.get("Abandoned").copied().unwrap_or(0)
-    );
+}
+
+/// A full queue beside which the deadline passes, and a duplicate comes, just when it refuses.
+#[derive(Debug)]
+struct Untimely {
+    ledger: Arc<Ledger>,
+    duplicate: Arc<Woken>,
+    deadline_passes: bool,
+}
+
+impl OrderQueue for Untimely {
+    fn durability(&self) -> Durability {
+        Durability::Volatile
+    }
+
+    fn push(&self, order: Arc<PendingOrder>) -> Result<(), Rejected> {
+        let registered = self
+            .ledger
+            .pending
+            .get(order.order.id)
+            .expect("before it is queued");
+        registered
+            .slot
+            .subscribe(Waker::from(Arc::clone(&self.duplicate)));
+        if self.deadline_passes {
+            assert!(self.ledger.abandon(&registered));
+        }
+        Err(Rejected {
+            order,
+            closed: false,
+        })
+    }
+
+    fn take(&self, _: usize) -> Pin<Box<dyn Future<Output = Option<Taken>> + Send + '_>> {
+        Box::pin(std::future::ready(None))
+    }
+
+    fn depth(&self) -> usize {
+        0
+    }
+
+    fn close(&self) {}
+}
+
+fn refused_untimely(deadline_passes: bool) {
+    let real = Real::new(&[3], None, 1, 64);
+    real.sku(0).counter().hold(2).unwrap();
+    let duplicate = Arc::new(Woken::default());
+    let queue = Arc::new(Untimely {
+        ledger: Arc::clone(&real.ledger),
+        duplicate: Arc::clone(&duplicate),
+        deadline_passes,
+    });
+    let intake = Intake::new(Arc::clone(&real.ledger), queue, PAYMENT_TTL_MS);
+    intake.open();
+    let refusal = intake.admit(&click(1), None).unwrap_err();
+    assert_eq!(refusal, Refusal::Overloaded);
+    assert_eq!(real.sku(0).counter().free(), 1, "given back once");
+    assert!(real.ledger.buyers.is_empty() && real.ledger.pending.is_empty());
+    assert!(duplicate.count() > 0, "the duplicate sleeps on");
+}
+
+#[test]
+fn an_order_that_is_given_up_while_the_queue_refuses_it_gives_its_units_back_once() {
+    refused_untimely(true);
+}
+
+#[test]
+fn a_duplicate_that_waits_for_an_order_which_the_queue_refuses_is_told() {
+    refused_untimely(false);
 }

@@ -2,11 +2,9 @@
 
 use std::io::Write as _;
 
-use anyhow::Context;
 use clap::Args;
-use http_body_util::{BodyExt, Empty};
-use hyper_util::rt::TokioIo;
 
+use super::client::call_with_token;
 use super::{ConfigArgs, logging};
 use crate::app::open_database;
 use crate::config::Config;
@@ -26,8 +24,9 @@ pub struct AuditArgs {
 pub async fn run(args: &AuditArgs) -> anyhow::Result<bool> {
     let config = args.config.load()?;
     logging::start(&config.log)?;
+    let token = config.control_plane.token.0.first().map(String::as_str);
     let verdict = match running_server(&config) {
-        Some(address) => ask(&address, config.control_plane.token.0.first()).await?,
+        Some(address) => call_with_token(&address, "GET", "/admin/v1/audit", None, token).await?,
         None => offline(&config).await?,
     };
     let ok = verdict["ok"] == true;
@@ -50,36 +49,6 @@ fn running_server(config: &Config) -> Option<String> {
     std::net::TcpStream::connect(&address)
         .is_ok()
         .then_some(address)
-}
-
-async fn ask(address: &str, token: Option<&String>) -> anyhow::Result<serde_json::Value> {
-    let asking = format!("asking the server at {address}");
-    let stream = tokio::net::TcpStream::connect(address)
-        .await
-        .context(asking.clone())?;
-    let (mut sender, connection) =
-        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-    let driver = tokio::spawn(connection);
-    let mut request = hyper::Request::get("/admin/v1/audit").header("host", address);
-    if let Some(token) = token {
-        request = request.header("authorization", format!("Bearer {token}"));
-    }
-    let response = sender
-        .send_request(request.body(Empty::<bytes::Bytes>::new())?)
-        .await
-        .context(asking)?;
-    let status = response.status();
-    let body = response.into_body().collect().await?.to_bytes();
-    driver.abort();
-    let body: serde_json::Value =
-        serde_json::from_slice(&body).context("the server's answer is not JSON")?;
-    if !status.is_success() {
-        anyhow::bail!(
-            "the server at {address} answered {status}: {}",
-            body["detail"].as_str().unwrap_or_default()
-        );
-    }
-    Ok(body)
 }
 
 async fn offline(config: &Config) -> anyhow::Result<serde_json::Value> {

@@ -1,7 +1,10 @@
 //! The commands. Exit codes: 0 done, 1 failed, 2 wrong usage.
 
 mod audit;
+mod client;
 mod config_check;
+mod demo;
+mod load;
 mod logging;
 mod migrate;
 mod serve;
@@ -27,6 +30,11 @@ struct Cli {
 enum Command {
     /// Run the service until SIGTERM or Ctrl-C, then drain.
     Serve(ConfigArgs),
+    /// Watch a flash sale: own PostgreSQL, the server, a rush of buyers, and an audit of every
+    /// answer.
+    Demo(demo::DemoArgs),
+    /// Put an open-loop load on a running server.
+    Load(load::LoadArgs),
     /// Recompute every promise from the database and compare it with the live counters.
     Audit(audit::AuditArgs),
     /// Bring the database schema up to date, or print its SQL.
@@ -83,6 +91,8 @@ pub fn main() -> ExitCode {
 async fn run(cli: Cli) -> anyhow::Result<bool> {
     match cli.command {
         Command::Serve(args) => serve::run(&args).await,
+        Command::Demo(args) => demo::run(args).await,
+        Command::Load(args) => load::run(args).await,
         Command::Audit(args) => audit::run(&args).await,
         Command::Migrate(args) => migrate::run(&args).await,
         Command::Config {

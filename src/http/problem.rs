@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 
+use crate::http::data_plane::message::Response;
 use crate::order::Refusal;
 
 /// The media type of a problem body.
@@ -46,6 +47,21 @@ impl Problem {
     pub fn retry_after(mut self, seconds: u32) -> Self {
         self.retry_after = Some(seconds);
         self
+    }
+
+    /// Makes `response` this problem; fields that it has already stay.
+    pub fn write_to(&self, response: &mut Response) {
+        response.set_status(self.status);
+        response.header("Content-Type", MEDIA_TYPE);
+        if let Some(seconds) = self.retry_after {
+            response.header("Retry-After", seconds);
+        }
+        if self.status == 401 {
+            response.header("WWW-Authenticate", "Bearer");
+        }
+        response.body_mut().clear();
+        // Writing to a vector cannot fail, and a problem always serializes.
+        let _ = serde_json::to_writer(response.body_mut(), self);
     }
 
     /// A defect of ours.
@@ -110,33 +126,41 @@ impl From<Refusal> for Problem {
     }
 }
 
-/// The reason phrase of a status code (RFC 9110 15, RFC 6585).
+/// The reason phrase of a status code (RFC 9110 15, RFC 6585); empty, which is allowed, for one
+/// that they do not know.
 pub fn reason(status: u16) -> &'static str {
     match status {
-        100 => "Continue",
         200 => "OK",
         201 => "Created",
         202 => "Accepted",
         204 => "No Content",
-        303 => "See Other",
+        304 => "Not Modified",
         400 => "Bad Request",
         401 => "Unauthorized",
+        403 => "Forbidden",
         404 => "Not Found",
         405 => "Method Not Allowed",
+        406 => "Not Acceptable",
         408 => "Request Timeout",
         409 => "Conflict",
+        410 => "Gone",
         411 => "Length Required",
+        412 => "Precondition Failed",
         413 => "Content Too Large",
+        414 => "URI Too Long",
         415 => "Unsupported Media Type",
         417 => "Expectation Failed",
         422 => "Unprocessable Content",
+        426 => "Upgrade Required",
+        428 => "Precondition Required",
         429 => "Too Many Requests",
         431 => "Request Header Fields Too Large",
         500 => "Internal Server Error",
         501 => "Not Implemented",
+        502 => "Bad Gateway",
         503 => "Service Unavailable",
         504 => "Gateway Timeout",
         505 => "HTTP Version Not Supported",
-        _ => "Unknown",
+        _ => "",
     }
 }

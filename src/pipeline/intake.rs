@@ -108,7 +108,11 @@ impl Intake {
     ///
     /// # Errors
     /// A [`Refusal`]; nothing is held then.
-    pub fn admit(&self, request: OrderRequest, waker: Option<Waker>) -> Result<Admission, Refusal> {
+    pub fn admit(
+        &self,
+        request: &OrderRequest,
+        waker: Option<&Waker>,
+    ) -> Result<Admission, Refusal> {
         self.check_open()?;
         let sku = self
             .ledger
@@ -146,26 +150,26 @@ impl Intake {
             sku.window(now)
         };
 
-        let claim = match self.ledger.buyers.claim(
-            &request.user_id,
-            remembered,
-            terms.per_user_limit,
-            window,
-        ) {
-            Ok(Claimed::Fresh(claim)) => claim,
-            Ok(Claimed::Duplicate(id)) => {
-                return Ok(Admission::Duplicate {
-                    id,
-                    pending: self.ledger.pending.get(id),
-                });
-            }
-            // Precedence: whoever would get no unit anyway is told so, not to come again. The
-            // hold, taken here only to be asked, is given back at once.
-            Err(Refusal::Overloaded) => {
-                let _ = sku.hold(request.quantity)?;
-                return Err(Refusal::Overloaded);
-            }
-            Err(refusal) => return Err(refusal),
+        let duplicate = |id| Admission::Duplicate {
+            id,
+            pending: self.ledger.pending.get(id),
+        };
+        let (limit, available) = (terms.per_user_limit, sku.counter().free());
+        if available < request.quantity.get() {
+            // Most of a sale is this: it costs one look at the buyer's record and writes nothing.
+            let earlier = self
+                .ledger
+                .buyers
+                .look(&request.user_id, &remembered, limit, window)?;
+            return earlier.map(duplicate).ok_or(Refusal::SoldOut { available });
+        }
+        let claim = match self
+            .ledger
+            .buyers
+            .claim(&request.user_id, remembered, limit, window)?
+        {
+            Claimed::Fresh(claim) => claim,
+            Claimed::Duplicate(id) => return Ok(duplicate(id)),
         };
         let hold = sku.hold(request.quantity)?;
         let order = Order {
@@ -179,28 +183,32 @@ impl Intake {
             expires_at: now.plus_ms(self.payment_ttl_ms),
             key,
             payload,
-            attributes: request.attributes,
-            user_id: request.user_id,
-            sku_id: request.sku_id,
+            attributes: request.attributes.clone(),
+            user_id: request.user_id.clone(),
+            sku_id: request.sku_id.clone(),
         };
         let pending = Arc::new(PendingOrder::new(
             order,
             Instant::now() + request.wait,
-            waker,
+            waker.cloned(),
         ));
         // Registered before a worker can see it, so that it is settled in the map it is in.
         self.ledger.pending.insert(&pending);
+        // From here on whoever settles the order accounts for both: being registered, it may be
+        // past its deadline and given up already.
+        hold.keep();
+        claim.keep();
         if let Err(rejected) = self.queue.push(Arc::clone(&pending)) {
-            self.ledger.pending.remove(id);
+            // The slot decides who undoes it, so that its units come back once; and a duplicate
+            // that waits for it already is told.
+            self.ledger.abandon(&pending);
+            pending.slot.take_wakers(Waker::wake);
             return Err(if rejected.closed {
                 Refusal::Draining
             } else {
                 Refusal::Overloaded
             });
         }
-        // From here on whoever settles the order accounts for both.
-        hold.keep();
-        claim.keep();
         Ok(Admission::Placed(pending))
     }
 }

@@ -74,34 +74,13 @@ impl Buyers {
         limit: Option<u32>,
         gate: Result<(), Refusal>,
     ) -> Result<Claimed<'_>, Refusal> {
-        let mut record = self.records.entry(user_id.clone());
-        if let Entry::Occupied(occupied) = &mut record {
-            let known = occupied.get();
-            if let Some(earlier) = order
-                .key
-                .and_then(|key| known.iter().find(|k| k.key == Some(key)))
-            {
-                return if earlier.payload == order.payload {
-                    Ok(Claimed::Duplicate(earlier.order_id))
-                } else {
-                    Err(Refusal::IdempotencyKeyReused)
-                };
-            }
-        }
-        gate?;
-        if let Some(limit) = limit {
-            let taken = match &record {
-                Entry::Occupied(occupied) => occupied
-                    .get()
-                    .iter()
-                    .filter(|known| known.live && known.sku == order.sku)
-                    .map(|known| known.quantity.get())
-                    .fold(0, u32::saturating_add),
-                Entry::Vacant(_) => 0,
-            };
-            if taken.saturating_add(order.quantity.get()) > limit {
-                return Err(Refusal::PurchaseLimit { limit, taken });
-            }
+        let record = self.records.entry(user_id.clone());
+        let known = match &record {
+            Entry::Occupied(occupied) => occupied.get().as_slice(),
+            Entry::Vacant(_) => &[],
+        };
+        if let Some(earlier) = judge(known, &order, limit, gate)? {
+            return Ok(Claimed::Duplicate(earlier));
         }
         if self.remembered.fetch_add(1, Ordering::Relaxed) >= self.remembered_max {
             self.remembered.fetch_sub(1, Ordering::Relaxed);
@@ -119,6 +98,27 @@ impl Buyers {
             order_id: order.order_id,
             kept: false,
         }))
+    }
+
+    /// What [`Buyers::claim`] would say now, without entering anything: an order that cannot be
+    /// placed anyway, as after the stock is gone, costs one look and no write.
+    ///
+    /// # Errors
+    /// As [`Buyers::claim`], but for the memory being full.
+    pub fn look(
+        &self,
+        user_id: &UserId,
+        order: &Remembered,
+        limit: Option<u32>,
+        gate: Result<(), Refusal>,
+    ) -> Result<Option<OrderId>, Refusal> {
+        let record = self.records.get(user_id);
+        judge(
+            record.as_deref().map_or(&[], SmallVec::as_slice),
+            order,
+            limit,
+            gate,
+        )
     }
 
     /// Enters an order that is known to stand, at start.
@@ -180,6 +180,37 @@ impl Buyers {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
+}
+
+/// Holds `order` against what is known of its buyer: the earlier order under its key, or nothing
+/// where it is fresh and allowed.
+fn judge(
+    known: &[Remembered],
+    order: &Remembered,
+    limit: Option<u32>,
+    gate: Result<(), Refusal>,
+) -> Result<Option<OrderId>, Refusal> {
+    let under_key = order
+        .key
+        .and_then(|key| known.iter().find(|known| known.key == Some(key)));
+    if let Some(earlier) = under_key {
+        return if earlier.payload == order.payload {
+            Ok(Some(earlier.order_id))
+        } else {
+            Err(Refusal::IdempotencyKeyReused)
+        };
+    }
+    gate?;
+    let Some(limit) = limit else { return Ok(None) };
+    let taken = known
+        .iter()
+        .filter(|known| known.live && known.sku == order.sku)
+        .map(|known| known.quantity.get())
+        .fold(0, u32::saturating_add);
+    if taken.saturating_add(order.quantity.get()) > limit {
+        return Err(Refusal::PurchaseLimit { limit, taken });
+    }
+    Ok(None)
 }
 
 /// A fresh order in its buyer's record. Dropping it forgets the order; [`BuyerClaim::keep`] hands

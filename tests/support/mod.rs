@@ -4,4 +4,6 @@
     reason = "every test binary compiles this module and uses a part of it"
 )]
 
+pub mod http;
 pub mod postgres;
+pub mod server;

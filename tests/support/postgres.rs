@@ -214,11 +214,31 @@ async fn end_orphans() {
             .and_then(rustix::process::Pid::from_raw);
         let Some(owner) = owner else { continue };
         let dead = rustix::process::test_kill_process(owner) == Err(rustix::io::Errno::SRCH);
-        if dead && entry.path().join("postgres/data/postmaster.pid").exists() {
-            if let Ok(embedded) = Embedded::start(options(&entry.path())).await {
-                let _ = embedded.stop_and_erase().await;
+        if !dead {
+            continue;
+        }
+        if entry.path().join("postgres/data/postmaster.pid").exists() {
+            match Embedded::start(options(&entry.path())).await {
+                Ok(embedded) => {
+                    let _ = embedded.stop_and_erase().await;
+                }
+                // Another test binary is at it, or it is beyond help.
+                Err(_) => continue,
             }
+        }
+        // A test may have put its cluster deeper: never delete under a server.
+        if !holds_server(&entry.path()) {
             let _ = std::fs::remove_dir_all(entry.path());
         }
     }
+}
+
+fn holds_server(dir: &Path) -> bool {
+    let Ok(entries) = std::fs::read_dir(dir) else {
+        return false;
+    };
+    entries.flatten().any(|entry| {
+        entry.file_name() == "postmaster.pid"
+            || (entry.file_type().is_ok_and(|kind| kind.is_dir()) && holds_server(&entry.path()))
+    })
 }

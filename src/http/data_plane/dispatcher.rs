@@ -3,10 +3,14 @@
 //! Waking a coroutine from a foreign thread goes through a descriptor of the runtime's event loop
 //! and costs about a microsecond; from another coroutine it is a push onto a local queue, about
 //! 30 ns. A worker that settles 5,000 orders at once would spend 5 ms on the former. So it hands
-//! the whole batch over: one push, one wake-up of the dispatcher coroutine, which wakes the rest.
+//! the whole batch over: one push, one wake-up of a dispatcher coroutine, which wakes the rest.
+//!
+//! What it wakes goes on running on the dispatcher's own thread of the runtime, which steals no
+//! work from its neighbours. So there is a lane, a coroutine with a queue, for each thread, and a
+//! large batch is split among them: the runtime deals foreign wake-ups out to its threads in turn.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::Waker;
 
 use crossbeam::queue::SegQueue;
@@ -14,8 +18,17 @@ use may::coroutine::{Coroutine, JoinHandle};
 
 use super::wake::park_until;
 
-/// A handle to the dispatcher coroutine, which ends when this is dropped.
+/// Wake-ups that are not worth another lane: what its own wake-up costs, twice over.
+const SPLIT_MIN: usize = 64;
+
+/// A handle to the dispatcher coroutines, which end when this is dropped.
 pub struct Dispatcher {
+    lanes: Vec<Lane>,
+    // Which lane is next; any value will do, so its accesses are relaxed.
+    turn: AtomicUsize,
+}
+
+struct Lane {
     shared: Arc<Shared>,
     coroutine: Coroutine,
     handle: Option<JoinHandle<()>>,
@@ -29,8 +42,43 @@ struct Shared {
 }
 
 impl Dispatcher {
-    /// Starts the dispatcher coroutine.
+    /// Starts the dispatcher coroutines.
     pub fn start() -> Self {
+        super::runtime::configure(0);
+        let lanes = may::config().get_workers().max(1);
+        Self {
+            lanes: (0..lanes).map(|_| Lane::start()).collect(),
+            turn: AtomicUsize::new(0),
+        }
+    }
+
+    /// Wakes every waker of `batch`, soon, on coroutines. Callable from any thread.
+    pub fn wake_all(&self, mut batch: Vec<Waker>) {
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed) % self.lanes.len();
+        let share = batch.len().div_ceil(self.lanes.len()).max(SPLIT_MIN);
+        for lane in self.lanes.iter().cycle().skip(turn) {
+            if batch.len() <= share {
+                lane.wake_all(batch);
+                return;
+            }
+            lane.wake_all(batch.split_off(batch.len() - share));
+        }
+    }
+
+    /// Ends the dispatcher after what it was already handed, and waits until it has ended.
+    pub fn stop(mut self) {
+        self.lanes.iter().for_each(Lane::close);
+        for lane in &mut self.lanes {
+            if let Some(handle) = lane.handle.take() {
+                // It cannot panic but by a waker that does; nothing is left to do about that here.
+                let _ = handle.join();
+            }
+        }
+    }
+}
+
+impl Lane {
+    fn start() -> Self {
         let shared = Arc::new(Shared {
             batches: SegQueue::new(),
             closed: AtomicBool::new(false),
@@ -44,24 +92,14 @@ impl Dispatcher {
         }
     }
 
-    /// Wakes every waker of `batch`, soon, on the dispatcher coroutine. Callable from any thread.
-    pub fn wake_all(&self, batch: Vec<Waker>) {
+    fn wake_all(&self, batch: Vec<Waker>) {
         if batch.is_empty() {
             return;
         }
-        // The push happens before the wake-up, and the dispatcher looks at the queue after it is
-        // woken: no batch stays behind.
+        // The push happens before the wake-up, and the lane looks at the queue after it is woken:
+        // no batch stays behind.
         self.shared.batches.push(batch);
         self.coroutine.unpark();
-    }
-
-    /// Ends the dispatcher after what it was already handed, and waits until it has ended.
-    pub fn stop(mut self) {
-        self.close();
-        if let Some(handle) = self.handle.take() {
-            // It cannot panic but by a waker that does; nothing is left to do about that here.
-            let _ = handle.join();
-        }
     }
 
     fn close(&self) {
@@ -70,7 +108,7 @@ impl Dispatcher {
     }
 }
 
-impl Drop for Dispatcher {
+impl Drop for Lane {
     fn drop(&mut self) {
         self.close();
     }
@@ -126,7 +164,10 @@ mod tests {
             .collect();
         for turn in 1..=ROUNDS {
             round.store(turn, Ordering::Release);
-            for part in wakers.chunks(64) {
+            // One that is split among the lanes, and small ones that are not.
+            let (large, small) = wakers.split_at(150);
+            dispatcher.wake_all(large.to_vec());
+            for part in small.chunks(7) {
                 dispatcher.wake_all(part.to_vec());
             }
             for _ in 0..COROUTINES {
@@ -159,14 +200,22 @@ mod tests {
     fn dropping_the_dispatcher_ends_its_coroutine() {
         runtime::configure(2);
         let mut dispatcher = Dispatcher::start();
-        let handle = dispatcher.handle.take().expect("just started");
-        let shared = Arc::downgrade(&dispatcher.shared);
-        drop(dispatcher);
         let (ended_out, ended_in) = mpsc::channel();
-        std::thread::spawn(move || {
-            let _ = ended_out.send(handle.join().is_ok());
-        });
-        assert_eq!(ended_in.recv_timeout(PATIENCE), Ok(true));
-        assert!(shared.upgrade().is_none());
+        let lanes = dispatcher.lanes.len();
+        for lane in &mut dispatcher.lanes {
+            let handle = lane.handle.take().expect("just started");
+            let ended = ended_out.clone();
+            std::thread::spawn(move || {
+                let _ = ended.send(handle.join().is_ok());
+            });
+        }
+        assert!(
+            ended_in.try_recv().is_err(),
+            "it ended before it was dropped"
+        );
+        drop(dispatcher);
+        for _ in 0..lanes {
+            assert_eq!(ended_in.recv_timeout(PATIENCE), Ok(true));
+        }
     }
 }

@@ -17,12 +17,12 @@
 //!   included: [`Request::before_wait`] does nothing.
 //! - **Connection.** `Connection`, `Expect`, HTTP/1.0 and half-close are not looked at; `HEAD`
 //!   has the length of its absent body, 0. There is no drain.
-//! - **Listening.** It binds by itself, with `SO_REUSEPORT`: a second server on the same port takes
-//!   half of the connections without an error. `TCP_NODELAY` stays off.
+//! - **Listening.** It binds by itself, with `SO_REUSEPORT`: a second `may_minihttp` that starts on
+//!   the same port at the same moment shares it without an error. `TCP_NODELAY` stays off.
 
 use std::collections::HashSet;
 use std::io::{self, Read};
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, OnceLock};
 use std::task::Waker;
@@ -30,10 +30,11 @@ use std::task::Waker;
 use may::coroutine::JoinHandle;
 use may_minihttp::{HttpService, HttpServiceFactory};
 
+use super::hardened::Limits;
 use super::hardened::framing::BATCH_PATH;
-use super::hardened::{Limits, reason_phrase};
 use super::message::{Request, Response, Service};
 use super::wake::CoroutineWaker;
+use crate::http::problem::{Problem, reason};
 
 /// Fields in one request or response, by the engine.
 const HEADERS_MAX: usize = 16;
@@ -41,8 +42,8 @@ const HEADERS_MAX: usize = 16;
 /// The largest `Retry-After` in the table, in seconds.
 const RETRY_AFTER_MAX_S: u64 = 120;
 
-/// Serves `service` on `address`, of which the port must not be 0: the engine does not tell which
-/// one it got. Of `limits`, only those of bodies apply.
+/// Serves `service` on `address`; returns the coroutine and the address with the port it got.
+/// Of `limits`, only those of bodies apply.
 ///
 /// # Errors
 ///
@@ -51,14 +52,18 @@ pub fn serve<S: Service>(
     address: SocketAddr,
     service: Arc<S>,
     limits: &Limits,
-) -> io::Result<JoinHandle<()>> {
+) -> io::Result<(JoinHandle<()>, SocketAddr)> {
     super::runtime::configure(0);
-    Factory {
+    // The engine would share a taken port in silence, and does not tell which one it got for 0.
+    // Asking first catches a taken port and picks a free one, but for a race that it cannot win.
+    let address = TcpListener::bind(address)?.local_addr()?;
+    let handle = Factory {
         service,
         body_bytes_max: limits.body_bytes_max,
         batch_body_bytes_max: limits.batch_body_bytes_max,
     }
-    .start(address)
+    .start(address)?;
+    Ok((handle, address))
 }
 
 struct Factory<S> {
@@ -110,7 +115,7 @@ impl<S: Service> HttpService for Mounted<S> {
             refusal.write_to(&mut self.response);
         }
         let status = self.response.status();
-        out.status_code(usize::from(status), reason_phrase(status));
+        out.status_code(usize::from(status), reason(status));
         for line in self
             .response
             .fields()
@@ -233,7 +238,8 @@ impl Refusal {
             Self::Truncated => (400, "bad_request", "the request body was cut off"),
             Self::Defect => (500, "internal", "a defect of the server"),
         };
-        super::hardened::problem(status, code, detail, response);
+        response.clear();
+        Problem::new(status, code, detail).write_to(response);
     }
 }
 

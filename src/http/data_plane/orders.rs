@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::message::{Request, Response};
 use super::preference::Preference;
-use super::service::{DataPlane, json, problem_into};
+use super::service::{DataPlane, json};
 use super::wake::wait;
 use crate::http::problem::Problem;
 use crate::http::wire::{OrderBody, OrderView};
@@ -60,7 +60,7 @@ impl DataPlane {
         loop {
             let admission = self
                 .intake
-                .admit(order.clone(), Some(request.waker.clone()))
+                .admit(&order, Some(request.waker))
                 .map_err(|refusal| self.refuse(refusal))?;
             match admission {
                 Admission::Placed(pending) => {
@@ -197,11 +197,11 @@ impl DataPlane {
                     "timed_out",
                     "the order was not written within its wait: it is not placed and nothing is held",
                 );
-                problem_into(response, &problem);
+                problem.write_to(response);
             }
             SlotState::Unwritten => {
                 self.count("unwritten");
-                problem_into(response, &Problem::from(Refusal::Draining));
+                Problem::from(Refusal::Draining).write_to(response);
             }
             SlotState::Failed => {
                 self.count("failed");
@@ -209,7 +209,7 @@ impl DataPlane {
                     "the database refused order {}: it is not placed, nothing is held, and a dead letter keeps it",
                     order.id
                 );
-                problem_into(response, &Problem::new(500, "internal", detail));
+                Problem::new(500, "internal", detail).write_to(response);
             }
         }
     }
@@ -219,8 +219,8 @@ impl DataPlane {
         Problem::from(refusal)
     }
 
-    fn count(&self, outcome: &str) {
-        self.metrics.orders.with_label_values(&[outcome]).inc();
+    fn count(&self, outcome: &'static str) {
+        self.metrics.orders.count(outcome);
     }
 }
 

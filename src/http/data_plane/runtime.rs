@@ -37,7 +37,8 @@ pub fn configure(workers: usize) {
 ///
 /// The runtime's own `yield_now` is not fair to I/O: a worker empties its queue of runnable
 /// coroutines before it polls its sockets again, and a yielding coroutine goes straight back into
-/// that queue. So the wake-up takes the long way, through a helper coroutine that the worker only
+/// that queue (with the runtime's `work_steal` feature it even looks for more of them first, which
+/// is one reason why that feature is off). So the wake-up takes the long way, through a helper coroutine that the worker only
 /// finds by polling. It costs about two microseconds: call it once in many requests.
 pub fn yield_to_io() {
     let me = may::coroutine::current();

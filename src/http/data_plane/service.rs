@@ -10,7 +10,7 @@ use tokio::runtime::Handle;
 
 use super::bridge;
 use super::message::{Request, Response, Service};
-use crate::http::problem::{MEDIA_TYPE, Problem};
+use crate::http::problem::Problem;
 use crate::http::wire::SkuView;
 use crate::metrics::Metrics;
 use crate::order::{OrderId, Refusal, SkuId};
@@ -67,7 +67,7 @@ impl DataPlane {
 
     /// The answer while there is no service yet.
     pub fn answer_not_ready(response: &mut Response) {
-        problem_into(response, &Problem::from(Refusal::NotReady));
+        Problem::from(Refusal::NotReady).write_to(response);
     }
 
     pub(super) fn is_stopping(&self) -> bool {
@@ -145,7 +145,7 @@ impl DataPlane {
 impl Service for DataPlane {
     fn call(&self, request: &Request<'_>, response: &mut Response) {
         if let Err(problem) = self.route(request, response) {
-            problem_into(response, &problem);
+            problem.write_to(response);
         }
     }
 }
@@ -191,21 +191,6 @@ pub(super) fn json(response: &mut Response, status: u16, body: &impl Serialize) 
     if serde_json::to_writer(&mut *response.body_mut(), body).is_err() {
         // Our own types always serialize; a body cut short must not look like an answer.
         response.clear();
-        problem_into(response, &Problem::internal());
+        Problem::internal().write_to(response);
     }
-}
-
-/// Writes a problem, keeping header fields that are there already.
-pub(super) fn problem_into(response: &mut Response, problem: &Problem) {
-    response.set_status(problem.status);
-    response.header("Content-Type", MEDIA_TYPE);
-    if let Some(seconds) = problem.retry_after {
-        response.header("Retry-After", seconds);
-    }
-    if problem.status == 401 {
-        response.header("WWW-Authenticate", "Bearer");
-    }
-    response.body_mut().clear();
-    // Writing to a vector cannot fail, and a problem always serializes.
-    let _ = serde_json::to_writer(response.body_mut(), problem);
 }

@@ -175,7 +175,7 @@ impl StockCounter {
             // The reads above do not move behind the second look at the sequence.
             fence(Ordering::Acquire);
             let after = self.sequence.load(Ordering::Relaxed);
-            if before == after && before % 2 == 0 {
+            if before == after && before.is_multiple_of(2) {
                 return StockSnapshot {
                     total,
                     free: total - taken,

@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     binaries::Installation,
     error::{EmbeddedError, io},
-    place::{Home, make_private, sync_dir_of, write_atomically},
+    place::{Home, make_private, open_options, sync_dir_of, write_atomically},
 };
 
 /// The superuser of the cluster.
@@ -54,7 +54,7 @@ pub(super) enum Found {
 /// this process ends, and the server does not inherit it.
 pub(super) fn lock(home: &Home) -> Result<File, EmbeddedError> {
     let path = home.dir.join("lock");
-    let mut file = File::options()
+    let mut file = open_options()
         .read(true)
         .write(true)
         .create(true)

@@ -177,6 +177,15 @@ impl Embedded {
         self.server.as_ref().map(Child::id)
     }
 
+    /// Whether the server's process is alive. Its backends may be restarting after a crash; the
+    /// postmaster does that itself. Where this turns false unasked, [`Embedded::start_again`]
+    /// recovers.
+    pub fn is_running(&mut self) -> bool {
+        self.server
+            .as_mut()
+            .is_some_and(|server| matches!(server.try_wait(), Ok(None)))
+    }
+
     /// Makes a database if it is missing.
     ///
     /// # Errors

@@ -19,7 +19,7 @@ use std::{
     io::Write,
     os::unix::{
         ffi::OsStrExt,
-        fs::{DirBuilderExt, MetadataExt, PermissionsExt},
+        fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt},
     },
     path::{Path, PathBuf},
 };
@@ -305,12 +305,25 @@ fn hash(path: &Path) -> String {
         .collect()
 }
 
+/// How the files of a home are opened: never through a link. The home of a user's cluster is that
+/// user's, and root must not write where a link in it leads.
+pub(super) fn open_options() -> std::fs::OpenOptions {
+    let mut options = std::fs::File::options();
+    options.custom_flags(rustix::fs::OFlags::NOFOLLOW.bits().cast_signed());
+    options
+}
+
 /// Writes a small file so that a crash leaves the old content or the new, and never a part.
 pub(super) fn write_atomically(path: &Path, content: &[u8]) -> Result<(), EmbeddedError> {
     let mut temporary = path.as_os_str().to_owned();
     temporary.push(".new");
     let temporary = PathBuf::from(temporary);
-    let mut file = std::fs::File::create(&temporary).map_err(io("create", &temporary))?;
+    let mut file = open_options()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(&temporary)
+        .map_err(io("create", &temporary))?;
     file.write_all(content)
         .and_then(|()| file.sync_all())
         .map_err(io("write", &temporary))?;

@@ -15,7 +15,7 @@ use rustix::process::{Pid, Signal};
 use super::{
     binaries::Installation,
     error::{EmbeddedError, io},
-    place::Home,
+    place::{Home, open_options},
 };
 
 /// Above this the log is set aside as `server.log.1`, so both together stay below twice this
@@ -61,7 +61,7 @@ pub(super) fn spawn(
 ) -> Result<Child, EmbeddedError> {
     let log = home.log();
     bound_log(&log)?;
-    let output = File::options()
+    let output = open_options()
         .create(true)
         .append(true)
         .open(&log)
@@ -270,8 +270,10 @@ pub(super) fn bound_log(log: &Path) -> Result<(), EmbeddedError> {
     let length = std::fs::metadata(log).map_or(0, |meta| meta.len());
     if length > LOG_BYTES_MAX {
         let aside = log.with_extension("log.1");
+        // A fresh file each time, so that a link in its place is not followed.
+        let _ = std::fs::remove_file(&aside);
         std::fs::copy(log, &aside).map_err(io("write", &aside))?;
-        File::options()
+        open_options()
             .write(true)
             .open(log)
             .and_then(|file| file.set_len(0))

@@ -1,5 +1,8 @@
 //! Look-ups of single orders.
 
+use futures_util::{StreamExt, pin_mut};
+use tokio_postgres::Row;
+
 use super::Database;
 use crate::order::{OrderId, OrderStatus, UnixMillis};
 use crate::store::StoreError;
@@ -31,7 +34,51 @@ pub struct StoredOrder {
     pub attributes: Option<String>,
 }
 
+const COLUMNS: &str = "order_id, user_id, sku_id, quantity, adjustment, amount, currency, status,
+    (extract(epoch FROM created_at) * 1000)::int8, (extract(epoch FROM expires_at) * 1000)::int8, attributes";
+
+fn order_from_row(row: &Row) -> Result<StoredOrder, StoreError> {
+    let raw: i64 = row.get(0);
+    let word: Option<&str> = row.get(7);
+    let unexpected = |what: &str| StoreError::Data(format!("order {raw}: {what}"));
+    Ok(StoredOrder {
+        id: OrderId::from_i64(raw).ok_or_else(|| unexpected("not an order id"))?,
+        user_id: row.get(1),
+        sku_id: row.get(2),
+        quantity: u32::try_from(row.get::<_, i32>(3))
+            .map_err(|_| unexpected("negative quantity"))?,
+        adjustment: row.get(4),
+        amount: row.get(5),
+        currency: row.get(6),
+        status: word
+            .and_then(OrderStatus::from_word)
+            .ok_or_else(|| unexpected(&format!("unknown status {word:?}")))?,
+        created_at: UnixMillis(row.get(8)),
+        expires_at: UnixMillis(row.get(9)),
+        attributes: row.get(10),
+    })
+}
+
 impl Database {
+    /// Hands every order to `read`, dead letters included, in no particular order.
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn read_orders(&self, mut read: impl FnMut(StoredOrder)) -> Result<(), StoreError> {
+        let doing = "reading the orders";
+        let client = self.pooled().await?;
+        let none: [i32; 0] = [];
+        let rows = client
+            .query_raw(&format!("SELECT {COLUMNS} FROM order_list"), none)
+            .await
+            .map_err(StoreError::statement(doing))?;
+        pin_mut!(rows);
+        while let Some(row) = rows.next().await {
+            read(order_from_row(&row.map_err(StoreError::statement(doing))?)?);
+        }
+        Ok(())
+    }
+
     /// The order with this id, dead letters included.
     ///
     /// # Errors
@@ -39,12 +86,9 @@ impl Database {
     pub async fn find_order(&self, id: OrderId) -> Result<Option<StoredOrder>, StoreError> {
         let client = self.pooled().await?;
         let statement = client
-            .prepare_cached(
-                "SELECT user_id, sku_id, quantity, adjustment, amount, currency, status,
-                        (extract(epoch FROM created_at) * 1000)::int8, (extract(epoch FROM expires_at) * 1000)::int8,
-                        attributes
-                   FROM order_list WHERE order_id = $1",
-            )
+            .prepare_cached(&format!(
+                "SELECT {COLUMNS} FROM order_list WHERE order_id = $1"
+            ))
             .await
             .map_err(StoreError::statement("looking an order up"))?;
         let id_column = id.as_i64();
@@ -54,23 +98,6 @@ impl Database {
                 client.query_opt(&statement, &[&id_column]),
             )
             .await?;
-        let Some(row) = row else { return Ok(None) };
-        let word: Option<&str> = row.get(6);
-        let status = word
-            .and_then(OrderStatus::from_word)
-            .ok_or_else(|| StoreError::Data(format!("order {id} has the status {word:?}")))?;
-        Ok(Some(StoredOrder {
-            id,
-            user_id: row.get(0),
-            sku_id: row.get(1),
-            quantity: u32::try_from(row.get::<_, i32>(2)).unwrap_or(0),
-            adjustment: row.get(3),
-            amount: row.get(4),
-            currency: row.get(5),
-            status,
-            created_at: UnixMillis(row.get(7)),
-            expires_at: UnixMillis(row.get(8)),
-            attributes: row.get(9),
-        }))
+        row.as_ref().map(order_from_row).transpose()
     }
 }

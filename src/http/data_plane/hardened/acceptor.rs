@@ -52,7 +52,7 @@ fn run<S: Service>(listener: &TcpListener, service: &Arc<S>, shared: &Arc<Shared
                 if stopping {
                     return;
                 }
-                wait_for_connection(listener);
+                wait_for_connection(listener, TICK);
             }
             // The connection failed, not the listener.
             Err(error)
@@ -60,6 +60,8 @@ fn run<S: Service>(listener: &TcpListener, service: &Arc<S>, shared: &Arc<Shared
                     error.kind(),
                     ErrorKind::ConnectionAborted | ErrorKind::Interrupted
                 ) => {}
+            // Out of descriptors, Linux says so even when nobody is waiting to be accepted.
+            Err(_) if !stopping && !wait_for_connection(listener, TICK) => {}
             Err(error) => {
                 shared
                     .counters
@@ -69,7 +71,7 @@ fn run<S: Service>(listener: &TcpListener, service: &Arc<S>, shared: &Arc<Shared
                 if stopping {
                     return;
                 }
-                // Out of descriptors, most likely: an idle connection gives one back in a moment.
+                // An idle connection gives its descriptor back in a moment.
                 shared.registry.make_room(shared.clock.now_ms());
                 thread::sleep(backoff);
                 backoff = (backoff * 2).min(BACKOFF_MAX);
@@ -78,13 +80,13 @@ fn run<S: Service>(listener: &TcpListener, service: &Arc<S>, shared: &Arc<Shared
     }
 }
 
-fn wait_for_connection(listener: &TcpListener) {
-    let tick = Timespec {
+/// Waits until a connection is there (true) or the time is over or cut short by a signal.
+fn wait_for_connection(listener: &TcpListener, at_most: Duration) -> bool {
+    let time = Timespec {
         tv_sec: 0,
-        tv_nsec: i64::from(TICK.subsec_nanos()),
+        tv_nsec: i64::from(at_most.subsec_nanos()),
     };
-    // An error (a signal) and the timeout both mean to look again: at the listener and at the stop.
-    let _ = poll(&mut [PollFd::new(listener, PollFlags::IN)], Some(&tick));
+    poll(&mut [PollFd::new(listener, PollFlags::IN)], Some(&time)).is_ok_and(|ready| ready > 0)
 }
 
 fn admit<S: Service>(socket: TcpStream, service: &Arc<S>, shared: &Arc<Shared>) {

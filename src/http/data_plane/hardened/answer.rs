@@ -2,12 +2,13 @@
 
 use super::Response;
 use super::framing::FramingError;
+use crate::http::problem::{Problem, reason};
 
 /// The whole answer to a connection that finds the server full.
 pub(super) const OVERLOADED: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\n\
     Content-Type: application/problem+json\r\n\
     Retry-After: 1\r\n\
-    Content-Length: 134\r\n\
+    Content-Length: 136\r\n\
     Connection: close\r\n\
     \r\n\
     {\"type\":\"about:blank\",\"title\":\"Service Unavailable\",\"status\":503,\
@@ -40,7 +41,7 @@ pub(super) fn encode(
     out.extend_from_slice(b"HTTP/1.1 ");
     out.extend_from_slice(digits.format(status).as_bytes());
     out.push(b' ');
-    out.extend_from_slice(reason_phrase(status).as_bytes());
+    out.extend_from_slice(reason(status).as_bytes());
     out.extend_from_slice(b"\r\nDate: ");
     out.extend_from_slice(date.as_bytes());
     out.extend_from_slice(b"\r\n");
@@ -64,70 +65,17 @@ pub(super) fn encode(
 
 /// Makes `response` the problem document (RFC 9457) for bytes that are not a request.
 pub(super) fn refused(error: FramingError, response: &mut Response) {
-    problem(error.status(), error.code(), error, response);
+    response.clear();
+    let detail = error.to_string();
+    Problem::new(error.status(), error.code(), detail).write_to(response);
 }
 
 /// Makes `response` the problem document for a service that panicked.
 pub(super) fn panicked(response: &mut Response) {
-    let detail = "a defect of the server; the outcome of the request is unknown";
-    problem(500, "internal", detail, response);
-}
-
-/// Makes `response` a problem document; no text may need escaping in JSON.
-pub(in crate::http::data_plane) fn problem(
-    status: u16,
-    code: &str,
-    detail: impl std::fmt::Display,
-    response: &mut Response,
-) {
-    use std::io::Write as _;
+    // What the service had begun to say goes.
     response.clear();
-    response.set_status(status);
-    response.header("Content-Type", "application/problem+json");
-    let title = reason_phrase(status);
-    // Writing to a Vec cannot fail.
-    let _ = write!(
-        response.body_mut(),
-        r#"{{"type":"about:blank","title":"{title}","status":{status},"detail":"{detail}","code":"{code}"}}"#
-    );
-}
-
-/// The reason phrase of RFC 9110; empty, which is allowed, for a status that it does not know.
-pub(in crate::http::data_plane) fn reason_phrase(status: u16) -> &'static str {
-    match status {
-        200 => "OK",
-        201 => "Created",
-        202 => "Accepted",
-        204 => "No Content",
-        304 => "Not Modified",
-        400 => "Bad Request",
-        401 => "Unauthorized",
-        403 => "Forbidden",
-        404 => "Not Found",
-        405 => "Method Not Allowed",
-        406 => "Not Acceptable",
-        408 => "Request Timeout",
-        409 => "Conflict",
-        410 => "Gone",
-        411 => "Length Required",
-        412 => "Precondition Failed",
-        413 => "Content Too Large",
-        414 => "URI Too Long",
-        415 => "Unsupported Media Type",
-        417 => "Expectation Failed",
-        422 => "Unprocessable Content",
-        426 => "Upgrade Required",
-        428 => "Precondition Required",
-        429 => "Too Many Requests",
-        431 => "Request Header Fields Too Large",
-        500 => "Internal Server Error",
-        501 => "Not Implemented",
-        502 => "Bad Gateway",
-        503 => "Service Unavailable",
-        504 => "Gateway Timeout",
-        505 => "HTTP Version Not Supported",
-        _ => "",
-    }
+    let detail = "a defect of the server; the outcome of the request is unknown";
+    Problem::new(500, "internal", detail).write_to(response);
 }
 
 #[cfg(test)]

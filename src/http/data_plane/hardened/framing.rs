@@ -226,10 +226,8 @@ pub fn may_be_complete(input: &[u8], from: usize) -> bool {
     let tail = input.get(from.saturating_sub(3)..).unwrap_or_default();
     tail.iter()
         .enumerate()
-        .any(|(at, byte)| match (byte, tail.get(at + 1..)) {
-            (b'\n', Some([b'\n', ..] | [b'\r', b'\n', ..])) => true,
-            _ => false,
-        })
+        .filter(|(_, byte)| **byte == b'\n')
+        .any(|(at, _)| matches!(tail.get(at + 1..), Some([b'\n', ..] | [b'\r', b'\n', ..])))
 }
 
 /// The fields that decide framing, gathered in one pass.
@@ -251,9 +249,7 @@ impl<'b> Fields<'b> {
             // The length of the name singles out the few that matter without comparing letters.
             match header.name.len() {
                 4 if header.name.eq_ignore_ascii_case("host") => {
-                    if fields.host.replace(trim(header.value)).is_some() {
-                        return Err(FramingError::Host);
-                    }
+                    once(&mut fields.host, header.value, FramingError::Host)?;
                 }
                 6 if header.name.eq_ignore_ascii_case("expect") => {
                     for member in members(header.value) {
@@ -271,9 +267,11 @@ impl<'b> Fields<'b> {
                     }
                 }
                 14 if header.name.eq_ignore_ascii_case("content-length") => {
-                    if fields.content_length.replace(trim(header.value)).is_some() {
-                        return Err(FramingError::ContentLength);
-                    }
+                    once(
+                        &mut fields.content_length,
+                        header.value,
+                        FramingError::ContentLength,
+                    )?;
                 }
                 17 if header.name.eq_ignore_ascii_case("transfer-encoding") => {
                     fields.transfer_encoding = true;
@@ -292,6 +290,18 @@ impl<'b> Fields<'b> {
             (false, None) => Ok(0),
             (false, Some(digits)) => decimal(digits).ok_or(FramingError::ContentLength),
         }
+    }
+}
+
+/// Keeps the value of a field that may occur once.
+fn once<'b>(
+    place: &mut Option<&'b [u8]>,
+    value: &'b [u8],
+    error: FramingError,
+) -> Result<(), FramingError> {
+    match place.replace(trim(value)) {
+        None => Ok(()),
+        Some(_) => Err(error),
     }
 }
 

@@ -38,7 +38,6 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use super::message::{Request, Response, Service};
-pub(super) use answer::{problem, reason_phrase};
 use clock::Clock;
 pub use counters::{CloseReason, Counters};
 use registry::Registry;

@@ -101,16 +101,16 @@ impl Peer {
 
     /// Moves the connection on; false when another thread has doomed it meanwhile.
     pub(super) fn enter(&self, from: State, to: State) -> bool {
-        self.state
-            .compare_exchange(from.0, to.0, Ordering::Relaxed, Ordering::Relaxed)
-            .is_ok()
+        // A coroutine may find itself doomed before its first step: that is no state to leave.
+        from.phase() != Phase::Doomed
+            && self
+                .state
+                .compare_exchange(from.0, to.0, Ordering::Relaxed, Ordering::Relaxed)
+                .is_ok()
     }
 
     /// Shuts the connection down if it is still in the state that `seen` shows.
     pub(super) fn doom(&self, seen: State, reason: CloseReason) -> bool {
-        if seen.phase() == Phase::Doomed {
-            return false;
-        }
         let doomed = self.enter(seen, State::new(Phase::Doomed, reason as u64));
         if doomed {
             // The coroutine is woken by the end of its stream. An error means it has ended itself.
@@ -152,6 +152,22 @@ impl Peer {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn doom_is_final_and_happens_once() {
+        crate::http::data_plane::runtime::configure(2);
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let address = listener.local_addr().expect("its address");
+        let socket = TcpStream::connect(address).expect("a connection");
+        let peer = Peer::new(socket, 7).expect("a peer");
+        let fresh = peer.state();
+        assert!(peer.doom(fresh, CloseReason::Evicted));
+        assert!(!peer.doom(fresh, CloseReason::Drained));
+        assert!(!peer.doom(peer.state(), CloseReason::Drained));
+        assert!(!peer.enter(fresh, State::new(Phase::Serving, 8)));
+        assert!(!peer.enter(peer.state(), State::new(Phase::Serving, 8)));
+        assert_eq!(peer.doomed_for(), Some(CloseReason::Evicted));
+    }
 
     #[test]
     fn a_state_keeps_its_phase_and_its_time() {

@@ -1,0 +1,63 @@
+//! A call to a control plane of our own.
+
+use anyhow::Context;
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper_util::rt::TokioIo;
+use serde_json::Value;
+
+/// Sends one request to `address` and returns the JSON of a 2xx answer.
+pub async fn call(
+    address: &str,
+    method: &str,
+    path: &str,
+    body: Option<&Value>,
+) -> anyhow::Result<Value> {
+    call_with_token(address, method, path, body, None).await
+}
+
+/// The same with a bearer token.
+pub async fn call_with_token(
+    address: &str,
+    method: &str,
+    path: &str,
+    body: Option<&Value>,
+    token: Option<&str>,
+) -> anyhow::Result<Value> {
+    let doing = || format!("{method} http://{address}{path}");
+    let stream = tokio::net::TcpStream::connect(address)
+        .await
+        .with_context(doing)?;
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+    let driver = tokio::spawn(connection);
+    let mut request = hyper::Request::builder()
+        .method(method)
+        .uri(path)
+        .header("host", address);
+    if let Some(token) = token {
+        request = request.header("authorization", format!("Bearer {token}"));
+    }
+    let body = body.map(Value::to_string).unwrap_or_default();
+    let answer = sender
+        .send_request(request.body(Full::new(Bytes::from(body)))?)
+        .await
+        .with_context(doing)?;
+    let status = answer.status();
+    let body = answer
+        .into_body()
+        .collect()
+        .await
+        .with_context(doing)?
+        .to_bytes();
+    driver.abort();
+    let body: Value = serde_json::from_slice(&body)
+        .with_context(|| format!("{}: the answer is not JSON", doing()))?;
+    anyhow::ensure!(
+        status.is_success(),
+        "{}: {status}: {}",
+        doing(),
+        body["detail"].as_str().unwrap_or_default()
+    );
+    Ok(body)
+}

@@ -1,0 +1,222 @@
+//! What every buyer was told, against every row. The judge believes neither the server's counters
+//! nor its audit alone: it reads the public view `order_list` and the buyers' own answers.
+
+use std::collections::HashMap;
+
+use serde_json::Value;
+
+use crate::loadgen::{AnswerKind, LoadReport, Promise, Told};
+use crate::store::postgres::Database;
+
+/// One buyer's clicks on one SKU.
+type Buyer = (String, String);
+
+/// What a buyer's clicks add up to.
+#[derive(Default)]
+struct Heard {
+    /// An order that an answer named as placed.
+    placed: Option<u64>,
+    /// Two answers named different orders.
+    two_orders: bool,
+    /// An undecided order that nobody could settle.
+    unsettled: bool,
+    /// An undecided order that turned out not to exist.
+    settled_as_none: bool,
+    /// No answer came, so the buyer knows nothing.
+    in_the_dark: bool,
+    /// Told to come back later, for want of room or time.
+    turned_away: bool,
+}
+
+impl Heard {
+    fn hear(&mut self, told: &Told<'_>) {
+        match told.kind {
+            AnswerKind::Created | AnswerKind::Accepted | AnswerKind::Replayed => {
+                self.name(told.order_id)
+            }
+            AnswerKind::Undecided => match told.final_status {
+                Some("unknown_order") => self.settled_as_none = true,
+                Some(_) => self.name(told.order_id),
+                None => self.unsettled = true,
+            },
+            AnswerKind::RateLimited | AnswerKind::Unavailable | AnswerKind::TimedOut => {
+                self.turned_away = true;
+            }
+            AnswerKind::SoldOut | AnswerKind::Refused | AnswerKind::ClientError => {}
+            AnswerKind::ServerError | AnswerKind::Transport => self.in_the_dark = true,
+        }
+    }
+
+    fn name(&mut self, order_id: Option<u64>) {
+        self.two_orders |= self.placed.is_some() && self.placed != order_id;
+        self.placed = order_id;
+    }
+}
+
+/// Judges the sale of the buyers whose ids begin with `user_prefix`.
+pub async fn judge(
+    database: &Database,
+    report: &LoadReport,
+    user_prefix: &str,
+    audit: &Value,
+) -> anyhow::Result<Vec<Promise>> {
+    let mut heard: HashMap<Buyer, Heard> = HashMap::new();
+    for told in report.outcomes.iter().flat_map(|outcomes| outcomes.iter()) {
+        heard
+            .entry((told.user.to_string(), told.sku.to_owned()))
+            .or_default()
+            .hear(&told);
+    }
+
+    let mut rows = 0_u64;
+    let mut second_rows = Vec::new();
+    let mut untold_rows = Vec::new();
+    let mut wrong_rows = Vec::new();
+    let mut found: HashMap<Buyer, u64> = HashMap::new();
+    database
+        .read_orders(|order| {
+            if !order.user_id.starts_with(user_prefix) {
+                return;
+            }
+            rows += 1;
+            let id = order.id.get();
+            let buyer = (order.user_id.clone(), order.sku_id.clone());
+            match heard.get(&buyer) {
+                Some(told) if told.placed == Some(id) => {
+                    if order.quantity != 1 || order.status.as_str() != "pending_payment" {
+                        wrong_rows.push(id);
+                    }
+                }
+                Some(told) if told.placed.is_none() && (told.in_the_dark || told.unsettled) => {}
+                _ => untold_rows.push(id),
+            }
+            if found.insert(buyer, id).is_some() {
+                second_rows.push(id);
+            }
+        })
+        .await?;
+
+    let count =
+        |condition: fn(&Heard) -> bool| heard.values().filter(|told| condition(told)).count();
+    let placed = count(|told| told.placed.is_some());
+    let missing: Vec<u64> = heard
+        .iter()
+        .filter_map(|(buyer, told)| told.placed.filter(|id| found.get(buyer) != Some(id)))
+        .collect();
+    let two_orders = count(|told| told.two_orders);
+    let settled_as_none = count(|told| told.settled_as_none && told.placed.is_some());
+    let unsettled = count(|told| told.unsettled);
+
+    let unsold = unsold(report, &heard, &found);
+    let oversold = audit["skus"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter(|sku| {
+            let units = |name: &str| sku[name].as_i64().unwrap_or(i64::MAX);
+            units("held_by_orders").saturating_add(units("sold_by_orders")) > units("total")
+        });
+    let oversold = oversold.count();
+    let promise = |name: &str, ok: bool, detail: String| Promise {
+        name: name.to_owned(),
+        ok,
+        detail,
+    };
+    Ok(vec![
+        promise(
+            "Every unit that was wanted was sold, and none twice",
+            unsold == 0 && oversold == 0,
+            format!(
+                "{rows} orders of one unit; {unsold} units withheld from buyers who wanted them, {oversold} SKUs oversold"
+            ),
+        ),
+        promise(
+            "Every buyer who was told yes has exactly that order",
+            missing.is_empty()
+                && second_rows.is_empty()
+                && two_orders == 0
+                && wrong_rows.is_empty()
+                && settled_as_none == 0,
+            format!(
+                "{placed} told yes; {} missing, {} with a second order, {} told two orders, {} rows unlike the answer",
+                missing.len(),
+                second_rows.len(),
+                two_orders + settled_as_none,
+                wrong_rows.len()
+            ),
+        ),
+        promise(
+            "Nobody who was told no has an order",
+            untold_rows.is_empty(),
+            format!(
+                "{} told no; {} rows nobody was told of",
+                heard.len() - placed,
+                untold_rows.len()
+            ),
+        ),
+        promise(
+            "Nobody is left undecided",
+            unsettled == 0,
+            format!(
+                "{} told undecided at first, {unsettled} still",
+                report.count(AnswerKind::Undecided)
+            ),
+        ),
+        promise(
+            "Double clicks bought once",
+            second_rows.is_empty() && two_orders == 0,
+            format!(
+                "{} double clicks, {} answered with the first click's order",
+                report.double_clicks,
+                report.count(AnswerKind::Replayed)
+            ),
+        ),
+        promise(
+            "The audit of the database agrees",
+            audit["ok"] == true,
+            audit_detail(audit),
+        ),
+    ])
+}
+
+/// Units that are still free although somebody who wanted one was told that there were none.
+fn unsold(
+    report: &LoadReport,
+    heard: &HashMap<Buyer, Heard>,
+    found: &HashMap<Buyer, u64>,
+) -> usize {
+    let stock = report
+        .stock
+        .iter()
+        .filter_map(|sku| Some((sku, sku.samples.first()?)));
+    stock
+        .map(|(sku, before)| {
+            let of_sku = |buyer: &&Buyer| buyer.1 == sku.sku_id;
+            let wanted = heard.keys().filter(of_sku).count();
+            let bought = found.keys().filter(of_sku).count();
+            let turned_away = heard
+                .iter()
+                .filter(|(buyer, told)| of_sku(buyer) && (told.turned_away || told.in_the_dark))
+                .count();
+            let could = wanted.min(usize::try_from(before.free).unwrap_or(usize::MAX));
+            could.saturating_sub(bought + turned_away)
+        })
+        .sum()
+}
+
+fn audit_detail(audit: &Value) -> String {
+    let checks = audit["checks"]
+        .as_array()
+        .map(Vec::as_slice)
+        .unwrap_or_default();
+    let broken: Vec<&str> = checks
+        .iter()
+        .filter(|check| check["ok"] != true)
+        .filter_map(|check| check["detail"].as_str())
+        .collect();
+    if broken.is_empty() {
+        format!("{} checks hold", checks.len())
+    } else {
+        broken.join("; ")
+    }
+}

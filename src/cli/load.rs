@@ -1,0 +1,121 @@
+//! `millrace load`
+
+use std::io::{IsTerminal, Write as _};
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::Args;
+
+use crate::loadgen::{
+    LoadPlan, OrderMode, PageOptions, RateProfile, SkuShare, StderrProgress, Token, render_page,
+    render_table, run_until,
+};
+
+#[derive(Debug, Args)]
+pub struct LoadArgs {
+    /// The data plane to load. Only ever name a server of your own.
+    #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:8080")]
+    target: String,
+    /// Bearer token of the data plane.
+    #[arg(long, env = "MILLRACE_LOAD_TOKEN", hide_env_values = true)]
+    token: Option<String>,
+    /// A SKU and its share of the clicks, such as IPHONE-15=90; may be given several times.
+    #[arg(
+        long = "sku",
+        value_name = "SKU[=SHARE]",
+        required_unless_present = "orders"
+    )]
+    skus: Vec<SkuShare>,
+    /// Requests a second: 5000, step:20000 (to the peak within a second) or ramp:100..20000.
+    #[arg(long, value_name = "PROFILE", default_value = "1000")]
+    rate: RateProfile,
+    /// How long requests fall due, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 10.0)]
+    duration: f64,
+    /// At most this many requests.
+    #[arg(long, value_name = "N")]
+    requests: Option<u64>,
+    /// Different buyers.
+    #[arg(long, value_name = "N", default_value_t = 100_000)]
+    buyers: u32,
+    /// Each buyer clicks once before any clicks again, and then with the same key.
+    #[arg(long)]
+    one_order_per_buyer: bool,
+    /// Share of clicks that are double clicks, 0 to 1.
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
+    duplicates: f64,
+    /// Units in each order.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    quantity: u32,
+    /// wait: for the database; async: for the queue only (Prefer: respond-async).
+    #[arg(long, value_name = "MODE", default_value = "wait")]
+    mode: OrderMode,
+    /// Ask the server to wait at most this long (Prefer: wait=N), in seconds.
+    #[arg(long, value_name = "SECONDS")]
+    wait: Option<u32>,
+    /// Connections, kept alive.
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    connections: usize,
+    /// Decides buyers, SKUs and double clicks.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    seed: u64,
+    /// Replay orders from a file, one JSON object a line, instead of making clicks up.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["skus", "one_order_per_buyer"])]
+    orders: Option<PathBuf>,
+    /// Write the result as a page to this file.
+    #[arg(long, value_name = "FILE")]
+    page: Option<PathBuf>,
+    /// Print the result as JSON on standard output.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the load. True: every request was answered, and none with a failure.
+pub async fn run(args: LoadArgs) -> anyhow::Result<bool> {
+    anyhow::ensure!(
+        args.duration.is_finite() && args.duration > 0.0,
+        "--duration must be a number of seconds above 0"
+    );
+    let plan = LoadPlan {
+        target: args.target,
+        token: args.token.map(Token::new),
+        skus: args.skus,
+        rate: args.rate,
+        duration_ms: Some((args.duration * 1000.0) as u64),
+        requests_max: args.requests,
+        buyers: args.buyers,
+        one_order_per_buyer: args.one_order_per_buyer,
+        double_click_share: args.duplicates,
+        quantity: args.quantity,
+        mode: args.mode,
+        wait_s: args.wait,
+        connections: args.connections,
+        seed: args.seed,
+        orders: args.orders,
+        ..LoadPlan::default()
+    };
+    let stop = async {
+        // Without a handler Ctrl-C ends the process, which is what was asked for.
+        let _ = tokio::signal::ctrl_c().await;
+    };
+    let report = run_until(plan, &mut StderrProgress::new(), stop).await?;
+    if let Some(file) = &args.page {
+        let options = PageOptions {
+            subtitle: Some(report.plan.target.clone()),
+            ..PageOptions::default()
+        };
+        std::fs::write(file, render_page(&report, &options))
+            .with_context(|| format!("cannot write the page to {}", file.display()))?;
+    }
+    let mut out = std::io::stdout();
+    // A closed pipe is the reader's choice.
+    let _ = if args.json {
+        writeln!(out, "{}", serde_json::to_string_pretty(&report)?)
+    } else {
+        writeln!(out, "{}", render_table(&report))
+    };
+    if let Some(file) = args.page.filter(|_| std::io::stderr().is_terminal()) {
+        eprintln!("page: {}", file.display());
+    }
+    Ok(report.errors == 0)
+}

@@ -1,0 +1,232 @@
+//! One kept-alive HTTP/1.1 connection.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::task::Poll;
+use std::time::{Duration, Instant};
+
+use bytes::{Bytes, BytesMut};
+use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
+use hyper::client::conn::http1;
+use hyper::header::HeaderMap;
+use hyper::{Method, Request, StatusCode, Uri};
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpStream;
+
+use super::outcome::Fault;
+
+/// The longest answer that is read; Millrace's are some hundred bytes.
+const ANSWER_BYTES_MAX: usize = 1 << 20;
+
+/// After this much idleness a look at the socket comes before a request: servers close idle
+/// connections, and a request written into a closed one fails for no fault of the server.
+const IDLE_LOOK: Duration = Duration::from_millis(200);
+
+type Driver = http1::Connection<TokioIo<TcpStream>, Full<Bytes>>;
+
+/// A connection and the future that moves its bytes. Both run in the caller's task, which spares
+/// two wake-ups a request.
+pub(super) struct Link {
+    sender: http1::SendRequest<Full<Bytes>>,
+    /// None once the connection has ended.
+    driver: Option<Pin<Box<Driver>>>,
+    used_at: Instant,
+}
+
+/// The whole of an answer.
+#[derive(Debug)]
+pub(super) struct Reply {
+    pub status: StatusCode,
+    pub headers: HeaderMap,
+    pub body: Bytes,
+}
+
+/// Why an exchange gave no answer.
+#[derive(Debug)]
+pub(super) enum Broken {
+    /// The server never saw the request, which is handed back to be sent elsewhere.
+    Unsent(Box<Request<Full<Bytes>>>),
+    /// It may have seen it.
+    Failed(Fault),
+}
+
+impl Link {
+    /// Connects to `host:port`.
+    pub(super) async fn connect(address: &str) -> std::io::Result<Self> {
+        let stream = TcpStream::connect(address).await?;
+        stream.set_nodelay(true)?;
+        let (sender, driver) = http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(std::io::Error::other)?;
+        Ok(Self {
+            sender,
+            driver: Some(Box::pin(driver)),
+            used_at: Instant::now(),
+        })
+    }
+
+    /// Sends a request and reads its whole answer. After an error the link is of no more use.
+    pub(super) async fn exchange(
+        &mut self,
+        request: Request<Full<Bytes>>,
+    ) -> Result<Reply, Broken> {
+        if self.used_at.elapsed() > IDLE_LOOK {
+            self.look().await;
+        }
+        let Some(driver) = &mut self.driver else {
+            return Err(Broken::Unsent(Box::new(request)));
+        };
+        let sender = &mut self.sender;
+        let work = async {
+            let response = match sender.try_send_request(request).await {
+                Ok(response) => response,
+                Err(mut e) => {
+                    return Err(match e.take_message() {
+                        Some(request) => Broken::Unsent(Box::new(request)),
+                        None if e.error().is_parse() => Broken::Failed(Fault::BadAnswer),
+                        None => Broken::Failed(Fault::Closed),
+                    });
+                }
+            };
+            let (head, body) = response.into_parts();
+            let body = read_body(body).await?;
+            Ok(Reply {
+                status: head.status,
+                headers: head.headers,
+                body,
+            })
+        };
+        tokio::pin!(work);
+        tokio::select! {
+            biased;
+            result = &mut work => {
+                self.used_at = Instant::now();
+                return result;
+            }
+            _ = driver.as_mut() => {}
+        }
+        // The connection is over, but an answer that arrived before its end is still good. Without
+        // the driver `work` cannot wait for more than what is already there.
+        self.driver = None;
+        work.await
+    }
+
+    /// Whether another request may be sent here.
+    pub(super) fn is_open(&self) -> bool {
+        self.driver.is_some() && !self.sender.is_closed()
+    }
+
+    /// Lets the driver notice that the server has closed an idle connection.
+    async fn look(&mut self) {
+        let ended = match &mut self.driver {
+            None => true,
+            Some(driver) => {
+                std::future::poll_fn(|cx| Poll::Ready(driver.as_mut().poll(cx).is_ready())).await
+            }
+        };
+        if ended {
+            self.driver = None;
+        }
+    }
+}
+
+/// A request with no body.
+pub(super) fn get(path: &str, headers: HeaderMap) -> Result<Request<Full<Bytes>>, Fault> {
+    let uri: Uri = path.parse().map_err(|_| Fault::BadAnswer)?;
+    Ok(request(Method::GET, uri, headers, Bytes::new()))
+}
+
+/// A request with these parts.
+pub(super) fn request(
+    method: Method,
+    uri: Uri,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Request<Full<Bytes>> {
+    let mut request = Request::new(Full::new(body));
+    *request.method_mut() = method;
+    *request.uri_mut() = uri;
+    *request.headers_mut() = headers;
+    request
+}
+
+/// Answers nearly always fit one frame, which is then taken as it is.
+async fn read_body(mut body: Incoming) -> Result<Bytes, Broken> {
+    let mut first = Bytes::new();
+    let mut more: Option<BytesMut> = None;
+    while let Some(frame) = body.frame().await {
+        let Ok(data) = frame
+            .map_err(|_| Broken::Failed(Fault::Closed))?
+            .into_data()
+        else {
+            continue;
+        };
+        if first.is_empty() {
+            first = data;
+        } else {
+            more.get_or_insert_with(|| BytesMut::from(first.as_ref()))
+                .extend_from_slice(&data);
+        }
+        if more.as_ref().map_or(first.len(), BytesMut::len) > ANSWER_BYTES_MAX {
+            return Err(Broken::Failed(Fault::BadAnswer));
+        }
+    }
+    Ok(more.map_or(first, BytesMut::freeze))
+}
+
+/// A client for the few requests beside the load: connects when it must, repeats what was not sent.
+pub(super) struct Getter {
+    address: String,
+    headers: HeaderMap,
+    timeout: Duration,
+    link: Option<Link>,
+}
+
+impl Getter {
+    pub(super) fn new(address: &str, headers: HeaderMap, timeout: Duration) -> Self {
+        Self {
+            address: address.to_owned(),
+            headers,
+            timeout,
+            link: None,
+        }
+    }
+
+    /// Connects if there is no open connection.
+    pub(super) async fn connect(&mut self) -> std::io::Result<()> {
+        let link = self.take_or_connect().await?;
+        self.link = Some(link);
+        Ok(())
+    }
+
+    /// `GET path`; a GET is safe, so one that failed on a kept connection is sent once more.
+    pub(super) async fn get(&mut self, path: &str) -> Result<Reply, Fault> {
+        let mut last = Fault::Connect;
+        for _ in 0..2 {
+            // Out of its place while in use: a call that is dropped half-way takes the connection,
+            // with the answer still to come on it, along.
+            let mut link = self.take_or_connect().await.map_err(|_| Fault::Connect)?;
+            let request = get(path, self.headers.clone())?;
+            match tokio::time::timeout(self.timeout, link.exchange(request)).await {
+                Ok(Ok(reply)) => {
+                    self.link = Some(link);
+                    return Ok(reply);
+                }
+                Ok(Err(Broken::Failed(fault))) => last = fault,
+                Ok(Err(Broken::Unsent(_))) => last = Fault::Closed,
+                Err(_) => return Err(Fault::Timeout),
+            }
+        }
+        Err(last)
+    }
+
+    async fn take_or_connect(&mut self) -> std::io::Result<Link> {
+        match self.link.take().filter(Link::is_open) {
+            Some(link) => Ok(link),
+            None => tokio::time::timeout(self.timeout, Link::connect(&self.address))
+                .await
+                .map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))?,
+        }
+    }
+}

@@ -1,0 +1,275 @@
+//! A load from its plan to its report.
+
+use std::future::Future;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Barrier, OnceLock};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::click::Script;
+use super::error::LoadError;
+use super::follow_up;
+use super::orders_file;
+use super::outcome::{AnswerKind, Outcomes};
+use super::plan::LoadPlan;
+use super::progress::{Phase, Progress, Snapshot, Speedometer};
+use super::recorder::{Live, Recorder};
+use super::report::{LoadReport, UndecidedReport};
+use super::schedule::{Cursor, Schedule};
+use super::stock::StockWatch;
+use super::target::Target;
+use super::worker::{self, Common};
+
+/// How often stock is looked at and progress is shown.
+const TICK: Duration = Duration::from_millis(100);
+
+/// Runs a load to its end.
+///
+/// It has threads of its own for sending; on the caller's runtime it only looks at stock and
+/// reports progress. Dropping the future stops the sending.
+pub async fn run(plan: LoadPlan, progress: &mut dyn Progress) -> Result<LoadReport, LoadError> {
+    run_until(plan, progress, std::future::pending()).await
+}
+
+/// Like [`run`], but no further request falls due once `stop` is done (a signal, say). What is in
+/// flight is still awaited, and the report covers what was sent.
+pub async fn run_until(
+    plan: LoadPlan,
+    progress: &mut dyn Progress,
+    stop: impl Future<Output = ()>,
+) -> Result<LoadReport, LoadError> {
+    plan.check()?;
+    let target = Target::of(&plan)?;
+    let script = Arc::new(match &plan.orders {
+        Some(path) => orders_file::read(path)?,
+        None => Script::made_up(&plan),
+    });
+    let strict = plan.orders.is_none();
+    let mut stock = StockWatch::open(&target, script.skus(), plan.watch_stock, strict).await?;
+
+    let schedule = Arc::new(Schedule::new(&plan, &script));
+    let interval_ms = interval_ms(schedule.seconds_expected());
+    let mut sending = Sending::start(&plan, &target, &script, &schedule, interval_ms)?;
+    let begun = sending.begun().await?;
+    let started_at = jiff::Timestamp::now();
+
+    let mut stop = std::pin::pin!(stop);
+    let mut interrupted = false;
+    let mut speed = Speedometer::default();
+    let planned = Duration::try_from_secs_f64(schedule.seconds_expected()).ok();
+    let watching = async {
+        while !sending.is_finished() {
+            tokio::select! {
+                () = tokio::time::sleep(TICK) => {}
+                () = &mut stop, if !interrupted => {
+                    interrupted = true;
+                    sending.common.stop.store(true, Ordering::Relaxed);
+                }
+            }
+            progress.tick(&sending.snapshot(begun, planned, &schedule, &mut speed));
+        }
+    };
+    // Beside each other: a server that is slow to tell its stock must hold up no stop.
+    tokio::select! {
+        () = watching => {}
+        () = stock.keep_sampling(begun, TICK) => {}
+    }
+    let snapshot = Snapshot {
+        phase: Phase::FollowUp,
+        ..sending.snapshot(begun, planned, &schedule, &mut speed)
+    };
+    let parts = sending.join()?;
+
+    let (recorder, outcomes) = join_records(parts, &plan, &script, interval_ms);
+    let mut report = LoadReport::draw(&plan, &recorder, interval_ms);
+    report.outcomes = outcomes;
+    report.started_at = format!("{started_at:.3}");
+    report.interrupted = interrupted;
+    if !recorder.undecided.is_empty() {
+        progress.tick(&snapshot);
+        follow_up(&mut report, &target, recorder.undecided).await;
+    }
+    stock.sample(begun).await;
+    report.stock = stock.into_series();
+    progress.finish();
+    Ok(report)
+}
+
+/// The sending threads; dropped, they stop.
+struct Sending {
+    common: Arc<Common>,
+    lives: Vec<Arc<Live>>,
+    threads: Vec<JoinHandle<Recorder>>,
+}
+
+impl Sending {
+    fn start(
+        plan: &LoadPlan,
+        target: &Target,
+        script: &Arc<Script>,
+        schedule: &Arc<Schedule>,
+        interval_ms: u64,
+    ) -> Result<Self, LoadError> {
+        let count = plan.threads_here();
+        let common = Arc::new(Common {
+            target: target.clone(),
+            script: Arc::clone(script),
+            request_timeout: Duration::from_millis(plan.request_timeout_ms),
+            interval_ms,
+            keep_outcomes: plan.keep_outcomes,
+            stop: AtomicBool::new(false),
+            ready: Barrier::new(count),
+            start: OnceLock::new(),
+        });
+        let mut sending = Self {
+            common,
+            lives: Vec::new(),
+            threads: Vec::new(),
+        };
+        for part in 0..count {
+            let live = Arc::new(Live::default());
+            let cursor = Cursor::new(Arc::clone(schedule), part, count);
+            let connections =
+                plan.connections / count + usize::from(part < plan.connections % count);
+            sending.lives.push(Arc::clone(&live));
+            sending.threads.push(worker::spawn(
+                Arc::clone(&sending.common),
+                cursor,
+                connections,
+                live,
+            )?);
+        }
+        Ok(sending)
+    }
+
+    /// Moment zero, once all threads are connected.
+    async fn begun(&self) -> Result<Instant, LoadError> {
+        loop {
+            if let Some(start) = self.common.start.get() {
+                return Ok(*start);
+            }
+            if self.threads.iter().any(JoinHandle::is_finished) {
+                return Err(dead());
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    fn is_finished(&self) -> bool {
+        self.threads.iter().all(JoinHandle::is_finished)
+    }
+
+    fn snapshot(
+        &self,
+        begun: Instant,
+        planned: Option<Duration>,
+        schedule: &Schedule,
+        speed: &mut Speedometer,
+    ) -> Snapshot {
+        let elapsed = begun.elapsed();
+        let count_of = |kind: AnswerKind| self.lives.iter().map(|live| live.answers(kind)).sum();
+        let answered: u64 = AnswerKind::ALL.into_iter().map(count_of).sum();
+        let over = planned.is_some_and(|planned| elapsed > planned);
+        let mut snapshot = Snapshot {
+            elapsed,
+            planned,
+            phase: if over {
+                Phase::LastAnswers
+            } else {
+                Phase::Load
+            },
+            sent: self.lives.iter().map(|live| live.sent()).sum(),
+            planned_requests: schedule.requests_expected(),
+            answered_per_second: speed.per_second(answered),
+            in_flight: 0,
+            placed: 0,
+            replayed: 0,
+            refused: 0,
+            pushed_back: 0,
+            errors: 0,
+            p99_ms: self
+                .lives
+                .iter()
+                .map(|live| live.p99_ms())
+                .fold(0.0, f64::max),
+        };
+        snapshot.count(count_of);
+        snapshot
+    }
+
+    fn join(&mut self) -> Result<Vec<Recorder>, LoadError> {
+        self.threads
+            .drain(..)
+            .map(|thread| thread.join().map_err(|_| dead()))
+            .collect()
+    }
+}
+
+impl Drop for Sending {
+    fn drop(&mut self) {
+        self.common.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+fn dead() -> LoadError {
+    LoadError::Thread {
+        what: "sending thread",
+        reason: "it panicked, as printed above".to_owned(),
+    }
+}
+
+fn join_records(
+    mut parts: Vec<Recorder>,
+    plan: &LoadPlan,
+    script: &Arc<Script>,
+    interval_ms: u64,
+) -> (Recorder, Option<Outcomes>) {
+    let outcomes = plan.keep_outcomes.then(|| {
+        let rows = parts
+            .iter_mut()
+            .map(|part| {
+                (
+                    std::mem::take(&mut part.rows),
+                    std::mem::take(&mut part.names),
+                )
+            })
+            .collect();
+        Outcomes::join(Arc::clone(script), rows)
+    });
+    let mut recorder = Recorder::new(interval_ms, false);
+    for part in &mut parts {
+        recorder.add(part);
+    }
+    (recorder, outcomes)
+}
+
+async fn follow_up(report: &mut LoadReport, target: &Target, mut order_ids: Vec<u64>) {
+    order_ids.sort_unstable();
+    order_ids.dedup();
+    let orders = order_ids.len() as u64;
+    let limit = Duration::from_millis(report.plan.follow_up_ms);
+    let finals = follow_up::resolve(target, order_ids, limit).await;
+    if let Some(outcomes) = &mut report.outcomes {
+        outcomes.settle(&finals);
+    }
+    let mut undecided = UndecidedReport {
+        orders,
+        unsettled: orders - finals.len() as u64,
+        ..UndecidedReport::default()
+    };
+    for status in finals.into_values() {
+        *undecided.settled.entry(status).or_default() += 1;
+    }
+    report.undecided = undecided;
+}
+
+/// Short runs are drawn finely; long ones in slices that a chart can still show.
+fn interval_ms(seconds: f64) -> u64 {
+    if seconds <= 60.0 {
+        100
+    } else if seconds <= 3600.0 {
+        1000
+    } else {
+        10_000
+    }
+}

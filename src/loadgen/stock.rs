@@ -1,0 +1,144 @@
+//! Stock burning down, as anyone can see it from outside.
+
+use std::time::{Duration, Instant};
+
+use serde::Deserialize;
+use tokio::time::MissedTickBehavior;
+
+use super::client::Getter;
+use super::error::LoadError;
+use super::report::{StockSample, StockSeries};
+use super::target::Target;
+
+/// How long a look at a SKU may take.
+const TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A SKU whose stock is sampled. No more than this many are: a picture shows no more.
+const WATCHED_MAX: usize = 16;
+
+#[derive(Deserialize)]
+struct Sku {
+    #[serde(default)]
+    title: Option<String>,
+    total: u64,
+    free: u64,
+    held: u64,
+    sold: u64,
+}
+
+impl Sku {
+    fn sample(&self, t_ms: f64) -> StockSample {
+        StockSample {
+            t_ms,
+            free: self.free,
+            held: self.held,
+            sold: self.sold,
+            total: self.total,
+        }
+    }
+}
+
+/// Looks at SKUs over one connection of its own.
+pub(super) struct StockWatch {
+    target: Target,
+    getter: Getter,
+    series: Vec<StockSeries>,
+}
+
+impl StockWatch {
+    /// Sees that the target answers, wants our token, and knows the SKUs; those that are missing
+    /// are an error only where `strict`.
+    pub(super) async fn open(
+        target: &Target,
+        skus: &[String],
+        watch: bool,
+        strict: bool,
+    ) -> Result<Self, LoadError> {
+        let mut own = Self {
+            target: target.clone(),
+            getter: Getter::new(&target.address, target.get_headers(), TIMEOUT),
+            series: Vec::new(),
+        };
+        own.getter
+            .connect()
+            .await
+            .map_err(|source| LoadError::Unreachable {
+                target: target.url.clone(),
+                source,
+            })?;
+        if !watch {
+            return Ok(own);
+        }
+        for sku in skus.iter().take(WATCHED_MAX) {
+            let reply = own
+                .getter
+                .get(&target.sku_path(sku))
+                .await
+                .map_err(|fault| LoadError::NoAnswer {
+                    target: target.url.clone(),
+                    reason: fault.name().to_owned(),
+                })?;
+            let read = serde_json::from_slice::<Sku>(&reply.body);
+            match (reply.status.as_u16(), read) {
+                (200, Ok(sku_now)) => own.series.push(StockSeries {
+                    sku_id: sku.clone(),
+                    samples: vec![sku_now.sample(0.0)],
+                    title: sku_now.title,
+                    sold_out_after_ms: None,
+                }),
+                (401, _) => {
+                    return Err(LoadError::Unauthorized {
+                        target: target.url.clone(),
+                    });
+                }
+                _ if !strict => {}
+                (404, _) => {
+                    return Err(LoadError::UnknownSku {
+                        target: target.url.clone(),
+                        sku: sku.clone(),
+                    });
+                }
+                (status, _) => {
+                    return Err(LoadError::SkuCheck {
+                        target: target.url.clone(),
+                        sku: sku.clone(),
+                        status,
+                    });
+                }
+            }
+        }
+        Ok(own)
+    }
+
+    /// Samples every SKU at this interval, until it is dropped.
+    pub(super) async fn keep_sampling(&mut self, start: Instant, every: Duration) {
+        let mut tick = tokio::time::interval(every);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tick.tick().await;
+            self.sample(start).await;
+        }
+    }
+
+    /// Samples every SKU once. A look that fails leaves a gap, not an error: the load goes on.
+    pub(super) async fn sample(&mut self, start: Instant) {
+        for series in &mut self.series {
+            let Ok(reply) = self.getter.get(&self.target.sku_path(&series.sku_id)).await else {
+                continue;
+            };
+            let Ok(sku) = serde_json::from_slice::<Sku>(&reply.body) else {
+                continue;
+            };
+            let t_ms = (start.elapsed().as_secs_f64() * 1e4).round() / 10.0;
+            if sku.free == 0 && sku.total > 0 && series.sold_out_after_ms.is_none() {
+                series.sold_out_after_ms = Some(t_ms);
+            }
+            series.samples.push(sku.sample(t_ms));
+        }
+    }
+
+    /// What was seen.
+    pub(super) fn into_series(self) -> Vec<StockSeries> {
+        self.series
+    }
+}

@@ -1,0 +1,176 @@
+//! The result on a terminal.
+
+use comfy_table::presets::NOTHING;
+use comfy_table::{Cell, CellAlignment, Table, TableComponent};
+use indicatif::HumanCount;
+
+use super::report::{LoadReport, Percentiles};
+
+/// The report as text: a line of headlines, then what was answered and how long it took.
+pub fn render_table(report: &LoadReport) -> String {
+    let mut text = String::new();
+    let mut line = |name: &str, value: String| {
+        text.push_str(&format!("{name:<10} {value}\n"));
+    };
+    line(
+        "offered",
+        format!(
+            "{} requests in {} ({}/s on average, {}/s at the peak){}",
+            HumanCount(report.offered),
+            seconds(report.elapsed_ms),
+            whole(report.offered_per_second),
+            whole(report.peak_offered_per_second),
+            if report.interrupted {
+                ", interrupted"
+            } else {
+                ""
+            }
+        ),
+    );
+    line(
+        "answered",
+        format!(
+            "{} ({}/s on average, {}/s at the peak)",
+            HumanCount(report.answered),
+            whole(report.answered_per_second),
+            whole(report.peak_answered_per_second)
+        ),
+    );
+    for stock in &report.stock {
+        if let Some(last) = stock.samples.last() {
+            let end = match stock.sold_out_after_ms {
+                Some(ms) => format!("sold out after {}", seconds(ms)),
+                None => format!("{} left", HumanCount(last.free)),
+            };
+            line(
+                "stock",
+                format!(
+                    "{}: {} of {} units taken, {end}",
+                    stock.sku_id,
+                    HumanCount(last.held + last.sold),
+                    HumanCount(last.total)
+                ),
+            );
+        }
+    }
+    if report.undecided.orders > 0 {
+        let mut parts: Vec<String> = report
+            .undecided
+            .settled
+            .iter()
+            .map(|(status, count)| format!("{} {status}", HumanCount(*count)))
+            .collect();
+        if report.undecided.unsettled > 0 {
+            parts.push(format!(
+                "{} still open",
+                HumanCount(report.undecided.unsettled)
+            ));
+        }
+        line(
+            "undecided",
+            format!(
+                "{} orders: {}",
+                HumanCount(report.undecided.orders),
+                parts.join(", ")
+            ),
+        );
+    }
+
+    let mut table = Table::new();
+    table.load_preset(NOTHING);
+    // One rule below the header is enough.
+    table.set_style(TableComponent::HeaderLines, '─');
+    table.set_style(TableComponent::MiddleHeaderIntersections, '─');
+    table.set_header(
+        [
+            "answer", "count", "share", "p50", "p90", "p99", "p99.9", "max",
+        ]
+        .into_iter()
+        .enumerate()
+        .map(|(column, name)| aligned(column, name.to_owned())),
+    );
+    for answer in &report.answers {
+        add(
+            &mut table,
+            answer.label,
+            answer.count,
+            answer.share,
+            &answer.latency,
+        );
+    }
+    if report.answers.len() != 1 {
+        add(&mut table, "all", report.offered, 1.0, &report.latency.all);
+    }
+    text.push('\n');
+    text.push_str(&table.to_string());
+    text.push_str("\nLatencies in ms, counted from the moment each request was due.\n");
+    if !report.codes.is_empty() {
+        let mut codes: Vec<_> = report.codes.iter().collect();
+        codes.sort_by_key(|(_, count)| std::cmp::Reverse(**count));
+        let codes: Vec<String> = codes
+            .into_iter()
+            .map(|(code, count)| format!("{code} {}", HumanCount(*count)))
+            .collect();
+        text.push_str(&format!("Codes: {}\n", codes.join(" · ")));
+    }
+    if let Some(lag) = report.send_lag.p99_ms.filter(|&lag| lag >= 10.0) {
+        text.push_str(&format!(
+            "Note: the latest 1 % of requests left {lag:.0} ms or more after they were due, mostly for want of a free connection among {}.\n",
+            report.plan.connections
+        ));
+    }
+    text
+}
+
+fn add(table: &mut Table, label: &str, count: u64, share: f64, latency: &Percentiles) {
+    let cells = [
+        label.to_owned(),
+        HumanCount(count).to_string(),
+        percent(share),
+        millis(latency.p50_ms),
+        millis(latency.p90_ms),
+        millis(latency.p99_ms),
+        millis(latency.p999_ms),
+        millis(latency.max_ms),
+    ];
+    table.add_row(
+        cells
+            .into_iter()
+            .enumerate()
+            .map(|(column, text)| aligned(column, text)),
+    );
+}
+
+fn aligned(column: usize, text: String) -> Cell {
+    Cell::new(text).set_alignment(if column == 0 {
+        CellAlignment::Left
+    } else {
+        CellAlignment::Right
+    })
+}
+
+fn percent(share: f64) -> String {
+    let percent = share * 100.0;
+    if percent > 0.0 && percent < 0.1 {
+        "<0.1 %".to_owned()
+    } else {
+        format!("{percent:.1} %")
+    }
+}
+
+fn millis(ms: Option<f64>) -> String {
+    match ms {
+        None => "–".to_owned(),
+        Some(ms) if ms < 10.0 => format!("{ms:.2}"),
+        Some(ms) if ms < 100.0 => format!("{ms:.1}"),
+        Some(ms) => HumanCount(ms.round() as u64).to_string(),
+    }
+}
+
+fn whole(rate: f64) -> String {
+    HumanCount(rate.round() as u64).to_string()
+}
+
+fn seconds(ms: f64) -> String {
+    format!("{:.1} s", ms / 1000.0)
+}

@@ -1,0 +1,491 @@
+//! A whole Millrace over HTTP, on a real PostgreSQL: what a shop's backend and an operator see.
+
+mod support;
+
+use std::time::{Duration, Instant};
+
+use futures_util::future::join_all;
+use millrace::config::Engine;
+use serde_json::{Value, json};
+use support::postgres::TestDatabase;
+use support::server::{TestServer, request};
+
+const THREADS: usize = 4;
+
+fn block_on(test: impl Future<Output = ()>) {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(THREADS)
+        .max_blocking_threads(600)
+        .enable_all()
+        .build()
+        .expect("a runtime")
+        .block_on(test);
+}
+
+#[test]
+fn a_waiting_order_is_created_once_its_row_is_there() {
+    block_on(async {
+        let database = TestDatabase::create().await;
+        let server = TestServer::start(&database, |_| {}).await;
+        server
+            .put_sku("A", 5, json!({ "unit_price": 199_900, "currency": "CNY" }))
+            .await;
+        let body = json!({
+            "user_id": "u-42", "sku_id": "A", "quantity": 2, "adjustment": -100,
+            "attributes": { "address_id": "a-7" },
+        });
+        let answer = server.post(body, Some("k1"), &[]).await;
+        assert_eq!(answer.status, 201, "{answer:?}");
+        let order = answer.json();
+        let id = order["order_id"].as_str().expect("a string").to_owned();
+        assert_eq!(
+            answer.field("location"),
+            Some(format!("/v1/orders/{id}").as_str())
+        );
+        assert_eq!(order["amount"], 399_700);
+        assert_eq!(order["currency"], "CNY");
+        assert_eq!(order["status"], "pending_payment");
+        assert_eq!(order["attributes"], json!({ "address_id": "a-7" }));
+
+        let row = database
+            .connect()
+            .await
+            .query_one(
+                "SELECT user_id, sku_id, quantity, amount, currency, status FROM millrace.order_list WHERE order_id = $1",
+                &[&id.parse::<i64>().expect("an integer")],
+            )
+            .await
+            .expect("exactly one row");
+        assert_eq!(row.get::<_, &str>(0), "u-42");
+        assert_eq!(row.get::<_, &str>(1), "A");
+        assert_eq!(row.get::<_, i32>(2), 2);
+        assert_eq!(row.get::<_, i64>(3), 399_700);
+        assert_eq!(row.get::<_, &str>(4), "CNY");
+        assert_eq!(row.get::<_, &str>(5), "pending_payment");
+
+        let asked = server.get(&format!("/v1/orders/{id}")).await;
+        assert_eq!((asked.status, asked.json()), (200, order));
+        assert_eq!(server.stock("A").await, (3, 2, 0));
+        server.assert_audit().await;
+        assert!(server.stop().await);
+    });
+}
+
+#[test]
+fn every_refusal_has_its_status_and_code_and_holds_nothing() {
+    block_on(async {
+        let database = TestDatabase::create().await;
+        let server =
+            TestServer::start(&database, |config| config.data_plane.body_bytes_max = 2_048).await;
+        server
+            .put_sku("ONE", 1, json!({ "per_user_limit": 1 }))
+            .await;
+        server
+            .put_sku(
+                "SOON",
+                1,
+                json!({ "opens_at": "2100-01-01T00:00:00+08:00" }),
+            )
+            .await;
+        server
+            .put_sku("OVER", 1, json!({ "closes_at": "2020-01-01T00:00:00Z" }))
+            .await;
+        server.put_sku("PAUSED", 1, Value::Null).await;
+        let paused = server
+            .control("POST", "/admin/v1/skus/PAUSED/pause", Value::Null)
+            .await;
+        assert_eq!(
+            (paused.status, paused.json()["state"].as_str()),
+            (200, Some("paused"))
+        );
+
+        let refused = async |body: Value, key: Option<&str>| {
+            let answer = server.post(body, key, &[]).await;
+            assert_eq!(
+                answer.field("content-type"),
+                Some("application/problem+json")
+            );
+            let problem = answer.json();
+            assert_eq!(problem["status"], answer.status);
+            (answer.status, answer.code())
+        };
+        let order = |user: &str, sku: &str| json!({ "user_id": user, "sku_id": sku });
+        let is = |status: u16, code: &str| (status, code.to_owned());
+        assert_eq!(
+            refused(order("u", "NONE"), None).await,
+            is(404, "unknown_sku")
+        );
+        assert_eq!(
+            refused(order("u", "SOON"), None).await,
+            is(409, "sale_not_open")
+        );
+        assert_eq!(
+            refused(order("u", "OVER"), None).await,
+            is(409, "sale_closed")
+        );
+        assert_eq!(
+            refused(order("u", "PAUSED"), None).await,
+            is(409, "sale_paused")
+        );
+        assert_eq!(
+            refused(
+                json!({ "user_id": "u", "sku_id": "ONE", "quantity": 2 }),
+                None
+            )
+            .await,
+            is(409, "purchase_limit")
+        );
+        assert_eq!(
+            refused(
+                json!({ "user_id": "u", "sku_id": "ONE", "adjustment": -101 }),
+                None
+            )
+            .await,
+            is(400, "invalid_field")
+        );
+        assert_eq!(server.order("u", "ONE", Some("k")).await.status, 201);
+        assert_eq!(
+            refused(order("u", "ONE"), Some("k2")).await,
+            is(409, "purchase_limit")
+        );
+        assert_eq!(refused(order("v", "ONE"), None).await, is(409, "sold_out"));
+        let sold_out = server.order("v", "ONE", None).await.json();
+        assert_eq!(sold_out["available"], 0);
+        assert_eq!(
+            refused(
+                json!({ "user_id": "u", "sku_id": "ONE", "adjustment": 1 }),
+                Some("k")
+            )
+            .await,
+            is(422, "idempotency_key_reused")
+        );
+        assert_eq!(
+            refused(order("u", "ONE"), Some("a b")).await,
+            is(400, "invalid_idempotency_key")
+        );
+        let long = "k".repeat(65);
+        assert_eq!(
+            refused(order("u", "ONE"), Some(&long)).await,
+            is(400, "invalid_idempotency_key")
+        );
+
+        let data = server.data;
+        let raw = async |method: &str, target: &str, fields: &[(&str, &str)], body: &str| {
+            let answer = request(data, method, target, fields, body.to_owned()).await;
+            (answer.status, answer.code())
+        };
+        let as_json = ("Content-Type", "application/json");
+        assert_eq!(
+            raw("POST", "/v1/orders", &[as_json], "{").await,
+            is(400, "malformed_json")
+        );
+        assert_eq!(
+            raw("POST", "/v1/orders", &[], "{}").await,
+            is(415, "unsupported_media_type")
+        );
+        assert_eq!(
+            raw("GET", "/v1/orders", &[], "").await,
+            is(405, "method_not_allowed")
+        );
+        assert_eq!(raw("GET", "/v2", &[], "").await, is(404, "not_found"));
+        assert_eq!(
+            raw("GET", "/v1/orders/17", &[], "").await,
+            is(404, "unknown_order")
+        );
+        assert_eq!(
+            raw("GET", "/v1/orders/x", &[], "").await,
+            is(404, "not_found")
+        );
+        assert_eq!(
+            raw("GET", "/v1/skus/NONE", &[], "").await,
+            is(404, "unknown_sku")
+        );
+        let big = "x".repeat(4_096);
+        assert_eq!(raw("POST", "/v1/orders", &[as_json], &big).await.0, 413);
+
+        assert_eq!(server.stock("ONE").await, (0, 1, 0));
+        assert_eq!(server.stock("SOON").await, (1, 0, 0));
+        server.assert_audit().await;
+        assert!(server.stop().await);
+    });
+}
+
+#[test]
+fn a_key_has_one_order_over_retries_and_restarts() {
+    block_on(async {
+        let database = TestDatabase::create().await;
+        let server = TestServer::start(&database, |_| {}).await;
+        server
+            .put_sku("A", 10, json!({ "per_user_limit": 2 }))
+            .await;
+        let first = server.order("u", "A", Some("k")).await;
+        assert_eq!(first.status, 201);
+        let again = server.order("u", "A", Some("k")).await;
+        assert_eq!(
+            (again.status, again.field("idempotency-replayed")),
+            (200, Some("true"))
+        );
+        assert_eq!(again.json(), first.json());
+        assert_eq!(
+            server.order("v", "A", Some("k")).await.status,
+            201,
+            "another user's key"
+        );
+        assert!(server.stop().await);
+
+        let server = TestServer::start(&database, |_| {}).await;
+        let replay = server.order("u", "A", Some("k")).await;
+        assert_eq!((replay.status, replay.json()), (200, first.json()));
+        assert_eq!(server.stock("A").await, (8, 2, 0));
+        assert_eq!(server.order("u", "A", Some("k2")).await.status, 201);
+        assert_eq!(
+            server.order("u", "A", Some("k3")).await.code(),
+            "purchase_limit"
+        );
+        server.assert_audit().await;
+        assert!(server.stop().await);
+    });
+}
+
+#[test]
+fn duplicates_in_flight_share_one_outcome() {
+    block_on(async {
+        let database = TestDatabase::create().await;
+        let server = TestServer::start(&database, |_| {}).await;
+        server.put_sku("A", 1_000, Value::Null).await;
+        for round in 0..20 {
+            let key = format!("k-{round}");
+            let answers = join_all((0..10).map(|_| server.order("u", "A", Some(&key)))).await;
+            let created = answers.iter().filter(|answer| answer.status == 201).count();
+            let replayed = answers.iter().filter(|answer| answer.status == 200).count();
+            assert_eq!((created, replayed), (1, 9), "{answers:?}");
+            let id = answers[0].json()["order_id"].clone();
+            assert!(answers.iter().all(|answer| answer.json()["order_id"] == id));
+        }
+        assert_eq!(server.stock("A").await, (980, 20, 0));
+        server.assert_audit().await;
+        assert!(server.stop().await);
+    });
+}
+
+#[test]
+fn a_rush_sells_every_unit_once_on_either_engine() {
+    block_on(async {
+        for engine in [Engine::Hardened, Engine::Minihttp] {
+            let database = TestDatabase::create().await;
+            let server = TestServer::start(&database, |config| {
+                config.data_plane.engine = engine;
+                if engine == Engine::Minihttp {
+                    // It cannot say which port it got.
+                    config.data_plane.listen.set_port(free_port());
+                }
+            })
+            .await;
+            server.put_sku("A", 50, Value::Null).await;
+            let users: Vec<String> = (0..400).map(|n| format!("u-{n}")).collect();
+            let answers = join_all(users.iter().map(|user| server.order(user, "A", None))).await;
+            let count = |status| {
+                answers
+                    .iter()
+                    .filter(|answer| answer.status == status)
+                    .count()
+            };
+            assert_eq!((count(201), count(409)), (50, 350), "{engine:?}");
+            assert_eq!(server.stock("A").await, (0, 50, 0));
+            server.assert_audit().await;
+            assert!(server.stop().await);
+        }
+    });
+}
+
+fn free_port() -> u16 {
+    let probe = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    probe.local_addr().expect("its address").port()
+}
+
+#[test]
+fn on_a_volatile_queue_respond_async_waits_and_says_so() {
+    block_on(async {
+        let database = TestDatabase::create().await;
+        let server = TestServer::start(&database, |_| {}).await;
+        server.put_sku("A", 5, Value::Null).await;
+        let body = json!({ "user_id": "u", "sku_id": "A" });
+        let answer = server
+            .post(body.clone(), None, &[("Prefer", "respond-async")])
+            .await;
+        assert_eq!(
+            (answer.status, answer.field("preference-applied")),
+            (201, None)
+        );
+        let answer = server
+            .post(body, None, &[("Prefer", "respond-async, wait=5")])
+            .await;
+        assert_eq!(
+            (answer.status, answer.field("preference-applied")),
+            (201, Some("wait=5"))
+        );
+        assert!(server.stop().await);
+    });
+}
+
+/// The SKU's row is locked by somebody else for longer than the wait.
+#[test]
+fn an_order_that_is_late_is_undecided_or_not_placed_and_both_are_true() {
+    block_on(async {
+        let database = TestDatabase::create().await;
+        let server = TestServer::start(&database, |config| {
+            config.orders.timeout_ms = 400;
+            config.workers.count = 1;
+        })
+        .await;
+        server.put_sku("A", 100, Value::Null).await;
+        let mut blocker = database.connect().await;
+        let lock = blocker.transaction().await.expect("begin");
+        lock.execute("SELECT 1 FROM millrace.sku FOR UPDATE", &[])
+            .await
+            .expect("lock the SKU");
+
+        // One worker: it claims the first and is stuck with it; the rest is never claimed.
+        let first = server.order("u-first", "A", Some("k"));
+        let rest = async {
+            wait_until(async || in_flight(&server).await >= 1).await;
+            let users: Vec<String> = (0..20).map(|n| format!("u-{n}")).collect();
+            join_all(users.iter().map(|user| server.order(user, "A", Some("k")))).await
+        };
+        let (first, rest) = tokio::join!(first, rest);
+        let answers: Vec<_> = std::iter::once(first).chain(rest).collect();
+        for answer in &answers {
+            assert!(matches!(answer.status, 202 | 504), "{answer:?}");
+        }
+        let undecided: Vec<String> = answers
+            .iter()
+            .filter(|answer| answer.status == 202)
+            .map(|answer| {
+                assert_eq!(answer.json()["status"], "undecided");
+                assert!(answer.json()["receipt"].is_null());
+                answer.json()["order_id"]
+                    .as_str()
+                    .expect("an id")
+                    .to_owned()
+            })
+            .collect();
+        assert!(!undecided.is_empty(), "the first was claimed");
+        let timed_out = answers.iter().filter(|answer| answer.status == 504).count();
+        assert!(timed_out > 0, "the others were not");
+        let waiting = server.get(&format!("/v1/orders/{}", undecided[0])).await;
+        assert_eq!(waiting.json()["status"], "undecided");
+
+        lock.rollback().await.expect("unlock");
+        for id in &undecided {
+            let settled = server.get(&format!("/v1/orders/{id}?wait=5")).await;
+            wait_until(async || {
+                server.get(&format!("/v1/orders/{id}?wait=1")).await.json()["status"]
+                    == "pending_payment"
+            })
+            .await;
+            assert!(matches!(settled.status, 200), "{settled:?}");
+        }
+        assert_eq!(
+            server.stock("A").await,
+            (100 - undecided.len() as u64, undecided.len() as u64, 0)
+        );
+        server.assert_audit().await;
+        assert!(server.stop().await);
+    });
+}
+
+async fn in_flight(server: &TestServer) -> u64 {
+    let metrics = server.control("GET", "/metrics", Value::Null).await;
+    let text = String::from_utf8(metrics.body).expect("text");
+    text.lines()
+        .find_map(|line| line.strip_prefix("millrace_orders_in_flight "))
+        .and_then(|value| value.parse().ok())
+        .expect("the gauge")
+}
+
+async fn wait_until(condition: impl AsyncFn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !condition().await {
+        assert!(
+            Instant::now() < deadline,
+            "the condition did not come true within 20 s"
+        );
+    }
+}
+
+#[test]
+fn an_operator_raises_and_lowers_a_total_and_never_below_what_is_taken() {
+    block_on(async {
+        let database = TestDatabase::create().await;
+        let server = TestServer::start(&database, |_| {}).await;
+        server.put_sku("A", 2, Value::Null).await;
+        for user in ["u", "v"] {
+            assert_eq!(server.order(user, "A", None).await.status, 201);
+        }
+        let body = |total: u32| json!({ "unit_price": 100, "currency": "EUR", "total": total });
+        let below = server.control("PUT", "/admin/v1/skus/A", body(1)).await;
+        assert_eq!(
+            (below.status, below.code()),
+            (409, "total_below_committed".to_owned())
+        );
+        server.put_sku("A", 4, Value::Null).await;
+        assert_eq!(server.stock("A").await, (2, 2, 0));
+        server.put_sku("A", 2, Value::Null).await;
+        assert_eq!(server.order("w", "A", None).await.code(), "sold_out");
+        let all = server.control("POST", "/admin/v1/pause", Value::Null).await;
+        assert_eq!(all.json()["paused"], true);
+        assert_eq!(server.order("w", "A", None).await.code(), "sale_paused");
+        server.assert_audit().await;
+        assert!(server.stop().await);
+
+        let server = TestServer::start(&database, |_| {}).await;
+        assert_eq!(
+            server.order("w", "A", None).await.code(),
+            "sale_paused",
+            "kept over a restart"
+        );
+        server
+            .control("POST", "/admin/v1/resume", Value::Null)
+            .await;
+        assert_eq!(server.order("w", "A", None).await.code(), "sold_out");
+        assert!(server.stop().await);
+    });
+}
+
+#[test]
+fn tokens_guard_both_planes_but_not_health() {
+    block_on(async {
+        let database = TestDatabase::create().await;
+        let server = TestServer::start(&database, |config| {
+            config.data_plane.token.0 = vec!["shop".into()];
+            config.control_plane.token.0 = vec!["old".into(), "new".into()];
+        })
+        .await;
+        let status = async |address, target: &str, token: Option<&str>| {
+            let bearer = token.map(|token| format!("Bearer {token}"));
+            let fields: Vec<_> = bearer
+                .iter()
+                .map(|bearer| ("Authorization", bearer.as_str()))
+                .collect();
+            request(address, "GET", target, &fields, String::new())
+                .await
+                .status
+        };
+        assert_eq!(status(server.data, "/v1/skus/A", None).await, 401);
+        assert_eq!(status(server.data, "/v1/skus/A", Some("new")).await, 401);
+        assert_eq!(status(server.data, "/v1/skus/A", Some("shop")).await, 404);
+        assert_eq!(status(server.control, "/admin/v1/skus", None).await, 401);
+        assert_eq!(
+            status(server.control, "/admin/v1/skus", Some("new")).await,
+            200
+        );
+        assert_eq!(
+            status(server.control, "/admin/v1/skus", Some("old")).await,
+            200
+        );
+        assert_eq!(status(server.control, "/healthz", None).await, 200);
+        assert_eq!(status(server.control, "/readyz", None).await, 200);
+        assert_eq!(status(server.control, "/metrics", None).await, 200);
+        assert!(server.stop().await);
+    });
+}

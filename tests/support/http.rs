@@ -1,0 +1,103 @@
+//! A plain HTTP/1.1 client: one request a connection, the answer as it came.
+
+use std::collections::HashMap;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::time::Duration;
+
+use serde_json::Value;
+
+/// An answer with its parts.
+#[derive(Debug, Clone)]
+pub struct Answer {
+    /// The status code.
+    pub status: u16,
+    /// The fields, names in lower case.
+    pub fields: HashMap<String, String>,
+    /// The body.
+    pub body: Vec<u8>,
+}
+
+impl Answer {
+    /// The body as JSON; null where it is none.
+    pub fn json(&self) -> Value {
+        serde_json::from_slice(&self.body).unwrap_or(Value::Null)
+    }
+
+    /// The `code` of a problem.
+    pub fn code(&self) -> String {
+        self.json()["code"].as_str().unwrap_or_default().to_owned()
+    }
+
+    /// A field's value.
+    pub fn field(&self, name: &str) -> Option<&str> {
+        self.fields.get(name).map(String::as_str)
+    }
+}
+
+/// Sends one request and reads its answer; panics where none comes within 30 s.
+pub fn call(
+    address: SocketAddr,
+    method: &str,
+    target: &str,
+    fields: &[(&str, &str)],
+    body: &str,
+) -> Answer {
+    try_call(address, method, target, fields, body)
+        .unwrap_or_else(|e| panic!("{method} {target}: {e}"))
+}
+
+/// The same, for servers that may be gone.
+pub fn try_call(
+    address: SocketAddr,
+    method: &str,
+    target: &str,
+    fields: &[(&str, &str)],
+    body: &str,
+) -> std::io::Result<Answer> {
+    let mut stream = TcpStream::connect(address)?;
+    stream.set_read_timeout(Some(Duration::from_secs(30)))?;
+    let mut request =
+        format!("{method} {target} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n");
+    for (name, value) in fields {
+        request.push_str(&format!("{name}: {value}\r\n"));
+    }
+    request.push_str(&format!("Content-Length: {}\r\n\r\n{body}", body.len()));
+    stream.write_all(request.as_bytes())?;
+    let mut bytes = Vec::new();
+    // The stock engine keeps the connection open: what was promised is enough.
+    let mut chunk = [0; 4096];
+    loop {
+        if let Some(answer) = parse(&bytes) {
+            return Ok(answer);
+        }
+        match stream.read(&mut chunk)? {
+            0 => {
+                return Err(std::io::Error::other(
+                    "closed before the answer was complete",
+                ));
+            }
+            count => bytes.extend_from_slice(&chunk[..count]),
+        }
+    }
+}
+
+fn parse(bytes: &[u8]) -> Option<Answer> {
+    let end = bytes.windows(4).position(|four| four == b"\r\n\r\n")?;
+    let head = String::from_utf8_lossy(&bytes[..end]).into_owned();
+    let mut lines = head.split("\r\n");
+    let status = lines.next()?.split(' ').nth(1)?.parse().ok()?;
+    let fields: HashMap<String, String> = lines
+        .filter_map(|line| line.split_once(':'))
+        .map(|(name, value)| (name.to_ascii_lowercase(), value.trim().to_owned()))
+        .collect();
+    let length: usize = fields
+        .get("content-length")
+        .map_or(Some(0), |text| text.parse().ok())?;
+    let body = bytes.get(end + 4..end + 4 + length)?.to_vec();
+    Some(Answer {
+        status,
+        fields,
+        body,
+    })
+}
