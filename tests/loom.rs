@@ -420,7 +420,7 @@ fn a_snapshot_beside_a_returned_payment_and_a_hold_always_adds_up() {
 #[test]
 fn a_returned_payment_is_seen_whole_or_not_at_all() {
     // Here the fences of the sequence lock matter: either half alone would add up, too.
-    loom::model(|| {
+    bounded(2, || {
         let stock = Arc::new(StockCounter::new(1, 0, 1));
         let payment = spawn(&stock, |stock| stock.unsell(1));
         let snapshot = stock.snapshot();
