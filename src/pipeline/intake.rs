@@ -136,10 +136,11 @@ impl Intake {
             .get(&request.sku_id)
             .ok_or(Refusal::UnknownSku)?;
         let terms = sku.terms();
-        let amount = terms
-            .unit_price
-            .checked_mul(i64::from(request.quantity.get()))
-            .and_then(|price| price.checked_add(request.adjustment))
+        // Wide, so that only the sum decides, not a step on the way to it.
+        let amount = i128::from(terms.unit_price) * i128::from(request.quantity.get())
+            + i128::from(request.adjustment);
+        let amount = i64::try_from(amount)
+            .ok()
             .filter(|amount| *amount >= 0)
             .ok_or(Refusal::AmountOutOfRange)?;
         let id = self.ledger.ids.next().map_err(|_| Refusal::NotReady)?;
@@ -224,17 +225,21 @@ impl Intake {
         ));
         // Registered before a worker can see it, so that it is settled in the map it is in.
         self.ledger.pending.insert(&pending);
+        // From here on whoever settles the order accounts for both: being registered, it may be
+        // past its deadline and given up already.
+        hold.keep();
+        claim.keep();
         if let Err(rejected) = self.queue.push(Arc::clone(&pending)) {
-            self.ledger.pending.remove(id);
+            // The slot decides who undoes it, so that its units come back once; and a duplicate
+            // that waits for it already is told.
+            self.ledger.abandon(&pending);
+            pending.slot.take_wakers(Waker::wake);
             return Err(if rejected.closed {
                 Refusal::Draining
             } else {
                 Refusal::Overloaded
             });
         }
-        // From here on whoever settles the order accounts for both.
-        hold.keep();
-        claim.keep();
         Ok(Admission::Placed(pending))
     }
 }
