@@ -81,6 +81,7 @@ fn ledger(total: u32) -> Arc<Ledger> {
         false,
     )]);
     Arc::new(Ledger {
+        refusals: millrace::state::refusals::Refusals::with_capacity(1_000),
         catalogue,
         buyers: Buyers::new(1 << 30, 1 << 20),
         pending: Pending::with_capacity(1 << 17),

@@ -6,7 +6,7 @@ mod support;
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
-use millrace::state::pending::Settled;
+use millrace::state::pending::{Settled, SlotState};
 use serde_json::{Value, json};
 use support::block_on;
 use support::postgres::TestDatabase;
@@ -16,6 +16,7 @@ async fn wait_until(what: &str, condition: impl AsyncFn() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(20);
     while !condition().await {
         assert!(Instant::now() < deadline, "{what}: not within 20 s");
+        tokio::task::yield_now().await;
     }
 }
 
@@ -41,7 +42,8 @@ fn a_worker_that_panics_poisons_the_process() {
             let pending = || server.millrace().ledger().pending.all().into_iter().next();
             wait_until("an order in flight", async || pending().is_some()).await;
             let pending = pending().expect("in flight");
-            wait_until("a claim", async || !pending.slot.claim()).await;
+            let claimed = async || pending.slot.state() == SlotState::Claimed;
+            wait_until("a claim", claimed).await;
             // The worker will find the slot settled by somebody else: a broken invariant.
             pending.slot.settle(Settled::Persisted);
             lock.rollback().await.expect("unlock");

@@ -79,6 +79,7 @@ impl Real {
             )
         }));
         let ledger = Arc::new(Ledger {
+            refusals: millrace::state::refusals::Refusals::with_capacity(1_000),
             catalogue,
             buyers: Buyers::new(remembered_max, 64),
             pending: Pending::with_capacity(64),

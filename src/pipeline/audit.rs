@@ -65,13 +65,14 @@ pub struct LiveFigures {
 /// # Errors
 /// Where the database does not answer.
 pub async fn audit(database: &Database, ledger: Option<&Ledger>) -> Result<Audit, StoreError> {
-    // Looked at on both sides of the snapshot: only if nothing was in flight and nothing moved
-    // are memory and rows of the same moment.
-    let before = ledger.map(live);
+    // Memory and rows are of the same moment only if nothing was in flight on either side of the
+    // snapshot (an order in flight is in memory and not yet in the rows) and no counter moved.
+    let in_flight = || ledger.map(|ledger| ledger.pending.len());
+    let before = (in_flight(), ledger.map(live));
     let found = database.audit().await?;
-    let after = ledger.map(live);
-    let in_flight = ledger.map(|ledger| ledger.pending.len());
-    let quiet = before == after && in_flight == Some(0);
+    let after = (in_flight(), ledger.map(live));
+    let quiet = before == after && after.0 == Some(0);
+    let (in_flight, after) = after;
     Ok(judge(&found, after.as_deref(), in_flight, quiet))
 }
 
