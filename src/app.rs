@@ -239,6 +239,7 @@ impl Millrace {
         let wake_all: WakeAll = Arc::new(move |wakers| dispatcher.wake_all(wakers));
 
         let OpenDatabase { database, embedded } = open_database(&config).await?;
+        let guard = database.claim().await?;
         prepare_schema(&config, &database).await?;
         let worker_count = config.worker_count();
         let Taken {
@@ -248,7 +249,7 @@ impl Millrace {
             paused,
             guard,
         } = database
-            .take_over(i16::try_from(worker_count).unwrap_or(i16::MAX))
+            .take_over(guard, i16::try_from(worker_count).unwrap_or(i16::MAX))
             .await?;
         let ids = IdClock::new(lease.node as u8, id_high_water, ids_leased_until);
         let ledger = Arc::new(recover(&config, &database, ids, paused).await?);

@@ -24,7 +24,8 @@ pub async fn run(args: &MigrateArgs) -> anyhow::Result<bool> {
     }
     logging::start(&config.log)?;
     let open = open_database(&config).await?;
-    let mut client = open.database.connect("millrace migrate").await?;
+    // Not under the feet of a running process, which may be of another release.
+    let mut client = open.database.claim().await?;
     let applied = schema::migrate(&mut client, open.database.schema()).await;
     drop(client);
     open.database.close();

@@ -129,6 +129,7 @@ impl Intake {
         waker: Option<&Waker>,
     ) -> Result<Admission, Refusal> {
         self.check_open()?;
+        let id = self.ledger.ids.next().map_err(|_| Refusal::NotReady)?;
         self.rate_limits.check(&request.user_id)?;
         let sku = self
             .ledger
@@ -143,7 +144,6 @@ impl Intake {
             .ok()
             .filter(|amount| *amount >= 0)
             .ok_or(Refusal::AmountOutOfRange)?;
-        let id = self.ledger.ids.next().map_err(|_| Refusal::NotReady)?;
         let now = UnixMillis::now();
         let key = request.key.as_ref().map(KeyHash::of);
         let payload = PayloadHash::of(

@@ -172,7 +172,7 @@ impl Buyers {
         evicted
     }
 
-    /// A buyer's remembered orders, oldest first.
+    /// A buyer's remembered orders, in no particular order.
     pub fn orders_of(&self, user_id: &UserId) -> Vec<Remembered> {
         self.records
             .get(user_id)

@@ -144,17 +144,31 @@ pub async fn check(client: &mut Client, schema: &str) -> Result<(), StoreError> 
 /// # Errors
 /// What the database says.
 pub async fn ensure_user_index(client: &Client, wanted: bool) -> Result<(), StoreError> {
-    let sql = if wanted {
-        "CREATE INDEX CONCURRENTLY IF NOT EXISTS orders_user ON orders (user_id, order_id)"
-    } else {
-        "DROP INDEX CONCURRENTLY IF EXISTS orders_user"
-    };
-    client
-        .batch_execute(sql)
+    let doing = "bringing database.user_index into force";
+    let valid: Option<bool> = client
+        .query_opt(
+            "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass('orders_user')",
+            &[],
+        )
         .await
-        .map_err(StoreError::statement(
-            "bringing database.user_index into force",
-        ))
+        .map_err(StoreError::statement(doing))?
+        .map(|row| row.get(0));
+    let drop = "DROP INDEX CONCURRENTLY orders_user";
+    let create = "CREATE INDEX CONCURRENTLY orders_user ON orders (user_id, order_id)";
+    // One that is not valid was left by a process that was killed while it made it.
+    let steps: &[&str] = match (wanted, valid) {
+        (true, Some(true)) | (false, None) => &[],
+        (true, None) => &[create],
+        (true, Some(false)) => &[drop, create],
+        (false, Some(_)) => &[drop],
+    };
+    for step in steps {
+        client
+            .batch_execute(step)
+            .await
+            .map_err(StoreError::statement(doing))?;
+    }
+    Ok(())
 }
 
 async fn has_history(client: &Client, schema: &str) -> Result<bool, StoreError> {

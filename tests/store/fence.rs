@@ -8,7 +8,7 @@ use millrace::store::postgres::lease::ID_LEASE_MS;
 use millrace::store::schema;
 
 use crate::support::postgres::TestDatabase;
-use crate::support::sale::{SCHEMA, STEP, Sale, order, orders, refs};
+use crate::support::sale::{SCHEMA, STEP, Sale, order, orders, refs, take_over};
 
 #[tokio::test]
 async fn commits_that_the_database_lost_are_counted_and_writing_goes_on() {
@@ -42,7 +42,7 @@ async fn a_writer_of_an_older_epoch_can_write_nothing_any_more() {
     drop(sale.taken.guard);
     let successor = loop {
         // The lock goes when the server has noticed that the connection is closed.
-        match sale.database.take_over(2).await {
+        match take_over(&sale.database, 2).await {
             Ok(taken) => break taken,
             Err(StoreError::AlreadyActive(_)) => tokio::task::yield_now().await,
             Err(error) => panic!("{error}"),
@@ -95,7 +95,7 @@ async fn a_second_process_is_kept_out_and_told_who_is_there() {
     // Another process with a schema of the same name, in another database, is nobody's business.
     let (sale, other) = (Sale::open(1).await, Sale::open(1).await);
     for sale in [&sale, &other] {
-        let refused = sale.database.take_over(1).await;
+        let refused = take_over(&sale.database, 1).await;
         let Err(StoreError::AlreadyActive(holder)) = refused else {
             panic!("{refused:?}");
         };
@@ -108,7 +108,7 @@ async fn a_second_process_is_kept_out_and_told_who_is_there() {
     let database = Database::with_config(sale.config.clone(), "second", 2, STEP).unwrap();
     let mut client = database.connect("test").await.unwrap();
     schema::migrate(&mut client, "second").await.unwrap();
-    database.take_over(1).await.unwrap();
+    take_over(&database, 1).await.unwrap();
 }
 
 #[tokio::test]
@@ -120,7 +120,7 @@ async fn order_ids_never_go_back_over_restarts() {
     let mut last = None;
     for round in 0..4 {
         let taken = loop {
-            match database.take_over(1).await {
+            match take_over(&database, 1).await {
                 Ok(taken) => break taken,
                 Err(StoreError::AlreadyActive(_)) => tokio::task::yield_now().await,
                 Err(error) => panic!("{error}"),

@@ -6,7 +6,7 @@ use millrace::store::postgres::{Connected, Database};
 use millrace::store::{StoreError, schema};
 
 use crate::support::postgres::{Cluster, TestDatabase, connect};
-use crate::support::sale::{STEP, Sale, order, orders, refs};
+use crate::support::sale::{STEP, Sale, order, orders, refs, take_over};
 
 async fn at(config: tokio_postgres::Config, schema: &str) -> (Database, Connected) {
     let database = Database::with_config(config, schema, 2, STEP).unwrap();
@@ -177,7 +177,7 @@ async fn a_role_without_privileges_suffices() {
             .unwrap();
         assert_eq!(published.get::<_, bool>(0), publishes);
 
-        let taken = database.take_over(1).await.unwrap();
+        let taken = take_over(&database, 1).await.unwrap();
         let sku = millrace::order::SkuId::new("A").unwrap();
         let terms = millrace::state::stock::SaleTerms {
             title: "A".into(),

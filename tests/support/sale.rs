@@ -13,7 +13,7 @@ use millrace::state::stock::{SaleTerms, Sku};
 use millrace::store::batch::BatchWriter;
 use millrace::store::postgres::lease::Taken;
 use millrace::store::postgres::{Database, NodeLease};
-use millrace::store::schema;
+use millrace::store::{StoreError, schema};
 
 use super::postgres::{TestDatabase, connect};
 use super::proxy::Proxy;
@@ -54,7 +54,7 @@ impl Sale {
         let database = Database::with_config(config.clone(), SCHEMA, 8, STEP).unwrap();
         let mut client = database.connect("test").await.unwrap();
         schema::migrate(&mut client, SCHEMA).await.unwrap();
-        let taken = database.take_over(shards).await.unwrap();
+        let taken = take_over(&database, shards).await.unwrap();
         Sale {
             admin: admin(&config).await,
             database,
@@ -221,3 +221,9 @@ pub fn refs(orders: &[Order]) -> Vec<&Order> {
 
 /// A SKU's number that no row has.
 pub const NO_SKU: SkuNumber = SkuNumber(i32::MAX);
+
+/// Becomes the one active process of a database and takes its node over.
+pub async fn take_over(database: &Database, shards: i16) -> Result<Taken, StoreError> {
+    let guard = database.claim().await?;
+    database.take_over(guard, shards).await
+}

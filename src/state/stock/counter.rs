@@ -116,24 +116,33 @@ impl StockCounter {
     }
 
     /// Moves `units` from held to sold.
+    ///
+    /// # Panics
+    /// Where the sum does not fit.
     pub fn sell(&self, units: u32) {
-        self.move_sold(|sold| sold + units, 0);
+        self.move_sold(|sold| sold.checked_add(units), 0);
     }
 
     /// Gives back `units` that were sold.
+    ///
+    /// # Panics
+    /// Where fewer are sold: units would be created from nothing.
     pub fn unsell(&self, units: u32) {
-        self.move_sold(|sold| sold - units, units);
+        self.move_sold(|sold| sold.checked_sub(units), units);
     }
 
-    fn move_sold(&self, change: impl FnOnce(u32) -> u32, release: u32) {
+    fn move_sold(&self, change: impl FnOnce(u32) -> Option<u32>, release: u32) {
         self.moving.with(|()| {
+            let before = self.sold.load(Ordering::Relaxed);
+            let Some(after) = change(before) else {
+                panic!("{before} sold units cannot change like this");
+            };
             let sequence = self.sequence.load(Ordering::Relaxed);
             self.sequence
                 .store(sequence.wrapping_add(1), Ordering::Relaxed);
             // The odd number becomes visible before any of the writes below.
             fence(Ordering::Release);
-            self.sold
-                .store(change(self.sold.load(Ordering::Relaxed)), Ordering::Relaxed);
+            self.sold.store(after, Ordering::Relaxed);
             if release > 0 {
                 self.release(release);
             }

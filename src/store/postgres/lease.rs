@@ -36,15 +36,13 @@ pub struct Taken {
 }
 
 impl Database {
-    /// Takes node 0 over with `shards` writers: keeps other processes away, raises the epoch,
-    /// waits until writers of an older epoch are gone, leases ids.
+    /// Takes node 0 over with `shards` writers, as the one process that holds `guard`: raises the
+    /// epoch, waits until writers of an older epoch are gone, leases ids.
     ///
     /// # Errors
-    /// [`StoreError::AlreadyActive`] where another process is, and what the database says.
-    pub async fn take_over(&self, shards: i16) -> Result<Taken, StoreError> {
+    /// What the database says.
+    pub async fn take_over(&self, mut guard: Connected, shards: i16) -> Result<Taken, StoreError> {
         const NODE: i16 = 0;
-        let mut guard = self.connect("millrace node 0").await?;
-        self.lock_out_others(&guard).await?;
         let transaction = guard
             .transaction()
             .await
@@ -102,11 +100,13 @@ impl Database {
         })
     }
 
-    /// Takes the advisory lock of this schema for as long as `guard` lives.
+    /// Makes this the one process that is active on this schema, for as long as the returned
+    /// connection lives. Comes before anything is changed, the schema included.
     ///
     /// # Errors
-    /// [`StoreError::AlreadyActive`] where somebody else has it.
-    pub async fn lock_out_others(&self, guard: &Connected) -> Result<(), StoreError> {
+    /// [`StoreError::AlreadyActive`] where another process is.
+    pub async fn claim(&self) -> Result<Connected, StoreError> {
+        let guard = self.connect("millrace node 0").await?;
         let name = format!("millrace:{}", self.schema());
         let taken: bool = self
             .timed("locking out other processes", async {
@@ -120,7 +120,7 @@ impl Database {
             })
             .await?;
         if taken {
-            return Ok(());
+            return Ok(guard);
         }
         let holder = guard
             .query_opt(
