@@ -5,5 +5,7 @@
 )]
 
 pub mod http;
+pub mod listening;
+pub mod pgbouncer;
 pub mod postgres;
 pub mod server;
