@@ -21,10 +21,12 @@ use crate::http::control_plane::{ControlPlane, Parts, Refresh};
 use crate::http::data_plane::dispatcher::Dispatcher;
 use crate::http::data_plane::hardened::{self, CloseReason, Limits};
 use crate::http::data_plane::message::{Request, Response, Service};
-use crate::http::data_plane::service::DataPlane;
+use crate::http::data_plane::service::{DataPlane, DataPlaneParts};
 use crate::http::data_plane::{minihttp, runtime};
+use crate::http::tokens::Tokens;
 use crate::metrics::Metrics;
 use crate::order::{IdClock, OrderId, UnixMillis};
+use crate::pipeline::cancel::Canceller;
 use crate::pipeline::intake::Intake;
 use crate::pipeline::ledger::Ledger;
 use crate::pipeline::operator::Operator;
@@ -34,6 +36,7 @@ use crate::queue::{OrderQueue, RingQueue};
 use crate::state::buyers::Buyers;
 use crate::state::pending::{Pending, SlotState};
 use crate::state::poison::Poison;
+use crate::state::refusals::Refusals;
 use crate::state::stock::Catalogue;
 use crate::store::batch::BatchWriter;
 use crate::store::embedded::{DATABASE, Embedded, EmbeddedError, EmbeddedOptions};
@@ -43,8 +46,9 @@ use crate::store::{StoreError, schema};
 
 /// How often the lease on order ids is renewed.
 const LEASE_RENEWAL: Duration = Duration::from_secs(5);
-/// How often what has left the idempotency window is forgotten.
-const EVICTION: Duration = Duration::from_secs(60);
+/// How often what has left the idempotency window, and rate limits that are whole again, are
+/// forgotten.
+const EVICTION: Duration = Duration::from_secs(20);
 /// How often our own PostgreSQL is looked at.
 const POSTGRES_WATCH: Duration = Duration::from_millis(250);
 /// What a drain may take beyond the order timeout.
@@ -148,6 +152,7 @@ pub async fn prepare_schema(config: &Config, database: &Database) -> Result<(), 
         }
         Migrate::Never => schema::check(&mut client, database.schema()).await?,
     }
+    schema::ensure_user_index(&client, config.database.user_index).await?;
     Ok(())
 }
 
@@ -227,7 +232,8 @@ impl Millrace {
         )
         .map_err(data_dir)?;
 
-        let control = ControlPlane::new(metrics.clone(), &config.control_plane.token.0);
+        let control =
+            ControlPlane::new(metrics.clone(), Tokens::new(&config.control_plane.token.0));
         let control_task = serve_control(&control, control_listener).map_err(StartError::Engine)?;
         let doorway = Arc::new(Doorway::default());
         let (front, refresh) = serve_data(&config, data_listener, Arc::clone(&doorway))?;
@@ -255,11 +261,12 @@ impl Millrace {
         let queue: Arc<dyn OrderQueue> = match config.queue.backend {
             Backend::Memory => Arc::new(RingQueue::new(config.queue.capacity)),
         };
-        let intake = Arc::new(Intake::new(
+        let intake = Intake::new(
             Arc::clone(&ledger),
             Arc::clone(&queue),
             config.orders.payment_ttl_ms,
-        ));
+        );
+        let intake = Arc::new(intake.with_rate_limits(&config.rate_limit));
         let (cut, cut_seen) = watch::channel(false);
         let mut workers = JoinSet::new();
         for shard in 0..worker_count {
@@ -287,6 +294,7 @@ impl Millrace {
             tokio::spawn(renew_lease(database.clone(), lease, Arc::clone(&ledger))).abort_handle(),
             tokio::spawn(evict(
                 Arc::clone(&ledger),
+                Arc::clone(&intake),
                 config.orders.idempotency_window_ms,
             ))
             .abort_handle(),
@@ -296,22 +304,29 @@ impl Millrace {
             background.push(tokio::spawn(keep_running(Arc::clone(embedded))).abort_handle());
         }
 
-        let service = Arc::new(DataPlane::new(
-            Arc::clone(&intake),
-            Arc::clone(&ledger),
-            database.clone(),
-            Handle::current(),
+        let service = Arc::new(DataPlane::new(DataPlaneParts {
+            intake: Arc::clone(&intake),
+            ledger: Arc::clone(&ledger),
+            database: database.clone(),
+            canceller: Canceller::new(Arc::clone(&ledger), database.clone(), lease),
+            user_index: config.database.user_index,
+            runtime: Handle::current(),
             metrics,
-            Duration::from_millis(config.orders.timeout_ms),
-            &config.data_plane.token.0,
-        ));
+            order_timeout: Duration::from_millis(config.orders.timeout_ms),
+            tokens: Tokens::new(&config.data_plane.token.0),
+        }));
         let _ = doorway.service.set(Arc::clone(&service));
         control.recovered(Parts {
             ledger: Arc::clone(&ledger),
             intake: Arc::clone(&intake),
             queue: Arc::clone(&queue),
             database: database.clone(),
-            operator: Operator::new(Arc::clone(&ledger), database.clone(), lease),
+            operator: Operator::new(
+                Arc::clone(&ledger),
+                database.clone(),
+                lease,
+                config.orders.payment_ttl_ms,
+            ),
             refresh,
         });
         intake.open();
@@ -342,6 +357,11 @@ impl Millrace {
             guard,
             embedded,
         })
+    }
+
+    /// The in-memory state.
+    pub fn ledger(&self) -> &Arc<Ledger> {
+        &self.ledger
     }
 
     /// The database behind it.
@@ -551,6 +571,7 @@ async fn recover(
     Ok(Ledger {
         catalogue,
         buyers,
+        refusals: Refusals::with_capacity(config.orders.sticky_refusals_max),
         pending: Pending::with_capacity(in_flight_max),
         poison: Poison::default(),
         ids,
@@ -622,14 +643,15 @@ async fn renew_lease(database: Database, lease: NodeLease, ledger: Arc<Ledger>) 
     }
 }
 
-async fn evict(ledger: Arc<Ledger>, window_ms: u64) {
+async fn evict(ledger: Arc<Ledger>, intake: Arc<Intake>, window_ms: u64) {
     let window = i64::try_from(window_ms).unwrap_or(i64::MAX);
     let mut tick = tokio::time::interval(EVICTION);
     loop {
         tick.tick().await;
-        let ledger = Arc::clone(&ledger);
+        let (ledger, intake) = (Arc::clone(&ledger), Arc::clone(&intake));
         // Walks every record: not on a thread that has something better to do.
         let evicted = tokio::task::spawn_blocking(move || {
+            intake.forget_idle();
             let floor = OrderId::floor_of(UnixMillis(ledger.ids.now().0.saturating_sub(window)));
             ledger.buyers.evict_before(floor)
         })

@@ -62,6 +62,8 @@ pub struct Config {
     pub workers: Workers,
     /// The life of an order.
     pub orders: Orders,
+    /// How often a user, and all together, may ask for an order.
+    pub rate_limit: RateLimit,
     /// What is said about it.
     pub log: Log,
 }
@@ -82,6 +84,9 @@ pub struct Database {
     pub schema: String,
     /// `auto` brings the schema up to date at start; `never` leaves that to `millrace migrate`.
     pub migrate: Migrate,
+    /// Keeps an index on `(user_id, order_id)`, so that a user's whole history can be listed; it
+    /// costs COPY more than half of its rate.
+    pub user_index: bool,
     /// Directory with `postgres` and `initdb` for Millrace's own PostgreSQL; empty: searched.
     pub embedded_bin_dir: String,
     /// Connections beside those of the workers: look-ups, administration, health. 1 to 100.
@@ -188,6 +193,61 @@ pub struct Orders {
     pub idempotency_window_ms: u64,
     /// Orders remembered at once, about 120 bytes each; beyond it new ones are refused.
     pub remembered_max: usize,
+    /// `sold_out` and `purchase_limit` answers remembered under their keys, about 100 bytes each;
+    /// the oldest make room.
+    pub sticky_refusals_max: usize,
+}
+
+/// `[rate_limit]`
+#[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+pub struct RateLimit {
+    /// For each `user_id`: `off`, or a rate such as `5/s` or `100/min`.
+    pub per_user: Rate,
+    /// For all together: `off`, or a rate such as `20000/s`.
+    pub overall: Rate,
+}
+
+/// A number of requests in a second or a minute, evened out; up to the whole number may come at
+/// once.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize, PartialEq, Eq)]
+#[serde(try_from = "String", into = "String")]
+pub enum Rate {
+    /// No limit.
+    #[default]
+    Off,
+    /// Requests in a second.
+    PerSecond(std::num::NonZeroU32),
+    /// Requests in a minute.
+    PerMinute(std::num::NonZeroU32),
+}
+
+impl TryFrom<String> for Rate {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let wrong = || format!("{text:?} is no rate: write off, 5/s or 100/min");
+        if text == "off" {
+            return Ok(Rate::Off);
+        }
+        let (count, unit) = text.split_once('/').ok_or_else(wrong)?;
+        let count = count.parse().map_err(|_| wrong())?;
+        match unit {
+            "s" => Ok(Rate::PerSecond(count)),
+            "min" => Ok(Rate::PerMinute(count)),
+            _ => Err(wrong()),
+        }
+    }
+}
+
+impl From<Rate> for String {
+    fn from(rate: Rate) -> Self {
+        match rate {
+            Rate::Off => "off".into(),
+            Rate::PerSecond(count) => format!("{count}/s"),
+            Rate::PerMinute(count) => format!("{count}/min"),
+        }
+    }
 }
 
 /// `[log]`
@@ -256,6 +316,7 @@ impl Default for Config {
             queue: Queue::default(),
             workers: Workers::default(),
             orders: Orders::default(),
+            rate_limit: RateLimit::default(),
             log: Log::default(),
         }
     }
@@ -267,6 +328,7 @@ impl Default for Database {
             url: String::new(),
             schema: "millrace".into(),
             migrate: Migrate::Auto,
+            user_index: false,
             embedded_bin_dir: String::new(),
             pool_size: 8,
             step_timeout_ms: 5_000,
@@ -325,6 +387,7 @@ impl Default for Orders {
             payment_ttl_ms: 900_000,
             idempotency_window_ms: 86_400_000,
             remembered_max: 10_000_000,
+            sticky_refusals_max: 100_000,
         }
     }
 }
@@ -629,6 +692,24 @@ mod tests {
         assert!(config.data_plane.trust_network);
         assert_eq!(config.database.migrate, Migrate::Never);
         assert_eq!(config.data_dir, PathBuf::from("/x"));
+    }
+
+    #[test]
+    fn rates_are_read_by_count_and_unit() {
+        let config = parse(
+            "[rate_limit]\nper_user = \"5/s\"",
+            &[("MILLRACE_RATE_LIMIT__OVERALL", "100/min")],
+        )
+        .unwrap();
+        assert_eq!(String::from(config.rate_limit.per_user), "5/s");
+        assert_eq!(String::from(config.rate_limit.overall), "100/min");
+        for bad in ["5", "0/s", "5/h", "-1/s"] {
+            let text = format!("[rate_limit]\nper_user = \"{bad}\"");
+            assert!(
+                parse(&text, &[]).unwrap_err().to_string().contains("rate"),
+                "{bad}"
+            );
+        }
     }
 
     #[test]

@@ -3,8 +3,8 @@
 //! Names follow the Prometheus conventions: a unit at the end, `_total` on counters.
 
 use prometheus::{
-    Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
-    TextEncoder,
+    Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry, TextEncoder,
 };
 
 /// Handles to every metric. Cheap to clone.
@@ -45,6 +45,8 @@ pub struct Metrics {
     pub connections: IntGauge,
     /// Connections closed by the engine itself, by `reason`.
     pub connections_cut: IntCounterVec,
+    /// Units of each SKU by `state`: `free`, `held`, `sold`.
+    stock: IntGaugeVec,
     /// 1 while orders are taken.
     pub ready: IntGauge,
     /// Time that recovery took at the last start, in seconds.
@@ -60,7 +62,7 @@ const ROWS: [f64; 11] = [
 ];
 
 /// The values of `outcome`: what became of an order, or the code of its refusal.
-const OUTCOMES: [&str; 18] = [
+const OUTCOMES: [&str; 19] = [
     "sold_out",
     "created",
     "replayed",
@@ -72,6 +74,7 @@ const OUTCOMES: [&str; 18] = [
     "sale_closed",
     "sale_paused",
     "unknown_sku",
+    "rate_limited",
     "invalid_field",
     "idempotency_key_reused",
     "not_ready",
@@ -130,6 +133,11 @@ impl Metrics {
             "Answers to orders by outcome.",
             "outcome",
         )?;
+        let stock = IntGaugeVec::new(
+            Opts::new("millrace_stock_units", "Units of each SKU by state."),
+            &["sku_id", "state"],
+        )?;
+        registry.register(Box::new(stock.clone()))?;
         let recovery_seconds = prometheus::Gauge::new(
             "millrace_recovery_seconds",
             "Time that recovery took at the last start.",
@@ -192,9 +200,19 @@ impl Metrics {
                 "reason",
             )?,
             ready: gauge("millrace_ready", "1 while orders are taken.")?,
+            stock,
             recovery_seconds,
             registry,
         })
+    }
+
+    /// Notes the counters of a SKU.
+    pub fn observe_stock(&self, sku_id: &str, free: u32, held: u32, sold: u32) {
+        for (state, units) in [("free", free), ("held", held), ("sold", sold)] {
+            self.stock
+                .with_label_values(&[sku_id, state])
+                .set(i64::from(units));
+        }
     }
 
     /// The Prometheus text form.

@@ -7,20 +7,9 @@ use std::time::{Duration, Instant};
 use futures_util::future::join_all;
 use millrace::config::Engine;
 use serde_json::{Value, json};
+use support::block_on;
 use support::postgres::TestDatabase;
 use support::server::{TestServer, request};
-
-const THREADS: usize = 4;
-
-fn block_on(test: impl Future<Output = ()>) {
-    tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(THREADS)
-        .max_blocking_threads(600)
-        .enable_all()
-        .build()
-        .expect("a runtime")
-        .block_on(test);
-}
 
 #[test]
 fn a_waiting_order_is_created_once_its_row_is_there() {

@@ -3,4 +3,5 @@
 pub mod control_plane;
 pub mod data_plane;
 pub mod problem;
+pub mod tokens;
 pub mod wire;

@@ -64,6 +64,15 @@ impl Problem {
         let _ = serde_json::to_writer(response.body_mut(), self);
     }
 
+    /// No valid bearer token came.
+    pub fn unauthorized() -> Self {
+        Problem::new(
+            401,
+            "unauthorized",
+            "Authorization: a valid bearer token is needed",
+        )
+    }
+
     /// A defect of ours.
     pub fn internal() -> Self {
         Problem::new(
@@ -86,6 +95,10 @@ impl From<Refusal> for Problem {
             .retry_after(1),
             Refusal::Draining => {
                 Problem::new(503, code, "the service is shutting down").retry_after(5)
+            }
+            Refusal::RateLimited { retry_after_ms } => {
+                Problem::new(429, code, "too many requests from this user, or over all")
+                    .retry_after(retry_after_ms.div_ceil(1_000).max(1))
             }
             Refusal::UnknownSku => Problem::new(404, code, "sku_id: no such SKU"),
             Refusal::AmountOutOfRange => Problem::new(

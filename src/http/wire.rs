@@ -8,8 +8,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use super::problem::Problem;
-use crate::order::{Currency, Order, OrderId, OrderStatus, Quantity, SkuId, UnixMillis, UserId};
+use crate::order::{
+    Currency, IdempotencyKey, Order, OrderId, OrderStatus, Quantity, SkuId, UnixMillis, UserId,
+};
 use crate::state::stock::{SaleTerms, Sku};
+use crate::store::postgres::dead_letters::DeadLetter;
 use crate::store::postgres::orders::StoredOrder;
 
 /// Longest `attributes` in bytes, as it came.
@@ -57,6 +60,9 @@ struct OrderMembers<'a> {
     adjustment: i64,
     #[serde(borrow, default)]
     attributes: Option<&'a RawValue>,
+    /// On a line of a batch only; alone, an order has the header.
+    #[serde(borrow, default)]
+    idempotency_key: Option<Text<'a>>,
 }
 
 fn one() -> u32 {
@@ -85,6 +91,14 @@ impl OrderBody {
     /// A `400` problem: `malformed_json`, `unknown_field` or `invalid_field`, naming the member.
     pub fn parse(body: &[u8]) -> Result<Self, Problem> {
         let members: OrderMembers<'_> = from_json(body)?;
+        if members.idempotency_key.is_some() {
+            let detail = "idempotency_key: belongs into the Idempotency-Key header";
+            return Err(Problem::new(400, "unknown_field", detail));
+        }
+        Self::check(members)
+    }
+
+    fn check(members: OrderMembers<'_>) -> Result<Self, Problem> {
         let field = |name: &str, what: &dyn fmt::Display| {
             Problem::new(400, "invalid_field", format!("{name}: {what}"))
         };
@@ -111,6 +125,83 @@ impl OrderBody {
                 .ok_or_else(|| field("quantity", &format!("must be 1 to {}", Quantity::MAX)))?,
             adjustment: members.adjustment,
             attributes,
+        })
+    }
+}
+
+/// One line of `POST /v1/orders:batch`.
+#[derive(Debug)]
+pub struct BatchLine {
+    /// The order.
+    pub body: OrderBody,
+    /// Its key.
+    pub key: Option<IdempotencyKey>,
+}
+
+impl BatchLine {
+    /// Parses and checks a line.
+    ///
+    /// # Errors
+    /// As [`OrderBody::parse`], and `invalid_idempotency_key`.
+    pub fn parse(line: &[u8]) -> Result<Self, Problem> {
+        let mut members: OrderMembers<'_> = from_json(line)?;
+        let key = members.idempotency_key.take();
+        let key = key.map(|key| parse_key(&key.0)).transpose()?;
+        Ok(BatchLine {
+            body: OrderBody::check(members)?,
+            key,
+        })
+    }
+}
+
+/// Appends one line of a batch's answer: `http_status`, and the members of `body`.
+pub fn ndjson_line(out: &mut Vec<u8>, http_status: u16, body: &impl Serialize) {
+    out.extend_from_slice(b"{\"http_status\":");
+    out.extend_from_slice(itoa::Buffer::new().format(http_status).as_bytes());
+    out.push(b',');
+    let start = out.len();
+    // Our own types serialize to an object with members, and writing to a vector cannot fail.
+    let _ = serde_json::to_writer(&mut *out, body);
+    if out.get(start) == Some(&b'{') {
+        out.remove(start);
+    }
+    out.push(b'\n');
+}
+
+/// A page of a user's orders.
+#[derive(Debug, Serialize)]
+pub struct OrderList<'a> {
+    /// Newest first.
+    pub orders: Vec<OrderView<'a>>,
+    /// The `before` of the next page, where there may be one.
+    pub next_before: Option<OrderId>,
+}
+
+/// Members of a query string.
+pub mod query {
+    use super::Problem;
+
+    /// The first value under a name, as it came.
+    pub fn value<'a>(query: &'a str, name: &str) -> Option<&'a str> {
+        query
+            .split('&')
+            .find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='))
+    }
+
+    /// The same as a number.
+    ///
+    /// # Errors
+    /// `400 invalid_field` where it is none.
+    pub fn number(query: &str, name: &str) -> Result<Option<u64>, Problem> {
+        let Some(text) = value(query, name) else {
+            return Ok(None);
+        };
+        text.parse().map(Some).map_err(|_| {
+            Problem::new(
+                400,
+                "invalid_field",
+                format!("{name}: must be a whole number, 0 or more"),
+            )
         })
     }
 }
@@ -165,6 +256,11 @@ fn as_raw(attributes: Option<&str>) -> Option<&RawValue> {
 }
 
 impl<'a> OrderView<'a> {
+    /// Its id.
+    pub fn order_id(&self) -> OrderId {
+        self.order_id
+    }
+
     /// An order in flight, or one whose row was just committed.
     pub fn of(order: &'a Order, status: OrderStatus) -> Self {
         OrderView {
@@ -327,6 +423,138 @@ impl SkuBody {
             },
             total: members.total,
         })
+    }
+}
+
+/// The `Idempotency-Key` of a request, out of every such field that it has.
+///
+/// # Errors
+/// `400 invalid_idempotency_key`.
+pub fn idempotency_key<'a>(
+    mut fields: impl Iterator<Item = &'a [u8]>,
+) -> Result<Option<IdempotencyKey>, Problem> {
+    let Some(field) = fields.next() else {
+        return Ok(None);
+    };
+    if fields.next().is_some() {
+        return Err(invalid_key("came more than once"));
+    }
+    let text = std::str::from_utf8(field).map_err(|_| invalid_key("must be visible ASCII"))?;
+    parse_key(text).map(Some)
+}
+
+/// An idempotency key out of a text.
+///
+/// # Errors
+/// `400 invalid_idempotency_key`.
+pub fn parse_key(text: &str) -> Result<IdempotencyKey, Problem> {
+    IdempotencyKey::new(text).map_err(invalid_key)
+}
+
+fn invalid_key(what: impl fmt::Display) -> Problem {
+    Problem::new(
+        400,
+        "invalid_idempotency_key",
+        format!("Idempotency-Key: {what}"),
+    )
+}
+
+/// The body of `POST /admin/v1/skus/{sku_id}/restock`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RestockBody {
+    /// Units to add; negative ones are taken away.
+    pub quantity: i64,
+}
+
+impl RestockBody {
+    /// Parses and checks a body.
+    ///
+    /// # Errors
+    /// As [`OrderBody::parse`].
+    pub fn parse(body: &[u8]) -> Result<Self, Problem> {
+        let body: Self = from_json(body)?;
+        if body.quantity == 0 || body.quantity.unsigned_abs() > u64::from(u32::MAX) {
+            return Err(Problem::new(
+                400,
+                "invalid_field",
+                "quantity: must be a number of units other than 0 and within 4294967295",
+            ));
+        }
+        Ok(body)
+    }
+}
+
+/// The optional body of requests that close something for good.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NoteBody {
+    /// What the person wants to be remembered, at most 1,000 bytes.
+    #[serde(default)]
+    pub note: Option<String>,
+}
+
+impl NoteBody {
+    /// Parses and checks a body; an empty one has no note.
+    ///
+    /// # Errors
+    /// As [`OrderBody::parse`].
+    pub fn parse(body: &[u8]) -> Result<Self, Problem> {
+        if body.is_empty() {
+            return Ok(Self::default());
+        }
+        let body: Self = from_json(body)?;
+        if body
+            .note
+            .as_ref()
+            .is_some_and(|note| note.len() > 1_000 || note.contains('\0'))
+        {
+            return Err(Problem::new(
+                400,
+                "invalid_field",
+                "note: must be at most 1000 bytes, without NUL",
+            ));
+        }
+        Ok(body)
+    }
+}
+
+/// A dead letter as operators see it.
+#[derive(Debug, Serialize)]
+pub struct DeadLetterView<'a> {
+    id: i64,
+    at: Time,
+    order_id: OrderId,
+    user_id: &'a str,
+    sku_id: &'a str,
+    quantity: u32,
+    amount: i64,
+    currency: &'a str,
+    sqlstate: &'a str,
+    reason: &'a str,
+    attributes: Option<&'a RawValue>,
+    discarded_at: Option<Time>,
+    note: Option<&'a str>,
+}
+
+impl<'a> DeadLetterView<'a> {
+    /// A dead letter as it is stored.
+    pub fn of(letter: &'a DeadLetter) -> Self {
+        DeadLetterView {
+            id: letter.id,
+            at: Time(letter.at),
+            order_id: letter.order_id,
+            user_id: &letter.user_id,
+            sku_id: &letter.sku_id,
+            quantity: letter.quantity,
+            amount: letter.amount,
+            currency: &letter.currency,
+            sqlstate: &letter.sqlstate,
+            reason: &letter.reason,
+            attributes: as_raw(letter.attributes.as_deref()),
+            discarded_at: letter.discarded_at.map(Time),
+            note: letter.note.as_deref(),
+        }
     }
 }
 

@@ -23,6 +23,9 @@ const SEQUENCE_BITS: u32 = 16;
 const NODE_BITS: u32 = 6;
 
 impl OrderId {
+    /// Above every id.
+    pub const MAX: OrderId = OrderId(i64::MAX as u64);
+
     /// The id with this value, where it could be one: 1 to 2^63 − 1.
     pub fn new(value: u64) -> Option<Self> {
         (value != 0 && value <= i64::MAX as u64).then_some(OrderId(value))

@@ -13,6 +13,11 @@ pub enum Refusal {
     NotReady,
     /// Shutting down.
     Draining,
+    /// The user's rate, or the overall one, is used up.
+    RateLimited {
+        /// When a request will pass again, in milliseconds.
+        retry_after_ms: u32,
+    },
     /// No such SKU.
     UnknownSku,
     /// The amount would be negative or beyond 2^63.
@@ -50,6 +55,7 @@ impl Refusal {
         match self {
             Refusal::NotReady => "not_ready",
             Refusal::Draining => "draining",
+            Refusal::RateLimited { .. } => "rate_limited",
             Refusal::UnknownSku => "unknown_sku",
             Refusal::AmountOutOfRange => "invalid_field",
             Refusal::IdempotencyKeyReused => "idempotency_key_reused",
@@ -60,6 +66,15 @@ impl Refusal {
             Refusal::SoldOut { .. } => "sold_out",
             Refusal::Overloaded => "overloaded",
         }
+    }
+
+    /// Whether the same request under the same key shall be told the same again, although another
+    /// judgment might come out better meanwhile. Every other refusal is judged afresh.
+    pub fn is_sticky(self) -> bool {
+        matches!(
+            self,
+            Refusal::SoldOut { .. } | Refusal::PurchaseLimit { .. }
+        )
     }
 }
 
@@ -72,6 +87,7 @@ mod tests {
         let ordered = [
             Refusal::NotReady,
             Refusal::Draining,
+            Refusal::RateLimited { retry_after_ms: 1 },
             Refusal::UnknownSku,
             Refusal::AmountOutOfRange,
             Refusal::IdempotencyKeyReused,

@@ -14,6 +14,8 @@ use std::task::Waker;
 use std::time::{Duration, Instant};
 
 use super::ledger::Ledger;
+use super::rate_limit::RateLimits;
+use crate::config::RateLimit;
 use crate::order::{
     IdempotencyKey, KeyHash, Order, OrderId, PayloadHash, Quantity, Refusal, SkuId, UnixMillis,
     UserId,
@@ -64,6 +66,7 @@ const DRAINING: u8 = 2;
 pub struct Intake {
     ledger: Arc<Ledger>,
     queue: Arc<dyn OrderQueue>,
+    rate_limits: RateLimits,
     payment_ttl_ms: u64,
     gate: AtomicU8,
 }
@@ -74,9 +77,21 @@ impl Intake {
         Intake {
             ledger,
             queue,
+            rate_limits: RateLimits::new(&RateLimit::default()),
             payment_ttl_ms,
             gate: AtomicU8::new(NOT_READY),
         }
+    }
+
+    /// The same with rate limits.
+    pub fn with_rate_limits(mut self, config: &RateLimit) -> Self {
+        self.rate_limits = RateLimits::new(config);
+        self
+    }
+
+    /// Forgets what rate limits need no longer remember.
+    pub fn forget_idle(&self) {
+        self.rate_limits.forget_idle();
     }
 
     /// Lets orders in.
@@ -114,16 +129,18 @@ impl Intake {
         waker: Option<&Waker>,
     ) -> Result<Admission, Refusal> {
         self.check_open()?;
+        self.rate_limits.check(&request.user_id)?;
         let sku = self
             .ledger
             .catalogue
             .get(&request.sku_id)
             .ok_or(Refusal::UnknownSku)?;
         let terms = sku.terms();
-        let amount = terms
-            .unit_price
-            .checked_mul(i64::from(request.quantity.get()))
-            .and_then(|price| price.checked_add(request.adjustment))
+        // Wide, so that only the sum decides, not a step on the way to it.
+        let amount = i128::from(terms.unit_price) * i128::from(request.quantity.get())
+            + i128::from(request.adjustment);
+        let amount = i64::try_from(amount)
+            .ok()
             .filter(|amount| *amount >= 0)
             .ok_or(Refusal::AmountOutOfRange)?;
         let id = self.ledger.ids.next().map_err(|_| Refusal::NotReady)?;
@@ -153,24 +170,39 @@ impl Intake {
             id,
             pending: self.ledger.pending.get(id),
         };
+        let told_before = || match key {
+            Some(key) => self.ledger.refusals.check(&request.user_id, key, payload),
+            None => Ok(()),
+        };
+        let refuse = |refusal: Refusal| {
+            let refusal = told_before().err().unwrap_or(refusal);
+            if let Some(key) = key.filter(|_| refusal.is_sticky()) {
+                self.ledger
+                    .refusals
+                    .remember(&request.user_id, key, payload, refusal);
+            }
+            refusal
+        };
+        let buyers = &self.ledger.buyers;
         let (limit, available) = (terms.per_user_limit, sku.counter().free());
         if available < request.quantity.get() {
-            // Most of a sale is this: it costs one look at the buyer's record and writes nothing.
-            let earlier = self
-                .ledger
-                .buyers
-                .look(&request.user_id, &remembered, limit, window)?;
-            return earlier.map(duplicate).ok_or(Refusal::SoldOut { available });
+            // Most of a sale is this: it costs a look at the buyer's record and no write to it.
+            let earlier = buyers
+                .look(&request.user_id, &remembered, limit, window)
+                .map_err(refuse)?;
+            return earlier
+                .map(duplicate)
+                .ok_or_else(|| refuse(Refusal::SoldOut { available }));
         }
-        let claim = match self
-            .ledger
-            .buyers
-            .claim(&request.user_id, remembered, limit, window)?
+        let claim = match buyers
+            .claim(&request.user_id, remembered, limit, window)
+            .map_err(refuse)?
         {
             Claimed::Fresh(claim) => claim,
             Claimed::Duplicate(id) => return Ok(duplicate(id)),
         };
-        let hold = sku.hold(request.quantity)?;
+        told_before()?;
+        let hold = sku.hold(request.quantity).map_err(refuse)?;
         let order = Order {
             id,
             sku: sku.number,
@@ -193,17 +225,21 @@ impl Intake {
         ));
         // Registered before a worker can see it, so that it is settled in the map it is in.
         self.ledger.pending.insert(&pending);
+        // From here on whoever settles the order accounts for both: being registered, it may be
+        // past its deadline and given up already.
+        hold.keep();
+        claim.keep();
         if let Err(rejected) = self.queue.push(Arc::clone(&pending)) {
-            self.ledger.pending.remove(id);
+            // The slot decides who undoes it, so that its units come back once; and a duplicate
+            // that waits for it already is told.
+            self.ledger.abandon(&pending);
+            pending.slot.take_wakers(Waker::wake);
             return Err(if rejected.closed {
                 Refusal::Draining
             } else {
                 Refusal::Overloaded
             });
         }
-        // From here on whoever settles the order accounts for both.
-        hold.keep();
-        claim.keep();
         Ok(Admission::Placed(pending))
     }
 }

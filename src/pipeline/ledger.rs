@@ -6,10 +6,11 @@
 //! | failed (dead letter) | back | stays, no longer live | leaves the map |
 //! | abandoned, unwritten | back | forgotten: the key may be used afresh | leaves the map |
 
-use crate::order::{IdClock, Order};
+use crate::order::{IdClock, Order, SkuId};
 use crate::state::buyers::Buyers;
 use crate::state::pending::{Pending, PendingOrder, Settled};
 use crate::state::poison::Poison;
+use crate::state::refusals::Refusals;
 use crate::state::stock::Catalogue;
 
 /// The in-memory state of the pipeline.
@@ -19,6 +20,8 @@ pub struct Ledger {
     pub catalogue: Catalogue,
     /// What is remembered of each buyer.
     pub buyers: Buyers,
+    /// What buyers were told no to, under their keys.
+    pub refusals: Refusals,
     /// Orders in flight.
     pub pending: Pending,
     /// The fail-stop flag.
@@ -60,6 +63,16 @@ impl Ledger {
         self.buyers.forget(&pending.order.user_id, pending.order.id);
         self.pending.remove(pending.order.id);
         true
+    }
+
+    /// Gives back units of an order whose row has stopped holding them.
+    pub fn release_units(&self, sku_id: &str, units: u32) {
+        let sku = SkuId::new(sku_id)
+            .ok()
+            .and_then(|id| self.catalogue.get(&id));
+        if let Some(sku) = sku {
+            sku.counter().release(units);
+        }
     }
 
     fn release(&self, order: &Order) {

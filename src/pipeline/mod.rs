@@ -4,10 +4,12 @@
 //! an operator's hands and eyes.
 
 pub mod audit;
+pub mod cancel;
 pub mod deadlines;
 pub mod intake;
 pub mod ledger;
 pub mod operator;
+pub mod rate_limit;
 pub mod worker;
 
 use std::sync::Arc;

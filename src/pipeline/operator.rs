@@ -7,9 +7,10 @@ use std::sync::Arc;
 use tokio::sync::Mutex;
 
 use super::ledger::Ledger;
-use crate::order::SkuId;
+use crate::order::{Quantity, Refusal, SkuId, UserId};
 use crate::state::stock::{BelowCommitted, SaleTerms, Sku};
 use crate::store::StoreError;
+use crate::store::postgres::dead_letters::DeadLetter;
 use crate::store::postgres::{Database, NodeLease};
 
 /// Why an operator's request was not carried out. Nothing has changed then.
@@ -18,12 +19,33 @@ pub enum OperatorError {
     /// No such SKU.
     #[error("there is no SKU {0}")]
     UnknownSku(SkuId),
+    /// No such open dead letter.
+    #[error("there is no open dead letter {0}")]
+    UnknownDeadLetter(i64),
     /// The new total is less than what orders have taken.
     #[error("total: {committed} units are held or sold already; the total cannot be less")]
     TotalBelowCommitted {
         /// Units that orders hold or have bought.
         committed: u32,
     },
+    /// The new total does not fit.
+    #[error("total: must be 0 to 4294967295")]
+    TotalOutOfRange,
+    /// The same key came before with another quantity.
+    #[error("Idempotency-Key: this key came before with a quantity of {earlier}")]
+    KeyReused {
+        /// The earlier quantity.
+        earlier: i64,
+    },
+    /// A dead letter's order cannot be placed for want of units.
+    #[error("not enough units are free: {available} available")]
+    SoldOut {
+        /// Units that are free.
+        available: u32,
+    },
+    /// The database refuses a dead letter's row again.
+    #[error("the database refuses the row again: {0}")]
+    RefusedAgain(String),
     /// The database did not take it.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -35,21 +57,28 @@ pub struct Operator {
     ledger: Arc<Ledger>,
     database: Database,
     lease: NodeLease,
+    payment_ttl_ms: u64,
     one_at_a_time: Mutex<()>,
 }
 
 impl Operator {
     /// An operator's hands on this state and this database.
-    pub fn new(ledger: Arc<Ledger>, database: Database, lease: NodeLease) -> Self {
+    pub fn new(
+        ledger: Arc<Ledger>,
+        database: Database,
+        lease: NodeLease,
+        payment_ttl_ms: u64,
+    ) -> Self {
         Operator {
             ledger,
             database,
             lease,
+            payment_ttl_ms,
             one_at_a_time: Mutex::new(()),
         }
     }
 
-    /// Creates a SKU or replaces its terms and total. Buyers notice no pause.
+    /// Creates a SKU or replaces its terms and total. Buyers notice no pause. True: it is new.
     ///
     /// # Errors
     /// [`OperatorError::TotalBelowCommitted`], or what the database says.
@@ -58,31 +87,86 @@ impl Operator {
         id: &SkuId,
         terms: SaleTerms,
         total: u32,
-    ) -> Result<Arc<Sku>, OperatorError> {
+    ) -> Result<(Arc<Sku>, bool), OperatorError> {
         let _turn = self.one_at_a_time.lock().await;
         let Some(sku) = self.ledger.catalogue.get(id) else {
             let made = self.database.put_sku(self.lease, id, &terms, total).await?;
             self.ledger.catalogue.add([made]);
-            return self.known(id);
+            return Ok((self.known(id)?, true));
         };
-        let before = sku.counter().snapshot().total;
-        if total < before {
-            // From here on no buyer can take what is about to go away.
-            set_total(&sku, total)?;
+        let storing = async {
+            self.database
+                .put_sku(self.lease, id, &terms, total)
+                .await
+                .map(|_| ())
+        };
+        self.change_total(&sku, total, storing).await?;
+        sku.set_terms(terms);
+        Ok((sku, false))
+    }
+
+    /// Changes a SKU's total by `units`, at most once for each `key`. True: an earlier request
+    /// under this key did it.
+    ///
+    /// # Errors
+    /// [`OperatorError::TotalBelowCommitted`], [`OperatorError::TotalOutOfRange`],
+    /// [`OperatorError::KeyReused`], or what the database says.
+    pub async fn restock(
+        &self,
+        id: &SkuId,
+        units: i64,
+        key: Option<&str>,
+    ) -> Result<(Arc<Sku>, bool), OperatorError> {
+        let _turn = self.one_at_a_time.lock().await;
+        let sku = self.known(id)?;
+        if let Some(key) = key
+            && let Some(earlier) = self.database.restocked(id, key).await?
+        {
+            if earlier != units {
+                return Err(OperatorError::KeyReused { earlier });
+            }
+            // Its answer may have been lost before memory knew of it.
+            self.adopt_total(&sku).await?;
+            return Ok((sku, true));
         }
-        if let Err(error) = self.database.put_sku(self.lease, id, &terms, total).await {
-            if total < before && sku.counter().set_total(before).is_err() {
-                self.ledger
-                    .poison
-                    .set("a total could not be raised back to its old value");
+        let total = i64::from(sku.counter().snapshot().total).checked_add(units);
+        let total = total
+            .and_then(|total| u32::try_from(total).ok())
+            .ok_or(OperatorError::TotalOutOfRange)?;
+        let storing = self.database.restock(self.lease, id, units, key);
+        self.change_total(&sku, total, storing).await?;
+        tracing::info!(sku_id = %id, units, total, "an operator has restocked");
+        Ok((sku, false))
+    }
+
+    /// Stores a new total and puts it in force.
+    async fn change_total(
+        &self,
+        sku: &Sku,
+        total: u32,
+        storing: impl Future<Output = Result<(), StoreError>>,
+    ) -> Result<(), OperatorError> {
+        if total < sku.counter().snapshot().total {
+            // From here on no buyer can take what is about to go away.
+            set_total(sku, total)?;
+        }
+        if let Err(error) = storing.await {
+            // Whether it was stored may be unknown. Where the database cannot be asked either,
+            // memory stays at the lesser total, which is safe with both.
+            if let Err(unknown) = self.adopt_total(sku).await {
+                tracing::warn!(sku_id = %sku.id, reason = %unknown, "the total in the database is not known");
             }
             return Err(error.into());
         }
-        if total > before {
-            set_total(&sku, total)?;
+        set_total(sku, total)
+    }
+
+    /// Takes the database's total over into memory.
+    async fn adopt_total(&self, sku: &Sku) -> Result<(), OperatorError> {
+        match self.database.total_of(&sku.id).await? {
+            Some(total) => set_total(sku, total),
+            None => Err(OperatorError::UnknownSku(sku.id.clone())),
         }
-        sku.set_terms(terms);
-        Ok(sku)
     }
 
     /// Pauses or resumes one sale, over restarts.
@@ -116,11 +200,82 @@ impl Operator {
         Ok(())
     }
 
-    fn known(&self, id: &SkuId) -> Result<Arc<Sku>, OperatorError> {
-        self.ledger
+    /// Writes a dead letter's order after all: holds its units again and stores its row, payable
+    /// from now.
+    ///
+    /// # Errors
+    /// [`OperatorError::SoldOut`] and [`OperatorError::RefusedAgain`] leave the dead letter as it
+    /// is.
+    pub async fn retry_dead_letter(&self, id: i64) -> Result<DeadLetter, OperatorError> {
+        let _turn = self.one_at_a_time.lock().await;
+        let letter = self.open_dead_letter(id).await?;
+        let sku = self
+            .ledger
             .catalogue
-            .get(id)
-            .ok_or_else(|| OperatorError::UnknownSku(id.clone()))
+            .by_number(letter.sku)
+            .ok_or(OperatorError::UnknownDeadLetter(id))?;
+        let quantity = Quantity::new(letter.quantity).unwrap_or(Quantity::ONE);
+        let hold = sku.hold(quantity).map_err(|refusal| match refusal {
+            Refusal::SoldOut { available } => OperatorError::SoldOut { available },
+            _ => OperatorError::UnknownDeadLetter(id),
+        })?;
+        match self
+            .database
+            .revive_dead_letter(self.lease, id, self.payment_ttl_ms)
+            .await
+        {
+            Ok(true) => {}
+            Ok(false) => return Err(OperatorError::UnknownDeadLetter(id)),
+            Err(error) if error.is_transient() => {
+                // The commit's answer may be lost: then the dead letter is gone and the row holds
+                // the units. If that cannot be told either, they stay held, which is safe.
+                match self.database.dead_letter(id).await {
+                    Ok(None) => {}
+                    Ok(Some(_)) => return Err(error.into()),
+                    Err(_) => {
+                        hold.keep();
+                        return Err(error.into());
+                    }
+                }
+            }
+            Err(error) => return Err(OperatorError::RefusedAgain(error.to_string())),
+        }
+        hold.keep();
+        if let Ok(user_id) = UserId::new(&letter.user_id) {
+            self.ledger.buyers.live_again(&user_id, letter.order_id);
+        }
+        tracing::info!(order_id = %letter.order_id, "an operator has retried a dead letter; its row is written");
+        Ok(letter)
+    }
+
+    /// Leaves a dead letter at that, with a note. Its order stays `failed` and holds nothing.
+    ///
+    /// # Errors
+    /// [`OperatorError::UnknownDeadLetter`], or what the database says.
+    pub async fn discard_dead_letter(
+        &self,
+        id: i64,
+        note: Option<&str>,
+    ) -> Result<DeadLetter, OperatorError> {
+        let _turn = self.one_at_a_time.lock().await;
+        if !self.database.discard_dead_letter(id, note).await? {
+            return Err(OperatorError::UnknownDeadLetter(id));
+        }
+        tracing::info!(dead_letter = id, "an operator has discarded a dead letter");
+        let letter = self.database.dead_letter(id).await?;
+        letter.ok_or(OperatorError::UnknownDeadLetter(id))
+    }
+
+    async fn open_dead_letter(&self, id: i64) -> Result<DeadLetter, OperatorError> {
+        let letter = self.database.dead_letter(id).await?;
+        letter
+            .filter(|letter| letter.discarded_at.is_none())
+            .ok_or(OperatorError::UnknownDeadLetter(id))
+    }
+
+    fn known(&self, id: &SkuId) -> Result<Arc<Sku>, OperatorError> {
+        let sku = self.ledger.catalogue.get(id);
+        sku.ok_or_else(|| OperatorError::UnknownSku(id.clone()))
     }
 }
 

@@ -93,8 +93,25 @@ impl Worker {
     /// Works until the queue is closed and empty, or `cut` turns true.
     ///
     /// # Errors
-    /// [`WorkerError`]; every order that the worker had claimed is settled all the same.
+    /// [`WorkerError`]; every order that the worker had claimed is settled all the same, but for
+    /// those of a batch that may or may not have been committed.
     pub async fn run(mut self) -> Result<(), WorkerError> {
+        let ended = self.work().await;
+        // What is still parked was refused by the database, so it is certainly not written.
+        let left: Batch = std::mem::take(&mut self.parked)
+            .into_values()
+            .flatten()
+            .collect();
+        self.metrics.orders_parked.sub(left.len() as i64);
+        let count = left.len();
+        self.give_up(left);
+        match ended {
+            Ok(()) if count > 0 => Err(WorkerError::Cut(count)),
+            ended => ended,
+        }
+    }
+
+    async fn work(&mut self) -> Result<(), WorkerError> {
         let queue = Arc::clone(&self.queue);
         let mut retry_parked = tokio::time::Instant::now() + PARKED_RETRY;
         loop {
@@ -120,25 +137,21 @@ impl Worker {
             taken.done();
             self.write(claimed).await?;
         }
-        self.retry_parked().await?;
-        let left: Batch = std::mem::take(&mut self.parked)
-            .into_values()
-            .flatten()
-            .collect();
-        self.metrics.orders_parked.sub(left.len() as i64);
-        match left.len() {
-            0 => Ok(()),
-            count => {
-                self.give_up(left);
-                Err(WorkerError::Cut(count))
-            }
-        }
+        self.retry_parked().await
     }
 
     /// Writes and settles every order in `batch`, or parks it.
     async fn write(&mut self, batch: Batch) -> Result<(), WorkerError> {
-        // A stack of parts, the oldest orders on top.
-        let mut parts = vec![batch];
+        // A stack of parts, the oldest orders on top. What was parked may be more than one batch.
+        let mut parts = Vec::new();
+        let mut rest = batch;
+        while rest.len() > self.rows_max {
+            let newer = rest.split_off(self.rows_max);
+            parts.push(rest);
+            rest = newer;
+        }
+        parts.push(rest);
+        parts.reverse();
         while let Some(mut part) = parts.pop() {
             if part.is_empty() {
                 continue;
@@ -234,6 +247,9 @@ impl Worker {
         for pending in part {
             let order = &pending.order;
             while let Err(error) = self.writer.write_dead_letter(order, sqlstate, reason).await {
+                if matches!(error, StoreError::Fenced { .. }) {
+                    return Err(error.into());
+                }
                 self.pause(&mut backoff, 1, &error).await?;
             }
             tracing::error!(order_id = %order.id, sqlstate, reason, "the database refused an order; it is a dead letter now");
@@ -259,7 +275,9 @@ impl Worker {
     }
 
     async fn retry_parked(&mut self) -> Result<(), WorkerError> {
-        for (number, part) in std::mem::take(&mut self.parked) {
+        let numbers: Vec<SkuNumber> = self.parked.keys().copied().collect();
+        for number in numbers {
+            let part = self.parked.remove(&number).unwrap_or_default();
             self.metrics.orders_parked.sub(part.len() as i64);
             self.write(part).await?;
             if !self.parked.contains_key(&number)

@@ -54,13 +54,16 @@ impl RingQueue {
 
 impl Shared {
     fn put_back(&self, orders: Vec<Arc<PendingOrder>>) {
+        let count = orders.len();
         let mut head = self.head.lock();
         for order in orders.into_iter().rev() {
             head.push_front(order);
         }
         self.head_len.store(head.len(), Ordering::Release);
         drop(head);
-        self.wake_one();
+        // As a producer wakes once an order: the consumer that is woken may take but one of them
+        // and not come back.
+        (0..count).for_each(|_| self.wake_one());
     }
 
     /// Takes what is there without waiting.

@@ -141,13 +141,22 @@ impl Buyers {
         }
     }
 
-    /// Frees an order's units from the purchase limit and keeps its key.
-    pub fn no_longer_live(&self, user_id: &UserId, order_id: OrderId) {
-        if let Some(mut record) = self.records.get_mut(user_id) {
-            for known in record.iter_mut().filter(|known| known.order_id == order_id) {
-                known.live = false;
-            }
-        }
+    /// Frees an order's units from the purchase limit and keeps its key. True: it was live until
+    /// now; `None`: it is not remembered.
+    pub fn no_longer_live(&self, user_id: &UserId, order_id: OrderId) -> Option<bool> {
+        self.set_live(user_id, order_id, false)
+    }
+
+    /// Counts an order's units toward the purchase limit again. True: it was not live until now;
+    /// `None`: it is not remembered.
+    pub fn live_again(&self, user_id: &UserId, order_id: OrderId) -> Option<bool> {
+        self.set_live(user_id, order_id, true)
+    }
+
+    fn set_live(&self, user_id: &UserId, order_id: OrderId, live: bool) -> Option<bool> {
+        let mut record = self.records.get_mut(user_id)?;
+        let known = record.iter_mut().find(|known| known.order_id == order_id)?;
+        Some(std::mem::replace(&mut known.live, live) != live)
     }
 
     /// Drops everything older than the window's `floor`; returns how many orders were dropped.

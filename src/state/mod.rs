@@ -4,6 +4,7 @@
 //! * [`buyers`]: one record a buyer: keys, recent orders, units toward purchase limits.
 //! * [`pending`]: the slots of orders in flight, by id; the meeting place of a buyer that waits
 //!   and the worker that writes.
+//! * [`refusals`]: what buyers were told no to, under their keys; bounded, until a restart.
 //! * [`poison`]: the fail-stop flag.
 //!
 //! Nothing here knows tokio, `may`, HTTP or SQL. What is full refuses and gives back; what was
@@ -12,5 +13,6 @@
 pub mod buyers;
 pub mod pending;
 pub mod poison;
+pub mod refusals;
 pub mod stock;
 mod sync;

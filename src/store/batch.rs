@@ -55,9 +55,12 @@ const COUNTERS: &str = "
 const DEAD_LETTER: &str = "
     INSERT INTO dead_letters (order_id, user_id, sku, quantity, adjustment, amount, currency,
         created_at, expires_at, key_hash, payload_hash, attributes, sqlstate, reason)
-    VALUES ($1, $2, $3, $4, $5, $6, $7, to_timestamp($8::int8 / 1000.0), to_timestamp($9::int8 / 1000.0),
-        encode($10::bytea, 'hex')::uuid, $11, $12, $13, $14)
+    SELECT $1, $2, $3, $4, $5, $6, $7, to_timestamp($8::int8 / 1000.0), to_timestamp($9::int8 / 1000.0),
+        encode($10::bytea, 'hex')::uuid, $11, $12, $13, $14
+      FROM node WHERE node = $15 AND epoch = $16 FOR SHARE
     ON CONFLICT (order_id) DO NOTHING";
+
+const EPOCH: &str = "SELECT epoch FROM node WHERE node = $1";
 
 /// Why a batch was not written.
 #[derive(Debug, thiserror::Error)]
@@ -153,24 +156,21 @@ impl BatchWriter {
             unreachable!("connect() returned without a session or an error");
         };
         let batch = committed + 1;
-        match self.attempt(&session, batch, orders).await {
-            Ok(()) => {
-                self.committed = Some(batch);
-                self.session = Some(session);
-                Ok(())
-            }
-            Err(WriteError::Retry(error)) => {
-                // Whatever failed, the old backend may still be at it. The next connection
-                // finds out.
-                self.unknown = Some(batch);
-                self.suspect = Some(session.backend);
-                Err(WriteError::Retry(error))
-            }
-            Err(refused) => {
-                self.session = Some(session);
-                Err(refused)
-            }
+        // Noted beforehand, so that it also holds where this call is given up half-way: the
+        // backend may still be at it, and the next connection finds out.
+        self.suspect = Some(session.backend);
+        let written = self.attempt(&session, batch, orders).await;
+        if matches!(written, Err(WriteError::Retry(_))) {
+            return written;
         }
+        // The server has judged.
+        self.unknown = None;
+        self.suspect = None;
+        self.session = Some(session);
+        if written.is_ok() {
+            self.committed = Some(batch);
+        }
+        written
     }
 
     async fn attempt(
@@ -217,6 +217,8 @@ impl BatchWriter {
         let reference = format!("batch {node}/{}/{batch}", self.shard);
         let counters: [&(dyn ToSql + Sync); 3] = [&skus, &units, &reference];
         let mut sink = std::pin::pin!(sink);
+        // From here on a COMMIT may reach the server. Until here it cannot have.
+        self.unknown = Some(batch);
         let (copied, counted, committed) = timed("writing a batch", step, async {
             let copied = async {
                 sink.as_mut().send(rows).await?;
@@ -235,9 +237,10 @@ impl BatchWriter {
         if let Err(source) = counted {
             return Err(judge("moving the stock counters", source, true));
         }
-        // Everything before it succeeded, so this is a COMMIT and no disguised ROLLBACK. Its
-        // failure says nothing: the server may have committed and then been stopped.
-        committed.map_err(retry("COMMIT"))
+        // Everything before it succeeded, so this is a COMMIT and no disguised ROLLBACK. A deferred
+        // constraint may refuse the data only here. Any other failure says nothing: the server may
+        // have committed and then been stopped.
+        committed.map_err(|source| judge("COMMIT", source, false))
     }
 
     /// Makes a connection and settles what the last one left open. True: the batch of unknown
@@ -352,38 +355,48 @@ impl BatchWriter {
     /// Keeps an order that the database refused, for a person. Safe to repeat.
     ///
     /// # Errors
-    /// Where the dead letter itself could not be stored.
+    /// Where the dead letter itself could not be stored; [`StoreError::Fenced`] where this process
+    /// may not write any more.
     pub async fn write_dead_letter(
         &mut self,
         order: &Order,
         sqlstate: &str,
         reason: &str,
     ) -> Result<(), StoreError> {
+        let NodeLease { node, epoch } = self.lease;
         let client = self.database.pooled().await?;
         let key = order.key.map(|key| key.0.to_vec());
-        client
-            .execute(
-                DEAD_LETTER,
-                &[
-                    &order.id.as_i64(),
-                    &order.user_id.as_str(),
-                    &order.sku.0,
-                    &(order.quantity.get() as i32),
-                    &order.adjustment,
-                    &order.amount,
-                    &order.currency.as_str(),
-                    &order.created_at.0,
-                    &order.expires_at.0,
-                    &key,
-                    &(order.payload.0 as i64),
-                    &order.attributes.as_deref(),
-                    &sqlstate,
-                    &reason,
-                ],
-            )
-            .await
-            .map(|_| ())
-            .map_err(StoreError::statement("writing a dead letter"))
+        let parameters: [&(dyn ToSql + Sync); 16] = [
+            &order.id.as_i64(),
+            &order.user_id.as_str(),
+            &order.sku.0,
+            &(order.quantity.get() as i32),
+            &order.adjustment,
+            &order.amount,
+            &order.currency.as_str(),
+            &order.created_at.0,
+            &order.expires_at.0,
+            &key,
+            &(order.payload.0 as i64),
+            &order.attributes.as_deref(),
+            &sqlstate,
+            &reason,
+            &node,
+            &epoch,
+        ];
+        let (written, found) = self
+            .database
+            .timed("writing a dead letter", async {
+                let written = client.execute(DEAD_LETTER, &parameters).await?;
+                let found = client.query_opt(EPOCH, &[&node]).await?;
+                Ok((written, found.map_or(0, |row| row.get::<_, i64>(0))))
+            })
+            .await?;
+        // None is written also where it was there already. Only with our epoch is that certain.
+        if written == 0 && found != epoch {
+            return Err(StoreError::Fenced { found, ours: epoch });
+        }
+        Ok(())
     }
 }
 

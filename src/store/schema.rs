@@ -14,15 +14,25 @@ mod embedded_migrations {
 /// The table in which `refinery` remembers what ran.
 const HISTORY: &str = "refinery_schema_history";
 
-/// The SQL that [`migrate`] would run on an empty database, for people who run it themselves.
+/// The SQL that [`migrate`] would run on an empty database, for people who run it themselves. It
+/// notes what it did as [`migrate`] would, so that [`check`] and later migrations go on from there.
 pub fn print(schema: &str) -> String {
-    let mut text = format!("CREATE SCHEMA IF NOT EXISTS {schema};\nSET search_path = {schema};\n");
+    let mut text = format!(
+        "BEGIN;\nCREATE SCHEMA IF NOT EXISTS {schema};\nSET LOCAL search_path = {schema};\n\
+         CREATE TABLE {HISTORY} (\n    version int4 PRIMARY KEY,\n    name varchar(255),\n    \
+         applied_on varchar(255),\n    checksum varchar(255)\n);\n"
+    );
     for migration in embedded_migrations::migrations::runner().get_migrations() {
         text.push_str(&format!(
-            "\n-- {migration}\n{}",
-            migration.sql().unwrap_or_default()
+            "\n-- {migration}\n{}\nINSERT INTO {HISTORY} VALUES ({}, '{}', \
+             to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"'), '{}');\n",
+            migration.sql().unwrap_or_default(),
+            migration.version(),
+            migration.name(),
+            migration.checksum(),
         ));
     }
+    text.push_str("COMMIT;\n");
     text
 }
 
@@ -32,6 +42,27 @@ pub fn print(schema: &str) -> String {
 /// Where the schema holds relations that Millrace did not make, where the role lacks rights, or
 /// where the schema belongs to a newer release.
 pub async fn migrate(client: &mut Client, schema: &str) -> Result<usize, StoreError> {
+    check_encoding(client).await?;
+    // Two processes that start together: the second finds the work done.
+    let turn = format!("millrace migrate:{schema}");
+    client
+        .execute("SELECT pg_advisory_lock(hashtextextended($1, 0))", &[&turn])
+        .await
+        .map_err(StoreError::statement(
+            "waiting for another process that migrates",
+        ))?;
+    let migrated = migrate_alone(client, schema).await;
+    // Its failure would be that of the connection, and then the lock is gone too.
+    let _ = client
+        .execute(
+            "SELECT pg_advisory_unlock(hashtextextended($1, 0))",
+            &[&turn],
+        )
+        .await;
+    migrated
+}
+
+async fn migrate_alone(client: &mut Client, schema: &str) -> Result<usize, StoreError> {
     let relations: i64 = client
         .query_one(
             "SELECT count(*) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -46,12 +77,20 @@ pub async fn migrate(client: &mut Client, schema: &str) -> Result<usize, StoreEr
             "schema {schema} holds relations that Millrace did not make; set database.schema to another name"
         )));
     }
-    client
-        .batch_execute(&format!("CREATE SCHEMA IF NOT EXISTS {schema}"))
+    // `IF NOT EXISTS` would ask for the right to create also where there is nothing to create.
+    let exists = client
+        .query_opt("SELECT FROM pg_namespace WHERE nspname = $1", &[&schema])
         .await
-        .map_err(StoreError::statement(
-            "creating the schema (the role needs CREATE on the database)",
-        ))?;
+        .map_err(StoreError::statement("looking for the schema"))?
+        .is_some();
+    if !exists {
+        client
+            .batch_execute(&format!("CREATE SCHEMA IF NOT EXISTS {schema}"))
+            .await
+            .map_err(StoreError::statement(
+                "creating the schema (the role needs CREATE on the database)",
+            ))?;
+    }
     let report = embedded_migrations::migrations::runner()
         .set_migration_table_name(HISTORY)
         .run_async(client)
@@ -76,6 +115,7 @@ pub async fn check(client: &mut Client, schema: &str) -> Result<(), StoreError> 
             "schema {schema} {what}; run `millrace migrate`, or set database.migrate = \"auto\""
         ))
     };
+    check_encoding(client).await?;
     if !has_history(client, schema).await? {
         return Err(stale("has not been made"));
     }
@@ -99,6 +139,24 @@ pub async fn check(client: &mut Client, schema: &str) -> Result<(), StoreError> 
     }
 }
 
+/// Makes or drops the index that lists a user's whole history. Writes go on meanwhile.
+///
+/// # Errors
+/// What the database says.
+pub async fn ensure_user_index(client: &Client, wanted: bool) -> Result<(), StoreError> {
+    let sql = if wanted {
+        "CREATE INDEX CONCURRENTLY IF NOT EXISTS orders_user ON orders (user_id, order_id)"
+    } else {
+        "DROP INDEX CONCURRENTLY IF EXISTS orders_user"
+    };
+    client
+        .batch_execute(sql)
+        .await
+        .map_err(StoreError::statement(
+            "bringing database.user_index into force",
+        ))
+}
+
 async fn has_history(client: &Client, schema: &str) -> Result<bool, StoreError> {
     client
         .query_one(
@@ -108,6 +166,22 @@ async fn has_history(client: &Client, schema: &str) -> Result<bool, StoreError> 
         .await
         .map(|row| row.get(0))
         .map_err(StoreError::statement("looking for the schema's history"))
+}
+
+/// An order's attributes may hold any character. In another encoding their row would be refused,
+/// and their dead letter too.
+async fn check_encoding(client: &Client) -> Result<(), StoreError> {
+    let encoding: String = client
+        .query_one("SELECT current_setting('server_encoding')", &[])
+        .await
+        .map_err(StoreError::statement("reading the database's encoding"))?
+        .get(0);
+    if encoding == "UTF8" {
+        return Ok(());
+    }
+    Err(StoreError::Schema(format!(
+        "the database is encoded in {encoding}; make one with ENCODING 'UTF8' and set database.url to it"
+    )))
 }
 
 /// Offers changes by logical replication, where the role may.

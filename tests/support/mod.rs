@@ -8,4 +8,17 @@ pub mod http;
 pub mod listening;
 pub mod pgbouncer;
 pub mod postgres;
+pub mod proxy;
+pub mod sale;
 pub mod server;
+
+/// Runs a test on a runtime with room for many blocking callers.
+pub fn block_on(test: impl Future<Output = ()>) {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(4)
+        .max_blocking_threads(600)
+        .enable_all()
+        .build()
+        .expect("a runtime")
+        .block_on(test);
+}

@@ -50,6 +50,11 @@ impl TestServer {
         self.millrace.drain().await
     }
 
+    /// The server itself.
+    pub fn millrace(&self) -> &Millrace {
+        &self.millrace
+    }
+
     /// Sends a request to the control plane.
     pub async fn control(&self, method: &str, target: &str, body: Value) -> Answer {
         let body = if body.is_null() {
@@ -89,6 +94,20 @@ impl TestServer {
     /// Asks the data plane.
     pub async fn get(&self, target: &str) -> Answer {
         request(self.data, "GET", target, &[], String::new()).await
+    }
+
+    /// The status of the one order that a user has, where there is one.
+    pub async fn order_as_it_stands(&self, user_id: &str) -> Option<String> {
+        let list = self
+            .get(&format!("/v1/users/{user_id}/orders"))
+            .await
+            .json();
+        let orders = list["orders"].as_array().cloned().unwrap_or_default();
+        assert!(orders.len() <= 1, "{user_id} has {orders:?}");
+        orders
+            .first()
+            .and_then(|order| order["status"].as_str())
+            .map(str::to_owned)
     }
 
     /// A SKU's counters: free, held, sold.

@@ -1,19 +1,22 @@
 //! The service as one plain function: routes a request, checks who calls, answers.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use serde::Serialize;
-use sha2::{Digest, Sha256};
 use tokio::runtime::Handle;
 
 use super::bridge;
+use super::hardened::framing::BATCH_PATH;
 use super::message::{Request, Response, Service};
 use crate::http::problem::Problem;
+use crate::http::tokens::Tokens;
 use crate::http::wire::SkuView;
 use crate::metrics::Metrics;
-use crate::order::{OrderId, Refusal, SkuId};
+use crate::order::{OrderId, Refusal, SkuId, UserId};
+use crate::pipeline::cancel::Canceller;
 use crate::pipeline::intake::Intake;
 use crate::pipeline::ledger::Ledger;
 use crate::store::StoreError;
@@ -25,37 +28,52 @@ pub struct DataPlane {
     pub(super) intake: Arc<Intake>,
     pub(super) ledger: Arc<Ledger>,
     pub(super) database: Database,
+    pub(super) canceller: Canceller,
+    /// Whether a user's whole history can be listed.
+    pub(super) user_index: bool,
     pub(super) runtime: Handle,
     pub(super) metrics: Metrics,
     /// Longest wait for persistence.
     pub(super) order_timeout: Duration,
-    /// Hashes of the tokens; comparing hashes tells a guesser nothing by its timing.
-    tokens: Vec<[u8; 32]>,
+    tokens: Tokens,
     stopping: AtomicBool,
 }
 
+/// What a [`DataPlane`] is made of.
+pub struct DataPlaneParts {
+    /// The way in.
+    pub intake: Arc<Intake>,
+    /// The in-memory state.
+    pub ledger: Arc<Ledger>,
+    /// For look-ups.
+    pub database: Database,
+    /// For cancelling.
+    pub canceller: Canceller,
+    /// Whether a user's whole history can be listed.
+    pub user_index: bool,
+    /// Where futures run.
+    pub runtime: Handle,
+    /// What is counted.
+    pub metrics: Metrics,
+    /// Longest wait for persistence.
+    pub order_timeout: Duration,
+    /// Who may call.
+    pub tokens: Tokens,
+}
+
 impl DataPlane {
-    /// The service over its parts; without `tokens` none is asked for.
-    pub fn new(
-        intake: Arc<Intake>,
-        ledger: Arc<Ledger>,
-        database: Database,
-        runtime: Handle,
-        metrics: Metrics,
-        order_timeout: Duration,
-        tokens: &[String],
-    ) -> Self {
+    /// The service over its parts.
+    pub fn new(parts: DataPlaneParts) -> Self {
         DataPlane {
-            intake,
-            ledger,
-            database,
-            runtime,
-            metrics,
-            order_timeout,
-            tokens: tokens
-                .iter()
-                .map(|token| Sha256::digest(token.as_bytes()).into())
-                .collect(),
+            intake: parts.intake,
+            ledger: parts.ledger,
+            database: parts.database,
+            canceller: parts.canceller,
+            user_index: parts.user_index,
+            runtime: parts.runtime,
+            metrics: parts.metrics,
+            order_timeout: parts.order_timeout,
+            tokens: parts.tokens,
             stopping: AtomicBool::new(false),
         }
     }
@@ -74,55 +92,68 @@ impl DataPlane {
         self.stopping.load(Ordering::Acquire)
     }
 
-    fn authorize(&self, request: &Request<'_>) -> Result<(), Problem> {
-        if self.tokens.is_empty() {
-            return Ok(());
-        }
-        let token = request.header("authorization").and_then(|value| {
-            let (scheme, token) = value.split_at_checked(7)?;
-            scheme.eq_ignore_ascii_case(b"bearer ").then_some(token)
-        });
-        let presented: Option<[u8; 32]> = token.map(|token| Sha256::digest(token).into());
-        match presented {
-            Some(hash) if self.tokens.contains(&hash) => Ok(()),
-            _ => Err(Problem::new(
-                401,
-                "unauthorized",
-                "Authorization: a valid bearer token is needed",
-            )),
-        }
-    }
-
     fn route(&self, request: &Request<'_>, response: &mut Response) -> Result<(), Problem> {
-        self.authorize(request)?;
+        if !self.tokens.allow(request.header("authorization")) {
+            return Err(Problem::unauthorized());
+        }
         let path = request.path();
         let Some(resource) = path.strip_prefix("/v1/") else {
             return Err(not_found(path));
         };
         let (collection, name) = resource.split_once('/').unwrap_or((resource, ""));
         match (collection, name) {
-            ("orders", "") if path == "/v1/orders" => {
+            _ if path == "/v1/orders" => {
                 allow(request, response, "POST")?;
                 self.place_order(request, response)
             }
-            ("orders", name) if !name.is_empty() => {
-                let id = OrderId::parse(name).ok_or_else(|| not_found(path))?;
-                allow(request, response, "GET")?;
-                self.get_order(request, response, id)
+            _ if path == BATCH_PATH => {
+                allow(request, response, "POST")?;
+                self.place_batch(request, response)
             }
-            ("skus", name) if !name.is_empty() => {
-                let id = SkuId::new(name).map_err(|_| not_found(path))?;
+            ("orders", name) => {
+                let (id, action) = name.split_once('/').unwrap_or((name, ""));
+                let id = OrderId::parse(id).ok_or_else(|| not_found(path))?;
+                match action {
+                    "" if !name.ends_with('/') => {
+                        allow(request, response, "GET")?;
+                        self.get_order(request, response, id)
+                    }
+                    "cancel" => {
+                        allow(request, response, "POST")?;
+                        self.cancel_order(request, response, id)
+                    }
+                    _ => Err(not_found(path)),
+                }
+            }
+            ("users", name) => {
+                let user = name
+                    .strip_suffix("/orders")
+                    .ok_or_else(|| not_found(path))?;
+                let user_id = percent_decoded(user).and_then(|user| UserId::new(&user).ok());
+                let user_id = user_id.ok_or_else(|| not_found(path))?;
+                allow(request, response, "GET")?;
+                self.list_orders(request, response, user_id)
+            }
+            ("skus", name) => {
+                let id = percent_decoded(name).and_then(|name| SkuId::new(&name).ok());
+                let id = id.ok_or_else(|| not_found(path))?;
                 allow(request, response, "GET")?;
                 let sku = self.ledger.catalogue.get(&id).ok_or_else(unknown_sku)?;
-                json(
-                    response,
-                    200,
-                    &SkuView::of(&sku, self.ledger.catalogue.is_paused()),
-                );
+                let all_paused = self.ledger.catalogue.is_paused();
+                json(response, 200, &SkuView::of(&sku, all_paused));
                 Ok(())
             }
             _ => Err(not_found(path)),
         }
+    }
+
+    /// Runs a future on tokio while the request's coroutine is parked.
+    pub(super) fn on_tokio<T: Send + 'static>(
+        &self,
+        request: &Request<'_>,
+        future: impl Future<Output = T> + Send + 'static,
+    ) -> Result<T, Problem> {
+        bridge::run(request, &self.runtime, future).map_err(|bridge::Gone| Problem::internal())
     }
 
     /// Looks an order up in the database while the request's coroutine is parked.
@@ -132,12 +163,17 @@ impl DataPlane {
         id: OrderId,
     ) -> Result<Option<StoredOrder>, Problem> {
         let database = self.database.clone();
-        match bridge::run(request, &self.runtime, async move {
-            database.find_order(id).await
-        }) {
-            Ok(Ok(found)) => Ok(found),
-            Ok(Err(error)) => Err(database_problem(&error)),
-            Err(bridge::Gone) => Err(Problem::internal()),
+        self.on_tokio(request, async move { database.find_order(id).await })?
+            .map_err(|error| DataPlane::database_problem(&error))
+    }
+
+    /// What a client is told where the database fails a look-up.
+    pub(super) fn database_problem(error: &StoreError) -> Problem {
+        tracing::warn!(reason = %error, "a request to the database failed");
+        if error.is_transient() {
+            Problem::new(503, "not_ready", "the database does not answer; try again").retry_after(1)
+        } else {
+            Problem::internal()
         }
     }
 }
@@ -158,13 +194,11 @@ fn not_found(path: &str) -> Problem {
     Problem::new(404, "not_found", format!("nothing is at {path}"))
 }
 
-fn database_problem(error: &StoreError) -> Problem {
-    tracing::warn!(reason = %error, "a look-up failed");
-    if error.is_transient() {
-        Problem::new(503, "not_ready", "the database does not answer; try again").retry_after(1)
-    } else {
-        Problem::internal()
-    }
+/// A segment of a path with its percent-encoding undone (RFC 3986 2.1).
+fn percent_decoded(segment: &str) -> Option<Cow<'_, str>> {
+    percent_encoding::percent_decode_str(segment)
+        .decode_utf8()
+        .ok()
 }
 
 /// Refuses every method but `method`. `HEAD` comes as `GET`.

@@ -73,10 +73,12 @@ impl Pending {
     /// long poll may wait for less time than the order itself.
     pub fn wake_by(&self, pending: &PendingOrder, deadline: Instant) {
         let due = self.millis(deadline);
-        pending.look_at_ms.fetch_min(due, Ordering::AcqRel);
-        // Almost always later than what is noted: one relaxed read, no write. Relaxed suffices
-        // because the keeper swaps the mark out *before* it walks the map, see `due`.
-        if due < self.next_due_ms.load(Ordering::Relaxed) {
+        // Dekker with `due`: we write `look_at_ms` and then read `next_due_ms`; the keeper writes
+        // `next_due_ms` and then reads `look_at_ms`. All four are sequentially consistent, so at
+        // least one sees the other: the keeper finds the new moment, or we find its swapped mark.
+        pending.look_at_ms.fetch_min(due, Ordering::SeqCst);
+        // Almost always later than what is noted: one read, no write.
+        if due < self.next_due_ms.load(Ordering::SeqCst) {
             self.next_due_ms.fetch_min(due, Ordering::AcqRel);
         }
     }
@@ -113,12 +115,12 @@ impl Pending {
         if self.next_due_ms.load(Ordering::Acquire) > now_ms {
             return Vec::new();
         }
-        // Taken out before the walk: what is entered during it notes itself again.
+        // Taken out before the walk: what is entered during it notes itself again, see `wake_by`.
         self.next_due_ms.store(u64::MAX, Ordering::SeqCst);
         let mut due = Vec::new();
         let mut next = u64::MAX;
         for entry in &self.orders {
-            let mut look_at = entry.look_at_ms.load(Ordering::Acquire);
+            let mut look_at = entry.look_at_ms.load(Ordering::SeqCst);
             if look_at <= now_ms {
                 due.push(Arc::clone(entry.value()));
                 // The order's own deadline comes next, or it is overdue and being written.

@@ -70,8 +70,11 @@ CREATE TABLE stock_journal (
     sold_delta   bigint NOT NULL DEFAULT 0,
     total_after  bigint NOT NULL,
     held_after   bigint NOT NULL,
-    sold_after   bigint NOT NULL
+    sold_after   bigint NOT NULL,
+    -- The Idempotency-Key of an operator's request, so that it is carried out once, over restarts.
+    request_key  text
 );
+CREATE UNIQUE INDEX stock_journal_request_key ON stock_journal (sku, request_key) WHERE request_key IS NOT NULL;
 
 -- Orders whose row the database refused, for a person. `order_row` is the whole order.
 CREATE TABLE dead_letters (
@@ -90,7 +93,10 @@ CREATE TABLE dead_letters (
     payload_hash bigint NOT NULL,
     attributes   text,
     sqlstate     text NOT NULL,
-    reason       text NOT NULL
+    reason       text NOT NULL,
+    -- Set when a person has decided to leave it at that; the order stays `failed`.
+    discarded_at timestamptz,
+    note         text
 );
 
 CREATE VIEW order_list AS

@@ -125,7 +125,8 @@ impl Database {
         let holder = guard
             .query_opt(
                 "SELECT a.client_addr::text, a.backend_start::text FROM pg_locks l JOIN pg_stat_activity a USING (pid)
-                  WHERE l.locktype = 'advisory' AND l.granted
+                  WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
+                    AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
                     AND (l.classid::int8 << 32 | l.objid::int8) = hashtextextended($1, 0)",
                 &[&name],
             )

@@ -6,18 +6,21 @@
 //! * [`pooling`]: whether a pooler in between shares our sessions with others;
 //! * [`lease`]: who may write, and which order ids are ours to give out;
 //! * [`recovery`]: what start-up reads back into memory;
-//! * [`orders`]: look-ups of single orders;
+//! * [`orders`]: look-ups of orders; [`transitions`]: what changes them afterwards;
+//! * [`dead_letters`]: orders that the database refused, and what a person does about them;
 //! * [`skus`]: administration of SKUs;
 //! * [`audit`]: every promise that the database can show, recomputed.
 
 pub mod audit;
 mod connector;
+pub mod dead_letters;
 pub mod lease;
 pub mod orders;
 pub mod pooling;
 pub mod recovery;
 pub mod skus;
 mod tls;
+pub mod transitions;
 mod url;
 
 use std::ops::{Deref, DerefMut};

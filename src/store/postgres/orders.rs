@@ -4,7 +4,7 @@ use futures_util::{StreamExt, pin_mut};
 use tokio_postgres::Row;
 
 use super::Database;
-use crate::order::{OrderId, OrderStatus, UnixMillis};
+use crate::order::{OrderId, OrderStatus, UnixMillis, UserId};
 use crate::store::StoreError;
 
 /// An order as it stands in the database.
@@ -77,6 +77,45 @@ impl Database {
             read(order_from_row(&row.map_err(StoreError::statement(doing))?)?);
         }
         Ok(())
+    }
+
+    /// The orders with these ids, in no particular order.
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn find_orders(&self, ids: &[OrderId]) -> Result<Vec<StoredOrder>, StoreError> {
+        let client = self.pooled().await?;
+        let ids: Vec<i64> = ids.iter().map(|id| id.as_i64()).collect();
+        let sql = format!("SELECT {COLUMNS} FROM order_list WHERE order_id = ANY ($1)");
+        let rows = self
+            .timed("looking orders up", client.query(&sql, &[&ids]))
+            .await?;
+        rows.iter().map(order_from_row).collect()
+    }
+
+    /// A user's newest orders below `before`, all of them. Only with `database.user_index`:
+    /// without the index it reads the whole table.
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn orders_of_user(
+        &self,
+        user_id: &UserId,
+        before: OrderId,
+        limit: i64,
+    ) -> Result<Vec<StoredOrder>, StoreError> {
+        let client = self.pooled().await?;
+        let sql = format!(
+            "SELECT {COLUMNS} FROM order_list WHERE user_id = $1 AND order_id < $2 ORDER BY order_id DESC LIMIT $3"
+        );
+        let before = before.as_i64();
+        let rows = self
+            .timed(
+                "listing a user's orders",
+                client.query(&sql, &[&user_id.as_str(), &before, &limit]),
+            )
+            .await?;
+        rows.iter().map(order_from_row).collect()
     }
 
     /// The order with this id, dead letters included.

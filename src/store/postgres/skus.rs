@@ -2,6 +2,7 @@
 //! the same transaction.
 
 use super::recovery::{SKU_COLUMNS, sku_from_row};
+use super::transitions::fence;
 use super::{Database, NodeLease};
 use crate::order::SkuId;
 use crate::state::stock::{SaleTerms, Sku};
@@ -24,13 +25,7 @@ impl Database {
         let mut client = self.pooled().await?;
         let work = async {
             let transaction = client.transaction().await?;
-            let fenced = transaction
-                .query_opt(
-                    "SELECT 1 FROM node WHERE node = $1 AND epoch = $2 FOR SHARE",
-                    &[&lease.node, &lease.epoch],
-                )
-                .await?;
-            if fenced.is_none() {
+            if !fence(&transaction, lease).await? {
                 return Ok(None);
             }
             let before: i64 = transaction
@@ -102,17 +97,104 @@ impl Database {
     /// Stores whether every sale is paused.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// Where the database does not answer; [`StoreError::Fenced`] where this process may not write
+    /// any more.
     pub async fn set_all_paused(&self, lease: NodeLease, paused: bool) -> Result<(), StoreError> {
         let client = self.pooled().await?;
-        self.timed(
-            "pausing every sale",
-            client.execute(
-                "UPDATE node SET paused = $2 WHERE node = $1",
-                &[&lease.node, &paused],
-            ),
-        )
-        .await
-        .map(|_| ())
+        let changed = self
+            .timed(
+                "pausing every sale",
+                client.execute(
+                    "UPDATE node SET paused = $2 WHERE node = $1 AND epoch = $3",
+                    &[&lease.node, &paused, &lease.epoch],
+                ),
+            )
+            .await?;
+        if changed == 1 {
+            return Ok(());
+        }
+        Err(StoreError::Fenced {
+            found: 0,
+            ours: lease.epoch,
+        })
+    }
+
+    /// Changes a SKU's total by `units`, once for each `request_key`.
+    ///
+    /// # Errors
+    /// A CHECK violation where the total would fall below what orders have taken, and what the
+    /// database says.
+    pub async fn restock(
+        &self,
+        lease: NodeLease,
+        id: &SkuId,
+        units: i64,
+        request_key: Option<&str>,
+    ) -> Result<(), StoreError> {
+        let mut client = self.pooled().await?;
+        let work = async {
+            let transaction = client.transaction().await?;
+            if !fence(&transaction, lease).await? {
+                return Ok(false);
+            }
+            transaction
+                .execute(
+                    "WITH moved AS (
+                         UPDATE sku SET total = total + $2 WHERE sku_id = $1 RETURNING id, total, held, sold
+                     )
+                     INSERT INTO stock_journal (sku, cause, reference, total_delta, total_after, held_after, sold_after,
+                                                request_key)
+                     SELECT id, 'admin', 'restock', $2, total, held, sold, $3 FROM moved",
+                    &[&id.as_str(), &units, &request_key],
+                )
+                .await?;
+            transaction.commit().await?;
+            Ok(true)
+        };
+        match self.timed("restocking", work).await? {
+            true => Ok(()),
+            false => Err(StoreError::Fenced {
+                found: 0,
+                ours: lease.epoch,
+            }),
+        }
+    }
+
+    /// By how much an earlier request under this key changed a SKU's total, where there was one.
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn restocked(
+        &self,
+        id: &SkuId,
+        request_key: &str,
+    ) -> Result<Option<i64>, StoreError> {
+        let client = self.pooled().await?;
+        let row = self
+            .timed(
+                "looking a restock up",
+                client.query_opt(
+                    "SELECT j.total_delta FROM stock_journal j JOIN sku s ON s.id = j.sku
+                      WHERE s.sku_id = $1 AND j.request_key = $2",
+                    &[&id.as_str(), &request_key],
+                ),
+            )
+            .await?;
+        Ok(row.map(|row| row.get(0)))
+    }
+
+    /// A SKU's total in the database.
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn total_of(&self, id: &SkuId) -> Result<Option<u32>, StoreError> {
+        let client = self.pooled().await?;
+        let row = self
+            .timed(
+                "reading a total",
+                client.query_opt("SELECT total FROM sku WHERE sku_id = $1", &[&id.as_str()]),
+            )
+            .await?;
+        Ok(row.and_then(|row| u32::try_from(row.get::<_, i64>(0)).ok()))
     }
 }

@@ -1,0 +1,329 @@
+//! The steps that every order takes, one by one and end to end, without HTTP and PostgreSQL.
+//!
+//! `cargo bench --bench hot_path` runs them all in about two minutes; a figure is for one order
+//! unless its name says otherwise. It is a machine's own figure: compare within one run.
+
+#![allow(
+    missing_docs,
+    reason = "the macros of criterion make undocumented functions"
+)]
+
+use std::hint::black_box;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use bytes::BytesMut;
+use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
+use millrace::http::data_plane::hardened::framing;
+use millrace::http::wire::{OrderBody, OrderView};
+use millrace::order::{
+    Currency, IdClock, IdempotencyKey, KeyHash, Order, OrderId, OrderStatus, PayloadHash, Quantity,
+    SkuId, SkuNumber, UnixMillis, UserId,
+};
+use millrace::pipeline::intake::{Admission, Intake, OrderRequest};
+use millrace::pipeline::ledger::Ledger;
+use millrace::queue::{OrderQueue, RingQueue};
+use millrace::state::buyers::{Buyers, Claimed, Remembered};
+use millrace::state::pending::{Pending, PendingOrder, Settled, Slot};
+use millrace::state::poison::Poison;
+use millrace::state::stock::{Catalogue, SaleTerms, Sku, StockCounter};
+use millrace::store::copy;
+
+/// As the program itself.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+const BATCH_ROWS: usize = 5_000;
+
+fn clock() -> IdClock {
+    IdClock::new(1, UnixMillis(0), UnixMillis(i64::MAX))
+}
+
+fn order(id: u64) -> Order {
+    Order {
+        id: OrderId::new(id).unwrap(),
+        user_id: UserId::new(&format!("user-{id:08}")).unwrap(),
+        sku_id: SkuId::new("IPHONE-15").unwrap(),
+        sku: SkuNumber(1),
+        quantity: Quantity::ONE,
+        adjustment: 0,
+        amount: 199_900,
+        currency: Currency::new("CNY").unwrap(),
+        created_at: UnixMillis(1_800_000_000_000),
+        expires_at: UnixMillis(1_800_000_900_000),
+        key: Some(KeyHash([7; 16])),
+        payload: PayloadHash(42),
+        attributes: Some(Box::from(r#"{"address_id":"a-7"}"#)),
+    }
+}
+
+fn pending(id: u64) -> Arc<PendingOrder> {
+    let deadline = Instant::now() + Duration::from_secs(7);
+    Arc::new(PendingOrder::new(order(id), deadline, None))
+}
+
+fn ledger(total: u32) -> Arc<Ledger> {
+    let terms = SaleTerms {
+        title: "A phone".into(),
+        unit_price: 199_900,
+        currency: Currency::new("CNY").unwrap(),
+        per_user_limit: Some(1),
+        opens_at: None,
+        closes_at: None,
+    };
+    let catalogue = Catalogue::default();
+    catalogue.add([Sku::new(
+        SkuId::new("IPHONE-15").unwrap(),
+        SkuNumber(1),
+        terms,
+        StockCounter::new(total, 0, 0),
+        false,
+    )]);
+    Arc::new(Ledger {
+        catalogue,
+        buyers: Buyers::new(1 << 30, 1 << 20),
+        pending: Pending::with_capacity(1 << 17),
+        poison: Poison::default(),
+        ids: clock(),
+    })
+}
+
+fn request(number: u64) -> OrderRequest {
+    OrderRequest {
+        user_id: UserId::new(itoa::Buffer::new().format(number)).unwrap(),
+        sku_id: SkuId::new("IPHONE-15").unwrap(),
+        quantity: Quantity::ONE,
+        adjustment: 0,
+        attributes: None,
+        key: Some(IdempotencyKey::new("8e03978e-40d5-43e8-bc93-6894a57f9324").unwrap()),
+        wait: Duration::from_secs(7),
+    }
+}
+
+fn queue(c: &mut Criterion) {
+    let ring = RingQueue::new(65_536);
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .build()
+        .unwrap();
+    let one = pending(1);
+    c.bench_function("queue/push_and_take_one", |b| {
+        b.iter(|| {
+            ring.push(Arc::clone(&one)).unwrap();
+            runtime.block_on(ring.take(1)).unwrap().done();
+        });
+    });
+    let mut group = c.benchmark_group("queue");
+    group.throughput(Throughput::Elements(BATCH_ROWS as u64));
+    group.bench_function("push_and_take_5000", |b| {
+        b.iter(|| {
+            for _ in 0..BATCH_ROWS {
+                ring.push(Arc::clone(&one)).unwrap();
+            }
+            runtime.block_on(ring.take(BATCH_ROWS)).unwrap().done();
+        });
+    });
+}
+
+fn stock(c: &mut Criterion) {
+    let counter = StockCounter::new(1_000_000, 0, 0);
+    let cycle = || {
+        counter.hold(1).unwrap();
+        counter.release(1);
+    };
+    c.bench_function("stock/hold_and_release", |b| b.iter(cycle));
+    c.bench_function("stock/hold_and_release_beside_another_thread", |b| {
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    cycle();
+                }
+            });
+            b.iter(cycle);
+            stop.store(true, Ordering::Relaxed);
+        });
+    });
+    c.bench_function("stock/snapshot", |b| b.iter(|| counter.snapshot()));
+}
+
+fn ids(c: &mut Criterion) {
+    let clock = clock();
+    c.bench_function("order_id/next", |b| b.iter(|| clock.next().unwrap()));
+    let key = IdempotencyKey::new("8e03978e-40d5-43e8-bc93-6894a57f9324").unwrap();
+    c.bench_function("order/key_hash", |b| {
+        b.iter(|| KeyHash::of(black_box(&key)))
+    });
+}
+
+fn buyers(c: &mut Criterion) {
+    let clock = clock();
+    let entry = || Remembered {
+        order_id: clock.next().unwrap(),
+        key: Some(KeyHash([7; 16])),
+        payload: PayloadHash(42),
+        sku: SkuNumber(1),
+        quantity: Quantity::ONE,
+        live: true,
+    };
+    let buyers = Buyers::new(1 << 30, 1 << 20);
+    let known = UserId::new("known").unwrap();
+    match buyers.claim(&known, entry(), Some(1), Ok(())).unwrap() {
+        Claimed::Fresh(claim) => claim.keep(),
+        Claimed::Duplicate(_) => unreachable!("nobody was there"),
+    }
+    c.bench_function("buyers/claim_duplicate", |b| {
+        b.iter(|| {
+            buyers
+                .claim(black_box(&known), entry(), Some(1), Ok(()))
+                .is_ok()
+        });
+    });
+    c.bench_function("buyers/claim_fresh_and_forget", |b| {
+        let fresh = UserId::new("fresh").unwrap();
+        b.iter(|| {
+            drop(
+                buyers
+                    .claim(black_box(&fresh), entry(), Some(1), Ok(()))
+                    .unwrap(),
+            )
+        });
+    });
+}
+
+fn slot(c: &mut Criterion) {
+    c.bench_function("slot/claim_and_settle", |b| {
+        b.iter_batched_ref(
+            || Slot::new(None),
+            |slot| {
+                assert!(slot.claim());
+                slot.settle(Settled::Persisted);
+            },
+            BatchSize::SmallInput,
+        );
+    });
+}
+
+fn intake(c: &mut Criterion) {
+    // Another thread plays the worker without a database: it takes, claims and settles.
+    let ledger = ledger(u32::MAX);
+    let ring: Arc<dyn OrderQueue> = Arc::new(RingQueue::new(65_536));
+    let intake = Intake::new(Arc::clone(&ledger), Arc::clone(&ring), 900_000);
+    intake.open();
+    let consumer = {
+        let (ledger, ring) = (Arc::clone(&ledger), Arc::clone(&ring));
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .build()
+                .unwrap();
+            while let Some(taken) = runtime.block_on(ring.take(BATCH_ROWS)) {
+                for order in taken.orders() {
+                    assert!(order.slot.claim());
+                    ledger.unwritten(order);
+                }
+                taken.done();
+            }
+        })
+    };
+    let mut number = 0;
+    c.bench_function("intake/admit_beside_a_draining_consumer", |b| {
+        b.iter(|| {
+            number += 1;
+            // A full queue gives the order back; the buyer comes again.
+            while intake.admit(&request(number), None).is_err() {
+                std::thread::yield_now();
+            }
+        });
+    });
+    ring.close();
+    consumer.join().unwrap();
+
+    let sold_out = self::ledger(0);
+    let ring: Arc<dyn OrderQueue> = Arc::new(RingQueue::new(1));
+    let intake = Intake::new(sold_out, ring, 900_000);
+    intake.open();
+    c.bench_function("intake/refuse_sold_out", |b| {
+        b.iter(|| {
+            number += 1;
+            intake.admit(&request(number), None).unwrap_err()
+        });
+    });
+
+    let held = self::ledger(1);
+    let ring: Arc<dyn OrderQueue> = Arc::new(RingQueue::new(1));
+    let intake = Intake::new(held, ring, 900_000);
+    intake.open();
+    intake.admit(&request(1), None).unwrap();
+    c.bench_function("intake/answer_duplicate", |b| {
+        b.iter(|| {
+            let admitted = intake.admit(&request(1), None);
+            assert!(matches!(admitted, Ok(Admission::Duplicate { .. })));
+        });
+    });
+}
+
+fn encode(c: &mut Criterion) {
+    let orders: Vec<Order> = (1..=BATCH_ROWS as u64).map(order).collect();
+    let mut group = c.benchmark_group("copy");
+    group.throughput(Throughput::Elements(BATCH_ROWS as u64));
+    group.bench_function("encode_5000_rows", |b| {
+        let mut buffer = BytesMut::new();
+        b.iter(|| {
+            buffer.clear();
+            let rows = orders
+                .iter()
+                .map(|order| (order, OrderStatus::PendingPayment));
+            copy::encode(&mut buffer, rows);
+            black_box(buffer.len())
+        });
+    });
+}
+
+fn wire(c: &mut Criterion) {
+    let body = br#"{"user_id":"u-42","sku_id":"IPHONE-15","quantity":1,"attributes":{"address_id":"a-7"}}"#;
+    c.bench_function("wire/parse_order", |b| {
+        b.iter(|| OrderBody::parse(black_box(body)).unwrap());
+    });
+    let order = order(7_340_000_000_000_000_000);
+    let mut out = Vec::with_capacity(1_024);
+    c.bench_function("wire/write_order", |b| {
+        b.iter(|| {
+            out.clear();
+            serde_json::to_writer(
+                &mut out,
+                &OrderView::of(&order, OrderStatus::PendingPayment),
+            )
+            .unwrap();
+            black_box(out.len())
+        });
+    });
+    let head =
+        b"POST /v1/orders HTTP/1.1\r\nHost: 127.0.0.1:8080\r\nContent-Type: application/json\r\n\
+        Idempotency-Key: 8e03978e-40d5-43e8-bc93-6894a57f9324\r\nAccept: */*\r\n\
+        Authorization: Bearer 0123456789abcdef\r\nContent-Length: 87\r\n\r\n";
+    let sizes = framing::Sizes {
+        head_bytes_max: 16_384,
+        body_bytes_max: 16_384,
+        batch_body_bytes_max: 2 << 20,
+    };
+    c.bench_function("wire/parse_head", |b| {
+        b.iter(|| {
+            let mut slots = framing::header_slots();
+            match framing::parse(black_box(head), &mut slots, &sizes) {
+                framing::Verdict::Complete(head) => head.head_bytes,
+                other => panic!("not complete: {other:?}"),
+            }
+        });
+    });
+}
+
+criterion_group! {
+    name = hot_path;
+    config = Criterion::default()
+        .warm_up_time(Duration::from_secs(1))
+        .measurement_time(Duration::from_secs(3))
+        .sample_size(30)
+        .without_plots();
+    targets = queue, stock, ids, buyers, slot, intake, encode, wire
+}
+criterion_main!(hot_path);

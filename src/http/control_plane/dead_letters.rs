@@ -1,0 +1,97 @@
+//! Dead letters: rows that the database refused, for a person to decide on.
+
+use axum::body::Bytes;
+use axum::extract::{Path, Query, State};
+use axum::response::{IntoResponse, Response};
+use serde::Deserialize;
+use serde_json::json;
+
+use super::ControlPlane;
+use super::failure::Failure;
+use crate::http::problem::Problem;
+use crate::http::wire::{DeadLetterView, NoteBody};
+
+#[derive(Debug, Deserialize)]
+pub(super) struct ListQuery {
+    /// Whether the discarded ones are listed too.
+    #[serde(default)]
+    discarded: bool,
+    /// 1 to 1,000, 100 unless given.
+    #[serde(default = "limit_default")]
+    limit: i64,
+}
+
+fn limit_default() -> i64 {
+    100
+}
+
+pub(super) async fn list(
+    State(plane): State<ControlPlane>,
+    query: Result<Query<ListQuery>, axum::extract::rejection::QueryRejection>,
+) -> Result<Response, Failure> {
+    let Query(query) = query.map_err(|e| Problem::new(400, "invalid_field", e.body_text()))?;
+    if !(1..=1_000).contains(&query.limit) {
+        return Err(Problem::new(400, "invalid_field", "limit: must be 1 to 1000").into());
+    }
+    let letters = plane
+        .parts()?
+        .database
+        .dead_letters(query.discarded, query.limit)
+        .await?;
+    let views: Vec<_> = letters.iter().map(DeadLetterView::of).collect();
+    Ok(axum::Json(json!({ "dead_letters": views })).into_response())
+}
+
+pub(super) async fn get(
+    State(plane): State<ControlPlane>,
+    Path(id): Path<String>,
+) -> Result<Response, Failure> {
+    let letter = plane.parts()?.database.dead_letter(parse_id(&id)?).await?;
+    let letter = letter.ok_or_else(|| {
+        Problem::new(
+            404,
+            "unknown_dead_letter",
+            format!("there is no dead letter {id}"),
+        )
+    })?;
+    Ok(axum::Json(DeadLetterView::of(&letter)).into_response())
+}
+
+pub(super) async fn retry(
+    State(plane): State<ControlPlane>,
+    Path(id): Path<String>,
+) -> Result<Response, Failure> {
+    let letter = plane
+        .parts()?
+        .operator
+        .retry_dead_letter(parse_id(&id)?)
+        .await?;
+    Ok(
+        axum::Json(json!({ "order_id": letter.order_id, "status": "pending_payment" }))
+            .into_response(),
+    )
+}
+
+pub(super) async fn discard(
+    State(plane): State<ControlPlane>,
+    Path(id): Path<String>,
+    body: Bytes,
+) -> Result<Response, Failure> {
+    let note = NoteBody::parse(&body)?.note;
+    let letter = plane
+        .parts()?
+        .operator
+        .discard_dead_letter(parse_id(&id)?, note.as_deref())
+        .await?;
+    Ok(axum::Json(DeadLetterView::of(&letter)).into_response())
+}
+
+fn parse_id(text: &str) -> Result<i64, Problem> {
+    text.parse().map_err(|_| {
+        Problem::new(
+            404,
+            "unknown_dead_letter",
+            format!("there is no dead letter {text}"),
+        )
+    })
+}

@@ -1,0 +1,72 @@
+//! Errors of the control plane as answers.
+
+use axum::http::{HeaderName, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+
+use crate::http::problem::{MEDIA_TYPE, Problem};
+use crate::pipeline::operator::OperatorError;
+use crate::store::StoreError;
+
+/// A problem as an answer.
+#[derive(Debug)]
+pub(super) struct Failure(pub(super) Problem);
+
+impl From<Problem> for Failure {
+    fn from(problem: Problem) -> Self {
+        Failure(problem)
+    }
+}
+
+impl From<StoreError> for Failure {
+    fn from(error: StoreError) -> Self {
+        let detail = error.to_string();
+        if error.is_transient() {
+            tracing::warn!(reason = %detail, "an operator's request failed");
+            return Failure(Problem::new(503, "not_ready", detail).retry_after(1));
+        }
+        tracing::error!(reason = %detail, "an operator's request failed");
+        Failure(Problem::new(500, "internal", detail))
+    }
+}
+
+impl From<OperatorError> for Failure {
+    fn from(error: OperatorError) -> Self {
+        let detail = error.to_string();
+        Failure(match error {
+            OperatorError::UnknownSku(_) => Problem::new(404, "unknown_sku", detail),
+            OperatorError::UnknownDeadLetter(_) => Problem::new(404, "unknown_dead_letter", detail),
+            OperatorError::TotalBelowCommitted { .. } => {
+                Problem::new(409, "total_below_committed", detail)
+            }
+            OperatorError::TotalOutOfRange => Problem::new(400, "invalid_field", detail),
+            OperatorError::KeyReused { .. } => Problem::new(422, "idempotency_key_reused", detail),
+            OperatorError::SoldOut { available } => Problem {
+                available: Some(available),
+                ..Problem::new(409, "sold_out", detail)
+            },
+            OperatorError::RefusedAgain(_) => Problem::new(409, "refused_again", detail),
+            OperatorError::Store(error) => return error.into(),
+        })
+    }
+}
+
+impl IntoResponse for Failure {
+    fn into_response(self) -> Response {
+        let status =
+            StatusCode::from_u16(self.0.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let retry_after = self
+            .0
+            .retry_after
+            .map(|s| (header::RETRY_AFTER, s.to_string()));
+        let challenge: Option<(HeaderName, String)> =
+            (self.0.status == 401).then(|| (header::WWW_AUTHENTICATE, "Bearer".to_owned()));
+        let body = serde_json::to_vec(&self.0).unwrap_or_default();
+        let mut response = (status, [(header::CONTENT_TYPE, MEDIA_TYPE)], body).into_response();
+        for (name, value) in retry_after.into_iter().chain(challenge) {
+            if let Ok(value) = value.parse() {
+                response.headers_mut().insert(name, value);
+            }
+        }
+        response
+    }
+}

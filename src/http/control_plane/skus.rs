@@ -1,0 +1,113 @@
+//! SKU administration.
+
+use axum::body::Bytes;
+use axum::extract::{Path, State};
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::{IntoResponse, Response};
+use serde_json::json;
+
+use super::failure::Failure;
+use super::{ControlPlane, Parts, idempotency_key};
+use crate::http::problem::Problem;
+use crate::http::wire::{RestockBody, SkuBody, SkuView};
+use crate::order::SkuId;
+use crate::state::stock::Sku;
+
+pub(super) async fn list(State(plane): State<ControlPlane>) -> Result<Response, Failure> {
+    let catalogue = &plane.parts()?.ledger.catalogue;
+    let skus = catalogue.all();
+    let views: Vec<_> = skus
+        .iter()
+        .map(|sku| SkuView::of(sku, catalogue.is_paused()))
+        .collect();
+    Ok(axum::Json(json!({ "skus": views, "paused": catalogue.is_paused() })).into_response())
+}
+
+pub(super) async fn put(
+    State(plane): State<ControlPlane>,
+    Path(sku_id): Path<String>,
+    body: Bytes,
+) -> Result<Response, Failure> {
+    let parts = plane.parts()?;
+    let id = parse_id(&sku_id)?;
+    let body = SkuBody::parse(&id, &body)?;
+    let (sku, new) = parts.operator.put_sku(&id, body.terms, body.total).await?;
+    let status = if new {
+        StatusCode::CREATED
+    } else {
+        StatusCode::OK
+    };
+    Ok((status, view(parts, &sku)).into_response())
+}
+
+pub(super) async fn restock(
+    State(plane): State<ControlPlane>,
+    Path(sku_id): Path<String>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Result<Response, Failure> {
+    let parts = plane.parts()?;
+    let id = parse_id(&sku_id)?;
+    let key = idempotency_key(&headers)?;
+    let units = RestockBody::parse(&body)?.quantity;
+    let (sku, replayed) = parts
+        .operator
+        .restock(&id, units, key.as_ref().map(|key| key.as_str()))
+        .await?;
+    let mut response = view(parts, &sku).into_response();
+    if replayed && let Ok(value) = "true".parse() {
+        response.headers_mut().insert("idempotency-replayed", value);
+    }
+    Ok(response)
+}
+
+pub(super) async fn pause(
+    plane: State<ControlPlane>,
+    sku_id: Path<String>,
+) -> Result<Response, Failure> {
+    set_paused(plane, sku_id, true).await
+}
+
+pub(super) async fn resume(
+    plane: State<ControlPlane>,
+    sku_id: Path<String>,
+) -> Result<Response, Failure> {
+    set_paused(plane, sku_id, false).await
+}
+
+async fn set_paused(
+    State(plane): State<ControlPlane>,
+    Path(sku_id): Path<String>,
+    paused: bool,
+) -> Result<Response, Failure> {
+    let parts = plane.parts()?;
+    let sku = parts
+        .operator
+        .set_paused(&parse_id(&sku_id)?, paused)
+        .await?;
+    Ok(view(parts, &sku).into_response())
+}
+
+pub(super) async fn pause_all(plane: State<ControlPlane>) -> Result<Response, Failure> {
+    set_all_paused(plane, true).await
+}
+
+pub(super) async fn resume_all(plane: State<ControlPlane>) -> Result<Response, Failure> {
+    set_all_paused(plane, false).await
+}
+
+async fn set_all_paused(
+    State(plane): State<ControlPlane>,
+    paused: bool,
+) -> Result<Response, Failure> {
+    plane.parts()?.operator.set_all_paused(paused).await?;
+    Ok(axum::Json(json!({ "paused": paused })).into_response())
+}
+
+fn view(parts: &Parts, sku: &Sku) -> axum::Json<SkuView> {
+    axum::Json(SkuView::of(sku, parts.ledger.catalogue.is_paused()))
+}
+
+fn parse_id(text: &str) -> Result<SkuId, Problem> {
+    SkuId::new(text).map_err(|e| Problem::new(400, "invalid_field", format!("sku_id: {e}")))
+}

@@ -1,0 +1,353 @@
+//! Placing orders: one alone, or many in a batch. Both admit first and await afterwards, and both
+//! give each order the same verdict.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::message::{Request, Response};
+use super::preference::Preference;
+use super::service::{DataPlane, json};
+use super::wake::wait;
+use crate::http::problem::Problem;
+use crate::http::wire::{BatchLine, OrderBody, OrderView, idempotency_key, ndjson_line};
+use crate::order::{IdempotencyKey, OrderStatus, Refusal};
+use crate::pipeline::intake::{Admission, OrderRequest};
+use crate::state::pending::{PendingOrder, SlotState};
+use crate::store::postgres::orders::StoredOrder;
+
+/// Most orders in one batch.
+const BATCH_ORDERS_MAX: usize = 1_000;
+
+/// An order that was admitted and is to be awaited.
+enum Admitted {
+    /// This request placed it.
+    Placed(Arc<PendingOrder>),
+    /// An earlier one did, under the same key, and it is in flight.
+    Joined(Arc<PendingOrder>),
+    /// An earlier one did, and its row is there.
+    Stored(Box<StoredOrder>),
+}
+
+/// What an order came to.
+enum Verdict {
+    /// It is there, or it may be.
+    Order {
+        http_status: u16,
+        replayed: bool,
+        order: Standing,
+    },
+    /// It is not.
+    Problem(Problem),
+}
+
+enum Standing {
+    InFlight(Arc<PendingOrder>, OrderStatus),
+    Stored(Box<StoredOrder>),
+}
+
+impl Standing {
+    fn view(&self) -> OrderView<'_> {
+        match self {
+            Standing::InFlight(pending, status) => OrderView::of(&pending.order, *status),
+            Standing::Stored(stored) => OrderView::stored(stored),
+        }
+    }
+}
+
+impl DataPlane {
+    /// `POST /v1/orders`.
+    pub(super) fn place_order(
+        &self,
+        request: &Request<'_>,
+        response: &mut Response,
+    ) -> Result<(), Problem> {
+        self.intake
+            .check_open()
+            .map_err(|refusal| self.refuse(refusal))?;
+        require_media_type(request, &["application/json"])?;
+        let key = idempotency_key(request.header_values("idempotency-key"))?;
+        let body = OrderBody::parse(request.body)?;
+        let wait = self.preferred_wait(request, response);
+        let started = Instant::now();
+        let order = order_request(body, key, wait);
+        let verdict = match self.admit(request, &order, started) {
+            Ok(admitted) => self.settle(request, admitted, started + wait),
+            Err(problem) => Verdict::Problem(problem),
+        };
+        if let Verdict::Order {
+            http_status: 201, ..
+        } = verdict
+        {
+            self.metrics
+                .wait_seconds
+                .observe(started.elapsed().as_secs_f64());
+        }
+        match verdict {
+            Verdict::Problem(problem) => return Err(problem),
+            Verdict::Order {
+                http_status,
+                replayed,
+                order,
+            } => {
+                let view = order.view();
+                response.header("Location", format_args!("/v1/orders/{}", view.order_id()));
+                if replayed {
+                    response.header("Idempotency-Replayed", "true");
+                }
+                json(response, http_status, &view);
+            }
+        }
+        Ok(())
+    }
+
+    /// `POST /v1/orders:batch`: one order a line, one verdict a line, in the same sequence. All
+    /// lines are admitted before any is awaited.
+    pub(super) fn place_batch(
+        &self,
+        request: &Request<'_>,
+        response: &mut Response,
+    ) -> Result<(), Problem> {
+        self.intake
+            .check_open()
+            .map_err(|refusal| self.refuse(refusal))?;
+        require_media_type(
+            request,
+            &[
+                "application/x-ndjson",
+                "application/jsonl",
+                "application/json",
+            ],
+        )?;
+        let body = request.body.strip_suffix(b"\n").unwrap_or(request.body);
+        if body.is_empty() {
+            return Err(Problem::new(
+                400,
+                "malformed_json",
+                "a batch has one order on each line, and this has none",
+            ));
+        }
+        if body
+            .split(|byte| *byte == b'\n')
+            .nth(BATCH_ORDERS_MAX)
+            .is_some()
+        {
+            let detail = format!("a batch has at most {BATCH_ORDERS_MAX} orders");
+            return Err(Problem::new(413, "body_too_large", detail));
+        }
+        let wait = self.preferred_wait(request, response);
+        let started = Instant::now();
+        let admitted: Vec<Result<Admitted, Problem>> = body
+            .split(|byte| *byte == b'\n')
+            .map(|line| {
+                let BatchLine { body, key } = BatchLine::parse(line)?;
+                self.admit(request, &order_request(body, key, wait), started)
+            })
+            .collect();
+        response.set_status(200);
+        response.header("Content-Type", "application/x-ndjson");
+        for admitted in admitted {
+            let verdict = match admitted {
+                Ok(admitted) => self.settle(request, admitted, started + wait),
+                Err(problem) => Verdict::Problem(problem),
+            };
+            let out = response.body_mut();
+            match &verdict {
+                Verdict::Problem(problem) => ndjson_line(out, problem.status, problem),
+                Verdict::Order {
+                    http_status, order, ..
+                } => ndjson_line(out, *http_status, &order.view()),
+            }
+        }
+        Ok(())
+    }
+
+    /// How long the client wants to wait, which is at most the order timeout, and says so.
+    ///
+    /// `respond-async` needs a queue that survives the process; until there is one, the preference
+    /// is ignored, and the answer shows it by not naming it.
+    fn preferred_wait(&self, request: &Request<'_>, response: &mut Response) -> Duration {
+        let preference = Preference::parse(request.header_values("prefer"));
+        let Some(wait) = preference.wait else {
+            return self.order_timeout;
+        };
+        let wait = wait.min(self.order_timeout);
+        response.header(
+            "Preference-Applied",
+            format_args!("wait={}", wait.as_secs()),
+        );
+        wait
+    }
+
+    fn admit(
+        &self,
+        request: &Request<'_>,
+        order: &OrderRequest,
+        started: Instant,
+    ) -> Result<Admitted, Problem> {
+        loop {
+            let admission = self
+                .intake
+                .admit(order, Some(request.waker))
+                .map_err(|refusal| self.refuse(refusal))?;
+            let id = match admission {
+                Admission::Placed(pending) => return Ok(Admitted::Placed(pending)),
+                Admission::Duplicate {
+                    pending: Some(pending),
+                    ..
+                } => return Ok(Admitted::Joined(pending)),
+                Admission::Duplicate { id, pending: None } => id,
+            };
+            if let Some(stored) = self.find_stored(request, id)? {
+                return Ok(Admitted::Stored(Box::new(stored)));
+            }
+            // The first request is between claiming the key and registering its order, or just
+            // undoing that. Either takes it microseconds; then this one finds the order, or is
+            // the first itself.
+            if started.elapsed() > order.wait {
+                return Err(self.refuse(Refusal::Overloaded));
+            }
+            may::coroutine::yield_now();
+        }
+    }
+
+    fn settle(&self, request: &Request<'_>, admitted: Admitted, deadline: Instant) -> Verdict {
+        match admitted {
+            Admitted::Placed(pending) => {
+                let state = self.wait_for_own(request, &pending);
+                self.judge(pending, state, false)
+            }
+            Admitted::Joined(pending) => {
+                let state = self.wait_for_other(request, &pending, deadline);
+                self.judge(pending, state, true)
+            }
+            Admitted::Stored(stored) => {
+                self.count("replayed");
+                Verdict::Order {
+                    http_status: 200,
+                    replayed: true,
+                    order: Standing::Stored(stored),
+                }
+            }
+        }
+    }
+
+    fn judge(&self, pending: Arc<PendingOrder>, state: SlotState, replayed: bool) -> Verdict {
+        match state {
+            SlotState::Persisted => {
+                let (http_status, outcome) = if replayed {
+                    (200, "replayed")
+                } else {
+                    (201, "created")
+                };
+                self.count(outcome);
+                let order = Standing::InFlight(pending, OrderStatus::PendingPayment);
+                Verdict::Order {
+                    http_status,
+                    replayed,
+                    order,
+                }
+            }
+            SlotState::Waiting | SlotState::Claimed => {
+                self.count("undecided");
+                let order = Standing::InFlight(pending, OrderStatus::Undecided);
+                Verdict::Order {
+                    http_status: 202,
+                    replayed: false,
+                    order,
+                }
+            }
+            SlotState::Abandoned => {
+                self.count("timed_out");
+                let detail = "the order was not written within its wait: it is not placed and nothing is held";
+                Verdict::Problem(Problem::new(504, "timed_out", detail))
+            }
+            SlotState::Unwritten => {
+                self.count("unwritten");
+                Verdict::Problem(Problem::from(Refusal::Draining))
+            }
+            SlotState::Failed => {
+                self.count("failed");
+                let detail = format!(
+                    "the database refused order {}: it is not placed, nothing is held, and a dead letter keeps it",
+                    pending.order.id
+                );
+                Verdict::Problem(Problem::new(500, "internal", detail))
+            }
+        }
+    }
+
+    /// Waits for an order that this request placed. At its deadline it is abandoned by the
+    /// deadline keeper, or a worker has claimed it; until then `Waiting` is no answer.
+    fn wait_for_own(&self, request: &Request<'_>, pending: &PendingOrder) -> SlotState {
+        wait(request, || match pending.slot.state() {
+            SlotState::Waiting => false,
+            SlotState::Claimed => Instant::now() >= pending.deadline || self.is_stopping(),
+            SlotState::Abandoned
+            | SlotState::Persisted
+            | SlotState::Failed
+            | SlotState::Unwritten => true,
+        });
+        pending.slot.state()
+    }
+
+    /// Waits for an order that another request placed, until it is decided or `deadline` comes.
+    pub(super) fn wait_for_other(
+        &self,
+        request: &Request<'_>,
+        pending: &PendingOrder,
+        deadline: Instant,
+    ) -> SlotState {
+        let over =
+            || pending.slot.state().is_final() || Instant::now() >= deadline || self.is_stopping();
+        if !over() {
+            wait(request, || {
+                // Announced before the look: a change in between is either seen or wakes us.
+                pending.slot.subscribe(request.waker.clone());
+                self.ledger.pending.wake_by(pending, deadline);
+                over()
+            });
+        }
+        pending.slot.state()
+    }
+
+    fn refuse(&self, refusal: Refusal) -> Problem {
+        self.count(refusal.code());
+        Problem::from(refusal)
+    }
+
+    fn count(&self, outcome: &'static str) {
+        self.metrics.orders.count(outcome);
+    }
+}
+
+fn order_request(body: OrderBody, key: Option<IdempotencyKey>, wait: Duration) -> OrderRequest {
+    OrderRequest {
+        user_id: body.user_id,
+        sku_id: body.sku_id,
+        quantity: body.quantity,
+        adjustment: body.adjustment,
+        attributes: body.attributes,
+        key,
+        wait,
+    }
+}
+
+fn require_media_type(request: &Request<'_>, allowed: &[&str]) -> Result<(), Problem> {
+    let media_type = request.header("content-type").map(|value| {
+        let media_type = value.split(|byte| *byte == b';').next().unwrap_or_default();
+        media_type.trim_ascii()
+    });
+    let is_allowed = |media_type: &[u8]| {
+        allowed
+            .iter()
+            .any(|allowed| media_type.eq_ignore_ascii_case(allowed.as_bytes()))
+    };
+    if media_type.is_some_and(is_allowed) {
+        return Ok(());
+    }
+    let detail = format!(
+        "Content-Type: must be {}",
+        allowed.first().copied().unwrap_or_default()
+    );
+    Err(Problem::new(415, "unsupported_media_type", detail))
+}

@@ -1,0 +1,191 @@
+//! Dead letters: orders whose row the database refused, and what a person does about them.
+
+use super::transitions::fence;
+use super::{Database, NodeLease};
+use crate::order::{OrderId, SkuNumber, UnixMillis};
+use crate::store::StoreError;
+
+/// One dead letter.
+#[derive(Clone, Debug)]
+pub struct DeadLetter {
+    /// Its number.
+    pub id: i64,
+    /// When the row was refused.
+    pub at: UnixMillis,
+    /// The order.
+    pub order_id: OrderId,
+    /// Who bought.
+    pub user_id: String,
+    /// What, as the shop calls it.
+    pub sku_id: String,
+    /// What, as the database calls it.
+    pub sku: SkuNumber,
+    /// How many units.
+    pub quantity: u32,
+    /// The amount in minor units.
+    pub amount: i64,
+    /// Its currency.
+    pub currency: String,
+    /// PostgreSQL's code.
+    pub sqlstate: String,
+    /// PostgreSQL's words.
+    pub reason: String,
+    /// The shop's own object.
+    pub attributes: Option<String>,
+    /// When a person left it at that.
+    pub discarded_at: Option<UnixMillis>,
+    /// What that person noted.
+    pub note: Option<String>,
+}
+
+const COLUMNS: &str = "d.id, (extract(epoch FROM d.at) * 1000)::int8, d.order_id, d.user_id, s.sku_id, d.sku, d.quantity,
+    d.amount, d.currency, d.sqlstate, d.reason, d.attributes, (extract(epoch FROM d.discarded_at) * 1000)::int8, d.note";
+
+fn from_row(row: &tokio_postgres::Row) -> Result<DeadLetter, StoreError> {
+    let raw: i64 = row.get(2);
+    Ok(DeadLetter {
+        id: row.get(0),
+        at: UnixMillis(row.get(1)),
+        order_id: OrderId::from_i64(raw)
+            .ok_or_else(|| StoreError::Data(format!("order id {raw}")))?,
+        user_id: row.get(3),
+        sku_id: row.get(4),
+        sku: SkuNumber(row.get(5)),
+        quantity: u32::try_from(row.get::<_, i32>(6)).unwrap_or(0),
+        amount: row.get(7),
+        currency: row.get(8),
+        sqlstate: row.get(9),
+        reason: row.get(10),
+        attributes: row.get(11),
+        discarded_at: row.get::<_, Option<i64>>(12).map(UnixMillis),
+        note: row.get(13),
+    })
+}
+
+impl Database {
+    /// Dead letters, newest first; the discarded ones only where asked for.
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn dead_letters(
+        &self,
+        discarded: bool,
+        limit: i64,
+    ) -> Result<Vec<DeadLetter>, StoreError> {
+        let client = self.pooled().await?;
+        let rows = self
+            .timed(
+                "listing the dead letters",
+                client.query(
+                    &format!(
+                        "SELECT {COLUMNS} FROM dead_letters d JOIN sku s ON s.id = d.sku
+                          WHERE $1 OR d.discarded_at IS NULL ORDER BY d.id DESC LIMIT $2"
+                    ),
+                    &[&discarded, &limit],
+                ),
+            )
+            .await?;
+        rows.iter().map(from_row).collect()
+    }
+
+    /// One dead letter.
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn dead_letter(&self, id: i64) -> Result<Option<DeadLetter>, StoreError> {
+        let client = self.pooled().await?;
+        let row = self
+            .timed(
+                "reading a dead letter",
+                client.query_opt(
+                    &format!("SELECT {COLUMNS} FROM dead_letters d JOIN sku s ON s.id = d.sku WHERE d.id = $1"),
+                    &[&id],
+                ),
+            )
+            .await?;
+        row.as_ref().map(from_row).transpose()
+    }
+
+    /// Leaves a dead letter at that: its order stays `failed`. False: there is no such open one.
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn discard_dead_letter(
+        &self,
+        id: i64,
+        note: Option<&str>,
+    ) -> Result<bool, StoreError> {
+        let client = self.pooled().await?;
+        let changed = self
+            .timed(
+                "discarding a dead letter",
+                client.execute(
+                    "UPDATE dead_letters SET discarded_at = clock_timestamp(), note = $2
+                      WHERE id = $1 AND discarded_at IS NULL",
+                    &[&id, &note],
+                ),
+            )
+            .await?;
+        Ok(changed == 1)
+    }
+
+    /// Writes a dead letter's order as a row after all, its units held, payable for
+    /// `payment_ttl_ms` from now. The caller holds the units in memory. False: there is no such
+    /// open dead letter.
+    ///
+    /// # Errors
+    /// Where the database refuses the row again, or does not answer; the dead letter stays then,
+    /// unless the commit's answer was lost.
+    pub async fn revive_dead_letter(
+        &self,
+        lease: NodeLease,
+        id: i64,
+        payment_ttl_ms: u64,
+    ) -> Result<bool, StoreError> {
+        let mut client = self.pooled().await?;
+        let ttl = i64::try_from(payment_ttl_ms).unwrap_or(i64::MAX);
+        let work = async {
+            let transaction = client.transaction().await?;
+            if !fence(&transaction, lease).await? {
+                return Ok(None);
+            }
+            let row = transaction
+                .query_opt(
+                    "WITH gone AS (
+                         DELETE FROM dead_letters WHERE id = $1 AND discarded_at IS NULL RETURNING *
+                     )
+                     INSERT INTO orders (order_id, user_id, sku, quantity, adjustment, amount, currency, status,
+                            created_at, expires_at, key_hash, payload_hash, attributes)
+                     SELECT order_id, user_id, sku, quantity, adjustment, amount, currency, 1,
+                            created_at, clock_timestamp() + $2::int8 * interval '1 millisecond', key_hash, payload_hash,
+                            attributes::json
+                       FROM gone RETURNING order_id, sku, quantity",
+                    &[&id, &ttl],
+                )
+                .await?;
+            let Some(row) = row else {
+                return Ok(Some(false));
+            };
+            let (order_id, sku, quantity): (i64, i32, i32) = (row.get(0), row.get(1), row.get(2));
+            transaction
+                .execute(
+                    "WITH moved AS (
+                         UPDATE sku SET held = held + $2::int8 WHERE id = $1 RETURNING total, held, sold
+                     )
+                     INSERT INTO stock_journal (sku, cause, reference, held_delta, total_after, held_after, sold_after)
+                     SELECT w.sku, 'dead letter retried', $3, $2::int8, m.total, m.held, m.sold
+                       FROM (SELECT $1::int4 AS sku) w LEFT JOIN moved m ON true",
+                    &[&sku, &i64::from(quantity), &order_id.to_string()],
+                )
+                .await?;
+            transaction.commit().await?;
+            Ok(Some(true))
+        };
+        self.timed("retrying a dead letter", work)
+            .await?
+            .ok_or(StoreError::Fenced {
+                found: 0,
+                ours: lease.epoch,
+            })
+    }
+}

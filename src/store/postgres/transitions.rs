@@ -1,0 +1,108 @@
+//! Changes of an order after its row is there, each one guarded statement with its counters and
+//! journal entry in one transaction.
+
+use tokio_postgres::Transaction;
+
+use super::{Database, NodeLease};
+use crate::order::{OrderId, OrderStatus, SkuNumber};
+use crate::store::StoreError;
+
+/// What came of asking an order to move on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Moved {
+    /// It did, and its units are back in the database.
+    Now(Units),
+    /// It stands elsewhere; nothing was changed.
+    StandsAt(OrderStatus),
+    /// There is no such order.
+    Unknown,
+}
+
+/// Whose units, and how many, came back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Units {
+    /// The buyer.
+    pub user_id: String,
+    /// The SKU.
+    pub sku: SkuNumber,
+    /// How many.
+    pub quantity: u32,
+}
+
+/// Locks the node's row and checks the epoch: a process that was replaced changes nothing.
+pub(super) async fn fence(
+    transaction: &Transaction<'_>,
+    lease: NodeLease,
+) -> Result<bool, tokio_postgres::Error> {
+    transaction
+        .query_opt(
+            "SELECT 1 FROM node WHERE node = $1 AND epoch = $2 FOR SHARE",
+            &[&lease.node, &lease.epoch],
+        )
+        .await
+        .map(|row| row.is_some())
+}
+
+impl Database {
+    /// Cancels an unpaid order: its status, its SKU's counter and the journal, all or nothing.
+    ///
+    /// # Errors
+    /// Where the database does not answer; the order may or may not be cancelled then, and asking
+    /// again tells.
+    pub async fn cancel_order(&self, lease: NodeLease, id: OrderId) -> Result<Moved, StoreError> {
+        let mut client = self.pooled().await?;
+        let work = async {
+            let transaction = client.transaction().await?;
+            if !fence(&transaction, lease).await? {
+                return Ok(None);
+            }
+            let (from, to) = (
+                OrderStatus::PendingPayment.code(),
+                OrderStatus::Cancelled.code(),
+            );
+            let row = transaction
+                .query_opt(
+                    "UPDATE orders SET status = $3 WHERE order_id = $1 AND status = $2 RETURNING user_id, sku, quantity",
+                    &[&id.as_i64(), &from, &to],
+                )
+                .await?;
+            let Some(row) = row else {
+                let word = transaction
+                    .query_opt(
+                        "SELECT status FROM order_list WHERE order_id = $1",
+                        &[&id.as_i64()],
+                    )
+                    .await?
+                    .and_then(|row| row.get::<_, Option<String>>(0));
+                let status = word.as_deref().and_then(OrderStatus::from_word);
+                return Ok(Some(status.map_or(Moved::Unknown, Moved::StandsAt)));
+            };
+            let (sku, quantity): (i32, i32) = (row.get(1), row.get(2));
+            // The journal reads FROM `moved`, so that its entry is numbered after the SKU's row is
+            // locked: the audit follows the chain by number.
+            transaction
+                .execute(
+                    "WITH moved AS (
+                         UPDATE sku SET held = held - $2::int8 WHERE id = $1 RETURNING total, held, sold
+                     )
+                     INSERT INTO stock_journal (sku, cause, reference, held_delta, total_after, held_after, sold_after)
+                     SELECT w.sku, 'cancelled', $3, -$2::int8, m.total, m.held, m.sold
+                       FROM (SELECT $1::int4 AS sku) w LEFT JOIN moved m ON true",
+                    &[&sku, &i64::from(quantity), &id.to_string()],
+                )
+                .await?;
+            transaction.commit().await?;
+            Ok(Some(Moved::Now(Units {
+                user_id: row.get(0),
+                sku: SkuNumber(sku),
+                quantity: u32::try_from(quantity).unwrap_or(0),
+            })))
+        };
+        self.timed("cancelling an order", work)
+            .await?
+            .ok_or(StoreError::Fenced {
+                found: 0,
+                ours: lease.epoch,
+            })
+    }
+}

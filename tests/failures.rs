@@ -1,0 +1,277 @@
+//! Failures inside: what a buyer and an operator are told when a part of Millrace or its database
+//! fails.
+
+mod support;
+
+use std::time::{Duration, Instant};
+
+use futures_util::future::join_all;
+use millrace::state::pending::Settled;
+use serde_json::{Value, json};
+use support::block_on;
+use support::postgres::TestDatabase;
+use support::server::TestServer;
+
+async fn wait_until(what: &str, condition: impl AsyncFn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !condition().await {
+        assert!(Instant::now() < deadline, "{what}: not within 20 s");
+    }
+}
+
+/// Holds every row of `sku`, so that workers get stuck with what they have claimed.
+async fn lock_stock(client: &mut tokio_postgres::Client) -> tokio_postgres::Transaction<'_> {
+    let lock = client.transaction().await.expect("begin");
+    lock.execute("SELECT 1 FROM millrace.sku FOR UPDATE", &[])
+        .await
+        .expect("lock");
+    lock
+}
+
+#[test]
+fn a_worker_that_panics_poisons_the_process() {
+    block_on(async {
+        let database = TestDatabase::create().await;
+        let server = TestServer::start(&database, |config| config.orders.timeout_ms = 2_000).await;
+        server.put_sku("A", 10, Value::Null).await;
+        let mut blocker = database.connect().await;
+        let lock = lock_stock(&mut blocker).await;
+        let order = server.order("u", "A", None);
+        let sabotage = async {
+            let pending = || server.millrace().ledger().pending.all().into_iter().next();
+            wait_until("an order in flight", async || pending().is_some()).await;
+            let pending = pending().expect("in flight");
+            wait_until("a claim", async || !pending.slot.claim()).await;
+            // The worker will find the slot settled by somebody else: a broken invariant.
+            pending.slot.settle(Settled::Persisted);
+            lock.rollback().await.expect("unlock");
+            server.millrace().poisoned().await
+        };
+        let (_, reason) = tokio::join!(order, sabotage);
+        assert!(reason.contains("panicked"), "{reason}");
+        let refused = server.order("v", "A", None).await;
+        assert_eq!(
+            (refused.status, refused.code()),
+            (503, "not_ready".to_owned())
+        );
+        assert!(refused.field("retry-after").is_some());
+        let ready = server.control("GET", "/readyz", Value::Null).await;
+        assert_eq!(ready.status, 503);
+        assert!(
+            ready.json()["checks"].to_string().contains("panicked"),
+            "{}",
+            ready.json()
+        );
+        assert!(!server.stop().await, "it must exit non-zero");
+    });
+}
+
+#[test]
+fn a_full_queue_refuses_with_retry_after_and_holds_nothing() {
+    block_on(async {
+        let database = TestDatabase::create().await;
+        let server = TestServer::start(&database, |config| {
+            config.queue.capacity = 3;
+            config.workers.count = 1;
+            config.workers.batch_rows_max = 1;
+            config.orders.timeout_ms = 3_000;
+        })
+        .await;
+        server.put_sku("A", 100, Value::Null).await;
+        let mut blocker = database.connect().await;
+        let lock = lock_stock(&mut blocker).await;
+        let waiting = async {
+            let users: Vec<String> = (0..20).map(|n| format!("u-{n}")).collect();
+            join_all(users.iter().map(|user| server.order(user, "A", None))).await
+        };
+        let unlock = async {
+            let refused = async || {
+                let metrics = server.control("GET", "/metrics", Value::Null).await.body;
+                let text = String::from_utf8(metrics).expect("text");
+                text.contains("millrace_orders_total{outcome=\"overloaded\"} 16")
+            };
+            wait_until("16 refusals", refused).await;
+            assert_eq!(
+                server.stock("A").await,
+                (96, 4, 0),
+                "one claimed, three queued"
+            );
+            lock.rollback().await.expect("unlock");
+        };
+        let (answers, ()) = tokio::join!(waiting, unlock);
+        let overloaded: Vec<_> = answers
+            .iter()
+            .filter(|answer| answer.code() == "overloaded")
+            .collect();
+        assert_eq!(overloaded.len(), 16);
+        assert!(
+            overloaded
+                .iter()
+                .all(|answer| answer.status == 503 && answer.field("retry-after").is_some())
+        );
+        assert_eq!(
+            answers.iter().filter(|answer| answer.status == 201).count(),
+            4
+        );
+        assert_eq!(server.stock("A").await, (96, 4, 0));
+        server.assert_audit().await;
+        assert!(server.stop().await);
+    });
+}
+
+#[test]
+fn a_lost_database_connection_is_made_good_before_the_buyer_notices() {
+    block_on(async {
+        let database = TestDatabase::create().await;
+        let server = TestServer::start(&database, |_| {}).await;
+        server.put_sku("A", 100, Value::Null).await;
+        let operator = database.connect().await;
+        for round in 0..10 {
+            let user = format!("u-{round}");
+            assert_eq!(server.order(&user, "A", None).await.status, 201);
+            operator
+                .execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+                      WHERE datname = current_database() AND application_name LIKE 'millrace worker%'",
+                    &[],
+                )
+                .await
+                .expect("terminate");
+        }
+        assert_eq!(server.order("last", "A", None).await.status, 201);
+        assert_eq!(server.stock("A").await, (89, 11, 0));
+        server.assert_audit().await;
+        assert!(server.stop().await);
+    });
+}
+
+#[test]
+fn look_ups_while_the_pool_is_stuck_are_told_to_come_back() {
+    block_on(async {
+        let database = TestDatabase::create().await;
+        let server = TestServer::start(&database, |config| {
+            config.database.pool_size = 1;
+            config.database.step_timeout_ms = 300;
+        })
+        .await;
+        server.put_sku("A", 10, Value::Null).await;
+        let order = server.order("u", "A", None).await.json();
+        let path = format!("/v1/orders/{}", order["order_id"].as_str().expect("an id"));
+        let mut blocker = database.connect().await;
+        let lock = blocker.transaction().await.expect("begin");
+        lock.batch_execute("LOCK TABLE millrace.orders IN ACCESS EXCLUSIVE MODE")
+            .await
+            .expect("lock");
+        let answers = join_all((0..8).map(|_| server.get(&path))).await;
+        for answer in answers {
+            assert_eq!(
+                (answer.status, answer.code()),
+                (503, "not_ready".to_owned())
+            );
+            assert!(answer.field("retry-after").is_some());
+        }
+        // What needs no database is answered meanwhile.
+        assert_eq!(server.stock("A").await, (9, 1, 0));
+        lock.rollback().await.expect("unlock");
+        wait_until("the pool is back", async || {
+            server.get(&path).await.status == 200
+        })
+        .await;
+        assert!(server.stop().await);
+    });
+}
+
+/// A deferred trigger makes each commit slow, as a slow disk would.
+#[test]
+fn on_a_slow_disk_buyers_wait_or_are_told_the_truth() {
+    block_on(async {
+        let database = TestDatabase::create().await;
+        let server = TestServer::start(&database, |config| {
+            config.workers.count = 1;
+            config.orders.timeout_ms = 700;
+        })
+        .await;
+        server.put_sku("A", 100, Value::Null).await;
+        database
+            .connect()
+            .await
+            .batch_execute(
+                "CREATE FUNCTION millrace.slow() RETURNS trigger LANGUAGE plpgsql AS
+                     $$ BEGIN PERFORM pg_sleep(0.5); RETURN NULL; END $$;
+                 CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON millrace.stock_journal
+                     DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION millrace.slow()",
+            )
+            .await
+            .expect("slow commits");
+        let users: Vec<String> = (0..60).map(|n| format!("u-{n}")).collect();
+        let started = Instant::now();
+        let answers = join_all(users.iter().map(|user| server.order(user, "A", Some("k")))).await;
+        assert!(
+            started.elapsed() < Duration::from_secs(10),
+            "nobody waits beyond the order timeout"
+        );
+        assert!(
+            answers
+                .iter()
+                .all(|answer| matches!(answer.status, 201 | 202 | 504)),
+            "{answers:?}"
+        );
+        assert!(answers.iter().any(|answer| answer.status == 201));
+        server.assert_audit().await;
+        let (free, held, _) = server.stock("A").await;
+        let mut there = 0;
+        for (user, told) in users.iter().zip(&answers) {
+            let now = server.order_as_it_stands(user).await;
+            match told.status {
+                201 => assert_eq!(
+                    now.as_deref(),
+                    Some("pending_payment"),
+                    "{user} was told yes"
+                ),
+                504 => assert_eq!(now, None, "{user} was told no"),
+                // Undecided: it has become one or the other by now.
+                _ => assert!(
+                    matches!(now.as_deref(), None | Some("pending_payment")),
+                    "{user}: {now:?}"
+                ),
+            }
+            there += u64::from(now.is_some());
+        }
+        assert_eq!((free, held), (100 - there, there));
+        assert!(server.stop().await);
+    });
+}
+
+#[test]
+fn the_deepest_body_that_is_accepted_fits_a_coroutines_stack() {
+    block_on(async {
+        let database = TestDatabase::create().await;
+        let server = TestServer::start(&database, |_| {}).await;
+        server.put_sku("A", 10, Value::Null).await;
+        let nested = |depth: usize| {
+            let inside = format!("{{\"a\":{}{}}}", "[".repeat(depth), "]".repeat(depth));
+            format!("{{\"user_id\":\"u\",\"sku_id\":\"A\",\"attributes\":{inside}}}")
+        };
+        let post = async |body: String| {
+            let fields = [("Content-Type", "application/json")];
+            support::server::request(server.data, "POST", "/v1/orders", &fields, body).await
+        };
+        for depth in [1, 100, 127, 500] {
+            let answer = post(nested(depth)).await;
+            assert!(matches!(answer.status, 201 | 400), "{depth}: {answer:?}");
+        }
+        let answer = post(nested(7_000)).await;
+        assert_eq!(answer.status, 400, "{answer:?}");
+        assert_eq!(post("[".repeat(16_000)).await.status, 400);
+        assert_eq!(post("{\"a\":".repeat(3_000)).await.status, 400);
+        // It lives.
+        assert_eq!(
+            server
+                .post(json!({ "user_id": "u", "sku_id": "A" }), None, &[])
+                .await
+                .status,
+            201
+        );
+        assert!(server.stop().await);
+    });
+}

@@ -1,0 +1,232 @@
+//! The parts of a running Millrace between HTTP and the database.
+
+use std::collections::HashSet;
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Duration;
+
+use millrace::metrics::Metrics;
+use millrace::order::{IdClock, IdempotencyKey, Quantity, Refusal, SkuId, UnixMillis, UserId};
+use millrace::pipeline::intake::{Admission, Intake, OrderRequest};
+use millrace::pipeline::ledger::Ledger;
+use millrace::pipeline::worker::{Worker, WorkerError};
+use millrace::pipeline::{deadlines, wake_directly};
+use millrace::queue::{OrderQueue, RingQueue};
+use millrace::state::buyers::Buyers;
+use millrace::state::pending::{Pending, PendingOrder, SlotState};
+use millrace::state::poison::Poison;
+use millrace::state::refusals::Refusals;
+use millrace::state::stock::{Catalogue, Sku};
+use millrace::store::batch::BatchWriter;
+use millrace::store::postgres::Database;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use crate::support::sale::Sale;
+
+/// Longer than anything here takes.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+/// A wait that no order of a test that is not about waiting reaches.
+pub const LONG: Duration = Duration::from_secs(120);
+
+pub struct Line {
+    pub sale: Sale,
+    pub ledger: Arc<Ledger>,
+    pub queue: Arc<dyn OrderQueue>,
+    pub intake: Arc<Intake>,
+    pub metrics: Metrics,
+    pub cut: watch::Sender<bool>,
+    workers: Vec<JoinHandle<Result<(), WorkerError>>>,
+    deadlines: JoinHandle<()>,
+}
+
+impl Line {
+    /// Recovers from `sale` and opens the intake; no worker runs yet.
+    pub async fn open(sale: Sale, capacity: usize) -> Self {
+        let catalogue = Catalogue::default();
+        catalogue.add(sale.database.load_skus().await.unwrap());
+        let hour = UnixMillis::now().plus_ms(3_600_000);
+        let ledger = Arc::new(Ledger {
+            catalogue,
+            buyers: Buyers::new(1_000_000, 10_000),
+            refusals: Refusals::with_capacity(1_000),
+            pending: Pending::with_capacity(capacity),
+            poison: Poison::default(),
+            ids: IdClock::new(0, sale.taken.id_high_water, hour),
+        });
+        let queue: Arc<dyn OrderQueue> = Arc::new(RingQueue::new(capacity));
+        let intake = Arc::new(Intake::new(
+            Arc::clone(&ledger),
+            Arc::clone(&queue),
+            900_000,
+        ));
+        intake.open();
+        let metrics = Metrics::new().unwrap();
+        let deadlines = tokio::spawn(deadlines::keep(
+            Arc::clone(&ledger),
+            wake_directly(),
+            metrics.clone(),
+        ));
+        Line {
+            sale,
+            ledger,
+            queue,
+            intake,
+            metrics,
+            cut: watch::Sender::new(false),
+            workers: Vec::new(),
+            deadlines,
+        }
+    }
+
+    /// Starts one more worker, which writes to `database`.
+    pub fn start_worker(&mut self, database: Database, rows_max: usize) {
+        let shard = self.workers.len() as i16;
+        let worker = Worker::new(
+            BatchWriter::new(database, self.sale.lease(), shard),
+            Arc::clone(&self.queue),
+            Arc::clone(&self.ledger),
+            wake_directly(),
+            self.metrics.clone(),
+            rows_max,
+            self.cut.subscribe(),
+        );
+        self.workers.push(tokio::spawn(worker.run()));
+    }
+
+    pub fn sku(&self, name: &str) -> Arc<Sku> {
+        let id = SkuId::new(name).unwrap();
+        self.ledger.catalogue.get(&id).unwrap()
+    }
+
+    pub fn place(
+        &self,
+        user: &str,
+        sku: &str,
+        units: u32,
+        wait: Duration,
+    ) -> Result<Arc<PendingOrder>, Refusal> {
+        match self.intake.admit(&request(user, sku, units, wait), None)? {
+            Admission::Placed(pending) => Ok(pending),
+            Admission::Duplicate { id, .. } => panic!("{user} has order {id} already"),
+        }
+    }
+
+    /// Waits for every worker to end.
+    pub async fn workers_end(&mut self) -> Vec<Result<(), WorkerError>> {
+        let mut ended = Vec::new();
+        for worker in self.workers.drain(..) {
+            let result = tokio::time::timeout(PATIENCE, worker).await;
+            ended.push(result.expect("a worker ends in time").expect("no panic"));
+        }
+        ended
+    }
+
+    /// Compares what every buyer was told with the rows, and every counter with every other.
+    pub async fn check(&self, placed: &[Arc<PendingOrder>]) {
+        let rows = self.sale.ids("orders").await;
+        let letters: HashSet<i64> = self.sale.ids("dead_letters").await.into_iter().collect();
+        let written: HashSet<i64> = rows.iter().copied().collect();
+        assert_eq!(written.len(), rows.len());
+        let mut expected = 0;
+        for pending in placed {
+            let id = pending.order.id.as_i64();
+            let state = pending.slot.state();
+            let (row, letter) = match state {
+                SlotState::Persisted => (true, false),
+                SlotState::Failed => (false, true),
+                SlotState::Abandoned | SlotState::Unwritten => (false, false),
+                SlotState::Waiting | SlotState::Claimed => panic!("order {id} is {state:?}"),
+            };
+            assert_eq!(written.contains(&id), row, "order {id} is {state:?}");
+            assert_eq!(letters.contains(&id), letter, "order {id} is {state:?}");
+            expected += i64::from(row);
+            // The buyer's record: kept with the key, or forgotten.
+            let kept = self.ledger.buyers.orders_of(&pending.order.user_id);
+            let kept = kept.iter().find(|known| known.order_id == pending.order.id);
+            assert_eq!(kept.map(|known| known.live), (row || letter).then_some(row));
+        }
+        assert_eq!(
+            rows.len() as i64,
+            expected,
+            "there are rows that nobody placed"
+        );
+        assert_eq!(self.ledger.pending.len(), 0, "orders are still in flight");
+        assert_eq!(self.queue.depth(), 0);
+        for sku in self.ledger.catalogue.all() {
+            let units: i64 = placed
+                .iter()
+                .filter(|p| p.order.sku == sku.number && p.slot.state() == SlotState::Persisted)
+                .map(|p| i64::from(p.order.quantity.get()))
+                .sum();
+            let stock = sku.counter().snapshot();
+            assert_eq!(
+                i64::from(stock.free) + units,
+                i64::from(stock.total),
+                "{}",
+                sku.id
+            );
+        }
+        self.sale.assert_audit(Some(&self.ledger)).await;
+    }
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        self.deadlines.abort();
+        self.workers.iter().for_each(JoinHandle::abort);
+    }
+}
+
+/// Under the key `key-of-` and the buyer's name.
+pub fn request(user: &str, sku: &str, units: u32, wait: Duration) -> OrderRequest {
+    OrderRequest {
+        user_id: UserId::new(user).unwrap(),
+        sku_id: SkuId::new(sku).unwrap(),
+        quantity: Quantity::new(units).unwrap(),
+        adjustment: 0,
+        attributes: None,
+        key: Some(IdempotencyKey::new(&format!("key-of-{user}")).unwrap()),
+        wait,
+    }
+}
+
+/// Waits for the slot to be final, as a handler does.
+pub async fn outcome(pending: &PendingOrder) -> SlotState {
+    let settled = poll_fn(|context| {
+        pending.slot.subscribe(context.waker().clone());
+        match pending.slot.state() {
+            state if state.is_final() => Poll::Ready(state),
+            _ => Poll::Pending,
+        }
+    });
+    match tokio::time::timeout(PATIENCE, settled).await {
+        Ok(state) => state,
+        Err(_) => panic!(
+            "order {} stays {:?}",
+            pending.order.id,
+            pending.slot.state()
+        ),
+    }
+}
+
+pub async fn outcomes(placed: &[Arc<PendingOrder>]) -> Vec<SlotState> {
+    let mut states = Vec::with_capacity(placed.len());
+    for pending in placed {
+        states.push(outcome(pending).await);
+    }
+    states
+}
+
+pub async fn until(what: &str, condition: impl Fn() -> bool) {
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(std::time::Instant::now() < deadline, "not in time: {what}");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
+
+pub fn tally(states: &[SlotState], of: SlotState) -> usize {
+    states.iter().filter(|state| **state == of).count()
+}

@@ -1,0 +1,481 @@
+//! What every queue promises (the text of `src/queue/mod.rs`), checked on each implementation.
+//!
+//! A new backend joins by one more `conformance!` line: its name and how to make an empty queue
+//! of a capacity.
+
+use std::collections::HashSet;
+use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll, Wake, Waker};
+use std::time::{Duration, Instant};
+
+use millrace::order::{
+    Currency, Order, OrderId, PayloadHash, Quantity, SkuId, SkuNumber, UnixMillis, UserId,
+};
+use millrace::queue::{OrderQueue, RingQueue, Taken};
+use millrace::state::pending::PendingOrder;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use tokio::task::JoinSet;
+
+/// Makes an empty queue of this capacity.
+type Make = fn(usize) -> Arc<dyn OrderQueue>;
+
+macro_rules! conformance {
+    ($backend:ident, $make:expr; $($behaviour:ident),* $(,)?) => {
+        mod $backend {
+            $(
+                #[test]
+                fn $behaviour() {
+                    super::$behaviour($make);
+                }
+            )*
+        }
+    };
+    ($backend:ident, $make:expr) => {
+        conformance! { $backend, $make;
+            a_full_queue_gives_the_order_back,
+            orders_leave_in_the_order_in_which_they_came,
+            a_consumer_takes_no_more_than_it_asked_for,
+            each_order_leaves_once_whoever_produces_and_consumes,
+            a_waiting_consumer_is_woken_every_time,
+            every_waiting_consumer_is_woken_for_orders_of_its_own,
+            orders_that_are_not_done_go_back_to_the_head_of_the_line,
+            orders_put_back_wake_as_many_consumers_as_they_can_keep_busy,
+            a_full_queue_takes_back_what_is_not_done,
+            a_closed_queue_refuses_and_runs_empty,
+            closing_wakes_every_waiting_consumer,
+            what_is_accepted_while_the_queue_closes_can_still_be_taken,
+            a_take_that_is_given_up_while_it_waits_loses_nothing,
+        }
+    };
+}
+
+conformance!(ring, |capacity| std::sync::Arc::new(super::RingQueue::new(
+    capacity
+)));
+
+// --- Tools ----------------------------------------------------------------------------------
+
+fn order(id: u64) -> Arc<PendingOrder> {
+    let order = Order {
+        id: OrderId::new(id).unwrap(),
+        user_id: UserId::new("u").unwrap(),
+        sku_id: SkuId::new("A").unwrap(),
+        sku: SkuNumber(1),
+        quantity: Quantity::ONE,
+        adjustment: 0,
+        amount: 1,
+        currency: Currency::new("EUR").unwrap(),
+        created_at: UnixMillis(0),
+        expires_at: UnixMillis(0),
+        key: None,
+        payload: PayloadHash(0),
+        attributes: None,
+    };
+    let deadline = Instant::now() + Duration::from_secs(3_600);
+    Arc::new(PendingOrder::new(order, deadline, None))
+}
+
+fn fill(queue: &dyn OrderQueue, ids: impl IntoIterator<Item = u64>) {
+    for id in ids {
+        queue.push(order(id)).unwrap();
+    }
+}
+
+fn ids(taken: &Taken) -> Vec<u64> {
+    taken
+        .orders()
+        .iter()
+        .map(|order| order.order.id.get())
+        .collect()
+}
+
+/// Runs a test on several threads; one that hangs fails after a minute rather than never.
+fn run(test: impl Future<Output = ()>) {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(4)
+        .enable_time()
+        .build()
+        .unwrap()
+        .block_on(async {
+            tokio::time::timeout(Duration::from_secs(60), test)
+                .await
+                .expect("somebody waits for ever");
+        });
+}
+
+/// A future that is looked at by hand, and how often it asked to be looked at again.
+struct ByHand<'a, T> {
+    future: std::pin::Pin<Box<dyn Future<Output = T> + Send + 'a>>,
+    woken: Arc<Woken>,
+}
+
+#[derive(Default)]
+struct Woken(AtomicUsize);
+
+impl Wake for Woken {
+    fn wake(self: Arc<Self>) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+impl<'a, T> ByHand<'a, T> {
+    fn new(future: impl Future<Output = T> + Send + 'a) -> Self {
+        ByHand {
+            future: Box::pin(future),
+            woken: Arc::default(),
+        }
+    }
+
+    fn look(&mut self) -> Poll<T> {
+        let waker = Waker::from(Arc::clone(&self.woken));
+        self.future.as_mut().poll(&mut Context::from_waker(&waker))
+    }
+
+    fn woken(&self) -> bool {
+        self.woken.0.load(Ordering::SeqCst) > 0
+    }
+}
+
+/// Looks at those that were woken, until nobody is woken any more; returns what they took.
+fn look_at_the_woken(takes: &mut Vec<ByHand<'_, Option<Taken>>>) -> Vec<Option<Taken>> {
+    let mut all = Vec::new();
+    loop {
+        let before = all.len();
+        let mut sleeping = Vec::new();
+        for mut take in takes.drain(..) {
+            if !take.woken() {
+                sleeping.push(take);
+            } else if let Poll::Ready(taken) = take.look() {
+                all.push(taken);
+            } else {
+                take.woken.0.store(0, Ordering::SeqCst);
+                sleeping.push(take);
+            }
+        }
+        *takes = sleeping;
+        if all.len() == before {
+            return all;
+        }
+    }
+}
+
+/// Consumers that sleep on an empty queue, taking at most `max` each.
+fn sleeping(queue: &dyn OrderQueue, count: usize, max: usize) -> Vec<ByHand<'_, Option<Taken>>> {
+    (0..count)
+        .map(|_| {
+            let mut take = ByHand::new(queue.take(max));
+            assert!(take.look().is_pending(), "there is nothing to take");
+            take
+        })
+        .collect()
+}
+
+// --- Behaviours -----------------------------------------------------------------------------
+
+fn a_full_queue_gives_the_order_back(make: Make) {
+    run(async move {
+        let queue = make(3);
+        fill(&*queue, 1..=3);
+        let rejected = queue.push(order(4)).unwrap_err();
+        assert_eq!((rejected.order.order.id.get(), rejected.closed), (4, false));
+        assert_eq!(queue.depth(), 3);
+        let taken = queue.take(1).await.unwrap();
+        assert_eq!(ids(&taken), [1]);
+        taken.done();
+        queue.push(rejected.order).unwrap();
+        assert_eq!(ids(&queue.take(9).await.unwrap()), [2, 3, 4]);
+    });
+}
+
+fn orders_leave_in_the_order_in_which_they_came(make: Make) {
+    run(async move {
+        let mut random = StdRng::seed_from_u64(1);
+        let queue = make(16);
+        let (mut pushed, mut seen) = (0, 0);
+        // Enough to go round any ring many times.
+        while seen < 2_000 {
+            for _ in 0..random.random_range(0..8) {
+                if queue.push(order(pushed + 1)).is_ok() {
+                    pushed += 1;
+                }
+            }
+            if queue.depth() > 0 {
+                let taken = queue.take(random.random_range(1..6)).await.unwrap();
+                for id in ids(&taken) {
+                    seen += 1;
+                    assert_eq!(id, seen);
+                }
+                taken.done();
+            }
+            assert_eq!(queue.depth() as u64, pushed - seen);
+        }
+    });
+}
+
+fn a_consumer_takes_no_more_than_it_asked_for(make: Make) {
+    run(async move {
+        let queue = make(8);
+        fill(&*queue, 1..=8);
+        for expected in [vec![1, 2, 3], vec![4, 5, 6], vec![7, 8]] {
+            let taken = queue.take(3).await.unwrap();
+            assert_eq!(ids(&taken), expected);
+            taken.done();
+        }
+    });
+}
+
+fn each_order_leaves_once_whoever_produces_and_consumes(make: Make) {
+    const PRODUCERS: u64 = 4;
+    const EACH: u64 = 5_000;
+    for seed in 0..4 {
+        run(async move {
+            let mut random = StdRng::seed_from_u64(seed);
+            let queue = make(random.random_range(1..300));
+            let producers: Vec<_> = (0..PRODUCERS)
+                .map(|producer| {
+                    let queue = Arc::clone(&queue);
+                    std::thread::spawn(move || {
+                        for n in 1..=EACH {
+                            let mut order = order(producer * EACH + n);
+                            while let Err(rejected) = queue.push(order) {
+                                assert!(!rejected.closed);
+                                order = rejected.order;
+                                std::thread::yield_now();
+                            }
+                        }
+                    })
+                })
+                .collect();
+            let mut consumers = JoinSet::new();
+            for consumer in 0..random.random_range(1..5) {
+                let queue = Arc::clone(&queue);
+                let mut random = StdRng::seed_from_u64(seed * 100 + consumer);
+                consumers.spawn(async move {
+                    let mut seen = Vec::new();
+                    while let Some(taken) = queue.take(random.random_range(1..200)).await {
+                        assert!(!taken.orders().is_empty());
+                        // A batch in ten comes to nothing and goes back.
+                        if random.random_ratio(9, 10) {
+                            seen.extend(ids(&taken));
+                            taken.done();
+                        }
+                        tokio::task::yield_now().await;
+                    }
+                    seen
+                });
+            }
+            for producer in producers {
+                tokio::task::spawn_blocking(|| producer.join().unwrap())
+                    .await
+                    .unwrap();
+            }
+            queue.close();
+            let mut seen = consumers.join_all().await.concat();
+            // What a consumer put back after the last other one had left.
+            while let Some(taken) = queue.take(100).await {
+                seen.extend(ids(&taken));
+                taken.done();
+            }
+            let distinct: HashSet<_> = seen.iter().collect();
+            assert_eq!(seen.len() as u64, PRODUCERS * EACH, "seed {seed}");
+            assert_eq!(distinct.len(), seen.len(), "seed {seed}");
+        });
+    }
+}
+
+fn a_waiting_consumer_is_woken_every_time(make: Make) {
+    run(async move {
+        // The producer goes on only when the consumer has answered, so that each round has the
+        // consumer on its way to sleep while the order comes.
+        let (there, back) = (make(4), make(4));
+        let producer = {
+            let (there, back) = (Arc::clone(&there), Arc::clone(&back));
+            tokio::spawn(async move {
+                for id in 1..=20_000 {
+                    there.push(order(id)).unwrap();
+                    let answer = back.take(1).await.unwrap();
+                    assert_eq!(ids(&answer), [id]);
+                    answer.done();
+                }
+                there.close();
+            })
+        };
+        while let Some(taken) = there.take(1).await {
+            fill(&*back, ids(&taken));
+            taken.done();
+        }
+        producer.await.unwrap();
+    });
+}
+
+fn every_waiting_consumer_is_woken_for_orders_of_its_own(make: Make) {
+    let queue = make(8);
+    let mut takes = sleeping(&*queue, 3, 1);
+    fill(&*queue, 1..=3);
+    let taken = look_at_the_woken(&mut takes);
+    assert_eq!(taken.len(), 3, "somebody sleeps beside an order");
+    taken.into_iter().flatten().for_each(Taken::done);
+}
+
+fn orders_that_are_not_done_go_back_to_the_head_of_the_line(make: Make) {
+    run(async move {
+        let queue = make(8);
+        fill(&*queue, 1..=5);
+        let dropped = queue.take(3).await.unwrap();
+        assert_eq!(ids(&dropped), [1, 2, 3]);
+        assert_eq!(queue.depth(), 2);
+        drop(dropped);
+        assert_eq!(queue.depth(), 5);
+        fill(&*queue, [6]);
+        // In the middle of what was put back, too.
+        let taken = queue.take(2).await.unwrap();
+        assert_eq!(ids(&taken), [1, 2]);
+        taken.done();
+        drop(queue.take(2).await.unwrap());
+        assert_eq!(ids(&queue.take(9).await.unwrap()), [3, 4, 5, 6]);
+    });
+}
+
+fn orders_put_back_wake_as_many_consumers_as_they_can_keep_busy(make: Make) {
+    let queue = make(8);
+    fill(&*queue, 1..=3);
+    let Poll::Ready(Some(taken)) = ByHand::new(queue.take(3)).look() else {
+        panic!("there are orders to take");
+    };
+    let mut takes = sleeping(&*queue, 3, 1);
+    drop(taken);
+    let taken = look_at_the_woken(&mut takes);
+    assert_eq!(taken.len(), 3, "somebody sleeps beside an order");
+    taken.into_iter().flatten().for_each(Taken::done);
+}
+
+fn a_full_queue_takes_back_what_is_not_done(make: Make) {
+    run(async move {
+        let queue = make(4);
+        fill(&*queue, 1..=4);
+        let taken = queue.take(2).await.unwrap();
+        fill(&*queue, 5..=6);
+        drop(taken);
+        assert!(queue.push(order(7)).is_err());
+        assert_eq!(ids(&queue.take(9).await.unwrap()), [1, 2, 3, 4, 5, 6]);
+    });
+}
+
+fn a_closed_queue_refuses_and_runs_empty(make: Make) {
+    run(async move {
+        let queue = make(4);
+        fill(&*queue, 1..=3);
+        queue.close();
+        let rejected = queue.push(order(4)).unwrap_err();
+        assert_eq!((rejected.order.order.id.get(), rejected.closed), (4, true));
+        let taken = queue.take(2).await.unwrap();
+        assert_eq!(ids(&taken), [1, 2]);
+        // Closed or not, what is not done goes back.
+        drop(taken);
+        let taken = queue.take(9).await.unwrap();
+        assert_eq!(ids(&taken), [1, 2, 3]);
+        taken.done();
+        assert!(queue.take(1).await.is_none());
+        assert!(queue.take(1).await.is_none(), "and stays closed");
+    });
+}
+
+fn closing_wakes_every_waiting_consumer(make: Make) {
+    let queue = make(4);
+    let mut takes = sleeping(&*queue, 5, 1);
+    queue.close();
+    let ended = look_at_the_woken(&mut takes);
+    assert_eq!(ended.len(), 5);
+    assert!(ended.iter().all(Option::is_none));
+
+    // And whoever is on its way to sleep just then.
+    for _ in 0..300 {
+        run(async move {
+            let queue = make(4);
+            let mut consumers = JoinSet::new();
+            for _ in 0..3 {
+                let queue = Arc::clone(&queue);
+                consumers.spawn(async move { queue.take(1).await.is_none() });
+            }
+            queue.close();
+            assert!(consumers.join_all().await.into_iter().all(|ended| ended));
+        });
+    }
+}
+
+fn what_is_accepted_while_the_queue_closes_can_still_be_taken(make: Make) {
+    run(async move {
+        for _ in 0..300 {
+            let queue = make(1_000);
+            let producer = {
+                let queue = Arc::clone(&queue);
+                std::thread::spawn(move || {
+                    (1..=1_000)
+                        .take_while(|id| queue.push(order(*id)).is_ok())
+                        .count()
+                })
+            };
+            std::thread::yield_now();
+            queue.close();
+            let accepted = producer.join().unwrap();
+            let mut seen = 0;
+            while let Some(taken) = queue.take(64).await {
+                seen += taken.orders().len();
+                taken.done();
+            }
+            assert_eq!(seen, accepted);
+        }
+    });
+}
+
+fn a_take_that_is_given_up_while_it_waits_loses_nothing(make: Make) {
+    let queue = make(8);
+    let mut takes = sleeping(&*queue, 3, 1);
+    fill(&*queue, 1..=2);
+    // Give up whoever was woken first: its wake-up goes on to the one that still sleeps.
+    let given_up = takes
+        .iter()
+        .position(ByHand::woken)
+        .expect("somebody is woken");
+    drop(takes.remove(given_up));
+    let taken = look_at_the_woken(&mut takes);
+    assert_eq!(taken.len(), 2, "a wake-up went down with its consumer");
+    let mut seen: Vec<_> = taken.iter().flatten().flat_map(ids).collect();
+    seen.sort_unstable();
+    assert_eq!(seen, [1, 2]);
+    taken.into_iter().flatten().for_each(Taken::done);
+
+    // The same with time deciding when it is given up.
+    run(async move {
+        let queue = make(8);
+        let consumer = {
+            let queue = Arc::clone(&queue);
+            tokio::spawn(async move {
+                let mut seen = 0;
+                while seen < 5_000 {
+                    tokio::select! {
+                        biased;
+                        taken = queue.take(3) => {
+                            let taken = taken.unwrap();
+                            for id in ids(&taken) {
+                                seen += 1;
+                                assert_eq!(id, seen);
+                            }
+                            taken.done();
+                        }
+                        () = tokio::task::yield_now() => {}
+                    }
+                }
+            })
+        };
+        for id in 1..=5_000 {
+            while queue.push(order(id)).is_err() {
+                tokio::task::yield_now().await;
+            }
+        }
+        consumer.await.unwrap();
+    });
+}

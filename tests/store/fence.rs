@@ -1,0 +1,161 @@
+//! Who may write: lost commits, epochs, the lock against a second process, the lease on ids.
+
+use millrace::order::{IdClock, UnixMillis};
+use millrace::store::StoreError;
+use millrace::store::batch::WriteError;
+use millrace::store::postgres::Database;
+use millrace::store::postgres::lease::ID_LEASE_MS;
+use millrace::store::schema;
+
+use crate::support::postgres::TestDatabase;
+use crate::support::sale::{SCHEMA, STEP, Sale, order, orders, refs};
+
+#[tokio::test]
+async fn commits_that_the_database_lost_are_counted_and_writing_goes_on() {
+    let sale = Sale::open(1).await;
+    let sku = sale.sku("A", 100).await;
+    let mut writer = sale.writer(0);
+    for _ in 0..3 {
+        writer.write(&refs(&orders(&sku, 2))).await.unwrap();
+    }
+    // As after a failover to a standby that lacked the last two batches.
+    sale.sql("UPDATE writer SET batch = batch - 2").await;
+    let batch = orders(&sku, 2);
+    let noticed = writer.write(&refs(&batch)).await;
+    assert!(matches!(noticed, Err(WriteError::Retry(_))), "{noticed:?}");
+    assert!(!writer.outcome_unknown());
+    writer.write(&refs(&batch)).await.unwrap();
+    assert_eq!(writer.commits_lost(), 2);
+    writer.write(&refs(&orders(&sku, 2))).await.unwrap();
+    assert_eq!(writer.commits_lost(), 2, "counted once");
+    assert_eq!(sale.rows().await, 10);
+    assert_eq!(sale.number("SELECT batch FROM writer").await, 3);
+}
+
+#[tokio::test]
+async fn a_writer_of_an_older_epoch_can_write_nothing_any_more() {
+    let sale = Sale::open(2).await;
+    let sku = sale.sku("A", 100).await;
+    let (mut connected, mut fresh) = (sale.writer(0), sale.writer(1));
+    connected.write(&refs(&orders(&sku, 1))).await.unwrap();
+    let lease = sale.lease();
+    drop(sale.taken.guard);
+    let successor = loop {
+        // The lock goes when the server has noticed that the connection is closed.
+        match sale.database.take_over(2).await {
+            Ok(taken) => break taken,
+            Err(StoreError::AlreadyActive(_)) => tokio::task::yield_now().await,
+            Err(error) => panic!("{error}"),
+        }
+    };
+    assert_eq!(successor.lease.epoch, lease.epoch + 1);
+
+    let batch = orders(&sku, 2);
+    let is_fenced = |result: &Result<(), WriteError>| {
+        matches!(
+            result,
+            Err(WriteError::Fatal(StoreError::Fenced { found, ours }))
+                if (*found, *ours) == (successor.lease.epoch, lease.epoch)
+        )
+    };
+    let refused = fresh.write(&refs(&batch)).await;
+    assert!(is_fenced(&refused), "{refused:?}");
+    // One that was connected notices by its row having moved, and finds out why.
+    let noticed = connected.write(&refs(&batch)).await;
+    assert!(matches!(noticed, Err(WriteError::Retry(_))), "{noticed:?}");
+    let refused = connected.write(&refs(&batch)).await;
+    assert!(is_fenced(&refused), "{refused:?}");
+    assert!(!connected.outcome_unknown(), "nothing of it was sent");
+
+    let refused_row = order(&sku, 1);
+    let buried = connected.write_dead_letter(&refused_row, "23514", "x");
+    assert!(matches!(buried.await, Err(StoreError::Fenced { .. })));
+    let renewed = sale.database.renew_lease(lease, UnixMillis::now());
+    assert!(matches!(renewed.await, Err(StoreError::Fenced { .. })));
+    let paused = sale.database.set_all_paused(lease, true);
+    assert!(matches!(paused.await, Err(StoreError::Fenced { .. })));
+    let terms = sku.terms();
+    let put = sale.database.put_sku(lease, &sku.id, &terms, 5);
+    assert!(matches!(put.await, Err(StoreError::Fenced { .. })));
+    let session = Database::with_config(sale.config.clone(), SCHEMA, 1, STEP).unwrap();
+    let client = session.pooled().await.unwrap();
+    let counts = client
+        .query_one(
+            "SELECT (SELECT count(*) FROM orders), (SELECT count(*) FROM dead_letters), (SELECT total FROM sku)",
+            &[],
+        )
+        .await
+        .unwrap();
+    let counts: (i64, i64, i64) = (counts.get(0), counts.get(1), counts.get(2));
+    assert_eq!(counts, (1, 0, 100));
+}
+
+#[tokio::test]
+async fn a_second_process_is_kept_out_and_told_who_is_there() {
+    // Another process with a schema of the same name, in another database, is nobody's business.
+    let (sale, other) = (Sale::open(1).await, Sale::open(1).await);
+    for sale in [&sale, &other] {
+        let refused = sale.database.take_over(1).await;
+        let Err(StoreError::AlreadyActive(holder)) = refused else {
+            panic!("{refused:?}");
+        };
+        assert!(
+            holder.starts_with(" (from this machine, connected since 2"),
+            "{holder:?}"
+        );
+    }
+    // A schema of its own is a Millrace of its own.
+    let database = Database::with_config(sale.config.clone(), "second", 2, STEP).unwrap();
+    let mut client = database.connect("test").await.unwrap();
+    schema::migrate(&mut client, "second").await.unwrap();
+    database.take_over(1).await.unwrap();
+}
+
+#[tokio::test]
+async fn order_ids_never_go_back_over_restarts() {
+    let test = TestDatabase::create().await;
+    let database = Database::with_config(test.config(), SCHEMA, 2, STEP).unwrap();
+    let mut client = database.connect("test").await.unwrap();
+    schema::migrate(&mut client, SCHEMA).await.unwrap();
+    let mut last = None;
+    for round in 0..4 {
+        let taken = loop {
+            match database.take_over(1).await {
+                Ok(taken) => break taken,
+                Err(StoreError::AlreadyActive(_)) => tokio::task::yield_now().await,
+                Err(error) => panic!("{error}"),
+            }
+        };
+        assert_eq!(taken.lease.epoch, round + 1);
+        let ids = IdClock::new(0, taken.id_high_water, taken.ids_leased_until);
+        let first = ids.next().unwrap();
+        assert!(last < Some(first), "{last:?} {first}");
+        last = Some(ids.next().unwrap());
+        if round % 2 == 0 {
+            // A crash: everything leased may have been given out.
+            let until = ids.now().plus_ms(ID_LEASE_MS);
+            database.renew_lease(taken.lease, until).await.unwrap();
+            // It never shrinks.
+            database
+                .renew_lease(taken.lease, UnixMillis(5))
+                .await
+                .unwrap();
+            ids.extend_lease(until);
+            last = Some(ids.next().unwrap());
+            let row = client
+                .query_one("SELECT ids_leased_until_ms FROM node", &[])
+                .await
+                .unwrap();
+            assert_eq!(row.get::<_, i64>(0), until.0);
+        } else {
+            // A clean stop: the next process starts near the clock again.
+            database.return_lease(taken.lease, ids.now()).await.unwrap();
+            let row = client
+                .query_one("SELECT ids_leased_until_ms FROM node", &[])
+                .await
+                .unwrap();
+            let returned = row.get::<_, i64>(0) - ids.now().0;
+            assert!(returned <= 1_000, "{returned} ms ahead");
+        }
+    }
+}

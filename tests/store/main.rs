@@ -1,0 +1,16 @@
+//! The store, on a real PostgreSQL with a database a test: rows, batches, fences, schema,
+//! recovery, audit.
+//!
+//! `MILLRACE_ROUNDS` (default 1) multiplies the rounds of what is random, `MILLRACE_SEED` replays
+//! one run of it.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod audit;
+mod batches;
+mod fence;
+mod outcome;
+mod recovery;
+mod rows;
+mod tables;

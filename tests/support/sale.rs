@@ -1,0 +1,223 @@
+//! A migrated database with SKUs, orders to write into it, and what can be asked of it.
+
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::{Duration, Instant};
+
+use millrace::order::{
+    Currency, IdempotencyKey, KeyHash, Order, OrderId, PayloadHash, Quantity, SkuId, SkuNumber,
+    UnixMillis, UserId,
+};
+use millrace::pipeline::audit::audit;
+use millrace::pipeline::ledger::Ledger;
+use millrace::state::stock::{SaleTerms, Sku};
+use millrace::store::batch::BatchWriter;
+use millrace::store::postgres::lease::Taken;
+use millrace::store::postgres::{Database, NodeLease};
+use millrace::store::schema;
+
+use super::postgres::{TestDatabase, connect};
+use super::proxy::Proxy;
+
+/// What a step may take where the test is not about steps.
+pub const STEP: Duration = Duration::from_secs(10);
+pub const SCHEMA: &str = "millrace";
+
+/// A count from the environment, so that a patient person can turn the same test up.
+pub fn count(name: &str, default: u64) -> u64 {
+    std::env::var(name)
+        .ok()
+        .map(|text| text.parse().expect("a number"))
+        .unwrap_or(default)
+}
+
+/// A migrated database that this process has taken over.
+pub struct Sale {
+    pub database: Database,
+    pub taken: Taken,
+    pub config: tokio_postgres::Config,
+    admin: tokio_postgres::Client,
+    _test: Option<TestDatabase>,
+}
+
+impl Sale {
+    pub async fn open(shards: i16) -> Self {
+        let test = TestDatabase::create().await;
+        Self::at(test.config(), Some(test), shards).await
+    }
+
+    /// One in a database of a server of the test's own.
+    pub async fn open_at(config: tokio_postgres::Config, shards: i16) -> Self {
+        Self::at(config, None, shards).await
+    }
+
+    async fn at(config: tokio_postgres::Config, test: Option<TestDatabase>, shards: i16) -> Self {
+        let database = Database::with_config(config.clone(), SCHEMA, 8, STEP).unwrap();
+        let mut client = database.connect("test").await.unwrap();
+        schema::migrate(&mut client, SCHEMA).await.unwrap();
+        let taken = database.take_over(shards).await.unwrap();
+        Sale {
+            admin: admin(&config).await,
+            database,
+            taken,
+            config,
+            _test: test,
+        }
+    }
+
+    pub fn lease(&self) -> NodeLease {
+        self.taken.lease
+    }
+
+    /// The same database with another patience.
+    pub fn with_step(&self, step: Duration) -> Database {
+        Database::with_config(self.config.clone(), SCHEMA, 4, step).unwrap()
+    }
+
+    /// The same database through a proxy.
+    pub fn through(&self, proxy: &Proxy, step: Duration) -> Database {
+        Database::with_config(proxy.config(&self.config), SCHEMA, 4, step).unwrap()
+    }
+
+    pub fn writer(&self, shard: i16) -> BatchWriter {
+        BatchWriter::new(self.database.clone(), self.lease(), shard)
+    }
+
+    pub async fn sku(&self, name: &str, total: u32) -> Sku {
+        self.sku_with(name, total, None).await
+    }
+
+    pub async fn sku_with(&self, name: &str, total: u32, per_user_limit: Option<u32>) -> Sku {
+        let terms = SaleTerms {
+            title: format!("{name}, the best"),
+            unit_price: 100,
+            currency: Currency::new("EUR").unwrap(),
+            per_user_limit,
+            opens_at: None,
+            closes_at: None,
+        };
+        self.database
+            .put_sku(self.lease(), &SkuId::new(name).unwrap(), &terms, total)
+            .await
+            .unwrap()
+    }
+
+    /// Does by hand what nobody should.
+    pub async fn sql(&self, statements: &str) {
+        self.admin
+            .batch_execute(statements)
+            .await
+            .unwrap_or_else(|error| panic!("{statements}: {error:?}"));
+    }
+
+    /// The number that a query returns.
+    pub async fn number(&self, query: &str) -> i64 {
+        self.admin
+            .query_one(query, &[])
+            .await
+            .unwrap_or_else(|error| panic!("{query}: {error:?}"))
+            .get(0)
+    }
+
+    pub async fn rows(&self) -> i64 {
+        self.number("SELECT count(*) FROM orders").await
+    }
+
+    /// Every id in `table`, in order.
+    pub async fn ids(&self, table: &str) -> Vec<i64> {
+        self.admin
+            .query(
+                &format!("SELECT order_id FROM {table} ORDER BY order_id"),
+                &[],
+            )
+            .await
+            .unwrap()
+            .iter()
+            .map(|row| row.get(0))
+            .collect()
+    }
+
+    /// After the server was started again.
+    pub async fn reconnect(&mut self) {
+        self.admin = admin(&self.config).await;
+    }
+
+    /// One more connection, for a session that holds locks.
+    pub async fn session(&self) -> tokio_postgres::Client {
+        admin(&self.config).await
+    }
+
+    /// Waits until `query` returns true.
+    pub async fn until(&self, query: &str) {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            if self.admin.query_one(query, &[]).await.unwrap().get(0) {
+                return;
+            }
+            assert!(Instant::now() < deadline, "not in time: {query}");
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    }
+
+    pub async fn assert_audit(&self, ledger: Option<&Ledger>) {
+        let audit = audit(&self.database, ledger).await.unwrap();
+        assert!(audit.ok, "{:#?}", audit.checks);
+    }
+
+    /// The checks of the audit that fail, by name.
+    pub async fn faults(&self) -> Vec<&'static str> {
+        let audit = audit(&self.database, None).await.unwrap();
+        let faults: Vec<_> = audit
+            .checks
+            .iter()
+            .filter(|check| !check.ok)
+            .map(|check| check.name)
+            .collect();
+        assert_eq!(audit.ok, faults.is_empty());
+        faults
+    }
+}
+
+async fn admin(config: &tokio_postgres::Config) -> tokio_postgres::Client {
+    let client = connect(config).await;
+    client
+        .batch_execute(&format!("SET search_path = {SCHEMA}"))
+        .await
+        .unwrap();
+    client
+}
+
+/// One plain order of `units`, with an id and a buyer of its own.
+pub fn order(sku: &Sku, units: u32) -> Order {
+    static NEXT: AtomicI64 = AtomicI64::new(1);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    let key = IdempotencyKey::new(&format!("key-{number}")).unwrap();
+    let quantity = Quantity::new(units).unwrap();
+    let now = UnixMillis::now();
+    Order {
+        id: OrderId::from_i64(number << 22).unwrap(),
+        user_id: UserId::new(&format!("u-{number}")).unwrap(),
+        sku_id: sku.id.clone(),
+        sku: sku.number,
+        quantity,
+        adjustment: 0,
+        amount: 100 * i64::from(units),
+        currency: Currency::new("EUR").unwrap(),
+        created_at: now,
+        expires_at: now.plus_ms(900_000),
+        key: Some(KeyHash::of(&key)),
+        payload: PayloadHash::of(&sku.id, quantity, 0, None),
+        attributes: None,
+    }
+}
+
+/// `count` orders of one unit.
+pub fn orders(sku: &Sku, count: usize) -> Vec<Order> {
+    (0..count).map(|_| order(sku, 1)).collect()
+}
+
+pub fn refs(orders: &[Order]) -> Vec<&Order> {
+    orders.iter().collect()
+}
+
+/// A SKU's number that no row has.
+pub const NO_SKU: SkuNumber = SkuNumber(i32::MAX);
