@@ -100,7 +100,8 @@ pub struct OpenDatabase {
     pub embedded: Option<Embedded>,
 }
 
-/// Connects to the configured database, or starts our own. Does not touch the schema.
+/// Connects to the configured database, or starts our own. Does not touch the schema. Every command
+/// that uses the database comes through here, so a pooler that would break it is refused for all.
 ///
 /// # Errors
 /// Where there is none to be had.
@@ -109,6 +110,7 @@ pub async fn open_database(config: &Config) -> Result<OpenDatabase, StartError> 
     let step = Duration::from_millis(settings.step_timeout_ms);
     if !settings.url.is_empty() {
         let database = Database::new(&settings.url, &settings.schema, settings.pool_size, step)?;
+        database.check_session_pooling().await?;
         return Ok(OpenDatabase {
             database,
             embedded: None,

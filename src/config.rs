@@ -74,6 +74,11 @@ pub struct Config {
 pub struct Database {
     /// A PostgreSQL URL or key-value string; empty: Millrace runs its own PostgreSQL under
     /// `data_dir`.
+    ///
+    /// `sslmode` is `disable`, `allow`, `prefer` (the default), `require`, `verify-ca` or
+    /// `verify-full`; `sslrootcert` names a PEM file or is `system`; `sslcert` and `sslkey` prove
+    /// who we are. Certificates are read at start. Of several hosts the first that takes writes is
+    /// used. A pooler in between has to pool sessions, not transactions.
     pub url: String,
     /// The schema that holds every object: lower-case letters, digits and underscores.
     pub schema: String,

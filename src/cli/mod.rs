@@ -81,10 +81,24 @@ pub fn main() -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
-            eprintln!("millrace: {error:#}");
+            eprintln!("millrace: {}", sentence(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+/// An error and its causes in one line, each said once: some of ours speak for their causes.
+fn sentence(error: &anyhow::Error) -> String {
+    error
+        .chain()
+        .skip(1)
+        .fold(error.to_string(), |said, cause| {
+            let cause = cause.to_string();
+            match said.contains(&cause) {
+                true => said,
+                false => format!("{said}: {cause}"),
+            }
+        })
 }
 
 /// True: done and well.

@@ -8,8 +8,16 @@ use tokio_postgres::error::SqlState;
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// The server cannot be reached or refuses to talk.
-    #[error("cannot connect to the database: {}", chain(.0))]
+    #[error("cannot connect to the database: {}{}", chain(.0), remedy(.0))]
     Connect(#[source] tokio_postgres::Error),
+    /// `database.url` makes no sense, or names a file that does not.
+    #[error("database.url: {0}")]
+    Url(String),
+    /// A pooler gives our sessions to others between transactions.
+    #[error(
+        "database.url leads through a pooler that shares sessions between transactions, and Millrace keeps state in its sessions; let it pool sessions (PgBouncer: pool_mode = session) or connect to PostgreSQL directly"
+    )]
+    SharedSessions,
     /// A statement failed.
     #[error("{doing}: {}", chain(.source))]
     Statement {
@@ -64,6 +72,73 @@ pub(super) fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
+/// What `rustls` said, where it is behind `error`.
+pub(super) fn rustls_error<'a>(
+    error: &'a (dyn std::error::Error + 'static),
+) -> Option<&'a rustls::Error> {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        // An I/O error wraps its cause without naming it as its source.
+        let found = match error.downcast_ref::<std::io::Error>() {
+            Some(io) => io.get_ref().and_then(|inner| inner.downcast_ref()),
+            None => error.downcast_ref(),
+        };
+        if found.is_some() {
+            return found;
+        }
+        cause = error.source();
+    }
+    None
+}
+
+/// What to do where no connection came about, in the form `; do this`.
+fn remedy(error: &tokio_postgres::Error) -> &'static str {
+    use rustls::{CertificateError as Bad, Error as Tls};
+    if let Some(error) = rustls_error(error) {
+        return match error {
+            Tls::InvalidCertificate(bad) => match bad {
+                Bad::NotValidForName | Bad::NotValidForNameContext { .. } => {
+                    "; connect by a name in the certificate's subjectAltName, or use sslmode=verify-ca"
+                }
+                Bad::Expired | Bad::ExpiredContext { .. } => "; renew the server's certificate",
+                Bad::NotValidYet | Bad::NotValidYetContext { .. } => "; check this machine's clock",
+                Bad::Other(other) if other.to_string().contains(OLD_CERTIFICATE) => {
+                    "; give the server a certificate of X.509 version 3"
+                }
+                _ => "; name the certificate authority of this server in sslrootcert",
+            },
+            Tls::AlertReceived(_) => {
+                "; the server's log has the reason: often it wants a client's certificate (sslcert, sslkey)"
+            }
+            _ => "",
+        };
+    }
+    match error.code() {
+        Some(&SqlState::INVALID_PASSWORD) => "; check user and password in database.url",
+        Some(&SqlState::INVALID_AUTHORIZATION_SPECIFICATION) => {
+            "; change user or sslmode in database.url, or the server's pg_hba.conf"
+        }
+        Some(&SqlState::INVALID_CATALOG_NAME) => "; create it, or correct database.url",
+        Some(&SqlState::TOO_MANY_CONNECTIONS) => {
+            "; raise max_connections there, or lower workers.count and database.pool_size"
+        }
+        Some(_) => "",
+        None if chain(error).ends_with(NO_TLS) => "; turn ssl on there, or lower sslmode",
+        None if chain(error).ends_with(NO_PASSWORD) => "; put it into database.url",
+        None if cause_is_io(error) => "; check that it runs at the host and port of database.url",
+        None => "",
+    }
+}
+
+fn cause_is_io(error: &tokio_postgres::Error) -> bool {
+    std::error::Error::source(error).is_some_and(|cause| cause.is::<std::io::Error>())
+}
+
+/// The words of the driver and of `webpki` where they have no type that we can name.
+const NO_TLS: &str = "server does not support TLS";
+const NO_PASSWORD: &str = "password missing";
+const OLD_CERTIFICATE: &str = "UnsupportedCertVersion";
+
 impl StoreError {
     /// Wraps a statement's error with what was tried.
     pub fn statement(doing: &'static str) -> impl FnOnce(tokio_postgres::Error) -> StoreError {
@@ -75,7 +150,9 @@ impl StoreError {
         match self {
             StoreError::Connect(_) | StoreError::Timeout { .. } | StoreError::Pool(_) => true,
             StoreError::Statement { source, .. } => !refuses_row(source),
-            StoreError::Schema(_)
+            StoreError::Url(_)
+            | StoreError::SharedSessions
+            | StoreError::Schema(_)
             | StoreError::Fenced { .. }
             | StoreError::AlreadyActive(_)
             | StoreError::Data(_) => false,

@@ -5,6 +5,8 @@
 )]
 
 pub mod http;
+pub mod listening;
+pub mod pgbouncer;
 pub mod postgres;
 pub mod proxy;
 pub mod sale;

@@ -22,12 +22,17 @@ pub struct TestServer {
 impl TestServer {
     /// Starts one on `database`, with settings changed by `configure`.
     pub async fn start(database: &TestDatabase, configure: impl FnOnce(&mut Config)) -> Self {
+        Self::start_at(database.url(), configure).await
+    }
+
+    /// The same on whatever `url` leads to.
+    pub async fn start_at(url: String, configure: impl FnOnce(&mut Config)) -> Self {
         let data_dir = test_dir();
         let mut config = Config {
             data_dir: data_dir.path().to_path_buf(),
             ..Config::default()
         };
-        config.database.url = database.url();
+        config.database.url = url;
         config.data_plane.listen.set_port(0);
         config.control_plane.listen.set_port(0);
         configure(&mut config);

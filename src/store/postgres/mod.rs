@@ -1,6 +1,9 @@
 //! Connections, and everything that is not a worker's batch.
 //!
 //! * here: the pool and single connections, each set up the same way;
+//! * `url`, `tls`, `connector`: what `database.url` says, whose certificate is good enough, and the
+//!   one place where connections are made;
+//! * [`pooling`]: whether a pooler in between shares our sessions with others;
 //! * [`lease`]: who may write, and which order ids are ours to give out;
 //! * [`recovery`]: what start-up reads back into memory;
 //! * [`orders`]: look-ups of orders; [`transitions`]: what changes them afterwards;
@@ -9,28 +12,36 @@
 //! * [`audit`]: every promise that the database can show, recomputed.
 
 pub mod audit;
+mod connector;
 pub mod dead_letters;
 pub mod lease;
 pub mod orders;
+pub mod pooling;
 pub mod recovery;
 pub mod skus;
+mod tls;
 pub mod transitions;
+mod url;
 
 use std::ops::{Deref, DerefMut};
-use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
-use deadpool_postgres::{Hook, HookError, Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
+use deadpool_postgres::{
+    Hook, HookError, Manager, ManagerConfig, Pool, PoolError, RecyclingMethod, Runtime,
+};
 use tokio::task::JoinHandle;
-use tokio_postgres::{Client, NoTls};
+use tokio_postgres::Client;
 
+use self::connector::{Connector, PoolConnector};
+use self::url::TlsParameters;
 use super::StoreError;
 pub use lease::NodeLease;
 
 /// A way to connect, and a pool of connections for what is not a worker's batch.
 #[derive(Clone, Debug)]
 pub struct Database {
-    config: tokio_postgres::Config,
+    connector: Arc<Connector>,
     schema: String,
     step_timeout: Duration,
     pool: Pool,
@@ -64,20 +75,19 @@ impl Drop for Connected {
 }
 
 impl Database {
-    /// Checks `url` and makes a pool; connects to nothing yet.
+    /// Checks `url`, reads the certificates that it names and makes a pool; connects to nothing
+    /// yet.
     ///
     /// # Errors
-    /// [`StoreError::Schema`] where the URL does not parse, with what is wrong with it.
+    /// [`StoreError::Url`] with what is wrong with it.
     pub fn new(
         url: &str,
         schema: &str,
         pool_size: usize,
         step_timeout: Duration,
     ) -> Result<Self, StoreError> {
-        let config = tokio_postgres::Config::from_str(url).map_err(|e| {
-            StoreError::Schema(format!("database.url: {}", super::error::chain(&e)))
-        })?;
-        Self::with_config(config, schema, pool_size, step_timeout)
+        let (config, parameters) = url::parse(url)?;
+        Self::with_parameters(config, &parameters, schema, pool_size, step_timeout)
     }
 
     /// The same from a configuration, as Millrace's own PostgreSQL gives it.
@@ -85,7 +95,18 @@ impl Database {
     /// # Errors
     /// Where no pool can be made.
     pub fn with_config(
+        config: tokio_postgres::Config,
+        schema: &str,
+        pool_size: usize,
+        step_timeout: Duration,
+    ) -> Result<Self, StoreError> {
+        let parameters = TlsParameters::default();
+        Self::with_parameters(config, &parameters, schema, pool_size, step_timeout)
+    }
+
+    fn with_parameters(
         mut config: tokio_postgres::Config,
+        parameters: &TlsParameters,
         schema: &str,
         pool_size: usize,
         step_timeout: Duration,
@@ -93,12 +114,11 @@ impl Database {
         config
             .connect_timeout(step_timeout)
             .tcp_user_timeout(step_timeout);
+        let connector = Arc::new(Connector::new(&config, parameters)?);
         let setup = session_setup(schema, step_timeout);
-        let mut pooled = config.clone();
-        pooled.application_name("millrace");
-        let manager = Manager::from_config(
-            pooled,
-            NoTls,
+        let manager = Manager::from_connect(
+            config,
+            PoolConnector(Arc::clone(&connector)),
             ManagerConfig {
                 recycling_method: RecyclingMethod::Verified,
             },
@@ -121,7 +141,7 @@ impl Database {
             .build()
             .map_err(|e| StoreError::Pool(e.to_string()))?;
         Ok(Database {
-            config,
+            connector,
             schema: schema.to_owned(),
             step_timeout,
             pool,
@@ -141,12 +161,13 @@ impl Database {
     /// A pooled connection.
     ///
     /// # Errors
-    /// [`StoreError::Pool`] where none came free in time or none could be made.
+    /// [`StoreError::Connect`] where none could be made, [`StoreError::Pool`] where none came free
+    /// in time.
     pub async fn pooled(&self) -> Result<deadpool_postgres::Client, StoreError> {
-        self.pool
-            .get()
-            .await
-            .map_err(|e| StoreError::Pool(super::error::chain(&e)))
+        self.pool.get().await.map_err(|error| match error {
+            PoolError::Backend(source) => StoreError::Connect(source),
+            other => StoreError::Pool(super::error::chain(&other)),
+        })
     }
 
     /// A connection of its own, which names itself `name` in `pg_stat_activity`.
@@ -155,14 +176,11 @@ impl Database {
     /// [`StoreError::Connect`] or [`StoreError::Timeout`].
     pub async fn connect(&self, name: &str) -> Result<Connected, StoreError> {
         let connecting = async {
-            let mut config = self.config.clone();
-            config.application_name(name);
-            let (client, connection) = config.connect(NoTls).await.map_err(StoreError::Connect)?;
-            let driver = tokio::spawn(async move {
-                if let Err(e) = connection.await {
-                    tracing::debug!(reason = %super::error::chain(&e), "a database connection ended");
-                }
-            });
+            let (client, driver) = self
+                .connector
+                .connect(name)
+                .await
+                .map_err(StoreError::Connect)?;
             let connected = Connected { client, driver };
             connected
                 .batch_execute(&session_setup(&self.schema, self.step_timeout))

@@ -1,0 +1,128 @@
+//! Whether `database.url` leads through a pooler that shares sessions.
+//!
+//! Millrace keeps state in its sessions: the search path and timeouts, prepared statements, the
+//! advisory lock that keeps a second process away. A pooler that gives each transaction (or
+//! statement) whatever server session is free breaks all of that, and silently. No server tells
+//! whether there is one in between, so it is found out by what it does:
+//!
+//! ```text
+//!   a  ──► SET millrace.probe = <random>             a is idle now: a pooler has its session back
+//!   b1 ──► BEGIN; who am I, which probe do I see?    the transaction stays open
+//!   a  ──► who am I, which probe do I see?           must be as before
+//!   b2 ──► BEGIN; …
+//! ```
+//!
+//! Each `b` holds a server session. A pooler that shares them hands out idle ones before it makes
+//! new ones, and `a`'s is idle. So either some `b` gets `a`'s session (and sees its probe or its
+//! process), or `a` itself gets another. Where a `b` gets a session younger than the search, no idle
+//! one was left: `a`'s was none, so it is `a`'s alone, and on a quiet pooler that is a proof.
+//!
+//! On a busy one somebody else may have held `a`'s session in just that moment and given it back
+//! since (seen once in 400 searches with eight others at it without a pause). So the search
+//! ends only after several such sessions, and `a` looks many times in between: the others would have
+//! to hand it the same session back each time.
+
+use super::{Connected, Database};
+use crate::store::StoreError;
+
+/// Most sessions held at once. Only a session pooler with this many idle ones ever needs them.
+const HELD_MAX: usize = 6;
+/// How many of them have to be younger than the search.
+const YOUNG_MIN: usize = 3;
+/// How often the first session is looked at after each.
+const LOOKS: usize = 8;
+
+/// What a session says about itself.
+#[derive(Debug, PartialEq, Eq)]
+struct Seen {
+    process: String,
+    probe: String,
+    /// Whether the server session is younger than the search.
+    young: bool,
+}
+
+impl Database {
+    /// Makes sure that a session is ours for as long as we are connected.
+    ///
+    /// # Errors
+    /// [`StoreError::SharedSessions`] where a pooler gives it to others between transactions;
+    /// otherwise why it could not be found out.
+    pub async fn check_session_pooling(&self) -> Result<(), StoreError> {
+        let probe = format!("{:016x}", rand::random::<u64>());
+        let ours = self.connect("millrace probe").await?;
+        let rows = self.probe(&ours, "SELECT clock_timestamp()::text").await?;
+        let began = rows.into_iter().next().unwrap_or_default();
+        self.probe(&ours, &format!("SET millrace.probe = '{probe}'"))
+            .await?;
+        let who = format!(
+            "SELECT pg_backend_pid(), coalesce(current_setting('millrace.probe', true), ''),
+                    (SELECT backend_start > '{began}' FROM pg_stat_activity WHERE pid = pg_backend_pid())"
+        );
+        let first = self.who(&ours, &who).await?;
+        let mut shared = first.probe != probe;
+        let mut held = Vec::new();
+        let mut young = 0;
+        while !shared && young < YOUNG_MIN && held.len() < HELD_MAX {
+            let other = match self.connect("millrace probe").await {
+                Ok(other) => other,
+                // A session pooler may be full by now.
+                Err(_) if !held.is_empty() => break,
+                Err(error) => return Err(error),
+            };
+            self.probe(&other, "BEGIN").await?;
+            let seen = self.who(&other, &who).await?;
+            held.push(other);
+            young += usize::from(seen.young);
+            shared = seen.process == first.process || seen.probe == probe;
+            // Only now: where `other` holds the pool's last session, `ours` would wait.
+            for _ in 0..LOOKS {
+                shared = shared || self.who(&ours, &who).await? != first;
+            }
+        }
+        for other in &held {
+            // A pooler would close the session of a client that leaves amid a transaction.
+            let _ = self.probe(other, "ROLLBACK").await;
+        }
+        match shared {
+            true => Err(StoreError::SharedSessions),
+            false => Ok(()),
+        }
+    }
+
+    async fn who(&self, session: &Connected, question: &str) -> Result<Seen, StoreError> {
+        let mut answers = self.probe(session, question).await?.into_iter();
+        let mut next = || answers.next().unwrap_or_default();
+        Ok(Seen {
+            process: next(),
+            probe: next(),
+            young: next() == "t",
+        })
+    }
+
+    /// Sends one statement by itself, unprepared, and gives the texts of its first row.
+    async fn probe(&self, session: &Connected, sql: &str) -> Result<Vec<String>, StoreError> {
+        let doing = "looking for a connection pooler";
+        let answer = match self.timed(doing, session.simple_query(sql)).await {
+            Err(StoreError::Statement { source, .. }) if forbids_transactions(&source) => {
+                return Err(StoreError::SharedSessions);
+            }
+            answer => answer?,
+        };
+        let row = answer.iter().find_map(|message| match message {
+            tokio_postgres::SimpleQueryMessage::Row(row) => Some(row),
+            _ => None,
+        });
+        Ok(row.map_or_else(Vec::new, |row| {
+            (0..row.len())
+                .map(|column| row.get(column).unwrap_or_default().to_owned())
+                .collect()
+        }))
+    }
+}
+
+/// PgBouncer in statement mode says so: "transaction blocks not allowed in statement pooling mode".
+fn forbids_transactions(error: &tokio_postgres::Error) -> bool {
+    error
+        .as_db_error()
+        .is_some_and(|error| error.message().contains("statement pooling"))
+}
