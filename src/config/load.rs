@@ -1,0 +1,352 @@
+//! From a file and the environment to a checked [`Config`].
+
+use std::path::{Path, PathBuf};
+
+use super::{Config, ConfigError, DEFAULT_FILE};
+
+const ENV_PREFIX: &str = "MILLRACE_";
+const FILE_SUFFIX: &str = "_FILE";
+
+impl Config {
+    /// Reads the file (`file`, else [`DEFAULT_FILE`] where there is one), lays the environment
+    /// over it and checks the whole.
+    ///
+    /// # Errors
+    /// [`ConfigError`] with the place and the remedy.
+    pub fn load(file: Option<&Path>) -> Result<Self, ConfigError> {
+        let path = match file {
+            Some(path) => Some(path.to_path_buf()),
+            None => Some(PathBuf::from(DEFAULT_FILE)).filter(|path| path.exists()),
+        };
+        let (text, origin) = match path {
+            Some(path) => match std::fs::read_to_string(&path) {
+                Ok(text) => (text, path.display().to_string()),
+                Err(source) => return Err(ConfigError::Read { path, source }),
+            },
+            None => (String::new(), "defaults".to_owned()),
+        };
+        Self::parse(&text, &origin, std::env::vars())
+    }
+
+    /// The same from texts: TOML, what to call it in messages, and the environment.
+    ///
+    /// # Errors
+    /// As [`Config::load`].
+    pub fn parse(
+        text: &str,
+        origin: &str,
+        env: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<Self, ConfigError> {
+        let invalid = |origin: &str, message: String| ConfigError::Invalid {
+            origin: origin.to_owned(),
+            message: message.trim_end().to_owned(),
+        };
+        // Once from the text alone, so that a mistake in the file is shown with its line.
+        toml::from_str::<Config>(text).map_err(|e| invalid(origin, e.to_string()))?;
+        let mut table: toml::Table =
+            toml::from_str(text).map_err(|e| invalid(origin, e.to_string()))?;
+        let defaults = toml::Table::try_from(Config::default())
+            .map_err(|e| invalid("defaults", e.to_string()))?;
+        let mut variables: Vec<_> = env
+            .into_iter()
+            .filter(|(name, _)| name.starts_with(ENV_PREFIX))
+            .collect();
+        variables.sort();
+        for (name, value) in variables {
+            overlay(&mut table, &defaults, &name, value)
+                .map_err(|message| invalid(&format!("environment variable {name}"), message))?;
+        }
+        let config: Config = table
+            .try_into()
+            .map_err(|e: toml::de::Error| invalid(origin, e.to_string()))?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// The configuration as TOML, secrets left out.
+    pub fn to_toml(&self) -> String {
+        let mut shown = self.clone();
+        for token in [&mut shown.data_plane.token, &mut shown.control_plane.token] {
+            token
+                .0
+                .iter_mut()
+                .for_each(|text| *text = "(hidden)".into());
+        }
+        if !shown.database.url.is_empty() {
+            shown.database.url = "(hidden)".into();
+        }
+        toml::to_string_pretty(&shown).unwrap_or_default()
+    }
+
+    /// Workers that will run.
+    pub fn worker_count(&self) -> usize {
+        match self.workers.count {
+            0 => std::thread::available_parallelism()
+                .map_or(2, usize::from)
+                .clamp(2, 8),
+            count => count,
+        }
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        fn range<T: PartialOrd + std::fmt::Display>(
+            field: &'static str,
+            value: T,
+            least: T,
+            most: T,
+        ) -> Result<(), ConfigError> {
+            if value >= least && value <= most {
+                return Ok(());
+            }
+            Err(ConfigError::Field {
+                field,
+                message: format!("{value} is not {least} to {most}"),
+            })
+        }
+        let fault = |field, message: &str| {
+            Err(ConfigError::Field {
+                field,
+                message: message.to_owned(),
+            })
+        };
+        range("database.pool_size", self.database.pool_size, 1, 100)?;
+        range(
+            "database.step_timeout_ms",
+            self.database.step_timeout_ms,
+            100,
+            600_000,
+        )?;
+        range("data_plane.threads", self.data_plane.threads, 0, 256)?;
+        range(
+            "data_plane.connections_max",
+            self.data_plane.connections_max,
+            1,
+            1_000_000,
+        )?;
+        range(
+            "data_plane.head_bytes_max",
+            self.data_plane.head_bytes_max,
+            1_024,
+            1_048_576,
+        )?;
+        range(
+            "data_plane.body_bytes_max",
+            self.data_plane.body_bytes_max,
+            1_024,
+            1_048_576,
+        )?;
+        range(
+            "data_plane.request_timeout_ms",
+            self.data_plane.request_timeout_ms,
+            100,
+            600_000,
+        )?;
+        range(
+            "data_plane.idle_timeout_ms",
+            self.data_plane.idle_timeout_ms,
+            100,
+            3_600_000,
+        )?;
+        range("queue.capacity", self.queue.capacity, 1, 10_000_000)?;
+        range("workers.count", self.workers.count, 0, 64)?;
+        range(
+            "workers.batch_rows_max",
+            self.workers.batch_rows_max,
+            1,
+            100_000,
+        )?;
+        range("orders.timeout_ms", self.orders.timeout_ms, 50, 600_000)?;
+        range(
+            "orders.payment_ttl_ms",
+            self.orders.payment_ttl_ms,
+            1_000,
+            31_536_000_000,
+        )?;
+        range(
+            "orders.idempotency_window_ms",
+            self.orders.idempotency_window_ms,
+            1_000,
+            31_536_000_000,
+        )?;
+        range(
+            "orders.remembered_max",
+            self.orders.remembered_max,
+            1,
+            1_000_000_000,
+        )?;
+        let schema = self.database.schema.as_bytes();
+        if schema.is_empty()
+            || schema.len() > 63
+            || schema[0].is_ascii_digit()
+            || !schema
+                .iter()
+                .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || *b == b'_')
+        {
+            return fault(
+                "database.schema",
+                "must be 1 to 63 of a-z, 0-9 and _, not starting with a digit",
+            );
+        }
+        if self.orders.remembered_max < self.queue.capacity {
+            return fault(
+                "orders.remembered_max",
+                "must be at least queue.capacity: every order in the queue is remembered",
+            );
+        }
+        if !self.data_plane.listen.ip().is_loopback()
+            && self.data_plane.token.0.is_empty()
+            && !self.data_plane.trust_network
+        {
+            return fault(
+                "data_plane.listen",
+                "is not loopback: set data_plane.token, or data_plane.trust_network = true where only the shop's backend can reach it",
+            );
+        }
+        if !self.control_plane.listen.ip().is_loopback() && self.control_plane.token.0.is_empty() {
+            return fault(
+                "control_plane.listen",
+                "is not loopback: set control_plane.token",
+            );
+        }
+        Ok(())
+    }
+}
+
+/// Puts one environment variable into the table. A field's type is that of its default.
+fn overlay(
+    table: &mut toml::Table,
+    defaults: &toml::Table,
+    name: &str,
+    value: String,
+) -> Result<(), String> {
+    let path = name.trim_start_matches(ENV_PREFIX);
+    let (path, value) = match path.strip_suffix(FILE_SUFFIX) {
+        Some(path) => {
+            let text =
+                std::fs::read_to_string(&value).map_err(|e| format!("cannot read {value}: {e}"))?;
+            (path, text.trim_end_matches(['\r', '\n']).to_owned())
+        }
+        None => (path, value),
+    };
+    let keys: Vec<String> = path.split("__").map(str::to_ascii_lowercase).collect();
+    let unknown = || format!("there is no configuration field {}", keys.join("."));
+    let (field, sections) = keys.split_last().ok_or_else(unknown)?;
+    let (mut into, mut like) = (table, defaults);
+    for section in sections {
+        like = like
+            .get(section)
+            .and_then(toml::Value::as_table)
+            .ok_or_else(unknown)?;
+        into = into
+            .entry(section)
+            .or_insert_with(|| toml::Value::Table(toml::Table::new()))
+            .as_table_mut()
+            .ok_or_else(unknown)?;
+    }
+    let value = match like.get(field).ok_or_else(unknown)? {
+        toml::Value::Integer(_) => toml::Value::Integer(
+            value
+                .trim()
+                .parse()
+                .map_err(|_| format!("{value:?} is not a whole number"))?,
+        ),
+        toml::Value::Boolean(_) => toml::Value::Boolean(
+            value
+                .trim()
+                .parse()
+                .map_err(|_| format!("{value:?} is not true or false"))?,
+        ),
+        toml::Value::Table(_) => return Err(unknown()),
+        _ => toml::Value::String(value),
+    };
+    into.insert(field.clone(), value);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Migrate;
+
+    fn parse(text: &str, env: &[(&str, &str)]) -> Result<Config, ConfigError> {
+        let env = env
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        Config::parse(text, "test.toml", env)
+    }
+
+    #[test]
+    fn nothing_given_is_the_default() {
+        assert_eq!(parse("", &[]).unwrap(), Config::default());
+    }
+
+    #[test]
+    fn the_environment_overrides_the_file_by_type() {
+        let config = parse(
+            "[queue]\ncapacity = 5\n[data_plane]\ntoken = [\"a\", \"b\"]",
+            &[
+                ("MILLRACE_QUEUE__CAPACITY", "7"),
+                ("MILLRACE_CONTROL_PLANE__TOKEN", "00123"),
+                ("MILLRACE_DATA_PLANE__TRUST_NETWORK", "true"),
+                ("MILLRACE_DATABASE__MIGRATE", "never"),
+                ("MILLRACE_DATA_DIR", "/x"),
+            ],
+        )
+        .unwrap();
+        assert_eq!(config.queue.capacity, 7);
+        assert_eq!(config.control_plane.token.0, ["00123"]);
+        assert_eq!(config.data_plane.token.0, ["a", "b"]);
+        assert!(config.data_plane.trust_network);
+        assert_eq!(config.database.migrate, Migrate::Never);
+        assert_eq!(config.data_dir, PathBuf::from("/x"));
+    }
+
+    #[test]
+    fn rates_are_read_by_count_and_unit() {
+        let config = parse(
+            "[rate_limit]\nper_user = \"5/s\"",
+            &[("MILLRACE_RATE_LIMIT__OVERALL", "100/min")],
+        )
+        .unwrap();
+        assert_eq!(String::from(config.rate_limit.per_user), "5/s");
+        assert_eq!(String::from(config.rate_limit.overall), "100/min");
+        for bad in ["5", "0/s", "5/h", "-1/s"] {
+            let text = format!("[rate_limit]\nper_user = \"{bad}\"");
+            assert!(
+                parse(&text, &[]).unwrap_err().to_string().contains("rate"),
+                "{bad}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_secret_is_read_from_its_file_and_never_shown() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("token");
+        std::fs::write(&file, "s3cret\n").unwrap();
+        let config = parse(
+            "",
+            &[("MILLRACE_DATA_PLANE__TOKEN_FILE", file.to_str().unwrap())],
+        )
+        .unwrap();
+        assert_eq!(config.data_plane.token.0, ["s3cret"]);
+        assert!(!format!("{config:?}").contains("s3cret"));
+        assert!(!config.to_toml().contains("s3cret"));
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        let message = |text, env: &[_]| parse(text, env).unwrap_err().to_string();
+        assert!(message("[queue]\ncapasity = 5", &[]).contains("capasity"));
+        assert!(message("queue = 5", &[]).contains("test.toml"));
+        assert!(message("", &[("MILLRACE_QUEUE__CAPASITY", "5")]).contains("queue.capasity"));
+        assert!(message("", &[("MILLRACE_QUEUE__CAPACITY", "five")]).contains("whole number"));
+        assert!(message("[queue]\ncapacity = 0", &[]).contains("queue.capacity"));
+        assert!(message("[database]\nschema = \"a;b\"", &[]).contains("database.schema"));
+        assert!(message("[data_plane]\nlisten = \"0.0.0.0:80\"", &[]).contains("trust_network"));
+        assert!(
+            message("[control_plane]\nlisten = \"0.0.0.0:80\"", &[])
+                .contains("control_plane.token")
+        );
+    }
+}
