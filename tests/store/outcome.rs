@@ -128,7 +128,12 @@ async fn a_dead_letter_that_meets_silence_has_a_deadline() {
     let started = Instant::now();
     let silence = writer.write_dead_letter(&second, "23514", "x").await;
     assert!(
-        matches!(silence, Err(StoreError::Timeout { .. })),
+        // Whoever notices first: the statement, or the pool that looks at a connection
+        // before it gives it out.
+        matches!(
+            silence,
+            Err(StoreError::Timeout { .. } | StoreError::Pool(_))
+        ),
         "{silence:?}"
     );
     assert!(started.elapsed() < Duration::from_secs(5));

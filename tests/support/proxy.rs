@@ -14,7 +14,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use tokio_postgres::config::Host;
+use tokio_postgres::config::{Host, SslMode};
 
 /// Where the next connection that commits is cut. Once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,6 +85,8 @@ impl Proxy {
         through
             .host("127.0.0.1")
             .port(self.port)
+            // It reads the protocol, so it must be spoken in the clear.
+            .ssl_mode(SslMode::Disable)
             .user(config.get_user().unwrap())
             .dbname(config.get_dbname().unwrap());
         through

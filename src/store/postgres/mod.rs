@@ -100,7 +100,7 @@ impl Database {
         pool_size: usize,
         step_timeout: Duration,
     ) -> Result<Self, StoreError> {
-        let parameters = TlsParameters::default();
+        let parameters = TlsParameters::of(&config);
         Self::with_parameters(config, &parameters, schema, pool_size, step_timeout)
     }
 

@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use percent_encoding::percent_decode_str;
+use tokio_postgres::config::SslMode;
 
 use crate::store::StoreError;
 use crate::store::error::chain;
@@ -53,6 +54,21 @@ pub(super) struct TlsParameters {
     pub trust: Trust,
     /// `sslcert` and `sslkey`: how we prove who we are.
     pub identity: Option<(PathBuf, PathBuf)>,
+}
+
+impl TlsParameters {
+    /// What a configuration of the driver's own says.
+    pub(super) fn of(config: &tokio_postgres::Config) -> Self {
+        let mode = match config.get_ssl_mode() {
+            SslMode::Disable => TlsMode::Disable,
+            SslMode::Require => TlsMode::Require,
+            _ => TlsMode::Prefer,
+        };
+        TlsParameters {
+            mode,
+            ..TlsParameters::default()
+        }
+    }
 }
 
 /// Takes `database.url` apart. Reads no files.
@@ -242,6 +258,8 @@ mod tests {
     use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
     use proptest::prelude::*;
     use tokio_postgres::config::Host;
+
+    use tokio_postgres::config::SslMode;
 
     use super::*;
 
