@@ -246,6 +246,8 @@ struct Twin {
     /// By id: the request and whether its units count toward the limit.
     remembered: BTreeMap<u64, (Ask, bool)>,
     remembered_max: usize,
+    /// By user and key: what was refused for good, and as what.
+    told: HashMap<(usize, u8), (Ask, Refusal)>,
     in_flight: HashMap<u64, InFlight>,
     /// Also the abandoned ones, until a worker comes by.
     queue: VecDeque<u64>,
@@ -284,6 +286,13 @@ impl Twin {
             } else {
                 Refused(Refusal::IdempotencyKeyReused)
             };
+        }
+        if let Some((earlier, refusal)) = ask.key.and_then(|key| self.told.get(&(ask.user, key))) {
+            return Refused(if earlier.same_body(ask) {
+                *refusal
+            } else {
+                Refusal::IdempotencyKeyReused
+            });
         }
         if self.paused || sku.paused {
             return Refused(Refusal::SalePaused);
@@ -388,6 +397,7 @@ impl Round {
             twin: Twin {
                 gate: Gate::NotReady,
                 paused: false,
+                told: HashMap::new(),
                 skus: totals
                     .iter()
                     .map(|total| TwinSku {
@@ -509,6 +519,15 @@ impl Round {
             },
         };
         assert_eq!(answer, expected, "{ask:?}");
+        if let (
+            Answer::Refused(refusal @ (Refusal::SoldOut { .. } | Refusal::PurchaseLimit { .. })),
+            Some(key),
+        ) = (&answer, ask.key)
+        {
+            let told = &mut self.twin.told;
+            told.entry((ask.user, key))
+                .or_insert((ask.clone(), *refusal));
+        }
         if let Ok(Admission::Placed(pending)) = admitted {
             let (order, id) = (&pending.order, pending.order.id.get());
             assert!(id > self.last_id, "ids increase");
