@@ -82,6 +82,7 @@ fn ledger(total: u32) -> Arc<Ledger> {
     )]);
     Arc::new(Ledger {
         refusals: millrace::state::refusals::Refusals::with_capacity(1_000),
+        recent: millrace::state::recent::Recent::with_capacity(1_000),
         catalogue,
         buyers: Buyers::new(1 << 30, 1 << 20),
         pending: Pending::with_capacity(1 << 17),

@@ -25,7 +25,7 @@ use crate::http::data_plane::service::{DataPlane, DataPlaneParts};
 use crate::http::data_plane::{minihttp, runtime};
 use crate::http::tokens::Tokens;
 use crate::metrics::Metrics;
-use crate::order::{IdClock, OrderId, UnixMillis};
+use crate::order::IdClock;
 use crate::pipeline::cancel::Canceller;
 use crate::pipeline::intake::Intake;
 use crate::pipeline::ledger::Ledger;
@@ -36,6 +36,7 @@ use crate::queue::{OrderQueue, RingQueue};
 use crate::state::buyers::Buyers;
 use crate::state::pending::{Pending, SlotState};
 use crate::state::poison::Poison;
+use crate::state::recent::Recent;
 use crate::state::refusals::Refusals;
 use crate::state::stock::Catalogue;
 use crate::store::batch::BatchWriter;
@@ -51,6 +52,8 @@ const LEASE_RENEWAL: Duration = Duration::from_secs(5);
 const EVICTION: Duration = Duration::from_secs(20);
 /// How often our own PostgreSQL is looked at.
 const POSTGRES_WATCH: Duration = Duration::from_millis(250);
+/// Orders written a moment ago that are answered from memory, about 200 bytes each.
+const RECENT_ORDERS: usize = 65_536;
 /// What a drain may take beyond the order timeout.
 const DRAIN_MARGIN: Duration = Duration::from_secs(3);
 
@@ -171,7 +174,7 @@ pub struct Millrace {
     workers: JoinHandle<Result<(), WorkerError>>,
     cut: watch::Sender<bool>,
     wake_all: WakeAll,
-    background: Vec<AbortHandle>,
+    background: Background,
     control: (oneshot::Sender<()>, JoinHandle<()>),
     database: Database,
     lease: NodeLease,
@@ -221,17 +224,6 @@ impl Millrace {
         let control_plane = control_listener.local_addr().map_err(StartError::Engine)?;
         tracing::info!(address = %data_plane, "data plane listening");
         tracing::info!(address = %control_plane, "control plane listening");
-        let addresses = serde_json::json!({
-            "data_plane": data_plane.to_string(),
-            "control_plane": control_plane.to_string(),
-            "pid": std::process::id(),
-        });
-        std::fs::write(
-            config.data_dir.join("addresses.json"),
-            format!("{addresses:#}\n"),
-        )
-        .map_err(data_dir)?;
-
         let control =
             ControlPlane::new(metrics.clone(), Tokens::new(&config.control_plane.token.0));
         let control_task = serve_control(&control, control_listener).map_err(StartError::Engine)?;
@@ -242,6 +234,17 @@ impl Millrace {
 
         let OpenDatabase { database, embedded } = open_database(&config).await?;
         let guard = database.claim().await?;
+        // Only now: another process may run on this `data_dir`, and its file is not ours to replace.
+        let addresses = serde_json::json!({
+            "data_plane": data_plane.to_string(),
+            "control_plane": control_plane.to_string(),
+            "pid": std::process::id(),
+        });
+        std::fs::write(
+            config.data_dir.join("addresses.json"),
+            format!("{addresses:#}\n"),
+        )
+        .map_err(data_dir)?;
         prepare_schema(&config, &database).await?;
         let worker_count = config.worker_count();
         let Taken {
@@ -285,24 +288,23 @@ impl Millrace {
         }
         let embedded = embedded.map(|embedded| Arc::new(Mutex::new(embedded)));
         let workers = tokio::spawn(watch_workers(workers, Arc::clone(&ledger)));
-        let mut background = vec![
-            tokio::spawn(deadlines::keep(
-                Arc::clone(&ledger),
-                Arc::clone(&wake_all),
-                metrics.clone(),
-            ))
-            .abort_handle(),
-            tokio::spawn(renew_lease(database.clone(), lease, Arc::clone(&ledger))).abort_handle(),
-            tokio::spawn(evict(
-                Arc::clone(&ledger),
-                Arc::clone(&intake),
-                config.orders.idempotency_window_ms,
-            ))
-            .abort_handle(),
-        ];
-
+        let mut background = Background::new(Arc::clone(&ledger));
+        background.run(
+            "the deadline keeper",
+            deadlines::keep(Arc::clone(&ledger), Arc::clone(&wake_all), metrics.clone()),
+        );
+        background.run(
+            "the lease on order ids",
+            renew_lease(database.clone(), lease, Arc::clone(&ledger)),
+        );
+        let window_ms = config.orders.idempotency_window_ms;
+        let evicting = evict(Arc::clone(&ledger), Arc::clone(&intake), window_ms);
+        background.run("the eviction of old orders", evicting);
         if let Some(embedded) = &embedded {
-            background.push(tokio::spawn(keep_running(Arc::clone(embedded))).abort_handle());
+            background.run(
+                "the keeper of our own PostgreSQL",
+                keep_running(Arc::clone(embedded)),
+            );
         }
 
         let service = Arc::new(DataPlane::new(DataPlaneParts {
@@ -450,7 +452,7 @@ impl Millrace {
         let (stop_control, control_task) = self.control;
         let _ = stop_control.send(());
         let _ = tokio::time::timeout(DRAIN_MARGIN, control_task).await;
-        self.background.iter().for_each(AbortHandle::abort);
+        self.background.stop();
         if let Err(error) = self
             .database
             .return_lease(self.lease, ledger.ids.now())
@@ -563,8 +565,7 @@ async fn recover(
     let catalogue = Catalogue::default();
     catalogue.add(database.load_skus().await?);
     catalogue.set_paused(paused);
-    let window = i64::try_from(config.orders.idempotency_window_ms).unwrap_or(i64::MAX);
-    let floor = OrderId::floor_of(UnixMillis(ids.now().0.saturating_sub(window)));
+    let floor = ids.window_floor(config.orders.idempotency_window_ms);
     let restored = database
         .load_window(floor, |user, order| buyers.restore(user, order))
         .await?;
@@ -573,6 +574,7 @@ async fn recover(
         catalogue,
         buyers,
         refusals: Refusals::with_capacity(config.orders.sticky_refusals_max),
+        recent: Recent::with_capacity(RECENT_ORDERS),
         pending: Pending::with_capacity(in_flight_max),
         poison: Poison::default(),
         ids,
@@ -625,6 +627,36 @@ async fn wait_for_sole_owner<T>(shared: Arc<T>) -> Arc<T> {
     shared
 }
 
+/// Tasks that run as long as the process does. One that panics poisons it.
+struct Background {
+    ledger: Arc<Ledger>,
+    tasks: Vec<AbortHandle>,
+}
+
+impl Background {
+    fn new(ledger: Arc<Ledger>) -> Self {
+        let tasks = Vec::new();
+        Background { ledger, tasks }
+    }
+
+    fn run(&mut self, name: &'static str, work: impl Future<Output = ()> + Send + 'static) {
+        let task = tokio::spawn(work);
+        self.tasks.push(task.abort_handle());
+        let ledger = Arc::clone(&self.ledger);
+        tokio::spawn(async move {
+            if let Err(ended) = task.await
+                && ended.is_panic()
+            {
+                ledger.poison.set(format!("{name} panicked: {ended}"));
+            }
+        });
+    }
+
+    fn stop(&self) {
+        self.tasks.iter().for_each(AbortHandle::abort);
+    }
+}
+
 async fn renew_lease(database: Database, lease: NodeLease, ledger: Arc<Ledger>) {
     let mut tick = tokio::time::interval(LEASE_RENEWAL);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -645,7 +677,6 @@ async fn renew_lease(database: Database, lease: NodeLease, ledger: Arc<Ledger>) 
 }
 
 async fn evict(ledger: Arc<Ledger>, intake: Arc<Intake>, window_ms: u64) {
-    let window = i64::try_from(window_ms).unwrap_or(i64::MAX);
     let mut tick = tokio::time::interval(EVICTION);
     loop {
         tick.tick().await;
@@ -653,8 +684,9 @@ async fn evict(ledger: Arc<Ledger>, intake: Arc<Intake>, window_ms: u64) {
         // Walks every record: not on a thread that has something better to do.
         let evicted = tokio::task::spawn_blocking(move || {
             intake.forget_idle();
-            let floor = OrderId::floor_of(UnixMillis(ledger.ids.now().0.saturating_sub(window)));
-            ledger.buyers.evict_before(floor)
+            ledger
+                .buyers
+                .evict_before(ledger.ids.window_floor(window_ms))
         })
         .await;
         if let Ok(evicted @ 1..) = evicted {

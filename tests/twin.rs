@@ -80,6 +80,7 @@ impl Real {
         }));
         let ledger = Arc::new(Ledger {
             refusals: millrace::state::refusals::Refusals::with_capacity(1_000),
+            recent: millrace::state::recent::Recent::with_capacity(1_000),
             catalogue,
             buyers: Buyers::new(remembered_max, 64),
             pending: Pending::with_capacity(64),
@@ -269,9 +270,6 @@ impl Twin {
         };
         let amount =
             i128::from(sku.unit_price) * i128::from(ask.units) + i128::from(ask.adjustment);
-        let Ok(amount @ 0..) = i64::try_from(amount) else {
-            return Refused(Refusal::AmountOutOfRange);
-        };
         if ask.key.is_some()
             && let Some((id, (earlier, _))) = self
                 .remembered
@@ -294,6 +292,9 @@ impl Twin {
                 Refusal::IdempotencyKeyReused
             });
         }
+        let Ok(amount @ 0..) = i64::try_from(amount) else {
+            return Refused(Refusal::AmountOutOfRange);
+        };
         if self.paused || sku.paused {
             return Refused(Refusal::SalePaused);
         }

@@ -101,6 +101,7 @@ pub struct IdClock {
     leased_until: AtomicU64,
     node: u64,
     base_ms: u64,
+    ahead_ms: u64,
     started: Instant,
 }
 
@@ -113,12 +114,14 @@ impl IdClock {
                 .unwrap_or(0)
                 .saturating_sub(EPOCH_MS)
         };
-        let base_ms = since_epoch(UnixMillis::now()).max(since_epoch(high_water));
+        let wall_ms = since_epoch(UnixMillis::now());
+        let base_ms = wall_ms.max(since_epoch(high_water));
         IdClock {
             last: AtomicU64::new(base_ms << SEQUENCE_BITS),
             leased_until: AtomicU64::new(since_epoch(leased_until)),
             node: u64::from(node) & ((1 << NODE_BITS) - 1),
             base_ms,
+            ahead_ms: base_ms - wall_ms,
             started: Instant::now(),
         }
     }
@@ -130,6 +133,14 @@ impl IdClock {
     /// The clock's time: monotonic, and never before an id that was given out by a predecessor.
     pub fn now(&self) -> UnixMillis {
         UnixMillis((self.now_ms() + EPOCH_MS) as i64)
+    }
+
+    /// The least id that may belong to the last `window_ms`. After a crash this clock is ahead of
+    /// real time, by what the predecessor had leased and not used; the window is not shortened by
+    /// that.
+    pub fn window_floor(&self, window_ms: u64) -> OrderId {
+        let back = i64::try_from(window_ms.saturating_add(self.ahead_ms)).unwrap_or(i64::MAX);
+        OrderId::floor_of(UnixMillis(self.now().0.saturating_sub(back)))
     }
 
     /// The next id.
@@ -188,6 +199,13 @@ mod tests {
         let ahead = UnixMillis::now().plus_ms(60_000);
         let clock = IdClock::new(0, ahead, ahead.plus_ms(1_000));
         assert!(clock.next().unwrap().millis() >= ahead);
+    }
+
+    #[test]
+    fn a_clock_that_is_ahead_shortens_no_window() {
+        let before = clock().next().unwrap();
+        let ahead = IdClock::new(0, UnixMillis::now().plus_ms(60_000), UnixMillis(i64::MAX));
+        assert!(ahead.window_floor(30_000) <= before);
     }
 
     #[test]

@@ -20,10 +20,10 @@ pub enum Refusal {
     },
     /// No such SKU.
     UnknownSku,
-    /// The amount would be negative or beyond 2^63.
-    AmountOutOfRange,
     /// The same key came with another body.
     IdempotencyKeyReused,
+    /// The amount would be negative or beyond 2^63.
+    AmountOutOfRange,
     /// Sales of this SKU, or all sales, are paused by an operator or a fault.
     SalePaused,
     /// The sale has not opened.
@@ -89,8 +89,8 @@ mod tests {
             Refusal::Draining,
             Refusal::RateLimited { retry_after_ms: 1 },
             Refusal::UnknownSku,
-            Refusal::AmountOutOfRange,
             Refusal::IdempotencyKeyReused,
+            Refusal::AmountOutOfRange,
             Refusal::SalePaused,
             Refusal::SaleNotOpen {
                 opens_at: UnixMillis(0),

@@ -1,13 +1,18 @@
 //! Cancelling: in the database first, then in memory.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::ledger::Ledger;
-use crate::order::{OrderId, OrderStatus, UserId};
+use crate::order::{OrderId, OrderStatus, SkuId, UserId};
 use crate::store::StoreError;
 use crate::store::postgres::orders::StoredOrder;
-use crate::store::postgres::transitions::Moved;
+use crate::store::postgres::transitions::{Moved, Units};
 use crate::store::postgres::{Database, NodeLease};
+
+/// How often, and after which pauses, the outcome of a lost answer is asked for: ten minutes.
+const SETTLE_ATTEMPTS: u32 = 600;
+const SETTLE_PAUSE: Duration = Duration::from_secs(1);
 
 /// Why an order was not cancelled.
 #[derive(Debug, thiserror::Error)]
@@ -44,35 +49,72 @@ impl Canceller {
     /// Cancels an unpaid order and returns it; its units are free again when this returns. An
     /// order that is cancelled already is returned as it is.
     ///
+    /// Not to be dropped half-way: run it as a task of its own.
+    ///
     /// # Errors
-    /// [`CancelError`]; the order stands as it did, unless the database's answer was lost.
+    /// [`CancelError`]; the order stands as it did, unless the database's answer was lost. Then
+    /// what came of it is found out in the background, and asking again tells.
     pub async fn cancel(&self, id: OrderId) -> Result<StoredOrder, CancelError> {
-        let moved = self.database.cancel_order(self.lease, id).await?;
-        match moved {
-            Moved::Unknown => return Err(CancelError::Unknown(id)),
-            Moved::StandsAt(OrderStatus::Cancelled) | Moved::Now(_) => {}
-            Moved::StandsAt(status) => return Err(CancelError::NotCancellable(id, status)),
+        self.ledger.recent.forget(id);
+        match self.database.cancel_order(self.lease, id).await {
+            Ok(Moved::Unknown) => return Err(CancelError::Unknown(id)),
+            Ok(Moved::StandsAt(OrderStatus::Cancelled)) => {}
+            Ok(Moved::StandsAt(status)) => return Err(CancelError::NotCancellable(id, status)),
+            Ok(Moved::Now(units)) => self.give_back(id, &units, true),
+            Err(error) => {
+                if error.is_transient() {
+                    tokio::spawn(self.clone().settle(id));
+                }
+                return Err(error.into());
+            }
         }
-        let order = self
-            .database
-            .find_order(id)
-            .await?
-            .ok_or(CancelError::Unknown(id))?;
-        let by_this_call = matches!(moved, Moved::Now(_));
-        self.give_back(&order, by_this_call);
+        let order = self.database.find_order(id).await?;
+        let order = order.ok_or(CancelError::Unknown(id))?;
+        self.give_back_stored(&order);
         Ok(order)
     }
 
-    /// Frees a cancelled order's units in memory, once. Whoever turns the buyer's record over
-    /// does it: so a first call whose answer was lost is made good by the next one. An order that
-    /// has left the window has no record; then it is the call that moved the row.
-    fn give_back(&self, order: &StoredOrder, by_this_call: bool) {
-        let Ok(user_id) = UserId::new(&order.user_id) else {
+    /// Finds out what came of a cancellation whose answer was lost.
+    async fn settle(self, id: OrderId) {
+        for _ in 0..SETTLE_ATTEMPTS {
+            tokio::time::sleep(SETTLE_PAUSE).await;
+            match self.database.find_order(id).await {
+                Ok(Some(order)) => return self.give_back_stored(&order),
+                Ok(None) => return,
+                Err(_) => {}
+            }
+        }
+        tracing::error!(order_id = %id, "whether an order was cancelled is still not known; cancel it again to tell");
+    }
+
+    fn give_back_stored(&self, order: &StoredOrder) {
+        if order.status == OrderStatus::Cancelled {
+            let sku = SkuId::new(&order.sku_id)
+                .ok()
+                .and_then(|id| self.ledger.catalogue.get(&id));
+            if let Some(sku) = sku {
+                let units = Units {
+                    user_id: order.user_id.clone(),
+                    sku: sku.number,
+                    quantity: order.quantity,
+                };
+                self.give_back(order.id, &units, false);
+            }
+        }
+    }
+
+    /// Frees a cancelled order's units in memory, once: whoever turns the buyer's record over
+    /// does it. An order that has left the window has no record; then it is the call that moved
+    /// the row.
+    fn give_back(&self, id: OrderId, units: &Units, moved_the_row: bool) {
+        let Ok(user_id) = UserId::new(&units.user_id) else {
             return;
         };
-        let turned = self.ledger.buyers.no_longer_live(&user_id, order.id);
-        if turned.unwrap_or(by_this_call) {
-            self.ledger.release_units(&order.sku_id, order.quantity);
+        let turned = self.ledger.buyers.no_longer_live(&user_id, id);
+        if turned.unwrap_or(moved_the_row)
+            && let Some(sku) = self.ledger.catalogue.by_number(units.sku)
+        {
+            sku.counter().release(units.quantity);
         }
     }
 }

@@ -119,6 +119,14 @@ impl Intake {
         }
     }
 
+    /// Counts a request against the rate limits, once for however often it is admitted.
+    ///
+    /// # Errors
+    /// [`Refusal::RateLimited`].
+    pub fn check_rate(&self, user_id: &UserId) -> Result<(), Refusal> {
+        self.rate_limits.check(user_id)
+    }
+
     /// Admits an order: holds its units and queues it. `waker` belongs to whoever waits for it.
     ///
     /// # Errors
@@ -130,7 +138,6 @@ impl Intake {
     ) -> Result<Admission, Refusal> {
         self.check_open()?;
         let id = self.ledger.ids.next().map_err(|_| Refusal::NotReady)?;
-        self.rate_limits.check(&request.user_id)?;
         let sku = self
             .ledger
             .catalogue
@@ -143,7 +150,7 @@ impl Intake {
         let amount = i64::try_from(amount)
             .ok()
             .filter(|amount| *amount >= 0)
-            .ok_or(Refusal::AmountOutOfRange)?;
+            .ok_or(Refusal::AmountOutOfRange);
         let now = UnixMillis::now();
         let key = request.key.as_ref().map(KeyHash::of);
         let payload = PayloadHash::of(
@@ -165,6 +172,8 @@ impl Intake {
         } else {
             sku.window(now)
         };
+        // What a fresh order has to pass; one that is there already is answered all the same.
+        let gate = amount.and(window);
 
         let duplicate = |id| Admission::Duplicate {
             id,
@@ -185,23 +194,30 @@ impl Intake {
         };
         let buyers = &self.ledger.buyers;
         let (limit, available) = (terms.per_user_limit, sku.counter().free());
-        if available < request.quantity.get() {
-            // Most of a sale is this: it costs a look at the buyer's record and no write to it.
+        let hopeless = if available < request.quantity.get() {
+            Some(Refusal::SoldOut { available })
+        } else if self.queue.is_full() {
+            Some(Refusal::Overloaded)
+        } else {
+            None
+        };
+        if let Some(refusal) = hopeless {
+            // Most of a sale is this: it costs a look at the buyer's record, writes nothing and
+            // holds nothing, not even for a moment.
             let earlier = buyers
-                .look(&request.user_id, &remembered, limit, window)
+                .look(&request.user_id, &remembered, limit, gate)
                 .map_err(refuse)?;
-            return earlier
-                .map(duplicate)
-                .ok_or_else(|| refuse(Refusal::SoldOut { available }));
+            return earlier.map(duplicate).ok_or_else(|| refuse(refusal));
         }
         let claim = match buyers
-            .claim(&request.user_id, remembered, limit, window)
+            .claim(&request.user_id, remembered, limit, gate)
             .map_err(refuse)?
         {
             Claimed::Fresh(claim) => claim,
             Claimed::Duplicate(id) => return Ok(duplicate(id)),
         };
         told_before()?;
+        let amount = amount?;
         let hold = sku.hold(request.quantity).map_err(refuse)?;
         let order = Order {
             id,

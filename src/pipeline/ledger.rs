@@ -6,10 +6,13 @@
 //! | failed (dead letter) | back | stays, no longer live | leaves the map |
 //! | abandoned, unwritten | back | forgotten: the key may be used afresh | leaves the map |
 
-use crate::order::{IdClock, Order, SkuId};
+use std::sync::Arc;
+
+use crate::order::{IdClock, Order};
 use crate::state::buyers::Buyers;
 use crate::state::pending::{Pending, PendingOrder, Settled};
 use crate::state::poison::Poison;
+use crate::state::recent::Recent;
 use crate::state::refusals::Refusals;
 use crate::state::stock::Catalogue;
 
@@ -24,6 +27,8 @@ pub struct Ledger {
     pub refusals: Refusals,
     /// Orders in flight.
     pub pending: Pending,
+    /// Orders written a moment ago.
+    pub recent: Recent,
     /// The fail-stop flag.
     pub poison: Poison,
     /// Where order ids come from.
@@ -32,13 +37,15 @@ pub struct Ledger {
 
 impl Ledger {
     /// The row of a claimed order is committed.
-    pub fn persisted(&self, pending: &PendingOrder) {
+    pub fn persisted(&self, pending: &Arc<PendingOrder>) {
+        // Before it leaves the map, so that it is found in one of the two at any moment.
+        self.recent.note(pending);
         pending.slot.settle(Settled::Persisted);
         self.pending.remove(pending.order.id);
     }
 
     /// The database refused a claimed order's row and its dead letter is committed.
-    pub fn failed(&self, pending: &PendingOrder) {
+    pub fn failed(&self, pending: &Arc<PendingOrder>) {
         self.release(&pending.order);
         self.buyers
             .no_longer_live(&pending.order.user_id, pending.order.id);
@@ -47,7 +54,7 @@ impl Ledger {
     }
 
     /// A claimed order is given up at shutdown: there is no row and there will be none.
-    pub fn unwritten(&self, pending: &PendingOrder) {
+    pub fn unwritten(&self, pending: &Arc<PendingOrder>) {
         self.release(&pending.order);
         self.buyers.forget(&pending.order.user_id, pending.order.id);
         pending.slot.settle(Settled::Unwritten);
@@ -55,7 +62,7 @@ impl Ledger {
     }
 
     /// Gives an order up, unless a worker has claimed it. True: it was given up.
-    pub fn abandon(&self, pending: &PendingOrder) -> bool {
+    pub fn abandon(&self, pending: &Arc<PendingOrder>) -> bool {
         if !pending.slot.abandon() {
             return false;
         }
@@ -63,16 +70,6 @@ impl Ledger {
         self.buyers.forget(&pending.order.user_id, pending.order.id);
         self.pending.remove(pending.order.id);
         true
-    }
-
-    /// Gives back units of an order whose row has stopped holding them.
-    pub fn release_units(&self, sku_id: &str, units: u32) {
-        let sku = SkuId::new(sku_id)
-            .ok()
-            .and_then(|id| self.catalogue.get(&id));
-        if let Some(sku) = sku {
-            sku.counter().release(units);
-        }
     }
 
     fn release(&self, order: &Order) {

@@ -2,13 +2,14 @@
 //! more units available goes to the database first and then to memory, what takes some away goes
 //! to memory first.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use tokio::sync::Mutex;
 
 use super::ledger::Ledger;
 use crate::order::{Quantity, Refusal, SkuId, UserId};
-use crate::state::stock::{BelowCommitted, SaleTerms, Sku};
+use crate::state::stock::{BelowCommitted, Hold, SaleTerms, Sku};
 use crate::store::StoreError;
 use crate::store::postgres::dead_letters::DeadLetter;
 use crate::store::postgres::{Database, NodeLease};
@@ -58,7 +59,8 @@ pub struct Operator {
     database: Database,
     lease: NodeLease,
     payment_ttl_ms: u64,
-    one_at_a_time: Mutex<()>,
+    /// One request at a time; and the units of retries of unknown outcome, by dead letter.
+    one_at_a_time: Mutex<HashMap<i64, Hold>>,
 }
 
 impl Operator {
@@ -74,7 +76,7 @@ impl Operator {
             database,
             lease,
             payment_ttl_ms,
-            one_at_a_time: Mutex::new(()),
+            one_at_a_time: Mutex::new(HashMap::new()),
         }
     }
 
@@ -151,10 +153,15 @@ impl Operator {
             set_total(sku, total)?;
         }
         if let Err(error) = storing.await {
-            // Whether it was stored may be unknown. Where the database cannot be asked either,
-            // memory stays at the lesser total, which is safe with both.
-            if let Err(unknown) = self.adopt_total(sku).await {
-                tracing::warn!(sku_id = %sku.id, reason = %unknown, "the total in the database is not known");
+            // Whether it was stored may be unknown, and it may be stored yet. The lesser total is
+            // safe with either; the same request again sets both right.
+            if error.is_transient() {
+                tracing::warn!(
+                    sku_id = %sku.id, reason = %error,
+                    "whether a total was stored is not known; send the same request again"
+                );
+            } else {
+                self.adopt_total(sku).await?;
             }
             return Err(error.into());
         }
@@ -207,18 +214,31 @@ impl Operator {
     /// [`OperatorError::SoldOut`] and [`OperatorError::RefusedAgain`] leave the dead letter as it
     /// is.
     pub async fn retry_dead_letter(&self, id: i64) -> Result<DeadLetter, OperatorError> {
-        let _turn = self.one_at_a_time.lock().await;
-        let letter = self.open_dead_letter(id).await?;
+        let mut turn = self.one_at_a_time.lock().await;
+        let letter = match self.open_dead_letter(id).await {
+            Ok(letter) => letter,
+            Err(error) => {
+                // Gone: the earlier retry was carried out, and its row holds the units.
+                if matches!(error, OperatorError::UnknownDeadLetter(_)) {
+                    turn.remove(&id).into_iter().for_each(Hold::keep);
+                }
+                return Err(error);
+            }
+        };
         let sku = self
             .ledger
             .catalogue
             .by_number(letter.sku)
             .ok_or(OperatorError::UnknownDeadLetter(id))?;
         let quantity = Quantity::new(letter.quantity).unwrap_or(Quantity::ONE);
-        let hold = sku.hold(quantity).map_err(|refusal| match refusal {
-            Refusal::SoldOut { available } => OperatorError::SoldOut { available },
-            _ => OperatorError::UnknownDeadLetter(id),
-        })?;
+        let hold = match turn.remove(&id) {
+            // An earlier retry, whose answer was lost, holds them still.
+            Some(hold) => hold,
+            None => sku.hold(quantity).map_err(|refusal| match refusal {
+                Refusal::SoldOut { available } => OperatorError::SoldOut { available },
+                _ => OperatorError::UnknownDeadLetter(id),
+            })?,
+        };
         match self
             .database
             .revive_dead_letter(self.lease, id, self.payment_ttl_ms)
@@ -227,16 +247,10 @@ impl Operator {
             Ok(true) => {}
             Ok(false) => return Err(OperatorError::UnknownDeadLetter(id)),
             Err(error) if error.is_transient() => {
-                // The commit's answer may be lost: then the dead letter is gone and the row holds
-                // the units. If that cannot be told either, they stay held, which is safe.
-                match self.database.dead_letter(id).await {
-                    Ok(None) => {}
-                    Ok(Some(_)) => return Err(error.into()),
-                    Err(_) => {
-                        hold.keep();
-                        return Err(error.into());
-                    }
-                }
+                // The row may be there, or may come yet, and then it holds the units. So they stay
+                // held, which is safe, until the same request is sent again.
+                turn.insert(id, hold);
+                return Err(error.into());
             }
             Err(error) => return Err(OperatorError::RefusedAgain(error.to_string())),
         }

@@ -290,7 +290,7 @@ impl Worker {
         Ok(())
     }
 
-    fn settle(&self, part: &Batch, settle: impl Fn(&Ledger, &PendingOrder)) {
+    fn settle(&self, part: &Batch, settle: impl Fn(&Ledger, &Arc<PendingOrder>)) {
         let mut wakers = Vec::with_capacity(part.len());
         for pending in part {
             settle(&self.ledger, pending);

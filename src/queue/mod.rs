@@ -1,6 +1,6 @@
 //! The hand-off from coroutines to workers, and its durability.
 //!
-//! Whatever stands behind it, a queue behaves the same way, and `tests/it/queue.rs` checks every
+//! Whatever stands behind it, a queue behaves the same way, and `tests/queue.rs` checks every
 //! implementation against it:
 //!
 //! * It is bounded: a push into a full queue gives the order back.
@@ -62,6 +62,9 @@ pub trait OrderQueue: Send + Sync + fmt::Debug {
     /// Takes what is there, 1 to `max` orders, waiting for the first; `None` once the queue is
     /// closed and empty.
     fn take(&self, max: usize) -> Pin<Box<dyn Future<Output = Option<Taken>> + Send + '_>>;
+
+    /// Whether a push would be given back now.
+    fn is_full(&self) -> bool;
 
     /// Orders in it now.
     fn depth(&self) -> usize;

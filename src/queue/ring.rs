@@ -165,6 +165,10 @@ impl OrderQueue for RingQueue {
         })
     }
 
+    fn is_full(&self) -> bool {
+        self.shared.ring.is_full()
+    }
+
     fn depth(&self) -> usize {
         self.shared.ring.len() + self.shared.head_len.load(Ordering::Relaxed)
     }

@@ -4,6 +4,7 @@
 //! * [`buyers`]: one record a buyer: keys, recent orders, units toward purchase limits.
 //! * [`pending`]: the slots of orders in flight, by id; the meeting place of a buyer that waits
 //!   and the worker that writes.
+//! * [`recent`]: orders written a moment ago, to answer those who ask again.
 //! * [`refusals`]: what buyers were told no to, under their keys; bounded, until a restart.
 //! * [`poison`]: the fail-stop flag.
 //!
@@ -13,6 +14,7 @@
 pub mod buyers;
 pub mod pending;
 pub mod poison;
+pub mod recent;
 pub mod refusals;
 pub mod stock;
 mod sync;

@@ -48,6 +48,7 @@ impl Line {
         catalogue.add(sale.database.load_skus().await.unwrap());
         let hour = UnixMillis::now().plus_ms(3_600_000);
         let ledger = Arc::new(Ledger {
+            recent: millrace::state::recent::Recent::with_capacity(1_000),
             catalogue,
             buyers: Buyers::new(1_000_000, 10_000),
             refusals: Refusals::with_capacity(1_000),

@@ -231,7 +231,8 @@ impl Database {
     }
 }
 
-/// What every session starts with. `synchronous_commit` is put back on where a role or database
+/// What every session starts with. Keepalives, so that the server notices within half a minute that
+/// our machine is gone, and gives up our locks. `synchronous_commit` is put back on where a role or database
 /// default has turned it off: an answer of `201` means that the row survives a crash.
 fn session_setup(schema: &str, step_timeout: Duration) -> String {
     let lock_ms = (step_timeout.as_millis() / 2).max(50);
@@ -240,6 +241,9 @@ fn session_setup(schema: &str, step_timeout: Duration) -> String {
          SET lock_timeout = {lock_ms};
          SET idle_in_transaction_session_timeout = {};
          SET TIME ZONE 'UTC';
+         SET tcp_keepalives_idle = 10;
+         SET tcp_keepalives_interval = 5;
+         SET tcp_keepalives_count = 3;
          SELECT set_config('synchronous_commit', 'on', false)
           WHERE current_setting('synchronous_commit') = 'off';",
         step_timeout.as_millis() * 2

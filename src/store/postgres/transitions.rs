@@ -29,14 +29,15 @@ pub struct Units {
     pub quantity: u32,
 }
 
-/// Locks the node's row and checks the epoch: a process that was replaced changes nothing.
+/// Locks the node's row and checks the epoch: a process that was replaced changes nothing. A key
+/// share: it conflicts with a takeover, and with no renewal of the lease.
 pub(super) async fn fence(
     transaction: &Transaction<'_>,
     lease: NodeLease,
 ) -> Result<bool, tokio_postgres::Error> {
     transaction
         .query_opt(
-            "SELECT 1 FROM node WHERE node = $1 AND epoch = $2 FOR SHARE",
+            "SELECT 1 FROM node WHERE node = $1 AND epoch = $2 FOR KEY SHARE",
             &[&lease.node, &lease.epoch],
         )
         .await

@@ -259,8 +259,6 @@ mod tests {
     use proptest::prelude::*;
     use tokio_postgres::config::Host;
 
-    use tokio_postgres::config::SslMode;
-
     use super::*;
 
     fn tls(url: &str) -> TlsParameters {
