@@ -261,6 +261,8 @@ impl Millrace {
         metrics
             .recovery_seconds
             .set(started.elapsed().as_secs_f64());
+        metrics.recovered_orders.set(ledger.buyers.len() as i64);
+        metrics.queue_capacity.set(config.queue.capacity as i64);
 
         let queue: Arc<dyn OrderQueue> = match config.queue.backend {
             Backend::Memory => Arc::new(RingQueue::new(config.queue.capacity)),
@@ -544,8 +546,8 @@ fn refresh_connections(metrics: &Metrics, counters: &hardened::Counters) {
     use std::sync::atomic::Ordering::Relaxed;
     metrics.connections.set(counters.open.load(Relaxed) as i64);
     for reason in CloseReason::ALL {
-        let counter = metrics.connections_cut.with_label_values(&[reason.label()]);
-        counter.inc_by(counters.closed(reason).saturating_sub(counter.get()));
+        let closed = counters.closed(reason);
+        metrics.connections_cut.catch_up(reason.label(), closed);
     }
 }
 

@@ -115,7 +115,7 @@ impl Real {
     }
 
     /// As the worker ends an order that it claimed.
-    fn end(&self, order: &PendingOrder, as_what: End) {
+    fn end(&self, order: &Arc<PendingOrder>, as_what: End) {
         match as_what {
             End::Persisted => self.ledger.persisted(order),
             End::Failed => self.ledger.failed(order),
@@ -615,7 +615,7 @@ impl Round {
         self.settle_as(&order, as_what);
     }
 
-    fn settle_as(&mut self, order: &PendingOrder, as_what: End) {
+    fn settle_as(&mut self, order: &Arc<PendingOrder>, as_what: End) {
         self.real.end(order, as_what);
         let ended = self.twin.end(order.order.id.get(), as_what);
         assert!(ended.woken.count() > 0, "the buyer sleeps on");
@@ -1113,6 +1113,10 @@ impl OrderQueue for Untimely {
 
     fn take(&self, _: usize) -> Pin<Box<dyn Future<Output = Option<Taken>> + Send + '_>> {
         Box::pin(std::future::ready(None))
+    }
+
+    fn is_full(&self) -> bool {
+        false
     }
 
     fn depth(&self) -> usize {

@@ -3,6 +3,7 @@
 mod audit;
 mod client;
 mod config_check;
+mod config_reference;
 mod demo;
 mod load;
 mod logging;
@@ -50,6 +51,8 @@ enum Command {
 enum ConfigCommand {
     /// Check the configuration and the database that it names.
     Check(config_check::CheckArgs),
+    /// Print the reference of every setting as Markdown.
+    Reference,
 }
 
 /// Where the configuration comes from.
@@ -112,5 +115,8 @@ async fn run(cli: Cli) -> anyhow::Result<bool> {
         Command::Config {
             command: ConfigCommand::Check(args),
         } => config_check::run(&args).await,
+        Command::Config {
+            command: ConfigCommand::Reference,
+        } => Ok(config_reference::run()),
     }
 }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::{Config, ConfigError, DEFAULT_FILE};
 
-const ENV_PREFIX: &str = "MILLRACE_";
+pub(super) const ENV_PREFIX: &str = "MILLRACE_";
 const FILE_SUFFIX: &str = "_FILE";
 
 impl Config {
@@ -173,6 +173,12 @@ impl Config {
             self.orders.remembered_max,
             1,
             1_000_000_000,
+        )?;
+        range(
+            "orders.sticky_refusals_max",
+            self.orders.sticky_refusals_max,
+            1,
+            100_000_000,
         )?;
         let schema = self.database.schema.as_bytes();
         if schema.is_empty()

@@ -5,12 +5,14 @@
 //! the value is read from the file that it names. Unknown fields are refused, and fields are
 //! checked against one another before anything starts.
 
-mod load;
-
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+mod load;
+pub mod reference;
 
 /// The file that is read where none is named, if it exists.
 pub const DEFAULT_FILE: &str = "millrace.toml";
@@ -45,10 +47,11 @@ pub enum ConfigError {
 }
 
 /// All settings.
-#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema, PartialEq)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// Where Millrace keeps its own files.
+    /// Where Millrace keeps its own files, its own PostgreSQL among them.
+    #[schemars(with = "String")]
     pub data_dir: PathBuf,
     /// The database.
     pub database: Database,
@@ -69,7 +72,7 @@ pub struct Config {
 }
 
 /// `[database]`
-#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema, PartialEq)]
 #[serde(deny_unknown_fields, default)]
 pub struct Database {
     /// A PostgreSQL URL or key-value string; empty: Millrace runs its own PostgreSQL under
@@ -89,15 +92,17 @@ pub struct Database {
     pub user_index: bool,
     /// Directory with `postgres` and `initdb` for Millrace's own PostgreSQL; empty: searched.
     pub embedded_bin_dir: String,
-    /// Connections beside those of the workers: look-ups, administration, health. 1 to 100.
+    /// Connections beside those of the workers: look-ups, administration, health.
+    #[schemars(range(min = 1, max = 100))]
     pub pool_size: usize,
-    /// Longest time for one step of a conversation with the database, in milliseconds, 100 to
-    /// 600,000. A step that takes longer counts as lost and is settled on a new connection.
+    /// Longest time for one step of a conversation with the database, in milliseconds. A
+    /// step that takes longer counts as lost and is settled on a new connection.
+    #[schemars(range(min = 100, max = 600_000))]
     pub step_timeout_ms: u64,
 }
 
 /// What happens to the schema at start.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, JsonSchema, PartialEq, Eq)]
 #[serde(rename_all = "lowercase")]
 pub enum Migrate {
     /// It is brought up to date.
@@ -107,34 +112,43 @@ pub enum Migrate {
 }
 
 /// `[data_plane]`
-#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema, PartialEq)]
 #[serde(deny_unknown_fields, default)]
 pub struct DataPlane {
     /// Address to listen at; port 0 picks a free one.
+    #[schemars(with = "String")]
     pub listen: SocketAddr,
     /// Bearer tokens that callers may use, one or a list; none: no token is asked for.
+    #[schemars(with = "Vec<String>")]
     pub token: OneOrMany,
     /// Allows a listener that is not loopback without a token.
     pub trust_network: bool,
     /// Which HTTP engine carries the service.
     pub engine: Engine,
     /// Threads that run the data plane's coroutines; 0: one for each core.
+    #[schemars(range(min = 0, max = 256))]
     pub threads: usize,
-    /// Most connections at once.
+    /// Most connections at once, each with a stack of 256 KiB of address space; idle ones make room
+    /// for new ones.
+    #[schemars(range(min = 1, max = 1_000_000))]
     pub connections_max: usize,
-    /// Longest request head in bytes.
+    /// Longest request head in bytes; beyond it a request is answered `431`.
+    #[schemars(range(min = 1_024, max = 1_048_576))]
     pub head_bytes_max: usize,
-    /// Longest request body in bytes.
+    /// Longest request body in bytes, that of a batch aside (2 MiB); beyond it: `413`.
+    #[schemars(range(min = 1_024, max = 1_048_576))]
     pub body_bytes_max: usize,
     /// Longest time from a request's first byte to its last, and for a client to take its
     /// answer, in milliseconds.
+    #[schemars(range(min = 100, max = 600_000))]
     pub request_timeout_ms: u64,
-    /// Longest time between requests on one connection, in milliseconds.
+    /// Longest time between requests on one connection, in milliseconds; keep a proxy's shorter.
+    #[schemars(range(min = 100, max = 3_600_000))]
     pub idle_timeout_ms: u64,
 }
 
 /// The HTTP engines of the data plane.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, JsonSchema, PartialEq, Eq)]
 #[serde(rename_all = "lowercase")]
 pub enum Engine {
     /// Millrace's own loop: safe in public.
@@ -144,27 +158,31 @@ pub enum Engine {
 }
 
 /// `[control_plane]`
-#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema, PartialEq)]
 #[serde(deny_unknown_fields, default)]
 pub struct ControlPlane {
     /// Address to listen at; port 0 picks a free one.
+    #[schemars(with = "String")]
     pub listen: SocketAddr,
     /// Bearer tokens that operators may use, one or a list; none: loopback only.
+    #[schemars(with = "Vec<String>")]
     pub token: OneOrMany,
 }
 
 /// `[queue]`
-#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema, PartialEq)]
 #[serde(deny_unknown_fields, default)]
 pub struct Queue {
     /// What an order survives in the queue.
     pub backend: Backend,
-    /// Orders that may wait in memory: 1 to 10,000,000.
+    /// Orders that may wait in memory at once; beyond it new ones are refused with
+    /// `503 overloaded` before anything is held.
+    #[schemars(range(min = 1, max = 10_000_000))]
     pub capacity: usize,
 }
 
 /// The queue backends.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, JsonSchema, PartialEq, Eq)]
 #[serde(rename_all = "lowercase")]
 pub enum Backend {
     /// The ring alone; `respond-async` falls back to waiting.
@@ -172,39 +190,51 @@ pub enum Backend {
 }
 
 /// `[workers]`
-#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema, PartialEq)]
 #[serde(deny_unknown_fields, default)]
 pub struct Workers {
-    /// Workers, each with a connection of its own; 0: one for each core, 2 to 8.
+    /// Workers, each with a connection of its own; 0: one for each core, at least 2 and at most 8,
+    /// because more contend for the same SKU rows.
+    #[schemars(range(min = 0, max = 64))]
     pub count: usize,
-    /// Most rows in one COPY: 1 to 100,000.
+    /// Most rows in one COPY: what a retry repeats and what one buyer may wait behind.
+    #[schemars(range(min = 1, max = 100_000))]
     pub batch_rows_max: usize,
 }
 
 /// `[orders]`
-#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema, PartialEq)]
 #[serde(deny_unknown_fields, default)]
 pub struct Orders {
-    /// Longest wait for persistence in milliseconds: 50 to 600,000.
+    /// Longest wait for persistence in milliseconds; an order that is not being written by then is
+    /// given up, and its stock is back.
+    #[schemars(range(min = 50, max = 600_000))]
     pub timeout_ms: u64,
-    /// Time to pay in milliseconds: 1,000 or more.
+    /// Time to pay in milliseconds; it is told to the buyer as `expires_at`.
+    #[schemars(range(min = 1_000, max = 31_536_000_000_i64))]
     pub payment_ttl_ms: u64,
-    /// How long a key and a buyer's orders are remembered, in milliseconds: 1,000 or more.
+    /// How long a key and a buyer's orders are remembered, in milliseconds. A
+    /// longer window reads more at start.
+    #[schemars(range(min = 1_000, max = 31_536_000_000_i64))]
     pub idempotency_window_ms: u64,
     /// Orders remembered at once, about 120 bytes each; beyond it new ones are refused.
+    #[schemars(range(min = 1, max = 1_000_000_000))]
     pub remembered_max: usize,
     /// `sold_out` and `purchase_limit` answers remembered under their keys, about 100 bytes each;
     /// the oldest make room.
+    #[schemars(range(min = 1, max = 100_000_000))]
     pub sticky_refusals_max: usize,
 }
 
 /// `[rate_limit]`
-#[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema, PartialEq)]
 #[serde(deny_unknown_fields, default)]
 pub struct RateLimit {
     /// For each `user_id`: `off`, or a rate such as `5/s` or `100/min`.
+    #[schemars(with = "String")]
     pub per_user: Rate,
     /// For all together: `off`, or a rate such as `20000/s`.
+    #[schemars(with = "String")]
     pub overall: Rate,
 }
 
@@ -251,7 +281,7 @@ impl From<Rate> for String {
 }
 
 /// `[log]`
-#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema, PartialEq)]
 #[serde(deny_unknown_fields, default)]
 pub struct Log {
     /// `error`, `warn`, `info`, `debug`, `trace`, or a filter such as `info,millrace=debug`.
@@ -261,7 +291,7 @@ pub struct Log {
 }
 
 /// The forms of a log line.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, JsonSchema, PartialEq, Eq)]
 #[serde(rename_all = "lowercase")]
 pub enum LogFormat {
     /// `text` on a terminal, else `json`.

@@ -5,3 +5,7 @@ pub mod data_plane;
 pub mod problem;
 pub mod tokens;
 pub mod wire;
+
+/// The OpenAPI 3.1 document of both planes. `tests/openapi.rs` holds it against the routes and
+/// against real answers.
+pub const OPENAPI: &str = include_str!("openapi.json");

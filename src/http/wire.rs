@@ -384,8 +384,13 @@ impl SkuBody {
             None => Ok(None),
             Some(text) => text
                 .parse::<jiff::Timestamp>()
+                .ok()
+                .filter(|at| at.as_millisecond() >= 0)
                 .map(|at| Some(UnixMillis(at.as_millisecond())))
-                .map_err(|_| field(name, &"must be a time as in RFC 3339, with its offset")),
+                .ok_or_else(|| {
+                    let what = "must be a time as in RFC 3339, with its offset, from 1970 on";
+                    field(name, &what)
+                }),
         };
         let title = members.title.unwrap_or_else(|| id.to_string());
         if title.len() > TITLE_BYTES_MAX || title.contains('\0') {

@@ -21,7 +21,7 @@ use tokio::sync::watch;
 use super::WakeAll;
 use super::ledger::Ledger;
 use crate::metrics::Metrics;
-use crate::order::{Order, SkuNumber};
+use crate::order::{Order, SkuNumber, UnixMillis};
 use crate::queue::OrderQueue;
 use crate::state::pending::PendingOrder;
 use crate::store::StoreError;
@@ -127,6 +127,7 @@ impl Worker {
             if self.parked.is_empty() {
                 retry_parked = tokio::time::Instant::now() + PARKED_RETRY;
             }
+            self.note_taken(taken.orders());
             let claimed: Batch = taken
                 .orders()
                 .iter()
@@ -226,10 +227,7 @@ impl Worker {
                     } else {
                         "transient"
                     };
-                    self.metrics
-                        .batch_retries
-                        .with_label_values(&[reason])
-                        .inc();
+                    self.metrics.batch_retries.count(reason);
                     self.pause(&mut backoff, orders.len(), &error).await?;
                 }
             }
@@ -306,6 +304,18 @@ impl Worker {
                 "gave up orders that could not be written"
             );
             self.settle(&part, Ledger::unwritten);
+        }
+    }
+
+    fn note_taken(&self, orders: &[Arc<PendingOrder>]) {
+        let full = orders.len() >= self.rows_max;
+        let reason = if full { "full" } else { "idle" };
+        self.metrics.batch_flushes.count(reason);
+        if let Some(oldest) = orders.first() {
+            let waited_ms = (UnixMillis::now().0 - oldest.order.created_at.0).max(0);
+            self.metrics
+                .queue_wait_seconds
+                .observe(waited_ms as f64 / 1_000.0);
         }
     }
 

@@ -1,12 +1,12 @@
 //! Dead letters: rows that the database refused, for a person to decide on.
 
-use axum::body::Bytes;
-use axum::extract::{Path, Query, State};
+use axum::extract::{Query, State};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use serde_json::json;
 
 use super::ControlPlane;
+use super::extract::{Body, Segment};
 use super::failure::Failure;
 use crate::http::problem::Problem;
 use crate::http::wire::{DeadLetterView, NoteBody};
@@ -44,7 +44,7 @@ pub(super) async fn list(
 
 pub(super) async fn get(
     State(plane): State<ControlPlane>,
-    Path(id): Path<String>,
+    Segment(id): Segment,
 ) -> Result<Response, Failure> {
     let letter = plane.parts()?.database.dead_letter(parse_id(&id)?).await?;
     let letter = letter.ok_or_else(|| {
@@ -59,7 +59,7 @@ pub(super) async fn get(
 
 pub(super) async fn retry(
     State(plane): State<ControlPlane>,
-    Path(id): Path<String>,
+    Segment(id): Segment,
 ) -> Result<Response, Failure> {
     let letter = plane
         .parts()?
@@ -74,8 +74,8 @@ pub(super) async fn retry(
 
 pub(super) async fn discard(
     State(plane): State<ControlPlane>,
-    Path(id): Path<String>,
-    body: Bytes,
+    Segment(id): Segment,
+    Body(body): Body,
 ) -> Result<Response, Failure> {
     let note = NoteBody::parse(&body)?.note;
     let letter = plane

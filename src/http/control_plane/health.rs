@@ -56,6 +56,9 @@ pub(super) async fn metrics(State(plane): State<ControlPlane>) -> Response {
         metrics
             .ready
             .set(i64::from(parts.intake.check_open().is_ok()));
+        metrics
+            .poisoned
+            .set(i64::from(parts.ledger.poison.is_set()));
         metrics.queue_depth.set(parts.queue.depth() as i64);
         metrics
             .orders_in_flight

@@ -3,19 +3,23 @@
 //! It answers from the first moment on; before recovery is done only health and metrics do, and
 //! everything else is `503 not_ready`.
 
+mod access;
+mod dashboard;
 mod dead_letters;
+mod extract;
 mod failure;
 mod health;
+mod live;
+mod routes;
 mod skus;
 
 use std::sync::{Arc, OnceLock};
 
 use axum::Router;
-use axum::extract::{DefaultBodyLimit, Request, State};
-use axum::http::{HeaderMap, header};
-use axum::middleware::{self, Next};
+use axum::extract::{DefaultBodyLimit, State};
+use axum::http::HeaderMap;
+use axum::middleware;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post, put};
 
 use crate::http::problem::Problem;
 use crate::http::tokens::Tokens;
@@ -27,6 +31,7 @@ use crate::pipeline::ledger::Ledger;
 use crate::pipeline::operator::Operator;
 use crate::queue::OrderQueue;
 use crate::store::postgres::Database;
+use access::Sessions;
 use failure::Failure;
 
 /// Longest body of a request in bytes.
@@ -44,6 +49,7 @@ pub struct ControlPlane {
 struct Shared {
     metrics: Metrics,
     tokens: Tokens,
+    sessions: Sessions,
     parts: OnceLock<Parts>,
 }
 
@@ -69,6 +75,7 @@ impl ControlPlane {
         let shared = Shared {
             metrics,
             tokens,
+            sessions: Sessions::default(),
             parts: OnceLock::new(),
         };
         ControlPlane {
@@ -81,33 +88,21 @@ impl ControlPlane {
         let _ = self.shared.parts.set(parts);
     }
 
-    /// Every route.
+    /// Everything in the list of `routes`, and a problem for everything else.
     pub fn router(&self) -> Router {
-        let admin = Router::new()
-            .route("/admin/v1/skus", get(skus::list))
-            .route("/admin/v1/skus/{sku_id}", put(skus::put))
-            .route("/admin/v1/skus/{sku_id}/restock", post(skus::restock))
-            .route("/admin/v1/skus/{sku_id}/pause", post(skus::pause))
-            .route("/admin/v1/skus/{sku_id}/resume", post(skus::resume))
-            .route("/admin/v1/pause", post(skus::pause_all))
-            .route("/admin/v1/resume", post(skus::resume_all))
-            .route("/admin/v1/dead-letters", get(dead_letters::list))
-            .route("/admin/v1/dead-letters/{id}", get(dead_letters::get))
-            .route(
-                "/admin/v1/dead-letters/{id}/retry",
-                post(dead_letters::retry),
-            )
-            .route(
-                "/admin/v1/dead-letters/{id}/discard",
-                post(dead_letters::discard),
-            )
-            .route("/admin/v1/audit", get(run_audit))
-            .route_layer(middleware::from_fn_with_state(self.clone(), authorize));
-        Router::new()
-            .route("/healthz", get(health::healthz))
-            .route("/readyz", get(health::readyz))
-            .route("/metrics", get(health::metrics))
-            .merge(admin)
+        let (open, guarded) = (Router::new(), Router::new());
+        let (open, guarded) =
+            routes::routes()
+                .into_iter()
+                .fold((open, guarded), |(open, guarded), route| {
+                    if route.open {
+                        (open.route(route.path, route.serve), guarded)
+                    } else {
+                        (open, guarded.route(route.path, route.serve))
+                    }
+                });
+        let guard = middleware::from_fn_with_state(self.clone(), access::authorize);
+        open.merge(guarded.route_layer(guard))
             .fallback(|| async { Failure(Problem::new(404, "not_found", "nothing is here")) })
             .method_not_allowed_fallback(|| async {
                 Failure(Problem::new(
@@ -118,6 +113,12 @@ impl ControlPlane {
             })
             .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
             .with_state(self.clone())
+    }
+
+    /// Method and path of everything that the control plane serves, as OpenAPI writes paths.
+    pub fn routes() -> Vec<(&'static str, &'static str)> {
+        let routes = routes::routes().into_iter();
+        routes.map(|route| (route.method, route.path)).collect()
     }
 
     fn metrics(&self) -> &Metrics {
@@ -131,20 +132,9 @@ impl ControlPlane {
     }
 }
 
-async fn authorize(
-    State(plane): State<ControlPlane>,
-    request: Request,
-    next: Next,
-) -> Result<Response, Failure> {
-    let field = request.headers().get(header::AUTHORIZATION);
-    if plane
-        .shared
-        .tokens
-        .allow(field.map(|value| value.as_bytes()))
-    {
-        return Ok(next.run(request).await);
-    }
-    Err(Failure(Problem::unauthorized()))
+async fn openapi() -> Response {
+    let json = [(axum::http::header::CONTENT_TYPE, "application/json")];
+    (json, crate::http::OPENAPI).into_response()
 }
 
 async fn run_audit(State(plane): State<ControlPlane>) -> Result<Response, Failure> {

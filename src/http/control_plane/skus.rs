@@ -1,11 +1,11 @@
 //! SKU administration.
 
-use axum::body::Bytes;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde_json::json;
 
+use super::extract::{Body, Segment};
 use super::failure::Failure;
 use super::{ControlPlane, Parts, idempotency_key};
 use crate::http::problem::Problem;
@@ -25,8 +25,8 @@ pub(super) async fn list(State(plane): State<ControlPlane>) -> Result<Response, 
 
 pub(super) async fn put(
     State(plane): State<ControlPlane>,
-    Path(sku_id): Path<String>,
-    body: Bytes,
+    Segment(sku_id): Segment,
+    Body(body): Body,
 ) -> Result<Response, Failure> {
     let parts = plane.parts()?;
     let id = parse_id(&sku_id)?;
@@ -42,9 +42,9 @@ pub(super) async fn put(
 
 pub(super) async fn restock(
     State(plane): State<ControlPlane>,
-    Path(sku_id): Path<String>,
+    Segment(sku_id): Segment,
     headers: HeaderMap,
-    body: Bytes,
+    Body(body): Body,
 ) -> Result<Response, Failure> {
     let parts = plane.parts()?;
     let id = parse_id(&sku_id)?;
@@ -63,21 +63,21 @@ pub(super) async fn restock(
 
 pub(super) async fn pause(
     plane: State<ControlPlane>,
-    sku_id: Path<String>,
+    sku_id: Segment,
 ) -> Result<Response, Failure> {
     set_paused(plane, sku_id, true).await
 }
 
 pub(super) async fn resume(
     plane: State<ControlPlane>,
-    sku_id: Path<String>,
+    sku_id: Segment,
 ) -> Result<Response, Failure> {
     set_paused(plane, sku_id, false).await
 }
 
 async fn set_paused(
     State(plane): State<ControlPlane>,
-    Path(sku_id): Path<String>,
+    Segment(sku_id): Segment,
     paused: bool,
 ) -> Result<Response, Failure> {
     let parts = plane.parts()?;

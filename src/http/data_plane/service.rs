@@ -61,6 +61,17 @@ pub struct DataPlaneParts {
     pub tokens: Tokens,
 }
 
+/// Method and path of everything that the data plane serves, as OpenAPI writes paths. `route`
+/// below knows the same ones; `tests/openapi.rs` asks for each.
+pub const ROUTES: [(&str, &str); 6] = [
+    ("POST", "/v1/orders"),
+    ("POST", BATCH_PATH),
+    ("GET", "/v1/orders/{order_id}"),
+    ("POST", "/v1/orders/{order_id}/cancel"),
+    ("GET", "/v1/users/{user_id}/orders"),
+    ("GET", "/v1/skus/{sku_id}"),
+];
+
 impl DataPlane {
     /// The service over its parts.
     pub fn new(parts: DataPlaneParts) -> Self {
@@ -181,6 +192,12 @@ impl DataPlane {
 impl Service for DataPlane {
     fn call(&self, request: &Request<'_>, response: &mut Response) {
         if let Err(problem) = self.route(request, response) {
+            match problem.code {
+                "unknown_order" => self.metrics.unknown.count("order"),
+                "unknown_sku" => self.metrics.unknown.count("sku"),
+                "not_found" => self.metrics.unknown.count("other"),
+                _ => {}
+            }
             problem.write_to(response);
         }
     }

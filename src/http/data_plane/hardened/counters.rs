@@ -109,4 +109,13 @@ mod tests {
             assert_eq!(counters.closed(reason), 1, "{}", reason.label());
         }
     }
+
+    #[test]
+    fn every_reason_is_a_value_of_the_metric() {
+        let metrics = crate::metrics::Metrics::new().unwrap();
+        let known = metrics.connections_cut.totals();
+        for reason in CloseReason::ALL {
+            assert!(known.contains_key(reason.label()), "{reason:?}");
+        }
+    }
 }

@@ -1,0 +1,226 @@
+//! The reference page, `docs/CONFIGURATION.md`, out of the types in [`super`]: doc comments are
+//! the words, `Default` the defaults, and `#[schemars(range)]` the ranges, which a test holds
+//! against what is accepted.
+
+use std::fmt::Write as _;
+
+use serde_json::Value;
+
+use super::Config;
+
+/// One setting as the page shows it.
+#[derive(Debug)]
+pub struct Field {
+    /// Its path, levels joined by dots.
+    pub path: String,
+    /// Its type, or the values that it may have.
+    pub kind: String,
+    /// Its default as TOML.
+    pub default: String,
+    /// Least and most, where it has a range.
+    pub range: Option<(i64, i64)>,
+    /// What it means, with unit and reason.
+    pub meaning: String,
+}
+
+impl Field {
+    /// The environment variable that overrides it.
+    pub fn variable(&self) -> String {
+        let path = self.path.replace('.', "__").to_uppercase();
+        format!("{}{path}", super::load::ENV_PREFIX)
+    }
+}
+
+/// Every setting, by section and name.
+pub fn fields() -> Vec<Field> {
+    let schema = schemars::schema_for!(Config).to_value();
+    let defaults = toml::Table::try_from(Config::default()).unwrap_or_default();
+    let mut fields = Vec::new();
+    walk(
+        &schema,
+        &schema,
+        &toml::Value::Table(defaults),
+        "",
+        &mut fields,
+    );
+    // A page has the fields without a section first.
+    fields.sort_by_key(|field| field.path.rsplit_once('.').map(|(of, _)| of.to_owned()));
+    fields
+}
+
+fn walk(root: &Value, schema: &Value, default: &toml::Value, path: &str, out: &mut Vec<Field>) {
+    let words = text(schema, "description");
+    let target = follow(root, schema);
+    if let Some(members) = target["properties"].as_object() {
+        for (name, member) in members {
+            let path = match path {
+                "" => name.clone(),
+                path => format!("{path}.{name}"),
+            };
+            let unset = toml::Value::String(String::new());
+            walk(
+                root,
+                member,
+                default.get(name).unwrap_or(&unset),
+                &path,
+                out,
+            );
+        }
+        return;
+    }
+    let bound = |name: &str| schema[name].as_i64();
+    out.push(Field {
+        path: path.to_owned(),
+        kind: kind(target),
+        default: default.to_string(),
+        range: bound("minimum").zip(bound("maximum")),
+        meaning: words,
+    });
+}
+
+/// Follows the one reference that a member of a type of ours has.
+fn follow<'a>(root: &'a Value, schema: &'a Value) -> &'a Value {
+    let reference = schema["$ref"]
+        .as_str()
+        .or(schema["allOf"][0]["$ref"].as_str());
+    reference
+        .and_then(|reference| root.pointer(reference.trim_start_matches('#')))
+        .unwrap_or(schema)
+}
+
+fn kind(schema: &Value) -> String {
+    let listed = schema["enum"].as_array();
+    let described = schema["oneOf"].as_array();
+    let values: Vec<String> = listed
+        .into_iter()
+        .flatten()
+        .chain(described.into_iter().flatten().map(|one| &one["const"]))
+        .filter_map(|value| Some(format!("`{}`", value.as_str()?)))
+        .collect();
+    if !values.is_empty() {
+        return values.join(", ");
+    }
+    match schema["type"].as_str() {
+        Some("string") => "text".into(),
+        Some("array") => "a text or a list of texts".into(),
+        Some("integer") => "whole number".into(),
+        Some("boolean") => "`true` or `false`".into(),
+        _ => "text".into(),
+    }
+}
+
+fn text(schema: &Value, name: &str) -> String {
+    let text = schema[name].as_str().unwrap_or_default();
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// The whole page.
+pub fn page() -> String {
+    let mut page = String::from(HEAD);
+    let mut section = None;
+    for field in fields() {
+        let (of, name) = field.path.rsplit_once('.').unwrap_or(("", &field.path));
+        if section.as_deref() != Some(of) {
+            section = Some(of.to_owned());
+            let title = if of.is_empty() {
+                "Top level".to_owned()
+            } else {
+                format!("`[{of}]`")
+            };
+            // Writing to a String cannot fail.
+            let _ = write!(
+                page,
+                "\n## {title}\n\n| field | default | range | meaning | variable |\n|---|---|---|---|---|\n"
+            );
+        }
+        let range = match field.range {
+            Some((least, most)) => format!("{} to {}", grouped(least), grouped(most)),
+            None => field.kind.clone(),
+        };
+        let _ = writeln!(
+            page,
+            "| `{name}` | `{}` | {range} | {} | `{}` |",
+            field.default,
+            field.meaning.replace('|', "\\|"),
+            field.variable()
+        );
+    }
+    page
+}
+
+fn grouped(number: i64) -> String {
+    let digits = number.to_string();
+    let mut text = String::new();
+    for (place, digit) in digits.chars().enumerate() {
+        if place > 0 && (digits.len() - place).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+const HEAD: &str = "\
+# Configuration
+
+<!-- Generated from src/config.rs: millrace config reference > docs/CONFIGURATION.md -->
+
+One TOML file (`--config FILE`, else `./millrace.toml` if there is one), each field overridable by its
+environment variable. With `_FILE` appended to the variable's name, the value is read from the file
+that it names: for secrets. Unknown fields are refused, and fields are checked against one another
+before anything starts. `millrace config check` prints what is in force.
+";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_is_refused_outside_its_documented_range_and_taken_inside() {
+        let mut seen = 0;
+        for field in fields() {
+            let Some((least, most)) = field.range else {
+                assert!(!field.meaning.is_empty(), "{}", field.path);
+                continue;
+            };
+            seen += 1;
+            let set = |value: i64| {
+                // Not to be hindered by what fields ask of one another.
+                let more = [
+                    ("MILLRACE_ORDERS__REMEMBERED_MAX", 1_000_000_000),
+                    ("MILLRACE_QUEUE__CAPACITY", 1),
+                ];
+                let more = more
+                    .into_iter()
+                    .map(|(name, value)| (name.to_owned(), value.to_string()));
+                let own = (field.variable(), value.to_string());
+                let env = more.filter(|(name, _)| *name != own.0).chain([own.clone()]);
+                Config::parse("", "test", env)
+            };
+            for good in [least, most] {
+                let set = set(good);
+                assert!(set.is_ok(), "{} = {good}: {set:?}", field.path);
+            }
+            for bad in [least - 1, most + 1] {
+                assert!(set(bad).is_err(), "{} = {bad}", field.path);
+            }
+        }
+        assert!(seen > 10);
+    }
+
+    #[test]
+    fn every_number_has_a_range() {
+        let without = fields()
+            .into_iter()
+            .filter(|f| f.kind == "whole number" && f.range.is_none());
+        assert_eq!(without.map(|f| f.path).collect::<Vec<_>>(), [""; 0]);
+    }
+
+    #[test]
+    fn numbers_are_grouped() {
+        assert_eq!(
+            [0, 100, 1_000, 31_536_000_000].map(grouped),
+            ["0", "100", "1,000", "31,536,000,000"]
+        );
+    }
+}

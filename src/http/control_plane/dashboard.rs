@@ -1,0 +1,124 @@
+//! The live dashboard: one page without anything from elsewhere, and the login to it.
+
+use axum::Form;
+use axum::extract::State;
+use axum::extract::rejection::FormRejection;
+use axum::http::{HeaderMap, HeaderName, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use rand::Rng;
+use serde::Deserialize;
+
+use super::ControlPlane;
+use super::access::{COOKIE, SESSION_LASTS, check_origin};
+use super::failure::Failure;
+use crate::http::problem::Problem;
+
+const DASHBOARD: &str = include_str!("dashboard.html");
+const LOGIN: &str = include_str!("login.html");
+/// Where the pages want the nonce of their one script and their one style sheet.
+const NONCE: &str = "__NONCE__";
+/// Where the login page wants what was wrong.
+const MESSAGE: &str = "__MESSAGE__";
+
+#[derive(Deserialize)]
+pub(super) struct LoginForm {
+    token: String,
+}
+
+/// `GET /`: the dashboard, or the login form where one is needed.
+pub(super) async fn page(State(plane): State<ControlPlane>, headers: HeaderMap) -> Response {
+    let shared = &plane.shared;
+    let authorization = headers.get(header::AUTHORIZATION).map(|v| v.as_bytes());
+    if shared.tokens.allow(authorization) || shared.sessions.allow(&headers) {
+        let asked = if shared.tokens.is_open() {
+            "open"
+        } else {
+            "session"
+        };
+        return html(StatusCode::OK, DASHBOARD.replace("__ACCESS__", asked));
+    }
+    html(StatusCode::OK, LOGIN.replace(MESSAGE, ""))
+}
+
+/// `POST /login`: a token for a session's cookie.
+pub(super) async fn login(
+    State(plane): State<ControlPlane>,
+    headers: HeaderMap,
+    form: Result<Form<LoginForm>, FormRejection>,
+) -> Result<Response, Failure> {
+    let shared = &plane.shared;
+    check_origin(&headers, shared.tokens.is_open())?;
+    let Form(LoginForm { token }) = form.map_err(|rejection| {
+        let detail = rejection.body_text();
+        match rejection.into_response().status().as_u16() {
+            413 => Problem::new(413, "body_too_large", detail),
+            415 => Problem::new(415, "unsupported_media_type", detail),
+            _ => Problem::new(400, "invalid_field", detail),
+        }
+    })?;
+    if shared.tokens.is_open() {
+        return Ok(go_home(None));
+    }
+    if !shared.tokens.contain(token.trim().as_bytes()) {
+        tracing::warn!("a login to the dashboard with a wrong token");
+        let page = LOGIN.replace(MESSAGE, "That is not a token of this control plane.");
+        let mut response = html(StatusCode::UNAUTHORIZED, page);
+        let challenge = header::HeaderValue::from_static("Bearer");
+        response
+            .headers_mut()
+            .insert(header::WWW_AUTHENTICATE, challenge);
+        return Ok(response);
+    }
+    let value = shared.sessions.begin().ok_or_else(Problem::internal)?;
+    tracing::info!("an operator logged in to the dashboard");
+    Ok(go_home(Some(set_cookie(
+        &headers,
+        &value,
+        SESSION_LASTS.as_secs(),
+    ))))
+}
+
+/// `POST /logout`: ends the session.
+pub(super) async fn logout(
+    State(plane): State<ControlPlane>,
+    headers: HeaderMap,
+) -> Result<Response, Failure> {
+    check_origin(&headers, plane.shared.tokens.is_open())?;
+    plane.shared.sessions.end(&headers);
+    Ok(go_home(Some(set_cookie(&headers, "", 0))))
+}
+
+fn set_cookie(headers: &HeaderMap, value: &str, max_age: u64) -> String {
+    let by_tls = headers
+        .get(header::ORIGIN)
+        .is_some_and(|origin| origin.as_bytes().starts_with(b"https://"));
+    let secure = if by_tls { "; Secure" } else { "" };
+    format!("{COOKIE}={value}; Path=/; Max-Age={max_age}; HttpOnly; SameSite=Strict{secure}")
+}
+
+fn go_home(cookie: Option<String>) -> Response {
+    let mut response = (StatusCode::SEE_OTHER, [(header::LOCATION, "/")]).into_response();
+    if let Some(cookie) = cookie.and_then(|cookie| cookie.parse().ok()) {
+        response.headers_mut().insert(header::SET_COOKIE, cookie);
+    }
+    response
+}
+
+/// A page that may load nothing, run only its own script, and be framed by nobody.
+fn html(status: StatusCode, page: String) -> Response {
+    let nonce = format!("{:032x}", rand::rng().random::<u128>());
+    let policy = format!(
+        "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; \
+         connect-src 'self'; img-src data:; form-action 'self'; base-uri 'none'; \
+         frame-ancestors 'none'"
+    );
+    let fields: [(HeaderName, &str); 6] = [
+        (header::CONTENT_TYPE, "text/html; charset=utf-8"),
+        (header::CONTENT_SECURITY_POLICY, &policy),
+        (header::CACHE_CONTROL, "no-store"),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::X_FRAME_OPTIONS, "DENY"),
+        (header::REFERRER_POLICY, "same-origin"),
+    ];
+    (status, fields, page.replace(NONCE, &nonce)).into_response()
+}

@@ -1,0 +1,48 @@
+//! Parts of a request, with a problem where they cannot be had: axum's own rejections are plain
+//! text.
+
+use axum::body::Bytes;
+use axum::extract::rejection::BytesRejection;
+use axum::extract::{FromRequest, FromRequestParts, Path, Request};
+use axum::http::request::Parts;
+use axum::response::IntoResponse;
+
+use super::failure::Failure;
+use crate::http::problem::Problem;
+
+/// The whole body.
+pub(super) struct Body(pub(super) Bytes);
+
+impl<S: Send + Sync> FromRequest<S> for Body {
+    type Rejection = Failure;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Failure> {
+        Bytes::from_request(request, state)
+            .await
+            .map(Body)
+            .map_err(unreadable)
+    }
+}
+
+/// What a client is told whose body cannot be read.
+pub(super) fn unreadable(rejection: BytesRejection) -> Failure {
+    let detail = rejection.body_text();
+    Failure(match rejection.into_response().status().as_u16() {
+        413 => Problem::new(413, "body_too_large", "the request body is too large"),
+        _ => Problem::new(400, "bad_request", detail),
+    })
+}
+
+/// The one variable segment of the path, its percent-encoding undone.
+pub(super) struct Segment(pub(super) String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Segment {
+    type Rejection = Failure;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Failure> {
+        Path::<String>::from_request_parts(parts, state)
+            .await
+            .map(|Path(segment)| Segment(segment))
+            .map_err(|e| Failure(Problem::new(404, "not_found", e.body_text())))
+    }
+}

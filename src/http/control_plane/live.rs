@@ -1,0 +1,114 @@
+//! What the dashboard shows, as JSON: the state in memory, without a look into the database.
+
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+
+use super::{ControlPlane, Parts};
+use crate::http::wire::SkuView;
+use crate::metrics::{Metrics, Totals};
+use crate::order::{Refusal, UnixMillis};
+
+/// `GET /admin/v1/live`. Counters count from the start of the process; rates are differences.
+#[derive(Debug, Serialize)]
+struct Live {
+    now: String,
+    /// `recovering`, `ready`, `not_ready`, `draining` or `poisoned`.
+    state: &'static str,
+    /// Why, where the state has a reason.
+    reason: Option<String>,
+    /// Whether every sale is paused.
+    paused: bool,
+    skus: Vec<SkuView>,
+    /// Answers to orders by outcome.
+    orders: Totals,
+    queue: Queue,
+    orders_in_flight: usize,
+    connections: i64,
+    batches: Batches,
+    batch_retries: Totals,
+    orders_parked: i64,
+    dead_letters: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct Queue {
+    depth: usize,
+    capacity: i64,
+}
+
+#[derive(Debug, Serialize)]
+struct Batches {
+    count: u64,
+    rows: u64,
+    /// Sum of the time that each took, in seconds.
+    seconds: f64,
+    /// Batches that took at most `le` seconds, cumulative, as Prometheus counts them.
+    within: Vec<Bucket>,
+}
+
+#[derive(Debug, Serialize)]
+struct Bucket {
+    le: f64,
+    count: u64,
+}
+
+pub(super) async fn live(State(plane): State<ControlPlane>) -> Response {
+    let metrics = plane.metrics();
+    let parts = plane.parts().ok();
+    if let Some(parts) = parts {
+        (parts.refresh)(metrics);
+    }
+    let (state, reason) = parts.map_or(("recovering", None), state);
+    let live = Live {
+        now: UnixMillis::now().to_string(),
+        state,
+        reason,
+        paused: parts.is_some_and(|parts| parts.ledger.catalogue.is_paused()),
+        skus: parts.map_or_else(Vec::new, skus),
+        orders: metrics.orders.totals(),
+        queue: Queue {
+            depth: parts.map_or(0, |parts| parts.queue.depth()),
+            capacity: metrics.queue_capacity.get(),
+        },
+        orders_in_flight: parts.map_or(0, |parts| parts.ledger.pending.len()),
+        connections: metrics.connections.get(),
+        batches: batches(metrics),
+        batch_retries: metrics.batch_retries.totals(),
+        orders_parked: metrics.orders_parked.get(),
+        dead_letters: metrics.dead_letters.get(),
+    };
+    axum::Json(live).into_response()
+}
+
+fn state(parts: &Parts) -> (&'static str, Option<String>) {
+    if let Some(reason) = parts.ledger.poison.reason() {
+        return ("poisoned", Some(reason.to_owned()));
+    }
+    match parts.intake.check_open() {
+        Ok(()) => ("ready", None),
+        Err(Refusal::Draining) => ("draining", None),
+        Err(_) => ("not_ready", None),
+    }
+}
+
+fn skus(parts: &Parts) -> Vec<SkuView> {
+    let catalogue = &parts.ledger.catalogue;
+    let all = catalogue.all();
+    all.iter()
+        .map(|sku| SkuView::of(sku, catalogue.is_paused()))
+        .collect()
+}
+
+fn batches(metrics: &Metrics) -> Batches {
+    let within = metrics.batch_seconds_within();
+    Batches {
+        count: metrics.batches.get(),
+        rows: metrics.rows_written.get(),
+        seconds: metrics.batch_seconds.get_sample_sum(),
+        within: within
+            .into_iter()
+            .map(|(le, count)| Bucket { le, count })
+            .collect(),
+    }
+}

@@ -1,0 +1,80 @@
+//! What is served where. The router is built from this list and the OpenAPI document is tested
+//! against it, so a route cannot be in one of them only.
+
+use axum::handler::Handler;
+use axum::routing::{self, MethodFilter, MethodRouter};
+
+use super::{ControlPlane, dashboard, dead_letters, health, live, openapi, run_audit, skus};
+
+/// One method on one path.
+pub(super) struct Route {
+    /// As HTTP writes it.
+    pub(super) method: &'static str,
+    /// With `{names}` for its variable segments.
+    pub(super) path: &'static str,
+    /// Whether it needs neither a token nor a session.
+    pub(super) open: bool,
+    /// What answers.
+    pub(super) serve: MethodRouter<ControlPlane>,
+}
+
+fn get<H: Handler<T, ControlPlane>, T: 'static>(path: &'static str, handler: H) -> Route {
+    Route {
+        method: "GET",
+        path,
+        open: false,
+        serve: routing::get(handler),
+    }
+}
+
+fn post<H: Handler<T, ControlPlane>, T: 'static>(path: &'static str, handler: H) -> Route {
+    Route {
+        method: "POST",
+        path,
+        open: false,
+        serve: routing::post(handler),
+    }
+}
+
+fn put<H: Handler<T, ControlPlane>, T: 'static>(path: &'static str, handler: H) -> Route {
+    Route {
+        method: "PUT",
+        path,
+        open: false,
+        serve: routing::on(MethodFilter::PUT, handler),
+    }
+}
+
+fn open(route: Route) -> Route {
+    Route {
+        open: true,
+        ..route
+    }
+}
+
+/// Every route.
+pub(super) fn routes() -> Vec<Route> {
+    vec![
+        open(get("/healthz", health::healthz)),
+        open(get("/readyz", health::readyz)),
+        open(get("/metrics", health::metrics)),
+        // The page itself says nothing about the sale; without a session it is the login form.
+        open(get("/", dashboard::page)),
+        open(post("/login", dashboard::login)),
+        open(post("/logout", dashboard::logout)),
+        get("/openapi.json", openapi),
+        get("/admin/v1/live", live::live),
+        get("/admin/v1/skus", skus::list),
+        put("/admin/v1/skus/{sku_id}", skus::put),
+        post("/admin/v1/skus/{sku_id}/restock", skus::restock),
+        post("/admin/v1/skus/{sku_id}/pause", skus::pause),
+        post("/admin/v1/skus/{sku_id}/resume", skus::resume),
+        post("/admin/v1/pause", skus::pause_all),
+        post("/admin/v1/resume", skus::resume_all),
+        get("/admin/v1/dead-letters", dead_letters::list),
+        get("/admin/v1/dead-letters/{id}", dead_letters::get),
+        post("/admin/v1/dead-letters/{id}/retry", dead_letters::retry),
+        post("/admin/v1/dead-letters/{id}/discard", dead_letters::discard),
+        get("/admin/v1/audit", run_audit),
+    ]
+}
