@@ -52,6 +52,8 @@ const LEASE_RENEWAL: Duration = Duration::from_secs(5);
 const EVICTION: Duration = Duration::from_secs(20);
 /// How often our own PostgreSQL is looked at.
 const POSTGRES_WATCH: Duration = Duration::from_millis(250);
+/// Connections for health, the lease on order ids, and operators.
+const OPERATORS_POOL: usize = 4;
 /// Orders written a moment ago that are answered from memory, about 200 bytes each.
 const RECENT_ORDERS: usize = 65_536;
 /// What a drain may take beyond the order timeout.
@@ -290,6 +292,7 @@ impl Millrace {
         }
         let embedded = embedded.map(|embedded| Arc::new(Mutex::new(embedded)));
         let workers = tokio::spawn(watch_workers(workers, Arc::clone(&ledger)));
+        let operators = database.with_own_pool(OPERATORS_POOL)?;
         let mut background = Background::new(Arc::clone(&ledger));
         background.run(
             "the deadline keeper",
@@ -297,7 +300,7 @@ impl Millrace {
         );
         background.run(
             "the lease on order ids",
-            renew_lease(database.clone(), lease, Arc::clone(&ledger)),
+            renew_lease(operators.clone(), lease, Arc::clone(&ledger)),
         );
         let window_ms = config.orders.idempotency_window_ms;
         let evicting = evict(Arc::clone(&ledger), Arc::clone(&intake), window_ms);
@@ -321,14 +324,15 @@ impl Millrace {
             tokens: Tokens::new(&config.data_plane.token.0),
         }));
         let _ = doorway.service.set(Arc::clone(&service));
+        // Health, the lease and operators never wait behind buyers' look-ups.
         control.recovered(Parts {
             ledger: Arc::clone(&ledger),
             intake: Arc::clone(&intake),
             queue: Arc::clone(&queue),
-            database: database.clone(),
+            database: operators.clone(),
             operator: Operator::new(
                 Arc::clone(&ledger),
-                database.clone(),
+                operators,
                 lease,
                 config.orders.payment_ttl_ms,
             ),

@@ -98,11 +98,7 @@ async fn a_batch_that_was_never_sent_is_given_back_also_on_a_broken_connection()
         .await;
     placed.push(line.place("second", "A", 1, LONG).unwrap());
     until("it was tried", || {
-        line.metrics
-            .batch_retries
-            .with_label_values(&["transient"])
-            .get()
-            > 0
+        line.metrics.batch_retries.totals()["transient"] > 0
     })
     .await;
     line.cut.send_replace(true);

@@ -172,10 +172,7 @@ async fn postgresql_away_under_load_loses_and_doubles_nothing() {
         "{} written, {} abandoned, {} batches tried again",
         tally(&states, SlotState::Persisted),
         tally(&states, SlotState::Abandoned),
-        line.metrics
-            .batch_retries
-            .with_label_values(&["transient"])
-            .get()
+        line.metrics.batch_retries.totals()["transient"]
     );
     assert!(tally(&states, SlotState::Abandoned) > 0);
     assert_eq!(line.metrics.commits_lost.get(), 0);

@@ -18,6 +18,9 @@ use crate::loadgen::{
     render_table, run_until,
 };
 
+/// The order timeout of seven seconds and a bound for a busy machine, in milliseconds.
+const ANSWER_MS_MAX: f64 = 8_000.0;
+
 /// What is on sale: id, title, price in minor units, share of the stock, share of the clicks.
 const SHELF: [(&str, &str, i64, f64, f64); 4] = [
     ("IPHONE-15", "iPhone 15", 199_900, 0.50, 90.0),
@@ -43,7 +46,7 @@ pub struct DemoArgs {
     /// Where the page with the pictures goes.
     #[arg(long, value_name = "FILE", default_value = "millrace-demo.html")]
     page: PathBuf,
-    /// Use this PostgreSQL instead of starting one; needs a schema of its own.
+    /// Use this PostgreSQL instead of starting one, in a schema `millrace_demo` of its own.
     #[arg(long, value_name = "URL")]
     database_url: Option<String>,
     /// Keep the cluster and everything in it in this directory.
@@ -69,6 +72,8 @@ pub async fn run(args: DemoArgs) -> anyhow::Result<bool> {
     config.control_plane.listen.set_port(0);
     if let Some(url) = &args.database_url {
         config.database.url.clone_from(url);
+        // Never among the orders of a real sale.
+        config.database.schema = "millrace_demo".into();
     }
 
     let started = Instant::now();
@@ -159,7 +164,8 @@ async fn hold_sale(
     say("Auditing: what every buyer was told against every row ...");
     wait_until_quiet(&control).await?;
     let audit = client::call(&control, "GET", "/admin/v1/audit", None).await?;
-    let promises = verdict::judge(millrace.database(), &report, &prefix, &audit).await?;
+    let promises =
+        verdict::judge(millrace.database(), &report, &prefix, &audit, ANSWER_MS_MAX).await?;
     tracing::debug!(seconds = opened.elapsed().as_secs_f64(), "the sale is over");
     Ok((report, promises))
 }
@@ -182,9 +188,14 @@ async fn wait_until_quiet(control: &str) -> anyhow::Result<()> {
     let deadline = Instant::now() + Duration::from_secs(30);
     loop {
         let audit = client::call(control, "GET", "/admin/v1/audit", None).await?;
-        if audit["orders_in_flight"] == 0 || Instant::now() > deadline {
+        if audit["orders_in_flight"] == 0 {
             return Ok(());
         }
+        anyhow::ensure!(
+            Instant::now() < deadline,
+            "{} orders are still in flight 30 s after the last click",
+            audit["orders_in_flight"]
+        );
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }

@@ -8,6 +8,9 @@ use serde_json::Value;
 use crate::loadgen::{AnswerKind, LoadReport, Promise, Told};
 use crate::store::postgres::Database;
 
+/// The check that an audit leaves out while anything is in flight.
+const LIVE_CHECK: &str = "live counters are those of the database";
+
 /// One buyer's clicks on one SKU.
 type Buyer = (String, String);
 
@@ -26,6 +29,8 @@ struct Heard {
     in_the_dark: bool,
     /// Told to come back later, for want of room or time.
     turned_away: bool,
+    /// The last definite answer was that there is no order.
+    told_no: bool,
 }
 
 impl Heard {
@@ -41,8 +46,11 @@ impl Heard {
             },
             AnswerKind::RateLimited | AnswerKind::Unavailable | AnswerKind::TimedOut => {
                 self.turned_away = true;
+                self.told_no = true;
             }
-            AnswerKind::SoldOut | AnswerKind::Refused | AnswerKind::ClientError => {}
+            AnswerKind::SoldOut | AnswerKind::Refused | AnswerKind::ClientError => {
+                self.told_no = true;
+            }
             AnswerKind::ServerError | AnswerKind::Transport => self.in_the_dark = true,
         }
     }
@@ -53,12 +61,14 @@ impl Heard {
     }
 }
 
-/// Judges the sale of the buyers whose ids begin with `user_prefix`.
+/// Judges the sale of the buyers whose ids begin with `user_prefix`; an answer may take
+/// `answer_ms_max` from the moment that a click was sent.
 pub async fn judge(
     database: &Database,
     report: &LoadReport,
     user_prefix: &str,
     audit: &Value,
+    answer_ms_max: f64,
 ) -> anyhow::Result<Vec<Promise>> {
     let mut heard: HashMap<Buyer, Heard> = HashMap::new();
     for told in report.outcomes.iter().flat_map(|outcomes| outcomes.iter()) {
@@ -87,7 +97,10 @@ pub async fn judge(
                         wrong_rows.push(id);
                     }
                 }
-                Some(told) if told.placed.is_none() && (told.in_the_dark || told.unsettled) => {}
+                Some(told)
+                    if told.placed.is_none()
+                        && !told.told_no
+                        && (told.in_the_dark || told.unsettled) => {}
                 _ => untold_rows.push(id),
             }
             if found.insert(buyer, id).is_some() {
@@ -122,7 +135,24 @@ pub async fn judge(
         ok,
         detail,
     };
+    let unanswered = report.count(AnswerKind::Transport) + report.count(AnswerKind::ServerError);
+    let slowest_ms =
+        report.latency.all.max_ms.unwrap_or(0.0) - report.send_lag.max_ms.unwrap_or(0.0);
+    let live_compared = audit["checks"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .any(|check| check["name"] == LIVE_CHECK);
     Ok(vec![
+        promise(
+            "Every click was answered, in time",
+            unanswered == 0 && slowest_ms <= answer_ms_max,
+            format!(
+                "{} of {} answered; the slowest took {slowest_ms:.0} ms of at most {answer_ms_max:.0} ms",
+                report.offered - unanswered.min(report.offered),
+                report.offered
+            ),
+        ),
         promise(
             "Every unit that was wanted was sold, and none twice",
             unsold == 0 && oversold == 0,
@@ -173,7 +203,7 @@ pub async fn judge(
         ),
         promise(
             "The audit of the database agrees",
-            audit["ok"] == true,
+            audit["ok"] == true && live_compared,
             audit_detail(audit),
         ),
     ])
@@ -196,7 +226,9 @@ fn unsold(
             let bought = found.keys().filter(of_sku).count();
             let turned_away = heard
                 .iter()
-                .filter(|(buyer, told)| of_sku(buyer) && (told.turned_away || told.in_the_dark))
+                .filter(|(buyer, told)| {
+                    of_sku(buyer) && told.placed.is_none() && (told.turned_away || told.in_the_dark)
+                })
                 .count();
             let could = wanted.min(usize::try_from(before.free).unwrap_or(usize::MAX));
             could.saturating_sub(bought + turned_away)

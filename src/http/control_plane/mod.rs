@@ -16,9 +16,9 @@ mod skus;
 use std::sync::{Arc, OnceLock};
 
 use axum::Router;
-use axum::extract::{DefaultBodyLimit, State};
+use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::http::HeaderMap;
-use axum::middleware;
+use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 
 use crate::http::problem::Problem;
@@ -102,7 +102,9 @@ impl ControlPlane {
                     }
                 });
         let guard = middleware::from_fn_with_state(self.clone(), access::authorize);
-        open.merge(guarded.route_layer(guard))
+        // Innermost, so that it wraps only what is carried out.
+        let to_the_end = middleware::from_fn(run_to_the_end);
+        open.merge(guarded.route_layer(to_the_end).route_layer(guard))
             .fallback(|| async { Failure(Problem::new(404, "not_found", "nothing is here")) })
             .method_not_allowed_fallback(|| async {
                 Failure(Problem::new(
@@ -149,4 +151,16 @@ fn idempotency_key(headers: &HeaderMap) -> Result<Option<IdempotencyKey>, Proble
         .iter()
         .map(|value| value.as_bytes());
     crate::http::wire::idempotency_key(values)
+}
+
+/// Carries a request out also when its client goes away: an operator's change that stopped between
+/// the database and memory would leave the two apart.
+async fn run_to_the_end(request: Request, next: Next) -> Response {
+    match tokio::spawn(next.run(request)).await {
+        Ok(response) => response,
+        Err(error) => {
+            tracing::error!(%error, "a request to the control plane failed");
+            Failure(Problem::internal()).into_response()
+        }
+    }
 }

@@ -38,8 +38,16 @@ impl DataPlane {
                 SlotState::Persisted | SlotState::Failed => {}
             }
         }
+        if let Some(recent) = self.ledger.recent.get(id) {
+            json(
+                response,
+                200,
+                &OrderView::of(&recent.order, OrderStatus::PendingPayment),
+            );
+            return Ok(());
+        }
         let stored = self
-            .find_stored(request, id)?
+            .find_stored(request, self.order_timeout, id)?
             .ok_or_else(|| unknown_order(id))?;
         json(response, 200, &OrderView::stored(&stored));
         Ok(())
@@ -64,7 +72,9 @@ impl DataPlane {
             }
         }
         let canceller = self.canceller.clone();
-        let cancelled = self.on_tokio(request, async move { canceller.cancel(id).await })?;
+        let cancelled = self.on_tokio(request, self.order_timeout, async move {
+            canceller.cancel(id).await
+        })?;
         let order = cancelled.map_err(|error| match error {
             CancelError::Unknown(id) => unknown_order(id),
             CancelError::NotCancellable(..) => {
@@ -113,7 +123,7 @@ impl DataPlane {
             .collect();
         let (database, whole_history) = (self.database.clone(), self.user_index);
         let wanted = ids.clone();
-        let stored = self.on_tokio(request, async move {
+        let stored = self.on_tokio(request, self.order_timeout, async move {
             if whole_history {
                 database
                     .orders_of_user(&user_id, before, limit as i64)

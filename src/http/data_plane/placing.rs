@@ -24,6 +24,8 @@ enum Admitted {
     Placed(Arc<PendingOrder>),
     /// An earlier one did, under the same key, and it is in flight.
     Joined(Arc<PendingOrder>),
+    /// An earlier one did, a moment ago, and its row is there.
+    Recent(Arc<PendingOrder>),
     /// An earlier one did, and its row is there.
     Stored(Box<StoredOrder>),
 }
@@ -184,6 +186,9 @@ impl DataPlane {
         order: &OrderRequest,
         started: Instant,
     ) -> Result<Admitted, Problem> {
+        self.intake
+            .check_rate(&order.user_id)
+            .map_err(|refusal| self.refuse(refusal))?;
         loop {
             let admission = self
                 .intake
@@ -197,13 +202,18 @@ impl DataPlane {
                 } => return Ok(Admitted::Joined(pending)),
                 Admission::Duplicate { id, pending: None } => id,
             };
-            if let Some(stored) = self.find_stored(request, id)? {
+            if let Some(recent) = self.ledger.recent.get(id) {
+                return Ok(Admitted::Recent(recent));
+            }
+            // One limit for all orders of a batch: nobody waits beyond the order timeout.
+            let limit = self.order_timeout.saturating_sub(started.elapsed());
+            if let Some(stored) = self.find_stored(request, limit, id)? {
                 return Ok(Admitted::Stored(Box::new(stored)));
             }
             // The first request is between claiming the key and registering its order, or just
             // undoing that. Either takes it microseconds; then this one finds the order, or is
             // the first itself.
-            if started.elapsed() > order.wait {
+            if started.elapsed() > self.order_timeout {
                 return Err(self.refuse(Refusal::Overloaded));
             }
             may::coroutine::yield_now();
@@ -220,6 +230,7 @@ impl DataPlane {
                 let state = self.wait_for_other(request, &pending, deadline);
                 self.judge(pending, state, true)
             }
+            Admitted::Recent(pending) => self.judge(pending, SlotState::Persisted, true),
             Admitted::Stored(stored) => {
                 self.count("replayed");
                 Verdict::Order {
@@ -265,10 +276,20 @@ impl DataPlane {
                 self.count("unwritten");
                 Verdict::Problem(Problem::from(Refusal::Draining))
             }
+            SlotState::Failed if replayed => {
+                self.count("replayed");
+                let order = Standing::InFlight(pending, OrderStatus::Failed);
+                Verdict::Order {
+                    http_status: 200,
+                    replayed,
+                    order,
+                }
+            }
             SlotState::Failed => {
                 self.count("failed");
                 let detail = format!(
-                    "the database refused order {}: it is not placed, nothing is held, and a dead letter keeps it",
+                    "the database refused order {}: it is not placed and nothing is held; a dead letter keeps it, \
+                     and GET tells if a person places it after all",
                     pending.order.id
                 );
                 Verdict::Problem(Problem::new(500, "internal", detail))

@@ -158,23 +158,31 @@ impl DataPlane {
         }
     }
 
-    /// Runs a future on tokio while the request's coroutine is parked.
+    /// Runs a future on tokio while the request's coroutine is parked, for at most `limit`. It
+    /// goes on to its end by itself after that, and when the client goes away.
     pub(super) fn on_tokio<T: Send + 'static>(
         &self,
         request: &Request<'_>,
+        limit: Duration,
         future: impl Future<Output = T> + Send + 'static,
     ) -> Result<T, Problem> {
-        bridge::run(request, &self.runtime, future).map_err(|bridge::Gone| Problem::internal())
+        let task = async move { tokio::time::timeout(limit, tokio::spawn(future)).await };
+        match bridge::run(request, &self.runtime, task) {
+            Ok(Ok(Ok(done))) => Ok(done),
+            Ok(Err(_)) => Err(database_silent()),
+            Ok(Ok(Err(_))) | Err(bridge::Gone) => Err(Problem::internal()),
+        }
     }
 
-    /// Looks an order up in the database while the request's coroutine is parked.
+    /// Looks an order up in the database, for at most `limit`.
     pub(super) fn find_stored(
         &self,
         request: &Request<'_>,
+        limit: Duration,
         id: OrderId,
     ) -> Result<Option<StoredOrder>, Problem> {
         let database = self.database.clone();
-        self.on_tokio(request, async move { database.find_order(id).await })?
+        self.on_tokio(request, limit, async move { database.find_order(id).await })?
             .map_err(|error| DataPlane::database_problem(&error))
     }
 
@@ -182,7 +190,7 @@ impl DataPlane {
     pub(super) fn database_problem(error: &StoreError) -> Problem {
         tracing::warn!(reason = %error, "a request to the database failed");
         if error.is_transient() {
-            Problem::new(503, "not_ready", "the database does not answer; try again").retry_after(1)
+            database_silent()
         } else {
             Problem::internal()
         }
@@ -201,6 +209,10 @@ impl Service for DataPlane {
             problem.write_to(response);
         }
     }
+}
+
+fn database_silent() -> Problem {
+    Problem::new(503, "not_ready", "the database does not answer; try again").retry_after(1)
 }
 
 fn unknown_sku() -> Problem {

@@ -115,36 +115,25 @@ impl Database {
             .connect_timeout(step_timeout)
             .tcp_user_timeout(step_timeout);
         let connector = Arc::new(Connector::new(&config, parameters)?);
-        let setup = session_setup(schema, step_timeout);
-        let manager = Manager::from_connect(
-            config,
-            PoolConnector(Arc::clone(&connector)),
-            ManagerConfig {
-                recycling_method: RecyclingMethod::Verified,
-            },
-        );
-        let pool = Pool::builder(manager)
-            .max_size(pool_size)
-            .runtime(Runtime::Tokio1)
-            .wait_timeout(Some(step_timeout))
-            .create_timeout(Some(step_timeout))
-            .recycle_timeout(Some(step_timeout))
-            .post_create(Hook::async_fn(move |client, _| {
-                let setup = setup.clone();
-                Box::pin(async move {
-                    client
-                        .batch_execute(&setup)
-                        .await
-                        .map_err(HookError::Backend)
-                })
-            }))
-            .build()
-            .map_err(|e| StoreError::Pool(e.to_string()))?;
+        let pool = make_pool(&connector, schema, pool_size, step_timeout)?;
         Ok(Database {
             connector,
             schema: schema.to_owned(),
             step_timeout,
             pool,
+        })
+    }
+
+    /// The same database with a small pool of its own, so that whoever uses it never waits behind
+    /// whoever uses this one.
+    ///
+    /// # Errors
+    /// Where no pool can be made.
+    pub fn with_own_pool(&self, pool_size: usize) -> Result<Self, StoreError> {
+        let pool = make_pool(&self.connector, &self.schema, pool_size, self.step_timeout)?;
+        Ok(Database {
+            pool,
+            ..self.clone()
         })
     }
 
@@ -229,6 +218,40 @@ impl Database {
     pub fn close(&self) {
         self.pool.close();
     }
+}
+
+fn make_pool(
+    connector: &Arc<Connector>,
+    schema: &str,
+    pool_size: usize,
+    step_timeout: Duration,
+) -> Result<Pool, StoreError> {
+    let setup = session_setup(schema, step_timeout);
+    let manager = Manager::from_connect(
+        // The connector knows where to; this only fills the driver's parameter.
+        tokio_postgres::Config::new(),
+        PoolConnector(Arc::clone(connector)),
+        ManagerConfig {
+            recycling_method: RecyclingMethod::Verified,
+        },
+    );
+    Pool::builder(manager)
+        .max_size(pool_size)
+        .runtime(Runtime::Tokio1)
+        .wait_timeout(Some(step_timeout))
+        .create_timeout(Some(step_timeout))
+        .recycle_timeout(Some(step_timeout))
+        .post_create(Hook::async_fn(move |client, _| {
+            let setup = setup.clone();
+            Box::pin(async move {
+                client
+                    .batch_execute(&setup)
+                    .await
+                    .map_err(HookError::Backend)
+            })
+        }))
+        .build()
+        .map_err(|e| StoreError::Pool(e.to_string()))
 }
 
 /// What every session starts with. Keepalives, so that the server notices within half a minute that
