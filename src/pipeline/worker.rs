@@ -266,7 +266,7 @@ impl Worker {
                      the row in `sku` agrees with its orders again (see the audit)"
                 );
             }
-            sku.set_faulted(true);
+            sku.park(part.len() as u32);
         }
         self.metrics.orders_parked.add(part.len() as i64);
         self.parked.entry(sku).or_default().extend(part);
@@ -276,13 +276,15 @@ impl Worker {
         let numbers: Vec<SkuNumber> = self.parked.keys().copied().collect();
         for number in numbers {
             let part = self.parked.remove(&number).unwrap_or_default();
-            self.metrics.orders_parked.sub(part.len() as i64);
+            let count = part.len();
+            self.metrics.orders_parked.sub(count as i64);
             self.write(part).await?;
-            if !self.parked.contains_key(&number)
-                && let Some(sku) = self.ledger.catalogue.by_number(number)
+            // After the attempt, so that the sale does not open while it is made; what was parked
+            // again has been counted again.
+            if let Some(sku) = self.ledger.catalogue.by_number(number)
+                && sku.unpark(count as u32)
             {
                 tracing::info!(sku_id = %sku.id, "the database takes this SKU's counters again: its sale goes on");
-                sku.set_faulted(false);
             }
         }
         Ok(())

@@ -5,7 +5,7 @@ use super::sync;
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use arc_swap::ArcSwap;
 use crossbeam::utils::CachePadded;
@@ -69,8 +69,8 @@ pub struct Sku {
     /// Padded: the one word that every buyer's core wants must not share its cache line.
     counter: CachePadded<StockCounter>,
     paused: AtomicBool,
-    /// Set while the database refuses this SKU's counters; cleared when it takes them again.
-    faulted: AtomicBool,
+    /// Orders that workers have parked, because the database refuses this SKU's counters.
+    parked: AtomicU32,
 }
 
 impl Sku {
@@ -88,7 +88,7 @@ impl Sku {
             terms: ArcSwap::from_pointee(terms),
             counter: CachePadded::new(counter),
             paused: AtomicBool::new(paused),
-            faulted: AtomicBool::new(false),
+            parked: AtomicU32::new(0),
         }
     }
 
@@ -126,14 +126,20 @@ impl Sku {
         self.paused.store(paused, Ordering::Relaxed);
     }
 
-    /// Pauses or resumes sales of this SKU, because the database refuses its counters.
-    pub fn set_faulted(&self, faulted: bool) {
-        self.faulted.store(faulted, Ordering::Relaxed);
+    /// Counts orders that workers have parked, because the database refuses this SKU's counters.
+    /// While there are any, no further ones are taken.
+    pub fn park(&self, orders: u32) {
+        self.parked.fetch_add(orders, Ordering::Relaxed);
+    }
+
+    /// Counts parked orders off again. True: they were the last, and the sale goes on.
+    pub fn unpark(&self, orders: u32) -> bool {
+        self.parked.fetch_sub(orders, Ordering::Relaxed) == orders
     }
 
     /// Whether the database refuses this SKU's counters.
     pub fn is_faulted(&self) -> bool {
-        self.faulted.load(Ordering::Relaxed)
+        self.parked.load(Ordering::Relaxed) > 0
     }
 
     /// Whether the sale takes orders at `now`.

@@ -76,7 +76,7 @@ CREATE TABLE stock_journal (
 );
 CREATE UNIQUE INDEX stock_journal_request_key ON stock_journal (sku, request_key) WHERE request_key IS NOT NULL;
 
--- Orders whose row the database refused, for a person. `order_row` is the whole order.
+-- Orders whose row the database refused, whole, for a person.
 CREATE TABLE dead_letters (
     id           bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     at           timestamptz NOT NULL DEFAULT clock_timestamp(),
