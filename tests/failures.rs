@@ -278,3 +278,48 @@ fn the_deepest_body_that_is_accepted_fits_a_coroutines_stack() {
         assert!(server.stop().await);
     });
 }
+
+#[test]
+fn an_operator_who_hangs_up_leaves_memory_and_database_agreed() {
+    block_on(async {
+        let database = TestDatabase::create().await;
+        let server = TestServer::start(&database, |_| {}).await;
+        server.put_sku("A", 5, Value::Null).await;
+        let mut blocker = database.connect().await;
+        let lock = lock_stock(&mut blocker).await;
+        let control = server.control;
+        let hung_up = tokio::task::spawn_blocking(move || {
+            let mut stream = std::net::TcpStream::connect(control).expect("connect");
+            let body = r#"{"quantity":7}"#;
+            let request = format!(
+                "POST /admin/v1/skus/A/restock HTTP/1.1\r\nHost: {control}\r\nContent-Length: {}\r\n\r\n{body}",
+                body.len()
+            );
+            std::io::Write::write_all(&mut stream, request.as_bytes()).expect("send");
+            stream
+        })
+        .await
+        .expect("the operator");
+        let watcher = database.connect().await;
+        let waits = async || {
+            let row = watcher
+                .query_one(
+                    "SELECT count(*) FROM pg_stat_activity
+                      WHERE datname = current_database() AND wait_event_type = 'Lock'",
+                    &[],
+                )
+                .await
+                .expect("activity");
+            row.get::<_, i64>(0) > 0
+        };
+        wait_until("the change waits in the database", waits).await;
+        drop(hung_up);
+        lock.rollback().await.expect("unlock");
+        wait_until("the change is in force", async || {
+            server.stock("A").await == (12, 0, 0)
+        })
+        .await;
+        server.assert_audit().await;
+        assert!(server.stop().await);
+    });
+}
