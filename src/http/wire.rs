@@ -656,6 +656,26 @@ mod tests {
                 "attributes",
             ),
             (r#"{"user_id":"\ud800","sku_id":"A"}"#, "malformed_json", ""),
+            (
+                r#"{"user_id":"a\u0000","sku_id":"A"}"#,
+                "invalid_field",
+                "user_id",
+            ),
+            (
+                r#"{"user_id":"u","sku_id":"A","quantity":1e3}"#,
+                "invalid_field",
+                "",
+            ),
+            (
+                r#"{"user_id":"u","sku_id":"A","quantity":9223372036854775808}"#,
+                "invalid_field",
+                "",
+            ),
+            (
+                r#"{"user_id":true,"sku_id":"A"}"#,
+                "invalid_field",
+                "integer",
+            ),
             ("[]", "invalid_field", ""),
         ];
         for (body, expected, named) in cases {
