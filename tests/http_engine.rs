@@ -524,9 +524,12 @@ fn deadlines_close_what_is_slow_and_spare_what_is_being_served() {
         "GET / HT",
         "POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\nab",
     ] {
-        let mut stream = connect(server.local_addr());
-        stream.write_all(partial.as_bytes()).expect("sent");
-        assert_eq!(read_to_end(&mut stream), "");
+        let got = until_closed(server.local_addr(), partial);
+        assert_eq!(
+            (got.len(), got[0].status, got[0].code().as_str()),
+            (1, 408, "request_timeout")
+        );
+        assert_eq!(got[0].field("Connection"), Some("close"));
     }
     assert!(started.elapsed() >= Duration::from_millis(600));
     let mut idle = connect(server.local_addr());
@@ -538,6 +541,9 @@ fn deadlines_close_what_is_slow_and_spare_what_is_being_served() {
         counters.closed(CloseReason::RequestTimeout) == 2
             && counters.closed(CloseReason::IdleTimeout) == 1
     });
+    // An idle connection owes no request, so it is closed without a word.
+    let mut silent = connect(server.local_addr());
+    assert_eq!(read_to_end(&mut silent), "");
     // Longer in the service than any deadline, and answered all the same.
     service.open_gate();
     assert_eq!(read_answer(&mut waiting).body, "waited");
