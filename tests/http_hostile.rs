@@ -5,7 +5,7 @@
 //! real figures, asserted as well, with a server built for release:
 //!
 //! ```text
-//! cargo build --release --example http_constant && ulimit -n 65536 &&
+//! cargo build --release --example http_constant && ulimit -n 20000 &&
 //! MILLRACE_SLOW=10000 MILLRACE_SLOW_SERVER=target/release/examples/http_constant \
 //!     cargo test --test http_hostile -- --nocapture
 //! ```

@@ -75,6 +75,7 @@ pub fn rehearse<S: Service>(
         blocked: Cell::new(false),
         told_nothing: Cell::new(0),
         ended: Cell::new(false),
+        unseen: Cell::new(true),
         state: Cell::new(State::new(Phase::Idle, 0)),
         output: RefCell::default(),
     };
@@ -97,6 +98,8 @@ struct Script<'s> {
     blocked: Cell<bool>,
     told_nothing: Cell<u32>,
     ended: Cell<bool>,
+    // The first piece is read before its event is looked at; the first wait returns at once.
+    unseen: Cell<bool>,
     state: Cell<State>,
     output: RefCell<Vec<u8>>,
 }
@@ -115,6 +118,11 @@ impl Script<'_> {
 
     fn end_is_here(&self) -> bool {
         self.ended.get() || (self.is_last() && self.ending == Ending::Together)
+    }
+
+    /// The event of the piece at hand.
+    fn arrival(&self) -> usize {
+        READABLE | if self.end_is_here() { SHUT_DOWN } else { 0 }
     }
 
     fn nothing(&self) -> io::Error {
@@ -187,13 +195,15 @@ impl Wire for Script<'_> {
         if self.blocked.get() {
             return WRITABLE;
         }
+        if self.unseen.take() {
+            return self.arrival();
+        }
         assert!(self.unread().is_empty(), "waits with bytes unread");
         assert!(!self.end_is_here(), "waits after the end");
         if !self.is_last() {
             self.next.set(self.next.get() + 1);
             self.read.set(0);
-            let end = self.is_last() && self.ending == Ending::Together;
-            return READABLE | if end { SHUT_DOWN } else { 0 };
+            return self.arrival();
         }
         if self.ending == Ending::Silence && self.state.get().phase() == Phase::Reading {
             // What the janitor does to a request that is not complete in time.
@@ -245,6 +255,7 @@ mod tests {
         for input in inputs {
             let whole = answers(&[input], Ending::Apart);
             assert!(!whole.is_empty());
+            assert_eq!(answers(&[input], Ending::Together), whole);
             for at in 1..input.len() {
                 let (before, after) = input.split_at(at);
                 for ending in [Ending::Apart, Ending::Together] {
