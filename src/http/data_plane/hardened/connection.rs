@@ -493,8 +493,10 @@ impl<'c, S: Service, W: Wire> Connection<'c, S, W> {
 
     fn enter(&mut self, phase: Phase) -> Result<(), CloseReason> {
         let to = State::new(phase, self.shared.clock.now_ms());
-        if !self.wire.enter(self.state, to) && !(self.is_late() && self.wire.enter(self.state, to))
-        {
+        // Late as it may be, it has moved on by itself.
+        let entered =
+            self.wire.enter(self.state, to) || (self.is_late() && self.wire.enter(self.state, to));
+        if !entered {
             // Whoever doomed it gave the reason that counts.
             return Err(CloseReason::Drained);
         }
