@@ -12,6 +12,7 @@
 
 #![cfg(target_os = "linux")]
 
+use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -80,7 +81,7 @@ fn good_traffic(address: SocketAddr, meanwhile: impl FnOnce()) -> (Duration, Dur
 
 /// Connections whose end shows up when they are next looked at.
 struct Crowd {
-    slow: Vec<TcpStream>,
+    slow: VecDeque<TcpStream>,
     deaf: Vec<TcpStream>,
     pipeline: Vec<u8>,
 }
@@ -93,7 +94,7 @@ impl Crowd {
             stream
         };
         let mut crowd = Self {
-            slow: Vec::new(),
+            slow: VecDeque::new(),
             deaf: (0..DEAF).map(|_| connect()).collect(),
             pipeline: "GET /deaf HTTP/1.1\r\nHost: h\r\n\r\n".repeat(4_000).into(),
         };
@@ -107,13 +108,13 @@ impl Crowd {
             };
             let begun = format!("POST /slow HTTP/1.1\r\nHost: h\r\nX: y\r\n{body}");
             stream.write_all(begun.as_bytes()).expect("sent");
-            crowd.slow.push(stream);
+            crowd.slow.push_back(stream);
         }
         crowd
     }
 
-    /// Everybody sends a little; who was cut is dropped.
-    fn stir(&mut self) {
+    /// The next `count` of the slow and all who are deaf send a little; who was cut is dropped.
+    fn stir(&mut self, count: usize) {
         let gone = |result: std::io::Result<usize>| match result {
             Ok(_) => false,
             Err(error) => error.kind() != ErrorKind::WouldBlock,
@@ -123,8 +124,14 @@ impl Crowd {
             Ok(_) => false,
             Err(error) => error.kind() != ErrorKind::WouldBlock,
         };
-        self.slow
-            .retain_mut(|stream| !gone(stream.write(b"x")) && !ended(stream));
+        for _ in 0..count.min(self.slow.len()) {
+            let Some(mut stream) = self.slow.pop_front() else {
+                break;
+            };
+            if !gone(stream.write(b"x")) && !ended(&mut stream) {
+                self.slow.push_back(stream);
+            }
+        }
         let pipeline = &self.pipeline;
         // They would not even see an end: the reset of what they write tells.
         self.deaf.retain_mut(|stream| !gone(stream.write(pipeline)));
@@ -159,25 +166,31 @@ fn a_hostile_crowd_costs_little_memory_is_gone_in_time_and_others_do_not_notice(
     for round in 1..=rounds {
         let quiet = good_traffic(server.address, || std::thread::sleep(quiet_time));
         let before = server.resident_bytes();
+        let coming = Instant::now();
         let mut crowd = Crowd::connect(server.address, slow);
-        let came = Instant::now();
+        let (came, took) = (Instant::now(), coming.elapsed());
         let mut most = before;
         let loaded = good_traffic(server.address, || {
             // Up to the deadline of those who came first.
             while came.elapsed() < deadline.min(quiet_time) {
-                crowd.stir();
+                // Spread out, as it would come from many machines: each sends ten times.
+                crowd.stir(slow / 50);
                 most = most.max(server.resident_bytes());
-                std::thread::sleep(deadline / 10);
+                std::thread::sleep(deadline / 500);
             }
         });
         let there = crowd.len();
+        if coming.elapsed() < deadline {
+            // The first one's time is not up yet.
+            assert_eq!(there, slow + DEAF);
+        }
         while crowd.len() > 0 {
             assert!(
                 came.elapsed() < deadline + GONE_AFTER,
                 "{} are still there",
                 crowd.len()
             );
-            crowd.stir();
+            crowd.stir(usize::MAX);
             most = most.max(server.resident_bytes());
             std::thread::sleep(deadline / 50);
         }
@@ -185,9 +198,10 @@ fn a_hostile_crowd_costs_little_memory_is_gone_in_time_and_others_do_not_notice(
         let grown = most - before;
         let ratio = loaded.1.as_secs_f64() / quiet.1.as_secs_f64();
         println!(
-            "round {round}: {slow} slow and {DEAF} deaf clients, {there} at once; memory +{} KiB; \
+            "round {round}: {slow} slow and {DEAF} deaf clients, {there} at once after {:.1} s; memory +{} KiB; \
              all gone {:.1} s after they came, with a deadline of {:.1} s; p50 and p99 of good \
              traffic {:?} and {:?}, quiet {:?} and {:?}: p99 {ratio:.2} times",
+            took.as_secs_f64(),
             grown / 1024,
             gone.as_secs_f64(),
             deadline.as_secs_f64(),
