@@ -1,7 +1,8 @@
 //! The same [`Service`] on stock `may_minihttp`, for benchmarks and for networks where something
 //! trusted re-frames every request. Use [`super::hardened`] everywhere else.
 //!
-//! What this engine lacks, because its connection loop is closed to us:
+//! What this engine lacks, because its connection loop is closed to us (`docs/ENGINES.md` shows it
+//! input by input, and a test keeps that true):
 //!
 //! - **Framing.** `Transfer-Encoding` and an invalid or repeated `Content-Length` are answered
 //!   `501` and `400` here, but the connection goes on: the bytes of such a body are then parsed as

@@ -26,6 +26,11 @@ const BACKOFF_MAX: Duration = Duration::from_millis(500);
 /// Descriptors that may be held beyond the limit by connections that have just ended.
 const ENDED_MAX: usize = 1024;
 
+/// Connections that the kernel may queue for us; it lowers this to its own limit. The standard
+/// library asks for 128, which a crowd fills before this thread is scheduled once, and every client
+/// beyond has to wait a second until it tries again.
+const QUEUED_MAX: i32 = 4096;
+
 /// Starts the acceptor; it ends, and closes the listener, once the server is stopping.
 pub(super) fn start<S: Service>(
     listener: TcpListener,
@@ -33,6 +38,8 @@ pub(super) fn start<S: Service>(
     shared: Arc<Shared>,
 ) -> io::Result<JoinHandle<()>> {
     listener.set_nonblocking(true)?;
+    // Listening again on a socket that listens changes the length of its queue.
+    rustix::net::listen(&listener, QUEUED_MAX)?;
     thread::Builder::new()
         .name("http-acceptor".to_owned())
         .spawn(move || run(&listener, &service, &shared))

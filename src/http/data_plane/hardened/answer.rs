@@ -70,6 +70,13 @@ pub(super) fn refused(error: FramingError, response: &mut Response) {
     Problem::new(error.status(), error.code(), detail).write_to(response);
 }
 
+/// Makes `response` the problem document for a request that did not complete in time.
+pub(super) fn timed_out(response: &mut Response) {
+    response.clear();
+    let detail = "the request did not arrive in time; it was not served";
+    Problem::new(408, "request_timeout", detail).write_to(response);
+}
+
 /// Makes `response` the problem document for a service that panicked.
 pub(super) fn panicked(response: &mut Response) {
     // What the service had begun to say goes.

@@ -5,8 +5,8 @@
 //! the buffers have their size.
 
 use std::cell::RefCell;
-use std::io::{self, ErrorKind, Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::io::{self, ErrorKind};
+use std::net::Shutdown;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -19,8 +19,8 @@ use super::framing::{self, FramingError, Verdict};
 use super::janitor::SHRINK_AFTER_MS;
 use super::peer::{Peer, Phase, State};
 use super::registry::Slot;
+use super::wire::Wire;
 use super::{Request, Response, Service, Shared};
-use crate::http::data_plane::runtime::yield_to_io;
 use crate::http::data_plane::wake::CoroutineWaker;
 
 /// The read buffer of a fresh or long idle connection; 10,000 of them take 20 MB.
@@ -43,7 +43,7 @@ const BURST_REQUESTS: u32 = 256;
 pub(super) fn run<S: Service>(mut end: End, service: &S) {
     let shared = end.shared.clone();
     let peer = end.peer.clone();
-    let reason = Connection::new(&shared, &peer, service).run();
+    let reason = Connection::new(&shared, &*peer, service, CoroutineWaker::current()).run();
     end.reason = reason;
 }
 
@@ -113,9 +113,9 @@ impl Outbox {
     }
 
     /// Writes until everything is out (true) or the socket takes no more (false).
-    fn write_to(&mut self, mut socket: &TcpStream) -> io::Result<bool> {
+    fn write_to(&mut self, wire: &impl Wire) -> io::Result<bool> {
         while let Some(rest) = self.bytes.get(self.sent..).filter(|rest| !rest.is_empty()) {
-            match socket.write(rest) {
+            match wire.write(rest) {
                 Ok(0) => return Err(ErrorKind::WriteZero.into()),
                 Ok(written) => self.sent += written,
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
@@ -129,9 +129,10 @@ impl Outbox {
     }
 }
 
-struct Connection<'c, S> {
+/// One connection; [`run`](Connection::run) serves it to its end.
+pub(super) struct Connection<'c, S, W> {
     shared: &'c Shared,
-    peer: &'c Peer,
+    wire: &'c W,
     service: &'c S,
     waker: Waker,
     state: State,
@@ -157,14 +158,15 @@ struct Connection<'c, S> {
     burst: u32,
 }
 
-impl<'c, S: Service> Connection<'c, S> {
-    fn new(shared: &'c Shared, peer: &'c Peer, service: &'c S) -> Self {
+impl<'c, S: Service, W: Wire> Connection<'c, S, W> {
+    /// `waker` is that of the coroutine that will call [`run`](Connection::run).
+    pub(super) fn new(shared: &'c Shared, wire: &'c W, service: &'c S, waker: Waker) -> Self {
         Self {
             shared,
-            peer,
+            wire,
             service,
-            waker: CoroutineWaker::current(),
-            state: peer.state(),
+            waker,
+            state: wire.state(),
             input: vec![0; INPUT_BYTES_MIN],
             start: 0,
             end: 0,
@@ -181,7 +183,7 @@ impl<'c, S: Service> Connection<'c, S> {
         }
     }
 
-    fn run(&mut self) -> CloseReason {
+    pub(super) fn run(&mut self) -> CloseReason {
         loop {
             let step = self.serve();
             if let Err(reason) = self.write() {
@@ -207,12 +209,16 @@ impl<'c, S: Service> Connection<'c, S> {
     /// Serves every complete request in the buffer and leaves the answers in the outbox.
     fn serve(&mut self) -> Step {
         let sizes = self.shared.limits.sizes();
+        if self.state.phase() == Phase::Late {
+            return self.time_out();
+        }
         loop {
             let input = self.input.get(self.start..self.end).unwrap_or_default();
             if input.is_empty() || input.len() < self.needed {
                 return Step::Read;
             }
-            let head_may_grow = self.searched > 0 && input.len() < sizes.head_bytes_max;
+            let head_may_grow =
+                !self.ended && self.searched > 0 && input.len() < sizes.head_bytes_max;
             if self.needed == 0 && head_may_grow && !framing::may_be_complete(input, self.searched)
             {
                 self.searched = input.len();
@@ -244,8 +250,11 @@ impl<'c, S: Service> Connection<'c, S> {
             // From here on no deadline may cut the connection, unless one already has.
             let serving = State::new(Phase::Serving, self.shared.clock.now_ms());
             if self.state.phase() != Phase::Serving {
-                if !self.peer.enter(self.state, serving) {
-                    return Step::Close(CloseReason::Drained);
+                if !self.wire.enter(self.state, serving) {
+                    return match self.is_late() {
+                        true => self.time_out(),
+                        false => Step::Close(CloseReason::Drained),
+                    };
                 }
                 self.state = serving;
             }
@@ -260,7 +269,7 @@ impl<'c, S: Service> Connection<'c, S> {
                 before_wait: &|| {
                     // Only as much as the socket takes: this is no place to wait, and an error
                     // shows again at the next write.
-                    let _ = self.outbox.borrow_mut().write_to(self.peer.socket());
+                    let _ = self.outbox.borrow_mut().write_to(self.wire);
                 },
             };
             let response = &mut self.response;
@@ -322,10 +331,19 @@ impl<'c, S: Service> Connection<'c, S> {
         Step::Close(CloseReason::Refused)
     }
 
+    /// The answer to a request that began and did not complete in time (RFC 9110 15.5.9).
+    fn time_out(&mut self) -> Step {
+        answer::timed_out(&mut self.response);
+        let date = self.date.at(&self.shared.clock);
+        let out = &mut self.outbox.get_mut().bytes;
+        answer::encode(&self.response, date, Persistence::Close, false, out);
+        Step::Close(CloseReason::RequestTimeout)
+    }
+
     /// Writes every answer. While the client does not take them, nothing is read from it.
     fn write(&mut self) -> Result<(), CloseReason> {
         while !self.outbox.get_mut().is_empty() {
-            match self.outbox.get_mut().write_to(self.peer.socket()) {
+            match self.outbox.get_mut().write_to(self.wire) {
                 Ok(true) => break,
                 Ok(false) => {
                     // The deadline runs from the first refusal: progress does not renew it, or a
@@ -345,7 +363,7 @@ impl<'c, S: Service> Connection<'c, S> {
     fn read(&mut self) -> Result<(), CloseReason> {
         if self.burst >= BURST_REQUESTS && !self.emptied {
             self.burst = 0;
-            yield_to_io();
+            self.wire.let_others_go_first();
         }
         self.make_space();
         loop {
@@ -359,14 +377,17 @@ impl<'c, S: Service> Connection<'c, S> {
                 };
                 if self.state.phase() != phase {
                     self.enter(phase)?;
-                    self.peer
+                    self.wire
                         .set_bloated(phase == Phase::Idle && self.is_bloated());
                 }
                 self.wait();
+                if phase == Phase::Reading && self.is_late() {
+                    return Ok(());
+                }
             }
             let space = self.input.get_mut(self.end..).unwrap_or_default();
             let room = space.len();
-            match self.peer.socket().read(space) {
+            match self.wire.read(space) {
                 Ok(0) => {
                     self.ended = true;
                     return Ok(());
@@ -446,7 +467,7 @@ impl<'c, S: Service> Connection<'c, S> {
 
     /// Ends our side and throws away what the client still sends, for a bounded time.
     fn linger(&mut self) {
-        if self.ended || self.peer.socket().shutdown(Shutdown::Write).is_err() {
+        if self.ended || self.wire.end_writing().is_err() {
             return;
         }
         if self.enter(Phase::Lingering).is_err() {
@@ -454,7 +475,7 @@ impl<'c, S: Service> Connection<'c, S> {
         }
         let mut thrown_away = 0;
         while thrown_away < LINGER_BYTES_MAX {
-            match self.peer.socket().read(&mut self.input) {
+            match self.wire.read(&mut self.input) {
                 Ok(0) => return,
                 Ok(received) => thrown_away += received,
                 Err(error) if error.kind() == ErrorKind::WouldBlock => self.wait(),
@@ -465,19 +486,33 @@ impl<'c, S: Service> Connection<'c, S> {
     }
 
     fn wait(&mut self) {
-        let events = self.peer.wait();
+        let events = self.wire.wait();
         self.emptied = false;
         self.may_have_ended |= may_show_end(events);
     }
 
     fn enter(&mut self, phase: Phase) -> Result<(), CloseReason> {
         let to = State::new(phase, self.shared.clock.now_ms());
-        if !self.peer.enter(self.state, to) {
+        // Late as it may be, it has moved on by itself.
+        let entered =
+            self.wire.enter(self.state, to) || (self.is_late() && self.wire.enter(self.state, to));
+        if !entered {
             // Whoever doomed it gave the reason that counts.
             return Err(CloseReason::Drained);
         }
         self.state = to;
         Ok(())
+    }
+
+    /// Whether the janitor has found the request at hand late; from then on only this coroutine
+    /// moves the connection on, unless it is too slow at that as well.
+    fn is_late(&mut self) -> bool {
+        let seen = self.wire.state();
+        let late = seen.phase() == Phase::Late;
+        if late {
+            self.state = seen;
+        }
+        late
     }
 }
 

@@ -2,7 +2,8 @@
 //!
 //! Deadlines are kept here and not by timers of the coroutines, because a coroutine that times out
 //! goes on running on the runtime's single timer thread. A connection past its deadline has its
-//! socket shut down, which its coroutine sees as the end of the stream.
+//! socket shut down, which its coroutine sees as the end of the stream; one whose request began
+//! and is late is woken to answer `408` first.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -78,7 +79,14 @@ impl Deadlines {
                 }
                 (self.idle_ms, CloseReason::IdleTimeout)
             }
-            Phase::Reading => (self.request_ms, CloseReason::RequestTimeout),
+            Phase::Reading => {
+                if age_ms > self.request_ms {
+                    peer.expire(state, now_ms);
+                }
+                return None;
+            }
+            // Its coroutine needs a moment to say so, and no more.
+            Phase::Late => (LINGER_MS, CloseReason::RequestTimeout),
             Phase::Writing => (self.request_ms, CloseReason::UnreadReply),
             Phase::Lingering => (LINGER_MS.min(self.request_ms), CloseReason::Lingered),
             // The service keeps its own deadline, and every one of its answers is due.

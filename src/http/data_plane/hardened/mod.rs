@@ -17,9 +17,10 @@
 //!   answer never waits behind another request's wait, and a pipeline of quick ones shares a write.
 //! - Refusals of the engine (`4xx`, `5xx` of framing) come after the answers that are due, and end
 //!   the connection. The rest of its input is thrown away for a bounded time, not served.
-//! - A request has [`Limits::request_timeout`] from its first byte to its last; the client as long
-//!   to take an answer; a connection [`Limits::idle_timeout`] between requests. None of them cuts
-//!   a request that is inside the service.
+//! - A request has [`Limits::request_timeout`] from its first byte to its last, or is answered
+//!   `408`; the client as long to take an answer; a connection [`Limits::idle_timeout`] between
+//!   requests. The last two end in a close without a word, and none of them cuts a request that is
+//!   inside the service.
 //! - Memory for a connection grows with the bytes that came, up to the limits, and shrinks when it
 //!   falls idle. Connections and descriptors are bounded.
 
@@ -32,7 +33,9 @@ pub mod framing;
 mod janitor;
 mod peer;
 mod registry;
+pub mod rehearsal;
 mod server;
+mod wire;
 
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;

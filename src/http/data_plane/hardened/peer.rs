@@ -5,8 +5,8 @@
 //!   Idle ──────────────► Reading ──────────────► Serving ──────────────► Idle …
 //!    │ request complete at once ───────────────────▲ │ │ answer not read
 //!    │                      │                        │ └────► Writing ───► Idle …
-//!    │                      │                        └ closing ─► Lingering ─► gone
-//!    └──────────────────────┴── any phase but Serving may be ──► Doomed ─► gone
+//!    │                      └─ not in time ─► Late ─┴ closing ─► Lingering ─► gone
+//!    └───────────────────────── any phase but Serving may be ──► Doomed ─► gone
 //! ```
 //!
 //! The connection's coroutine moves between phases; the janitor, the acceptor and the drain doom.
@@ -35,6 +35,8 @@ pub(super) enum Phase {
     Writing,
     /// The last answer is written; what the client still sends is thrown away.
     Lingering,
+    /// The janitor found its request late, and its coroutine is about to answer so.
+    Late,
     /// Shut down by another thread.
     Doomed,
 }
@@ -57,6 +59,7 @@ impl State {
             2 => Phase::Serving,
             3 => Phase::Writing,
             4 => Phase::Lingering,
+            5 => Phase::Late,
             _ => Phase::Doomed,
         }
     }
@@ -119,6 +122,13 @@ impl Peer {
         doomed
     }
 
+    /// Has the coroutine answer that its request is late, if it is still in the state of `seen`.
+    pub(super) fn expire(&self, seen: State, now_ms: u64) {
+        if self.enter(seen, State::new(Phase::Late, now_ms)) {
+            self.io.waker().wakeup();
+        }
+    }
+
     /// The reason it was doomed for, if it was.
     pub(super) fn doomed_for(&self) -> Option<CloseReason> {
         let state = self.state();
@@ -177,6 +187,7 @@ mod tests {
             Phase::Serving,
             Phase::Writing,
             Phase::Lingering,
+            Phase::Late,
             Phase::Doomed,
         ] {
             let state = State::new(phase, 12_345);

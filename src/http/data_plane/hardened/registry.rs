@@ -146,7 +146,7 @@ impl Peers {
                 continue;
             };
             let rank = match state.phase() {
-                Phase::Lingering => 0,
+                Phase::Lingering | Phase::Late => 0,
                 Phase::Reading => 1,
                 Phase::Idle => 2,
                 Phase::Serving | Phase::Writing | Phase::Doomed => continue,
