@@ -112,8 +112,14 @@ fn judge(
         }),
         over_skus(found, "I2", "counters are those of the orders", |sku| {
             (sku.held != sku.held_by_orders || sku.sold != sku.sold_by_orders).then(|| {
+                let explained = (sku.total, sku.held, sku.sold) == sku.journal && sku.gaps.is_empty();
+                let cause = if explained {
+                    "the stock journal explains the counters, so rows of orders were changed by hand"
+                } else {
+                    "the counters changed without an entry in the stock journal, see there"
+                };
                 format!(
-                    "{}: held {} sold {}, but orders hold {} and have bought {}",
+                    "{}: held {} sold {}, but orders hold {} and have bought {}: {cause}",
                     sku.sku_id, sku.held, sku.sold, sku.held_by_orders, sku.sold_by_orders
                 )
             })
@@ -128,9 +134,9 @@ fn judge(
                 wrong.then(|| {
                 let (total, held, sold) = sku.journal;
                 format!(
-                    "{}: total {} held {} sold {}, but its changes add up to {total}, {held}, {sold} \
-                     with {} breaks: the row was edited by hand",
-                    sku.sku_id, sku.total, sku.held, sku.sold, sku.journal_breaks
+                    "{}: total {} held {} sold {}, but its changes add up to {total}, {held}, {sold}: \
+                     the row or its journal was edited by hand, {}",
+                    sku.sku_id, sku.total, sku.held, sku.sold, sku.gaps.join(", ")
                 )
             })
             },

@@ -87,3 +87,26 @@ async fn an_edit_that_was_undone_by_hand_is_no_break() {
         .await;
     assert_eq!(sale.faults().await, [JOURNAL]);
 }
+
+#[tokio::test]
+async fn a_counter_that_is_wrong_is_explained_by_place_and_units() {
+    let sale = good().await;
+    sale.sql("UPDATE sku SET held = held - 2 WHERE sku_id = 'A'")
+        .await;
+    let audit = sale.database.audit().await.unwrap();
+    let gap = &audit.skus[0].gaps;
+    assert_eq!(gap.len(), 1, "{gap:?}");
+    assert!(gap[0].starts_with("after the last entry "), "{gap:?}");
+    assert!(gap[0].contains("(orders batch 0/0/"), "{gap:?}");
+    assert!(gap[0].contains("held -2"), "{gap:?}");
+    // Orders that come upon it put the gap between two entries.
+    let sku = sale.database.load_skus().await.unwrap().remove(0);
+    let mut writer = sale.writer(0);
+    writer.write(&refs(&orders(&sku, 1))).await.unwrap();
+    let audit = sale.database.audit().await.unwrap();
+    let gap = &audit.skus[0].gaps;
+    assert_eq!(gap.len(), 1, "{gap:?}");
+    assert!(gap[0].starts_with("before entry "), "{gap:?}");
+    assert!(gap[0].contains("held -2"), "{gap:?}");
+    assert!(audit.skus[1].gaps.is_empty());
+}

@@ -22,7 +22,40 @@ pub struct SkuAudit {
     pub journal: (i64, i64, i64),
     /// Entries whose counters do not follow from the entry before: somebody edited the row.
     pub journal_breaks: i64,
+    /// Where the journal and the counters part: between which entries, and by how many units. At
+    /// most [`GAPS_MAX`] of them.
+    pub gaps: Vec<String>,
 }
+
+/// Gaps that are told of one SKU.
+pub const GAPS_MAX: usize = 5;
+
+/// Where counters changed without an entry: before an entry (its counters do not follow from the
+/// entry before it), or after the last one (the row has moved on without one).
+const GAPS: &str = "
+    WITH steps AS (
+        SELECT sku, id, at, cause, reference, lag(id) OVER w AS earlier,
+               total_after - coalesce(lag(total_after) OVER w, 0) - total_delta AS total,
+               held_after - coalesce(lag(held_after) OVER w, 0) - held_delta AS held,
+               sold_after - coalesce(lag(sold_after) OVER w, 0) - sold_delta AS sold
+          FROM stock_journal WINDOW w AS (PARTITION BY sku ORDER BY id)
+    ), newest AS (
+        SELECT DISTINCT ON (sku) sku, id, at, cause, reference, total_after, held_after, sold_after
+          FROM stock_journal ORDER BY sku, id DESC
+    ), gaps AS (
+        SELECT sku, id, total, held, sold,
+               format('before entry %s (%s %s at %s)', id, cause, reference, at::timestamptz(0)) AS place
+          FROM steps WHERE (total, held, sold) <> (0, 0, 0)
+        UNION ALL
+        SELECT s.id, n.id, s.total - n.total_after, s.held - n.held_after, s.sold - n.sold_after,
+               format('after the last entry %s (%s %s at %s)', n.id, n.cause, n.reference, n.at::timestamptz(0))
+          FROM sku s JOIN newest n ON n.sku = s.id
+         WHERE (s.total, s.held, s.sold) <> (n.total_after, n.held_after, n.sold_after)
+    )
+    SELECT s.sku_id, format('%s: total %s, held %s, sold %s without an entry', g.place,
+                            to_char(g.total, 'FMSG9999999990'), to_char(g.held, 'FMSG9999999990'),
+                            to_char(g.sold, 'FMSG9999999990'))
+      FROM gaps g JOIN sku s ON s.id = g.sku ORDER BY s.sku_id, g.id";
 
 /// What the database says, all from one snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -95,6 +128,14 @@ impl Database {
             )
             .await
             .map_err(StoreError::statement(doing))?;
+        let gaps = transaction
+            .query(GAPS, &[])
+            .await
+            .map_err(StoreError::statement(doing))?;
+        let gaps_of = |sku_id: &str| -> Vec<String> {
+            let of_sku = gaps.iter().filter(|row| row.get::<_, &str>(0) == sku_id);
+            of_sku.take(GAPS_MAX).map(|row| row.get(1)).collect()
+        };
         transaction
             .commit()
             .await
@@ -111,6 +152,7 @@ impl Database {
                     sold_by_orders: row.get(5),
                     journal: (row.get(6), row.get(7), row.get(8)),
                     journal_breaks: row.get(9),
+                    gaps: gaps_of(row.get(0)),
                 })
                 .collect(),
             orders: counts.get(0),
