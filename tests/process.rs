@@ -79,11 +79,11 @@ impl Served {
     }
 
     fn terminate(&self) {
-        let killed = Command::new("kill")
-            .arg("-TERM")
-            .arg(self.child.id().to_string())
-            .status();
-        assert!(killed.expect("run kill").success());
+        let pid = i32::try_from(self.child.id()).ok();
+        let pid = pid
+            .and_then(rustix::process::Pid::from_raw)
+            .expect("a process id");
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("send SIGTERM");
     }
 
     fn wait(mut self) -> Option<i32> {
