@@ -6,10 +6,8 @@ use std::collections::HashMap;
 use serde_json::Value;
 
 use crate::loadgen::{AnswerKind, LoadReport, Promise, Told};
+use crate::pipeline::audit::LIVE_CHECK;
 use crate::store::postgres::Database;
-
-/// The check that an audit leaves out while anything is in flight.
-const LIVE_CHECK: &str = "live counters are those of the database";
 
 /// One buyer's clicks on one SKU.
 type Buyer = (String, String);
