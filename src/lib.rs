@@ -15,6 +15,7 @@
 pub mod app;
 pub mod cli;
 pub mod config;
+pub mod faults;
 pub mod http;
 pub mod loadgen;
 pub mod metrics;

@@ -13,6 +13,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("order", 0),
     ("config", 0),
     ("metrics", 0),
+    ("faults", 0),
     ("state", 1),
     ("queue", 1),
     ("store", 1),

@@ -1,0 +1,121 @@
+//! Deliberate faults, for the programs that prove the promises. Compiled into test builds only
+//! (`--features faults`, which `cargo test` switches on by itself); elsewhere each call is nothing.
+//!
+//! `MILLRACE_FAULT` names one fault:
+//!
+//! * `crash@POINT` or `crash@POINT:N` ends the process with SIGKILL when it passes the point for
+//!   the first or the N-th time;
+//! * `bug@NAME` puts a defect in, to show that a check catches it.
+
+/// Every point at which a process can be made to crash, along the way of an order.
+pub const CRASH_POINTS: [&str; 14] = [
+    "journal.segment_created",
+    "journal.segment_renamed",
+    "journal.before_write",
+    "journal.after_write",
+    "journal.after_sync",
+    "journal.acknowledged",
+    "journal.read_back",
+    "journal.before_retire",
+    "journal.after_retire",
+    "worker.claimed",
+    "worker.before_commit",
+    "worker.committed",
+    "recovery.replayed_part",
+    "recovery.replayed",
+];
+
+/// Every defect that can be put in.
+pub const BUGS: [&str; 12] = [
+    "ack_before_sync",
+    "no_sync",
+    "reuse_failed_file",
+    "no_directory_sync",
+    "retire_before_commit",
+    "skip_a_replay",
+    "replay_without_looking",
+    "trust_any_sector",
+    "cut_at_damage",
+    "double_release",
+    "guess_the_commit",
+    "hold_without_checking",
+];
+
+/// Ends the process with SIGKILL where this point was asked for.
+#[inline]
+pub fn crash_point(name: &'static str) {
+    #[cfg(feature = "faults")]
+    chosen::crash_point(name);
+    #[cfg(not(feature = "faults"))]
+    let _ = name;
+}
+
+/// Whether this defect was asked for.
+#[inline]
+pub fn bug(name: &'static str) -> bool {
+    #[cfg(feature = "faults")]
+    return chosen::bug(name);
+    #[cfg(not(feature = "faults"))]
+    {
+        let _ = name;
+        false
+    }
+}
+
+#[cfg(feature = "faults")]
+mod chosen {
+    use std::sync::LazyLock;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    enum Fault {
+        None,
+        Crash { point: String, left: AtomicU64 },
+        Bug(String),
+    }
+
+    static FAULT: LazyLock<Fault> = LazyLock::new(|| {
+        let text = std::env::var("MILLRACE_FAULT").unwrap_or_default();
+        if let Some(name) = text.strip_prefix("bug@") {
+            assert!(super::BUGS.contains(&name), "MILLRACE_FAULT: no bug {name}");
+            return Fault::Bug(name.to_owned());
+        }
+        let Some(point) = text.strip_prefix("crash@") else {
+            assert!(
+                text.is_empty(),
+                "MILLRACE_FAULT: {text:?} is no crash@ or bug@"
+            );
+            return Fault::None;
+        };
+        let (point, count) = point.split_once(':').unwrap_or((point, "1"));
+        assert!(
+            super::CRASH_POINTS.contains(&point),
+            "MILLRACE_FAULT: no point {point}"
+        );
+        Fault::Crash {
+            point: point.to_owned(),
+            left: AtomicU64::new(count.parse().expect("MILLRACE_FAULT: a count")),
+        }
+    });
+
+    pub fn crash_point(name: &'static str) {
+        debug_assert!(super::CRASH_POINTS.contains(&name), "{name} is not listed");
+        if let Fault::Crash { point, left } = &*FAULT
+            && point == name
+            && left.fetch_sub(1, Ordering::Relaxed) == 1
+        {
+            let _ = rustix::process::kill_process(
+                rustix::process::getpid(),
+                rustix::process::Signal::KILL,
+            );
+            // The signal may take a moment to arrive; nothing may happen meanwhile.
+            loop {
+                std::thread::park();
+            }
+        }
+    }
+
+    pub fn bug(name: &'static str) -> bool {
+        debug_assert!(super::BUGS.contains(&name), "{name} is not listed");
+        matches!(&*FAULT, Fault::Bug(chosen) if chosen == name)
+    }
+}
