@@ -85,8 +85,9 @@ fn ledger(total: u32) -> Arc<Ledger> {
         recent: millrace::state::recent::Recent::with_capacity(1_000),
         catalogue,
         buyers: Buyers::new(1 << 30, 1 << 20),
-        pending: Pending::with_capacity(1 << 17),
+        pending: Arc::new(Pending::with_capacity(1 << 17)),
         poison: Poison::default(),
+        pace: Default::default(),
         ids: clock(),
     })
 }
@@ -100,6 +101,7 @@ fn request(number: u64) -> OrderRequest {
         attributes: None,
         key: Some(IdempotencyKey::new("8e03978e-40d5-43e8-bc93-6894a57f9324").unwrap()),
         wait: Duration::from_secs(7),
+        respond_async: false,
     }
 }
 

@@ -1,11 +1,14 @@
 //! All wiring: what starts in which order, how state is recovered, how it is drained.
 //!
 //! ```text
-//!   start:  bind ─► control plane ─► PostgreSQL ─► schema ─► take over ─► recover
-//!           ─► workers, deadlines, lease ─► open the intake
+//!   start:  bind ─► control plane ─► read the journal ─► PostgreSQL ─► schema ─► take over
+//!           ─► replay the journal ─► recover ─► workers, deadlines, leases ─► open the intake
 //!   drain:  close the intake ─► run the queue empty ─► settle what is left
 //!           ─► answer what is in flight ─► close the control plane ─► PostgreSQL
 //! ```
+
+mod background;
+mod recovery;
 
 use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
@@ -14,9 +17,10 @@ use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
 use tokio::sync::{Mutex, oneshot, watch};
-use tokio::task::{AbortHandle, JoinHandle, JoinSet};
+use tokio::task::{JoinHandle, JoinSet};
 
-use crate::config::{Backend, Config, Engine, Migrate};
+use self::background::{Background, evict, keep_running};
+use crate::config::{Config, Engine, Migrate};
 use crate::http::control_plane::{ControlPlane, Parts, Refresh};
 use crate::http::data_plane::dispatcher::Dispatcher;
 use crate::http::data_plane::hardened::{self, CloseReason, Limits};
@@ -28,34 +32,23 @@ use crate::metrics::Metrics;
 use crate::order::IdClock;
 use crate::pipeline::cancel::Canceller;
 use crate::pipeline::intake::Intake;
+use crate::pipeline::lease::{self, AcknowledgeLease, Leases};
 use crate::pipeline::ledger::Ledger;
 use crate::pipeline::operator::Operator;
+use crate::pipeline::restore::{Restorer, Watermarks};
 use crate::pipeline::worker::{Worker, WorkerError};
-use crate::pipeline::{WakeAll, deadlines};
+use crate::pipeline::{WakeAll, deadlines, retention};
+use crate::queue::journal::{JournalError, JournalParts, JournalQueue};
 use crate::queue::{OrderQueue, RingQueue};
-use crate::state::buyers::Buyers;
-use crate::state::pending::{Pending, SlotState};
-use crate::state::poison::Poison;
-use crate::state::recent::Recent;
-use crate::state::refusals::Refusals;
-use crate::state::stock::Catalogue;
+use crate::state::pending::SlotState;
 use crate::store::batch::BatchWriter;
 use crate::store::embedded::{DATABASE, Embedded, EmbeddedError, EmbeddedOptions};
-use crate::store::postgres::lease::{self, Taken};
+use crate::store::postgres::lease::Taken;
 use crate::store::postgres::{Connected, Database, NodeLease};
 use crate::store::{StoreError, schema};
 
-/// How often the lease on order ids is renewed.
-const LEASE_RENEWAL: Duration = Duration::from_secs(5);
-/// How often what has left the idempotency window, and rate limits that are whole again, are
-/// forgotten.
-const EVICTION: Duration = Duration::from_secs(20);
-/// How often our own PostgreSQL is looked at.
-const POSTGRES_WATCH: Duration = Duration::from_millis(250);
 /// Connections for health, the lease on order ids, and operators.
 const OPERATORS_POOL: usize = 4;
-/// Orders written a moment ago that are answered from memory, about 200 bytes each.
-const RECENT_ORDERS: usize = 65_536;
 /// What a drain may take beyond the order timeout.
 const DRAIN_MARGIN: Duration = Duration::from_secs(3);
 
@@ -85,6 +78,29 @@ pub enum StartError {
     /// A thread or socket could not be made.
     #[error("cannot start the data plane: {0}")]
     Engine(std::io::Error),
+    /// The journal cannot be used.
+    #[error(transparent)]
+    Journal(JournalError),
+    /// The journal that may hold acknowledged orders is not here.
+    #[error(
+        "journal {noted} may hold acknowledged orders that the database does not have yet, and it is not here: {found}. Start with queue.backend = \"journal\" and queue.journal.dir where it is; or, if it is lost, give its orders up with `millrace journal abandon`"
+    )]
+    JournalAbsent {
+        /// Its name.
+        noted: String,
+        /// What is here instead.
+        found: String,
+    },
+    /// The journal here was written for another database.
+    #[error(
+        "the journal in {directory} holds {records} orders, and this database does not know it: it belongs to another one. Correct database.url or queue.journal.dir, or move the directory away"
+    )]
+    JournalForeign {
+        /// Where it is.
+        directory: PathBuf,
+        /// How many records it has.
+        records: u64,
+    },
     /// Our own PostgreSQL did not start.
     #[error(transparent)]
     Embedded(#[from] EmbeddedError),
@@ -171,6 +187,8 @@ pub struct Millrace {
     ledger: Arc<Ledger>,
     intake: Arc<Intake>,
     queue: Arc<dyn OrderQueue>,
+    /// The same, where it is a journal, and the name of that.
+    journal: Option<(Arc<JournalQueue>, String)>,
     service: Arc<DataPlane>,
     front: Front,
     workers: JoinHandle<Result<(), WorkerError>>,
@@ -234,6 +252,8 @@ impl Millrace {
         let dispatcher = Dispatcher::start();
         let wake_all: WakeAll = Arc::new(move |wakers| dispatcher.wake_all(wakers));
 
+        let journal = recovery::open_journal(&config, &control).await?;
+        control.progress("opening the database".to_owned());
         let OpenDatabase { database, embedded } = open_database(&config).await?;
         let guard = database.claim().await?;
         // Only now: another process may run on this `data_dir`, and its file is not ours to replace.
@@ -248,26 +268,70 @@ impl Millrace {
         )
         .map_err(data_dir)?;
         prepare_schema(&config, &database).await?;
+        let noted = database.noted_journal(&guard).await?;
+        recovery::check_journal(&config, journal.as_ref(), noted.as_ref())?;
         let worker_count = config.worker_count();
+        // One writer more than workers: for the replay, and for what a failover loses.
+        let writers = i16::try_from(worker_count + 1).unwrap_or(i16::MAX);
+        let ids_from = recovery::id_high_water(journal.as_ref());
         let Taken {
             lease,
             id_high_water,
             ids_leased_until,
             paused,
             guard,
-        } = database
-            .take_over(guard, i16::try_from(worker_count).unwrap_or(i16::MAX))
-            .await?;
+        } = database.take_over(guard, writers, ids_from).await?;
+        let journal = match journal {
+            None => None,
+            Some(journal) => {
+                database
+                    .note_journal(lease, &journal.identity.name())
+                    .await?;
+                Some(recovery::replay(&config, &database, lease, journal, &control).await?)
+            }
+        };
+        control.progress("reading the database".to_owned());
         let ids = IdClock::new(lease.node as u8, id_high_water, ids_leased_until);
-        let ledger = Arc::new(recover(&config, &database, ids, paused).await?);
+        let ledger = Arc::new(recovery::recover(&config, &database, ids, paused).await?);
         metrics
             .recovery_seconds
             .set(started.elapsed().as_secs_f64());
         metrics.recovered_orders.set(ledger.buyers.len() as i64);
         metrics.queue_capacity.set(config.queue.capacity as i64);
 
-        let queue: Arc<dyn OrderQueue> = match config.queue.backend {
-            Backend::Memory => Arc::new(RingQueue::new(config.queue.capacity)),
+        let journal_settings = &config.queue.journal;
+        let retain = !journal_settings.retain_for_slots.is_empty();
+        let acknowledge = Arc::new(AcknowledgeLease::new(journal_settings.lease_ms));
+        let journal_name = journal.as_ref().map(|journal| journal.identity.name());
+        let journal = match journal {
+            None => None,
+            Some(opened) => {
+                metrics
+                    .journal_bytes_max
+                    .set(journal_settings.bytes_max as i64);
+                let may_acknowledge = Arc::clone(&acknowledge);
+                let parts = JournalParts {
+                    capacity: config.queue.capacity,
+                    bytes_max: journal_settings.bytes_max,
+                    epoch: lease.epoch,
+                    retain,
+                    pending: Arc::clone(&ledger.pending),
+                    wake_all: Arc::clone(&wake_all),
+                    may_acknowledge: Arc::new(move || may_acknowledge.holds()),
+                    metrics: metrics.clone(),
+                };
+                // Makes its first segment, which waits for the disk.
+                let started =
+                    tokio::task::spawn_blocking(move || JournalQueue::start(opened, parts));
+                let started = started
+                    .await
+                    .map_err(|panic| StartError::Engine(std::io::Error::other(panic)))?;
+                Some(Arc::new(started?))
+            }
+        };
+        let queue: Arc<dyn OrderQueue> = match &journal {
+            Some(journal) => Arc::clone(journal) as Arc<dyn OrderQueue>,
+            None => Arc::new(RingQueue::new(config.queue.capacity)),
         };
         let intake = Intake::new(
             Arc::clone(&ledger),
@@ -276,11 +340,13 @@ impl Millrace {
         );
         let intake = Arc::new(intake.with_rate_limits(&config.rate_limit));
         let (cut, cut_seen) = watch::channel(false);
+        let watermarks = Arc::new(Watermarks::new(worker_count));
         let mut workers = JoinSet::new();
-        for shard in 0..worker_count {
-            let shard = i16::try_from(shard).unwrap_or(i16::MAX);
+        for worker in 0..worker_count {
+            let shard = i16::try_from(worker).unwrap_or(i16::MAX);
             let worker = Worker::new(
                 BatchWriter::new(database.clone(), lease, shard),
+                (worker, Arc::clone(&watermarks)),
                 Arc::clone(&queue),
                 Arc::clone(&ledger),
                 Arc::clone(&wake_all),
@@ -298,10 +364,30 @@ impl Millrace {
             "the deadline keeper",
             deadlines::keep(Arc::clone(&ledger), Arc::clone(&wake_all), metrics.clone()),
         );
-        background.run(
-            "the lease on order ids",
-            renew_lease(operators.clone(), lease, Arc::clone(&ledger)),
-        );
+        let leases = Leases {
+            database: operators.clone(),
+            lease,
+            ledger: Arc::clone(&ledger),
+            acknowledge: Arc::clone(&acknowledge),
+            journal: journal.clone(),
+        };
+        leases.renew().await?;
+        background.run("the leases", lease::keep(leases));
+        let restorer = Restorer {
+            ledger: Arc::clone(&ledger),
+            journal: journal.clone(),
+            database: operators.clone(),
+            lease,
+            watermarks,
+            metrics: metrics.clone(),
+            rows_max: config.workers.batch_rows_max,
+        };
+        background.run("the watch for lost commits", restorer.watch());
+        if let Some(journal) = journal.as_ref().filter(|_| retain) {
+            let slots = journal_settings.retain_for_slots.clone();
+            let keeping = retention::keep(Arc::clone(journal), operators.clone(), slots);
+            background.run("the retention of the journal", keeping);
+        }
         let window_ms = config.orders.idempotency_window_ms;
         let evicting = evict(Arc::clone(&ledger), Arc::clone(&intake), window_ms);
         background.run("the eviction of old orders", evicting);
@@ -315,6 +401,7 @@ impl Millrace {
         let service = Arc::new(DataPlane::new(DataPlaneParts {
             intake: Arc::clone(&intake),
             ledger: Arc::clone(&ledger),
+            queue: Arc::clone(&queue),
             database: database.clone(),
             canceller: Canceller::new(Arc::clone(&ledger), database.clone(), lease),
             user_index: config.database.user_index,
@@ -329,6 +416,8 @@ impl Millrace {
             ledger: Arc::clone(&ledger),
             intake: Arc::clone(&intake),
             queue: Arc::clone(&queue),
+            journal: journal.clone(),
+            acknowledge,
             database: operators.clone(),
             operator: Operator::new(
                 Arc::clone(&ledger),
@@ -354,6 +443,7 @@ impl Millrace {
             ledger,
             intake,
             queue,
+            journal: journal.zip(journal_name),
             service,
             front,
             workers,
@@ -397,6 +487,7 @@ impl Millrace {
             ledger,
             intake,
             queue,
+            journal,
             service,
             front,
             mut workers,
@@ -417,6 +508,9 @@ impl Millrace {
                 tracing::warn!(
                     "the database did not take every order in time; giving up what is not written"
                 );
+                if let Some((journal, _)) = &journal {
+                    journal.leave_backlog();
+                }
                 let _ = cut.send(true);
                 workers.await
             }
@@ -433,6 +527,14 @@ impl Millrace {
         // What nobody claimed is not placed; what may or may not be written is undecided.
         service.stop_waiting();
         let mut wakers = Vec::new();
+        if let Some((journal, _)) = &journal {
+            let stopping = Arc::clone(journal);
+            let never_written = tokio::task::spawn_blocking(move || stopping.stop()).await;
+            for pending in never_written.unwrap_or_default() {
+                ledger.refuse(&pending);
+                pending.slot.take_wakers(|waker| wakers.push(waker));
+            }
+        }
         for pending in ledger.pending.all() {
             ledger.abandon(&pending);
             clean &= pending.slot.state() != SlotState::Claimed;
@@ -465,6 +567,21 @@ impl Millrace {
             .await
         {
             tracing::debug!(reason = %error, "could not give the lease on order ids back");
+        }
+        if let Some((journal, name)) = &journal {
+            match journal.outstanding() {
+                0 => {
+                    // Another process may go on without it.
+                    let released = self.database.release_journal(self.lease, name).await;
+                    if let Err(error) = released {
+                        tracing::debug!(reason = %error, "could not note that the journal is empty");
+                    }
+                }
+                left => tracing::warn!(
+                    orders = left,
+                    "acknowledged orders stay in the journal; the next start writes them"
+                ),
+            }
         }
         drop(self.guard);
         self.database.close();
@@ -555,38 +672,6 @@ fn refresh_connections(metrics: &Metrics, counters: &hardened::Counters) {
     }
 }
 
-/// Rebuilds the in-memory state from the database.
-async fn recover(
-    config: &Config,
-    database: &Database,
-    ids: IdClock,
-    paused: bool,
-) -> Result<Ledger, StoreError> {
-    let workers_hold = config.worker_count() * config.workers.batch_rows_max;
-    let in_flight_max = config.queue.capacity + workers_hold;
-    let buyers = Buyers::new(
-        config.orders.remembered_max,
-        in_flight_max.min(config.orders.remembered_max),
-    );
-    let catalogue = Catalogue::default();
-    catalogue.add(database.load_skus().await?);
-    catalogue.set_paused(paused);
-    let floor = ids.window_floor(config.orders.idempotency_window_ms);
-    let restored = database
-        .load_window(floor, |user, order| buyers.restore(user, order))
-        .await?;
-    tracing::info!(orders = restored, "recovered the idempotency window");
-    Ok(Ledger {
-        catalogue,
-        buyers,
-        refusals: Refusals::with_capacity(config.orders.sticky_refusals_max),
-        recent: Recent::with_capacity(RECENT_ORDERS),
-        pending: Pending::with_capacity(in_flight_max),
-        poison: Poison::default(),
-        ids,
-    })
-}
-
 /// Waits for every worker. One that ends before the queue does, or panics, poisons the process.
 async fn watch_workers(
     mut workers: JoinSet<Result<(), WorkerError>>,
@@ -608,95 +693,9 @@ async fn watch_workers(
     result
 }
 
-/// Starts our own PostgreSQL again where it has died. Workers keep their batches meanwhile.
-async fn keep_running(embedded: Arc<Mutex<Embedded>>) {
-    let mut tick = tokio::time::interval(POSTGRES_WATCH);
-    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
-        tick.tick().await;
-        let mut embedded = embedded.lock().await;
-        if embedded.is_running() {
-            continue;
-        }
-        tracing::error!("our own PostgreSQL has died; starting it again");
-        match embedded.start_again().await {
-            Ok(()) => tracing::info!("our own PostgreSQL runs again"),
-            Err(error) => tracing::error!(reason = %error, "it did not start; it is tried again"),
-        }
-    }
-}
-
 async fn wait_for_sole_owner<T>(shared: Arc<T>) -> Arc<T> {
     while Arc::strong_count(&shared) > 1 {
         tokio::task::yield_now().await;
     }
     shared
-}
-
-/// Tasks that run as long as the process does. One that panics poisons it.
-struct Background {
-    ledger: Arc<Ledger>,
-    tasks: Vec<AbortHandle>,
-}
-
-impl Background {
-    fn new(ledger: Arc<Ledger>) -> Self {
-        let tasks = Vec::new();
-        Background { ledger, tasks }
-    }
-
-    fn run(&mut self, name: &'static str, work: impl Future<Output = ()> + Send + 'static) {
-        let task = tokio::spawn(work);
-        self.tasks.push(task.abort_handle());
-        let ledger = Arc::clone(&self.ledger);
-        tokio::spawn(async move {
-            if let Err(ended) = task.await
-                && ended.is_panic()
-            {
-                ledger.poison.set(format!("{name} panicked: {ended}"));
-            }
-        });
-    }
-
-    fn stop(&self) {
-        self.tasks.iter().for_each(AbortHandle::abort);
-    }
-}
-
-async fn renew_lease(database: Database, lease: NodeLease, ledger: Arc<Ledger>) {
-    let mut tick = tokio::time::interval(LEASE_RENEWAL);
-    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
-        tick.tick().await;
-        let until = ledger.ids.now().plus_ms(lease::ID_LEASE_MS);
-        match database.renew_lease(lease, until).await {
-            Ok(()) => ledger.ids.extend_lease(until),
-            Err(error @ StoreError::Fenced { .. }) => {
-                ledger.poison.set(error.to_string());
-                return;
-            }
-            Err(error) => {
-                tracing::warn!(reason = %error, "the lease on order ids was not renewed; it is tried again")
-            }
-        }
-    }
-}
-
-async fn evict(ledger: Arc<Ledger>, intake: Arc<Intake>, window_ms: u64) {
-    let mut tick = tokio::time::interval(EVICTION);
-    loop {
-        tick.tick().await;
-        let (ledger, intake) = (Arc::clone(&ledger), Arc::clone(&intake));
-        // Walks every record: not on a thread that has something better to do.
-        let evicted = tokio::task::spawn_blocking(move || {
-            intake.forget_idle();
-            ledger
-                .buyers
-                .evict_before(ledger.ids.window_floor(window_ms))
-        })
-        .await;
-        if let Ok(evicted @ 1..) = evicted {
-            tracing::debug!(evicted, "forgot orders that left the idempotency window");
-        }
-    }
 }

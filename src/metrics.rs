@@ -53,6 +53,26 @@ pub struct Metrics {
     pub orders_parked: IntGauge,
     /// Commits that the database lost after it had acknowledged them (failover).
     pub commits_lost: IntCounter,
+    /// Groups of orders synced to the journal.
+    pub journal_groups: IntCounter,
+    /// Orders synced to the journal.
+    pub journal_orders: IntCounter,
+    /// Time to write and sync one group.
+    pub journal_sync_seconds: Histogram,
+    /// Bytes that the journal takes on the disk.
+    pub journal_bytes: IntGauge,
+    /// Bytes that it may take.
+    pub journal_bytes_max: IntGauge,
+    /// Orders that wait on the disk and not in memory.
+    pub journal_backlog: IntGauge,
+    /// Orders in the journal that the database has not decided yet.
+    pub journal_outstanding: IntGauge,
+    /// 1 once the journal has stopped acknowledging.
+    pub journal_failed: IntGauge,
+    /// Orders that the last start found in the journal and wrote.
+    pub journal_replayed: IntGauge,
+    /// Orders written again after the database had lost them.
+    pub orders_restored: IntCounter,
     /// Open connections of the data plane.
     pub connections: IntGauge,
     /// Connections of the data plane that have ended.
@@ -78,9 +98,10 @@ const ROWS: [f64; 11] = [
 ];
 
 /// The values of `outcome`: what became of an order, or the code of its refusal.
-const OUTCOMES: [&str; 19] = [
+const OUTCOMES: [&str; 22] = [
     "sold_out",
     "created",
+    "accepted",
     "replayed",
     "purchase_limit",
     "overloaded",
@@ -95,6 +116,8 @@ const OUTCOMES: [&str; 19] = [
     "idempotency_key_reused",
     "not_ready",
     "draining",
+    "journal_full",
+    "journal_failed",
     "unwritten",
     "failed",
     "other",
@@ -315,6 +338,47 @@ impl Metrics {
             "millrace_commits_lost_total",
             "Commits that the database lost after it had acknowledged them (failover).",
         )?;
+        let journal_groups = make.counter(
+            "millrace_journal_groups_total",
+            "Groups of orders synced to the journal; each cost one sync.",
+        )?;
+        let journal_orders = make.counter(
+            "millrace_journal_orders_total",
+            "Orders synced to the journal.",
+        )?;
+        let journal_sync_seconds = make.histogram(
+            "millrace_journal_sync_seconds",
+            "Time to write and sync one group of orders to the journal.",
+            &SECONDS,
+        )?;
+        let journal_bytes = make.gauge(
+            "millrace_journal_bytes",
+            "Bytes that the journal's segments take on the disk.",
+        )?;
+        let journal_bytes_max = make.gauge(
+            "millrace_journal_bytes_max",
+            "Bytes that they may take: queue.journal.bytes_max.",
+        )?;
+        let journal_backlog = make.gauge(
+            "millrace_journal_backlog_orders",
+            "Acknowledged orders that wait on the disk, because there is no room in memory.",
+        )?;
+        let journal_outstanding = make.gauge(
+            "millrace_journal_outstanding_orders",
+            "Orders in the journal that the database has not decided yet.",
+        )?;
+        let journal_failed = make.gauge(
+            "millrace_journal_failed",
+            "1 once the journal has failed: respond-async is refused until a restart.",
+        )?;
+        let journal_replayed = make.gauge(
+            "millrace_journal_replayed_orders",
+            "Orders that the last start found in the journal and not in the database, and wrote.",
+        )?;
+        let orders_restored = make.counter(
+            "millrace_orders_restored_total",
+            "Orders written again after the database had lost them (failover).",
+        )?;
         let stock = IntGaugeVec::new(
             Opts::new(
                 "millrace_stock_units",
@@ -373,6 +437,16 @@ impl Metrics {
             dead_letters,
             orders_parked,
             commits_lost,
+            journal_groups,
+            journal_orders,
+            journal_sync_seconds,
+            journal_bytes,
+            journal_bytes_max,
+            journal_backlog,
+            journal_outstanding,
+            journal_failed,
+            journal_replayed,
+            orders_restored,
             connections,
             connections_cut,
             stock,

@@ -296,7 +296,10 @@ fn free_port() -> u16 {
 fn on_a_volatile_queue_respond_async_waits_and_says_so() {
     block_on(async {
         let database = TestDatabase::create().await;
-        let server = TestServer::start(&database, |_| {}).await;
+        let server = TestServer::start(&database, |config| {
+            config.queue.backend = millrace::config::Backend::Memory;
+        })
+        .await;
         server.put_sku("A", 5, Value::Null).await;
         let body = json!({ "user_id": "u", "sku_id": "A" });
         let answer = server

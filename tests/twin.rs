@@ -83,8 +83,9 @@ impl Real {
             recent: millrace::state::recent::Recent::with_capacity(1_000),
             catalogue,
             buyers: Buyers::new(remembered_max, 64),
-            pending: Pending::with_capacity(64),
+            pending: Arc::new(Pending::with_capacity(64)),
             poison: Poison::default(),
+            pace: Default::default(),
             ids: IdClock::new(1, UnixMillis(0), UnixMillis(i64::MAX)),
         });
         let queue: Arc<dyn OrderQueue> = Arc::new(RingQueue::new(capacity));
@@ -186,6 +187,7 @@ impl Ask {
                 .key
                 .map(|key| IdempotencyKey::new(&format!("key-{key}")).unwrap()),
             wait,
+            respond_async: false,
         }
     }
 
@@ -879,6 +881,7 @@ fn click(user: u64) -> OrderRequest {
         attributes: None,
         key: Some(IdempotencyKey::new("k").unwrap()),
         wait: HOUR,
+        respond_async: false,
     }
 }
 

@@ -5,6 +5,7 @@ mod client;
 mod config_check;
 mod config_reference;
 mod demo;
+mod journal;
 mod load;
 mod logging;
 mod migrate;
@@ -40,6 +41,8 @@ enum Command {
     Audit(audit::AuditArgs),
     /// Bring the database schema up to date, or print its SQL.
     Migrate(migrate::MigrateArgs),
+    /// Look at the journal, check it, or give it up.
+    Journal(journal::JournalArgs),
     /// Look at the configuration.
     Config {
         #[command(subcommand)]
@@ -112,6 +115,7 @@ async fn run(cli: Cli) -> anyhow::Result<bool> {
         Command::Load(args) => load::run(args).await,
         Command::Audit(args) => audit::run(&args).await,
         Command::Migrate(args) => migrate::run(&args).await,
+        Command::Journal(args) => journal::run(&args).await,
         Command::Config {
             command: ConfigCommand::Check(args),
         } => config_check::run(&args).await,

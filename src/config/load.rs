@@ -88,6 +88,16 @@ impl Config {
         }
     }
 
+    /// The directory of the journal.
+    pub fn journal_dir(&self) -> std::path::PathBuf {
+        let dir = &self.queue.journal.dir;
+        if dir.as_os_str().is_empty() {
+            self.data_dir.join("journal")
+        } else {
+            dir.clone()
+        }
+    }
+
     fn check(&self) -> Result<(), ConfigError> {
         fn range<T: PartialOrd + std::fmt::Display>(
             field: &'static str,
@@ -115,6 +125,18 @@ impl Config {
             self.database.step_timeout_ms,
             100,
             600_000,
+        )?;
+        range(
+            "queue.journal.bytes_max",
+            self.queue.journal.bytes_max,
+            1 << 20,
+            1 << 40,
+        )?;
+        range(
+            "queue.journal.lease_ms",
+            self.queue.journal.lease_ms,
+            1_000,
+            86_400_000,
         )?;
         range("data_plane.threads", self.data_plane.threads, 0, 256)?;
         range(

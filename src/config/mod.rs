@@ -179,12 +179,39 @@ pub struct Queue {
     /// `503 overloaded` before anything is held.
     #[schemars(range(min = 1, max = 10_000_000))]
     pub capacity: usize,
+    /// The write-ahead log of `backend = "journal"`.
+    pub journal: Journal,
+}
+
+/// `[queue.journal]`
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+pub struct Journal {
+    /// Its directory, for it alone; empty: `journal` under `data_dir`. Not on a network file system.
+    #[schemars(with = "String")]
+    pub dir: PathBuf,
+    /// Bytes that it may take on the disk; beyond it `respond-async` is refused with
+    /// `503 journal_full`. Its segments are a sixteenth of this, at most 16 MiB each, as they were
+    /// when the journal was begun.
+    #[schemars(range(min = 1_048_576, max = 1_099_511_627_776_i64))]
+    pub bytes_max: u64,
+    /// For how long orders are acknowledged without a sign of life from the database, in
+    /// milliseconds. It is also the time after which an operator may abandon the journal of a lost
+    /// process.
+    #[schemars(range(min = 1_000, max = 86_400_000))]
+    pub lease_ms: u64,
+    /// Names of physical replication slots: a segment is deleted only once the standbys behind them
+    /// have everything in it, so that a failover to one of them loses no acknowledged order.
+    pub retain_for_slots: Vec<String>,
 }
 
 /// The queue backends.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize, JsonSchema, PartialEq, Eq)]
 #[serde(rename_all = "lowercase")]
 pub enum Backend {
+    /// A write-ahead log on this machine's disk: `respond-async` is acknowledged after the sync
+    /// that covers it.
+    Journal,
     /// The ring alone; `respond-async` falls back to waiting.
     Memory,
 }
@@ -395,8 +422,20 @@ impl Default for ControlPlane {
 impl Default for Queue {
     fn default() -> Self {
         Queue {
-            backend: Backend::Memory,
+            backend: Backend::Journal,
             capacity: 65_536,
+            journal: Journal::default(),
+        }
+    }
+}
+
+impl Default for Journal {
+    fn default() -> Self {
+        Journal {
+            dir: PathBuf::new(),
+            bytes_max: 4 << 30,
+            lease_ms: 600_000,
+            retain_for_slots: Vec::new(),
         }
     }
 }

@@ -135,6 +135,18 @@ impl From<Refusal> for Problem {
                 "too many orders are waiting to be written; nothing was held",
             )
             .retry_after(1),
+            Refusal::JournalFull => Problem::new(
+                503,
+                code,
+                "the journal is full until the database has taken more orders; nothing was held",
+            )
+            .retry_after(5),
+            Refusal::JournalFailed => Problem::new(
+                503,
+                code,
+                "the journal's disk has failed; nothing was held; orders without respond-async are taken",
+            )
+            .retry_after(30),
         }
     }
 }

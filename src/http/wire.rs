@@ -237,6 +237,9 @@ pub struct OrderView<'a> {
     status: &'static str,
     created_at: Time,
     expires_at: Time,
+    /// With an order that was accepted just now.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    estimated_wait_ms: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     attributes: Option<&'a RawValue>,
 }
@@ -274,7 +277,16 @@ impl<'a> OrderView<'a> {
             status: status.as_str(),
             created_at: Time(order.created_at),
             expires_at: Time(order.expires_at),
+            estimated_wait_ms: None,
             attributes: as_raw(order.attributes.as_deref()),
+        }
+    }
+
+    /// An order that is durable in the queue and will take so long to become a row.
+    pub fn accepted(order: &'a Order, estimated_wait_ms: u64) -> Self {
+        OrderView {
+            estimated_wait_ms: Some(estimated_wait_ms),
+            ..Self::of(order, OrderStatus::Accepted)
         }
     }
 
@@ -291,6 +303,7 @@ impl<'a> OrderView<'a> {
             status: order.status.as_str(),
             created_at: Time(order.created_at),
             expires_at: Time(order.expires_at),
+            estimated_wait_ms: None,
             attributes: as_raw(order.attributes.as_deref()),
         }
     }

@@ -47,6 +47,10 @@ pub enum Refusal {
     },
     /// The queue or the memory of recent orders is full.
     Overloaded,
+    /// The journal has reached its limit, or the disk its end.
+    JournalFull,
+    /// The journal's disk has failed; orders that wait for persistence are still taken.
+    JournalFailed,
 }
 
 impl Refusal {
@@ -65,6 +69,8 @@ impl Refusal {
             Refusal::PurchaseLimit { .. } => "purchase_limit",
             Refusal::SoldOut { .. } => "sold_out",
             Refusal::Overloaded => "overloaded",
+            Refusal::JournalFull => "journal_full",
+            Refusal::JournalFailed => "journal_failed",
         }
     }
 
@@ -99,6 +105,8 @@ mod tests {
             Refusal::PurchaseLimit { limit: 1, taken: 1 },
             Refusal::SoldOut { available: 0 },
             Refusal::Overloaded,
+            Refusal::JournalFull,
+            Refusal::JournalFailed,
         ];
         assert!(ordered.windows(2).all(|pair| pair[0] < pair[1]));
     }

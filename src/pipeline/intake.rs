@@ -16,11 +16,12 @@ use std::time::{Duration, Instant};
 use super::ledger::Ledger;
 use super::rate_limit::RateLimits;
 use crate::config::RateLimit;
+use crate::faults::bug;
 use crate::order::{
     IdempotencyKey, KeyHash, Order, OrderId, PayloadHash, Quantity, Refusal, SkuId, UnixMillis,
     UserId,
 };
-use crate::queue::OrderQueue;
+use crate::queue::{NotDurable, OrderQueue};
 use crate::state::buyers::{Claimed, Remembered};
 use crate::state::pending::PendingOrder;
 
@@ -39,8 +40,10 @@ pub struct OrderRequest {
     pub attributes: Option<Box<str>>,
     /// Its idempotency key.
     pub key: Option<IdempotencyKey>,
-    /// How long the client waits for persistence.
+    /// How long the client waits for persistence, or for the acknowledgement.
     pub wait: Duration,
+    /// Acknowledge it as soon as it is durable in the queue, which must be able to.
+    pub respond_async: bool,
 }
 
 /// An order that was admitted, now or before.
@@ -137,6 +140,18 @@ impl Intake {
         waker: Option<&Waker>,
     ) -> Result<Admission, Refusal> {
         self.check_open()?;
+        let durable = self.queue.durable().filter(|_| request.respond_async);
+        let room = match durable {
+            Some(queue) => match queue.reserve(request.attributes.as_deref()) {
+                Ok(permit) => Ok(Some(permit)),
+                Err(NotDurable::NoLease) => return Err(Refusal::NotReady),
+                Err(NotDurable::Busy) => Err(Refusal::Overloaded),
+                Err(NotDurable::Full) => Err(Refusal::JournalFull),
+                Err(NotDurable::Failed) => Err(Refusal::JournalFailed),
+            },
+            None if self.queue.is_full() => Err(Refusal::Overloaded),
+            None => Ok(None),
+        };
         let id = self.ledger.ids.next().map_err(|_| Refusal::NotReady)?;
         let sku = self
             .ledger
@@ -194,14 +209,12 @@ impl Intake {
         };
         let buyers = &self.ledger.buyers;
         let (limit, available) = (terms.per_user_limit, sku.counter().free());
-        let hopeless = if available < request.quantity.get() {
-            Some(Refusal::SoldOut { available })
-        } else if self.queue.is_full() {
-            Some(Refusal::Overloaded)
+        let possible = if available < request.quantity.get() && !bug("hold_without_checking") {
+            Err(Refusal::SoldOut { available })
         } else {
-            None
+            room
         };
-        if let Some(refusal) = hopeless {
+        if let Err(refusal) = possible {
             // Most of a sale is this: it costs a look at the buyer's record, writes nothing and
             // holds nothing, not even for a moment.
             let earlier = buyers
@@ -234,21 +247,27 @@ impl Intake {
             user_id: request.user_id.clone(),
             sku_id: request.sku_id.clone(),
         };
-        let pending = Arc::new(PendingOrder::new(
-            order,
-            Instant::now() + request.wait,
-            waker.cloned(),
-        ));
+        let deadline = Instant::now() + request.wait;
+        let permit = possible?;
+        let pending = Arc::new(match permit {
+            Some(_) => PendingOrder::appending(order, waker.cloned()),
+            None => PendingOrder::new(order, deadline, waker.cloned()),
+        });
         // Registered before a worker can see it, so that it is settled in the map it is in.
         self.ledger.pending.insert(&pending);
+        self.ledger.pending.wake_by(&pending, deadline);
         // From here on whoever settles the order accounts for both: being registered, it may be
         // past its deadline and given up already.
         hold.keep();
         claim.keep();
-        if let Err(rejected) = self.queue.push(Arc::clone(&pending)) {
+        let handed_over = match (durable, permit) {
+            (Some(queue), Some(permit)) => queue.append(Arc::clone(&pending), permit),
+            _ => self.queue.push(Arc::clone(&pending)),
+        };
+        if let Err(rejected) = handed_over {
             // The slot decides who undoes it, so that its units come back once; and a duplicate
             // that waits for it already is told.
-            self.ledger.abandon(&pending);
+            let _ = self.ledger.abandon(&pending) || self.ledger.refuse(&pending);
             pending.slot.take_wakers(Waker::wake);
             return Err(if rejected.closed {
                 Refusal::Draining

@@ -5,11 +5,14 @@
 //! | persisted | stay held | stays | leaves the map |
 //! | failed (dead letter) | back | stays, no longer live | leaves the map |
 //! | abandoned, unwritten | back | forgotten: the key may be used afresh | leaves the map |
+//! | expired (written too late to be paid) | back | stays, no longer live | leaves the map |
+//! | left (to the next process, in the journal) | stay held | stays | leaves the map |
 
 use std::sync::Arc;
 
 use crate::order::{IdClock, Order};
 use crate::state::buyers::Buyers;
+use crate::state::pace::Pace;
 use crate::state::pending::{Pending, PendingOrder, Settled};
 use crate::state::poison::Poison;
 use crate::state::recent::Recent;
@@ -26,13 +29,15 @@ pub struct Ledger {
     /// What buyers were told no to, under their keys.
     pub refusals: Refusals,
     /// Orders in flight.
-    pub pending: Pending,
+    pub pending: Arc<Pending>,
     /// Orders written a moment ago.
     pub recent: Recent,
     /// The fail-stop flag.
     pub poison: Poison,
     /// Where order ids come from.
     pub ids: IdClock,
+    /// How fast the database takes orders.
+    pub pace: Pace,
 }
 
 impl Ledger {
@@ -40,6 +45,16 @@ impl Ledger {
     pub fn persisted(&self, pending: &Arc<PendingOrder>) {
         // Before it leaves the map, so that it is found in one of the two at any moment.
         self.recent.note(pending);
+        pending.slot.settle(Settled::Persisted);
+        self.pending.remove(pending.order.id);
+    }
+
+    /// The row of a claimed order is committed, as expired: it had waited too long in the journal
+    /// to be paid.
+    pub fn expired(&self, pending: &Arc<PendingOrder>) {
+        self.release(&pending.order);
+        self.buyers
+            .no_longer_live(&pending.order.user_id, pending.order.id);
         pending.slot.settle(Settled::Persisted);
         self.pending.remove(pending.order.id);
     }
@@ -53,8 +68,14 @@ impl Ledger {
         self.pending.remove(pending.order.id);
     }
 
-    /// A claimed order is given up at shutdown: there is no row and there will be none.
+    /// A claimed order is given up at shutdown: there is no row. One that the journal has, or may
+    /// have, is left to the next process, which will write it; another will never be written.
     pub fn unwritten(&self, pending: &Arc<PendingOrder>) {
+        if pending.slot.is_recorded() {
+            pending.slot.settle(Settled::OnDisk);
+            self.pending.remove(pending.order.id);
+            return;
+        }
         self.release(&pending.order);
         self.buyers.forget(&pending.order.user_id, pending.order.id);
         pending.slot.settle(Settled::Unwritten);
@@ -66,10 +87,23 @@ impl Ledger {
         if !pending.slot.abandon() {
             return false;
         }
+        self.forget(pending);
+        true
+    }
+
+    /// Gives up an order that never got as far as the journal. True: it was given up.
+    pub fn refuse(&self, pending: &Arc<PendingOrder>) -> bool {
+        if !pending.slot.refuse() {
+            return false;
+        }
+        self.forget(pending);
+        true
+    }
+
+    fn forget(&self, pending: &Arc<PendingOrder>) {
         self.release(&pending.order);
         self.buyers.forget(&pending.order.user_id, pending.order.id);
         self.pending.remove(pending.order.id);
-        true
     }
 
     fn release(&self, order: &Order) {

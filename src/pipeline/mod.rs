@@ -1,15 +1,21 @@
 //! The flow of an order: [`intake`] holds stock and queues, [`worker`] writes and settles,
 //! [`deadlines`] gives up what nobody claimed in time. [`ledger`] is what they share: every way in
 //! which an order in flight can end, and what memory owes for each. [`operator`] and [`audit`] are
-//! an operator's hands and eyes.
+//! an operator's hands and eyes. [`lease`] keeps the right to go on, [`replay`] writes what may be
+//! written already, [`restore`] notices what a failover has lost, [`retention`] keeps segments until standbys
+//! have them.
 
 pub mod audit;
 pub mod cancel;
 pub mod deadlines;
 pub mod intake;
+pub mod lease;
 pub mod ledger;
 pub mod operator;
 pub mod rate_limit;
+pub mod replay;
+pub mod restore;
+pub mod retention;
 pub mod worker;
 
 use std::sync::Arc;

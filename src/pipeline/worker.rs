@@ -20,12 +20,14 @@ use tokio::sync::watch;
 
 use super::WakeAll;
 use super::ledger::Ledger;
+use super::restore::Watermarks;
+use crate::faults::crash_point;
 use crate::metrics::Metrics;
-use crate::order::{Order, SkuNumber, UnixMillis};
+use crate::order::{Order, OrderStatus, SkuNumber, UnixMillis};
 use crate::queue::OrderQueue;
 use crate::state::pending::PendingOrder;
 use crate::store::StoreError;
-use crate::store::batch::{BatchWriter, WriteError};
+use crate::store::batch::{BatchWriter, Refused, WriteError};
 
 const BACKOFF_MIN: Duration = Duration::from_millis(10);
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
@@ -57,19 +59,33 @@ pub struct Worker {
     /// Turns true when the worker has to stop even if the database does not answer.
     cut: watch::Receiver<bool>,
     commits_lost: u64,
+    shard: usize,
+    watermarks: Arc<Watermarks>,
 }
 
 /// How an attempt to write a batch, tried until it is decided, came out.
 enum Decided {
-    Written,
-    Row { sqlstate: String, reason: String },
-    Counter { reason: String },
+    /// The part is written; these of its orders as expired.
+    Written(Vec<bool>),
+    Row {
+        sqlstate: String,
+        reason: String,
+    },
+    Counter {
+        reason: String,
+    },
 }
 
 impl Worker {
-    /// A worker on `queue` that writes through `writer`, at most `rows_max` orders at once.
+    /// The worker `shard` on `queue` that writes through `writer`, at most `rows_max` orders at
+    /// once, and notes in `watermarks` what it has committed.
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "each is a part of the wiring, named once in `app`"
+    )]
     pub fn new(
         writer: BatchWriter,
+        (shard, watermarks): (usize, Arc<Watermarks>),
         queue: Arc<dyn OrderQueue>,
         ledger: Arc<Ledger>,
         wake_all: WakeAll,
@@ -87,6 +103,8 @@ impl Worker {
             parked: BTreeMap::new(),
             cut,
             commits_lost: 0,
+            shard,
+            watermarks,
         }
     }
 
@@ -114,8 +132,13 @@ impl Worker {
     async fn work(&mut self) -> Result<(), WorkerError> {
         let queue = Arc::clone(&self.queue);
         let mut retry_parked = tokio::time::Instant::now() + PARKED_RETRY;
+        let mut cut = self.cut.clone();
         loop {
             let taken = tokio::select! {
+                biased;
+                // Whoever still waits is told that nothing was written, and what the journal has
+                // is left to the next process.
+                () = async { drop(cut.wait_for(|cut| *cut).await) } => break,
                 taken = queue.take(self.rows_max) => taken,
                 () = tokio::time::sleep_until(retry_parked), if !self.parked.is_empty() => {
                     self.retry_parked().await?;
@@ -136,6 +159,7 @@ impl Worker {
                 .collect();
             // From here each is settled by this worker or parked with it, whatever happens.
             taken.done();
+            crash_point("worker.claimed");
             self.write(claimed).await?;
         }
         self.retry_parked().await
@@ -170,9 +194,12 @@ impl Worker {
                 }
             };
             match decided {
-                Decided::Written => self.settle(&part, Ledger::persisted),
+                Decided::Written(expired) => {
+                    crash_point("worker.committed");
+                    self.settle_written(part, &expired);
+                }
                 Decided::Row { sqlstate, reason } if part.len() == 1 => {
-                    if let Err(error) = self.bury(&part, &sqlstate, &reason).await {
+                    if let Err((part, error)) = self.bury(part, &sqlstate, &reason).await {
                         parts.push(part);
                         parts.into_iter().for_each(|part| self.give_up(part));
                         return Err(error);
@@ -193,11 +220,29 @@ impl Worker {
 
     /// Tries the same orders again and again until the database has judged them.
     async fn write_until_decided(&mut self, part: &Batch) -> Result<Decided, WorkerError> {
-        let orders: Vec<&Order> = part.iter().map(|pending| &pending.order).collect();
+        // Judged once: an attempt whose commit is unknown is never made with other rows.
+        let now = self.ledger.ids.now();
+        let expired: Vec<bool> = part
+            .iter()
+            .map(|pending| pending.slot.is_recorded() && pending.order.expires_at <= now)
+            .collect();
+        let orders: Vec<(&Order, OrderStatus)> = part
+            .iter()
+            .zip(&expired)
+            .map(|(pending, expired)| {
+                let status = if *expired {
+                    OrderStatus::Expired
+                } else {
+                    OrderStatus::PendingPayment
+                };
+                (&pending.order, status)
+            })
+            .collect();
         let started = Instant::now();
         let mut backoff = Backoff::new();
         loop {
-            let result = self.writer.write(&orders).await;
+            let attempted = Instant::now();
+            let result = self.writer.write_as(&orders).await;
             self.note_lost_commits();
             match result {
                 Ok(()) => {
@@ -214,7 +259,13 @@ impl Worker {
                             "a delayed batch is written"
                         );
                     }
-                    return Ok(Decided::Written);
+                    self.note_committed();
+                    self.ledger.pace.note(
+                        orders.len(),
+                        attempted.elapsed(),
+                        self.watermarks.workers(),
+                    );
+                    return Ok(Decided::Written(expired));
                 }
                 Err(WriteError::Row { sqlstate, reason }) => {
                     return Ok(Decided::Row { sqlstate, reason });
@@ -237,23 +288,36 @@ impl Worker {
     /// Turns the one order in `part` into a dead letter.
     async fn bury(
         &mut self,
-        part: &Batch,
+        part: Batch,
         sqlstate: &str,
         reason: &str,
-    ) -> Result<(), WorkerError> {
+    ) -> Result<(), (Batch, WorkerError)> {
         let mut backoff = Backoff::new();
-        for pending in part {
-            let order = &pending.order;
-            while let Err(error) = self.writer.write_dead_letter(order, sqlstate, reason).await {
-                if matches!(error, StoreError::Fenced { .. }) {
-                    return Err(error.into());
+        let Some(order) = part.first().map(Arc::clone) else {
+            return Ok(());
+        };
+        let buried = loop {
+            match self.writer.refuse(&order.order, sqlstate, reason).await {
+                Ok(refused) => break refused,
+                Err(error @ StoreError::Fenced { .. }) => return Err((part, error.into())),
+                Err(error) => {
+                    if let Err(cut) = self.pause(&mut backoff, 1, &error).await {
+                        return Err((part, cut));
+                    }
                 }
-                self.pause(&mut backoff, 1, &error).await?;
             }
-            tracing::error!(order_id = %order.id, sqlstate, reason, "the database refused an order; it is a dead letter now");
-            self.metrics.dead_letters.inc();
+        };
+        match buried {
+            Refused::IsThere => self.settle_written(part, &[false]),
+            Refused::Buried => {
+                tracing::error!(order_id = %order.order.id, sqlstate, reason, "the database refused an order; it is a dead letter now");
+                self.metrics.dead_letters.inc();
+                self.settle(&part, Ledger::failed);
+                if let Some(queue) = self.queue.durable() {
+                    queue.decided(&part);
+                }
+            }
         }
-        self.settle(part, Ledger::failed);
         Ok(())
     }
 
@@ -290,6 +354,23 @@ impl Worker {
         Ok(())
     }
 
+    fn settle_written(&self, part: Batch, expired: &[bool]) {
+        let (mut payable, mut late) = (Batch::new(), Batch::new());
+        if expired.contains(&true) {
+            for (pending, expired) in part.into_iter().zip(expired) {
+                if *expired { &mut late } else { &mut payable }.push(pending);
+            }
+        } else {
+            payable = part;
+        }
+        self.settle(&payable, Ledger::persisted);
+        self.settle(&late, Ledger::expired);
+        if let Some(queue) = self.queue.durable() {
+            queue.decided(&payable);
+            queue.decided(&late);
+        }
+    }
+
     fn settle(&self, part: &Batch, settle: impl Fn(&Ledger, &Arc<PendingOrder>)) {
         let mut wakers = Vec::with_capacity(part.len());
         for pending in part {
@@ -321,10 +402,20 @@ impl Worker {
         }
     }
 
+    fn note_committed(&self) {
+        if let Some(batch) = self.writer.committed() {
+            self.watermarks.note(self.shard, batch);
+        }
+    }
+
     fn note_lost_commits(&mut self) {
         let lost = self.writer.commits_lost();
-        self.metrics.commits_lost.inc_by(lost - self.commits_lost);
-        self.commits_lost = lost;
+        if lost > self.commits_lost {
+            self.metrics.commits_lost.inc_by(lost - self.commits_lost);
+            self.commits_lost = lost;
+            self.note_committed();
+            self.watermarks.report_lost();
+        }
     }
 
     /// Waits before the next attempt.

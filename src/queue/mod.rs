@@ -12,14 +12,18 @@
 //!
 //! Stock is held before anything is queued.
 
+pub mod journal;
 mod ring;
 
 use std::fmt;
 use std::future::Future;
+use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 
+use crate::order::{Order, OrderId};
 use crate::state::pending::PendingOrder;
+pub use journal::Permit;
 pub use ring::RingQueue;
 
 /// What an order survives once it is in the queue.
@@ -27,6 +31,8 @@ pub use ring::RingQueue;
 pub enum Durability {
     /// Nothing: it lives as long as the process. `respond-async` falls back to waiting.
     Volatile,
+    /// The end of the process and the loss of power.
+    Machine,
 }
 
 /// The queue did not take the order; here it is again.
@@ -53,7 +59,13 @@ pub trait OrderQueue: Send + Sync + fmt::Debug {
     /// What an order in it survives.
     fn durability(&self) -> Durability;
 
-    /// Appends an order, without blocking.
+    /// The same queue as one that can acknowledge at once; `None` where it is volatile.
+    fn durable(&self) -> Option<&dyn DurableQueue> {
+        None
+    }
+
+    /// Appends an order that somebody waits for, without blocking. It is promised nothing before
+    /// its commit, so it needs no durability.
     ///
     /// # Errors
     /// [`Rejected`] with the order where the queue is full or closed.
@@ -71,6 +83,48 @@ pub trait OrderQueue: Send + Sync + fmt::Debug {
 
     /// Refuses further pushes and lets consumers run it empty.
     fn close(&self);
+}
+
+/// Why an order cannot be acknowledged at once. Nothing is held then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NotDurable {
+    /// Too many are on their way already.
+    Busy,
+    /// The limit in bytes, or the disk, is reached.
+    Full,
+    /// The disk has failed.
+    Failed,
+    /// This process may not acknowledge, because it could not tell the database for too long that
+    /// it is still there.
+    NoLease,
+}
+
+/// A queue whose orders survive the process.
+pub trait DurableQueue {
+    /// Takes room for an order with these attributes, before its stock is held.
+    ///
+    /// # Errors
+    /// [`NotDurable`].
+    fn reserve(&self, attributes: Option<&str>) -> Result<Permit, NotDurable>;
+
+    /// Hands over an order in `Appending`, without blocking. Its slot moves on once it is durable,
+    /// or once it is known that it will not be; it is written in either case.
+    ///
+    /// # Errors
+    /// [`Rejected`] with the order where the queue is full or closed.
+    fn append(&self, order: Arc<PendingOrder>, permit: Permit) -> Result<(), Rejected>;
+
+    /// These orders are committed rows or dead letters: the queue may forget them.
+    fn decided(&self, orders: &[Arc<PendingOrder>]);
+
+    /// Whether an order with this id may be waiting on the disk. Reads nothing.
+    fn may_hold(&self, id: OrderId) -> bool;
+
+    /// The order with this id, where it waits on the disk and not in memory. Reads from there.
+    ///
+    /// # Errors
+    /// Where the disk fails.
+    fn find(&self, id: OrderId) -> io::Result<Option<Order>>;
 }
 
 /// Orders taken from a queue by one consumer, and still its own responsibility. Dropping it

@@ -6,12 +6,14 @@
 //!   and the worker that writes.
 //! * [`recent`]: orders written a moment ago, to answer those who ask again.
 //! * [`refusals`]: what buyers were told no to, under their keys; bounded, until a restart.
+//! * [`pace`]: how fast the database takes orders of late.
 //! * [`poison`]: the fail-stop flag.
 //!
 //! Nothing here knows tokio, `may`, HTTP or SQL. What is full refuses and gives back; what was
 //! taken is given back by dropping its guard.
 
 pub mod buyers;
+pub mod pace;
 pub mod pending;
 pub mod poison;
 pub mod recent;

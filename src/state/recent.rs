@@ -39,6 +39,11 @@ impl Recent {
         (UnixMillis::now() < order.order.expires_at).then_some(order)
     }
 
+    /// Every order in it.
+    pub fn all(&self) -> Vec<Arc<PendingOrder>> {
+        self.orders.iter().map(|(_, order)| order).collect()
+    }
+
     /// To be called before an order's row is changed: from here on the database is asked.
     pub fn forget(&self, id: OrderId) {
         self.orders.remove(&id);

@@ -10,6 +10,7 @@ use millrace::metrics::Metrics;
 use millrace::order::{IdClock, IdempotencyKey, Quantity, Refusal, SkuId, UnixMillis, UserId};
 use millrace::pipeline::intake::{Admission, Intake, OrderRequest};
 use millrace::pipeline::ledger::Ledger;
+use millrace::pipeline::restore::Watermarks;
 use millrace::pipeline::worker::{Worker, WorkerError};
 use millrace::pipeline::{deadlines, wake_directly};
 use millrace::queue::{OrderQueue, RingQueue};
@@ -37,6 +38,7 @@ pub struct Line {
     pub intake: Arc<Intake>,
     pub metrics: Metrics,
     pub cut: watch::Sender<bool>,
+    watermarks: Arc<Watermarks>,
     workers: Vec<JoinHandle<Result<(), WorkerError>>>,
     deadlines: JoinHandle<()>,
 }
@@ -52,8 +54,9 @@ impl Line {
             catalogue,
             buyers: Buyers::new(1_000_000, 10_000),
             refusals: Refusals::with_capacity(1_000),
-            pending: Pending::with_capacity(capacity),
+            pending: Arc::new(Pending::with_capacity(capacity)),
             poison: Poison::default(),
+            pace: Default::default(),
             ids: IdClock::new(0, sale.taken.id_high_water, hour),
         });
         let queue: Arc<dyn OrderQueue> = Arc::new(RingQueue::new(capacity));
@@ -77,15 +80,17 @@ impl Line {
             metrics,
             cut: watch::Sender::new(false),
             workers: Vec::new(),
+            watermarks: Arc::new(Watermarks::new(8)),
             deadlines,
         }
     }
 
     /// Starts one more worker, which writes to `database`.
     pub fn start_worker(&mut self, database: Database, rows_max: usize) {
-        let shard = self.workers.len() as i16;
+        let shard = self.workers.len();
         let worker = Worker::new(
-            BatchWriter::new(database, self.sale.lease(), shard),
+            BatchWriter::new(database, self.sale.lease(), shard as i16),
+            (shard, Arc::clone(&self.watermarks)),
             Arc::clone(&self.queue),
             Arc::clone(&self.ledger),
             wake_directly(),
@@ -138,7 +143,10 @@ impl Line {
                 SlotState::Persisted => (true, false),
                 SlotState::Failed => (false, true),
                 SlotState::Abandoned | SlotState::Unwritten => (false, false),
-                SlotState::Waiting | SlotState::Claimed => panic!("order {id} is {state:?}"),
+                SlotState::Appending
+                | SlotState::Waiting
+                | SlotState::Claimed
+                | SlotState::OnDisk => panic!("order {id} is {state:?}"),
             };
             assert_eq!(written.contains(&id), row, "order {id} is {state:?}");
             assert_eq!(letters.contains(&id), letter, "order {id} is {state:?}");
@@ -190,6 +198,7 @@ pub fn request(user: &str, sku: &str, units: u32, wait: Duration) -> OrderReques
         attributes: None,
         key: Some(IdempotencyKey::new(&format!("key-of-{user}")).unwrap()),
         wait,
+        respond_async: false,
     }
 }
 

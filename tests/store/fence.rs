@@ -70,7 +70,7 @@ async fn a_writer_of_an_older_epoch_can_write_nothing_any_more() {
     let refused_row = order(&sku, 1);
     let buried = connected.write_dead_letter(&refused_row, "23514", "x");
     assert!(matches!(buried.await, Err(StoreError::Fenced { .. })));
-    let renewed = sale.database.renew_lease(lease, UnixMillis::now());
+    let renewed = sale.database.renew_lease(lease, UnixMillis::now(), 1_000);
     assert!(matches!(renewed.await, Err(StoreError::Fenced { .. })));
     let paused = sale.database.set_all_paused(lease, true);
     assert!(matches!(paused.await, Err(StoreError::Fenced { .. })));
@@ -134,10 +134,13 @@ async fn order_ids_never_go_back_over_restarts() {
         if round % 2 == 0 {
             // A crash: everything leased may have been given out.
             let until = ids.now().plus_ms(ID_LEASE_MS);
-            database.renew_lease(taken.lease, until).await.unwrap();
+            database
+                .renew_lease(taken.lease, until, 1_000)
+                .await
+                .unwrap();
             // It never shrinks.
             database
-                .renew_lease(taken.lease, UnixMillis(5))
+                .renew_lease(taken.lease, UnixMillis(5), 1_000)
                 .await
                 .unwrap();
             ids.extend_lease(until);

@@ -23,7 +23,7 @@ pub(super) async fn readyz(State(plane): State<ControlPlane>) -> Response {
     let mut checks = Vec::new();
     let mut check = |name, ok, detail: String| checks.push(ReadyCheck { name, ok, detail });
     match plane.parts() {
-        Err(_) => check("recovery", false, "still reading the database".into()),
+        Err(_) => check("recovery", false, plane.shared.progress.load().to_string()),
         Ok(parts) => {
             check("recovery", true, "done".into());
             let gate = parts.intake.check_open();
@@ -32,6 +32,15 @@ pub(super) async fn readyz(State(plane): State<ControlPlane>) -> Response {
                 None => gate.map_or_else(|refusal| refusal.code().into(), |()| "open".into()),
             };
             check("intake", gate.is_ok(), detail);
+            if let Some(journal) = &parts.journal {
+                let detail = match journal.failure() {
+                    Some(reason) => format!("failed; respond-async is refused until a restart: {reason}"),
+                    None if !parts.acknowledge.holds() => "the database has not answered for longer than queue.journal.lease_ms; respond-async is refused".into(),
+                    None => format!("{} orders are not rows yet", journal.outstanding()),
+                };
+                let ok = journal.failure().is_none() && parts.acknowledge.holds();
+                check("journal", ok, detail);
+            }
             let ping = parts.database.ping().await;
             let detail = ping
                 .as_ref()
@@ -60,6 +69,13 @@ pub(super) async fn metrics(State(plane): State<ControlPlane>) -> Response {
             .poisoned
             .set(i64::from(parts.ledger.poison.is_set()));
         metrics.queue_depth.set(parts.queue.depth() as i64);
+        if let Some(journal) = &parts.journal {
+            metrics.journal_bytes.set(journal.bytes() as i64);
+            metrics.journal_backlog.set(journal.backlog() as i64);
+            metrics
+                .journal_outstanding
+                .set(journal.outstanding() as i64);
+        }
         metrics
             .orders_in_flight
             .set(parts.ledger.pending.len() as i64);

@@ -15,6 +15,7 @@ mod skus;
 
 use std::sync::{Arc, OnceLock};
 
+use arc_swap::ArcSwap;
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::http::HeaderMap;
@@ -27,9 +28,11 @@ use crate::metrics::Metrics;
 use crate::order::IdempotencyKey;
 use crate::pipeline::audit::audit;
 use crate::pipeline::intake::Intake;
+use crate::pipeline::lease::AcknowledgeLease;
 use crate::pipeline::ledger::Ledger;
 use crate::pipeline::operator::Operator;
 use crate::queue::OrderQueue;
+use crate::queue::journal::JournalQueue;
 use crate::store::postgres::Database;
 use access::Sessions;
 use failure::Failure;
@@ -50,6 +53,7 @@ struct Shared {
     metrics: Metrics,
     tokens: Tokens,
     sessions: Sessions,
+    progress: ArcSwap<String>,
     parts: OnceLock<Parts>,
 }
 
@@ -61,6 +65,10 @@ pub struct Parts {
     pub intake: Arc<Intake>,
     /// The queue, for its depth.
     pub queue: Arc<dyn OrderQueue>,
+    /// The same, where it is a journal.
+    pub journal: Option<Arc<JournalQueue>>,
+    /// The right to acknowledge orders before they are rows.
+    pub acknowledge: Arc<AcknowledgeLease>,
     /// The database.
     pub database: Database,
     /// An operator's hands.
@@ -76,11 +84,17 @@ impl ControlPlane {
             metrics,
             tokens,
             sessions: Sessions::default(),
+            progress: ArcSwap::from_pointee("starting".to_owned()),
             parts: OnceLock::new(),
         };
         ControlPlane {
             shared: Arc::new(shared),
         }
+    }
+
+    /// Says how far recovery is, for `readyz`.
+    pub fn progress(&self, text: String) {
+        self.shared.progress.store(Arc::new(text));
     }
 
     /// Gives it what it administers, once.
@@ -123,7 +137,8 @@ impl ControlPlane {
         routes.map(|route| (route.method, route.path)).collect()
     }
 
-    fn metrics(&self) -> &Metrics {
+    /// What is counted.
+    pub fn metrics(&self) -> &Metrics {
         &self.shared.metrics
     }
 

@@ -1,18 +1,34 @@
 //! Asking for orders, and cancelling one.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::message::{Request, Response};
 use super::service::{DataPlane, json};
 use crate::http::problem::Problem;
 use crate::http::wire::{OrderList, OrderView, query};
-use crate::order::{OrderId, OrderStatus, UserId};
+use crate::order::{Order, OrderId, OrderStatus, UserId};
 use crate::pipeline::cancel::CancelError;
-use crate::state::pending::SlotState;
+use crate::state::pending::{PendingOrder, SlotState};
 
 /// Orders in one page of a user's list, unless asked otherwise.
 const LIMIT_DEFAULT: u64 = 20;
+
+/// How often those who wait for an order that is on the disk look for it.
+const DISK_RECHECK: Duration = Duration::from_millis(100);
+
+/// Where an order that was followed is.
+enum Followed {
+    /// On its way, in memory.
+    InFlight(Arc<PendingOrder>),
+    /// Durable, on the disk.
+    OnDisk(Box<Order>),
+    /// Nowhere: it was given up.
+    Never,
+    /// Not on its way: among the recent ones, in the database, or nowhere.
+    Elsewhere,
+}
 
 impl DataPlane {
     /// `GET /v1/orders/{order_id}?wait=N`.
@@ -23,20 +39,23 @@ impl DataPlane {
         id: OrderId,
     ) -> Result<(), Problem> {
         let wait = Duration::from_secs(query::number(request.query(), "wait")?.unwrap_or(0));
-        if let Some(pending) = self.ledger.pending.get(id) {
-            let deadline = Instant::now() + wait.min(self.order_timeout);
-            match self.wait_for_other(request, &pending, deadline) {
-                SlotState::Waiting | SlotState::Claimed => {
-                    json(
-                        response,
-                        200,
-                        &OrderView::of(&pending.order, OrderStatus::Undecided),
-                    );
-                    return Ok(());
-                }
-                SlotState::Abandoned | SlotState::Unwritten => return Err(unknown_order(id)),
-                SlotState::Persisted | SlotState::Failed => {}
+        let deadline = Instant::now() + wait.min(self.order_timeout);
+        match self.follow(request, id, deadline)? {
+            Followed::InFlight(pending) => {
+                let status = if pending.slot.is_durable() {
+                    OrderStatus::Accepted
+                } else {
+                    OrderStatus::Undecided
+                };
+                json(response, 200, &OrderView::of(&pending.order, status));
+                return Ok(());
             }
+            Followed::OnDisk(order) => {
+                json(response, 200, &OrderView::of(&order, OrderStatus::Accepted));
+                return Ok(());
+            }
+            Followed::Never => return Err(unknown_order(id)),
+            Followed::Elsewhere => {}
         }
         if let Some(recent) = self.ledger.recent.get(id) {
             json(
@@ -53,6 +72,47 @@ impl DataPlane {
         Ok(())
     }
 
+    /// Follows an order that may be on its way, in memory or on the disk, until it is decided or
+    /// `deadline` comes.
+    fn follow(
+        &self,
+        request: &Request<'_>,
+        id: OrderId,
+        deadline: Instant,
+    ) -> Result<Followed, Problem> {
+        loop {
+            if let Some(pending) = self.ledger.pending.get(id) {
+                match self.wait_for_other(request, &pending, deadline, |_| false) {
+                    SlotState::Appending | SlotState::Waiting | SlotState::Claimed => {
+                        return Ok(Followed::InFlight(pending));
+                    }
+                    SlotState::Abandoned | SlotState::Unwritten => return Ok(Followed::Never),
+                    SlotState::Persisted | SlotState::Failed => return Ok(Followed::Elsewhere),
+                    // It was moved there, or is left there at shutdown.
+                    SlotState::OnDisk if self.is_stopping() => {
+                        return Ok(Followed::InFlight(pending));
+                    }
+                    SlotState::OnDisk => {}
+                }
+            }
+            let Some(order) = self.find_on_disk(request, id)? else {
+                // It goes from memory to the disk at most once, and back at most once.
+                match self.ledger.pending.get(id) {
+                    Some(pending) if !pending.slot.state().is_final() => continue,
+                    _ => return Ok(Followed::Elsewhere),
+                }
+            };
+            if Instant::now() >= deadline || self.is_stopping() {
+                return Ok(Followed::OnDisk(Box::new(order)));
+            }
+            // Nothing wakes us when it is read back; that is rare enough to look for it.
+            let left = deadline.saturating_duration_since(Instant::now());
+            self.on_tokio(request, self.order_timeout, async move {
+                tokio::time::sleep(left.min(DISK_RECHECK)).await;
+            })?;
+        }
+    }
+
     /// `POST /v1/orders/{order_id}/cancel`. An order that is being written is waited for.
     pub(super) fn cancel_order(
         &self,
@@ -60,16 +120,13 @@ impl DataPlane {
         response: &mut Response,
         id: OrderId,
     ) -> Result<(), Problem> {
-        if let Some(pending) = self.ledger.pending.get(id) {
-            let deadline = Instant::now() + self.order_timeout;
-            match self.wait_for_other(request, &pending, deadline) {
-                SlotState::Waiting | SlotState::Claimed => {
-                    let detail = format!("order {id} is still being written; ask again");
-                    return Err(Problem::new(503, "overloaded", detail).retry_after(1));
-                }
-                SlotState::Abandoned | SlotState::Unwritten => return Err(unknown_order(id)),
-                SlotState::Persisted | SlotState::Failed => {}
+        match self.follow(request, id, Instant::now() + self.order_timeout)? {
+            Followed::InFlight(_) | Followed::OnDisk(_) => {
+                let detail = format!("order {id} is still being written; ask again");
+                return Err(Problem::new(503, "overloaded", detail).retry_after(1));
             }
+            Followed::Never => return Err(unknown_order(id)),
+            Followed::Elsewhere => {}
         }
         let canceller = self.canceller.clone();
         let cancelled = self.on_tokio(request, self.order_timeout, async move {
@@ -121,24 +178,50 @@ impl DataPlane {
             .iter()
             .filter_map(|id| Some((*id, self.ledger.pending.get(*id)?)))
             .collect();
+        let mut on_disk = Vec::new();
+        for id in ids.iter().filter(|id| !in_flight.contains_key(id)) {
+            on_disk.extend(self.find_on_disk(request, *id)?);
+        }
         let (database, whole_history) = (self.database.clone(), self.user_index);
-        let wanted = ids.clone();
-        let stored = self.on_tokio(request, self.order_timeout, async move {
-            if whole_history {
-                database
-                    .orders_of_user(&user_id, before, limit as i64)
-                    .await
-            } else {
-                database.find_orders(&wanted).await
-            }
-        })?;
+        let mut wanted = ids.clone();
+        wanted.retain(|id| !on_disk.iter().any(|order| order.id == *id));
+        wanted.retain(|id| {
+            let pending = in_flight.get(id);
+            pending.is_none_or(|pending| pending.slot.state().is_final())
+        });
+        // Who has nothing there is answered also while the database is away.
+        let stored = if wanted.is_empty() && !whole_history {
+            Ok(Vec::new())
+        } else {
+            self.on_tokio(request, self.order_timeout, async move {
+                if whole_history {
+                    database
+                        .orders_of_user(&user_id, before, limit as i64)
+                        .await
+                } else {
+                    database.find_orders(&wanted).await
+                }
+            })?
+        };
         let stored = stored.map_err(|error| DataPlane::database_problem(&error))?;
         // A row that is there says more than the order in flight that it was.
         let mut views: HashMap<OrderId, OrderView<'_>> = in_flight
             .iter()
             .filter(|(_, pending)| !pending.slot.state().is_final())
-            .map(|(id, pending)| (*id, OrderView::of(&pending.order, OrderStatus::Undecided)))
+            .map(|(id, pending)| {
+                let status = if pending.slot.is_durable() {
+                    OrderStatus::Accepted
+                } else {
+                    OrderStatus::Undecided
+                };
+                (*id, OrderView::of(&pending.order, status))
+            })
             .collect();
+        views.extend(
+            on_disk
+                .iter()
+                .map(|order| (order.id, OrderView::of(order, OrderStatus::Accepted))),
+        );
         views.extend(
             stored
                 .iter()

@@ -10,7 +10,7 @@ use super::service::{DataPlane, json};
 use super::wake::wait;
 use crate::http::problem::Problem;
 use crate::http::wire::{BatchLine, OrderBody, OrderView, idempotency_key, ndjson_line};
-use crate::order::{IdempotencyKey, OrderStatus, Refusal};
+use crate::order::{IdempotencyKey, Order, OrderStatus, Refusal};
 use crate::pipeline::intake::{Admission, OrderRequest};
 use crate::state::pending::{PendingOrder, SlotState};
 use crate::store::postgres::orders::StoredOrder;
@@ -28,6 +28,33 @@ enum Admitted {
     Recent(Arc<PendingOrder>),
     /// An earlier one did, and its row is there.
     Stored(Box<StoredOrder>),
+    /// An earlier one did, and it waits on the disk.
+    OnDisk(Box<Order>),
+}
+
+/// What the client prefers, as far as it can be honoured.
+#[derive(Clone, Copy)]
+struct Wanted {
+    /// It wants to be answered as soon as the order is durable.
+    respond_async: bool,
+    /// The wait that it named, at most the order timeout.
+    asked: Option<Duration>,
+    /// How long it waits at most.
+    wait: Duration,
+}
+
+impl Wanted {
+    /// Names the preference that was honoured. `accepted`: an order was acknowledged as durable.
+    fn say_applied(self, response: &mut Response, accepted: bool) {
+        if accepted {
+            response.header("Preference-Applied", "respond-async");
+        } else if let Some(wait) = self.asked {
+            response.header(
+                "Preference-Applied",
+                format_args!("wait={}", wait.as_secs()),
+            );
+        }
+    }
 }
 
 /// What an order came to.
@@ -42,8 +69,27 @@ enum Verdict {
     Problem(Problem),
 }
 
+impl Verdict {
+    /// Whether it acknowledges an order as durable, placed by this request.
+    fn was_accepted(&self) -> bool {
+        matches!(
+            self,
+            Verdict::Order {
+                order: Standing::Accepted { .. },
+                replayed: false,
+                ..
+            }
+        )
+    }
+}
+
 enum Standing {
     InFlight(Arc<PendingOrder>, OrderStatus),
+    /// Durable in the queue, here or on the disk only.
+    Accepted {
+        order: Box<Order>,
+        estimated_wait_ms: u64,
+    },
     Stored(Box<StoredOrder>),
 }
 
@@ -51,6 +97,10 @@ impl Standing {
     fn view(&self) -> OrderView<'_> {
         match self {
             Standing::InFlight(pending, status) => OrderView::of(&pending.order, *status),
+            Standing::Accepted {
+                order,
+                estimated_wait_ms,
+            } => OrderView::accepted(order, *estimated_wait_ms),
             Standing::Stored(stored) => OrderView::stored(stored),
         }
     }
@@ -69,11 +119,11 @@ impl DataPlane {
         require_media_type(request, &["application/json"])?;
         let key = idempotency_key(request.header_values("idempotency-key"))?;
         let body = OrderBody::parse(request.body)?;
-        let wait = self.preferred_wait(request, response);
+        let wanted = self.preferred(request);
         let started = Instant::now();
-        let order = order_request(body, key, wait);
+        let order = order_request(body, key, wanted);
         let verdict = match self.admit(request, &order, started) {
-            Ok(admitted) => self.settle(request, admitted, started + wait),
+            Ok(admitted) => self.settle(request, admitted, started, wanted),
             Err(problem) => Verdict::Problem(problem),
         };
         if let Verdict::Order {
@@ -84,6 +134,7 @@ impl DataPlane {
                 .wait_seconds
                 .observe(started.elapsed().as_secs_f64());
         }
+        wanted.say_applied(response, verdict.was_accepted());
         match verdict {
             Verdict::Problem(problem) => return Err(problem),
             Verdict::Order {
@@ -136,24 +187,28 @@ impl DataPlane {
             let detail = format!("a batch has at most {BATCH_ORDERS_MAX} orders");
             return Err(Problem::new(413, "body_too_large", detail));
         }
-        let wait = self.preferred_wait(request, response);
+        let wanted = self.preferred(request);
         let started = Instant::now();
         let admitted: Vec<Result<Admitted, Problem>> = body
             .split(|byte| *byte == b'\n')
             .map(|line| {
                 let BatchLine { body, key } = BatchLine::parse(line)?;
-                self.admit(request, &order_request(body, key, wait), started)
+                self.admit(request, &order_request(body, key, wanted), started)
+            })
+            .collect();
+        let verdicts: Vec<Verdict> = admitted
+            .into_iter()
+            .map(|admitted| match admitted {
+                Ok(admitted) => self.settle(request, admitted, started, wanted),
+                Err(problem) => Verdict::Problem(problem),
             })
             .collect();
         response.set_status(200);
         response.header("Content-Type", "application/x-ndjson");
-        for admitted in admitted {
-            let verdict = match admitted {
-                Ok(admitted) => self.settle(request, admitted, started + wait),
-                Err(problem) => Verdict::Problem(problem),
-            };
+        wanted.say_applied(response, verdicts.iter().any(Verdict::was_accepted));
+        for verdict in &verdicts {
             let out = response.body_mut();
-            match &verdict {
+            match verdict {
                 Verdict::Problem(problem) => ndjson_line(out, problem.status, problem),
                 Verdict::Order {
                     http_status, order, ..
@@ -163,21 +218,18 @@ impl DataPlane {
         Ok(())
     }
 
-    /// How long the client wants to wait, which is at most the order timeout, and says so.
-    ///
-    /// `respond-async` needs a queue that survives the process; until there is one, the preference
-    /// is ignored, and the answer shows it by not naming it.
-    fn preferred_wait(&self, request: &Request<'_>, response: &mut Response) -> Duration {
+    /// What the client prefers, as far as it can be honoured: `respond-async` needs a queue that
+    /// survives the process.
+    fn preferred(&self, request: &Request<'_>) -> Wanted {
         let preference = Preference::parse(request.header_values("prefer"));
-        let Some(wait) = preference.wait else {
-            return self.order_timeout;
-        };
-        let wait = wait.min(self.order_timeout);
-        response.header(
-            "Preference-Applied",
-            format_args!("wait={}", wait.as_secs()),
-        );
-        wait
+        let respond_async = preference.respond_async && self.queue.durable().is_some();
+        let asked = preference.wait.filter(|_| !respond_async);
+        let wait = asked.map(|wait| wait.min(self.order_timeout));
+        Wanted {
+            respond_async,
+            asked: wait,
+            wait: wait.unwrap_or(self.order_timeout),
+        }
     }
 
     fn admit(
@@ -202,6 +254,12 @@ impl DataPlane {
                 } => return Ok(Admitted::Joined(pending)),
                 Admission::Duplicate { id, pending: None } => id,
             };
+            if let Some(order) = self.find_on_disk(request, id)? {
+                return Ok(Admitted::OnDisk(Box::new(order)));
+            }
+            if let Some(pending) = self.ledger.pending.get(id) {
+                return Ok(Admitted::Joined(pending));
+            }
             if let Some(recent) = self.ledger.recent.get(id) {
                 return Ok(Admitted::Recent(recent));
             }
@@ -220,17 +278,27 @@ impl DataPlane {
         }
     }
 
-    fn settle(&self, request: &Request<'_>, admitted: Admitted, deadline: Instant) -> Verdict {
+    fn settle(
+        &self,
+        request: &Request<'_>,
+        admitted: Admitted,
+        started: Instant,
+        wanted: Wanted,
+    ) -> Verdict {
+        let deadline = started + wanted.wait;
         match admitted {
             Admitted::Placed(pending) => {
-                let state = self.wait_for_own(request, &pending);
+                let state = self.wait_for_own(request, &pending, deadline);
                 self.judge(pending, state, false)
             }
             Admitted::Joined(pending) => {
-                let state = self.wait_for_other(request, &pending, deadline);
+                let enough =
+                    |pending: &PendingOrder| wanted.respond_async && pending.slot.is_durable();
+                let state = self.wait_for_other(request, &pending, deadline, enough);
                 self.judge(pending, state, true)
             }
             Admitted::Recent(pending) => self.judge(pending, SlotState::Persisted, true),
+            Admitted::OnDisk(order) => self.accepted(order, true),
             Admitted::Stored(stored) => {
                 self.count("replayed");
                 Verdict::Order {
@@ -242,7 +310,29 @@ impl DataPlane {
         }
     }
 
+    fn accepted(&self, order: Box<Order>, replayed: bool) -> Verdict {
+        let (http_status, outcome) = if replayed {
+            (200, "replayed")
+        } else {
+            (202, "accepted")
+        };
+        self.count(outcome);
+        Verdict::Order {
+            http_status,
+            replayed,
+            order: Standing::Accepted {
+                order,
+                estimated_wait_ms: self.estimated_wait_ms(),
+            },
+        }
+    }
+
     fn judge(&self, pending: Arc<PendingOrder>, state: SlotState, replayed: bool) -> Verdict {
+        // Who asked to be answered at once gets that answer, also where the row came first.
+        let written = matches!(state, SlotState::Persisted | SlotState::Failed);
+        if pending.slot.is_durable() && !(replayed && written) {
+            return self.accepted(Box::new(pending.order.clone()), replayed);
+        }
         match state {
             SlotState::Persisted => {
                 let (http_status, outcome) = if replayed {
@@ -258,7 +348,7 @@ impl DataPlane {
                     order,
                 }
             }
-            SlotState::Waiting | SlotState::Claimed => {
+            SlotState::Appending | SlotState::Waiting | SlotState::Claimed | SlotState::OnDisk => {
                 self.count("undecided");
                 let order = Standing::InFlight(pending, OrderStatus::Undecided);
                 Verdict::Order {
@@ -297,29 +387,45 @@ impl DataPlane {
         }
     }
 
-    /// Waits for an order that this request placed. At its deadline it is abandoned by the
-    /// deadline keeper, or a worker has claimed it; until then `Waiting` is no answer.
-    fn wait_for_own(&self, request: &Request<'_>, pending: &PendingOrder) -> SlotState {
-        wait(request, || match pending.slot.state() {
-            SlotState::Waiting => false,
-            SlotState::Claimed => Instant::now() >= pending.deadline || self.is_stopping(),
-            SlotState::Abandoned
-            | SlotState::Persisted
-            | SlotState::Failed
-            | SlotState::Unwritten => true,
-        });
-        pending.slot.state()
-    }
-
-    /// Waits for an order that another request placed, until it is decided or `deadline` comes.
-    pub(super) fn wait_for_other(
+    /// Waits for an order that this request placed. At its deadline one that nobody was promised
+    /// anything of is abandoned by the deadline keeper, or a worker has claimed it; until then
+    /// `Waiting` is no answer.
+    fn wait_for_own(
         &self,
         request: &Request<'_>,
         pending: &PendingOrder,
         deadline: Instant,
     ) -> SlotState {
-        let over =
-            || pending.slot.state().is_final() || Instant::now() >= deadline || self.is_stopping();
+        wait(request, || match pending.slot.state() {
+            _ if pending.slot.is_durable() => true,
+            SlotState::Waiting if !pending.slot.is_recorded() => false,
+            SlotState::Appending | SlotState::Waiting | SlotState::Claimed => {
+                Instant::now() >= deadline || self.is_stopping()
+            }
+            SlotState::Abandoned
+            | SlotState::Persisted
+            | SlotState::Failed
+            | SlotState::Unwritten
+            | SlotState::OnDisk => true,
+        });
+        pending.slot.state()
+    }
+
+    /// Waits for an order that another request placed, until it is decided, or `enough` for who
+    /// asks, or `deadline` comes.
+    pub(super) fn wait_for_other(
+        &self,
+        request: &Request<'_>,
+        pending: &PendingOrder,
+        deadline: Instant,
+        enough: impl Fn(&PendingOrder) -> bool,
+    ) -> SlotState {
+        let over = || {
+            pending.slot.state().is_final()
+                || enough(pending)
+                || Instant::now() >= deadline
+                || self.is_stopping()
+        };
         if !over() {
             wait(request, || {
                 // Announced before the look: a change in between is either seen or wakes us.
@@ -341,7 +447,7 @@ impl DataPlane {
     }
 }
 
-fn order_request(body: OrderBody, key: Option<IdempotencyKey>, wait: Duration) -> OrderRequest {
+fn order_request(body: OrderBody, key: Option<IdempotencyKey>, wanted: Wanted) -> OrderRequest {
     OrderRequest {
         user_id: body.user_id,
         sku_id: body.sku_id,
@@ -349,7 +455,8 @@ fn order_request(body: OrderBody, key: Option<IdempotencyKey>, wait: Duration) -
         adjustment: body.adjustment,
         attributes: body.attributes,
         key,
-        wait,
+        wait: wanted.wait,
+        respond_async: wanted.respond_async,
     }
 }
 

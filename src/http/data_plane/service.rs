@@ -15,10 +15,11 @@ use crate::http::problem::Problem;
 use crate::http::tokens::Tokens;
 use crate::http::wire::SkuView;
 use crate::metrics::Metrics;
-use crate::order::{OrderId, Refusal, SkuId, UserId};
+use crate::order::{Order, OrderId, Refusal, SkuId, UserId};
 use crate::pipeline::cancel::Canceller;
 use crate::pipeline::intake::Intake;
 use crate::pipeline::ledger::Ledger;
+use crate::queue::OrderQueue;
 use crate::store::StoreError;
 use crate::store::postgres::Database;
 use crate::store::postgres::orders::StoredOrder;
@@ -27,6 +28,7 @@ use crate::store::postgres::orders::StoredOrder;
 pub struct DataPlane {
     pub(super) intake: Arc<Intake>,
     pub(super) ledger: Arc<Ledger>,
+    pub(super) queue: Arc<dyn OrderQueue>,
     pub(super) database: Database,
     pub(super) canceller: Canceller,
     /// Whether a user's whole history can be listed.
@@ -45,6 +47,8 @@ pub struct DataPlaneParts {
     pub intake: Arc<Intake>,
     /// The in-memory state.
     pub ledger: Arc<Ledger>,
+    /// What orders wait in.
+    pub queue: Arc<dyn OrderQueue>,
     /// For look-ups.
     pub database: Database,
     /// For cancelling.
@@ -78,6 +82,7 @@ impl DataPlane {
         DataPlane {
             intake: parts.intake,
             ledger: parts.ledger,
+            queue: parts.queue,
             database: parts.database,
             canceller: parts.canceller,
             user_index: parts.user_index,
@@ -184,6 +189,36 @@ impl DataPlane {
         let database = self.database.clone();
         self.on_tokio(request, limit, async move { database.find_order(id).await })?
             .map_err(|error| DataPlane::database_problem(&error))
+    }
+
+    /// Looks an order up among those that wait on the disk. Costs nothing where none do.
+    pub(super) fn find_on_disk(
+        &self,
+        request: &Request<'_>,
+        id: OrderId,
+    ) -> Result<Option<Order>, Problem> {
+        if !self.queue.durable().is_some_and(|queue| queue.may_hold(id)) {
+            return Ok(None);
+        }
+        let queue = Arc::clone(&self.queue);
+        let found = self.on_tokio(request, self.order_timeout, async move {
+            tokio::task::spawn_blocking(move || queue.durable().map(|queue| queue.find(id))).await
+        })?;
+        match found {
+            Ok(Some(Ok(found))) => Ok(found),
+            Ok(None) => Ok(None),
+            Ok(Some(Err(error))) => {
+                tracing::error!(order_id = %id, reason = %error, "the journal cannot be read");
+                Err(Problem::internal())
+            }
+            Err(_) => Err(Problem::internal()),
+        }
+    }
+
+    /// How long an order that is queued now will take to become a row, in milliseconds, judged
+    /// by the rate of late.
+    pub(super) fn estimated_wait_ms(&self) -> u64 {
+        self.ledger.pace.wait_ms(self.queue.depth())
     }
 
     /// What a client is told where the database fails a look-up.

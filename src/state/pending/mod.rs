@@ -26,17 +26,48 @@ pub struct PendingOrder {
     /// The earliest deadline of anybody who waits for it, as [`Pending`] counts milliseconds;
     /// `u64::MAX` before it is entered.
     look_at_ms: AtomicU64,
+    /// The journal's segment that has its record; 0 where none has.
+    segment: AtomicU64,
 }
 
 impl PendingOrder {
     /// An order that waits to be claimed until `deadline`; `waker` belongs to whoever sent it.
     pub fn new(order: Order, deadline: Instant, waker: Option<Waker>) -> Self {
+        Self::with_slot(order, Slot::new(waker), deadline)
+    }
+
+    /// An order that a journal takes first. Only its sender gives up waiting, so it has no
+    /// deadline of its own.
+    pub fn appending(order: Order, waker: Option<Waker>) -> Self {
+        Self::with_slot(order, Slot::appending(waker), never())
+    }
+
+    /// An order that was read back from `segment` of a journal.
+    pub fn recovered(order: Order, segment: u64) -> Self {
+        let pending = Self::with_slot(order, Slot::recovered(), never());
+        pending.set_segment(segment);
+        pending
+    }
+
+    fn with_slot(order: Order, slot: Slot, deadline: Instant) -> Self {
         PendingOrder {
             order,
-            slot: Slot::new(waker),
+            slot,
             deadline,
             look_at_ms: AtomicU64::new(u64::MAX),
+            segment: AtomicU64::new(0),
         }
+    }
+
+    /// The journal's segment that has its record; 0 where none has.
+    pub fn segment(&self) -> u64 {
+        // Relaxed: set before the order is handed on, and the hand-off publishes it.
+        self.segment.load(Ordering::Relaxed)
+    }
+
+    /// Notes the journal's segment that has its record.
+    pub fn set_segment(&self, number: u64) {
+        self.segment.store(number, Ordering::Relaxed);
     }
 }
 
@@ -150,6 +181,11 @@ impl Pending {
             .map(|entry| Arc::clone(entry.value()))
             .collect()
     }
+}
+
+/// A deadline that nobody lives to see.
+fn never() -> Instant {
+    Instant::now() + Duration::from_secs(100 * 365 * 86_400)
 }
 
 /// How often those who wait for an order that is overdue, but being written, are woken to look at

@@ -1,16 +1,24 @@
 //! The slot of one order in flight: the one compare-and-swap that decides.
 //!
 //! ```text
-//!                 claim (worker)            settle (worker)
-//!   Waiting ───────────────────► Claimed ───────────────────► Persisted │ Failed │ Unwritten
-//!      │
-//!      └──────────────────────► Abandoned
-//!           abandon (deadline)
+//!   Appending ──────────────────► Abandoned
+//!      │ append   refuse (shutdown) ▲
+//!      ▼                            │ abandon (deadline, unless recorded)
+//!   Waiting ────────────────────────┘
+//!      │    ╲ spill (appender)
+//!      │     ╲───────────────────────────────► OnDisk
+//!      │ claim (worker)                           ▲ settle (worker, at shutdown)
+//!      ▼             settle (worker)              │
+//!   Claimed ──────────────────────────────────────┴─ Persisted │ Failed │ Unwritten
 //! ```
 //!
 //! A worker claims an order before it writes it; the deadline abandons one that nobody claimed.
 //! Both are a compare-and-swap from `Waiting`, so exactly one wins and there is no third case: an
 //! abandoned order is never written, a claimed one is settled by its worker.
+//!
+//! An order that is to be acknowledged at once begins in `Appending`. Once its record is in a
+//! journal, or may be, it is *recorded*: it can no longer be abandoned, because a restart would
+//! write it. Once the sync that covers it has returned it is *durable*, and may be acknowledged.
 //!
 //! `tests/loom.rs` compiles this file against loom's primitives and runs through every
 //! interleaving.
@@ -20,6 +28,8 @@ use super::sync::{AtomicU8, Guarded, Ordering, Waker};
 /// Where an order in flight stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SlotState {
+    /// On its way into a journal; whether it got there is not known yet.
+    Appending,
     /// In the queue; nobody has claimed it.
     Waiting,
     /// A worker is writing it; whether it became a row is not known yet.
@@ -33,12 +43,17 @@ pub enum SlotState {
     /// Claimed, but the process stopped before it could be written: there is no row and its
     /// stock is back.
     Unwritten,
+    /// Durable in the journal and no longer in memory: whoever waits for it looks for it again.
+    OnDisk,
 }
 
 impl SlotState {
-    /// Whether nothing will change any more.
+    /// Whether nothing will change any more in this slot.
     pub fn is_final(self) -> bool {
-        !matches!(self, SlotState::Waiting | SlotState::Claimed)
+        !matches!(
+            self,
+            SlotState::Appending | SlotState::Waiting | SlotState::Claimed
+        )
     }
 
     fn from_bits(bits: u8) -> Self {
@@ -48,7 +63,9 @@ impl SlotState {
             2 => SlotState::Abandoned,
             3 => SlotState::Persisted,
             4 => SlotState::Failed,
-            _ => SlotState::Unwritten,
+            5 => SlotState::Unwritten,
+            APPENDING => SlotState::Appending,
+            _ => SlotState::OnDisk,
         }
     }
 }
@@ -62,15 +79,23 @@ pub enum Settled {
     Failed = 4,
     /// Given up unwritten, at shutdown.
     Unwritten = 5,
+    /// Left to the next process, at shutdown: the journal has it.
+    OnDisk = 7,
 }
 
 const WAITING: u8 = 0;
 const CLAIMED: u8 = 1;
 const ABANDONED: u8 = 2;
+const APPENDING: u8 = 6;
+const ON_DISK: u8 = 7;
 /// The low bits hold the state.
-const STATE: u8 = 0b0111;
+const STATE: u8 = 0b0000_0111;
 /// Set while `others` may hold a waker. It only saves the lock where nobody else waits.
-const OTHERS: u8 = 0b1000;
+const OTHERS: u8 = 0b0000_1000;
+/// A journal has, or may have, the order.
+const RECORDED: u8 = 0b0001_0000;
+/// A journal has it, and the sync that covers it has returned.
+const DURABLE: u8 = 0b0010_0000;
 
 /// The state machine of one order in flight and those who wait for it.
 #[derive(Debug)]
@@ -95,31 +120,80 @@ impl Slot {
         }
     }
 
+    /// A slot in `Appending`; `first` is woken when it leaves that state.
+    pub fn appending(first: Option<Waker>) -> Self {
+        Slot {
+            bits: AtomicU8::new(APPENDING),
+            first,
+            others: Guarded::new(Vec::new()),
+        }
+    }
+
+    /// A slot in `Waiting` of an order that was read back from a journal.
+    pub fn recovered() -> Self {
+        Slot {
+            bits: AtomicU8::new(WAITING | RECORDED | DURABLE),
+            first: None,
+            others: Guarded::new(Vec::new()),
+        }
+    }
+
     /// Where it stands now. Acquire: pairs with the release of whoever moved it there.
     pub fn state(&self) -> SlotState {
         SlotState::from_bits(self.bits.load(Ordering::Acquire))
     }
 
+    /// Whether a journal has the order for certain.
+    pub fn is_durable(&self) -> bool {
+        self.bits.load(Ordering::Acquire) & DURABLE != 0
+    }
+
+    /// Whether a journal has, or may have, the order.
+    pub fn is_recorded(&self) -> bool {
+        self.bits.load(Ordering::Acquire) & (RECORDED | DURABLE) != 0
+    }
+
+    /// `Appending → Waiting`, by the appender, which then takes the wakers. `durable`: the sync
+    /// that covers the order has returned; otherwise its record may or may not be there.
+    pub fn appended(&self, durable: bool) {
+        let to = WAITING | RECORDED | if durable { DURABLE } else { 0 };
+        let moved = self.leave(APPENDING, 0, to);
+        assert!(moved, "an order was appended twice: {:?}", self.state());
+    }
+
+    /// `Appending → Abandoned`: it never got as far as the journal. True obliges the caller as
+    /// [`Slot::abandon`] does.
+    pub fn refuse(&self) -> bool {
+        self.leave(APPENDING, 0, ABANDONED)
+    }
+
+    /// `Waiting → OnDisk`, by the appender, which then takes the wakers. Only a durable order.
+    pub fn spill(&self) -> bool {
+        self.is_durable() && self.leave(WAITING, 0, ON_DISK)
+    }
+
     /// `Waiting → Claimed`, by the worker that will write it. False: it was abandoned; skip it.
     pub fn claim(&self) -> bool {
-        self.leave_waiting(CLAIMED)
+        self.leave(WAITING, 0, CLAIMED)
     }
 
-    /// `Waiting → Abandoned`, by the deadline. True obliges the caller to give its stock back and
-    /// then to wake those who wait.
+    /// `Waiting → Abandoned`, by the deadline, unless the order is recorded. True obliges the
+    /// caller to give its stock back and then to wake those who wait.
     pub fn abandon(&self) -> bool {
-        self.leave_waiting(ABANDONED)
+        self.leave(WAITING, RECORDED, ABANDONED)
     }
 
-    fn leave_waiting(&self, to: u8) -> bool {
+    /// Moves on from `from`, unless a bit of `unless` is set. Bits of `to` beyond the state are
+    /// set, none is cleared.
+    fn leave(&self, from: u8, unless: u8, to: u8) -> bool {
         self.bits
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, |bits| {
-                (bits & STATE == WAITING).then_some(bits & !STATE | to)
+                (bits & (STATE | unless) == from).then_some(bits & !STATE | to)
             })
             .is_ok()
     }
 
-    /// `Claimed → Persisted | Failed | Unwritten`, by the worker that claimed it, which then takes
+    /// `Claimed → Persisted | Failed | Unwritten | OnDisk`, by the worker that claimed it, which then takes
     /// the wakers.
     ///
     /// # Panics

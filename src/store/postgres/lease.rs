@@ -37,11 +37,17 @@ pub struct Taken {
 
 impl Database {
     /// Takes node 0 over with `shards` writers, as the one process that holds `guard`: raises the
-    /// epoch, waits until writers of an older epoch are gone, leases ids.
+    /// epoch, waits until writers of an older epoch are gone, leases ids. None lies before
+    /// `ids_from`, nor before what the database knows of.
     ///
     /// # Errors
     /// What the database says.
-    pub async fn take_over(&self, mut guard: Connected, shards: i16) -> Result<Taken, StoreError> {
+    pub async fn take_over(
+        &self,
+        mut guard: Connected,
+        shards: i16,
+        ids_from: UnixMillis,
+    ) -> Result<Taken, StoreError> {
         const NODE: i16 = 0;
         let transaction = guard
             .transaction()
@@ -56,7 +62,7 @@ impl Database {
             .await
             .map_err(StoreError::statement(doing))?;
         let paused = row.as_ref().is_some_and(|row| row.get(1));
-        let high_water = UnixMillis(row.map_or(0, |row| row.get(0)));
+        let high_water = UnixMillis(row.map_or(0, |row| row.get(0))).max(ids_from);
         let leased_until = high_water.max(UnixMillis::now()).plus_ms(ID_LEASE_MS);
         let epoch: i64 = transaction
             .query_one(
@@ -141,18 +147,27 @@ impl Database {
         Err(StoreError::AlreadyActive(holder.unwrap_or_default()))
     }
 
-    /// Leases ids up to `until`.
+    /// Leases ids up to `until`, and the right to acknowledge for `acknowledge_ms` from now, by
+    /// the database's clock.
     ///
     /// # Errors
     /// [`StoreError::Fenced`] where another process has taken the node over.
-    pub async fn renew_lease(&self, lease: NodeLease, until: UnixMillis) -> Result<(), StoreError> {
+    pub async fn renew_lease(
+        &self,
+        lease: NodeLease,
+        until: UnixMillis,
+        acknowledge_ms: u64,
+    ) -> Result<(), StoreError> {
+        let acknowledge_ms = i64::try_from(acknowledge_ms).unwrap_or(i64::MAX);
         let client = self.pooled().await?;
         let renewed = self
             .timed(
                 "renewing the lease on order ids",
                 client.execute(
-                    "UPDATE node SET ids_leased_until_ms = greatest(ids_leased_until_ms, $3) WHERE node = $1 AND epoch = $2",
-                    &[&lease.node, &lease.epoch, &until.0],
+                    "UPDATE node SET ids_leased_until_ms = greatest(ids_leased_until_ms, $3),
+                            lease_until = clock_timestamp() + $4::int8 * interval '1 millisecond'
+                      WHERE node = $1 AND epoch = $2",
+                    &[&lease.node, &lease.epoch, &until.0, &acknowledge_ms],
                 ),
             )
             .await?;

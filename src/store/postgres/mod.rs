@@ -5,6 +5,7 @@
 //!   one place where connections are made;
 //! * [`pooling`]: whether a pooler in between shares our sessions with others;
 //! * [`lease`]: who may write, and which order ids are ours to give out;
+//! * [`journal`]: what the database knows of the journal;
 //! * [`recovery`]: what start-up reads back into memory;
 //! * [`orders`]: look-ups of orders; [`transitions`]: what changes them afterwards;
 //! * [`dead_letters`]: orders that the database refused, and what a person does about them;
@@ -14,6 +15,7 @@
 pub mod audit;
 mod connector;
 pub mod dead_letters;
+pub mod journal;
 pub mod lease;
 pub mod orders;
 pub mod pooling;

@@ -1,0 +1,239 @@
+//! What a start finds and makes of it: the journal on the disk, the database, and from both the
+//! state in memory.
+//!
+//! The journal is read and checked before the database is asked, so that damage stops everything
+//! before anything is changed. What it holds is then written to the database, before orders are
+//! taken; memory is rebuilt from the database alone.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
+
+use super::StartError;
+use crate::config::{Backend, Config};
+use crate::faults::{bug, crash_point};
+use crate::http::control_plane::ControlPlane;
+use crate::order::{IdClock, Order, OrderStatus, UnixMillis};
+use crate::pipeline::ledger::Ledger;
+use crate::pipeline::replay::{Applied, Replayer};
+use crate::queue::journal::record::Record;
+use crate::queue::journal::{JournalError, Opened};
+use crate::state::buyers::Buyers;
+use crate::state::pace::Pace;
+use crate::state::pending::Pending;
+use crate::state::poison::Poison;
+use crate::state::recent::Recent;
+use crate::state::refusals::Refusals;
+use crate::state::stock::Catalogue;
+use crate::store::StoreError;
+use crate::store::batch::BatchWriter;
+use crate::store::postgres::journal::NotedJournal;
+use crate::store::postgres::{Database, NodeLease};
+
+/// Orders written a moment ago that are answered from memory, about 200 bytes each.
+const RECENT_ORDERS: usize = 65_536;
+/// Orders that are read from the journal, looked up and written at once.
+const PART: usize = 20_000;
+/// How often progress is told.
+const PROGRESS: Duration = Duration::from_secs(1);
+
+/// Opens, reads and checks the journal; `None` where the queue is another.
+pub(super) async fn open_journal(
+    config: &Config,
+    control: &ControlPlane,
+) -> Result<Option<Opened>, StartError> {
+    match config.queue.backend {
+        Backend::Memory => return Ok(None),
+        Backend::Journal => {}
+    }
+    let (directory, bytes_max) = (config.journal_dir(), config.queue.journal.bytes_max);
+    let started = Instant::now();
+    let telling = control.clone();
+    let opened = tokio::task::spawn_blocking(move || {
+        let mut told = Instant::now();
+        Opened::at(&directory, bytes_max, rand::random(), |done, of| {
+            telling.progress(format!("reading the journal: {done} of {of} segments"));
+            if told.elapsed() > PROGRESS {
+                told = Instant::now();
+                tracing::info!(segments = done, of, "reading the journal");
+            }
+        })
+    })
+    .await
+    .map_err(|panic| StartError::Engine(std::io::Error::other(panic)))??;
+    let scanned = &opened.scanned;
+    tracing::info!(
+        journal = opened.identity.name(),
+        records = scanned.records,
+        segments = scanned.segments.len(),
+        torn_sectors = scanned.torn_sectors,
+        ms = started.elapsed().as_millis() as u64,
+        "read the journal"
+    );
+    Ok(Some(opened))
+}
+
+/// Holds the journal that is there against the one that the database knows of.
+pub(super) fn check_journal(
+    config: &Config,
+    opened: Option<&Opened>,
+    noted: Option<&NotedJournal>,
+) -> Result<(), StartError> {
+    let ours = opened.map(|opened| opened.identity.name());
+    let directory = config.journal_dir();
+    if let Some(noted) = noted.filter(|noted| noted.in_use && ours.as_ref() != Some(&noted.name)) {
+        return Err(StartError::JournalAbsent {
+            noted: noted.name.clone(),
+            found: match ours {
+                None => "queue.backend is not journal".to_owned(),
+                Some(ours) => format!("{} has journal {ours}", directory.display()),
+            },
+        });
+    }
+    if let Some(opened) = opened
+        && opened.scanned.records > 0
+        && noted.map(|noted| &noted.name) != ours.as_ref()
+    {
+        return Err(StartError::JournalForeign {
+            directory,
+            records: opened.scanned.records,
+        });
+    }
+    Ok(())
+}
+
+/// Writes to the database what the journal has and the database has not.
+pub(super) async fn replay(
+    config: &Config,
+    database: &Database,
+    lease: NodeLease,
+    journal: Opened,
+    control: &ControlPlane,
+) -> Result<Opened, StartError> {
+    let total = journal.scanned.records;
+    if total == 0 {
+        return Ok(journal);
+    }
+    let started = Instant::now();
+    let (parts, mut read) = mpsc::channel::<Vec<Order>>(1);
+    let reading = tokio::task::spawn_blocking(move || {
+        let mut part = Vec::with_capacity(PART);
+        let result = journal.records(|record| {
+            if let Record::Order(order) = record {
+                part.push(*order);
+            }
+            if part.len() == PART {
+                // Where nobody listens any more the start has failed.
+                let _ = parts.blocking_send(std::mem::replace(&mut part, Vec::with_capacity(PART)));
+            }
+        });
+        let _ = parts.blocking_send(part);
+        result.map(|()| journal)
+    });
+    let shard = i16::try_from(config.worker_count()).unwrap_or(i16::MAX);
+    let mut replayer = Replayer::new(
+        database.clone(),
+        BatchWriter::new(database.clone(), lease, shard),
+        config.workers.batch_rows_max,
+    );
+    let mut told = Instant::now();
+    let mut done = 0;
+    let now = UnixMillis::now();
+    while let Some(part) = read.recv().await {
+        done += part.len() as u64;
+        let mut part: Vec<(Order, OrderStatus)> = part
+            .into_iter()
+            .map(|order| {
+                let in_time = now < order.expires_at;
+                let status = if in_time {
+                    OrderStatus::PendingPayment
+                } else {
+                    OrderStatus::Expired
+                };
+                (order, status)
+            })
+            .collect();
+        if bug("skip_a_replay") {
+            part.pop();
+        }
+        replayer.apply(&part).await?;
+        crash_point("recovery.replayed_part");
+        control.progress(format!("replaying the journal: {done} of {total} orders"));
+        if told.elapsed() > PROGRESS {
+            told = Instant::now();
+            let rate = done as f64 / started.elapsed().as_secs_f64();
+            let seconds_left = (total - done) as f64 / rate.max(1.0);
+            tracing::info!(
+                orders = done,
+                of = total,
+                rate = rate as u64,
+                seconds_left = seconds_left.ceil() as u64,
+                "replaying the journal"
+            );
+        }
+    }
+    let journal = reading
+        .await
+        .map_err(|panic| StartError::Engine(std::io::Error::other(panic)))??;
+    let Applied {
+        written,
+        present,
+        refused,
+    } = replayer.applied();
+    crash_point("recovery.replayed");
+    control.metrics().journal_replayed.set(written as i64);
+    tracing::info!(
+        orders = done,
+        written,
+        present,
+        refused,
+        ms = started.elapsed().as_millis() as u64,
+        "replayed the journal"
+    );
+    Ok(journal)
+}
+
+/// Rebuilds the in-memory state from the database.
+pub(super) async fn recover(
+    config: &Config,
+    database: &Database,
+    ids: IdClock,
+    paused: bool,
+) -> Result<Ledger, StoreError> {
+    let workers_hold = config.worker_count() * config.workers.batch_rows_max;
+    let in_flight_max = config.queue.capacity + workers_hold;
+    let buyers = Buyers::new(
+        config.orders.remembered_max,
+        in_flight_max.min(config.orders.remembered_max),
+    );
+    let catalogue = Catalogue::default();
+    catalogue.add(database.load_skus().await?);
+    catalogue.set_paused(paused);
+    let floor = ids.window_floor(config.orders.idempotency_window_ms);
+    let restored = database
+        .load_window(floor, |user, order| buyers.restore(user, order))
+        .await?;
+    tracing::info!(orders = restored, "recovered the idempotency window");
+    Ok(Ledger {
+        catalogue,
+        buyers,
+        refusals: Refusals::with_capacity(config.orders.sticky_refusals_max),
+        recent: Recent::with_capacity(RECENT_ORDERS),
+        pending: Arc::new(Pending::with_capacity(in_flight_max)),
+        poison: Poison::default(),
+        ids,
+        pace: Pace::default(),
+    })
+}
+
+/// No order id of the journal lies at or beyond this moment.
+pub(super) fn id_high_water(opened: Option<&Opened>) -> UnixMillis {
+    opened.map_or(UnixMillis(0), |opened| opened.scanned.id_high_water)
+}
+
+impl From<JournalError> for StartError {
+    fn from(error: JournalError) -> Self {
+        StartError::Journal(error)
+    }
+}

@@ -1,0 +1,142 @@
+//! Writing orders that may be rows already: after a start from the journal's, and after a failover
+//! that lost commits.
+//!
+//! Which ids are there is read first, and only the missing ones are copied; counters move by what
+//! is written. A row that the database refuses becomes a dead letter. One that is there after all,
+//! because a worker was faster, counts as present.
+
+use std::time::Duration;
+
+use crate::faults::bug;
+use crate::order::{Order, OrderStatus};
+use crate::store::StoreError;
+use crate::store::batch::{BatchWriter, Refused, WriteError};
+use crate::store::postgres::Database;
+
+const RETRY: Duration = Duration::from_millis(200);
+
+/// What became of orders that were applied.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Applied {
+    /// Those that were missing and are rows now.
+    pub written: u64,
+    /// Those that were there.
+    pub present: u64,
+    /// Those that the database refused; dead letters now.
+    pub refused: u64,
+}
+
+/// Applies orders idempotently.
+#[derive(Debug)]
+pub struct Replayer {
+    database: Database,
+    writer: BatchWriter,
+    rows_max: usize,
+    applied: Applied,
+}
+
+impl Replayer {
+    /// One that writes through `writer`, at most `rows_max` rows at once.
+    pub fn new(database: Database, writer: BatchWriter, rows_max: usize) -> Self {
+        Replayer {
+            database,
+            writer,
+            rows_max,
+            applied: Applied::default(),
+        }
+    }
+
+    /// What was applied so far.
+    pub fn applied(&self) -> Applied {
+        self.applied
+    }
+
+    /// Makes every order of `orders` a row with its status, where it is none. Tries again for as
+    /// long as the database does not answer.
+    ///
+    /// # Errors
+    /// Where this process may not write any more.
+    pub async fn apply(&mut self, orders: &[(Order, OrderStatus)]) -> Result<(), StoreError> {
+        let ids = || orders.iter().map(|(order, _)| order.id.as_i64());
+        let (Some(low), Some(high)) = (ids().min(), ids().max()) else {
+            return Ok(());
+        };
+        let there = loop {
+            match self.database.ids_between(low, high).await {
+                Ok(there) => break there,
+                Err(error) => pause(&error).await?,
+            }
+        };
+        let missing: Vec<(&Order, OrderStatus)> = orders
+            .iter()
+            .filter(|(order, _)| {
+                !there.contains(&order.id.as_i64()) || bug("replay_without_looking")
+            })
+            .map(|(order, status)| (order, *status))
+            .collect();
+        self.applied.present += (orders.len() - missing.len()) as u64;
+        for part in missing.chunks(self.rows_max) {
+            self.write(part).await?;
+        }
+        Ok(())
+    }
+
+    async fn write(&mut self, part: &[(&Order, OrderStatus)]) -> Result<(), StoreError> {
+        let mut parts = vec![part];
+        while let Some(part) = parts.pop() {
+            match self.writer.write_as(part).await {
+                Ok(()) => self.applied.written += part.len() as u64,
+                Err(WriteError::Retry(error)) => {
+                    pause(&error).await?;
+                    parts.push(part);
+                }
+                Err(WriteError::Fatal(error)) => return Err(error),
+                Err(
+                    WriteError::Row { sqlstate, reason } | WriteError::Counter { sqlstate, reason },
+                ) => match part {
+                    [(order, _)] => self.bury(order, &sqlstate, &reason).await?,
+                    _ => {
+                        let (older, newer) = part.split_at(part.len() / 2);
+                        parts.extend([newer, older]);
+                    }
+                },
+            }
+        }
+        Ok(())
+    }
+
+    async fn bury(
+        &mut self,
+        order: &Order,
+        sqlstate: &str,
+        reason: &str,
+    ) -> Result<(), StoreError> {
+        loop {
+            match self.writer.refuse(order, sqlstate, reason).await {
+                Ok(Refused::IsThere) => {
+                    self.applied.present += 1;
+                    return Ok(());
+                }
+                Ok(Refused::Buried) => {
+                    tracing::error!(order_id = %order.id, sqlstate, reason, "the database refused an order of the journal; it is a dead letter now");
+                    self.applied.refused += 1;
+                    return Ok(());
+                }
+                Err(error) => pause(&error).await?,
+            }
+        }
+    }
+}
+
+/// Waits before another attempt, where one makes sense.
+async fn pause(error: &StoreError) -> Result<(), StoreError> {
+    if let StoreError::Fenced { found, ours } = error {
+        return Err(StoreError::Fenced {
+            found: *found,
+            ours: *ours,
+        });
+    }
+    tracing::warn!(reason = %error, "orders of the journal are not written yet; it is tried again");
+    tokio::time::sleep(RETRY).await;
+    Ok(())
+}

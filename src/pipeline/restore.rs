@@ -1,0 +1,230 @@
+//! A database that comes back without commits it had acknowledged, as after a failover to a
+//! standby that lagged: it is noticed by the batch numbers, and what this process still knows is
+//! written again.
+//!
+//! What it knows: the orders of the journal's segments that are still there, and the orders of a
+//! moment ago that are kept to answer those who ask again. An order that waited for its row and is
+//! in neither is gone, as is every cancellation whose order is; only synchronous replication
+//! excludes that.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::Duration;
+
+use tokio::sync::{Notify, mpsc};
+
+use super::ledger::Ledger;
+use super::replay::Replayer;
+use crate::metrics::Metrics;
+use crate::order::{Order, OrderId, OrderStatus};
+use crate::queue::journal::JournalQueue;
+use crate::store::StoreError;
+use crate::store::batch::BatchWriter;
+use crate::store::postgres::{Database, NodeLease};
+
+/// How often the batch numbers are compared where no worker has done it.
+const CHECK: Duration = Duration::from_secs(2);
+/// Orders that are read and written again at once.
+const PART: usize = 20_000;
+
+/// The number of each worker's last batch that is known to be committed, and a bell for those who
+/// find that the database has a lower one.
+#[derive(Debug)]
+pub struct Watermarks {
+    committed: Box<[AtomicI64]>,
+    lost: Notify,
+}
+
+impl Watermarks {
+    /// Watermarks of so many workers.
+    pub fn new(workers: usize) -> Self {
+        Watermarks {
+            committed: (0..workers).map(|_| AtomicI64::new(0)).collect(),
+            lost: Notify::new(),
+        }
+    }
+
+    /// Workers.
+    pub fn workers(&self) -> usize {
+        self.committed.len()
+    }
+
+    /// Notes a worker's last batch.
+    pub fn note(&self, worker: usize, batch: i64) {
+        if let Some(committed) = self.committed.get(worker) {
+            committed.store(batch, Ordering::Release);
+        }
+    }
+
+    /// A worker has found its batches gone.
+    pub fn report_lost(&self) {
+        self.lost.notify_one();
+    }
+
+    fn all(&self) -> Vec<i64> {
+        self.committed
+            .iter()
+            .map(|committed| committed.load(Ordering::Acquire))
+            .collect()
+    }
+
+    /// Takes a lower number for granted, unless the worker has gone on meanwhile.
+    fn lower(&self, worker: usize, from: i64, to: i64) {
+        if let Some(committed) = self.committed.get(worker) {
+            let _ = committed.compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire);
+        }
+    }
+}
+
+/// Notices lost commits and makes good what it can.
+pub struct Restorer {
+    /// The state in memory.
+    pub ledger: Arc<Ledger>,
+    /// The queue, where it is a journal.
+    pub journal: Option<Arc<JournalQueue>>,
+    /// The database.
+    pub database: Database,
+    /// Who this process is.
+    pub lease: NodeLease,
+    /// What the workers have committed.
+    pub watermarks: Arc<Watermarks>,
+    /// What is counted.
+    pub metrics: Metrics,
+    /// Most rows at once.
+    pub rows_max: usize,
+}
+
+impl Restorer {
+    /// Watches until the future is dropped.
+    pub async fn watch(self) {
+        let shard = i16::try_from(self.watermarks.workers()).unwrap_or(i16::MAX);
+        let writer = BatchWriter::new(self.database.clone(), self.lease, shard);
+        let mut replayer = Replayer::new(self.database.clone(), writer, self.rows_max);
+        loop {
+            let told = tokio::select! {
+                () = self.watermarks.lost.notified() => true,
+                () = tokio::time::sleep(CHECK) => false,
+            };
+            if !told && !self.some_are_lost().await {
+                continue;
+            }
+            let before = replayer.applied();
+            match self.restore(&mut replayer).await {
+                Ok(()) => {
+                    let after = replayer.applied();
+                    let written = after.written - before.written;
+                    self.metrics.orders_restored.inc_by(written);
+                    tracing::warn!(
+                        written,
+                        present = after.present - before.present,
+                        refused = after.refused - before.refused,
+                        "wrote again what the database had lost and this process still knew"
+                    );
+                }
+                Err(error @ StoreError::Fenced { .. }) => {
+                    self.ledger.poison.set(error.to_string());
+                    return;
+                }
+                Err(error) => {
+                    tracing::error!(reason = %error, "could not write again what the database has lost; it is tried again");
+                    self.watermarks.report_lost();
+                    tokio::time::sleep(CHECK).await;
+                }
+            }
+        }
+    }
+
+    /// Whether the database has a lower batch number than a worker was told. An idle worker would
+    /// not find out by itself.
+    async fn some_are_lost(&self) -> bool {
+        // Read first: what is committed afterwards only makes the database's number higher.
+        let known = self.watermarks.all();
+        let Ok(batches) = self.database.batches(self.lease).await else {
+            return false;
+        };
+        let found: HashMap<usize, i64> = batches
+            .into_iter()
+            .filter_map(|(shard, batch)| Some((usize::try_from(shard).ok()?, batch)))
+            .collect();
+        let mut lost = false;
+        for (worker, known) in known.into_iter().enumerate() {
+            let batch = found.get(&worker).copied().unwrap_or(0);
+            if batch < known {
+                tracing::error!(
+                    worker,
+                    lost = known - batch,
+                    "the database has lost batches that it had committed"
+                );
+                self.watermarks.lower(worker, known, batch);
+                lost = true;
+            }
+        }
+        lost
+    }
+
+    async fn restore(&self, replayer: &mut Replayer) -> Result<(), StoreError> {
+        let (parts, mut read) = mpsc::channel::<Vec<Order>>(1);
+        let (journal, recent) = (self.journal.clone(), self.ledger.recent.all());
+        let reading = tokio::task::spawn_blocking(move || {
+            let mut part = Vec::new();
+            let mut each = |order: Order| {
+                part.push(order);
+                if part.len() >= PART {
+                    // Where nobody listens any more the process ends.
+                    let _ = parts.blocking_send(std::mem::take(&mut part));
+                }
+            };
+            for pending in recent {
+                each(pending.order.clone());
+            }
+            let result = journal.map_or(Ok(()), |journal| journal.read_all(&mut each));
+            let _ = parts.blocking_send(part);
+            result
+        });
+        while let Some(part) = read.recv().await {
+            let part: Vec<(Order, OrderStatus)> = part
+                .into_iter()
+                .filter_map(|order| Some((self.settled_status(&order)?, order)))
+                .map(|(status, order)| (order, status))
+                .collect();
+            replayer.apply(&deduplicated(part)).await?;
+        }
+        match reading.await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(StoreError::Data(error.to_string())),
+            Err(panic) => Err(StoreError::Data(panic.to_string())),
+        }
+    }
+
+    /// With which status an order has to be there; `None`: it is on its way, and its worker
+    /// writes it.
+    fn settled_status(&self, order: &Order) -> Option<OrderStatus> {
+        if self.ledger.pending.get(order.id).is_some() {
+            return None;
+        }
+        let on_disk = self.journal.as_ref().is_some_and(|journal| {
+            use crate::queue::DurableQueue;
+            journal.may_hold(order.id)
+        });
+        if on_disk {
+            return None;
+        }
+        let known = self.ledger.buyers.orders_of(&order.user_id);
+        let known = known.iter().find(|known| known.order_id == order.id);
+        match known.map(|known| known.live) {
+            // Its units are taken in memory, and so they have to be in the database.
+            Some(true) => Some(OrderStatus::PendingPayment),
+            Some(false) => Some(OrderStatus::Cancelled),
+            // It has left the idempotency window, long after it could be paid.
+            None => Some(OrderStatus::Expired),
+        }
+    }
+}
+
+fn deduplicated(mut orders: Vec<(Order, OrderStatus)>) -> Vec<(Order, OrderStatus)> {
+    let id = |entry: &(Order, OrderStatus)| -> OrderId { entry.0.id };
+    orders.sort_by_key(id);
+    orders.dedup_by_key(|entry| id(entry));
+    orders
+}

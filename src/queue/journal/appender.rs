@@ -1,0 +1,241 @@
+//! The thread that writes: it gathers a group, syncs it, acknowledges it, and hands it on.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use super::backlog::Waiting;
+use super::log::Log;
+use super::queue::{Incoming, Shared};
+use super::record::order_bytes;
+use super::segment::GroupAt;
+use crate::faults::{bug, crash_point};
+use crate::queue::{OrderQueue, Rejected};
+use crate::state::pending::{PendingOrder, SlotState};
+
+/// The thread that writes.
+pub(super) struct Appender {
+    shared: Arc<Shared>,
+    log: Log,
+    /// The orders of the group that is being gathered, and the room that they came with.
+    orders: Vec<Arc<PendingOrder>>,
+    reserved: i64,
+    /// Taken from `incoming`, and too large for the group.
+    held_back: Option<Incoming>,
+}
+
+impl Appender {
+    pub(super) fn new(shared: Arc<Shared>, log: Log) -> Self {
+        Appender {
+            shared,
+            log,
+            orders: Vec::new(),
+            reserved: 0,
+            held_back: None,
+        }
+    }
+
+    pub(super) fn run(mut self) {
+        let shared = Arc::clone(&self.shared);
+        shared.bell.listen();
+        while self.step() {}
+        shared.appender_ended.store(true, Ordering::Release);
+        shared.wake_reader();
+    }
+
+    /// Writes one group. False: the end.
+    fn step(&mut self) -> bool {
+        let shared = Arc::clone(&self.shared);
+        if shared.failure.get().is_some() && !bug("reuse_failed_file") {
+            return self.pass_on();
+        }
+        let mut lease = None;
+        while let Some(incoming) = self.held_back.take().or_else(|| shared.incoming.pop()) {
+            match incoming {
+                Incoming::Order(order, permit) => {
+                    if !self
+                        .log
+                        .fits(order_bytes(order.order.attributes.as_deref()))
+                    {
+                        self.held_back = Some(Incoming::Order(order, permit));
+                        break;
+                    }
+                    self.log.push_order(&order.order);
+                    self.reserved += i64::from(permit.spend());
+                    self.orders.push(order);
+                }
+                // A group of its own, so that a group holds either orders or a lease.
+                Incoming::Lease(..) if !self.log.is_empty() => {
+                    self.held_back = Some(incoming);
+                    break;
+                }
+                Incoming::Lease(until, permit, done) => {
+                    if !self.log.fits(64) {
+                        self.held_back = Some(Incoming::Lease(until, permit, done));
+                        break;
+                    }
+                    self.log.push_lease(until);
+                    self.reserved += i64::from(permit.spend());
+                    lease = Some(done);
+                    break;
+                }
+            }
+        }
+        if self.log.is_empty() {
+            if self.held_back.is_some() {
+                return self.rotate();
+            }
+            if shared.closing.load(Ordering::Acquire) {
+                return false;
+            }
+            shared.bell.wait_unless(|| {
+                !shared.incoming.is_empty() || shared.closing.load(Ordering::Acquire)
+            });
+            return true;
+        }
+        if bug("ack_before_sync") {
+            self.acknowledge_early();
+        }
+        let started = Instant::now();
+        let written = self.log.commit(self.orders.len() as u64);
+        let metrics = &shared.parts.metrics;
+        metrics
+            .journal_sync_seconds
+            .observe(started.elapsed().as_secs_f64());
+        match written {
+            Ok(at) => {
+                metrics.journal_groups.inc();
+                metrics.journal_orders.inc_by(self.orders.len() as u64);
+                shared
+                    .keeper
+                    .room
+                    .give(self.reserved - i64::from(at.sectors));
+                self.reserved = 0;
+                if let Some(done) = lease {
+                    let _ = done.send(true);
+                }
+                self.hand_over(&at);
+                true
+            }
+            Err(error) => {
+                let segment = self.log.segment().number;
+                shared.fail(format!("{}: {error}", super::segment::file_name(segment)));
+                if bug("reuse_failed_file") {
+                    self.acknowledge_early();
+                    self.orders.clear();
+                    return true;
+                }
+                self.orders
+                    .iter()
+                    .for_each(|order| order.set_segment(segment));
+                true
+            }
+        }
+    }
+
+    fn acknowledge_early(&self) {
+        let mut wakers = Vec::new();
+        for order in &self.orders {
+            if order.slot.state() == SlotState::Appending {
+                order.slot.appended(true);
+            }
+            order.slot.take_wakers(|waker| wakers.push(waker));
+        }
+        (self.shared.parts.wake_all)(wakers);
+    }
+
+    fn rotate(&mut self) -> bool {
+        let left = self.log.sectors_left();
+        match self.shared.keeper.next(left) {
+            Some(segment) => {
+                self.log.rotate(segment);
+                // The one before may have been decided completely already.
+                self.shared.keeper.look();
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Acknowledges a group and hands it to the workers, or leaves it on the disk.
+    fn hand_over(&mut self, at: &GroupAt) {
+        let shared = &self.shared;
+        let segment = at.segment.number;
+        let may = (shared.parts.may_acknowledge)();
+        let mut wakers = Vec::with_capacity(self.orders.len());
+        for order in &self.orders {
+            order.set_segment(segment);
+            if !bug("ack_before_sync") {
+                // Where another process has taken over meanwhile, nobody is told that it is
+                // accepted; the order goes the way of a waiting one, and ends at the fence.
+                order.slot.appended(may);
+            }
+            order.slot.take_wakers(|waker| wakers.push(waker));
+        }
+        (shared.parts.wake_all)(wakers);
+        crash_point("journal.acknowledged");
+        let count = self.orders.len();
+        let mut orders = self.orders.drain(..);
+        let mut kept = 0;
+        if shared.backlog.orders() == 0 {
+            for order in orders.by_ref() {
+                match shared.ring.push(order) {
+                    Ok(()) => kept += 1,
+                    Err(Rejected { order, .. }) => {
+                        spill(shared, &order);
+                        break;
+                    }
+                }
+            }
+        }
+        if kept == count {
+            return;
+        }
+        // Everything else of this group, and all that comes later, waits on the disk.
+        shared.backlog.push(Waiting {
+            at: at.clone(),
+            skip: kept,
+        });
+        orders.for_each(|order| spill(shared, &order));
+        shared.wake_reader();
+    }
+
+    /// After a failure: what comes goes the way of waiting orders. Records of the last group may
+    /// be on the disk, so it must be written; nothing more is appended. False: the end.
+    fn pass_on(&mut self) -> bool {
+        let shared = Arc::clone(&self.shared);
+        let mut orders: Vec<_> = self.orders.drain(..).collect();
+        let held_back = self.held_back.take().into_iter();
+        let later = held_back.chain(std::iter::from_fn(|| shared.incoming.pop()));
+        orders.extend(later.filter_map(|incoming| match incoming {
+            Incoming::Order(order, _permit) => Some(order),
+            Incoming::Lease(..) => None,
+        }));
+        if orders.is_empty() {
+            if shared.closing.load(Ordering::Acquire) {
+                return false;
+            }
+            shared.bell.wait_unless(|| {
+                !shared.incoming.is_empty() || shared.closing.load(Ordering::Acquire)
+            });
+            return true;
+        }
+        let mut wakers = Vec::new();
+        for order in &orders {
+            order.slot.appended(false);
+            order.slot.take_wakers(|waker| wakers.push(waker));
+        }
+        (shared.parts.wake_all)(wakers);
+        orders.into_iter().all(|order| shared.push_or_wait(order))
+    }
+}
+
+/// Takes an order out of memory; the disk has it.
+fn spill(shared: &Shared, order: &Arc<PendingOrder>) {
+    if order.slot.spill() {
+        shared.parts.pending.remove(order.order.id);
+        let mut wakers = Vec::new();
+        order.slot.take_wakers(|waker| wakers.push(waker));
+        (shared.parts.wake_all)(wakers);
+    }
+}

@@ -1,0 +1,56 @@
+//! How a thread that has nothing to do is woken by whoever has something for it.
+//!
+//! ```text
+//!   owner:  sleeping = true ─► fence ─► is there work? no ─► park
+//!   others: publish work    ─► fence ─► sleeping? yes ─► unpark
+//! ```
+//!
+//! Dekker's pattern: with a sequentially consistent fence on both sides, either the owner sees the
+//! work or the other sees it asleep. While the owner is busy a ring costs a fence and a read.
+//!
+//! `tests/loom.rs` compiles this file against loom's primitives.
+
+use super::sync::{AtomicBool, OnceLock, Ordering, Thread, current, fence, park};
+
+/// One thread's bell.
+#[derive(Debug)]
+pub struct Doorbell {
+    sleeping: AtomicBool,
+    owner: OnceLock<Thread>,
+}
+
+impl Doorbell {
+    /// A bell that nobody listens to yet.
+    pub fn new() -> Self {
+        Doorbell {
+            sleeping: AtomicBool::new(false),
+            owner: OnceLock::new(),
+        }
+    }
+
+    /// Makes the present thread the one that listens; once, before its first
+    /// [`Doorbell::wait_unless`].
+    pub fn listen(&self) {
+        let _ = self.owner.set(current());
+    }
+
+    /// Wakes the owner if it sleeps. Comes after the work was published.
+    pub fn ring(&self) {
+        fence(Ordering::SeqCst);
+        // Relaxed: the fence orders it. Only the first of many who ring pays for the wake-up.
+        if self.sleeping.load(Ordering::Relaxed) && self.sleeping.swap(false, Ordering::Relaxed) {
+            self.owner.get().map(Thread::unpark);
+        }
+    }
+
+    /// Sleeps until somebody rings, unless `has_work`. May wake for no reason.
+    pub fn wait_unless(&self, has_work: impl FnOnce() -> bool) {
+        // Relaxed: the fence orders it before the look at the work.
+        self.sleeping.store(true, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        if !has_work() {
+            park();
+        }
+        self.sleeping.store(false, Ordering::Relaxed);
+    }
+}

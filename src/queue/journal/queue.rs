@@ -1,0 +1,446 @@
+//! The queue over the journal: what is handed to the appender, to the workers, and to the disk.
+//!
+//! ```text
+//!             append                        room in memory?
+//!   intake ───────────► incoming ─► appender ──── yes ────► ring ─► workers
+//!      │                            write, sync,   │          ▲
+//!      │                            acknowledge    no         │ reader
+//!      │                                           ▼          │
+//!      │                                        backlog ──────┘
+//!      │ push (waiting orders: promised nothing before the commit)
+//!      └───────────────────────────────────────────────────► ring
+//! ```
+//!
+//! The appender takes what has gathered while its last sync ran: one order alone costs one sync,
+//! a flood shares them. While the backlog is not empty everything newer goes to the disk too, so
+//! that the order of the queue is kept.
+
+use std::fmt;
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::task::Waker;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crossbeam::queue::ArrayQueue;
+use parking_lot::Mutex;
+
+use super::appender::Appender;
+use super::backlog::Backlog;
+use super::doorbell::Doorbell;
+use super::keeper::{Keeper, Permit};
+use super::log::Log;
+use super::record::{GROUP_HEAD, Record, order_bytes};
+use super::sector::sectors_of;
+use super::{JournalError, Opened};
+use crate::faults::crash_point;
+use crate::metrics::Metrics;
+use crate::order::{Order, OrderId, UnixMillis};
+use crate::queue::{Durability, DurableQueue, NotDurable, OrderQueue, Rejected, RingQueue, Taken};
+use crate::state::pending::{Pending, PendingOrder};
+
+/// How often the reader looks whether there is room in memory, while orders wait on the disk.
+const READER_TICK: Duration = Duration::from_millis(2);
+/// How often reading is tried again where the disk failed.
+const READ_RETRY: Duration = Duration::from_secs(1);
+
+/// What a journal needs to run.
+pub struct JournalParts {
+    /// Orders that wait in memory at most.
+    pub capacity: usize,
+    /// Bytes on the disk at most.
+    pub bytes_max: u64,
+    /// The epoch of this process.
+    pub epoch: i64,
+    /// Whether segments wait for [`JournalQueue::confirm`] before they are deleted.
+    pub retain: bool,
+    /// Orders in flight: what goes to the disk leaves it, what is read back enters it.
+    pub pending: Arc<Pending>,
+    /// Wakes those who wait for an acknowledgement.
+    pub wake_all: Arc<dyn Fn(Vec<Waker>) + Send + Sync>,
+    /// Whether this process still holds the right to acknowledge.
+    pub may_acknowledge: Arc<dyn Fn() -> bool + Send + Sync>,
+    /// What is counted.
+    pub metrics: Metrics,
+}
+
+/// `queue.backend = "journal"`.
+pub struct JournalQueue {
+    shared: Arc<Shared>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+pub(super) struct Shared {
+    pub(super) ring: RingQueue,
+    capacity: usize,
+    pub(super) incoming: ArrayQueue<Incoming>,
+    pub(super) bell: Doorbell,
+    pub(super) backlog: Backlog,
+    /// Wakes the reader.
+    reader: OnceLock<std::thread::Thread>,
+    pub(super) keeper: Keeper,
+    pub(super) parts: JournalParts,
+    pub(super) closing: AtomicBool,
+    pub(super) appender_ended: AtomicBool,
+    /// Leaves what is on the disk to the next process.
+    cut: AtomicBool,
+    pub(super) failure: OnceLock<String>,
+}
+
+/// What the appender is asked to write.
+pub(super) enum Incoming {
+    Order(Arc<PendingOrder>, Permit),
+    Lease(UnixMillis, Permit, tokio::sync::oneshot::Sender<bool>),
+}
+
+impl JournalQueue {
+    /// Runs a journal whose orders have all been replayed. What it found is deleted as soon as
+    /// it is allowed to be.
+    ///
+    /// # Errors
+    /// Where its first segment cannot be made, or a thread not started.
+    pub fn start(opened: Opened, parts: JournalParts) -> Result<Self, JournalError> {
+        let Opened {
+            disk,
+            identity,
+            scanned,
+        } = opened;
+        let segments_max = (parts.bytes_max / identity.segment_bytes) as usize;
+        let (keeper, first) = Keeper::new(
+            disk,
+            identity,
+            &scanned.segments,
+            segments_max,
+            parts.retain,
+        )
+        .map_err(JournalError::io("making the journal's first segment"))?;
+        let log = Log::new(
+            first,
+            identity.sectors(),
+            super::scan::session(scanned.last_group) + 1,
+            scanned.last_sequence + 1,
+            parts.epoch,
+        );
+        let shared = Arc::new(Shared {
+            ring: RingQueue::new(parts.capacity),
+            capacity: parts.capacity,
+            incoming: ArrayQueue::new(parts.capacity.max(1)),
+            bell: Doorbell::new(),
+            backlog: Backlog::default(),
+            reader: OnceLock::new(),
+            keeper,
+            parts,
+            closing: AtomicBool::new(false),
+            appender_ended: AtomicBool::new(false),
+            cut: AtomicBool::new(false),
+            failure: OnceLock::new(),
+        });
+        let mut threads = Vec::new();
+        let mut spawn = |name: &str, work: Box<dyn FnOnce() + Send>| {
+            std::thread::Builder::new()
+                .name(name.to_owned())
+                .spawn(work)
+                .map(|thread| threads.push(thread))
+                .map_err(JournalError::io("starting a thread of the journal"))
+        };
+        let keeping = Arc::clone(&shared);
+        spawn("journal-keeper", Box::new(move || keeping.keeper.run()))?;
+        let reading = Arc::clone(&shared);
+        spawn("journal-reader", Box::new(move || reading.read_back()))?;
+        let appending = Arc::clone(&shared);
+        spawn(
+            "journal-append",
+            Box::new(move || Appender::new(appending, log).run()),
+        )?;
+        Ok(JournalQueue {
+            shared,
+            threads: Mutex::new(threads),
+        })
+    }
+
+    /// Writes how far order ids are leased, for as long as the database cannot. True: it is
+    /// durable.
+    pub async fn lease_ids(&self, until: UnixMillis) -> bool {
+        let Some(permit) = self.shared.keeper.room.take(1) else {
+            return false;
+        };
+        let (done, heard) = tokio::sync::oneshot::channel();
+        let lease = Incoming::Lease(until, permit, done);
+        if self.shared.failure.get().is_some() || self.shared.incoming.push(lease).is_err() {
+            return false;
+        }
+        self.shared.bell.ring();
+        heard.await.unwrap_or(false)
+    }
+
+    /// Why it stopped acknowledging, where it did.
+    pub fn failure(&self) -> Option<&str> {
+        self.shared.failure.get().map(String::as_str)
+    }
+
+    /// Bytes that its segments take on the disk.
+    pub fn bytes(&self) -> u64 {
+        self.shared.keeper.bytes()
+    }
+
+    /// Orders that wait on the disk and not in memory.
+    pub fn backlog(&self) -> usize {
+        self.shared.backlog.orders()
+    }
+
+    /// Orders that the database has not decided yet.
+    pub fn outstanding(&self) -> u64 {
+        let segments = self.shared.keeper.segments();
+        segments.iter().map(|segment| segment.outstanding()).sum()
+    }
+
+    /// The number of the newest segment of which everything is decided, with all before it.
+    pub fn decided_up_to(&self) -> u64 {
+        let segments = self.shared.keeper.segments();
+        segments
+            .iter()
+            .take_while(|segment| segment.is_done())
+            .last()
+            .map_or(0, |segment| segment.number)
+    }
+
+    /// Allows segments up to `number` to be deleted, where the journal retains them.
+    pub fn confirm(&self, number: u64) {
+        self.shared.keeper.confirm(number);
+    }
+
+    /// Reads every order that the journal still has, of this process and those before it, and
+    /// hands it to `each`, oldest first.
+    ///
+    /// # Errors
+    /// Where the disk fails or what is there is damaged.
+    pub fn read_all(&self, each: &mut dyn FnMut(Order)) -> Result<(), JournalError> {
+        let segments = self.shared.keeper.segments();
+        super::scan::read_segments(&segments, |record| {
+            if let Record::Order(order) = record {
+                each(*order);
+            }
+        })
+    }
+
+    /// Leaves what waits on the disk to the next process: the queue ends once what is in memory
+    /// has been taken.
+    pub fn leave_backlog(&self) {
+        self.shared.cut.store(true, Ordering::Release);
+        self.shared.wake_reader();
+    }
+
+    /// Ends the threads. Returns orders that were handed over and never written; nobody was told
+    /// about them.
+    pub fn stop(&self) -> Vec<Arc<PendingOrder>> {
+        self.close();
+        self.leave_backlog();
+        self.shared.keeper.stop();
+        for thread in self.threads.lock().drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a thread of the journal panicked");
+            }
+        }
+        let mut left = Vec::new();
+        while let Some(incoming) = self.shared.incoming.pop() {
+            if let Incoming::Order(order, _) = incoming {
+                left.push(order);
+            }
+        }
+        left
+    }
+}
+
+impl Shared {
+    pub(super) fn wake_reader(&self) {
+        if let Some(thread) = self.reader.get() {
+            thread.unpark();
+        }
+    }
+
+    pub(super) fn fail(&self, reason: String) {
+        tracing::error!(%reason, "the journal has failed: respond-async is refused until a restart; waiting orders go on");
+        let _ = self.failure.set(reason);
+        self.parts.metrics.journal_failed.set(1);
+    }
+
+    /// The reader's work: brings back from the disk what there is room for in memory.
+    fn read_back(&self) {
+        let _ = self.reader.set(std::thread::current());
+        loop {
+            let ended = self.appender_ended.load(Ordering::Acquire);
+            let Some(waiting) = self.backlog.oldest() else {
+                if ended {
+                    return self.ring.close();
+                }
+                // Woken by the appender, or by the end; the tick is for the moment before it
+                // knows this thread.
+                std::thread::park_timeout(Duration::from_millis(100));
+                continue;
+            };
+            if self.cut.load(Ordering::Acquire) {
+                return self.ring.close();
+            }
+            // Half of the memory stays free for orders that wait.
+            if self.ring.depth() >= (self.capacity / 2).max(1) {
+                std::thread::park_timeout(READER_TICK);
+                continue;
+            }
+            match waiting.read() {
+                Ok(orders) => {
+                    crash_point("journal.read_back");
+                    let segment = waiting.at.segment.number;
+                    for order in orders {
+                        let order = Arc::new(PendingOrder::recovered(order, segment));
+                        self.parts.pending.insert(&order);
+                        if !self.push_or_wait(order) {
+                            return self.ring.close();
+                        }
+                    }
+                    self.backlog.pop();
+                }
+                Err(error) => {
+                    if self.failure.get().is_none() {
+                        self.fail(format!("cannot read acknowledged orders back: {error}"));
+                    }
+                    std::thread::park_timeout(READ_RETRY);
+                }
+            }
+        }
+    }
+
+    /// Puts an order into the ring, waiting for room. False: the queue ends first.
+    pub(super) fn push_or_wait(&self, mut order: Arc<PendingOrder>) -> bool {
+        loop {
+            match self.ring.push(order) {
+                Ok(()) => return true,
+                Err(Rejected { closed: true, .. }) => return false,
+                Err(Rejected {
+                    order: rejected, ..
+                }) => order = rejected,
+            }
+            if self.cut.load(Ordering::Acquire) {
+                return false;
+            }
+            std::thread::park_timeout(READER_TICK);
+        }
+    }
+}
+
+impl OrderQueue for JournalQueue {
+    fn durability(&self) -> Durability {
+        Durability::Machine
+    }
+
+    fn durable(&self) -> Option<&dyn DurableQueue> {
+        Some(self)
+    }
+
+    fn push(&self, order: Arc<PendingOrder>) -> Result<(), Rejected> {
+        if self.shared.closing.load(Ordering::Acquire) {
+            return Err(Rejected {
+                order,
+                closed: true,
+            });
+        }
+        self.shared.ring.push(order)
+    }
+
+    fn take(&self, max: usize) -> Pin<Box<dyn Future<Output = Option<Taken>> + Send + '_>> {
+        self.shared.ring.take(max)
+    }
+
+    fn is_full(&self) -> bool {
+        self.shared.ring.is_full()
+    }
+
+    fn depth(&self) -> usize {
+        self.shared.ring.depth() + self.shared.incoming.len() + self.shared.backlog.orders()
+    }
+
+    fn close(&self) {
+        self.shared.closing.store(true, Ordering::SeqCst);
+        self.shared.bell.ring();
+        self.shared.wake_reader();
+    }
+}
+
+impl DurableQueue for JournalQueue {
+    fn reserve(&self, attributes: Option<&str>) -> Result<Permit, NotDurable> {
+        let shared = &self.shared;
+        if shared.failure.get().is_some() {
+            return Err(NotDurable::Failed);
+        }
+        if !(shared.parts.may_acknowledge)() {
+            return Err(NotDurable::NoLease);
+        }
+        if shared.incoming.is_full() {
+            return Err(NotDurable::Busy);
+        }
+        let sectors = sectors_of(GROUP_HEAD + order_bytes(attributes)) as u32;
+        shared.keeper.room.take(sectors).ok_or(NotDurable::Full)
+    }
+
+    fn append(&self, order: Arc<PendingOrder>, permit: Permit) -> Result<(), Rejected> {
+        let shared = &self.shared;
+        if shared.closing.load(Ordering::Acquire) {
+            return Err(Rejected {
+                order,
+                closed: true,
+            });
+        }
+        if let Err(Incoming::Order(order, _)) = shared.incoming.push(Incoming::Order(order, permit))
+        {
+            return Err(Rejected {
+                order,
+                closed: false,
+            });
+        }
+        shared.bell.ring();
+        Ok(())
+    }
+
+    fn decided(&self, orders: &[Arc<PendingOrder>]) {
+        let mut by_segment: Vec<(u64, u64)> = Vec::new();
+        for order in orders {
+            let segment = order.segment();
+            if segment == 0 {
+                continue;
+            }
+            match by_segment.iter_mut().find(|(number, _)| *number == segment) {
+                Some((_, count)) => *count += 1,
+                None => by_segment.push((segment, 1)),
+            }
+        }
+        if !by_segment.is_empty() {
+            self.shared.keeper.decided(&by_segment);
+        }
+    }
+
+    fn may_hold(&self, id: OrderId) -> bool {
+        self.shared.backlog.may_hold(id)
+    }
+
+    fn find(&self, id: OrderId) -> io::Result<Option<Order>> {
+        self.shared.backlog.find(id)
+    }
+}
+
+impl fmt::Debug for JournalQueue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("JournalQueue")
+            .field("depth", &self.depth())
+            .field("backlog", &self.backlog())
+            .field("failure", &self.failure())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Drop for JournalQueue {
+    fn drop(&mut self) {
+        let _ = self.stop();
+    }
+}

@@ -1,0 +1,168 @@
+//! What the database knows of the journal: which one may hold acknowledged orders that are not
+//! rows yet, until when its process may acknowledge, and what of it has arrived here.
+
+use std::collections::HashSet;
+
+use super::{Connected, Database, NodeLease};
+use crate::store::StoreError;
+
+/// The journal that is noted in the database, by the name of its id.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NotedJournal {
+    /// 32 hexadecimal digits.
+    pub name: String,
+    /// Whether it may hold orders that are not rows yet.
+    pub in_use: bool,
+    /// For how many more seconds its process may acknowledge; 0 where it may not any more.
+    pub lease_left_s: i64,
+}
+
+impl Database {
+    /// The journal that is noted here, asked on the connection of [`Database::claim`].
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn noted_journal(
+        &self,
+        guard: &Connected,
+    ) -> Result<Option<NotedJournal>, StoreError> {
+        let row = self
+            .timed(
+                "reading which journal is in use",
+                guard.query_opt(
+                    "SELECT replace(journal_id::text, '-', ''), journal_in_use,
+                            greatest(0, ceil(extract(epoch FROM lease_until - clock_timestamp())))::int8
+                       FROM node WHERE node = 0 AND journal_id IS NOT NULL",
+                    &[],
+                ),
+            )
+            .await?;
+        Ok(row.map(|row| NotedJournal {
+            name: row.get(0),
+            in_use: row.get(1),
+            lease_left_s: row.get::<_, Option<i64>>(2).unwrap_or(0),
+        }))
+    }
+
+    /// Notes that the journal `name` is in use by the holder of `lease`, before it acknowledges
+    /// anything.
+    ///
+    /// # Errors
+    /// [`StoreError::Fenced`] where another process has taken the node over.
+    pub async fn note_journal(&self, lease: NodeLease, name: &str) -> Result<(), StoreError> {
+        self.set_journal(
+            lease,
+            "UPDATE node SET journal_id = $3::text::uuid, journal_in_use = true WHERE node = $1 AND epoch = $2",
+            name,
+        )
+        .await
+    }
+
+    /// Notes that nothing is left in the journal `name`, and that nothing more is acknowledged.
+    ///
+    /// # Errors
+    /// [`StoreError::Fenced`] where another process has taken the node over.
+    pub async fn release_journal(&self, lease: NodeLease, name: &str) -> Result<(), StoreError> {
+        self.set_journal(
+            lease,
+            "UPDATE node SET journal_in_use = false, lease_until = clock_timestamp()
+              WHERE node = $1 AND epoch = $2 AND journal_id = $3::text::uuid",
+            name,
+        )
+        .await
+    }
+
+    async fn set_journal(&self, lease: NodeLease, sql: &str, name: &str) -> Result<(), StoreError> {
+        let client = self.pooled().await?;
+        let changed = self
+            .timed(
+                "noting which journal is in use",
+                client.execute(sql, &[&lease.node, &lease.epoch, &name]),
+            )
+            .await?;
+        if changed == 1 {
+            return Ok(());
+        }
+        Err(StoreError::Fenced {
+            found: 0,
+            ours: lease.epoch,
+        })
+    }
+
+    /// Gives up what the noted journal may still hold, as an operator has decided. The process
+    /// that wrote it is fenced. Asked on the connection of [`Database::claim`].
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn abandon_journal(&self, guard: &Connected) -> Result<(), StoreError> {
+        self.timed(
+            "abandoning the journal",
+            guard.execute(
+                "UPDATE node SET journal_in_use = false, epoch = epoch + 1 WHERE node = 0",
+                &[],
+            ),
+        )
+        .await
+        .map(|_| ())
+    }
+
+    /// Which order ids from `low` to `high` are here, as rows or as dead letters.
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn ids_between(&self, low: i64, high: i64) -> Result<HashSet<i64>, StoreError> {
+        let client = self.pooled().await?;
+        let rows = self
+            .timed(
+                "looking which orders are rows already",
+                client.query(
+                    "SELECT order_id FROM orders WHERE order_id BETWEEN $1 AND $2
+                     UNION ALL SELECT order_id FROM dead_letters WHERE order_id BETWEEN $1 AND $2",
+                    &[&low, &high],
+                ),
+            )
+            .await?;
+        Ok(rows.iter().map(|row| row.get(0)).collect())
+    }
+
+    /// The number of each worker's last batch, by worker.
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn batches(&self, lease: NodeLease) -> Result<Vec<(i16, i64)>, StoreError> {
+        let client = self.pooled().await?;
+        let rows = self
+            .timed(
+                "reading the workers' batch numbers",
+                client.query(
+                    "SELECT shard, batch FROM writer WHERE node = $1",
+                    &[&lease.node],
+                ),
+            )
+            .await?;
+        Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
+    }
+
+    /// The place up to which the write-ahead log is written, and up to which the standbys behind
+    /// `slots` have it; `None` where one of the slots is not there or has nothing yet. In bytes.
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn wal_progress(&self, slots: &[String]) -> Result<(u64, Option<u64>), StoreError> {
+        let client = self.pooled().await?;
+        let row = self
+            .timed(
+                "asking how far the standbys are",
+                client.query_one(
+                    "SELECT (pg_current_wal_insert_lsn() - '0/0')::int8,
+                            (SELECT CASE WHEN count(restart_lsn) = cardinality($1::text[])
+                                         THEN (min(restart_lsn) - '0/0')::int8 END
+                               FROM pg_replication_slots WHERE slot_name = ANY ($1::text[]))",
+                    &[&slots],
+                ),
+            )
+            .await?;
+        let place = |at: i64| u64::try_from(at).unwrap_or(0);
+        Ok((place(row.get(0)), row.get::<_, Option<i64>>(1).map(place)))
+    }
+}
