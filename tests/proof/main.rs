@@ -1,0 +1,70 @@
+//! Programs that prove the promises, each with a count of its own and one line at its end.
+//!
+//! `cargo test` runs each in its short form; `cargo test --test proof -- kill9 200` runs one for as
+//! long as its number says. `MILLRACE_SEED` repeats what a line with `seed=` has shown.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod checker;
+mod kill9;
+mod load;
+mod outcome;
+
+use std::process::ExitCode;
+
+use outcome::{Proof, report};
+
+/// Every proof.
+const PROOFS: &[Proof] = &[Proof {
+    name: "kill9",
+    counts: "cycles of load, kill -9 and recovery",
+    short: 8,
+    run: kill9::run,
+}];
+
+fn main() -> ExitCode {
+    // What begins with a dash is meant for the usual test harness.
+    let words: Vec<String> = std::env::args()
+        .skip(1)
+        .filter(|word| !word.starts_with('-'))
+        .collect();
+    let chosen: Vec<(&Proof, u64)> = match words.as_slice() {
+        [] => PROOFS.iter().map(|proof| (proof, proof.short)).collect(),
+        [name, rest @ ..] => {
+            let proof = PROOFS.iter().find(|proof| proof.name == name);
+            let count = match rest {
+                [] => proof.map(|proof| proof.short),
+                [count] => count.parse().ok(),
+                _ => None,
+            };
+            let (Some(proof), Some(count)) = (proof, count) else {
+                return usage();
+            };
+            vec![(proof, count)]
+        }
+    };
+    let mut all_held = true;
+    for (proof, count) in chosen {
+        all_held &= report(proof, count);
+    }
+    if all_held {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
+
+fn usage() -> ExitCode {
+    eprintln!("usage: proof [NAME [COUNT]]");
+    for proof in PROOFS {
+        let Proof {
+            name,
+            counts,
+            short,
+            ..
+        } = proof;
+        eprintln!("  {name:<14} counts {counts}; {short} in the short form");
+    }
+    ExitCode::from(2)
+}
