@@ -73,6 +73,8 @@ struct Try {
     sent: u64,
     answered: u64,
     promise: Promise,
+    /// Whether it was answered with `202` and `Preference-Applied`.
+    respond_async: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -129,6 +131,7 @@ struct Offer {
 struct Book {
     clock: u64,
     life: u32,
+    answers: u64,
     asked: HashMap<String, Asked>,
     /// The users in the order in which they came.
     users: Vec<String>,
@@ -197,6 +200,7 @@ impl Checker {
             sent,
             answered: u64::MAX,
             promise: Promise::Unknown,
+            respond_async: false,
         });
         Attempt {
             user: wish.user.clone(),
@@ -209,6 +213,7 @@ impl Checker {
         let mut book = self.book();
         book.clock += 1;
         let answered = book.clock;
+        book.answers += u64::from(!matches!(told, Told::Nothing));
         let Book { asked, lies, .. } = &mut *book;
         let asked = asked.get_mut(&attempt.user).expect("it was asked for");
         let promise = match &told {
@@ -229,7 +234,13 @@ impl Checker {
         let accepted = matches!(promise, Promise::Accepted(_));
         let one = &mut asked.tries[attempt.number];
         (one.promise, one.answered) = (promise, answered);
+        one.respond_async = accepted && matches!(told, Told::Answer { status: 202, .. });
         accepted
+    }
+
+    /// How many requests were answered so far.
+    pub fn answers(&self) -> u64 {
+        self.book().answers
     }
 
     /// A cancellation is about to be sent.
@@ -473,7 +484,9 @@ pub struct Verdict {
     pub refused: u64,
     pub cancelled: u64,
     pub unanswered: u64,
-    /// Everything that is wrong, in words; the first few of each kind.
+    /// Acknowledged orders that some client was only told to be durable in the queue.
+    pub respond_async: u64,
+    /// Everything that is wrong, in words.
     pub faults: Vec<String>,
 }
 
@@ -488,14 +501,26 @@ impl Verdict {
             && self.faults.is_empty()
     }
 
-    /// The figures, or the figures with what is wrong.
-    pub fn into_result(self) -> Result<String, String> {
-        if self.holds() {
-            return Ok(self.to_string());
-        }
-        let shown = self.faults.iter().take(5).cloned().collect::<Vec<_>>();
+    /// The figures with the first of what is wrong.
+    pub fn into_words(self) -> String {
+        let shown: Vec<String> = self.faults.iter().take(5).cloned().collect();
         let more = self.faults.len() - shown.len();
-        Err(format!("{self}: {} (and {more} more)", shown.join("; ")))
+        format!("{self}: {} (and {more} more)", shown.join("; "))
+    }
+
+    /// Adds the figures of another database.
+    pub fn add(&mut self, other: &Verdict) {
+        self.acked += other.acked;
+        self.present += other.present;
+        self.duplicated += other.duplicated;
+        self.refused_but_present += other.refused_but_present;
+        self.oversold += other.oversold;
+        self.leaked += other.leaked;
+        self.refused += other.refused;
+        self.cancelled += other.cancelled;
+        self.unanswered += other.unanswered;
+        self.respond_async += other.respond_async;
+        self.faults.extend_from_slice(&other.faults);
     }
 
     /// Notes something that is wrong.
@@ -526,6 +551,8 @@ impl Verdict {
                 self.fault(format!("refused and present: {asked:?}: {rows:?}"));
             }
         }
+        let respond_async = asked.tries.iter().any(|one| one.respond_async);
+        self.respond_async += u64::from(respond_async);
         for id in &ids {
             self.acked += 1;
             match rows.iter().find(|row| row.order_id == *id) {
@@ -612,13 +639,14 @@ impl fmt::Display for Verdict {
         write!(
             f,
             "acked={} present={} duplicated={} refused_but_present={} oversold={} leaked={} \
-             refused={} cancelled={} unanswered={}",
+             async={} refused={} cancelled={} unanswered={}",
             self.acked,
             self.present,
             self.duplicated,
             self.refused_but_present,
             self.oversold,
             self.leaked,
+            self.respond_async,
             self.refused,
             self.cancelled,
             self.unanswered,

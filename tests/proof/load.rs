@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use super::checker::{Attempt, Checker, Found, Told, Verdict, Wish};
 use super::outcome::block_on;
 use crate::support::http::{Answer, Connection, try_call};
+use crate::support::served::Served;
 
 /// Requests one after the other, from several threads.
 pub struct Load<'a> {
@@ -19,7 +20,7 @@ pub struct Load<'a> {
     pub data: SocketAddr,
     pub checker: &'a Checker,
     /// What is wanted: each SKU as often as it stands here.
-    pub skus: &'a [String],
+    pub skus: Vec<String>,
     /// What everything is chosen by; also a part of each user's name, so no two loads share one.
     pub seed: u64,
     pub threads: u64,
@@ -29,7 +30,34 @@ pub struct Load<'a> {
     pub batch_max: usize,
 }
 
-impl Load<'_> {
+impl<'a> Load<'a> {
+    /// One of a cycle of kill and recovery: SKUs of its own, one of which sells out, and others
+    /// that all cycles share; the rest as chance will have it. An error: the server is gone.
+    pub fn prepare(
+        served: &Served,
+        checker: &'a Checker,
+        cycle: u64,
+        random: &mut StdRng,
+    ) -> std::io::Result<Self> {
+        let (hot, plain) = (format!("HOT-{cycle}"), format!("A-{cycle}"));
+        let offers = [
+            (hot.clone(), random.random_range(20..200)),
+            (plain.clone(), 2_000),
+            ("B".to_owned(), 1_000_000),
+            ("C".to_owned(), 50_000_000),
+        ];
+        put_skus(served.control, checker, &offers)?;
+        Ok(Load {
+            data: served.data,
+            checker,
+            skus: vec![hot, plain, "B".to_owned(), "C".to_owned(), "C".to_owned()],
+            seed: random.random(),
+            threads: random.random_range(2..=8),
+            respond_async: random.random_range(10..=90),
+            batch_max: random.random_range(3..=60),
+        })
+    }
+
     /// Buys until told to stop, or until nobody answers any more. Returns how many orders were
     /// accepted.
     pub fn run(&self, stop: &AtomicBool) -> u64 {
@@ -368,4 +396,56 @@ pub fn compare_counters(data: SocketAddr, found: &Found, verdict: &mut Verdict) 
             ));
         }
     }
+}
+
+/// How a server is set up for one cycle.
+#[derive(Clone, Debug, Default)]
+pub struct Settings {
+    /// `queue.capacity`: small, so that accepted orders have to wait on disk.
+    capacity: Option<u32>,
+    /// `queue.journal.bytes_max`: small, so that segments come and go.
+    journal_bytes: Option<u64>,
+    /// `workers.batch_rows_max`: small, so that there are many commits.
+    batch_rows: Option<u32>,
+}
+
+impl Settings {
+    /// Any of the combinations.
+    pub fn choose(random: &mut StdRng) -> Self {
+        Settings {
+            capacity: random
+                .random_bool(0.5)
+                .then(|| random.random_range(8..=256)),
+            journal_bytes: (has_journal() && random.random_bool(0.5)).then_some(1 << 20),
+            batch_rows: random.random_bool(0.5).then(|| random.random_range(1..=32)),
+        }
+    }
+
+    /// The same for a disk that has no room for the usual limit of the journal.
+    pub fn on_a_small_disk(mut self) -> Self {
+        if has_journal() {
+            self.journal_bytes.get_or_insert(64 << 20);
+        }
+        self
+    }
+
+    /// The same as environment variables.
+    pub fn environment(&self) -> Vec<(String, String)> {
+        let capacity = self.capacity.map(u64::from);
+        let batch_rows = self.batch_rows.map(u64::from);
+        [
+            ("MILLRACE_QUEUE__CAPACITY", capacity),
+            ("MILLRACE_QUEUE__JOURNAL__BYTES_MAX", self.journal_bytes),
+            ("MILLRACE_WORKERS__BATCH_ROWS_MAX", batch_rows),
+        ]
+        .into_iter()
+        .filter_map(|(name, value)| Some((name.to_owned(), value?.to_string())))
+        .collect()
+    }
+}
+
+/// Whether this Millrace has a journal to set up.
+pub fn has_journal() -> bool {
+    serde_json::to_value(millrace::config::Config::default())
+        .is_ok_and(|config| config["queue"]["journal"].is_object())
 }

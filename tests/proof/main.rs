@@ -7,21 +7,31 @@
 mod support;
 
 mod checker;
+mod disk;
 mod kill9;
 mod load;
 mod outcome;
+mod power;
 
 use std::process::ExitCode;
 
 use outcome::{Proof, report};
 
 /// Every proof.
-const PROOFS: &[Proof] = &[Proof {
-    name: "kill9",
-    counts: "cycles of load, kill -9 and recovery",
-    short: 8,
-    run: kill9::run,
-}];
+const PROOFS: &[Proof] = &[
+    Proof {
+        name: "kill9",
+        counts: "cycles of load, kill -9 and recovery",
+        short: 8,
+        run: kill9::run,
+    },
+    Proof {
+        name: "power",
+        counts: "cycles of load, power loss and recovery",
+        short: 4,
+        run: power::run,
+    },
+];
 
 fn main() -> ExitCode {
     // What begins with a dash is meant for the usual test harness.

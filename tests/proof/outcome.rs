@@ -1,8 +1,11 @@
 //! What a proof is, and the line that it ends with.
 
 use std::any::Any;
+use std::io::IsTerminal as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
+
+use super::checker::Verdict;
 
 /// A program that shows a promise to hold, as often as its count says.
 pub struct Proof {
@@ -60,9 +63,36 @@ pub fn seed() -> u64 {
     since.map_or(0, |since| since.as_micros() as u64)
 }
 
+/// Runs many cycles as series of at most `length`, each from an empty start and with a seed of its
+/// own, and adds up what they found. `series` gets its seed, its cycles, and whom to tell how
+/// many it has done; where it fails, the line says how to repeat it alone.
+pub fn in_series(
+    name: &str,
+    cycles: u64,
+    length: u64,
+    mut series: impl FnMut(u64, u64, &dyn Fn(u64)) -> Result<Verdict, String>,
+) -> Result<String, String> {
+    let (started, seed) = (Instant::now(), seed());
+    let mut sum = Verdict::default();
+    for (number, first) in (0..cycles).step_by(length.max(1) as usize).enumerate() {
+        let seed = seed.wrapping_add(number as u64);
+        let length = length.min(cycles - first);
+        let done = |cycle| progress(name, first + cycle, cycles, started.elapsed());
+        let repeat = |why| format!("cycles={first}+{length} seed={seed} {why}");
+        let verdict = series(seed, length, &done).map_err(repeat)?;
+        if !verdict.holds() {
+            return Err(repeat(verdict.into_words()));
+        }
+        sum.add(&verdict);
+    }
+    let seconds = started.elapsed().as_secs();
+    Ok(format!(
+        "cycles={cycles} {sum} seed={seed} seconds={seconds}"
+    ))
+}
+
 /// Shows on a terminal how far a long one is.
-pub fn progress(name: &str, done: u64, count: u64, since: Duration) {
-    use std::io::IsTerminal as _;
+fn progress(name: &str, done: u64, count: u64, since: Duration) {
     if std::io::stderr().is_terminal() {
         let left = since.as_secs_f64() / done.max(1) as f64 * (count - done) as f64;
         eprint!("\r{name} {done}/{count}, {left:.0} s left  \r");

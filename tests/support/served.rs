@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use serde_json::{Value, json};
 
 use super::http::{call, try_call};
@@ -149,7 +149,7 @@ impl Drop for Served {
 }
 
 /// The PostgreSQL that Millrace keeps under a `data_dir`, seen from outside: by the file that its
-/// postmaster writes. Dropped, it is ended at once if it still runs.
+/// postmaster writes.
 pub struct OwnPostgres {
     data: PathBuf,
 }
@@ -186,37 +186,26 @@ impl OwnPostgres {
         let home = std::fs::read_link(format!("/proc/{}/cwd", pid.as_raw_nonzero())).ok()?;
         (home == self.data).then_some(pid)
     }
+}
 
-    /// Ends it as a crash would, with all its children, and waits until it is gone.
-    pub fn end(&self) {
-        let Some(pid) = self.pid() else { return };
-        let _ = kill_process(pid, Signal::QUIT);
-        // It kills children that do not listen after 5 s by itself.
-        let deadline = Instant::now() + Duration::from_secs(15);
-        while is_alive(pid) {
-            if Instant::now() >= deadline {
-                let _ = kill_process(pid, Signal::KILL);
-                return;
-            }
-            std::thread::sleep(LOOK);
+/// Ends a postmaster as a crash would, with all its children, and waits until it is gone.
+pub fn end_postmaster(pid: Pid) {
+    let _ = kill_process(pid, Signal::QUIT);
+    // It kills children that do not listen after 5 s by itself.
+    let deadline = Instant::now() + Duration::from_secs(15);
+    while !is_gone(pid) {
+        if Instant::now() >= deadline {
+            let _ = kill_process(pid, Signal::KILL);
+            return;
         }
+        std::thread::sleep(LOOK);
     }
 }
 
-impl Drop for OwnPostgres {
-    fn drop(&mut self) {
-        self.end();
-    }
-}
-
-/// A process that has ended but was not collected does nothing any more.
-fn is_alive(pid: Pid) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero()));
-    let state = stat.ok().and_then(|stat| {
-        let (_, rest) = stat.rsplit_once(") ")?;
-        rest.chars().next()
-    });
-    state.is_some_and(|state| state != 'Z' && state != 'X')
+/// Whether it has ended and was collected. Its parent was killed, so the machine's first process
+/// does that, some sooner than others; until then its number counts as taken.
+fn is_gone(pid: Pid) -> bool {
+    test_kill_process(pid) == Err(rustix::io::Errno::SRCH)
 }
 
 /// The last lines of a log.
