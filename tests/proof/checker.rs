@@ -377,7 +377,7 @@ fn promise(
         202 if state != "accepted" || !respond_async => {
             return Err("202 is `accepted` with Preference-Applied or `undecided` without");
         }
-        200 | 201 | 202 => {}
+        200..=202 => {}
         _ => return Err("no such status"),
     }
     let same = body["user_id"] == wish.user.as_str()

@@ -16,7 +16,7 @@ use super::checker::{Checker, Verdict};
 use super::load::{Load, Settings, check};
 use super::outcome::{Why, block_on, in_series};
 use crate::support::postgres::{copy_template, test_dir};
-use crate::support::served::{OwnPostgres, Served, end_postmaster};
+use crate::support::served::{OwnPostgres, PATIENCE, Served, end_postmaster};
 
 /// How long a load may go on without passing the point that it is to crash at.
 const POINT_PATIENCE: Duration = Duration::from_secs(2);
@@ -215,10 +215,24 @@ impl Proof {
         check(served.data, &self.checker, &config, self.random.random())
     }
 
-    /// Everything once more, after an orderly end.
+    /// Everything once more: after a load that ends by itself, and after an orderly end.
     fn finish(&mut self) -> Result<Verdict, String> {
         let settings = Settings::default();
         let served = self.start(&settings)?;
+        let load = Load::prepare(&served, &self.checker, u64::MAX, &mut self.random)
+            .map_err(|e| format!("no SKU can be put on sale: {e}"))?;
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| load.run(&stop));
+            std::thread::sleep(Duration::from_millis(200));
+            stop.store(true, Ordering::Relaxed);
+        });
+        let config = OwnPostgres::of(self.dir()).config();
+        let config = config.ok_or("PostgreSQL does not run")?;
+        let verdict = block_on(self.checker.compare_until(&config, PATIENCE));
+        if !verdict.holds() {
+            return Ok(verdict);
+        }
         served.terminate();
         let code = served.wait();
         if code != Some(0) {

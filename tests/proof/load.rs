@@ -369,7 +369,7 @@ pub fn retry_some(
         checker.told(attempt, whole(&answer));
         let same = answer.status == 200
             && answer.field("idempotency-replayed") == Some("true")
-            && answer.json()["order_id"] == id.to_string();
+            && answer.json()["order_id"].as_str() == Some(&id.to_string());
         if !same {
             verdict.fault(format!("retried, {wish:?} is not {id}: {answer:?}"));
         }

@@ -11,6 +11,7 @@ mod disk;
 mod kill9;
 mod load;
 mod outcome;
+mod planted;
 mod power;
 
 use std::process::ExitCode;
@@ -19,6 +20,12 @@ use outcome::{Proof, report};
 
 /// Every proof.
 const PROOFS: &[Proof] = &[
+    Proof {
+        name: "checker",
+        counts: "rounds of the checker against planted falsehoods",
+        short: 1,
+        run: planted::run,
+    },
     Proof {
         name: "kill9",
         counts: "cycles of load, kill -9 and recovery",
@@ -34,11 +41,24 @@ const PROOFS: &[Proof] = &[
 ];
 
 fn main() -> ExitCode {
-    // What begins with a dash is meant for the usual test harness.
-    let words: Vec<String> = std::env::args()
-        .skip(1)
-        .filter(|word| !word.starts_with('-'))
-        .collect();
+    let mut words: Vec<String> = Vec::new();
+    let mut arguments = std::env::args().skip(1);
+    while let Some(word) = arguments.next() {
+        match word.as_str() {
+            "--list" => {
+                PROOFS
+                    .iter()
+                    .for_each(|proof| println!("{}: test", proof.name));
+                return ExitCode::SUCCESS;
+            }
+            // What begins with a dash is meant for the usual test harness, some with a value.
+            "--skip" | "--test-threads" | "--format" | "--color" | "--logfile" => {
+                arguments.next();
+            }
+            flag if flag.starts_with('-') => {}
+            _ => words.push(word),
+        }
+    }
     let chosen: Vec<(&Proof, u64)> = match words.as_slice() {
         [] => PROOFS.iter().map(|proof| (proof, proof.short)).collect(),
         [name, rest @ ..] => {
