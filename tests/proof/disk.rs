@@ -93,6 +93,11 @@ impl Disk {
         cut.map_err(|e| format!("ext4 cannot be shut down: {e}"))
     }
 
+    /// The processes that have their working directory on it: those of PostgreSQL do.
+    pub fn processes(&self) -> Vec<Pid> {
+        at_home(&self.at)
+    }
+
     /// Unmounts it, once nothing uses it any more.
     pub fn unmount(&self) -> Result<(), String> {
         let deadline = Instant::now() + PATIENCE;

@@ -16,7 +16,7 @@ use super::checker::{Checker, Verdict};
 use super::load::{Load, Settings, check};
 use super::outcome::{Why, block_on, in_series};
 use crate::support::postgres::{copy_template, test_dir};
-use crate::support::served::{OwnPostgres, PATIENCE, Served, end_postmaster};
+use crate::support::served::{OwnPostgres, PATIENCE, Served, end_postgres};
 
 /// How long a load may go on without passing the point that it is to crash at.
 const POINT_PATIENCE: Duration = Duration::from_secs(2);
@@ -128,17 +128,28 @@ impl Proof {
 
     /// Load, a kill, a start and a comparison.
     fn cycle(&mut self, cycle: u64) -> Result<Verdict, String> {
-        let settings = Settings::choose(&mut self.random);
         // A defect is put in alone.
         let point = (cycle % 2 == 1 && self.bug.is_none()).then(|| self.points.next());
+        let mut settings = Settings::choose(&mut self.random);
+        match point.unwrap_or_default() {
+            // Passed where segments come and go, where memory is full, where much is left over.
+            "journal.segment_created"
+            | "journal.segment_renamed"
+            | "journal.before_retire"
+            | "journal.after_retire" => settings.journal_bytes = Some(1 << 20),
+            "journal.read_back" => settings.capacity = Some(8),
+            "recovery.replayed_part" | "recovery.replayed" => settings.batch_rows = Some(1),
+            _ => {}
+        }
+        settings.for_this_build();
         match point {
             Some(point) if point.starts_with("recovery.") => {
                 // Something has to be left over to recover.
-                self.load_and_kill(cycle, &settings)?;
+                self.load_and_kill(cycle, &settings, true)?;
                 self.crash_at(cycle, point, &settings)?;
             }
             Some(point) => self.crash_at(cycle, point, &settings)?,
-            None => self.load_and_kill(cycle, &settings)?,
+            None => self.load_and_kill(cycle, &settings, false)?,
         }
         let served = self.start(&settings)?;
         let verdict = self.check(&served);
@@ -148,10 +159,15 @@ impl Proof {
         Ok(verdict)
     }
 
-    fn load_and_kill(&mut self, cycle: u64, settings: &Settings) -> Result<(), String> {
+    fn load_and_kill(
+        &mut self,
+        cycle: u64,
+        settings: &Settings,
+        flood: bool,
+    ) -> Result<(), String> {
         let served = self.start(settings)?;
         let until = Duration::from_millis(self.random.random_range(20..700));
-        self.load(cycle, served, |_| std::thread::sleep(until));
+        self.load(cycle, served, flood, |_| std::thread::sleep(until));
         Ok(())
     }
 
@@ -174,7 +190,8 @@ impl Proof {
         match Served::try_start(self.dir(), &all, &log) {
             Ok(served) => {
                 let mut hit = false;
-                self.load(cycle, served, |served| {
+                let flood = point.starts_with("journal.");
+                self.load(cycle, served, flood, |served| {
                     hit = served.ended_by(Instant::now() + POINT_PATIENCE).is_some();
                 });
                 self.points.hit.extend(hit.then_some(point));
@@ -191,14 +208,24 @@ impl Proof {
         }
     }
 
-    /// Puts load on it until `moment` is over, and kills it, if it has not ended by then.
-    fn load(&mut self, cycle: u64, mut served: Served, moment: impl FnOnce(&mut Served)) {
+    /// Puts load on it until `moment` is over, and kills it, if it has not ended by then. A flood
+    /// is meant for the journal.
+    fn load(
+        &mut self,
+        cycle: u64,
+        mut served: Served,
+        flood: bool,
+        moment: impl FnOnce(&mut Served),
+    ) {
         // It may crash before everything is on sale.
-        let Ok(load) = Load::prepare(&served, &self.checker, cycle, &mut self.random) else {
+        let Ok(mut load) = Load::prepare(&served, &self.checker, cycle, &mut self.random) else {
             served.kill();
             self.checker.server_is_gone();
             return;
         };
+        if flood {
+            (load.threads, load.respond_async, load.batch_max) = (8, 90, 60);
+        }
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
             scope.spawn(|| load.run(&stop));
@@ -251,7 +278,7 @@ impl Drop for Proof {
     fn drop(&mut self) {
         // A killed Millrace leaves it running.
         if let Some(pid) = OwnPostgres::of(self.dir()).pid() {
-            end_postmaster(pid);
+            end_postgres(pid);
         }
     }
 }

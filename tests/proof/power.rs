@@ -1,6 +1,7 @@
 //! The real binary under mixed load, its journal and its database on one disk, whose power is cut.
 //! Nothing that a client was told may turn out false after that.
 
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ use super::disk::Disk;
 use super::load::{Load, Settings, check};
 use super::outcome::{Why, block_on, in_series};
 use crate::support::postgres::{copy_template, test_dir};
-use crate::support::served::{OwnPostgres, Served, end_postmaster};
+use crate::support::served::{OwnPostgres, Served, end_postgres, spawn};
 
 /// Cycles on one disk; the next begin with an empty one, so that the last do not only recover
 /// what the first have written.
@@ -30,22 +31,27 @@ pub fn run(cycles: u64) -> Result<String, Why> {
 /// The same with a deliberate defect, to show that it is found.
 pub fn with_bug(cycles: u64, bug: Option<&str>) -> Result<String, Why> {
     drop(Disk::make(DISK_BYTES).map_err(Why::NotRun)?);
-    let mut after_the_cut = 0;
+    let (mut after_the_cut, mut while_starting) = (0, 0);
     let figures = in_series("power", cycles, SERIES, |seed, cycles, done| {
         let mut proof = Proof::new(seed, bug)?;
         let outcome = proof.run(cycles, done);
         after_the_cut += proof.after_the_cut;
+        while_starting += proof.cuts_while_starting;
         outcome
     })?;
-    Ok(format!("{figures} answers_after_the_cut={after_the_cut}"))
+    Ok(format!(
+        "{figures} cuts_while_starting={while_starting} answers_after_the_cut={after_the_cut}"
+    ))
 }
 
 struct Proof {
     random: StdRng,
     checker: Checker,
     bug: Option<String>,
-    /// Answers that came when the power was gone: none of them may be an acknowledgement.
+    /// Answers that came when the power was gone, for the figures: an acknowledgement among them
+    /// is found to be false by the comparison.
     after_the_cut: u64,
+    cuts_while_starting: u64,
     disk: Disk,
     /// For what is not on the disk: the log.
     dir: TempDir,
@@ -63,6 +69,7 @@ impl Proof {
             checker: Checker::new(),
             bug: bug.map(|name| format!("bug@{name}")),
             after_the_cut: 0,
+            cuts_while_starting: 0,
             disk,
             dir: test_dir(),
         })
@@ -75,6 +82,10 @@ impl Proof {
             done(cycle);
             let cut = self.load_and_cut(cycle, served);
             cut.map_err(|why| format!("cycle={cycle} {why}"))?;
+            if self.random.random_bool(0.3) {
+                let cut = self.cut_while_starting();
+                cut.map_err(|why| format!("cycle={cycle} {why}"))?;
+            }
             served = self.start()?;
             verdict = self.check(&served);
             if !verdict.holds() {
@@ -88,21 +99,33 @@ impl Proof {
     }
 
     fn start(&mut self) -> Result<Served, String> {
-        let mut all = Settings::choose(&mut self.random)
-            .on_a_small_disk()
-            .environment();
-        let bug = self
-            .bug
-            .iter()
-            .map(|bug| ("MILLRACE_FAULT".to_owned(), bug.clone()));
-        all.extend(bug);
-        let log = self.dir.path().join("serve.log");
-        Served::try_start(&self.disk.path().join("data"), &all, &log)
+        let settings = self.settings();
+        Served::try_start(&self.data_dir(), &settings, &self.log())
             .map_err(|ended| format!("it does not start: {}: {}", ended.status, ended.log))
     }
 
+    fn settings(&mut self) -> Vec<(String, String)> {
+        let mut settings = Settings::choose(&mut self.random);
+        // The disk has no room for the usual limit.
+        settings.journal_bytes.get_or_insert(64 << 20);
+        settings.for_this_build();
+        let mut all = settings.environment();
+        let bug = self.bug.iter();
+        all.extend(bug.map(|bug| ("MILLRACE_FAULT".to_owned(), bug.clone())));
+        all
+    }
+
+    fn data_dir(&self) -> PathBuf {
+        self.disk.path().join("data")
+    }
+
+    /// Where a log does not depend on the disk.
+    fn log(&self) -> PathBuf {
+        self.dir.path().join("serve.log")
+    }
+
     fn postgres(&self) -> OwnPostgres {
-        OwnPostgres::of(&self.disk.path().join("data"))
+        OwnPostgres::of(&self.data_dir())
     }
 
     fn load_and_cut(&mut self, cycle: u64, served: Served) -> Result<(), String> {
@@ -114,21 +137,35 @@ impl Proof {
         // Its file cannot be read later.
         let postmaster = self.postgres().pid().ok_or("PostgreSQL does not run")?;
         let stop = AtomicBool::new(false);
-        let answers = |checker: &Checker| checker.answers();
         let cut = std::thread::scope(|scope| {
             scope.spawn(|| load.run(&stop));
             std::thread::sleep(moment);
             let cut = self.disk.cut_power();
-            let before = answers(&self.checker);
+            let before = self.checker.answers();
             std::thread::sleep(rest);
-            self.after_the_cut += answers(&self.checker) - before;
+            self.after_the_cut += self.checker.answers() - before;
             served.kill();
             stop.store(true, Ordering::Relaxed);
             cut
         });
         self.checker.server_is_gone();
-        end_postmaster(postmaster);
+        end_postgres(postmaster);
         cut?;
+        self.disk.unmount()?;
+        self.disk.mount()
+    }
+
+    /// The power goes again before the recovery is over, or just after.
+    fn cut_while_starting(&mut self) -> Result<(), String> {
+        let settings = self.settings();
+        let mut child = spawn(&self.data_dir(), &settings, &self.log());
+        std::thread::sleep(Duration::from_millis(self.random.random_range(20..600)));
+        let cut = self.disk.cut_power();
+        let _ = child.kill();
+        let _ = child.wait();
+        self.disk.processes().into_iter().for_each(end_postgres);
+        cut?;
+        self.cuts_while_starting += 1;
         self.disk.unmount()?;
         self.disk.mount()
     }

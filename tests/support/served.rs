@@ -61,14 +61,7 @@ impl Served {
         log: &Path,
     ) -> Result<Self, Ended> {
         let _ = std::fs::remove_file(data_dir.join("addresses.json"));
-        let child = millrace(&["serve"])
-            .env("MILLRACE_DATA_DIR", data_dir)
-            .env("MILLRACE_DATA_PLANE__LISTEN", "127.0.0.1:0")
-            .env("MILLRACE_CONTROL_PLANE__LISTEN", "127.0.0.1:0")
-            .envs(settings.iter().map(|(name, value)| (name, value)))
-            .stderr(File::create(log).map_or_else(|_| Stdio::null(), Stdio::from))
-            .spawn()
-            .expect("start millrace");
+        let child = spawn(data_dir, settings, log);
         let nowhere = SocketAddr::from(([127, 0, 0, 1], 0));
         let mut served = Served {
             child,
@@ -148,6 +141,18 @@ impl Drop for Served {
     }
 }
 
+/// Starts a server process without waiting for anything.
+pub fn spawn(data_dir: &Path, settings: &[(String, String)], log: &Path) -> Child {
+    millrace(&["serve"])
+        .env("MILLRACE_DATA_DIR", data_dir)
+        .env("MILLRACE_DATA_PLANE__LISTEN", "127.0.0.1:0")
+        .env("MILLRACE_CONTROL_PLANE__LISTEN", "127.0.0.1:0")
+        .envs(settings.iter().map(|(name, value)| (name, value)))
+        .stderr(File::create(log).map_or_else(|_| Stdio::null(), Stdio::from))
+        .spawn()
+        .expect("start millrace")
+}
+
 /// The PostgreSQL that Millrace keeps under a `data_dir`, seen from outside: by the file that its
 /// postmaster writes.
 pub struct OwnPostgres {
@@ -188,8 +193,9 @@ impl OwnPostgres {
     }
 }
 
-/// Ends a postmaster as a crash would, with all its children, and waits until it is gone.
-pub fn end_postmaster(pid: Pid) {
+/// Ends a process of PostgreSQL as a crash would, a postmaster with all its children, and waits
+/// until it is gone.
+pub fn end_postgres(pid: Pid) {
     let _ = kill_process(pid, Signal::QUIT);
     // It kills children that do not listen after 5 s by itself.
     let deadline = Instant::now() + Duration::from_secs(15);
