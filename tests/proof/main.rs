@@ -7,12 +7,22 @@
 mod support;
 
 mod checker;
+#[cfg(target_os = "linux")]
 mod disk;
 mod kill9;
 mod load;
 mod outcome;
 mod planted;
+#[cfg(target_os = "linux")]
 mod power;
+#[cfg(not(target_os = "linux"))]
+mod power {
+    use super::outcome::Why;
+
+    pub fn run(_cycles: u64) -> Result<String, Why> {
+        Err(Why::NotRun("only Linux can shut ext4 down".to_owned()))
+    }
+}
 
 use std::process::ExitCode;
 

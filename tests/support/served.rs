@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process, test_kill_process};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, test_kill_process, waitpid};
 use serde_json::{Value, json};
 
 use super::http::{call, try_call};
@@ -208,9 +208,10 @@ pub fn end_postgres(pid: Pid) {
     }
 }
 
-/// Whether it has ended and was collected. Its parent was killed, so the machine's first process
-/// does that, some sooner than others; until then its number counts as taken.
+/// Whether it has ended and was collected; until then its number counts as taken. Its parent was
+/// killed, so this process collects it if it is a subreaper, else the machine's first, in time.
 fn is_gone(pid: Pid) -> bool {
+    let _ = waitpid(Some(pid), WaitOptions::NOHANG);
     test_kill_process(pid) == Err(rustix::io::Errno::SRCH)
 }
 
