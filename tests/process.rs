@@ -4,106 +4,13 @@ mod support;
 
 use std::io::Read as _;
 use std::net::SocketAddr;
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use serde_json::{Value, json};
 use support::http::{call, try_call};
 use support::postgres::{copy_template, test_dir};
-
-const PATIENCE: Duration = Duration::from_secs(60);
-
-fn millrace(args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_millrace"));
-    command.args(args);
-    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("MILLRACE_")) {
-        command.env_remove(name);
-    }
-    command
-}
-
-/// A server process with its own PostgreSQL; killed at the end if it still runs.
-struct Served {
-    child: Child,
-    data: SocketAddr,
-    control: SocketAddr,
-}
-
-impl Served {
-    fn start(data_dir: &Path) -> Self {
-        let _ = std::fs::remove_file(data_dir.join("addresses.json"));
-        let mut child = millrace(&["serve"])
-            .env("MILLRACE_DATA_DIR", data_dir)
-            .env("MILLRACE_DATA_PLANE__LISTEN", "127.0.0.1:0")
-            .env("MILLRACE_CONTROL_PLANE__LISTEN", "127.0.0.1:0")
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("start millrace");
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            assert!(Instant::now() < deadline, "not ready in time");
-            if let Some(status) = child.try_wait().expect("its status") {
-                panic!("millrace ended: {status}");
-            }
-            let text = std::fs::read_to_string(data_dir.join("addresses.json")).unwrap_or_default();
-            let addresses: Value = serde_json::from_str(&text).unwrap_or_default();
-            let address = |name: &str| addresses[name].as_str().and_then(|text| text.parse().ok());
-            let (Some(data), Some(control)) = (address("data_plane"), address("control_plane"))
-            else {
-                std::thread::yield_now();
-                continue;
-            };
-            if try_call(control, "GET", "/readyz", &[], "").is_ok_and(|answer| answer.status == 200)
-            {
-                return Served {
-                    child,
-                    data,
-                    control,
-                };
-            }
-        }
-    }
-
-    fn put_sku(&self, sku_id: &str, total: u32) {
-        let body = json!({ "unit_price": 100, "currency": "EUR", "total": total });
-        let answer = call(
-            self.control,
-            "PUT",
-            &format!("/admin/v1/skus/{sku_id}"),
-            &[],
-            &body.to_string(),
-        );
-        assert!((200..300).contains(&answer.status), "{answer:?}");
-    }
-
-    fn terminate(&self) {
-        let pid = i32::try_from(self.child.id()).ok();
-        let pid = pid
-            .and_then(rustix::process::Pid::from_raw)
-            .expect("a process id");
-        rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("send SIGTERM");
-    }
-
-    fn wait(mut self) -> Option<i32> {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            if let Some(status) = self.child.try_wait().expect("its status") {
-                return status.code();
-            }
-            assert!(Instant::now() < deadline, "it did not end in time");
-            std::thread::yield_now();
-        }
-    }
-}
-
-impl Drop for Served {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
+use support::served::{PATIENCE, Served, millrace};
 
 /// Sends orders from several threads until `stop`; returns the ids that were told `201`.
 fn rush(data: SocketAddr, round: usize, stop: &AtomicBool) -> Vec<String> {

@@ -1,4 +1,4 @@
-//! A plain HTTP/1.1 client: one request a connection, the answer as it came.
+//! A plain HTTP/1.1 client: one request a connection or many, the answer as it came.
 
 use std::collections::HashMap;
 use std::io::{Read, Write};
@@ -55,34 +55,69 @@ pub fn try_call(
     fields: &[(&str, &str)],
     body: &str,
 ) -> std::io::Result<Answer> {
-    let mut stream = TcpStream::connect(address)?;
-    stream.set_read_timeout(Some(Duration::from_secs(30)))?;
-    let mut request =
-        format!("{method} {target} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n");
-    for (name, value) in fields {
-        request.push_str(&format!("{name}: {value}\r\n"));
-    }
-    request.push_str(&format!("Content-Length: {}\r\n\r\n{body}", body.len()));
-    stream.write_all(request.as_bytes())?;
-    let mut bytes = Vec::new();
+    let mut connection = Connection::open(address)?;
+    let mut all = vec![("Connection", "close")];
+    all.extend_from_slice(fields);
     // The stock engine keeps the connection open: what was promised is enough.
-    let mut chunk = [0; 4096];
-    loop {
-        if let Some(answer) = parse(&bytes) {
-            return Ok(answer);
+    connection.send(method, target, &all, body)
+}
+
+/// A connection that is kept for many requests, one after the other.
+pub struct Connection {
+    address: SocketAddr,
+    stream: TcpStream,
+    /// What came and was not taken yet.
+    bytes: Vec<u8>,
+}
+
+impl Connection {
+    /// Connects; a request on it gets its answer within 30 s or none.
+    pub fn open(address: SocketAddr) -> std::io::Result<Self> {
+        let stream = TcpStream::connect(address)?;
+        stream.set_read_timeout(Some(Duration::from_secs(30)))?;
+        stream.set_nodelay(true)?;
+        Ok(Connection {
+            address,
+            stream,
+            bytes: Vec::new(),
+        })
+    }
+
+    /// Sends one request and reads its answer. After an error the connection is of no more use.
+    pub fn send(
+        &mut self,
+        method: &str,
+        target: &str,
+        fields: &[(&str, &str)],
+        body: &str,
+    ) -> std::io::Result<Answer> {
+        let address = self.address;
+        let mut request = format!("{method} {target} HTTP/1.1\r\nHost: {address}\r\n");
+        for (name, value) in fields {
+            request.push_str(&format!("{name}: {value}\r\n"));
         }
-        match stream.read(&mut chunk)? {
-            0 => {
-                return Err(std::io::Error::other(
-                    "closed before the answer was complete",
-                ));
+        request.push_str(&format!("Content-Length: {}\r\n\r\n{body}", body.len()));
+        self.stream.write_all(request.as_bytes())?;
+        let mut chunk = [0; 4096];
+        loop {
+            if let Some((answer, length)) = parse(&self.bytes) {
+                self.bytes.drain(..length);
+                return Ok(answer);
             }
-            count => bytes.extend_from_slice(&chunk[..count]),
+            match self.stream.read(&mut chunk)? {
+                0 => {
+                    return Err(std::io::Error::other(
+                        "closed before the answer was complete",
+                    ));
+                }
+                count => self.bytes.extend_from_slice(&chunk[..count]),
+            }
         }
     }
 }
 
-fn parse(bytes: &[u8]) -> Option<Answer> {
+/// The answer at the beginning of `bytes`, once it is whole, and its length.
+fn parse(bytes: &[u8]) -> Option<(Answer, usize)> {
     let end = bytes.windows(4).position(|four| four == b"\r\n\r\n")?;
     let head = String::from_utf8_lossy(&bytes[..end]).into_owned();
     let mut lines = head.split("\r\n");
@@ -94,10 +129,12 @@ fn parse(bytes: &[u8]) -> Option<Answer> {
     let length: usize = fields
         .get("content-length")
         .map_or(Some(0), |text| text.parse().ok())?;
-    let body = bytes.get(end + 4..end + 4 + length)?.to_vec();
-    Some(Answer {
+    let whole = end + 4 + length;
+    let body = bytes.get(end + 4..whole)?.to_vec();
+    let answer = Answer {
         status,
         fields,
         body,
-    })
+    };
+    Some((answer, whole))
 }

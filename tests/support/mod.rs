@@ -10,6 +10,7 @@ pub mod pgbouncer;
 pub mod postgres;
 pub mod proxy;
 pub mod sale;
+pub mod served;
 pub mod server;
 
 /// Runs a test on a runtime with room for many blocking callers.

@@ -1,0 +1,450 @@
+//! Mixed load: what shops do, all at once, and every answer goes to the checker.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom as _;
+use rand::{Rng as _, SeedableRng as _};
+use serde_json::{Value, json};
+
+use super::checker::{Attempt, Checker, Found, Told, Verdict, Wish};
+use super::outcome::block_on;
+use crate::support::http::{Answer, Connection, try_call};
+use crate::support::served::Served;
+
+/// Requests one after the other, from several threads.
+pub struct Load<'a> {
+    /// Where the shop's backend calls.
+    pub data: SocketAddr,
+    pub checker: &'a Checker,
+    /// What is wanted: each SKU as often as it stands here.
+    pub skus: Vec<String>,
+    /// What everything is chosen by; also a part of each user's name, so no two loads share one.
+    pub seed: u64,
+    pub threads: u64,
+    /// In hundredths, how many of the orders are to be answered once they are durable.
+    pub respond_async: u32,
+    /// Most orders of one batch.
+    pub batch_max: usize,
+}
+
+impl<'a> Load<'a> {
+    /// One of a cycle of kill and recovery: SKUs of its own, one of which sells out, and others
+    /// that all cycles share; the rest as chance will have it. An error: the server is gone.
+    pub fn prepare(
+        served: &Served,
+        checker: &'a Checker,
+        cycle: u64,
+        random: &mut StdRng,
+    ) -> std::io::Result<Self> {
+        let (hot, plain) = (format!("HOT-{cycle}"), format!("A-{cycle}"));
+        let offers = [
+            (hot.clone(), random.random_range(20..200)),
+            (plain.clone(), 2_000),
+            ("B".to_owned(), 1_000_000),
+            ("C".to_owned(), 50_000_000),
+        ];
+        put_skus(served.control, checker, &offers)?;
+        Ok(Load {
+            data: served.data,
+            checker,
+            skus: vec![hot, plain, "B".to_owned(), "C".to_owned(), "C".to_owned()],
+            seed: random.random(),
+            threads: random.random_range(2..=8),
+            respond_async: random.random_range(10..=90),
+            batch_max: random.random_range(3..=60),
+        })
+    }
+
+    /// Buys until told to stop, or until nobody answers any more. Returns how many orders were
+    /// accepted.
+    pub fn run(&self, stop: &AtomicBool) -> u64 {
+        let open = self.checker.open_wishes(self.threads as usize * 8);
+        let accepted = AtomicU64::new(0);
+        std::thread::scope(|scope| {
+            for number in 0..self.threads {
+                // What a crash has left open is asked for again by everyone: the same key at once
+                // from several sides.
+                let open = open.clone();
+                let accepted = &accepted;
+                scope.spawn(move || {
+                    let mut shop = Shop {
+                        load: self,
+                        random: StdRng::seed_from_u64(self.seed ^ (number << 48)),
+                        name: format!("{:x}-{number}", self.seed),
+                        next: 0,
+                        again: open,
+                        bought: Vec::new(),
+                        connection: None,
+                    };
+                    while !stop.load(Ordering::Relaxed) {
+                        match shop.next_step() {
+                            Ok(count) => accepted.fetch_add(count, Ordering::Relaxed),
+                            // The server is gone, or it ended this connection.
+                            Err(_) if shop.connect().is_err() => break,
+                            Err(_) => 0,
+                        };
+                    }
+                });
+            }
+        });
+        accepted.into_inner()
+    }
+}
+
+/// One thread of the shop's backend.
+struct Shop<'a> {
+    load: &'a Load<'a>,
+    random: StdRng,
+    name: String,
+    next: u64,
+    /// What may be asked for again, under the same key.
+    again: Vec<Wish>,
+    /// Users with an order.
+    bought: Vec<String>,
+    connection: Option<Connection>,
+}
+
+impl Shop<'_> {
+    fn connect(&mut self) -> std::io::Result<()> {
+        self.connection = Some(Connection::open(self.load.data)?);
+        Ok(())
+    }
+
+    fn send(
+        &mut self,
+        method: &str,
+        target: &str,
+        fields: &[(&str, &str)],
+        body: &str,
+    ) -> std::io::Result<Answer> {
+        if self.connection.is_none() {
+            self.connect()?;
+        }
+        let connection = self.connection.as_mut().expect("just made");
+        let answer = connection.send(method, target, fields, body);
+        if answer.is_err() {
+            self.connection = None;
+        }
+        answer
+    }
+
+    /// Does one of the things that shops do; returns how many orders were accepted.
+    fn next_step(&mut self) -> std::io::Result<u64> {
+        let respond_async = self.random.random_range(0..100) < self.load.respond_async;
+        match self.random.random_range(0..100) {
+            0..60 => {
+                let wish = self.wish();
+                self.place(wish, respond_async)
+            }
+            60..75 => self.place_batch(respond_async),
+            75..90 => match self.again.choose(&mut self.random).cloned() {
+                Some(wish) => self.place(wish, respond_async),
+                None => Ok(0),
+            },
+            _ => self.cancel(),
+        }
+    }
+
+    fn wish(&mut self) -> Wish {
+        self.next += 1;
+        let user = format!("{}-{}", self.name, self.next);
+        let random = &mut self.random;
+        let sku = self.load.skus.choose(random).expect("a SKU").clone();
+        let quantity = if random.random_bool(0.3) {
+            random.random_range(2..=5)
+        } else {
+            1
+        };
+        let adjustment = if random.random_bool(0.2) {
+            random.random_range(-50..=500)
+        } else {
+            0
+        };
+        let unit_price = self.load.checker.unit_price(&sku).expect("on sale");
+        let amount = unit_price * i64::from(quantity) + adjustment;
+        Wish {
+            key: random
+                .random_bool(0.9)
+                .then(|| format!("k-{:x}", random.random::<u64>())),
+            attributes: random
+                .random_bool(0.3)
+                .then(|| json!({ "address_id": user, "gift": "ü \"\n" })),
+            user,
+            sku,
+            quantity,
+            adjustment,
+            amount,
+        }
+    }
+
+    fn place(&mut self, wish: Wish, respond_async: bool) -> std::io::Result<u64> {
+        let mut fields = vec![("Content-Type", "application/json")];
+        fields.extend(wish.key.as_deref().map(|key| ("Idempotency-Key", key)));
+        if respond_async {
+            fields.push(("Prefer", "respond-async"));
+        }
+        let body = body(&wish).to_string();
+        let attempt = self.load.checker.asks(&wish);
+        let answer = self.send("POST", "/v1/orders", &fields, &body);
+        let accepted = match &answer {
+            Ok(answer) => {
+                let told = whole(answer);
+                self.ended(attempt, &wish, told)
+            }
+            Err(_) => self.ended(attempt, &wish, Told::Nothing),
+        };
+        answer.map(|_| u64::from(accepted))
+    }
+
+    fn place_batch(&mut self, respond_async: bool) -> std::io::Result<u64> {
+        let count = self.random.random_range(2..=self.load.batch_max);
+        let mut wishes: Vec<Wish> = (0..count).map(|_| self.wish()).collect();
+        // One of them twice in the same request.
+        if wishes[0].key.is_some() && self.random.random_bool(0.3) {
+            wishes.push(wishes[0].clone());
+        }
+        let mut lines = String::new();
+        for wish in &wishes {
+            let mut body = body(wish);
+            if let Some(key) = &wish.key {
+                body["idempotency_key"] = key.as_str().into();
+            }
+            lines.push_str(&body.to_string());
+            lines.push('\n');
+        }
+        let mut fields = vec![("Content-Type", "application/x-ndjson")];
+        if respond_async {
+            fields.push(("Prefer", "respond-async"));
+        }
+        let attempts: Vec<Attempt> = wishes
+            .iter()
+            .map(|wish| self.load.checker.asks(wish))
+            .collect();
+        let answer = self.send("POST", "/v1/orders:batch", &fields, &lines);
+        let told: Vec<Told> = match &answer {
+            // Refused as a whole: no line of it was looked at.
+            Ok(answer) if answer.status != 200 => vec![whole(answer); wishes.len()],
+            Ok(answer) => String::from_utf8_lossy(&answer.body)
+                .lines()
+                .map(|line| {
+                    let body: Value = serde_json::from_str(line).unwrap_or_default();
+                    Told::Answer {
+                        status: body["http_status"].as_u64().unwrap_or_default() as u16,
+                        body,
+                        respond_async: is_async(answer),
+                        in_batch: true,
+                    }
+                })
+                .collect(),
+            Err(_) => vec![Told::Nothing; wishes.len()],
+        };
+        assert_eq!(told.len(), wishes.len(), "a line an order: {answer:?}");
+        let mut accepted = 0;
+        for ((attempt, wish), told) in attempts.into_iter().zip(&wishes).zip(told) {
+            accepted += u64::from(self.ended(attempt, wish, told));
+        }
+        answer.map(|_| accepted)
+    }
+
+    fn ended(&mut self, attempt: Attempt, wish: &Wish, told: Told) -> bool {
+        // Who is refused for a moment comes back a moment later, not at once.
+        if let Told::Answer { status: 503, .. } = told {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let accepted = self.load.checker.told(attempt, told);
+        if wish.key.is_some() && self.random.random_bool(0.3) {
+            self.again.push(wish.clone());
+        }
+        if accepted {
+            self.bought.push(wish.user.clone());
+        }
+        accepted
+    }
+
+    fn cancel(&mut self) -> std::io::Result<u64> {
+        if self.bought.is_empty() {
+            return Ok(0);
+        }
+        let at = self.random.random_range(0..self.bought.len());
+        let user = self.bought.swap_remove(at);
+        let checker = self.load.checker;
+        let Some(id) = checker.order_id(&user) else {
+            return Ok(0);
+        };
+        checker.asks_to_cancel(&user);
+        let answer = self.send("POST", &format!("/v1/orders/{id}/cancel"), &[], "")?;
+        if answer.status == 200 {
+            checker.told_cancelled(&user);
+        }
+        Ok(0)
+    }
+}
+
+fn body(wish: &Wish) -> Value {
+    let mut body = json!({ "user_id": wish.user, "sku_id": wish.sku, "quantity": wish.quantity });
+    if wish.adjustment != 0 {
+        body["adjustment"] = wish.adjustment.into();
+    }
+    if let Some(attributes) = &wish.attributes {
+        body["attributes"] = attributes.clone();
+    }
+    body
+}
+
+fn whole(answer: &Answer) -> Told {
+    Told::Answer {
+        status: answer.status,
+        body: answer.json(),
+        respond_async: is_async(answer),
+        in_batch: false,
+    }
+}
+
+fn is_async(answer: &Answer) -> bool {
+    answer
+        .field("preference-applied")
+        .is_some_and(|applied| applied.contains("respond-async"))
+}
+
+/// Puts SKUs on sale, each with its units, unless they are. An error: the server is gone.
+pub fn put_skus(
+    control: SocketAddr,
+    checker: &Checker,
+    skus: &[(String, u32)],
+) -> std::io::Result<()> {
+    for (number, (sku, total)) in skus.iter().enumerate() {
+        if checker.unit_price(sku).is_some() {
+            continue;
+        }
+        let unit_price = 100 + number as i64;
+        let body = json!({ "unit_price": unit_price, "currency": "EUR", "total": total });
+        let target = format!("/admin/v1/skus/{sku}");
+        let answer = try_call(control, "PUT", &target, &[], &body.to_string())?;
+        assert!((200..300).contains(&answer.status), "{answer:?}");
+        checker.offers(sku, unit_price, *total);
+    }
+    Ok(())
+}
+
+/// Holds a server that has just recovered, and has no load yet, against everything that clients
+/// were told.
+pub fn check(
+    data: SocketAddr,
+    checker: &Checker,
+    config: &tokio_postgres::Config,
+    seed: u64,
+) -> Verdict {
+    // Retries first: what they do must be right as well.
+    let mut said = Verdict::default();
+    retry_some(data, checker, 30, seed, &mut said);
+    let found = block_on(Found::read(config));
+    let mut verdict = checker.judge(&found);
+    compare_counters(data, &found, &mut verdict);
+    verdict.faults.extend(said.faults);
+    verdict
+}
+
+/// Asks for some acknowledged orders again, under the same keys: each has to be the same order.
+pub fn retry_some(
+    data: SocketAddr,
+    checker: &Checker,
+    count: usize,
+    seed: u64,
+    verdict: &mut Verdict,
+) {
+    let mut random = StdRng::seed_from_u64(seed);
+    let mut connection = Connection::open(data).expect("connect");
+    for (wish, id) in checker.some_acknowledged(count, &mut random) {
+        let fields = [
+            ("Content-Type", "application/json"),
+            ("Idempotency-Key", wish.key.as_deref().unwrap_or_default()),
+        ];
+        let attempt = checker.asks(&wish);
+        let answer = connection
+            .send("POST", "/v1/orders", &fields, &body(&wish).to_string())
+            .expect("an answer");
+        checker.told(attempt, whole(&answer));
+        let same = answer.status == 200
+            && answer.field("idempotency-replayed") == Some("true")
+            && answer.json()["order_id"].as_str() == Some(&id.to_string());
+        if !same {
+            verdict.fault(format!("retried, {wish:?} is not {id}: {answer:?}"));
+        }
+    }
+}
+
+/// Compares the counters that a server without load answers with those of the database.
+pub fn compare_counters(data: SocketAddr, found: &Found, verdict: &mut Verdict) {
+    let mut connection = Connection::open(data).expect("connect");
+    for (sku, counters) in &found.skus {
+        let answer = connection
+            .send("GET", &format!("/v1/skus/{sku}"), &[], "")
+            .expect("an answer");
+        let live = answer.json();
+        let units = |name: &str| live[name].as_i64().unwrap_or(i64::MIN / 4);
+        if units("total") != units("free") + units("held") + units("sold") {
+            verdict.fault(format!("{sku} does not add up: {live}"));
+        }
+        let off = (units("held") - counters.held).abs() + (units("sold") - counters.sold).abs();
+        if off > 0 || units("total") != counters.total {
+            verdict.leaked += off;
+            verdict.fault(format!(
+                "{sku} is {counters:?} in the database, live {live}"
+            ));
+        }
+    }
+}
+
+/// How a server is set up for one cycle.
+#[derive(Clone, Debug, Default)]
+pub struct Settings {
+    /// `queue.capacity`: small, so that accepted orders have to wait on disk.
+    pub capacity: Option<u32>,
+    /// `queue.journal.bytes_max`: small, so that segments come and go.
+    pub journal_bytes: Option<u64>,
+    /// `workers.batch_rows_max`: small, so that there are many commits.
+    pub batch_rows: Option<u32>,
+}
+
+impl Settings {
+    /// Any of the combinations.
+    pub fn choose(random: &mut StdRng) -> Self {
+        Settings {
+            capacity: random
+                .random_bool(0.5)
+                .then(|| random.random_range(8..=256)),
+            journal_bytes: random.random_bool(0.5).then_some(1 << 20),
+            batch_rows: random.random_bool(0.5).then(|| random.random_range(1..=32)),
+        }
+    }
+
+    /// Leaves out what this Millrace does not know.
+    pub fn for_this_build(&mut self) {
+        if !has_journal() {
+            self.journal_bytes = None;
+        }
+    }
+
+    /// The same as environment variables.
+    pub fn environment(&self) -> Vec<(String, String)> {
+        let capacity = self.capacity.map(u64::from);
+        let batch_rows = self.batch_rows.map(u64::from);
+        [
+            ("MILLRACE_QUEUE__CAPACITY", capacity),
+            ("MILLRACE_QUEUE__JOURNAL__BYTES_MAX", self.journal_bytes),
+            ("MILLRACE_WORKERS__BATCH_ROWS_MAX", batch_rows),
+        ]
+        .into_iter()
+        .filter_map(|(name, value)| Some((name.to_owned(), value?.to_string())))
+        .collect()
+    }
+}
+
+/// Whether this Millrace has a journal to set up.
+pub fn has_journal() -> bool {
+    serde_json::to_value(millrace::config::Config::default())
+        .is_ok_and(|config| config["queue"]["journal"].is_object())
+}

@@ -1,0 +1,110 @@
+//! Programs that prove the promises, each with a count of its own and one line at its end.
+//!
+//! `cargo test` runs each in its short form; `cargo test --test proof -- kill9 200` runs one for as
+//! long as its number says. `MILLRACE_SEED` repeats what a line with `seed=` has shown.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod checker;
+#[cfg(target_os = "linux")]
+mod disk;
+mod kill9;
+mod load;
+mod outcome;
+mod planted;
+#[cfg(target_os = "linux")]
+mod power;
+#[cfg(not(target_os = "linux"))]
+mod power {
+    use super::outcome::Why;
+
+    pub fn run(_cycles: u64) -> Result<String, Why> {
+        Err(Why::NotRun("only Linux can shut ext4 down".to_owned()))
+    }
+}
+
+use std::process::ExitCode;
+
+use outcome::{Proof, report};
+
+/// Every proof.
+const PROOFS: &[Proof] = &[
+    Proof {
+        name: "checker",
+        counts: "rounds of the checker against planted falsehoods",
+        short: 1,
+        run: planted::run,
+    },
+    Proof {
+        name: "kill9",
+        counts: "cycles of load, kill -9 and recovery",
+        short: 8,
+        run: kill9::run,
+    },
+    Proof {
+        name: "power",
+        counts: "cycles of load, power loss and recovery",
+        short: 4,
+        run: power::run,
+    },
+];
+
+fn main() -> ExitCode {
+    let mut words: Vec<String> = Vec::new();
+    let mut arguments = std::env::args().skip(1);
+    while let Some(word) = arguments.next() {
+        match word.as_str() {
+            "--list" => {
+                PROOFS
+                    .iter()
+                    .for_each(|proof| println!("{}: test", proof.name));
+                return ExitCode::SUCCESS;
+            }
+            // What begins with a dash is meant for the usual test harness, some with a value.
+            "--skip" | "--test-threads" | "--format" | "--color" | "--logfile" => {
+                arguments.next();
+            }
+            flag if flag.starts_with('-') => {}
+            _ => words.push(word),
+        }
+    }
+    let chosen: Vec<(&Proof, u64)> = match words.as_slice() {
+        [] => PROOFS.iter().map(|proof| (proof, proof.short)).collect(),
+        [name, rest @ ..] => {
+            let proof = PROOFS.iter().find(|proof| proof.name == name);
+            let count = match rest {
+                [] => proof.map(|proof| proof.short),
+                [count] => count.parse().ok(),
+                _ => None,
+            };
+            let (Some(proof), Some(count)) = (proof, count) else {
+                return usage();
+            };
+            vec![(proof, count)]
+        }
+    };
+    let mut all_held = true;
+    for (proof, count) in chosen {
+        all_held &= report(proof, count);
+    }
+    if all_held {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
+
+fn usage() -> ExitCode {
+    eprintln!("usage: proof [NAME [COUNT]]");
+    for proof in PROOFS {
+        let Proof {
+            name,
+            counts,
+            short,
+            ..
+        } = proof;
+        eprintln!("  {name:<14} counts {counts}; {short} in the short form");
+    }
+    ExitCode::from(2)
+}

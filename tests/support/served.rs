@@ -1,0 +1,224 @@
+//! The real binary as a server process with its own PostgreSQL.
+
+use std::fs::File;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, test_kill_process, waitpid};
+use serde_json::{Value, json};
+
+use super::http::{call, try_call};
+
+/// How long any step of a process may take.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How soon a condition is looked at again.
+const LOOK: Duration = Duration::from_millis(2);
+
+/// The binary with these arguments, and without whatever the caller's environment would configure.
+pub fn millrace(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_millrace"));
+    command.args(args);
+    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("MILLRACE_")) {
+        command.env_remove(name);
+    }
+    command
+}
+
+/// A server that ended before it was ready.
+#[derive(Debug)]
+pub struct Ended {
+    /// How.
+    pub status: ExitStatus,
+    /// The last lines of its log.
+    pub log: String,
+}
+
+/// A server process with its own PostgreSQL; killed at the end if it still runs.
+pub struct Served {
+    /// The process.
+    pub child: Child,
+    /// Where the shop's backend calls.
+    pub data: SocketAddr,
+    /// Where operators call.
+    pub control: SocketAddr,
+}
+
+impl Served {
+    /// Starts one with the default settings, and waits until it is ready.
+    pub fn start(data_dir: &Path) -> Self {
+        Self::try_start(data_dir, &[], &data_dir.join("serve.log"))
+            .unwrap_or_else(|ended| panic!("millrace ended: {}\n{}", ended.status, ended.log))
+    }
+
+    /// Starts one with more settings in its environment, and waits until it is ready. Its log
+    /// goes to the file `log`.
+    pub fn try_start(
+        data_dir: &Path,
+        settings: &[(String, String)],
+        log: &Path,
+    ) -> Result<Self, Ended> {
+        let _ = std::fs::remove_file(data_dir.join("addresses.json"));
+        let child = spawn(data_dir, settings, log);
+        let nowhere = SocketAddr::from(([127, 0, 0, 1], 0));
+        let mut served = Served {
+            child,
+            data: nowhere,
+            control: nowhere,
+        };
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = served.child.try_wait().expect("its status") {
+                let log = tail(log);
+                return Err(Ended { status, log });
+            }
+            assert!(Instant::now() < deadline, "not ready: {}", tail(log));
+            let text = std::fs::read_to_string(data_dir.join("addresses.json")).unwrap_or_default();
+            let addresses: Value = serde_json::from_str(&text).unwrap_or_default();
+            let address = |name: &str| addresses[name].as_str().and_then(|text| text.parse().ok());
+            if let (Some(data), Some(control)) = (address("data_plane"), address("control_plane"))
+                && try_call(control, "GET", "/readyz", &[], "")
+                    .is_ok_and(|answer| answer.status == 200)
+            {
+                (served.data, served.control) = (data, control);
+                return Ok(served);
+            }
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    /// Puts a SKU on sale, one unit for 100.
+    pub fn put_sku(&self, sku_id: &str, total: u32) {
+        let body = json!({ "unit_price": 100, "currency": "EUR", "total": total });
+        let answer = call(
+            self.control,
+            "PUT",
+            &format!("/admin/v1/skus/{sku_id}"),
+            &[],
+            &body.to_string(),
+        );
+        assert!((200..300).contains(&answer.status), "{answer:?}");
+    }
+
+    /// Asks it to drain and end.
+    pub fn terminate(&self) {
+        kill_process(Pid::from_child(&self.child), Signal::TERM).expect("send SIGTERM");
+    }
+
+    /// Ends it with SIGKILL; its PostgreSQL goes on.
+    pub fn kill(mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    /// Waits until it has ended by itself; `None` where it has not by `deadline`.
+    pub fn ended_by(&mut self, deadline: Instant) -> Option<ExitStatus> {
+        loop {
+            if let Some(status) = self.child.try_wait().expect("its status") {
+                return Some(status);
+            }
+            if Instant::now() >= deadline {
+                return None;
+            }
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    /// Waits until it has ended and returns its exit code; a signal has none.
+    pub fn wait(mut self) -> Option<i32> {
+        self.ended_by(Instant::now() + PATIENCE)
+            .expect("it did not end in time")
+            .code()
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Starts a server process without waiting for anything.
+pub fn spawn(data_dir: &Path, settings: &[(String, String)], log: &Path) -> Child {
+    millrace(&["serve"])
+        .env("MILLRACE_DATA_DIR", data_dir)
+        .env("MILLRACE_DATA_PLANE__LISTEN", "127.0.0.1:0")
+        .env("MILLRACE_CONTROL_PLANE__LISTEN", "127.0.0.1:0")
+        .envs(settings.iter().map(|(name, value)| (name, value)))
+        .stderr(File::create(log).map_or_else(|_| Stdio::null(), Stdio::from))
+        .spawn()
+        .expect("start millrace")
+}
+
+/// The PostgreSQL that Millrace keeps under a `data_dir`, seen from outside: by the file that its
+/// postmaster writes.
+pub struct OwnPostgres {
+    data: PathBuf,
+}
+
+impl OwnPostgres {
+    /// The one of this `data_dir`, running or not.
+    pub fn of(data_dir: &Path) -> Self {
+        OwnPostgres {
+            data: data_dir.join("postgres/data"),
+        }
+    }
+
+    /// How to connect to Millrace's database in it.
+    pub fn config(&self) -> Option<tokio_postgres::Config> {
+        let lines = std::fs::read_to_string(self.data.join("postmaster.pid")).ok()?;
+        let mut lines = lines.lines().skip(3);
+        let (port, socket_dir) = (lines.next()?.trim(), lines.next()?.trim());
+        let mut config = tokio_postgres::Config::new();
+        config
+            .host_path(socket_dir)
+            .port(port.parse().ok()?)
+            .user("millrace")
+            .dbname("millrace")
+            .connect_timeout(Duration::from_secs(10));
+        Some(config)
+    }
+
+    /// Its postmaster's process, while there is one.
+    pub fn pid(&self) -> Option<Pid> {
+        let lines = std::fs::read_to_string(self.data.join("postmaster.pid")).ok()?;
+        let pid = Pid::from_raw(lines.lines().next()?.trim().parse().ok()?)?;
+        // The number in a stale file may belong to another process by now; a postmaster's is at
+        // home in its cluster.
+        let home = std::fs::read_link(format!("/proc/{}/cwd", pid.as_raw_nonzero())).ok()?;
+        (home == self.data).then_some(pid)
+    }
+}
+
+/// Ends a process of PostgreSQL as a crash would, a postmaster with all its children, and waits
+/// until it is gone.
+pub fn end_postgres(pid: Pid) {
+    let _ = kill_process(pid, Signal::QUIT);
+    // It kills children that do not listen after 5 s by itself.
+    let deadline = Instant::now() + Duration::from_secs(15);
+    while !is_gone(pid) {
+        if Instant::now() >= deadline {
+            let _ = kill_process(pid, Signal::KILL);
+            return;
+        }
+        std::thread::sleep(LOOK);
+    }
+}
+
+/// Whether it has ended and was collected; until then its number counts as taken. Its parent was
+/// killed, so this process collects it if it is a subreaper, else the machine's first, in time.
+fn is_gone(pid: Pid) -> bool {
+    let _ = waitpid(Some(pid), WaitOptions::NOHANG);
+    test_kill_process(pid) == Err(rustix::io::Errno::SRCH)
+}
+
+/// The last lines of a log.
+pub fn tail(log: &Path) -> String {
+    let text = std::fs::read(log).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(5)..].join("\n")
+}
