@@ -149,7 +149,16 @@ impl Proof {
                 self.crash_at(cycle, point, &settings)?;
             }
             Some(point) => self.crash_at(cycle, point, &settings)?,
-            None => self.load_and_kill(cycle, &settings, false)?,
+            None => {
+                let flood = self.random.random_bool(0.4);
+                if flood {
+                    // Segments that fill up while workers cannot follow.
+                    settings.journal_bytes = Some(1 << 20);
+                    settings.batch_rows = Some(self.random.random_range(1..=8));
+                    settings.for_this_build();
+                }
+                self.load_and_kill(cycle, &settings, flood)?;
+            }
         }
         let served = self.start(&settings)?;
         let verdict = self.check(&served);
