@@ -86,8 +86,9 @@ impl Proof {
         let data_dir = test_dir();
         block_on(copy_template(data_dir.path()));
         let mut random = StdRng::seed_from_u64(seed);
-        if points.next == 0 {
-            points.next = random.random_range(0..CRASH_POINTS.len());
+        let first = random.random_range(0..CRASH_POINTS.len());
+        if points.asked.is_empty() {
+            points.next = first;
         }
         Proof {
             random,
