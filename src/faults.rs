@@ -7,6 +7,13 @@
 //!   the first or the N-th time;
 //! * `bug@NAME` puts a defect in, to show that a check catches it.
 
+/// The environment variable that names a fault, where this build has any.
+pub const VARIABLE: Option<&str> = if cfg!(feature = "faults") {
+    Some("MILLRACE_FAULT")
+} else {
+    None
+};
+
 /// Every point at which a process can be made to crash, along the way of an order.
 pub const CRASH_POINTS: [&str; 14] = [
     "journal.segment_created",

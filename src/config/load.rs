@@ -25,7 +25,10 @@ impl Config {
             },
             None => (String::new(), "defaults".to_owned()),
         };
-        Self::parse(&text, &origin, std::env::vars())
+        // A release does not know it, and so refuses it like any other mistake.
+        let settings =
+            std::env::vars().filter(|(name, _)| Some(name.as_str()) != crate::faults::VARIABLE);
+        Self::parse(&text, &origin, settings)
     }
 
     /// The same from texts: TOML, what to call it in messages, and the environment.

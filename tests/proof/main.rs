@@ -85,10 +85,15 @@ fn main() -> ExitCode {
                 [count] => count.parse().ok(),
                 _ => None,
             };
-            let (Some(proof), Some(count)) = (proof, count) else {
-                return usage();
-            };
-            vec![(proof, count)]
+            match (proof, count) {
+                (Some(proof), Some(count)) => vec![(proof, count)],
+                // `cargo test WORD` runs every test target with that word.
+                (None, _) if rest.is_empty() => {
+                    eprintln!("no proof is called {name}: none was run");
+                    return ExitCode::SUCCESS;
+                }
+                _ => return usage(),
+            }
         }
     };
     let mut all_held = true;
