@@ -69,8 +69,7 @@ pub fn lagging(terms: Terms<'_>) -> Result<Figures, Why> {
     }
     let runtime = runtime();
     let mut pair = runtime.block_on(Pair::start());
-    let slots = format!("[\"{SLOT}\"]");
-    let settings = [("QUEUE__JOURNAL__RETAIN_FOR_SLOTS", slots.as_str())];
+    let settings = [("QUEUE__JOURNAL__RETAIN_FOR_SLOTS", SLOT)];
     let mut rig = Rig::start_apart(runtime, &pair, terms, &settings)?;
     let (mut before, mut after) = (Found::default(), Found::default());
     rig.under_load(|rig, _| {
@@ -149,7 +148,14 @@ fn judge(rig: &Rig, found: &Found) -> (Verdict, u64) {
         !fault.starts_with("acknowledged and lost")
             && (duplicated || !fault.starts_with("more than one order"))
     });
-    all.add(&respond_async.checker.judge(&respond_async.own(found)));
+    let one = respond_async.own(found);
+    all.add(&respond_async.checker.judge(&one));
+    let failed = one.rows.iter().filter(|row| row.status == "failed").count();
+    if failed > 0 {
+        all.fault(format!(
+            "{failed} orders that were told `accepted` have become dead letters"
+        ));
+    }
     all.faults
         .retain(|fault| !fault.starts_with("its cancellation is lost"));
     (all, lost)

@@ -284,7 +284,8 @@ impl Rig {
                 return Ok(());
             }
             if Instant::now() >= deadline {
-                return Err(Why::Failed(verdict.into_words()));
+                let dead = self.dead_letters(server);
+                return Err(Why::Failed(format!("{}{dead}", verdict.into_words())));
             }
             std::thread::sleep(LOOK);
         }
@@ -314,6 +315,21 @@ impl Rig {
         }
     }
 
+    /// Why orders were refused by the database, in words for a failure.
+    fn dead_letters(&self, server: &Server) -> String {
+        let reasons =
+            "SELECT count(*), sqlstate, min(reason) FROM millrace.dead_letters GROUP BY 2";
+        self.runtime.block_on(async {
+            let rows = server.session().await.query(reasons, &[]).await;
+            let words = |row: &tokio_postgres::Row| {
+                let (count, sqlstate, reason): (i64, &str, &str) =
+                    (row.get(0), row.get(1), row.get(2));
+                format!("; {count} dead letters: {sqlstate} {reason}")
+            };
+            rows.iter().flatten().map(words).collect()
+        })
+    }
+
     /// What the database says.
     pub fn read(&self, server: &Server) -> Found {
         self.runtime.block_on(Found::read(&server.config(DATABASE)))
@@ -322,6 +338,11 @@ impl Rig {
     /// Every crowd's part of it, added up.
     pub fn judge(&self, found: &Found) -> Verdict {
         let mut all = Verdict::default();
+        // No case makes a row that a database could object to.
+        let mut failed = found.rows.iter().filter(|row| row.status == "failed");
+        if let Some(row) = failed.next() {
+            all.fault(format!("a dead letter: {row:?}"));
+        }
         for crowd in &self.crowds {
             all.add(&crowd.checker.judge(&crowd.own(found)));
         }
