@@ -47,7 +47,8 @@ pub struct LoadArgs {
     /// Units in each order.
     #[arg(long, value_name = "N", default_value_t = 1)]
     quantity: u32,
-    /// wait: for the database; async: for the queue only (Prefer: respond-async).
+    /// wait: for the database; async: for the queue only (Prefer: respond-async); mixed: every second
+    /// buyer the one.
     #[arg(long, value_name = "MODE", default_value = "wait")]
     mode: OrderMode,
     /// Ask the server to wait at most this long (Prefer: wait=N), in seconds.

@@ -202,11 +202,11 @@ impl LoadPlan {
         Ok(())
     }
 
-    /// The `Prefer` header of each request, if it has one.
-    pub(super) fn prefer(&self) -> Option<String> {
-        match (self.mode, self.wait_s) {
-            (OrderMode::Wait, None) => None,
-            (OrderMode::Wait, Some(s)) => Some(format!("wait={s}")),
+    /// The `Prefer` header of a request in this mode, if it has one.
+    pub(super) fn prefer(&self, mode: OrderMode) -> Option<String> {
+        match (mode, self.wait_s) {
+            (OrderMode::Wait | OrderMode::Mixed, None) => None,
+            (OrderMode::Wait | OrderMode::Mixed, Some(s)) => Some(format!("wait={s}")),
             (OrderMode::RespondAsync, None) => Some("respond-async".to_owned()),
             (OrderMode::RespondAsync, Some(s)) => Some(format!("respond-async, wait={s}")),
         }
@@ -270,6 +270,8 @@ pub enum OrderMode {
     Wait,
     /// `Prefer: respond-async`: the answer waits for the queue only.
     RespondAsync,
+    /// Every second buyer the one, the others the other.
+    Mixed,
 }
 
 impl FromStr for OrderMode {
@@ -279,7 +281,10 @@ impl FromStr for OrderMode {
         match text {
             "wait" => Ok(Self::Wait),
             "async" | "respond-async" => Ok(Self::RespondAsync),
-            _ => Err(format!("{text:?} is no order mode; write wait or async")),
+            "mixed" => Ok(Self::Mixed),
+            _ => Err(format!(
+                "{text:?} is no order mode; write wait, async or mixed"
+            )),
         }
     }
 }

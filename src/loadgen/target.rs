@@ -4,7 +4,7 @@ use hyper::Uri;
 use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HOST, HeaderMap, HeaderName, HeaderValue};
 
 use super::error::LoadError;
-use super::plan::{LoadPlan, Token};
+use super::plan::{LoadPlan, OrderMode, Token};
 
 /// The base URL in parts, with the headers that every request carries.
 #[derive(Debug, Clone)]
@@ -15,7 +15,8 @@ pub(super) struct Target {
     pub address: String,
     prefix: String,
     get_headers: HeaderMap,
-    order_headers: HeaderMap,
+    /// Those of the buyers with even numbers, and of those with odd ones.
+    order_headers: [HeaderMap; 2],
     /// The path of `POST /v1/orders`, parsed once.
     pub orders: Uri,
 }
@@ -60,12 +61,18 @@ impl Target {
         }
         let mut order_headers = get_headers.clone();
         order_headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        if let Some(prefer) = plan
-            .prefer()
-            .and_then(|text| HeaderValue::from_str(&text).ok())
-        {
-            order_headers.insert(HeaderName::from_static("prefer"), prefer);
-        }
+        let order_headers = |mode| {
+            let mut headers = order_headers.clone();
+            let prefer = plan.prefer(mode);
+            if let Some(prefer) = prefer.and_then(|text| HeaderValue::from_str(&text).ok()) {
+                headers.insert(HeaderName::from_static("prefer"), prefer);
+            }
+            headers
+        };
+        let order_headers = match plan.mode {
+            OrderMode::Mixed => [OrderMode::Wait, OrderMode::RespondAsync].map(order_headers),
+            mode => [mode, mode].map(order_headers),
+        };
         let orders = format!("{prefix}/v1/orders")
             .parse()
             .map_err(|e| bad(format!("{e}")))?;
@@ -84,9 +91,10 @@ impl Target {
         self.get_headers.clone()
     }
 
-    /// The headers of `POST /v1/orders`, all but the key.
-    pub(super) fn order_headers(&self) -> HeaderMap {
-        self.order_headers.clone()
+    /// The headers of a buyer's `POST /v1/orders`, all but the key.
+    pub(super) fn order_headers(&self, buyer: u32) -> HeaderMap {
+        let [even, odd] = &self.order_headers;
+        if buyer % 2 == 0 { even } else { odd }.clone()
     }
 
     /// The path of a SKU. Ids are visible ASCII, so some of them need escaping.

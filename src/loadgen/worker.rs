@@ -290,7 +290,7 @@ impl Lane {
 
     async fn exchange(&self, link: &mut Option<Link>, click: &Click) -> Result<Answer, Fault> {
         let common = &self.common;
-        let mut headers = common.target.order_headers();
+        let mut headers = common.target.order_headers(click.buyer);
         if let Some(key) = common.script.key(click.buyer, click.sku)
             && let Ok(value) = HeaderValue::from_str(&key)
         {

@@ -70,7 +70,7 @@ pub struct LiveFigures {
 pub async fn audit(database: &Database, ledger: Option<&Ledger>) -> Result<Audit, StoreError> {
     // Memory and rows are of the same moment only if nothing was in flight on either side of the
     // snapshot (an order in flight is in memory and not yet in the rows) and no counter moved.
-    let in_flight = || ledger.map(|ledger| ledger.pending.len());
+    let in_flight = || ledger.map(|ledger| ledger.pending.in_flight());
     let before = (in_flight(), ledger.map(live));
     let found = database.audit().await?;
     let after = (in_flight(), ledger.map(live));

@@ -86,8 +86,9 @@ impl Proof {
         let data_dir = test_dir();
         block_on(copy_template(data_dir.path()));
         let mut random = StdRng::seed_from_u64(seed);
-        if points.next == 0 {
-            points.next = random.random_range(0..CRASH_POINTS.len());
+        let first = random.random_range(0..CRASH_POINTS.len());
+        if points.asked.is_empty() {
+            points.next = first;
         }
         Proof {
             random,
@@ -149,7 +150,16 @@ impl Proof {
                 self.crash_at(cycle, point, &settings)?;
             }
             Some(point) => self.crash_at(cycle, point, &settings)?,
-            None => self.load_and_kill(cycle, &settings, false)?,
+            None => {
+                let flood = self.random.random_bool(0.4);
+                if flood {
+                    // Segments that fill up while workers cannot follow.
+                    settings.journal_bytes = Some(1 << 20);
+                    settings.batch_rows = Some(self.random.random_range(1..=8));
+                    settings.for_this_build();
+                }
+                self.load_and_kill(cycle, &settings, flood)?;
+            }
         }
         let served = self.start(&settings)?;
         let verdict = self.check(&served);

@@ -3,10 +3,11 @@
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
+use rustix::process::WaitOptions;
 use tempfile::TempDir;
 
 use super::checker::{Checker, Verdict};
@@ -161,6 +162,7 @@ impl Proof {
         });
         self.checker.server_is_gone();
         end_postgres(postmaster);
+        collect_orphans();
         cut?;
         self.disk.unmount()?;
         self.disk.mount()
@@ -175,6 +177,7 @@ impl Proof {
         let _ = child.kill();
         let _ = child.wait();
         self.disk.processes().into_iter().for_each(end_postgres);
+        collect_orphans();
         cut?;
         self.cuts_while_starting += 1;
         self.disk.unmount()?;
@@ -184,5 +187,20 @@ impl Proof {
     fn check(&mut self, served: &Served) -> Verdict {
         let config = self.postgres().config().expect("its PostgreSQL runs");
         check(served.data, &self.checker, &config, self.random.random())
+    }
+}
+
+/// Collects every process that has come to us and waits for those that are about to end. Called
+/// when we have no child of our own that anyone else waits for.
+fn collect_orphans() {
+    let deadline = Instant::now() + Duration::from_secs(15);
+    // An error: there are no children any more.
+    while let Ok(collected) = rustix::process::wait(WaitOptions::NOHANG) {
+        if collected.is_none() {
+            if Instant::now() >= deadline {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
     }
 }

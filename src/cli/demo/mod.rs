@@ -14,8 +14,8 @@ use super::{client, logging};
 use crate::app::Millrace;
 use crate::config::{Config, Log, LogFormat};
 use crate::loadgen::{
-    LoadPlan, LoadReport, PageOptions, Promise, RateProfile, StderrProgress, render_page,
-    render_table, run_until,
+    LoadPlan, LoadReport, OrderMode, PageOptions, Promise, RateProfile, StderrProgress,
+    render_page, render_table, run_until,
 };
 
 /// The order timeout of seven seconds and a bound for a busy machine, in milliseconds.
@@ -147,6 +147,7 @@ async fn hold_sale(
         buyers,
         one_order_per_buyer: true,
         double_click_share: 0.3,
+        mode: OrderMode::Mixed,
         seed: args.seed,
         keep_outcomes: true,
         // Buyers of their own, so that the demo can run again on a database that is kept.

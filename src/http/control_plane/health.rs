@@ -78,7 +78,7 @@ pub(super) async fn metrics(State(plane): State<ControlPlane>) -> Response {
         }
         metrics
             .orders_in_flight
-            .set(parts.ledger.pending.len() as i64);
+            .set(parts.ledger.pending.in_flight() as i64);
         metrics
             .orders_remembered
             .set(parts.ledger.buyers.len() as i64);

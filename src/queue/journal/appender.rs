@@ -176,13 +176,14 @@ impl Appender {
         crash_point("journal.acknowledged");
         let count = self.orders.len();
         let mut orders = self.orders.drain(..);
+        let mut rest = None;
         let mut kept = 0;
         if shared.backlog.orders() == 0 {
             for order in orders.by_ref() {
                 match shared.ring.push(order) {
                     Ok(()) => kept += 1,
                     Err(Rejected { order, .. }) => {
-                        spill(shared, &order);
+                        rest = Some(order);
                         break;
                     }
                 }
@@ -192,11 +193,13 @@ impl Appender {
             return;
         }
         // Everything else of this group, and all that comes later, waits on the disk.
+        shared.parts.pending.spilled(count - kept);
         shared.backlog.push(Waiting {
             at: at.clone(),
             skip: kept,
         });
-        orders.for_each(|order| spill(shared, &order));
+        let rest = rest.into_iter().chain(orders);
+        rest.for_each(|order| spill(shared, &order));
         shared.wake_reader();
     }
 

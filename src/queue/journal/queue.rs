@@ -292,7 +292,7 @@ impl Shared {
             match waiting.read() {
                 Ok(orders) => {
                     crash_point("journal.read_back");
-                    let segment = waiting.at.segment.number;
+                    let (segment, count) = (waiting.at.segment.number, orders.len());
                     for order in orders {
                         let order = Arc::new(PendingOrder::recovered(order, segment));
                         self.parts.pending.insert(&order);
@@ -301,6 +301,7 @@ impl Shared {
                         }
                     }
                     self.backlog.pop();
+                    self.parts.pending.read_back(count);
                 }
                 Err(error) => {
                     if self.failure.get().is_none() {

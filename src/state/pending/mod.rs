@@ -4,7 +4,7 @@ mod slot;
 use super::sync;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::task::Waker;
 use std::time::{Duration, Instant};
 
@@ -79,6 +79,8 @@ pub struct Pending {
     /// is known. It spares the deadline keeper the walk through the map while nothing is due.
     next_due_ms: AtomicU64,
     started: Instant,
+    /// Orders in flight that a journal keeps on its disk, and the map does not have.
+    on_disk: AtomicUsize,
 }
 
 impl Pending {
@@ -91,6 +93,7 @@ impl Pending {
             ),
             next_due_ms: AtomicU64::new(u64::MAX),
             started: Instant::now(),
+            on_disk: AtomicUsize::new(0),
         }
     }
 
@@ -129,12 +132,28 @@ impl Pending {
         self.orders.remove(&id);
     }
 
-    /// Orders in flight now.
+    /// Orders in flight now, in memory and on the disk. One on its way from one to the other may
+    /// count twice, and never counts not at all.
+    pub fn in_flight(&self) -> usize {
+        self.on_disk.load(Ordering::Acquire) + self.len()
+    }
+
+    /// Counts orders that are about to leave memory for the disk.
+    pub fn spilled(&self, orders: usize) {
+        self.on_disk.fetch_add(orders, Ordering::AcqRel);
+    }
+
+    /// Counts orders that are back in memory.
+    pub fn read_back(&self, orders: usize) {
+        self.on_disk.fetch_sub(orders, Ordering::AcqRel);
+    }
+
+    /// Orders in flight in memory now.
     pub fn len(&self) -> usize {
         self.orders.len()
     }
 
-    /// Whether no order is in flight.
+    /// Whether no order is in flight in memory.
     pub fn is_empty(&self) -> bool {
         self.orders.is_empty()
     }
@@ -196,7 +215,6 @@ const OVERDUE_RECHECK: Duration = Duration::from_millis(100);
 mod tests {
     use super::*;
     use crate::order::*;
-    use std::sync::atomic::AtomicUsize;
     use std::task::Wake;
 
     struct Count(AtomicUsize);
