@@ -7,6 +7,7 @@
 mod support;
 
 mod checker;
+mod database;
 #[cfg(target_os = "linux")]
 mod disk;
 mod kill9;
@@ -47,6 +48,12 @@ const PROOFS: &[Proof] = &[
         counts: "cycles of load, power loss and recovery",
         short: 4,
         run: power::run,
+    },
+    Proof {
+        name: "database",
+        counts: "rounds through every way of mistreating PostgreSQL",
+        short: 1,
+        run: database::run,
     },
 ];
 

@@ -12,6 +12,7 @@ pub mod proxy;
 pub mod sale;
 pub mod served;
 pub mod server;
+pub mod standby;
 
 /// Runs a test on a runtime with room for many blocking callers.
 pub fn block_on(test: impl Future<Output = ()>) {

@@ -1,13 +1,15 @@
 //! A proxy between a writer and PostgreSQL that understands the wire protocol well enough to cut
-//! a connection around a COMMIT, and that can stop passing anything on.
+//! a connection around a COMMIT, that can stop passing anything on, and that can lead to another
+//! server from one moment to the next.
 //!
 //! Format: PostgreSQL documentation, "Message Formats": a type byte and a 32-bit length that counts
 //! itself; the first message of a client has no type.
 
 use std::net::Ipv4Addr;
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -25,19 +27,29 @@ pub enum Cut {
     After,
     /// The same, but the connection stays open and silent.
     AfterInSilence,
+    /// Nothing is cut, but the COMMIT reaches the server only after a while, also where its client
+    /// has given up meanwhile.
+    Late(Duration),
 }
 
 struct Shared {
-    socket: PathBuf,
+    socket: Mutex<PathBuf>,
     cut: Mutex<Option<Cut>>,
+    /// The next cut is not for a worker.
+    spare_workers: AtomicBool,
+    late: AtomicUsize,
     frozen: watch::Sender<bool>,
+    severed: watch::Sender<()>,
     /// Close the door with the next cut.
     last: AtomicBool,
     closed: AtomicBool,
 }
 
 impl Shared {
-    fn take_cut(&self) -> Option<Cut> {
+    fn take_cut(&self, of_worker: bool) -> Option<Cut> {
+        if of_worker && self.spare_workers.load(Ordering::SeqCst) {
+            return None;
+        }
         let cut = self.cut.lock().unwrap().take();
         if cut.is_some() && self.last.load(Ordering::SeqCst) {
             self.closed.store(true, Ordering::SeqCst);
@@ -59,12 +71,20 @@ impl Proxy {
         let [Host::Unix(directory)] = config.get_hosts() else {
             panic!("a test's server listens on one unix socket");
         };
+        Self::start_at(&directory.join(".s.PGSQL.5432")).await
+    }
+
+    /// One in front of the server with this socket.
+    pub async fn start_at(socket: &Path) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let shared = Arc::new(Shared {
-            socket: directory.join(".s.PGSQL.5432"),
+            socket: Mutex::new(socket.to_owned()),
             cut: Mutex::new(None),
+            spare_workers: AtomicBool::new(false),
+            late: AtomicUsize::new(0),
             frozen: watch::Sender::new(false),
+            severed: watch::Sender::new(()),
             last: AtomicBool::new(false),
             closed: AtomicBool::new(false),
         });
@@ -72,7 +92,14 @@ impl Proxy {
             let shared = Arc::clone(&shared);
             async move {
                 while let Ok((client, _)) = listener.accept().await {
-                    tokio::spawn(relay(client, Arc::clone(&shared)));
+                    let shared = Arc::clone(&shared);
+                    let mut severed = shared.severed.subscribe();
+                    tokio::spawn(async move {
+                        tokio::select! {
+                            () = relay(client, shared) => {}
+                            _ = severed.changed() => {}
+                        }
+                    });
                 }
             }
         });
@@ -92,9 +119,28 @@ impl Proxy {
         through
     }
 
+    /// How a process of its own comes through this proxy.
+    pub fn url(&self, user: &str, database: &str) -> String {
+        let port = self.port;
+        format!("postgresql://{user}@127.0.0.1:{port}/{database}?sslmode=disable")
+    }
+
+    /// Leads whoever comes from here on to the server with this socket, and ends everyone else's
+    /// connection.
+    pub fn lead_to(&self, socket: &Path) {
+        *self.shared.socket.lock().unwrap() = socket.to_owned();
+        self.shared.severed.send_replace(());
+    }
+
     /// Cuts the next connection that commits.
     pub fn cut(&self, cut: Cut) {
         *self.shared.cut.lock().unwrap() = Some(cut);
+    }
+
+    /// Cuts the next connection that commits and is not a worker's.
+    pub fn cut_beside_workers(&self, cut: Cut) {
+        self.shared.spare_workers.store(true, Ordering::SeqCst);
+        self.cut(cut);
     }
 
     /// Cuts the next connection that commits, and lets nobody in afterwards.
@@ -113,6 +159,11 @@ impl Proxy {
         self.shared.cut.lock().unwrap().is_none()
     }
 
+    /// How many commits were held back and are not with the server yet.
+    pub fn late(&self) -> usize {
+        self.shared.late.load(Ordering::SeqCst)
+    }
+
     /// Stops passing anything on, or goes on with what has come meanwhile, also from clients that
     /// have gone.
     pub fn freeze(&self, frozen: bool) {
@@ -126,18 +177,37 @@ impl Drop for Proxy {
     }
 }
 
+/// A COMMIT that is on its way for longer than it should be.
+struct Late<'a>(&'a AtomicUsize);
+
+impl<'a> Late<'a> {
+    fn count(shared: &'a Shared) -> Self {
+        shared.late.fetch_add(1, Ordering::SeqCst);
+        Late(&shared.late)
+    }
+}
+
+impl Drop for Late<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
 async fn relay(client: TcpStream, shared: Arc<Shared>) {
     if shared.closed.load(Ordering::SeqCst) {
         return;
     }
-    let Ok(server) = UnixStream::connect(&shared.socket).await else {
+    // One message at a time is passed on: none may wait for the last one to be acknowledged.
+    client.set_nodelay(true).unwrap();
+    let socket = shared.socket.lock().unwrap().clone();
+    let Ok(server) = UnixStream::connect(&socket).await else {
         return;
     };
     let (mut client_read, mut client_write) = client.into_split();
     let (mut server_read, mut server_write) = server.into_split();
     let (mut asked, mut answered) = (BytesMut::new(), BytesMut::new());
     let mut frozen = shared.frozen.subscribe();
-    let (mut started, mut swallow) = (false, None);
+    let (mut started, mut of_worker, mut swallow) = (false, false, None);
     loop {
         if frozen.wait_for(|frozen| !frozen).await.is_err() {
             return;
@@ -152,11 +222,24 @@ async fn relay(client: TcpStream, shared: Arc<Shared>) {
         }
         while let Some(message) = next_message(&mut asked, started) {
             if started && &message[..] == b"Q\0\0\0\x0bCOMMIT\0" {
-                match shared.take_cut() {
+                match shared.take_cut(of_worker) {
                     Some(Cut::Before) => return,
+                    Some(Cut::Late(after)) => {
+                        let _late = Late::count(&shared);
+                        tokio::time::sleep(after).await;
+                        if server_write.write_all(&message).await.is_err() {
+                            return;
+                        }
+                        continue;
+                    }
                     Some(cut) => swallow = Some(cut),
                     None => {}
                 }
+            }
+            if !started {
+                // The first message has the session's name in it.
+                let worker = b"millrace worker";
+                of_worker = message.windows(worker.len()).any(|part| part == worker);
             }
             started = true;
             if server_write.write_all(&message).await.is_err() {

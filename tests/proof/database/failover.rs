@@ -1,0 +1,162 @@
+//! The primary is gone for good, and its standby takes its place.
+
+use std::collections::HashMap;
+use std::thread::sleep;
+use std::time::Instant;
+
+use super::rig::{Rig, runtime, socket};
+use super::{Figures, LONG, Terms};
+use crate::checker::{Found, Verdict};
+use crate::load::{has_journal, retry_some};
+use crate::outcome::Why;
+use crate::support::standby::{Pair, SLOT};
+
+/// The standby has every commit that was acknowledged: nothing is lost.
+pub fn synchronous(terms: Terms<'_>) -> Result<Figures, Why> {
+    let runtime = runtime();
+    let mut pair = runtime.block_on(Pair::start());
+    runtime.block_on(pair.synchronous(true));
+    let mut rig = Rig::start(runtime, &pair.primary, terms)?;
+    rig.under_load(|rig, _| {
+        fail_over(rig, &mut pair);
+        Ok(())
+    })?;
+    let verdict = rig.finish(&pair.standby)?;
+    Ok(Figures {
+        verdict,
+        ..Figures::default()
+    })
+}
+
+/// The standby is away, commits wait for it in vain, and somebody ends the sessions that wait, as
+/// Millrace does with its own after a while. A commit that only the primary has must not be
+/// acknowledged, whoever was asked about it meanwhile.
+pub fn while_commits_wait(terms: Terms<'_>) -> Result<Figures, Why> {
+    let runtime = runtime();
+    let mut pair = runtime.block_on(Pair::start());
+    runtime.block_on(pair.synchronous(true));
+    let mut rig = Rig::start(runtime, &pair.primary, terms)?;
+    rig.under_load(|rig, _| {
+        rig.runtime.block_on(pair.part());
+        let until = Instant::now() + LONG;
+        while Instant::now() < until {
+            rig.runtime.block_on(pair.primary.sql(END_WAITS));
+            sleep(LONG / 20);
+        }
+        fail_over(rig, &mut pair);
+        let words = "canceling the wait for synchronous replication";
+        match pair.primary.has_logged(words) {
+            true => Ok(()),
+            false => Err(Why::Failed("no wait for the standby was given up".into())),
+        }
+    })?;
+    let verdict = rig.finish(&pair.standby)?;
+    Ok(Figures {
+        verdict,
+        ..Figures::default()
+    })
+}
+
+/// Ends the sessions whose commits wait for the standby.
+const END_WAITS: &str =
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'";
+
+/// The standby lags, and replication does not wait for it. What the journal has acknowledged is
+/// there again after the failover; those who waited for the commit may have lost theirs.
+pub fn lagging(terms: Terms<'_>) -> Result<Figures, Why> {
+    if !has_journal() {
+        return Err(Why::NotRun("this Millrace has no journal".into()));
+    }
+    let runtime = runtime();
+    let mut pair = runtime.block_on(Pair::start());
+    let settings = [("QUEUE__JOURNAL__RETAIN_FOR_SLOTS", SLOT)];
+    let mut rig = Rig::start_apart(runtime, &pair, terms, &settings)?;
+    let (mut before, mut after) = (Found::default(), Found::default());
+    rig.under_load(|rig, _| {
+        rig.runtime.block_on(pair.part());
+        rig.until_written(1_000)?;
+        // The primary's last word, or almost.
+        before = rig.read(&pair.primary);
+        pair.primary.stop_immediately();
+        rig.runtime.block_on(pair.promote());
+        after = rig.read(&pair.standby);
+        rig.proxy.lead_to(&socket(&pair.standby));
+        Ok(())
+    })?;
+    let applied_again = missing(&rig.crowds[1].own(&before), &rig.crowds[1].own(&after));
+    if missing(&before, &after) == 0 {
+        return Err(Why::Failed("the standby did not lag".into()));
+    }
+    rig.until_quiet()?;
+    // Only those who did not wait: the others' orders may be gone.
+    let mut said = Verdict::default();
+    let one = &rig.crowds[1];
+    retry_some(rig.served.data, &one.checker, 30, terms.seed, &mut said);
+    let judge_both = |rig: &Rig, found: &Found| judge(rig, found).0;
+    rig.compare(&pair.standby, said, judge_both)?;
+    // A process that knows only what is in the database and in the journal sees the same.
+    rig.start_again()?;
+    rig.compare(&pair.standby, Verdict::default(), judge_both)
+        .map_err(|why| match why {
+            Why::Failed(why) => Why::Failed(format!("{why} (started again)")),
+            not_run @ Why::NotRun(_) => not_run,
+        })?;
+    let mut lost_waiting = 0;
+    let verdict = rig.finish_orderly(&pair.standby, |rig, found| {
+        let (verdict, lost) = judge(rig, found);
+        lost_waiting = lost;
+        verdict
+    })?;
+    Ok(Figures {
+        verdict,
+        lost_waiting,
+        applied_again,
+    })
+}
+
+/// Loses the primary, makes the standby one, and leads everybody there.
+fn fail_over(rig: &Rig, pair: &mut Pair) {
+    pair.primary.stop_immediately();
+    rig.runtime.block_on(pair.promote());
+    rig.proxy.lead_to(&socket(&pair.standby));
+}
+
+/// How many orders of `before` are not in `after`.
+fn missing(before: &Found, after: &Found) -> u64 {
+    let there: HashMap<i64, ()> = after.rows.iter().map(|row| (row.order_id, ())).collect();
+    let gone = before.rows.iter();
+    gone.filter(|row| !there.contains_key(&row.order_id))
+        .count() as u64
+}
+
+/// The verdict, and how many of those who waited have lost their order, which a lagging standby
+/// may do to them. What else it may take: a cancellation, which is not in the journal.
+fn judge(rig: &Rig, found: &Found) -> (Verdict, u64) {
+    let (waiting, respond_async) = (&rig.crowds[0], &rig.crowds[1]);
+    let own = waiting.own(found);
+    let mut all = waiting.checker.judge(&own);
+    let lost = all.acked - all.present;
+    all.acked = all.present;
+    // An order that was lost may have been placed anew under its key: two ids, one row.
+    let mut rows: HashMap<&str, u64> = HashMap::new();
+    for row in &own.rows {
+        *rows.entry(&row.user).or_default() += 1;
+    }
+    all.duplicated = rows.values().map(|count| count - 1).sum();
+    let duplicated = all.duplicated > 0;
+    all.faults.retain(|fault| {
+        !fault.starts_with("acknowledged and lost")
+            && (duplicated || !fault.starts_with("more than one order"))
+    });
+    let one = respond_async.own(found);
+    all.add(&respond_async.checker.judge(&one));
+    let failed = one.rows.iter().filter(|row| row.status == "failed").count();
+    if failed > 0 {
+        all.fault(format!(
+            "{failed} orders that were told `accepted` have become dead letters"
+        ));
+    }
+    all.faults
+        .retain(|fault| !fault.starts_with("its cancellation is lost"));
+    (all, lost)
+}

@@ -1,0 +1,383 @@
+//! What every case needs: Millrace as a process, a switch in front of its PostgreSQL, load, and the
+//! comparison at the end.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use rand::rngs::StdRng;
+use rand::{Rng as _, SeedableRng as _};
+use serde_json::Value;
+use tempfile::TempDir;
+use tokio::runtime::Runtime;
+
+use super::{STEP, Terms};
+use crate::checker::{Checker, Found, Verdict};
+use crate::load::{Load, compare_counters, has_journal, put_skus, retry_some};
+use crate::outcome::Why;
+use crate::support::http::try_call;
+use crate::support::postgres::test_dir;
+use crate::support::proxy::Proxy;
+use crate::support::served::{Served, tail};
+use crate::support::standby::{DATABASE, Pair, Server, USER};
+
+pub const PATIENCE: Duration = Duration::from_secs(30);
+/// How long Millrace may take to find out what came of something that is not an order.
+const SETTLING: Duration = Duration::from_secs(6);
+const LOOK: Duration = Duration::from_millis(5);
+
+/// A kind of client: what was told to it, and what it may buy.
+pub struct Crowd {
+    pub checker: Checker,
+    pub skus: Vec<String>,
+    /// In hundredths, how many of its orders ask for `respond-async`.
+    pub respond_async: u32,
+}
+
+impl Crowd {
+    fn new(name: &str, respond_async: u32) -> Self {
+        Crowd {
+            checker: Checker::new(),
+            skus: vec![format!("HOT-{name}"), format!("PLAIN-{name}")],
+            respond_async,
+        }
+    }
+
+    /// What of this is its own.
+    pub fn own(&self, found: &Found) -> Found {
+        let mut own = found.clone();
+        own.rows.retain(|row| self.skus.contains(&row.sku));
+        own.skus.retain(|sku, _| self.skus.contains(sku));
+        own
+    }
+}
+
+/// A running Millrace whose database is at the mercy of a case.
+pub struct Rig {
+    pub served: Served,
+    pub proxy: Proxy,
+    pub runtime: Runtime,
+    pub crowds: Vec<Crowd>,
+    pub random: StdRng,
+    seed: u64,
+    settings: Vec<(String, String)>,
+    data_dir: TempDir,
+}
+
+/// A runtime for the proxy and for whatever asks the database.
+pub fn runtime() -> Runtime {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .expect("a runtime")
+}
+
+/// Where a server's socket is.
+pub fn socket(server: &Server) -> PathBuf {
+    server.place.join(".s.PGSQL.5432")
+}
+
+impl Rig {
+    /// One with buyers of both kinds in one crowd.
+    pub fn start(runtime: Runtime, server: &Server, terms: Terms<'_>) -> Result<Self, Why> {
+        Self::start_with(runtime, server, terms, &[])
+    }
+
+    /// The same with more settings.
+    pub fn start_with(
+        runtime: Runtime,
+        server: &Server,
+        terms: Terms<'_>,
+        settings: &[(&str, &str)],
+    ) -> Result<Self, Why> {
+        Self::with(
+            runtime,
+            server,
+            terms,
+            vec![Crowd::new("ALL", 50)],
+            settings,
+        )
+    }
+
+    /// One in which those who wait and those who do not buy apart, so that they can be judged
+    /// apart: first those who wait.
+    pub fn start_apart(
+        runtime: Runtime,
+        pair: &Pair,
+        terms: Terms<'_>,
+        settings: &[(&str, &str)],
+    ) -> Result<Self, Why> {
+        let crowds = vec![Crowd::new("WAIT", 0), Crowd::new("ASYNC", 100)];
+        Self::with(runtime, &pair.primary, terms, crowds, settings)
+    }
+
+    fn with(
+        runtime: Runtime,
+        server: &Server,
+        terms: Terms<'_>,
+        crowds: Vec<Crowd>,
+        more: &[(&str, &str)],
+    ) -> Result<Self, Why> {
+        let proxy = runtime.block_on(Proxy::start_at(&socket(server)));
+        let data_dir = test_dir();
+        let mut settings: Vec<(String, String)> = [
+            ("DATABASE__URL", proxy.url(USER, DATABASE)),
+            ("DATABASE__STEP_TIMEOUT_MS", STEP.as_millis().to_string()),
+            ("ORDERS__TIMEOUT_MS", "1000".to_owned()),
+            ("WORKERS__COUNT", "3".to_owned()),
+            ("WORKERS__BATCH_ROWS_MAX", "50".to_owned()),
+        ]
+        .map(|(name, value)| (format!("MILLRACE_{name}"), value))
+        .to_vec();
+        if has_journal() {
+            // Small segments, so that they come and go.
+            let bytes = (4 << 20).to_string();
+            settings.push(("MILLRACE_QUEUE__JOURNAL__BYTES_MAX".to_owned(), bytes));
+        }
+        for (name, value) in more {
+            // The last one counts.
+            settings.push((format!("MILLRACE_{name}"), (*value).to_owned()));
+        }
+        if let Some(bug) = terms.bug {
+            settings.push(("MILLRACE_FAULT".to_owned(), format!("bug@{bug}")));
+        }
+        let log = data_dir.path().join("serve.log");
+        let served = Served::try_start(data_dir.path(), &settings, &log)
+            .map_err(|ended| format!("it does not start: {}: {}", ended.status, ended.log))?;
+        let rig = Rig {
+            served,
+            proxy,
+            runtime,
+            crowds,
+            random: StdRng::seed_from_u64(terms.seed),
+            seed: terms.seed,
+            settings,
+            data_dir,
+        };
+        for crowd in &rig.crowds {
+            let offers: Vec<(String, u32)> =
+                crowd.skus.iter().cloned().zip([300, 1_000_000]).collect();
+            put_skus(rig.served.control, &crowd.checker, &offers)
+                .map_err(|error| format!("cannot put SKUs on sale: {error}"))?;
+        }
+        Ok(rig)
+    }
+
+    /// Has the crowds buy while `mistreat` is at work, and until they have bought again
+    /// afterwards.
+    pub fn under_load(
+        &mut self,
+        mistreat: impl FnOnce(&Rig, &mut StdRng) -> Result<(), Why>,
+    ) -> Result<(), Why> {
+        let mut random = StdRng::seed_from_u64(self.random.random());
+        let seeds: Vec<u64> = self.crowds.iter().map(|_| self.random.random()).collect();
+        let (rig, stop) = (&*self, AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            for (crowd, seed) in rig.crowds.iter().zip(seeds) {
+                let load = Load {
+                    data: rig.served.data,
+                    checker: &crowd.checker,
+                    skus: crowd.skus.clone(),
+                    seed,
+                    threads: 10,
+                    respond_async: crowd.respond_async,
+                    batch_max: 20,
+                };
+                let stop = &stop;
+                scope.spawn(move || load.run(stop));
+            }
+            // The threads end also where this panics.
+            let _stop = StopAtEnd(&stop);
+            rig.until_written(100)?;
+            mistreat(rig, &mut random)?;
+            rig.until_written(200)
+        })
+    }
+
+    /// Waits until this many more rows were committed.
+    pub fn until_written(&self, rows: u64) -> Result<(), Why> {
+        let target = self.metric("millrace_rows_written_total")? + rows as f64;
+        self.until(&format!("{rows} more rows"), || {
+            Ok(self.metric("millrace_rows_written_total")? >= target)
+        })
+    }
+
+    /// Waits until `condition` holds.
+    pub fn until(&self, what: &str, condition: impl Fn() -> Result<bool, Why>) -> Result<(), Why> {
+        let deadline = Instant::now() + PATIENCE;
+        while !condition()? {
+            if Instant::now() >= deadline {
+                let log = self.log();
+                return Err(Why::Failed(format!("not in time: {what}: {log}")));
+            }
+            std::thread::sleep(LOOK);
+        }
+        Ok(())
+    }
+
+    /// The sum of a metric over its labels.
+    pub fn metric(&self, name: &str) -> Result<f64, Why> {
+        let answer = try_call(self.served.control, "GET", "/metrics", &[], "")
+            .map_err(|error| format!("no metrics: {error}: {}", self.log()))?;
+        let text = String::from_utf8_lossy(&answer.body);
+        let values = text.lines().filter_map(|line| {
+            let rest = line.strip_prefix(name)?;
+            let (labels, value) = rest.rsplit_once(' ')?;
+            (labels.is_empty() || labels.starts_with('{')).then(|| value.parse::<f64>().ok())?
+        });
+        Ok(values.sum())
+    }
+
+    /// The last lines of Millrace's log.
+    pub fn log(&self) -> String {
+        tail(&self.data_dir.path().join("serve.log"))
+    }
+
+    /// Waits until nothing is on its way any more.
+    pub fn until_quiet(&self) -> Result<(), Why> {
+        self.until("an empty queue", || {
+            Ok(self.metric("millrace_orders_in_flight")? == 0.0
+                && self.metric("millrace_queue_depth")? == 0.0)
+        })
+    }
+
+    /// Fails where the case has done nothing to any batch: then it shows nothing.
+    pub fn has_bitten(&self) -> Result<(), Why> {
+        match self.metric("millrace_batch_retries_total")? {
+            0.0 => Err(Why::Failed("no batch had to be tried again".into())),
+            _ => Ok(()),
+        }
+    }
+
+    /// Compares, stops Millrace in good order, and compares once more. `server` is who takes
+    /// writes now.
+    pub fn finish(self, server: &Server) -> Result<Verdict, Why> {
+        self.until_quiet()?;
+        self.has_bitten()?;
+        let mut said = Verdict::default();
+        for crowd in &self.crowds {
+            retry_some(self.served.data, &crowd.checker, 30, self.seed, &mut said);
+        }
+        self.compare(server, said, Rig::judge)?;
+        self.finish_orderly(server, Rig::judge)
+    }
+
+    /// Compares what clients were told, what is in the database, and what Millrace has in memory,
+    /// as often as it takes: what came of a cancellation whose answer was lost is found out in the
+    /// background.
+    pub fn compare(
+        &self,
+        server: &Server,
+        said: Verdict,
+        judge: impl Fn(&Rig, &Found) -> Verdict,
+    ) -> Result<(), Why> {
+        let deadline = Instant::now() + SETTLING;
+        loop {
+            self.until_quiet()?;
+            let found = self.read(server);
+            let mut verdict = judge(self, &found);
+            compare_counters(self.served.data, &found, &mut verdict);
+            verdict.faults.extend(said.faults.clone());
+            self.audit(&mut verdict)?;
+            if verdict.holds() {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                let dead = self.dead_letters(server);
+                return Err(Why::Failed(format!("{}{dead}", verdict.into_words())));
+            }
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    /// Stops Millrace in good order and judges what is in the database then.
+    pub fn finish_orderly(
+        mut self,
+        server: &Server,
+        judge: impl FnOnce(&Rig, &Found) -> Verdict,
+    ) -> Result<Verdict, Why> {
+        self.served.terminate();
+        let ended = self.served.ended_by(Instant::now() + PATIENCE);
+        if ended.and_then(|status| status.code()) != Some(0) {
+            let log = self.log();
+            return Err(Why::Failed(format!(
+                "SIGTERM ended it with {ended:?}: {log}"
+            )));
+        }
+        let verdict = judge(&self, &self.read(server));
+        match verdict.holds() {
+            true => Ok(verdict),
+            false => Err(Why::Failed(format!(
+                "{} (after an orderly end)",
+                verdict.into_words()
+            ))),
+        }
+    }
+
+    /// Why orders were refused by the database, in words for a failure.
+    fn dead_letters(&self, server: &Server) -> String {
+        let reasons =
+            "SELECT count(*), sqlstate, min(reason) FROM millrace.dead_letters GROUP BY 2";
+        self.runtime.block_on(async {
+            let rows = server.session().await.query(reasons, &[]).await;
+            let words = |row: &tokio_postgres::Row| {
+                let (count, sqlstate, reason): (i64, &str, &str) =
+                    (row.get(0), row.get(1), row.get(2));
+                format!("; {count} dead letters: {sqlstate} {reason}")
+            };
+            rows.iter().flatten().map(words).collect()
+        })
+    }
+
+    /// What the database says.
+    pub fn read(&self, server: &Server) -> Found {
+        self.runtime.block_on(Found::read(&server.config(DATABASE)))
+    }
+
+    /// Every crowd's part of it, added up.
+    pub fn judge(&self, found: &Found) -> Verdict {
+        let mut all = Verdict::default();
+        // No case makes a row that a database could object to.
+        let mut failed = found.rows.iter().filter(|row| row.status == "failed");
+        if let Some(row) = failed.next() {
+            all.fault(format!("a dead letter: {row:?}"));
+        }
+        for crowd in &self.crowds {
+            all.add(&crowd.checker.judge(&crowd.own(found)));
+        }
+        all
+    }
+
+    /// Adds what Millrace itself finds wrong.
+    pub fn audit(&self, verdict: &mut Verdict) -> Result<(), Why> {
+        let answer = try_call(self.served.control, "GET", "/admin/v1/audit", &[], "")
+            .map_err(|error| format!("no audit: {error}: {}", self.log()))?;
+        let audit = answer.json();
+        if audit["ok"] != Value::Bool(true) {
+            verdict.fault(format!("the audit fails: {audit}"));
+        }
+        Ok(())
+    }
+
+    /// Ends Millrace with SIGKILL and starts it again.
+    pub fn start_again(&mut self) -> Result<(), Why> {
+        let _ = self.served.child.kill();
+        let _ = self.served.child.wait();
+        for crowd in &self.crowds {
+            crowd.checker.server_is_gone();
+        }
+        let log = self.data_dir.path().join("serve.log");
+        self.served = Served::try_start(self.data_dir.path(), &self.settings, &log)
+            .map_err(|ended| format!("it does not start again: {}: {}", ended.status, ended.log))?;
+        Ok(())
+    }
+}
+
+struct StopAtEnd<'a>(&'a AtomicBool);
+
+impl Drop for StopAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
