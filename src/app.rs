@@ -300,7 +300,7 @@ impl Millrace {
         metrics.queue_capacity.set(config.queue.capacity as i64);
 
         let journal_settings = &config.queue.journal;
-        let retain = !journal_settings.retain_for_slots.is_empty();
+        let retain = !journal_settings.retain_for_slots.0.is_empty();
         let acknowledge = Arc::new(AcknowledgeLease::new(journal_settings.lease_ms));
         let journal_name = journal.as_ref().map(|journal| journal.identity.name());
         let journal = match journal {
@@ -310,6 +310,7 @@ impl Millrace {
                     .journal_bytes_max
                     .set(journal_settings.bytes_max as i64);
                 let may_acknowledge = Arc::clone(&acknowledge);
+                let poisoned = Arc::clone(&ledger);
                 let parts = JournalParts {
                     capacity: config.queue.capacity,
                     bytes_max: journal_settings.bytes_max,
@@ -318,6 +319,7 @@ impl Millrace {
                     pending: Arc::clone(&ledger.pending),
                     wake_all: Arc::clone(&wake_all),
                     may_acknowledge: Arc::new(move || may_acknowledge.holds()),
+                    on_panic: Arc::new(move |reason| poisoned.poison.set(reason)),
                     metrics: metrics.clone(),
                 };
                 // Makes its first segment, which waits for the disk.
@@ -384,7 +386,7 @@ impl Millrace {
         };
         background.run("the watch for lost commits", restorer.watch());
         if let Some(journal) = journal.as_ref().filter(|_| retain) {
-            let slots = journal_settings.retain_for_slots.clone();
+            let slots = journal_settings.retain_for_slots.0.clone();
             let keeping = retention::keep(Arc::clone(journal), operators.clone(), slots);
             background.run("the retention of the journal", keeping);
         }

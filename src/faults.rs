@@ -33,10 +33,11 @@ pub const CRASH_POINTS: [&str; 14] = [
 ];
 
 /// Every defect that can be put in.
-pub const BUGS: [&str; 12] = [
+pub const BUGS: [&str; 13] = [
     "ack_before_sync",
     "no_sync",
     "reuse_failed_file",
+    "lost_wake_up",
     "no_directory_sync",
     "retire_before_commit",
     "skip_a_replay",

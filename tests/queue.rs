@@ -75,6 +75,7 @@ fn journal(capacity: usize) -> Arc<dyn OrderQueue> {
         pending: Arc::new(Pending::with_capacity(capacity)),
         wake_all: Arc::new(|wakers| wakers.into_iter().for_each(Waker::wake)),
         may_acknowledge: Arc::new(|| true),
+        on_panic: Arc::new(|reason| panic!("{reason}")),
         metrics: Metrics::new().unwrap(),
     };
     Arc::new(JournalQueue::start(opened, parts).unwrap())

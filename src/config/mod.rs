@@ -200,9 +200,10 @@ pub struct Journal {
     /// process.
     #[schemars(range(min = 1_000, max = 86_400_000))]
     pub lease_ms: u64,
-    /// Names of physical replication slots: a segment is deleted only once the standbys behind them
+    /// Names of physical replication slots, one or a list: a segment is deleted only once the standbys behind them
     /// have everything in it, so that a failover to one of them loses no acknowledged order.
-    pub retain_for_slots: Vec<String>,
+    #[schemars(with = "Vec<String>")]
+    pub retain_for_slots: OneOrMany,
 }
 
 /// The queue backends.
@@ -435,7 +436,7 @@ impl Default for Journal {
             dir: PathBuf::new(),
             bytes_max: 4 << 30,
             lease_ms: 600_000,
-            retain_for_slots: Vec::new(),
+            retain_for_slots: OneOrMany::default(),
         }
     }
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::ledger::Ledger;
 use crate::order::{OrderId, OrderStatus, SkuId, UserId};
+use crate::state::pending::PendingOrder;
 use crate::store::StoreError;
 use crate::store::postgres::orders::StoredOrder;
 use crate::store::postgres::transitions::{Moved, Units};
@@ -55,15 +56,19 @@ impl Canceller {
     /// [`CancelError`]; the order stands as it did, unless the database's answer was lost. Then
     /// what came of it is found out in the background, and asking again tells.
     pub async fn cancel(&self, id: OrderId) -> Result<StoredOrder, CancelError> {
+        let recent = self.ledger.recent.get(id);
         self.ledger.recent.forget(id);
         match self.database.cancel_order(self.lease, id).await {
-            Ok(Moved::Unknown) => return Err(CancelError::Unknown(id)),
+            Ok(Moved::Unknown) => {
+                self.give_back_lost(id, recent.as_deref());
+                return Err(CancelError::Unknown(id));
+            }
             Ok(Moved::StandsAt(OrderStatus::Cancelled)) => {}
             Ok(Moved::StandsAt(status)) => return Err(CancelError::NotCancellable(id, status)),
             Ok(Moved::Now(units)) => self.give_back(id, &units, true),
             Err(error) => {
                 if error.is_transient() {
-                    tokio::spawn(self.clone().settle(id));
+                    tokio::spawn(self.clone().settle(id, recent));
                 }
                 return Err(error.into());
             }
@@ -74,17 +79,41 @@ impl Canceller {
         Ok(order)
     }
 
-    /// Finds out what came of a cancellation whose answer was lost.
-    async fn settle(self, id: OrderId) {
+    /// Sees a cancellation through whose answer was lost. It is made again rather than asked for:
+    /// the first may still be waiting in the server, and be carried out after any look.
+    async fn settle(self, id: OrderId, recent: Option<Arc<PendingOrder>>) {
         for _ in 0..SETTLE_ATTEMPTS {
             tokio::time::sleep(SETTLE_PAUSE).await;
-            match self.database.find_order(id).await {
-                Ok(Some(order)) => return self.give_back_stored(&order),
-                Ok(None) => return,
-                Err(_) => {}
+            match self.database.cancel_order(self.lease, id).await {
+                Ok(Moved::Now(units)) => return self.give_back(id, &units, true),
+                Ok(Moved::StandsAt(OrderStatus::Cancelled)) => {
+                    if let Ok(Some(order)) = self.database.find_order(id).await {
+                        return self.give_back_stored(&order);
+                    }
+                }
+                Ok(Moved::Unknown) => {
+                    return self.give_back_lost(id, recent.as_deref());
+                }
+                Ok(Moved::StandsAt(_)) => return,
+                Err(error) if error.is_transient() => {}
+                Err(_) => return,
             }
         }
         tracing::error!(order_id = %id, "whether an order was cancelled is still not known; cancel it again to tell");
+    }
+
+    /// Frees the units of an order whose row was written a moment ago and is not there any more: a
+    /// failover has lost it, and nobody wants it back. Where it is restored yet, that is as
+    /// cancelled.
+    fn give_back_lost(&self, id: OrderId, recent: Option<&PendingOrder>) {
+        if let Some(PendingOrder { order, .. }) = recent {
+            let units = Units {
+                user_id: order.user_id.to_string(),
+                sku: order.sku,
+                quantity: order.quantity.get(),
+            };
+            self.give_back(id, &units, false);
+        }
     }
 
     fn give_back_stored(&self, order: &StoredOrder) {

@@ -1,11 +1,11 @@
 //! A database that comes back without commits it had acknowledged, as after a failover to a
-//! standby that lagged: it is noticed by the batch numbers, and what this process still knows is
+//! standby that lagged: it is noticed by the batch numbers and by the server's timeline, and what this process still knows is
 //! written again.
 //!
 //! What it knows: the orders of the journal's segments that are still there, and the orders of a
-//! moment ago that are kept to answer those who ask again. An order that waited for its row and is
-//! in neither is gone, as is every cancellation whose order is; only synchronous replication
-//! excludes that.
+//! moment ago that are kept to answer those who ask again, and which orders of the idempotency
+//! window are cancelled. An order that waited for its row and is in none of them is gone; only
+//! synchronous replication excludes that.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -101,12 +101,15 @@ impl Restorer {
         let shard = i16::try_from(self.watermarks.workers()).unwrap_or(i16::MAX);
         let writer = BatchWriter::new(self.database.clone(), self.lease, shard);
         let mut replayer = Replayer::new(self.database.clone(), writer, self.rows_max);
+        let mut timeline = None;
         loop {
             let told = tokio::select! {
                 () = self.watermarks.lost.notified() => true,
                 () = tokio::time::sleep(CHECK) => false,
             };
-            if !told && !self.some_are_lost().await {
+            // Not short-circuited: each look also notes what it has seen.
+            let promoted = self.was_promoted(&mut timeline).await;
+            if !(self.some_are_lost().await || promoted || told) {
                 continue;
             }
             let before = replayer.applied();
@@ -132,6 +135,21 @@ impl Restorer {
                     tokio::time::sleep(CHECK).await;
                 }
             }
+        }
+    }
+
+    /// Whether a standby has taken over. It may lack cancellations, which have no number, where it
+    /// has every batch.
+    async fn was_promoted(&self, timeline: &mut Option<String>) -> bool {
+        let Ok(now) = self.database.timeline().await else {
+            return false;
+        };
+        match timeline.replace(now.clone()) {
+            Some(before) if before != now => {
+                tracing::warn!(before, now, "the database was failed over to a standby");
+                true
+            }
+            _ => false,
         }
     }
 
@@ -163,7 +181,30 @@ impl Restorer {
         lost
     }
 
+    /// Cancels again what memory knows to be cancelled and the database has forgotten: its units
+    /// may be somebody else's by now, and both together would not fit.
+    async fn cancel_again(&self) -> Result<(), StoreError> {
+        let ledger = Arc::clone(&self.ledger);
+        let ended = tokio::task::spawn_blocking(move || ledger.buyers.no_longer_live_ones()).await;
+        let ended = ended.map_err(|panic| StoreError::Data(panic.to_string()))?;
+        let mut again = 0;
+        for part in ended.chunks(PART) {
+            for id in self.database.payable_among(part).await? {
+                self.database.cancel_order(self.lease, id).await?;
+                again += 1;
+            }
+        }
+        if again > 0 {
+            tracing::warn!(
+                orders = again,
+                "cancelled again what the database had forgotten"
+            );
+        }
+        Ok(())
+    }
+
     async fn restore(&self, replayer: &mut Replayer) -> Result<(), StoreError> {
+        self.cancel_again().await?;
         let (parts, mut read) = mpsc::channel::<Vec<Order>>(1);
         let (journal, recent) = (self.journal.clone(), self.ledger.recent.all());
         let reading = tokio::task::spawn_blocking(move || {

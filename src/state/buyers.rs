@@ -180,6 +180,17 @@ impl Buyers {
             .unwrap_or_default()
     }
 
+    /// Every remembered order that is no longer live: cancelled, expired or refused. Walks all.
+    pub fn no_longer_live_ones(&self) -> Vec<OrderId> {
+        let records = self.records.iter();
+        records
+            .flat_map(|record| {
+                let ended = record.iter().filter(|known| !known.live);
+                ended.map(|known| known.order_id).collect::<Vec<_>>()
+            })
+            .collect()
+    }
+
     /// Orders remembered now.
     pub fn len(&self) -> usize {
         self.remembered.load(Ordering::Relaxed)

@@ -7,11 +7,14 @@
 mod support;
 
 mod checker;
+mod crash_states;
 mod database;
 #[cfg(target_os = "linux")]
 mod disk;
+mod journal_rig;
 mod kill9;
 mod load;
+mod nth_call;
 mod outcome;
 mod planted;
 #[cfg(target_os = "linux")]
@@ -25,6 +28,9 @@ mod power {
     }
 }
 
+mod seeded_bugs;
+mod sim_disk;
+
 use std::process::ExitCode;
 
 use outcome::{Proof, report};
@@ -36,6 +42,18 @@ const PROOFS: &[Proof] = &[
         counts: "rounds of the checker against planted falsehoods",
         short: 1,
         run: planted::run,
+    },
+    Proof {
+        name: "crash_states",
+        counts: "states that a crash leaves; as many bytes are flipped",
+        short: 3_000,
+        run: crash_states::run,
+    },
+    Proof {
+        name: "nth_call",
+        counts: "N up to which every N-th call to the disk fails",
+        short: 6,
+        run: nth_call::run,
     },
     Proof {
         name: "kill9",
@@ -54,6 +72,12 @@ const PROOFS: &[Proof] = &[
         counts: "rounds through every way of mistreating PostgreSQL",
         short: 1,
         run: database::run,
+    },
+    Proof {
+        name: "seeded_bugs",
+        counts: "deliberate defects that have to be caught",
+        short: 10,
+        run: seeded_bugs::run,
     },
 ];
 

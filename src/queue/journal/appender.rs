@@ -46,7 +46,7 @@ impl Appender {
     /// Writes one group. False: the end.
     fn step(&mut self) -> bool {
         let shared = Arc::clone(&self.shared);
-        if shared.failure.get().is_some() && !bug("reuse_failed_file") {
+        if shared.failure.get().is_some() {
             return self.pass_on();
         }
         let mut lease = None;
@@ -120,11 +120,6 @@ impl Appender {
             Err(error) => {
                 let segment = self.log.segment().number;
                 shared.fail(format!("{}: {error}", super::segment::file_name(segment)));
-                if bug("reuse_failed_file") {
-                    self.acknowledge_early();
-                    self.orders.clear();
-                    return true;
-                }
                 self.orders
                     .iter()
                     .for_each(|order| order.set_segment(segment));

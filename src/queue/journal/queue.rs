@@ -36,7 +36,7 @@ use super::log::Log;
 use super::record::{GROUP_HEAD, Record, order_bytes};
 use super::sector::sectors_of;
 use super::{JournalError, Opened};
-use crate::faults::crash_point;
+use crate::faults::{bug, crash_point};
 use crate::metrics::Metrics;
 use crate::order::{Order, OrderId, UnixMillis};
 use crate::queue::{Durability, DurableQueue, NotDurable, OrderQueue, Rejected, RingQueue, Taken};
@@ -63,6 +63,8 @@ pub struct JournalParts {
     pub wake_all: Arc<dyn Fn(Vec<Waker>) + Send + Sync>,
     /// Whether this process still holds the right to acknowledge.
     pub may_acknowledge: Arc<dyn Fn() -> bool + Send + Sync>,
+    /// Hears why, where a thread of the journal panics: the process has to stop.
+    pub on_panic: Arc<dyn Fn(String) + Send + Sync>,
     /// What is counted.
     pub metrics: Metrics,
 }
@@ -139,10 +141,16 @@ impl JournalQueue {
             failure: OnceLock::new(),
         });
         let mut threads = Vec::new();
-        let mut spawn = |name: &str, work: Box<dyn FnOnce() + Send>| {
+        let mut spawn = |name: &'static str, work: Box<dyn FnOnce() + Send>| {
+            let on_panic = Arc::clone(&shared.parts.on_panic);
             std::thread::Builder::new()
                 .name(name.to_owned())
-                .spawn(work)
+                .spawn(move || {
+                    // Nothing that it may have left half done is looked at afterwards.
+                    if std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).is_err() {
+                        on_panic(format!("the thread {name} panicked"));
+                    }
+                })
                 .map(|thread| threads.push(thread))
                 .map_err(JournalError::io("starting a thread of the journal"))
         };
@@ -400,7 +408,9 @@ impl DurableQueue for JournalQueue {
                 closed: false,
             });
         }
-        shared.bell.ring();
+        if !bug("lost_wake_up") {
+            shared.bell.ring();
+        }
         Ok(())
     }
 

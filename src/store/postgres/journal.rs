@@ -4,6 +4,7 @@
 use std::collections::HashSet;
 
 use super::{Connected, Database, NodeLease};
+use crate::order::{OrderId, OrderStatus};
 use crate::store::StoreError;
 
 /// The journal that is noted in the database, by the name of its id.
@@ -123,6 +124,48 @@ impl Database {
             )
             .await?;
         Ok(rows.iter().map(|row| row.get(0)).collect())
+    }
+
+    /// Which of these orders the database has as payable.
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn payable_among(&self, ids: &[OrderId]) -> Result<Vec<OrderId>, StoreError> {
+        let client = self.pooled().await?;
+        let ids: Vec<i64> = ids.iter().map(|id| id.as_i64()).collect();
+        let payable = OrderStatus::PendingPayment.code();
+        let rows = self
+            .timed(
+                "looking which orders are payable",
+                client.query(
+                    "SELECT order_id FROM orders WHERE order_id = ANY ($1) AND status = $2",
+                    &[&ids, &payable],
+                ),
+            )
+            .await?;
+        Ok(rows
+            .iter()
+            .filter_map(|row| OrderId::from_i64(row.get(0)))
+            .collect())
+    }
+
+    /// The timeline of the server's write-ahead log, as eight hexadecimal digits. It changes when a
+    /// standby is promoted.
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn timeline(&self) -> Result<String, StoreError> {
+        let client = self.pooled().await?;
+        let row = self
+            .timed(
+                "asking for the timeline",
+                client.query_one(
+                    "SELECT left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)",
+                    &[],
+                ),
+            )
+            .await?;
+        Ok(row.get(0))
     }
 
     /// The number of each worker's last batch, by worker.

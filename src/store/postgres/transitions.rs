@@ -76,6 +76,9 @@ impl Database {
                     .await?
                     .and_then(|row| row.get::<_, Option<String>>(0));
                 let status = word.as_deref().and_then(OrderStatus::from_word);
+                // The fence has locked a row, so with synchronous replication this waits for the
+                // standby, and with it for the commit that was seen: it is true after a failover.
+                transaction.commit().await?;
                 return Ok(Some(status.map_or(Moved::Unknown, Moved::StandsAt)));
             };
             let (sku, quantity): (i32, i32) = (row.get(1), row.get(2));

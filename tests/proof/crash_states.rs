@@ -1,0 +1,255 @@
+//! Every state that a crash can leave a journal in, and every byte of it damaged: it is recovered
+//! exactly, or refused with the place of the damage; never silently short of an acknowledged order.
+
+use std::collections::BTreeMap;
+
+use millrace::queue::journal::JournalError;
+use millrace::queue::journal::sector::SECTOR;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+use super::journal_rig::{Rig, open, segments};
+use super::outcome::{Why, seed};
+use super::sim_disk::{Crash, Replay, SimDisk};
+
+/// Crash states taken of one recording.
+const STATES: u64 = 300;
+/// Orders of one recording.
+const ORDERS: usize = 500;
+
+type Files = BTreeMap<String, Vec<u8>>;
+
+pub fn run(count: u64) -> Result<String, Why> {
+    let seed = seed();
+    let mut figures = Figures::default();
+    for recording in 0..count.div_ceil(STATES) {
+        let mut rng = StdRng::seed_from_u64(seed.wrapping_add(recording));
+        let states = STATES.min(count - recording * STATES);
+        one(states, &mut rng, &mut figures)
+            .map_err(|why| Why::Failed(format!("seed={} {why}", seed.wrapping_add(recording))))?;
+    }
+    Ok(format!("{figures} seed={seed}"))
+}
+
+#[derive(Default)]
+struct Figures {
+    states: u64,
+    torn: u64,
+    restarted: u64,
+    flips: u64,
+    cuts: u64,
+    other: u64,
+    refused: u64,
+}
+
+impl std::fmt::Display for Figures {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "states={} torn={} restarted={} flips={} cuts={} other_damage={} refused_loudly={} silently_short=0",
+            self.states, self.torn, self.restarted, self.flips, self.cuts, self.other, self.refused
+        )
+    }
+}
+
+fn one(states: u64, rng: &mut StdRng, figures: &mut Figures) -> Result<(), String> {
+    let rig = record(rng)?;
+    let done = rig.disk.done();
+    // A seeded choice of points, in order, so that one replay serves them all.
+    let mut points: Vec<usize> = (0..states)
+        .map(|_| rng.random_range(0..=done.len()))
+        .collect();
+    points.sort_unstable();
+    let mut replay = Replay::default();
+    let mut at = 0;
+    for point in points {
+        while at < point {
+            replay.step(&done[at]);
+            at += 1;
+        }
+        let crash = match rng.random_range(0..6) {
+            0 => Crash::Nothing,
+            1 => Crash::Everything,
+            _ => Crash::Some,
+        };
+        let files = replay.crash(crash, rng);
+        let disk = SimDisk::with(&files);
+        let context = |why| {
+            format!(
+                "crash at {point} of {} leaving {crash:?}: {why}",
+                done.len()
+            )
+        };
+        let opened = open(&disk).map_err(|error| context(format!("refused: {error}")))?;
+        rig.compare(&opened, point).map_err(context)?;
+        figures.states += 1;
+        figures.torn += u64::from(opened.scanned.torn_sectors > 0);
+        drop(opened);
+        if rng.random_bool(0.1) {
+            go_on(disk, rig.next_id(), rng).map_err(context)?;
+            figures.restarted += 1;
+        }
+    }
+    damage(&rig, &rig.disk.files(), done.len(), states, rng, figures)
+}
+
+/// Lets a journal run through rotations, a backlog on the disk and deletions.
+fn record(rng: &mut StdRng) -> Result<Rig, String> {
+    let mut rig = Rig::start(SimDisk::default(), 1, 40).map_err(|error| error.to_string())?;
+    while rig.known.len() < ORDERS {
+        for _ in 0..rng.random_range(1..30) {
+            // Full, or more at once than the memory takes: others are decided first.
+            let _ = rig.append(rng);
+        }
+        if rng.random_bool(0.5) {
+            rig.settle()?;
+        }
+        let undecided = rig.undecided();
+        if undecided > 80 || rng.random_bool(0.3) {
+            while rig.undecided() > undecided / 2 {
+                rig.decide(rng.random_range(1..40))?;
+            }
+        }
+    }
+    rig.settle()?;
+    let left = rig.queue.stop();
+    assert!(left.is_empty(), "orders were not written");
+    Ok(rig)
+}
+
+/// A journal starts on what a crash left, goes on, and can be read again.
+fn go_on(disk: SimDisk, next_id: u64, rng: &mut StdRng) -> Result<(), String> {
+    let mut rig = Rig::start(disk.clone(), next_id, 40).map_err(|error| error.to_string())?;
+    for _ in 0..5 {
+        rig.append(rng).map_err(|why| format!("{why:?}"))?;
+    }
+    rig.settle()?;
+    drop(rig.queue.stop());
+    let opened = open(&disk).map_err(|error| format!("after going on: {error}"))?;
+    let mut found = 0;
+    opened
+        .records(|_| found += 1)
+        .map_err(|error| error.to_string())?;
+    if found < 5 {
+        return Err("what was appended after the crash is not there".to_owned());
+    }
+    Ok(())
+}
+
+fn damage(
+    rig: &Rig,
+    sound: &Files,
+    at: usize,
+    count: u64,
+    rng: &mut StdRng,
+    figures: &mut Figures,
+) -> Result<(), String> {
+    let names = segments(sound);
+    let mut judge =
+        |what: String, files: &Files, must_be_refused: bool| match open(&SimDisk::with(files)) {
+            Ok(opened) => {
+                if must_be_refused {
+                    return Err(format!("{what}: accepted"));
+                }
+                rig.compare(&opened, at)
+                    .map_err(|why| format!("{what}: {why}"))
+            }
+            Err(error) => {
+                figures.refused += 1;
+                let text = error.to_string();
+                let names_the_place = match error {
+                    JournalError::Damaged { .. } => text.contains("offset"),
+                    JournalError::Missing { .. } | JournalError::Version { .. } => {
+                        text.contains(".segment")
+                    }
+                    _ => false,
+                };
+                names_the_place
+                    .then_some(())
+                    .ok_or(format!("{what}: {text}"))
+            }
+        };
+    // Where groups are, so that most damage hits something.
+    let scanned = open(&SimDisk::with(sound)).map_err(|error| error.to_string())?;
+    let used: Vec<(String, u64, u64)> = scanned
+        .scanned
+        .groups
+        .iter()
+        .map(|at| {
+            (
+                format!("{:016}.segment", at.segment.number),
+                at.place,
+                u64::from(at.sectors),
+            )
+        })
+        .collect();
+    drop(scanned);
+    let pick = |rng: &mut StdRng, list: &[(String, u64, u64)]| {
+        let (name, place, sectors) = list[rng.random_range(0..list.len())].clone();
+        (name, (place + rng.random_range(0..sectors)) as usize)
+    };
+    for _ in 0..count {
+        let mut files = sound.clone();
+        let (name, offset) = if rng.random_bool(0.8) {
+            let (name, sector) = pick(rng, &used);
+            (name, sector * SECTOR + rng.random_range(0..SECTOR))
+        } else {
+            let name = names[rng.random_range(0..names.len())].clone();
+            let length = sound[&name].len();
+            (name, rng.random_range(0..length))
+        };
+        let bit = 1 << rng.random_range(0..8);
+        files.get_mut(&name).expect("a file")[offset] ^= bit;
+        judge(
+            format!("bit {bit} of byte {offset} of {name} flipped"),
+            &files,
+            true,
+        )?;
+        figures.flips += 1;
+    }
+    for _ in 0..count / 3 {
+        let mut files = sound.clone();
+        let name = &names[rng.random_range(0..names.len())];
+        let length = rng.random_range(0..sound[name].len());
+        files.get_mut(name).expect("a file").truncate(length);
+        judge(format!("{name} cut to {length} bytes"), &files, true)?;
+        figures.cuts += 1;
+    }
+    // A lost sector of the very last group is what a crash leaves, so that one is left alone.
+    let but_last = &used[..used.len() - 1];
+    for _ in 0..count / 3 {
+        let mut files = sound.clone();
+        let (name, sector) = pick(rng, but_last);
+        let range = sector * SECTOR..(sector + 1) * SECTOR;
+        let what = match rng.random_range(0..3) {
+            0 => {
+                files.get_mut(&name).expect("a file")[range].fill(0);
+                format!("sector {sector} of {name} zeroed")
+            }
+            1 => {
+                let (other, second) = pick(rng, but_last);
+                if (&other, second) == (&name, sector) {
+                    continue;
+                }
+                let second_range = second * SECTOR..(second + 1) * SECTOR;
+                let a = files[&name][range.clone()].to_vec();
+                let b = files[&other][second_range.clone()].to_vec();
+                files.get_mut(&name).expect("a file")[range].copy_from_slice(&b);
+                files.get_mut(&other).expect("a file")[second_range].copy_from_slice(&a);
+                format!("sectors {sector} of {name} and {second} of {other} exchanged")
+            }
+            _ => {
+                let inner = &names[1..names.len() - 1];
+                if inner.is_empty() {
+                    continue;
+                }
+                let name = &inner[rng.random_range(0..inner.len())];
+                files.remove(name);
+                format!("{name} removed")
+            }
+        };
+        judge(what, &files, true)?;
+        figures.other += 1;
+    }
+    Ok(())
+}

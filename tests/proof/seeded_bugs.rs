@@ -1,0 +1,132 @@
+//! Deliberate defects, each of which a proof has to catch. A proof that lets one pass proves nothing.
+
+use std::process::Command;
+
+use millrace::faults::BUGS;
+
+use super::outcome::Why;
+use super::{database, kill9};
+
+/// How a defect has to come out.
+enum Catch {
+    /// By a proof in a process of its own, with this count.
+    Alone(&'static str, u64),
+    /// By kill9, within so many cycles.
+    Kill9(u64),
+    /// By this case of the database proof.
+    Database(&'static str),
+}
+
+use Catch::{Alone, Database, Kill9};
+
+/// Every defect of [`BUGS`], what it is, and what catches it.
+const CAUGHT_BY: &[(&str, &str, Catch)] = &[
+    (
+        "ack_before_sync",
+        "acknowledged before the sync",
+        Alone("crash_states", 3_000),
+    ),
+    ("no_sync", "never synced", Alone("crash_states", 3_000)),
+    (
+        "reuse_failed_file",
+        "a second sync of a file whose first failed",
+        Alone("nth_call", 6),
+    ),
+    (
+        "lost_wake_up",
+        "the sleeping appender is not woken",
+        Alone("nth_call", 2),
+    ),
+    (
+        "no_directory_sync",
+        "a segment's name is not durable",
+        Alone("crash_states", 3_000),
+    ),
+    (
+        "retire_before_commit",
+        "segments deleted before their orders are rows",
+        Alone("crash_states", 3_000),
+    ),
+    (
+        "trust_any_sector",
+        "checksums not compared",
+        Alone("crash_states", 3_000),
+    ),
+    (
+        "cut_at_damage",
+        "damage taken for the end",
+        Alone("crash_states", 3_000),
+    ),
+    (
+        "skip_a_replay",
+        "the last order of a part is not replayed",
+        Kill9(12),
+    ),
+    (
+        "replay_without_looking",
+        "orders replayed that are rows",
+        Kill9(12),
+    ),
+    (
+        "hold_without_checking",
+        "units held that nobody has",
+        Kill9(6),
+    ),
+    (
+        "double_release",
+        "a late commit gives its units back",
+        Database("late_commits"),
+    ),
+    (
+        "guess_the_commit",
+        "a commit of unknown outcome taken for done",
+        Database("cut_before_commit"),
+    ),
+];
+
+/// Tries the first `count` of them.
+pub fn run(count: u64) -> Result<String, Why> {
+    for bug in BUGS {
+        if !CAUGHT_BY.iter().any(|(name, ..)| *name == bug) {
+            return Err(Why::Failed(format!("nothing is said to catch {bug}")));
+        }
+    }
+    let mut caught = Vec::new();
+    for (bug, what, by) in CAUGHT_BY.iter().take(count as usize) {
+        let why = match by {
+            Alone(proof, count) => alone(bug, proof, *count)?,
+            Kill9(cycles) => said(kill9::with_bug(*cycles, Some(bug)).map_err(Why::Failed)),
+            Database(case) => said(database::with_bug(3, case, Some(bug))),
+        };
+        if why.is_none() {
+            return Err(Why::Failed(format!("{bug} ({what}) was not caught")));
+        }
+        caught.push(*bug);
+    }
+    Ok(format!(
+        "caught={} of {}: {}",
+        caught.len(),
+        BUGS.len(),
+        caught.join(" ")
+    ))
+}
+
+fn said(outcome: Result<String, Why>) -> Option<String> {
+    match outcome {
+        Err(Why::Failed(why)) => Some(why),
+        Ok(_) | Err(Why::NotRun(_)) => None,
+    }
+}
+
+/// The line of a proof that runs with a defect, where it has failed.
+fn alone(bug: &str, proof: &str, count: u64) -> Result<Option<String>, String> {
+    let program = std::env::current_exe().map_err(|e| e.to_string())?;
+    let output = Command::new(program)
+        .args([proof, &count.to_string()])
+        .env("MILLRACE_FAULT", format!("bug@{bug}"))
+        .output()
+        .map_err(|e| e.to_string())?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let line = text.lines().find(|line| line.starts_with("FAIL"));
+    Ok(line.map(str::to_owned))
+}
