@@ -187,10 +187,15 @@ async fn a_stale_pid_file_that_names_a_strangers_process_is_no_obstacle() {
     // This very test process is alive and no PostgreSQL.
     let data = dir.path().join("postgres/data");
     let text = format!("{}\n{}\n1\n5432\n", std::process::id(), data.display());
-    let path = data.join("postmaster.pid");
-    std::fs::write(&path, text).unwrap();
     let meta = std::fs::metadata(&data).unwrap();
-    std::os::unix::fs::chown(&path, Some(meta.uid()), Some(meta.gid())).unwrap();
+    for path in [
+        data.join("postmaster.pid"),
+        // A loss of power leaves this one too.
+        dir.path().join("postgres/run/.s.PGSQL.5432.lock"),
+    ] {
+        std::fs::write(&path, &text).unwrap();
+        std::os::unix::fs::chown(&path, Some(meta.uid()), Some(meta.gid())).unwrap();
+    }
     start(dir.path()).await;
 }
 

@@ -256,7 +256,8 @@ impl Embedded {
     pub async fn start_again(&mut self) -> Result<(), EmbeddedError> {
         self.stop_immediate().await?;
         let (data, patience) = (self.home.data(), self.options.stop_timeout);
-        spawn_blocking(move || server::take_over(&data, patience)).await??;
+        let socket_lock = self.socket_dir.lock_file();
+        spawn_blocking(move || server::take_over(&data, &socket_lock, patience)).await??;
         let log = self.home.log();
         let server = server::spawn(
             &self.home,

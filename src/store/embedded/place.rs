@@ -174,12 +174,17 @@ impl SocketDir {
         self.temporary = false;
     }
 
+    /// The file with which PostgreSQL keeps others off its socket.
+    pub fn lock_file(&self) -> PathBuf {
+        self.path.join(format!("{SOCKET_NAME}.lock"))
+    }
+
     /// Tidies up once the server is gone; best effort, since the next start copes with what is
     /// left.
     pub fn tidy(&self) {
         if self.temporary {
             let _ = std::fs::remove_file(self.path.join(SOCKET_NAME));
-            let _ = std::fs::remove_file(self.path.join(format!("{SOCKET_NAME}.lock")));
+            let _ = std::fs::remove_file(self.lock_file());
             let _ = std::fs::remove_dir(&self.path);
         }
     }

@@ -136,8 +136,14 @@ pub(super) fn stop(child: &mut Child, how: Shutdown) {
 /// Ends whatever an earlier, killed Millrace left running on `data`. Blocks.
 ///
 /// The caller holds the cluster's lock, so no living Millrace manages that server.
-pub(super) fn take_over(data: &Path, patience: Duration) -> Result<(), EmbeddedError> {
-    let named = postmaster(data);
+/// `socket_lock` is the file that PostgreSQL keeps beside its socket.
+pub(super) fn take_over(
+    data: &Path,
+    socket_lock: &Path,
+    patience: Duration,
+) -> Result<(), EmbeddedError> {
+    let postmaster_pid = data.join("postmaster.pid");
+    let named = named_in(&postmaster_pid);
     if let Some(pid) = named
         && runs_on(pid, data)
     {
@@ -170,17 +176,20 @@ pub(super) fn take_over(data: &Path, patience: Duration) -> Result<(), EmbeddedE
             });
         }
     }
-    // After a reboot the number in a stale file can belong to any other process, and PostgreSQL
+    // After a reboot the number in a stale file, that of the cluster or that of its socket, can belong to any other process, and PostgreSQL
     // would then refuse to start. Where every process was looked at, the file is known to be
     // stale; with a number that belongs to nobody it is left for PostgreSQL's own checks.
-    if cfg!(target_os = "linux")
-        && named.is_some_and(|pid| rustix::process::test_kill_process(pid).is_ok())
-    {
-        let path = data.join("postmaster.pid");
-        match std::fs::remove_file(&path) {
-            Ok(()) => {}
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(error) => return Err(io("remove", &path)(error)),
+    if cfg!(target_os = "linux") {
+        for path in [postmaster_pid.as_path(), socket_lock] {
+            let alive = |pid| rustix::process::test_kill_process(pid).is_ok();
+            if !named_in(path).is_some_and(alive) {
+                continue;
+            }
+            match std::fs::remove_file(path) {
+                Ok(()) => {}
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                Err(error) => return Err(io("remove", path)(error)),
+            }
         }
     }
     Ok(())
@@ -214,8 +223,8 @@ fn wait_until(patience: Duration, mut condition: impl FnMut() -> bool) -> bool {
 }
 
 /// The process named by `postmaster.pid`, alive or not.
-fn postmaster(data: &Path) -> Option<Pid> {
-    let text = std::fs::read_to_string(data.join("postmaster.pid")).ok()?;
+fn named_in(path: &Path) -> Option<Pid> {
+    let text = std::fs::read_to_string(path).ok()?;
     let pid: i32 = text.lines().next()?.trim().parse().ok()?;
     // A negative number marks a standalone backend.
     Pid::from_raw(pid.checked_abs()?)
