@@ -102,6 +102,14 @@ const CASES: &[Case] = &[
         name: "failover_lagging",
         run: failover::lagging,
     },
+    Case {
+        name: "failover_lagging_and_killed",
+        run: failover::lagging_and_killed,
+    },
+    Case {
+        name: "failover_lagging_with_cancellations",
+        run: failover::lagging_with_cancellations,
+    },
 ];
 
 /// What cases have shown; they add up.

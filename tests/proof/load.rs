@@ -28,6 +28,8 @@ pub struct Load<'a> {
     pub respond_async: u32,
     /// Most orders of one batch.
     pub batch_max: usize,
+    /// Whether some orders are cancelled again.
+    pub cancels: bool,
 }
 
 impl<'a> Load<'a> {
@@ -55,6 +57,7 @@ impl<'a> Load<'a> {
             threads: random.random_range(2..=8),
             respond_async: random.random_range(10..=90),
             batch_max: random.random_range(3..=60),
+            cancels: true,
         })
     }
 
@@ -144,7 +147,8 @@ impl Shop<'_> {
                 Some(wish) => self.place(wish, respond_async),
                 None => Ok(0),
             },
-            _ => self.cancel(),
+            _ if self.load.cancels => self.cancel(),
+            _ => Ok(0),
         }
     }
 

@@ -4,6 +4,8 @@ use std::collections::HashMap;
 use std::thread::sleep;
 use std::time::Instant;
 
+use rustix::process::{Pid, Signal, kill_process};
+
 use super::rig::{Rig, runtime, socket};
 use super::{Figures, LONG, Terms};
 use crate::checker::{Found, Verdict};
@@ -64,25 +66,55 @@ const END_WAITS: &str =
 /// The standby lags, and replication does not wait for it. What the journal has acknowledged is
 /// there again after the failover; those who waited for the commit may have lost theirs.
 pub fn lagging(terms: Terms<'_>) -> Result<Figures, Why> {
+    to_lagging(terms, false, false)
+}
+
+/// The same while orders are cancelled. Cancellations may be lost as well, but memory and database
+/// have to agree afterwards, and no accepted order pays for it.
+pub fn lagging_with_cancellations(terms: Terms<'_>) -> Result<Figures, Why> {
+    to_lagging(terms, true, false)
+}
+
+/// Millrace is killed together with the primary, so that only the journal knows what the standby
+/// does not have, in segments whose orders had all been committed.
+pub fn lagging_and_killed(terms: Terms<'_>) -> Result<Figures, Why> {
+    to_lagging(terms, false, true)
+}
+
+fn to_lagging(terms: Terms<'_>, cancels: bool, killed: bool) -> Result<Figures, Why> {
     if !has_journal() {
         return Err(Why::NotRun("this Millrace has no journal".into()));
     }
     let runtime = runtime();
     let mut pair = runtime.block_on(Pair::start());
-    let settings = [("QUEUE__JOURNAL__RETAIN_FOR_SLOTS", SLOT)];
-    let mut rig = Rig::start_apart(runtime, &pair, terms, &settings)?;
+    // Segments so small that all but the last would be gone if they were not kept for the standby.
+    let settings = [
+        ("QUEUE__JOURNAL__BYTES_MAX", "1048576"),
+        ("QUEUE__JOURNAL__RETAIN_FOR_SLOTS", SLOT),
+    ];
+    let mut rig = Rig::start_apart(runtime, &pair, terms, cancels, &settings)?;
     let (mut before, mut after) = (Found::default(), Found::default());
-    rig.under_load(|rig, _| {
+    rig.load_while(|rig, _| {
         rig.runtime.block_on(pair.part());
         rig.until_written(1_000)?;
         // The primary's last word, or almost.
         before = rig.read(&pair.primary);
         pair.primary.stop_immediately();
+        if killed {
+            kill_process(Pid::from_child(&rig.served.child), Signal::KILL).expect("kill -9");
+        }
         rig.runtime.block_on(pair.promote());
         after = rig.read(&pair.standby);
         rig.proxy.lead_to(&socket(&pair.standby));
-        Ok(())
+        if killed {
+            return Ok(());
+        }
+        rig.until_written(200)
     })?;
+    if killed {
+        rig.start_again()?;
+        rig.under_load(|_, _| Ok(()))?;
+    }
     let applied_again = missing(&rig.crowds[1].own(&before), &rig.crowds[1].own(&after));
     if missing(&before, &after) == 0 {
         return Err(Why::Failed("the standby did not lag".into()));

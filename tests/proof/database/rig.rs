@@ -32,14 +32,17 @@ pub struct Crowd {
     pub skus: Vec<String>,
     /// In hundredths, how many of its orders ask for `respond-async`.
     pub respond_async: u32,
+    /// Whether some of its orders are cancelled again.
+    pub cancels: bool,
 }
 
 impl Crowd {
-    fn new(name: &str, respond_async: u32) -> Self {
+    fn new(name: &str, respond_async: u32, cancels: bool) -> Self {
         Crowd {
             checker: Checker::new(),
             skus: vec![format!("HOT-{name}"), format!("PLAIN-{name}")],
             respond_async,
+            cancels,
         }
     }
 
@@ -95,7 +98,7 @@ impl Rig {
             runtime,
             server,
             terms,
-            vec![Crowd::new("ALL", 50)],
+            vec![Crowd::new("ALL", 50, true)],
             settings,
         )
     }
@@ -106,9 +109,13 @@ impl Rig {
         runtime: Runtime,
         pair: &Pair,
         terms: Terms<'_>,
+        cancels: bool,
         settings: &[(&str, &str)],
     ) -> Result<Self, Why> {
-        let crowds = vec![Crowd::new("WAIT", 0), Crowd::new("ASYNC", 100)];
+        let crowds = vec![
+            Crowd::new("WAIT", 0, cancels),
+            Crowd::new("ASYNC", 100, cancels),
+        ];
         Self::with(runtime, &pair.primary, terms, crowds, settings)
     }
 
@@ -170,6 +177,17 @@ impl Rig {
         &mut self,
         mistreat: impl FnOnce(&Rig, &mut StdRng) -> Result<(), Why>,
     ) -> Result<(), Why> {
+        self.load_while(|rig, random| {
+            mistreat(rig, random)?;
+            rig.until_written(200)
+        })
+    }
+
+    /// Has the crowds buy while `mistreat` is at work.
+    pub fn load_while(
+        &mut self,
+        mistreat: impl FnOnce(&Rig, &mut StdRng) -> Result<(), Why>,
+    ) -> Result<(), Why> {
         let mut random = StdRng::seed_from_u64(self.random.random());
         let seeds: Vec<u64> = self.crowds.iter().map(|_| self.random.random()).collect();
         let (rig, stop) = (&*self, AtomicBool::new(false));
@@ -183,6 +201,7 @@ impl Rig {
                     threads: 10,
                     respond_async: crowd.respond_async,
                     batch_max: 20,
+                    cancels: crowd.cancels,
                 };
                 let stop = &stop;
                 scope.spawn(move || load.run(stop));
@@ -190,8 +209,7 @@ impl Rig {
             // The threads end also where this panics.
             let _stop = StopAtEnd(&stop);
             rig.until_written(100)?;
-            mistreat(rig, &mut random)?;
-            rig.until_written(200)
+            mistreat(rig, &mut random)
         })
     }
 
