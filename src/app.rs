@@ -284,9 +284,6 @@ impl Millrace {
         let journal = match journal {
             None => None,
             Some(journal) => {
-                database
-                    .note_journal(lease, &journal.identity.name())
-                    .await?;
                 Some(recovery::replay(&config, &database, lease, journal, &control).await?)
             }
         };
@@ -331,6 +328,10 @@ impl Millrace {
                 Some(Arc::new(started?))
             }
         };
+        if let Some(name) = &journal_name {
+            // After its first segment is there, which keeps its name, and before it acknowledges.
+            database.note_journal(lease, name).await?;
+        }
         let queue: Arc<dyn OrderQueue> = match &journal {
             Some(journal) => Arc::clone(journal) as Arc<dyn OrderQueue>,
             None => Arc::new(RingQueue::new(config.queue.capacity)),
@@ -538,7 +539,7 @@ impl Millrace {
             }
         }
         for pending in ledger.pending.all() {
-            ledger.abandon(&pending);
+            clean &= !ledger.abandon(&pending);
             clean &= pending.slot.state() != SlotState::Claimed;
             pending.slot.take_wakers(|waker| wakers.push(waker));
         }
@@ -577,12 +578,19 @@ impl Millrace {
                     let released = self.database.release_journal(self.lease, name).await;
                     if let Err(error) = released {
                         tracing::debug!(reason = %error, "could not note that the journal is empty");
+                    } else if config.queue.journal.retain_for_slots.0.is_empty()
+                        && let Err(error) = journal.erase()
+                    {
+                        tracing::warn!(reason = %error, "could not delete the journal's segments");
                     }
                 }
-                left => tracing::warn!(
-                    orders = left,
-                    "acknowledged orders stay in the journal; the next start writes them"
-                ),
+                left => {
+                    clean = false;
+                    tracing::warn!(
+                        orders = left,
+                        "acknowledged orders stay in the journal; the next start writes them"
+                    );
+                }
             }
         }
         drop(self.guard);

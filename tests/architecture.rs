@@ -43,6 +43,11 @@ const SIBLINGS: &[(&str, &str, &str)] = &[
         "state::stock",
         "a row of `sku` is a `Sku`, for start-up and for an operator alike",
     ),
+    (
+        "src/config/load.rs",
+        "faults",
+        "a test build does not take the deliberate fault in its environment for a setting",
+    ),
     ("src/main.rs", "cli", "the program is its command line"),
     (
         "src/cli/",

@@ -94,7 +94,7 @@ impl Target {
     /// The headers of a buyer's `POST /v1/orders`, all but the key.
     pub(super) fn order_headers(&self, buyer: u32) -> HeaderMap {
         let [even, odd] = &self.order_headers;
-        if buyer % 2 == 0 { even } else { odd }.clone()
+        if buyer.is_multiple_of(2) { even } else { odd }.clone()
     }
 
     /// The path of a SKU. Ids are visible ASCII, so some of them need escaping.

@@ -33,6 +33,7 @@ pub struct Replayer {
     writer: BatchWriter,
     rows_max: usize,
     applied: Applied,
+    refused: Vec<Order>,
 }
 
 impl Replayer {
@@ -43,12 +44,18 @@ impl Replayer {
             writer,
             rows_max,
             applied: Applied::default(),
+            refused: Vec::new(),
         }
     }
 
     /// What was applied so far.
     pub fn applied(&self) -> Applied {
         self.applied
+    }
+
+    /// The orders that were refused since this was asked last.
+    pub fn take_refused(&mut self) -> Vec<Order> {
+        std::mem::take(&mut self.refused)
     }
 
     /// Makes every order of `orders` a row with its status, where it is none. Tries again for as
@@ -120,6 +127,7 @@ impl Replayer {
                 Ok(Refused::Buried) => {
                     tracing::error!(order_id = %order.id, sqlstate, reason, "the database refused an order of the journal; it is a dead letter now");
                     self.applied.refused += 1;
+                    self.refused.push(order.clone());
                     return Ok(());
                 }
                 Err(error) => pause(&error).await?,

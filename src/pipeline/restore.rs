@@ -230,11 +230,24 @@ impl Restorer {
                 .map(|(status, order)| (order, status))
                 .collect();
             replayer.apply(&deduplicated(part)).await?;
+            for order in replayer.take_refused() {
+                self.give_back(&order);
+            }
         }
         match reading.await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(error)) => Err(StoreError::Data(error.to_string())),
             Err(panic) => Err(StoreError::Data(panic.to_string())),
+        }
+    }
+
+    /// A restored order that the database refuses is a dead letter, and holds nothing.
+    fn give_back(&self, order: &Order) {
+        let turned = self.ledger.buyers.no_longer_live(&order.user_id, order.id);
+        if turned == Some(true)
+            && let Some(sku) = self.ledger.catalogue.by_number(order.sku)
+        {
+            sku.counter().release(order.quantity.get());
         }
     }
 
@@ -244,13 +257,7 @@ impl Restorer {
         if self.ledger.pending.get(order.id).is_some() {
             return None;
         }
-        let on_disk = self.journal.as_ref().is_some_and(|journal| {
-            use crate::queue::DurableQueue;
-            journal.may_hold(order.id)
-        });
-        if on_disk {
-            return None;
-        }
+        // One that still waits on the disk is written here; its worker will find it there.
         let known = self.ledger.buyers.orders_of(&order.user_id);
         let known = known.iter().find(|known| known.order_id == order.id);
         match known.map(|known| known.live) {

@@ -39,8 +39,6 @@ impl Appender {
         let shared = Arc::clone(&self.shared);
         shared.bell.listen();
         while self.step() {}
-        shared.appender_ended.store(true, Ordering::Release);
-        shared.wake_reader();
     }
 
     /// Writes one group. False: the end.
@@ -228,10 +226,22 @@ impl Appender {
     }
 }
 
+impl Drop for Appender {
+    /// Also where it panics: the reader ends the queue.
+    fn drop(&mut self) {
+        if let Some(Incoming::Order(order, _)) = self.held_back.take() {
+            self.shared.never_written.lock().push(order);
+        }
+        self.shared.appender_ended.store(true, Ordering::Release);
+        self.shared.wake_reader();
+    }
+}
+
 /// Takes an order out of memory; the disk has it.
 fn spill(shared: &Shared, order: &Arc<PendingOrder>) {
     if order.slot.spill() {
-        shared.parts.pending.remove(order.order.id);
+        // The reader may be faster, and have brought it back already.
+        shared.parts.pending.remove_this(order);
         let mut wakers = Vec::new();
         order.slot.take_wakers(|waker| wakers.push(waker));
         (shared.parts.wake_all)(wakers);

@@ -101,8 +101,22 @@ impl Keeper {
     ) -> std::io::Result<(Self, Arc<Segment>)> {
         found.iter().for_each(|segment| segment.seal());
         let number = found.last().map_or(1, |last| last.number + 1);
-        let first = Arc::new(segment::prepare(&*disk, &identity, number)?);
         let mut segments: VecDeque<_> = found.iter().map(Arc::clone).collect();
+        let first = match segment::prepare(&*disk, &identity, number) {
+            Err(_) if !retain && segments.len() > 1 => {
+                // The disk is full of what is not needed any more. The last stays: it tells which
+                // journal this is.
+                while segments.len() > 1 {
+                    if let Some(oldest) = segments.pop_front() {
+                        disk.remove(&file_name(oldest.number))?;
+                        disk.sync_directory()?;
+                    }
+                }
+                segment::prepare(&*disk, &identity, number)?
+            }
+            prepared => prepared?,
+        };
+        let first = Arc::new(first);
         segments.push_back(Arc::clone(&first));
         let keeper = Keeper {
             disk,
@@ -132,6 +146,7 @@ impl Keeper {
     pub(super) fn run(&self) {
         let mut state = self.state.lock();
         while !state.stopping {
+            let mut retry = false;
             let oldest = state.segments.front().filter(|oldest| {
                 // The last one is being written to.
                 state.segments.len() > 1
@@ -143,14 +158,16 @@ impl Keeper {
                 let removed = self.remove(&oldest);
                 state = self.state.lock();
                 match removed {
-                    // Only this thread takes from the front.
-                    Ok(()) => drop(state.segments.pop_front()),
+                    Ok(()) => {
+                        // Only this thread takes from the front.
+                        state.segments.pop_front();
+                        continue;
+                    }
                     Err(error) => {
                         tracing::warn!(segment = file_name(oldest.number), reason = %error, "could not delete a segment of the journal; it is tried again");
-                        self.changed.wait_for(&mut state, RETRY);
+                        retry = true;
                     }
                 }
-                continue;
             }
             if state.spare.is_none() && state.segments.len() < self.segments_max {
                 let number = state.next_number;
@@ -176,7 +193,24 @@ impl Keeper {
                 }
                 continue;
             }
-            self.changed.wait(&mut state);
+            if retry {
+                self.changed.wait_for(&mut state, RETRY);
+            } else {
+                self.changed.wait(&mut state);
+            }
+        }
+    }
+
+    /// Deletes every segment, once the thread has ended and everything is decided.
+    pub(super) fn erase(&self) -> std::io::Result<()> {
+        let mut state = self.state.lock();
+        while let Some(oldest) = state.segments.front().map(Arc::clone) {
+            self.remove(&oldest)?;
+            state.segments.pop_front();
+        }
+        match state.spare.take() {
+            Some(spare) => self.remove(&spare),
+            None => Ok(()),
         }
     }
 

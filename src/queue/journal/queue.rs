@@ -44,6 +44,8 @@ use crate::state::pending::{Pending, PendingOrder};
 
 /// How often the reader looks whether there is room in memory, while orders wait on the disk.
 const READER_TICK: Duration = Duration::from_millis(2);
+/// How long a lease on order ids may take to be written.
+const LEASE_PATIENCE: Duration = Duration::from_secs(3);
 /// How often reading is tried again where the disk failed.
 const READ_RETRY: Duration = Duration::from_secs(1);
 
@@ -89,6 +91,8 @@ pub(super) struct Shared {
     pub(super) appender_ended: AtomicBool,
     /// Leaves what is on the disk to the next process.
     cut: AtomicBool,
+    /// What the appender had in hand when it ended.
+    pub(super) never_written: Mutex<Vec<Arc<PendingOrder>>>,
     pub(super) failure: OnceLock<String>,
 }
 
@@ -138,17 +142,20 @@ impl JournalQueue {
             closing: AtomicBool::new(false),
             appender_ended: AtomicBool::new(false),
             cut: AtomicBool::new(false),
+            never_written: Mutex::default(),
             failure: OnceLock::new(),
         });
         let mut threads = Vec::new();
         let mut spawn = |name: &'static str, work: Box<dyn FnOnce() + Send>| {
-            let on_panic = Arc::clone(&shared.parts.on_panic);
+            let panicking = Arc::clone(&shared);
             std::thread::Builder::new()
                 .name(name.to_owned())
                 .spawn(move || {
                     // Nothing that it may have left half done is looked at afterwards.
                     if std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).is_err() {
-                        on_panic(format!("the thread {name} panicked"));
+                        let reason = format!("the thread {name} panicked");
+                        panicking.fail(reason.clone());
+                        (panicking.parts.on_panic)(reason);
                     }
                 })
                 .map(|thread| threads.push(thread))
@@ -181,7 +188,11 @@ impl JournalQueue {
             return false;
         }
         self.shared.bell.ring();
-        heard.await.unwrap_or(false)
+        // A late success does no harm; whoever renews has more to do than to wait for a disk.
+        match tokio::time::timeout(LEASE_PATIENCE, heard).await {
+            Ok(heard) => heard.unwrap_or(false),
+            Err(_) => false,
+        }
     }
 
     /// Why it stopped acknowledging, where it did.
@@ -241,6 +252,15 @@ impl JournalQueue {
         self.shared.wake_reader();
     }
 
+    /// Deletes everything, after [`JournalQueue::stop`], once all of it is decided: another journal
+    /// may take its place.
+    ///
+    /// # Errors
+    /// Where the disk fails; what is left is a sound journal.
+    pub fn erase(&self) -> io::Result<()> {
+        self.shared.keeper.erase()
+    }
+
     /// Ends the threads. Returns orders that were handed over and never written; nobody was told
     /// about them.
     pub fn stop(&self) -> Vec<Arc<PendingOrder>> {
@@ -252,7 +272,7 @@ impl JournalQueue {
                 tracing::error!("a thread of the journal panicked");
             }
         }
-        let mut left = Vec::new();
+        let mut left = std::mem::take(&mut *self.shared.never_written.lock());
         while let Some(incoming) = self.shared.incoming.pop() {
             if let Incoming::Order(order, _) = incoming {
                 left.push(order);
@@ -281,7 +301,7 @@ impl Shared {
         loop {
             let ended = self.appender_ended.load(Ordering::Acquire);
             let Some(waiting) = self.backlog.oldest() else {
-                if ended {
+                if ended || self.cut.load(Ordering::Acquire) {
                     return self.ring.close();
                 }
                 // Woken by the appender, or by the end; the tick is for the moment before it

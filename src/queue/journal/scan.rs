@@ -300,7 +300,9 @@ pub(super) fn read_segments(
     segments: &[Arc<Segment>],
     mut each: impl FnMut(Record),
 ) -> Result<(), JournalError> {
-    for segment in segments {
+    // Of these a group may be half written.
+    let written_to = segments.len().saturating_sub(2);
+    for (index, segment) in segments.iter().enumerate() {
         let length = segment.file.length();
         let length = length.map_err(JournalError::io("measuring a segment"))?;
         let mut bytes = vec![0; usize::try_from(length).unwrap_or(0)];
@@ -311,10 +313,20 @@ pub(super) fn read_segments(
         let sectors: Vec<&[u8]> = bytes.chunks_exact(SECTOR).collect();
         let mut place = 1;
         while place < sectors.len() {
-            let Sector::Part { group, count, .. } =
-                sector::decode(sectors[place], segment.seal, place as u64)
-            else {
-                break;
+            let incomplete = |what: &str| match index < written_to {
+                true => {
+                    let offset = (place * SECTOR) as u64;
+                    Err(JournalError::damaged(segment.number, offset, what))
+                }
+                false => Ok(()),
+            };
+            let (group, count) = match sector::decode(sectors[place], segment.seal, place as u64) {
+                Sector::Part { group, count, .. } => (group, count),
+                Sector::Zero => break,
+                Sector::Damaged => {
+                    incomplete("a sector is damaged")?;
+                    break;
+                }
             };
             let mut payload = Vec::new();
             let end = (place + usize::from(count)).min(sectors.len());
@@ -330,6 +342,7 @@ pub(super) fn read_segments(
                 }
             }
             let Ok(content) = record::decode(&payload) else {
+                incomplete("a group's content makes no sense")?;
                 break;
             };
             content.records.into_iter().for_each(&mut each);

@@ -132,6 +132,12 @@ impl Pending {
         self.orders.remove(&id);
     }
 
+    /// Forgets this very order, and not another of the same id that was read back meanwhile.
+    pub fn remove_this(&self, pending: &Arc<PendingOrder>) {
+        self.orders
+            .remove_if(&pending.order.id, |_, known| Arc::ptr_eq(known, pending));
+    }
+
     /// Orders in flight now, in memory and on the disk. One on its way from one to the other may
     /// count twice, and never counts not at all.
     pub fn in_flight(&self) -> usize {

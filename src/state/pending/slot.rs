@@ -167,9 +167,9 @@ impl Slot {
         self.leave(APPENDING, 0, ABANDONED)
     }
 
-    /// `Waiting → OnDisk`, by the appender, which then takes the wakers. Only a durable order.
+    /// `Waiting → OnDisk`, by the appender, which then takes the wakers. Only a recorded order.
     pub fn spill(&self) -> bool {
-        self.is_durable() && self.leave(WAITING, 0, ON_DISK)
+        self.is_recorded() && self.leave(WAITING, 0, ON_DISK)
     }
 
     /// `Waiting → Claimed`, by the worker that will write it. False: it was abandoned; skip it.

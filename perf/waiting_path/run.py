@@ -1,0 +1,138 @@
+#!/usr/bin/env python3
+"""Compares two builds of millrace on the path of orders that wait for their row, alternating, and
+measures what an acknowledged order costs.
+
+    perf/waiting_path/run.py --before BINARY --after BINARY [--rounds 6] [--seconds 5]
+
+Each round runs each build once, in changing order, on a PostgreSQL of its own: once offered more
+than it can take (orders placed a second), once half of the first build's rate (p99 of `201`). Prints the
+ratio after/before of each round's pair: median, least, greatest. With only --after: a lone
+acknowledged order (one connection, `respond-async`) beside a lone append and fdatasync of 4 KiB on the same
+directory, alternating.
+"""
+import argparse, json, os, pathlib, statistics, subprocess, tempfile, time, urllib.request
+
+
+class Server:
+    def __init__(self, binary, scratch):
+        self.dir = tempfile.mkdtemp(dir=scratch)
+        os.chmod(self.dir, 0o755)
+        env = dict(
+            os.environ,
+            MILLRACE_DATA_DIR=self.dir,
+            MILLRACE_DATA_PLANE__LISTEN="127.0.0.1:0",
+            MILLRACE_CONTROL_PLANE__LISTEN="127.0.0.1:0",
+        )
+        self.process = subprocess.Popen([binary, "serve"], env=env, stderr=subprocess.DEVNULL)
+        deadline = time.time() + 60
+        addresses = pathlib.Path(self.dir, "addresses.json")
+        while time.time() < deadline:
+            try:
+                found = json.loads(addresses.read_text())
+                self.data, self.control = found["data_plane"], found["control_plane"]
+                urllib.request.urlopen(f"http://{self.control}/readyz").read()
+                break
+            except Exception:
+                time.sleep(0.02)
+        body = json.dumps({"unit_price": 100, "currency": "EUR", "total": 4_000_000_000}).encode()
+        request = urllib.request.Request(
+            f"http://{self.control}/admin/v1/skus/HOT", data=body, method="PUT"
+        )
+        urllib.request.urlopen(request).read()
+
+    def stop(self):
+        self.process.terminate()
+        self.process.wait()
+        subprocess.run(["rm", "-rf", self.dir], check=True)
+
+
+def load(loader, server, rate, seconds, mode, connections=256):
+    command = [
+        loader, "load", "--target", f"http://{server.data}", "--sku", "HOT", "--rate", str(rate),
+        "--duration", str(seconds), "--mode", mode, "--connections", str(connections),
+        "--buyers", "4000000", "--json",
+    ]  # fmt: skip
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    return json.loads(done.stdout)
+
+
+def answer(report, kind):
+    return next((row for row in report["answers"] if row["kind"] == kind), None)
+
+
+def spread(ratios):
+    return f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+
+
+def compare(options, scratch):
+    builds = {"before": options.before, "after": options.after}
+    rates, tails, half = [], [], None
+    for number in range(options.rounds):
+        order = ["before", "after"] if number % 2 == 0 else ["after", "before"]
+        rate, tail = {}, {}
+        for name in order:
+            server = Server(builds[name], scratch)
+            try:
+                load(options.after, server, 2_000, 1, "wait")
+                report = load(options.after, server, options.flood, options.seconds, "wait")
+                rate[name] = answer(report, "created")["count"] / options.seconds
+                half = half or int(rate[name] / 2)
+                report = load(options.after, server, half, options.seconds, "wait")
+                tail[name] = answer(report, "created")["latency"]["p99_ms"]
+            finally:
+                server.stop()
+        print(f"round {number + 1}: placed/s {rate}, p99 ms at {half}/s {tail}", flush=True)
+        rates.append(rate["after"] / rate["before"])
+        tails.append(tail["after"] / tail["before"])
+    print(f"orders placed a second, after/before: {spread(rates)}")
+    print(f"p99 of a placed order, after/before:  {spread(tails)}")
+
+
+def sync_ms(directory, count):
+    path = os.path.join(directory, "probe")
+    file = os.open(path, os.O_CREAT | os.O_RDWR)
+    os.pwrite(file, bytes(4096 * count), 0)
+    os.fsync(file)
+    times = []
+    for index in range(count):
+        started = time.perf_counter()
+        os.pwrite(file, os.urandom(4096), index * 4096)
+        os.fdatasync(file)
+        times.append((time.perf_counter() - started) * 1000)
+    os.close(file)
+    os.unlink(path)
+    return statistics.median(times)
+
+
+def lone(options, scratch):
+    server = Server(options.after, scratch)
+    try:
+        ratios = []
+        for number in range(options.rounds):
+            sync = sync_ms(server.dir, 200)
+            report = load(options.after, server, 100, options.seconds, "async", 1)
+            accepted = answer(report, "accepted")["latency"]["p50_ms"]
+            print(f"round {number + 1}: a sync {sync:.3f} ms, an acknowledged order {accepted:.3f} ms", flush=True)
+            ratios.append(accepted / sync)
+        print(f"a lone acknowledged order, in syncs: {spread(ratios)}")
+    finally:
+        server.stop()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--before")
+    parser.add_argument("--after", required=True)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--seconds", type=int, default=5)
+    parser.add_argument("--flood", type=int, default=60_000, help="orders a second that are too many")
+    parser.add_argument("--scratch", default=None, help="directory on the disk to measure")
+    options = parser.parse_args()
+    scratch = options.scratch or tempfile.gettempdir()
+    if options.before:
+        compare(options, scratch)
+    lone(options, scratch)
+
+
+if __name__ == "__main__":
+    main()
