@@ -381,14 +381,15 @@ impl Millrace {
             journal: journal.clone(),
             database: operators.clone(),
             lease,
-            watermarks,
+            watermarks: Arc::clone(&watermarks),
             metrics: metrics.clone(),
             rows_max: config.workers.batch_rows_max,
         };
         background.run("the watch for lost commits", restorer.watch());
         if let Some(journal) = journal.as_ref().filter(|_| retain) {
             let slots = journal_settings.retain_for_slots.0.clone();
-            let keeping = retention::keep(Arc::clone(journal), operators.clone(), slots);
+            let keeping =
+                retention::keep(Arc::clone(journal), operators.clone(), slots, watermarks);
             background.run("the retention of the journal", keeping);
         }
         let window_ms = config.orders.idempotency_window_ms;

@@ -243,6 +243,7 @@ async fn abandon(args: &AbandonArgs) -> anyhow::Result<bool> {
     let guard = open.database.claim().await?;
     prepare_schema(&config, &open.database).await?;
     let noted = open.database.noted_journal(&guard).await?;
+    let noted_name = noted.as_ref().map(|noted| noted.name.clone());
     let done = match noted.filter(|noted| noted.in_use) {
         // Its process may be alive somewhere, without the database.
         Some(noted) if name.as_ref() != Some(&noted.name) && noted.lease_left_s > 0 => {
@@ -269,7 +270,14 @@ async fn abandon(args: &AbandonArgs) -> anyhow::Result<bool> {
     if let Some(embedded) = open.embedded {
         embedded.stop().await?;
     }
-    if done && local.is_some() {
+    let given_up = noted_name.is_some() && (name.is_none() || name == noted_name);
+    if done && local.is_some() && !given_up {
+        eprintln!(
+            "{} holds another journal and is left alone",
+            directory.display()
+        );
+    }
+    if done && local.is_some() && given_up {
         let mut aside = directory.clone().into_os_string();
         aside.push(format!(".abandoned-{}", UnixMillis::now().0));
         std::fs::rename(&directory, &aside)

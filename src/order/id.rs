@@ -135,6 +135,12 @@ impl IdClock {
         UnixMillis((self.now_ms() + EPOCH_MS) as i64)
     }
 
+    /// Real time as this process knows it: the wall clock at its start, and a monotonic clock since.
+    /// [`IdClock::now`] runs ahead of it after a crash, by what the predecessor had leased.
+    pub fn real_now(&self) -> UnixMillis {
+        UnixMillis((self.now_ms() - self.ahead_ms + EPOCH_MS) as i64)
+    }
+
     /// The least id that may belong to the last `window_ms`. After a crash this clock is ahead of
     /// real time, by what the predecessor had leased and not used; the window is not shortened by
     /// that.
@@ -206,6 +212,7 @@ mod tests {
         let before = clock().next().unwrap();
         let ahead = IdClock::new(0, UnixMillis::now().plus_ms(60_000), UnixMillis(i64::MAX));
         assert!(ahead.window_floor(30_000) <= before);
+        assert!(ahead.real_now() < UnixMillis::now().plus_ms(1_000));
     }
 
     #[test]

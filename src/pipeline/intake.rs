@@ -144,7 +144,7 @@ impl Intake {
         let room = match durable {
             Some(queue) => match queue.reserve(request.attributes.as_deref()) {
                 Ok(permit) => Ok(Some(permit)),
-                Err(NotDurable::NoLease) => return Err(Refusal::NotReady),
+                Err(NotDurable::NoLease) => Err(Refusal::NotReady),
                 Err(NotDurable::Busy) => Err(Refusal::Overloaded),
                 Err(NotDurable::Full) => Err(Refusal::JournalFull),
                 Err(NotDurable::Failed) => Err(Refusal::JournalFailed),
@@ -152,7 +152,11 @@ impl Intake {
             None if self.queue.is_full() => Err(Refusal::Overloaded),
             None => Ok(None),
         };
-        let id = self.ledger.ids.next().map_err(|_| Refusal::NotReady)?;
+        // Whoever comes again under the same key is answered also without a new id.
+        let (id, room) = match self.ledger.ids.next() {
+            Ok(id) => (id, room),
+            Err(_) => (OrderId::MAX, Err(Refusal::NotReady)),
+        };
         let sku = self
             .ledger
             .catalogue

@@ -6,7 +6,7 @@
 //! | failed (dead letter) | back | stays, no longer live | leaves the map |
 //! | abandoned, unwritten | back | forgotten: the key may be used afresh | leaves the map |
 //! | expired (written too late to be paid) | back | stays, no longer live | leaves the map |
-//! | left (to the next process, in the journal) | stay held | stays | leaves the map |
+//! | left (to the next process, in the journal) | stay held | stays | stays in the map |
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -77,8 +77,8 @@ impl Ledger {
     /// have, is left to the next process, which will write it; another will never be written.
     pub fn unwritten(&self, pending: &Arc<PendingOrder>) {
         if pending.slot.is_recorded() {
+            // It stays in the map, so that those who ask until the end are told the truth.
             pending.slot.settle(Settled::OnDisk);
-            self.pending.remove(pending.order.id);
             return;
         }
         self.release(&pending.order);

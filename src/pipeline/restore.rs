@@ -9,7 +9,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc};
@@ -34,6 +34,8 @@ const PART: usize = 20_000;
 pub struct Watermarks {
     committed: Box<[AtomicI64]>,
     lost: Notify,
+    /// How often what was lost has been brought back.
+    restores: AtomicU64,
 }
 
 impl Watermarks {
@@ -42,7 +44,13 @@ impl Watermarks {
         Watermarks {
             committed: (0..workers).map(|_| AtomicI64::new(0)).collect(),
             lost: Notify::new(),
+            restores: AtomicU64::new(0),
         }
+    }
+
+    /// How often what a failover had lost has been brought back.
+    pub fn restores(&self) -> u64 {
+        self.restores.load(Ordering::Acquire)
     }
 
     /// Workers.
@@ -206,7 +214,9 @@ impl Restorer {
     async fn restore(&self, replayer: &mut Replayer) -> Result<(), StoreError> {
         self.cancel_again().await?;
         let (parts, mut read) = mpsc::channel::<Vec<Order>>(1);
-        let (journal, recent) = (self.journal.clone(), self.ledger.recent.all());
+        let (journal, mut recent) = (self.journal.clone(), self.ledger.recent.all());
+        // So that each part is a short range of ids.
+        recent.sort_by_key(|pending| pending.order.id);
         let reading = tokio::task::spawn_blocking(move || {
             let mut part = Vec::new();
             let mut each = |order: Order| {
@@ -234,8 +244,13 @@ impl Restorer {
                 self.give_back(&order);
             }
         }
+        // What was cancelled while its row was being brought back.
+        self.cancel_again().await?;
         match reading.await {
-            Ok(Ok(())) => Ok(()),
+            Ok(Ok(())) => {
+                self.watermarks.restores.fetch_add(1, Ordering::AcqRel);
+                Ok(())
+            }
             Ok(Err(error)) => Err(StoreError::Data(error.to_string())),
             Err(panic) => Err(StoreError::Data(panic.to_string())),
         }
@@ -257,7 +272,6 @@ impl Restorer {
         if self.ledger.pending.get(order.id).is_some() {
             return None;
         }
-        // One that still waits on the disk is written here; its worker will find it there.
         let known = self.ledger.buyers.orders_of(&order.user_id);
         let known = known.iter().find(|known| known.order_id == order.id);
         match known.map(|known| known.live) {

@@ -221,7 +221,7 @@ impl Worker {
     /// Tries the same orders again and again until the database has judged them.
     async fn write_until_decided(&mut self, part: &Batch) -> Result<Decided, WorkerError> {
         // Judged once: an attempt whose commit is unknown is never made with other rows.
-        let now = self.ledger.ids.now();
+        let now = self.ledger.ids.real_now();
         let expired: Vec<bool> = part
             .iter()
             .map(|pending| pending.slot.is_recorded() && pending.order.expires_at <= now)

@@ -184,6 +184,10 @@ fn damage(
         })
         .collect();
     drop(scanned);
+    if used.len() < 3 {
+        // Almost everything is decided and deleted; there is nothing to damage.
+        return Ok(());
+    }
     let pick = |rng: &mut StdRng, list: &[(String, u64, u64)]| {
         let (name, place, sectors) = list[rng.random_range(0..list.len())].clone();
         (name, (place + rng.random_range(0..sectors)) as usize)
@@ -239,7 +243,7 @@ fn damage(
                 format!("sectors {sector} of {name} and {second} of {other} exchanged")
             }
             _ => {
-                let inner = &names[1..names.len() - 1];
+                let inner = &names[1..names.len().max(2) - 1];
                 if inner.is_empty() {
                     continue;
                 }

@@ -99,6 +99,10 @@ impl DataPlane {
                 // It goes from memory to the disk at most once, and back at most once.
                 match self.ledger.pending.get(id) {
                     Some(pending) if !pending.slot.state().is_final() => continue,
+                    // Left to the next process.
+                    Some(pending) if pending.slot.state() == SlotState::OnDisk => {
+                        return Ok(Followed::InFlight(pending));
+                    }
                     _ => return Ok(Followed::Elsewhere),
                 }
             };
@@ -187,7 +191,7 @@ impl DataPlane {
         wanted.retain(|id| !on_disk.iter().any(|order| order.id == *id));
         wanted.retain(|id| {
             let pending = in_flight.get(id);
-            pending.is_none_or(|pending| pending.slot.state().is_final())
+            pending.is_none_or(|pending| is_decided(pending))
         });
         // Who has nothing there is answered also while the database is away.
         let stored = if wanted.is_empty() && !whole_history {
@@ -207,7 +211,7 @@ impl DataPlane {
         // A row that is there says more than the order in flight that it was.
         let mut views: HashMap<OrderId, OrderView<'_>> = in_flight
             .iter()
-            .filter(|(_, pending)| !pending.slot.state().is_final())
+            .filter(|(_, pending)| !is_decided(pending))
             .map(|(id, pending)| {
                 let status = if pending.slot.is_durable() {
                     OrderStatus::Accepted
@@ -245,6 +249,12 @@ impl DataPlane {
         );
         Ok(())
     }
+}
+
+/// Whether an order in flight has become a row, or never will.
+fn is_decided(pending: &PendingOrder) -> bool {
+    let state = pending.slot.state();
+    state.is_final() && state != SlotState::OnDisk
 }
 
 fn unknown_order(id: OrderId) -> Problem {

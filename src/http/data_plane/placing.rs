@@ -341,7 +341,15 @@ impl DataPlane {
                     (201, "created")
                 };
                 self.count(outcome);
-                let order = Standing::InFlight(pending, OrderStatus::PendingPayment);
+                // One of the journal may have waited for too long to be payable.
+                let late = pending.slot.is_recorded()
+                    && pending.order.expires_at <= self.ledger.ids.real_now();
+                let status = if late {
+                    OrderStatus::Expired
+                } else {
+                    OrderStatus::PendingPayment
+                };
+                let order = Standing::InFlight(pending, status);
                 Verdict::Order {
                     http_status,
                     replayed,

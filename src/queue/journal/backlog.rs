@@ -47,7 +47,7 @@ pub(super) struct Backlog {
 }
 
 impl Backlog {
-    /// Orders that wait. A group counts until all of it is in memory.
+    /// Orders that wait.
     pub(super) fn orders(&self) -> usize {
         self.orders.load(Ordering::Acquire)
     }
@@ -65,12 +65,30 @@ impl Backlog {
         self.groups.lock().front().cloned()
     }
 
-    /// Forgets the oldest group, whose orders are in memory now.
+    /// One more order of the oldest group is in memory now.
+    pub(super) fn advance(&self) {
+        if let Some(oldest) = self.groups.lock().front_mut() {
+            oldest.skip += 1;
+            self.orders.fetch_sub(1, Ordering::AcqRel);
+        }
+    }
+
+    /// Forgets the oldest group, whose orders are all in memory now.
     pub(super) fn pop(&self) {
         if let Some(waiting) = self.groups.lock().pop_front() {
             let orders = waiting.at.records as usize - waiting.skip;
             self.orders.fetch_sub(orders, Ordering::AcqRel);
         }
+    }
+
+    /// How many orders of the group that begins at this place are not waiting here; `None` where
+    /// none of it is.
+    pub(super) fn in_memory_of(&self, segment: u64, place: u64) -> Option<usize> {
+        let groups = self.groups.lock();
+        let waiting = groups
+            .iter()
+            .find(|waiting| waiting.at.segment.number == segment && waiting.at.place == place);
+        waiting.map(|waiting| waiting.skip)
     }
 
     /// Whether an order with this id may wait here.

@@ -232,15 +232,19 @@ impl JournalQueue {
     }
 
     /// Reads every order that the journal still has, of this process and those before it, and
-    /// hands it to `each`, oldest first.
+    /// hands it to `each`, oldest first; those that wait on the disk aside, which are yet to be
+    /// written.
     ///
     /// # Errors
     /// Where the disk fails or what is there is damaged.
     pub fn read_all(&self, each: &mut dyn FnMut(Order)) -> Result<(), JournalError> {
         let segments = self.shared.keeper.segments();
-        super::scan::read_segments(&segments, |record| {
-            if let Record::Order(order) = record {
-                each(*order);
+        super::scan::read_segments(&segments, |segment, place, records| {
+            let in_memory = self.shared.backlog.in_memory_of(segment, place);
+            for record in records.into_iter().take(in_memory.unwrap_or(usize::MAX)) {
+                if let Record::Order(order) = record {
+                    each(*order);
+                }
             }
         })
     }
@@ -320,16 +324,17 @@ impl Shared {
             match waiting.read() {
                 Ok(orders) => {
                     crash_point("journal.read_back");
-                    let (segment, count) = (waiting.at.segment.number, orders.len());
+                    let segment = waiting.at.segment.number;
                     for order in orders {
                         let order = Arc::new(PendingOrder::recovered(order, segment));
                         self.parts.pending.insert(&order);
                         if !self.push_or_wait(order) {
                             return self.ring.close();
                         }
+                        self.backlog.advance();
+                        self.parts.pending.read_back(1);
                     }
                     self.backlog.pop();
-                    self.parts.pending.read_back(count);
                 }
                 Err(error) => {
                     if self.failure.get().is_none() {

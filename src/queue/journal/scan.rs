@@ -193,7 +193,10 @@ impl Scan {
             record::decode(&payload).map_err(|malformed| damaged(place, &malformed.to_string()))?;
         let found = &mut self.found;
         let first = found.groups.is_empty();
-        let in_order = first || content.sequence == found.last_sequence + 1;
+        // Between two processes records may be missing: the later one has found groups that were
+        // written and not synced, has replayed them, and the power took them afterwards.
+        let begins_anew = session(group) > session(found.last_group);
+        let in_order = first || begins_anew || content.sequence == found.last_sequence + 1;
         if !(first && self.torn.is_none() || follows(group, found.last_group)) || !in_order {
             let what = format!(
                 "group {group:#x} with record {} follows group {:#x} with record {}",
@@ -291,18 +294,17 @@ fn follows(group: u64, last: u64) -> bool {
     group == last + 1 || (session(group) > session(last) && group as u32 == 1)
 }
 
-/// Hands every record of `segments`, whose content was checked or written by this process, to
-/// `each`. The last segments may be written to meanwhile: what is not complete yet is left out.
+/// Hands the records of every group of `segments`, whose content was checked or written by this
+/// process, to `each`, with the number of the segment and the place of the group. A group that is
+/// not complete, because it is being written or a crash came first, ends its segment.
 ///
 /// # Errors
 /// Where the disk fails or a group is not what was written.
 pub(super) fn read_segments(
     segments: &[Arc<Segment>],
-    mut each: impl FnMut(Record),
+    mut each: impl FnMut(u64, u64, Vec<Record>),
 ) -> Result<(), JournalError> {
-    // Of these a group may be half written.
-    let written_to = segments.len().saturating_sub(2);
-    for (index, segment) in segments.iter().enumerate() {
+    for segment in segments {
         let length = segment.file.length();
         let length = length.map_err(JournalError::io("measuring a segment"))?;
         let mut bytes = vec![0; usize::try_from(length).unwrap_or(0)];
@@ -313,39 +315,34 @@ pub(super) fn read_segments(
         let sectors: Vec<&[u8]> = bytes.chunks_exact(SECTOR).collect();
         let mut place = 1;
         while place < sectors.len() {
-            let incomplete = |what: &str| match index < written_to {
-                true => {
-                    let offset = (place * SECTOR) as u64;
-                    Err(JournalError::damaged(segment.number, offset, what))
-                }
-                false => Ok(()),
-            };
+            let damaged =
+                |what: &str| JournalError::damaged(segment.number, (place * SECTOR) as u64, what);
             let (group, count) = match sector::decode(sectors[place], segment.seal, place as u64) {
                 Sector::Part { group, count, .. } => (group, count),
                 Sector::Zero => break,
-                Sector::Damaged => {
-                    incomplete("a sector is damaged")?;
-                    break;
-                }
+                Sector::Damaged => return Err(damaged("a sector is damaged")),
             };
             let mut payload = Vec::new();
+            let mut complete = true;
             let end = (place + usize::from(count)).min(sectors.len());
             for (at, sector) in (place..).zip(&sectors[place..end]) {
-                if let Sector::Part {
-                    group: g,
-                    payload: part,
-                    ..
-                } = sector::decode(sector, segment.seal, at as u64)
-                    && g == group
-                {
-                    payload.extend_from_slice(&sector[part]);
+                match sector::decode(sector, segment.seal, at as u64) {
+                    Sector::Part {
+                        group: g,
+                        payload: part,
+                        ..
+                    } if g == group => payload.extend_from_slice(&sector[part]),
+                    Sector::Zero => complete = false,
+                    Sector::Part { .. } | Sector::Damaged => {
+                        return Err(damaged("a group is damaged"));
+                    }
                 }
             }
-            let Ok(content) = record::decode(&payload) else {
-                incomplete("a group's content makes no sense")?;
+            if !complete {
                 break;
-            };
-            content.records.into_iter().for_each(&mut each);
+            }
+            let content = record::decode(&payload).map_err(|e| damaged(&e.to_string()))?;
+            each(segment.number, place as u64, content.records);
             place = end;
         }
     }

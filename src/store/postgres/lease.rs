@@ -187,7 +187,8 @@ impl Database {
         })
     }
 
-    /// Gives back, at a clean stop, what was leased beyond `used`.
+    /// Gives back, at a clean stop, what was leased beyond `used`; or notes it, where ids were
+    /// leased in the journal while the database was away.
     ///
     /// # Errors
     /// Where the database does not answer; the next process then starts its ids a little later.
@@ -197,7 +198,7 @@ impl Database {
         self.timed(
             "giving the lease on order ids back",
             client.execute(
-                "UPDATE node SET ids_leased_until_ms = least(ids_leased_until_ms, $3) WHERE node = $1 AND epoch = $2",
+                "UPDATE node SET ids_leased_until_ms = $3 WHERE node = $1 AND epoch = $2",
                 &[&lease.node, &lease.epoch, &used.0],
             ),
         )
