@@ -7,9 +7,11 @@
 mod support;
 
 mod checker;
+mod crash_states;
 mod database;
 #[cfg(target_os = "linux")]
 mod disk;
+mod journal_rig;
 mod kill9;
 mod load;
 mod outcome;
@@ -24,6 +26,7 @@ mod power {
         Err(Why::NotRun("only Linux can shut ext4 down".to_owned()))
     }
 }
+mod sim_disk;
 
 use std::process::ExitCode;
 
@@ -36,6 +39,12 @@ const PROOFS: &[Proof] = &[
         counts: "rounds of the checker against planted falsehoods",
         short: 1,
         run: planted::run,
+    },
+    Proof {
+        name: "crash_states",
+        counts: "crash states, and as many changed bytes, cut files and exchanged sectors",
+        short: 600,
+        run: crash_states::run,
     },
     Proof {
         name: "kill9",
