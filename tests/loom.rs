@@ -1,30 +1,35 @@
-//! The slot and the stock counter, run through every interleaving that the memory model allows.
+//! The slot, the stock counter and the journal's doorbell, run through every interleaving that the
+//! memory model allows.
 //!
 //! The very files of `src/` are compiled here against loom's primitives: they take them from
-//! `super::sync`, which in the crate is `src/state/sync.rs` and here is the module below.
+//! `super::sync`, which in the crate is `src/state/sync.rs` or `src/queue/journal/sync.rs` and here
+//! is the module below.
 //!
 //! Every model is exhaustive unless it says `bounded`: then all interleavings with at most that
 //! many preemptions are run, which is where the known bugs of such protocols lie.
 
 #![allow(
     dead_code,
-    reason = "the models use a part of the two files; the crate's own build checks the rest"
+    reason = "the models use a part of the three files; the crate's own build checks the rest"
 )]
 
 #[path = "../src/state/stock/counter.rs"]
 mod counter;
+#[path = "../src/queue/journal/doorbell.rs"]
+mod doorbell;
 #[path = "../src/state/pending/slot.rs"]
 mod slot;
 
-/// The same names as `src/state/sync.rs`, of loom.
+/// The same names as `src/state/sync.rs` and `src/queue/journal/sync.rs`, of loom.
 mod sync {
     pub(super) use loom::sync::atomic::{Ordering, fence};
+    pub(super) use loom::thread::{Thread, current, park};
 
     /// An atomic of loom that reorders every access with every other.
     ///
     /// loom 0.7 remembers only the last access to an atomic when it looks for orders that are
     /// worth a run. Where a thread loads and then writes, its own load hides another thread's, and
-    /// the order in between is never run: mutants of the two files survived. So each access first
+    /// the order in between is never run: mutants of two of the files survived. So each access first
     /// touches `trace`, in a way that conflicts with every other touch. Relaxed, it orders nothing.
     macro_rules! traced {
         ($name:ident, $value:ty) => {
@@ -53,6 +58,10 @@ mod sync {
 
                 pub(super) fn store(&self, value: $value, ordering: Ordering) {
                     self.traced().store(value, ordering);
+                }
+
+                pub(super) fn swap(&self, value: $value, ordering: Ordering) -> $value {
+                    self.traced().swap(value, ordering)
                 }
 
                 pub(super) fn fetch_or(&self, value: $value, ordering: Ordering) -> $value {
@@ -86,9 +95,71 @@ mod sync {
     traced!(AtomicU32, u32);
     traced!(AtomicU64, u64);
 
+    /// Stores with a swap: loom 0.7 orders a plain store neither before nor after a swap of another
+    /// thread that happens not to be synchronized with it, and would let a later load see the
+    /// older of the two, which no machine does.
+    #[derive(Debug)]
+    pub(super) struct AtomicBool(AtomicU8);
+
+    impl AtomicBool {
+        pub(super) fn new(value: bool) -> Self {
+            AtomicBool(AtomicU8::new(value.into()))
+        }
+
+        pub(super) fn load(&self, ordering: Ordering) -> bool {
+            self.0.load(ordering) != 0
+        }
+
+        pub(super) fn store(&self, value: bool, ordering: Ordering) {
+            self.swap(value, ordering);
+        }
+
+        pub(super) fn swap(&self, value: bool, ordering: Ordering) -> bool {
+            self.0.swap(value.into(), ordering) != 0
+        }
+    }
+
     /// loom's scheduler has to be told that this thread can only wait.
     pub(super) fn spin() {
         loom::thread::yield_now();
+    }
+
+    /// loom has none. Of std's it promises as little: who sees the value sees what was done before
+    /// it was set, and nobody waits.
+    pub(super) struct OnceLock<T> {
+        is_set: AtomicBool,
+        value: loom::cell::UnsafeCell<Option<T>>,
+    }
+
+    impl<T> OnceLock<T> {
+        pub(super) fn new() -> Self {
+            OnceLock {
+                is_set: AtomicBool::new(false),
+                value: loom::cell::UnsafeCell::new(None),
+            }
+        }
+
+        /// No model sets one twice.
+        pub(super) fn set(&self, value: T) -> Result<(), T> {
+            // SAFETY: nobody looks before it is set; loom checks just that.
+            self.value.with_mut(|place| unsafe { *place = Some(value) });
+            self.is_set.store(true, Ordering::Release);
+            Ok(())
+        }
+
+        pub(super) fn get(&self) -> Option<&T> {
+            if !self.is_set.load(Ordering::Acquire) {
+                return None;
+            }
+            // SAFETY: it is set, and never changes again; loom checks just that.
+            self.value.with(|place| unsafe { (*place).as_ref() })
+        }
+    }
+
+    impl<T> std::fmt::Debug for OnceLock<T> {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("OnceLock")
+        }
     }
 
     #[derive(Debug, Default)]
@@ -121,10 +192,11 @@ mod sync {
 }
 
 use counter::{BelowCommitted, NotEnough, StockCounter, StockSnapshot};
+use doorbell::Doorbell;
 use loom::sync::Arc;
 use loom::thread;
 use slot::{Settled, Slot, SlotState};
-use sync::Waker;
+use sync::{AtomicBool, Ordering, Waker};
 
 fn bounded(preemptions: usize, model: impl Fn() + Sync + Send + 'static) {
     let mut builder = loom::model::Builder::new();
@@ -308,6 +380,252 @@ fn a_waker_that_comes_while_others_are_taken_stays_for_the_next_taker() {
         taker.join().unwrap();
         slot.take_wakers(Waker::wake);
         assert_eq!((early.woken(), late.woken()), (1, 1));
+    });
+}
+
+// --- The slot of an order that goes through a journal ----------------------------------------
+
+/// A slot that its appender is done with.
+fn in_the_journal() -> Arc<Slot> {
+    let slot = Arc::new(Slot::appending(None));
+    slot.appended(true);
+    slot
+}
+
+#[test]
+fn a_subscriber_sees_the_order_durable_or_is_woken() {
+    loom::model(|| {
+        let slot = Arc::new(Slot::appending(None));
+        let appender = spawn(&slot, |slot| {
+            slot.appended(true);
+            slot.take_wakers(Waker::wake);
+        });
+        let waker = Waker::default();
+        slot.subscribe(waker.clone());
+        let parked = slot.state() == SlotState::Appending;
+        // Nobody sees it in the queue and not durable.
+        assert!(parked || slot.is_durable());
+        appender.join().unwrap();
+        assert!(!parked || waker.woken() > 0, "somebody sleeps through it");
+        assert!(slot.is_durable() && slot.is_recorded());
+        assert_eq!(slot.state(), SlotState::Waiting);
+    });
+}
+
+#[test]
+fn what_was_synced_is_seen_by_whoever_sees_the_order_durable() {
+    loom::model(|| {
+        let slot = Arc::new(Slot::appending(None));
+        let disk = Arc::new(loom::cell::UnsafeCell::new(0));
+        let appender = {
+            let (slot, disk) = (Arc::clone(&slot), Arc::clone(&disk));
+            thread::spawn(move || {
+                // SAFETY: nobody else looks before the order is durable; loom checks just that.
+                disk.with_mut(|disk| unsafe { *disk = 1 });
+                slot.appended(true);
+            })
+        };
+        if slot.is_durable() {
+            // SAFETY: the appender is done with it, as the bit says; loom checks just that.
+            assert_eq!(disk.with(|disk| unsafe { *disk }), 1);
+        }
+        appender.join().unwrap();
+    });
+}
+
+#[test]
+fn of_a_claim_and_a_spill_exactly_one_wins() {
+    for slot in [in_the_journal, || Arc::new(Slot::recovered())] {
+        loom::model(move || {
+            let slot = slot();
+            let worker = spawn(&slot, Slot::claim);
+            let spilled = slot.spill();
+            let claimed = worker.join().unwrap();
+            assert!(claimed ^ spilled);
+            let expected = if claimed {
+                SlotState::Claimed
+            } else {
+                SlotState::OnDisk
+            };
+            assert_eq!(slot.state(), expected);
+        });
+    }
+}
+
+#[test]
+fn of_a_claim_and_a_spill_exactly_one_wins_beside_a_deadline_and_a_subscriber() {
+    bounded(2, || {
+        let slot = in_the_journal();
+        let worker = spawn(&slot, Slot::claim);
+        let appender = spawn(&slot, Slot::spill);
+        let deadline = spawn(&slot, Slot::abandon);
+        slot.subscribe(Waker::default());
+        assert!(worker.join().unwrap() ^ appender.join().unwrap());
+        assert!(!deadline.join().unwrap());
+    });
+}
+
+#[test]
+fn a_deadline_never_abandons_an_order_that_a_journal_has_or_may_have() {
+    for durable in [true, false] {
+        loom::model(move || {
+            let slot = Arc::new(Slot::appending(None));
+            let appender = spawn(&slot, move |slot| {
+                slot.appended(durable);
+                // What is not known to be durable stays in memory.
+                slot.spill()
+            });
+            // Twice: before, while or after it is appended, and spilled.
+            assert!(!slot.abandon() && !slot.abandon());
+            assert_eq!(appender.join().unwrap(), durable);
+            assert!(!slot.abandon());
+            let expected = if durable {
+                SlotState::OnDisk
+            } else {
+                SlotState::Waiting
+            };
+            assert_eq!((slot.state(), slot.is_recorded()), (expected, true));
+        });
+    }
+}
+
+#[test]
+fn a_deadline_leaves_an_order_that_was_read_back_to_its_worker() {
+    loom::model(|| {
+        let slot = Arc::new(Slot::recovered());
+        let deadline = spawn(&slot, Slot::abandon);
+        assert!(slot.claim());
+        slot.settle(Settled::Persisted);
+        assert!(!deadline.join().unwrap());
+        assert_eq!(slot.state(), SlotState::Persisted);
+    });
+}
+
+#[test]
+fn a_subscriber_sees_the_order_left_to_the_disk_or_is_woken() {
+    let spill: fn(&Slot) = |slot| assert!(slot.spill());
+    let at_shutdown: fn(&Slot) = |slot| {
+        assert!(slot.claim());
+        slot.settle(Settled::OnDisk);
+    };
+    for leave in [spill, at_shutdown] {
+        loom::model(move || {
+            let slot = in_the_journal();
+            let other = spawn(&slot, move |slot| {
+                leave(slot);
+                slot.take_wakers(Waker::wake);
+            });
+            let parked = wait_for(&slot);
+            other.join().unwrap();
+            assert_eq!(slot.state(), SlotState::OnDisk);
+            no_wake_up_is_lost(&slot, [parked]);
+        });
+    }
+}
+
+#[test]
+fn a_subscriber_sees_the_order_on_the_disk_or_is_woken_while_it_is_appended_and_spilled() {
+    bounded(3, || {
+        let slot = Arc::new(Slot::appending(None));
+        let appender = spawn(&slot, |slot| {
+            slot.appended(true);
+            slot.take_wakers(Waker::wake);
+            assert!(slot.spill());
+            slot.take_wakers(Waker::wake);
+        });
+        // It waits for the next change, and then for the last one, as a duplicate does.
+        let parked = [wait_for(&slot), wait_for(&slot)];
+        appender.join().unwrap();
+        no_wake_up_is_lost(&slot, parked);
+    });
+}
+
+#[test]
+fn a_spill_wakes_everybody_once_beside_a_deadline_keeper() {
+    bounded(3, || {
+        let slot = in_the_journal();
+        let keeper = spawn(&slot, |slot| slot.take_wakers(Waker::wake));
+        let appender = spawn(&slot, |slot| {
+            assert!(slot.spill());
+            slot.take_wakers(Waker::wake);
+        });
+        let parked = wait_for(&slot);
+        keeper.join().unwrap();
+        appender.join().unwrap();
+        assert!(parked.as_ref().is_none_or(|waker| waker.woken() == 1));
+        no_wake_up_is_lost(&slot, [parked]);
+    });
+}
+
+// --- The doorbell of the journal -------------------------------------------------------------
+
+/// A thread with a bell, and what others have for it: one piece of work each.
+struct Served<const PRODUCERS: usize> {
+    bell: Doorbell,
+    work: [AtomicBool; PRODUCERS],
+}
+
+impl<const PRODUCERS: usize> Served<PRODUCERS> {
+    fn new() -> Arc<Self> {
+        Arc::new(Served {
+            bell: Doorbell::new(),
+            work: std::array::from_fn(|_| AtomicBool::new(false)),
+        })
+    }
+
+    /// Relaxed: that the owner comes to see it is the bell's concern alone.
+    fn produce(&self, number: usize) {
+        self.work[number].store(true, Ordering::Relaxed);
+        self.bell.ring();
+    }
+
+    /// Sees every piece of work and sleeps in between. loom fails a model in which it sleeps and
+    /// nobody is left to wake it.
+    fn own(&self) {
+        self.bell.listen();
+        let seen = || {
+            let is_there = |work: &&AtomicBool| work.load(Ordering::Relaxed);
+            self.work.iter().filter(is_there).count()
+        };
+        let mut done = 0;
+        while done < PRODUCERS {
+            self.bell.wait_unless(|| seen() > done);
+            done = seen();
+        }
+    }
+}
+
+#[test]
+fn the_owner_of_a_bell_does_not_sleep_through_a_ring() {
+    loom::model(|| {
+        let served = Served::<1>::new();
+        let owner = spawn(&served, Served::own);
+        served.produce(0);
+        owner.join().unwrap();
+    });
+}
+
+#[test]
+fn the_owner_of_a_bell_does_not_sleep_through_the_second_of_two_rings() {
+    // Two orders of one sender: the owner goes back to sleep in between, or is about to.
+    bounded(4, || {
+        let served = Served::<2>::new();
+        let owner = spawn(&served, Served::own);
+        served.produce(0);
+        served.produce(1);
+        owner.join().unwrap();
+    });
+}
+
+#[test]
+fn the_owner_of_a_bell_does_not_sleep_through_either_of_two_who_ring() {
+    bounded(2, || {
+        let served = Served::<2>::new();
+        let owner = spawn(&served, Served::own);
+        let other = spawn(&served, |served| served.produce(0));
+        served.produce(1);
+        other.join().unwrap();
+        owner.join().unwrap();
     });
 }
 

@@ -197,7 +197,12 @@ impl Scan {
         // written and not synced, has replayed them, and the power took them afterwards.
         let begins_anew = session(group) > session(found.last_group);
         let in_order = first || begins_anew || content.sequence == found.last_sequence + 1;
-        if !(first && self.torn.is_none() || follows(group, found.last_group)) || !in_order {
+        // What was before the oldest segment is deleted. Later ones begin in the midst of a process
+        // only where the one before is full.
+        let begins = first
+            && self.torn.is_none()
+            && (found.segments.len() == 1 || is_first_of_process(group));
+        if !(begins || follows(group, found.last_group)) || !in_order {
             let what = format!(
                 "group {group:#x} with record {} follows group {:#x} with record {}",
                 content.sequence, found.last_group, found.last_sequence
@@ -291,7 +296,11 @@ pub fn session(group: u64) -> u64 {
 /// Whether `group` may be the next after `last`: the next of its process, or the first of a later
 /// one. A process numbers its groups from 1, since the one before may have left one incomplete.
 fn follows(group: u64, last: u64) -> bool {
-    group == last + 1 || (session(group) > session(last) && group as u32 == 1)
+    group == last + 1 || (session(group) > session(last) && is_first_of_process(group))
+}
+
+fn is_first_of_process(group: u64) -> bool {
+    group as u32 == 1
 }
 
 /// Hands the records of every group of `segments`, whose content was checked or written by this
