@@ -37,16 +37,18 @@ impl Doorbell {
     /// Wakes the owner if it sleeps. Comes after the work was published.
     pub fn ring(&self) {
         fence(Ordering::SeqCst);
-        // Relaxed: the fence orders it. Only the first of many who ring pays for the wake-up.
-        if self.sleeping.load(Ordering::Relaxed) && self.sleeping.swap(false, Ordering::Relaxed) {
+        // Relaxed: the fence orders it. Only the first of many who ring pays for the wake-up, and
+        // the others rely on it. Acquire: it has to see whom to wake, also where the owner, who
+        // has only begun to listen, has fallen asleep since the fence.
+        if self.sleeping.load(Ordering::Relaxed) && self.sleeping.swap(false, Ordering::Acquire) {
             self.owner.get().map(Thread::unpark);
         }
     }
 
     /// Sleeps until somebody rings, unless `has_work`. May wake for no reason.
     pub fn wait_unless(&self, has_work: impl FnOnce() -> bool) {
-        // Relaxed: the fence orders it before the look at the work.
-        self.sleeping.store(true, Ordering::Relaxed);
+        // The fence orders it before the look at the work. Release: whoever sees it sees `owner`.
+        self.sleeping.store(true, Ordering::Release);
         fence(Ordering::SeqCst);
         if !has_work() {
             park();
