@@ -37,10 +37,9 @@ impl Doorbell {
     /// Wakes the owner if it sleeps. Comes after the work was published.
     pub fn ring(&self) {
         fence(Ordering::SeqCst);
-        // Relaxed: the fence orders it. Only the first of many who ring pays for the wake-up, and
-        // the others rely on it. Acquire: it has to see whom to wake, also where the owner, who
-        // has only begun to listen, has fallen asleep since the fence.
-        if self.sleeping.load(Ordering::Relaxed) && self.sleeping.swap(false, Ordering::Acquire) {
+        // Acquire: whoever sees the owner asleep sees whom to wake. Of many who ring only the first
+        // pays for a system call: to wake a thread that is awake already is one exchange.
+        if self.sleeping.load(Ordering::Acquire) {
             self.owner.get().map(Thread::unpark);
         }
     }
