@@ -17,7 +17,7 @@ use millrace::order::{
 use millrace::queue::journal::disk::{Disk, DiskFile};
 use millrace::queue::journal::record::{self, GroupBytes, Record, order_bytes};
 use millrace::queue::journal::sector::{self, GROUP_SECTORS_MAX, PAYLOAD, SECTOR, Seal};
-use millrace::queue::journal::segment::{file_name, prepare};
+use millrace::queue::journal::segment::{Segment, prepare};
 use millrace::queue::journal::{Identity, JournalError, Log, Opened, scan};
 
 /// Small, so that a journal soon has several segments. A group fits in by far.
@@ -370,7 +370,7 @@ impl Writer {
         }
     }
 
-    fn next_segment(&mut self) -> Arc<millrace::queue::journal::segment::Segment> {
+    fn next_segment(&mut self) -> Arc<Segment> {
         self.number += 1;
         let segment = prepare(&*self.disk, &self.identity, self.number);
         Arc::new(segment.expect("this disk does not fail"))
@@ -502,11 +502,6 @@ fn damaged(input: &[u8], steps: &[Step], damages: &[Damage]) {
                 let as_a_crash_leaves_it = place > 0 && is.iter().all(|byte| *byte == 0);
                 assert!(is == was || as_a_crash_leaves_it, "{name}: sector {place}");
             }
-        }
-        let first = before.keys().next();
-        assert_eq!(first, Some(&file_name(1)));
-        if after.contains_key(&file_name(1)) && before == after {
-            assert!(written.starts_with(&found));
         }
     }
 }

@@ -191,6 +191,10 @@ impl Scan {
         }
         let content =
             record::decode(&payload).map_err(|malformed| damaged(place, &malformed.to_string()))?;
+        let next_sequence = content
+            .sequence
+            .checked_add(content.records.len() as u64)
+            .ok_or_else(|| damaged(place, "a record is numbered beyond all numbers"))?;
         let found = &mut self.found;
         let first = found.groups.is_empty();
         // Between two processes records may be missing: the later one has found groups that were
@@ -232,7 +236,7 @@ impl Scan {
         let records = content.records.len() as u32;
         found.records += u64::from(records);
         found.last_group = group;
-        found.last_sequence = content.sequence + u64::from(records) - 1;
+        found.last_sequence = next_sequence - 1;
         found.groups.push(GroupAt {
             segment: Arc::clone(segment),
             place: place as u64,
@@ -296,7 +300,8 @@ pub fn session(group: u64) -> u64 {
 /// Whether `group` may be the next after `last`: the next of its process, or the first of a later
 /// one. A process numbers its groups from 1, since the one before may have left one incomplete.
 fn follows(group: u64, last: u64) -> bool {
-    group == last + 1 || (session(group) > session(last) && is_first_of_process(group))
+    group.checked_sub(1) == Some(last)
+        || (session(group) > session(last) && is_first_of_process(group))
 }
 
 fn is_first_of_process(group: u64) -> bool {
