@@ -1,7 +1,7 @@
 //! What every case needs: Millrace as a process, a switch in front of its PostgreSQL, load, and the
 //! comparison at the end.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -18,7 +18,7 @@ use crate::outcome::Why;
 use crate::support::http::try_call;
 use crate::support::postgres::test_dir;
 use crate::support::proxy::Proxy;
-use crate::support::served::{Served, tail};
+use crate::support::served::{Ended, Served, tail};
 use crate::support::standby::{DATABASE, Pair, Server, USER};
 
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -150,7 +150,7 @@ impl Rig {
             settings.push(("MILLRACE_FAULT".to_owned(), format!("bug@{bug}")));
         }
         let log = data_dir.path().join("serve.log");
-        let served = Served::try_start(data_dir.path(), &settings, &log)
+        let served = start(data_dir.path(), &settings, &log)
             .map_err(|ended| format!("it does not start: {}: {}", ended.status, ended.log))?;
         let rig = Rig {
             served,
@@ -386,7 +386,7 @@ impl Rig {
             crowd.checker.server_is_gone();
         }
         let log = self.data_dir.path().join("serve.log");
-        self.served = Served::try_start(self.data_dir.path(), &self.settings, &log)
+        self.served = start(self.data_dir.path(), &self.settings, &log)
             .map_err(|ended| format!("it does not start again: {}: {}", ended.status, ended.log))?;
         Ok(())
     }
@@ -397,5 +397,19 @@ struct StopAtEnd<'a>(&'a AtomicBool);
 impl Drop for StopAtEnd<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Starts it as whoever keeps a service running does: again, where the database was too slow to
+/// answer, which the short steps of these cases bring about on a busy machine.
+fn start(data_dir: &Path, settings: &[(String, String)], log: &Path) -> Result<Served, Ended> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match Served::try_start(data_dir, settings, log) {
+            Err(ended)
+                if ended.log.contains("no answer from the database")
+                    && Instant::now() < deadline => {}
+            started => return started,
+        }
     }
 }
