@@ -3,17 +3,23 @@
 //! # The life of an order
 //!
 //! ```text
-//!   accepted ──► pending_payment ──► paid ──────────► refund_due ──► refunded
-//!      │              │   │                               ▲
-//!      │              │   └──► expired ───────────────────┤   (paid too late,
-//!      │              └──────► cancelled ─────────────────┘    wrongly or twice)
+//!                             paid in time, in full            given back
+//!   accepted ──► pending_payment ─────────────────► paid ───────────────────┐
+//!      │              │   │ │                                              ▼
+//!      │              │   │ └─ paid wrongly or late ──► refund_due ───► refunded
+//!      │              │   └──► expired ───────────────────▲
+//!      │              └──────► cancelled ─────────────────┤  (paid all the same)
 //!      └─► failed (the database refused the row) ─────────┘
 //! ```
+//!
+//! An order that is paid stays paid: a second payment is `refund_due` by itself
+//! ([`payment::judge`]).
 //!
 //! `accepted` and `undecided` are what a client is told before a row exists; they are never
 //! stored. [`OrderStatus::may_become`] is the transition table, and a test walks every pair.
 
 mod id;
+pub mod payment;
 mod refusal;
 mod status;
 

@@ -97,7 +97,8 @@ impl OrderStatus {
         match self {
             Accepted | Undecided => matches!(next, PendingPayment | Failed | Expired),
             PendingPayment => matches!(next, Paid | Cancelled | Expired | RefundDue),
-            Paid | Cancelled | Expired | Failed => matches!(next, RefundDue),
+            Paid => matches!(next, Refunded),
+            Cancelled | Expired | Failed => matches!(next, RefundDue),
             RefundDue => matches!(next, Refunded),
             Refunded => false,
         }
@@ -145,5 +146,7 @@ mod tests {
         assert!(OrderStatus::PendingPayment.may_become(OrderStatus::Paid));
         assert!(!OrderStatus::Refunded.may_become(OrderStatus::RefundDue));
         assert!(!OrderStatus::Expired.may_become(OrderStatus::Paid));
+        // What is paid stays paid until somebody gives the money back.
+        assert!(!OrderStatus::Paid.may_become(OrderStatus::RefundDue));
     }
 }

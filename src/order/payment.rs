@@ -1,0 +1,326 @@
+//! A payment: what a provider reports, where it stands, and what it does to its order.
+//!
+//! # The life of a payment
+//!
+//! ```text
+//!               the order is there and fits
+//!   orphan ──────────────────────────────────► matched ──┐ (an operator gives
+//!      │                                                 │  the money back)
+//!      │  the order is there and does not fit, or no     ▼
+//!      └─ order was found or recovered ─► refund_due ─► refunded
+//! ```
+//!
+//! Every verified payment begins as `orphan`; where its order is a row already, it leaves that
+//! state in the very transaction that stores it. Exactly one state holds at any moment, so money
+//! in = matched + orphan + refund due + refunded (I7). [`PaymentState::may_become`] is the
+//! transition table; [`judge`] says what a payment does to an order that is a row.
+
+use std::fmt;
+
+use super::{Currency, OrderId, OrderStatus, UnixMillis};
+
+/// Longest event id, payment id, order reference and receipt that is taken, in bytes.
+pub const REFERENCE_BYTES_MAX: usize = 255;
+
+macro_rules! words {
+    ($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident = $word:literal,)* }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub enum $name {
+            $($(#[$variant_doc])* $variant,)*
+        }
+
+        impl $name {
+            /// Every one.
+            pub const ALL: &'static [$name] = &[$($name::$variant,)*];
+
+            /// The word used in paths, JSON and the database.
+            pub fn as_str(self) -> &'static str {
+                match self {
+                    $($name::$variant => $word,)*
+                }
+            }
+
+            /// What a word means.
+            pub fn from_word(word: &str) -> Option<Self> {
+                Self::ALL.iter().copied().find(|one| one.as_str() == word)
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(self.as_str())
+            }
+        }
+    };
+}
+
+words!(
+    /// Who takes the money.
+    Provider {
+        /// Standard Webhooks: any provider that speaks it, and the shop itself.
+        Standard = "standard",
+        /// Stripe.
+        Stripe = "stripe",
+        /// Alipay.
+        Alipay = "alipay",
+        /// WeChat Pay, API version 3.
+        Wechatpay = "wechatpay",
+    }
+);
+
+words!(
+    /// Where a payment stands.
+    PaymentState {
+        /// Its order has not been found yet.
+        Orphan = "orphan",
+        /// It has paid its order.
+        Matched = "matched",
+        /// The money must go back.
+        RefundDue = "refund_due",
+        /// The money went back.
+        Refunded = "refunded",
+    }
+);
+
+impl PaymentState {
+    /// The transition table: whether a payment that stands here may next stand at `next`.
+    pub fn may_become(self, next: PaymentState) -> bool {
+        match self {
+            PaymentState::Orphan => next != PaymentState::Orphan,
+            PaymentState::Matched => next == PaymentState::Refunded,
+            PaymentState::RefundDue => next == PaymentState::Refunded,
+            PaymentState::Refunded => false,
+        }
+    }
+}
+
+words!(
+    /// Why a payment has to go back. `docs/PAYMENTS.md` says what to do about each.
+    RefundReason {
+        /// The buyer had cancelled the order.
+        OrderCancelled = "order_cancelled",
+        /// It arrived after the order had expired.
+        OrderExpired = "order_expired",
+        /// The database had refused the order.
+        OrderFailed = "order_failed",
+        /// Another payment had paid the order.
+        AlreadyPaid = "already_paid",
+        /// The order's money was going back, or had gone back, already.
+        AlreadyRefunded = "already_refunded",
+        /// It is not of the order's amount.
+        AmountMismatch = "amount_mismatch",
+        /// It is not in the order's currency.
+        CurrencyMismatch = "currency_mismatch",
+        /// No such order was ever found, and it brought no receipt to recover one from.
+        ReceiptMissing = "receipt_missing",
+        /// The same, and its receipt is altered, another order's, or not ours.
+        ReceiptInvalid = "receipt_invalid",
+        /// The order was lost, and its units were meanwhile sold to others.
+        SoldOut = "sold_out",
+        /// The order was lost, and its buyer has meanwhile ordered again under the same key.
+        OrderedAgain = "ordered_again",
+        /// The order was lost, and what it bought is no longer known.
+        UnknownSku = "unknown_sku",
+    }
+);
+
+/// A payment as its provider reports it, the signature verified.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Payment {
+    /// The provider's name for it, 1 to [`REFERENCE_BYTES_MAX`] bytes without NUL.
+    pub payment_id: String,
+    /// The order that it is for, as the provider tells it; at most [`REFERENCE_BYTES_MAX`] bytes
+    /// without NUL. Empty where it told none.
+    pub order_ref: String,
+    /// In minor units.
+    pub amount: i64,
+    /// Its currency.
+    pub currency: Currency,
+    /// What came in the provider's pass-back field, at most [`REFERENCE_BYTES_MAX`] bytes without
+    /// NUL; not judged yet.
+    pub receipt: Option<String>,
+}
+
+impl Payment {
+    /// The order that it is for, where that can be one of ours.
+    pub fn order_id(&self) -> Option<OrderId> {
+        OrderId::parse(&self.order_ref)
+    }
+}
+
+/// A provider's message, verified.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Notice {
+    /// Who sent it.
+    pub provider: Provider,
+    /// The provider's name for this message, the same in each of its deliveries; 1 to
+    /// [`REFERENCE_BYTES_MAX`] bytes without NUL.
+    pub event_id: String,
+    /// What it says has happened, in the provider's words, at most [`REFERENCE_BYTES_MAX`] bytes
+    /// without NUL.
+    pub kind: String,
+    /// The body as it came, kept as evidence.
+    pub body: Box<[u8]>,
+    /// The payment that succeeded; `None` where the message is about something else, and then it
+    /// is stored and answered with success.
+    pub payment: Option<Payment>,
+}
+
+/// What counts when a payment is held against an order that is a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OrderFacts {
+    /// Where it stands.
+    pub status: OrderStatus,
+    /// What it costs, in minor units.
+    pub amount: i64,
+    /// In which currency.
+    pub currency: Currency,
+    /// From when on it cannot be paid.
+    pub expires_at: UnixMillis,
+}
+
+/// What a payment does to an order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// The payment is matched and the order paid.
+    Pay,
+    /// The money must go back.
+    Refund {
+        /// Why.
+        reason: RefundReason,
+        /// Whether the order itself now stands at `refund_due`. A second payment changes nothing
+        /// about an order that the first has paid.
+        order_too: bool,
+    },
+}
+
+/// Holds a payment of `amount` in `currency` that was received at `received_at` against its
+/// order. What the order's status says comes before what the payment says.
+pub fn judge(
+    order: &OrderFacts,
+    amount: i64,
+    currency: Currency,
+    received_at: UnixMillis,
+) -> Verdict {
+    let refund = |reason, order_too| Verdict::Refund { reason, order_too };
+    match order.status {
+        // These two are never rows; an order in flight is waited for.
+        OrderStatus::Accepted | OrderStatus::Undecided | OrderStatus::PendingPayment => {
+            if received_at >= order.expires_at {
+                refund(RefundReason::OrderExpired, true)
+            } else if currency != order.currency {
+                refund(RefundReason::CurrencyMismatch, true)
+            } else if amount != order.amount {
+                refund(RefundReason::AmountMismatch, true)
+            } else {
+                Verdict::Pay
+            }
+        }
+        OrderStatus::Paid => refund(RefundReason::AlreadyPaid, false),
+        OrderStatus::Cancelled => refund(RefundReason::OrderCancelled, true),
+        OrderStatus::Expired => refund(RefundReason::OrderExpired, true),
+        OrderStatus::Failed => refund(RefundReason::OrderFailed, true),
+        OrderStatus::RefundDue | OrderStatus::Refunded => {
+            refund(RefundReason::AlreadyRefunded, false)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn eur() -> Currency {
+        Currency::new("EUR").unwrap()
+    }
+
+    #[test]
+    fn words_round_trip() {
+        for provider in Provider::ALL {
+            assert_eq!(Provider::from_word(provider.as_str()), Some(*provider));
+        }
+        for reason in RefundReason::ALL {
+            assert_eq!(RefundReason::from_word(reason.as_str()), Some(*reason));
+        }
+        for state in PaymentState::ALL {
+            assert_eq!(PaymentState::from_word(state.as_str()), Some(*state));
+        }
+    }
+
+    #[test]
+    fn money_never_leaves_the_books_and_never_becomes_an_orphan_again() {
+        for from in PaymentState::ALL {
+            for to in PaymentState::ALL {
+                let expected = match (from, to) {
+                    (PaymentState::Orphan, to) => *to != PaymentState::Orphan,
+                    (PaymentState::Matched | PaymentState::RefundDue, PaymentState::Refunded) => {
+                        true
+                    }
+                    _ => false,
+                };
+                assert_eq!(from.may_become(*to), expected, "{from} -> {to}");
+            }
+        }
+    }
+
+    /// Every status against every kind of payment, and each verdict an allowed transition.
+    #[test]
+    fn every_status_and_every_payment_have_a_verdict_that_the_transition_table_allows() {
+        let at = UnixMillis(1_000);
+        for status in OrderStatus::ALL {
+            let order = OrderFacts {
+                status,
+                amount: 100,
+                currency: eur(),
+                expires_at: at,
+            };
+            let usd = Currency::new("USD").unwrap();
+            for (amount, currency, received_at) in [
+                (100, eur(), 999),
+                (100, eur(), 1_000),
+                (99, eur(), 999),
+                (101, eur(), 999),
+                (100, usd, 999),
+                (99, usd, 2_000),
+            ] {
+                let verdict = judge(&order, amount, currency, UnixMillis(received_at));
+                let fits = (amount, currency, received_at) == (100, eur(), 999);
+                let next = match verdict {
+                    Verdict::Pay => {
+                        assert!(fits, "{status}: {amount} {currency:?} at {received_at}");
+                        Some(OrderStatus::Paid)
+                    }
+                    Verdict::Refund { order_too, .. } => {
+                        order_too.then_some(OrderStatus::RefundDue)
+                    }
+                };
+                let Some(next) = next else {
+                    assert!(
+                        !status.may_become(OrderStatus::RefundDue),
+                        "{status} is left as it is"
+                    );
+                    continue;
+                };
+                if status.code().is_some() || status == OrderStatus::Failed {
+                    assert!(status.may_become(next), "{status} -> {next}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn only_what_can_be_an_order_id_is_one() {
+        let payment = |order_ref: &str| Payment {
+            payment_id: "p".into(),
+            order_ref: order_ref.into(),
+            amount: 1,
+            currency: eur(),
+            receipt: None,
+        };
+        assert_eq!(payment("42").order_id(), OrderId::new(42));
+        for other in ["", "042", "x", "42 ", "-1", "99999999999999999999"] {
+            assert_eq!(payment(other).order_id(), None, "{other:?}");
+        }
+    }
+}
