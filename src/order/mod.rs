@@ -214,6 +214,22 @@ impl KeyHash {
         first.copy_from_slice(&digest[..16]);
         KeyHash(first)
     }
+
+    /// Whether both may be of one key: they are equal, or one is short (its last 8 bytes are zero)
+    /// and the first 8 bytes agree.
+    ///
+    /// A receipt without room for more carries the first 8 bytes only, and an order that is
+    /// recovered from it is stored with zeros behind them. The buyer's retry comes with the whole
+    /// hash and has to find that order all the same. Two keys that agree in 8 bytes can be crafted,
+    /// but a key is its user's own, so whoever does it mistakes only orders of theirs.
+    pub fn matches(self, other: KeyHash) -> bool {
+        let halves = |hash: KeyHash| {
+            let whole = u128::from_be_bytes(hash.0);
+            ((whole >> 64) as u64, whole as u64)
+        };
+        let ((first, last), (other_first, other_last)) = (halves(self), halves(other));
+        first == other_first && (last == other_last || last == 0 || other_last == 0)
+    }
 }
 
 /// 64 bits of SHA-256 over what an order asks for. Tells a retry from another order that came
@@ -235,6 +251,14 @@ impl PayloadHash {
         let mut first = [0; 8];
         first.copy_from_slice(&digest[..8]);
         PayloadHash(u64::from_be_bytes(first))
+    }
+
+    /// Whether both may be of one request: they are equal, or one is short (its low 4 bytes are
+    /// zero) and the high 4 bytes agree. As with [`KeyHash::matches`], an order that is recovered
+    /// from a receipt may be stored with a short one, and its retry comes with the whole.
+    pub fn matches(self, other: PayloadHash) -> bool {
+        let (low, other_low) = (self.0 as u32, other.0 as u32);
+        self.0 >> 32 == other.0 >> 32 && (low == other_low || low == 0 || other_low == 0)
     }
 }
 
@@ -314,6 +338,37 @@ mod tests {
             base,
             PayloadHash::of(&sku("A"), Quantity::ONE, 0, Some("{}"))
         );
+    }
+
+    #[test]
+    fn a_short_hash_matches_the_whole_one_and_no_other() {
+        let key = |first: u8, last: u8| {
+            let mut hash = [first; 16];
+            hash[8..].fill(last);
+            KeyHash(hash)
+        };
+        let payload = PayloadHash;
+        for (same, one, other) in [
+            (true, key(1, 2), key(1, 2)),
+            (true, key(1, 0), key(1, 2)),
+            (true, key(1, 0), key(1, 0)),
+            (false, key(1, 2), key(1, 3)),
+            (false, key(1, 0), key(2, 0)),
+            (false, key(1, 0), key(2, 1)),
+        ] {
+            assert_eq!(one.matches(other), same, "{one:?} and {other:?}");
+            assert_eq!(other.matches(one), same, "{other:?} and {one:?}");
+        }
+        for (same, one, other) in [
+            (true, payload(0x1_0000_0002), payload(0x1_0000_0002)),
+            (true, payload(0x1_0000_0000), payload(0x1_0000_0002)),
+            (false, payload(0x1_0000_0003), payload(0x1_0000_0002)),
+            (false, payload(0x2_0000_0000), payload(0x1_0000_0000)),
+            (false, payload(0x2_0000_0000), payload(0x1_0000_0002)),
+        ] {
+            assert_eq!(one.matches(other), same, "{one:?} and {other:?}");
+            assert_eq!(other.matches(one), same, "{other:?} and {one:?}");
+        }
     }
 
     #[test]

@@ -210,11 +210,13 @@ fn judge(
     limit: Option<u32>,
     gate: Result<(), Refusal>,
 ) -> Result<Option<OrderId>, Refusal> {
-    let under_key = order
-        .key
-        .and_then(|key| known.iter().find(|known| known.key == Some(key)));
+    // An order that was recovered from a receipt may be known by short hashes.
+    let under_key = order.key.and_then(|key| {
+        let is_under = |known: &&Remembered| known.key.is_some_and(|known| known.matches(key));
+        known.iter().find(is_under)
+    });
     if let Some(earlier) = under_key {
-        return if earlier.payload == order.payload {
+        return if earlier.payload.matches(order.payload) {
             Ok(Some(earlier.order_id))
         } else {
             Err(Refusal::IdempotencyKeyReused)
@@ -299,6 +301,25 @@ mod tests {
         );
         // The key is the user's own: another user's is another key.
         keep(buyers.claim(&UserId::new("v").unwrap(), entry(4, 7, 2, 1), None, Ok(())));
+    }
+
+    #[test]
+    fn a_retry_finds_the_order_that_was_recovered_from_a_short_receipt() {
+        let buyers = Buyers::new(10, 10);
+        let user = UserId::new("u").unwrap();
+        let mut recovered = entry(1, 7, 5 << 32, 1);
+        recovered.key.as_mut().unwrap().0[8..].fill(0);
+        buyers.restore(user.clone(), recovered);
+        assert!(matches!(
+            buyers.claim(&user, entry(2, 7, 5 << 32 | 9, 1), None, Ok(())),
+            Ok(Claimed::Duplicate(id)) if id.get() == 1
+        ));
+        assert_eq!(
+            buyers
+                .claim(&user, entry(3, 7, 6 << 32 | 9, 1), None, Ok(()))
+                .unwrap_err(),
+            Refusal::IdempotencyKeyReused
+        );
     }
 
     #[test]
