@@ -17,6 +17,7 @@ use bytes::BytesMut;
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use millrace::http::data_plane::hardened::framing;
 use millrace::http::wire::{OrderBody, OrderView};
+use millrace::order::receipt::{ReceiptKeys, SignedParts};
 use millrace::order::{
     Currency, IdClock, IdempotencyKey, KeyHash, Order, OrderId, OrderStatus, PayloadHash, Quantity,
     SkuId, SkuNumber, UnixMillis, UserId,
@@ -321,6 +322,24 @@ fn wire(c: &mut Criterion) {
     });
 }
 
+fn receipt(c: &mut Criterion) {
+    let keys = ReceiptKeys::new(&["a secret of the benchmark"]);
+    let order = Order {
+        user_id: UserId::new("0b0e0d1c-7f5c-4d7a-9c39-3f5f2f3a1e11").unwrap(),
+        ..order(7_340_000_000_000_000_000)
+    };
+    c.bench_function("receipt/sign", |b| {
+        b.iter(|| keys.sign(&SignedParts::from(black_box(&order))));
+    });
+    let receipt = keys.sign(&SignedParts::from(&order));
+    c.bench_function("receipt/open", |b| {
+        b.iter(|| {
+            keys.open(black_box(&receipt), Some(order.id), order.amount)
+                .unwrap()
+        });
+    });
+}
+
 criterion_group! {
     name = hot_path;
     config = Criterion::default()
@@ -328,6 +347,6 @@ criterion_group! {
         .measurement_time(Duration::from_secs(3))
         .sample_size(30)
         .without_plots();
-    targets = queue, stock, ids, buyers, slot, intake, encode, wire
+    targets = queue, stock, ids, buyers, slot, intake, encode, wire, receipt
 }
 criterion_main!(hot_path);

@@ -20,6 +20,7 @@
 
 mod id;
 pub mod payment;
+pub mod receipt;
 mod refusal;
 mod status;
 
