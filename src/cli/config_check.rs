@@ -4,6 +4,7 @@ use clap::Args;
 
 use super::{ConfigArgs, logging};
 use crate::app::open_database;
+use crate::http::data_plane::payments::Providers;
 
 #[derive(Debug, Args)]
 pub struct CheckArgs {
@@ -18,6 +19,7 @@ pub struct CheckArgs {
 pub async fn run(args: &CheckArgs) -> anyhow::Result<bool> {
     let config = args.config.load()?;
     logging::start(&config.log)?;
+    Providers::new(&config.payments)?;
     print!("{}", config.to_toml());
     if args.offline || config.database.url.is_empty() {
         eprintln!("the configuration is valid");

@@ -2,10 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{Config, ConfigError, DEFAULT_FILE};
+use super::{Config, ConfigError, DEFAULT_FILE, payments};
 
 pub(super) const ENV_PREFIX: &str = "MILLRACE_";
 const FILE_SUFFIX: &str = "_FILE";
+
+/// Tables whose fields are named by whoever writes them, without regard to capitals, and are texts.
+pub(super) const OPEN_TABLES: &[&str] = &["payments.wechatpay.public_keys"];
 
 impl Config {
     /// Reads the file (`file`, else [`DEFAULT_FILE`] where there is one), lays the environment
@@ -69,15 +72,23 @@ impl Config {
     /// The configuration as TOML, secrets left out.
     pub fn to_toml(&self) -> String {
         let mut shown = self.clone();
-        for token in [&mut shown.data_plane.token, &mut shown.control_plane.token] {
-            token
-                .0
-                .iter_mut()
-                .for_each(|text| *text = "(hidden)".into());
-        }
-        if !shown.database.url.is_empty() {
-            shown.database.url = "(hidden)".into();
-        }
+        let lists = [
+            &mut shown.data_plane.token,
+            &mut shown.control_plane.token,
+            &mut shown.payments.standard.secret,
+            &mut shown.payments.stripe.secret,
+            &mut shown.receipt.key,
+        ];
+        let texts = [
+            &mut shown.database.url,
+            &mut shown.payments.wechatpay.apiv3_key.0,
+        ];
+        lists
+            .into_iter()
+            .flat_map(|list| &mut list.0)
+            .chain(texts)
+            .filter(|text| !text.is_empty())
+            .for_each(|text| *text = "(hidden)".into());
         toml::to_string_pretty(&shown).unwrap_or_default()
     }
 
@@ -205,6 +216,14 @@ impl Config {
             1,
             100_000_000,
         )?;
+        range("payments.orphan_checks", self.payments.orphan_checks, 1, 30)?;
+        range(
+            "payments.orphan_check_ms",
+            self.payments.orphan_check_ms,
+            100,
+            3_600_000,
+        )?;
+        payments::check(&self.payments, &self.receipt)?;
         let schema = self.database.schema.as_bytes();
         if schema.is_empty()
             || schema.len() > 63
@@ -273,6 +292,11 @@ fn overlay(
             .or_insert_with(|| toml::Value::Table(toml::Table::new()))
             .as_table_mut()
             .ok_or_else(unknown)?;
+    }
+    if OPEN_TABLES.contains(&sections.join(".").as_str()) {
+        into.retain(|name, _| !name.eq_ignore_ascii_case(field));
+        into.insert(field.clone(), toml::Value::String(value));
+        return Ok(());
     }
     let value = match like.get(field).ok_or_else(unknown)? {
         toml::Value::Integer(_) => toml::Value::Integer(
@@ -363,6 +387,95 @@ mod tests {
         assert_eq!(config.data_plane.token.0, ["s3cret"]);
         assert!(!format!("{config:?}").contains("s3cret"));
         assert!(!config.to_toml().contains("s3cret"));
+    }
+
+    #[test]
+    fn secrets_about_money_come_from_files_and_are_never_shown() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("secret");
+        let secret = "s3cret-s3cret-s3cret-s3cret-s3cr";
+        std::fs::write(&file, format!("{secret}\n")).unwrap();
+        let file = file.to_str().unwrap();
+        let config = parse(
+            "[payments.wechatpay]\nmchid = \"m\"\nappid = \"a\"\npublic_keys.PUB_KEY_ID_1 = \"old\"",
+            &[
+                ("MILLRACE_PAYMENTS__STANDARD__SECRET_FILE", file),
+                ("MILLRACE_PAYMENTS__STRIPE__SECRET_FILE", file),
+                ("MILLRACE_PAYMENTS__WECHATPAY__APIV3_KEY_FILE", file),
+                ("MILLRACE_PAYMENTS__WECHATPAY__PUBLIC_KEYS__PUB_KEY_ID_1_FILE", file),
+                ("MILLRACE_PAYMENTS__WECHATPAY__PUBLIC_KEYS__5F2A", "pem"),
+                ("MILLRACE_RECEIPT__KEY_FILE", file),
+            ],
+        )
+        .unwrap();
+        assert_eq!(config.payments.standard.secret.0, [secret]);
+        assert_eq!(config.payments.stripe.secret.0, [secret]);
+        assert_eq!(config.receipt.key.0, [secret]);
+        let mut wechatpay = config.payments.wechatpay.clone();
+        assert_eq!(wechatpay.apiv3_key.0, secret);
+        let keys = std::mem::take(&mut wechatpay.public_keys);
+        let keys: Vec<_> = keys.iter().map(|(a, b)| (a.as_str(), b.as_str())).collect();
+        assert_eq!(keys, [("5f2a", "pem"), ("pub_key_id_1", secret)]);
+        // A public key may be seen.
+        let mut shown = config;
+        shown.payments.wechatpay.public_keys.clear();
+        assert!(!format!("{shown:?}").contains(secret));
+        assert!(!shown.to_toml().contains(secret));
+    }
+
+    #[test]
+    fn half_a_provider_is_a_mistake() {
+        let key = "k".repeat(32);
+        for (text, field) in [
+            (
+                "[payments.alipay]\napp_id = \"1\"",
+                "payments.alipay.public_key",
+            ),
+            (
+                "[payments.alipay]\npublic_key = \"1\"",
+                "payments.alipay.app_id",
+            ),
+            (
+                "[payments.alipay]\nseller_id = \"1\"",
+                "payments.alipay.app_id",
+            ),
+            (
+                "[payments.wechatpay]\nmchid = \"1\"",
+                "payments.wechatpay.appid",
+            ),
+            (
+                "[payments.wechatpay]\nappid = \"1\"",
+                "payments.wechatpay.mchid",
+            ),
+            (
+                "[payments.wechatpay.public_keys]\n1 = \"1\"",
+                "payments.wechatpay.mchid",
+            ),
+            (
+                "[payments.wechatpay]\nmchid = \"1\"\nappid = \"1\"\napiv3_key = \"short\"",
+                "payments.wechatpay.apiv3_key",
+            ),
+            (
+                &format!(
+                    "[payments.wechatpay]\nmchid = \"1\"\nappid = \"1\"\napiv3_key = \"{key}\""
+                ),
+                "payments.wechatpay.public_keys",
+            ),
+            (
+                &format!(
+                    "[payments.wechatpay]\nmchid = \"1\"\nappid = \"1\"\napiv3_key = \"{key}\"\n\
+                          public_keys.a = \"1\"\npublic_keys.A = \"2\""
+                ),
+                "has A twice",
+            ),
+            (
+                "[receipt]\nkey = [\"0123456789abcdef\", \"short\"]",
+                "receipt.key",
+            ),
+        ] {
+            let message = parse(text, &[]).unwrap_err().to_string();
+            assert!(message.contains(field), "{text}: {message}");
+        }
     }
 
     #[test]

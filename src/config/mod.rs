@@ -12,7 +12,12 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 mod load;
+mod payments;
 pub mod reference;
+
+pub use payments::{
+    AlipayPayments, Payments, Receipt, Secret, StandardPayments, StripePayments, WechatpayPayments,
+};
 
 /// The file that is read where none is named, if it exists.
 pub const DEFAULT_FILE: &str = "millrace.toml";
@@ -67,6 +72,10 @@ pub struct Config {
     pub orders: Orders,
     /// How often a user, and all together, may ask for an order.
     pub rate_limit: RateLimit,
+    /// Whose word about payments is taken.
+    pub payments: Payments,
+    /// What orders are signed with on their way through a payment platform.
+    pub receipt: Receipt,
     /// What is said about it.
     pub log: Log,
 }
@@ -375,6 +384,8 @@ impl Default for Config {
             workers: Workers::default(),
             orders: Orders::default(),
             rate_limit: RateLimit::default(),
+            payments: Payments::default(),
+            receipt: Receipt::default(),
             log: Log::default(),
         }
     }

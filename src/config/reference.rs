@@ -27,7 +27,13 @@ impl Field {
     /// The environment variable that overrides it.
     pub fn variable(&self) -> String {
         let path = self.path.replace('.', "__").to_uppercase();
-        format!("{}{path}", super::load::ENV_PREFIX)
+        let name = if self.is_open() { "__<NAME>" } else { "" };
+        format!("{}{path}{name}", super::load::ENV_PREFIX)
+    }
+
+    /// Whether it is a table whose fields are named by whoever writes it.
+    fn is_open(&self) -> bool {
+        super::load::OPEN_TABLES.contains(&self.path.as_str())
     }
 }
 
@@ -104,6 +110,7 @@ fn kind(schema: &Value) -> String {
         Some("string") => "text".into(),
         Some("array") => "a text or a list of texts".into(),
         Some("integer") => "whole number".into(),
+        Some("object") => "a table of texts".into(),
         Some("boolean") => "`true` or `false`".into(),
         _ => "text".into(),
     }

@@ -56,7 +56,8 @@ impl Problem {
         if let Some(seconds) = self.retry_after {
             response.header("Retry-After", seconds);
         }
-        if self.status == 401 {
+        // Other proofs than a token have challenges of their own.
+        if self.code == "unauthorized" {
             response.header("WWW-Authenticate", "Bearer");
         }
         response.body_mut().clear();

@@ -7,6 +7,7 @@ pub mod hardened;
 pub mod message;
 pub mod minihttp;
 mod orders;
+pub mod payments;
 mod placing;
 mod preference;
 pub mod runtime;
