@@ -84,6 +84,8 @@ fn ledger(total: u32) -> Arc<Ledger> {
     Arc::new(Ledger {
         refusals: millrace::state::refusals::Refusals::with_capacity(1_000),
         recent: millrace::state::recent::Recent::with_capacity(1_000),
+        unpaid: millrace::state::unpaid::Unpaid::default(),
+        orphans: millrace::state::orphans::Orphans::default(),
         catalogue,
         buyers: Buyers::new(1 << 30, 1 << 20),
         pending: Arc::new(Pending::with_capacity(1 << 17)),
@@ -285,6 +287,7 @@ fn encode(c: &mut Criterion) {
 }
 
 fn wire(c: &mut Criterion) {
+    let keys = millrace::order::receipt::ReceiptKeys::new(&["0123456789abcdef"]);
     let body = br#"{"user_id":"u-42","sku_id":"IPHONE-15","quantity":1,"attributes":{"address_id":"a-7"}}"#;
     c.bench_function("wire/parse_order", |b| {
         b.iter(|| OrderBody::parse(black_box(body)).unwrap());
@@ -296,7 +299,7 @@ fn wire(c: &mut Criterion) {
             out.clear();
             serde_json::to_writer(
                 &mut out,
-                &OrderView::of(&order, OrderStatus::PendingPayment),
+                &OrderView::of(&order, OrderStatus::PendingPayment, &keys),
             )
             .unwrap();
             black_box(out.len())

@@ -8,6 +8,7 @@
 //! ```
 
 mod background;
+mod receipt_keys;
 mod recovery;
 
 use std::net::{SocketAddr, TcpListener};
@@ -20,17 +21,19 @@ use tokio::sync::{Mutex, oneshot, watch};
 use tokio::task::{JoinHandle, JoinSet};
 
 use self::background::{Background, evict, keep_running};
-use crate::config::{Config, Engine, Migrate};
+use crate::config::{Config, ConfigError, Engine, Migrate};
 use crate::http::control_plane::{ControlPlane, Parts, Refresh};
 use crate::http::data_plane::dispatcher::Dispatcher;
 use crate::http::data_plane::hardened::{self, CloseReason, Limits};
 use crate::http::data_plane::message::{Request, Response, Service};
+use crate::http::data_plane::payments::Providers;
 use crate::http::data_plane::service::{DataPlane, DataPlaneParts};
 use crate::http::data_plane::{minihttp, runtime};
 use crate::http::tokens::Tokens;
 use crate::metrics::Metrics;
 use crate::order::IdClock;
 use crate::pipeline::cancel::Canceller;
+use crate::pipeline::cashier::{Cashier, CashierParts, OrphanChecks};
 use crate::pipeline::intake::Intake;
 use crate::pipeline::lease::{self, AcknowledgeLease, Leases};
 use crate::pipeline::ledger::Ledger;
@@ -45,10 +48,13 @@ use crate::store::batch::BatchWriter;
 use crate::store::embedded::{DATABASE, Embedded, EmbeddedError, EmbeddedOptions};
 use crate::store::postgres::lease::Taken;
 use crate::store::postgres::{Connected, Database, NodeLease};
+use crate::store::settlement::SettlementWriter;
 use crate::store::{StoreError, schema};
 
 /// Connections for health, the lease on order ids, and operators.
 const OPERATORS_POOL: usize = 4;
+/// Connections of the cashier, for reading.
+const CASHIER_POOL: usize = 2;
 /// What a drain may take beyond the order timeout.
 const DRAIN_MARGIN: Duration = Duration::from_secs(3);
 
@@ -75,6 +81,17 @@ pub enum StartError {
         /// Why.
         source: std::io::Error,
     },
+    /// The key that signs receipts cannot be read or made.
+    #[error("cannot use the key of receipts in {path}: {source}")]
+    ReceiptKey {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A setting that only shows at its use.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
     /// A thread or socket could not be made.
     #[error("cannot start the data plane: {0}")]
     Engine(std::io::Error),
@@ -237,6 +254,8 @@ impl Millrace {
         };
         std::fs::create_dir_all(&config.data_dir).map_err(data_dir)?;
         let metrics = Metrics::new()?;
+        let receipts = Arc::new(receipt_keys::load(&config)?);
+        let providers = Providers::new(&config.payments)?;
 
         let data_listener = bind("data_plane.listen", config.data_plane.listen)?;
         let control_listener = bind("control_plane.listen", config.control_plane.listen)?;
@@ -271,8 +290,9 @@ impl Millrace {
         let noted = database.noted_journal(&guard).await?;
         recovery::check_journal(&config, journal.as_ref(), noted.as_ref())?;
         let worker_count = config.worker_count();
-        // One writer more than workers: for the replay, and for what a failover loses.
-        let writers = i16::try_from(worker_count + 1).unwrap_or(i16::MAX);
+        // Two writers more than workers: one for the replay and for what a failover loses, one for
+        // what happens to orders afterwards.
+        let writers = i16::try_from(worker_count + 2).unwrap_or(i16::MAX);
         let ids_from = recovery::id_high_water(journal.as_ref());
         let Taken {
             lease,
@@ -281,15 +301,17 @@ impl Millrace {
             paused,
             guard,
         } = database.take_over(guard, writers, ids_from).await?;
+        let orphans = recovery::orphans(&database).await?;
         let journal = match journal {
             None => None,
-            Some(journal) => {
-                Some(recovery::replay(&config, &database, lease, journal, &control).await?)
-            }
+            Some(journal) => Some(
+                recovery::replay(&config, &database, lease, journal, &orphans, &control).await?,
+            ),
         };
         control.progress("reading the database".to_owned());
         let ids = IdClock::new(lease.node as u8, id_high_water, ids_leased_until);
-        let ledger = Arc::new(recovery::recover(&config, &database, ids, paused).await?);
+        let recovered = recovery::recover(&config, &database, lease, ids, orphans, paused);
+        let ledger = Arc::new(recovered.await?);
         metrics
             .recovery_seconds
             .set(started.elapsed().as_secs_f64());
@@ -393,6 +415,22 @@ impl Millrace {
             background.run("the retention of the journal", keeping);
         }
         let window_ms = config.orders.idempotency_window_ms;
+        let orphan_checks = OrphanChecks {
+            count: config.payments.orphan_checks,
+            first: Duration::from_millis(config.payments.orphan_check_ms),
+        };
+        let (cashier_desk, cashier) = Cashier::new(CashierParts {
+            ledger: Arc::clone(&ledger),
+            queue: Arc::clone(&queue),
+            database: database.with_own_pool(CASHIER_POOL)?,
+            lease,
+            writer: SettlementWriter::new(database.clone(), lease, writers - 1),
+            receipts: Arc::clone(&receipts),
+            orphan_checks,
+            window_ms,
+            metrics: metrics.clone(),
+        });
+        background.run("the cashier", cashier.run());
         let evicting = evict(Arc::clone(&ledger), Arc::clone(&intake), window_ms);
         background.run("the eviction of old orders", evicting);
         if let Some(embedded) = &embedded {
@@ -408,6 +446,9 @@ impl Millrace {
             queue: Arc::clone(&queue),
             database: database.clone(),
             canceller: Canceller::new(Arc::clone(&ledger), database.clone(), lease),
+            cashier: cashier_desk.clone(),
+            providers,
+            receipts: Arc::clone(&receipts),
             user_index: config.database.user_index,
             runtime: Handle::current(),
             metrics,
@@ -423,10 +464,14 @@ impl Millrace {
             journal: journal.clone(),
             acknowledge,
             database: operators.clone(),
+            cashier: cashier_desk.clone(),
+            orphan_checks,
+            receipts,
             operator: Operator::new(
                 Arc::clone(&ledger),
                 operators,
                 lease,
+                cashier_desk,
                 config.orders.payment_ttl_ms,
             ),
             refresh,

@@ -15,7 +15,7 @@ pub const VARIABLE: Option<&str> = if cfg!(feature = "faults") {
 };
 
 /// Every point at which a process can be made to crash, along the way of an order.
-pub const CRASH_POINTS: [&str; 14] = [
+pub const CRASH_POINTS: [&str; 16] = [
     "journal.segment_created",
     "journal.segment_renamed",
     "journal.before_write",
@@ -28,6 +28,8 @@ pub const CRASH_POINTS: [&str; 14] = [
     "worker.claimed",
     "worker.before_commit",
     "worker.committed",
+    "settlement.before_commit",
+    "settlement.committed",
     "recovery.replayed_part",
     "recovery.replayed",
 ];

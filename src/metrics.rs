@@ -12,6 +12,10 @@ use prometheus::{
     Opts, Registry, TextEncoder,
 };
 
+mod payments;
+
+pub use payments::Payments;
+
 /// Handles to every metric. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Metrics {
@@ -73,6 +77,8 @@ pub struct Metrics {
     pub journal_replayed: IntGauge,
     /// Orders written again after the database had lost them.
     pub orders_restored: IntCounter,
+    /// Payments, and orders that are not paid.
+    pub payments: Payments,
     /// Open connections of the data plane.
     pub connections: IntGauge,
     /// Connections of the data plane that have ended.
@@ -379,6 +385,7 @@ impl Metrics {
             "millrace_orders_restored_total",
             "Orders written again after the database had lost them (failover).",
         )?;
+        let payments = Payments::register(&mut make)?;
         let stock = IntGaugeVec::new(
             Opts::new(
                 "millrace_stock_units",
@@ -447,6 +454,7 @@ impl Metrics {
             journal_failed,
             journal_replayed,
             orders_restored,
+            payments,
             connections,
             connections_cut,
             stock,

@@ -48,6 +48,11 @@ const SIBLINGS: &[(&str, &str, &str)] = &[
         "faults",
         "a test build does not take the deliberate fault in its environment for a setting",
     ),
+    (
+        "src/metrics/payments.rs",
+        "order::payment",
+        "each reason of a refund is a value of a label, and is named once",
+    ),
     ("src/main.rs", "cli", "the program is its command line"),
     (
         "src/cli/",

@@ -161,6 +161,16 @@ fn without_a_token_no_login_is_asked_for_and_other_sites_still_change_nothing() 
         assert_eq!(live["orders"]["created"], 1);
         assert_eq!(live["skus"][0]["held"], 1);
         assert_eq!(live["batches"]["rows"], 1);
+        assert_eq!(live["payments"]["orphans"], 0);
+        for list in [
+            "/admin/v1/orphan-payments",
+            "/admin/v1/payments?state=refund_due",
+            "/admin/v1/payments",
+        ] {
+            assert!(page(&dashboard).contains(&format!("href=\"{list}\"")));
+            let answer = ask(&server, "GET", list, &[]).await;
+            assert_eq!(answer.status, 200, "{list}");
+        }
         assert!(server.stop().await);
     });
 }

@@ -7,10 +7,12 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use millrace::state::pending::{Settled, SlotState};
+use millrace::store::postgres::Database;
 use serde_json::{Value, json};
 use support::block_on;
 use support::postgres::TestDatabase;
 use support::server::TestServer;
+use support::standby::{DATABASE, Pair, USER};
 
 async fn wait_until(what: &str, condition: impl AsyncFn() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(20);
@@ -320,6 +322,40 @@ fn an_operator_who_hangs_up_leaves_memory_and_database_agreed() {
         })
         .await;
         server.assert_audit().await;
+        assert!(server.stop().await);
+    });
+}
+
+#[test]
+fn readyz_warns_where_a_failover_may_lose_commits_and_stays_ready() {
+    block_on(async {
+        let pair = Pair::start().await;
+        let socket = pair.primary.place.display().to_string();
+        let url = |user: &str| format!("postgresql://{user}@/{DATABASE}?host={socket}");
+        let server = TestServer::start_at(url(USER), |_| {}).await;
+        let warnings = async || {
+            let answer = server.control("GET", "/readyz", Value::Null).await;
+            assert_eq!(answer.status, 200, "{answer:?}");
+            answer.json()["warnings"].clone()
+        };
+        let asynchronous = warnings().await;
+        assert_eq!(asynchronous[0]["name"], "replication", "{asynchronous}");
+        let detail = asynchronous[0]["detail"].as_str().unwrap_or_default();
+        assert!(
+            detail.contains("synchronous_standby_names is empty"),
+            "{detail}"
+        );
+        // Who may not see standbys is told of none.
+        pair.primary.sql("CREATE ROLE stranger LOGIN").await;
+        let step = Duration::from_secs(20);
+        let stranger = Database::new(&url("stranger"), "millrace", 1, step).expect("a URL");
+        let seen = stranger.replication().await.expect("a look");
+        assert_eq!(seen.standbys, 0);
+        pair.synchronous(true).await;
+        assert_eq!(warnings().await, json!([]));
+        pair.synchronous(false).await;
+        pair.part().await;
+        assert_eq!(warnings().await, json!([]), "there is no standby");
         assert!(server.stop().await);
     });
 }

@@ -1,6 +1,11 @@
 //! The OpenAPI document is valid, names exactly the routes that there are, and tells the truth:
 //! real answers of a running Millrace are held against it, status by status.
 
+#[path = "openapi/payments.rs"]
+mod payments;
+#[path = "providers/rig.rs"]
+#[allow(dead_code, reason = "it is shared with the tests of the providers")]
+mod rig;
 mod support;
 
 use std::collections::BTreeSet;
@@ -14,6 +19,7 @@ use support::block_on;
 use support::http::Answer;
 use support::postgres::TestDatabase;
 use support::server::{TestServer, request};
+use support::webhook::SECRET;
 
 fn document() -> Value {
     serde_json::from_str(OPENAPI).expect("the document is JSON")
@@ -90,6 +96,13 @@ struct Checker {
 }
 
 impl Checker {
+    fn new() -> Self {
+        Checker {
+            document: document(),
+            seen: BTreeSet::new(),
+        }
+    }
+
     fn check(&mut self, method: &str, path: &str, answer: &Answer) {
         let status = answer.status.to_string();
         let place = format!("{method} {path} {status}");
@@ -120,7 +133,13 @@ impl Checker {
             self.seen.insert(place);
             return;
         };
-        let media_type = answer.field("content-type").expect("Content-Type");
+        let Some(media_type) = answer.field("content-type") else {
+            // Some platforms want no body where others want a word.
+            assert!(answer.body.is_empty(), "{place}: no Content-Type");
+            assert!(!content.contains_key("application/json"), "{place}: empty");
+            self.seen.insert(place);
+            return;
+        };
         let media_type = media_type.split(';').next().unwrap_or_default();
         let schema = &content
             .get(media_type)
@@ -146,6 +165,8 @@ impl Checker {
 }
 
 const JSON: (&str, &str) = ("Content-Type", "application/json");
+const SHOP: (&str, &str) = ("Authorization", "Bearer shop");
+const OPS: (&str, &str) = ("Authorization", "Bearer ops");
 
 #[test]
 fn real_answers_are_what_it_says() {
@@ -155,14 +176,14 @@ fn real_answers_are_what_it_says() {
             config.data_plane.token.0 = vec!["shop".into()];
             config.control_plane.token.0 = vec!["ops".into()];
             config.rate_limit.per_user = "20/min".to_owned().try_into().expect("a rate");
+            config.payments = rig::config();
+            config.payments.standard.secret.0.push(SECRET.to_owned());
+            // Orphans stay until somebody looks.
+            config.payments.orphan_check_ms = 3_600_000;
         })
         .await;
-        let mut checker = Checker {
-            document: document(),
-            seen: BTreeSet::new(),
-        };
-        let shop = ("Authorization", "Bearer shop");
-        let ops = ("Authorization", "Bearer ops");
+        let mut checker = Checker::new();
+        let (shop, ops) = (SHOP, OPS);
         let key = |key| ("Idempotency-Key", key);
         let prefer = ("Prefer", "wait=5");
 
@@ -595,6 +616,7 @@ fn real_answers_are_what_it_says() {
             assert_eq!(answer.status, status, "{method} {target}: {answer:?}");
             checker.check(method, path, &answer);
         }
+        payments::check(&server, &database, &mut checker).await;
         for path in [
             "/admin/v1/audit",
             "/admin/v1/live",
@@ -617,6 +639,7 @@ fn real_answers_are_what_it_says() {
                 .replace("{order_id}", placed)
                 .replace("{sku_id}", "A")
                 .replace("{user_id}", "u")
+                .replace("{provider}", "standard")
                 .replace("{id}", "1");
             for wrong in ["DELETE", "OPTIONS", "TRACE", "PROPFIND"] {
                 let answer = request(address, wrong, &target, &[token], String::new()).await;

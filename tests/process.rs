@@ -164,7 +164,7 @@ fn the_demo_keeps_every_promise_and_prints_its_figures() {
         .expect("the page")
         .read_to_string(&mut html)
         .expect("text");
-    assert!(html.contains("Every unit that was wanted was sold, and none twice"));
+    assert!(html.contains("Every unit that was wanted was ordered, and none twice at once"));
 }
 
 #[test]

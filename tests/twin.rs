@@ -81,6 +81,8 @@ impl Real {
         let ledger = Arc::new(Ledger {
             refusals: millrace::state::refusals::Refusals::with_capacity(1_000),
             recent: millrace::state::recent::Recent::with_capacity(1_000),
+            unpaid: millrace::state::unpaid::Unpaid::default(),
+            orphans: millrace::state::orphans::Orphans::default(),
             catalogue,
             buyers: Buyers::new(remembered_max, 64),
             pending: Arc::new(Pending::with_capacity(64)),

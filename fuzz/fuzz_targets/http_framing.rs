@@ -5,7 +5,7 @@
 
 use libfuzzer_sys::fuzz_target;
 use millrace::http::data_plane::hardened::framing::{
-    BATCH_PATH, FramingError, HEADERS_MAX, Sizes, Verdict, header_slots, may_be_complete, parse,
+    FramingError, HEADERS_MAX, Sizes, Verdict, body_limit, header_slots, may_be_complete, parse,
 };
 
 /// Small, so that the fuzzer finds the limits.
@@ -40,11 +40,11 @@ fn judge(input: &[u8]) -> Told {
         }
         Verdict::Complete(head) => {
             assert!(head.headers.len() <= HEADERS_MAX);
-            let limit = if head.target == BATCH_PATH {
-                SIZES.batch_body_bytes_max
-            } else {
-                SIZES.body_bytes_max
-            };
+            let limit = body_limit(
+                &head.target,
+                SIZES.body_bytes_max,
+                SIZES.batch_body_bytes_max,
+            );
             assert!(head.body_bytes <= limit);
             assert!(head.target.starts_with('/') || head.target == "*");
             assert!(!head.expects_continue || head.body_bytes > 0);

@@ -20,12 +20,14 @@ use crate::pipeline::replay::{Applied, Replayer};
 use crate::queue::journal::record::Record;
 use crate::queue::journal::{JournalError, Opened};
 use crate::state::buyers::Buyers;
+use crate::state::orphans::Orphans;
 use crate::state::pace::Pace;
 use crate::state::pending::Pending;
 use crate::state::poison::Poison;
 use crate::state::recent::Recent;
 use crate::state::refusals::Refusals;
 use crate::state::stock::Catalogue;
+use crate::state::unpaid::Unpaid;
 use crate::store::StoreError;
 use crate::store::batch::BatchWriter;
 use crate::store::postgres::journal::NotedJournal;
@@ -109,6 +111,7 @@ pub(super) async fn replay(
     database: &Database,
     lease: NodeLease,
     journal: Opened,
+    orphans: &Orphans,
     control: &ControlPlane,
 ) -> Result<Opened, StartError> {
     let total = journal.scanned.records;
@@ -145,7 +148,8 @@ pub(super) async fn replay(
         let mut part: Vec<(Order, OrderStatus)> = part
             .into_iter()
             .map(|order| {
-                let in_time = now < order.expires_at;
+                let in_time =
+                    now < order.expires_at || orphans.paid_in_time(order.id, order.expires_at);
                 let status = if in_time {
                     OrderStatus::PendingPayment
                 } else {
@@ -194,11 +198,23 @@ pub(super) async fn replay(
     Ok(journal)
 }
 
+/// The orders that payments wait for. Known before the journal is replayed, so that an order that
+/// is written late and was paid in time is payable.
+pub(super) async fn orphans(database: &Database) -> Result<Orphans, StoreError> {
+    let orphans = Orphans::default();
+    for (id, received_at) in database.orphaned_orders().await? {
+        orphans.insert(id, received_at);
+    }
+    Ok(orphans)
+}
+
 /// Rebuilds the in-memory state from the database.
 pub(super) async fn recover(
     config: &Config,
     database: &Database,
+    lease: NodeLease,
     ids: IdClock,
+    orphans: Orphans,
     paused: bool,
 ) -> Result<Ledger, StoreError> {
     let workers_hold = config.worker_count() * config.workers.batch_rows_max;
@@ -211,8 +227,13 @@ pub(super) async fn recover(
     catalogue.add(database.load_skus().await?);
     catalogue.set_paused(paused);
     let floor = ids.window_floor(config.orders.idempotency_window_ms);
+    let unpaid = Unpaid::default();
+    unpaid.note(database.unpaid_below(lease, floor).await?);
     let restored = database
-        .load_window(floor, |user, order| buyers.restore(user, order))
+        .load_window(floor, |user, order, payable_until| {
+            unpaid.note(payable_until.map(|until| (order.order_id, until)));
+            buyers.restore(user, order);
+        })
         .await?;
     tracing::info!(orders = restored, "recovered the idempotency window");
     Ok(Ledger {
@@ -221,6 +242,8 @@ pub(super) async fn recover(
         refusals: Refusals::with_capacity(config.orders.sticky_refusals_max),
         recent: Recent::with_capacity(RECENT_ORDERS),
         pending: Arc::new(Pending::with_capacity(in_flight_max)),
+        unpaid,
+        orphans,
         poison: Poison::default(),
         ids,
         pace: Pace::default(),

@@ -7,8 +7,8 @@ use anyhow::Context;
 use clap::Args;
 
 use crate::loadgen::{
-    LoadPlan, OrderMode, PageOptions, RateProfile, SkuShare, StderrProgress, Token, render_page,
-    render_table, run_until,
+    LoadPlan, OrderMode, PageOptions, PaymentReport, RateProfile, SkuShare, StderrProgress, Token,
+    WebhookSecret, render_page, render_table, run_until,
 };
 
 #[derive(Debug, Args)]
@@ -54,10 +54,43 @@ pub struct LoadArgs {
     /// Ask the server to wait at most this long (Prefer: wait=N), in seconds.
     #[arg(long, value_name = "SECONDS")]
     wait: Option<u32>,
+    /// Play the payment platform too: this share of placed orders is paid, 0 to 1, through callbacks
+    /// to POST /v1/payments/standard/notify of the target.
+    ///
+    /// Payments come from at once (before the row of an order that was only accepted is there) to two
+    /// seconds after the answer, and a few after the order's expires_at where that lies within the run;
+    /// in one to eight deliveries each, shuffled among others. About 1 % of deliveries have a false
+    /// signature and must be refused with 401; a few payments are of a wrong amount, second ones, or
+    /// for orders that never existed. What is not answered 2xx is delivered again after a growing
+    /// pause.
+    ///
+    /// With --json the member `payments` has: `sent`, `acknowledged` (answered 2xx), `unacknowledged`
+    /// (payments, each counted once); `kinds` (regular, late, wrong_amount, second, lost); `money` by
+    /// currency in minor units; `deliveries`, `answered_2xx`, `retried`, `unanswered`, `answers` by
+    /// status; `latency` of a callback; `false_signatures` with `sent`, `refused`, `taken`,
+    /// `undecided`.
+    #[arg(
+        long,
+        value_name = "SHARE",
+        default_value_t = 0.0,
+        requires = "payment_secret"
+    )]
+    pay: f64,
+    /// What callbacks are signed with: one of the server's payments.standard.secret, whsec_ and base64.
+    #[arg(
+        long,
+        value_name = "SECRET",
+        env = "MILLRACE_LOAD_PAYMENT_SECRET",
+        hide_env_values = true
+    )]
+    payment_secret: Option<String>,
+    /// How long after the last answer payments are still sent and retried, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 10.0)]
+    pay_grace: f64,
     /// Connections, kept alive.
     #[arg(long, value_name = "N", default_value_t = 256)]
     connections: usize,
-    /// Decides buyers, SKUs and double clicks.
+    /// Decides buyers, SKUs, double clicks and who pays how.
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
     /// Replay orders from a file, one JSON object a line, instead of making clicks up.
@@ -71,11 +104,16 @@ pub struct LoadArgs {
     json: bool,
 }
 
-/// Runs the load. True: every request was answered, and none with a failure.
+/// Runs the load. True: every request was answered, and none with a failure; every payment was
+/// acknowledged and no false signature believed.
 pub async fn run(args: LoadArgs) -> anyhow::Result<bool> {
     anyhow::ensure!(
         args.duration.is_finite() && args.duration > 0.0,
         "--duration must be a number of seconds above 0"
+    );
+    anyhow::ensure!(
+        args.pay_grace.is_finite() && args.pay_grace >= 0.0,
+        "--pay-grace must be a number of seconds, 0 or more"
     );
     let plan = LoadPlan {
         target: args.target,
@@ -92,6 +130,9 @@ pub async fn run(args: LoadArgs) -> anyhow::Result<bool> {
         wait_s: args.wait,
         connections: args.connections,
         seed: args.seed,
+        pay_share: args.pay,
+        payment_secret: args.payment_secret.map(WebhookSecret::new),
+        pay_grace_ms: (args.pay_grace * 1000.0) as u64,
         orders: args.orders,
         ..LoadPlan::default()
     };
@@ -118,5 +159,6 @@ pub async fn run(args: LoadArgs) -> anyhow::Result<bool> {
     if let Some(file) = args.page.filter(|_| std::io::stderr().is_terminal()) {
         eprintln!("page: {}", file.display());
     }
-    Ok(report.errors == 0)
+    let paid = report.payments.as_ref().is_none_or(PaymentReport::is_clean);
+    Ok(report.errors == 0 && paid)
 }

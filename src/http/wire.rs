@@ -1,5 +1,7 @@
 //! The JSON of both planes: what is read, and how it is checked; what is written.
 
+pub mod payments;
+
 use std::borrow::Cow;
 use std::fmt;
 
@@ -8,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use super::problem::Problem;
+use crate::order::receipt::{Receipt, ReceiptKeys, SignedParts};
 use crate::order::{
     Currency, IdempotencyKey, Order, OrderId, OrderStatus, Quantity, SkuId, UnixMillis, UserId,
 };
@@ -235,8 +238,14 @@ pub struct OrderView<'a> {
     amount: i64,
     currency: &'a str,
     status: &'static str,
+    /// With one whose money has to go back, or went back.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    refund_reason: Option<&'a str>,
     created_at: Time,
     expires_at: Time,
+    /// With every order that there is, or will be.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    receipt: Option<Receipt>,
     /// With an order that was accepted just now.
     #[serde(skip_serializing_if = "Option::is_none")]
     estimated_wait_ms: Option<u64>,
@@ -264,8 +273,9 @@ impl<'a> OrderView<'a> {
         self.order_id
     }
 
-    /// An order in flight, or one whose row was just committed.
-    pub fn of(order: &'a Order, status: OrderStatus) -> Self {
+    /// An order in flight, or one whose row was just committed. What may never be has no receipt.
+    pub fn of(order: &'a Order, status: OrderStatus, keys: &ReceiptKeys) -> Self {
+        let has_receipt = !matches!(status, OrderStatus::Undecided | OrderStatus::Failed);
         OrderView {
             order_id: order.id,
             user_id: order.user_id.as_str(),
@@ -275,23 +285,41 @@ impl<'a> OrderView<'a> {
             amount: order.amount,
             currency: order.currency.as_str(),
             status: status.as_str(),
+            refund_reason: None,
             created_at: Time(order.created_at),
             expires_at: Time(order.expires_at),
+            receipt: has_receipt.then(|| keys.sign(&SignedParts::from(order))),
             estimated_wait_ms: None,
             attributes: as_raw(order.attributes.as_deref()),
         }
     }
 
     /// An order that is durable in the queue and will take so long to become a row.
-    pub fn accepted(order: &'a Order, estimated_wait_ms: u64) -> Self {
+    pub fn accepted(order: &'a Order, estimated_wait_ms: u64, keys: &ReceiptKeys) -> Self {
         OrderView {
             estimated_wait_ms: Some(estimated_wait_ms),
-            ..Self::of(order, OrderStatus::Accepted)
+            ..Self::of(order, OrderStatus::Accepted, keys)
         }
     }
 
-    /// An order from the database.
-    pub fn stored(order: &'a StoredOrder) -> Self {
+    /// An order from the database, which stands at `status` now.
+    pub fn stored(order: &'a StoredOrder, status: OrderStatus, keys: &ReceiptKeys) -> Self {
+        let sign = |currency| {
+            keys.sign(&SignedParts {
+                id: order.id,
+                user_id: &order.user_id,
+                sku: order.sku,
+                quantity: order.quantity,
+                adjustment: order.adjustment,
+                amount: order.amount,
+                currency,
+                created_at: order.created_at,
+                expires_at: order.expires_at,
+                key: order.key,
+                payload: order.payload,
+            })
+        };
+        let currency = Currency::new(&order.currency).ok();
         OrderView {
             order_id: order.id,
             user_id: &order.user_id,
@@ -300,9 +328,11 @@ impl<'a> OrderView<'a> {
             adjustment: order.adjustment,
             amount: order.amount,
             currency: &order.currency,
-            status: order.status.as_str(),
+            status: status.as_str(),
+            refund_reason: order.refund_reason.as_deref(),
             created_at: Time(order.created_at),
             expires_at: Time(order.expires_at),
+            receipt: currency.filter(|_| status != OrderStatus::Failed).map(sign),
             estimated_wait_ms: None,
             attributes: as_raw(order.attributes.as_deref()),
         }

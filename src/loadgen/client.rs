@@ -131,6 +131,34 @@ impl Link {
     }
 }
 
+/// Sends a request over `link`, or over a new one where it is gone.
+pub(super) async fn send(
+    link: &mut Option<Link>,
+    address: &str,
+    mut request: Request<Full<Bytes>>,
+) -> Result<Reply, Fault> {
+    loop {
+        let fresh = !link.as_ref().is_some_and(Link::is_open);
+        if fresh {
+            *link = Some(Link::connect(address).await.map_err(|_| Fault::Connect)?);
+        }
+        let Some(open) = link.as_mut() else {
+            return Err(Fault::Connect);
+        };
+        match open.exchange(request).await {
+            Ok(reply) => return Ok(reply),
+            // Never seen by the server: another connection may carry it, unless this one was
+            // made for it, in which case the server hangs up on everybody.
+            Err(Broken::Unsent(unsent)) if !fresh => {
+                *link = None;
+                request = *unsent;
+            }
+            Err(Broken::Unsent(_)) => return Err(Fault::Closed),
+            Err(Broken::Failed(fault)) => return Err(fault),
+        }
+    }
+}
+
 /// A request with no body.
 pub(super) fn get(path: &str, headers: HeaderMap) -> Result<Request<Full<Bytes>>, Fault> {
     let uri: Uri = path.parse().map_err(|_| Fault::BadAnswer)?;

@@ -8,6 +8,10 @@
 //!
 //! ```text
 //! plan ─► schedule (a cursor, never a list) ─► worker (a thread: N connections) ─► recorder
+//!                                                │ orders placed                     │
+//!                                                ▼                                   │
+//!                          fate (by seed) ─► merchant (a thread of its own) ─────────┤
+//!                                            POST /v1/payments/standard/notify       │
 //!                                                                                    │
 //!            stock: GET /v1/skus/… every 100 ms        follow_up: GET /v1/orders/…   │
 //!                            └───────────────► report ◄──────────────┴───────────────┘
@@ -21,11 +25,15 @@
 mod click;
 mod client;
 mod error;
+mod fate;
 mod follow_up;
 mod histogram;
+mod merchant;
 mod orders_file;
 mod outcome;
 mod page;
+mod payment;
+mod payment_report;
 mod plan;
 mod progress;
 mod rate;
@@ -36,8 +44,11 @@ mod schedule;
 mod stock;
 mod table;
 mod target;
+mod webhook;
 mod worker;
 
+#[cfg(test)]
+mod payment_tests;
 #[cfg(test)]
 mod test_server;
 #[cfg(test)]
@@ -46,6 +57,8 @@ mod tests;
 pub use error::LoadError;
 pub use outcome::{AnswerKind, Outcomes, Told};
 pub use page::{PageOptions, Promise, render_page};
+pub use payment::PaymentKind;
+pub use payment_report::{FalseSignatures, Money, PaymentKindCount, PaymentReport, PaymentTold};
 pub use plan::{LoadPlan, OrderMode, SkuShare, Token};
 pub use progress::{Phase, Progress, Silent, Snapshot, StderrProgress};
 pub use rate::RateProfile;
@@ -55,3 +68,4 @@ pub use report::{
 };
 pub use run::{run, run_until};
 pub use table::render_table;
+pub use webhook::WebhookSecret;

@@ -8,11 +8,14 @@ use serde::{Deserialize, Serialize};
 
 use super::error::LoadError;
 use super::rate::RateProfile;
+use super::webhook::{Signer, WebhookSecret};
 
 /// The longest `Idempotency-Key` and `user_id` of the contract.
 const KEY_BYTES_MAX: usize = 64;
 const USER_BYTES_MAX: usize = 48;
 const SKU_BYTES_MAX: usize = 32;
+
+const DAY_MS: u64 = 86_400_000;
 
 /// Everything that decides a load. Two runs of the same plan send the same requests, due at the
 /// same moments.
@@ -68,7 +71,8 @@ pub struct LoadPlan {
     /// Decides buyers, SKUs and double clicks.
     pub seed: u64,
     /// How long to wait for an answer, in milliseconds, from the moment a request is sent. One
-    /// that could not even be sent for as long is given up and counted.
+    /// that could not even be sent for as long is given up and counted. A callback is given up
+    /// after 5 s at the latest.
     pub request_timeout_ms: u64,
     /// A file of orders to replay in place of made-up clicks: one JSON object a line, the body of
     /// `POST /v1/orders`, with an optional `idempotency_key` that goes to the header.
@@ -79,6 +83,20 @@ pub struct LoadPlan {
     pub keep_outcomes: bool,
     /// How long to ask for the outcome of `undecided` orders after the load, in milliseconds.
     pub follow_up_ms: u64,
+    /// The share of placed orders that are paid, 0 to 1, through callbacks of the payment platform
+    /// to the target; 0 sends none.
+    pub pay_share: f64,
+    /// What the platform signs its callbacks with; never written to a report.
+    #[serde(skip_serializing)]
+    pub payment_secret: Option<WebhookSecret>,
+    /// How long after the last answer payments may still fall due and be retried, in milliseconds,
+    /// at most a day. Payments after an order's `expires_at` are sent where that lies within.
+    pub pay_grace_ms: u64,
+    /// Connections of the payment platform, 1 to 1,000.
+    pub pay_connections: usize,
+    /// How long after the last answer stock is still looked at, in milliseconds, at most a day: an
+    /// expired order's units come back only then.
+    pub watch_after_ms: u64,
     /// Begins each `user_id`: `u-` gives `u-000123`. Another prefix makes other buyers.
     pub user_prefix: String,
     /// Begins each `Idempotency-Key`: `k-` gives `k-000123-IPHONE-15`.
@@ -111,6 +129,11 @@ impl Default for LoadPlan {
             watch_stock: true,
             keep_outcomes: false,
             follow_up_ms: 30_000,
+            pay_share: 0.0,
+            payment_secret: None,
+            pay_grace_ms: 10_000,
+            pay_connections: 32,
+            watch_after_ms: 0,
             user_prefix: "u-".to_owned(),
             key_prefix: "k-".to_owned(),
         }
@@ -191,6 +214,18 @@ impl LoadPlan {
         if self.request_timeout_ms == 0 {
             return bad("the timeout of a request must be at least 1 ms");
         }
+        if !(0.0..=1.0).contains(&self.pay_share) {
+            return bad("the share of orders that are paid must be from 0 to 1");
+        }
+        if self.pay_share > 0.0 {
+            self.signer()?;
+        }
+        if self.pay_grace_ms > DAY_MS || self.watch_after_ms > DAY_MS {
+            return bad("what comes after the last answer must be over within a day");
+        }
+        if !(1..=1000).contains(&self.pay_connections) {
+            return bad("the connections of the payment platform must be from 1 to 1000");
+        }
         if self.duration_ms.is_none() {
             if self.orders.is_none() && self.requests_max.is_none() {
                 return bad("it never ends; give a duration or a number of requests");
@@ -200,6 +235,21 @@ impl LoadPlan {
             }
         }
         Ok(())
+    }
+
+    /// What signs the callbacks.
+    pub(super) fn signer(&self) -> Result<Signer, LoadError> {
+        let secret = self.payment_secret.as_ref().ok_or_else(|| {
+            LoadError::BadPlan(
+                "payments need the secret of their signatures; give the server's payments.standard.secret"
+                    .to_owned(),
+            )
+        })?;
+        secret.signer().map_err(|what| {
+            LoadError::BadPlan(format!(
+                "the payment secret cannot be used: {what}; give the server's payments.standard.secret"
+            ))
+        })
     }
 
     /// The `Prefer` header of a request in this mode, if it has one.
@@ -339,7 +389,7 @@ mod tests {
     fn a_plan_that_cannot_run_says_why() {
         let good = LoadPlan::new("http://127.0.0.1:1").with_sku("A", 1.0);
         assert!(good.check().is_ok());
-        let spoil: [fn(&mut LoadPlan); 9] = [
+        let spoil: [fn(&mut LoadPlan); 13] = [
             |p| p.skus.clear(),
             |p| p.skus[0].weight = 0.0,
             |p| p.buyers = 0,
@@ -349,6 +399,13 @@ mod tests {
             |p| p.duration_ms = None,
             |p| p.key_prefix = "k".repeat(60),
             |p| p.request_timeout_ms = 0,
+            |p| p.pay_share = 1.5,
+            |p| p.pay_share = 0.5,
+            |p| {
+                p.pay_share = 0.5;
+                p.payment_secret = Some(WebhookSecret::new("whsec_short"));
+            },
+            |p| p.pay_connections = 0,
         ];
         for (number, spoil) in spoil.iter().enumerate() {
             let mut plan = good.clone();
@@ -358,15 +415,17 @@ mod tests {
     }
 
     #[test]
-    fn a_plan_survives_serde_without_its_token() {
+    fn a_plan_survives_serde_without_its_secrets() {
         let mut plan = LoadPlan::new("http://127.0.0.1:1").with_sku("A", 1.0);
-        plan.token = Some(Token::new("secret"));
+        plan.token = Some(Token::new("hidden"));
+        plan.payment_secret = Some(WebhookSecret::new("whsec_hidden"));
         plan.rate = "ramp:1..2".parse().unwrap();
         let text = serde_json::to_string(&plan).unwrap();
-        assert!(!text.contains("secret"));
-        assert!(!format!("{plan:?}").contains("secret"));
+        assert!(!text.contains("hidden"));
+        assert!(!format!("{plan:?}").contains("hidden"));
         let back: LoadPlan = serde_json::from_str(&text).unwrap();
         plan.token = None;
+        plan.payment_secret = None;
         assert_eq!(back, plan);
     }
 }

@@ -14,6 +14,8 @@ pub enum Phase {
     Load,
     /// All were sent; some answers are still to come.
     LastAnswers,
+    /// All were answered; payments are still to come, or stock to come back.
+    Payments,
     /// Undecided orders are asked for.
     FollowUp,
 }
@@ -37,6 +39,8 @@ pub struct Snapshot {
     pub in_flight: u64,
     /// Orders placed.
     pub placed: u64,
+    /// Payments acknowledged.
+    pub paid: u64,
     /// Clicks told that an earlier request placed their order.
     pub replayed: u64,
     /// Clicks refused.
@@ -159,6 +163,7 @@ fn clock(snapshot: &Snapshot) -> String {
         }
         (Phase::Load, None) => format!("{elapsed:.1} s"),
         (Phase::LastAnswers, _) => format!("{elapsed:.1} s, last answers"),
+        (Phase::Payments, _) => format!("{elapsed:.1} s, payments"),
         (Phase::FollowUp, _) => format!("{elapsed:.1} s, asking for undecided orders"),
     }
 }
@@ -171,6 +176,7 @@ fn figures(snapshot: &Snapshot) -> String {
         HumanCount(snapshot.refused),
     );
     for (count, name) in [
+        (snapshot.paid, "paid"),
         (snapshot.replayed, "replayed"),
         (snapshot.pushed_back, "pushed back"),
         (snapshot.errors, "errors"),

@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::histogram::Latencies;
 use super::outcome::{AnswerKind, Outcomes};
+use super::payment_report::PaymentReport;
 use super::plan::LoadPlan;
 use super::recorder::Recorder;
 
@@ -60,6 +61,9 @@ pub struct LoadReport {
     pub stock: Vec<StockSeries>,
     /// What became of undecided orders.
     pub undecided: UndecidedReport,
+    /// The payments, where the plan has any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub payments: Option<PaymentReport>,
     /// What each request was told, where the plan asked for it.
     #[serde(skip)]
     pub outcomes: Option<Outcomes>,
@@ -262,6 +266,7 @@ impl LoadReport {
             series,
             stock: Vec::new(),
             undecided: UndecidedReport::default(),
+            payments: None,
             outcomes: None,
         }
     }

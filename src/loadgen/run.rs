@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use super::click::Script;
 use super::error::LoadError;
 use super::follow_up;
+use super::merchant::Merchant;
 use super::orders_file;
 use super::outcome::{AnswerKind, Outcomes};
 use super::plan::LoadPlan;
@@ -49,7 +50,7 @@ pub async fn run_until(
 
     let schedule = Arc::new(Schedule::new(&plan, &script));
     let interval_ms = interval_ms(schedule.seconds_expected());
-    let mut sending = Sending::start(&plan, &target, &script, &schedule, interval_ms)?;
+    let (mut sending, merchant) = Sending::start(&plan, &target, &script, &schedule, interval_ms)?;
     let begun = sending.begun().await?;
     let started_at = jiff::Timestamp::now();
 
@@ -57,8 +58,18 @@ pub async fn run_until(
     let mut interrupted = false;
     let mut speed = Speedometer::default();
     let planned = Duration::try_from_secs_f64(schedule.seconds_expected()).ok();
+    let watch_after = Duration::from_millis(plan.watch_after_ms);
     let watching = async {
-        while !sending.is_finished() {
+        let mut sent_at = None;
+        loop {
+            if sent_at.is_none() && sending.is_finished() {
+                sent_at = Some(Instant::now());
+            }
+            let settled = merchant.as_ref().is_none_or(Merchant::is_finished);
+            let watched = sent_at.is_some_and(|at| interrupted || at.elapsed() >= watch_after);
+            if settled && watched {
+                break;
+            }
             tokio::select! {
                 () = tokio::time::sleep(TICK) => {}
                 () = &mut stop, if !interrupted => {
@@ -66,7 +77,12 @@ pub async fn run_until(
                     sending.common.stop.store(true, Ordering::Relaxed);
                 }
             }
-            progress.tick(&sending.snapshot(begun, planned, &schedule, &mut speed));
+            let mut snapshot = sending.snapshot(begun, planned, &schedule, &mut speed);
+            snapshot.paid = merchant.as_ref().map_or(0, Merchant::acknowledged);
+            if sent_at.is_some() {
+                snapshot.phase = Phase::Payments;
+            }
+            progress.tick(&snapshot);
         }
     };
     // Beside each other: a server that is slow to tell its stock must hold up no stop.
@@ -76,12 +92,15 @@ pub async fn run_until(
     }
     let snapshot = Snapshot {
         phase: Phase::FollowUp,
+        paid: merchant.as_ref().map_or(0, Merchant::acknowledged),
         ..sending.snapshot(begun, planned, &schedule, &mut speed)
     };
     let parts = sending.join()?;
+    let payments = merchant.map(Merchant::close).transpose()?;
 
     let (recorder, outcomes) = join_records(parts, &plan, &script, interval_ms);
     let mut report = LoadReport::draw(&plan, &recorder, interval_ms);
+    report.payments = payments;
     report.outcomes = outcomes;
     report.started_at = format!("{started_at:.3}");
     report.interrupted = interrupted;
@@ -109,7 +128,7 @@ impl Sending {
         script: &Arc<Script>,
         schedule: &Arc<Schedule>,
         interval_ms: u64,
-    ) -> Result<Self, LoadError> {
+    ) -> Result<(Self, Option<Merchant>), LoadError> {
         let count = plan.threads_here();
         let common = Arc::new(Common {
             target: target.clone(),
@@ -121,6 +140,13 @@ impl Sending {
             ready: Barrier::new(count),
             start: OnceLock::new(),
         });
+        let opened = if plan.pay_share > 0.0 {
+            let end = Duration::try_from_secs_f64(schedule.seconds_expected());
+            Some(Merchant::open(plan, &common, end.unwrap_or(Duration::MAX))?)
+        } else {
+            None
+        };
+        let (merchant, till) = opened.unzip();
         let mut sending = Self {
             common,
             lives: Vec::new(),
@@ -137,9 +163,10 @@ impl Sending {
                 cursor,
                 connections,
                 live,
+                till.clone(),
             )?);
         }
-        Ok(sending)
+        Ok((sending, merchant))
     }
 
     /// Moment zero, once all threads are connected.
@@ -183,6 +210,7 @@ impl Sending {
             answered_per_second: speed.per_second(answered),
             in_flight: 0,
             placed: 0,
+            paid: 0,
             replayed: 0,
             refused: 0,
             pushed_back: 0,

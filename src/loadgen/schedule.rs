@@ -243,7 +243,7 @@ impl Cursor {
 
 /// SplitMix64 (Steele, Lea, Flood 2014): a bijection that scrambles well, and the same on every
 /// machine and release, which a library's default generator does not promise.
-fn mix(n: u64) -> u64 {
+pub(super) fn mix(n: u64) -> u64 {
     let mut z = n.wrapping_add(0x9e37_79b9_7f4a_7c15);
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -251,7 +251,7 @@ fn mix(n: u64) -> u64 {
 }
 
 /// The upper 53 bits as a number from 0 to below 1.
-fn fraction(n: u64) -> f64 {
+pub(super) fn fraction(n: u64) -> f64 {
     (n >> 11) as f64 / (1u64 << 53) as f64
 }
 

@@ -4,6 +4,7 @@ use comfy_table::presets::NOTHING;
 use comfy_table::{Cell, CellAlignment, Table, TableComponent};
 use indicatif::HumanCount;
 
+use super::payment_report::PaymentReport;
 use super::report::{LoadReport, Percentiles};
 
 /// The report as text: a line of headlines, then what was answered and how long it took.
@@ -42,10 +43,14 @@ pub fn render_table(report: &LoadReport) -> String {
                 Some(ms) => format!("sold out after {}", seconds(ms)),
                 None => format!("{} left", HumanCount(last.free)),
             };
+            let paid = match last.sold {
+                0 => String::new(),
+                sold => format!(" ({} paid)", HumanCount(sold)),
+            };
             line(
                 "stock",
                 format!(
-                    "{}: {} of {} units taken, {end}",
+                    "{}: {} of {} units taken{paid}, {end}",
                     stock.sku_id,
                     HumanCount(last.held + last.sold),
                     HumanCount(last.total)
@@ -76,19 +81,9 @@ pub fn render_table(report: &LoadReport) -> String {
         );
     }
 
-    let mut table = Table::new();
-    table.load_preset(NOTHING);
-    // One rule below the header is enough.
-    table.set_style(TableComponent::HeaderLines, '─');
-    table.set_style(TableComponent::MiddleHeaderIntersections, '─');
-    table.set_header(
-        [
-            "answer", "count", "share", "p50", "p90", "p99", "p99.9", "max",
-        ]
-        .into_iter()
-        .enumerate()
-        .map(|(column, name)| aligned(column, name.to_owned())),
-    );
+    let mut table = plain_table(&[
+        "answer", "count", "share", "p50", "p90", "p99", "p99.9", "max",
+    ]);
     for answer in &report.answers {
         add(
             &mut table,
@@ -119,7 +114,75 @@ pub fn render_table(report: &LoadReport) -> String {
             report.plan.connections
         ));
     }
+    if let Some(payments) = &report.payments {
+        text.push_str(&format!("\n{}\n", payment_table(payments)));
+    }
     text
+}
+
+/// What was paid, then how the platform's deliveries fared.
+fn payment_table(payments: &PaymentReport) -> String {
+    let mut table = plain_table(&["payment", "sent", "acknowledged"]);
+    let mut row = |label: &str, sent: u64, acknowledged: u64| {
+        let cells = [
+            label.to_owned(),
+            HumanCount(sent).to_string(),
+            HumanCount(acknowledged).to_string(),
+        ];
+        let cells = cells.into_iter().enumerate();
+        table.add_row(cells.map(|(column, text)| aligned(column, text)));
+    };
+    for kind in &payments.kinds {
+        row(kind.label, kind.sent, kind.acknowledged);
+    }
+    if payments.kinds.len() != 1 {
+        row("all", payments.sent, payments.acknowledged);
+    }
+    let forged = &payments.false_signatures;
+    row("false signature", forged.sent, forged.taken);
+    let mut text = format!("{table}\n");
+    for (currency, money) in &payments.money {
+        text.push_str(&format!(
+            "Money: {} minor units of {currency} sent, {} acknowledged\n",
+            money.sent, money.acknowledged
+        ));
+    }
+    let answers: Vec<String> = payments
+        .answers
+        .iter()
+        .map(|(answer, count)| format!("{answer} {}", HumanCount(*count)))
+        .collect();
+    let latency = &payments.latency;
+    text.push_str(&format!(
+        "Callbacks: {} deliveries, {} of them sent again after a failure; answers: {}\n\
+         False signatures: {} sent, {} refused with 401\n\
+         Latency of a callback in ms: p50 {}, p90 {}, p99 {}, max {}",
+        HumanCount(payments.deliveries),
+        HumanCount(payments.retried),
+        if answers.is_empty() {
+            "none".to_owned()
+        } else {
+            answers.join(" · ")
+        },
+        HumanCount(forged.sent),
+        HumanCount(forged.refused),
+        millis(latency.p50_ms),
+        millis(latency.p90_ms),
+        millis(latency.p99_ms),
+        millis(latency.max_ms),
+    ));
+    text
+}
+
+fn plain_table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_preset(NOTHING);
+    // One rule below the header is enough.
+    table.set_style(TableComponent::HeaderLines, '─');
+    table.set_style(TableComponent::MiddleHeaderIntersections, '─');
+    let header = header.iter().enumerate();
+    table.set_header(header.map(|(column, name)| aligned(column, (*name).to_owned())));
+    table
 }
 
 fn add(table: &mut Table, label: &str, count: u64, share: f64, latency: &Percentiles) {

@@ -17,8 +17,11 @@ pub(super) struct Target {
     get_headers: HeaderMap,
     /// Those of the buyers with even numbers, and of those with odd ones.
     order_headers: [HeaderMap; 2],
+    callback_headers: HeaderMap,
     /// The path of `POST /v1/orders`, parsed once.
     pub orders: Uri,
+    /// The path of the payment platform's callbacks.
+    pub callbacks: Uri,
 }
 
 impl Target {
@@ -56,11 +59,15 @@ impl Target {
             HOST,
             HeaderValue::from_str(&host_header).map_err(|e| bad(format!("{e}")))?,
         );
+        let json = HeaderValue::from_static("application/json");
+        // The platform has no token of ours: its signature is what it comes with.
+        let mut callback_headers = get_headers.clone();
+        callback_headers.insert(CONTENT_TYPE, json.clone());
         if let Some(token) = &plan.token {
             get_headers.insert(AUTHORIZATION, authorization(token)?);
         }
         let mut order_headers = get_headers.clone();
-        order_headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        order_headers.insert(CONTENT_TYPE, json);
         let order_headers = |mode| {
             let mut headers = order_headers.clone();
             let prefer = plan.prefer(mode);
@@ -73,16 +80,21 @@ impl Target {
             OrderMode::Mixed => [OrderMode::Wait, OrderMode::RespondAsync].map(order_headers),
             mode => [mode, mode].map(order_headers),
         };
-        let orders = format!("{prefix}/v1/orders")
-            .parse()
-            .map_err(|e| bad(format!("{e}")))?;
+        let path = |path: &str| {
+            let path = format!("{prefix}{path}").parse();
+            path.map_err(|e: hyper::http::uri::InvalidUri| bad(format!("{e}")))
+        };
+        let orders = path("/v1/orders")?;
+        let callbacks = path("/v1/payments/standard/notify")?;
         Ok(Self {
             url: plan.target.clone(),
             address: format!("{host}:{port}"),
             prefix,
             get_headers,
             order_headers,
+            callback_headers,
             orders,
+            callbacks,
         })
     }
 
@@ -95,6 +107,11 @@ impl Target {
     pub(super) fn order_headers(&self, buyer: u32) -> HeaderMap {
         let [even, odd] = &self.order_headers;
         if buyer.is_multiple_of(2) { even } else { odd }.clone()
+    }
+
+    /// The headers of a callback, all but those of its message.
+    pub(super) fn callback_headers(&self) -> HeaderMap {
+        self.callback_headers.clone()
     }
 
     /// The path of a SKU. Ids are visible ASCII, so some of them need escaping.
@@ -143,6 +160,7 @@ mod tests {
         let target = Target::of(&LoadPlan::new("http://[::1]:8080/shop/")).unwrap();
         assert_eq!(target.address, "[::1]:8080");
         assert_eq!(target.orders.path(), "/shop/v1/orders");
+        assert_eq!(target.callbacks.path(), "/shop/v1/payments/standard/notify");
         assert_eq!(target.sku_path("A/1"), "/shop/v1/skus/A%2F1");
     }
 }

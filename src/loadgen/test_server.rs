@@ -13,6 +13,11 @@ use axum::routing::{get, post};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
+use super::webhook::WebhookSecret;
+
+/// What every order costs.
+pub(super) const AMOUNT: i64 = 1000;
+
 /// What the server does beside selling its stock.
 #[derive(Debug, Default)]
 pub(super) struct Rules {
@@ -28,6 +33,27 @@ pub(super) struct Rules {
     pub ignored_user: Option<&'static str>,
     /// What every call must carry.
     pub token: Option<&'static str>,
+    /// What callbacks must be signed with.
+    pub payment_secret: Option<WebhookSecret>,
+    /// So many deliveries of each event are answered `503` before one is taken.
+    pub callbacks_refused: usize,
+    /// Callbacks are never answered.
+    pub callbacks_ignored: bool,
+    /// Every signature is believed.
+    pub credulous: bool,
+    /// Orders expire so long after they were placed.
+    pub expires_in: Option<Duration>,
+}
+
+/// One delivery of a callback as it arrived.
+#[derive(Debug, Clone)]
+pub(super) struct Callback {
+    pub webhook_id: String,
+    pub body: Value,
+    /// The signature is that of the body.
+    pub signed: bool,
+    pub status: u16,
+    pub at: jiff::Timestamp,
 }
 
 /// One order as it arrived.
@@ -57,6 +83,7 @@ struct Books {
     orders: HashMap<(String, String), u64>,
     asked: HashMap<u64, u32>,
     seen: Vec<Seen>,
+    callbacks: Vec<Callback>,
 }
 
 impl TestServer {
@@ -69,6 +96,7 @@ impl TestServer {
             .route("/v1/orders", post(place))
             .route("/v1/orders/{order_id}", get(outcome))
             .route("/v1/skus/{sku_id}", get(sku))
+            .route("/v1/payments/standard/notify", post(notify))
             .with_state(Arc::clone(&shop));
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
@@ -79,6 +107,11 @@ impl TestServer {
     /// Every order request, in the order of arrival.
     pub(super) fn seen(&self) -> Vec<Seen> {
         self.shop.books.lock().seen.clone()
+    }
+
+    /// Every delivery of a callback, in the order of arrival.
+    pub(super) fn callbacks(&self) -> Vec<Callback> {
+        self.shop.books.lock().callbacks.clone()
     }
 
     /// Units of a SKU that were ordered.
@@ -150,7 +183,11 @@ impl Shop {
                 answer(StatusCode::ACCEPTED, body)
             }
             _ => {
-                let body = json!({"order_id": next.to_string(), "status": "pending_payment"});
+                let mut body = json!({"order_id": next.to_string(), "status": "pending_payment",
+                    "amount": AMOUNT, "currency": "EUR", "receipt": format!("r-{next}")});
+                if let Some(expires_in) = self.rules.expires_in {
+                    body["expires_at"] = (jiff::Timestamp::now() + expires_in).to_string().into();
+                }
                 answer(StatusCode::CREATED, body)
             }
         }
@@ -167,6 +204,48 @@ impl Shop {
         (given != Some(&format!("Bearer {token}")))
             .then(|| answer(StatusCode::UNAUTHORIZED, json!({"code": "unauthorized"})))
     }
+}
+
+/// Takes a payment as the contract says, or as the rules do.
+async fn notify(State(shop): State<Arc<Shop>>, headers: HeaderMap, body: Bytes) -> Response {
+    let text = |name: &str| headers.get(name).and_then(|v| v.to_str().ok());
+    let (Some(webhook_id), Some(timestamp_s), Some(signature)) = (
+        text("webhook-id"),
+        text("webhook-timestamp").and_then(|s| s.parse::<i64>().ok()),
+        text("webhook-signature"),
+    ) else {
+        return answer(StatusCode::BAD_REQUEST, json!({"code": "bad_request"}));
+    };
+    let secret = shop.rules.payment_secret.as_ref().unwrap();
+    let signer = secret.signer().unwrap();
+    let fresh = (jiff::Timestamp::now().as_second() - timestamp_s).abs() <= 300;
+    let signed = fresh && signer.sign(webhook_id, timestamp_s, &body) == signature;
+    let status = {
+        let mut books = shop.books.lock();
+        let before = books
+            .callbacks
+            .iter()
+            .filter(|c| c.webhook_id == webhook_id);
+        let status = if !signed && !shop.rules.credulous {
+            StatusCode::UNAUTHORIZED
+        } else if before.count() < shop.rules.callbacks_refused {
+            StatusCode::SERVICE_UNAVAILABLE
+        } else {
+            StatusCode::OK
+        };
+        books.callbacks.push(Callback {
+            webhook_id: webhook_id.to_owned(),
+            body: serde_json::from_slice(&body).unwrap(),
+            signed,
+            status: status.as_u16(),
+            at: jiff::Timestamp::now(),
+        });
+        status
+    };
+    if shop.rules.callbacks_ignored {
+        std::future::pending::<()>().await;
+    }
+    answer(status, json!({}))
 }
 
 /// The first question about an order finds it still undecided.

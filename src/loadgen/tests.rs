@@ -327,6 +327,7 @@ async fn pages_and_tables_can_be_made_of_much_and_of_little() {
         ],
         undecided_every: Some(401),
         stall: Some((9000, Duration::from_millis(350))),
+        payment_secret: Some(WebhookSecret::of_key(&[1; 32])),
         ..rules()
     })
     .await;
@@ -340,10 +341,14 @@ async fn pages_and_tables_can_be_made_of_much_and_of_little() {
         ..plan(&server)
     };
     let much = load(
-        base.clone()
-            .with_sku("IPHONE-15", 90.0)
-            .with_sku("CASE-RED", 6.0)
-            .with_sku("CHARGER", 4.0),
+        LoadPlan {
+            pay_share: 0.7,
+            payment_secret: Some(WebhookSecret::of_key(&[1; 32])),
+            ..base.clone()
+        }
+        .with_sku("IPHONE-15", 90.0)
+        .with_sku("CASE-RED", 6.0)
+        .with_sku("CHARGER", 4.0),
     )
     .await;
     let little = load(
@@ -389,6 +394,8 @@ async fn pages_and_tables_can_be_made_of_much_and_of_little() {
         let page = render_page(report, &options);
         assert!(page.contains("application/json"));
         assert!(render_table(report).contains("201 placed"));
+        let pays = report.payments.is_some();
+        assert_eq!(render_table(report).contains("Money: "), pays);
         if let Some(folder) = std::env::var_os("LOADGEN_PAGES") {
             let folder = std::path::PathBuf::from(folder);
             std::fs::write(folder.join(format!("{name}.html")), page).unwrap();

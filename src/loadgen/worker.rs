@@ -20,9 +20,11 @@ use tokio::sync::Notify;
 use tokio::task::LocalSet;
 
 use super::click::{Click, Script};
-use super::client::{Broken, Link, request};
+use super::client::{Link, request, send};
 use super::error::LoadError;
+use super::merchant::Till;
 use super::outcome::{Answer, Fault};
+use super::payment::Bill;
 use super::recorder::{Live, Recorder};
 use super::schedule::Cursor;
 use super::target::Target;
@@ -60,6 +62,7 @@ pub(super) fn spawn(
     cursor: Cursor,
     connections: usize,
     live: Arc<Live>,
+    till: Option<Till>,
 ) -> Result<JoinHandle<Recorder>, LoadError> {
     let failed = |e: std::io::Error| LoadError::Thread {
         what: "sending thread",
@@ -71,7 +74,7 @@ pub(super) fn spawn(
         .map_err(failed)?;
     std::thread::Builder::new()
         .name("loadgen".to_owned())
-        .spawn(move || runtime.block_on(drive(common, cursor, connections, live)))
+        .spawn(move || runtime.block_on(drive(common, cursor, connections, live, till)))
         .map_err(failed)
 }
 
@@ -79,6 +82,8 @@ pub(super) fn spawn(
 struct Lane {
     common: Arc<Common>,
     live: Arc<Live>,
+    /// Where orders are told to be paid; none where nobody pays.
+    till: Option<Till>,
     cursor: RefCell<Cursor>,
     recorder: RefCell<Recorder>,
     /// Connections with nothing to do, the most recently used last.
@@ -104,6 +109,7 @@ async fn drive(
     cursor: Cursor,
     connections: usize,
     live: Arc<Live>,
+    till: Option<Till>,
 ) -> Recorder {
     let lane = Rc::new(Lane {
         cursor: RefCell::new(cursor),
@@ -117,6 +123,7 @@ async fn drive(
         changed: Notify::new(),
         common,
         live,
+        till,
     });
     let tasks = LocalSet::new();
     let work = async {
@@ -192,7 +199,7 @@ async fn dispatch(lane: &Lane) {
 
 /// A thread that sleeps until each moment it is sent and then rings. None if it cannot be had;
 /// tokio's coarser timer then does. It ends with its sender.
-fn pacer(alarm: Arc<Notify>) -> Option<mpsc::Sender<Instant>> {
+pub(super) fn pacer(alarm: Arc<Notify>) -> Option<mpsc::Sender<Instant>> {
     let (sender, moments) = mpsc::channel::<Instant>();
     std::thread::Builder::new()
         .name("loadgen-pacer".to_owned())
@@ -296,39 +303,23 @@ impl Lane {
         {
             headers.insert(HeaderName::from_static("idempotency-key"), value);
         }
-        let mut order = request(
+        let order = request(
             Method::POST,
             common.target.orders.clone(),
             headers,
             common.script.body(click),
         );
-        loop {
-            let fresh = !link.as_ref().is_some_and(Link::is_open);
-            if fresh {
-                *link = Some(
-                    Link::connect(&common.target.address)
-                        .await
-                        .map_err(|_| Fault::Connect)?,
-                );
-            }
-            let Some(open) = link.as_mut() else {
-                return Err(Fault::Connect);
-            };
-            match open.exchange(order).await {
-                Ok(reply) => {
-                    let replayed = reply.headers.contains_key("idempotency-replayed");
-                    return Ok(Answer::read(reply.status, replayed, &reply.body));
-                }
-                // Never seen by the server: another connection may carry it, unless this one was
-                // made for it, in which case the server hangs up on everybody.
-                Err(Broken::Unsent(unsent)) if !fresh => {
-                    *link = None;
-                    order = *unsent;
-                }
-                Err(Broken::Unsent(_)) => return Err(Fault::Closed),
-                Err(Broken::Failed(fault)) => return Err(fault),
-            }
+        let reply = send(link, &common.target.address, order).await?;
+        let replayed = reply.headers.contains_key("idempotency-replayed");
+        let answer = Answer::read(reply.status, replayed, &reply.body);
+        if let Some(till) = &self.till
+            && answer.kind.is_placed()
+            && let Some(bill) = Bill::read(click, &reply.body)
+        {
+            // A merchant that has given up takes no more bills.
+            let _ = till.send(bill);
         }
+        Ok(answer)
     }
 }
 

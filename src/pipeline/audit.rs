@@ -1,12 +1,15 @@
 //! Every promise that the database can show, recomputed and compared with the live counters.
 
+use std::collections::BTreeMap;
+
 use serde::Serialize;
 
 use super::ledger::Ledger;
 use crate::order::SkuId;
+use crate::order::payment::PaymentState;
 use crate::store::StoreError;
 use crate::store::postgres::Database;
-use crate::store::postgres::audit::{DatabaseAudit, SkuAudit};
+use crate::store::postgres::audit::{DatabaseAudit, PaymentSum, SkuAudit};
 
 /// The name of the check that is left out while anything is in flight or moves.
 pub const LIVE_CHECK: &str = "live counters are those of the database";
@@ -24,8 +27,65 @@ pub struct Audit {
     pub orders: i64,
     /// Dead letters.
     pub dead_letters: i64,
+    /// Where the money is that came in.
+    pub payments: Money,
     /// Orders in flight while it was made; with any, live counters may be ahead of the rows.
     pub orders_in_flight: Option<usize>,
+}
+
+/// Where the money is: `received` is the sum of the others.
+#[derive(Debug, Default, Serialize)]
+pub struct Money {
+    /// Everything that came in.
+    pub received: Sum,
+    /// What has paid its order.
+    pub matched: Sum,
+    /// What has not found its order yet.
+    pub orphan: Sum,
+    /// What has to go back.
+    pub refund_due: Sum,
+    /// What went back.
+    pub refunded: Sum,
+    /// Payments that have to go back, by why.
+    pub refund_reasons: BTreeMap<String, i64>,
+}
+
+/// A number of payments and their amounts in minor units, by currency.
+#[derive(Debug, Default, Serialize)]
+pub struct Sum {
+    /// How many.
+    pub count: i64,
+    /// Their sum in each currency.
+    pub amount: BTreeMap<String, i128>,
+}
+
+impl Sum {
+    fn add(&mut self, sum: &PaymentSum) {
+        self.count += sum.count;
+        *self.amount.entry(sum.currency.clone()).or_default() += sum.amount;
+    }
+}
+
+impl Money {
+    fn of(sums: &[PaymentSum]) -> Self {
+        let mut money = Money::default();
+        for sum in sums {
+            money.received.add(sum);
+            match PaymentState::from_word(&sum.state) {
+                Some(PaymentState::Orphan) => money.orphan.add(sum),
+                Some(PaymentState::Matched) => money.matched.add(sum),
+                Some(PaymentState::RefundDue) => {
+                    money.refund_due.add(sum);
+                    let reason = sum.reason.clone().unwrap_or_default();
+                    *money.refund_reasons.entry(reason).or_default() += sum.count;
+                }
+                Some(PaymentState::Refunded) => money.refunded.add(sum),
+                // The table's CHECK knows no other.
+                None => {}
+            }
+        }
+        money
+    }
 }
 
 /// One check.
@@ -156,6 +216,24 @@ fn judge(
             found.both_row_and_dead_letter,
         ),
     ];
+    let faults = &found.payment_faults;
+    checks.extend([
+        count(
+            "I7",
+            "every payment that was reported is booked, and no other",
+            faults.events_without_payment + faults.payments_without_event,
+        ),
+        count(
+            "I7",
+            "every paid order is paid by exactly one payment of its amount",
+            faults.paid_without_payment + faults.matched_without_paid_order,
+        ),
+        count(
+            "I7",
+            "every order whose money has to go back has a payment that has to",
+            faults.refund_due_without_payment,
+        ),
+    ]);
     if quiet {
         checks.push(over_skus(found, "I2", LIVE_CHECK, |sku| {
             let figures = live_of(&sku.sku_id)?;
@@ -183,6 +261,7 @@ fn judge(
             .collect(),
         orders: found.orders,
         dead_letters: found.dead_letters,
+        payments: Money::of(&found.payments),
         orders_in_flight: in_flight,
     }
 }

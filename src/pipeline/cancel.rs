@@ -56,9 +56,9 @@ impl Canceller {
     /// [`CancelError`]; the order stands as it did, unless the database's answer was lost. Then
     /// what came of it is found out in the background, and asking again tells.
     pub async fn cancel(&self, id: OrderId) -> Result<StoredOrder, CancelError> {
-        let recent = self.ledger.recent.get(id);
+        let recent = self.ledger.recent.get(id, self.ledger.ids.real_now());
         self.ledger.recent.forget(id);
-        match self.database.cancel_order(self.lease, id).await {
+        match self.cancel_row(id).await {
             Ok(Moved::Unknown) => {
                 self.give_back_lost(id, recent.as_deref());
                 return Err(CancelError::Unknown(id));
@@ -79,12 +79,18 @@ impl Canceller {
         Ok(order)
     }
 
+    /// An order that is past its time is not cancelled any more: it expires.
+    async fn cancel_row(&self, id: OrderId) -> Result<Moved, StoreError> {
+        let now = self.ledger.ids.real_now();
+        self.database.cancel_order(self.lease, id, Some(now)).await
+    }
+
     /// Sees a cancellation through whose answer was lost. It is made again rather than asked for:
     /// the first may still be waiting in the server, and be carried out after any look.
     async fn settle(self, id: OrderId, recent: Option<Arc<PendingOrder>>) {
         for _ in 0..SETTLE_ATTEMPTS {
             tokio::time::sleep(SETTLE_PAUSE).await;
-            match self.database.cancel_order(self.lease, id).await {
+            match self.cancel_row(id).await {
                 Ok(Moved::Now(units)) => return self.give_back(id, &units, true),
                 Ok(Moved::StandsAt(OrderStatus::Cancelled)) => {
                     if let Ok(Some(order)) = self.database.find_order(id).await {

@@ -12,14 +12,16 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::faults::bug;
-use crate::order::{IdClock, Order};
+use crate::order::{IdClock, Order, UnixMillis};
 use crate::state::buyers::Buyers;
+use crate::state::orphans::Orphans;
 use crate::state::pace::Pace;
 use crate::state::pending::{Pending, PendingOrder, Settled};
 use crate::state::poison::Poison;
 use crate::state::recent::Recent;
 use crate::state::refusals::Refusals;
 use crate::state::stock::Catalogue;
+use crate::state::unpaid::Unpaid;
 
 /// The in-memory state of the pipeline.
 #[derive(Debug)]
@@ -34,6 +36,10 @@ pub struct Ledger {
     pub pending: Arc<Pending>,
     /// Orders written a moment ago.
     pub recent: Recent,
+    /// When unpaid orders fall due.
+    pub unpaid: Unpaid,
+    /// Orders that a payment waits for.
+    pub orphans: Orphans,
     /// The fail-stop flag.
     pub poison: Poison,
     /// Where order ids come from.
@@ -43,6 +49,12 @@ pub struct Ledger {
 }
 
 impl Ledger {
+    /// Whether an order that is written at `now` is too late to be paid. One that somebody has
+    /// paid in time is not.
+    pub fn is_late(&self, order: &Order, now: UnixMillis) -> bool {
+        order.expires_at <= now && !self.orphans.paid_in_time(order.id, order.expires_at)
+    }
+
     /// The row of a claimed order is committed.
     pub fn persisted(&self, pending: &Arc<PendingOrder>) {
         if bug("double_release") && Instant::now() > pending.deadline {

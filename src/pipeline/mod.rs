@@ -1,18 +1,22 @@
 //! The flow of an order: [`intake`] holds stock and queues, [`worker`] writes and settles,
 //! [`deadlines`] gives up what nobody claimed in time. [`ledger`] is what they share: every way in
 //! which an order in flight can end, and what memory owes for each. [`operator`] and [`audit`] are
-//! an operator's hands and eyes. [`lease`] keeps the right to go on, [`replay`] writes what may be
+//! an operator's hands and eyes. [`cashier`] is what happens to an order after its row is there: payments, orphans
+//! (`reconciler`), `expiry`, refunds. [`lease`] keeps the right to go on, [`replay`] writes what may be
 //! written already, [`restore`] notices what a failover has lost, [`retention`] keeps segments until standbys
 //! have them.
 
 pub mod audit;
 pub mod cancel;
+pub mod cashier;
 pub mod deadlines;
+mod expiry;
 pub mod intake;
 pub mod lease;
 pub mod ledger;
 pub mod operator;
 pub mod rate_limit;
+mod reconciler;
 pub mod replay;
 pub mod restore;
 pub mod retention;

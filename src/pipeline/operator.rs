@@ -7,12 +7,14 @@ use std::sync::Arc;
 
 use tokio::sync::Mutex;
 
+use super::cashier::CashierDesk;
 use super::ledger::Ledger;
-use crate::order::{Quantity, Refusal, SkuId, UserId};
+use crate::order::{OrderId, Quantity, Refusal, SkuId, UserId};
 use crate::state::stock::{BelowCommitted, Hold, SaleTerms, Sku};
 use crate::store::StoreError;
 use crate::store::postgres::dead_letters::DeadLetter;
 use crate::store::postgres::{Database, NodeLease};
+use crate::store::settlement::refunds::{Recorded, RefundNote};
 
 /// Why an operator's request was not carried out. Nothing has changed then.
 #[derive(Debug, thiserror::Error)]
@@ -58,6 +60,7 @@ pub struct Operator {
     ledger: Arc<Ledger>,
     database: Database,
     lease: NodeLease,
+    cashier: CashierDesk,
     payment_ttl_ms: u64,
     /// One request at a time; and the units of retries of unknown outcome, by dead letter.
     one_at_a_time: Mutex<HashMap<i64, Hold>>,
@@ -69,12 +72,14 @@ impl Operator {
         ledger: Arc<Ledger>,
         database: Database,
         lease: NodeLease,
+        cashier: CashierDesk,
         payment_ttl_ms: u64,
     ) -> Self {
         Operator {
             ledger,
             database,
             lease,
+            cashier,
             payment_ttl_ms,
             one_at_a_time: Mutex::new(HashMap::new()),
         }
@@ -255,6 +260,7 @@ impl Operator {
             Err(error) => return Err(OperatorError::RefusedAgain(error.to_string())),
         }
         hold.keep();
+        self.note_payable(letter.order_id).await;
         if let Ok(user_id) = UserId::new(&letter.user_id) {
             self.ledger.buyers.live_again(&user_id, letter.order_id);
         }
@@ -278,6 +284,33 @@ impl Operator {
         tracing::info!(dead_letter = id, "an operator has discarded a dead letter");
         let letter = self.database.dead_letter(id).await?;
         letter.ok_or(OperatorError::UnknownDeadLetter(id))
+    }
+
+    /// Notes until when an order is to be paid, as its row says. A start finds out by itself.
+    async fn note_payable(&self, id: OrderId) {
+        match self.database.find_order(id).await {
+            Ok(order) => {
+                let until = order.map(|order| (order.id, order.expires_at));
+                self.ledger.unpaid.note(until);
+            }
+            Err(error) => {
+                tracing::warn!(order_id = %id, reason = %error, "an order of a dead letter will not expire before the next start");
+            }
+        }
+    }
+
+    /// Records that the money of an order went back. Its units may leave the sale with it, so
+    /// nobody else changes a total meanwhile.
+    ///
+    /// # Errors
+    /// Where the database does not answer; nothing has changed then.
+    pub async fn record_refund(
+        &self,
+        order_id: OrderId,
+        note: RefundNote,
+    ) -> Result<Recorded, StoreError> {
+        let _turn = self.one_at_a_time.lock().await;
+        self.cashier.record_refund(order_id, note).await
     }
 
     async fn open_dead_letter(&self, id: i64) -> Result<DeadLetter, OperatorError> {

@@ -198,7 +198,7 @@ impl Restorer {
         let mut again = 0;
         for part in ended.chunks(PART) {
             for id in self.database.payable_among(part).await? {
-                self.database.cancel_order(self.lease, id).await?;
+                self.database.cancel_order(self.lease, id, None).await?;
                 again += 1;
             }
         }
@@ -239,7 +239,13 @@ impl Restorer {
                 .filter_map(|order| Some((self.settled_status(&order)?, order)))
                 .map(|(status, order)| (order, status))
                 .collect();
-            replayer.apply(&deduplicated(part)).await?;
+            let part = deduplicated(part);
+            replayer.apply(&part).await?;
+            let payable = part
+                .iter()
+                .filter(|(_, status)| *status == OrderStatus::PendingPayment);
+            let until = payable.map(|(order, _)| (order.id, order.expires_at));
+            self.ledger.unpaid.note(until);
             for order in replayer.take_refused() {
                 self.give_back(&order);
             }

@@ -224,7 +224,7 @@ impl Worker {
         let now = self.ledger.ids.real_now();
         let expired: Vec<bool> = part
             .iter()
-            .map(|pending| pending.slot.is_recorded() && pending.order.expires_at <= now)
+            .map(|pending| pending.slot.is_recorded() && self.ledger.is_late(&pending.order, now))
             .collect();
         let orders: Vec<(&Order, OrderStatus)> = part
             .iter()
@@ -363,6 +363,9 @@ impl Worker {
         } else {
             payable = part;
         }
+        let payable_until =
+            |pending: &Arc<PendingOrder>| (pending.order.id, pending.order.expires_at);
+        self.ledger.unpaid.note(payable.iter().map(payable_until));
         self.settle(&payable, Ledger::persisted);
         self.settle(&late, Ledger::expired);
         if let Some(queue) = self.queue.durable() {

@@ -6,6 +6,8 @@
 //!   and the worker that writes.
 //! * [`recent`]: orders written a moment ago, to answer those who ask again.
 //! * [`refusals`]: what buyers were told no to, under their keys; bounded, until a restart.
+//! * [`orphans`]: orders that a verified payment waits for.
+//! * [`unpaid`]: when unpaid orders fall due.
 //! * [`pace`]: how fast the database takes orders of late.
 //! * [`poison`]: the fail-stop flag.
 //!
@@ -13,6 +15,7 @@
 //! taken is given back by dropping its guard.
 
 pub mod buyers;
+pub mod orphans;
 pub mod pace;
 pub mod pending;
 pub mod poison;
@@ -20,3 +23,4 @@ pub mod recent;
 pub mod refusals;
 pub mod stock;
 mod sync;
+pub mod unpaid;

@@ -33,10 +33,11 @@ impl Recent {
         self.orders.insert(order.order.id, Arc::clone(order));
     }
 
-    /// An order that is still to be paid; from the moment it expires, only the database knows.
-    pub fn get(&self, id: OrderId) -> Option<Arc<PendingOrder>> {
+    /// An order that is still to be paid at `now`; from the moment it expires, only the database
+    /// knows.
+    pub fn get(&self, id: OrderId, now: UnixMillis) -> Option<Arc<PendingOrder>> {
         let order = self.orders.get(&id)?;
-        (UnixMillis::now() < order.order.expires_at).then_some(order)
+        (now < order.order.expires_at).then_some(order)
     }
 
     /// Every order in it.

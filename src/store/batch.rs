@@ -13,17 +13,9 @@
 //! commit and no longer. If any of its statements fails, the server turns the COMMIT behind it
 //! into a ROLLBACK.
 //!
-//! # A commit of unknown outcome
-//!
-//! Each batch has a number, kept in the worker's own row of `writer` and moved by the batch's own
-//! transaction. When a connection dies or a step times out, the next connection first takes the
-//! lock on that row: whoever gets it knows that the old transaction has ended. If it does not get
-//! it, the old backend is terminated. The number then tells whether the batch was committed. It
-//! is never guessed.
+//! A commit of unknown outcome is settled by the batch's number, see `numbered`.
 
 use std::collections::BTreeMap;
-use std::future::Future;
-use std::time::Duration;
 
 use bytes::BytesMut;
 use futures_util::SinkExt;
@@ -31,12 +23,11 @@ use tokio_postgres::Statement;
 use tokio_postgres::types::ToSql;
 
 use super::error::{refuses_row, sqlstate};
+use super::numbered::{FENCE, Settled, WriterRow, timed};
 use super::postgres::{Connected, Database, NodeLease};
 use super::{StoreError, copy};
 use crate::faults::{bug, crash_point};
 use crate::order::{Order, OrderStatus};
-
-const FENCE: &str = "UPDATE writer SET batch = $4::int8 WHERE node = $1 AND shard = $2 AND epoch = $3 AND batch = $4::int8 - 1";
 
 /// Moves `held` of each SKU once, locking by id, and writes the journal. The LEFT JOIN makes a
 /// SKU that does not exist violate NOT NULL, which takes the transaction down.
@@ -105,17 +96,8 @@ const UNIQUE_VIOLATION: &str = "23505";
 /// One worker's way into the database.
 #[derive(Debug)]
 pub struct BatchWriter {
-    database: Database,
-    lease: NodeLease,
-    shard: i16,
+    row: WriterRow,
     session: Option<Session>,
-    /// The last batch that is known to be committed; `None` before the first connection.
-    committed: Option<i64>,
-    /// The batch whose outcome is not known.
-    unknown: Option<i64>,
-    /// The backend that may still be writing it.
-    suspect: Option<i32>,
-    commits_lost: u64,
     buffer: BytesMut,
 }
 
@@ -132,31 +114,25 @@ impl BatchWriter {
     /// The writer of worker `shard`, not connected yet.
     pub fn new(database: Database, lease: NodeLease, shard: i16) -> Self {
         BatchWriter {
-            database,
-            lease,
-            shard,
+            row: WriterRow::new(database, lease, shard, "worker"),
             session: None,
-            committed: None,
-            unknown: None,
-            suspect: None,
-            commits_lost: 0,
             buffer: BytesMut::new(),
         }
     }
 
     /// Commits that the database had acknowledged and lost, as found so far.
     pub fn commits_lost(&self) -> u64 {
-        self.commits_lost
+        self.row.commits_lost()
     }
 
     /// The number of the last batch that is known to be committed.
     pub fn committed(&self) -> Option<i64> {
-        self.committed
+        self.row.committed
     }
 
     /// Whether the last batch may or may not have been committed.
     pub fn outcome_unknown(&self) -> bool {
-        self.unknown.is_some()
+        self.row.unknown.is_some()
     }
 
     /// Writes `orders` as payable and moves their SKUs' counters, all or nothing. See
@@ -184,23 +160,23 @@ impl BatchWriter {
         if self.session.is_none() && self.connect().await? {
             return Ok(());
         }
-        let (Some(session), Some(committed)) = (self.session.take(), self.committed) else {
+        let (Some(session), Some(committed)) = (self.session.take(), self.row.committed) else {
             unreachable!("connect() returned without a session or an error");
         };
         let batch = committed + 1;
         // Noted beforehand, so that it also holds where this call is given up half-way: the
         // backend may still be at it, and the next connection finds out.
-        self.suspect = Some(session.backend);
+        self.row.suspect = Some(session.backend);
         let written = self.attempt(&session, batch, rows).await;
         if matches!(written, Err(WriteError::Retry(_))) {
             return written;
         }
         // The server has judged.
-        self.unknown = None;
-        self.suspect = None;
+        self.row.unknown = None;
+        self.row.suspect = None;
         self.session = Some(session);
         if written.is_ok() {
-            self.committed = Some(batch);
+            self.row.committed = Some(batch);
         }
         written
     }
@@ -211,13 +187,13 @@ impl BatchWriter {
         batch: i64,
         rows: &[(&Order, OrderStatus)],
     ) -> Result<(), WriteError> {
-        let NodeLease { node, epoch } = self.lease;
+        let NodeLease { node, epoch } = self.row.lease;
         let client = &session.client;
-        let step = self.database.step_timeout();
+        let step = self.row.database.step_timeout();
         let retry =
             |doing| move |source| WriteError::Retry(StoreError::Statement { doing, source });
 
-        let fence: [&(dyn ToSql + Sync); 4] = [&node, &self.shard, &epoch, &batch];
+        let fence: [&(dyn ToSql + Sync); 4] = [&node, &self.row.shard, &epoch, &batch];
         let (begun, fenced, sink) = timed("starting a batch", step, async {
             tokio::join!(
                 client.batch_execute("BEGIN"),
@@ -233,7 +209,7 @@ impl BatchWriter {
             // Dropping the sink aborts the COPY. Connecting again tells who moved our row.
             return Err(WriteError::Retry(StoreError::Data(format!(
                 "the row of writer {} was moved",
-                self.shard
+                self.row.shard
             ))));
         }
 
@@ -241,11 +217,11 @@ impl BatchWriter {
         copy::encode(&mut self.buffer, rows.iter().copied());
         let (skus, units) = units_by_sku(rows);
         let rows = self.buffer.split().freeze();
-        let reference = format!("batch {node}/{}/{batch}", self.shard);
+        let reference = format!("batch {node}/{}/{batch}", self.row.shard);
         let counters: [&(dyn ToSql + Sync); 3] = [&skus, &units, &reference];
         let mut sink = std::pin::pin!(sink);
         // From here on a COMMIT may reach the server. Until here it cannot have.
-        self.unknown = Some(batch);
+        self.row.unknown = Some(batch);
         crash_point("worker.before_commit");
         let (copied, counted, committed) = timed("writing a batch", step, async {
             let copied = async {
@@ -274,13 +250,16 @@ impl BatchWriter {
     /// Makes a connection and settles what the last one left open. True: the batch of unknown
     /// outcome was committed.
     async fn connect(&mut self) -> Result<bool, WriteError> {
-        let NodeLease { node, epoch } = self.lease;
-        let step = self.database.step_timeout();
-        let client = self
-            .database
-            .connect(&format!("millrace worker {node}/{}", self.shard))
-            .await
-            .map_err(WriteError::Retry)?;
+        let unknown = self.row.unknown;
+        let Settled {
+            client,
+            backend,
+            was_committed,
+        } = self.row.settle().await?;
+        if was_committed || (bug("guess_the_commit") && unknown.is_some()) {
+            return Ok(true);
+        }
+        let step = self.row.database.step_timeout();
         let prepare = |doing: &'static str, sql: &'static str| {
             let client = &client;
             async move {
@@ -292,49 +271,6 @@ impl BatchWriter {
         let fence = prepare("preparing the fence", FENCE).await?;
         let copy = prepare("preparing the COPY", copy::STATEMENT).await?;
         let counters = prepare("preparing the counters", COUNTERS).await?;
-        let locked = timed("settling the last batch", step, async {
-            client
-                .query_opt(
-                    "SELECT epoch, batch, pg_backend_pid() FROM writer WHERE node = $1 AND shard = $2 FOR UPDATE",
-                    &[&node, &self.shard],
-                )
-                .await
-        })
-        .await?;
-        let row = match locked {
-            Ok(Some(row)) => row,
-            Ok(None) => {
-                return Err(WriteError::Fatal(StoreError::Data(format!(
-                    "writer {} has no row",
-                    self.shard
-                ))));
-            }
-            Err(source) => {
-                // Somebody holds our row: the old backend, still in its transaction.
-                self.end_suspect(&client).await?;
-                return Err(WriteError::Retry(StoreError::Statement {
-                    doing: "settling the last batch",
-                    source,
-                }));
-            }
-        };
-        let (found, batch, backend): (i64, i64, i32) = (row.get(0), row.get(1), row.get(2));
-        if found != epoch {
-            return Err(WriteError::Fatal(StoreError::Fenced { found, ours: epoch }));
-        }
-        self.suspect = None;
-        let unknown = self.unknown.take();
-        if let Some(committed) = self.committed.filter(|committed| batch < *committed) {
-            let lost = committed.abs_diff(batch);
-            self.commits_lost += lost;
-            tracing::error!(
-                worker = self.shard,
-                lost,
-                "the database has lost batches that it had committed: it was probably failed over to a standby \
-                 that lagged; the rows in them are gone"
-            );
-        }
-        self.committed = Some(batch);
         self.session = Some(Session {
             client,
             backend,
@@ -342,45 +278,7 @@ impl BatchWriter {
             copy,
             counters,
         });
-        if bug("guess_the_commit") {
-            return Ok(unknown.is_some());
-        }
-        Ok(unknown == Some(batch))
-    }
-
-    /// Terminates the backend of the connection that was given up. Only one that still bears our
-    /// name: process ids are used again.
-    async fn end_suspect(&self, client: &Connected) -> Result<(), WriteError> {
-        let Some(suspect) = self.suspect else {
-            return Ok(());
-        };
-        let name = format!("millrace worker {}/{}", self.lease.node, self.shard);
-        let ended = timed(
-            "terminating the old backend",
-            self.database.step_timeout(),
-            async {
-                client
-                    .execute(
-                        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-                      WHERE pid = $1 AND application_name = $2 AND pid <> pg_backend_pid()",
-                        &[&suspect, &name],
-                    )
-                    .await
-            },
-        )
-        .await?;
-        match ended {
-            Ok(0) => {}
-            Ok(_) => tracing::warn!(
-                worker = self.shard,
-                backend = suspect,
-                "terminated a backend that had stalled"
-            ),
-            Err(e) => {
-                tracing::warn!(worker = self.shard, backend = suspect, reason = %e, "could not terminate a stalled backend")
-            }
-        }
-        Ok(())
+        Ok(false)
     }
 
     /// What follows the refusal of a single row: a dead letter, for a person. Where the row was
@@ -396,7 +294,7 @@ impl BatchWriter {
     ) -> Result<Refused, StoreError> {
         let id = order.id.as_i64();
         let may_be_there = sqlstate == UNIQUE_VIOLATION && !bug("replay_without_looking");
-        if may_be_there && self.database.ids_between(id, id).await?.contains(&id) {
+        if may_be_there && self.row.database.ids_between(id, id).await?.contains(&id) {
             return Ok(Refused::IsThere);
         }
         self.write_dead_letter(order, sqlstate, reason).await?;
@@ -414,8 +312,8 @@ impl BatchWriter {
         sqlstate: &str,
         reason: &str,
     ) -> Result<(), StoreError> {
-        let NodeLease { node, epoch } = self.lease;
-        let client = self.database.pooled().await?;
+        let NodeLease { node, epoch } = self.row.lease;
+        let client = self.row.database.pooled().await?;
         let key = order.key.map(|key| key.0.to_vec());
         let parameters: [&(dyn ToSql + Sync); 16] = [
             &order.id.as_i64(),
@@ -436,6 +334,7 @@ impl BatchWriter {
             &epoch,
         ];
         let (written, found) = self
+            .row
             .database
             .timed("writing a dead letter", async {
                 let written = client.execute(DEAD_LETTER, &parameters).await?;
@@ -472,14 +371,4 @@ fn judge(doing: &'static str, source: tokio_postgres::Error, counters: bool) -> 
     } else {
         WriteError::Row { sqlstate, reason }
     }
-}
-
-async fn timed<T>(
-    doing: &'static str,
-    after: Duration,
-    step: impl Future<Output = T>,
-) -> Result<T, WriteError> {
-    tokio::time::timeout(after, step)
-        .await
-        .map_err(|_| WriteError::Retry(StoreError::Timeout { doing, after }))
 }

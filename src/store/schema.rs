@@ -200,19 +200,28 @@ async fn check_encoding(client: &Client) -> Result<(), StoreError> {
 
 /// Offers changes by logical replication, where the role may.
 async fn publish(client: &Client) {
-    let exists = client
-        .query_opt(
-            "SELECT 1 FROM pg_publication WHERE pubname = 'millrace'",
+    let published = client
+        .query(
+            "SELECT t.tablename::text FROM pg_publication p
+               LEFT JOIN pg_publication_tables t ON t.pubname = p.pubname AND t.schemaname = current_schema()
+              WHERE p.pubname = 'millrace'",
             &[],
         )
         .await;
-    if !matches!(exists, Ok(None)) {
+    let Ok(published) = published else { return };
+    let has = |table: &str| {
+        let mut rows = published.iter();
+        rows.any(|row| row.get::<_, Option<&str>>(0) == Some(table))
+    };
+    let statement = if published.is_empty() {
+        "CREATE PUBLICATION millrace FOR TABLE orders, sku, dead_letters, payments"
+    } else if has("orders") && !has("payments") {
+        // Made by an earlier release.
+        "ALTER PUBLICATION millrace ADD TABLE payments"
+    } else {
         return;
-    }
-    if let Err(e) = client
-        .batch_execute("CREATE PUBLICATION millrace FOR TABLE orders, sku, dead_letters")
-        .await
-    {
+    };
+    if let Err(e) = client.batch_execute(statement).await {
         tracing::info!(
             reason = %super::error::chain(&e),
             "no publication was made, so changes cannot be read by logical replication; the role lacks the right"

@@ -1,9 +1,10 @@
-//! The providers' half of a payment callback. `vectors` holds it against what the providers' own
-//! SDKs signed and judged, `conformance` asks the same of all four, `answers` and `keys` look at
-//! what is said and at what it is configured with.
+//! Payments and what they do to orders, on a whole Millrace with a real PostgreSQL: callbacks that
+//! come early, late, twice or for an order that nobody has.
 
-mod answers;
-mod conformance;
-mod keys;
+#[path = "../support/mod.rs"]
+mod support;
+
+mod life;
+mod orphans;
+mod races;
 mod rig;
-mod vectors;

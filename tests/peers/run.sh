@@ -31,7 +31,7 @@ skip() { echo "skipped $1"; }
 
 # --- A Millrace of its own ------------------------------------------------------------------------
 
-MILLRACE_DATA_DIR=$work/data MILLRACE_DATA_PLANE__LISTEN=127.0.0.1:0 \
+MILLRACE_DATA_DIR=$work/data MILLRACE_DATA_PLANE__LISTEN=127.0.0.1:0 MILLRACE_RECEIPT__KEY=of-peers-only-0123 \
     MILLRACE_CONTROL_PLANE__LISTEN=127.0.0.1:0 MILLRACE_LOG__LEVEL=warn \
     "$millrace" serve >"$work/millrace.log" 2>&1 &
 server=$!

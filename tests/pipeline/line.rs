@@ -51,6 +51,8 @@ impl Line {
         let hour = UnixMillis::now().plus_ms(3_600_000);
         let ledger = Arc::new(Ledger {
             recent: millrace::state::recent::Recent::with_capacity(1_000),
+            unpaid: millrace::state::unpaid::Unpaid::default(),
+            orphans: millrace::state::orphans::Orphans::default(),
             catalogue,
             buyers: Buyers::new(1_000_000, 10_000),
             refusals: Refusals::with_capacity(1_000),

@@ -24,10 +24,15 @@ trap stop EXIT
 trap 'exit 1' INT TERM
 
 token=contract-token
+# hooks.py signs with it: whsec_ and base64.
+CONTRACT_SECRET=whsec_Y29udHJhY3QtdGVzdC1zZWNyZXQ=
+export CONTRACT_SECRET
 MILLRACE_DATA_DIR=$work/data MILLRACE_LOG__LEVEL=warn \
     MILLRACE_DATA_PLANE__LISTEN=127.0.0.1:0 MILLRACE_DATA_PLANE__TOKEN=$token \
     MILLRACE_CONTROL_PLANE__LISTEN=127.0.0.1:0 MILLRACE_CONTROL_PLANE__TOKEN=$token \
     MILLRACE_ORDERS__TIMEOUT_MS=2000 \
+    MILLRACE_PAYMENTS__STANDARD__SECRET=$CONTRACT_SECRET MILLRACE_PAYMENTS__STRIPE__SECRET=$CONTRACT_SECRET \
+    MILLRACE_PAYMENTS__ORPHAN_CHECK_MS=600000 \
     "$millrace" serve 2>"$work/log" &
 server=$!
 
@@ -70,5 +75,6 @@ echo "== stop"
 kill "$server"
 wait "$server" || { echo "the server did not stop clean"; status=1; }
 server=
-if grep -E '"level":"ERROR"| ERROR ' "$work/log"; then status=1; fi
+# A payment that cannot be booked is an error on purpose.
+if grep -E '"level":"ERROR"| ERROR ' "$work/log" | grep -v 'look the payment up at the provider'; then status=1; fi
 exit $status

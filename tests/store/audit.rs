@@ -8,6 +8,26 @@ const OVERSOLD: &str = "no SKU is oversold";
 const KEYS: &str = "no key has two orders";
 const KNOWN: &str = "every order is of a known SKU";
 const BOTH: &str = "no order is both written and refused";
+const BOOKED: &str = "every payment that was reported is booked, and no other";
+const PAID: &str = "every paid order is paid by exactly one payment of its amount";
+const REFUNDS: &str = "every order whose money has to go back has a payment that has to";
+
+/// A message about a payment of the first order, and that payment, at `state`.
+fn payment(state: &str) -> String {
+    let reason = if state == "refund_due" {
+        "'already_paid'"
+    } else {
+        "NULL"
+    };
+    format!(
+        "INSERT INTO payment_events (received_at, provider, event_id, kind, body, payment_id)
+             VALUES (now(), 'standard', 'e', 'payment.succeeded', '', 'p');
+         INSERT INTO payments (received_at, provider, payment_id, order_ref, order_id, amount, currency, state,
+                               refund_reason, changed_at, check_at)
+             SELECT now(), 'standard', 'p', order_id::text, order_id, amount, currency, '{state}', {reason}, now(), now()
+               FROM orders o ORDER BY o.order_id LIMIT 1;"
+    )
+}
 
 async fn good() -> Sale {
     let sale = Sale::open(1).await;
@@ -46,7 +66,13 @@ async fn each_kind_of_tampering_is_found_by_its_check() {
         ("UPDATE sku SET total = 11 WHERE sku_id = 'B'", vec![JOURNAL]),
         ("DELETE FROM orders WHERE order_id = (SELECT min(order_id) FROM orders)", vec![COUNTERS]),
         ("UPDATE orders SET quantity = 2 WHERE order_id = (SELECT min(order_id) FROM orders)", vec![COUNTERS]),
-        ("UPDATE orders SET status = 2 WHERE order_id = (SELECT min(order_id) FROM orders)", vec![COUNTERS]),
+        ("UPDATE orders SET status = 2 WHERE order_id = (SELECT min(order_id) FROM orders)", vec![COUNTERS, PAID]),
+        ("UPDATE orders SET status = 5 WHERE order_id = (SELECT min(order_id) FROM orders)", vec![COUNTERS, REFUNDS]),
+        (&payment("matched"), vec![PAID]),
+        (&(payment("orphan") + "DELETE FROM payment_events"), vec![BOOKED]),
+        (&(payment("orphan") + "DELETE FROM payments"), vec![BOOKED]),
+        (&payment("orphan"), vec![]),
+        (&payment("refund_due"), vec![]),
         ("UPDATE orders SET status = 3 WHERE order_id = (SELECT min(order_id) FROM orders)", vec![COUNTERS]),
         (copy, vec![COUNTERS, KEYS]),
         ("UPDATE orders SET quantity = 5000 WHERE order_id = (SELECT min(order_id) FROM orders)", vec![OVERSOLD, COUNTERS]),

@@ -101,7 +101,10 @@ async fn cancelling_while_batches_are_written_leaves_an_unbroken_journal() {
     ];
     let cancel = async {
         for order in &cancelled {
-            let moved = sale.database.cancel_order(sale.lease(), order.id).await;
+            let moved = sale
+                .database
+                .cancel_order(sale.lease(), order.id, None)
+                .await;
             assert!(
                 matches!(
                     moved,

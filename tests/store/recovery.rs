@@ -79,7 +79,7 @@ async fn load(sale: &Sale, floor: OrderId) -> HashMap<OrderId, (UserId, Remember
     let mut loaded = HashMap::new();
     let count = sale
         .database
-        .load_window(floor, |user, order| {
+        .load_window(floor, |user, order, _| {
             assert!(loaded.insert(order.order_id, (user, order)).is_none());
         })
         .await

@@ -51,7 +51,7 @@ async fn migrating_twice_does_nothing_and_everything_lives_in_the_schema() {
         .await
         .unwrap();
     let published: Vec<&str> = published.iter().map(|row| row.get(0)).collect();
-    assert_eq!(published, ["dead_letters", "orders", "sku"]);
+    assert_eq!(published, ["dead_letters", "orders", "payments", "sku"]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -13,6 +13,7 @@ pub mod sale;
 pub mod served;
 pub mod server;
 pub mod standby;
+pub mod webhook;
 
 /// Runs a test on a runtime with room for many blocking callers.
 pub fn block_on(test: impl Future<Output = ()>) {

@@ -9,6 +9,9 @@ use serde_json::{Value, json};
 use super::http::{Answer, call};
 use super::postgres::{TestDatabase, test_dir};
 
+/// What the tests' receipts are signed with.
+pub const RECEIPT_KEY: &str = "a key that the tests sign receipts with";
+
 /// A running Millrace.
 pub struct TestServer {
     /// Where the shop's backend calls.
@@ -35,6 +38,8 @@ impl TestServer {
         config.database.url = url;
         config.data_plane.listen.set_port(0);
         config.control_plane.listen.set_port(0);
+        // The same in every process of a test, as in a shop.
+        config.receipt.key.0 = vec![RECEIPT_KEY.to_owned()];
         configure(&mut config);
         let millrace = Millrace::start(config).await.expect("start Millrace");
         TestServer {

@@ -1,5 +1,6 @@
 //! `millrace demo`: a flash sale on real parts, shown live, then audited.
 
+mod money;
 mod verdict;
 
 use std::io::{IsTerminal, Write as _};
@@ -8,18 +9,36 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::Args;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{client, logging};
 use crate::app::Millrace;
-use crate::config::{Config, Log, LogFormat};
+use crate::config::{Config, Log, LogFormat, OneOrMany};
 use crate::loadgen::{
-    LoadPlan, LoadReport, OrderMode, PageOptions, Promise, RateProfile, StderrProgress,
-    render_page, render_table, run_until,
+    LoadPlan, LoadReport, OrderMode, PageOptions, PaymentKind, Promise, RateProfile,
+    StderrProgress, WebhookSecret, render_page, render_table, run_until,
 };
 
 /// The order timeout of seven seconds and a bound for a busy machine, in milliseconds.
 const ANSWER_MS_MAX: f64 = 8_000.0;
+
+/// The share of orders that are paid.
+const PAY_SHARE: f64 = 0.7;
+
+/// How long buyers have to pay, in milliseconds: longer than `orders.timeout_ms`, so that no order
+/// expires before its buyer has heard of it, and than the rush, so that units come back when it is
+/// over. In a longer rush they are ordered again.
+const PAYMENT_TTL_MS: u64 = 10_000;
+
+/// From an order's expiry to the last payment that is too late for it, and to its units being back.
+const TOO_LATE_MS: u64 = 3_000;
+
+/// How long the server may take after that to find the orders of early payments and to return the
+/// units of orders that expired.
+const SETTLING: Duration = Duration::from_secs(30);
+
+/// What everything is sold in.
+const CURRENCY: &str = "EUR";
 
 /// What is on sale: id, title, price in minor units, share of the stock, share of the clicks.
 const SHELF: [(&str, &str, i64, f64, f64); 4] = [
@@ -40,7 +59,7 @@ pub struct DemoArgs {
     /// How long the rush lasts, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=3_600))]
     duration: u32,
-    /// Decides buyers, SKUs and double clicks.
+    /// Decides buyers, SKUs, double clicks and who pays how.
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
     /// Where the page with the pictures goes.
@@ -70,6 +89,9 @@ pub async fn run(args: DemoArgs) -> anyhow::Result<bool> {
     };
     config.data_plane.listen.set_port(0);
     config.control_plane.listen.set_port(0);
+    let secret = WebhookSecret::of_key(&rand::random::<[u8; 32]>());
+    config.payments.standard.secret = OneOrMany(vec![secret.text().to_owned()]);
+    config.orders.payment_ttl_ms = PAYMENT_TTL_MS;
     if let Some(url) = &args.database_url {
         config.database.url.clone_from(url);
         // Never among the orders of a real sale.
@@ -91,7 +113,7 @@ pub async fn run(args: DemoArgs) -> anyhow::Result<bool> {
     ));
     // Whatever happens from here on, what was started is stopped.
     let sale = tokio::select! {
-        sale = hold_sale(&args, &millrace) => sale,
+        sale = hold_sale(&args, &millrace, secret) => sale,
         reason = millrace.poisoned() => Err(anyhow::anyhow!("Millrace stopped itself: {reason}")),
     };
     let clean = millrace.drain().await;
@@ -114,12 +136,13 @@ pub async fn run(args: DemoArgs) -> anyhow::Result<bool> {
 async fn hold_sale(
     args: &DemoArgs,
     millrace: &Millrace,
+    secret: WebhookSecret,
 ) -> anyhow::Result<(LoadReport, Vec<Promise>)> {
     let control = millrace.control_plane.to_string();
     let (opened, buyers) = (Instant::now(), buyers(args));
     for (sku_id, title, unit_price, share, _) in SHELF {
         let body = json!({
-            "title": title, "unit_price": unit_price, "currency": "EUR",
+            "title": title, "unit_price": unit_price, "currency": CURRENCY,
             "total": (f64::from(args.stock) * share) as u32, "per_user_limit": 1,
         });
         client::call(
@@ -132,11 +155,12 @@ async fn hold_sale(
     }
     say(&format!(
         "{} units of {} SKUs in stock, one to a buyer; {buyers} buyers click within {} s, {} times a second at the peak, \
-         3 of 10 clicks are double clicks",
+         3 of 10 clicks are double clicks; 7 of 10 orders are paid, the others expire after {} s",
         args.stock,
         SHELF.len(),
         args.duration,
-        args.rate
+        args.rate,
+        PAYMENT_TTL_MS / 1_000
     ));
     let mut plan = LoadPlan {
         target: format!("http://{}", millrace.data_plane),
@@ -150,6 +174,10 @@ async fn hold_sale(
         mode: OrderMode::Mixed,
         seed: args.seed,
         keep_outcomes: true,
+        pay_share: PAY_SHARE,
+        payment_secret: Some(secret),
+        pay_grace_ms: PAYMENT_TTL_MS + TOO_LATE_MS,
+        watch_after_ms: PAYMENT_TTL_MS + 1_000,
         // Buyers of their own, so that the demo can run again on a database that is kept.
         user_prefix: format!("u{}-", millrace_epoch()),
         ..LoadPlan::default()
@@ -161,12 +189,20 @@ async fn hold_sale(
     let interrupted = async {
         let _ = tokio::signal::ctrl_c().await;
     };
+    let before = client::call(&control, "GET", "/admin/v1/audit", None).await?;
     let report = run_until(plan, &mut StderrProgress::new(), interrupted).await?;
-    say("Auditing: what every buyer was told against every row ...");
+    say("Auditing: what every buyer was told and paid against every row ...");
     wait_until_quiet(&control).await?;
-    let audit = client::call(&control, "GET", "/admin/v1/audit", None).await?;
-    let promises =
-        verdict::judge(millrace.database(), &report, &prefix, &audit, ANSWER_MS_MAX).await?;
+    let audit = wait_until_settled(&control, &before, &report).await?;
+    let promises = verdict::judge(
+        millrace.database(),
+        &report,
+        &prefix,
+        &before,
+        &audit,
+        ANSWER_MS_MAX,
+    )
+    .await?;
     tracing::debug!(seconds = opened.elapsed().as_secs_f64(), "the sale is over");
     Ok((report, promises))
 }
@@ -199,6 +235,44 @@ async fn wait_until_quiet(control: &str) -> anyhow::Result<()> {
         );
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
+}
+
+/// Waits until payments that came before their order have found it and units of expired orders are
+/// back, and returns the audit. What is late for that is for the verdict to say.
+async fn wait_until_settled(
+    control: &str,
+    before: &Value,
+    report: &LoadReport,
+) -> anyhow::Result<Value> {
+    let deadline = Instant::now() + SETTLING;
+    loop {
+        let audit = client::call(control, "GET", "/admin/v1/audit", None).await?;
+        if is_settled(before, &audit, report) || Instant::now() >= deadline {
+            return Ok(audit);
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+/// No payment waits but those that can never find an order, no unit is held, and the audit is of a
+/// quiet moment.
+fn is_settled(before: &Value, audit: &Value, report: &LoadReport) -> bool {
+    let kinds = report.payments.iter().flat_map(|payments| &payments.kinds);
+    let lost = kinds.filter(|kind| kind.kind == PaymentKind::Lost);
+    let lost: u64 = lost.map(|kind| kind.sent).sum();
+    // Those still waiting, and those that the server has given up looking for.
+    let without_order = |audit: &Value| {
+        let payments = &audit["payments"];
+        let count = |value: &Value| value.as_u64().unwrap_or(0);
+        count(&payments["orphan"]["count"])
+            + count(&payments["refund_reasons"]["receipt_missing"])
+            + count(&payments["refund_reasons"]["receipt_invalid"])
+    };
+    let skus = audit["skus"].as_array().map(Vec::as_slice);
+    without_order(audit) <= without_order(before) + lost
+        && (skus.unwrap_or_default().iter()).all(|sku| sku["held_by_orders"] == 0)
+        && audit["orders_in_flight"] == 0
+        && verdict::live_compared(audit)
 }
 
 fn publish(args: &DemoArgs, report: &LoadReport, promises: &[Promise]) -> anyhow::Result<()> {

@@ -5,7 +5,9 @@ use std::collections::HashMap;
 
 use serde_json::Value;
 
+use super::money::{self, OrderRow};
 use crate::loadgen::{AnswerKind, LoadReport, Promise, Told};
+use crate::order::OrderStatus;
 use crate::pipeline::audit::LIVE_CHECK;
 use crate::store::postgres::Database;
 
@@ -60,11 +62,13 @@ impl Heard {
 }
 
 /// Judges the sale of the buyers whose ids begin with `user_prefix`; an answer may take
-/// `answer_ms_max` from the moment that a click was sent.
+/// `answer_ms_max` from the moment that a click was sent. `audit_before` is of the time before the
+/// first click.
 pub async fn judge(
     database: &Database,
     report: &LoadReport,
     user_prefix: &str,
+    audit_before: &Value,
     audit: &Value,
     answer_ms_max: f64,
 ) -> anyhow::Result<Vec<Promise>> {
@@ -81,6 +85,7 @@ pub async fn judge(
     let mut untold_rows = Vec::new();
     let mut wrong_rows = Vec::new();
     let mut found: HashMap<Buyer, u64> = HashMap::new();
+    let mut order_rows = Vec::new();
     database
         .read_orders(|order| {
             if !order.user_id.starts_with(user_prefix) {
@@ -89,9 +94,14 @@ pub async fn judge(
             rows += 1;
             let id = order.id.get();
             let buyer = (order.user_id.clone(), order.sku_id.clone());
+            order_rows.push(OrderRow {
+                order_id: id,
+                amount: order.amount,
+                status: order.status,
+            });
             match heard.get(&buyer) {
                 Some(told) if told.placed == Some(id) => {
-                    if order.quantity != 1 || order.status.as_str() != "pending_payment" {
+                    if order.quantity != 1 || !is_of_a_sale(order.status) {
                         wrong_rows.push(id);
                     }
                 }
@@ -136,12 +146,7 @@ pub async fn judge(
     let unanswered = report.count(AnswerKind::Transport) + report.count(AnswerKind::ServerError);
     let slowest_ms =
         report.latency.all.max_ms.unwrap_or(0.0) - report.send_lag.max_ms.unwrap_or(0.0);
-    let live_compared = audit["checks"]
-        .as_array()
-        .into_iter()
-        .flatten()
-        .any(|check| check["name"] == LIVE_CHECK);
-    Ok(vec![
+    let mut promises = vec![
         promise(
             "Every click was answered, in time",
             unanswered == 0 && slowest_ms <= answer_ms_max,
@@ -152,7 +157,7 @@ pub async fn judge(
             ),
         ),
         promise(
-            "Every unit that was wanted was sold, and none twice",
+            "Every unit that was wanted was ordered, and none twice at once",
             unsold == 0 && oversold == 0,
             format!(
                 "{rows} orders of one unit; {unsold} units withheld from buyers who wanted them, {oversold} SKUs oversold"
@@ -199,15 +204,43 @@ pub async fn judge(
                 report.count(AnswerKind::Replayed)
             ),
         ),
-        promise(
-            "The audit of the database agrees",
-            audit["ok"] == true && live_compared,
-            audit_detail(audit),
-        ),
-    ])
+    ];
+    if let Some(payments) = &report.payments {
+        promises.extend(money::judge(payments, &order_rows, audit_before, audit));
+    }
+    promises.push(promise(
+        "The audit of the database agrees",
+        audit["ok"] == true && live_compared(audit),
+        audit_detail(audit),
+    ));
+    Ok(promises)
 }
 
-/// Units that are still free although somebody who wanted one was told that there were none.
+/// Whether the audit was of a quiet moment, so that it could hold memory against the rows.
+pub fn live_compared(audit: &Value) -> bool {
+    let checks = audit["checks"].as_array();
+    let mut checks = checks.into_iter().flatten();
+    checks.any(|check| check["name"] == LIVE_CHECK)
+}
+
+/// Whether an order that was placed can stand here at the end of a sale in which nobody cancels and
+/// no row is refused; `money` says whether it should.
+fn is_of_a_sale(status: OrderStatus) -> bool {
+    match status {
+        OrderStatus::PendingPayment
+        | OrderStatus::Paid
+        | OrderStatus::Expired
+        | OrderStatus::RefundDue
+        | OrderStatus::Refunded => true,
+        OrderStatus::Accepted
+        | OrderStatus::Undecided
+        | OrderStatus::Cancelled
+        | OrderStatus::Failed => false,
+    }
+}
+
+/// Units that were never ordered although somebody who wanted one was told that there were none. An
+/// order that has meanwhile expired counts: its buyer had the unit and did not pay.
 fn unsold(
     report: &LoadReport,
     heard: &HashMap<Buyer, Heard>,

@@ -6,6 +6,8 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
 use super::ControlPlane;
+use crate::store::StoreError;
+use crate::store::postgres::Database;
 
 /// One named check of readiness.
 #[derive(Debug, Serialize)]
@@ -15,12 +17,20 @@ struct ReadyCheck {
     detail: String,
 }
 
+/// What may cost something later, and is no reason to take no orders.
+#[derive(Debug, Serialize)]
+struct Warning {
+    name: &'static str,
+    detail: String,
+}
+
 pub(super) async fn healthz() -> &'static str {
     "alive\n"
 }
 
 pub(super) async fn readyz(State(plane): State<ControlPlane>) -> Response {
     let mut checks = Vec::new();
+    let mut warnings = Vec::new();
     let mut check = |name, ok, detail: String| checks.push(ReadyCheck { name, ok, detail });
     match plane.parts() {
         Err(_) => check("recovery", false, plane.shared.progress.load().to_string()),
@@ -46,6 +56,15 @@ pub(super) async fn readyz(State(plane): State<ControlPlane>) -> Response {
                 .as_ref()
                 .map_or_else(ToString::to_string, |()| "answers".into());
             check("database", ping.is_ok(), detail);
+            // Who may not look at it gets no warning.
+            if ping.is_ok()
+                && let Ok(Some(detail)) = asynchronous(&parts.database).await
+            {
+                warnings.push(Warning {
+                    name: "replication",
+                    detail,
+                });
+            }
         }
     }
     let ready = checks.iter().all(|check| check.ok);
@@ -54,8 +73,27 @@ pub(super) async fn readyz(State(plane): State<ControlPlane>) -> Response {
     } else {
         StatusCode::SERVICE_UNAVAILABLE
     };
-    let body = serde_json::json!({ "ready": ready, "checks": checks });
+    let body = serde_json::json!({ "ready": ready, "checks": checks, "warnings": warnings });
     (status, axum::Json(body)).into_response()
+}
+
+/// What a failover to a standby may cost, where there is one and commits do not wait for it.
+async fn asynchronous(database: &Database) -> Result<Option<String>, StoreError> {
+    let replication = database.replication().await?;
+    let cause = if replication.standbys == 0 {
+        return Ok(None);
+    } else if replication.synchronous_standby_names.is_empty() {
+        "synchronous_standby_names is empty".to_owned()
+    } else if matches!(&*replication.synchronous_commit, "off" | "local") {
+        format!("synchronous_commit is {}", replication.synchronous_commit)
+    } else {
+        return Ok(None);
+    };
+    Ok(Some(format!(
+        "standbys are connected ({}) and {cause}: a failover may lose the last orders that were \
+         told 201, cancellations and payments",
+        replication.standbys
+    )))
 }
 
 pub(super) async fn metrics(State(plane): State<ControlPlane>) -> Response {

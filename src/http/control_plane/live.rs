@@ -29,6 +29,20 @@ struct Live {
     batch_retries: Totals,
     orders_parked: i64,
     dead_letters: u64,
+    payments: Payments,
+}
+
+/// Open payments are counted every few seconds, by the cashier.
+#[derive(Debug, Serialize)]
+struct Payments {
+    matched: u64,
+    orphans: i64,
+    orphan_oldest_seconds: f64,
+    /// How long the configured checks of an orphan take.
+    orphan_checks_seconds: f64,
+    refunds_due: i64,
+    refund_due_oldest_seconds: f64,
+    orders_expired: u64,
 }
 
 #[derive(Debug, Serialize)]
@@ -77,6 +91,7 @@ pub(super) async fn live(State(plane): State<ControlPlane>) -> Response {
         batch_retries: metrics.batch_retries.totals(),
         orders_parked: metrics.orders_parked.get(),
         dead_letters: metrics.dead_letters.get(),
+        payments: payments(metrics, parts),
     };
     axum::Json(live).into_response()
 }
@@ -98,6 +113,22 @@ fn skus(parts: &Parts) -> Vec<SkuView> {
     all.iter()
         .map(|sku| SkuView::of(sku, catalogue.is_paused()))
         .collect()
+}
+
+fn payments(metrics: &Metrics, parts: Option<&Parts>) -> Payments {
+    let checks = parts.map(|parts| parts.orphan_checks.take());
+    let payments = &metrics.payments;
+    let verdicts = payments.verdicts.totals();
+    let paid = ["matched", "recovered"].map(|verdict| verdicts.get(verdict).map_or(0, |n| *n));
+    Payments {
+        matched: paid.iter().sum(),
+        orphans: payments.orphan_payments.get(),
+        orphan_oldest_seconds: payments.orphan_oldest_seconds.get(),
+        orphan_checks_seconds: checks.unwrap_or_default().as_secs_f64(),
+        refunds_due: payments.refunds_due.get(),
+        refund_due_oldest_seconds: payments.refund_due_oldest_seconds.get(),
+        orders_expired: payments.orders_expired.get(),
+    }
 }
 
 fn batches(metrics: &Metrics) -> Batches {

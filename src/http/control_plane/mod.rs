@@ -10,6 +10,7 @@ mod extract;
 mod failure;
 mod health;
 mod live;
+mod payments;
 mod routes;
 mod skus;
 
@@ -26,7 +27,9 @@ use crate::http::problem::Problem;
 use crate::http::tokens::Tokens;
 use crate::metrics::Metrics;
 use crate::order::IdempotencyKey;
+use crate::order::receipt::ReceiptKeys;
 use crate::pipeline::audit::audit;
+use crate::pipeline::cashier::{CashierDesk, OrphanChecks};
 use crate::pipeline::intake::Intake;
 use crate::pipeline::lease::AcknowledgeLease;
 use crate::pipeline::ledger::Ledger;
@@ -71,6 +74,12 @@ pub struct Parts {
     pub acknowledge: Arc<AcknowledgeLease>,
     /// The database.
     pub database: Database,
+    /// For payments.
+    pub cashier: CashierDesk,
+    /// How long a payment looks for its order.
+    pub orphan_checks: OrphanChecks,
+    /// What reads receipts.
+    pub receipts: Arc<ReceiptKeys>,
     /// An operator's hands.
     pub operator: Operator,
     /// Brings gauges up to date.

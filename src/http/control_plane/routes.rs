@@ -4,7 +4,9 @@
 use axum::handler::Handler;
 use axum::routing::{self, MethodFilter, MethodRouter};
 
-use super::{ControlPlane, dashboard, dead_letters, health, live, openapi, run_audit, skus};
+use super::{
+    ControlPlane, dashboard, dead_letters, health, live, openapi, payments, run_audit, skus,
+};
 
 /// One method on one path.
 pub(super) struct Route {
@@ -75,6 +77,12 @@ pub(super) fn routes() -> Vec<Route> {
         get("/admin/v1/dead-letters/{id}", dead_letters::get),
         post("/admin/v1/dead-letters/{id}/retry", dead_letters::retry),
         post("/admin/v1/dead-letters/{id}/discard", dead_letters::discard),
+        get("/admin/v1/payments", payments::all),
+        get("/admin/v1/orphan-payments", payments::orphans),
+        get("/admin/v1/orphan-payments/{id}", payments::get),
+        post("/admin/v1/orphan-payments/{id}/retry", payments::retry),
+        post("/admin/v1/orphan-payments/{id}/close", payments::close),
+        post("/admin/v1/orders/{order_id}/refunded", payments::refunded),
         get("/admin/v1/audit", run_audit),
     ]
 }

@@ -32,7 +32,7 @@ use may::coroutine::JoinHandle;
 use may_minihttp::{HttpService, HttpServiceFactory};
 
 use super::hardened::Limits;
-use super::hardened::framing::BATCH_PATH;
+use super::hardened::framing::body_limit;
 use super::message::{Request, Response, Service};
 use super::wake::CoroutineWaker;
 use crate::http::problem::{Problem, reason};
@@ -150,11 +150,11 @@ impl<S: Service> Mounted<S> {
             *end = (self.head.len(), self.values.len());
         }
 
-        let limit = if request.path() == BATCH_PATH {
-            self.batch_body_bytes_max
-        } else {
-            self.body_bytes_max
-        };
+        let limit = body_limit(
+            request.path(),
+            self.body_bytes_max,
+            self.batch_body_bytes_max,
+        );
         self.body.clear();
         // Dropping the reader throws away what is left of the body.
         let body = request.body();

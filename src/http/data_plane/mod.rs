@@ -2,6 +2,7 @@
 //! ([`service`]), and the two engines that it mounts on ([`hardened`], [`minihttp`]).
 
 mod bridge;
+mod callbacks;
 pub mod dispatcher;
 pub mod hardened;
 pub mod message;

@@ -47,28 +47,36 @@ impl DataPlane {
                 } else {
                     OrderStatus::Undecided
                 };
-                json(response, 200, &OrderView::of(&pending.order, status));
+                json(
+                    response,
+                    200,
+                    &OrderView::of(&pending.order, status, &self.receipts),
+                );
                 return Ok(());
             }
             Followed::OnDisk(order) => {
-                json(response, 200, &OrderView::of(&order, OrderStatus::Accepted));
+                json(
+                    response,
+                    200,
+                    &OrderView::of(&order, OrderStatus::Accepted, &self.receipts),
+                );
                 return Ok(());
             }
             Followed::Never => return Err(unknown_order(id)),
             Followed::Elsewhere => {}
         }
-        if let Some(recent) = self.ledger.recent.get(id) {
+        if let Some(recent) = self.recent(id) {
             json(
                 response,
                 200,
-                &OrderView::of(&recent.order, OrderStatus::PendingPayment),
+                &OrderView::of(&recent.order, OrderStatus::PendingPayment, &self.receipts),
             );
             return Ok(());
         }
         let stored = self
             .find_stored(request, self.order_timeout, id)?
             .ok_or_else(|| unknown_order(id))?;
-        json(response, 200, &OrderView::stored(&stored));
+        json(response, 200, &self.stored_view(&stored));
         Ok(())
     }
 
@@ -143,7 +151,7 @@ impl DataPlane {
             }
             CancelError::Store(error) => DataPlane::database_problem(&error),
         })?;
-        json(response, 200, &OrderView::stored(&order));
+        json(response, 200, &self.stored_view(&order));
         Ok(())
     }
 
@@ -218,18 +226,19 @@ impl DataPlane {
                 } else {
                     OrderStatus::Undecided
                 };
-                (*id, OrderView::of(&pending.order, status))
+                (*id, OrderView::of(&pending.order, status, &self.receipts))
             })
             .collect();
-        views.extend(
-            on_disk
-                .iter()
-                .map(|order| (order.id, OrderView::of(order, OrderStatus::Accepted))),
-        );
+        views.extend(on_disk.iter().map(|order| {
+            (
+                order.id,
+                OrderView::of(order, OrderStatus::Accepted, &self.receipts),
+            )
+        }));
         views.extend(
             stored
                 .iter()
-                .map(|order| (order.id, OrderView::stored(order))),
+                .map(|order| (order.id, self.stored_view(order))),
         );
         let mut newest: Vec<_> = views.into_iter().collect();
         newest.sort_unstable_by(|(a, _), (b, _)| b.cmp(a));

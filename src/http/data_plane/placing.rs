@@ -94,14 +94,16 @@ enum Standing {
 }
 
 impl Standing {
-    fn view(&self) -> OrderView<'_> {
+    fn view<'a>(&'a self, plane: &DataPlane) -> OrderView<'a> {
         match self {
-            Standing::InFlight(pending, status) => OrderView::of(&pending.order, *status),
+            Standing::InFlight(pending, status) => {
+                OrderView::of(&pending.order, *status, &plane.receipts)
+            }
             Standing::Accepted {
                 order,
                 estimated_wait_ms,
-            } => OrderView::accepted(order, *estimated_wait_ms),
-            Standing::Stored(stored) => OrderView::stored(stored),
+            } => OrderView::accepted(order, *estimated_wait_ms, &plane.receipts),
+            Standing::Stored(stored) => plane.stored_view(stored),
         }
     }
 }
@@ -142,7 +144,7 @@ impl DataPlane {
                 replayed,
                 order,
             } => {
-                let view = order.view();
+                let view = order.view(self);
                 response.header("Location", format_args!("/v1/orders/{}", view.order_id()));
                 if replayed {
                     response.header("Idempotency-Replayed", "true");
@@ -212,7 +214,7 @@ impl DataPlane {
                 Verdict::Problem(problem) => ndjson_line(out, problem.status, problem),
                 Verdict::Order {
                     http_status, order, ..
-                } => ndjson_line(out, *http_status, &order.view()),
+                } => ndjson_line(out, *http_status, &order.view(self)),
             }
         }
         Ok(())
@@ -260,7 +262,7 @@ impl DataPlane {
             if let Some(pending) = self.ledger.pending.get(id) {
                 return Ok(Admitted::Joined(pending));
             }
-            if let Some(recent) = self.ledger.recent.get(id) {
+            if let Some(recent) = self.recent(id) {
                 return Ok(Admitted::Recent(recent));
             }
             // One limit for all orders of a batch: nobody waits beyond the order timeout.
@@ -342,8 +344,8 @@ impl DataPlane {
                 };
                 self.count(outcome);
                 // One of the journal may have waited for too long to be payable.
-                let late = pending.slot.is_recorded()
-                    && pending.order.expires_at <= self.ledger.ids.real_now();
+                let now = self.ledger.ids.real_now();
+                let late = pending.slot.is_recorded() && self.ledger.is_late(&pending.order, now);
                 let status = if late {
                     OrderStatus::Expired
                 } else {

@@ -11,15 +11,20 @@ use tokio::runtime::Handle;
 use super::bridge;
 use super::hardened::framing::BATCH_PATH;
 use super::message::{Request, Response, Service};
+use super::payments::Providers;
 use crate::http::problem::Problem;
 use crate::http::tokens::Tokens;
-use crate::http::wire::SkuView;
+use crate::http::wire::{OrderView, SkuView};
 use crate::metrics::Metrics;
-use crate::order::{Order, OrderId, Refusal, SkuId, UserId};
+use crate::order::payment::Provider;
+use crate::order::receipt::ReceiptKeys;
+use crate::order::{Order, OrderId, OrderStatus, Refusal, SkuId, UserId};
 use crate::pipeline::cancel::Canceller;
+use crate::pipeline::cashier::CashierDesk;
 use crate::pipeline::intake::Intake;
 use crate::pipeline::ledger::Ledger;
 use crate::queue::OrderQueue;
+use crate::state::pending::PendingOrder;
 use crate::store::StoreError;
 use crate::store::postgres::Database;
 use crate::store::postgres::orders::StoredOrder;
@@ -31,6 +36,9 @@ pub struct DataPlane {
     pub(super) queue: Arc<dyn OrderQueue>,
     pub(super) database: Database,
     pub(super) canceller: Canceller,
+    pub(super) cashier: CashierDesk,
+    pub(super) providers: Providers,
+    pub(super) receipts: Arc<ReceiptKeys>,
     /// Whether a user's whole history can be listed.
     pub(super) user_index: bool,
     pub(super) runtime: Handle,
@@ -53,6 +61,12 @@ pub struct DataPlaneParts {
     pub database: Database,
     /// For cancelling.
     pub canceller: Canceller,
+    /// For payments.
+    pub cashier: CashierDesk,
+    /// Whose callbacks are taken.
+    pub providers: Providers,
+    /// What signs receipts.
+    pub receipts: Arc<ReceiptKeys>,
     /// Whether a user's whole history can be listed.
     pub user_index: bool,
     /// Where futures run.
@@ -67,13 +81,14 @@ pub struct DataPlaneParts {
 
 /// Method and path of everything that the data plane serves, as OpenAPI writes paths. `route`
 /// below knows the same ones; `tests/openapi.rs` asks for each.
-pub const ROUTES: [(&str, &str); 6] = [
+pub const ROUTES: [(&str, &str); 7] = [
     ("POST", "/v1/orders"),
     ("POST", BATCH_PATH),
     ("GET", "/v1/orders/{order_id}"),
     ("POST", "/v1/orders/{order_id}/cancel"),
     ("GET", "/v1/users/{user_id}/orders"),
     ("GET", "/v1/skus/{sku_id}"),
+    ("POST", "/v1/payments/{provider}/notify"),
 ];
 
 impl DataPlane {
@@ -85,6 +100,9 @@ impl DataPlane {
             queue: parts.queue,
             database: parts.database,
             canceller: parts.canceller,
+            cashier: parts.cashier,
+            providers: parts.providers,
+            receipts: parts.receipts,
             user_index: parts.user_index,
             runtime: parts.runtime,
             metrics: parts.metrics,
@@ -109,10 +127,24 @@ impl DataPlane {
     }
 
     fn route(&self, request: &Request<'_>, response: &mut Response) -> Result<(), Problem> {
+        let path = request.path();
+        // A payment platform has no token: it signs.
+        if let Some(provider) = path
+            .strip_prefix("/v1/payments/")
+            .and_then(|rest| rest.strip_suffix("/notify"))
+        {
+            let provider = Provider::from_word(provider).ok_or_else(|| not_found(path))?;
+            let provider = self
+                .providers
+                .get(provider)
+                .ok_or_else(|| not_found(path))?;
+            allow(request, response, "POST")?;
+            self.take_callback(request, response, provider);
+            return Ok(());
+        }
         if !self.tokens.allow(request.header("authorization")) {
             return Err(Problem::unauthorized());
         }
-        let path = request.path();
         let Some(resource) = path.strip_prefix("/v1/") else {
             return Err(not_found(path));
         };
@@ -177,6 +209,25 @@ impl DataPlane {
             Ok(Err(_)) => Err(database_silent()),
             Ok(Ok(Err(_))) | Err(bridge::Gone) => Err(Problem::internal()),
         }
+    }
+
+    /// An order that was written a moment ago and is still to be paid.
+    pub(super) fn recent(&self, id: OrderId) -> Option<Arc<PendingOrder>> {
+        self.ledger.recent.get(id, self.ledger.ids.real_now())
+    }
+
+    /// An order from the database. One that is past its time is expired, whether or not its row
+    /// has been moved yet.
+    pub(super) fn stored_view<'a>(&self, order: &'a StoredOrder) -> OrderView<'a> {
+        let past = order.status == OrderStatus::PendingPayment
+            && order.expires_at <= self.ledger.ids.real_now()
+            && !self.ledger.orphans.paid_in_time(order.id, order.expires_at);
+        let status = if past {
+            OrderStatus::Expired
+        } else {
+            order.status
+        };
+        OrderView::stored(order, status, &self.receipts)
     }
 
     /// Looks an order up in the database, for at most `limit`.

@@ -120,7 +120,7 @@ impl StockCounter {
     /// # Panics
     /// Where the sum does not fit.
     pub fn sell(&self, units: u32) {
-        self.move_sold(|sold| sold.checked_add(units), 0);
+        self.move_sold(|sold| sold.checked_add(units), |_| {});
     }
 
     /// Gives back `units` that were sold.
@@ -128,10 +128,41 @@ impl StockCounter {
     /// # Panics
     /// Where fewer are sold: units would be created from nothing.
     pub fn unsell(&self, units: u32) {
-        self.move_sold(|sold| sold.checked_sub(units), units);
+        self.move_sold(
+            |sold| sold.checked_sub(units),
+            |counter| counter.release(units),
+        );
     }
 
-    fn move_sold(&self, change: impl FnOnce(u32) -> Option<u32>, release: u32) {
+    /// Takes `units` that were sold out of the sale: nobody has them, and nobody can buy them.
+    ///
+    /// # Panics
+    /// Where fewer are sold: units would be created from nothing.
+    pub fn withdraw(&self, units: u32) {
+        self.move_sold(
+            |sold| sold.checked_sub(units),
+            |counter| {
+                let withdrawn =
+                    counter
+                        .word
+                        .fetch_update(Ordering::AcqRel, Ordering::Relaxed, |word| {
+                            let (total, taken) = unpack(word);
+                            Some(pack(total.checked_sub(units)?, taken.checked_sub(units)?))
+                        });
+                if let Err(word) = withdrawn {
+                    panic!("withdrew {units} units from {:?}", unpack(word));
+                }
+            },
+        );
+    }
+
+    /// Sets how many of the taken units are sold, as far as so many are taken.
+    pub fn set_sold(&self, sold: u32) {
+        let (_, taken) = unpack(self.word.load(Ordering::Acquire));
+        self.move_sold(|_| Some(sold.min(taken)), |_| {});
+    }
+
+    fn move_sold(&self, change: impl FnOnce(u32) -> Option<u32>, and: impl FnOnce(&Self)) {
         self.moving.with(|()| {
             let before = self.sold.load(Ordering::Relaxed);
             let Some(after) = change(before) else {
@@ -143,9 +174,7 @@ impl StockCounter {
             // The odd number becomes visible before any of the writes below.
             fence(Ordering::Release);
             self.sold.store(after, Ordering::Relaxed);
-            if release > 0 {
-                self.release(release);
-            }
+            and(self);
             // Release: the writes above are visible before the even number.
             self.sequence
                 .store(sequence.wrapping_add(2), Ordering::Release);

@@ -297,6 +297,25 @@ mod tests {
     }
 
     #[test]
+    fn units_that_are_withdrawn_leave_the_total_and_nobody_can_take_them() {
+        let counter = StockCounter::new(10, 4, 3);
+        counter.withdraw(2);
+        let left = StockSnapshot {
+            total: 8,
+            free: 3,
+            held: 4,
+            sold: 1,
+        };
+        assert_eq!(counter.snapshot(), left);
+        assert_eq!(counter.hold(4), Err(NotEnough { available: 3 }));
+        // After a failover the database says how many are sold; more than are taken cannot be.
+        counter.set_sold(3);
+        assert_eq!(counter.snapshot().held, 2);
+        counter.set_sold(9);
+        assert_eq!((counter.snapshot().held, counter.snapshot().sold), (0, 5));
+    }
+
+    #[test]
     fn total_never_falls_below_what_is_taken() {
         let counter = StockCounter::new(10, 4, 2);
         assert_eq!(counter.set_total(5), Err(BelowCommitted { committed: 6 }));

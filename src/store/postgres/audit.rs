@@ -72,7 +72,58 @@ pub struct DatabaseAudit {
     pub dead_letters: i64,
     /// Orders that are both a row and a dead letter.
     pub both_row_and_dead_letter: i64,
+    /// Payments by state, currency and reason of a refund.
+    pub payments: Vec<PaymentSum>,
+    /// What contradicts itself among payments.
+    pub payment_faults: PaymentFaults,
 }
+
+/// Payments of one state, currency and reason.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PaymentSum {
+    /// Where they stand.
+    pub state: String,
+    /// In which currency they are.
+    pub currency: String,
+    /// Why they have to go back, or went back.
+    pub reason: Option<String>,
+    /// How many.
+    pub count: i64,
+    /// Their sum in minor units, in decimal digits.
+    pub amount: i128,
+}
+
+/// What contradicts itself among payments, each a number of rows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PaymentFaults {
+    /// Messages that report a payment which is not there.
+    pub events_without_payment: i64,
+    /// Payments that no message reports.
+    pub payments_without_event: i64,
+    /// Orders that are paid, without exactly one matched payment of their amount.
+    pub paid_without_payment: i64,
+    /// Matched payments whose order is not paid.
+    pub matched_without_paid_order: i64,
+    /// Orders whose money has to go back, without a payment that has to.
+    pub refund_due_without_payment: i64,
+}
+
+const PAYMENT_SUMS: &str = "
+    SELECT state, currency, CASE WHEN state = 'orphan' OR state = 'matched' THEN NULL ELSE refund_reason END,
+           count(*), sum(amount)::text
+      FROM payments GROUP BY 1, 2, 3 ORDER BY 1, 2, 3";
+
+const PAYMENT_FAULTS: &str = "
+    SELECT (SELECT count(*) FROM payment_events e WHERE e.payment_id IS NOT NULL AND NOT EXISTS
+               (SELECT FROM payments p WHERE (p.provider, p.payment_id) = (e.provider, e.payment_id))),
+           (SELECT count(*) FROM payments p WHERE NOT EXISTS
+               (SELECT FROM payment_events e WHERE (e.provider, e.payment_id) = (p.provider, p.payment_id))),
+           (SELECT count(*) FROM orders o WHERE o.status = 2 AND 1 <> (SELECT count(*) FROM payments p
+               WHERE p.order_id = o.order_id AND p.state = 'matched' AND p.amount = o.amount AND p.currency = o.currency)),
+           (SELECT count(*) FROM payments p WHERE p.state = 'matched' AND NOT EXISTS
+               (SELECT FROM orders o WHERE o.order_id = p.order_id AND o.status = 2)),
+           (SELECT count(*) FROM order_rows o WHERE o.status = 'refund_due' AND NOT EXISTS
+               (SELECT FROM payments p WHERE p.order_id = o.order_id AND p.state = 'refund_due'))";
 
 impl Database {
     /// Recomputes counters, keys and journal from the rows, in one snapshot. Reads every order.
@@ -128,6 +179,14 @@ impl Database {
             )
             .await
             .map_err(StoreError::statement(doing))?;
+        let sums = transaction
+            .query(PAYMENT_SUMS, &[])
+            .await
+            .map_err(StoreError::statement(doing))?;
+        let faults = transaction
+            .query_one(PAYMENT_FAULTS, &[])
+            .await
+            .map_err(StoreError::statement(doing))?;
         let gaps = transaction
             .query(GAPS, &[])
             .await
@@ -160,6 +219,23 @@ impl Database {
             orders_without_sku: counts.get(2),
             dead_letters: counts.get(3),
             both_row_and_dead_letter: counts.get(4),
+            payments: sums
+                .iter()
+                .map(|row| PaymentSum {
+                    state: row.get(0),
+                    currency: row.get(1),
+                    reason: row.get(2),
+                    count: row.get(3),
+                    amount: row.get::<_, &str>(4).parse().unwrap_or_default(),
+                })
+                .collect(),
+            payment_faults: PaymentFaults {
+                events_without_payment: faults.get(0),
+                payments_without_event: faults.get(1),
+                paid_without_payment: faults.get(2),
+                matched_without_paid_order: faults.get(3),
+                refund_due_without_payment: faults.get(4),
+            },
         })
     }
 }

@@ -152,7 +152,7 @@ impl Database {
             let row = transaction
                 .query_opt(
                     "WITH gone AS (
-                         DELETE FROM dead_letters WHERE id = $1 AND discarded_at IS NULL RETURNING *
+                         DELETE FROM dead_letters WHERE id = $1 AND discarded_at IS NULL AND status IS NULL RETURNING *
                      )
                      INSERT INTO orders (order_id, user_id, sku, quantity, adjustment, amount, currency, status,
                             created_at, expires_at, key_hash, payload_hash, attributes)

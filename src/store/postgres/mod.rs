@@ -8,8 +8,10 @@
 //! * [`journal`]: what the database knows of the journal;
 //! * [`recovery`]: what start-up reads back into memory;
 //! * [`orders`]: look-ups of orders; [`transitions`]: what changes them afterwards;
+//! * [`payments`]: payments as they stand, and those that look for their order;
 //! * [`dead_letters`]: orders that the database refused, and what a person does about them;
 //! * [`skus`]: administration of SKUs;
+//! * [`replication`]: whether commits wait for standbys;
 //! * [`audit`]: every promise that the database can show, recomputed.
 
 pub mod audit;
@@ -18,8 +20,10 @@ pub mod dead_letters;
 pub mod journal;
 pub mod lease;
 pub mod orders;
+pub mod payments;
 pub mod pooling;
 pub mod recovery;
+pub mod replication;
 pub mod skus;
 mod tls;
 pub mod transitions;

@@ -4,7 +4,7 @@ use futures_util::{StreamExt, pin_mut};
 use tokio_postgres::Row;
 
 use super::Database;
-use crate::order::{OrderId, OrderStatus, UnixMillis, UserId};
+use crate::order::{KeyHash, OrderId, OrderStatus, PayloadHash, SkuNumber, UnixMillis, UserId};
 use crate::store::StoreError;
 
 /// An order as it stands in the database.
@@ -16,6 +16,8 @@ pub struct StoredOrder {
     pub user_id: String,
     /// What was bought.
     pub sku_id: String,
+    /// The same, as the database calls it.
+    pub sku: SkuNumber,
     /// How many units.
     pub quantity: u32,
     /// What the shop added or took off, in minor units.
@@ -32,10 +34,17 @@ pub struct StoredOrder {
     pub expires_at: UnixMillis,
     /// The shop's own object.
     pub attributes: Option<String>,
+    /// Why its money has to go back, or went back.
+    pub refund_reason: Option<String>,
+    /// The hash of its idempotency key.
+    pub key: Option<KeyHash>,
+    /// The hash of what it asked for.
+    pub payload: PayloadHash,
 }
 
 const COLUMNS: &str = "order_id, user_id, sku_id, quantity, adjustment, amount, currency, status,
-    (extract(epoch FROM created_at) * 1000)::int8, (extract(epoch FROM expires_at) * 1000)::int8, attributes";
+    (extract(epoch FROM created_at) * 1000)::int8, (extract(epoch FROM expires_at) * 1000)::int8, attributes,
+    sku, refund_reason, decode(replace(key_hash::text, '-', ''), 'hex'), payload_hash";
 
 fn order_from_row(row: &Row) -> Result<StoredOrder, StoreError> {
     let raw: i64 = row.get(0);
@@ -56,6 +65,13 @@ fn order_from_row(row: &Row) -> Result<StoredOrder, StoreError> {
         created_at: UnixMillis(row.get(8)),
         expires_at: UnixMillis(row.get(9)),
         attributes: row.get(10),
+        sku: SkuNumber(row.get(11)),
+        refund_reason: row.get(12),
+        key: row
+            .get::<_, Option<&[u8]>>(13)
+            .and_then(|bytes| bytes.try_into().ok())
+            .map(KeyHash),
+        payload: PayloadHash(row.get::<_, i64>(14) as u64),
     })
 }
 
@@ -69,7 +85,7 @@ impl Database {
         let client = self.pooled().await?;
         let none: [i32; 0] = [];
         let rows = client
-            .query_raw(&format!("SELECT {COLUMNS} FROM order_list"), none)
+            .query_raw(&format!("SELECT {COLUMNS} FROM order_rows"), none)
             .await
             .map_err(StoreError::statement(doing))?;
         pin_mut!(rows);
@@ -86,7 +102,7 @@ impl Database {
     pub async fn find_orders(&self, ids: &[OrderId]) -> Result<Vec<StoredOrder>, StoreError> {
         let client = self.pooled().await?;
         let ids: Vec<i64> = ids.iter().map(|id| id.as_i64()).collect();
-        let sql = format!("SELECT {COLUMNS} FROM order_list WHERE order_id = ANY ($1)");
+        let sql = format!("SELECT {COLUMNS} FROM order_rows WHERE order_id = ANY ($1)");
         let rows = self
             .timed("looking orders up", client.query(&sql, &[&ids]))
             .await?;
@@ -106,7 +122,7 @@ impl Database {
     ) -> Result<Vec<StoredOrder>, StoreError> {
         let client = self.pooled().await?;
         let sql = format!(
-            "SELECT {COLUMNS} FROM order_list WHERE user_id = $1 AND order_id < $2 ORDER BY order_id DESC LIMIT $3"
+            "SELECT {COLUMNS} FROM order_rows WHERE user_id = $1 AND order_id < $2 ORDER BY order_id DESC LIMIT $3"
         );
         let before = before.as_i64();
         let rows = self
@@ -126,7 +142,7 @@ impl Database {
         let client = self.pooled().await?;
         let statement = client
             .prepare_cached(&format!(
-                "SELECT {COLUMNS} FROM order_list WHERE order_id = $1"
+                "SELECT {COLUMNS} FROM order_rows WHERE order_id = $1"
             ))
             .await
             .map_err(StoreError::statement("looking an order up"))?;

@@ -67,14 +67,15 @@ impl Database {
     }
 
     /// Hands every order from `floor` on, dead letters included, to `remember`, so that keys and
-    /// limits hold over a restart. Returns how many there were.
+    /// limits hold over a restart; with the moment until which it is to be paid, where it is.
+    /// Returns how many there were.
     ///
     /// # Errors
     /// Where a row cannot be one of ours, and what the database says.
     pub async fn load_window(
         &self,
         floor: OrderId,
-        mut remember: impl FnMut(UserId, Remembered),
+        mut remember: impl FnMut(UserId, Remembered, Option<UnixMillis>),
     ) -> Result<u64, StoreError> {
         let client = self.pooled().await?;
         let live = OrderStatus::ALL
@@ -85,11 +86,12 @@ impl Database {
         let rows = client
             .query_raw(
                 "SELECT order_id, user_id, sku, quantity, decode(replace(key_hash::text, '-', ''), 'hex'), payload_hash,
-                        status = ANY ($2::int2[])
+                        status = ANY ($2::int2[]),
+                        CASE WHEN status = 1 THEN (extract(epoch FROM expires_at) * 1000)::int8 END
                    FROM orders WHERE order_id >= $1
                  UNION ALL
                  SELECT order_id, user_id, sku, quantity, decode(replace(key_hash::text, '-', ''), 'hex'), payload_hash,
-                        false
+                        false, NULL
                    FROM dead_letters WHERE order_id >= $1",
                 [&floor.as_i64() as &(dyn tokio_postgres::types::ToSql + Sync), &live],
             )
@@ -121,6 +123,7 @@ impl Database {
                     quantity,
                     live: row.get(6),
                 },
+                row.get::<_, Option<i64>>(7).map(UnixMillis),
             );
             count += 1;
         }

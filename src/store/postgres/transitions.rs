@@ -4,7 +4,7 @@
 use tokio_postgres::Transaction;
 
 use super::{Database, NodeLease};
-use crate::order::{OrderId, OrderStatus, SkuNumber};
+use crate::order::{OrderId, OrderStatus, SkuNumber, UnixMillis};
 use crate::store::StoreError;
 
 /// What came of asking an order to move on.
@@ -45,12 +45,18 @@ pub(super) async fn fence(
 }
 
 impl Database {
-    /// Cancels an unpaid order: its status, its SKU's counter and the journal, all or nothing.
+    /// Cancels an unpaid order: its status, its SKU's counter and the journal, all or nothing. With
+    /// `now`, only where it could still be paid then; one that could not stands at `expired`.
     ///
     /// # Errors
     /// Where the database does not answer; the order may or may not be cancelled then, and asking
     /// again tells.
-    pub async fn cancel_order(&self, lease: NodeLease, id: OrderId) -> Result<Moved, StoreError> {
+    pub async fn cancel_order(
+        &self,
+        lease: NodeLease,
+        id: OrderId,
+        now: Option<UnixMillis>,
+    ) -> Result<Moved, StoreError> {
         let mut client = self.pooled().await?;
         let work = async {
             let transaction = client.transaction().await?;
@@ -63,19 +69,28 @@ impl Database {
             );
             let row = transaction
                 .query_opt(
-                    "UPDATE orders SET status = $3 WHERE order_id = $1 AND status = $2 RETURNING user_id, sku, quantity",
-                    &[&id.as_i64(), &from, &to],
+                    "UPDATE orders SET status = $3
+                      WHERE order_id = $1 AND status = $2 AND ($4::int8 IS NULL OR expires_at > to_timestamp($4 / 1000.0))
+                     RETURNING user_id, sku, quantity",
+                    &[&id.as_i64(), &from, &to, &now.map(|now| now.0)],
                 )
                 .await?;
             let Some(row) = row else {
                 let word = transaction
                     .query_opt(
-                        "SELECT status FROM order_list WHERE order_id = $1",
+                        "SELECT status FROM order_rows WHERE order_id = $1",
                         &[&id.as_i64()],
                     )
                     .await?
                     .and_then(|row| row.get::<_, Option<String>>(0));
-                let status = word.as_deref().and_then(OrderStatus::from_word);
+                // One that is still there to be paid is past its time, and about to be moved.
+                let status = word
+                    .as_deref()
+                    .and_then(OrderStatus::from_word)
+                    .map(|found| match found {
+                        OrderStatus::PendingPayment => OrderStatus::Expired,
+                        other => other,
+                    });
                 // The fence has locked a row, so with synchronous replication this waits for the
                 // standby, and with it for the commit that was seen: it is true after a failover.
                 transaction.commit().await?;

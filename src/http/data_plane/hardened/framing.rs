@@ -16,6 +16,24 @@ pub const HEADERS_MAX: usize = 64;
 /// The path whose body may be larger: `POST /v1/orders:batch`.
 pub const BATCH_PATH: &str = "/v1/orders:batch";
 
+/// Where payment platforms call.
+pub const CALLBACKS_PATH: &str = "/v1/payments/";
+
+/// A platform's message is as long as it is, and refusing it would cost a payment: at least so many
+/// bytes are taken. Stripe's metadata alone may be 27 KB.
+pub const CALLBACK_BODY_BYTES: usize = 65_536;
+
+/// Longest body of a request to `path`, where `body_bytes_max` holds for any but a batch.
+pub fn body_limit(path: &str, body_bytes_max: usize, batch_body_bytes_max: usize) -> usize {
+    if path == BATCH_PATH {
+        batch_body_bytes_max
+    } else if path.starts_with(CALLBACKS_PATH) {
+        body_bytes_max.max(CALLBACK_BODY_BYTES)
+    } else {
+        body_bytes_max
+    }
+}
+
 /// Room for the header fields of one request, lent to [`parse`].
 pub type HeaderSlots<'b> = [MaybeUninit<Header<'b>>; HEADERS_MAX];
 
@@ -29,7 +47,7 @@ pub fn header_slots<'b>() -> HeaderSlots<'b> {
 pub struct Sizes {
     /// Request line and header fields.
     pub head_bytes_max: usize,
-    /// The body of any request but a batch.
+    /// The body of any request but a batch, see [`body_limit`].
     pub body_bytes_max: usize,
     /// The body of a request to [`BATCH_PATH`].
     pub batch_body_bytes_max: usize,
@@ -193,11 +211,7 @@ fn read_head<'h, 'b>(
         _ => return Err(FramingError::Host),
     }
     let target = origin_form(method, raw_target)?;
-    let limit = if target == BATCH_PATH {
-        sizes.batch_body_bytes_max
-    } else {
-        sizes.body_bytes_max
-    };
+    let limit = body_limit(&target, sizes.body_bytes_max, sizes.batch_body_bytes_max);
     if declared > limit {
         return Err(FramingError::BodyTooLarge);
     }

@@ -60,11 +60,15 @@ pub trait PaymentProvider: Send + Sync {
     fn refuse(&self, response: &mut Response, error: &CallbackError) {
         error.log(self.provider());
         let problem = error.problem();
-        if problem.status == 401 {
-            // RFC 9110 15.5.2 asks for a challenge; a bearer token would not help.
-            response.header("WWW-Authenticate", "Signature");
-        }
+        challenge(response, &problem);
         problem.write_to(response);
+    }
+}
+
+/// RFC 9110 15.5.2 asks for a challenge with each `401`; a bearer token would not help.
+fn challenge(response: &mut Response, problem: &Problem) {
+    if problem.status == 401 {
+        response.header("WWW-Authenticate", "Signature");
     }
 }
 

@@ -16,7 +16,7 @@ use super::message::{
     Loose, Whole, amount, check_fresh, currency, cut, event_id, field, json, name, payment_json,
     receipt,
 };
-use super::{CallbackError, PaymentProvider};
+use super::{CallbackError, PaymentProvider, challenge};
 use crate::config::{ConfigError, WechatpayPayments};
 use crate::http::data_plane::message::{Request, Response};
 use crate::order::UnixMillis;
@@ -244,6 +244,7 @@ impl PaymentProvider for Wechatpay {
         error.log(self.provider());
         let problem = error.problem();
         response.set_status(problem.status);
+        challenge(response, &problem);
         response.header("Content-Type", "application/json");
         if let Some(seconds) = problem.retry_after {
             response.header("Retry-After", seconds);

@@ -76,6 +76,8 @@ fn wechat_pay_hears_fail() {
     for (error, status) in errors() {
         let response = answer(Provider::Wechatpay, Some(&error));
         assert_eq!(response.status(), status, "{error}");
+        let fields = response.fields();
+        assert_eq!(fields.contains("WWW-Authenticate"), status == 401);
         let body: Value = serde_json::from_slice(response.body()).unwrap();
         assert_eq!(body["code"], "FAIL", "{error}");
         assert!(

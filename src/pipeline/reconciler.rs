@@ -1,0 +1,370 @@
+//! Payments whose order is not there: found as soon as it is, recovered from the receipt that
+//! travelled with the payment where it never comes, or left to be refunded. Never dropped (I7).
+//!
+//! ```text
+//!   orphan ─┬─ its order is a row or a dead letter ──────────────────► judged, as a callback is
+//!           ├─ its order is in flight, or waits in the journal ──────► waits with it
+//!           ├─ looked for in vain, less often than configured ───────► waits twice as long
+//!           └─ looked for often enough ─► receipt ─┬─ ours, and it fits ─► the order is written, paid
+//!                                                  └─ else ──────────────► refund_due
+//! ```
+//!
+//! It is in the same process as callbacks on purpose: if it is down, so are they, and the provider
+//! comes again.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::cashier::Cashier;
+use crate::order::payment::{PaymentState, RefundReason};
+use crate::order::receipt::ReceiptOrder;
+use crate::order::{Order, OrderId, Refusal, UnixMillis};
+use crate::state::buyers::{Claimed, Remembered};
+use crate::store::StoreError;
+use crate::store::postgres::payments::StoredPayment;
+use crate::store::settlement::payments::Arrived;
+
+/// Payments matched in one transaction.
+const MATCH_MAX: i64 = 1_000;
+/// Orphans looked for at one look, each with a decision of its own.
+const CHECKS_MAX: i64 = 100;
+/// How often payments are matched with orders that have appeared, at most.
+const MATCH: Duration = Duration::from_millis(200);
+/// How often open payments are counted.
+const COUNT: Duration = Duration::from_secs(5);
+/// When an order in flight is looked for again, in milliseconds.
+const IN_FLIGHT_MS: u64 = 1_000;
+
+/// What is to become of an orphan whose order was not found.
+enum Decision {
+    /// Its order is written as paid.
+    Recover(Order),
+    /// Its order is written, and its money goes back.
+    RecoverForRefund(Order, RefundReason),
+    /// Its money goes back, and there is no order to write.
+    GiveUp(RefundReason),
+    /// It cannot be decided now.
+    Later,
+}
+
+impl Cashier {
+    /// Looks at orphans, where there may be any. True: there are more that are due.
+    pub(super) async fn look_at_orphans(&mut self) -> Result<bool, StoreError> {
+        self.count_open().await?;
+        if !self.may_have_orphans || Instant::now() < self.next_match {
+            return Ok(false);
+        }
+        let started = Instant::now();
+        let matched = self.match_orphans().await?;
+        let checked = self.check_orphans().await?;
+        // A crowd of orphans takes longer to look through, and is looked through less often.
+        self.next_match = Instant::now() + MATCH.max(started.elapsed() * 3);
+        let more = matched || checked;
+        if more {
+            self.next_match = Instant::now();
+        }
+        Ok(more)
+    }
+
+    async fn count_open(&mut self) -> Result<(), StoreError> {
+        if Instant::now() < self.next_count {
+            return Ok(());
+        }
+        self.next_count = Instant::now() + COUNT;
+        let open = self.parts.database.open_payments().await?;
+        let now = self.parts.ledger.ids.real_now();
+        let age = |since: Option<UnixMillis>| {
+            since.map_or(0.0, |since| (now.0 - since.0).max(0) as f64 / 1_000.0)
+        };
+        let metrics = &self.parts.metrics;
+        metrics.payments.orphan_payments.set(open.orphans);
+        metrics
+            .payments
+            .orphan_oldest_seconds
+            .set(age(open.oldest_orphan));
+        metrics.payments.refunds_due.set(open.refunds_due);
+        metrics
+            .payments
+            .refund_due_oldest_seconds
+            .set(age(open.oldest_refund_due));
+        self.may_have_orphans = open.orphans > 0;
+        Ok(())
+    }
+
+    /// Lets orphans meet orders that have appeared.
+    async fn match_orphans(&mut self) -> Result<bool, StoreError> {
+        let found = self.parts.database.orphans_with_order(MATCH_MAX).await?;
+        let full = found.len() as i64 == MATCH_MAX;
+        let arrived: Vec<Arrived> = found
+            .iter()
+            .filter_map(Arrived::of)
+            .filter(|one| self.parts.ledger.pending.get(one.order_id).is_none())
+            .collect();
+        let mut moved = 0;
+        match self.meet(&arrived).await {
+            Ok(()) => moved = arrived.len(),
+            Err(error @ StoreError::Fenced { .. }) => return Err(error),
+            // One of them may be what the database refuses; it must not hold up the others.
+            Err(error) if arrived.len() > 1 => {
+                tracing::warn!(reason = %error, payments = arrived.len(), "payments are matched one by one");
+                for one in &arrived {
+                    match self.meet(std::slice::from_ref(one)).await {
+                        Ok(()) => moved += 1,
+                        Err(error) => self.note_unmatched(one, &error),
+                    }
+                }
+            }
+            Err(error) => {
+                if let Some(one) = arrived.first() {
+                    self.note_unmatched(one, &error);
+                }
+            }
+        }
+        Ok(full && moved > 0)
+    }
+
+    fn note_unmatched(&self, one: &Arrived, error: &StoreError) {
+        tracing::warn!(payment = one.id, order_id = %one.order_id, reason = %error, "a payment is not matched yet; it is tried again");
+    }
+
+    async fn meet(&mut self, arrived: &[Arrived]) -> Result<(), StoreError> {
+        if arrived.is_empty() {
+            return Ok(());
+        }
+        let now = self.parts.ledger.ids.real_now();
+        for one in arrived {
+            self.parts.ledger.recent.forget(one.order_id);
+        }
+        let settlement = self.parts.writer.meet(arrived, now).await?;
+        self.settled(&settlement);
+        Ok(())
+    }
+
+    /// Looks for the orders of orphans that are due. True: more are due.
+    async fn check_orphans(&mut self) -> Result<bool, StoreError> {
+        let now = self.parts.ledger.ids.real_now();
+        let due = self.parts.database.orphans_due(now, CHECKS_MAX).await?;
+        let full = due.len() as i64 == CHECKS_MAX;
+        let checks = self.parts.orphan_checks;
+        for payment in due {
+            if payment.has_order {
+                // Matched at the next look.
+                self.put_off(&payment, payment.checks, IN_FLIGHT_MS).await?;
+            } else if self.is_in_flight(payment.order_id).await? {
+                self.put_off(&payment, payment.checks, IN_FLIGHT_MS).await?;
+            } else if u32::try_from(payment.checks).unwrap_or(0) + 1 < checks.count {
+                let done = payment.checks + 1;
+                let first = u64::try_from(checks.first.as_millis()).unwrap_or(u64::MAX);
+                let pause = first.saturating_mul(1 << done.clamp(0, 30));
+                self.put_off(&payment, done, pause).await?;
+            } else {
+                self.decide(&payment).await?;
+            }
+        }
+        Ok(full)
+    }
+
+    async fn put_off(
+        &self,
+        payment: &StoredPayment,
+        checks: i32,
+        pause_ms: u64,
+    ) -> Result<(), StoreError> {
+        let at = self.parts.ledger.ids.real_now().plus_ms(pause_ms);
+        self.parts.database.note_check(payment.id, checks, at).await
+    }
+
+    /// Whether an order is on its way: queued, being written, or in the journal.
+    async fn is_in_flight(&self, id: Option<OrderId>) -> Result<bool, StoreError> {
+        let Some(id) = id else { return Ok(false) };
+        if self.parts.ledger.pending.get(id).is_some() {
+            return Ok(true);
+        }
+        let may_hold = |queue: &dyn crate::queue::OrderQueue| {
+            queue.durable().is_some_and(|queue| queue.may_hold(id))
+        };
+        if !may_hold(&*self.parts.queue) {
+            return Ok(false);
+        }
+        let queue = Arc::clone(&self.parts.queue);
+        let found =
+            tokio::task::spawn_blocking(move || queue.durable().map(|queue| queue.find(id)));
+        match found.await {
+            Ok(None | Some(Ok(None))) => Ok(self.parts.ledger.pending.get(id).is_some()),
+            Ok(Some(Ok(Some(_)))) => Ok(true),
+            Ok(Some(Err(error))) => Err(StoreError::Data(format!("the journal: {error}"))),
+            Err(panic) => Err(StoreError::Data(panic.to_string())),
+        }
+    }
+
+    /// An operator does not want to wait any longer. False: there is no such orphan.
+    pub(super) async fn retry(&mut self, id: i64) -> Result<bool, StoreError> {
+        let payment = self.parts.database.payment(id).await?;
+        let Some(payment) = payment.filter(|one| one.state == PaymentState::Orphan) else {
+            return Ok(false);
+        };
+        if payment.has_order {
+            let arrived: Vec<Arrived> = Arrived::of(&payment).into_iter().collect();
+            self.meet(&arrived).await?;
+        } else if !self.is_in_flight(payment.order_id).await? {
+            self.decide(&payment).await?;
+        }
+        Ok(true)
+    }
+
+    /// Its order was not found: recovers it, or leaves the payment for a refund.
+    async fn decide(&mut self, payment: &StoredPayment) -> Result<(), StoreError> {
+        let now = self.parts.ledger.ids.real_now();
+        let ledger = Arc::clone(&self.parts.ledger);
+        let opened = payment.receipt.as_deref().map(|receipt| {
+            self.parts
+                .receipts
+                .open(receipt, payment.order_id, payment.amount)
+        });
+        let decision = match opened {
+            None => Decision::GiveUp(RefundReason::ReceiptMissing),
+            Some(Err(error)) => {
+                tracing::warn!(payment = payment.id, reason = %error, "a payment's receipt is not good");
+                Decision::GiveUp(RefundReason::ReceiptInvalid)
+            }
+            Some(Ok(receipt)) => self.decide_on(payment, receipt),
+        };
+        match decision {
+            Decision::Later => return self.put_off(payment, payment.checks, IN_FLIGHT_MS).await,
+            Decision::GiveUp(reason) => {
+                self.parts.writer.give_up(payment.id, reason, now).await?;
+                self.note_refund(payment, reason);
+            }
+            Decision::RecoverForRefund(order, reason) => {
+                let writer = &mut self.parts.writer;
+                if !writer
+                    .recover(payment.id, &order, Some(reason), now)
+                    .await?
+                {
+                    return Ok(());
+                }
+                ledger.buyers.restore(
+                    order.user_id.clone(),
+                    Remembered {
+                        live: false,
+                        ..remembered(&order)
+                    },
+                );
+                self.note_refund(payment, reason);
+            }
+            Decision::Recover(order) => return self.recover(payment, order, now).await,
+        }
+        if let Some(id) = payment.order_id {
+            ledger.orphans.remove(id);
+        }
+        Ok(())
+    }
+
+    fn note_refund(&self, payment: &StoredPayment, reason: RefundReason) {
+        self.parts.metrics.payments.verdicts.count("refund_due");
+        self.parts.metrics.payments.refunds.count(reason.as_str());
+        tracing::warn!(payment = payment.id, order = payment.order_ref, %reason, "a payment has to go back");
+    }
+
+    /// Holds what a receipt says against the payment and against what is known.
+    fn decide_on(&self, payment: &StoredPayment, receipt: ReceiptOrder) -> Decision {
+        let ledger = &self.parts.ledger;
+        let Some(sku) = ledger.catalogue.by_number(receipt.sku) else {
+            return Decision::GiveUp(RefundReason::UnknownSku);
+        };
+        let order = Order {
+            id: receipt.id,
+            user_id: receipt.user_id,
+            sku_id: sku.id.clone(),
+            sku: receipt.sku,
+            quantity: receipt.quantity,
+            adjustment: receipt.adjustment,
+            amount: receipt.amount,
+            currency: receipt.currency,
+            created_at: receipt.created_at,
+            expires_at: receipt.expires_at,
+            key: receipt.key,
+            payload: receipt.payload,
+            attributes: None,
+        };
+        // Its buyer may have ordered again under the same key, or the order may be known after all.
+        match ledger
+            .buyers
+            .look(&order.user_id, &remembered(&order), None, Ok(()))
+        {
+            Ok(None) => {}
+            Ok(Some(id)) if id == order.id => return Decision::Later,
+            Ok(Some(_)) | Err(Refusal::IdempotencyKeyReused) => {
+                return Decision::GiveUp(RefundReason::OrderedAgain);
+            }
+            Err(_) => return Decision::Later,
+        }
+        if payment.received_at >= order.expires_at {
+            Decision::RecoverForRefund(order, RefundReason::OrderExpired)
+        } else if payment.currency != order.currency {
+            Decision::RecoverForRefund(order, RefundReason::CurrencyMismatch)
+        } else if payment.amount != order.amount {
+            Decision::RecoverForRefund(order, RefundReason::AmountMismatch)
+        } else if sku.counter().free() < order.quantity.get() {
+            Decision::RecoverForRefund(order, RefundReason::SoldOut)
+        } else {
+            Decision::Recover(order)
+        }
+    }
+
+    /// Writes a lost order as paid. Its units and its key are held in memory first, as for any
+    /// other order.
+    async fn recover(
+        &mut self,
+        payment: &StoredPayment,
+        order: Order,
+        now: UnixMillis,
+    ) -> Result<(), StoreError> {
+        let ledger = Arc::clone(&self.parts.ledger);
+        let claim = match ledger
+            .buyers
+            .claim(&order.user_id, remembered(&order), None, Ok(()))
+        {
+            Ok(Claimed::Fresh(claim)) => claim,
+            // Somebody was faster in this very moment; the next look tells.
+            Ok(Claimed::Duplicate(_)) | Err(_) => {
+                return self.put_off(payment, payment.checks, IN_FLIGHT_MS).await;
+            }
+        };
+        let hold = ledger
+            .catalogue
+            .by_number(order.sku)
+            .and_then(|sku| sku.hold(order.quantity).ok());
+        let Some(hold) = hold else {
+            return self.put_off(payment, payment.checks, IN_FLIGHT_MS).await;
+        };
+        if !self
+            .parts
+            .writer
+            .recover(payment.id, &order, None, now)
+            .await?
+        {
+            return Ok(());
+        }
+        if let Some(sku) = ledger.catalogue.by_number(order.sku) {
+            sku.counter().sell(order.quantity.get());
+        }
+        hold.keep();
+        claim.keep();
+        ledger.orphans.remove(order.id);
+        self.parts.metrics.payments.verdicts.count("recovered");
+        tracing::info!(order_id = %order.id, payment = payment.id, "recovered a lost order from the receipt of its payment");
+        Ok(())
+    }
+}
+
+fn remembered(order: &Order) -> Remembered {
+    Remembered {
+        order_id: order.id,
+        key: order.key,
+        payload: order.payload,
+        sku: order.sku,
+        quantity: order.quantity,
+        live: true,
+    }
+}

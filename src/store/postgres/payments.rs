@@ -1,0 +1,286 @@
+//! Payments as they stand in the database: lists for a person, and the orphans that are to be
+//! looked at.
+
+use tokio_postgres::Row;
+
+use super::{Database, NodeLease};
+use crate::order::payment::{PaymentState, Provider, RefundReason};
+use crate::order::{Currency, OrderId, UnixMillis};
+use crate::store::StoreError;
+
+/// A payment as it stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredPayment {
+    /// Its number.
+    pub id: i64,
+    /// Who took the money.
+    pub provider: Provider,
+    /// The provider's name for it.
+    pub payment_id: String,
+    /// The order as the provider named it.
+    pub order_ref: String,
+    /// Its id, where it can be one of ours.
+    pub order_id: Option<OrderId>,
+    /// In minor units.
+    pub amount: i64,
+    /// Its currency.
+    pub currency: Currency,
+    /// What came in the pass-back field.
+    pub receipt: Option<String>,
+    /// Where it stands.
+    pub state: PaymentState,
+    /// Why it has to go back, where it does.
+    pub refund_reason: Option<RefundReason>,
+    /// When it was first received.
+    pub received_at: UnixMillis,
+    /// When it last moved.
+    pub changed_at: UnixMillis,
+    /// How often its order was looked for.
+    pub checks: i32,
+    /// When it is looked for again, while it is an orphan.
+    pub check_at: UnixMillis,
+    /// The provider's reference of the refund.
+    pub reference: Option<String>,
+    /// What a person noted.
+    pub note: Option<String>,
+    /// Whether its order is there, as a row or as a dead letter.
+    pub has_order: bool,
+}
+
+/// Payments that are open, for metrics and alerts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OpenPayments {
+    /// Payments without an order.
+    pub orphans: i64,
+    /// When the oldest of them was received.
+    pub oldest_orphan: Option<UnixMillis>,
+    /// Payments that have to go back.
+    pub refunds_due: i64,
+    /// When the oldest of them became so.
+    pub oldest_refund_due: Option<UnixMillis>,
+}
+
+const COLUMNS: &str = "p.id, p.provider, p.payment_id, p.order_ref, p.order_id, p.amount, p.currency, p.receipt, p.state,
+    p.refund_reason, (extract(epoch FROM p.received_at) * 1000)::int8, (extract(epoch FROM p.changed_at) * 1000)::int8,
+    p.checks, (extract(epoch FROM p.check_at) * 1000)::int8, p.reference, p.note,
+    EXISTS (SELECT FROM orders o WHERE o.order_id = p.order_id)
+    OR EXISTS (SELECT FROM dead_letters d WHERE d.order_id = p.order_id) AS has_order";
+
+fn from_row(row: &Row) -> Result<StoredPayment, StoreError> {
+    let id: i64 = row.get(0);
+    let unexpected = |what: &str| StoreError::Data(format!("payment {id}: {what}"));
+    Ok(StoredPayment {
+        id,
+        provider: Provider::from_word(row.get(1)).ok_or_else(|| unexpected("unknown provider"))?,
+        payment_id: row.get(2),
+        order_ref: row.get(3),
+        order_id: row.get::<_, Option<i64>>(4).and_then(OrderId::from_i64),
+        amount: row.get(5),
+        currency: Currency::new(row.get(6)).map_err(|e| unexpected(&format!("currency {e}")))?,
+        receipt: row.get(7),
+        state: PaymentState::from_word(row.get(8)).ok_or_else(|| unexpected("unknown state"))?,
+        refund_reason: row
+            .get::<_, Option<&str>>(9)
+            .and_then(RefundReason::from_word),
+        received_at: UnixMillis(row.get(10)),
+        changed_at: UnixMillis(row.get(11)),
+        checks: row.get(12),
+        check_at: UnixMillis(row.get(13)),
+        reference: row.get(14),
+        note: row.get(15),
+        has_order: row.get(16),
+    })
+}
+
+impl Database {
+    /// Payments in one of `states`, newest first, at most `limit`, older than `before`. With
+    /// `without_order`, only those whose order is not there.
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn payments(
+        &self,
+        states: &[PaymentState],
+        without_order: bool,
+        before: i64,
+        limit: i64,
+    ) -> Result<Vec<StoredPayment>, StoreError> {
+        let client = self.pooled().await?;
+        let states: Vec<&str> = states.iter().map(|state| state.as_str()).collect();
+        let sql = format!(
+            "SELECT * FROM (SELECT {COLUMNS} FROM payments p WHERE p.state = ANY ($1) AND p.id < $3) p
+              WHERE NOT ($2 AND has_order) ORDER BY id DESC LIMIT $4"
+        );
+        let rows = self
+            .timed(
+                "listing payments",
+                client.query(&sql, &[&states, &without_order, &before, &limit]),
+            )
+            .await?;
+        rows.iter().map(from_row).collect()
+    }
+
+    /// One payment.
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn payment(&self, id: i64) -> Result<Option<StoredPayment>, StoreError> {
+        let client = self.pooled().await?;
+        let sql = format!("SELECT {COLUMNS} FROM payments p WHERE p.id = $1");
+        let row = self
+            .timed("reading a payment", client.query_opt(&sql, &[&id]))
+            .await?;
+        row.as_ref().map(from_row).transpose()
+    }
+
+    /// Orphans whose order is there, the oldest first, at most `limit`.
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn orphans_with_order(&self, limit: i64) -> Result<Vec<StoredPayment>, StoreError> {
+        let client = self.pooled().await?;
+        let sql = format!(
+            "SELECT * FROM (SELECT {COLUMNS} FROM payments p WHERE p.state = 'orphan') p
+              WHERE has_order ORDER BY id LIMIT $1"
+        );
+        let rows = self
+            .timed("matching payments", client.query(&sql, &[&limit]))
+            .await?;
+        rows.iter().map(from_row).collect()
+    }
+
+    /// Orphans that are to be looked at by `now`, the longest due first, at most `limit`.
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn orphans_due(
+        &self,
+        now: UnixMillis,
+        limit: i64,
+    ) -> Result<Vec<StoredPayment>, StoreError> {
+        let client = self.pooled().await?;
+        let sql = format!(
+            "SELECT {COLUMNS} FROM payments p WHERE p.state = 'orphan' AND p.check_at <= to_timestamp($1::int8 / 1000.0)
+              ORDER BY p.check_at LIMIT $2"
+        );
+        let rows = self
+            .timed(
+                "looking for orders of payments",
+                client.query(&sql, &[&now.0, &limit]),
+            )
+            .await?;
+        rows.iter().map(from_row).collect()
+    }
+
+    /// Notes that an orphan's order was looked for in vain, `checks` times so far.
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn note_check(
+        &self,
+        id: i64,
+        checks: i32,
+        check_at: UnixMillis,
+    ) -> Result<(), StoreError> {
+        let client = self.pooled().await?;
+        self.timed(
+            "noting a check of a payment",
+            client.execute(
+                "UPDATE payments SET checks = $2, check_at = to_timestamp($3::int8 / 1000.0)
+                  WHERE id = $1 AND state = 'orphan'",
+                &[&id, &checks, &check_at.0],
+            ),
+        )
+        .await
+        .map(|_| ())
+    }
+
+    /// The orders that orphans are for, each with the moment at which the first of them was
+    /// received.
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn orphaned_orders(&self) -> Result<Vec<(OrderId, UnixMillis)>, StoreError> {
+        let client = self.pooled().await?;
+        let rows = self
+            .timed(
+                "reading the orphan payments",
+                client.query(
+                    "SELECT order_id, (extract(epoch FROM min(received_at)) * 1000)::int8 FROM payments
+                      WHERE state = 'orphan' AND order_id IS NOT NULL GROUP BY order_id",
+                    &[],
+                ),
+            )
+            .await?;
+        let pair = |row: &Row| Some((OrderId::from_i64(row.get(0))?, UnixMillis(row.get(1))));
+        Ok(rows.iter().filter_map(pair).collect())
+    }
+
+    /// How many payments are open, and since when.
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn open_payments(&self) -> Result<OpenPayments, StoreError> {
+        let client = self.pooled().await?;
+        let row = self
+            .timed(
+                "counting open payments",
+                client.query_one(
+                    "SELECT count(*) FILTER (WHERE state = 'orphan'),
+                            (extract(epoch FROM min(received_at) FILTER (WHERE state = 'orphan')) * 1000)::int8,
+                            count(*) FILTER (WHERE state = 'refund_due'),
+                            (extract(epoch FROM min(changed_at) FILTER (WHERE state = 'refund_due')) * 1000)::int8
+                       FROM payments WHERE state IN ('orphan', 'refund_due')",
+                    &[],
+                ),
+            )
+            .await?;
+        Ok(OpenPayments {
+            orphans: row.get(0),
+            oldest_orphan: row.get::<_, Option<i64>>(1).map(UnixMillis),
+            refunds_due: row.get(2),
+            oldest_refund_due: row.get::<_, Option<i64>>(3).map(UnixMillis),
+        })
+    }
+
+    /// Unpaid orders older than the idempotency window, from the least that was noted on.
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn unpaid_below(
+        &self,
+        lease: NodeLease,
+        window_floor: OrderId,
+    ) -> Result<Vec<(OrderId, UnixMillis)>, StoreError> {
+        let client = self.pooled().await?;
+        let rows = self
+            .timed(
+                "looking for old unpaid orders",
+                client.query(
+                    "SELECT order_id, (extract(epoch FROM expires_at) * 1000)::int8 FROM orders
+                      WHERE order_id >= (SELECT unpaid_from FROM node WHERE node = $1) AND order_id < $2 AND status = 1",
+                    &[&lease.node, &window_floor.as_i64()],
+                ),
+            )
+            .await?;
+        let pair = |row: &Row| Some((OrderId::from_i64(row.get(0))?, UnixMillis(row.get(1))));
+        Ok(rows.iter().filter_map(pair).collect())
+    }
+
+    /// Notes that no unpaid order older than the idempotency window lies below `id`.
+    ///
+    /// # Errors
+    /// Where the database does not answer; a start then looks at more than it needs to.
+    pub async fn note_unpaid_from(&self, lease: NodeLease, id: OrderId) -> Result<(), StoreError> {
+        let client = self.pooled().await?;
+        self.timed(
+            "noting the least unpaid order",
+            client.execute(
+                "UPDATE node SET unpaid_from = $3 WHERE node = $1 AND epoch = $2",
+                &[&lease.node, &lease.epoch, &id.as_i64()],
+            ),
+        )
+        .await
+        .map(|_| ())
+    }
+}

@@ -1,0 +1,233 @@
+//! Everything that happens to an order after its row is there, but for cancelling: payments,
+//! expiry, recovery from a receipt, refunds. One connection and one transaction at a time.
+//!
+//! # The conversation
+//!
+//! ```text
+//!   ──► BEGIN; UPDATE writer SET batch = n                              one flush
+//!   ──► the work: rows of `orders` locked by id, then rows of `sku` by id
+//!   ──► COMMIT
+//! ```
+//!
+//! What a transaction has done is known before its COMMIT, and whether that was carried out is
+//! told by its number (`numbered`). So an `Err` always means that nothing has changed, and memory
+//! is moved once for what has.
+//!
+//! * here: the writer, and a transaction around a piece of work;
+//! * [`payments`]: messages of providers, and payments that meet their orders;
+//! * [`expiry`]: orders that were not paid in time;
+//! * [`refunds`]: what a person has done about money that must go back.
+
+pub mod expiry;
+pub mod payments;
+pub mod refunds;
+mod statements;
+
+use std::time::Duration;
+
+use tokio_postgres::types::ToSql;
+
+use self::statements::{Sql, Statements};
+use super::StoreError;
+use super::batch::WriteError;
+use super::numbered::{WriterRow, timed};
+use super::postgres::{Connected, Database, NodeLease};
+use crate::faults::crash_point;
+use crate::order::{OrderId, SkuNumber};
+
+/// Longest wait for a row that somebody else holds. A callback is answered within a second, so a
+/// payment that cannot be matched by then is stored as an orphan and matched later.
+const LOCK_TIMEOUT_MS: u32 = 400;
+/// Pause between attempts to find out what became of a commit.
+const SETTLE_PAUSE: Duration = Duration::from_millis(200);
+
+/// Units of one order that have moved in the database and have to move in memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Moved {
+    /// The order.
+    pub order_id: OrderId,
+    /// Its buyer.
+    pub user_id: String,
+    /// The SKU.
+    pub sku: SkuNumber,
+    /// How many units.
+    pub quantity: u32,
+    /// Where they went.
+    pub to: MovedTo,
+}
+
+/// Where units went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MovedTo {
+    /// From held to sold.
+    Sold,
+    /// From held to free.
+    Free,
+    /// From sold to free.
+    Restocked,
+    /// From sold out of the sale: the total is less by them.
+    Withdrawn,
+    /// Nowhere: only the order's status has changed.
+    Nowhere,
+}
+
+/// The one writer of all this.
+#[derive(Debug)]
+pub struct SettlementWriter {
+    row: WriterRow,
+    session: Option<Session>,
+}
+
+#[derive(Debug)]
+struct Session {
+    client: Connected,
+    backend: i32,
+    statements: Statements,
+}
+
+impl SettlementWriter {
+    /// The writer `shard`, not connected yet.
+    pub fn new(database: Database, lease: NodeLease, shard: i16) -> Self {
+        SettlementWriter {
+            row: WriterRow::new(database, lease, shard, "settlement"),
+            session: None,
+        }
+    }
+
+    /// Commits that the database had acknowledged and lost, as found so far.
+    pub fn commits_lost(&self) -> u64 {
+        self.row.commits_lost()
+    }
+
+    /// Does `work` in one numbered transaction. Returns what it returned, once it is committed.
+    ///
+    /// # Errors
+    /// Nothing has changed then. [`StoreError::Fenced`] where this process may not write any more.
+    async fn transact<T>(
+        &mut self,
+        doing: &'static str,
+        work: impl AsyncFnOnce(&Connected, &Statements) -> Result<T, tokio_postgres::Error>,
+    ) -> Result<T, StoreError> {
+        if self.session.is_none() {
+            self.connect().await?;
+        }
+        let (Some(session), Some(committed)) = (self.session.take(), self.row.committed) else {
+            unreachable!("connect() returned without a session or an error");
+        };
+        let number = committed + 1;
+        let step = self.row.database.step_timeout();
+        // Noted beforehand, so that it also holds where this call is given up half-way.
+        self.row.suspect = Some(session.backend);
+        let done = match tokio::time::timeout(step, self.attempt(&session, number, work)).await {
+            Ok(Ok(done)) => done,
+            Ok(Err(error)) => {
+                self.roll_back(session, step).await;
+                return Err(match error {
+                    Attempt::Moved => {
+                        StoreError::Data(format!("the row of writer {} was moved", self.row.shard))
+                    }
+                    Attempt::Statement(source) => StoreError::Statement { doing, source },
+                });
+            }
+            Err(_) => return Err(StoreError::Timeout { doing, after: step }),
+        };
+        // From here on a COMMIT may reach the server.
+        self.row.unknown = Some(number);
+        crash_point("settlement.before_commit");
+        let failed = match timed(doing, step, session.client.batch_execute("COMMIT")).await {
+            Ok(Ok(())) => {
+                crash_point("settlement.committed");
+                self.row.unknown = None;
+                self.row.suspect = None;
+                self.row.committed = Some(number);
+                self.session = Some(session);
+                return Ok(done);
+            }
+            Ok(Err(source)) => StoreError::Statement { doing, source },
+            Err(WriteError::Retry(error)) => error,
+            Err(other) => StoreError::Data(other.to_string()),
+        };
+        drop(session);
+        if self.find_out(&failed).await? {
+            Ok(done)
+        } else {
+            Err(failed)
+        }
+    }
+
+    async fn attempt<T>(
+        &self,
+        session: &Session,
+        number: i64,
+        work: impl AsyncFnOnce(&Connected, &Statements) -> Result<T, tokio_postgres::Error>,
+    ) -> Result<T, Attempt> {
+        let NodeLease { node, epoch } = self.row.lease;
+        let fence: [&(dyn ToSql + Sync); 4] = [&node, &self.row.shard, &epoch, &number];
+        let move_number = session.statements.of(&session.client, Sql::Fence).await?;
+        let begin = format!("BEGIN; SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}");
+        let (begun, fenced) = tokio::join!(
+            session.client.batch_execute(&begin),
+            session.client.execute(move_number, &fence),
+        );
+        begun?;
+        if fenced? != 1 {
+            // Connecting again tells who moved our row.
+            return Err(Attempt::Moved);
+        }
+        Ok(work(&session.client, &session.statements).await?)
+    }
+
+    /// Keeps the connection for the next transaction, where it still answers.
+    async fn roll_back(&mut self, session: Session, step: Duration) {
+        let rolled_back = timed("ROLLBACK", step, session.client.batch_execute("ROLLBACK")).await;
+        if let Ok(Ok(())) = rolled_back {
+            self.row.suspect = None;
+            self.session = Some(session);
+        }
+    }
+
+    /// What became of a COMMIT whose answer was lost. Takes as long as the database does.
+    async fn find_out(&mut self, failed: &StoreError) -> Result<bool, StoreError> {
+        tracing::warn!(reason = %failed, "whether payments or expiries were committed is not known; it is found out");
+        loop {
+            match self.row.settle().await {
+                Ok(settled) => return Ok(settled.was_committed),
+                Err(WriteError::Retry(_)) => tokio::time::sleep(SETTLE_PAUSE).await,
+                Err(other) => return Err(fatal(other)),
+            }
+        }
+    }
+
+    async fn connect(&mut self) -> Result<(), StoreError> {
+        let settled = self.row.settle().await.map_err(fatal)?;
+        self.session = Some(Session {
+            client: settled.client,
+            backend: settled.backend,
+            statements: Statements::default(),
+        });
+        Ok(())
+    }
+}
+
+/// Why a transaction's work was not done.
+enum Attempt {
+    /// Our row of `writer` is not where we left it.
+    Moved,
+    /// A statement failed.
+    Statement(tokio_postgres::Error),
+}
+
+impl From<tokio_postgres::Error> for Attempt {
+    fn from(error: tokio_postgres::Error) -> Self {
+        Attempt::Statement(error)
+    }
+}
+
+fn fatal(error: WriteError) -> StoreError {
+    match error {
+        WriteError::Retry(error) | WriteError::Fatal(error) => error,
+        other @ (WriteError::Row { .. } | WriteError::Counter { .. }) => {
+            StoreError::Data(other.to_string())
+        }
+    }
+}

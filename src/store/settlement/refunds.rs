@@ -1,0 +1,193 @@
+//! What a person has done about money that had to go back. Millrace never calls a provider: it
+//! records.
+
+use super::statements::{Change, Changes, Sql};
+use super::{Moved, MovedTo, SettlementWriter};
+use crate::order::{OrderId, OrderStatus, SkuNumber, UnixMillis};
+use crate::store::StoreError;
+
+/// What a person says about a refund.
+#[derive(Clone, Debug)]
+pub struct RefundNote {
+    /// The provider's reference of it.
+    pub reference: Option<String>,
+    /// Words.
+    pub note: Option<String>,
+    /// Whether the units of a paid order are for sale again.
+    pub restock: bool,
+}
+
+/// What came of recording a refund.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Recorded {
+    /// It is recorded; the units of a paid order have moved.
+    Done(Option<Moved>),
+    /// The same was recorded before.
+    Already,
+    /// The order stands elsewhere, and no payment of it is to go back.
+    StandsAt(OrderStatus),
+    /// There is no such order.
+    Unknown,
+}
+
+/// What came of closing a payment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Closed {
+    /// It is at `refunded`, with its note.
+    Done,
+    /// Its order is there: the refund is recorded with the order.
+    HasOrder(OrderId),
+    /// It is matched, or closed already.
+    Settled,
+    /// There is no such payment.
+    Unknown,
+}
+
+impl SettlementWriter {
+    /// Records that the money of an order went back. Payments of it that are due to go back are
+    /// `refunded`, and so is an order that is `refund_due`. Where none is due and the order is
+    /// paid, its payment and the order itself are `refunded`, and its units are restocked or leave
+    /// the sale. A reference that was recorded with the order before changes nothing more.
+    ///
+    /// # Errors
+    /// Nothing has changed then.
+    pub async fn record_refund(
+        &mut self,
+        order_id: OrderId,
+        note: &RefundNote,
+        now: UnixMillis,
+    ) -> Result<Recorded, StoreError> {
+        self.transact("recording a refund", async |client, statements| {
+            let ids = vec![order_id.as_i64()];
+            let order = client.query_opt(statements.of(client, Sql::LockOrders).await?, &[&ids]).await?;
+            let dead = client.query_opt(statements.of(client, Sql::LockDeadLetters).await?, &[&ids]).await?;
+            let (row, is_dead) = match (order, dead) {
+                (Some(row), _) => (row, false),
+                (None, Some(row)) => (row, true),
+                (None, None) => return Ok(Recorded::Unknown),
+            };
+            let code: Option<i16> = row.get(1);
+            let status = OrderStatus::ALL
+                .into_iter()
+                .find(|status| code.is_some() && status.code() == code)
+                .unwrap_or(OrderStatus::Failed);
+            let settle = async |from: &str| {
+                client
+                    .execute(
+                        "UPDATE payments SET state = 'refunded', changed_at = to_timestamp($3::int8 / 1000.0),
+                                reference = $4, note = $5
+                          WHERE order_id = $1 AND state = $2",
+                        &[&order_id.as_i64(), &from, &now.0, &note.reference, &note.note],
+                    )
+                    .await
+            };
+            let recorded = client
+                .query_opt(
+                    "SELECT FROM payments WHERE order_id = $1 AND state = 'refunded' AND reference = $2 LIMIT 1",
+                    &[&order_id.as_i64(), &note.reference],
+                )
+                .await?;
+            let due = settle("refund_due").await?;
+            if due == 0 && recorded.is_some() {
+                // The same request again, whose answer was lost: it must not give up the sale too.
+                return Ok(Recorded::Already);
+            }
+            let refunded = OrderStatus::Refunded.code();
+            match status {
+                OrderStatus::RefundDue => {
+                    let table = if is_dead { "dead_letters" } else { "orders" };
+                    let move_it = format!("UPDATE {table} SET status = $2 WHERE order_id = $1");
+                    client
+                        .execute(&move_it, &[&order_id.as_i64(), &refunded])
+                        .await?;
+                    Ok(Recorded::Done(None))
+                }
+                _ if due > 0 => Ok(Recorded::Done(None)),
+                OrderStatus::Paid => {
+                    settle("matched").await?;
+                    client
+                        .execute(
+                            statements.of(client, Sql::MoveOrders).await?,
+                            &[
+                                &ids,
+                                &vec![status.code()],
+                                &vec![refunded],
+                                &vec![None::<&str>],
+                            ],
+                        )
+                        .await?;
+                    let (sku, quantity) = (SkuNumber(row.get(5)), row.get::<_, i32>(6));
+                    let units = i64::from(quantity);
+                    let (cause, to, total) = if note.restock {
+                        ("restocked after a refund", MovedTo::Restocked, 0)
+                    } else {
+                        ("refunded, not restocked", MovedTo::Withdrawn, -units)
+                    };
+                    let mut changes = Changes::default();
+                    changes.add(
+                        sku,
+                        Change {
+                            total,
+                            held: 0,
+                            sold: -units,
+                        },
+                    );
+                    statements
+                        .move_counters(client, &[(cause, changes)], &order_id.to_string())
+                        .await?;
+                    Ok(Recorded::Done(Some(Moved {
+                        order_id,
+                        user_id: row.get(7),
+                        sku,
+                        quantity: u32::try_from(quantity).unwrap_or(0),
+                        to,
+                    })))
+                }
+                OrderStatus::Refunded => Ok(Recorded::Already),
+                other => Ok(Recorded::StandsAt(other)),
+            }
+        })
+        .await
+    }
+
+    /// Closes a payment that has no order: a person has dealt with the money.
+    ///
+    /// # Errors
+    /// Nothing has changed then.
+    pub async fn close_payment(
+        &mut self,
+        id: i64,
+        note: &RefundNote,
+        now: UnixMillis,
+    ) -> Result<Closed, StoreError> {
+        self.transact("closing a payment", async |client, _| {
+            let row = client
+                .query_opt(
+                    "SELECT p.state, p.order_id, EXISTS (SELECT FROM order_rows o WHERE o.order_id = p.order_id)
+                       FROM payments p WHERE p.id = $1 FOR UPDATE OF p",
+                    &[&id],
+                )
+                .await?;
+            let Some(row) = row else {
+                return Ok(Closed::Unknown);
+            };
+            let (state, order_id, has_order): (&str, Option<i64>, bool) =
+                (row.get(0), row.get(1), row.get(2));
+            if state != "orphan" && state != "refund_due" {
+                return Ok(Closed::Settled);
+            }
+            if let Some(order_id) = order_id.filter(|_| has_order).and_then(OrderId::from_i64) {
+                return Ok(Closed::HasOrder(order_id));
+            }
+            client
+                .execute(
+                    "UPDATE payments SET state = 'refunded', changed_at = to_timestamp($2::int8 / 1000.0),
+                            reference = $3, note = $4 WHERE id = $1",
+                    &[&id, &now.0, &note.reference, &note.note],
+                )
+                .await?;
+            Ok(Closed::Done)
+        })
+        .await
+    }
+}

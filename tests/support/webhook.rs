@@ -1,0 +1,103 @@
+//! A payment platform that speaks Standard Webhooks, as the tests play it.
+
+use std::net::SocketAddr;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use ring::hmac;
+use serde_json::{Value, json};
+
+use super::http::Answer;
+use super::server::request;
+
+/// The secret that the tests configure: base64 of 24 bytes.
+pub const SECRET: &str = "whsec_dGVzdC1vbmx5LXNlY3JldC0yNC1iISE=";
+
+/// One payment as the platform reports it.
+#[derive(Clone, Debug)]
+pub struct Paid {
+    /// The message's id: the same in each of its deliveries.
+    pub event: String,
+    /// The payment's id.
+    pub payment: String,
+    /// The order that it is for.
+    pub order: String,
+    /// In minor units.
+    pub amount: i64,
+    /// Its currency.
+    pub currency: String,
+    /// What came back in the pass-back field.
+    pub receipt: Option<String>,
+}
+
+impl Paid {
+    /// The payment that an order's answer asks for.
+    pub fn of(order: &Value) -> Self {
+        let id = order["order_id"].as_str().expect("an order").to_owned();
+        Paid {
+            event: format!("evt-{id}"),
+            payment: format!("pay-{id}"),
+            amount: order["amount"].as_i64().expect("an amount"),
+            currency: order["currency"].as_str().expect("a currency").to_owned(),
+            receipt: order["receipt"].as_str().map(str::to_owned),
+            order: id,
+        }
+    }
+
+    /// Another payment for the same order, reported by another message.
+    pub fn again(&self, name: &str) -> Self {
+        Paid {
+            event: format!("{}-{name}", self.event),
+            payment: format!("{}-{name}", self.payment),
+            ..self.clone()
+        }
+    }
+
+    /// The body.
+    pub fn body(&self) -> String {
+        let mut data = json!({
+            "order_id": self.order, "payment_id": self.payment, "amount": self.amount, "currency": self.currency,
+        });
+        if let Some(receipt) = &self.receipt {
+            data["receipt"] = json!(receipt);
+        }
+        json!({ "type": "payment.succeeded", "data": data }).to_string()
+    }
+
+    /// Delivers it to the data plane at `to`.
+    pub async fn deliver(&self, to: SocketAddr) -> Answer {
+        deliver(to, &self.event, self.body(), SECRET).await
+    }
+}
+
+/// Delivers a body as the message `event`, signed with `secret`, dated now.
+pub async fn deliver(to: SocketAddr, event: &str, body: String, secret: &str) -> Answer {
+    let (timestamp, signature) = sign(event, &body, secret);
+    request(
+        to,
+        "POST",
+        "/v1/payments/standard/notify",
+        &[
+            ("Content-Type", "application/json"),
+            ("webhook-id", event),
+            ("webhook-timestamp", &timestamp),
+            ("webhook-signature", &signature),
+        ],
+        body,
+    )
+    .await
+}
+
+/// The timestamp and signature of a message of this moment.
+pub fn sign(event: &str, body: &str, secret: &str) -> (String, String) {
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .expect("a clock")
+        .as_secs();
+    let key = STANDARD
+        .decode(secret.trim_start_matches("whsec_"))
+        .expect("base64");
+    let key = hmac::Key::new(hmac::HMAC_SHA256, &key);
+    let tag = hmac::sign(&key, format!("{event}.{now}.{body}").as_bytes());
+    (now.to_string(), format!("v1,{}", STANDARD.encode(tag)))
+}
