@@ -123,6 +123,133 @@ fn a_full_queue_refuses_with_retry_after_and_holds_nothing() {
     });
 }
 
+/// A database that takes about a thousand rows a second on each connection.
+async fn slow_down(database: &TestDatabase) {
+    database
+        .connect()
+        .await
+        .batch_execute(
+            "CREATE FUNCTION millrace.slowly() RETURNS trigger LANGUAGE plpgsql
+                 AS $$ BEGIN PERFORM pg_sleep(0.001); RETURN NEW; END $$;
+             CREATE TRIGGER slowly BEFORE INSERT ON millrace.orders
+                 FOR EACH ROW EXECUTE FUNCTION millrace.slowly()",
+        )
+        .await
+        .expect("slow the database down");
+}
+
+/// Many orders in batches: how many of them got each status.
+async fn flood(
+    server: &TestServer,
+    name: &str,
+    requests: usize,
+    lines: usize,
+) -> std::collections::BTreeMap<u64, usize> {
+    let bodies = (0..requests).map(|request| {
+        let line = |n| format!("{{\"user_id\":\"{name}-{request}-{n}\",\"sku_id\":\"A\"}}\n");
+        (0..lines).map(line).collect::<String>()
+    });
+    let fields = [("Content-Type", "application/x-ndjson")];
+    let answers = join_all(bodies.map(|body| {
+        support::server::request(server.data, "POST", "/v1/orders:batch", &fields, body)
+    }))
+    .await;
+    let mut statuses = std::collections::BTreeMap::new();
+    for answer in answers {
+        assert_eq!(answer.status, 200, "{answer:?}");
+        for line in answer
+            .body
+            .split(|byte| *byte == b'\n')
+            .filter(|line| !line.is_empty())
+        {
+            let verdict: Value = serde_json::from_slice(line).expect("a line of JSON");
+            let status = verdict["http_status"].as_u64().expect("a status");
+            *statuses.entry(status).or_default() += 1;
+        }
+    }
+    statuses
+}
+
+#[test]
+fn a_slow_database_gets_what_it_can_take_in_time_and_the_rest_is_refused_on_arrival() {
+    block_on(async {
+        let database = TestDatabase::create().await;
+        let server = TestServer::start(&database, |config| {
+            config.workers.count = 2;
+            config.orders.timeout_ms = 4_000;
+        })
+        .await;
+        server.put_sku("A", 1_000_000, Value::Null).await;
+        slow_down(&database).await;
+        // What it can take is learned from what it takes.
+        let warm_up = flood(&server, "warm", 2, 200).await;
+        assert_eq!(warm_up.keys().collect::<Vec<_>>(), [&201], "{warm_up:?}");
+        // Ten times of what could be written within the wait.
+        let statuses = flood(&server, "u", 50, 1_000).await;
+        let of = |status: u64| statuses.get(&status).copied().unwrap_or(0);
+        assert!(of(201) > 500, "it went on writing: {statuses:?}");
+        assert!(of(503) > 10_000, "the rest was refused: {statuses:?}");
+        assert!(
+            of(504) * 100 <= of(201),
+            "what was let in was written in time: {statuses:?}"
+        );
+        server.assert_audit().await;
+        assert!(server.stop().await);
+    });
+}
+
+#[test]
+fn a_refusal_says_when_to_come_again_and_an_estimate_is_honest() {
+    block_on(async {
+        let database = TestDatabase::create().await;
+        let server = TestServer::start(&database, |config| config.workers.count = 2).await;
+        server.put_sku("A", 1_000_000, Value::Null).await;
+        slow_down(&database).await;
+        flood(&server, "warm", 2, 200).await;
+        let crowd = flood(&server, "u", 4, 1_000);
+        let asking = async {
+            wait_until("a queue", async || {
+                let metrics = server.control("GET", "/metrics", Value::Null).await.body;
+                let text = String::from_utf8(metrics).expect("text");
+                let depth = text
+                    .lines()
+                    .find_map(|line| line.strip_prefix("millrace_queue_depth "));
+                depth.is_some_and(|depth| depth.parse().unwrap_or(0.0) > 2_000.0)
+            })
+            .await;
+            let body = json!({ "user_id": "hasty", "sku_id": "A" });
+            let hasty = server.post(body, None, &[("Prefer", "wait=1")]).await;
+            assert_eq!((hasty.status, hasty.code().as_str()), (503, "overloaded"));
+            let retry_after = hasty.field("retry-after").expect("Retry-After");
+            assert!(
+                retry_after.parse::<u32>().expect("seconds") >= 1,
+                "{hasty:?}"
+            );
+            let started = Instant::now();
+            let body = json!({ "user_id": "patient", "sku_id": "A" });
+            let accepted = server
+                .post(body, None, &[("Prefer", "respond-async")])
+                .await;
+            assert_eq!(accepted.status, 202, "{accepted:?}");
+            let order = accepted.json();
+            let estimated = order["estimated_wait_ms"].as_u64().expect("an estimate");
+            let target = format!("/v1/orders/{}", order["order_id"].as_str().expect("an id"));
+            wait_until("the row", async || {
+                server.get(&target).await.json()["status"] == "pending_payment"
+            })
+            .await;
+            (estimated, started.elapsed().as_millis() as u64)
+        };
+        let (_, (estimated, took)) = tokio::join!(crowd, asking);
+        assert!(
+            (took / 4..=took * 4).contains(&estimated),
+            "{estimated} ms estimated, {took} ms taken"
+        );
+        server.assert_audit().await;
+        assert!(server.stop().await);
+    });
+}
+
 #[test]
 fn a_lost_database_connection_is_made_good_before_the_buyer_notices() {
     block_on(async {

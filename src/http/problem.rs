@@ -130,6 +130,12 @@ impl From<Refusal> for Problem {
                     format!("not enough units are free: {available} available"),
                 )
             },
+            Refusal::Backlogged { retry_after_ms } => Problem::new(
+                503,
+                code,
+                "the database could not take this order within its wait; nothing was held",
+            )
+            .retry_after(retry_after_ms.div_ceil(1_000).max(1)),
             Refusal::Overloaded => Problem::new(
                 503,
                 code,

@@ -45,6 +45,11 @@ pub enum Refusal {
         /// Units that are free.
         available: u32,
     },
+    /// As far as can be told it could not be written within its wait.
+    Backlogged {
+        /// When it could be, in milliseconds.
+        retry_after_ms: u32,
+    },
     /// The queue or the memory of recent orders is full.
     Overloaded,
     /// The journal has reached its limit, or the disk its end.
@@ -68,7 +73,7 @@ impl Refusal {
             Refusal::SaleClosed => "sale_closed",
             Refusal::PurchaseLimit { .. } => "purchase_limit",
             Refusal::SoldOut { .. } => "sold_out",
-            Refusal::Overloaded => "overloaded",
+            Refusal::Backlogged { .. } | Refusal::Overloaded => "overloaded",
             Refusal::JournalFull => "journal_full",
             Refusal::JournalFailed => "journal_failed",
         }
@@ -104,6 +109,7 @@ mod tests {
             Refusal::SaleClosed,
             Refusal::PurchaseLimit { limit: 1, taken: 1 },
             Refusal::SoldOut { available: 0 },
+            Refusal::Backlogged { retry_after_ms: 1 },
             Refusal::Overloaded,
             Refusal::JournalFull,
             Refusal::JournalFailed,

@@ -19,6 +19,7 @@ pub async fn keep(ledger: Arc<Ledger>, wake_all: WakeAll, metrics: Metrics) {
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tick.tick().await;
+        ledger.pace.refresh();
         expire(&ledger, &wake_all, &metrics, Instant::now());
     }
 }

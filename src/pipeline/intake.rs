@@ -60,6 +60,9 @@ pub enum Admission {
     },
 }
 
+/// Orders that may wait however long it takes.
+const PROBE_ORDERS: usize = 64;
+
 const NOT_READY: u8 = 0;
 const OPEN: u8 = 1;
 const DRAINING: u8 = 2;
@@ -130,6 +133,25 @@ impl Intake {
         self.rate_limits.check(user_id)
     }
 
+    /// Refuses an order that waits where it could not be written in time, as far as can be told: it
+    /// would hold units for nothing and time out. Half of its wait may be spent in the queue,
+    /// because an estimate may be wrong by half. A few are let in whatever the estimate says, so
+    /// that it is corrected where the database goes on.
+    fn check_wait(&self, wait: Duration) -> Result<(), Refusal> {
+        let ahead = self.queue.ahead();
+        if ahead < PROBE_ORDERS {
+            return Ok(());
+        }
+        let expected_ms = self.ledger.pace.wait_ms(ahead);
+        let bearable_ms = u64::try_from(wait.as_millis() / 2).unwrap_or(u64::MAX);
+        match expected_ms.saturating_sub(bearable_ms) {
+            0 => Ok(()),
+            too_long => Err(Refusal::Backlogged {
+                retry_after_ms: u32::try_from(too_long).unwrap_or(u32::MAX),
+            }),
+        }
+    }
+
     /// Admits an order: holds its units and queues it. `waker` belongs to whoever waits for it.
     ///
     /// # Errors
@@ -150,7 +172,7 @@ impl Intake {
                 Err(NotDurable::Failed) => Err(Refusal::JournalFailed),
             },
             None if self.queue.is_full() => Err(Refusal::Overloaded),
-            None => Ok(None),
+            None => self.check_wait(request.wait).map(|()| None),
         };
         // Whoever comes again under the same key is answered also without a new id.
         let (id, room) = match self.ledger.ids.next() {

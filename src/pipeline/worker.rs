@@ -134,12 +134,13 @@ impl Worker {
         let mut retry_parked = tokio::time::Instant::now() + PARKED_RETRY;
         let mut cut = self.cut.clone();
         loop {
+            let rows_max = self.ledger.pace.batch_rows(self.rows_max);
             let taken = tokio::select! {
                 biased;
                 // Whoever still waits is told that nothing was written, and what the journal has
                 // is left to the next process.
                 () = async { drop(cut.wait_for(|cut| *cut).await) } => break,
-                taken = queue.take(self.rows_max) => taken,
+                taken = queue.take(rows_max) => taken,
                 () = tokio::time::sleep_until(retry_parked), if !self.parked.is_empty() => {
                     self.retry_parked().await?;
                     retry_parked = tokio::time::Instant::now() + PARKED_RETRY;
@@ -150,7 +151,7 @@ impl Worker {
             if self.parked.is_empty() {
                 retry_parked = tokio::time::Instant::now() + PARKED_RETRY;
             }
-            self.note_taken(taken.orders());
+            self.note_taken(taken.orders(), rows_max);
             let claimed: Batch = taken
                 .orders()
                 .iter()
@@ -220,6 +221,14 @@ impl Worker {
 
     /// Tries the same orders again and again until the database has judged them.
     async fn write_until_decided(&mut self, part: &Batch) -> Result<Decided, WorkerError> {
+        let (worker, workers) = (self.shard, self.watermarks.workers());
+        self.ledger.pace.begin(worker, workers, part.len());
+        let decided = self.try_until_decided(part).await;
+        self.ledger.pace.end(worker);
+        decided
+    }
+
+    async fn try_until_decided(&mut self, part: &Batch) -> Result<Decided, WorkerError> {
         // Judged once: an attempt whose commit is unknown is never made with other rows.
         let now = self.ledger.ids.real_now();
         let expired: Vec<bool> = part
@@ -260,11 +269,7 @@ impl Worker {
                         );
                     }
                     self.note_committed();
-                    self.ledger.pace.note(
-                        orders.len(),
-                        attempted.elapsed(),
-                        self.watermarks.workers(),
-                    );
+                    self.ledger.pace.written(orders.len(), attempted.elapsed());
                     return Ok(Decided::Written(expired));
                 }
                 Err(WriteError::Row { sqlstate, reason }) => {
@@ -393,8 +398,8 @@ impl Worker {
         }
     }
 
-    fn note_taken(&self, orders: &[Arc<PendingOrder>]) {
-        let full = orders.len() >= self.rows_max;
+    fn note_taken(&self, orders: &[Arc<PendingOrder>], rows_max: usize) {
+        let full = orders.len() >= rows_max;
         let reason = if full { "full" } else { "idle" };
         self.metrics.batch_flushes.count(reason);
         if let Some(oldest) = orders.first() {

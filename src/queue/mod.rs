@@ -81,6 +81,11 @@ pub trait OrderQueue: Send + Sync + fmt::Debug {
     /// Orders in it now.
     fn depth(&self) -> usize;
 
+    /// Orders that one which is pushed now waits behind.
+    fn ahead(&self) -> usize {
+        self.depth()
+    }
+
     /// Refuses further pushes and lets consumers run it empty.
     fn close(&self);
 }

@@ -1,51 +1,220 @@
-//! How fast the database takes orders, of late.
+//! How fast the database takes orders of late, and so how long a new one would wait.
+//!
+//! A batch costs a fixed time and a time a row, both learned from the batches that were written:
+//! the fixed one from small batches, the other from larger ones. Until a larger one was written
+//! nothing is known of it, and an idle system is not taken for a slow one. A batch that takes much
+//! longer than it should tells before it is done: then the database has become slow, or stands
+//! still, and the estimate follows within [`Pace::refresh`], which the deadline keeper calls.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::sync::Guarded;
 
-/// Half of the weight lies within the last so many milliseconds of writing.
-const HALF_LIFE_MS: f64 = 1_000.0;
+/// Most workers that there are.
+const WORKERS_MAX: usize = 64;
+/// A batch of fewer rows tells of the fixed time only.
+const LARGE_ROWS: usize = 16;
+/// A batch that is late by less is not late: the machine may have had something else to do.
+const LATE_US: f64 = 100_000.0;
+/// Time that one batch should take, in microseconds: so often the estimate is corrected, and so
+/// long a buyer waits behind one.
+const BATCH_US: f64 = 250_000.0;
+/// Fewest rows that a worker takes at once for that reason.
+const BATCH_ROWS_MIN: usize = 64;
 
-/// An average of rows a second that forgets exponentially.
+/// What a batch costs one worker, in microseconds; 0 where it is not known.
+#[derive(Clone, Copy, Debug, Default)]
+struct Costs {
+    fixed: f64,
+    row: f64,
+}
+
+/// The batch that a worker is writing.
+#[derive(Debug, Default)]
+struct Running {
+    /// Since when, in microseconds since the start; 0 where it writes none.
+    since_us: AtomicU64,
+    rows: AtomicU64,
+}
+
+/// How fast the database takes orders. Estimates only: every access is relaxed.
 #[derive(Debug)]
 pub struct Pace {
-    rows_a_second: AtomicU64,
-    changing: Guarded<Option<Instant>>,
+    costs: Guarded<Costs>,
+    started: Instant,
+    running: [Running; WORKERS_MAX],
+    workers: AtomicU64,
+    /// As of the last refresh: nanoseconds a row for all workers together, rows being written, and
+    /// for how long a batch has been late, in microseconds.
+    row_ns: AtomicU64,
+    running_rows: AtomicU64,
+    late_us: AtomicU64,
 }
 
 impl Default for Pace {
     fn default() -> Self {
         Pace {
-            rows_a_second: AtomicU64::new(0),
-            changing: Guarded::new(None),
+            costs: Guarded::default(),
+            started: Instant::now(),
+            running: std::array::from_fn(|_| Running::default()),
+            workers: AtomicU64::new(1),
+            row_ns: AtomicU64::new(0),
+            running_rows: AtomicU64::new(0),
+            late_us: AtomicU64::new(0),
         }
     }
 }
 
 impl Pace {
-    /// Notes that `rows` were committed, which took `took` on one of `workers` connections.
-    pub fn note(&self, rows: usize, took: Duration, workers: usize) {
-        let seconds = took.as_secs_f64().max(1e-6);
-        let rate = rows as f64 / seconds * workers as f64;
-        self.changing.with(|last| {
-            let weight = match last.replace(Instant::now()) {
-                None => 1.0,
-                Some(_) => 1.0 - 0.5_f64.powf(seconds * 1_000.0 / HALF_LIFE_MS),
-            };
-            let before = self.rows_a_second.load(Ordering::Relaxed) as f64;
-            let after = before + (rate - before) * weight;
-            self.rows_a_second.store(after as u64, Ordering::Relaxed);
+    /// A worker, one of `workers`, begins to write a batch.
+    pub fn begin(&self, worker: usize, workers: usize, rows: usize) {
+        self.workers.store(workers as u64, Ordering::Relaxed);
+        if let Some(running) = self.running.get(worker) {
+            running.rows.store(rows as u64, Ordering::Relaxed);
+            let now = self.now_us().max(1);
+            running.since_us.store(now, Ordering::Relaxed);
+        }
+    }
+
+    /// It has committed the batch, in one attempt that took so long.
+    pub fn written(&self, rows: usize, took: Duration) {
+        let took = took.as_secs_f64() * 1e6;
+        self.costs.with(|costs| {
+            if rows < LARGE_ROWS {
+                costs.fixed = mixed(costs.fixed, took, 0.2);
+            } else {
+                let row = (took - costs.fixed).max(1.0) / rows as f64;
+                // The longer it took, the more it says.
+                costs.row = mixed(costs.row, row, (took / 1e6).clamp(0.1, 1.0));
+            }
         });
     }
 
-    /// How long it takes to write so many orders, in milliseconds; 0 where nothing is known yet.
-    pub fn wait_ms(&self, orders: usize) -> u64 {
-        let rate = self.rows_a_second.load(Ordering::Relaxed);
-        if rate == 0 {
-            return 0;
+    /// The worker's batch is decided, or given up.
+    pub fn end(&self, worker: usize) {
+        if let Some(running) = self.running.get(worker) {
+            running.since_us.store(0, Ordering::Relaxed);
         }
-        (orders as u64).saturating_mul(1_000) / rate
+    }
+
+    /// Looks at the batches that are being written.
+    pub fn refresh(&self) {
+        let (costs, now) = (self.costs.with(|costs| *costs), self.now_us());
+        let workers = self.workers.load(Ordering::Relaxed) as usize;
+        let (mut rate, mut rows, mut late_us) = (0.0, 0, 0.0_f64);
+        for running in self.running.iter().take(workers.clamp(1, WORKERS_MAX)) {
+            let since = running.since_us.load(Ordering::Relaxed);
+            let mut slower = 1.0;
+            if since > 0 {
+                let batch = running.rows.load(Ordering::Relaxed);
+                rows += batch;
+                let taken = now.saturating_sub(since) as f64;
+                let expected = costs.fixed + costs.row * batch as f64;
+                if taken > expected * 2.0 + LATE_US {
+                    slower = taken / expected.max(1.0);
+                    late_us = late_us.max(taken);
+                }
+            }
+            rate += 1.0 / (costs.row * slower);
+        }
+        let row_ns = if costs.row > 0.0 { 1e3 / rate } else { 0.0 };
+        self.row_ns.store(row_ns as u64, Ordering::Relaxed);
+        self.running_rows.store(rows, Ordering::Relaxed);
+        self.late_us.store(late_us as u64, Ordering::Relaxed);
+    }
+
+    /// How long an order waits for its commit that has `ahead` others before it in the queue, in
+    /// milliseconds; 0 where nothing is known yet.
+    pub fn wait_ms(&self, ahead: usize) -> u64 {
+        let before = (ahead as u64).saturating_add(self.running_rows.load(Ordering::Relaxed));
+        let rows_ns = before.saturating_mul(self.row_ns.load(Ordering::Relaxed));
+        // A batch that is late will be for as long again as it has been, for all that is known.
+        rows_ns / 1_000_000 + self.late_us.load(Ordering::Relaxed) / 1_000
+    }
+
+    /// How many rows a worker takes at once, at most `rows_max`: fewer where the database is so
+    /// slow that they would take it longer than a quarter of a second.
+    pub fn batch_rows(&self, rows_max: usize) -> usize {
+        let row = self.costs.with(|costs| costs.row);
+        if row <= 0.0 {
+            return rows_max;
+        }
+        ((BATCH_US / row) as usize).clamp(BATCH_ROWS_MIN.min(rows_max), rows_max)
+    }
+
+    fn now_us(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX)
+    }
+}
+
+/// An average that forgets: the first value counts alone.
+fn mixed(before: f64, now: f64, weight: f64) -> f64 {
+    if before > 0.0 {
+        before + (now - before) * weight
+    } else {
+        now
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const fn ms(ms: u64) -> Duration {
+        Duration::from_millis(ms)
+    }
+
+    #[test]
+    fn an_idle_system_is_not_taken_for_a_slow_one() {
+        let pace = Pace::default();
+        for _ in 0..100 {
+            pace.begin(0, 2, 1);
+            pace.written(1, ms(3));
+            pace.end(0);
+        }
+        pace.refresh();
+        assert_eq!(
+            pace.wait_ms(100_000),
+            0,
+            "one row in 3 ms says nothing of many"
+        );
+        assert_eq!(pace.batch_rows(5_000), 5_000);
+    }
+
+    #[test]
+    fn the_wait_follows_from_the_rows_ahead_and_the_workers() {
+        let pace = Pace::default();
+        pace.begin(0, 2, 1_000);
+        pace.written(1_000, ms(1_000));
+        pace.end(0);
+        pace.refresh();
+        // 1 ms a row and worker: two of them write 2,000 a second.
+        assert_eq!(pace.wait_ms(2_000), 1_000);
+        assert_eq!(pace.batch_rows(5_000), 250);
+        assert_eq!(pace.batch_rows(10), 10);
+        // It becomes fast again, and is believed soon.
+        for _ in 0..50 {
+            pace.written(250, ms(5));
+        }
+        pace.refresh();
+        assert!(pace.wait_ms(2_000) < 50, "{}", pace.wait_ms(2_000));
+    }
+
+    #[test]
+    fn a_batch_that_does_not_come_back_tells_before_it_does() {
+        let pace = Pace::default();
+        pace.written(1, ms(1));
+        pace.written(1_000, ms(10));
+        pace.begin(0, 1, 10);
+        pace.refresh();
+        assert!(pace.wait_ms(1_000) < 20);
+        std::thread::sleep(ms(150));
+        pace.refresh();
+        assert!(pace.wait_ms(0) >= 150);
+        assert!(pace.wait_ms(1_000) > 1_000, "{}", pace.wait_ms(1_000));
+        pace.end(0);
+        pace.refresh();
+        assert!(pace.wait_ms(1_000) < 20);
     }
 }

@@ -52,7 +52,7 @@ async fn every_order_placed_by_many_at_once_becomes_one_row() {
                             );
                             placed.push(pending);
                         }
-                        Err(Refusal::Overloaded) => {
+                        Err(Refusal::Overloaded | Refusal::Backlogged { .. }) => {
                             // The ring is full.
                             tokio::time::sleep(Duration::from_millis(1)).await;
                             continue;

@@ -29,7 +29,8 @@ async fn buy(
             at += 1;
             match line.place(&format!("{name}-{at}"), sku, 1, WAIT) {
                 Ok(pending) => placed.push(pending),
-                Err(Refusal::SoldOut { .. } | Refusal::Overloaded) => {}
+                Err(Refusal::SoldOut { .. } | Refusal::Backlogged { .. } | Refusal::Overloaded) => {
+                }
                 Err(refusal) => panic!("{refusal:?}"),
             }
         }

@@ -395,6 +395,11 @@ impl OrderQueue for JournalQueue {
         self.shared.ring.depth() + self.shared.incoming.len() + self.shared.backlog.orders()
     }
 
+    fn ahead(&self) -> usize {
+        // What waits on the disk or for its sync comes later than what is pushed now.
+        self.shared.ring.depth()
+    }
+
     fn close(&self) {
         self.shared.closing.store(true, Ordering::SeqCst);
         self.shared.bell.ring();
