@@ -19,4 +19,3 @@ pub mod poison;
 pub mod recent;
 pub mod refusals;
 pub mod stock;
-mod sync;

@@ -1,9 +1,8 @@
 //! How fast the database takes orders, of late.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use super::sync::Guarded;
+use crate::sync::{AtomicU64, Guarded, Ordering};
 
 /// Half of the weight lies within the last so many milliseconds of writing.
 const HALF_LIFE_MS: f64 = 1_000.0;
