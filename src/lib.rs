@@ -24,3 +24,4 @@ pub mod pipeline;
 pub mod queue;
 pub mod state;
 pub mod store;
+mod sync;

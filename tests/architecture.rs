@@ -14,6 +14,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("config", 0),
     ("metrics", 0),
     ("faults", 0),
+    ("sync", 0),
     ("state", 1),
     ("queue", 1),
     ("store", 1),

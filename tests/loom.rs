@@ -1,29 +1,47 @@
-//! The slot, the stock counter and the journal's doorbell, run through every interleaving that the
-//! memory model allows.
+//! Every lock-free piece, run through every interleaving that the memory model allows: the slot, the
+//! stock counter, the hand-off to workers that sleep, and of the journal the doorbell, the appender's
+//! inbox, the room for records, and when a segment is done with.
 //!
 //! The very files of `src/` are compiled here against loom's primitives: they take them from
-//! `super::sync`, which in the crate is `src/state/sync.rs` or `src/queue/journal/sync.rs` and here
-//! is the module below.
+//! `crate::sync`, which in the crate is `src/sync.rs` and here is the module below.
 //!
 //! Every model is exhaustive unless it says `bounded`: then all interleavings with at most that
 //! many preemptions are run, which is where the known bugs of such protocols lie.
 
 #![allow(
     dead_code,
-    reason = "the models use a part of the three files; the crate's own build checks the rest"
+    reason = "the models use a part of these files; the crate's own build checks the rest"
 )]
 
 #[path = "../src/state/stock/counter.rs"]
 mod counter;
 #[path = "../src/queue/journal/doorbell.rs"]
 mod doorbell;
+#[path = "../src/queue/handoff.rs"]
+mod handoff;
+#[path = "../src/queue/journal/inbox.rs"]
+mod inbox;
+#[path = "../src/queue/journal/room.rs"]
+mod room;
 #[path = "../src/state/pending/slot.rs"]
 mod slot;
+#[path = "../src/queue/journal/tally.rs"]
+mod tally;
 
-/// The same names as `src/state/sync.rs` and `src/queue/journal/sync.rs`, of loom.
+// Where the files above look for it.
+use millrace::faults;
+
+/// The same names as `src/sync.rs`, of loom.
 mod sync {
+    use std::collections::{BTreeSet, VecDeque};
+    use std::pin::Pin;
+    use std::task::{Context, Poll};
+
     pub(super) use loom::sync::atomic::{Ordering, fence};
-    pub(super) use loom::thread::{Thread, current, park};
+
+    pub(super) mod thread {
+        pub(crate) use loom::thread::{Thread, current, park};
+    }
 
     /// An atomic of loom that reorders every access with every other.
     ///
@@ -64,6 +82,24 @@ mod sync {
                     self.traced().swap(value, ordering)
                 }
 
+                pub(super) fn fetch_add(&self, value: $value, ordering: Ordering) -> $value {
+                    self.traced().fetch_add(value, ordering)
+                }
+
+                pub(super) fn fetch_sub(&self, value: $value, ordering: Ordering) -> $value {
+                    self.traced().fetch_sub(value, ordering)
+                }
+
+                pub(super) fn compare_exchange(
+                    &self,
+                    from: $value,
+                    to: $value,
+                    set: Ordering,
+                    fetch: Ordering,
+                ) -> Result<$value, $value> {
+                    self.traced().compare_exchange(from, to, set, fetch)
+                }
+
                 pub(super) fn fetch_or(&self, value: $value, ordering: Ordering) -> $value {
                     self.traced().fetch_or(value, ordering)
                 }
@@ -94,6 +130,8 @@ mod sync {
     traced!(AtomicU8, u8);
     traced!(AtomicU32, u32);
     traced!(AtomicU64, u64);
+    traced!(AtomicI64, i64);
+    traced!(AtomicUsize, usize);
 
     /// Stores with a swap: loom 0.7 orders a plain store neither before nor after a swap of another
     /// thread that happens not to be synchronized with it, and would let a later load see the
@@ -175,6 +213,209 @@ mod sync {
         }
     }
 
+    #[derive(Debug)]
+    pub(super) struct Mutex<T>(loom::sync::Mutex<T>);
+
+    impl<T> Mutex<T> {
+        pub(super) fn new(value: T) -> Self {
+            Mutex(loom::sync::Mutex::new(value))
+        }
+
+        pub(super) fn lock(&self) -> loom::sync::MutexGuard<'_, T> {
+            self.0.lock().expect("no model panics under it")
+        }
+    }
+
+    /// Places of the ring below; no model pushes more.
+    const PLACES: usize = 4;
+
+    /// crossbeam's ring as far as it goes once round: a place is taken by moving `tail`, filled, and
+    /// then marked. It promises less than crossbeam's, which looks again, behind a fence, before it
+    /// calls itself empty. Never full.
+    pub(super) struct ArrayQueue<T> {
+        capacity: usize,
+        // Not traced: each is moved by read-modify-writes alone.
+        head: loom::sync::atomic::AtomicUsize,
+        tail: loom::sync::atomic::AtomicUsize,
+        places: [Place<T>; PLACES],
+    }
+
+    struct Place<T> {
+        is_filled: AtomicBool,
+        item: loom::cell::UnsafeCell<Option<T>>,
+    }
+
+    impl<T> ArrayQueue<T> {
+        pub(super) fn new(capacity: usize) -> Self {
+            ArrayQueue {
+                capacity,
+                head: loom::sync::atomic::AtomicUsize::new(0),
+                tail: loom::sync::atomic::AtomicUsize::new(0),
+                places: std::array::from_fn(|_| Place {
+                    is_filled: AtomicBool::new(false),
+                    item: loom::cell::UnsafeCell::new(None),
+                }),
+            }
+        }
+
+        pub(super) fn push(&self, item: T) -> Result<(), T> {
+            let place = &self.places[self.tail.fetch_add(1, Ordering::AcqRel)];
+            // SAFETY: the place is this thread's alone until it is marked; loom checks just that.
+            place.item.with_mut(|at| unsafe { *at = Some(item) });
+            place.is_filled.store(true, Ordering::Release);
+            Ok(())
+        }
+
+        pub(super) fn pop(&self) -> Option<T> {
+            loop {
+                let at = self.head.load(Ordering::Relaxed);
+                let place = self.places.get(at)?;
+                if !place.is_filled.load(Ordering::Acquire) {
+                    return None;
+                }
+                let (set, fetch) = (Ordering::AcqRel, Ordering::Relaxed);
+                if self.head.compare_exchange(at, at + 1, set, fetch).is_ok() {
+                    // SAFETY: whoever moved `head` has the place alone; loom checks just that.
+                    return place.item.with_mut(|at| unsafe { (*at).take() });
+                }
+            }
+        }
+
+        /// The models ask only how much to reserve.
+        pub(super) fn len(&self) -> usize {
+            0
+        }
+
+        pub(super) fn is_empty(&self) -> bool {
+            let at = self.head.load(Ordering::Relaxed);
+            let place = self.places.get(at);
+            place.is_none_or(|place| !place.is_filled.load(Ordering::Acquire))
+        }
+
+        pub(super) fn is_full(&self) -> bool {
+            false
+        }
+
+        pub(super) fn capacity(&self) -> usize {
+            self.capacity
+        }
+    }
+
+    /// tokio's, as its documentation describes it: one wake-up is kept where nobody waits, those who
+    /// wait are woken in turn, and whoever gives up hands its wake-up on.
+    pub(super) struct Notify(loom::sync::Mutex<Waiting>);
+
+    #[derive(Default)]
+    struct Waiting {
+        kept: bool,
+        next: usize,
+        asleep: VecDeque<(usize, Option<std::task::Waker>)>,
+        woken: BTreeSet<usize>,
+        woken_by_all: BTreeSet<usize>,
+    }
+
+    pub(super) struct Notified<'a> {
+        notify: &'a Notify,
+        place: Option<usize>,
+        done: bool,
+    }
+
+    impl Notify {
+        pub(super) fn new() -> Self {
+            Notify(loom::sync::Mutex::default())
+        }
+
+        pub(super) fn notified(&self) -> Notified<'_> {
+            Notified {
+                notify: self,
+                place: None,
+                done: false,
+            }
+        }
+
+        fn waiting(&self) -> loom::sync::MutexGuard<'_, Waiting> {
+            self.0.lock().expect("no model panics under it")
+        }
+
+        pub(super) fn notify_one(&self) {
+            let mut waiting = self.waiting();
+            let Some((place, waker)) = waiting.asleep.pop_front() else {
+                waiting.kept = true;
+                return;
+            };
+            waiting.woken.insert(place);
+            drop(waiting);
+            waker.into_iter().for_each(std::task::Waker::wake);
+        }
+
+        pub(super) fn notify_waiters(&self) {
+            let mut waiting = self.waiting();
+            let asleep = std::mem::take(&mut waiting.asleep);
+            waiting
+                .woken_by_all
+                .extend(asleep.iter().map(|(place, _)| *place));
+            drop(waiting);
+            asleep
+                .into_iter()
+                .filter_map(|(_, waker)| waker)
+                .for_each(std::task::Waker::wake);
+        }
+    }
+
+    impl Notified<'_> {
+        pub(super) fn enable(mut self: Pin<&mut Self>) {
+            let mut waiting = self.notify.waiting();
+            if std::mem::take(&mut waiting.kept) {
+                drop(waiting);
+                self.done = true;
+                return;
+            }
+            waiting.next += 1;
+            let place = waiting.next;
+            waiting.asleep.push_back((place, None));
+            drop(waiting);
+            self.place = Some(place);
+        }
+    }
+
+    impl Future for Notified<'_> {
+        type Output = ();
+
+        /// Only after `enable`, as the source does it.
+        fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
+            let Some(place) = self.place else {
+                assert!(self.done, "polled before it was enabled");
+                return Poll::Ready(());
+            };
+            let mut waiting = self.notify.waiting();
+            if waiting.woken.remove(&place) || waiting.woken_by_all.remove(&place) {
+                drop(waiting);
+                self.place = None;
+                self.done = true;
+                return Poll::Ready(());
+            }
+            let sleeper = waiting.asleep.iter_mut().find(|(at, _)| *at == place);
+            sleeper.expect("it sleeps or is woken").1 = Some(context.waker().clone());
+            Poll::Pending
+        }
+    }
+
+    impl Drop for Notified<'_> {
+        fn drop(&mut self) {
+            // A model that fails is over; a second panic would hide the first.
+            let Some(place) = self.place.filter(|_| !std::thread::panicking()) else {
+                return;
+            };
+            let mut waiting = self.notify.waiting();
+            waiting.asleep.retain(|(at, _)| *at != place);
+            let was_woken = waiting.woken.remove(&place);
+            drop(waiting);
+            if was_woken {
+                self.notify.notify_one();
+            }
+        }
+    }
+
     /// A waker that counts. Counted with std's own atomics: the count is read only after every
     /// thread has been joined, and loom need not explore it.
     #[derive(Clone, Debug, Default)]
@@ -193,10 +434,15 @@ mod sync {
 
 use counter::{BelowCommitted, NotEnough, StockCounter, StockSnapshot};
 use doorbell::Doorbell;
+use handoff::Handoff;
+use inbox::Inbox;
+use loom::future::block_on;
 use loom::sync::Arc;
 use loom::thread;
+use room::Room;
 use slot::{Settled, Slot, SlotState};
 use sync::{AtomicBool, Ordering, Waker};
+use tally::Tally;
 
 fn bounded(preemptions: usize, model: impl Fn() + Sync + Send + 'static) {
     let mut builder = loom::model::Builder::new();
@@ -621,6 +867,245 @@ fn the_owner_of_a_bell_does_not_sleep_through_either_of_two_who_ring() {
         served.produce(1);
         other.join().unwrap();
         owner.join().unwrap();
+    });
+}
+
+// --- The hand-off to workers that sleep -------------------------------------------------------
+
+/// Takes `items`, `max` at once, and sleeps in between. loom fails a model in which it sleeps and
+/// nobody is left to wake it.
+fn take_each(handoff: &Handoff<u8>, items: usize, max: usize) -> Vec<u8> {
+    let mut taken = Vec::new();
+    while taken.len() < items {
+        taken.extend(block_on(handoff.take(max)).expect("it is open"));
+    }
+    taken
+}
+
+#[test]
+fn an_idle_worker_does_not_sleep_through_an_order() {
+    loom::model(|| {
+        let handoff = Arc::new(Handoff::new(4));
+        let worker = spawn(&handoff, |handoff| take_each(handoff, 1, 1));
+        handoff.push(1).unwrap();
+        assert_eq!(worker.join().unwrap(), [1]);
+    });
+}
+
+#[test]
+fn an_idle_worker_does_not_sleep_through_the_second_of_two_orders() {
+    bounded(3, || {
+        let handoff = Arc::new(Handoff::new(4));
+        let worker = spawn(&handoff, |handoff| take_each(handoff, 2, 1));
+        handoff.push(1).unwrap();
+        handoff.push(2).unwrap();
+        assert_eq!(worker.join().unwrap(), [1, 2]);
+    });
+}
+
+#[test]
+fn an_idle_worker_does_not_sleep_through_either_of_two_who_send() {
+    bounded(2, || {
+        let handoff = Arc::new(Handoff::new(4));
+        let worker = spawn(&handoff, |handoff| take_each(handoff, 2, 2));
+        let other = spawn(&handoff, |handoff| handoff.push(1).unwrap());
+        handoff.push(2).unwrap();
+        other.join().unwrap();
+        let mut taken = worker.join().unwrap();
+        taken.sort_unstable();
+        assert_eq!(taken, [1, 2]);
+    });
+}
+
+#[test]
+fn of_two_idle_workers_neither_sleeps_beside_an_order() {
+    bounded(2, || {
+        let handoff = Arc::new(Handoff::new(4));
+        let workers = [(); 2].map(|()| spawn(&handoff, |handoff| take_each(handoff, 1, 1)));
+        handoff.push(1).unwrap();
+        handoff.push(2).unwrap();
+        let mut taken = workers.map(|worker| worker.join().unwrap()).concat();
+        taken.sort_unstable();
+        assert_eq!(taken, [1, 2]);
+    });
+}
+
+#[test]
+fn an_idle_worker_does_not_sleep_through_what_another_gives_up() {
+    bounded(3, || {
+        let handoff = Arc::new(Handoff::new(4));
+        let worker = spawn(&handoff, |handoff| take_each(handoff, 2, 1));
+        handoff.put_back(vec![1, 2]);
+        assert_eq!(worker.join().unwrap(), [1, 2]);
+    });
+}
+
+#[test]
+fn a_worker_that_gives_up_waiting_takes_no_wake_up_with_it() {
+    bounded(2, || {
+        let handoff = Arc::new(Handoff::new(4));
+        let worker = spawn(&handoff, |handoff| take_each(handoff, 1, 1));
+        let other = spawn(&handoff, |handoff| {
+            let mut take = Box::pin(handoff.take(1));
+            let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+            // Where it finds the order it hands it back, as a batch that comes to nothing.
+            match take.as_mut().poll(&mut context) {
+                std::task::Poll::Ready(items) => handoff.put_back(items.expect("it is open")),
+                std::task::Poll::Pending => drop(take),
+            }
+        });
+        handoff.push(1).unwrap();
+        other.join().unwrap();
+        assert_eq!(worker.join().unwrap(), [1]);
+    });
+}
+
+#[test]
+fn a_closed_hand_off_is_run_empty_and_ends_its_worker() {
+    bounded(3, || {
+        let handoff = Arc::new(Handoff::new(4));
+        let worker = spawn(&handoff, |handoff| {
+            let mut taken = Vec::new();
+            while let Some(items) = block_on(handoff.take(1)) {
+                taken.extend(items);
+            }
+            taken
+        });
+        handoff.push(1).unwrap();
+        handoff.close();
+        assert_eq!(worker.join().unwrap(), [1]);
+    });
+}
+
+// --- The journal: what is handed to the appender, and back to those who wait -------------------
+
+/// An appender without a disk: it acknowledges what has gathered, sleeps, and ends once it is told
+/// to. Returns how many groups it made.
+fn append_all(inbox: &Inbox<Arc<Slot>>) -> usize {
+    inbox.listen();
+    let mut groups = 0;
+    loop {
+        let group: Vec<_> = std::iter::from_fn(|| inbox.pop()).collect();
+        for slot in &group {
+            slot.appended(true);
+            slot.take_wakers(Waker::wake);
+        }
+        groups += usize::from(!group.is_empty());
+        if group.is_empty() && !inbox.wait() {
+            return groups;
+        }
+    }
+}
+
+/// Sends an order. Returns its slot, and the waker where it had to park.
+fn send(inbox: &Inbox<Arc<Slot>>) -> (Arc<Slot>, Option<Waker>) {
+    let slot = Arc::new(Slot::appending(None));
+    assert!(inbox.push(Arc::clone(&slot)).is_ok());
+    let waker = Waker::default();
+    slot.subscribe(waker.clone());
+    let parks = slot.state() == SlotState::Appending;
+    (slot, parks.then_some(waker))
+}
+
+fn is_acknowledged((slot, parked): (Arc<Slot>, Option<Waker>)) {
+    assert!(slot.is_durable());
+    assert!(parked.is_none_or(|waker| waker.woken() > 0));
+}
+
+#[test]
+fn an_order_that_is_sent_to_the_appender_is_acknowledged() {
+    bounded(3, || {
+        let inbox = Arc::new(Inbox::new(4));
+        let appender = spawn(&inbox, append_all);
+        let sent = send(&inbox);
+        inbox.close();
+        assert_eq!(appender.join().unwrap(), 1);
+        is_acknowledged(sent);
+    });
+}
+
+#[test]
+fn orders_of_two_who_send_are_acknowledged_in_one_group_or_two() {
+    bounded(2, || {
+        let inbox = Arc::new(Inbox::new(4));
+        let appender = spawn(&inbox, append_all);
+        let other = spawn(&inbox, send);
+        let mine = send(&inbox);
+        let theirs = other.join().unwrap();
+        inbox.close();
+        let groups = appender.join().unwrap();
+        assert!((1..=2).contains(&groups));
+        is_acknowledged(mine);
+        is_acknowledged(theirs);
+    });
+}
+
+// --- The journal: room, and segments that are done with ---------------------------------------
+
+#[test]
+fn of_two_who_want_the_last_room_one_gets_it() {
+    loom::model(|| {
+        let room = Arc::new(std::sync::Arc::new(Room::new(3)));
+        let other = spawn(&room, |room| room.take(2));
+        let mine = room.take(2);
+        let theirs = other.join().unwrap();
+        assert!(mine.is_some() ^ theirs.is_some());
+        // Spent room is gone, all other room is there again.
+        assert_eq!(mine.or(theirs).map(room::Permit::spend), Some(2));
+        assert!(room.take(2).is_none());
+        assert!(room.take(1).is_some());
+        room.give(1);
+        assert!(room.take(2).is_some());
+    });
+}
+
+#[test]
+fn room_that_nobody_spent_comes_back_beside_somebody_who_takes() {
+    loom::model(|| {
+        let room = Arc::new(std::sync::Arc::new(Room::new(3)));
+        let other = spawn(&room, |room| drop(room.take(2)));
+        let mine = room.take(1);
+        assert!(mine.is_some());
+        other.join().unwrap();
+        drop(mine);
+        assert!(room.take(3).is_some());
+    });
+}
+
+/// A segment that an order is being added to, and whether that order is decided.
+struct Filling {
+    tally: Tally,
+    is_written: AtomicBool,
+    is_decided: AtomicBool,
+}
+
+#[test]
+fn a_segment_is_not_done_with_before_its_last_order_is_decided() {
+    loom::model(|| {
+        let filling = Arc::new(Filling {
+            tally: Tally::new(),
+            is_written: AtomicBool::new(false),
+            is_decided: AtomicBool::new(false),
+        });
+        let appender = spawn(&filling, |filling| {
+            filling.tally.add(1);
+            filling.is_written.store(true, Ordering::Release);
+            filling.tally.seal();
+        });
+        let worker = spawn(&filling, |filling| {
+            if filling.is_written.load(Ordering::Acquire) {
+                filling.is_decided.store(true, Ordering::Relaxed);
+                assert_eq!(filling.tally.decided(1), 1);
+            }
+        });
+        if filling.tally.is_done() {
+            assert!(filling.is_decided.load(Ordering::Relaxed));
+            assert!(filling.tally.is_done(), "and stays so");
+        }
+        appender.join().unwrap();
+        worker.join().unwrap();
+        let decided = filling.is_decided.load(Ordering::Relaxed);
+        assert_eq!(filling.tally.is_done(), decided);
     });
 }
 

@@ -437,8 +437,9 @@ fn closing_wakes_every_waiting_consumer(make: Make) {
 }
 
 fn what_is_accepted_while_the_queue_closes_can_still_be_taken(make: Make) {
-    run(async move {
-        for _ in 0..300 {
+    // Each round has a minute: a journal writes files, on a disk that others may keep busy.
+    for _ in 0..300 {
+        run(async move {
             let queue = make(1_000);
             let producer = {
                 let queue = Arc::clone(&queue);
@@ -457,8 +458,8 @@ fn what_is_accepted_while_the_queue_closes_can_still_be_taken(make: Make) {
                 taken.done();
             }
             assert_eq!(seen, accepted);
-        }
-    });
+        });
+    }
 }
 
 fn a_take_that_is_given_up_while_it_waits_loses_nothing(make: Make) {

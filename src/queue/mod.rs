@@ -12,6 +12,7 @@
 //!
 //! Stock is held before anything is queued.
 
+mod handoff;
 pub mod journal;
 mod ring;
 

@@ -22,5 +22,4 @@ pub mod poison;
 pub mod recent;
 pub mod refusals;
 pub mod stock;
-mod sync;
 pub mod unpaid;

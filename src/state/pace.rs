@@ -6,10 +6,9 @@
 //! longer than it should tells before it is done: then the database has become slow, or stands
 //! still, and the estimate follows within [`Pace::refresh`], which the deadline keeper calls.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use super::sync::Guarded;
+use crate::sync::{AtomicU64, Guarded, Ordering};
 
 /// Most workers that there are.
 const WORKERS_MAX: usize = 64;

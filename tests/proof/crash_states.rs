@@ -136,6 +136,16 @@ fn go_on(disk: SimDisk, next_id: u64, rng: &mut StdRng) -> Result<(), String> {
     Ok(())
 }
 
+/// Whether a refusal says where the damage is.
+pub fn names_the_place(error: &JournalError) -> bool {
+    let text = error.to_string();
+    match error {
+        JournalError::Damaged { .. } => text.contains("offset"),
+        JournalError::Missing { .. } | JournalError::Version { .. } => text.contains(".segment"),
+        JournalError::Io { .. } | JournalError::InUse(_) => false,
+    }
+}
+
 fn damage(
     rig: &Rig,
     sound: &Files,
@@ -156,17 +166,11 @@ fn damage(
             }
             Err(error) => {
                 figures.refused += 1;
-                let text = error.to_string();
-                let names_the_place = match error {
-                    JournalError::Damaged { .. } => text.contains("offset"),
-                    JournalError::Missing { .. } | JournalError::Version { .. } => {
-                        text.contains(".segment")
-                    }
-                    _ => false,
-                };
-                names_the_place
-                    .then_some(())
-                    .ok_or(format!("{what}: {text}"))
+                if names_the_place(&error) {
+                    Ok(())
+                } else {
+                    Err(format!("{what}: {error}"))
+                }
             }
         };
     // Where groups are, so that most damage hits something.

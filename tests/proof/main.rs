@@ -11,6 +11,7 @@ mod crash_states;
 mod database;
 #[cfg(target_os = "linux")]
 mod disk;
+mod every_byte;
 mod journal_rig;
 mod kill9;
 mod load;
@@ -48,6 +49,12 @@ const PROOFS: &[Proof] = &[
         counts: "states that a crash leaves; as many bytes are flipped",
         short: 3_000,
         run: crash_states::run,
+    },
+    Proof {
+        name: "every_byte",
+        counts: "bytes of a small journal flipped, and lengths that it is cut to; it has some 200,000",
+        short: 1_000,
+        run: every_byte::run,
     },
     Proof {
         name: "nth_call",

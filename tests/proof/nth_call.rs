@@ -56,9 +56,17 @@ enum Outcome {
 
 fn one(failure: Failure, seed: u64) -> Result<Outcome, String> {
     let mut rng = StdRng::seed_from_u64(seed);
-    let disk = SimDisk::default();
+    // A journal that is there already is opened and read, and a small memory sends orders to the
+    // disk, to be read back.
+    let reads = matches!(failure.call, Call::Open | Call::Read);
+    let disk = if reads {
+        left_over()?
+    } else {
+        SimDisk::default()
+    };
+    let capacity = if reads { 40 } else { 1_000 };
     disk.fail(failure);
-    let Ok(mut rig) = Rig::start(disk.clone(), 1, 1_000) else {
+    let Ok(mut rig) = Rig::start(disk.clone(), 1, capacity) else {
         // Nobody was promised anything; with a disk that works again it starts.
         disk.mend();
         return match open(&disk) {
@@ -100,13 +108,22 @@ fn one(failure: Failure, seed: u64) -> Result<Outcome, String> {
     if refused == Some(NotDurable::Full) {
         disk.mend();
         let deadline = Instant::now() + PATIENCE;
-        while rig.append(&mut rng).is_err() {
-            if Instant::now() > deadline {
-                return Err("full for ever, although the disk has room again".to_owned());
+        loop {
+            match rig.append(&mut rng) {
+                Ok(_) => break,
+                // Full for a moment only, and meanwhile orders could not be read back.
+                Err(NotDurable::Failed) if failure.call == Call::Read => break,
+                Err(_) if Instant::now() > deadline => {
+                    return Err("full for ever, although the disk has room again".to_owned());
+                }
+                Err(_) => std::thread::yield_now(),
             }
-            std::thread::yield_now();
         }
         rig.settle()?;
+    }
+    if failure.call == Call::Read {
+        // What only the disk has comes once it can be read.
+        disk.mend();
     }
     // Whatever became of the journal, the workers get every order, each once.
     while rig.undecided() > 0 {
@@ -122,6 +139,14 @@ fn one(failure: Failure, seed: u64) -> Result<Outcome, String> {
         _ if has_failed => Outcome::Failed,
         _ => Outcome::Unharmed,
     })
+}
+
+/// The segments of a process that ended in order.
+fn left_over() -> Result<SimDisk, String> {
+    let disk = SimDisk::default();
+    let rig = Rig::start(disk.clone(), 1, 1).map_err(|error| error.to_string())?;
+    drop(rig.queue.stop());
+    Ok(disk)
 }
 
 fn check_after_crash(rig: &Rig, disk: &SimDisk, rng: &mut StdRng) -> Result<(), String> {

@@ -30,6 +30,8 @@ pub enum Done {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Call {
     Create,
+    Open,
+    Read,
     Allocate,
     Write,
     Sync,
@@ -39,8 +41,10 @@ pub enum Call {
 }
 
 impl Call {
-    pub const ALL: [Call; 7] = [
+    pub const ALL: [Call; 9] = [
         Call::Create,
+        Call::Open,
+        Call::Read,
         Call::Allocate,
         Call::Write,
         Call::Sync,
@@ -161,6 +165,7 @@ impl Disk for SimDisk {
     }
 
     fn open(&self, name: &str) -> io::Result<Arc<dyn DiskFile>> {
+        self.check(Call::Open)?;
         let number = self.0.lock().unwrap().names.get(name).copied();
         let number = number.ok_or(io::ErrorKind::NotFound)?;
         Ok(Arc::new(SimFile(self.clone(), number)))
@@ -221,6 +226,7 @@ impl DiskFile for SimFile {
     }
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.0.check(Call::Read)?;
         let state = self.0.0.lock().unwrap();
         let from = offset as usize;
         let bytes = state.files[self.1].get(from..from + buffer.len());

@@ -1,7 +1,6 @@
 //! The thread that writes: it gathers a group, syncs it, acknowledges it, and hands it on.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use super::backlog::Waiting;
@@ -12,6 +11,7 @@ use super::segment::GroupAt;
 use crate::faults::{bug, crash_point};
 use crate::queue::{OrderQueue, Rejected};
 use crate::state::pending::{PendingOrder, SlotState};
+use crate::sync::Ordering;
 
 /// The thread that writes.
 pub(super) struct Appender {
@@ -37,7 +37,7 @@ impl Appender {
 
     pub(super) fn run(mut self) {
         let shared = Arc::clone(&self.shared);
-        shared.bell.listen();
+        shared.incoming.listen();
         while self.step() {}
     }
 
@@ -83,13 +83,7 @@ impl Appender {
             if self.held_back.is_some() {
                 return self.rotate();
             }
-            if shared.closing.load(Ordering::Acquire) {
-                return false;
-            }
-            shared.bell.wait_unless(|| {
-                !shared.incoming.is_empty() || shared.closing.load(Ordering::Acquire)
-            });
-            return true;
+            return shared.incoming.wait();
         }
         if bug("ack_before_sync") {
             self.acknowledge_early();
@@ -208,13 +202,7 @@ impl Appender {
             Incoming::Lease(..) => None,
         }));
         if orders.is_empty() {
-            if shared.closing.load(Ordering::Acquire) {
-                return false;
-            }
-            shared.bell.wait_unless(|| {
-                !shared.incoming.is_empty() || shared.closing.load(Ordering::Acquire)
-            });
-            return true;
+            return shared.incoming.wait();
         }
         let mut wakers = Vec::new();
         for order in &orders {

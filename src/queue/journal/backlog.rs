@@ -3,13 +3,11 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::atomic::{AtomicUsize, Ordering};
-
-use parking_lot::Mutex;
 
 use super::record::Record;
 use super::segment::GroupAt;
 use crate::order::{Order, OrderId};
+use crate::sync::{AtomicUsize, Mutex, Ordering};
 
 /// A group of which some orders wait on the disk.
 #[derive(Clone, Debug)]

@@ -10,7 +10,8 @@
 //!
 //! `tests/loom.rs` compiles this file against loom's primitives.
 
-use super::sync::{AtomicBool, OnceLock, Ordering, Thread, current, fence, park};
+use crate::sync::thread::{self, Thread};
+use crate::sync::{AtomicBool, OnceLock, Ordering, fence};
 
 /// One thread's bell.
 #[derive(Debug)]
@@ -31,7 +32,7 @@ impl Doorbell {
     /// Makes the present thread the one that listens; once, before its first
     /// [`Doorbell::wait_unless`].
     pub fn listen(&self) {
-        let _ = self.owner.set(current());
+        let _ = self.owner.set(thread::current());
     }
 
     /// Wakes the owner if it sleeps. Comes after the work was published.
@@ -50,7 +51,7 @@ impl Doorbell {
         self.sleeping.store(true, Ordering::Release);
         fence(Ordering::SeqCst);
         if !has_work() {
-            park();
+            thread::park();
         }
         self.sleeping.store(false, Ordering::Relaxed);
     }

@@ -4,67 +4,18 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
 
-use parking_lot::{Condvar, Mutex};
-
 use super::disk::Disk;
+use super::room::Room;
 use super::segment::{self, Identity, Segment, file_name};
 use crate::faults::crash_point;
+use crate::sync::{AtomicBool, AtomicU64, Condvar, Mutex, Ordering};
 
 /// How often making a segment is tried again where the disk was full.
 const RETRY: Duration = Duration::from_millis(500);
 /// Sectors at the end of a segment that may stay empty, because a record does not fit into them.
 const TAIL: i64 = super::RECORD_SECTORS_MAX as i64;
-
-/// Room for records that are not written yet, in sectors. What a record may need is taken before
-/// its order's stock is held, so that an order that was let in can always be written.
-#[derive(Debug, Default)]
-pub(super) struct Room {
-    sectors: AtomicI64,
-}
-
-impl Room {
-    /// Takes room for one record.
-    pub(super) fn take(self: &Arc<Self>, sectors: u32) -> Option<Permit> {
-        // Relaxed: the number alone is agreed on, it publishes nothing.
-        self.sectors
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
-                (left >= i64::from(sectors)).then(|| left - i64::from(sectors))
-            })
-            .ok()
-            .map(|_| Permit {
-                room: Arc::clone(self),
-                sectors,
-            })
-    }
-
-    pub(super) fn give(&self, sectors: i64) {
-        self.sectors.fetch_add(sectors, Ordering::Relaxed);
-    }
-}
-
-/// Room for one record. Dropping it gives the room back.
-#[derive(Debug)]
-#[must_use = "dropping a permit gives its room back"]
-pub struct Permit {
-    room: Arc<Room>,
-    sectors: u32,
-}
-
-impl Permit {
-    /// Hands the room over to the group that the record is written in.
-    pub(super) fn spend(mut self) -> u32 {
-        std::mem::take(&mut self.sectors)
-    }
-}
-
-impl Drop for Permit {
-    fn drop(&mut self) {
-        self.room.give(i64::from(self.sectors));
-    }
-}
 
 /// The segments of a running journal.
 #[derive(Debug)]
@@ -122,7 +73,7 @@ impl Keeper {
             disk,
             identity,
             segments_max: segments_max.max(2),
-            room: Arc::default(),
+            room: Arc::new(Room::new(0)),
             state: Mutex::new(State {
                 segments,
                 spare: None,

@@ -8,7 +8,8 @@
 //! * [`segment`]: one file; [`disk`]: what is asked of a file system;
 //! * [`scan`]: reading a journal back, and what counts as damage;
 //! * `log`: one group, one write, one sync; `appender`: the thread that does it; `keeper`: making and deleting segments;
-//! * `backlog`: what waits on the disk; `doorbell`: how the appender is woken;
+//! * `room`: what records may still take; `tally`: when a segment is not needed any more;
+//! * `backlog`: what waits on the disk; `inbox`: what the appender is asked to write, and `doorbell`: how it is woken;
 //! * `queue`: how all that is one [`crate::queue::OrderQueue`].
 //!
 //! Rules that recovery relies on:
@@ -25,24 +26,26 @@ mod appender;
 mod backlog;
 pub mod disk;
 mod doorbell;
+mod inbox;
 mod keeper;
 mod log;
 mod queue;
 pub mod record;
+mod room;
 pub mod scan;
 pub mod sector;
 pub mod segment;
-mod sync;
+mod tally;
 
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use disk::{Disk, RealDisk};
-pub use keeper::Permit;
 pub use log::Log;
 pub use queue::{JournalParts, JournalQueue};
 use record::{GROUP_HEAD, RECORD_MAX};
+pub use room::Permit;
 use scan::Scanned;
 use sector::{PAYLOAD, SECTOR};
 pub use segment::{GroupAt, Identity, prepare};

@@ -19,28 +19,25 @@ use std::fmt;
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
-use std::task::Waker;
-use std::thread::JoinHandle;
+use std::sync::Arc;
 use std::time::Duration;
-
-use crossbeam::queue::ArrayQueue;
-use parking_lot::Mutex;
 
 use super::appender::Appender;
 use super::backlog::Backlog;
-use super::doorbell::Doorbell;
-use super::keeper::{Keeper, Permit};
+use super::inbox::Inbox;
+use super::keeper::Keeper;
 use super::log::Log;
 use super::record::{GROUP_HEAD, Record, order_bytes};
+use super::room::Permit;
 use super::sector::sectors_of;
 use super::{JournalError, Opened};
-use crate::faults::{bug, crash_point};
+use crate::faults::crash_point;
 use crate::metrics::Metrics;
 use crate::order::{Order, OrderId, UnixMillis};
 use crate::queue::{Durability, DurableQueue, NotDurable, OrderQueue, Rejected, RingQueue, Taken};
 use crate::state::pending::{Pending, PendingOrder};
+use crate::sync::thread::{self, JoinHandle, Thread};
+use crate::sync::{AtomicBool, Mutex, OnceLock, Ordering, Waker};
 
 /// How often the reader looks whether there is room in memory, while orders wait on the disk.
 const READER_TICK: Duration = Duration::from_millis(2);
@@ -80,14 +77,12 @@ pub struct JournalQueue {
 pub(super) struct Shared {
     pub(super) ring: RingQueue,
     capacity: usize,
-    pub(super) incoming: ArrayQueue<Incoming>,
-    pub(super) bell: Doorbell,
+    pub(super) incoming: Inbox<Incoming>,
     pub(super) backlog: Backlog,
     /// Wakes the reader.
-    reader: OnceLock<std::thread::Thread>,
+    reader: OnceLock<Thread>,
     pub(super) keeper: Keeper,
     pub(super) parts: JournalParts,
-    pub(super) closing: AtomicBool,
     pub(super) appender_ended: AtomicBool,
     /// Leaves what is on the disk to the next process.
     cut: AtomicBool,
@@ -133,13 +128,11 @@ impl JournalQueue {
         let shared = Arc::new(Shared {
             ring: RingQueue::new(parts.capacity),
             capacity: parts.capacity,
-            incoming: ArrayQueue::new(parts.capacity.max(1)),
-            bell: Doorbell::new(),
+            incoming: Inbox::new(parts.capacity),
             backlog: Backlog::default(),
             reader: OnceLock::new(),
             keeper,
             parts,
-            closing: AtomicBool::new(false),
             appender_ended: AtomicBool::new(false),
             cut: AtomicBool::new(false),
             never_written: Mutex::default(),
@@ -148,7 +141,7 @@ impl JournalQueue {
         let mut threads = Vec::new();
         let mut spawn = |name: &'static str, work: Box<dyn FnOnce() + Send>| {
             let panicking = Arc::clone(&shared);
-            std::thread::Builder::new()
+            thread::Builder::new()
                 .name(name.to_owned())
                 .spawn(move || {
                     // Nothing that it may have left half done is looked at afterwards.
@@ -187,7 +180,6 @@ impl JournalQueue {
         if self.shared.failure.get().is_some() || self.shared.incoming.push(lease).is_err() {
             return false;
         }
-        self.shared.bell.ring();
         // A late success does no harm; whoever renews has more to do than to wait for a disk.
         match tokio::time::timeout(LEASE_PATIENCE, heard).await {
             Ok(heard) => heard.unwrap_or(false),
@@ -301,7 +293,7 @@ impl Shared {
 
     /// The reader's work: brings back from the disk what there is room for in memory.
     fn read_back(&self) {
-        let _ = self.reader.set(std::thread::current());
+        let _ = self.reader.set(thread::current());
         loop {
             let ended = self.appender_ended.load(Ordering::Acquire);
             let Some(waiting) = self.backlog.oldest() else {
@@ -310,7 +302,7 @@ impl Shared {
                 }
                 // Woken by the appender, or by the end; the tick is for the moment before it
                 // knows this thread.
-                std::thread::park_timeout(Duration::from_millis(100));
+                thread::park_timeout(Duration::from_millis(100));
                 continue;
             };
             if self.cut.load(Ordering::Acquire) {
@@ -318,7 +310,7 @@ impl Shared {
             }
             // Half of the memory stays free for orders that wait.
             if self.ring.depth() >= (self.capacity / 2).max(1) {
-                std::thread::park_timeout(READER_TICK);
+                thread::park_timeout(READER_TICK);
                 continue;
             }
             match waiting.read() {
@@ -340,7 +332,7 @@ impl Shared {
                     if self.failure.get().is_none() {
                         self.fail(format!("cannot read acknowledged orders back: {error}"));
                     }
-                    std::thread::park_timeout(READ_RETRY);
+                    thread::park_timeout(READ_RETRY);
                 }
             }
         }
@@ -359,7 +351,7 @@ impl Shared {
             if self.cut.load(Ordering::Acquire) {
                 return false;
             }
-            std::thread::park_timeout(READER_TICK);
+            thread::park_timeout(READER_TICK);
         }
     }
 }
@@ -374,7 +366,7 @@ impl OrderQueue for JournalQueue {
     }
 
     fn push(&self, order: Arc<PendingOrder>) -> Result<(), Rejected> {
-        if self.shared.closing.load(Ordering::Acquire) {
+        if self.shared.incoming.is_closed() {
             return Err(Rejected {
                 order,
                 closed: true,
@@ -401,8 +393,7 @@ impl OrderQueue for JournalQueue {
     }
 
     fn close(&self) {
-        self.shared.closing.store(true, Ordering::SeqCst);
-        self.shared.bell.ring();
+        self.shared.incoming.close();
         self.shared.wake_reader();
     }
 }
@@ -425,7 +416,7 @@ impl DurableQueue for JournalQueue {
 
     fn append(&self, order: Arc<PendingOrder>, permit: Permit) -> Result<(), Rejected> {
         let shared = &self.shared;
-        if shared.closing.load(Ordering::Acquire) {
+        if shared.incoming.is_closed() {
             return Err(Rejected {
                 order,
                 closed: true,
@@ -437,9 +428,6 @@ impl DurableQueue for JournalQueue {
                 order,
                 closed: false,
             });
-        }
-        if !bug("lost_wake_up") {
-            shared.bell.ring();
         }
         Ok(())
     }

@@ -7,12 +7,12 @@
 use std::fmt;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::JournalError;
 use super::disk::{Disk, DiskFile};
 use super::record::{self, Group};
 use super::sector::{self, SECTOR, Seal, Sector};
+use super::tally::Tally;
 use crate::faults::{bug, crash_point};
 use crate::order::{OrderId, UnixMillis};
 
@@ -73,10 +73,7 @@ pub struct Segment {
     pub number: u64,
     pub(super) file: Arc<dyn DiskFile>,
     pub(super) seal: Seal,
-    /// Orders in it that the database has not decided yet.
-    outstanding: AtomicU64,
-    /// Nothing more is written to it.
-    sealed: AtomicBool,
+    tally: Tally,
 }
 
 impl Segment {
@@ -85,14 +82,13 @@ impl Segment {
             number,
             file,
             seal: Seal::new(&identity.id, number),
-            outstanding: AtomicU64::new(0),
-            sealed: AtomicBool::new(false),
+            tally: Tally::new(),
         }
     }
 
     /// Counts orders that were written to it.
     pub fn add_outstanding(&self, orders: u64) {
-        self.outstanding.fetch_add(orders, Ordering::AcqRel);
+        self.tally.add(orders);
     }
 
     /// Counts orders that the database has decided. True: they were the last, and nothing more is
@@ -101,7 +97,7 @@ impl Segment {
     /// # Panics
     /// Where more are decided than were written: the segment would be deleted under an order.
     pub fn decided(&self, orders: u64) -> bool {
-        let before = self.outstanding.fetch_sub(orders, Ordering::AcqRel);
+        let before = self.tally.decided(orders);
         assert!(
             before >= orders,
             "segment {}: {orders} orders decided, {before} outstanding",
@@ -112,18 +108,17 @@ impl Segment {
 
     /// Nothing more is written to it.
     pub fn seal(&self) {
-        self.sealed.store(true, Ordering::Release);
+        self.tally.seal();
     }
 
     /// Whether nothing in it is needed any more.
     pub fn is_done(&self) -> bool {
-        (self.outstanding.load(Ordering::Acquire) == 0 || bug("retire_before_commit"))
-            && self.sealed.load(Ordering::Acquire)
+        self.tally.is_done()
     }
 
     /// Orders in it that the database has not decided yet.
     pub fn outstanding(&self) -> u64 {
-        self.outstanding.load(Ordering::Acquire)
+        self.tally.outstanding()
     }
 
     /// Reads one of its groups back.

@@ -1,16 +1,12 @@
 //! Orders in flight, by id: the meeting place of a buyer that waits and the worker that writes.
 
 mod slot;
-use super::sync;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::task::Waker;
 use std::time::{Duration, Instant};
 
-use dashmap::DashMap;
-
 use crate::order::{Order, OrderId};
+use crate::sync::{AtomicU64, AtomicUsize, DashMap, Ordering, Waker};
 pub use slot::{Settled, Slot, SlotState};
 
 /// An order on its way, with the slot that decides its outcome. One allocation: the queue, the
@@ -79,8 +75,10 @@ pub struct Pending {
     /// is known. It spares the deadline keeper the walk through the map while nothing is due.
     next_due_ms: AtomicU64,
     started: Instant,
-    /// Orders in flight that a journal keeps on its disk, and the map does not have.
-    on_disk: AtomicUsize,
+    /// Orders that went to a journal's disk and are not in the map any more, ever, and those that
+    /// came back. Two counts that only grow, so that [`Pending::in_flight`] sees one move.
+    spilled: AtomicUsize,
+    read_back: AtomicUsize,
 }
 
 impl Pending {
@@ -93,7 +91,8 @@ impl Pending {
             ),
             next_due_ms: AtomicU64::new(u64::MAX),
             started: Instant::now(),
-            on_disk: AtomicUsize::new(0),
+            spilled: AtomicUsize::new(0),
+            read_back: AtomicUsize::new(0),
         }
     }
 
@@ -141,17 +140,26 @@ impl Pending {
     /// Orders in flight now, in memory and on the disk. One on its way from one to the other may
     /// count twice, and never counts not at all.
     pub fn in_flight(&self) -> usize {
-        self.on_disk.load(Ordering::Acquire) + self.len()
+        loop {
+            let spilled = self.spilled.load(Ordering::Acquire);
+            let read_back = self.read_back.load(Ordering::Acquire);
+            let in_memory = self.len();
+            // What comes back is entered before it is counted: in this order it is seen twice
+            // rather than not at all. What leaves meanwhile could be missed, so look again.
+            if self.spilled.load(Ordering::Acquire) == spilled {
+                return spilled - read_back + in_memory;
+            }
+        }
     }
 
     /// Counts orders that are about to leave memory for the disk.
     pub fn spilled(&self, orders: usize) {
-        self.on_disk.fetch_add(orders, Ordering::AcqRel);
+        self.spilled.fetch_add(orders, Ordering::AcqRel);
     }
 
     /// Counts orders that are back in memory.
     pub fn read_back(&self, orders: usize) {
-        self.on_disk.fetch_sub(orders, Ordering::AcqRel);
+        self.read_back.fetch_add(orders, Ordering::AcqRel);
     }
 
     /// Orders in flight in memory now.

@@ -23,7 +23,7 @@
 //! `tests/loom.rs` compiles this file against loom's primitives and runs through every
 //! interleaving.
 
-use super::sync::{AtomicU8, Guarded, Ordering, Waker};
+use crate::sync::{AtomicU8, Guarded, Ordering, Waker};
 
 /// Where an order in flight stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

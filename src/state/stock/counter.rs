@@ -7,7 +7,7 @@
 //!
 //! `tests/loom.rs` compiles this file against loom's primitives.
 
-use super::sync::{AtomicU32, AtomicU64, Guarded, Ordering, fence};
+use crate::sync::{AtomicU32, AtomicU64, Guarded, Ordering, fence};
 
 /// A consistent reading of one SKU's counters, in units.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -221,7 +221,7 @@ impl StockCounter {
                     sold,
                 };
             }
-            super::sync::spin();
+            crate::sync::spin();
         }
     }
 }

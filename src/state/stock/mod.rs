@@ -1,7 +1,6 @@
 //! The catalogue: what is on sale, on which terms, and how many units are left.
 
 mod counter;
-use super::sync;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -12,6 +11,7 @@ use crossbeam::utils::CachePadded;
 
 use crate::faults::bug;
 use crate::order::{Currency, Quantity, Refusal, SkuId, SkuNumber, UnixMillis};
+use crate::sync::Guarded;
 pub use counter::{BelowCommitted, NotEnough, StockCounter, StockSnapshot};
 
 /// On which terms a SKU is sold.
@@ -207,7 +207,7 @@ impl Drop for Hold {
 #[derive(Debug, Default)]
 pub struct Catalogue {
     maps: ArcSwap<CatalogueMaps>,
-    changing: sync::Guarded<()>,
+    changing: Guarded<()>,
     paused: AtomicBool,
 }
 

@@ -1,0 +1,81 @@
+//! What the appender is asked to write: it takes what has gathered while it wrote, and sleeps
+//! when there is nothing.
+//!
+//! `tests/loom.rs` compiles this file against loom's primitives.
+
+use super::doorbell::Doorbell;
+use crate::faults::bug;
+use crate::sync::{ArrayQueue, AtomicBool, Ordering};
+
+/// A bounded queue of many senders and one receiver, which sleeps.
+pub(super) struct Inbox<T> {
+    items: ArrayQueue<T>,
+    bell: Doorbell,
+    closed: AtomicBool,
+}
+
+impl<T> Inbox<T> {
+    /// Room for `capacity` items, 1 or more.
+    pub(super) fn new(capacity: usize) -> Self {
+        Inbox {
+            items: ArrayQueue::new(capacity.max(1)),
+            bell: Doorbell::new(),
+            closed: AtomicBool::new(false),
+        }
+    }
+
+    /// Appends an item and wakes the receiver, or gives the item back where there is no room.
+    pub(super) fn push(&self, item: T) -> Result<(), T> {
+        self.items.push(item)?;
+        if !bug("lost_wake_up") {
+            self.bell.ring();
+        }
+        Ok(())
+    }
+
+    /// Makes the present thread the receiver; once, before its first [`Inbox::wait`].
+    pub(super) fn listen(&self) {
+        self.bell.listen();
+    }
+
+    /// Takes the oldest item.
+    pub(super) fn pop(&self) -> Option<T> {
+        self.items.pop()
+    }
+
+    /// Sleeps while it is empty; may wake for no reason. False: it is closed, and nothing that was
+    /// pushed before is in it.
+    pub(super) fn wait(&self) -> bool {
+        // In this order: what was pushed before it was closed is seen.
+        let closed = self.is_closed();
+        if !self.items.is_empty() {
+            return true;
+        }
+        if closed {
+            return false;
+        }
+        self.bell
+            .wait_unless(|| !self.items.is_empty() || self.is_closed());
+        true
+    }
+
+    /// Whether [`Inbox::close`] was called.
+    pub(super) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+
+    /// Lets the receiver end once it is empty.
+    pub(super) fn close(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+        self.bell.ring();
+    }
+
+    pub(super) fn is_full(&self) -> bool {
+        self.items.is_full()
+    }
+
+    /// Items in it now.
+    pub(super) fn len(&self) -> usize {
+        self.items.len()
+    }
+}

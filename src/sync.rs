@@ -1,0 +1,36 @@
+//! What threads meet at: atomics, locks, sleep, a ring, a map.
+//!
+//! The modules whose interleavings are checked take these from here and from nowhere else, so that
+//! `tests/loom.rs` and `tests/shuttle` can compile the very same source files against loom's and
+//! shuttle's.
+
+pub(crate) use std::hint::spin_loop as spin;
+pub(crate) use std::sync::OnceLock;
+pub(crate) use std::sync::atomic::{
+    AtomicBool, AtomicI64, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence,
+};
+pub(crate) use std::task::Waker;
+
+pub(crate) use crossbeam::queue::ArrayQueue;
+pub(crate) use dashmap::DashMap;
+pub(crate) use parking_lot::{Condvar, Mutex};
+pub(crate) use tokio::sync::Notify;
+
+/// Threads, and how they sleep.
+pub(crate) mod thread {
+    pub(crate) use std::thread::{Builder, JoinHandle, Thread, current, park, park_timeout};
+}
+
+/// A short list behind a lock that nothing holds across a call-out.
+#[derive(Debug, Default)]
+pub(crate) struct Guarded<T>(Mutex<T>);
+
+impl<T> Guarded<T> {
+    pub(crate) fn new(value: T) -> Self {
+        Guarded(Mutex::new(value))
+    }
+
+    pub(crate) fn with<R>(&self, change: impl FnOnce(&mut T) -> R) -> R {
+        change(&mut self.0.lock())
+    }
+}
