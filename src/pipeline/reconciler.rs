@@ -34,6 +34,8 @@ const MATCH: Duration = Duration::from_millis(200);
 const COUNT: Duration = Duration::from_secs(5);
 /// When an order in flight is looked for again, in milliseconds.
 const IN_FLIGHT_MS: u64 = 1_000;
+/// When a payment is looked at again whose decision the database has refused, in milliseconds.
+const UNDECIDED_MS: u64 = 5_000;
 
 /// What is to become of an orphan whose order was not found.
 enum Decision {
@@ -157,8 +159,13 @@ impl Cashier {
                 let first = u64::try_from(checks.first.as_millis()).unwrap_or(u64::MAX);
                 let pause = first.saturating_mul(1 << done.clamp(0, 30));
                 self.put_off(&payment, done, pause).await?;
-            } else {
-                self.decide(&payment).await?;
+            } else if let Err(error) = self.decide(&payment).await {
+                if error.is_transient() || matches!(error, StoreError::Fenced { .. }) {
+                    return Err(error);
+                }
+                // It must not hold up the others.
+                tracing::warn!(payment = payment.id, reason = %error, "a payment is not decided yet; it is tried again");
+                self.put_off(&payment, payment.checks, UNDECIDED_MS).await?;
             }
         }
         Ok(full)
@@ -232,7 +239,9 @@ impl Cashier {
         match decision {
             Decision::Later => return self.put_off(payment, payment.checks, IN_FLIGHT_MS).await,
             Decision::GiveUp(reason) => {
-                self.parts.writer.give_up(payment.id, reason, now).await?;
+                if !self.parts.writer.give_up(payment.id, reason, now).await? {
+                    return Ok(());
+                }
                 self.note_refund(payment, reason);
             }
             Decision::RecoverForRefund(order, reason) => {

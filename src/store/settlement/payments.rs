@@ -148,7 +148,8 @@ impl SettlementWriter {
         .await
     }
 
-    /// Leaves an orphan at `refund_due`: no order was found, and none can be recovered.
+    /// Leaves an orphan at `refund_due`: no order was found, and none can be recovered. False: its
+    /// order is there after all, or it is no orphan any more, and nothing was changed.
     ///
     /// # Errors
     /// Nothing has changed then.
@@ -157,14 +158,17 @@ impl SettlementWriter {
         id: i64,
         reason: RefundReason,
         now: UnixMillis,
-    ) -> Result<(), StoreError> {
+    ) -> Result<bool, StoreError> {
         self.transact(
             "leaving a payment for a refund",
             async |client, statements| {
-                let moved = [(id, PaymentState::RefundDue, Some(reason))];
-                move_payments(client, statements, &moved, now)
-                    .await
-                    .map(|_| ())
+                let given_up = client
+                    .execute(
+                        statements.of(client, Sql::GiveUp).await?,
+                        &[&id, &reason.as_str(), &now.0],
+                    )
+                    .await?;
+                Ok(given_up > 0)
             },
         )
         .await

@@ -50,6 +50,13 @@ const MOVE_PAYMENTS: &str = "
       FROM unnest($1::int8[], $2::text[], $3::text[]) AS m (id, state, reason)
      WHERE p.id = m.id AND p.state = 'orphan'";
 
+/// Guarded by the order too: a worker may have written it since it was looked for.
+const GIVE_UP: &str = "
+    UPDATE payments p SET state = 'refund_due', refund_reason = $2, changed_at = to_timestamp($3::int8 / 1000.0)
+     WHERE p.id = $1 AND p.state = 'orphan'
+       AND NOT EXISTS (SELECT FROM orders o WHERE o.order_id = p.order_id)
+       AND NOT EXISTS (SELECT FROM dead_letters d WHERE d.order_id = p.order_id)";
+
 const LOCK_SKUS: &str = "SELECT id FROM sku WHERE id = ANY ($1) ORDER BY id FOR UPDATE";
 
 /// Moves counters of SKUs that are locked, and writes the journal after them, so that its entries
@@ -80,12 +87,13 @@ const EXPIRE: &str = "
     UPDATE orders o SET status = 4 FROM due WHERE o.order_id = due.order_id AND o.status = 1
     RETURNING o.order_id, o.user_id, o.sku, o.quantity";
 
-/// An order that was lost, as its receipt tells it.
+/// An order that was lost, as its receipt tells it; nothing where it is there after all.
 const RECOVER: &str = "
     INSERT INTO orders (order_id, user_id, sku, quantity, adjustment, amount, currency, status, created_at, expires_at,
                         key_hash, payload_hash, refund_reason)
-    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, to_timestamp($9::int8 / 1000.0), to_timestamp($10::int8 / 1000.0),
-            encode($11::bytea, 'hex')::uuid, $12, $13)
+    SELECT $1, $2, $3, $4, $5, $6, $7, $8, to_timestamp($9::int8 / 1000.0), to_timestamp($10::int8 / 1000.0),
+           encode($11::bytea, 'hex')::uuid, $12, $13
+     WHERE NOT EXISTS (SELECT FROM dead_letters d WHERE d.order_id = $1)
     ON CONFLICT (order_id) DO NOTHING";
 
 /// Which statement.
@@ -99,13 +107,14 @@ pub(super) enum Sql {
     MoveOrders,
     MoveDeadLetters,
     MovePayments,
+    GiveUp,
     Expire,
     Recover,
     LockSkus,
     Counters,
 }
 
-const SQL: [&str; 12] = [
+const SQL: [&str; 13] = [
     FENCE,
     EVENTS,
     PAYMENTS,
@@ -114,6 +123,7 @@ const SQL: [&str; 12] = [
     MOVE_ORDERS,
     MOVE_DEAD_LETTERS,
     MOVE_PAYMENTS,
+    GIVE_UP,
     EXPIRE,
     RECOVER,
     LOCK_SKUS,
