@@ -35,7 +35,7 @@ pub const CRASH_POINTS: [&str; 16] = [
 ];
 
 /// Every defect that can be put in.
-pub const BUGS: [&str; 13] = [
+pub const BUGS: [&str; 18] = [
     "ack_before_sync",
     "no_sync",
     "reuse_failed_file",
@@ -49,6 +49,11 @@ pub const BUGS: [&str; 13] = [
     "double_release",
     "guess_the_commit",
     "hold_without_checking",
+    "answer_before_commit",
+    "keep_expired_units",
+    "recover_without_holding",
+    "pay_after_the_deadline",
+    "expire_what_is_paid",
 ];
 
 /// Ends the process with SIGKILL where this point was asked for.

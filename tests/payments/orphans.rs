@@ -6,11 +6,11 @@ use serde_json::{Value, json};
 
 use crate::rig::{PATIENCE, Shop};
 use crate::support::block_on;
-use crate::support::http::call;
+use crate::support::http::{Connection, call};
 use crate::support::postgres::{connect, test_dir};
 use crate::support::served::{OwnPostgres, Served, end_postgres, millrace};
 use crate::support::server::{RECEIPT_KEY, TestServer};
-use crate::support::webhook::{Paid, SECRET, sign};
+use crate::support::webhook::{Paid, SECRET, send};
 
 #[test]
 fn a_payment_for_an_order_that_nobody_has_is_looked_for_and_then_has_to_go_back() {
@@ -290,16 +290,8 @@ impl Real {
 
     fn pay(&self, order: &Value) {
         let paid = Paid::of(order);
-        let body = paid.body();
-        let (timestamp, signature) = sign(&paid.event, &body, SECRET);
-        let fields = [
-            ("Content-Type", "application/json"),
-            ("webhook-id", paid.event.as_str()),
-            ("webhook-timestamp", &timestamp),
-            ("webhook-signature", &signature),
-        ];
-        let target = "/v1/payments/standard/notify";
-        let answer = call(self.served.data, "POST", target, &fields, &body);
+        let mut connection = Connection::open(self.served.data).expect("connect");
+        let answer = send(&mut connection, &paid.event, &paid.body(), SECRET).expect("an answer");
         assert_eq!(answer.status, 200, "{answer:?}");
     }
 

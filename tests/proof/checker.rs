@@ -13,6 +13,7 @@ use rand::Rng;
 use rand::seq::IndexedRandom as _;
 use serde_json::Value;
 
+use super::money::Money;
 use crate::support::postgres::connect;
 
 /// An order as a client wants it. Asked for again, it is the same word for word.
@@ -250,6 +251,12 @@ impl Checker {
         }
     }
 
+    /// Whether anybody wanted this user's order cancelled.
+    pub fn is_cancel_asked(&self, user: &str) -> bool {
+        let book = self.book();
+        book.asked.get(user).is_some_and(|asked| asked.cancel_asked)
+    }
+
     /// A cancellation was confirmed.
     pub fn told_cancelled(&self, user: &str) {
         if let Some(asked) = self.book().asked.get_mut(user) {
@@ -402,7 +409,21 @@ pub struct Row {
     pub adjustment: i64,
     pub amount: i64,
     pub status: String,
+    /// Why its money has to go back, or went back.
+    pub refund_reason: Option<String>,
     pub attributes: Option<Value>,
+}
+
+/// A row of `payment_list`.
+#[derive(Clone, Debug)]
+pub struct PaymentRow {
+    pub id: i64,
+    pub payment: String,
+    pub order: String,
+    pub amount: i64,
+    pub currency: String,
+    pub state: String,
+    pub refund_reason: Option<String>,
 }
 
 /// A row of `sku_list`.
@@ -418,10 +439,11 @@ pub struct Counters {
 pub struct Found {
     pub rows: Vec<Row>,
     pub skus: BTreeMap<String, Counters>,
+    pub payments: Vec<PaymentRow>,
 }
 
 impl Found {
-    /// Reads both views.
+    /// Reads the three views.
     pub async fn read(config: &tokio_postgres::Config) -> Self {
         let client = connect(config).await;
         client
@@ -432,8 +454,8 @@ impl Found {
             .expect("begin");
         let rows = client
             .query(
-                "SELECT order_id, user_id, sku_id, quantity, adjustment, amount, status, attributes \
-                 FROM order_list",
+                "SELECT order_id, user_id, sku_id, quantity, adjustment, amount, status, attributes, \
+                        refund_reason FROM order_list",
                 &[],
             )
             .await
@@ -442,6 +464,22 @@ impl Found {
             .query("SELECT sku_id, total, held, sold FROM sku_list", &[])
             .await
             .expect("read sku_list");
+        let payments = client
+            .query(
+                "SELECT id, payment_id, order_ref, amount, currency, state, refund_reason FROM payment_list",
+                &[],
+            )
+            .await
+            .expect("read payment_list");
+        let payment = |row: &tokio_postgres::Row| PaymentRow {
+            id: row.get(0),
+            payment: row.get(1),
+            order: row.get(2),
+            amount: row.get(3),
+            currency: row.get(4),
+            state: row.get(5),
+            refund_reason: row.get(6),
+        };
         let row = |row: &tokio_postgres::Row| Row {
             order_id: row.get(0),
             user: row.get(1),
@@ -453,6 +491,7 @@ impl Found {
             attributes: row
                 .get::<_, Option<&str>>(7)
                 .map(|text| serde_json::from_str(text).unwrap_or_default()),
+            refund_reason: row.get(8),
         };
         let counters = |row: &tokio_postgres::Row| {
             let (total, held, sold) = (row.get(1), row.get(2), row.get(3));
@@ -460,6 +499,7 @@ impl Found {
         };
         Found {
             rows: rows.iter().map(row).collect(),
+            payments: payments.iter().map(payment).collect(),
             skus: skus.iter().map(counters).collect(),
         }
     }
@@ -486,6 +526,8 @@ pub struct Verdict {
     pub unanswered: u64,
     /// Acknowledged orders that some client was only told to be durable in the queue.
     pub respond_async: u64,
+    /// What came of payments, where any were made.
+    pub money: Money,
     /// Everything that is wrong, in words.
     pub faults: Vec<String>,
 }
@@ -498,6 +540,7 @@ impl Verdict {
             && self.refused_but_present == 0
             && self.oversold == 0
             && self.leaked == 0
+            && self.money.adds_up()
             && self.faults.is_empty()
     }
 
@@ -520,6 +563,7 @@ impl Verdict {
         self.cancelled += other.cancelled;
         self.unanswered += other.unanswered;
         self.respond_async += other.respond_async;
+        self.money.add(&other.money);
         self.faults.extend_from_slice(&other.faults);
     }
 
@@ -565,7 +609,9 @@ impl Verdict {
             if !is_of(row, wish) && !ids.contains(&row.order_id) {
                 self.fault(format!("not as it was asked for: {asked:?}: {row:?}"));
             }
-            let is_cancelled = row.status == "cancelled";
+            // One that was paid all the same has its money to go back.
+            let is_cancelled = row.status == "cancelled"
+                || row.refund_reason.as_deref() == Some("order_cancelled");
             if asked.cancelled && !is_cancelled {
                 self.fault(format!("its cancellation is lost: {asked:?}: {row:?}"));
             }
@@ -650,6 +696,7 @@ impl fmt::Display for Verdict {
             self.refused,
             self.cancelled,
             self.unanswered,
-        )
+        )?;
+        write!(f, "{}", self.money)
     }
 }

@@ -1,22 +1,31 @@
 //! The real binary under mixed load, killed again and again: at random moments, and by itself at
 //! each point of `faults::CRASH_POINTS` in turn. Nothing that a client was told may turn out false.
+//!
+//! In two forms: `kill9` is about orders and their way into the database; `payments` is about what
+//! happens to them afterwards, with a payment platform that delivers callbacks all the while, and
+//! with the points of the settlement.
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use millrace::faults::CRASH_POINTS;
 use rand::rngs::StdRng;
+use rand::seq::SliceRandom as _;
 use rand::{Rng as _, SeedableRng as _};
+use serde_json::Value;
 use tempfile::TempDir;
 
-use super::checker::{Checker, Verdict};
-use super::load::{Load, Settings, check};
+use super::checker::{Checker, Found, Verdict};
+use super::load::{Load, Settings, check, compare_counters, retry_some};
 use super::outcome::{Why, block_on, in_series};
-use crate::support::postgres::{copy_template, test_dir};
-use crate::support::served::{OwnPostgres, PATIENCE, Served, end_postgres};
+use super::platform::Platform;
+use crate::support::http::try_call;
+use crate::support::postgres::{connect, copy_template, test_dir};
+use crate::support::served::{OwnPostgres, PATIENCE, Served, end_postgres, tail};
+use crate::support::webhook::SECRET;
 
 /// How long a load may go on without passing the point that it is to crash at.
 const POINT_PATIENCE: Duration = Duration::from_secs(2);
@@ -25,26 +34,63 @@ const POINT_PATIENCE: Duration = Duration::from_secs(2);
 /// what the first have written.
 const SERIES: u64 = 20;
 
+/// How long buyers have to pay where they do: some are late.
+const PAYMENT_TTL_MS: u64 = 2_000;
+/// How long the last of what is due may take after that.
+const SETTLING: Duration = Duration::from_secs(20);
+/// Orders that a database loses at once.
+const LOST_MAX: usize = 5;
+
+/// Which of the two it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// Orders alone.
+    Orders,
+    /// Orders, payments, expiry, recovery from receipts.
+    Payments,
+}
+
+impl Form {
+    fn name(self) -> &'static str {
+        match self {
+            Form::Orders => "kill9",
+            Form::Payments => "payments",
+        }
+    }
+
+    /// The points that it crashes at.
+    fn points(self) -> Vec<&'static str> {
+        let is_ours = |point: &&str| point.starts_with("settlement.") == (self == Form::Payments);
+        CRASH_POINTS.into_iter().filter(is_ours).collect()
+    }
+}
+
 /// Cycles of load, kill and recovery.
 pub fn run(cycles: u64) -> Result<String, Why> {
-    Ok(with_bug(cycles, None)?)
+    Ok(with_bug(Form::Orders, cycles, None)?)
+}
+
+/// The same with payments.
+pub fn run_with_payments(cycles: u64) -> Result<String, Why> {
+    Ok(with_bug(Form::Payments, cycles, None)?)
 }
 
 /// The same with a deliberate defect, to show that it is found.
-pub fn with_bug(cycles: u64, bug: Option<&str>) -> Result<String, String> {
-    let mut points = Points::default();
-    let figures = in_series("kill9", cycles, SERIES, |seed, cycles, done| {
-        let mut proof = Proof::new(seed, bug, std::mem::take(&mut points));
+pub fn with_bug(form: Form, cycles: u64, bug: Option<&str>) -> Result<String, String> {
+    let mut points = Points::of(form);
+    let figures = in_series(form.name(), cycles, SERIES, |seed, cycles, done| {
+        let given = std::mem::replace(&mut points, Points::of(form));
+        let mut proof = Proof::new(form, seed, bug, given);
         let outcome = proof.run(cycles, done);
-        points = std::mem::take(&mut proof.points);
+        points = std::mem::replace(&mut proof.points, Points::of(form));
         outcome
     })?;
     Ok(format!("{figures} {points}"))
 }
 
 /// Points to crash at.
-#[derive(Default)]
 struct Points {
+    all: Vec<&'static str>,
     /// How many were asked for, one after the other.
     next: usize,
     asked: BTreeSet<&'static str>,
@@ -53,8 +99,17 @@ struct Points {
 }
 
 impl Points {
+    fn of(form: Form) -> Self {
+        Points {
+            all: form.points(),
+            next: 0,
+            asked: BTreeSet::new(),
+            hit: BTreeSet::new(),
+        }
+    }
+
     fn next(&mut self) -> &'static str {
-        let point = CRASH_POINTS[self.next % CRASH_POINTS.len()];
+        let point = self.all[self.next % self.all.len()];
         self.next += 1;
         self.asked.insert(point);
         point
@@ -64,7 +119,7 @@ impl Points {
 impl fmt::Display for Points {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (hit, asked) = (self.hit.len(), self.asked.len());
-        write!(f, "points_hit={hit}/{asked} of {}", CRASH_POINTS.len())?;
+        write!(f, "points_hit={hit}/{asked} of {}", self.all.len())?;
         let missed: Vec<&str> = self.asked.difference(&self.hit).copied().collect();
         if missed.is_empty() {
             return Ok(());
@@ -76,23 +131,25 @@ impl fmt::Display for Points {
 struct Proof {
     random: StdRng,
     checker: Checker,
+    platform: Option<Platform>,
     bug: Option<String>,
     points: Points,
     data_dir: TempDir,
 }
 
 impl Proof {
-    fn new(seed: u64, bug: Option<&str>, mut points: Points) -> Self {
+    fn new(form: Form, seed: u64, bug: Option<&str>, mut points: Points) -> Self {
         let data_dir = test_dir();
         block_on(copy_template(data_dir.path()));
         let mut random = StdRng::seed_from_u64(seed);
-        let first = random.random_range(0..CRASH_POINTS.len());
+        let first = random.random_range(0..points.all.len());
         if points.asked.is_empty() {
             points.next = first;
         }
         Proof {
             random,
             checker: Checker::new(),
+            platform: (form == Form::Payments).then(|| Platform::new(seed)),
             bug: bug.map(|name| format!("bug@{name}")),
             points,
             data_dir,
@@ -104,15 +161,33 @@ impl Proof {
     }
 
     fn start(&self, settings: &Settings) -> Result<Served, String> {
-        let log = self.dir().join("serve.log");
-        let mut all = settings.environment();
+        let mut all = self.environment(settings);
         all.extend(
             self.bug
                 .iter()
                 .map(|bug| ("MILLRACE_FAULT".to_owned(), bug.clone())),
         );
-        Served::try_start(self.dir(), &all, &log)
+        Served::try_start(self.dir(), &all, &self.log())
             .map_err(|ended| format!("it does not start: {}: {}", ended.status, ended.log))
+    }
+
+    fn log(&self) -> PathBuf {
+        self.dir().join("serve.log")
+    }
+
+    fn environment(&self, settings: &Settings) -> Vec<(String, String)> {
+        let mut all = settings.environment();
+        if self.platform.is_some() {
+            let ttl = PAYMENT_TTL_MS.to_string();
+            let more = [
+                ("ORDERS__PAYMENT_TTL_MS", ttl.as_str()),
+                ("PAYMENTS__STANDARD__SECRET", SECRET),
+                ("PAYMENTS__ORPHAN_CHECK_MS", "100"),
+                ("PAYMENTS__ORPHAN_CHECKS", "2"),
+            ];
+            all.extend(more.map(|(name, value)| (format!("MILLRACE_{name}"), value.to_owned())));
+        }
+        all
     }
 
     fn run(&mut self, cycles: u64, done: &dyn Fn(u64)) -> Result<Verdict, String> {
@@ -162,11 +237,29 @@ impl Proof {
             }
         }
         let served = self.start(&settings)?;
-        let verdict = self.check(&served);
+        let all = self.random.random_bool(0.3);
+        let verdict = self.check(&served, all)?;
         // Its own death is one more.
         served.kill();
         self.checker.server_is_gone();
+        self.lose_some()?;
         Ok(verdict)
+    }
+
+    /// The database loses a few rows that nobody has paid, as a failover to a standby that lagged
+    /// would; their buyers pay all the same.
+    fn lose_some(&mut self) -> Result<(), String> {
+        let Some(platform) = &self.platform else {
+            return Ok(());
+        };
+        let config = OwnPostgres::of(self.dir()).config();
+        let config = config.ok_or("PostgreSQL does not run")?;
+        let mut unpaid = block_on(async { platform.unpaid_among(&Found::read(&config).await) });
+        unpaid.shuffle(&mut self.random);
+        unpaid.truncate(LOST_MAX);
+        let lost = block_on(lose(&config, &unpaid)).map_err(|error| format!("to lose: {error}"))?;
+        platform.loses(&lost);
+        Ok(())
     }
 
     fn load_and_kill(
@@ -194,10 +287,9 @@ impl Proof {
             "recovery.replayed_part" => 1,
             _ => self.random.random_range(1..=30),
         };
-        let mut all = settings.environment();
+        let mut all = self.environment(settings);
         all.push(("MILLRACE_FAULT".to_owned(), format!("crash@{point}:{nth}")));
-        let log = self.dir().join("serve.log");
-        match Served::try_start(self.dir(), &all, &log) {
+        match Served::try_start(self.dir(), &all, &self.log()) {
             Ok(served) => {
                 let mut hit = false;
                 let flood = point.starts_with("journal.");
@@ -236,9 +328,13 @@ impl Proof {
         if flood {
             (load.threads, load.respond_async, load.batch_max) = (8, 90, 60);
         }
-        let stop = AtomicBool::new(false);
+        load.platform = self.platform.as_ref();
+        let (stop, data) = (AtomicBool::new(false), served.data);
         std::thread::scope(|scope| {
             scope.spawn(|| load.run(&stop));
+            if let Some(platform) = load.platform {
+                scope.spawn(|| platform.run(data, &stop));
+            }
             moment(&mut served);
             served.kill();
             stop.store(true, Ordering::Relaxed);
@@ -246,38 +342,82 @@ impl Proof {
         self.checker.server_is_gone();
     }
 
-    fn check(&mut self, served: &Served) -> Verdict {
+    /// Compares what a process that has just recovered knows. `all`: every order is to be paid or
+    /// over first, where there are payments.
+    fn check(&mut self, served: &Served, all: bool) -> Result<Verdict, String> {
         let postgres = OwnPostgres::of(self.dir());
-        let config = postgres.config().expect("its PostgreSQL runs");
-        check(served.data, &self.checker, &config, self.random.random())
+        let config = postgres.config().ok_or("PostgreSQL does not run")?;
+        let seed = self.random.random();
+        let Some(platform) = &self.platform else {
+            return Ok(check(served.data, &self.checker, &config, seed));
+        };
+        platform.deliver_all(served.data, all)?;
+        let mut said = Verdict::default();
+        self.until_settled(|| {
+            let found = block_on(Found::read(&config));
+            found.payments.iter().all(|one| one.state != "orphan")
+        });
+        retry_some(served.data, &self.checker, 30, seed, &mut said);
+        let mut verdict = Verdict::default();
+        self.until_settled(|| {
+            let found = block_on(Found::read(&config));
+            verdict = self.checker.judge(&found);
+            compare_counters(served.data, &found, &mut verdict);
+            let is_cancel_asked = |user: &str| self.checker.is_cancel_asked(user);
+            platform.judge(&found, is_cancel_asked, all, &mut verdict);
+            verdict.faults.extend(said.faults.clone());
+            audit(served, &mut verdict);
+            verdict.holds()
+        });
+        Ok(verdict)
+    }
+
+    /// Looks until `condition` holds, or for as long as it may take: what is due expires, and
+    /// what waits is decided, in the background.
+    fn until_settled(&self, mut condition: impl FnMut() -> bool) {
+        let deadline = Instant::now() + SETTLING;
+        while !condition() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(50));
+        }
     }
 
     /// Everything once more: after a load that ends by itself, and after an orderly end.
     fn finish(&mut self) -> Result<Verdict, String> {
         let settings = Settings::default();
         let served = self.start(&settings)?;
-        let load = Load::prepare(&served, &self.checker, u64::MAX, &mut self.random)
+        let mut load = Load::prepare(&served, &self.checker, u64::MAX, &mut self.random)
             .map_err(|e| format!("no SKU can be put on sale: {e}"))?;
+        load.platform = self.platform.as_ref();
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
             scope.spawn(|| load.run(&stop));
+            if let Some(platform) = load.platform {
+                scope.spawn(|| platform.run(served.data, &stop));
+            }
             std::thread::sleep(Duration::from_millis(200));
             stop.store(true, Ordering::Relaxed);
         });
         let config = OwnPostgres::of(self.dir()).config();
         let config = config.ok_or("PostgreSQL does not run")?;
-        let verdict = block_on(self.checker.compare_until(&config, PATIENCE));
+        let verdict = match &self.platform {
+            Some(_) => self.check(&served, true)?,
+            None => block_on(self.checker.compare_until(&config, PATIENCE)),
+        };
         if !verdict.holds() {
             return Ok(verdict);
+        }
+        if let Some(platform) = &self.platform {
+            platform.refunds_some(served.control, &block_on(Found::read(&config)))?;
         }
         served.terminate();
         let code = served.wait();
         if code != Some(0) {
-            return Err(format!("SIGTERM ended it with {code:?}"));
+            let log = tail(&self.log());
+            return Err(format!("SIGTERM ended it with {code:?}: {log}"));
         }
         self.checker.server_is_gone();
         let served = self.start(&settings)?;
-        let verdict = self.check(&served);
+        let verdict = self.check(&served, true)?;
         served.terminate();
         served.wait();
         Ok(verdict)
@@ -290,6 +430,46 @@ impl Drop for Proof {
         if let Some(pid) = OwnPostgres::of(self.dir()).pid() {
             end_postgres(pid);
         }
+    }
+}
+
+/// Takes the rows away that are still to be paid; returns which they were.
+async fn lose(
+    config: &tokio_postgres::Config,
+    orders: &[i64],
+) -> Result<Vec<i64>, tokio_postgres::Error> {
+    let mut client = connect(config).await;
+    let transaction = client.transaction().await?;
+    transaction
+        .batch_execute("SET search_path = millrace")
+        .await?;
+    let rows = transaction
+        .query(
+            "DELETE FROM orders WHERE order_id = ANY ($1) AND status = 1
+             RETURNING order_id, sku, quantity::int8",
+            &[&orders],
+        )
+        .await?;
+    for row in &rows {
+        let (id, sku, units): (i64, i32, i64) = (row.get(0), row.get(1), row.get(2));
+        transaction
+            .execute(
+                "WITH moved AS (UPDATE sku SET held = held - $2 WHERE id = $1 RETURNING *)
+                 INSERT INTO stock_journal (sku, cause, reference, held_delta, total_after, held_after, sold_after)
+                 SELECT id, 'lost', $3, -$2, total, held, sold FROM moved",
+                &[&sku, &units, &id.to_string()],
+            )
+            .await?;
+    }
+    transaction.commit().await?;
+    Ok(rows.iter().map(|row| row.get(0)).collect())
+}
+
+/// Adds what Millrace itself finds wrong.
+fn audit(served: &Served, verdict: &mut Verdict) {
+    match try_call(served.control, "GET", "/admin/v1/audit", &[], "") {
+        Ok(answer) if answer.json()["ok"] == Value::Bool(true) => {}
+        answer => verdict.fault(format!("the audit fails: {answer:?}")),
     }
 }
 

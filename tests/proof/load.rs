@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use super::checker::{Attempt, Checker, Found, Told, Verdict, Wish};
 use super::outcome::block_on;
+use super::platform::Platform;
 use crate::support::http::{Answer, Connection, try_call};
 use crate::support::served::Served;
 
@@ -30,6 +31,8 @@ pub struct Load<'a> {
     pub batch_max: usize,
     /// Whether some orders are cancelled again.
     pub cancels: bool,
+    /// Where buyers pay, if they do.
+    pub platform: Option<&'a Platform>,
 }
 
 impl<'a> Load<'a> {
@@ -58,6 +61,7 @@ impl<'a> Load<'a> {
             respond_async: random.random_range(10..=90),
             batch_max: random.random_range(3..=60),
             cancels: true,
+            platform: None,
         })
     }
 
@@ -258,7 +262,14 @@ impl Shop<'_> {
         if let Told::Answer { status: 503, .. } = told {
             std::thread::sleep(Duration::from_millis(1));
         }
+        let order = match (self.load.platform, &told) {
+            (Some(platform), Told::Answer { body, .. }) => Some((platform, body.clone())),
+            _ => None,
+        };
         let accepted = self.load.checker.told(attempt, told);
+        if let Some((platform, order)) = order.filter(|_| accepted) {
+            platform.orders(&order);
+        }
         if wish.key.is_some() && self.random.random_bool(0.3) {
             self.again.push(wish.clone());
         }

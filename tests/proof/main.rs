@@ -15,9 +15,11 @@ mod every_byte;
 mod journal_rig;
 mod kill9;
 mod load;
+mod money;
 mod nth_call;
 mod outcome;
 mod planted;
+mod platform;
 #[cfg(target_os = "linux")]
 mod power;
 #[cfg(not(target_os = "linux"))]
@@ -30,6 +32,7 @@ mod power {
 }
 
 mod seeded_bugs;
+mod settlement;
 mod sim_disk;
 
 use std::process::ExitCode;
@@ -69,6 +72,18 @@ const PROOFS: &[Proof] = &[
         run: kill9::run,
     },
     Proof {
+        name: "settlement",
+        counts: "random lives of orders and payments beside a twin",
+        short: 100,
+        run: settlement::run,
+    },
+    Proof {
+        name: "payments",
+        counts: "cycles of load with payments, kill -9 and recovery",
+        short: 6,
+        run: kill9::run_with_payments,
+    },
+    Proof {
         name: "power",
         counts: "cycles of load, power loss and recovery",
         short: 4,
@@ -83,7 +98,7 @@ const PROOFS: &[Proof] = &[
     Proof {
         name: "seeded_bugs",
         counts: "deliberate defects that have to be caught",
-        short: 10,
+        short: 11,
         run: seeded_bugs::run,
     },
 ];

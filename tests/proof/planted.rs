@@ -192,7 +192,12 @@ fn truth() -> (Checker, Found) {
         sold: 0,
     };
     let skus = [("S".to_owned(), counters)].into();
-    (checker, Found { rows, skus })
+    let found = Found {
+        rows,
+        skus,
+        payments: Vec::new(),
+    };
+    (checker, found)
 }
 
 fn counters(found: &mut Found) -> &mut Counters {
@@ -226,6 +231,7 @@ fn row(user: &str, quantity: u32, order_id: i64, status: &str) -> Row {
         adjustment: wish.adjustment,
         amount: wish.amount,
         status: status.to_owned(),
+        refund_reason: None,
         attributes: wish.attributes,
     }
 }

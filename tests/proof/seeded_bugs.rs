@@ -4,8 +4,9 @@ use std::process::Command;
 
 use millrace::faults::BUGS;
 
+use super::database;
+use super::kill9::{self, Form};
 use super::outcome::Why;
-use super::{database, kill9};
 
 /// How a defect has to come out.
 enum Catch {
@@ -13,11 +14,13 @@ enum Catch {
     Alone(&'static str, u64),
     /// By kill9, within so many cycles.
     Kill9(u64),
+    /// By the same with payments.
+    Payments(u64),
     /// By this case of the database proof.
     Database(&'static str),
 }
 
-use Catch::{Alone, Database, Kill9};
+use Catch::{Alone, Database, Kill9, Payments};
 
 /// Every defect of [`BUGS`], what it is, and what catches it.
 const CAUGHT_BY: &[(&str, &str, Catch)] = &[
@@ -82,9 +85,34 @@ const CAUGHT_BY: &[(&str, &str, Catch)] = &[
         "a commit of unknown outcome taken for done",
         Database("cut_before_commit"),
     ),
+    (
+        "answer_before_commit",
+        "a callback answered before its commit",
+        Payments(12),
+    ),
+    (
+        "keep_expired_units",
+        "memory not told of an expiry",
+        Payments(12),
+    ),
+    (
+        "recover_without_holding",
+        "a recovered order that holds no units in memory",
+        Payments(12),
+    ),
+    (
+        "pay_after_the_deadline",
+        "a payment judged without its deadline",
+        Alone("settlement", 100),
+    ),
+    (
+        "expire_what_is_paid",
+        "an order expired over the payment that waits for it",
+        Alone("settlement", 100),
+    ),
 ];
 
-/// Tries the first `count` of them.
+/// Tries the first `count` of them; of one alone, where `MILLRACE_BUG` names it.
 pub fn run(count: u64) -> Result<String, Why> {
     for bug in BUGS {
         if !CAUGHT_BY.iter().any(|(name, ..)| *name == bug) {
@@ -92,10 +120,15 @@ pub fn run(count: u64) -> Result<String, Why> {
         }
     }
     let mut caught = Vec::new();
-    for (bug, what, by) in CAUGHT_BY.iter().take(count as usize) {
+    let only = std::env::var("MILLRACE_BUG").ok();
+    let chosen = CAUGHT_BY
+        .iter()
+        .filter(|(bug, ..)| only.as_deref().is_none_or(|only| only == *bug));
+    for (bug, what, by) in chosen.take(count as usize) {
         let why = match by {
             Alone(proof, count) => alone(bug, proof, *count)?,
-            Kill9(cycles) => said(kill9::with_bug(*cycles, Some(bug)).map_err(Why::Failed)),
+            Kill9(cycles) => killed(Form::Orders, *cycles, bug),
+            Payments(cycles) => killed(Form::Payments, *cycles, bug),
             Database(case) => said(database::with_bug(3, case, Some(bug))),
         };
         if why.is_none() {
@@ -109,6 +142,10 @@ pub fn run(count: u64) -> Result<String, Why> {
         BUGS.len(),
         caught.join(" ")
     ))
+}
+
+fn killed(form: Form, cycles: u64, bug: &str) -> Option<String> {
+    said(kill9::with_bug(form, cycles, Some(bug)).map_err(Why::Failed))
 }
 
 fn said(outcome: Result<String, Why>) -> Option<String> {

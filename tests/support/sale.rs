@@ -101,6 +101,11 @@ impl Sale {
             .unwrap()
     }
 
+    /// The session that does all of this.
+    pub fn admin(&self) -> &tokio_postgres::Client {
+        &self.admin
+    }
+
     /// Does by hand what nobody should.
     pub async fn sql(&self, statements: &str) {
         self.admin

@@ -7,7 +7,7 @@ use base64::engine::general_purpose::STANDARD;
 use ring::hmac;
 use serde_json::{Value, json};
 
-use super::http::Answer;
+use super::http::{Answer, Connection};
 use super::server::request;
 
 /// The secret that the tests configure: base64 of 24 bytes.
@@ -70,22 +70,38 @@ impl Paid {
     }
 }
 
+const TARGET: &str = "/v1/payments/standard/notify";
+
 /// Delivers a body as the message `event`, signed with `secret`, dated now.
 pub async fn deliver(to: SocketAddr, event: &str, body: String, secret: &str) -> Answer {
     let (timestamp, signature) = sign(event, &body, secret);
-    request(
-        to,
-        "POST",
-        "/v1/payments/standard/notify",
-        &[
-            ("Content-Type", "application/json"),
-            ("webhook-id", event),
-            ("webhook-timestamp", &timestamp),
-            ("webhook-signature", &signature),
-        ],
-        body,
-    )
-    .await
+    let fields = fields(event, &timestamp, &signature);
+    request(to, "POST", TARGET, &fields, body).await
+}
+
+/// The same on a connection of a thread.
+pub fn send(
+    connection: &mut Connection,
+    event: &str,
+    body: &str,
+    secret: &str,
+) -> std::io::Result<Answer> {
+    let (timestamp, signature) = sign(event, body, secret);
+    let fields = fields(event, &timestamp, &signature);
+    connection.send("POST", TARGET, &fields, body)
+}
+
+fn fields<'a>(
+    event: &'a str,
+    timestamp: &'a str,
+    signature: &'a str,
+) -> [(&'static str, &'a str); 4] {
+    [
+        ("Content-Type", "application/json"),
+        ("webhook-id", event),
+        ("webhook-timestamp", timestamp),
+        ("webhook-signature", signature),
+    ]
 }
 
 /// The timestamp and signature of a message of this moment.

@@ -8,6 +8,7 @@ use tokio_postgres::types::ToSql;
 
 use super::statements::{Change, Changes, Sql, Statements};
 use super::{Moved, MovedTo, SettlementWriter};
+use crate::faults::bug;
 use crate::order::payment::{Notice, OrderFacts, PaymentState, RefundReason, Verdict, judge};
 use crate::order::{Currency, Order, OrderId, OrderStatus, SkuNumber, UnixMillis};
 use crate::store::StoreError;
@@ -358,7 +359,11 @@ async fn meet_orders(
     let mut payments = Vec::with_capacity(arrived.len());
     for one in arrived {
         let verdict = locked.get_mut(&one.order_id).map(|order| {
-            let verdict = judge(&order.facts, one.amount, one.currency, one.received_at);
+            let received_at = match bug("pay_after_the_deadline") {
+                true => UnixMillis(i64::MIN),
+                false => one.received_at,
+            };
+            let verdict = judge(&order.facts, one.amount, one.currency, received_at);
             let (state, status, reason) = match verdict {
                 Verdict::Pay => (PaymentState::Matched, Some(OrderStatus::Paid), None),
                 Verdict::Refund { reason, order_too } => (

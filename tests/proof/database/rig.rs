@@ -202,6 +202,7 @@ impl Rig {
                     respond_async: crowd.respond_async,
                     batch_max: 20,
                     cancels: crowd.cancels,
+                    platform: None,
                 };
                 let stop = &stop;
                 scope.spawn(move || load.run(stop));

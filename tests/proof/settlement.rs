@@ -1,0 +1,841 @@
+//! Random lives of orders and payments on a real PostgreSQL, beside a twin that is obviously
+//! right. After each event the rows, the counters of the database and those in memory are what
+//! the twin says.
+//!
+//! A life goes wrong by its seed: `MILLRACE_SEED=<seed> cargo test --test proof -- settlement 1`
+//! runs that one alone, and the seed then joins `PAST_SEEDS`.
+
+use std::time::Instant;
+
+use futures_util::future::try_join3;
+use millrace::order::payment::{Notice, Payment, PaymentState, Provider, RefundReason};
+use millrace::order::{Currency, Order, OrderId, OrderStatus, UnixMillis};
+use millrace::state::stock::{Sku, StockSnapshot};
+use millrace::store::batch::BatchWriter;
+use millrace::store::postgres::transitions;
+use millrace::store::settlement::payments::{Arrival, Arrived};
+use millrace::store::settlement::refunds::{Closed, Recorded, RefundNote};
+use millrace::store::settlement::{Moved, MovedTo, SettlementWriter};
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom as _;
+use rand::{Rng as _, SeedableRng as _};
+
+use super::outcome::{Why, block_on, seed};
+use crate::support::sale::{Sale, order};
+
+/// Seeds of lives that once went wrong; they are run first, every time.
+const PAST_SEEDS: &[u64] = &[];
+const EVENTS: usize = 40;
+const TTL_MS: i64 = 1_000;
+/// The time that the lives are in: so far ahead that the database's own clock finds nothing due.
+const LATER_MS: u64 = 10 * 365 * 86_400_000;
+
+// --- The twin -------------------------------------------------------------------------------
+
+/// Where an order is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    /// Admitted, on its way to the database.
+    InFlight,
+    /// A row, or a dead letter.
+    There(OrderStatus),
+    /// Lost.
+    Gone,
+}
+
+#[derive(Clone, Debug)]
+struct TwinOrder {
+    order: Order,
+    place: Place,
+    reason: Option<RefundReason>,
+}
+
+impl TwinOrder {
+    fn units(&self) -> u32 {
+        self.order.quantity.get()
+    }
+
+    fn is_there(&self) -> bool {
+        matches!(self.place, Place::There(_))
+    }
+}
+
+#[derive(Clone, Debug)]
+struct TwinPayment {
+    paid: Payment,
+    /// Which of the orders it is for.
+    of: Option<usize>,
+    received: UnixMillis,
+    state: PaymentState,
+    reason: Option<RefundReason>,
+}
+
+#[derive(Debug)]
+struct Twin {
+    total: u32,
+    orders: Vec<TwinOrder>,
+    payments: Vec<TwinPayment>,
+}
+
+impl Twin {
+    fn units(&self, place: Place) -> u32 {
+        let there = self.orders.iter().filter(|order| order.place == place);
+        there.map(TwinOrder::units).sum()
+    }
+
+    fn held(&self) -> u32 {
+        self.units(Place::There(OrderStatus::PendingPayment))
+    }
+
+    fn sold(&self) -> u32 {
+        self.units(Place::There(OrderStatus::Paid))
+    }
+
+    fn free(&self) -> u32 {
+        self.total - self.held() - self.sold() - self.units(Place::InFlight)
+    }
+
+    fn is_paid_in_time(&self, at: usize) -> bool {
+        let until = self.orders[at].order.expires_at;
+        let waits = |one: &&TwinPayment| one.of == Some(at) && one.state == PaymentState::Orphan;
+        let mut waiting = self.payments.iter().filter(waits);
+        waiting.any(|one| one.received < until)
+    }
+
+    /// A payment meets its order, where that is there.
+    fn meet(&mut self, payment: usize) {
+        let payment = &mut self.payments[payment];
+        let Some(at) = payment.of else { return };
+        let order = &mut self.orders[at];
+        let Place::There(status) = order.place else {
+            return;
+        };
+        let reason = match status {
+            OrderStatus::Paid => RefundReason::AlreadyPaid,
+            OrderStatus::RefundDue | OrderStatus::Refunded => RefundReason::AlreadyRefunded,
+            OrderStatus::Cancelled => RefundReason::OrderCancelled,
+            OrderStatus::Expired => RefundReason::OrderExpired,
+            OrderStatus::Failed => RefundReason::OrderFailed,
+            _ => match fault(&order.order, &payment.paid, payment.received) {
+                Some(reason) => reason,
+                None => {
+                    payment.state = PaymentState::Matched;
+                    order.place = Place::There(OrderStatus::Paid);
+                    return;
+                }
+            },
+        };
+        (payment.state, payment.reason) = (PaymentState::RefundDue, Some(reason));
+        let is_over = [RefundReason::AlreadyPaid, RefundReason::AlreadyRefunded];
+        if !is_over.contains(&reason) {
+            order.place = Place::There(OrderStatus::RefundDue);
+            order.reason = Some(reason);
+        }
+    }
+
+    fn refund(&mut self, at: usize, restock: bool) -> bool {
+        let order = &mut self.orders[at];
+        let mut settle = |state| {
+            let of_it = self.payments.iter_mut().filter(|one| one.of == Some(at));
+            let due = of_it.filter(|one| one.state == state);
+            due.map(|one| one.state = PaymentState::Refunded).count() > 0
+        };
+        let settled = settle(PaymentState::RefundDue);
+        match order.place {
+            Place::There(OrderStatus::RefundDue) => {}
+            Place::There(OrderStatus::Paid) if !settled => {
+                settle(PaymentState::Matched);
+                self.total -= if restock { 0 } else { order.units() };
+            }
+            _ => return settled,
+        }
+        order.place = Place::There(OrderStatus::Refunded);
+        true
+    }
+}
+
+/// What is wrong with a payment for an order that is to be paid.
+fn fault(order: &Order, paid: &Payment, received: UnixMillis) -> Option<RefundReason> {
+    if received >= order.expires_at {
+        Some(RefundReason::OrderExpired)
+    } else if paid.currency != order.currency {
+        Some(RefundReason::CurrencyMismatch)
+    } else if paid.amount != order.amount {
+        Some(RefundReason::AmountMismatch)
+    } else {
+        None
+    }
+}
+
+// --- A life ---------------------------------------------------------------------------------
+
+/// The real thing and its twin.
+struct Life<'a> {
+    sale: &'a Sale,
+    writers: &'a mut Writers,
+    sku: Sku,
+    twin: Twin,
+    random: StdRng,
+    now: UnixMillis,
+    /// The messages so far.
+    notices: Vec<Notice>,
+    /// Payments of earlier lives have lower rows.
+    payments_above: i64,
+    /// What has happened, for a failure.
+    story: Vec<String>,
+}
+
+struct Writers {
+    orders: BatchWriter,
+    settlement: SettlementWriter,
+}
+
+/// What a step that could not be made is told with.
+type Step<T> = Result<T, String>;
+
+fn said(error: impl std::fmt::Debug) -> String {
+    format!("{error:?}")
+}
+
+/// Lives, each on a SKU of its own.
+pub fn run(lives: u64) -> Result<String, Why> {
+    let (first, started) = (seed(), Instant::now());
+    let seeds = (0..lives).map(|number| first.wrapping_add(number));
+    let (mut events, mut payments) = (0, 0);
+    block_on(async {
+        let sale = Sale::open(2).await;
+        let mut writers = Writers {
+            orders: sale.writer(0),
+            settlement: SettlementWriter::new(sale.database.clone(), sale.lease(), 1),
+        };
+        for seed in PAST_SEEDS.iter().copied().chain(seeds) {
+            let mut life = Life::begin(&sale, &mut writers, seed).await;
+            if let Err(why) = life.run().await {
+                let last = life.story.len().saturating_sub(12);
+                let story = life.story[last..].join(", ");
+                return Err(format!("seed={seed} {why}; before: {story}"));
+            }
+            events += life.story.len();
+            payments += life.twin.payments.len();
+        }
+        match sale.faults().await.as_slice() {
+            [] => Ok(()),
+            faults => Err(format!("the audit fails: {faults:?}")),
+        }
+    })?;
+    let seconds = started.elapsed().as_secs();
+    Ok(format!(
+        "lives={lives} events={events} payments={payments} differences=0 seed={first} seconds={seconds}"
+    ))
+}
+
+impl<'a> Life<'a> {
+    async fn begin(sale: &'a Sale, writers: &'a mut Writers, seed: u64) -> Self {
+        let mut random = StdRng::seed_from_u64(seed);
+        let total = random.random_range(3..12);
+        // A seed may be run twice.
+        let skus = sale.number("SELECT count(*) FROM sku").await;
+        Life {
+            sku: sale.sku(&format!("S-{skus}"), total).await,
+            payments_above: sale
+                .number("SELECT coalesce(max(id), 0) FROM payments")
+                .await,
+            sale,
+            writers,
+            twin: Twin {
+                total,
+                orders: Vec::new(),
+                payments: Vec::new(),
+            },
+            random,
+            now: UnixMillis::now().plus_ms(LATER_MS),
+            notices: Vec::new(),
+            story: Vec::new(),
+        }
+    }
+
+    async fn run(&mut self) -> Step<()> {
+        for _ in 0..EVENTS {
+            self.now = self.now.plus_ms(self.random.random_range(0..250));
+            match self.random.random_range(0..100) {
+                0..18 => self.place(),
+                18..32 => self.write().await?,
+                32..56 => self.pay().await?,
+                56..64 => self.meet().await?,
+                64..72 => self.expire().await?,
+                72..78 => self.cancel().await?,
+                78..84 => self.lose().await?,
+                84..92 => self.decide().await?,
+                92..97 => self.refund().await?,
+                _ => self.close().await?,
+            }
+            self.compare().await?;
+        }
+        // Nothing is left to the next life.
+        while let Some(at) = self.orphan(|_| true) {
+            let of = self.twin.payments[at].of;
+            let is_in_flight = |of: usize| self.twin.orders[of].place == Place::InFlight;
+            match of.filter(|of| is_in_flight(*of)) {
+                Some(of) => self.write_one(of).await?,
+                None => {
+                    self.meet().await?;
+                    self.decide_one(at).await?;
+                }
+            }
+            self.compare().await?;
+        }
+        Ok(())
+    }
+
+    fn note(&mut self, what: String) {
+        self.story
+            .push(format!("{what} at {}", self.now.0 % 1_000_000));
+    }
+
+    /// One of the orders for which this holds.
+    fn pick(&mut self, wanted: impl Fn(&TwinOrder) -> bool) -> Option<usize> {
+        let orders = self.twin.orders.iter().enumerate();
+        let found: Vec<usize> = orders
+            .filter(|(_, one)| wanted(one))
+            .map(|(at, _)| at)
+            .collect();
+        found.choose(&mut self.random).copied()
+    }
+
+    /// One of the orphans for which this holds.
+    fn orphan(&mut self, wanted: impl Fn(&TwinPayment) -> bool) -> Option<usize> {
+        let payments = self.twin.payments.iter().enumerate();
+        let is_orphan = |one: &TwinPayment| one.state == PaymentState::Orphan && wanted(one);
+        let found: Vec<usize> = payments
+            .filter(|(_, one)| is_orphan(one))
+            .map(|(at, _)| at)
+            .collect();
+        found.choose(&mut self.random).copied()
+    }
+
+    fn place(&mut self) {
+        let units = self.random.random_range(1..=3);
+        let is_free = self.twin.free() >= units;
+        assert_eq!(
+            self.sku.counter().hold(units).is_ok(),
+            is_free,
+            "{:?}",
+            self.story
+        );
+        if !is_free {
+            return;
+        }
+        let order = Order {
+            expires_at: self.now.plus_ms(TTL_MS as u64),
+            ..order(&self.sku, units)
+        };
+        self.note(format!("place {}", self.twin.orders.len()));
+        self.twin.orders.push(TwinOrder {
+            order,
+            place: Place::InFlight,
+            reason: None,
+        });
+    }
+
+    async fn write(&mut self) -> Step<()> {
+        match self.pick(|one| one.place == Place::InFlight) {
+            Some(at) => self.write_one(at).await,
+            None => Ok(()),
+        }
+    }
+
+    /// A worker writes an order, or buries it.
+    async fn write_one(&mut self, at: usize) -> Step<()> {
+        let TwinOrder { order, .. } = self.twin.orders[at].clone();
+        let status = if self.random.random_bool(0.1) {
+            OrderStatus::Failed
+        } else if order.expires_at <= self.now && !self.twin.is_paid_in_time(at) {
+            OrderStatus::Expired
+        } else {
+            OrderStatus::PendingPayment
+        };
+        self.note(format!("write {at} as {status}"));
+        if status == OrderStatus::Failed {
+            let buried = self.writers.orders.refuse(&order, "22001", "a test");
+            buried.await.map_err(said)?;
+        } else {
+            let written = self.writers.orders.write_as(&[(&order, status)]).await;
+            written.map_err(said)?;
+        }
+        if status != OrderStatus::PendingPayment {
+            self.sku.counter().release(order.quantity.get());
+        }
+        self.twin.orders[at].place = Place::There(status);
+        Ok(())
+    }
+
+    /// Messages arrive together: new payments, and those of before again.
+    async fn pay(&mut self) -> Step<()> {
+        let mut together = Vec::new();
+        for _ in 0..self.random.random_range(1..=3) {
+            let again = self.notices.choose(&mut self.random).cloned();
+            let notice = match again.filter(|_| self.random.random_bool(0.25)) {
+                // The same message, or another about the same payment.
+                Some(notice) if self.random.random_bool(0.5) => notice,
+                Some(notice) => Notice {
+                    event_id: format!("{}-again-{}", notice.event_id, self.notices.len()),
+                    ..notice
+                },
+                None => self.new_notice(together.len()),
+            };
+            together.push(notice);
+        }
+        let judge = self.random.random_bool(0.85);
+        let orders = self.twin.orders.iter();
+        let in_flight: Vec<OrderId> = orders
+            .filter(|one| one.place == Place::InFlight)
+            .map(|one| one.order.id)
+            .collect();
+        let arrival = Arrival {
+            now: self.now,
+            check_at: self.now,
+            judge,
+        };
+        let notices: Vec<&Notice> = together.iter().collect();
+        let settlement = &mut self.writers.settlement;
+        let settled = settlement.take_in(&notices, arrival, &in_flight);
+        let settled = settled.await.map_err(said)?;
+        let mut new = 0;
+        for notice in together {
+            let is_known = |one: &Notice| one.event_id == notice.event_id;
+            if self.notices.iter().any(is_known) {
+                continue;
+            }
+            new += 1;
+            let paid = notice.payment.clone().expect("each is about a payment");
+            self.notices.push(notice);
+            let is_known = |one: &TwinPayment| one.paid.payment_id == paid.payment_id;
+            if self.twin.payments.iter().any(is_known) {
+                continue;
+            }
+            let id = paid.order_id();
+            let of = self
+                .twin
+                .orders
+                .iter()
+                .position(|one| Some(one.order.id) == id);
+            self.note(format!(
+                "pay {of:?} {} {} judged={judge}",
+                paid.amount,
+                paid.currency.as_str()
+            ));
+            self.twin.payments.push(TwinPayment {
+                paid,
+                of,
+                received: self.now,
+                state: PaymentState::Orphan,
+                reason: None,
+            });
+            if judge {
+                self.twin.meet(self.twin.payments.len() - 1);
+            }
+        }
+        self.move_memory(&settled.moved);
+        match settled.events == new {
+            true => Ok(()),
+            false => Err(format!("{} new messages, not {new}", settled.events)),
+        }
+    }
+
+    fn new_notice(&mut self, number: usize) -> Notice {
+        let name = format!("{}-{:06}-{number}", self.sku.id, self.notices.len());
+        let order = self
+            .pick(|_| true)
+            .map(|at| self.twin.orders[at].order.clone());
+        let random = &mut self.random;
+        let order = order.filter(|_| random.random_bool(0.9));
+        let amount = order.as_ref().map_or(100, |order| order.amount);
+        let wrong = random.random_range(0..10);
+        let order_ref = order.map_or_else(
+            || {
+                [
+                    "no number".to_owned(),
+                    ((1_u64 << 60) + random.random_range(0..1 << 50)).to_string(),
+                ]
+                .choose(random)
+                .cloned()
+                .unwrap_or_default()
+            },
+            |order| order.id.to_string(),
+        );
+        Notice {
+            provider: Provider::Standard,
+            event_id: format!("evt-{name}"),
+            kind: "payment.succeeded".to_owned(),
+            body: Box::from(name.as_bytes()),
+            payment: Some(Payment {
+                payment_id: format!("pay-{name}"),
+                order_ref,
+                amount: if wrong == 0 { amount + 1 } else { amount },
+                currency: Currency::new(if wrong == 1 { "USD" } else { "EUR" })
+                    .expect("a currency"),
+                receipt: random.random_bool(0.7).then(|| "a receipt".to_owned()),
+            }),
+        }
+    }
+
+    /// The reconciler lets orphans meet orders that have appeared.
+    async fn meet(&mut self) -> Step<()> {
+        let found = self
+            .sale
+            .database
+            .orphans_with_order(1_000)
+            .await
+            .map_err(said)?;
+        let arrived: Vec<Arrived> = found.iter().filter_map(Arrived::of).collect();
+        let settlement = &mut self.writers.settlement;
+        let settled = settlement.meet(&arrived, self.now).await.map_err(said)?;
+        self.note(format!("meet {}", arrived.len()));
+        self.move_memory(&settled.moved);
+        for at in 0..self.twin.payments.len() {
+            if self.twin.payments[at].state == PaymentState::Orphan {
+                self.twin.meet(at);
+            }
+        }
+        Ok(())
+    }
+
+    async fn expire(&mut self) -> Step<()> {
+        let (Some(first), Some(last)) = (self.twin.orders.first(), self.twin.orders.last()) else {
+            return Ok(());
+        };
+        let limit = self.random.random_range(1..5);
+        let with_orphans = self
+            .twin
+            .payments
+            .iter()
+            .any(|one| one.state == PaymentState::Orphan);
+        let (first, last) = (first.order.id, last.order.id);
+        let settlement = &mut self.writers.settlement;
+        let expired = settlement.expire(first, last, self.now, limit, with_orphans);
+        let moved = expired.await.map_err(said)?;
+        self.note(format!("expire {limit}"));
+        self.move_memory(&moved);
+        let is_due = |at: &usize| {
+            let one = &self.twin.orders[*at];
+            one.place == Place::There(OrderStatus::PendingPayment)
+                && one.order.expires_at <= self.now
+                && !self.twin.is_paid_in_time(*at)
+        };
+        let due = (0..self.twin.orders.len()).filter(is_due);
+        for at in due.take(limit as usize).collect::<Vec<_>>() {
+            self.twin.orders[at].place = Place::There(OrderStatus::Expired);
+        }
+        Ok(())
+    }
+
+    async fn cancel(&mut self) -> Step<()> {
+        let Some(at) = self.pick(|one| one.place != Place::InFlight) else {
+            return Ok(());
+        };
+        self.note(format!("cancel {at}"));
+        let order = &self.twin.orders[at].order;
+        let (lease, now) = (self.sale.lease(), Some(self.now));
+        let told = self.sale.database.cancel_order(lease, order.id, now);
+        let told = told.await.map_err(said)?;
+        let pending = Place::There(OrderStatus::PendingPayment);
+        let expected = match self.twin.orders[at].place {
+            place if place == pending && self.now < order.expires_at => {
+                self.sku.counter().release(order.quantity.get());
+                self.twin.orders[at].place = Place::There(OrderStatus::Cancelled);
+                return match told {
+                    transitions::Moved::Now(_) => Ok(()),
+                    told => Err(format!("{at} is not cancelled: {told:?}")),
+                };
+            }
+            place if place == pending => transitions::Moved::StandsAt(OrderStatus::Expired),
+            Place::There(status) => transitions::Moved::StandsAt(status),
+            Place::InFlight | Place::Gone => transitions::Moved::Unknown,
+        };
+        match told == expected {
+            true => Ok(()),
+            false => Err(format!("{at} is {told:?}, not {expected:?}")),
+        }
+    }
+
+    /// An order is lost on its way, or with its row; a start then finds it nowhere. One that is
+    /// lost may also be brought back.
+    async fn lose(&mut self) -> Step<()> {
+        let pending = Place::There(OrderStatus::PendingPayment);
+        let Some(at) = self.pick(|one| !one.is_there() || one.place == pending) else {
+            return Ok(());
+        };
+        let TwinOrder { order, place, .. } = self.twin.orders[at].clone();
+        let units = order.quantity.get();
+        if place == Place::Gone {
+            if self.sku.counter().hold(units).is_ok() {
+                self.note(format!("bring back {at}"));
+                self.twin.orders[at].place = Place::InFlight;
+                self.write_one(at).await?;
+            }
+            return Ok(());
+        }
+        self.note(format!("lose {at} {place:?}"));
+        if place == pending {
+            self.sale
+                .sql(&format!(
+                    "BEGIN; DELETE FROM orders WHERE order_id = {};
+                     WITH moved AS (UPDATE sku SET held = held - {units} WHERE id = {} RETURNING *)
+                     INSERT INTO stock_journal (sku, cause, reference, held_delta, total_after, held_after, sold_after)
+                     SELECT id, 'lost', 'a test', -{units}, total, held, sold FROM moved; COMMIT",
+                    order.id, order.sku.0
+                ))
+                .await;
+        }
+        self.sku.counter().release(units);
+        self.twin.orders[at].place = Place::Gone;
+        Ok(())
+    }
+
+    /// An orphan was looked for often enough; its order may have appeared in this very moment.
+    async fn decide(&mut self) -> Step<()> {
+        let in_flight = |twin: &Twin, one: &TwinPayment| {
+            one.of
+                .is_some_and(|of| twin.orders[of].place == Place::InFlight)
+        };
+        let candidates: Vec<bool> = self
+            .twin
+            .payments
+            .iter()
+            .map(|one| one.state == PaymentState::Orphan && !in_flight(&self.twin, one))
+            .collect();
+        let candidates: Vec<usize> = (0..candidates.len()).filter(|at| candidates[*at]).collect();
+        match candidates.choose(&mut self.random) {
+            Some(at) => self.decide_one(*at).await,
+            None => Ok(()),
+        }
+    }
+
+    async fn decide_one(&mut self, at: usize) -> Step<()> {
+        let TwinPayment {
+            paid,
+            of,
+            received,
+            state,
+            ..
+        } = self.twin.payments[at].clone();
+        if state != PaymentState::Orphan {
+            return Ok(());
+        }
+        let row = self.row_of(&paid).await;
+        let (now, settlement) = (self.now, &mut self.writers.settlement);
+        let Some(of) = of.filter(|_| paid.receipt.is_some()) else {
+            let reason = RefundReason::ReceiptMissing;
+            let given_up = settlement.give_up(row, reason, now).await.map_err(said)?;
+            let is_there = of.is_some_and(|of| self.twin.orders[of].is_there());
+            self.note(format!("give up {at}"));
+            if given_up == is_there {
+                return Err(format!(
+                    "{at} is given up: {given_up}, its order there: {is_there}"
+                ));
+            }
+            if given_up {
+                let payment = &mut self.twin.payments[at];
+                (payment.state, payment.reason) = (PaymentState::RefundDue, Some(reason));
+            }
+            return Ok(());
+        };
+        let TwinOrder { order, .. } = self.twin.orders[of].clone();
+        let units = order.quantity.get();
+        let is_there = self.twin.orders[of].is_there();
+        let free = self.twin.free();
+        let reason =
+            fault(&order, &paid, received).or((free < units).then_some(RefundReason::SoldOut));
+        let holds = reason.is_none();
+        if holds && self.sku.counter().hold(units).is_err() {
+            return Err(format!("{units} of {free} units cannot be held"));
+        }
+        let recovered = settlement
+            .recover(row, &order, reason, now)
+            .await
+            .map_err(said)?;
+        self.note(format!("recover {of} by {at} {reason:?}: {recovered}"));
+        if recovered == is_there {
+            return Err(format!("{of} is recovered: {recovered}, there: {is_there}"));
+        }
+        match (holds, recovered) {
+            (true, true) => self.sku.counter().sell(units),
+            (true, false) => self.sku.counter().release(units),
+            (false, _) => {}
+        }
+        if recovered {
+            let (order, payment) = (&mut self.twin.orders[of], &mut self.twin.payments[at]);
+            let (status, state) = match reason {
+                None => (OrderStatus::Paid, PaymentState::Matched),
+                Some(_) => (OrderStatus::RefundDue, PaymentState::RefundDue),
+            };
+            (order.place, order.reason) = (Place::There(status), reason);
+            (payment.state, payment.reason) = (state, reason);
+        }
+        Ok(())
+    }
+
+    /// A person sends the money of an order back.
+    async fn refund(&mut self) -> Step<()> {
+        let Some(at) = self.pick(|_| true) else {
+            return Ok(());
+        };
+        let restock = self.random.random_bool(0.5);
+        let (id, note) = (self.twin.orders[at].order.id, note(restock));
+        let settlement = &mut self.writers.settlement;
+        let told = settlement.record_refund(id, &note, self.now);
+        let told = told.await.map_err(said)?;
+        self.note(format!("refund {at} restock={restock}: {told:?}"));
+        let before = self.twin.orders[at].place;
+        // What is due for an order that is not there is closed, payment by payment.
+        let done = self.twin.orders[at].is_there() && self.twin.refund(at, restock);
+        let is_right = match told {
+            Recorded::Done(moved) => {
+                self.move_memory(moved.as_slice());
+                done
+            }
+            Recorded::Already => !done && before == Place::There(OrderStatus::Refunded),
+            Recorded::StandsAt(status) => !done && before == Place::There(status),
+            Recorded::Unknown => !self.twin.orders[at].is_there(),
+        };
+        match is_right {
+            true => Ok(()),
+            false => Err(format!("{at} was {before:?}, done: {done}")),
+        }
+    }
+
+    /// A person closes a payment without an order.
+    async fn close(&mut self) -> Step<()> {
+        let count = self.twin.payments.len();
+        if count == 0 {
+            return Ok(());
+        }
+        let at = self.random.random_range(0..count);
+        let TwinPayment {
+            paid, of, state, ..
+        } = self.twin.payments[at].clone();
+        let (row, note) = (self.row_of(&paid).await, note(false));
+        let settlement = &mut self.writers.settlement;
+        let told = settlement.close_payment(row, &note, self.now);
+        let told = told.await.map_err(said)?;
+        self.note(format!("close {at}: {told:?}"));
+        let order = of
+            .map(|of| &self.twin.orders[of])
+            .filter(|one| one.is_there());
+        let expected = match (state, order) {
+            (PaymentState::Matched | PaymentState::Refunded, _) => Closed::Settled,
+            (_, Some(order)) => Closed::HasOrder(order.order.id),
+            (_, None) => {
+                self.twin.payments[at].state = PaymentState::Refunded;
+                Closed::Done
+            }
+        };
+        match told == expected {
+            true => Ok(()),
+            false => Err(format!("closing {at} is {told:?}, not {expected:?}")),
+        }
+    }
+
+    async fn row_of(&self, paid: &Payment) -> i64 {
+        let id = &paid.payment_id;
+        let sql = format!("SELECT id FROM payments WHERE payment_id = '{id}'");
+        self.sale.number(&sql).await
+    }
+
+    /// As the cashier moves the counters in memory.
+    fn move_memory(&self, moved: &[Moved]) {
+        for Moved { quantity, to, .. } in moved {
+            let counter = self.sku.counter();
+            match to {
+                MovedTo::Sold => counter.sell(*quantity),
+                MovedTo::Free => counter.release(*quantity),
+                MovedTo::Restocked => counter.unsell(*quantity),
+                MovedTo::Withdrawn => counter.withdraw(*quantity),
+                MovedTo::Nowhere => {}
+            }
+        }
+    }
+
+    /// Everything is as the twin says.
+    async fn compare(&self) -> Step<()> {
+        let client = self.sale.admin();
+        let sku = self.sku.number.0;
+        let (orders, payments, counters) = try_join3(
+            client.query(
+                "SELECT order_id, status, refund_reason FROM order_rows WHERE sku = $1 ORDER BY order_id",
+                &[&sku],
+            ),
+            client.query(
+                "SELECT payment_id, state, refund_reason FROM payment_list WHERE id > $1 ORDER BY id",
+                &[&self.payments_above],
+            ),
+            client.query_one("SELECT total, held, sold FROM sku WHERE id = $1", &[&sku]),
+        )
+        .await
+        .map_err(said)?;
+        let found: Vec<(i64, String, Option<String>)> = orders
+            .iter()
+            .map(|row| (row.get(0), row.get(1), row.get(2)))
+            .collect();
+        let word = |reason: Option<RefundReason>| reason.map(|reason| reason.as_str().to_owned());
+        let expected: Vec<_> = self
+            .twin
+            .orders
+            .iter()
+            .filter_map(|one| match one.place {
+                Place::There(status) => {
+                    Some((one.order.id.as_i64(), status.to_string(), word(one.reason)))
+                }
+                Place::InFlight | Place::Gone => None,
+            })
+            .collect();
+        same("orders", &found, &expected)?;
+        let found: Vec<(String, String, Option<String>)> = payments
+            .iter()
+            .map(|row| (row.get(0), row.get(1), row.get(2)))
+            .collect();
+        let expected: Vec<_> = self
+            .twin
+            .payments
+            .iter()
+            .map(|one| {
+                (
+                    one.paid.payment_id.clone(),
+                    one.state.to_string(),
+                    word(one.reason),
+                )
+            })
+            .collect();
+        same("payments", &found, &expected)?;
+        let (held, sold, total) = (self.twin.held(), self.twin.sold(), self.twin.total);
+        let found: [i64; 3] = [counters.get(0), counters.get(1), counters.get(2)];
+        same("counters", &found, &[total, held, sold].map(i64::from))?;
+        let StockSnapshot {
+            total: live_total,
+            held: live_held,
+            sold: live_sold,
+            ..
+        } = self.sku.counter().snapshot();
+        let in_flight = self.twin.units(Place::InFlight);
+        same(
+            "live counters",
+            &[live_total, live_held, live_sold],
+            &[total, held + in_flight, sold],
+        )
+    }
+}
+
+fn note(restock: bool) -> RefundNote {
+    RefundNote {
+        reference: Some("re".to_owned()),
+        note: None,
+        restock,
+    }
+}
+
+fn same<T: PartialEq + std::fmt::Debug>(what: &str, found: &T, expected: &T) -> Step<()> {
+    match found == expected {
+        true => Ok(()),
+        false => Err(format!("{what}: {found:?}, not {expected:?}")),
+    }
+}
