@@ -134,6 +134,8 @@ struct Proof {
     platform: Option<Platform>,
     bug: Option<String>,
     points: Points,
+    /// How often an order is looked for before it is recovered.
+    checks: u32,
     data_dir: TempDir,
 }
 
@@ -152,6 +154,7 @@ impl Proof {
             platform: (form == Form::Payments).then(|| Platform::new(seed)),
             bug: bug.map(|name| format!("bug@{name}")),
             points,
+            checks: 1,
             data_dir,
         }
     }
@@ -178,14 +181,13 @@ impl Proof {
     fn environment(&self, settings: &Settings) -> Vec<(String, String)> {
         let mut all = settings.environment();
         if self.platform.is_some() {
-            let ttl = PAYMENT_TTL_MS.to_string();
             let more = [
-                ("ORDERS__PAYMENT_TTL_MS", ttl.as_str()),
-                ("PAYMENTS__STANDARD__SECRET", SECRET),
-                ("PAYMENTS__ORPHAN_CHECK_MS", "100"),
-                ("PAYMENTS__ORPHAN_CHECKS", "2"),
+                ("ORDERS__PAYMENT_TTL_MS", PAYMENT_TTL_MS.to_string()),
+                ("PAYMENTS__STANDARD__SECRET", SECRET.to_owned()),
+                ("PAYMENTS__ORPHAN_CHECK_MS", "100".to_owned()),
+                ("PAYMENTS__ORPHAN_CHECKS", self.checks.to_string()),
             ];
-            all.extend(more.map(|(name, value)| (format!("MILLRACE_{name}"), value.to_owned())));
+            all.extend(more.map(|(name, value)| (format!("MILLRACE_{name}"), value)));
         }
         all
     }
@@ -207,6 +209,7 @@ impl Proof {
         // A defect is put in alone.
         let point = (cycle % 2 == 1 && self.bug.is_none()).then(|| self.points.next());
         let mut settings = Settings::choose(&mut self.random);
+        self.checks = self.random.random_range(1..=3);
         match point.unwrap_or_default() {
             // Passed where segments come and go, where memory is full, where much is left over.
             "journal.segment_created"

@@ -3,8 +3,10 @@
 
 use serde_json::{Value, json};
 
-use super::checker::{Checker, Counters, Found, Row, Told, Verdict, Wish};
+use super::checker::{Checker, Counters, Found, PaymentRow, Row, Told, Verdict, Wish};
 use super::outcome::Why;
+use super::platform::{Bill, Platform};
+use crate::support::webhook::Paid;
 
 /// Something false, and how it has to show.
 struct Planted {
@@ -138,9 +140,217 @@ const PLANTED: &[Planted] = &[
     },
 ];
 
+/// The same for what is made of payments.
+struct PlantedMoney {
+    what: &'static str,
+    plant: fn(&mut Found),
+    shows: fn(&Verdict) -> bool,
+}
+
+const PLANTED_MONEY: &[PlantedMoney] = &[
+    PlantedMoney {
+        what: "a payment is lost",
+        plant: |found| found.payments.retain(|one| one.payment != "nobody's"),
+        shows: |verdict| verdict.money.lost == 1,
+    },
+    PlantedMoney {
+        what: "a payment is there twice",
+        plant: |found| {
+            let again = payment(found, "nobody's").clone();
+            found.payments.push(again);
+        },
+        shows: |verdict| verdict.money.twice == 1,
+    },
+    PlantedMoney {
+        what: "a payment with a false signature was taken",
+        plant: |found| payment(found, "second").payment = "forged".to_owned(),
+        shows: |verdict| {
+            verdict
+                .faults
+                .iter()
+                .any(|why| why.contains("nobody has paid"))
+        },
+    },
+    PlantedMoney {
+        what: "a payment that nobody has made",
+        plant: |found| payment(found, "nobody's").payment = "unheard of".to_owned(),
+        shows: |verdict| {
+            verdict
+                .faults
+                .iter()
+                .any(|why| why.contains("nobody has paid"))
+        },
+    },
+    PlantedMoney {
+        what: "an amount changed on the way",
+        plant: |found| payment(found, "nobody's").amount += 1,
+        shows: |verdict| verdict.faults.len() == 1,
+    },
+    PlantedMoney {
+        what: "a payment still looks for its order",
+        plant: |found| stands(found, "nobody's", "orphan", None),
+        shows: |verdict| verdict.money.orphan == 1,
+    },
+    PlantedMoney {
+        what: "an order is paid by nothing",
+        plant: |found| found.rows[6].status = "paid".to_owned(),
+        shows: |verdict| verdict.faults.len() == 1,
+    },
+    PlantedMoney {
+        what: "an order is paid by two payments",
+        plant: |found| stands(found, "second", "matched", None),
+        shows: |verdict| verdict.money.twice == 1,
+    },
+    PlantedMoney {
+        what: "an order is paid with another amount",
+        plant: |found| {
+            stands(found, "wrong", "matched", None);
+            found.rows[2].status = "paid".to_owned();
+        },
+        shows: |verdict| verdict.faults.len() == 1,
+    },
+    PlantedMoney {
+        what: "an order that was paid in time has expired",
+        plant: |found| {
+            stands(found, "in time", "refund_due", Some("order_expired"));
+            found.rows[0].status = "refund_due".to_owned();
+        },
+        shows: |verdict| verdict.faults.len() == 2,
+    },
+    PlantedMoney {
+        what: "an order that is paid has expired too",
+        plant: |found| found.rows[0].status = "expired".to_owned(),
+        shows: |verdict| !verdict.faults.is_empty(),
+    },
+    PlantedMoney {
+        what: "an order is paid after its end",
+        plant: |found| {
+            stands(found, "late", "matched", None);
+            found.rows[1].status = "paid".to_owned();
+        },
+        shows: |verdict| verdict.faults.len() == 1,
+    },
+    PlantedMoney {
+        what: "money went back that nobody sent",
+        plant: |found| stands(found, "second", "refunded", Some("already_paid")),
+        shows: |verdict| verdict.faults.len() == 1,
+    },
+    PlantedMoney {
+        what: "a receipt is missing that was there",
+        plant: |found| {
+            stands(found, "in time", "refund_due", Some("receipt_missing"));
+            found.rows.remove(0);
+        },
+        shows: |verdict| !verdict.faults.is_empty(),
+    },
+    PlantedMoney {
+        what: "money goes back for a cancellation that nobody wanted",
+        plant: |found| stands(found, "wrong", "refund_due", Some("order_cancelled")),
+        shows: |verdict| verdict.faults.len() == 1,
+    },
+    PlantedMoney {
+        what: "an order never expires",
+        plant: |found| found.rows[6].status = "pending_payment".to_owned(),
+        shows: |verdict| verdict.faults.len() == 1,
+    },
+];
+
+/// Orders 1 to 7 that could be paid until second 10, and what was paid.
+fn truth_of_money() -> (Platform, Found) {
+    let platform = Platform::new(0);
+    let mut book = platform.book();
+    let mut found = Found::default();
+    for id in 1..=7 {
+        let user = format!("u-{id}");
+        book.is_told(&json!({
+            "order_id": id.to_string(), "user_id": user, "amount": 100, "expires_at": "1970-01-01T00:00:10Z",
+        }));
+        found.rows.push(row(&user, 1, id, "expired"));
+    }
+    // The payment, its order, amount, moment, and what comes of it and of its order.
+    let mut pays = |name: &str, order: i64, amount, at, state: &str, reason: Option<&str>| {
+        book.bills.push(Bill {
+            paid: Paid {
+                event: format!("evt-{name}"),
+                payment: name.to_owned(),
+                order: order.to_string(),
+                amount,
+                currency: "EUR".to_owned(),
+                receipt: (order < 100).then(|| "a receipt".to_owned()),
+            },
+            is_genuine: name != "forged",
+            sent: Some(at),
+            acknowledged: (name != "forged").then_some(at + 5),
+        });
+        if name != "forged" {
+            found.payments.push(PaymentRow {
+                id: found.payments.len() as i64,
+                payment: name.to_owned(),
+                order: order.to_string(),
+                amount,
+                currency: "EUR".to_owned(),
+                state: state.to_owned(),
+                refund_reason: reason.map(str::to_owned),
+            });
+        }
+        if let Some(row) = found.rows.iter_mut().find(|row| row.order_id == order)
+            && row.status == "expired"
+        {
+            row.status = state.replace("matched", "paid");
+            row.refund_reason = reason.map(str::to_owned);
+        }
+    };
+    pays("in time", 1, 100, 5_000, "matched", None);
+    pays("late", 2, 100, 11_000, "refund_due", Some("order_expired"));
+    pays("wrong", 3, 99, 5_000, "refund_due", Some("amount_mismatch"));
+    pays("first", 4, 100, 5_000, "matched", None);
+    pays("second", 4, 100, 6_000, "refund_due", Some("already_paid"));
+    pays(
+        "nobody's",
+        999,
+        100,
+        5_000,
+        "refund_due",
+        Some("receipt_missing"),
+    );
+    pays("forged", 5, 100, 5_000, "expired", None);
+    drop(book);
+    (platform, found)
+}
+
+fn payment<'a>(found: &'a mut Found, name: &str) -> &'a mut PaymentRow {
+    let mut payments = found.payments.iter_mut();
+    payments
+        .find(|one| one.payment == name)
+        .expect("the payment")
+}
+
+fn stands(found: &mut Found, name: &str, state: &str, reason: Option<&str>) {
+    let payment = payment(found, name);
+    payment.state = state.to_owned();
+    payment.refund_reason = reason.map(str::to_owned);
+}
+
+fn judge_money(plant: fn(&mut Found)) -> Verdict {
+    let ((platform, mut found), mut verdict) = (truth_of_money(), Verdict::default());
+    plant(&mut found);
+    platform.judge(&found, |_| false, true, &mut verdict);
+    verdict
+}
+
 /// Rounds of everything; there is nothing left to chance in it.
 pub fn run(rounds: u64) -> Result<String, Why> {
     for _ in 0..rounds {
+        let verdict = judge_money(|_| {});
+        if !verdict.holds() {
+            return Err(format!("true money is no fault: {}", verdict.into_words()).into());
+        }
+        for PlantedMoney { what, plant, shows } in PLANTED_MONEY {
+            let verdict = judge_money(*plant);
+            if verdict.holds() || !shows(&verdict) {
+                return Err(format!("not found: {what}: {}", verdict.into_words()).into());
+            }
+        }
         let (checker, found) = truth();
         let verdict = checker.judge(&found);
         if !verdict.holds() {
@@ -155,7 +365,8 @@ pub fn run(rounds: u64) -> Result<String, Why> {
             }
         }
     }
-    Ok(format!("planted={0} found={0}", PLANTED.len()))
+    let count = PLANTED.len() + PLANTED_MONEY.len();
+    Ok(format!("planted={count} found={count}"))
 }
 
 /// A history, and a database that agrees with it.

@@ -92,16 +92,10 @@ impl Platform {
     /// A buyer was told of this order, perhaps not for the first time, and may pay it.
     pub fn orders(&self, answer: &Value) {
         let mut book = self.book();
-        let id = answer["order_id"].as_str().and_then(|id| id.parse().ok());
-        let (Some(id), Some(order)) = (id, Ordered::of(answer)) else {
-            book.lies.push(format!("no order to pay: {answer}"));
-            return;
-        };
-        if book.orders.contains_key(&id) {
-            return;
-        }
-        book.orders.insert(id, order);
-        if book.queue.len() < QUEUE_MAX && book.random.random_bool(0.7) {
+        if let Some(id) = book.is_told(answer)
+            && book.queue.len() < QUEUE_MAX
+            && book.random.random_bool(0.7)
+        {
             book.pays(id);
         }
     }
@@ -272,6 +266,20 @@ impl Platform {
 }
 
 impl Book {
+    /// Notes an order as a buyer was told of it, the first time.
+    pub fn is_told(&mut self, answer: &Value) -> Option<i64> {
+        let id = answer["order_id"].as_str().and_then(|id| id.parse().ok());
+        let (Some(id), Some(order)) = (id, Ordered::of(answer)) else {
+            self.lies.push(format!("no order to pay: {answer}"));
+            return None;
+        };
+        if self.orders.contains_key(&id) {
+            return None;
+        }
+        self.orders.insert(id, order);
+        Some(id)
+    }
+
     /// A buyer pays, in one of the ways in which buyers do.
     fn pays(&mut self, id: i64) {
         let Ordered {
