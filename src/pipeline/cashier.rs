@@ -386,6 +386,7 @@ impl Cashier {
             now,
             check_at: now.plus_ms(first),
             judge,
+            with_waiting: fresh.len() < orders.len(),
         };
         let mut stored = self
             .parts

@@ -12,6 +12,7 @@
 //! It is in the same process as callbacks on purpose: if it is down, so are they, and the provider
 //! comes again.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -110,10 +111,18 @@ impl Cashier {
             // One of them may be what the database refuses; it must not hold up the others.
             Err(error) if arrived.len() > 1 => {
                 tracing::warn!(reason = %error, payments = arrived.len(), "payments are matched one by one");
+                let mut unmatched = HashSet::new();
                 for one in &arrived {
+                    // Of several for one order the first that came is judged first.
+                    if unmatched.contains(&one.order_id) {
+                        continue;
+                    }
                     match self.meet(std::slice::from_ref(one)).await {
                         Ok(()) => moved += 1,
-                        Err(error) => self.note_unmatched(one, &error),
+                        Err(error) => {
+                            self.note_unmatched(one, &error);
+                            unmatched.insert(one.order_id);
+                        }
                     }
                 }
             }

@@ -71,6 +71,26 @@ const CASES: &[Case] = &[
         run: cases::late_cancellations,
     },
     Case {
+        name: "paid_terminated_backends",
+        run: cases::paid_terminated_backends,
+    },
+    Case {
+        name: "paid_cut_before_commit",
+        run: cases::paid_cut_before_commit,
+    },
+    Case {
+        name: "paid_cut_after_commit",
+        run: cases::paid_cut_after_commit,
+    },
+    Case {
+        name: "paid_cut_in_silence",
+        run: cases::paid_cut_in_silence,
+    },
+    Case {
+        name: "paid_late_commits",
+        run: cases::paid_late_commits,
+    },
+    Case {
         name: "silent_network",
         run: cases::silent_network,
     },

@@ -95,11 +95,26 @@ impl Twin {
         self.total - self.held() - self.sold() - self.units(Place::InFlight)
     }
 
+    fn has_orphan(&self) -> bool {
+        let mut payments = self.payments.iter();
+        payments.any(|one| one.state == PaymentState::Orphan)
+    }
+
     fn is_paid_in_time(&self, at: usize) -> bool {
         let until = self.orders[at].order.expires_at;
         let waits = |one: &&TwinPayment| one.of == Some(at) && one.state == PaymentState::Orphan;
         let mut waiting = self.payments.iter().filter(waits);
         waiting.any(|one| one.received < until)
+    }
+
+    /// Those of the orphans meet their orders, as they came.
+    fn meet_all(&mut self, wanted: impl Fn(&TwinPayment) -> bool) {
+        for at in 0..self.payments.len() {
+            let payment = &self.payments[at];
+            if payment.state == PaymentState::Orphan && wanted(payment) {
+                self.meet(at);
+            }
+        }
     }
 
     /// A payment meets its order, where that is there.
@@ -395,12 +410,13 @@ impl<'a> Life<'a> {
             now: self.now,
             check_at: self.now,
             judge,
+            with_waiting: self.twin.has_orphan(),
         };
         let notices: Vec<&Notice> = together.iter().collect();
         let settlement = &mut self.writers.settlement;
         let settled = settlement.take_in(&notices, arrival, &in_flight);
         let settled = settled.await.map_err(said)?;
-        let mut new = 0;
+        let (mut new, first_new) = (0, self.twin.payments.len());
         for notice in together {
             let is_known = |one: &Notice| one.event_id == notice.event_id;
             if self.notices.iter().any(is_known) {
@@ -431,9 +447,12 @@ impl<'a> Life<'a> {
                 state: PaymentState::Orphan,
                 reason: None,
             });
-            if judge {
-                self.twin.meet(self.twin.payments.len() - 1);
-            }
+        }
+        if judge {
+            // Whoever waits for the same order came first.
+            let payments = &self.twin.payments;
+            let orders: Vec<_> = payments[first_new..].iter().map(|one| one.of).collect();
+            self.twin.meet_all(|one| orders.contains(&one.of));
         }
         self.move_memory(&settled.moved);
         match settled.events == new {
@@ -492,11 +511,7 @@ impl<'a> Life<'a> {
         let settled = settlement.meet(&arrived, self.now).await.map_err(said)?;
         self.note(format!("meet {}", arrived.len()));
         self.move_memory(&settled.moved);
-        for at in 0..self.twin.payments.len() {
-            if self.twin.payments[at].state == PaymentState::Orphan {
-                self.twin.meet(at);
-            }
-        }
+        self.twin.meet_all(|_| true);
         Ok(())
     }
 
@@ -505,11 +520,7 @@ impl<'a> Life<'a> {
             return Ok(());
         };
         let limit = self.random.random_range(1..5);
-        let with_orphans = self
-            .twin
-            .payments
-            .iter()
-            .any(|one| one.state == PaymentState::Orphan);
+        let with_orphans = self.twin.has_orphan();
         let (first, last) = (first.order.id, last.order.id);
         let settlement = &mut self.writers.settlement;
         let expired = settlement.expire(first, last, self.now, limit, with_orphans);

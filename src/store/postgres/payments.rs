@@ -149,7 +149,8 @@ impl Database {
         rows.iter().map(from_row).collect()
     }
 
-    /// Orphans that are to be looked at by `now`, the longest due first, at most `limit`.
+    /// Orphans that are to be looked at by `now`, the longest due first, at most `limit`. Of several
+    /// for one order, only the one that came first: what is decided for it decides the others.
     ///
     /// # Errors
     /// Where the database does not answer.
@@ -161,6 +162,7 @@ impl Database {
         let client = self.pooled().await?;
         let sql = format!(
             "SELECT {COLUMNS} FROM payments p WHERE p.state = 'orphan' AND p.check_at <= to_timestamp($1::int8 / 1000.0)
+                AND NOT EXISTS (SELECT FROM payments e WHERE e.order_id = p.order_id AND e.state = 'orphan' AND e.id < p.id)
               ORDER BY p.check_at LIMIT $2"
         );
         let rows = self

@@ -77,6 +77,9 @@ pub struct Arrival {
     /// Whether they meet their orders at once. Without, all are orphans for now: the way out where
     /// rows of orders or SKUs cannot be had.
     pub judge: bool,
+    /// Whether any of their orders may have a payment that waits for it. That one came first, and
+    /// meets the order first.
+    pub with_waiting: bool,
 }
 
 /// An order that is locked.
@@ -118,9 +121,12 @@ impl SettlementWriter {
                 .partition(|(_, arrived)| arrived.is_some());
             done.without_order = unknown.len() as u64;
             let arrived: Vec<Arrived> = known.into_iter().filter_map(|(_, one)| one).collect();
-            let (meet, wait): (Vec<_>, Vec<_>) = arrived
+            let (mut meet, wait): (Vec<_>, Vec<_>) = arrived
                 .into_iter()
                 .partition(|one| arrival.judge && !in_flight.contains(&one.order_id));
+            if arrival.with_waiting && !meet.is_empty() {
+                meet = waiting_for_the_same(client, statements, &meet).await?;
+            }
             done.met.extend(wait.into_iter().map(|one| Met {
                 id: one.id,
                 order_id: one.order_id,
@@ -278,21 +284,25 @@ async fn store_payments(
     notices: &[&Notice],
     arrival: Arrival,
 ) -> Result<Vec<(i64, Option<Arrived>)>, Error> {
-    // One payment may be reported by several messages; the first that came counts.
-    let mut first = BTreeMap::new();
+    // One payment may be reported by several messages; the first that came counts. They are
+    // numbered, and meet their orders, as they came.
+    let mut first = HashMap::new();
+    let mut names = Vec::with_capacity(notices.len());
     for notice in notices {
         if let Some(payment) = &notice.payment {
-            first
-                .entry((notice.provider.as_str(), payment.payment_id.as_str()))
-                .or_insert(payment);
+            let name = (notice.provider.as_str(), payment.payment_id.as_str());
+            first.entry(name).or_insert_with(|| {
+                names.push(name);
+                payment
+            });
         }
     }
-    if first.is_empty() {
+    if names.is_empty() {
         return Ok(Vec::new());
     }
-    let providers: Vec<&str> = first.keys().map(|(provider, _)| *provider).collect();
-    let payment_ids: Vec<&str> = first.keys().map(|(_, id)| *id).collect();
-    let of = first.values();
+    let providers: Vec<&str> = names.iter().map(|(provider, _)| *provider).collect();
+    let payment_ids: Vec<&str> = names.iter().map(|(_, id)| *id).collect();
+    let of = names.iter().filter_map(|name| first.get(name));
     let rows = client
         .query(
             statements.of(client, Sql::Payments).await?,
@@ -325,6 +335,29 @@ async fn store_payments(
                 received_at: arrival.now,
             });
             Some((id, arrived))
+        })
+        .collect())
+}
+
+/// Every orphan of the orders of `arrived`, also of before, as they came.
+async fn waiting_for_the_same(
+    client: &Connected,
+    statements: &Statements,
+    arrived: &[Arrived],
+) -> Result<Vec<Arrived>, Error> {
+    let ids: Vec<i64> = arrived.iter().map(|one| one.order_id.as_i64()).collect();
+    let waiting = statements.of(client, Sql::Waiting).await?;
+    let rows = client.query(waiting, &[&ids]).await?;
+    Ok(rows
+        .iter()
+        .filter_map(|row| {
+            Some(Arrived {
+                id: row.get(0),
+                order_id: OrderId::from_i64(row.get(1))?,
+                amount: row.get(2),
+                currency: Currency::new(row.get(3)).ok()?,
+                received_at: UnixMillis(row.get(4)),
+            })
         })
         .collect())
 }

@@ -24,6 +24,11 @@ const PAYMENTS: &str = "
     ON CONFLICT (provider, payment_id) DO NOTHING
     RETURNING id, provider, payment_id";
 
+/// Orphans of these orders, as they came.
+const WAITING: &str = "
+    SELECT id, order_id, amount, currency, (extract(epoch FROM received_at) * 1000)::int8
+      FROM payments WHERE order_id = ANY ($1) AND state = 'orphan' ORDER BY id";
+
 /// Locked by id, as every transaction does.
 const LOCK_ORDERS: &str = "
     SELECT order_id, status, amount, currency, (extract(epoch FROM expires_at) * 1000)::int8, sku, quantity, user_id
@@ -102,6 +107,7 @@ pub(super) enum Sql {
     Fence,
     Events,
     Payments,
+    Waiting,
     LockOrders,
     LockDeadLetters,
     MoveOrders,
@@ -114,10 +120,11 @@ pub(super) enum Sql {
     Counters,
 }
 
-const SQL: [&str; 13] = [
+const SQL: [&str; 14] = [
     FENCE,
     EVENTS,
     PAYMENTS,
+    WAITING,
     LOCK_ORDERS,
     LOCK_DEAD_LETTERS,
     MOVE_ORDERS,

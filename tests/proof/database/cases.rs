@@ -31,13 +31,32 @@ fn alone_with(
 ) -> Result<Figures, Why> {
     let (runtime, dir): (_, TempDir) = (runtime(), test_dir());
     let mut server = runtime.block_on(Server::start_in(dir.path(), &[]));
-    let mut rig = Rig::start_with(runtime, &server, terms, settings)?;
-    rig.under_load(|rig, random| mistreat(rig, &mut server, random))?;
-    let verdict = rig.finish(&server)?;
+    let rig = Rig::start_with(runtime, &server, terms, settings)?;
+    under_load(rig, &mut server, mistreat)
+}
+
+fn under_load(
+    mut rig: Rig,
+    server: &mut Server,
+    mistreat: impl FnOnce(&Rig, &mut Server, &mut StdRng) -> Result<(), Why>,
+) -> Result<Figures, Why> {
+    rig.under_load(|rig, random| mistreat(rig, server, random))?;
+    let verdict = rig.finish(server)?;
     Ok(Figures {
         verdict,
         ..Figures::default()
     })
+}
+
+/// The same with buyers who pay.
+fn paying(
+    terms: Terms<'_>,
+    mistreat: impl FnOnce(&Rig, &mut Server, &mut StdRng) -> Result<(), Why>,
+) -> Result<Figures, Why> {
+    let (runtime, dir): (_, TempDir) = (runtime(), test_dir());
+    let mut server = runtime.block_on(Server::start_in(dir.path(), &[]));
+    let rig = Rig::start_paying(runtime, &server, terms)?;
+    under_load(rig, &mut server, mistreat)
 }
 
 /// Stopped without a warning and started again, once at once and once after a while.
@@ -98,16 +117,23 @@ fn stop_for_long(processes: &[Pid]) {
 
 /// Every session of Millrace is ended, again and again.
 pub fn terminated_backends(terms: Terms<'_>) -> Result<Figures, Why> {
-    alone(terms, |rig, server, random| {
-        for _ in 0..20 {
-            rig.runtime.block_on(server.sql(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-                  WHERE datname = current_database() AND pid <> pg_backend_pid()",
-            ));
-            rig.until_written(random.random_range(1..30))?;
-        }
-        Ok(())
-    })
+    alone(terms, terminate)
+}
+
+/// The same while payments come in.
+pub fn paid_terminated_backends(terms: Terms<'_>) -> Result<Figures, Why> {
+    paying(terms, terminate)
+}
+
+fn terminate(rig: &Rig, server: &mut Server, random: &mut StdRng) -> Result<(), Why> {
+    for _ in 0..20 {
+        rig.runtime.block_on(server.sql(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+              WHERE datname = current_database() AND pid <> pg_backend_pid()",
+        ));
+        rig.until_written(random.random_range(1..30))?;
+    }
+    Ok(())
 }
 
 pub fn cut_before_commit(terms: Terms<'_>) -> Result<Figures, Why> {
@@ -128,6 +154,41 @@ fn cut(terms: Terms<'_>, cut: Cut, times: u64) -> Result<Figures, Why> {
         for _ in 0..times {
             rig.proxy.cut(cut);
             rig.until("a cut", || Ok(rig.proxy.has_cut()))?;
+            rig.until_written(random.random_range(1..30))?;
+        }
+        Ok(())
+    })
+}
+
+pub fn paid_cut_before_commit(terms: Terms<'_>) -> Result<Figures, Why> {
+    cut_settlement(terms, Cut::Before)
+}
+
+pub fn paid_cut_after_commit(terms: Terms<'_>) -> Result<Figures, Why> {
+    cut_settlement(terms, Cut::After)
+}
+
+pub fn paid_cut_in_silence(terms: Terms<'_>) -> Result<Figures, Why> {
+    cut_settlement(terms, Cut::AfterInSilence)
+}
+
+pub fn paid_late_commits(terms: Terms<'_>) -> Result<Figures, Why> {
+    cut_settlement(terms, Cut::Late(STEP + STEP / 2))
+}
+
+/// The connection of the settlement is cut around its commits, and now and then a worker's.
+fn cut_settlement(terms: Terms<'_>, cut: Cut) -> Result<Figures, Why> {
+    paying(terms, |rig, _, random| {
+        while rig.has_bitten().is_err() {
+            rig.proxy.cut(cut);
+            rig.until("a cut", || Ok(rig.proxy.has_cut()))?;
+            rig.until("its end", || Ok(rig.proxy.late() == 0))?;
+            rig.until_written(random.random_range(1..30))?;
+        }
+        for _ in 0..8 {
+            rig.proxy.cut_beside_workers(cut);
+            rig.until("a cut", || Ok(rig.proxy.has_cut()))?;
+            rig.until("its end", || Ok(rig.proxy.late() == 0))?;
             rig.until_written(random.random_range(1..30))?;
         }
         Ok(())

@@ -15,11 +15,13 @@ use super::{STEP, Terms};
 use crate::checker::{Checker, Found, Verdict};
 use crate::load::{Load, compare_counters, has_journal, put_skus, retry_some};
 use crate::outcome::Why;
+use crate::platform::Platform;
 use crate::support::http::try_call;
 use crate::support::postgres::test_dir;
 use crate::support::proxy::Proxy;
 use crate::support::served::{Ended, Served, tail};
 use crate::support::standby::{DATABASE, Pair, Server, USER};
+use crate::support::webhook::SECRET;
 
 pub const PATIENCE: Duration = Duration::from_secs(30);
 /// How long Millrace may take to find out what came of something that is not an order.
@@ -34,6 +36,8 @@ pub struct Crowd {
     pub respond_async: u32,
     /// Whether some of its orders are cancelled again.
     pub cancels: bool,
+    /// Where it pays, if it does.
+    pub platform: Option<Platform>,
 }
 
 impl Crowd {
@@ -43,6 +47,7 @@ impl Crowd {
             skus: vec![format!("HOT-{name}"), format!("PLAIN-{name}")],
             respond_async,
             cancels,
+            platform: None,
         }
     }
 
@@ -101,6 +106,19 @@ impl Rig {
             vec![Crowd::new("ALL", 50, true)],
             settings,
         )
+    }
+
+    /// One whose buyers pay, and have little time for it.
+    pub fn start_paying(runtime: Runtime, server: &Server, terms: Terms<'_>) -> Result<Self, Why> {
+        let mut crowd = Crowd::new("PAY", 50, false);
+        crowd.platform = Some(Platform::new(terms.seed));
+        let settings = [
+            ("ORDERS__PAYMENT_TTL_MS", "3000"),
+            ("PAYMENTS__STANDARD__SECRET", SECRET),
+            ("PAYMENTS__ORPHAN_CHECK_MS", "100"),
+            ("PAYMENTS__ORPHAN_CHECKS", "2"),
+        ];
+        Self::with(runtime, server, terms, vec![crowd], &settings)
     }
 
     /// One in which those who wait and those who do not buy apart, so that they can be judged
@@ -202,10 +220,13 @@ impl Rig {
                     respond_async: crowd.respond_async,
                     batch_max: 20,
                     cancels: crowd.cancels,
-                    platform: None,
+                    platform: crowd.platform.as_ref(),
                 };
                 let stop = &stop;
                 scope.spawn(move || load.run(stop));
+                if let Some(platform) = &crowd.platform {
+                    scope.spawn(move || platform.run(rig.served.data, stop));
+                }
             }
             // The threads end also where this panics.
             let _stop = StopAtEnd(&stop);
@@ -274,6 +295,9 @@ impl Rig {
     pub fn finish(self, server: &Server) -> Result<Verdict, Why> {
         self.until_quiet()?;
         self.has_bitten()?;
+        for platform in self.platforms() {
+            platform.deliver_all(self.served.data, true)?;
+        }
         let mut said = Verdict::default();
         for crowd in &self.crowds {
             retry_some(self.served.data, &crowd.checker, 30, self.seed, &mut said);
@@ -291,7 +315,9 @@ impl Rig {
         said: Verdict,
         judge: impl Fn(&Rig, &Found) -> Verdict,
     ) -> Result<(), Why> {
-        let deadline = Instant::now() + SETTLING;
+        // What nobody has paid has to expire first.
+        let pays = self.platforms().next().is_some();
+        let deadline = Instant::now() + if pays { PATIENCE } else { SETTLING };
         loop {
             self.until_quiet()?;
             let found = self.read(server);
@@ -363,9 +389,20 @@ impl Rig {
             all.fault(format!("a dead letter: {row:?}"));
         }
         for crowd in &self.crowds {
-            all.add(&crowd.checker.judge(&crowd.own(found)));
+            let own = crowd.own(found);
+            all.add(&crowd.checker.judge(&own));
+            if let Some(platform) = &crowd.platform {
+                let is_cancel_asked = |user: &str| crowd.checker.is_cancel_asked(user);
+                platform.judge(&own, is_cancel_asked, true, &mut all);
+            }
         }
         all
+    }
+
+    fn platforms(&self) -> impl Iterator<Item = &Platform> {
+        self.crowds
+            .iter()
+            .filter_map(|crowd| crowd.platform.as_ref())
     }
 
     /// Adds what Millrace itself finds wrong.
