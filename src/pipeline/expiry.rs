@@ -8,14 +8,22 @@ use std::time::{Duration, Instant};
 
 use super::cashier::Cashier;
 use crate::faults::bug;
-use crate::order::OrderId;
+use crate::order::{OrderId, SkuNumber, UnixMillis};
 use crate::state::unpaid::Due;
 use crate::store::StoreError;
+use crate::store::settlement::Moved;
 
 /// Orders expired in one transaction: what a callback may wait behind.
 const PART: i64 = 2_000;
 /// How often the least unpaid order is noted, for the next start.
 const NOTE: Duration = Duration::from_secs(10);
+
+/// When orders are looked at again whose units the database has not taken back, in milliseconds.
+const REFUSED_MS: u64 = 5_000;
+
+fn is_refusal(error: &StoreError) -> bool {
+    !error.is_transient() && !matches!(error, StoreError::Fenced { .. })
+}
 
 /// How far it has come.
 #[derive(Debug, Default)]
@@ -42,12 +50,10 @@ impl Cashier {
             self.note_least().await;
             return Ok(false);
         };
-        let with_orphans = !self.parts.ledger.orphans.is_empty();
-        let moved = self
-            .parts
-            .writer
-            .expire(from, due.to, now, PART, with_orphans)
-            .await?;
+        let moved = match self.expire((from, due.to), now, None).await {
+            Err(error) if is_refusal(&error) => return self.expire_by_sku(due, now).await,
+            expired => expired?,
+        };
         self.expiring.current = match moved.last() {
             Some(last) if moved.len() as i64 == PART => {
                 OrderId::new(last.order_id.get() + 1).map(|next| (due, next))
@@ -57,6 +63,21 @@ impl Cashier {
                 None
             }
         };
+        Ok(self.expiring.current.is_some() || self.parts.ledger.unpaid.due(now).is_some())
+    }
+
+    /// Expires one part of the orders of a range of ids, in the database and in memory.
+    async fn expire(
+        &mut self,
+        (from, to): (OrderId, OrderId),
+        now: UnixMillis,
+        sku: Option<SkuNumber>,
+    ) -> Result<Vec<Moved>, StoreError> {
+        let with_orphans = !self.parts.ledger.orphans.is_empty();
+        let writer = &mut self.parts.writer;
+        let moved = writer
+            .expire(from, to, now, PART, with_orphans, sku)
+            .await?;
         if !moved.is_empty() {
             self.parts
                 .metrics
@@ -68,7 +89,39 @@ impl Cashier {
                 self.settle_memory(&moved);
             }
         }
-        Ok(self.expiring.current.is_some() || self.parts.ledger.unpaid.due(now).is_some())
+        Ok(moved)
+    }
+
+    /// The database refuses the counters of some SKU: its orders are tried again later, and those
+    /// of the others expire.
+    async fn expire_by_sku(&mut self, due: Due, now: UnixMillis) -> Result<bool, StoreError> {
+        let mut is_left = false;
+        for sku in self.parts.ledger.catalogue.all() {
+            loop {
+                match self.expire((due.from, due.to), now, Some(sku.number)).await {
+                    Ok(moved) if moved.len() as i64 == PART => {}
+                    Ok(_) => break,
+                    Err(error) if is_refusal(&error) => {
+                        tracing::error!(
+                            sku_id = %sku.id, reason = %error,
+                            "the database does not take back the units of orders that have expired, until the row in \
+                             `sku` agrees with its orders again (see the audit)"
+                        );
+                        is_left = true;
+                        break;
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        self.expiring.current = None;
+        let unpaid = &self.parts.ledger.unpaid;
+        unpaid.done(due);
+        if is_left {
+            let later = now.plus_ms(REFUSED_MS);
+            unpaid.note([(due.from, later), (due.to, later)]);
+        }
+        Ok(true)
     }
 
     /// Notes below which no unpaid order lies that a start would not find in the idempotency

@@ -235,6 +235,33 @@ fn a_receipt_does_not_pay_with_another_amount() {
     });
 }
 
+#[test]
+fn a_payment_whose_order_the_database_refuses_holds_up_no_other() {
+    block_on(async {
+        let shop = Shop::open(5, |config| config.receipt.key.0 = vec![KEY.to_owned()]).await;
+        let lost = shop.order("u").await;
+        let shop = lose(shop).await;
+        let client = shop.database.connect().await;
+        let edit = "UPDATE millrace.sku SET held = ";
+        client
+            .batch_execute(&format!("{edit} total"))
+            .await
+            .unwrap();
+        let paid = Paid::of(&lost);
+        let nobody = Paid {
+            order: "123456789".into(),
+            receipt: None,
+            ..paid.again("nobody")
+        };
+        shop.pay(&paid).await;
+        shop.pay(&nobody).await;
+        shop.until_money([0, 1, 1, 0]).await;
+        client.batch_execute(&format!("{edit} 0")).await.unwrap();
+        shop.until(&lost, "paid").await;
+        shop.close().await;
+    });
+}
+
 /// The real binary, with a journal, and a database whose workers can be held up.
 struct Real {
     directory: tempfile::TempDir,

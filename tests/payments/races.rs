@@ -232,6 +232,60 @@ fn one_payment_that_the_database_refuses_keeps_no_other_from_being_stored() {
     });
 }
 
+#[test]
+fn a_sku_whose_units_the_database_does_not_take_back_holds_up_no_other() {
+    block_on(async {
+        let shop = Shop::open(5, |config| config.orders.payment_ttl_ms = 1_500).await;
+        shop.server.put_sku("B", 5, Value::Null).await;
+        let nobody = Paid {
+            order: "123456789".into(),
+            receipt: None,
+            ..Paid::of(&shop.order("u").await)
+        };
+        assert_eq!(shop.server.order("u", "B", None).await.status, 201);
+        let client = shop.database.connect().await;
+        let edit = "UPDATE millrace.sku SET held = $1::int4 WHERE sku_id = 'A'";
+        client.execute(edit, &[&0]).await.unwrap();
+        let deadline = Instant::now() + crate::rig::PATIENCE;
+        while shop.server.stock("B").await != (5, 0, 0) {
+            assert!(Instant::now() < deadline, "B waits for A");
+        }
+        assert_eq!(shop.server.stock("A").await, (4, 1, 0));
+        shop.pay(&nobody).await;
+        shop.until_money([0, 0, 1, 0]).await;
+        client.execute(edit, &[&1]).await.unwrap();
+        shop.until_stock((5, 0, 0)).await;
+        shop.close().await;
+    });
+}
+
+#[test]
+fn the_first_of_two_payments_counts_also_where_it_had_to_wait_for_its_order() {
+    block_on(async {
+        let shop = Shop::open(5, |_| {}).await;
+        let mut client = shop.database.connect().await;
+        let order = shop.order("u").await;
+        let transaction = client.transaction().await.unwrap();
+        transaction
+            .query("SELECT FROM millrace.orders FOR UPDATE", &[])
+            .await
+            .unwrap();
+        let paid = Paid::of(&order);
+        shop.pay(&paid).await;
+        assert_eq!(shop.money().await, [0, 1, 0, 0]);
+        transaction.rollback().await.unwrap();
+        // Before or after the first was looked at again: it came first.
+        let wrong = Paid {
+            amount: paid.amount + 1,
+            ..paid.again("wrong")
+        };
+        shop.pay(&wrong).await;
+        shop.until(&order, "paid").await;
+        assert_eq!(shop.money().await, [1, 0, 1, 0]);
+        shop.close().await;
+    });
+}
+
 impl Shop {
     /// Waits until an order is neither payable nor merely past its time.
     async fn until_settled(&self, order: &Value) -> Value {

@@ -523,7 +523,7 @@ impl<'a> Life<'a> {
         let with_orphans = self.twin.has_orphan();
         let (first, last) = (first.order.id, last.order.id);
         let settlement = &mut self.writers.settlement;
-        let expired = settlement.expire(first, last, self.now, limit, with_orphans);
+        let expired = settlement.expire(first, last, self.now, limit, with_orphans, None);
         let moved = expired.await.map_err(said)?;
         self.note(format!("expire {limit}"));
         self.move_memory(&moved);

@@ -9,7 +9,8 @@ use crate::store::StoreError;
 impl SettlementWriter {
     /// Expires the unpaid orders of the ids `from` to `to` that are past their time at `now`, at
     /// most `limit` of them, the oldest first, and gives their units back. `with_orphans`: some
-    /// of them may have been paid in time, by payments that still wait for their order.
+    /// of them may have been paid in time, by payments that still wait for their order. `sku`: of
+    /// this one only.
     ///
     /// # Errors
     /// Nothing has changed then.
@@ -20,13 +21,21 @@ impl SettlementWriter {
         now: UnixMillis,
         limit: i64,
         with_orphans: bool,
+        sku: Option<SkuNumber>,
     ) -> Result<Vec<Moved>, StoreError> {
         let with_orphans = with_orphans && !bug("expire_what_is_paid");
         self.transact("expiring orders", async |client, statements| {
             let rows = client
                 .query(
                     statements.of(client, Sql::Expire).await?,
-                    &[&from.as_i64(), &to.as_i64(), &now.0, &limit, &with_orphans],
+                    &[
+                        &from.as_i64(),
+                        &to.as_i64(),
+                        &now.0,
+                        &limit,
+                        &with_orphans,
+                        &sku.map(|sku| sku.0),
+                    ],
                 )
                 .await?;
             let (mut changes, mut moved) = (Changes::default(), Vec::with_capacity(rows.len()));

@@ -80,13 +80,14 @@ const COUNTERS: &str = "
       FROM wanted w LEFT JOIN moved m ON m.id = w.sku ORDER BY w.sku";
 
 /// Unpaid orders of a range of ids that are past their time. One whose payment came in time and
-/// waits to be matched is left to it ($5: whether there may be any).
+/// waits to be matched is left to it ($5: whether there may be any). $6: of which SKU, or of all.
 const EXPIRE: &str = "
     WITH due AS (
         SELECT order_id FROM orders o
          WHERE order_id BETWEEN $1 AND $2 AND status = 1 AND expires_at <= to_timestamp($3::int8 / 1000.0)
            AND NOT ($5::bool AND EXISTS (SELECT FROM payments p WHERE p.order_id = o.order_id
                                             AND p.state = 'orphan' AND p.received_at < o.expires_at))
+           AND ($6::int4 IS NULL OR sku = $6)
          ORDER BY order_id LIMIT $4 FOR UPDATE
     )
     UPDATE orders o SET status = 4 FROM due WHERE o.order_id = due.order_id AND o.status = 1
