@@ -115,6 +115,10 @@ const CASES: &[Case] = &[
         run: failover::synchronous,
     },
     Case {
+        name: "paid_failover_synchronous",
+        run: failover::paid_synchronous,
+    },
+    Case {
         name: "failover_while_commits_wait",
         run: failover::while_commits_wait,
     },

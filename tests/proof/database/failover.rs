@@ -5,20 +5,33 @@ use std::thread::sleep;
 use std::time::Instant;
 
 use rustix::process::{Pid, Signal, kill_process};
+use tokio::runtime::Runtime;
 
 use super::rig::{Rig, runtime, socket};
 use super::{Figures, LONG, Terms};
 use crate::checker::{Found, Verdict};
 use crate::load::{has_journal, retry_some};
 use crate::outcome::Why;
-use crate::support::standby::{Pair, SLOT};
+use crate::support::standby::{Pair, SLOT, Server};
 
 /// The standby has every commit that was acknowledged: nothing is lost.
 pub fn synchronous(terms: Terms<'_>) -> Result<Figures, Why> {
+    to_synchronous(terms, Rig::start)
+}
+
+/// The same with buyers who pay.
+pub fn paid_synchronous(terms: Terms<'_>) -> Result<Figures, Why> {
+    to_synchronous(terms, Rig::start_paying)
+}
+
+fn to_synchronous(
+    terms: Terms<'_>,
+    start: fn(Runtime, &Server, Terms<'_>) -> Result<Rig, Why>,
+) -> Result<Figures, Why> {
     let runtime = runtime();
     let mut pair = runtime.block_on(Pair::start());
     runtime.block_on(pair.synchronous(true));
-    let mut rig = Rig::start(runtime, &pair.primary, terms)?;
+    let mut rig = start(runtime, &pair.primary, terms)?;
     rig.under_load(|rig, _| {
         fail_over(rig, &mut pair);
         Ok(())
