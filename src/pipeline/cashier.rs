@@ -190,6 +190,7 @@ pub struct Cashier {
     pub(super) next_count: Instant,
     /// Orders whose rows have changed while a worker was about to note them as recent.
     landing: Vec<OrderId>,
+    /// Commits that a failover has lost and memory has been told of.
     commits_lost: u64,
 }
 
@@ -259,40 +260,7 @@ impl Cashier {
         // Neither is held up by what ails the other.
         let orphans = self.look_at_orphans().await;
         let expiries = self.look_at_expiries().await;
-        self.follow_lost_commits().await?;
         Ok(orphans? || expiries?)
-    }
-
-    /// A failover that lost commits has taken payments and expiries back. Memory follows: what is
-    /// sold is what the database says, and what is unpaid again falls due again. Which orders are
-    /// over memory knows better, and `restore` ends them again.
-    async fn follow_lost_commits(&mut self) -> Result<(), StoreError> {
-        let lost = self.parts.writer.commits_lost();
-        if lost == self.commits_lost {
-            return Ok(());
-        }
-        tracing::error!(
-            lost = lost - self.commits_lost,
-            "the database has lost payments or expiries that it had committed; only synchronous replication excludes \
-             that: compare the payments with the providers' own lists"
-        );
-        let ledger = &self.parts.ledger;
-        let unpaid = self
-            .parts
-            .database
-            .unpaid_below(self.parts.lease, OrderId::MAX);
-        ledger.unpaid.note(unpaid.await?);
-        for found in self.parts.database.load_skus().await? {
-            if let Some(sku) = ledger.catalogue.by_number(found.number) {
-                sku.counter().set_sold(found.counter().snapshot().sold);
-            }
-        }
-        self.parts
-            .metrics
-            .commits_lost
-            .inc_by(lost - self.commits_lost);
-        self.commits_lost = lost;
-        Ok(())
     }
 
     async fn serve(&mut self, requests: Vec<Request>) {
@@ -341,14 +309,21 @@ impl Cashier {
             Request::Notice(..) => {}
             Request::Refund(order_id, note, answer) => {
                 self.parts.ledger.recent.forget(order_id);
-                let recorded = self.parts.writer.record_refund(order_id, &note, now).await;
+                let recorded = match self.writer().await {
+                    Ok(writer) => writer.record_refund(order_id, &note, now).await,
+                    Err(error) => Err(error),
+                };
                 if let Ok(Recorded::Done(Some(moved))) = &recorded {
                     self.settle_memory(std::slice::from_ref(moved));
                 }
                 let _ = answer.send(recorded);
             }
             Request::Close(payment, note, answer) => {
-                let _ = answer.send(self.parts.writer.close_payment(payment, &note, now).await);
+                let closed = match self.writer().await {
+                    Ok(writer) => writer.close_payment(payment, &note, now).await,
+                    Err(error) => Err(error),
+                };
+                let _ = answer.send(closed);
             }
             Request::Retry(payment, answer) => {
                 let _ = answer.send(self.retry(payment).await);
@@ -388,22 +363,14 @@ impl Cashier {
             judge,
             with_waiting: fresh.len() < orders.len(),
         };
-        let mut stored = self
-            .parts
-            .writer
-            .take_in(notices, arrival(true), &in_flight)
-            .await;
+        let mut stored = self.take_in(notices, arrival(true), &in_flight).await;
         if let Err(error) = &stored
             && !matches!(error, StoreError::Fenced { .. })
         {
             // A row that somebody holds, or counters that the database refuses: the money is
             // booked all the same, and matched later.
             tracing::warn!(reason = %error, payments = notices.len(), "payments are stored before they are matched");
-            stored = self
-                .parts
-                .writer
-                .take_in(notices, arrival(false), &in_flight)
-                .await;
+            stored = self.take_in(notices, arrival(false), &in_flight).await;
         }
         match stored {
             Ok(settlement) => {
@@ -437,6 +404,56 @@ impl Cashier {
                 Err(error)
             }
         }
+    }
+
+    async fn take_in(
+        &mut self,
+        notices: &[&Notice],
+        arrival: Arrival,
+        in_flight: &[OrderId],
+    ) -> Result<Settlement, StoreError> {
+        let writer = self.writer().await?;
+        writer.take_in(notices, arrival, in_flight).await
+    }
+
+    /// Who writes. Where a failover has lost commits, memory is told first what is sold now.
+    pub(super) async fn writer(&mut self) -> Result<&mut SettlementWriter, StoreError> {
+        self.parts.writer.connected().await?;
+        let lost = self.parts.writer.commits_lost();
+        if lost > self.commits_lost {
+            self.correct_memory().await?;
+            let newly_lost = lost - self.commits_lost;
+            self.parts.metrics.commits_lost.inc_by(newly_lost);
+            self.commits_lost = lost;
+        }
+        Ok(&mut self.parts.writer)
+    }
+
+    /// Makes memory agree with the database about what is sold: nobody but this task moves that.
+    /// An order whose payment is lost is to be paid again, and falls due again; what was lost of a
+    /// refund is sold again.
+    async fn correct_memory(&self) -> Result<(), StoreError> {
+        let (database, lease) = (&self.parts.database, self.parts.lease);
+        let unpaid = database.unpaid_below(lease, OrderId::MAX).await?;
+        self.parts.ledger.unpaid.note(unpaid);
+        for found in self.parts.database.load_skus().await? {
+            let Some(sku) = self.parts.ledger.catalogue.by_number(found.number) else {
+                continue;
+            };
+            let (found, live) = (
+                found.counter().snapshot().sold,
+                sku.counter().snapshot().sold,
+            );
+            if found < live {
+                sku.counter().hold_again(live - found);
+            } else if found > live && sku.counter().hold(found - live).is_ok() {
+                sku.counter().sell(found - live);
+            }
+            if found != live {
+                tracing::error!(sku_id = %sku.id, sold = found, believed = live, "the database has lost payments or refunds");
+            }
+        }
+        Ok(())
     }
 
     /// Counts verdicts and moves memory, after a commit.

@@ -74,7 +74,7 @@ impl Cashier {
         sku: Option<SkuNumber>,
     ) -> Result<Vec<Moved>, StoreError> {
         let with_orphans = !self.parts.ledger.orphans.is_empty();
-        let writer = &mut self.parts.writer;
+        let writer = self.writer().await?;
         let moved = writer
             .expire(from, to, now, PART, with_orphans, sku)
             .await?;

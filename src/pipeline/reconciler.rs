@@ -147,7 +147,7 @@ impl Cashier {
         for one in arrived {
             self.parts.ledger.recent.forget(one.order_id);
         }
-        let settlement = self.parts.writer.meet(arrived, now).await?;
+        let settlement = self.writer().await?.meet(arrived, now).await?;
         self.settled(&settlement);
         Ok(())
     }
@@ -249,13 +249,18 @@ impl Cashier {
         match decision {
             Decision::Later => return self.put_off(payment, payment.checks, IN_FLIGHT_MS).await,
             Decision::GiveUp(reason) => {
-                if !self.parts.writer.give_up(payment.id, reason, now).await? {
+                if !self
+                    .writer()
+                    .await?
+                    .give_up(payment.id, reason, now)
+                    .await?
+                {
                     return Ok(());
                 }
                 self.note_refund(payment, reason);
             }
             Decision::RecoverForRefund(order, reason) => {
-                let writer = &mut self.parts.writer;
+                let writer = self.writer().await?;
                 if !writer
                     .recover(payment.id, &order, Some(reason), now)
                     .await?
@@ -357,12 +362,8 @@ impl Cashier {
         let Some(hold) = hold else {
             return self.put_off(payment, payment.checks, IN_FLIGHT_MS).await;
         };
-        if !self
-            .parts
-            .writer
-            .recover(payment.id, &order, None, now)
-            .await?
-        {
+        let writer = self.writer().await?;
+        if !writer.recover(payment.id, &order, None, now).await? {
             return Ok(());
         }
         if let Some(sku) = ledger.catalogue.by_number(order.sku)

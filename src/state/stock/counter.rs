@@ -123,6 +123,14 @@ impl StockCounter {
         self.move_sold(|sold| sold.checked_add(units), |_| {});
     }
 
+    /// Moves `units` from sold back to held.
+    ///
+    /// # Panics
+    /// Where fewer are sold.
+    pub fn hold_again(&self, units: u32) {
+        self.move_sold(|sold| sold.checked_sub(units), |_| {});
+    }
+
     /// Gives back `units` that were sold.
     ///
     /// # Panics
@@ -154,12 +162,6 @@ impl StockCounter {
                 }
             },
         );
-    }
-
-    /// Sets how many of the taken units are sold, as far as so many are taken.
-    pub fn set_sold(&self, sold: u32) {
-        let (_, taken) = unpack(self.word.load(Ordering::Acquire));
-        self.move_sold(|_| Some(sold.min(taken)), |_| {});
     }
 
     fn move_sold(&self, change: impl FnOnce(u32) -> Option<u32>, and: impl FnOnce(&Self)) {

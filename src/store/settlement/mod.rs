@@ -94,6 +94,17 @@ impl SettlementWriter {
         }
     }
 
+    /// Connects where there is no connection. This is how lost commits are noticed.
+    ///
+    /// # Errors
+    /// Where the database does not answer, or this process may not write any more.
+    pub async fn connected(&mut self) -> Result<(), StoreError> {
+        match self.session {
+            Some(_) => Ok(()),
+            None => self.connect().await,
+        }
+    }
+
     /// Commits that the database had acknowledged and lost, as found so far.
     pub fn commits_lost(&self) -> u64 {
         self.row.commits_lost()
