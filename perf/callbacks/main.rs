@@ -131,6 +131,7 @@ async fn coalesced(
             now,
             check_at: now,
             judge: true,
+            with_waiting: false,
         };
         let part: Vec<&Notice> = part.iter().collect();
         settlement.take_in(&part, arrival, &[]).await?;
