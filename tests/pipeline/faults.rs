@@ -173,3 +173,62 @@ async fn a_dead_letter_that_cannot_be_stored_is_tried_again() {
     placed.push(second);
     line.check(&placed).await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_serialization_failure_is_tried_again() {
+    let sale = Sale::open(1).await;
+    sale.sku("A", 100).await;
+    let database = sale.database.clone();
+    let mut line = Line::open(sale, 1_024).await;
+    // Sequences do not roll back: the first two attempts fail, and the third does not.
+    line.sale
+        .sql(
+            "CREATE SEQUENCE millrace.attempts;
+             CREATE FUNCTION millrace.conflict() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                 IF nextval('millrace.attempts') <= 2 THEN
+                     RAISE EXCEPTION 'not now' USING ERRCODE = 'serialization_failure';
+                 END IF;
+                 RETURN NULL; END $$;
+             CREATE TRIGGER conflict AFTER INSERT ON millrace.orders
+                 FOR EACH STATEMENT EXECUTE FUNCTION millrace.conflict()",
+        )
+        .await;
+    line.start_worker(database, 8);
+    let order = line.place("u", "A", 1, LONG).unwrap();
+    assert_eq!(outcome(&order).await, SlotState::Persisted);
+    assert_eq!(line.metrics.batch_retries.totals()["transient"], 2);
+    line.sale.assert_audit(Some(&line.ledger)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_batch_that_a_deadlock_takes_back_is_tried_again_whole() {
+    let sale = Sale::open(1).await;
+    for name in ["A", "B"] {
+        sale.sku(name, 100).await;
+    }
+    let database = sale.database.clone();
+    let mut line = Line::open(sale, 1_024).await;
+    // Another session takes the rows of the SKUs in the other order. Who waited first looks for a
+    // deadlock first, and is the one that gives in: the worker.
+    let session = line.sale.session().await;
+    let lock = |name: &str| format!("SELECT FROM millrace.sku WHERE sku_id = '{name}' FOR UPDATE");
+    session.batch_execute("BEGIN").await.unwrap();
+    session.batch_execute(&lock("B")).await.unwrap();
+    let placed = ["A", "B"].map(|sku| line.place(&format!("u-{sku}"), sku, 1, LONG).unwrap());
+    line.start_worker(database, 8);
+    line.sale
+        .until(
+            "SELECT count(*) = 1 FROM pg_stat_activity WHERE datname = current_database()
+                AND application_name LIKE 'millrace worker%' AND wait_event_type = 'Lock'",
+        )
+        .await;
+    session.batch_execute(&lock("A")).await.unwrap();
+    session.batch_execute("COMMIT").await.unwrap();
+    let states = outcomes(&placed).await;
+    assert_eq!(tally(&states, SlotState::Persisted), placed.len());
+    assert!(
+        line.metrics.batch_retries.totals()["transient"] > 0,
+        "a deadlock"
+    );
+    line.sale.assert_audit(Some(&line.ledger)).await;
+}
