@@ -48,6 +48,8 @@ struct TwinOrder {
     order: Order,
     place: Place,
     reason: Option<RefundReason>,
+    /// Under which references its money went back.
+    references: Vec<u32>,
 }
 
 impl TwinOrder {
@@ -148,7 +150,7 @@ impl Twin {
         }
     }
 
-    fn refund(&mut self, at: usize, restock: bool) -> bool {
+    fn refund(&mut self, at: usize, reference: u32, restock: bool) -> bool {
         let order = &mut self.orders[at];
         let mut settle = |state| {
             let of_it = self.payments.iter_mut().filter(|one| one.of == Some(at));
@@ -156,9 +158,16 @@ impl Twin {
             due.map(|one| one.state = PaymentState::Refunded).count() > 0
         };
         let settled = settle(PaymentState::RefundDue);
+        if !settled && order.references.contains(&reference) {
+            return false;
+        }
+        if settled {
+            order.references.push(reference);
+        }
         match order.place {
             Place::There(OrderStatus::RefundDue) => {}
             Place::There(OrderStatus::Paid) if !settled => {
+                order.references.push(reference);
                 settle(PaymentState::Matched);
                 self.total -= if restock { 0 } else { order.units() };
             }
@@ -349,6 +358,7 @@ impl<'a> Life<'a> {
             order,
             place: Place::InFlight,
             reason: None,
+            references: Vec::new(),
         });
     }
 
@@ -692,20 +702,26 @@ impl<'a> Life<'a> {
             return Ok(());
         };
         let restock = self.random.random_bool(0.5);
-        let (id, note) = (self.twin.orders[at].order.id, note(restock));
+        let order = &self.twin.orders[at];
+        // Now and then a request whose answer was lost comes again.
+        let again = order.references.last().copied();
+        let again = again.filter(|_| self.random.random_bool(0.5));
+        let reference = again.unwrap_or_else(|| self.random.random());
+        let known = order.references.contains(&reference);
+        let (id, note) = (order.order.id, note(&reference.to_string(), restock));
         let settlement = &mut self.writers.settlement;
         let told = settlement.record_refund(id, &note, self.now);
         let told = told.await.map_err(said)?;
         self.note(format!("refund {at} restock={restock}: {told:?}"));
         let before = self.twin.orders[at].place;
         // What is due for an order that is not there is closed, payment by payment.
-        let done = self.twin.orders[at].is_there() && self.twin.refund(at, restock);
+        let done = self.twin.orders[at].is_there() && self.twin.refund(at, reference, restock);
         let is_right = match told {
             Recorded::Done(moved) => {
                 self.move_memory(moved.as_slice());
                 done
             }
-            Recorded::Already => !done && before == Place::There(OrderStatus::Refunded),
+            Recorded::Already => !done && (known || before == Place::There(OrderStatus::Refunded)),
             Recorded::StandsAt(status) => !done && before == Place::There(status),
             Recorded::Unknown => !self.twin.orders[at].is_there(),
         };
@@ -725,7 +741,7 @@ impl<'a> Life<'a> {
         let TwinPayment {
             paid, of, state, ..
         } = self.twin.payments[at].clone();
-        let (row, note) = (self.row_of(&paid).await, note(false));
+        let (row, note) = (self.row_of(&paid).await, note("closed", false));
         let settlement = &mut self.writers.settlement;
         let told = settlement.close_payment(row, &note, self.now);
         let told = told.await.map_err(said)?;
@@ -836,9 +852,9 @@ impl<'a> Life<'a> {
     }
 }
 
-fn note(restock: bool) -> RefundNote {
+fn note(reference: &str, restock: bool) -> RefundNote {
     RefundNote {
-        reference: Some("re".to_owned()),
+        reference: Some(reference.to_owned()),
         note: None,
         restock,
     }
