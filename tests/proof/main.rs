@@ -98,7 +98,7 @@ const PROOFS: &[Proof] = &[
     Proof {
         name: "seeded_bugs",
         counts: "deliberate defects that have to be caught",
-        short: 11,
+        short: 12,
         run: seeded_bugs::run,
     },
 ];

@@ -61,6 +61,16 @@ const CAUGHT_BY: &[(&str, &str, Catch)] = &[
         Alone("crash_states", 3_000),
     ),
     (
+        "pay_after_the_deadline",
+        "a payment judged without its deadline",
+        Alone("settlement", 100),
+    ),
+    (
+        "expire_what_is_paid",
+        "an order expired over the payment that waits for it",
+        Alone("settlement", 100),
+    ),
+    (
         "skip_a_replay",
         "the last order of a part is not replayed",
         Kill9(12),
@@ -99,16 +109,6 @@ const CAUGHT_BY: &[(&str, &str, Catch)] = &[
         "recover_without_holding",
         "a recovered order that holds no units in memory",
         Payments(12),
-    ),
-    (
-        "pay_after_the_deadline",
-        "a payment judged without its deadline",
-        Alone("settlement", 100),
-    ),
-    (
-        "expire_what_is_paid",
-        "an order expired over the payment that waits for it",
-        Alone("settlement", 100),
     ),
 ];
 
