@@ -239,6 +239,7 @@ impl Proof {
                 self.load_and_kill(cycle, &settings, flood)?;
             }
         }
+        self.lose_some()?;
         let served = self.start(&settings)?;
         let all = self.random.random_bool(0.3);
         let verdict = self.check(&served, all)?;
