@@ -90,7 +90,8 @@ impl Canceller {
     async fn settle(self, id: OrderId, recent: Option<Arc<PendingOrder>>) {
         for _ in 0..SETTLE_ATTEMPTS {
             tokio::time::sleep(SETTLE_PAUSE).await;
-            match self.cancel_row(id).await {
+            // Past its time too: the first attempt was not.
+            match self.database.cancel_order(self.lease, id, None).await {
                 Ok(Moved::Now(units)) => return self.give_back(id, &units, true),
                 Ok(Moved::StandsAt(OrderStatus::Cancelled)) => {
                     if let Ok(Some(order)) = self.database.find_order(id).await {

@@ -188,6 +188,8 @@ pub struct Cashier {
     /// When orphans are matched next, and due ones looked at.
     pub(super) next_match: Instant,
     pub(super) next_count: Instant,
+    /// The payment up to which they are matched one by one, while they are.
+    pub(super) one_by_one: Option<i64>,
     /// Orders whose rows have changed while a worker was about to note them as recent.
     landing: Vec<OrderId>,
     /// Commits that a failover has lost and memory has been told of.
@@ -206,6 +208,7 @@ impl Cashier {
             may_have_orphans: true,
             next_match: now,
             next_count: now,
+            one_by_one: None,
             landing: Vec::new(),
             commits_lost: 0,
         };
@@ -254,13 +257,21 @@ impl Cashier {
     async fn look(&mut self) -> Result<bool, StoreError> {
         let ledger = &self.parts.ledger;
         self.landing.retain(|id| {
+            // In this order: its worker notes it before it leaves the map.
+            let stays = ledger.pending.get(*id).is_some();
             ledger.recent.forget(*id);
-            ledger.pending.get(*id).is_some()
+            stays
         });
         // Neither is held up by what ails the other.
-        let orphans = self.look_at_orphans().await;
-        let expiries = self.look_at_expiries().await;
-        Ok(orphans? || expiries?)
+        let orphans = match self.look_at_orphans().await {
+            Err(error) if !matches!(error, StoreError::Fenced { .. }) => {
+                self.note_failure(&error);
+                self.next_match = Instant::now() + PAUSE;
+                false
+            }
+            looked => looked?,
+        };
+        Ok(self.look_at_expiries().await? || orphans)
     }
 
     async fn serve(&mut self, requests: Vec<Request>) {
@@ -323,6 +334,9 @@ impl Cashier {
                     Ok(writer) => writer.close_payment(payment, &note, now).await,
                     Err(error) => Err(error),
                 };
+                if let Ok(Closed::Done(Some(order_id))) = &closed {
+                    self.parts.ledger.orphans.remove(*order_id);
+                }
                 let _ = answer.send(closed);
             }
             Request::Retry(payment, answer) => {
@@ -363,12 +377,18 @@ impl Cashier {
             judge,
             with_waiting: fresh.len() < orders.len(),
         };
-        let mut stored = self.take_in(notices, arrival(true), &in_flight).await;
+        // While rows cannot be had nobody waits for them: what comes is stored and matched later.
+        let judge = self.one_by_one.is_none();
+        let mut stored = self.take_in(notices, arrival(judge), &in_flight).await;
         if let Err(error) = &stored
+            && judge
             && !matches!(error, StoreError::Fenced { .. })
         {
             // A row that somebody holds, or counters that the database refuses: the money is
             // booked all the same, and matched later.
+            if error.is_about_rows() {
+                self.one_by_one = Some(0);
+            }
             tracing::warn!(reason = %error, payments = notices.len(), "payments are stored before they are matched");
             stored = self.take_in(notices, arrival(false), &in_flight).await;
         }
@@ -480,10 +500,10 @@ impl Cashier {
     pub(super) fn settle_memory(&mut self, moved: &[Moved]) {
         let ledger = &self.parts.ledger;
         for moved in moved {
-            ledger.recent.forget(moved.order_id);
             if ledger.pending.get(moved.order_id).is_some() {
                 self.landing.push(moved.order_id);
             }
+            ledger.recent.forget(moved.order_id);
             let Some(sku) = ledger.catalogue.by_number(moved.sku) else {
                 continue;
             };

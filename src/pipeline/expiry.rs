@@ -4,11 +4,13 @@
 //! Which ids to look at and when is kept by `state::unpaid`; due is what Millrace's own monotonic
 //! clock says (I10). A payment and an expiry lock the order's row: one wins, the other sees it.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::cashier::Cashier;
 use crate::faults::bug;
 use crate::order::{OrderId, SkuNumber, UnixMillis};
+use crate::state::stock::Sku;
 use crate::state::unpaid::Due;
 use crate::store::StoreError;
 use crate::store::settlement::Moved;
@@ -18,19 +20,25 @@ const PART: i64 = 2_000;
 /// How often the least unpaid order is noted, for the next start.
 const NOTE: Duration = Duration::from_secs(10);
 
-/// When orders are looked at again whose units the database has not taken back, in milliseconds.
+/// When orders are looked at again whose units could not come back, in milliseconds.
 const REFUSED_MS: u64 = 5_000;
-
-fn is_refusal(error: &StoreError) -> bool {
-    !error.is_transient() && !matches!(error, StoreError::Fenced { .. })
-}
 
 /// How far it has come.
 #[derive(Debug, Default)]
 pub(super) struct Expiring {
     /// The entry that is being worked on, and from which id on.
     current: Option<(Due, OrderId)>,
+    by_sku: Option<BySku>,
     noted: Option<(OrderId, Instant)>,
+}
+
+/// An entry that is worked on SKU by SKU, because rows of one of them cannot be had.
+#[derive(Debug)]
+struct BySku {
+    due: Due,
+    left: Vec<Arc<Sku>>,
+    /// Whether some of its orders are still to expire.
+    is_left: bool,
 }
 
 impl Cashier {
@@ -43,6 +51,9 @@ impl Cashier {
             .payments
             .expiry_backlog_seconds
             .set(backlog_ms as f64 / 1_000.0);
+        if let Some(by_sku) = self.expiring.by_sku.take() {
+            return self.expire_by_sku(by_sku, now).await;
+        }
         let Some((due, from)) = self.expiring.current.or_else(|| {
             let due = self.parts.ledger.unpaid.due(now)?;
             Some((due, due.from))
@@ -51,7 +62,15 @@ impl Cashier {
             return Ok(false);
         };
         let moved = match self.expire((from, due.to), now, None).await {
-            Err(error) if is_refusal(&error) => return self.expire_by_sku(due, now).await,
+            Err(error) if error.is_about_rows() => {
+                self.expiring.current = None;
+                self.expiring.by_sku = Some(BySku {
+                    due,
+                    left: self.parts.ledger.catalogue.all(),
+                    is_left: false,
+                });
+                return Ok(true);
+            }
             expired => expired?,
         };
         self.expiring.current = match moved.last() {
@@ -92,35 +111,41 @@ impl Cashier {
         Ok(moved)
     }
 
-    /// The database refuses the counters of some SKU: its orders are tried again later, and those
-    /// of the others expire.
-    async fn expire_by_sku(&mut self, due: Due, now: UnixMillis) -> Result<bool, StoreError> {
-        let mut is_left = false;
-        for sku in self.parts.ledger.catalogue.all() {
-            loop {
-                match self.expire((due.from, due.to), now, Some(sku.number)).await {
-                    Ok(moved) if moved.len() as i64 == PART => {}
-                    Ok(_) => break,
-                    Err(error) if is_refusal(&error) => {
-                        tracing::error!(
-                            sku_id = %sku.id, reason = %error,
-                            "the database does not take back the units of orders that have expired, until the row in \
-                             `sku` agrees with its orders again (see the audit)"
-                        );
-                        is_left = true;
-                        break;
-                    }
-                    Err(error) => return Err(error),
-                }
+    /// Rows of some SKU cannot be had: its orders are tried again later, and those of the others
+    /// expire. One part a look, as otherwise.
+    async fn expire_by_sku(
+        &mut self,
+        mut by_sku: BySku,
+        now: UnixMillis,
+    ) -> Result<bool, StoreError> {
+        let due = by_sku.due;
+        let Some(sku) = by_sku.left.last().map(Arc::clone) else {
+            let unpaid = &self.parts.ledger.unpaid;
+            unpaid.done(due);
+            if by_sku.is_left {
+                let later = now.plus_ms(REFUSED_MS);
+                unpaid.note([(due.from, later), (due.to, later)]);
+            }
+            return Ok(true);
+        };
+        match self.expire((due.from, due.to), now, Some(sku.number)).await {
+            Ok(moved) if moved.len() as i64 == PART => {}
+            Ok(_) => drop(by_sku.left.pop()),
+            Err(error) if error.is_about_rows() => {
+                tracing::error!(
+                    sku_id = %sku.id, reason = %error,
+                    "the units of orders that have expired do not come back yet: somebody holds rows of this SKU, or its \
+                     row in `sku` disagrees with its orders (see the audit)"
+                );
+                by_sku.is_left = true;
+                by_sku.left.pop();
+            }
+            Err(error) => {
+                self.expiring.by_sku = Some(by_sku);
+                return Err(error);
             }
         }
-        self.expiring.current = None;
-        let unpaid = &self.parts.ledger.unpaid;
-        unpaid.done(due);
-        if is_left {
-            let later = now.plus_ms(REFUSED_MS);
-            unpaid.note([(due.from, later), (due.to, later)]);
-        }
+        self.expiring.by_sku = Some(by_sku);
         Ok(true)
     }
 

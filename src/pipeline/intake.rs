@@ -192,7 +192,6 @@ impl Intake {
             .ok()
             .filter(|amount| *amount >= 0)
             .ok_or(Refusal::AmountOutOfRange);
-        let now = UnixMillis::now();
         let key = request.key.as_ref().map(KeyHash::of);
         let payload = PayloadHash::of(
             &request.sku_id,
@@ -211,7 +210,8 @@ impl Intake {
         let window = if self.ledger.catalogue.is_paused() {
             Err(Refusal::SalePaused)
         } else {
-            sku.window(now)
+            // What people have agreed on: the wall clock.
+            sku.window(UnixMillis::now())
         };
         // What a fresh order has to pass; one that is there already is answered all the same.
         let gate = amount.and(window);
@@ -258,6 +258,8 @@ impl Intake {
         told_before()?;
         let amount = amount?;
         let hold = sku.hold(request.quantity).map_err(refuse)?;
+        // By the clock that judges whether it is late.
+        let now = self.ledger.ids.real_now();
         let order = Order {
             id,
             sku: sku.number,

@@ -9,7 +9,7 @@ use tokio::sync::Mutex;
 
 use super::cashier::CashierDesk;
 use super::ledger::Ledger;
-use crate::order::{OrderId, Quantity, Refusal, SkuId, UserId};
+use crate::order::{OrderId, Quantity, Refusal, SkuId, UnixMillis, UserId};
 use crate::state::stock::{BelowCommitted, Hold, SaleTerms, Sku};
 use crate::store::StoreError;
 use crate::store::postgres::dead_letters::DeadLetter;
@@ -62,8 +62,17 @@ pub struct Operator {
     lease: NodeLease,
     cashier: CashierDesk,
     payment_ttl_ms: u64,
-    /// One request at a time; and the units of retries of unknown outcome, by dead letter.
-    one_at_a_time: Mutex<HashMap<i64, Hold>>,
+    /// One request at a time; and retries of unknown outcome, by dead letter.
+    one_at_a_time: Mutex<HashMap<i64, Retried>>,
+}
+
+/// A dead letter that was retried, until it is known what came of it.
+#[derive(Debug)]
+struct Retried {
+    hold: Hold,
+    user_id: String,
+    order_id: OrderId,
+    expires_at: UnixMillis,
 }
 
 impl Operator {
@@ -225,7 +234,9 @@ impl Operator {
             Err(error) => {
                 // Gone: the earlier retry was carried out, and its row holds the units.
                 if matches!(error, OperatorError::UnknownDeadLetter(_)) {
-                    turn.remove(&id).into_iter().for_each(Hold::keep);
+                    turn.remove(&id)
+                        .into_iter()
+                        .for_each(|retried| self.revived(retried));
                 }
                 return Err(error);
             }
@@ -236,34 +247,41 @@ impl Operator {
             .by_number(letter.sku)
             .ok_or(OperatorError::UnknownDeadLetter(id))?;
         let quantity = Quantity::new(letter.quantity).unwrap_or(Quantity::ONE);
-        let hold = match turn.remove(&id) {
+        let expires_at = self.ledger.ids.real_now().plus_ms(self.payment_ttl_ms);
+        let earlier = turn.remove(&id);
+        let is_again = earlier.is_some();
+        let hold = match earlier {
             // An earlier retry, whose answer was lost, holds them still.
-            Some(hold) => hold,
+            Some(retried) => retried.hold,
             None => sku.hold(quantity).map_err(|refusal| match refusal {
                 Refusal::SoldOut { available } => OperatorError::SoldOut { available },
                 _ => OperatorError::UnknownDeadLetter(id),
             })?,
         };
+        let retried = Retried {
+            hold,
+            user_id: letter.user_id.clone(),
+            order_id: letter.order_id,
+            expires_at,
+        };
         match self
             .database
-            .revive_dead_letter(self.lease, id, self.payment_ttl_ms)
+            .revive_dead_letter(self.lease, id, expires_at)
             .await
         {
             Ok(true) => {}
+            // The earlier retry was carried out in this very moment.
+            Ok(false) if is_again => {}
             Ok(false) => return Err(OperatorError::UnknownDeadLetter(id)),
             Err(error) if error.is_transient() => {
                 // The row may be there, or may come yet, and then it holds the units. So they stay
                 // held, which is safe, until the same request is sent again.
-                turn.insert(id, hold);
+                turn.insert(id, retried);
                 return Err(error.into());
             }
             Err(error) => return Err(OperatorError::RefusedAgain(error.to_string())),
         }
-        hold.keep();
-        self.note_payable(letter.order_id).await;
-        if let Ok(user_id) = UserId::new(&letter.user_id) {
-            self.ledger.buyers.live_again(&user_id, letter.order_id);
-        }
+        self.revived(retried);
         tracing::info!(order_id = %letter.order_id, "an operator has retried a dead letter; its row is written");
         Ok(letter)
     }
@@ -286,16 +304,13 @@ impl Operator {
         letter.ok_or(OperatorError::UnknownDeadLetter(id))
     }
 
-    /// Notes until when an order is to be paid, as its row says. A start finds out by itself.
-    async fn note_payable(&self, id: OrderId) {
-        match self.database.find_order(id).await {
-            Ok(order) => {
-                let until = order.map(|order| (order.id, order.expires_at));
-                self.ledger.unpaid.note(until);
-            }
-            Err(error) => {
-                tracing::warn!(order_id = %id, reason = %error, "an order of a dead letter will not expire before the next start");
-            }
+    /// A dead letter's order is a row, to be paid: its units stay held, and it counts again.
+    fn revived(&self, retried: Retried) {
+        retried.hold.keep();
+        let until = (retried.order_id, retried.expires_at);
+        self.ledger.unpaid.note([until]);
+        if let Ok(user_id) = UserId::new(&retried.user_id) {
+            self.ledger.buyers.live_again(&user_id, retried.order_id);
         }
     }
 

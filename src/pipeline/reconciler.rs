@@ -21,7 +21,7 @@ use crate::faults::bug;
 use crate::order::payment::{PaymentState, RefundReason};
 use crate::order::receipt::ReceiptOrder;
 use crate::order::{Order, OrderId, Refusal, UnixMillis};
-use crate::state::buyers::{Claimed, Remembered};
+use crate::state::buyers::{BuyerClaim, Claimed, Remembered};
 use crate::store::StoreError;
 use crate::store::postgres::payments::StoredPayment;
 use crate::store::settlement::payments::Arrived;
@@ -32,6 +32,8 @@ const MATCH_MAX: i64 = 1_000;
 const CHECKS_MAX: i64 = 100;
 /// How often payments are matched with orders that have appeared, at most.
 const MATCH: Duration = Duration::from_millis(200);
+/// How long payments are matched one by one before callbacks are served again.
+const ONE_BY_ONE: Duration = Duration::from_millis(200);
 /// How often open payments are counted.
 const COUNT: Duration = Duration::from_secs(5);
 /// When an order in flight is looked for again, in milliseconds.
@@ -41,8 +43,8 @@ const UNDECIDED_MS: u64 = 5_000;
 
 /// What is to become of an orphan whose order was not found.
 enum Decision {
-    /// Its order is written as paid.
-    Recover(Order),
+    /// Its order is written as paid; `held`: memory holds its units already.
+    Recover { order: Order, held: bool },
     /// Its order is written, and its money goes back.
     RecoverForRefund(Order, RefundReason),
     /// Its money goes back, and there is no order to write.
@@ -95,44 +97,54 @@ impl Cashier {
         Ok(())
     }
 
-    /// Lets orphans meet orders that have appeared.
+    /// Lets orphans meet orders that have appeared. Where rows of one of them cannot be had, they
+    /// are matched one by one, for no longer at a time than a callback may wait.
     async fn match_orphans(&mut self) -> Result<bool, StoreError> {
-        let found = self.parts.database.orphans_with_order(MATCH_MAX).await?;
+        let after = self.one_by_one.unwrap_or(0);
+        let found = self.parts.database.orphans_with_order(after, MATCH_MAX);
+        let found = found.await?;
         let full = found.len() as i64 == MATCH_MAX;
         let arrived: Vec<Arrived> = found
             .iter()
             .filter_map(Arrived::of)
             .filter(|one| self.parts.ledger.pending.get(one.order_id).is_none())
             .collect();
-        let mut moved = 0;
-        match self.meet(&arrived).await {
-            Ok(()) => moved = arrived.len(),
-            Err(error @ StoreError::Fenced { .. }) => return Err(error),
-            // One of them may be what the database refuses; it must not hold up the others.
-            Err(error) if arrived.len() > 1 => {
-                tracing::warn!(reason = %error, payments = arrived.len(), "payments are matched one by one");
-                let mut unmatched = HashSet::new();
-                for one in &arrived {
-                    // Of several for one order the first that came is judged first.
-                    if unmatched.contains(&one.order_id) {
-                        continue;
-                    }
-                    match self.meet(std::slice::from_ref(one)).await {
-                        Ok(()) => moved += 1,
-                        Err(error) => {
-                            self.note_unmatched(one, &error);
-                            unmatched.insert(one.order_id);
-                        }
-                    }
+        if self.one_by_one.is_none() {
+            return match self.meet(&arrived).await {
+                Ok(()) => Ok(full && !arrived.is_empty()),
+                Err(error) if error.is_about_rows() => {
+                    tracing::warn!(reason = %error, payments = arrived.len(), "payments are matched one by one");
+                    self.one_by_one = Some(0);
+                    Ok(false)
                 }
+                Err(error) => Err(error),
+            };
+        }
+        let started = Instant::now();
+        let mut unmatched = HashSet::new();
+        for one in &arrived {
+            self.one_by_one = Some(one.id);
+            // Of several for one order the first that came is judged first.
+            if unmatched.contains(&one.order_id) {
+                continue;
             }
-            Err(error) => {
-                if let Some(one) = arrived.first() {
+            match self.meet(std::slice::from_ref(one)).await {
+                Ok(()) => {}
+                Err(error) if error.is_about_rows() => {
                     self.note_unmatched(one, &error);
+                    unmatched.insert(one.order_id);
                 }
+                Err(error) => return Err(error),
+            }
+            if started.elapsed() > ONE_BY_ONE {
+                return Ok(false);
             }
         }
-        Ok(full && moved > 0)
+        if !full {
+            // All were tried; together again from the start.
+            self.one_by_one = None;
+        }
+        Ok(false)
     }
 
     fn note_unmatched(&self, one: &Arrived, error: &StoreError) {
@@ -155,6 +167,7 @@ impl Cashier {
     /// Looks for the orders of orphans that are due. True: more are due.
     async fn check_orphans(&mut self) -> Result<bool, StoreError> {
         let now = self.parts.ledger.ids.real_now();
+        let started = Instant::now();
         let due = self.parts.database.orphans_due(now, CHECKS_MAX).await?;
         let full = due.len() as i64 == CHECKS_MAX;
         let checks = self.parts.orphan_checks;
@@ -170,12 +183,15 @@ impl Cashier {
                 let pause = first.saturating_mul(1 << done.clamp(0, 30));
                 self.put_off(&payment, done, pause).await?;
             } else if let Err(error) = self.decide(&payment).await {
-                if error.is_transient() || matches!(error, StoreError::Fenced { .. }) {
+                if let StoreError::Fenced { .. } = error {
                     return Err(error);
                 }
                 // It must not hold up the others.
                 tracing::warn!(payment = payment.id, reason = %error, "a payment is not decided yet; it is tried again");
                 self.put_off(&payment, payment.checks, UNDECIDED_MS).await?;
+            }
+            if started.elapsed() > ONE_BY_ONE {
+                return Ok(true);
             }
         }
         Ok(full)
@@ -244,6 +260,12 @@ impl Cashier {
                 tracing::warn!(payment = payment.id, reason = %error, "a payment's receipt is not good");
                 Decision::GiveUp(RefundReason::ReceiptInvalid)
             }
+            // Its provider has garbled the order's id. Now it looks for its order as any other does.
+            Some(Ok(receipt)) if payment.order_id.is_none() => {
+                ledger.orphans.insert(receipt.id, payment.received_at);
+                let database = &self.parts.database;
+                return database.note_order(payment.id, receipt.id).await;
+            }
             Some(Ok(receipt)) => self.decide_on(payment, receipt),
         };
         match decision {
@@ -260,27 +282,58 @@ impl Cashier {
                 self.note_refund(payment, reason);
             }
             Decision::RecoverForRefund(order, reason) => {
-                let writer = self.writer().await?;
-                if !writer
-                    .recover(payment.id, &order, Some(reason), now)
-                    .await?
-                {
-                    return Ok(());
-                }
-                ledger.buyers.restore(
-                    order.user_id.clone(),
-                    Remembered {
-                        live: false,
-                        ..remembered(&order)
-                    },
-                );
-                self.note_refund(payment, reason);
+                return self.recover_for_refund(payment, order, reason, now).await;
             }
-            Decision::Recover(order) => return self.recover(payment, order, now).await,
+            Decision::Recover { order, held } => {
+                return self.recover(payment, order, held, now).await;
+            }
         }
         if let Some(id) = payment.order_id {
             ledger.orphans.remove(id);
         }
+        Ok(())
+    }
+
+    /// Writes a lost order as one whose money has to go back. Its key is taken first, unless
+    /// memory knows the order, and then its units come back.
+    async fn recover_for_refund(
+        &mut self,
+        payment: &StoredPayment,
+        order: Order,
+        reason: RefundReason,
+        now: UnixMillis,
+    ) -> Result<(), StoreError> {
+        let ledger = Arc::clone(&self.parts.ledger);
+        let (buyers, user_id) = (&ledger.buyers, &order.user_id);
+        let known = buyers.orders_of(user_id);
+        let mut claim = None;
+        if !known.iter().any(|known| known.order_id == order.id) {
+            match buyers.claim(user_id, remembered(&order), None, Ok(())) {
+                Ok(Claimed::Fresh(fresh)) => claim = Some(fresh),
+                // Somebody was faster in this very moment; the next look tells.
+                Ok(Claimed::Duplicate(_)) | Err(_) => {
+                    return self.put_off(payment, payment.checks, IN_FLIGHT_MS).await;
+                }
+            }
+        }
+        let is_claimed = claim.is_some();
+        let writer = self.writer().await?;
+        if !writer
+            .recover(payment.id, &order, Some(reason), now)
+            .await?
+        {
+            return Ok(());
+        }
+        claim.into_iter().for_each(BuyerClaim::keep);
+        if buyers.no_longer_live(user_id, order.id) == Some(true)
+            && !is_claimed
+            && let Some(sku) = ledger.catalogue.by_number(order.sku)
+        {
+            sku.counter().release(order.quantity.get());
+        }
+        ledger.recent.forget(order.id);
+        ledger.orphans.remove(order.id);
+        self.note_refund(payment, reason);
         Ok(())
     }
 
@@ -311,68 +364,77 @@ impl Cashier {
             payload: receipt.payload,
             attributes: None,
         };
-        // Its buyer may have ordered again under the same key, or the order may be known after all.
-        match ledger
-            .buyers
-            .look(&order.user_id, &remembered(&order), None, Ok(()))
-        {
+        // A failover may have lost the row of an order that memory knows, and its units are held.
+        let known = ledger.buyers.orders_of(&order.user_id);
+        let known = known.iter().find(|known| known.order_id == order.id);
+        let held = known.is_some_and(|known| known.live);
+        let late = payment.received_at >= order.expires_at;
+        if known.is_some() && !held && !late {
+            return Decision::RecoverForRefund(order, RefundReason::OrderCancelled);
+        }
+        // Its buyer may have ordered again under the same key.
+        let look = || {
+            let remembered = remembered(&order);
+            let buyers = &ledger.buyers;
+            buyers.look(&order.user_id, &remembered, None, Ok(()))
+        };
+        match if known.is_none() { look() } else { Ok(None) } {
             Ok(None) => {}
-            Ok(Some(id)) if id == order.id => return Decision::Later,
             Ok(Some(_)) | Err(Refusal::IdempotencyKeyReused) => {
                 return Decision::GiveUp(RefundReason::OrderedAgain);
             }
             Err(_) => return Decision::Later,
         }
-        if payment.received_at >= order.expires_at {
+        if late {
             Decision::RecoverForRefund(order, RefundReason::OrderExpired)
         } else if payment.currency != order.currency {
             Decision::RecoverForRefund(order, RefundReason::CurrencyMismatch)
         } else if payment.amount != order.amount {
             Decision::RecoverForRefund(order, RefundReason::AmountMismatch)
-        } else if sku.counter().free() < order.quantity.get() {
+        } else if !held && sku.counter().free() < order.quantity.get() {
             Decision::RecoverForRefund(order, RefundReason::SoldOut)
         } else {
-            Decision::Recover(order)
+            Decision::Recover { order, held }
         }
     }
 
     /// Writes a lost order as paid. Its units and its key are held in memory first, as for any
-    /// other order.
+    /// other order, unless they are already.
     async fn recover(
         &mut self,
         payment: &StoredPayment,
         order: Order,
+        held: bool,
         now: UnixMillis,
     ) -> Result<(), StoreError> {
         let ledger = Arc::clone(&self.parts.ledger);
-        let claim = match ledger
-            .buyers
-            .claim(&order.user_id, remembered(&order), None, Ok(()))
-        {
-            Ok(Claimed::Fresh(claim)) => claim,
-            // Somebody was faster in this very moment; the next look tells.
-            Ok(Claimed::Duplicate(_)) | Err(_) => {
+        let Some(sku) = ledger.catalogue.by_number(order.sku) else {
+            return Ok(());
+        };
+        let mut taken = None;
+        if !held {
+            let buyers = &ledger.buyers;
+            let claim = buyers.claim(&order.user_id, remembered(&order), None, Ok(()));
+            let (Ok(Claimed::Fresh(claim)), Ok(hold)) = (claim, sku.hold(order.quantity)) else {
+                // Somebody was faster in this very moment; the next look tells.
                 return self.put_off(payment, payment.checks, IN_FLIGHT_MS).await;
-            }
-        };
-        let hold = ledger
-            .catalogue
-            .by_number(order.sku)
-            .and_then(|sku| sku.hold(order.quantity).ok());
-        let Some(hold) = hold else {
-            return self.put_off(payment, payment.checks, IN_FLIGHT_MS).await;
-        };
+            };
+            taken = Some((claim, hold));
+        }
         let writer = self.writer().await?;
         if !writer.recover(payment.id, &order, None, now).await? {
             return Ok(());
         }
-        if let Some(sku) = ledger.catalogue.by_number(order.sku)
-            && !bug("recover_without_holding")
-        {
-            sku.counter().sell(order.quantity.get());
-            hold.keep();
+        if let Some((claim, hold)) = taken {
+            claim.keep();
+            if !bug("recover_without_holding") {
+                hold.keep();
+            }
         }
-        claim.keep();
+        if !bug("recover_without_holding") {
+            sku.counter().sell(order.quantity.get());
+        }
+        ledger.recent.forget(order.id);
         ledger.orphans.remove(order.id);
         self.parts.metrics.payments.verdicts.count("recovered");
         tracing::info!(order_id = %order.id, payment = payment.id, "recovered a lost order from the receipt of its payment");

@@ -145,6 +145,17 @@ impl StoreError {
         move |source| StoreError::Statement { doing, source }
     }
 
+    /// Whether what was tried touches rows that cannot be had now, because somebody holds them, or
+    /// that the database refuses; what touches others may go on.
+    pub fn is_about_rows(&self) -> bool {
+        match self {
+            StoreError::Statement { source, .. } => {
+                refuses_row(source) || source.code() == Some(&SqlState::LOCK_NOT_AVAILABLE)
+            }
+            _ => false,
+        }
+    }
+
     /// Whether trying again later may help without anybody's doing.
     pub fn is_transient(&self) -> bool {
         match self {

@@ -117,6 +117,14 @@ fn an_operator_need_not_wait_for_the_checks() {
     });
 }
 
+/// Takes every row away, and what it holds.
+const FORGET: &str = "
+    SET search_path = millrace;
+    DELETE FROM orders;
+    WITH moved AS (UPDATE sku SET held = 0 RETURNING *)
+    INSERT INTO stock_journal (sku, cause, reference, held_delta, total_after, held_after, sold_after)
+    SELECT id, 'test', 'test', -(SELECT sum(held_delta) FROM stock_journal), total, held, sold FROM moved";
+
 /// The rows are taken away, as a failover without its commits would, and memory forgets at a
 /// restart.
 async fn lose(shop: Shop) -> Shop {
@@ -125,13 +133,7 @@ async fn lose(shop: Shop) -> Shop {
     database
         .connect()
         .await
-        .batch_execute(
-            "SET search_path = millrace;
-             DELETE FROM orders;
-             WITH moved AS (UPDATE sku SET held = 0 RETURNING *)
-             INSERT INTO stock_journal (sku, cause, reference, held_delta, total_after, held_after, sold_after)
-             SELECT id, 'test', 'test', -(SELECT sum(held_delta) FROM stock_journal), total, held, sold FROM moved",
-        )
+        .batch_execute(FORGET)
         .await
         .unwrap();
     let server = TestServer::start(&database, |config| {
@@ -178,6 +180,57 @@ fn a_lost_order_is_recovered_from_its_receipt_and_is_there_under_its_key() {
         // The receipt is used up: another payment with it goes back.
         shop.pay(&Paid::of(&order).again("second")).await;
         shop.until_money([1, 0, 1, 0]).await;
+        shop.close().await;
+    });
+}
+
+#[test]
+fn a_row_that_is_lost_while_memory_knows_its_order_is_not_held_twice() {
+    block_on(async {
+        let shop = Shop::open(2, |_| {}).await;
+        // One with a key, and one without.
+        let keyed = shop.order("u").await;
+        let plain = shop.server.order("v", "A", None).await.json();
+        let client = shop.database.connect().await;
+        client.batch_execute(FORGET).await.unwrap();
+        for order in [&keyed, &plain] {
+            shop.pay(&Paid::of(order)).await;
+        }
+        shop.until_money([2, 0, 0, 0]).await;
+        assert_eq!(shop.server.stock("A").await, (0, 0, 2));
+        shop.close().await;
+    });
+}
+
+#[test]
+fn a_receipt_names_the_order_where_the_provider_does_not() {
+    block_on(async {
+        let shop = Shop::open(5, |_| {}).await;
+        let (there, lost) = (shop.order("u").await, shop.order("v").await);
+        let garbled = |order: &Value| Paid {
+            order: "order no. 7".into(),
+            ..Paid::of(order)
+        };
+        shop.pay(&garbled(&there)).await;
+        shop.until(&there, "paid").await;
+        shop.pay(&Paid::of(&there).again("second")).await;
+        let id = lost["order_id"].as_str().unwrap();
+        shop.database
+            .connect()
+            .await
+            .batch_execute(&format!(
+                "SET search_path = millrace;
+                 DELETE FROM orders WHERE order_id = {id};
+                 WITH moved AS (UPDATE sku SET held = held - 1 RETURNING *)
+                 INSERT INTO stock_journal (sku, cause, reference, held_delta, total_after, held_after, sold_after)
+                 SELECT id, 'test', 'test', -1, total, held, sold FROM moved"
+            ))
+            .await
+            .unwrap();
+        shop.pay(&garbled(&lost)).await;
+        shop.until(&lost, "paid").await;
+        assert_eq!(shop.money().await, [2, 0, 1, 0]);
+        assert_eq!(shop.server.stock("A").await, (3, 0, 2));
         shop.close().await;
     });
 }

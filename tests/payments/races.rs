@@ -142,6 +142,50 @@ fn a_callback_is_answered_while_somebody_holds_what_it_needs_and_takes_effect_af
 }
 
 #[test]
+fn a_sku_that_somebody_holds_keeps_no_payment_and_no_expiry_of_another_waiting() {
+    block_on(async {
+        let shop = Shop::open(100, |config| config.orders.payment_ttl_ms = 6_000).await;
+        shop.server.put_sku("B", 100, Value::Null).await;
+        let order = async |user: &str, sku: &str| shop.server.order(user, sku, None).await.json();
+        let (mut held, mut free) = (Vec::new(), Vec::new());
+        for n in 0..15 {
+            held.push(order(&format!("a-{n}"), "A").await);
+            free.push(order(&format!("b-{n}"), "B").await);
+        }
+        let (unpaid, unpaid_too) = (order("c", "B").await, order("d", "A").await);
+        let mut client = shop.database.connect().await;
+        let transaction = client.transaction().await.unwrap();
+        let lock = "SELECT FROM millrace.sku WHERE sku_id = 'A' FOR UPDATE";
+        transaction.query(lock, &[]).await.unwrap();
+        // Every one is answered with success, which a platform waits five seconds for.
+        for (held, free) in held.iter().zip(&free) {
+            shop.pay(&Paid::of(held)).await;
+            shop.pay(&Paid::of(free)).await;
+        }
+        for order in &free {
+            shop.until(order, "paid").await;
+        }
+        shop.until(&unpaid, "expired").await;
+        let free_of_b = async || shop.server.stock("B").await == (85, 0, 15);
+        let deadline = Instant::now() + crate::rig::PATIENCE;
+        while !free_of_b().await {
+            assert!(
+                Instant::now() < deadline,
+                "{:?}",
+                shop.server.stock("B").await
+            );
+        }
+        transaction.rollback().await.unwrap();
+        for order in &held {
+            shop.until(order, "paid").await;
+        }
+        shop.until(&unpaid_too, "expired").await;
+        shop.until_stock((85, 0, 15)).await;
+        shop.close().await;
+    });
+}
+
+#[test]
 fn callbacks_are_answered_and_take_effect_while_the_order_queue_is_full() {
     block_on(async {
         let shop = Shop::open(10_000, |config| {
@@ -227,7 +271,7 @@ fn one_payment_that_the_database_refuses_keeps_no_other_from_being_stored() {
         for (n, status) in answers {
             assert_eq!(status, if n == 7 { 503 } else { 200 }, "u-{n}");
         }
-        assert_eq!(shop.money().await, [19, 0, 0, 0]);
+        shop.until_money([19, 0, 0, 0]).await;
         shop.close().await;
     });
 }

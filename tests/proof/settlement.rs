@@ -157,10 +157,10 @@ impl Twin {
             let due = of_it.filter(|one| one.state == state);
             due.map(|one| one.state = PaymentState::Refunded).count() > 0
         };
-        let settled = settle(PaymentState::RefundDue);
-        if !settled && order.references.contains(&reference) {
+        if order.references.contains(&reference) {
             return false;
         }
+        let settled = settle(PaymentState::RefundDue);
         if settled {
             order.references.push(reference);
         }
@@ -513,7 +513,7 @@ impl<'a> Life<'a> {
         let found = self
             .sale
             .database
-            .orphans_with_order(1_000)
+            .orphans_with_order(0, 1_000)
             .await
             .map_err(said)?;
         let arrived: Vec<Arrived> = found.iter().filter_map(Arrived::of).collect();
@@ -754,8 +754,12 @@ impl<'a> Life<'a> {
             (_, Some(order)) => Closed::HasOrder(order.order.id),
             (_, None) => {
                 self.twin.payments[at].state = PaymentState::Refunded;
-                Closed::Done
+                Closed::Done(None)
             }
+        };
+        let told = match told {
+            Closed::Done(_) => Closed::Done(None),
+            other => other,
         };
         match told == expected {
             true => Ok(()),

@@ -125,7 +125,7 @@ pub(super) async fn close(
     let (parts, id) = (plane.parts()?, parse_id(&id)?);
     let note = CloseBody::parse(&body)?;
     match parts.cashier.close(id, note).await? {
-        Closed::Done => {
+        Closed::Done(_) => {
             tracing::info!(
                 payment = id,
                 "an operator has closed a payment without an order"

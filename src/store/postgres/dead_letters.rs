@@ -129,8 +129,8 @@ impl Database {
         Ok(changed == 1)
     }
 
-    /// Writes a dead letter's order as a row after all, its units held, payable for
-    /// `payment_ttl_ms` from now. The caller holds the units in memory. False: there is no such
+    /// Writes a dead letter's order as a row after all, its units held, payable until `expires_at`.
+    /// The caller holds the units in memory. False: there is no such
     /// open dead letter.
     ///
     /// # Errors
@@ -140,10 +140,9 @@ impl Database {
         &self,
         lease: NodeLease,
         id: i64,
-        payment_ttl_ms: u64,
+        expires_at: UnixMillis,
     ) -> Result<bool, StoreError> {
         let mut client = self.pooled().await?;
-        let ttl = i64::try_from(payment_ttl_ms).unwrap_or(i64::MAX);
         let work = async {
             let transaction = client.transaction().await?;
             if !fence(&transaction, lease).await? {
@@ -157,10 +156,10 @@ impl Database {
                      INSERT INTO orders (order_id, user_id, sku, quantity, adjustment, amount, currency, status,
                             created_at, expires_at, key_hash, payload_hash, attributes)
                      SELECT order_id, user_id, sku, quantity, adjustment, amount, currency, 1,
-                            created_at, clock_timestamp() + $2::int8 * interval '1 millisecond', key_hash, payload_hash,
+                            created_at, to_timestamp($2::int8 / 1000.0), key_hash, payload_hash,
                             attributes::json
                        FROM gone RETURNING order_id, sku, quantity",
-                    &[&id, &ttl],
+                    &[&id, &expires_at.0],
                 )
                 .await?;
             let Some(row) = row else {
@@ -176,6 +175,13 @@ impl Database {
                      SELECT w.sku, 'dead letter retried', $3, $2::int8, m.total, m.held, m.sold
                        FROM (SELECT $1::int4 AS sku) w LEFT JOIN moved m ON true",
                     &[&sku, &i64::from(quantity), &order_id.to_string()],
+                )
+                .await?;
+            // It may be older than what a start looks through for orders that are to expire.
+            transaction
+                .execute(
+                    "UPDATE node SET unpaid_from = least(unpaid_from, $2) WHERE node = $1",
+                    &[&lease.node, &order_id],
                 )
                 .await?;
             transaction.commit().await?;

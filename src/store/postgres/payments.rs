@@ -1,7 +1,9 @@
 //! Payments as they stand in the database: lists for a person, and the orphans that are to be
 //! looked at.
 
+use futures_util::{StreamExt, pin_mut};
 use tokio_postgres::Row;
+use tokio_postgres::types::ToSql;
 
 use super::{Database, NodeLease};
 use crate::order::payment::{PaymentState, Provider, RefundReason};
@@ -133,18 +135,22 @@ impl Database {
         row.as_ref().map(from_row).transpose()
     }
 
-    /// Orphans whose order is there, the oldest first, at most `limit`.
+    /// Orphans beyond `after` whose order is there, the oldest first, at most `limit`.
     ///
     /// # Errors
     /// Where the database does not answer.
-    pub async fn orphans_with_order(&self, limit: i64) -> Result<Vec<StoredPayment>, StoreError> {
+    pub async fn orphans_with_order(
+        &self,
+        after: i64,
+        limit: i64,
+    ) -> Result<Vec<StoredPayment>, StoreError> {
         let client = self.pooled().await?;
         let sql = format!(
-            "SELECT * FROM (SELECT {COLUMNS} FROM payments p WHERE p.state = 'orphan') p
-              WHERE has_order ORDER BY id LIMIT $1"
+            "SELECT * FROM (SELECT {COLUMNS} FROM payments p WHERE p.state = 'orphan' AND p.id > $1) p
+              WHERE has_order ORDER BY id LIMIT $2"
         );
         let rows = self
-            .timed("matching payments", client.query(&sql, &[&limit]))
+            .timed("matching payments", client.query(&sql, &[&after, &limit]))
             .await?;
         rows.iter().map(from_row).collect()
     }
@@ -191,6 +197,23 @@ impl Database {
                 "UPDATE payments SET checks = $2, check_at = to_timestamp($3::int8 / 1000.0)
                   WHERE id = $1 AND state = 'orphan'",
                 &[&id, &checks, &check_at.0],
+            ),
+        )
+        .await
+        .map(|_| ())
+    }
+
+    /// Notes the order of an orphan whose provider named none of ours; its receipt does.
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn note_order(&self, id: i64, order_id: OrderId) -> Result<(), StoreError> {
+        let client = self.pooled().await?;
+        self.timed(
+            "noting the order of a payment",
+            client.execute(
+                "UPDATE payments SET order_id = $2 WHERE id = $1 AND state = 'orphan' AND order_id IS NULL",
+                &[&id, &order_id.as_i64()],
             ),
         )
         .await
@@ -245,7 +268,7 @@ impl Database {
         })
     }
 
-    /// Unpaid orders older than the idempotency window, from the least that was noted on.
+    /// Unpaid orders below `window_floor`, from the least that was noted on.
     ///
     /// # Errors
     /// Where the database does not answer.
@@ -254,19 +277,25 @@ impl Database {
         lease: NodeLease,
         window_floor: OrderId,
     ) -> Result<Vec<(OrderId, UnixMillis)>, StoreError> {
+        let doing = "looking for unpaid orders";
         let client = self.pooled().await?;
-        let rows = self
-            .timed(
-                "looking for old unpaid orders",
-                client.query(
-                    "SELECT order_id, (extract(epoch FROM expires_at) * 1000)::int8 FROM orders
-                      WHERE order_id >= (SELECT unpaid_from FROM node WHERE node = $1) AND order_id < $2 AND status = 1",
-                    &[&lease.node, &window_floor.as_i64()],
-                ),
+        let parameters: [&(dyn ToSql + Sync); 2] = [&lease.node, &window_floor.as_i64()];
+        // As many as there are: no step timeout.
+        let rows = client
+            .query_raw(
+                "SELECT order_id, (extract(epoch FROM expires_at) * 1000)::int8 FROM orders
+                  WHERE order_id >= (SELECT unpaid_from FROM node WHERE node = $1) AND order_id < $2 AND status = 1",
+                parameters,
             )
-            .await?;
-        let pair = |row: &Row| Some((OrderId::from_i64(row.get(0))?, UnixMillis(row.get(1))));
-        Ok(rows.iter().filter_map(pair).collect())
+            .await
+            .map_err(StoreError::statement(doing))?;
+        pin_mut!(rows);
+        let mut found = Vec::new();
+        while let Some(row) = rows.next().await {
+            let row = row.map_err(StoreError::statement(doing))?;
+            found.extend(OrderId::from_i64(row.get(0)).map(|id| (id, UnixMillis(row.get(1)))));
+        }
+        Ok(found)
     }
 
     /// Notes that no unpaid order older than the idempotency window lies below `id`.

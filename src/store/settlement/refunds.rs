@@ -33,8 +33,8 @@ pub enum Recorded {
 /// What came of closing a payment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Closed {
-    /// It is at `refunded`, with its note.
-    Done,
+    /// It is at `refunded`, with its note; and the order that no payment waits for any more.
+    Done(Option<OrderId>),
     /// Its order is there: the refund is recorded with the order.
     HasOrder(OrderId),
     /// It is matched, or closed already.
@@ -87,11 +87,12 @@ impl SettlementWriter {
                     &[&order_id.as_i64(), &note.reference],
                 )
                 .await?;
-            let due = settle("refund_due").await?;
-            if due == 0 && recorded.is_some() {
-                // The same request again, whose answer was lost: it must not give up the sale too.
+            if recorded.is_some() {
+                // The same request again, whose answer was lost: what has come due since is
+                // another refund's.
                 return Ok(Recorded::Already);
             }
+            let due = settle("refund_due").await?;
             let refunded = OrderStatus::Refunded.code();
             match status {
                 OrderStatus::RefundDue => {
@@ -163,7 +164,9 @@ impl SettlementWriter {
         self.transact("closing a payment", async |client, _| {
             let row = client
                 .query_opt(
-                    "SELECT p.state, p.order_id, EXISTS (SELECT FROM order_rows o WHERE o.order_id = p.order_id)
+                    "SELECT p.state, p.order_id, EXISTS (SELECT FROM order_rows o WHERE o.order_id = p.order_id),
+                            EXISTS (SELECT FROM payments q WHERE q.order_id = p.order_id AND q.id <> p.id
+                                                             AND q.state = 'orphan')
                        FROM payments p WHERE p.id = $1 FOR UPDATE OF p",
                     &[&id],
                 )
@@ -186,7 +189,9 @@ impl SettlementWriter {
                     &[&id, &now.0, &note.reference, &note.note],
                 )
                 .await?;
-            Ok(Closed::Done)
+            let others_wait: bool = row.get(3);
+            let order_id = order_id.filter(|_| !others_wait);
+            Ok(Closed::Done(order_id.and_then(OrderId::from_i64)))
         })
         .await
     }
