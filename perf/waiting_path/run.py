@@ -5,7 +5,8 @@ measures what an acknowledged order costs.
     perf/waiting_path/run.py --before BINARY --after BINARY [--rounds 6] [--seconds 5]
 
 Each round runs each build once, in changing order, on a PostgreSQL of its own: once offered more
-than it can take (orders placed a second), once half of the first build's rate (p99 of `201`). Prints the
+than it can take (orders placed a second), once half of the first build's rate (p99 of `201`, and the server's own processor time for each order, which
+says more than either where the machine has other work to do). Prints the
 ratio after/before of each round's pair: median, least, greatest. With only --after: a lone
 acknowledged order (one connection, `respond-async`) beside a lone append and fdatasync of 4 KiB on the same
 directory, alternating.
@@ -34,11 +35,21 @@ class Server:
                 break
             except Exception:
                 time.sleep(0.02)
-        body = json.dumps({"unit_price": 100, "currency": "EUR", "total": 4_000_000_000}).encode()
-        request = urllib.request.Request(
-            f"http://{self.control}/admin/v1/skus/HOT", data=body, method="PUT"
-        )
-        urllib.request.urlopen(request).read()
+        for sku, total in (("HOT", 4_000_000_000), ("SOLD-OUT", 1)):
+            body = json.dumps({"unit_price": 100, "currency": "EUR", "total": total}).encode()
+            request = urllib.request.Request(
+                f"http://{self.control}/admin/v1/skus/{sku}", data=body, method="PUT"
+            )
+            urllib.request.urlopen(request).read()
+
+    def cpu_seconds(self):
+        """Of the process itself, so not of PostgreSQL."""
+        fields = pathlib.Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def metric(self, name):
+        text = urllib.request.urlopen(f"http://{self.control}/metrics").read().decode()
+        return next(float(line.split()[1]) for line in text.splitlines() if line.startswith(name + " "))
 
     def stop(self):
         self.process.terminate()
@@ -49,9 +60,9 @@ class Server:
 SEEDS = itertools.count(1)
 
 
-def load(loader, server, rate, seconds, mode, connections=256):
+def load(loader, server, rate, seconds, mode, connections=256, sku="HOT"):
     command = [
-        loader, "load", "--target", f"http://{server.data}", "--sku", "HOT", "--rate", str(rate),
+        loader, "load", "--target", f"http://{server.data}", "--sku", sku, "--rate", str(rate),
         "--duration", str(seconds), "--mode", mode, "--connections", str(connections),
         "--buyers", "4000000", "--json",
         # Other buyers each time, or they would be told what they bought before.
@@ -59,7 +70,8 @@ def load(loader, server, rate, seconds, mode, connections=256):
     ]  # fmt: skip
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     report = json.loads(done.stdout)
-    if not any(row["kind"] in ("created", "accepted") and row["count"] for row in report["answers"]):
+    placed = any(row["kind"] in ("created", "accepted") and row["count"] for row in report["answers"])
+    if not placed and sku == "HOT":
         raise SystemExit(f"nothing was placed: {report['codes']}")
     return report
 
@@ -74,10 +86,10 @@ def spread(ratios):
 
 def compare(options, scratch):
     builds = {"before": options.before, "after": options.after}
-    rates, tails, half = [], [], None
+    rates, tails, costs, half = [], [], [], None
     for number in range(options.rounds):
         order = ["before", "after"] if number % 2 == 0 else ["after", "before"]
-        rate, tail = {}, {}
+        rate, tail, cost = {}, {}, {}
         for name in order:
             server = Server(builds[name], scratch)
             try:
@@ -85,15 +97,23 @@ def compare(options, scratch):
                 report = load(options.after, server, options.flood, options.seconds, "wait")
                 rate[name] = answer(report, "created")["count"] / options.seconds
                 half = half or int(rate[name] / 2)
+                before = server.cpu_seconds()
                 report = load(options.after, server, half, options.seconds, "wait")
-                tail[name] = answer(report, "created")["latency"]["p99_ms"]
+                placed = answer(report, "created")
+                tail[name] = placed["latency"]["p99_ms"]
+                cost[name] = round((server.cpu_seconds() - before) / placed["count"] * 1e6, 2)
             finally:
                 server.stop()
-        print(f"round {number + 1}: placed/s {rate}, p99 ms at {half}/s {tail}", flush=True)
+        print(
+            f"round {number + 1}: placed/s {rate}, at {half}/s p99 ms {tail}, processor µs an order {cost}",
+            flush=True,
+        )
         rates.append(rate["after"] / rate["before"])
         tails.append(tail["after"] / tail["before"])
+        costs.append(cost["after"] / cost["before"])
     print(f"orders placed a second, after/before: {spread(rates)}")
     print(f"p99 of a placed order, after/before:  {spread(tails)}")
+    print(f"processor time an order, after/before: {spread(costs)}")
 
 
 def sync_ms(directory, count):
@@ -121,11 +141,20 @@ def lone(options, scratch):
             sync = sync_ms(server.dir, 200)
             report = load(options.after, server, 100, options.seconds, "async", 1)
             accepted = answer(report, "accepted")["latency"]["p50_ms"]
+            # What the same way costs without a disk.
+            refused = load(options.after, server, 100, options.seconds, "async", 1, sku="SOLD-OUT")
+            without = max(refused["answers"], key=lambda row: row["count"])["latency"]["p50_ms"]
+            groups = server.metric("millrace_journal_groups_total")
+            orders = server.metric("millrace_journal_orders_total")
         finally:
             server.stop()
-        print(f"round {number + 1}: a sync {sync:.3f} ms, an acknowledged order {accepted:.3f} ms", flush=True)
-        ratios.append(accepted / sync)
-    print(f"a lone acknowledged order, in syncs: {spread(ratios)}")
+        print(
+            f"round {number + 1}: a sync {sync:.3f} ms, an acknowledged order {accepted:.3f} ms, "
+            f"a refused one {without:.3f} ms, syncs an order {groups / orders:.3f}",
+            flush=True,
+        )
+        ratios.append(accepted - without - sync)
+    print(f"a lone acknowledged order, beyond a refused one and a sync, ms: {spread(ratios)}")
 
 
 def main():

@@ -2,8 +2,8 @@
 //! may go on.
 
 use std::collections::HashMap;
-use std::collections::hash_map::RandomState;
-use std::hash::Hash;
+use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher, Hash};
+use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 use std::time::Duration;
 
@@ -208,11 +208,14 @@ impl<T> Guarded<T> {
     }
 }
 
+/// Hashes alike in each run, so that a seed repeats what it has shown.
+type Alike = BuildHasherDefault<DefaultHasher>;
+
 /// A map in two shards, of which a walk sees one after the other, as dashmap's does.
 #[derive(Debug)]
-pub struct DashMap<K, V, S = RandomState> {
-    shards: [Mutex<HashMap<K, V>>; 2],
-    hasher: S,
+pub struct DashMap<K, V, S = Alike> {
+    shards: [Mutex<HashMap<K, V, Alike>>; 2],
+    hasher: PhantomData<S>,
 }
 
 /// What a look-up or a walk finds.
@@ -233,16 +236,16 @@ impl<V> Deref for Found<V> {
     }
 }
 
-impl<K: Hash + Eq, V: Clone, S: std::hash::BuildHasher> DashMap<K, V, S> {
-    pub fn with_capacity_and_hasher(_capacity: usize, hasher: S) -> Self {
+impl<K: Hash + Eq, V: Clone, S> DashMap<K, V, S> {
+    pub fn with_capacity_and_hasher(_capacity: usize, _hasher: S) -> Self {
         DashMap {
             shards: Default::default(),
-            hasher,
+            hasher: PhantomData,
         }
     }
 
-    fn shard(&self, key: &K) -> MutexGuard<'_, HashMap<K, V>> {
-        let shard = self.hasher.hash_one(key) as usize % self.shards.len();
+    fn shard(&self, key: &K) -> MutexGuard<'_, HashMap<K, V, Alike>> {
+        let shard = Alike::default().hash_one(key) as usize % self.shards.len();
         self.shards[shard].lock()
     }
 
@@ -275,13 +278,14 @@ impl<K: Hash + Eq, V: Clone, S: std::hash::BuildHasher> DashMap<K, V, S> {
     }
 
     pub fn iter(&self) -> impl Iterator<Item = Found<V>> {
-        let values =
-            |shard: &Mutex<HashMap<K, V>>| -> Vec<V> { shard.lock().values().cloned().collect() };
+        let values = |shard: &Mutex<HashMap<K, V, Alike>>| -> Vec<V> {
+            shard.lock().values().cloned().collect()
+        };
         self.shards.iter().flat_map(values).map(Found)
     }
 }
 
-impl<'a, K: Hash + Eq, V: Clone, S: std::hash::BuildHasher> IntoIterator for &'a DashMap<K, V, S> {
+impl<'a, K: Hash + Eq, V: Clone, S> IntoIterator for &'a DashMap<K, V, S> {
     type Item = Found<V>;
     type IntoIter = Box<dyn Iterator<Item = Found<V>> + 'a>;
 
