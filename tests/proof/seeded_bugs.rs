@@ -73,17 +73,17 @@ const CAUGHT_BY: &[(&str, &str, Catch)] = &[
     (
         "skip_a_replay",
         "the last order of a part is not replayed",
-        Kill9(12),
+        Kill9(20),
     ),
     (
         "replay_without_looking",
         "orders replayed that are rows",
-        Kill9(12),
+        Kill9(20),
     ),
     (
         "hold_without_checking",
         "units held that nobody has",
-        Kill9(6),
+        Kill9(20),
     ),
     (
         "double_release",
@@ -98,17 +98,17 @@ const CAUGHT_BY: &[(&str, &str, Catch)] = &[
     (
         "answer_before_commit",
         "a callback answered before its commit",
-        Payments(12),
+        Payments(20),
     ),
     (
         "keep_expired_units",
         "memory not told of an expiry",
-        Payments(12),
+        Payments(20),
     ),
     (
         "recover_without_holding",
         "a recovered order that holds no units in memory",
-        Payments(12),
+        Payments(20),
     ),
 ];
 
