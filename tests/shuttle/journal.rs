@@ -24,6 +24,12 @@ use crate::sync::{AtomicBool, Ordering, Waker};
 const SEGMENT_BYTES: u64 = 8 * 512;
 const SEGMENTS_MAX: u64 = 2;
 
+/// So long that no two orders share a sector.
+const ATTRIBUTES: &str = match std::str::from_utf8(&[b' '; 250]) {
+    Ok(text) => text,
+    Err(_) => panic!("they are spaces"),
+};
+
 /// An order with this id.
 pub fn order(id: u64) -> Order {
     Order {
@@ -110,7 +116,11 @@ impl World {
     fn place(&self, id: u64) -> Told {
         let durable = self.queue.durable().expect("it is");
         loop {
-            let permit = match durable.reserve(None) {
+            let order = Order {
+                attributes: Some(ATTRIBUTES.into()),
+                ..order(id)
+            };
+            let permit = match durable.reserve(order.attributes.as_deref()) {
                 Ok(permit) => permit,
                 Err(NotDurable::Busy | NotDurable::Full) => {
                     if self.is_over.load(Ordering::SeqCst) {
@@ -122,7 +132,7 @@ impl World {
                 Err(NotDurable::Failed) => return Told::Refused,
                 Err(NotDurable::NoLease) => panic!("it has one"),
             };
-            let order = Arc::new(PendingOrder::appending(order(id), None));
+            let order = Arc::new(PendingOrder::appending(order, None));
             self.pending.insert(&order);
             if let Err(rejected) = durable.append(Arc::clone(&order), permit) {
                 self.pending.remove(order.order.id);

@@ -84,6 +84,11 @@ const MODELS: &[Model] = &[
         run: waiting::no_deadline_is_missed,
         finds: &[],
     },
+    Model {
+        name: "waiting_whoever_asks_late_is_woken",
+        run: waiting::whoever_asks_late_is_woken,
+        finds: &[],
+    },
 ];
 
 /// Schedules of each model.

@@ -200,3 +200,37 @@ pub fn no_deadline_is_missed() {
     );
     assert_eq!(world.expire(200), 4);
 }
+
+/// Wakes nobody and counts how often it was to.
+#[derive(Default)]
+struct Count(std::sync::atomic::AtomicUsize);
+
+impl std::task::Wake for Count {
+    fn wake(self: Arc<Self>) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+/// Somebody asks to be woken at a moment at which others are due as well, while the keeper looks.
+pub fn whoever_asks_late_is_woken() {
+    let world = World::new(8);
+    let claimed = |id, seconds| {
+        let order = world.place(id, seconds).expect("there is room");
+        assert!(order.slot.claim());
+        order
+    };
+    claimed(1, 1);
+    let order = claimed(2, 100);
+    let count = Arc::new(Count::default());
+    let waker = Waker::from(Arc::clone(&count));
+    let asking = spawn(&world, move |world| {
+        // In this order, as a request does.
+        order.slot.subscribe(waker);
+        world.pending.wake_by(&order, world.at(1));
+    });
+    let keeper = spawn(&world, |world| world.expire(1));
+    asking.join().unwrap();
+    keeper.join().unwrap();
+    world.expire(1);
+    assert!(count.0.load(Ordering::SeqCst) > 0, "nobody wakes it");
+}
