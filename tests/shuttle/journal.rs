@@ -280,13 +280,13 @@ fn producer(world: &Arc<World>, number: u64, orders: u64) -> thread::JoinHandle<
 
 pub fn orders_go_through_memory_and_disk() {
     let world = World::new(2, false);
-    let producers: Vec<_> = (1..=3).map(|number| producer(&world, number, 3)).collect();
+    let producers: Vec<_> = (1..=3).map(|number| producer(&world, number, 5)).collect();
     let worker = spawn(&world, |world| world.work(2, true));
     for producer in producers {
         producer.join().unwrap();
     }
     world.end(vec![worker]);
-    assert_eq!(world.committed.lock().unwrap().len(), 9);
+    assert_eq!(world.committed.lock().unwrap().len(), 15);
 }
 
 pub fn two_workers_share_what_comes() {
