@@ -290,15 +290,22 @@ fn a_sku_whose_units_the_database_does_not_take_back_holds_up_no_other() {
     block_on(async {
         let shop = Shop::open(5, |config| config.orders.payment_ttl_ms = 1_500).await;
         shop.server.put_sku("B", 5, Value::Null).await;
+        let client = shop.database.connect().await;
+        client
+            .batch_execute(
+                "CREATE FUNCTION millrace.refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                     RAISE EXCEPTION 'no' USING ERRCODE = 'check_violation'; END $$;
+                 CREATE TRIGGER refuse BEFORE UPDATE ON millrace.sku FOR EACH ROW
+                     WHEN (OLD.sku_id = 'A' AND NEW.held < OLD.held) EXECUTE FUNCTION millrace.refuse()",
+            )
+            .await
+            .unwrap();
         let nobody = Paid {
             order: "123456789".into(),
             receipt: None,
             ..Paid::of(&shop.order("u").await)
         };
         assert_eq!(shop.server.order("u", "B", None).await.status, 201);
-        let client = shop.database.connect().await;
-        let edit = "UPDATE millrace.sku SET held = $1::int4 WHERE sku_id = 'A'";
-        client.execute(edit, &[&0]).await.unwrap();
         let deadline = Instant::now() + crate::rig::PATIENCE;
         while shop.server.stock("B").await != (5, 0, 0) {
             assert!(Instant::now() < deadline, "B waits for A");
@@ -306,7 +313,8 @@ fn a_sku_whose_units_the_database_does_not_take_back_holds_up_no_other() {
         assert_eq!(shop.server.stock("A").await, (4, 1, 0));
         shop.pay(&nobody).await;
         shop.until_money([0, 0, 1, 0]).await;
-        client.execute(edit, &[&1]).await.unwrap();
+        let mend = "DROP TRIGGER refuse ON millrace.sku";
+        client.batch_execute(mend).await.unwrap();
         shop.until_stock((5, 0, 0)).await;
         shop.close().await;
     });
