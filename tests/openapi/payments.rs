@@ -311,10 +311,10 @@ async fn orphans(shop: &mut Asker<'_>, database: &TestDatabase, other: &Value) {
     shop.get(ORPHAN, &orphan, "", 200).await;
     shop.get(ORPHAN, "999", "", 404).await;
     shop.post(RETRY, "999", Value::Null, 404).await;
-    // Memory still knows this one, so it goes on looking.
+    // Its order is written anew from its receipt.
     let known = list[1]["id"].to_string();
-    let waiting = shop.post(RETRY, &known, Value::Null, 200).await.json();
-    assert_eq!(waiting["state"], "orphan");
+    let recovered = shop.post(RETRY, &known, Value::Null, 200).await.json();
+    assert_eq!(recovered["state"], "matched");
     let given_up = shop.post(RETRY, &orphan, Value::Null, 200).await.json();
     assert_eq!(given_up["refund_reason"], "receipt_missing");
     shop.post(RETRY, &orphan, Value::Null, 409).await;

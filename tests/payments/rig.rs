@@ -87,6 +87,13 @@ impl Shop {
         counts
     }
 
+    /// Messages of the platform that were stored.
+    pub async fn events(&self) -> i64 {
+        let client = self.database.connect().await;
+        let count = "SELECT count(*) FROM millrace.payment_events";
+        client.query_one(count, &[]).await.expect("a count").get(0)
+    }
+
     /// Waits until the money is where it is wanted.
     pub async fn until_money(&self, wanted: [i64; 4]) {
         let deadline = Instant::now() + PATIENCE;
