@@ -347,6 +347,7 @@ fn a_crowd_of_orders_that_fall_due_together_expires_while_callbacks_are_answered
                 break;
             }
             assert!(started.elapsed() < Duration::from_secs(120), "{stock:?}");
+            tokio::time::sleep(crate::rig::LOOK).await;
         }
         println!(
             "{count} orders expired within {:?}, {number} callbacks meanwhile, the slowest took {slowest:?}",

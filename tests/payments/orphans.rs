@@ -395,6 +395,7 @@ impl Real {
                 return found;
             }
             assert!(Instant::now() < deadline, "not {status}: {found}");
+            std::thread::sleep(crate::rig::LOOK);
         }
     }
 }
@@ -439,6 +440,7 @@ fn an_acknowledged_order_whose_queue_is_wiped_comes_back_with_its_payment() {
             // Until the lost process may certainly not acknowledge any more.
             let said = String::from_utf8_lossy(&abandoned.stderr);
             assert!(Instant::now() < deadline, "{said}");
+            tokio::time::sleep(crate::rig::LOOK).await;
         }
         let served = Real::serve(&directory, &[]);
         let real = Real { directory, served };

@@ -177,6 +177,7 @@ fn a_sku_that_somebody_holds_keeps_no_expiry_of_another_waiting() {
         let deadline = Instant::now() + crate::rig::PATIENCE;
         while shop.server.stock("B").await != (10, 0, 0) {
             assert!(Instant::now() < deadline, "B's units do not come back");
+            tokio::time::sleep(crate::rig::LOOK).await;
         }
         transaction.rollback().await.unwrap();
         shop.until_stock((10, 0, 0)).await;
@@ -301,6 +302,7 @@ fn a_sku_whose_units_the_database_does_not_take_back_holds_up_no_other() {
         let deadline = Instant::now() + crate::rig::PATIENCE;
         while shop.server.stock("B").await != (5, 0, 0) {
             assert!(Instant::now() < deadline, "B waits for A");
+            tokio::time::sleep(crate::rig::LOOK).await;
         }
         assert_eq!(shop.server.stock("A").await, (4, 1, 0));
         shop.pay(&nobody).await;
@@ -350,6 +352,7 @@ impl Shop {
                 return found;
             }
             assert!(Instant::now() < deadline, "{found}");
+            tokio::time::sleep(crate::rig::LOOK).await;
         }
     }
 
@@ -358,6 +361,7 @@ impl Shop {
         let deadline = Instant::now() + crate::rig::PATIENCE;
         while self.money().await[1] > 0 {
             assert!(Instant::now() < deadline, "an orphan stays");
+            tokio::time::sleep(crate::rig::LOOK).await;
         }
     }
 }

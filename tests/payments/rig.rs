@@ -13,6 +13,9 @@ use crate::support::webhook::{Paid, SECRET};
 /// How long anything may take.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
+/// How soon a condition is looked at again. Each look is a connection of its own.
+pub const LOOK: Duration = Duration::from_millis(5);
+
 /// A shop that sells `A`, at 100 EUR cents.
 pub struct Shop {
     pub database: TestDatabase,
@@ -62,6 +65,7 @@ impl Shop {
                 return found;
             }
             assert!(Instant::now() < deadline, "not {status}: {found}");
+            tokio::time::sleep(LOOK).await;
         }
     }
 
@@ -74,6 +78,7 @@ impl Shop {
                 return;
             }
             assert!(Instant::now() < deadline, "{stock:?}, not {wanted:?}");
+            tokio::time::sleep(LOOK).await;
         }
     }
 
@@ -103,6 +108,7 @@ impl Shop {
                 return;
             }
             assert!(Instant::now() < deadline, "{money:?}, not {wanted:?}");
+            tokio::time::sleep(LOOK).await;
         }
     }
 
