@@ -128,7 +128,13 @@ fn admit<S: Service>(socket: TcpStream, service: &Arc<S>, shared: &Arc<Shared>) 
     // Without memory for a stack the runtime panics. That ends one connection (through the guard),
     // not the acceptor.
     let spawned = catch_unwind(AssertUnwindSafe(|| {
-        may::go!(builder, move || connection::run(guard, &*service))
+        may::go!(builder, move || {
+            connection::run(guard, &*service);
+            // A wake-up that comes while a coroutine parks resumes it inside `Park::subscribe`
+            // (may 0.3.51). One that ends there waits, in the destructor of its `Park`, for that very
+            // call to return: a thread of the runtime is lost for good. This leaves it first.
+            may::coroutine::yield_now();
+        })
     }));
     if !matches!(spawned, Ok(Ok(_))) {
         shared
