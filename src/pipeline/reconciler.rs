@@ -172,10 +172,8 @@ impl Cashier {
         let full = due.len() as i64 == CHECKS_MAX;
         let checks = self.parts.orphan_checks;
         for payment in due {
-            if payment.has_order {
-                // Matched at the next look.
-                self.put_off(&payment, payment.checks, IN_FLIGHT_MS).await?;
-            } else if self.is_in_flight(payment.order_id).await? {
+            if payment.has_order || self.is_in_flight(payment.order_id).await? {
+                // Matched at the next look, or once it is a row.
                 self.put_off(&payment, payment.checks, IN_FLIGHT_MS).await?;
             } else if u32::try_from(payment.checks).unwrap_or(0) + 1 < checks.count {
                 let done = payment.checks + 1;
@@ -213,13 +211,10 @@ impl Cashier {
         if self.parts.ledger.pending.get(id).is_some() {
             return Ok(true);
         }
-        let may_hold = |queue: &dyn crate::queue::OrderQueue| {
-            queue.durable().is_some_and(|queue| queue.may_hold(id))
-        };
-        if !may_hold(&*self.parts.queue) {
+        let queue = Arc::clone(&self.parts.queue);
+        if !queue.durable().is_some_and(|queue| queue.may_hold(id)) {
             return Ok(false);
         }
-        let queue = Arc::clone(&self.parts.queue);
         let found =
             tokio::task::spawn_blocking(move || queue.durable().map(|queue| queue.find(id)));
         match found.await {
