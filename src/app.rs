@@ -512,6 +512,11 @@ impl Millrace {
         &self.ledger
     }
 
+    /// The way in, beside HTTP.
+    pub fn intake(&self) -> &Arc<Intake> {
+        &self.intake
+    }
+
     /// The database behind it.
     pub fn database(&self) -> &Database {
         &self.database

@@ -31,7 +31,7 @@ use crate::order::{Order, OrderStatus};
 
 /// Moves `held` of each SKU once, locking by id, and writes the journal. The LEFT JOIN makes a
 /// SKU that does not exist violate NOT NULL, which takes the transaction down.
-const COUNTERS: &str = "
+pub const COUNTERS: &str = "
     WITH wanted AS (
         SELECT w.sku, w.units FROM unnest($1::int4[], $2::int8[]) AS w (sku, units)
     ), locked AS (

@@ -1,7 +1,7 @@
 //! The data plane, for the shop's backend: one plain function from a parsed request to a response
 //! ([`service`]), and the two engines that it mounts on ([`hardened`], [`minihttp`]).
 
-mod bridge;
+pub mod bridge;
 mod callbacks;
 pub mod dispatcher;
 pub mod hardened;

@@ -1,0 +1,241 @@
+//! P5: orders that are acknowledged as soon as they are durable in the journal, in process and with the
+//! workers paused, beside raw COPY; and over HTTP, beside Redis with a stream.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Wake, Waker};
+use std::time::{Duration, Instant};
+
+use anyhow::ensure;
+use millrace::app::Millrace;
+use millrace::order::Refusal;
+use tokio_postgres::Client;
+
+use crate::rig::child::{Server, Service, free_address, spawn, wait_for};
+use crate::rig::compare::alternate;
+use crate::rig::database::{self, Postgres};
+use crate::rig::engine::{self, HOT, RawCopy, request};
+use crate::rig::flood::{Template, flood};
+use crate::rig::{Finding, Lab, Scratch, Target, blocking};
+
+/// Orders that are acknowledged in a round.
+const ORDERS: u64 = 400_000;
+/// Rows that raw COPY writes in a round.
+const ROWS: u64 = 300_000;
+/// Connections over HTTP.
+const CONNECTIONS: usize = 512;
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Runs the case.
+pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
+    let mut findings = in_process(lab).await?;
+    findings.extend(over_http(lab).await?);
+    Ok(findings)
+}
+
+async fn in_process(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
+    let scratch = Scratch::new()?;
+    let postgres = Postgres::start(&scratch).await?;
+    let url = postgres.database("acks").await?;
+    let raw_url = postgres.database("acks_raw").await?;
+    let millrace = engine::start(&url, &scratch.dir("engine")?, |config| {
+        // Workers that wait for a lock must not give it up.
+        config.database.step_timeout_ms = 600_000;
+    })
+    .await?;
+    // Only for its tables and its SKU.
+    engine::start(&raw_url, &scratch.dir("raw")?, |_| {})
+        .await?
+        .drain()
+        .await;
+    let raw =
+        RawCopy::connect(&raw_url, millrace::config::Config::default().worker_count()).await?;
+    let mut first = 0;
+    let rounds = alternate(
+        lab.rounds(),
+        ["durable acks/s", "raw COPY rows/s"],
+        async |side| {
+            first += ORDERS;
+            match side {
+                0 => acknowledge(&millrace, &url, first).await,
+                _ => raw.write(first, ROWS).await,
+            }
+        },
+    )
+    .await?;
+    millrace.drain().await;
+    postgres.stop().await?;
+    Ok(vec![
+        Finding::spread(
+            "durable acknowledgements in process, workers paused / raw COPY",
+            rounds.ratio(0, 1),
+        )
+        .against("P5", Target::AtLeast(2.0)),
+        Finding::spread(
+            "durable acknowledgements in process, a second",
+            rounds.side(0),
+        ),
+    ])
+}
+
+/// Counts acknowledgements: each wakes its order's waker once.
+struct Counter(AtomicU64);
+
+impl Wake for Counter {
+    fn wake(self: Arc<Self>) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// Pauses the workers, has orders acknowledged, and lets the workers write them afterwards.
+async fn acknowledge(millrace: &Millrace, url: &str, first: u64) -> anyhow::Result<f64> {
+    let mut pause = database::connect(url).await?;
+    let paused = pause_workers(&mut pause).await?;
+    let counter = Arc::new(Counter(AtomicU64::new(0)));
+    let waker = Waker::from(Arc::clone(&counter));
+    let intake = Arc::clone(millrace.intake());
+    let started = Instant::now();
+    let giving = tokio::task::spawn_blocking(move || -> anyhow::Result<()> {
+        for number in first..first + ORDERS {
+            let request = request(number, true);
+            loop {
+                match intake.admit(&request, Some(&waker)) {
+                    Ok(_) => break,
+                    // The appender has as much in hand as it may.
+                    Err(Refusal::Overloaded) => std::thread::sleep(Duration::from_micros(100)),
+                    Err(refusal) => anyhow::bail!("an order was refused: {refusal:?}"),
+                }
+                ensure!(started.elapsed() < PATIENCE, "the journal stays full");
+            }
+        }
+        Ok(())
+    });
+    giving.await??;
+    while counter.0.load(Ordering::Relaxed) < ORDERS {
+        ensure!(
+            started.elapsed() < PATIENCE,
+            "not every order is acknowledged"
+        );
+        tokio::time::sleep(Duration::from_micros(200)).await;
+    }
+    let rate = ORDERS as f64 / started.elapsed().as_secs_f64();
+    paused.rollback().await?;
+    // Everything that was acknowledged becomes a row before the next round.
+    let client = database::connect(url).await?;
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let row = client
+            .query_one(
+                "SELECT count(*) FROM orders WHERE user_id = $1",
+                &[&format!("u-{}", 1_000_000_000 + first + ORDERS - 1)],
+            )
+            .await?;
+        if row.get::<_, i64>(0) == 1 && millrace.ledger().pending.is_empty() {
+            break;
+        }
+        ensure!(
+            Instant::now() < deadline,
+            "acknowledged orders do not become rows"
+        );
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    Ok(rate)
+}
+
+async fn pause_workers(client: &mut Client) -> anyhow::Result<tokio_postgres::Transaction<'_>> {
+    let paused = client.transaction().await?;
+    paused
+        .batch_execute("LOCK TABLE orders IN ACCESS EXCLUSIVE MODE")
+        .await?;
+    Ok(paused)
+}
+
+async fn over_http(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
+    let scratch = Scratch::new()?;
+    let postgres = Postgres::start(&scratch).await?;
+    let (url, shop) = (
+        postgres.database("http").await?,
+        postgres.database("shop").await?,
+    );
+    let server = Server::start(&scratch.dir("millrace")?, &[("DATABASE__URL", &url)])?;
+    server.put_sku(HOT, u32::MAX)?;
+    let redis_address = free_address()?;
+    let redis_dir = scratch.dir("redis")?.display().to_string();
+    let redis = spawn(
+        "redis-server",
+        &[
+            "--port",
+            &redis_address.port().to_string(),
+            "--bind",
+            "127.0.0.1",
+            "--dir",
+            &redis_dir,
+            "--appendonly",
+            "yes",
+            "--appendfsync",
+            "always",
+            "--save",
+            "",
+        ],
+    )?;
+    wait_for(redis_address)?;
+    let stream = Service::start("redis", Some(&shop), Some(redis_address))?;
+    let insert = Service::start("insert", Some(&shop), None)?;
+    let mut ours = Template::order(HOT, "Prefer: respond-async\r\n");
+    let mut theirs = Template::order(HOT, "");
+    let window = lab.window();
+    let names = ["202/s", "Redis and a stream/s", "insert only/s"];
+    let rounds = alternate(lab.rounds(), names, async |side| {
+        let (address, template, status) = match side {
+            0 => (server.data, &mut ours, 202),
+            1 => (stream.address, &mut theirs, 202),
+            _ => (insert.address, &mut theirs, 201),
+        };
+        let rate =
+            blocking(|| flood(address, CONNECTIONS, window, template)?.only(status))?.rate(status);
+        match side {
+            0 => drop(server.audit()?),
+            // What it has promised it still has to write; the next side shall not pay for it.
+            1 => drained(&shop).await?,
+            _ => {}
+        }
+        Ok(rate)
+    })
+    .await?;
+    drop((server, stream, insert, redis));
+    postgres.stop().await?;
+    Ok(vec![
+        Finding::spread(
+            "202 over HTTP / Redis with a stream (appendfsync always) on the same engine",
+            rounds.ratio(0, 1),
+        ),
+        Finding::spread(
+            "202 over HTTP / insert only on the same engine",
+            rounds.ratio(0, 2),
+        ),
+        Finding::spread("202 over HTTP, a second", rounds.side(0)),
+        Finding::spread("Redis with a stream, a second", rounds.side(1)),
+        Finding::spread("insert only, a second", rounds.side(2)),
+    ])
+}
+
+/// Waits until the number of rows no longer grows.
+async fn drained(url: &str) -> anyhow::Result<()> {
+    let client = database::connect(url).await?;
+    let mut before = -1;
+    loop {
+        let now: i64 = client
+            .query_one("SELECT held FROM public.shop_sku", &[])
+            .await?
+            .get(0);
+        if now == before {
+            return Ok(());
+        }
+        before = now;
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+}

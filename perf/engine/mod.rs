@@ -1,0 +1,47 @@
+//! P2: the engine without HTTP beside raw COPY.
+
+use crate::rig::compare::alternate;
+use crate::rig::database::{self, Postgres};
+use crate::rig::engine::{self, BATCH_ROWS, RawCopy};
+use crate::rig::{Finding, Lab, Scratch, Target};
+
+/// Rows that each side writes in a round.
+const ROWS: u64 = 600_000;
+const ROWS_QUICK: u64 = 300_000;
+
+/// Runs the case.
+pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
+    let scratch = Scratch::new()?;
+    let postgres = Postgres::start(&scratch).await?;
+    let url = postgres.database("engine").await?;
+    let millrace = engine::start(&url, &scratch.dir("engine")?, |_| {}).await?;
+    let workers = millrace::config::Config::default().worker_count();
+    let raw = RawCopy::connect(&url, workers).await?;
+    let client = database::connect(&url).await?;
+    let rows = lab.pick(ROWS, ROWS_QUICK);
+    let mut first = 0;
+    // The first of each finds cold files and an empty map.
+    engine::persist(&millrace, first, rows / 4).await?;
+    raw.write(first, rows / 4).await?;
+    let names = ["engine rows/s", "raw COPY rows/s"];
+    let rounds = alternate(lab.rounds(), names, async |side| {
+        database::settle(&client).await?;
+        first += rows;
+        match side {
+            0 => engine::persist(&millrace, first, rows).await,
+            _ => raw.write(first, rows).await,
+        }
+    })
+    .await?;
+    millrace.drain().await;
+    postgres.stop().await?;
+    Ok(vec![
+        Finding::spread(
+            format!("engine without HTTP / raw COPY, {workers} connections, commits of {BATCH_ROWS} rows"),
+            rounds.ratio(0, 1),
+        )
+        .against("P2", Target::AtLeast(0.95)),
+        Finding::spread("engine without HTTP, rows a second", rounds.side(0)),
+        Finding::spread("raw COPY, rows a second", rounds.side(1)),
+    ])
+}

@@ -1,0 +1,224 @@
+//! One table of everything, and each case's own record.
+
+use std::io::{IsTerminal, Write as _};
+use std::path::Path;
+use std::process::ExitCode;
+
+use comfy_table::{CellAlignment, Table, presets};
+use serde_json::json;
+
+use crate::rig::machine::{commit, machine};
+use crate::rig::{Finding, Target};
+
+/// The findings of a run.
+pub struct Report {
+    commit: String,
+    machine: String,
+    command: String,
+    findings: Vec<(&'static str, Finding)>,
+    failed: Vec<(&'static str, String)>,
+}
+
+impl Report {
+    /// An empty one.
+    pub fn new() -> Self {
+        let arguments: Vec<String> = std::env::args().skip(1).collect();
+        Report {
+            commit: commit(),
+            machine: machine(),
+            command: format!("./x perf {}", arguments.join(" "))
+                .trim_end()
+                .to_owned(),
+            findings: Vec::new(),
+            failed: Vec::new(),
+        }
+    }
+
+    /// Adds what a case found, or why it found nothing.
+    ///
+    /// # Errors
+    /// Where its record cannot be written.
+    pub fn add(
+        &mut self,
+        case: &'static str,
+        findings: anyhow::Result<Vec<Finding>>,
+        record: bool,
+    ) -> anyhow::Result<()> {
+        let findings = match findings {
+            Ok(findings) => findings,
+            Err(error) => {
+                eprintln!("    FAILED: {error:#}");
+                self.failed.push((case, format!("{error:#}")));
+                return Ok(());
+            }
+        };
+        for finding in &findings {
+            eprintln!("    {}", line(finding));
+        }
+        if record {
+            let lines: Vec<String> = findings.iter().map(line).collect();
+            let text = format!(
+                "commit {}\nmachine {}\ncommand {}\n\n{}\n",
+                self.commit,
+                self.machine,
+                self.command,
+                lines.join("\n")
+            );
+            let file = Path::new(env!("CARGO_MANIFEST_DIR"))
+                .join("perf")
+                .join(case)
+                .join("result.txt");
+            std::fs::write(file, text)?;
+        }
+        self.findings
+            .extend(findings.into_iter().map(|finding| (case, finding)));
+        Ok(())
+    }
+
+    /// Prints everything on standard output.
+    ///
+    /// # Errors
+    /// Where nothing can be printed.
+    pub fn print(&self, as_json: bool) -> anyhow::Result<()> {
+        let mut out = std::io::stdout();
+        if as_json {
+            writeln!(out, "{}", serde_json::to_string_pretty(&self.json())?)?;
+            return Ok(());
+        }
+        let mut table = Table::new();
+        table.load_preset(presets::NOTHING);
+        table.set_header(["", "measured", "value", "least", "greatest", "target", ""]);
+        for (_, finding) in &self.findings {
+            let (least, greatest) = finding
+                .spread
+                .map_or((String::new(), String::new()), |(least, greatest)| {
+                    (number(least), number(greatest))
+                });
+            let target = finding.target.map(target).unwrap_or_default();
+            let met = match finding.target {
+                None => "",
+                Some(target) if target.is_met_by(finding.value) => "met",
+                Some(_) => "MISSED",
+            };
+            table.add_row([
+                finding.id.unwrap_or_default().to_owned(),
+                finding.what.clone(),
+                number(finding.value),
+                least,
+                greatest,
+                target,
+                met.to_owned(),
+            ]);
+        }
+        for column in 2..5 {
+            if let Some(column) = table.column_mut(column) {
+                column.set_cell_alignment(CellAlignment::Right);
+            }
+        }
+        if !out.is_terminal() {
+            table.set_width(160);
+        }
+        writeln!(
+            out,
+            "\ncommit {}, {}\n{}\n\n{table}",
+            self.commit, self.machine, self.command
+        )?;
+        for (case, why) in &self.failed {
+            writeln!(out, "{case} FAILED: {why}")?;
+        }
+        Ok(())
+    }
+
+    fn json(&self) -> serde_json::Value {
+        let row = |case: &str, finding: &Finding| {
+            json!({
+                "id": finding.id, "case": case, "what": finding.what, "value": finding.value,
+                "least": finding.spread.map(|spread| spread.0), "greatest": finding.spread.map(|spread| spread.1),
+                "target": finding.target.map(Target::number),
+                "bound": finding.target.map(|target| match target {
+                    Target::AtLeast(_) => "at_least",
+                    Target::AtMost(_) => "at_most",
+                }),
+                "met": finding.target.map(|target| target.is_met_by(finding.value)),
+            })
+        };
+        let (targets, figures): (Vec<_>, Vec<_>) = self
+            .findings
+            .iter()
+            .partition(|(_, finding)| finding.id.is_some());
+        let rows = |list: Vec<&(&str, Finding)>| -> Vec<_> {
+            list.iter()
+                .map(|(case, finding)| row(case, finding))
+                .collect()
+        };
+        json!({
+            "commit": self.commit, "machine": self.machine, "command": self.command,
+            "targets": rows(targets), "figures": rows(figures),
+            "failed": self.failed.iter().map(|(case, why)| json!({ "case": case, "reason": why })).collect::<Vec<_>>(),
+        })
+    }
+
+    /// 1 where a case could not be measured. A target that is missed is a result.
+    pub fn exit_code(&self) -> ExitCode {
+        if self.failed.is_empty() {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn line(finding: &Finding) -> String {
+    let spread = finding
+        .spread
+        .map(|(least, greatest)| format!(" ({} to {})", number(least), number(greatest)))
+        .unwrap_or_default();
+    let verdict = match finding.target {
+        None => String::new(),
+        Some(wanted) => {
+            let met = if wanted.is_met_by(finding.value) {
+                "met"
+            } else {
+                "MISSED"
+            };
+            format!("; target {}: {met}", target(wanted))
+        }
+    };
+    let id = finding.id.map(|id| format!("{id} ")).unwrap_or_default();
+    format!(
+        "{id}{}: {}{spread}{verdict}",
+        finding.what,
+        number(finding.value)
+    )
+}
+
+fn target(target: Target) -> String {
+    match target {
+        Target::AtLeast(least) => format!("≥ {}", number(least)),
+        Target::AtMost(most) => format!("≤ {}", number(most)),
+    }
+}
+
+/// Three digits that count.
+fn number(value: f64) -> String {
+    let size = value.abs();
+    if size >= 1_000.0 {
+        let digits = format!("{value:.0}");
+        let mut grouped = String::new();
+        for (place, digit) in digits.chars().enumerate() {
+            if place > 0 && (digits.len() - place) % 3 == 0 && grouped != "-" {
+                grouped.push(',');
+            }
+            grouped.push(digit);
+        }
+        grouped
+    } else if size >= 100.0 || value == value.trunc() {
+        format!("{value:.0}")
+    } else if size >= 10.0 {
+        format!("{value:.1}")
+    } else if size >= 0.1 {
+        format!("{value:.3}")
+    } else {
+        format!("{value:.5}")
+    }
+}

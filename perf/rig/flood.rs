@@ -1,0 +1,340 @@
+//! A closed-loop client that costs as little as one can: it shares two cores with what it measures.
+//!
+//! One thread, one epoll, requests that are written once and only have a number patched in, answers
+//! of which nothing is read but the status and where they end. A connection sends its next request
+//! as soon as it has the answer to the last one, never more than one at a time. `oha` or `wrk` check
+//! it, see `perf/cross_check`.
+
+use std::collections::BTreeMap;
+use std::io::{self, Read, Write};
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use hdrhistogram::Histogram;
+use mio::net::TcpStream;
+use mio::{Events, Interest, Poll, Token};
+
+/// Longest head of an answer that is looked at.
+const HEAD_MAX: usize = 4 << 10;
+const NUMBER: &[u8] = b"0000000000";
+
+/// Requests that differ in ten digits only.
+pub struct Template {
+    bytes: Vec<u8>,
+    /// Where the digits are.
+    places: Vec<usize>,
+    /// One number in each, or one after the other.
+    numbering: Numbering,
+    next: u64,
+    /// From here on the numbers begin again.
+    end: u64,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Numbering {
+    Same,
+    Counting,
+}
+
+impl Template {
+    /// A request whose every `0000000000` becomes the same fresh number.
+    pub fn new(method: &str, path: &str, fields: &str, body: &str) -> Self {
+        Self::numbered(method, path, fields, body, Numbering::Same)
+    }
+
+    /// A request whose every `0000000000` becomes a fresh number of its own.
+    pub fn counting(method: &str, path: &str, fields: &str, body: &str) -> Self {
+        Self::numbered(method, path, fields, body, Numbering::Counting)
+    }
+
+    fn numbered(method: &str, path: &str, fields: &str, body: &str, numbering: Numbering) -> Self {
+        let bytes = format!(
+            "{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n{fields}Content-Length: {}\r\n\r\n{body}",
+            body.len()
+        )
+        .into_bytes();
+        let places = (0..bytes.len().saturating_sub(NUMBER.len() - 1))
+            .filter(|at| bytes[*at..].starts_with(NUMBER))
+            .collect();
+        Template {
+            bytes,
+            places,
+            numbering,
+            next: 1,
+            end: u64::MAX,
+        }
+    }
+
+    /// One order of one unit, by a new buyer under a new key each time.
+    pub fn order(sku: &str, more_fields: &str) -> Self {
+        Self::new(
+            "POST",
+            "/v1/orders",
+            &format!(
+                "Content-Type: application/json\r\nIdempotency-Key: key-0000000000\r\n{more_fields}"
+            ),
+            &format!(r#"{{"user_id":"u-0000000000","sku_id":"{sku}"}}"#),
+        )
+    }
+
+    /// Numbers from here on, so that another run has other buyers.
+    pub fn starting_at(mut self, next: u64) -> Self {
+        self.next = next;
+        self
+    }
+
+    /// The same `count` numbers again and again.
+    pub fn wrapping_at(mut self, count: u64) -> Self {
+        self.end = self.next + count;
+        self
+    }
+
+    /// The next number that is not used yet.
+    pub fn next_number(&self) -> u64 {
+        self.next
+    }
+
+    fn render(&mut self, out: &mut Vec<u8>) {
+        let start = out.len();
+        out.extend_from_slice(&self.bytes);
+        for place in &self.places {
+            let mut rest = self.next;
+            for digit in out[start + place..start + place + NUMBER.len()]
+                .iter_mut()
+                .rev()
+            {
+                *digit = b'0' + (rest % 10) as u8;
+                rest /= 10;
+            }
+            if self.numbering == Numbering::Counting {
+                self.next += 1;
+            }
+        }
+        if self.numbering == Numbering::Same {
+            self.next += 1;
+        }
+        if self.next == self.end {
+            self.next = 1;
+        }
+    }
+}
+
+/// What came back.
+pub struct Flooded {
+    /// Answers by status.
+    pub answers: BTreeMap<u16, u64>,
+    /// How long it took.
+    pub took: Duration,
+    /// From the moment a request was sent, in microseconds.
+    pub latency: Histogram<u64>,
+}
+
+impl Flooded {
+    /// Answers with this status a second.
+    pub fn rate(&self, status: u16) -> f64 {
+        self.count(status) as f64 / self.took.as_secs_f64()
+    }
+
+    /// Answers with this status.
+    pub fn count(&self, status: u16) -> u64 {
+        self.answers.get(&status).copied().unwrap_or(0)
+    }
+
+    /// Nothing but this status came.
+    pub fn only(self, status: u16) -> anyhow::Result<Self> {
+        let others = self.answers.keys().any(|other| *other != status);
+        ensure!(!others, "answers other than {status}: {:?}", self.answers);
+        Ok(self)
+    }
+}
+
+struct Connection {
+    stream: TcpStream,
+    out: Vec<u8>,
+    written: usize,
+    head: Vec<u8>,
+    /// Bytes of the body that are still to come, once the head is there.
+    body_left: Option<usize>,
+    status: u16,
+    sent: Instant,
+    waiting: bool,
+}
+
+/// Sends requests over `connections` for so long, then takes what is still due.
+///
+/// # Errors
+/// Where a connection breaks: nothing that is measured may do that.
+pub fn flood(
+    address: SocketAddr,
+    connections: usize,
+    length: Duration,
+    template: &mut Template,
+) -> anyhow::Result<Flooded> {
+    let mut poll = Poll::new()?;
+    let mut events = Events::with_capacity(1024);
+    let mut all = Vec::with_capacity(connections);
+    for number in 0..connections {
+        // Blocking, so that a connection is one before it is counted.
+        let stream = std::net::TcpStream::connect(address)
+            .with_context(|| format!("cannot connect to {address}"))?;
+        stream.set_nodelay(true)?;
+        stream.set_nonblocking(true)?;
+        let mut stream = TcpStream::from_std(stream);
+        poll.registry().register(
+            &mut stream,
+            Token(number),
+            Interest::READABLE | Interest::WRITABLE,
+        )?;
+        all.push(Connection {
+            stream,
+            out: Vec::new(),
+            written: 0,
+            head: Vec::new(),
+            body_left: None,
+            status: 0,
+            sent: Instant::now(),
+            waiting: false,
+        });
+    }
+    let mut flooded = Flooded {
+        answers: BTreeMap::new(),
+        took: Duration::ZERO,
+        latency: Histogram::new_with_bounds(1, 120_000_000, 3)?,
+    };
+    let started = Instant::now();
+    let mut waiting = 0_usize;
+    for connection in &mut all {
+        connection.send(template, started)?;
+        waiting += 1;
+    }
+    let mut buffer = vec![0; 64 << 10];
+    let patience = started + length + Duration::from_secs(60);
+    // The last answer that came within the time.
+    let mut counted = Duration::ZERO;
+    while waiting > 0 {
+        poll.poll(&mut events, Some(Duration::from_secs(1)))
+            .or_else(|error| match error.kind() {
+                io::ErrorKind::Interrupted => Ok(()),
+                _ => Err(error),
+            })?;
+        let now = Instant::now();
+        ensure!(now < patience, "{waiting} requests were not answered");
+        for event in &events {
+            let connection = &mut all[event.token().0];
+            if event.is_writable() {
+                connection.write()?;
+            }
+            // One at most: there is no other request on its way. What comes later is another event.
+            if let Some(status) = connection.read(&mut buffer)? {
+                let now = Instant::now();
+                let elapsed = now - started;
+                let latency = now - connection.sent;
+                // Those after the end are awaited, not counted: they had no successors beside them.
+                if elapsed <= length {
+                    counted = elapsed;
+                    *flooded.answers.entry(status).or_insert(0) += 1;
+                    flooded
+                        .latency
+                        .saturating_record(latency.as_micros() as u64);
+                    connection.send(template, now)?;
+                } else {
+                    connection.waiting = false;
+                    waiting -= 1;
+                }
+            }
+        }
+    }
+    flooded.took = counted.max(Duration::from_millis(1));
+    Ok(flooded)
+}
+
+impl Connection {
+    fn send(&mut self, template: &mut Template, now: Instant) -> anyhow::Result<()> {
+        self.out.clear();
+        self.written = 0;
+        template.render(&mut self.out);
+        self.sent = now;
+        self.waiting = true;
+        self.write()
+    }
+
+    fn write(&mut self) -> anyhow::Result<()> {
+        while self.written < self.out.len() {
+            match self.stream.write(&self.out[self.written..]) {
+                Ok(written) => self.written += written,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) => return Err(error).context("a request could not be sent"),
+            }
+        }
+        Ok(())
+    }
+
+    /// The status of the next answer, where one is complete.
+    fn read(&mut self, buffer: &mut [u8]) -> anyhow::Result<Option<u16>> {
+        if !self.waiting {
+            return Ok(None);
+        }
+        loop {
+            let read = match self.stream.read(buffer) {
+                Ok(0) => anyhow::bail!("the server closed a connection with a request on it"),
+                Ok(read) => read,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                Err(error) => return Err(error).context("an answer could not be read"),
+            };
+            let taken = self.take(&buffer[..read])?;
+            // Less than fits: there is no more, and another event will tell when there is.
+            if taken.is_some() || read < buffer.len() {
+                return Ok(taken);
+            }
+        }
+    }
+
+    fn take(&mut self, bytes: &[u8]) -> anyhow::Result<Option<u16>> {
+        let left = match self.body_left {
+            Some(left) => left
+                .checked_sub(bytes.len())
+                .context("an answer is longer than it says")?,
+            None => {
+                self.head.extend_from_slice(bytes);
+                let Some(end) = memmem(&self.head, b"\r\n\r\n") else {
+                    ensure!(
+                        self.head.len() < HEAD_MAX,
+                        "the head of an answer is too long"
+                    );
+                    return Ok(None);
+                };
+                let (status, length) = parse(&self.head[..end])?;
+                self.status = status;
+                let body = self.head.len() - end - 4;
+                self.head.clear();
+                length
+                    .checked_sub(body)
+                    .context("an answer is longer than it says")?
+            }
+        };
+        self.body_left = (left > 0).then_some(left);
+        Ok((left == 0).then_some(self.status))
+    }
+}
+
+fn memmem(text: &[u8], what: &[u8]) -> Option<usize> {
+    text.windows(what.len()).position(|window| window == what)
+}
+
+/// The status of an answer and the length of its body.
+fn parse(head: &[u8]) -> anyhow::Result<(u16, usize)> {
+    let text = std::str::from_utf8(head).context("the head of an answer is no text")?;
+    let status = text
+        .get(9..12)
+        .and_then(|status| status.parse().ok())
+        .context("an answer has no status")?;
+    for line in text.split("\r\n").skip(1) {
+        if let Some((name, value)) = line.split_once(':')
+            && name.eq_ignore_ascii_case("content-length")
+        {
+            return Ok((status, value.trim().parse()?));
+        }
+    }
+    anyhow::bail!("an answer does not say how long it is: {text}")
+}
