@@ -106,7 +106,7 @@ async fn acknowledge(millrace: &Millrace, url: &str, first: u64) -> anyhow::Resu
                 match intake.admit(&request, Some(&waker)) {
                     Ok(_) => break,
                     // The appender has as much in hand as it may.
-                    Err(Refusal::Overloaded) => std::thread::sleep(Duration::from_micros(100)),
+                    Err(Refusal::Overloaded) => std::thread::sleep(Duration::from_micros(200)),
                     Err(refusal) => anyhow::bail!("an order was refused: {refusal:?}"),
                 }
                 ensure!(started.elapsed() < PATIENCE, "the journal stays full");

@@ -88,6 +88,14 @@ impl Keeper {
         Ok((keeper, first))
     }
 
+    /// Whether there will be no more room before something in it is decided: the limit in bytes is
+    /// reached, or the disk is full. Otherwise the next segment is on its way.
+    pub(super) fn is_full(&self) -> bool {
+        let state = self.state.lock();
+        self.full.load(Ordering::Relaxed)
+            || (state.spare.is_none() && state.segments.len() >= self.segments_max)
+    }
+
     /// Sectors of a segment that records are sure to find room in.
     fn usable(&self) -> i64 {
         self.identity.sectors() as i64 - 1 - TAIL

@@ -411,7 +411,14 @@ impl DurableQueue for JournalQueue {
             return Err(NotDurable::Busy);
         }
         let sectors = sectors_of(GROUP_HEAD + order_bytes(attributes)) as u32;
-        shared.keeper.room.take(sectors).ok_or(NotDurable::Full)
+        let permit = shared.keeper.room.take(sectors);
+        permit.ok_or_else(|| {
+            if shared.keeper.is_full() {
+                NotDurable::Full
+            } else {
+                NotDurable::Busy
+            }
+        })
     }
 
     fn append(&self, order: Arc<PendingOrder>, permit: Permit) -> Result<(), Rejected> {
