@@ -27,8 +27,8 @@ mod status;
 use std::fmt;
 use std::num::NonZeroU32;
 
-use compact_str::CompactString;
 use sha2::{Digest, Sha256};
+use smol_str::SmolStr;
 
 pub use id::{IdClock, IdLeaseExhausted, OrderId};
 pub use refusal::Refusal;
@@ -95,7 +95,7 @@ macro_rules! opaque_text {
     ($(#[$doc:meta])* $name:ident, $max:literal) => {
         $(#[$doc])*
         #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-        pub struct $name(CompactString);
+        pub struct $name(SmolStr);
 
         impl $name {
             /// The greatest length in characters.
@@ -106,7 +106,7 @@ macro_rules! opaque_text {
             /// # Errors
             /// [`InvalidText`] where it is empty, too long or not visible ASCII.
             pub fn new(text: &str) -> Result<Self, InvalidText> {
-                visible_ascii(text, $max).map(|text| Self(CompactString::new(text)))
+                visible_ascii(text, $max).map(|text| Self(SmolStr::new(text)))
             }
 
             /// The text.

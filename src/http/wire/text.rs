@@ -2,9 +2,9 @@
 
 use std::fmt;
 
-use compact_str::{CompactString, ToCompactString};
 use serde::Deserialize;
 use serde::de::{self, Deserializer, Visitor};
+use smol_str::{SmolStr, ToSmolStr};
 
 /// A string, or a JSON integer that means its decimal string.
 #[derive(Debug)]
@@ -12,7 +12,7 @@ pub(super) enum Text<'a> {
     /// Borrowed from the body.
     AsItCame(&'a str),
     /// An integer, which is held inline, or a string that had escapes.
-    Rewritten(CompactString),
+    Rewritten(SmolStr),
 }
 
 impl Text<'_> {
@@ -37,13 +37,13 @@ impl<'de: 'a, 'a> Deserialize<'de> for Text<'a> {
                 Ok(Text::AsItCame(text))
             }
             fn visit_str<E: de::Error>(self, text: &str) -> Result<Self::Value, E> {
-                Ok(Text::Rewritten(CompactString::new(text)))
+                Ok(Text::Rewritten(SmolStr::new(text)))
             }
             fn visit_u64<E: de::Error>(self, number: u64) -> Result<Self::Value, E> {
-                Ok(Text::Rewritten(number.to_compact_string()))
+                Ok(Text::Rewritten(number.to_smolstr()))
             }
             fn visit_i64<E: de::Error>(self, number: i64) -> Result<Self::Value, E> {
-                Ok(Text::Rewritten(number.to_compact_string()))
+                Ok(Text::Rewritten(number.to_smolstr()))
             }
         }
         deserializer.deserialize_any(TextVisitor)
