@@ -95,14 +95,18 @@ fn ledger(total: u32) -> Arc<Ledger> {
     })
 }
 
-fn request(number: u64) -> OrderRequest {
+fn key() -> IdempotencyKey<'static> {
+    IdempotencyKey::new("8e03978e-40d5-43e8-bc93-6894a57f9324").unwrap()
+}
+
+fn request(number: u64) -> OrderRequest<'static> {
     OrderRequest {
         user_id: UserId::new(itoa::Buffer::new().format(number)).unwrap(),
         sku_id: SkuId::new("IPHONE-15").unwrap(),
         quantity: Quantity::ONE,
         adjustment: 0,
         attributes: None,
-        key: Some(IdempotencyKey::new("8e03978e-40d5-43e8-bc93-6894a57f9324").unwrap()),
+        key: Some(KeyHash::of(key())),
         wait: Duration::from_secs(7),
         respond_async: false,
     }
@@ -157,10 +161,8 @@ fn stock(c: &mut Criterion) {
 fn ids(c: &mut Criterion) {
     let clock = clock();
     c.bench_function("order_id/next", |b| b.iter(|| clock.next().unwrap()));
-    let key = IdempotencyKey::new("8e03978e-40d5-43e8-bc93-6894a57f9324").unwrap();
-    c.bench_function("order/key_hash", |b| {
-        b.iter(|| KeyHash::of(black_box(&key)))
-    });
+    let key = key();
+    c.bench_function("order/key_hash", |b| b.iter(|| KeyHash::of(black_box(key))));
 }
 
 fn buyers(c: &mut Criterion) {

@@ -1,34 +1,17 @@
 //! A steady connection allocates nothing for its requests. Alone in its process, to count.
 
-use std::alloc::{GlobalAlloc, Layout, System};
+#[path = "support/allocations.rs"]
+mod allocations;
+
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use millrace::http::data_plane::hardened::{self, Limits};
 use millrace::http::data_plane::message::{Request, Response, Service};
 
-static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
-
-struct Counting;
-
-// SAFETY: every call goes to the system's allocator as it came.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: the caller's promise is passed on.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promise is passed on.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
 #[global_allocator]
-static ALLOCATOR: Counting = Counting;
+static ALLOCATOR: allocations::Counting = allocations::Counting;
 
 struct Constant;
 
@@ -46,6 +29,7 @@ impl Service for Constant {
 #[test]
 fn a_steady_connection_allocates_nothing_for_a_request() {
     const REQUESTS: usize = 5_000;
+    allocations::leave_out_this_thread();
     let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
     let server = hardened::serve(listener, Arc::new(Constant), Limits::default()).expect("serves");
     let mut stream = TcpStream::connect(server.local_addr()).expect("a connection");
@@ -64,11 +48,11 @@ fn a_steady_connection_allocates_nothing_for_a_request() {
     for _ in 0..100 {
         exchange();
     }
-    let before = ALLOCATIONS.load(Ordering::Relaxed);
+    let before = allocations::so_far();
     for _ in 0..REQUESTS {
         exchange();
     }
-    let spent = ALLOCATIONS.load(Ordering::Relaxed) - before;
+    let spent = allocations::so_far() - before;
     // The date, once a second, and the test harness have some of their own.
     assert!(
         spent < REQUESTS / 50,

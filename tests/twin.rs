@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 
 use millrace::metrics::Metrics;
 use millrace::order::{
-    Currency, IdClock, IdempotencyKey, OrderId, Quantity, Refusal, SkuId, SkuNumber, UnixMillis,
-    UserId,
+    Currency, IdClock, IdempotencyKey, KeyHash, OrderId, Quantity, Refusal, SkuId, SkuNumber,
+    UnixMillis, UserId,
 };
 use millrace::pipeline::intake::{Admission, Intake, OrderRequest};
 use millrace::pipeline::ledger::Ledger;
@@ -178,16 +178,14 @@ struct Ask {
 }
 
 impl Ask {
-    fn request(&self, wait: Duration) -> OrderRequest {
+    fn request(&self, wait: Duration) -> OrderRequest<'static> {
         OrderRequest {
             user_id: user_id(self.user),
             sku_id: sku_id(self.sku),
             quantity: Quantity::new(self.units).unwrap(),
             adjustment: self.adjustment,
-            attributes: self.attributes.map(Box::from),
-            key: self
-                .key
-                .map(|key| IdempotencyKey::new(&format!("key-{key}")).unwrap()),
+            attributes: self.attributes,
+            key: self.key.map(|key| key_hash(&format!("key-{key}"))),
             wait,
             respond_async: false,
         }
@@ -201,6 +199,10 @@ impl Ask {
 
 fn user_id(at: usize) -> UserId {
     UserId::new(&format!("user-{at}")).unwrap()
+}
+
+fn key_hash(text: &str) -> KeyHash {
+    KeyHash::of(IdempotencyKey::new(text).unwrap())
 }
 
 #[derive(Clone, Debug)]
@@ -874,14 +876,14 @@ fn consume(real: &Real, max: usize, mut end: impl FnMut() -> End) -> Vec<Arc<Pen
     persisted
 }
 
-fn click(user: u64) -> OrderRequest {
+fn click(user: u64) -> OrderRequest<'static> {
     OrderRequest {
         user_id: UserId::new(&user.to_string()).unwrap(),
         sku_id: sku_id(0),
         quantity: Quantity::ONE,
         adjustment: 0,
         attributes: None,
-        key: Some(IdempotencyKey::new("k").unwrap()),
+        key: Some(key_hash("k")),
         wait: HOUR,
         respond_async: false,
     }

@@ -27,7 +27,7 @@ fuzz_target!(|bytes: &[u8]| {
     assert!(visible(body.user_id.as_str(), 48));
     assert!(visible(body.sku_id.as_str(), 32));
     assert!((1..=10_000).contains(&body.quantity.get()));
-    if let Some(attributes) = body.attributes.as_deref() {
+    if let Some(attributes) = body.attributes {
         assert!(attributes.len() <= ATTRIBUTES_BYTES_MAX);
         assert!(attributes.starts_with('{') && attributes.ends_with('}'));
         // What came is kept to the byte.
@@ -45,7 +45,7 @@ fuzz_target!(|bytes: &[u8]| {
         body.quantity.get(),
         body.adjustment,
     );
-    if let Some(attributes) = &body.attributes {
+    if let Some(attributes) = body.attributes {
         again.push_str(",\"attributes\":");
         again.push_str(attributes);
     }

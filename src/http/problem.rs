@@ -1,5 +1,7 @@
 //! Errors as RFC 9457 `application/problem+json`.
 
+use std::borrow::Cow;
+
 use serde::Serialize;
 
 use crate::http::data_plane::message::Response;
@@ -18,7 +20,7 @@ pub struct Problem {
     /// The status code.
     pub status: u16,
     /// What happened, to whom, and what to do.
-    pub detail: String,
+    pub detail: Cow<'static, str>,
     /// Stable, for programs.
     pub code: &'static str,
     /// With `sold_out`: units that are free.
@@ -31,7 +33,7 @@ pub struct Problem {
 
 impl Problem {
     /// A problem without extras.
-    pub fn new(status: u16, code: &'static str, detail: impl Into<String>) -> Self {
+    pub fn new(status: u16, code: &'static str, detail: impl Into<Cow<'static, str>>) -> Self {
         Problem {
             r#type: "about:blank",
             title: reason(status),
@@ -124,11 +126,7 @@ impl From<Refusal> for Problem {
             ),
             Refusal::SoldOut { available } => Problem {
                 available: Some(available),
-                ..Problem::new(
-                    409,
-                    code,
-                    format!("not enough units are free: {available} available"),
-                )
+                ..Problem::new(409, code, "not enough units are free")
             },
             Refusal::Backlogged { retry_after_ms } => Problem::new(
                 503,

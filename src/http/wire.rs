@@ -1,18 +1,19 @@
 //! The JSON of both planes: what is read, and how it is checked; what is written.
 
 pub mod payments;
+mod text;
 
-use std::borrow::Cow;
 use std::fmt;
 
-use serde::de::{self, Deserializer, Visitor};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
+use self::text::Text;
 use super::problem::Problem;
 use crate::order::receipt::{Receipt, ReceiptKeys, SignedParts};
 use crate::order::{
-    Currency, IdempotencyKey, Order, OrderId, OrderStatus, Quantity, SkuId, UnixMillis, UserId,
+    Currency, IdempotencyKey, KeyHash, Order, OrderId, OrderStatus, Quantity, SkuId, UnixMillis,
+    UserId,
 };
 use crate::state::stock::{SaleTerms, Sku};
 use crate::store::postgres::dead_letters::DeadLetter;
@@ -20,35 +21,6 @@ use crate::store::postgres::orders::StoredOrder;
 
 /// Longest `attributes` in bytes, as it came.
 pub const ATTRIBUTES_BYTES_MAX: usize = 1_024;
-
-/// A string, or a JSON integer that means its decimal string.
-#[derive(Debug)]
-struct Text<'a>(Cow<'a, str>);
-
-impl<'de: 'a, 'a> Deserialize<'de> for Text<'a> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct TextVisitor;
-        impl<'de> Visitor<'de> for TextVisitor {
-            type Value = Text<'de>;
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a string or an integer")
-            }
-            fn visit_borrowed_str<E: de::Error>(self, text: &'de str) -> Result<Self::Value, E> {
-                Ok(Text(Cow::Borrowed(text)))
-            }
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<Self::Value, E> {
-                Ok(Text(Cow::Owned(text.to_owned())))
-            }
-            fn visit_u64<E: de::Error>(self, number: u64) -> Result<Self::Value, E> {
-                Ok(Text(Cow::Owned(number.to_string())))
-            }
-            fn visit_i64<E: de::Error>(self, number: i64) -> Result<Self::Value, E> {
-                Ok(Text(Cow::Owned(number.to_string())))
-            }
-        }
-        deserializer.deserialize_any(TextVisitor)
-    }
-}
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -74,7 +46,7 @@ fn one() -> u32 {
 
 /// The body of `POST /v1/orders`, every member checked on its own.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct OrderBody {
+pub struct OrderBody<'a> {
     /// Who buys.
     pub user_id: UserId,
     /// What.
@@ -84,16 +56,16 @@ pub struct OrderBody {
     /// What the shop adds or takes off, in minor units.
     pub adjustment: i64,
     /// The shop's own object as it came.
-    pub attributes: Option<Box<str>>,
+    pub attributes: Option<&'a str>,
 }
 
-impl OrderBody {
+impl<'a> OrderBody<'a> {
     /// Parses and checks a body.
     ///
     /// # Errors
     /// A `400` problem: `malformed_json`, `unknown_field` or `invalid_field`, naming the member.
-    pub fn parse(body: &[u8]) -> Result<Self, Problem> {
-        let members: OrderMembers<'_> = from_json(body)?;
+    pub fn parse(body: &'a [u8]) -> Result<Self, Problem> {
+        let members: OrderMembers<'a> = from_json(body)?;
         if members.idempotency_key.is_some() {
             let detail = "idempotency_key: belongs into the Idempotency-Key header";
             return Err(Problem::new(400, "unknown_field", detail));
@@ -101,7 +73,7 @@ impl OrderBody {
         Self::check(members)
     }
 
-    fn check(members: OrderMembers<'_>) -> Result<Self, Problem> {
+    fn check(members: OrderMembers<'a>) -> Result<Self, Problem> {
         let field = |name: &str, what: &dyn fmt::Display| {
             Problem::new(400, "invalid_field", format!("{name}: {what}"))
         };
@@ -119,11 +91,11 @@ impl OrderBody {
                     ),
                 ));
             }
-            Some(raw) => Some(Box::from(raw)),
+            checked => checked,
         };
         Ok(OrderBody {
-            user_id: UserId::new(&members.user_id.0).map_err(|e| field("user_id", &e))?,
-            sku_id: SkuId::new(&members.sku_id.0).map_err(|e| field("sku_id", &e))?,
+            user_id: UserId::new(members.user_id.as_str()).map_err(|e| field("user_id", &e))?,
+            sku_id: SkuId::new(members.sku_id.as_str()).map_err(|e| field("sku_id", &e))?,
             quantity: Quantity::new(members.quantity)
                 .ok_or_else(|| field("quantity", &format!("must be 1 to {}", Quantity::MAX)))?,
             adjustment: members.adjustment,
@@ -134,25 +106,28 @@ impl OrderBody {
 
 /// One line of `POST /v1/orders:batch`.
 #[derive(Debug)]
-pub struct BatchLine {
+pub struct BatchLine<'a> {
     /// The order.
-    pub body: OrderBody,
-    /// Its key.
-    pub key: Option<IdempotencyKey>,
+    pub body: OrderBody<'a>,
+    /// The hash of its key.
+    pub key: Option<KeyHash>,
 }
 
-impl BatchLine {
+impl<'a> BatchLine<'a> {
     /// Parses and checks a line.
     ///
     /// # Errors
     /// As [`OrderBody::parse`], and `invalid_idempotency_key`.
-    pub fn parse(line: &[u8]) -> Result<Self, Problem> {
-        let mut members: OrderMembers<'_> = from_json(line)?;
+    pub fn parse(line: &'a [u8]) -> Result<Self, Problem> {
+        let mut members: OrderMembers<'a> = from_json(line)?;
         let key = members.idempotency_key.take();
-        let key = key.map(|key| parse_key(&key.0)).transpose()?;
+        let key = key
+            .as_ref()
+            .map(|key| parse_key(key.as_str()))
+            .transpose()?;
         Ok(BatchLine {
             body: OrderBody::check(members)?,
-            key,
+            key: key.map(KeyHash::of),
         })
     }
 }
@@ -480,7 +455,7 @@ impl SkuBody {
 /// `400 invalid_idempotency_key`.
 pub fn idempotency_key<'a>(
     mut fields: impl Iterator<Item = &'a [u8]>,
-) -> Result<Option<IdempotencyKey>, Problem> {
+) -> Result<Option<IdempotencyKey<'a>>, Problem> {
     let Some(field) = fields.next() else {
         return Ok(None);
     };
@@ -495,7 +470,7 @@ pub fn idempotency_key<'a>(
 ///
 /// # Errors
 /// `400 invalid_idempotency_key`.
-pub fn parse_key(text: &str) -> Result<IdempotencyKey, Problem> {
+pub fn parse_key(text: &str) -> Result<IdempotencyKey<'_>, Problem> {
     IdempotencyKey::new(text).map_err(invalid_key)
 }
 
@@ -613,7 +588,7 @@ mod tests {
     fn code(body: &str) -> (&'static str, String) {
         let problem = OrderBody::parse(body.as_bytes()).unwrap_err();
         assert_eq!(problem.status, 400);
-        (problem.code, problem.detail)
+        (problem.code, problem.detail.into_owned())
     }
 
     #[test]
@@ -629,7 +604,7 @@ mod tests {
         )
         .unwrap();
         assert_eq!(body.user_id.as_str(), "u-1");
-        assert_eq!(body.attributes.as_deref(), Some(r#"{"a" : [1, 2]}"#));
+        assert_eq!(body.attributes, Some(r#"{"a" : [1, 2]}"#));
     }
 
     #[test]

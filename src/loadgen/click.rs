@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use bytes::Bytes;
-use compact_str::{CompactString, format_compact};
+use smol_str::{SmolStr, format_smolstr};
 
 use super::orders_file::OrderLine;
 use super::plan::LoadPlan;
@@ -71,20 +71,20 @@ impl Script {
     }
 
     /// The `user_id`; empty where a replayed line names none.
-    pub(super) fn user(&self, buyer: u32) -> CompactString {
+    pub(super) fn user(&self, buyer: u32) -> SmolStr {
         match &self.lines {
             Some(lines) => lines
                 .get(buyer as usize)
-                .map_or_else(CompactString::default, |line| line.user.clone()),
-            None => format_compact!("{}{buyer:06}", self.user_prefix),
+                .map_or_else(SmolStr::default, |line| line.user.clone()),
+            None => format_smolstr!("{}{buyer:06}", self.user_prefix),
         }
     }
 
     /// The `Idempotency-Key`: one for each buyer and SKU, or what the replayed line says.
-    pub(super) fn key(&self, buyer: u32, sku: u16) -> Option<CompactString> {
+    pub(super) fn key(&self, buyer: u32, sku: u16) -> Option<SmolStr> {
         match &self.lines {
             Some(lines) => lines.get(buyer as usize).and_then(|line| line.key.clone()),
-            None => Some(format_compact!(
+            None => Some(format_smolstr!(
                 "{}{buyer:06}-{}",
                 self.key_prefix,
                 self.sku(sku)

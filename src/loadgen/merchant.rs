@@ -14,9 +14,9 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use compact_str::{CompactString, format_compact};
 use hyper::header::HeaderValue;
 use hyper::{Method, Request};
+use smol_str::{SmolStr, format_smolstr};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::LocalSet;
 
@@ -152,7 +152,7 @@ struct Delivery {
 struct Case {
     payment: PaymentTold,
     forgery: Option<Forgery>,
-    webhook_id: CompactString,
+    webhook_id: SmolStr,
     /// What is signed, which is what is sent, but for a forgery.
     signed: Bytes,
     body: Bytes,
@@ -383,15 +383,15 @@ impl Case {
                 // Ids are time-ordered, and these are of a moment before there was a Millrace.
                 paid_id = (planned.lot ^ order_id) & 0xffff_ffff | 1;
                 receipt = (planned.lot.is_multiple_of(2))
-                    .then(|| format_compact!("made-up-{:016x}", planned.lot));
+                    .then(|| format_smolstr!("made-up-{:016x}", planned.lot));
             }
         }
         let mark = match planned.forgery {
             None => planned.kind.mark(),
             Some(_) => "f",
         };
-        let payment_id = format_compact!("pay-{order_id}-{mark}{number}");
-        let order_text = format_compact!("{paid_id}");
+        let payment_id = format_smolstr!("pay-{order_id}-{mark}{number}");
+        let order_text = format_smolstr!("{paid_id}");
         let body_of = |payment_id: &str| {
             let message = Succeeded {
                 order_id: &order_text,
@@ -408,7 +408,7 @@ impl Case {
             Some(Forgery::ForeignKey | Forgery::AlteredSignature) | None => signed.clone(),
         };
         Self {
-            webhook_id: format_compact!("msg-{payment_id}"),
+            webhook_id: format_smolstr!("msg-{payment_id}"),
             payment: PaymentTold {
                 order_id: paid_id,
                 payment_id,

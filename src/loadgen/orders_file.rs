@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use bytes::Bytes;
-use compact_str::CompactString;
 use serde_json::{Map, Value};
+use smol_str::SmolStr;
 
 use super::click::Script;
 use super::error::LoadError;
@@ -16,9 +16,9 @@ pub(super) struct OrderLine {
     /// The body of the request: the line as it stands, without `idempotency_key`.
     pub body: Bytes,
     /// What goes to the `Idempotency-Key` header.
-    pub key: Option<CompactString>,
+    pub key: Option<SmolStr>,
     /// The line's `user_id`; empty if it has none, which is for the server to refuse.
-    pub user: CompactString,
+    pub user: SmolStr,
     /// The place of the line's SKU among those of the file.
     pub sku: u16,
 }
@@ -50,7 +50,7 @@ pub(super) fn read(path: &Path) -> Result<Script, LoadError> {
             Some(Value::String(key))
                 if !key.is_empty() && key.bytes().all(|b| b.is_ascii_graphic()) =>
             {
-                Some(CompactString::from(key))
+                Some(SmolStr::from(key))
             }
             Some(_) => {
                 return Err(at(
@@ -86,10 +86,10 @@ pub(super) fn read(path: &Path) -> Result<Script, LoadError> {
 }
 
 /// An id as the contract reads it: an integer means its decimal text.
-fn text(value: Option<&Value>) -> CompactString {
+fn text(value: Option<&Value>) -> SmolStr {
     match value {
-        Some(Value::String(text)) => CompactString::from(text.as_str()),
-        Some(Value::Number(number)) => CompactString::from(number.to_string()),
-        _ => CompactString::default(),
+        Some(Value::String(text)) => SmolStr::from(text.as_str()),
+        Some(Value::Number(number)) => SmolStr::from(number.to_string()),
+        _ => SmolStr::default(),
     }
 }

@@ -4,9 +4,9 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use compact_str::CompactString;
 use hyper::StatusCode;
 use serde::{Deserialize, Serialize};
+use smol_str::SmolStr;
 
 use super::click::{Click, Script};
 
@@ -153,7 +153,7 @@ pub(super) struct Answer {
     pub http_status: u16,
     pub kind: AnswerKind,
     /// The order's `status`, the problem's `code`, or the fault's name.
-    pub code: CompactString,
+    pub code: SmolStr,
     pub order_id: Option<u64>,
     pub replayed: bool,
 }
@@ -178,7 +178,7 @@ impl Answer {
         Self {
             http_status: 0,
             kind: AnswerKind::Transport,
-            code: CompactString::const_new(fault.name()),
+            code: SmolStr::new_static(fault.name()),
             order_id: None,
             replayed: false,
         }
@@ -206,15 +206,13 @@ impl Answer {
             return Self {
                 http_status,
                 kind,
-                code: CompactString::from(state),
+                code: SmolStr::from(state),
                 order_id: Some(order_id),
                 replayed: replayed || http_status == 200,
             };
         }
-        let code = serde_json::from_slice::<ProblemBody>(body).map_or_else(
-            |_| CompactString::default(),
-            |p| CompactString::from(p.code),
-        );
+        let code = serde_json::from_slice::<ProblemBody>(body)
+            .map_or_else(|_| SmolStr::default(), |p| SmolStr::from(p.code));
         let kind = match http_status {
             409 if code == "sold_out" => AnswerKind::SoldOut,
             409 => AnswerKind::Refused,
@@ -244,9 +242,9 @@ impl Answer {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Told<'a> {
     /// The `user_id` of the request.
-    pub user: CompactString,
+    pub user: SmolStr,
     /// The `Idempotency-Key` of the request.
-    pub key: Option<CompactString>,
+    pub key: Option<SmolStr>,
     /// The `sku_id` of the request.
     pub sku: &'a str,
     /// Whether this was the second request of a double click.
@@ -376,7 +374,7 @@ impl Row {
 /// The few names that answers use, each stored once.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Codes {
-    names: Vec<CompactString>,
+    names: Vec<SmolStr>,
 }
 
 impl Codes {
@@ -396,7 +394,7 @@ impl Codes {
             } else {
                 name
             };
-            self.names.push(CompactString::from(name));
+            self.names.push(SmolStr::from(name));
             self.names.len() - 1
         });
         place as u16

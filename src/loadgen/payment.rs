@@ -2,8 +2,8 @@
 
 use std::borrow::Cow;
 
-use compact_str::CompactString;
 use serde::{Deserialize, Serialize};
+use smol_str::SmolStr;
 
 use super::click::Click;
 
@@ -79,8 +79,8 @@ pub(super) struct Bill {
     pub order_id: u64,
     /// In minor units.
     pub amount: i64,
-    pub currency: CompactString,
-    pub receipt: Option<CompactString>,
+    pub currency: SmolStr,
+    pub receipt: Option<SmolStr>,
     /// Milliseconds of Unix time.
     pub expires_at_ms: Option<i64>,
 }
@@ -108,8 +108,8 @@ impl Bill {
             sku: click.sku,
             order_id: order.order_id.parse().ok()?,
             amount: order.amount,
-            currency: CompactString::from(order.currency),
-            receipt: order.receipt.map(CompactString::from),
+            currency: SmolStr::from(order.currency),
+            receipt: order.receipt.map(SmolStr::from),
             expires_at_ms: order
                 .expires_at
                 .and_then(|at| at.parse::<jiff::Timestamp>().ok())

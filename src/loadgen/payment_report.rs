@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use compact_str::CompactString;
 use serde::Serialize;
+use smol_str::SmolStr;
 
 use super::histogram::Latencies;
 use super::outcome::Fault;
@@ -86,13 +86,13 @@ pub struct PaymentTold {
     /// The order that it names; of [`PaymentKind::Lost`], one that never existed.
     pub order_id: u64,
     /// The platform's name for it.
-    pub payment_id: CompactString,
+    pub payment_id: SmolStr,
     /// How it was paid.
     pub kind: PaymentKind,
     /// In minor units.
     pub amount: i64,
     /// Its currency.
-    pub currency: CompactString,
+    pub currency: SmolStr,
     /// When a delivery was first answered `2xx`, in milliseconds of Unix time.
     pub acknowledged_at_ms: Option<i64>,
     /// When the order expires, in milliseconds of Unix time, if its answer said so.

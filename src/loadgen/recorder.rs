@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use compact_str::CompactString;
+use smol_str::SmolStr;
 
 use super::click::Click;
 use super::histogram::Latencies;
@@ -27,7 +27,7 @@ pub(super) struct Recorder {
     /// Figures by interval.
     pub intervals: Vec<Interval>,
     /// Answers by the code of the problem, or by the fault.
-    pub codes: BTreeMap<CompactString, u64>,
+    pub codes: BTreeMap<SmolStr, u64>,
     /// Every outcome, where the plan asks for them.
     pub rows: Vec<Row>,
     /// The names in `rows`.

@@ -27,8 +27,8 @@ mod status;
 use std::fmt;
 use std::num::NonZeroU32;
 
-use compact_str::CompactString;
 use sha2::{Digest, Sha256};
+use smol_str::SmolStr;
 
 pub use id::{IdClock, IdLeaseExhausted, OrderId};
 pub use refusal::Refusal;
@@ -81,21 +81,21 @@ pub enum InvalidText {
     NotACurrency,
 }
 
-fn visible_ascii(text: &str, max: usize) -> Result<CompactString, InvalidText> {
+fn visible_ascii(text: &str, max: usize) -> Result<&str, InvalidText> {
     if text.is_empty() || text.len() > max {
         return Err(InvalidText::Length { min: 1, max });
     }
     if !text.bytes().all(|byte| byte.is_ascii_graphic()) {
         return Err(InvalidText::NotVisibleAscii);
     }
-    Ok(CompactString::new(text))
+    Ok(text)
 }
 
 macro_rules! opaque_text {
     ($(#[$doc:meta])* $name:ident, $max:literal) => {
         $(#[$doc])*
         #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-        pub struct $name(CompactString);
+        pub struct $name(SmolStr);
 
         impl $name {
             /// The greatest length in characters.
@@ -106,7 +106,7 @@ macro_rules! opaque_text {
             /// # Errors
             /// [`InvalidText`] where it is empty, too long or not visible ASCII.
             pub fn new(text: &str) -> Result<Self, InvalidText> {
-                visible_ascii(text, $max).map(Self)
+                visible_ascii(text, $max).map(|text| Self(SmolStr::new(text)))
             }
 
             /// The text.
@@ -139,11 +139,29 @@ opaque_text!(
     SkuId,
     32
 );
-opaque_text!(
-    /// A client's `Idempotency-Key`: 1 to 64 characters of visible ASCII, scoped to the user.
-    IdempotencyKey,
-    64
-);
+
+/// A client's `Idempotency-Key`: 1 to 64 characters of visible ASCII, scoped to the user. Borrowed
+/// from the request, because only its hash is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IdempotencyKey<'a>(&'a str);
+
+impl<'a> IdempotencyKey<'a> {
+    /// The greatest length in characters.
+    pub const LEN_MAX: usize = 64;
+
+    /// Checks and takes `text`.
+    ///
+    /// # Errors
+    /// [`InvalidText`] where it is empty, too long or not visible ASCII.
+    pub fn new(text: &'a str) -> Result<Self, InvalidText> {
+        visible_ascii(text, Self::LEN_MAX).map(Self)
+    }
+
+    /// The text.
+    pub fn as_str(self) -> &'a str {
+        self.0
+    }
+}
 
 /// The database's number for a SKU: the primary key of `sku`, from 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -209,7 +227,7 @@ pub struct KeyHash(pub [u8; 16]);
 
 impl KeyHash {
     /// The hash of a key. The scope (the user) is kept by the map that holds it.
-    pub fn of(key: &IdempotencyKey) -> Self {
+    pub fn of(key: IdempotencyKey<'_>) -> Self {
         let digest = Sha256::digest(key.as_str().as_bytes());
         let mut first = [0; 16];
         first.copy_from_slice(&digest[..16]);

@@ -28,7 +28,7 @@ pub async fn keep(ledger: Arc<Ledger>, wake_all: WakeAll, metrics: Metrics) {
 pub fn expire(ledger: &Ledger, wake_all: &WakeAll, metrics: &Metrics, now: Instant) {
     let mut wakers = Vec::new();
     for pending in ledger.pending.due(now) {
-        if now >= pending.deadline && ledger.abandon(&pending) {
+        if pending.is_overdue(now) && ledger.abandon(&pending) {
             metrics.orders_abandoned.inc();
         }
         pending.slot.take_wakers(|waker| wakers.push(waker));

@@ -18,8 +18,7 @@ use super::rate_limit::RateLimits;
 use crate::config::RateLimit;
 use crate::faults::bug;
 use crate::order::{
-    IdempotencyKey, KeyHash, Order, OrderId, PayloadHash, Quantity, Refusal, SkuId, UnixMillis,
-    UserId,
+    KeyHash, Order, OrderId, PayloadHash, Quantity, Refusal, SkuId, UnixMillis, UserId,
 };
 use crate::queue::{NotDurable, OrderQueue};
 use crate::state::buyers::{Claimed, Remembered};
@@ -27,7 +26,7 @@ use crate::state::pending::PendingOrder;
 
 /// What a client asks for, every member checked on its own.
 #[derive(Clone, Debug)]
-pub struct OrderRequest {
+pub struct OrderRequest<'a> {
     /// Who buys.
     pub user_id: UserId,
     /// What.
@@ -37,9 +36,9 @@ pub struct OrderRequest {
     /// What the shop adds or takes off, in minor units.
     pub adjustment: i64,
     /// The shop's own JSON object.
-    pub attributes: Option<Box<str>>,
-    /// Its idempotency key.
-    pub key: Option<IdempotencyKey>,
+    pub attributes: Option<&'a str>,
+    /// The hash of its idempotency key.
+    pub key: Option<KeyHash>,
     /// How long the client waits for persistence, or for the acknowledgement.
     pub wait: Duration,
     /// Acknowledge it as soon as it is durable in the queue, which must be able to.
@@ -158,13 +157,13 @@ impl Intake {
     /// A [`Refusal`]; nothing is held then.
     pub fn admit(
         &self,
-        request: &OrderRequest,
+        request: &OrderRequest<'_>,
         waker: Option<&Waker>,
     ) -> Result<Admission, Refusal> {
         self.check_open()?;
         let durable = self.queue.durable().filter(|_| request.respond_async);
         let room = match durable {
-            Some(queue) => match queue.reserve(request.attributes.as_deref()) {
+            Some(queue) => match queue.reserve(request.attributes) {
                 Ok(permit) => Ok(Some(permit)),
                 Err(NotDurable::NoLease) => Err(Refusal::NotReady),
                 Err(NotDurable::Busy) => Err(Refusal::Overloaded),
@@ -192,12 +191,12 @@ impl Intake {
             .ok()
             .filter(|amount| *amount >= 0)
             .ok_or(Refusal::AmountOutOfRange);
-        let key = request.key.as_ref().map(KeyHash::of);
+        let key = request.key;
         let payload = PayloadHash::of(
             &request.sku_id,
             request.quantity,
             request.adjustment,
-            request.attributes.as_deref(),
+            request.attributes,
         );
         let remembered = Remembered {
             order_id: id,
@@ -271,7 +270,7 @@ impl Intake {
             expires_at: now.plus_ms(self.payment_ttl_ms),
             key,
             payload,
-            attributes: request.attributes.clone(),
+            attributes: request.attributes.map(Box::from),
             user_id: request.user_id.clone(),
             sku_id: request.sku_id.clone(),
         };

@@ -57,7 +57,7 @@ impl Ledger {
 
     /// The row of a claimed order is committed.
     pub fn persisted(&self, pending: &Arc<PendingOrder>) {
-        if bug("double_release") && Instant::now() > pending.deadline {
+        if bug("double_release") && pending.is_overdue(Instant::now()) {
             self.release(&pending.order);
         }
         // Before it leaves the map, so that it is found in one of the two at any moment.

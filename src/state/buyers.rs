@@ -67,13 +67,13 @@ impl Buyers {
     /// # Errors
     /// In order of precedence: [`Refusal::IdempotencyKeyReused`], `gate`,
     /// [`Refusal::PurchaseLimit`], and [`Refusal::Overloaded`] where the memory is full.
-    pub fn claim(
-        &self,
-        user_id: &UserId,
+    pub fn claim<'a>(
+        &'a self,
+        user_id: &'a UserId,
         order: Remembered,
         limit: Option<u32>,
         gate: Result<(), Refusal>,
-    ) -> Result<Claimed<'_>, Refusal> {
+    ) -> Result<Claimed<'a>, Refusal> {
         let record = self.records.entry(user_id.clone());
         let known = match &record {
             Entry::Occupied(occupied) => occupied.get().as_slice(),
@@ -94,7 +94,7 @@ impl Buyers {
         }
         Ok(Claimed::Fresh(BuyerClaim {
             buyers: self,
-            user_id: user_id.clone(),
+            user_id,
             order_id: order.order_id,
             kept: false,
         }))
@@ -129,16 +129,13 @@ impl Buyers {
 
     /// Forgets an order that was never written: its key may be used afresh.
     pub fn forget(&self, user_id: &UserId, order_id: OrderId) {
-        if let Entry::Occupied(mut occupied) = self.records.entry(user_id.clone()) {
-            let record = occupied.get_mut();
+        self.records.remove_if_mut(user_id, |_, record| {
             let before = record.len();
             record.retain(|known| known.order_id != order_id);
             self.remembered
                 .fetch_sub(before - record.len(), Ordering::Relaxed);
-            if record.is_empty() {
-                occupied.remove();
-            }
-        }
+            record.is_empty()
+        });
     }
 
     /// Frees an order's units from the purchase limit and keeps its key. True: it was live until
@@ -241,7 +238,7 @@ fn judge(
 #[must_use = "dropping a claim forgets the order"]
 pub struct BuyerClaim<'a> {
     buyers: &'a Buyers,
-    user_id: UserId,
+    user_id: &'a UserId,
     order_id: OrderId,
     kept: bool,
 }
@@ -256,7 +253,7 @@ impl BuyerClaim<'_> {
 impl Drop for BuyerClaim<'_> {
     fn drop(&mut self) {
         if !self.kept {
-            self.buyers.forget(&self.user_id, self.order_id);
+            self.buyers.forget(self.user_id, self.order_id);
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Refusals that stay under their keys: a retry of what was `sold_out` is told the same, even if a
 //! unit has come free meanwhile. Bounded (the least used make room), and gone with a restart.
 
+use quick_cache::Equivalent;
 use quick_cache::sync::Cache;
 
 use crate::order::{KeyHash, PayloadHash, Refusal, UserId};
@@ -29,7 +30,7 @@ impl Refusals {
         key: KeyHash,
         payload: PayloadHash,
     ) -> Result<(), Refusal> {
-        match self.told.get(&(user_id.clone(), key)) {
+        match self.told.get(&Asked(user_id, key)) {
             None => Ok(()),
             Some((earlier, refusal)) if earlier == payload => Err(refusal),
             Some(_) => Err(Refusal::IdempotencyKeyReused),
@@ -39,6 +40,16 @@ impl Refusals {
     /// Keeps a refusal.
     pub fn remember(&self, user_id: &UserId, key: KeyHash, payload: PayloadHash, refusal: Refusal) {
         self.told.insert((user_id.clone(), key), (payload, refusal));
+    }
+}
+
+/// A key of [`Refusals::told`], borrowed for a look. It hashes as the tuple does.
+#[derive(Hash)]
+struct Asked<'a>(&'a UserId, KeyHash);
+
+impl Equivalent<(UserId, KeyHash)> for Asked<'_> {
+    fn equivalent(&self, (user_id, key): &(UserId, KeyHash)) -> bool {
+        self.0 == user_id && self.1 == *key
     }
 }
 

@@ -3,11 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use millrace::order::{IdempotencyKey, Refusal};
+use millrace::order::Refusal;
 use millrace::pipeline::intake::Admission;
 use millrace::state::pending::{PendingOrder, SlotState};
 
-use crate::line::{LONG, Line, outcome, outcomes, request, tally};
+use crate::line::{LONG, Line, key_hash, outcome, outcomes, request, tally};
 use crate::support::sale::{Sale, count};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -120,7 +120,7 @@ async fn one_bad_row_among_thousands_is_a_dead_letter_and_its_neighbours_are_wri
     line.sale.sql("DROP TRIGGER refuse ON orders").await;
     let fresh = |user| {
         let mut fresh = request(user, "A", 1, LONG);
-        fresh.key = Some(IdempotencyKey::new("another").unwrap());
+        fresh.key = Some(key_hash("another"));
         line.intake.admit(&fresh, None)
     };
     let Ok(Admission::Placed(second)) = fresh("u-3141") else {

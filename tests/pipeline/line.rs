@@ -7,7 +7,9 @@ use std::task::Poll;
 use std::time::Duration;
 
 use millrace::metrics::Metrics;
-use millrace::order::{IdClock, IdempotencyKey, Quantity, Refusal, SkuId, UnixMillis, UserId};
+use millrace::order::{
+    IdClock, IdempotencyKey, KeyHash, Quantity, Refusal, SkuId, UnixMillis, UserId,
+};
 use millrace::pipeline::intake::{Admission, Intake, OrderRequest};
 use millrace::pipeline::ledger::Ledger;
 use millrace::pipeline::restore::Watermarks;
@@ -191,17 +193,22 @@ impl Drop for Line {
 }
 
 /// Under the key `key-of-` and the buyer's name.
-pub fn request(user: &str, sku: &str, units: u32, wait: Duration) -> OrderRequest {
+pub fn request(user: &str, sku: &str, units: u32, wait: Duration) -> OrderRequest<'static> {
     OrderRequest {
         user_id: UserId::new(user).unwrap(),
         sku_id: SkuId::new(sku).unwrap(),
         quantity: Quantity::new(units).unwrap(),
         adjustment: 0,
         attributes: None,
-        key: Some(IdempotencyKey::new(&format!("key-of-{user}")).unwrap()),
+        key: Some(key_hash(&format!("key-of-{user}"))),
         wait,
         respond_async: false,
     }
+}
+
+/// The hash of a key with this text.
+pub fn key_hash(text: &str) -> KeyHash {
+    KeyHash::of(IdempotencyKey::new(text).unwrap())
 }
 
 /// Waits for the slot to be final, as a handler does.

@@ -44,7 +44,7 @@ impl World {
         let now = self.at(seconds);
         let due = self.pending.due(now);
         for order in &due {
-            if now >= order.deadline && order.slot.abandon() {
+            if order.is_overdue(now) && order.slot.abandon() {
                 self.free.fetch_add(1, Ordering::SeqCst);
                 self.pending.remove(order.order.id);
             }

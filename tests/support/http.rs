@@ -91,13 +91,29 @@ impl Connection {
         fields: &[(&str, &str)],
         body: &str,
     ) -> std::io::Result<Answer> {
+        self.begin(method, target, fields, body)?;
+        self.answer()
+    }
+
+    /// Sends one request, for [`Connection::answer`] to read its answer.
+    pub fn begin(
+        &mut self,
+        method: &str,
+        target: &str,
+        fields: &[(&str, &str)],
+        body: &str,
+    ) -> std::io::Result<()> {
         let address = self.address;
         let mut request = format!("{method} {target} HTTP/1.1\r\nHost: {address}\r\n");
         for (name, value) in fields {
             request.push_str(&format!("{name}: {value}\r\n"));
         }
         request.push_str(&format!("Content-Length: {}\r\n\r\n{body}", body.len()));
-        self.stream.write_all(request.as_bytes())?;
+        self.stream.write_all(request.as_bytes())
+    }
+
+    /// Reads the answer to the oldest request that has none yet.
+    pub fn answer(&mut self) -> std::io::Result<Answer> {
         let mut chunk = [0; 4096];
         loop {
             if let Some((answer, length)) = parse(&self.bytes) {

@@ -4,6 +4,7 @@
     reason = "every test binary compiles this module and uses a part of it"
 )]
 
+pub mod allocations;
 pub mod http;
 pub mod listening;
 pub mod pgbouncer;

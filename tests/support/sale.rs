@@ -195,7 +195,7 @@ async fn admin(config: &tokio_postgres::Config) -> tokio_postgres::Client {
 pub fn order(sku: &Sku, units: u32) -> Order {
     static NEXT: AtomicI64 = AtomicI64::new(1);
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
-    let key = IdempotencyKey::new(&format!("key-{number}")).unwrap();
+    let key = format!("key-{number}");
     let quantity = Quantity::new(units).unwrap();
     let now = UnixMillis::now();
     Order {
@@ -209,7 +209,7 @@ pub fn order(sku: &Sku, units: u32) -> Order {
         currency: Currency::new("EUR").unwrap(),
         created_at: now,
         expires_at: now.plus_ms(900_000),
-        key: Some(KeyHash::of(&key)),
+        key: Some(KeyHash::of(IdempotencyKey::new(&key).unwrap())),
         payload: PayloadHash::of(&sku.id, quantity, 0, None),
         attributes: None,
     }

@@ -118,7 +118,7 @@ pub(super) async fn authorize(
 /// # Errors
 /// `403 cross_origin`.
 pub(super) fn check_origin(headers: &HeaderMap, open: bool) -> Result<(), Failure> {
-    let refuse = |detail: &str| Err(Failure(Problem::new(403, "cross_origin", detail)));
+    let refuse = |detail: &'static str| Err(Failure(Problem::new(403, "cross_origin", detail)));
     let text = |name: &str| headers.get(name).map(|value| value.to_str().unwrap_or(""));
     let origin = text("origin").map(|origin| {
         let origin = origin

@@ -169,7 +169,7 @@ async fn run_audit(State(plane): State<ControlPlane>) -> Result<Response, Failur
     Ok(axum::Json(verdict).into_response())
 }
 
-fn idempotency_key(headers: &HeaderMap) -> Result<Option<IdempotencyKey>, Problem> {
+fn idempotency_key(headers: &HeaderMap) -> Result<Option<IdempotencyKey<'_>>, Problem> {
     let values = headers
         .get_all("idempotency-key")
         .iter()

@@ -10,7 +10,7 @@ use super::failure::Failure;
 use super::{ControlPlane, Parts, idempotency_key};
 use crate::http::problem::Problem;
 use crate::http::wire::{RestockBody, SkuBody, SkuView};
-use crate::order::SkuId;
+use crate::order::{IdempotencyKey, SkuId};
 use crate::state::stock::Sku;
 
 pub(super) async fn list(State(plane): State<ControlPlane>) -> Result<Response, Failure> {
@@ -52,7 +52,7 @@ pub(super) async fn restock(
     let units = RestockBody::parse(&body)?.quantity;
     let (sku, replayed) = parts
         .operator
-        .restock(&id, units, key.as_ref().map(|key| key.as_str()))
+        .restock(&id, units, key.map(IdempotencyKey::as_str))
         .await?;
     let mut response = view(parts, &sku).into_response();
     if replayed && let Ok(value) = "true".parse() {

@@ -10,7 +10,7 @@ use super::service::{DataPlane, json};
 use super::wake::wait;
 use crate::http::problem::Problem;
 use crate::http::wire::{BatchLine, OrderBody, OrderView, idempotency_key, ndjson_line};
-use crate::order::{IdempotencyKey, Order, OrderStatus, Refusal};
+use crate::order::{KeyHash, Order, OrderStatus, Refusal};
 use crate::pipeline::intake::{Admission, OrderRequest};
 use crate::state::pending::{PendingOrder, SlotState};
 use crate::store::postgres::orders::StoredOrder;
@@ -85,12 +85,26 @@ impl Verdict {
 
 enum Standing {
     InFlight(Arc<PendingOrder>, OrderStatus),
-    /// Durable in the queue, here or on the disk only.
     Accepted {
-        order: Box<Order>,
+        order: Durable,
         estimated_wait_ms: u64,
     },
     Stored(Box<StoredOrder>),
+}
+
+/// An order that is durable in the queue.
+enum Durable {
+    InMemory(Arc<PendingOrder>),
+    OnDisk(Box<Order>),
+}
+
+impl Durable {
+    fn order(&self) -> &Order {
+        match self {
+            Durable::InMemory(pending) => &pending.order,
+            Durable::OnDisk(order) => order,
+        }
+    }
 }
 
 impl Standing {
@@ -102,7 +116,7 @@ impl Standing {
             Standing::Accepted {
                 order,
                 estimated_wait_ms,
-            } => OrderView::accepted(order, *estimated_wait_ms, &plane.receipts),
+            } => OrderView::accepted(order.order(), *estimated_wait_ms, &plane.receipts),
             Standing::Stored(stored) => plane.stored_view(stored),
         }
     }
@@ -119,7 +133,7 @@ impl DataPlane {
             .check_open()
             .map_err(|refusal| self.refuse(refusal))?;
         require_media_type(request, &["application/json"])?;
-        let key = idempotency_key(request.header_values("idempotency-key"))?;
+        let key = idempotency_key(request.header_values("idempotency-key"))?.map(KeyHash::of);
         let body = OrderBody::parse(request.body)?;
         let wanted = self.preferred(request);
         let started = Instant::now();
@@ -237,7 +251,7 @@ impl DataPlane {
     fn admit(
         &self,
         request: &Request<'_>,
-        order: &OrderRequest,
+        order: &OrderRequest<'_>,
         started: Instant,
     ) -> Result<Admitted, Problem> {
         self.intake
@@ -300,7 +314,7 @@ impl DataPlane {
                 self.judge(pending, state, true)
             }
             Admitted::Recent(pending) => self.judge(pending, SlotState::Persisted, true),
-            Admitted::OnDisk(order) => self.accepted(order, true),
+            Admitted::OnDisk(order) => self.accepted(Durable::OnDisk(order), true),
             Admitted::Stored(stored) => {
                 self.count("replayed");
                 Verdict::Order {
@@ -312,7 +326,7 @@ impl DataPlane {
         }
     }
 
-    fn accepted(&self, order: Box<Order>, replayed: bool) -> Verdict {
+    fn accepted(&self, order: Durable, replayed: bool) -> Verdict {
         let (http_status, outcome) = if replayed {
             (200, "replayed")
         } else {
@@ -333,7 +347,7 @@ impl DataPlane {
         // Who asked to be answered at once gets that answer, also where the row came first.
         let written = matches!(state, SlotState::Persisted | SlotState::Failed);
         if pending.slot.is_durable() && !(replayed && written) {
-            return self.accepted(Box::new(pending.order.clone()), replayed);
+            return self.accepted(Durable::InMemory(pending), replayed);
         }
         match state {
             SlotState::Persisted => {
@@ -457,7 +471,7 @@ impl DataPlane {
     }
 }
 
-fn order_request(body: OrderBody, key: Option<IdempotencyKey>, wanted: Wanted) -> OrderRequest {
+fn order_request(body: OrderBody<'_>, key: Option<KeyHash>, wanted: Wanted) -> OrderRequest<'_> {
     OrderRequest {
         user_id: body.user_id,
         sku_id: body.sku_id,

@@ -2,7 +2,7 @@
 
 mod slot;
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
 use crate::order::{Order, OrderId};
@@ -17,10 +17,10 @@ pub struct PendingOrder {
     pub order: Order,
     /// Its state machine.
     pub slot: Slot,
-    /// When it is given up where nobody has claimed it.
-    pub deadline: Instant,
-    /// The earliest deadline of anybody who waits for it, as [`Pending`] counts milliseconds;
-    /// `u64::MAX` before it is entered.
+    /// When it is given up where nobody has claimed it, as [`millis`] counts; `u64::MAX` for never.
+    deadline_ms: u64,
+    /// The earliest deadline of anybody who waits for it, counted likewise; `u64::MAX` before it is
+    /// entered.
     look_at_ms: AtomicU64,
     /// The journal's segment that has its record; 0 where none has.
     segment: AtomicU64,
@@ -29,30 +29,35 @@ pub struct PendingOrder {
 impl PendingOrder {
     /// An order that waits to be claimed until `deadline`; `waker` belongs to whoever sent it.
     pub fn new(order: Order, deadline: Instant, waker: Option<Waker>) -> Self {
-        Self::with_slot(order, Slot::new(waker), deadline)
+        Self::with_slot(order, Slot::new(waker), millis(deadline))
     }
 
     /// An order that a journal takes first. Only its sender gives up waiting, so it has no
     /// deadline of its own.
     pub fn appending(order: Order, waker: Option<Waker>) -> Self {
-        Self::with_slot(order, Slot::appending(waker), never())
+        Self::with_slot(order, Slot::appending(waker), NEVER)
     }
 
     /// An order that was read back from `segment` of a journal.
     pub fn recovered(order: Order, segment: u64) -> Self {
-        let pending = Self::with_slot(order, Slot::recovered(), never());
+        let pending = Self::with_slot(order, Slot::recovered(), NEVER);
         pending.set_segment(segment);
         pending
     }
 
-    fn with_slot(order: Order, slot: Slot, deadline: Instant) -> Self {
+    fn with_slot(order: Order, slot: Slot, deadline_ms: u64) -> Self {
         PendingOrder {
             order,
             slot,
-            deadline,
-            look_at_ms: AtomicU64::new(u64::MAX),
+            deadline_ms,
+            look_at_ms: AtomicU64::new(NEVER),
             segment: AtomicU64::new(0),
         }
+    }
+
+    /// Whether its own deadline has come; up to a millisecond early.
+    pub fn is_overdue(&self, now: Instant) -> bool {
+        millis(now) >= self.deadline_ms
     }
 
     /// The journal's segment that has its record; 0 where none has.
@@ -71,10 +76,9 @@ impl PendingOrder {
 #[derive(Debug)]
 pub struct Pending {
     orders: DashMap<OrderId, Arc<PendingOrder>, foldhash::fast::RandomState>,
-    /// No deadline lies before this moment, in milliseconds since `started`; `u64::MAX` where none
-    /// is known. It spares the deadline keeper the walk through the map while nothing is due.
+    /// No deadline lies before this moment, as [`millis`] counts; `u64::MAX` where none is known. It
+    /// spares the deadline keeper the walk through the map while nothing is due.
     next_due_ms: AtomicU64,
-    started: Instant,
     /// Orders that went to a journal's disk and are not in the map any more, ever, and those that
     /// came back. Two counts that only grow, so that [`Pending::in_flight`] sees one move.
     spilled: AtomicUsize,
@@ -89,8 +93,7 @@ impl Pending {
                 capacity,
                 foldhash::fast::RandomState::default(),
             ),
-            next_due_ms: AtomicU64::new(u64::MAX),
-            started: Instant::now(),
+            next_due_ms: AtomicU64::new(NEVER),
             spilled: AtomicUsize::new(0),
             read_back: AtomicUsize::new(0),
         }
@@ -99,13 +102,16 @@ impl Pending {
     /// Enters an order, before it becomes visible to a worker.
     pub fn insert(&self, pending: &Arc<PendingOrder>) {
         self.orders.insert(pending.order.id, Arc::clone(pending));
-        self.wake_by(pending, pending.deadline);
+        self.wake_by_ms(pending, pending.deadline_ms);
     }
 
     /// Makes sure that those who wait for `pending` are woken at `deadline`: a duplicate or a
     /// long poll may wait for less time than the order itself.
     pub fn wake_by(&self, pending: &PendingOrder, deadline: Instant) {
-        let due = self.millis(deadline);
+        self.wake_by_ms(pending, millis(deadline));
+    }
+
+    fn wake_by_ms(&self, pending: &PendingOrder, due: u64) {
         // Dekker with `due`: we write `look_at_ms` and then read `next_due_ms`; the keeper writes
         // `next_due_ms` and then reads `look_at_ms`. All four are sequentially consistent, so at
         // least one sees the other: the keeper finds the new moment, or we find its swapped mark.
@@ -114,11 +120,6 @@ impl Pending {
         if due < self.next_due_ms.load(Ordering::SeqCst) {
             self.next_due_ms.fetch_min(due, Ordering::AcqRel);
         }
-    }
-
-    fn millis(&self, at: Instant) -> u64 {
-        let since = at.saturating_duration_since(self.started).as_millis();
-        u64::try_from(since).unwrap_or(u64::MAX)
     }
 
     /// The order in flight with this id.
@@ -175,20 +176,20 @@ impl Pending {
     /// Every order in flight for which somebody's deadline has passed. Walks the map only when
     /// something can be due; finding nothing costs one read.
     pub fn due(&self, now: Instant) -> Vec<Arc<PendingOrder>> {
-        let now_ms = self.millis(now);
+        let now_ms = millis(now);
         if self.next_due_ms.load(Ordering::Acquire) > now_ms {
             return Vec::new();
         }
-        // Taken out before the walk: what is entered during it notes itself again, see `wake_by`.
-        self.next_due_ms.store(u64::MAX, Ordering::SeqCst);
+        // Taken out before the walk: what is entered during it notes itself again, see `wake_by_ms`.
+        self.next_due_ms.store(NEVER, Ordering::SeqCst);
         let mut due = Vec::new();
-        let mut next = u64::MAX;
+        let mut next = NEVER;
         for entry in &self.orders {
             let mut look_at = entry.look_at_ms.load(Ordering::SeqCst);
             if look_at <= now_ms {
                 due.push(Arc::clone(entry.value()));
                 // The order's own deadline comes next, or it is overdue and being written.
-                let later = match self.millis(entry.deadline) {
+                let later = match entry.deadline_ms {
                     deadline if deadline > now_ms => deadline,
                     _ => now_ms + OVERDUE_RECHECK.as_millis() as u64,
                 };
@@ -216,9 +217,15 @@ impl Pending {
     }
 }
 
-/// A deadline that nobody lives to see.
-fn never() -> Instant {
-    Instant::now() + Duration::from_secs(100 * 365 * 86_400)
+/// A deadline that does not come.
+const NEVER: u64 = u64::MAX;
+
+/// A moment in whole milliseconds since this was first asked: half as large as an [`Instant`], and
+/// an atomic can hold it.
+fn millis(at: Instant) -> u64 {
+    static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+    let since = at.saturating_duration_since(*START).as_millis();
+    u64::try_from(since).unwrap_or(NEVER)
 }
 
 /// How often those who wait for an order that is overdue, but being written, are woken to look at
