@@ -5,7 +5,7 @@
 //! one on four busy cores gives four times as many as on one. The timer and the signal belong to
 //! the process, therefore one profile is taken at a time.
 //!
-//! [`sampler`] says how stacks are walked, and why in that way.
+//! `sampler` says how stacks are walked, and why in that way.
 
 #[cfg(all(any(target_os = "linux", target_os = "macos"), target_arch = "x86_64"))]
 mod sampler;
