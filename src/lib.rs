@@ -21,6 +21,7 @@ pub mod loadgen;
 pub mod metrics;
 pub mod order;
 pub mod pipeline;
+pub mod profile;
 pub mod queue;
 pub mod state;
 pub mod store;

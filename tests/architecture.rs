@@ -15,6 +15,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("metrics", 0),
     ("faults", 0),
     ("sync", 0),
+    ("profile", 0),
     ("state", 1),
     ("queue", 1),
     ("store", 1),

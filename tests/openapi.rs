@@ -353,6 +353,42 @@ fn real_answers_are_what_it_says() {
                 String::new(),
                 200,
             ),
+            (
+                "GET",
+                "/admin/v1/profile",
+                "",
+                "?seconds=1",
+                vec![ops],
+                String::new(),
+                200,
+            ),
+            (
+                "GET",
+                "/admin/v1/profile",
+                "",
+                "?seconds=1&format=folded",
+                vec![ops],
+                String::new(),
+                200,
+            ),
+            (
+                "GET",
+                "/admin/v1/profile",
+                "",
+                "?hz=0",
+                vec![ops],
+                String::new(),
+                400,
+            ),
+            (
+                "GET",
+                "/admin/v1/profile",
+                "",
+                "",
+                vec![],
+                String::new(),
+                401,
+            ),
         ];
         let order = |user: &str| json!({ "user_id": user, "sku_id": "A" }).to_string();
         let place = "/v1/orders";
@@ -640,7 +676,8 @@ fn real_answers_are_what_it_says() {
                 .replace("{sku_id}", "A")
                 .replace("{user_id}", "u")
                 .replace("{provider}", "standard")
-                .replace("{id}", "1");
+                .replace("{id}", "1")
+                .replace("/profile", "/profile?seconds=1");
             for wrong in ["DELETE", "OPTIONS", "TRACE", "PROPFIND"] {
                 let answer = request(address, wrong, &target, &[token], String::new()).await;
                 assert_eq!(answer.status, 405, "{wrong} {target}: {answer:?}");

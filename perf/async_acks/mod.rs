@@ -131,7 +131,7 @@ async fn acknowledge(millrace: &Millrace, url: &str, first: u64) -> anyhow::Resu
         let row = client
             .query_one(
                 "SELECT count(*) FROM orders WHERE user_id = $1",
-                &[&format!("u-{}", 1_000_000_000 + first + ORDERS - 1)],
+                &[&request(first + ORDERS - 1, true).user_id.as_str()],
             )
             .await?;
         if row.get::<_, i64>(0) == 1 && millrace.ledger().pending.is_empty() {

@@ -61,22 +61,21 @@ pub async fn start(
 ///
 /// # Panics
 /// Never: the texts are valid.
-pub fn request(number: u64, respond_async: bool) -> OrderRequest {
-    let (mut user, mut key) = (
-        compact_str::CompactString::const_new("u-"),
-        compact_str::CompactString::const_new("key-"),
-    );
-    let mut digits = itoa::Buffer::new();
-    let digits = digits.format(1_000_000_000 + number);
-    user.push_str(digits);
-    key.push_str(digits);
+pub fn request(number: u64, respond_async: bool) -> OrderRequest<'static> {
+    let mut text = *b"u-0000000000";
+    let mut rest = number;
+    for digit in text[2..].iter_mut().rev() {
+        *digit = b'0' + (rest % 10) as u8;
+        rest /= 10;
+    }
+    let text = std::str::from_utf8(&text).expect("digits");
     OrderRequest {
-        user_id: UserId::new(&user).expect("a user id"),
+        user_id: UserId::new(text).expect("a user id"),
         sku_id: SkuId::new(HOT).expect("a SKU id"),
         quantity: Quantity::ONE,
         adjustment: 0,
         attributes: None,
-        key: Some(IdempotencyKey::new(&key).expect("a key")),
+        key: Some(KeyHash::of(IdempotencyKey::new(text).expect("a key"))),
         wait: Duration::from_secs(60),
         respond_async,
     }
@@ -134,7 +133,7 @@ pub fn rows(first: u64, count: u64, sku: SkuNumber) -> Vec<Order> {
             Order {
                 id: OrderId::new(number + 1).unwrap_or(OrderId::MAX),
                 payload: PayloadHash::of(&request.sku_id, request.quantity, 0, None),
-                key: request.key.as_ref().map(KeyHash::of),
+                key: request.key,
                 user_id: request.user_id,
                 sku_id: request.sku_id,
                 sku,

@@ -5,6 +5,7 @@ use axum::response::{IntoResponse, Response};
 
 use crate::http::problem::{MEDIA_TYPE, Problem};
 use crate::pipeline::operator::OperatorError;
+use crate::profile::ProfileError;
 use crate::store::StoreError;
 
 /// A problem as an answer.
@@ -46,6 +47,20 @@ impl From<OperatorError> for Failure {
             },
             OperatorError::RefusedAgain(_) => Problem::new(409, "refused_again", detail),
             OperatorError::Store(error) => return error.into(),
+        })
+    }
+}
+
+impl From<ProfileError> for Failure {
+    fn from(error: ProfileError) -> Self {
+        let detail = error.to_string();
+        Failure(match error {
+            ProfileError::Running => Problem::new(409, "profile_running", detail),
+            ProfileError::Unsupported => Problem::new(501, "profile_unsupported", detail),
+            ProfileError::Failed(_) => {
+                tracing::error!(reason = %detail, "a profile failed");
+                Problem::new(500, "profile_failed", detail)
+            }
         })
     }
 }

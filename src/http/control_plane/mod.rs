@@ -1,7 +1,7 @@
 //! The control plane, for operators and machines: health, metrics, administration, audit.
 //!
-//! It answers from the first moment on; before recovery is done only health and metrics do, and
-//! everything else is `503 not_ready`.
+//! It answers from the first moment on; before recovery is done health, metrics and profiles do (a
+//! start that takes long is worth one), and everything else is `503 not_ready`.
 
 mod access;
 mod dashboard;
@@ -11,6 +11,7 @@ mod failure;
 mod health;
 mod live;
 mod payments;
+mod profile;
 mod routes;
 mod skus;
 
@@ -113,21 +114,19 @@ impl ControlPlane {
 
     /// Everything in the list of `routes`, and a problem for everything else.
     pub fn router(&self) -> Router {
-        let (open, guarded) = (Router::new(), Router::new());
-        let (open, guarded) =
-            routes::routes()
-                .into_iter()
-                .fold((open, guarded), |(open, guarded), route| {
-                    if route.open {
-                        (open.route(route.path, route.serve), guarded)
-                    } else {
-                        (open, guarded.route(route.path, route.serve))
-                    }
-                });
+        let (mut open, mut finished, mut guarded) = (Router::new(), Router::new(), Router::new());
+        for route in routes::routes() {
+            let routes = match (route.open, route.ends_with_client) {
+                (true, _) => &mut open,
+                (false, false) => &mut finished,
+                (false, true) => &mut guarded,
+            };
+            *routes = std::mem::take(routes).route(route.path, route.serve);
+        }
         let guard = middleware::from_fn_with_state(self.clone(), access::authorize);
         // Innermost, so that it wraps only what is carried out.
-        let to_the_end = middleware::from_fn(run_to_the_end);
-        open.merge(guarded.route_layer(to_the_end).route_layer(guard))
+        let finished = finished.route_layer(middleware::from_fn(run_to_the_end));
+        open.merge(guarded.merge(finished).route_layer(guard))
             .fallback(|| async { Failure(Problem::new(404, "not_found", "nothing is here")) })
             .method_not_allowed_fallback(|| async {
                 Failure(Problem::new(

@@ -5,7 +5,8 @@ use axum::handler::Handler;
 use axum::routing::{self, MethodFilter, MethodRouter};
 
 use super::{
-    ControlPlane, dashboard, dead_letters, health, live, openapi, payments, run_audit, skus,
+    ControlPlane, dashboard, dead_letters, health, live, openapi, payments, profile, run_audit,
+    skus,
 };
 
 /// One method on one path.
@@ -16,6 +17,8 @@ pub(super) struct Route {
     pub(super) path: &'static str,
     /// Whether it needs neither a token nor a session.
     pub(super) open: bool,
+    /// Whether it ends when its client goes away, instead of being carried out.
+    pub(super) ends_with_client: bool,
     /// What answers.
     pub(super) serve: MethodRouter<ControlPlane>,
 }
@@ -25,6 +28,7 @@ fn get<H: Handler<T, ControlPlane>, T: 'static>(path: &'static str, handler: H) 
         method: "GET",
         path,
         open: false,
+        ends_with_client: false,
         serve: routing::get(handler),
     }
 }
@@ -34,6 +38,7 @@ fn post<H: Handler<T, ControlPlane>, T: 'static>(path: &'static str, handler: H)
         method: "POST",
         path,
         open: false,
+        ends_with_client: false,
         serve: routing::post(handler),
     }
 }
@@ -43,6 +48,7 @@ fn put<H: Handler<T, ControlPlane>, T: 'static>(path: &'static str, handler: H) 
         method: "PUT",
         path,
         open: false,
+        ends_with_client: false,
         serve: routing::on(MethodFilter::PUT, handler),
     }
 }
@@ -50,6 +56,13 @@ fn put<H: Handler<T, ControlPlane>, T: 'static>(path: &'static str, handler: H) 
 fn open(route: Route) -> Route {
     Route {
         open: true,
+        ..route
+    }
+}
+
+fn ends_with_client(route: Route) -> Route {
+    Route {
+        ends_with_client: true,
         ..route
     }
 }
@@ -84,5 +97,6 @@ pub(super) fn routes() -> Vec<Route> {
         post("/admin/v1/orphan-payments/{id}/close", payments::close),
         post("/admin/v1/orders/{order_id}/refunded", payments::refunded),
         get("/admin/v1/audit", run_audit),
+        ends_with_client(get("/admin/v1/profile", profile::take)),
     ]
 }
