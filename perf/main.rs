@@ -72,6 +72,9 @@ struct RunArgs {
     /// Minutes instead of an hour: fewer rounds, smaller amounts.
     #[arg(long)]
     quick: bool,
+    /// Name the cases, and run none.
+    #[arg(long)]
+    list: bool,
     /// Print the targets as JSON.
     #[arg(long)]
     json: bool,
@@ -175,6 +178,12 @@ fn main() -> anyhow::Result<std::process::ExitCode> {
 }
 
 async fn run(arguments: RunArgs) -> anyhow::Result<std::process::ExitCode> {
+    if arguments.list {
+        for case in CASES {
+            println!("{}", case.name);
+        }
+        return Ok(std::process::ExitCode::SUCCESS);
+    }
     let lab = Lab {
         quick: arguments.quick,
         record: arguments.record,

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::ensure;
 use millrace::app::Millrace;
 use millrace::order::Refusal;
+use millrace::pipeline::intake::Intake;
 use tokio_postgres::Client;
 
 use crate::rig::child::{Server, Service, free_address, spawn, wait_for};
@@ -20,6 +21,8 @@ use crate::rig::{Finding, Lab, Scratch, Target, blocking};
 
 /// Orders that are acknowledged in a round.
 const ORDERS: u64 = 400_000;
+/// Threads that place orders, as the data plane has one for each of two cores.
+const DRIVERS: u64 = 2;
 /// Rows that raw COPY writes in a round.
 const ROWS: u64 = 300_000;
 /// Connections over HTTP.
@@ -99,22 +102,15 @@ async fn acknowledge(millrace: &Millrace, url: &str, first: u64) -> anyhow::Resu
     let waker = Waker::from(Arc::clone(&counter));
     let intake = Arc::clone(millrace.intake());
     let started = Instant::now();
-    let giving = tokio::task::spawn_blocking(move || -> anyhow::Result<()> {
-        for number in first..first + ORDERS {
-            let request = request(number, true);
-            loop {
-                match intake.admit(&request, Some(&waker)) {
-                    Ok(_) => break,
-                    // The appender has as much in hand as it may.
-                    Err(Refusal::Overloaded) => std::thread::sleep(Duration::from_micros(200)),
-                    Err(refusal) => anyhow::bail!("an order was refused: {refusal:?}"),
-                }
-                ensure!(started.elapsed() < PATIENCE, "the journal stays full");
-            }
-        }
-        Ok(())
+    let share = ORDERS / DRIVERS;
+    let giving = (0..DRIVERS).map(|driver| {
+        let (intake, waker) = (Arc::clone(&intake), waker.clone());
+        let numbers = first + driver * share..first + (driver + 1) * share;
+        tokio::task::spawn_blocking(move || give(&intake, numbers, &waker))
     });
-    giving.await??;
+    for given in futures_util::future::join_all(giving).await {
+        given??;
+    }
     while counter.0.load(Ordering::Relaxed) < ORDERS {
         ensure!(
             started.elapsed() < PATIENCE,
@@ -146,6 +142,23 @@ async fn acknowledge(millrace: &Millrace, url: &str, first: u64) -> anyhow::Resu
     Ok(rate)
 }
 
+fn give(intake: &Intake, numbers: std::ops::Range<u64>, waker: &Waker) -> anyhow::Result<()> {
+    let started = Instant::now();
+    for number in numbers {
+        let request = request(number, true);
+        loop {
+            match intake.admit(&request, Some(waker)) {
+                Ok(_) => break,
+                // The appender has as much in hand as it may, or its next segment is being made.
+                Err(Refusal::Overloaded) => std::thread::sleep(Duration::from_micros(200)),
+                Err(refusal) => anyhow::bail!("an order was refused: {refusal:?}"),
+            }
+            ensure!(started.elapsed() < PATIENCE, "the journal stays full");
+        }
+    }
+    Ok(())
+}
+
 async fn pause_workers(client: &mut Client) -> anyhow::Result<tokio_postgres::Transaction<'_>> {
     let paused = client.transaction().await?;
     paused
@@ -157,10 +170,9 @@ async fn pause_workers(client: &mut Client) -> anyhow::Result<tokio_postgres::Tr
 async fn over_http(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
     let scratch = Scratch::new()?;
     let postgres = Postgres::start(&scratch).await?;
-    let (url, shop) = (
-        postgres.database("http").await?,
-        postgres.database("shop").await?,
-    );
+    let url = postgres.database("http").await?;
+    let shop = postgres.database("shop").await?;
+    let insert_shop = postgres.database("insert_shop").await?;
     let server = Server::start(&scratch.dir("millrace")?, &[("DATABASE__URL", &url)])?;
     server.put_sku(HOT, u32::MAX)?;
     let redis_address = free_address()?;
@@ -184,7 +196,7 @@ async fn over_http(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
     )?;
     wait_for(redis_address)?;
     let stream = Service::start("redis", Some(&shop), Some(redis_address))?;
-    let insert = Service::start("insert", Some(&shop), None)?;
+    let insert = Service::start("insert", Some(&insert_shop), None)?;
     let mut ours = Template::order(HOT, "Prefer: respond-async\r\n");
     let mut theirs = Template::order(HOT, "");
     let window = lab.window();

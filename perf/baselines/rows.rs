@@ -23,7 +23,7 @@ const TAKE_AND_INSERT: &str = "
 
 const INSERT: &str = "
     INSERT INTO shop_orders (order_id, user_id, sku, quantity, amount, currency, status, created_at, expires_at)
-    SELECT $1, $2, id, $3, unit_price * $3, currency, 1, now(), now() + interval '15 minutes'
+    SELECT $1, $2, id, $3::int8, unit_price * $3::int8, currency, 1, now(), now() + interval '15 minutes'
       FROM shop_sku WHERE sku_id = $4";
 
 /// The tables: the columns that matter, one index.

@@ -4,7 +4,7 @@
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use crate::rig::child::Server;
+use crate::rig::child::{Server, Service};
 use crate::rig::engine::HOT;
 use crate::rig::flood::{Flooded, Template, flood};
 use crate::rig::{Finding, Lab, Scratch, blocking};
@@ -17,12 +17,15 @@ pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
     let server = Server::start(&scratch.dir("millrace")?, &[])?;
     server.put_sku(HOT, u32::MAX)?;
     server.put_sku("GONE", 0)?;
+    let constant = Service::start("constant", None, None)?;
     let mut findings = Vec::new();
+    let acknowledged = Template::order(HOT, "Prefer: respond-async\r\n");
     let cases = [
+        ("constant answer", Template::order(HOT, ""), 200),
         ("waiting order", Template::order(HOT, ""), 201),
         (
             "acknowledged order",
-            Template::order(HOT, "Prefer: respond-async\r\n").starting_at(1_000_000_000),
+            acknowledged.starting_at(1_000_000_000),
             202,
         ),
         (
@@ -32,30 +35,34 @@ pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
         ),
     ];
     for (name, mut template, status) in cases {
+        let (address, process) = match status {
+            200 => (constant.address, &constant.process),
+            _ => (server.data, &server.process),
+        };
         let length = lab.window();
-        blocking(|| flood(server.data, CONNECTIONS, length / 4, &mut template))?;
-        let before = server.process.usage()?;
+        blocking(|| flood(address, CONNECTIONS, length / 4, &mut template))?;
+        let before = process.usage()?;
         let flooded: Flooded =
-            blocking(|| flood(server.data, CONNECTIONS, length, &mut template)?.only(status))?;
-        let after = server.process.usage()?;
+            blocking(|| flood(address, CONNECTIONS, length, &mut template)?.only(status))?;
+        let after = process.usage()?;
         let answers = flooded.count(status) as f64;
         let micros = (after.cpu_seconds - before.cpu_seconds) * 1e6 / answers;
         findings.push(Finding::of(
-            format!("processor time of the service for a {name}, µs"),
+            format!("processor time of the service for one {name}, µs"),
             micros,
         ));
         let switches = (after.switches - before.switches) as f64 / answers;
         findings.push(Finding::of(
-            format!("context switches for a {name}"),
+            format!("context switches for one {name}"),
             switches,
         ));
         // Counting them slows it down, so that is a run of its own.
-        let counting = count_system_calls(server.process.id(), length);
+        let counting = count_system_calls(process.id(), length);
         let flooded =
-            blocking(|| flood(server.data, CONNECTIONS, length, &mut template)?.only(status))?;
+            blocking(|| flood(address, CONNECTIONS, length, &mut template)?.only(status))?;
         if let Some(calls) = counting.and_then(Counting::finish) {
             let calls = calls / flooded.count(status) as f64;
-            findings.push(Finding::of(format!("system calls for a {name}"), calls));
+            findings.push(Finding::of(format!("system calls for one {name}"), calls));
         } else {
             eprintln!("    system calls are not counted: perf may not do it here");
         }

@@ -68,8 +68,8 @@ impl Drop for Process {
 pub struct Service {
     /// Where it listens.
     pub address: SocketAddr,
-    /// Ends it with this.
-    _process: Process,
+    /// The process.
+    pub process: Process,
 }
 
 impl Service {
@@ -93,10 +93,7 @@ impl Service {
         }
         let process = Process(command.stdin(Stdio::null()).spawn()?);
         wait_for(address)?;
-        Ok(Service {
-            address,
-            _process: process,
-        })
+        Ok(Service { address, process })
     }
 }
 

@@ -12,7 +12,7 @@ use crate::rig::{Finding, Lab, Scratch, Target, blocking};
 
 /// Connections, each with one request at a time. Fewer than this and the batches, not the service,
 /// limit the rate; each side has the same.
-pub const CONNECTIONS: usize = 1_024;
+pub const CONNECTIONS: usize = 512;
 /// Rows that the engine without HTTP writes in a round.
 const ROWS: u64 = 400_000;
 

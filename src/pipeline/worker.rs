@@ -1,7 +1,8 @@
 //! One worker: takes what is in the queue, writes it as one batch, settles each order.
 //!
 //! Batches form by themselves: while one is being written, the next gathers in the queue. An idle
-//! system writes each order at once; a busy one writes thousands together.
+//! system writes each order at once; a busy one writes thousands together. How many workers write at
+//! once follows from what there is to write, see [`super::turns`].
 //!
 //! What can happen to a batch:
 //!
@@ -21,6 +22,7 @@ use tokio::sync::watch;
 use super::WakeAll;
 use super::ledger::Ledger;
 use super::restore::Watermarks;
+use super::turns::Turns;
 use crate::faults::crash_point;
 use crate::metrics::Metrics;
 use crate::order::{Order, OrderStatus, SkuNumber, UnixMillis};
@@ -61,6 +63,7 @@ pub struct Worker {
     commits_lost: u64,
     shard: usize,
     watermarks: Arc<Watermarks>,
+    turns: Arc<Turns>,
 }
 
 /// How an attempt to write a batch, tried until it is decided, came out.
@@ -78,14 +81,14 @@ enum Decided {
 
 impl Worker {
     /// The worker `shard` on `queue` that writes through `writer`, at most `rows_max` orders at
-    /// once, and notes in `watermarks` what it has committed.
+    /// once and taking `turns` with the others, and notes in `watermarks` what it has committed.
     #[allow(
         clippy::too_many_arguments,
         reason = "each is a part of the wiring, named once in `app`"
     )]
     pub fn new(
         writer: BatchWriter,
-        (shard, watermarks): (usize, Arc<Watermarks>),
+        (shard, watermarks, turns): (usize, Arc<Watermarks>, Arc<Turns>),
         queue: Arc<dyn OrderQueue>,
         ledger: Arc<Ledger>,
         wake_all: WakeAll,
@@ -105,6 +108,7 @@ impl Worker {
             commits_lost: 0,
             shard,
             watermarks,
+            turns,
         }
     }
 
@@ -130,24 +134,42 @@ impl Worker {
     }
 
     async fn work(&mut self) -> Result<(), WorkerError> {
-        let queue = Arc::clone(&self.queue);
+        let (queue, turns) = (Arc::clone(&self.queue), Arc::clone(&self.turns));
+        let ledger = Arc::clone(&self.ledger);
         let mut retry_parked = tokio::time::Instant::now() + PARKED_RETRY;
         let mut cut = self.cut.clone();
+        tokio::select! {
+            biased;
+            () = async { drop(cut.wait_for(|cut| *cut).await) } => {}
+            connected = self.writer.connect_ahead() => match connected {
+                Err(WriteError::Fatal(error)) => return Err(error.into()),
+                // Told about, and tried again, with the first batch.
+                Ok(()) | Err(_) => {}
+            },
+        }
         loop {
-            let rows_max = self.ledger.pace.batch_rows(self.rows_max);
+            let take = async |rows_max| {
+                let turn = turns.next().await;
+                let rows_max = ledger.pace.batch_rows(rows_max);
+                let taken = queue.take(rows_max).await?;
+                turn.took(taken.orders().len() < rows_max);
+                Some((turn, taken, rows_max))
+            };
             let taken = tokio::select! {
                 biased;
                 // Whoever still waits is told that nothing was written, and what the journal has
                 // is left to the next process.
                 () = async { drop(cut.wait_for(|cut| *cut).await) } => break,
-                taken = queue.take(rows_max) => taken,
+                taken = take(self.rows_max) => taken,
                 () = tokio::time::sleep_until(retry_parked), if !self.parked.is_empty() => {
                     self.retry_parked().await?;
                     retry_parked = tokio::time::Instant::now() + PARKED_RETRY;
                     continue;
                 }
             };
-            let Some(taken) = taken else { break };
+            let Some((_turn, taken, rows_max)) = taken else {
+                break;
+            };
             if self.parked.is_empty() {
                 retry_parked = tokio::time::Instant::now() + PARKED_RETRY;
             }

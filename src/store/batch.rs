@@ -120,6 +120,17 @@ impl BatchWriter {
         }
     }
 
+    /// Makes the connection that the first batch would make, so that no buyer waits for it.
+    ///
+    /// # Errors
+    /// See [`WriteError`]; the first batch tries again.
+    pub async fn connect_ahead(&mut self) -> Result<(), WriteError> {
+        match &self.session {
+            Some(_) => Ok(()),
+            None => self.connect().await.map(|_| ()),
+        }
+    }
+
     /// Commits that the database had acknowledged and lost, as found so far.
     pub fn commits_lost(&self) -> u64 {
         self.row.commits_lost()

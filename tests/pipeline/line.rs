@@ -13,6 +13,7 @@ use millrace::order::{
 use millrace::pipeline::intake::{Admission, Intake, OrderRequest};
 use millrace::pipeline::ledger::Ledger;
 use millrace::pipeline::restore::Watermarks;
+use millrace::pipeline::turns::Turns;
 use millrace::pipeline::worker::{Worker, WorkerError};
 use millrace::pipeline::{deadlines, wake_directly};
 use millrace::queue::{OrderQueue, RingQueue};
@@ -41,6 +42,7 @@ pub struct Line {
     pub metrics: Metrics,
     pub cut: watch::Sender<bool>,
     watermarks: Arc<Watermarks>,
+    turns: Arc<Turns>,
     workers: Vec<JoinHandle<Result<(), WorkerError>>>,
     deadlines: JoinHandle<()>,
 }
@@ -85,6 +87,7 @@ impl Line {
             cut: watch::Sender::new(false),
             workers: Vec::new(),
             watermarks: Arc::new(Watermarks::new(8)),
+            turns: Arc::new(Turns::default()),
             deadlines,
         }
     }
@@ -94,7 +97,7 @@ impl Line {
         let shard = self.workers.len();
         let worker = Worker::new(
             BatchWriter::new(database, self.sale.lease(), shard as i16),
-            (shard, Arc::clone(&self.watermarks)),
+            (shard, Arc::clone(&self.watermarks), Arc::clone(&self.turns)),
             Arc::clone(&self.queue),
             Arc::clone(&self.ledger),
             wake_directly(),
