@@ -5,8 +5,8 @@
 //! real figures, asserted as well, with a server built for release:
 //!
 //! ```text
-//! cargo build --release --example http_constant && ulimit -n 20000 &&
-//! MILLRACE_SLOW=10000 MILLRACE_SLOW_SERVER=target/release/examples/http_constant \
+//! cargo build --release --features lab && ulimit -n 20000 &&
+//! MILLRACE_SLOW=10000 MILLRACE_SLOW_SERVER=target/release/lab \
 //!     cargo test --test http_hostile -- --nocapture
 //! ```
 

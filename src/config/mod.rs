@@ -257,8 +257,8 @@ pub struct Orders {
     /// Orders remembered at once, about 120 bytes each; beyond it new ones are refused.
     #[schemars(range(min = 1, max = 1_000_000_000))]
     pub remembered_max: usize,
-    /// `sold_out` and `purchase_limit` answers remembered under their keys, about 100 bytes each;
-    /// the oldest make room.
+    /// `sold_out` and `purchase_limit` answers remembered under their keys, about 56 bytes each, taken
+    /// at the start; old ones make room.
     #[schemars(range(min = 1, max = 100_000_000))]
     pub sticky_refusals_max: usize,
 }

@@ -108,13 +108,13 @@ impl Child {
         })
     }
 
-    /// Starts another program that takes an engine and an address as `http_constant` does.
+    /// Starts the perf lab, or another program of the same command, as a constant service.
     pub fn start_program(program: &str) -> Self {
         let free = TcpListener::bind("127.0.0.1:0").expect("a free port");
         let address = free.local_addr().expect("its address");
         drop(free);
         let mut command = Command::new(program);
-        command.args(["hardened", &address.to_string()]);
+        command.args(["serve", "constant", &address.to_string()]);
         Self::spawn(command, |_| {
             while std::net::TcpStream::connect(address).is_err() {
                 std::thread::sleep(Duration::from_millis(10));
