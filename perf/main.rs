@@ -78,7 +78,7 @@ struct RunArgs {
     /// Print the targets as JSON.
     #[arg(long)]
     json: bool,
-    /// Write each case's result to its folder.
+    /// Write each case's result to its folder, and with all cases the table to perf/README.md.
     #[arg(long)]
     record: bool,
     /// Minutes that the soak lasts; 10, or half a minute with --quick.
@@ -208,6 +208,9 @@ async fn run(arguments: RunArgs) -> anyhow::Result<std::process::ExitCode> {
         eprintln!("{}", case.name);
         let findings = (case.run)(&lab).await;
         report.add(case.name, findings, arguments.record)?;
+    }
+    if arguments.record && arguments.cases.is_empty() {
+        report.write_table()?;
     }
     report.print(arguments.json)?;
     Ok(report.exit_code())

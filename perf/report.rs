@@ -4,11 +4,15 @@ use std::io::{IsTerminal, Write as _};
 use std::path::Path;
 use std::process::ExitCode;
 
+use anyhow::Context;
 use comfy_table::{CellAlignment, Table, presets};
 use serde_json::json;
 
 use crate::rig::machine::{commit, machine};
 use crate::rig::{Finding, Target};
+
+const TABLE_BEGINS: &str = "<!-- targets -->";
+const TABLE_ENDS: &str = "<!-- end of targets -->";
 
 /// The findings of a run.
 pub struct Report {
@@ -126,6 +130,46 @@ impl Report {
         for (case, why) in &self.failed {
             writeln!(out, "{case} FAILED: {why}")?;
         }
+        Ok(())
+    }
+
+    /// Writes the table of targets into `perf/README.md`, between its marks.
+    ///
+    /// # Errors
+    /// Where the file, or a mark in it, is not there.
+    pub fn write_table(&self) -> anyhow::Result<()> {
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("perf/README.md");
+        let text = std::fs::read_to_string(&file)?;
+        let (before, rest) = text
+            .split_once(TABLE_BEGINS)
+            .context("perf/README.md has no mark where its table begins")?;
+        let (_, after) = rest
+            .split_once(TABLE_ENDS)
+            .context("perf/README.md has no mark where its table ends")?;
+        let mut table = format!(
+            "{TABLE_BEGINS}\nCommit {}, {}, `{}`:\n\n\
+             | | measured | value | least to greatest | target | | command |\n|---|---|---|---|---|---|---|\n",
+            self.commit, self.machine, self.command
+        );
+        for (case, finding) in &self.findings {
+            let (Some(id), Some(wanted)) = (finding.id, finding.target) else {
+                continue;
+            };
+            let spread = finding.spread.map_or(String::new(), |(least, greatest)| {
+                format!("{} to {}", number(least), number(greatest))
+            });
+            let met = if wanted.is_met_by(finding.value) {
+                "met"
+            } else {
+                "**missed**"
+            };
+            let value = number(finding.value);
+            let (what, wanted) = (&finding.what, target(wanted));
+            table += &format!(
+                "| {id} | {what} | {value} | {spread} | {wanted} | {met} | `./x perf {case}` |\n"
+            );
+        }
+        std::fs::write(file, format!("{before}{table}{TABLE_ENDS}{after}"))?;
         Ok(())
     }
 

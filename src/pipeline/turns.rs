@@ -113,7 +113,7 @@ mod tests {
         .await
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn one_at_a_time_has_a_turn() {
         let turns = Turns::default();
         let first = turns.next().await;
@@ -123,7 +123,7 @@ mod tests {
         assert!(is_ready(turns.next()).await, "nobody after the first");
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn what_is_left_behind_lets_another_join_in() {
         let turns = Turns::default();
         let first = turns.next().await;

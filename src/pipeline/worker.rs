@@ -141,11 +141,12 @@ impl Worker {
         tokio::select! {
             biased;
             () = async { drop(cut.wait_for(|cut| *cut).await) } => {}
-            connected = self.writer.connect_ahead() => match connected {
-                Err(WriteError::Fatal(error)) => return Err(error.into()),
-                // Told about, and tried again, with the first batch.
-                Ok(()) | Err(_) => {}
-            },
+            connected = self.writer.connect_ahead() => {
+                // Anything else is told about, and tried again, with the first batch.
+                if let Err(WriteError::Fatal(error)) = connected {
+                    return Err(error.into());
+                }
+            }
         }
         loop {
             let take = async |rows_max| {
