@@ -16,18 +16,24 @@ use std::time::{Duration, Instant};
 use bytes::BytesMut;
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use millrace::http::data_plane::hardened::framing;
+use millrace::http::data_plane::message::Response;
+use millrace::http::problem::Problem;
 use millrace::http::wire::{OrderBody, OrderView};
 use millrace::order::receipt::{ReceiptKeys, SignedParts};
 use millrace::order::{
     Currency, IdClock, IdempotencyKey, KeyHash, Order, OrderId, OrderStatus, PayloadHash, Quantity,
-    SkuId, SkuNumber, UnixMillis, UserId,
+    Refusal, SkuId, SkuNumber, UnixMillis, UserId,
 };
 use millrace::pipeline::intake::{Admission, Intake, OrderRequest};
 use millrace::pipeline::ledger::Ledger;
+use millrace::queue::journal::record::GroupBytes;
+use millrace::queue::journal::sector::{self, Seal};
 use millrace::queue::{OrderQueue, RingQueue};
 use millrace::state::buyers::{Buyers, Claimed, Remembered};
 use millrace::state::pending::{Pending, PendingOrder, Settled, Slot};
 use millrace::state::poison::Poison;
+use millrace::state::recent::Recent;
+use millrace::state::refusals::Refusals;
 use millrace::state::stock::{Catalogue, SaleTerms, Sku, StockCounter};
 use millrace::store::copy;
 
@@ -163,6 +169,10 @@ fn ids(c: &mut Criterion) {
     c.bench_function("order_id/next", |b| b.iter(|| clock.next().unwrap()));
     let key = key();
     c.bench_function("order/key_hash", |b| b.iter(|| KeyHash::of(black_box(key))));
+    let sku = SkuId::new("IPHONE-15").unwrap();
+    c.bench_function("order/payload_hash", |b| {
+        b.iter(|| PayloadHash::of(black_box(&sku), Quantity::ONE, 0, None));
+    });
 }
 
 fn buyers(c: &mut Criterion) {
@@ -210,6 +220,35 @@ fn slot(c: &mut Criterion) {
             },
             BatchSize::SmallInput,
         );
+    });
+}
+
+fn memory(c: &mut Criterion) {
+    let pending_orders = Pending::with_capacity(1 << 17);
+    let one = pending(7);
+    c.bench_function("pending/insert_and_remove", |b| {
+        b.iter(|| {
+            pending_orders.insert(black_box(&one));
+            pending_orders.remove(one.order.id);
+        });
+    });
+    let recent = Recent::with_capacity(65_536);
+    let orders: Vec<_> = (1..=200_000).map(pending).collect();
+    let mut turn = orders.iter().cycle();
+    c.bench_function("recent/note_when_full", |b| {
+        b.iter(|| recent.note(turn.next().unwrap()));
+    });
+    let refusals = Refusals::with_capacity(100_000);
+    let sold_out = Refusal::SoldOut { available: 0 };
+    let mut number = 0_u64;
+    c.bench_function("refusals/check_and_remember_when_full", |b| {
+        b.iter(|| {
+            number += 1;
+            let user = UserId::new(itoa::Buffer::new().format(number)).unwrap();
+            let key = KeyHash([7; 16]);
+            assert!(refusals.check(&user, key, PayloadHash(1)).is_ok());
+            refusals.remember(&user, key, PayloadHash(1), sold_out);
+        });
     });
 }
 
@@ -288,6 +327,23 @@ fn encode(c: &mut Criterion) {
     });
 }
 
+fn journal(c: &mut Criterion) {
+    let orders: Vec<Order> = (1..=1_000).map(order).collect();
+    let seal = Seal::new(&[7; 16], 1);
+    let mut group = c.benchmark_group("journal");
+    group.throughput(Throughput::Elements(1_000));
+    group.bench_function("encode_a_group_of_1000", |b| {
+        let (mut records, mut sectors) = (GroupBytes::default(), Vec::new());
+        b.iter(|| {
+            records.begin(1, 1);
+            orders.iter().for_each(|order| records.push_order(order));
+            sectors.clear();
+            sector::encode(&mut sectors, seal, 1, 1, records.as_bytes());
+            black_box(sectors.len())
+        });
+    });
+}
+
 fn wire(c: &mut Criterion) {
     let keys = millrace::order::receipt::ReceiptKeys::new(&["0123456789abcdef"]);
     let body = br#"{"user_id":"u-42","sku_id":"IPHONE-15","quantity":1,"attributes":{"address_id":"a-7"}}"#;
@@ -305,6 +361,15 @@ fn wire(c: &mut Criterion) {
             )
             .unwrap();
             black_box(out.len())
+        });
+    });
+    let sold_out = Problem::from(Refusal::SoldOut { available: 0 });
+    let mut response = Response::default();
+    c.bench_function("wire/write_sold_out", |b| {
+        b.iter(|| {
+            response.clear();
+            black_box(&sold_out).write_to(&mut response);
+            black_box(response.body().len())
         });
     });
     let head =
@@ -352,6 +417,6 @@ criterion_group! {
         .measurement_time(Duration::from_secs(3))
         .sample_size(30)
         .without_plots();
-    targets = queue, stock, ids, buyers, slot, intake, encode, wire, receipt
+    targets = queue, stock, ids, buyers, slot, memory, intake, encode, journal, wire, receipt
 }
 criterion_main!(hot_path);

@@ -13,6 +13,7 @@
 mod async_acks;
 mod baselines;
 mod batch_endpoint;
+mod callbacks;
 mod costs;
 mod cross_check;
 mod duplicates;
@@ -127,6 +128,10 @@ const CASES: &[Case] = &[
     Case {
         name: "duplicates",
         run: |lab| Box::pin(duplicates::run(lab)),
+    },
+    Case {
+        name: "callbacks",
+        run: |lab| Box::pin(callbacks::run(lab)),
     },
     Case {
         name: "mixed_sale",

@@ -1,34 +1,36 @@
 //! Callbacks that are coalesced into set-based transactions, as the cashier does it, beside a
-//! well-written update for each of them, alternating on the same PostgreSQL, all for one hot SKU.
-//!
-//! ```text
-//! cargo run --release --example callbacks [ROUNDS [PAYMENTS [CONNECTIONS]]]     6 4000 16
-//! ```
+//! well-written statement for each of them, all for one hot SKU.
 //!
 //! The row-at-a-time side does in one statement, which is its own transaction, what has to be done
 //! for one callback: the event, the payment, the order's guarded transition, the SKU's counters and
-//! the stock journal; CONNECTIONS of them at once. The other side takes in as many at once as wait
-//! where 256 deliveries are under way. Both are durable when they answer. Printed are callbacks a
-//! second of each, and the ratio: median, least, greatest.
+//! the stock journal; several connections at once. The other side takes in as many at once as wait
+//! where 256 deliveries are under way. Both are durable when they answer.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
+use anyhow::ensure;
 use millrace::app::{OpenDatabase, open_database, prepare_schema};
 use millrace::config::Config;
 use millrace::order::payment::{Notice, Payment, Provider};
-use millrace::order::{
-    Currency, Order, OrderId, PayloadHash, Quantity, SkuId, SkuNumber, UnixMillis, UserId,
-};
+use millrace::order::{Currency, Order, OrderId, SkuId, UnixMillis};
 use millrace::state::stock::SaleTerms;
 use millrace::store::batch::BatchWriter;
 use millrace::store::postgres::Database;
 use millrace::store::settlement::SettlementWriter;
 use millrace::store::settlement::payments::Arrival;
 
+use crate::rig::compare::alternate;
+use crate::rig::engine::{BATCH_ROWS, HOT, rows};
+use crate::rig::{Finding, Lab, Scratch};
+
 /// Deliveries under way at once on the coalescing side.
 const WAITING: usize = 256;
+/// Connections of the row-at-a-time side.
+const CONNECTIONS: usize = 16;
+/// Callbacks of a side and round.
+const PAYMENTS: u64 = 4_000;
 
 const ONE: &str = "
     WITH event AS (
@@ -48,17 +50,14 @@ const ONE: &str = "
     INSERT INTO stock_journal (sku, cause, reference, held_delta, sold_delta, total_after, held_after, sold_after)
     SELECT id, 'paid', $3, -quantity, quantity, total, held, sold FROM moved";
 
-#[tokio::main]
-async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let mut arguments = std::env::args().skip(1).map(|text| text.parse::<usize>());
-    let mut next = |default| arguments.next().unwrap_or(Ok(default));
-    let (rounds, payments, connections) = (next(6)?, next(4_000)?, next(16)?);
-    let scratch = tempfile::tempdir()?;
+/// Runs the case.
+pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
+    let scratch = Scratch::new()?;
     let mut config = Config {
-        data_dir: scratch.path().to_owned(),
+        data_dir: scratch.dir("millrace")?,
         ..Config::default()
     };
-    config.database.pool_size = connections;
+    config.database.pool_size = CONNECTIONS;
     let OpenDatabase { database, embedded } = open_database(&config).await?;
     prepare_schema(&config, &database).await?;
     let guard = database.claim().await?;
@@ -71,60 +70,44 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         opens_at: None,
         closes_at: None,
     };
+    let hot = SkuId::new(HOT)?;
     let sku = database
-        .put_sku(taken.lease, &SkuId::new("HOT")?, &terms, u32::MAX)
+        .put_sku(taken.lease, &hot, &terms, u32::MAX)
         .await?;
     let mut writer = BatchWriter::new(database.clone(), taken.lease, 0);
     let mut settlement = SettlementWriter::new(database.clone(), taken.lease, 1);
-    let mut ratios = Vec::new();
-    for round in 0..rounds {
-        let mut rates = [0.0; 2];
-        // Which goes first alternates too.
-        for side in [round % 2, 1 - round % 2] {
-            let first = 1 + ((2 * round + side) * payments) as u64;
-            let orders: Vec<Order> = (first..first + payments as u64)
-                .map(|number| order(number, &sku.id, sku.number))
-                .collect();
-            for part in orders.chunks(5_000) {
-                writer.write(&part.iter().collect::<Vec<_>>()).await?;
-            }
-            let notices: Vec<Notice> = orders.iter().map(notice).collect();
-            let started = Instant::now();
-            if side == 0 {
-                coalesced(&mut settlement, &notices).await?;
-            } else {
-                one_by_one(&database, notices, connections).await?;
-            }
-            rates[side] = payments as f64 / started.elapsed().as_secs_f64();
+    let mut first = 0;
+    let names = ["coalesced/s", "a statement each/s"];
+    let rounds = alternate(lab.rounds(), names, async |side| {
+        first += PAYMENTS;
+        let orders = rows(first, PAYMENTS, sku.number);
+        for part in orders.chunks(BATCH_ROWS) {
+            writer.write(&part.iter().collect::<Vec<_>>()).await?;
         }
-        println!(
-            "round {}: coalesced {:.0}/s, row at a time {:.0}/s",
-            round + 1,
-            rates[0],
-            rates[1]
-        );
-        ratios.push(rates[0] / rates[1]);
-    }
+        let notices: Vec<Notice> = orders.iter().map(notice).collect();
+        let started = Instant::now();
+        match side {
+            0 => coalesced(&mut settlement, &notices).await?,
+            _ => one_by_one(&database, notices).await?,
+        }
+        Ok(PAYMENTS as f64 / started.elapsed().as_secs_f64())
+    })
+    .await?;
     let audit = millrace::pipeline::audit::audit(&database, None).await?;
-    assert!(audit.ok, "{audit:?}");
-    ratios.sort_by(f64::total_cmp);
-    let (Some(least), Some(greatest)) = (ratios.first(), ratios.last()) else {
-        return Ok(());
-    };
-    println!(
-        "callbacks a second, coalesced / row at a time: {:.1} ({least:.1} to {greatest:.1}), {connections} connections, {payments} payments a round",
-        ratios[ratios.len() / 2]
-    );
+    ensure!(audit.ok, "{audit:?}");
     if let Some(embedded) = embedded {
         embedded.stop().await?;
     }
-    Ok(())
+    Ok(vec![
+        Finding::spread(
+            format!("callbacks coalesced / a statement each over {CONNECTIONS} connections"),
+            rounds.ratio(0, 1),
+        ),
+        Finding::spread("callbacks coalesced, a second", rounds.side(0)),
+    ])
 }
 
-async fn coalesced(
-    settlement: &mut SettlementWriter,
-    notices: &[Notice],
-) -> Result<(), Box<dyn std::error::Error>> {
+async fn coalesced(settlement: &mut SettlementWriter, notices: &[Notice]) -> anyhow::Result<()> {
     for part in notices.chunks(WAITING) {
         let now = UnixMillis::now();
         let arrival = Arrival {
@@ -139,21 +122,14 @@ async fn coalesced(
     Ok(())
 }
 
-async fn one_by_one(
-    database: &Database,
-    notices: Vec<Notice>,
-    connections: usize,
-) -> Result<(), Box<dyn std::error::Error>> {
+async fn one_by_one(database: &Database, notices: Vec<Notice>) -> anyhow::Result<()> {
     let (notices, next) = (Arc::new(notices), Arc::new(AtomicUsize::new(0)));
     let mut tasks = tokio::task::JoinSet::new();
-    for _ in 0..connections {
+    for _ in 0..CONNECTIONS {
         let (database, notices, next) = (database.clone(), Arc::clone(&notices), Arc::clone(&next));
         tasks.spawn(async move {
-            let client = database.pooled().await.map_err(|e| e.to_string())?;
-            let statement = client
-                .prepare_cached(ONE)
-                .await
-                .map_err(|e| e.to_string())?;
+            let client = database.pooled().await?;
+            let statement = client.prepare_cached(ONE).await?;
             while let Some(notice) = notices.get(next.fetch_add(1, Ordering::Relaxed)) {
                 let Some(payment) = &notice.payment else {
                     continue;
@@ -170,35 +146,15 @@ async fn one_by_one(
                             &payment.amount,
                         ],
                     )
-                    .await
-                    .map_err(|e| format!("{e:?}"))?;
+                    .await?;
             }
-            Ok::<(), String>(())
+            anyhow::Ok(())
         });
     }
     while let Some(done) = tasks.join_next().await {
         done??;
     }
     Ok(())
-}
-
-fn order(number: u64, sku_id: &SkuId, sku: SkuNumber) -> Order {
-    let now = UnixMillis::now();
-    Order {
-        id: OrderId::new(number).unwrap_or(OrderId::MAX),
-        user_id: UserId::new(&format!("u-{number}")).expect("a user id"),
-        sku_id: sku_id.clone(),
-        sku,
-        quantity: Quantity::ONE,
-        adjustment: 0,
-        amount: 100,
-        currency: Currency::new("EUR").expect("a currency"),
-        created_at: now,
-        expires_at: now.plus_ms(3_600_000),
-        key: None,
-        payload: PayloadHash(number),
-        attributes: None,
-    }
 }
 
 fn notice(order: &Order) -> Notice {
