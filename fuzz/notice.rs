@@ -6,7 +6,7 @@ use millrace::order::payment::{Notice, Provider, REFERENCE_BYTES_MAX};
 /// A public key of the tests.
 #[allow(dead_code, reason = "not every target needs a key")]
 pub fn key(name: &str) -> String {
-    let keys = include_str!("../tests/payments/vectors/keys.json");
+    let keys = include_str!("../tests/providers/vectors/keys.json");
     let keys: serde_json::Value = serde_json::from_str(keys).expect("keys");
     keys[name]["public"].as_str().expect("a key").to_owned()
 }
