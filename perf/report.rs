@@ -1,16 +1,18 @@
 //! One table of everything, and each case's own record.
 
 use std::io::{IsTerminal, Write as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context;
 use comfy_table::{CellAlignment, Table, presets};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::rig::machine::{commit, machine};
 use crate::rig::{Finding, Target};
 
+/// What is recorded of a case, in its folder.
+const RESULT: &str = "result.json";
 const TABLE_BEGINS: &str = "<!-- targets -->";
 const TABLE_ENDS: &str = "<!-- end of targets -->";
 
@@ -60,19 +62,13 @@ impl Report {
             eprintln!("    {}", line(finding));
         }
         if record {
-            let lines: Vec<String> = findings.iter().map(line).collect();
-            let text = format!(
-                "commit {}\nmachine {}\ncommand {}\n\n{}\n",
-                self.commit,
-                self.machine,
-                self.command,
-                lines.join("\n")
-            );
-            let file = Path::new(env!("CARGO_MANIFEST_DIR"))
-                .join("perf")
-                .join(case)
-                .join("result.txt");
-            std::fs::write(file, text)?;
+            let text = serde_json::to_string_pretty(&json!({
+                "commit": self.commit,
+                "machine": self.machine,
+                "command": self.command,
+                "findings": findings.iter().map(row).collect::<Vec<_>>(),
+            }))?;
+            std::fs::write(folder().join(case).join(RESULT), text + "\n")?;
         }
         self.findings
             .extend(findings.into_iter().map(|finding| (case, finding)));
@@ -133,67 +129,18 @@ impl Report {
         Ok(())
     }
 
-    /// Writes the table of targets into `perf/README.md`, between its marks.
-    ///
-    /// # Errors
-    /// Where the file, or a mark in it, is not there.
-    pub fn write_table(&self) -> anyhow::Result<()> {
-        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("perf/README.md");
-        let text = std::fs::read_to_string(&file)?;
-        let (before, rest) = text
-            .split_once(TABLE_BEGINS)
-            .context("perf/README.md has no mark where its table begins")?;
-        let (_, after) = rest
-            .split_once(TABLE_ENDS)
-            .context("perf/README.md has no mark where its table ends")?;
-        let mut table = format!(
-            "{TABLE_BEGINS}\nCommit {}, {}, `{}`:\n\n\
-             | | measured | value | least to greatest | target | | command |\n|---|---|---|---|---|---|---|\n",
-            self.commit, self.machine, self.command
-        );
-        for (case, finding) in &self.findings {
-            let (Some(id), Some(wanted)) = (finding.id, finding.target) else {
-                continue;
-            };
-            let spread = finding.spread.map_or(String::new(), |(least, greatest)| {
-                format!("{} to {}", number(least), number(greatest))
-            });
-            let met = if wanted.is_met_by(finding.value) {
-                "met"
-            } else {
-                "**missed**"
-            };
-            let value = number(finding.value);
-            let (what, wanted) = (&finding.what, target(wanted));
-            table += &format!(
-                "| {id} | {what} | {value} | {spread} | {wanted} | {met} | `./x perf {case}` |\n"
-            );
-        }
-        std::fs::write(file, format!("{before}{table}{TABLE_ENDS}{after}"))?;
-        Ok(())
-    }
-
-    fn json(&self) -> serde_json::Value {
-        let row = |case: &str, finding: &Finding| {
-            json!({
-                "id": finding.id, "case": case, "what": finding.what, "value": finding.value,
-                "least": finding.spread.map(|spread| spread.0), "greatest": finding.spread.map(|spread| spread.1),
-                "target": finding.target.map(Target::number),
-                "bound": finding.target.map(|target| match target {
-                    Target::AtLeast(_) => "at_least",
-                    Target::AtMost(_) => "at_most",
-                }),
-                "met": finding.target.map(|target| target.is_met_by(finding.value)),
-            })
-        };
+    fn json(&self) -> Value {
         let (targets, figures): (Vec<_>, Vec<_>) = self
             .findings
             .iter()
             .partition(|(_, finding)| finding.id.is_some());
-        let rows = |list: Vec<&(&str, Finding)>| -> Vec<_> {
-            list.iter()
-                .map(|(case, finding)| row(case, finding))
-                .collect()
+        let rows = |list: Vec<&(&str, Finding)>| -> Vec<Value> {
+            let with_case = |(case, finding): &&(&str, Finding)| {
+                let mut row = row(finding);
+                row["case"] = json!(case);
+                row
+            };
+            list.iter().map(with_case).collect()
         };
         json!({
             "commit": self.commit, "machine": self.machine, "command": self.command,
@@ -210,6 +157,92 @@ impl Report {
             ExitCode::FAILURE
         }
     }
+}
+
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("perf")
+}
+
+/// A finding for machines.
+fn row(finding: &Finding) -> Value {
+    json!({
+        "id": finding.id,
+        "what": finding.what,
+        "value": finding.value,
+        "least": finding.spread.map(|spread| spread.0),
+        "greatest": finding.spread.map(|spread| spread.1),
+        "target": finding.target.map(Target::number),
+        "bound": finding.target.map(|target| match target {
+            Target::AtLeast(_) => "at_least",
+            Target::AtMost(_) => "at_most",
+        }),
+        "met": finding.target.map(|target| target.is_met_by(finding.value)),
+    })
+}
+
+/// Writes the table of targets into `perf/README.md`, between its marks, from what is recorded of
+/// each of these cases.
+///
+/// # Errors
+/// Where a file, or a mark, is not there.
+pub fn write_table(cases: &[&str]) -> anyhow::Result<()> {
+    let file = folder().join("README.md");
+    let text = std::fs::read_to_string(&file)?;
+    let (before, rest) = text
+        .split_once(TABLE_BEGINS)
+        .context("perf/README.md has no mark where its table begins")?;
+    let (_, after) = rest
+        .split_once(TABLE_ENDS)
+        .context("perf/README.md has no mark where its table ends")?;
+    let mut rows = Vec::new();
+    for case in cases {
+        let Ok(text) = std::fs::read_to_string(folder().join(case).join(RESULT)) else {
+            continue;
+        };
+        let recorded: Value = serde_json::from_str(&text)?;
+        for row in recorded["findings"].as_array().into_iter().flatten() {
+            if let Some(id) = row["id"].as_str() {
+                rows.push((id.to_owned(), table_row(case, &recorded["commit"], row)));
+            }
+        }
+    }
+    rows.sort();
+    let mut table = format!(
+        "{TABLE_BEGINS}\n| | measured | value | least to greatest | target | | command | commit |\n\
+         |---|---|---|---|---|---|---|---|\n"
+    );
+    table.extend(rows.into_iter().map(|(_, row)| row));
+    std::fs::write(file, format!("{before}{table}{TABLE_ENDS}{after}"))?;
+    Ok(())
+}
+
+fn table_row(case: &str, commit: &Value, row: &Value) -> String {
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let figure = |name: &str| row[name].as_f64().map(number).unwrap_or_default();
+    let (least, greatest) = (figure("least"), figure("greatest"));
+    let spread = if least.is_empty() {
+        least
+    } else {
+        format!("{least} to {greatest}")
+    };
+    let sign = if row["bound"] == "at_least" {
+        "≥"
+    } else {
+        "≤"
+    };
+    let met = if row["met"] == true {
+        "met"
+    } else {
+        "**missed**"
+    };
+    format!(
+        "| {} | {} | {} | {spread} | {sign} {} | {met} | `./x perf {case}` | {} |\n",
+        text(&row["id"]),
+        text(&row["what"]),
+        figure("value"),
+        figure("target"),
+        text(commit),
+    )
 }
 
 fn line(finding: &Finding) -> String {
