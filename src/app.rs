@@ -39,7 +39,6 @@ use crate::pipeline::lease::{self, AcknowledgeLease, Leases};
 use crate::pipeline::ledger::Ledger;
 use crate::pipeline::operator::Operator;
 use crate::pipeline::restore::{Restorer, Watermarks};
-use crate::pipeline::turns::Turns;
 use crate::pipeline::worker::{Worker, WorkerError};
 use crate::pipeline::{WakeAll, deadlines, retention};
 use crate::queue::journal::{JournalError, JournalParts, JournalQueue};
@@ -367,13 +366,12 @@ impl Millrace {
         let intake = Arc::new(intake.with_rate_limits(&config.rate_limit));
         let (cut, cut_seen) = watch::channel(false);
         let watermarks = Arc::new(Watermarks::new(worker_count));
-        let turns = Arc::new(Turns::default());
         let mut workers = JoinSet::new();
         for worker in 0..worker_count {
             let shard = i16::try_from(worker).unwrap_or(i16::MAX);
             let worker = Worker::new(
                 BatchWriter::new(database.clone(), lease, shard),
-                (worker, Arc::clone(&watermarks), Arc::clone(&turns)),
+                (worker, Arc::clone(&watermarks)),
                 Arc::clone(&queue),
                 Arc::clone(&ledger),
                 Arc::clone(&wake_all),

@@ -1,5 +1,5 @@
 //! The flow of an order: [`intake`] holds stock and queues, [`worker`] writes and settles,
-//! [`turns`] says which worker takes next, [`deadlines`] gives up what nobody claimed in time. [`ledger`] is what they share: every way in
+//! [`deadlines`] gives up what nobody claimed in time. [`ledger`] is what they share: every way in
 //! which an order in flight can end, and what memory owes for each. [`operator`] and [`audit`] are
 //! an operator's hands and eyes. [`cashier`] is what happens to an order after its row is there: payments, orphans
 //! (`reconciler`), `expiry`, refunds. [`lease`] keeps the right to go on, [`replay`] writes what may be
@@ -20,7 +20,6 @@ mod reconciler;
 pub mod replay;
 pub mod restore;
 pub mod retention;
-pub mod turns;
 pub mod worker;
 
 use std::sync::Arc;

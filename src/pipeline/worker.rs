@@ -1,8 +1,7 @@
 //! One worker: takes what is in the queue, writes it as one batch, settles each order.
 //!
 //! Batches form by themselves: while one is being written, the next gathers in the queue. An idle
-//! system writes each order at once; a busy one writes thousands together. How many workers write at
-//! once follows from what there is to write, see [`super::turns`].
+//! system writes each order at once; a busy one writes thousands together.
 //!
 //! What can happen to a batch:
 //!
@@ -22,7 +21,6 @@ use tokio::sync::watch;
 use super::WakeAll;
 use super::ledger::Ledger;
 use super::restore::Watermarks;
-use super::turns::Turns;
 use crate::faults::crash_point;
 use crate::metrics::Metrics;
 use crate::order::{Order, OrderStatus, SkuNumber, UnixMillis};
@@ -63,7 +61,6 @@ pub struct Worker {
     commits_lost: u64,
     shard: usize,
     watermarks: Arc<Watermarks>,
-    turns: Arc<Turns>,
 }
 
 /// How an attempt to write a batch, tried until it is decided, came out.
@@ -81,14 +78,14 @@ enum Decided {
 
 impl Worker {
     /// The worker `shard` on `queue` that writes through `writer`, at most `rows_max` orders at
-    /// once and taking `turns` with the others, and notes in `watermarks` what it has committed.
+    /// once, and notes in `watermarks` what it has committed.
     #[allow(
         clippy::too_many_arguments,
         reason = "each is a part of the wiring, named once in `app`"
     )]
     pub fn new(
         writer: BatchWriter,
-        (shard, watermarks, turns): (usize, Arc<Watermarks>, Arc<Turns>),
+        (shard, watermarks): (usize, Arc<Watermarks>),
         queue: Arc<dyn OrderQueue>,
         ledger: Arc<Ledger>,
         wake_all: WakeAll,
@@ -108,7 +105,6 @@ impl Worker {
             commits_lost: 0,
             shard,
             watermarks,
-            turns,
         }
     }
 
@@ -134,8 +130,7 @@ impl Worker {
     }
 
     async fn work(&mut self) -> Result<(), WorkerError> {
-        let (queue, turns) = (Arc::clone(&self.queue), Arc::clone(&self.turns));
-        let ledger = Arc::clone(&self.ledger);
+        let queue = Arc::clone(&self.queue);
         let mut retry_parked = tokio::time::Instant::now() + PARKED_RETRY;
         let mut cut = self.cut.clone();
         tokio::select! {
@@ -149,28 +144,20 @@ impl Worker {
             }
         }
         loop {
-            let take = async |rows_max| {
-                let turn = turns.next().await;
-                let rows_max = ledger.pace.batch_rows(rows_max);
-                let taken = queue.take(rows_max).await?;
-                turn.took(taken.orders().len() < rows_max);
-                Some((turn, taken, rows_max))
-            };
+            let rows_max = self.ledger.pace.batch_rows(self.rows_max);
             let taken = tokio::select! {
                 biased;
                 // Whoever still waits is told that nothing was written, and what the journal has
                 // is left to the next process.
                 () = async { drop(cut.wait_for(|cut| *cut).await) } => break,
-                taken = take(self.rows_max) => taken,
+                taken = queue.take(rows_max) => taken,
                 () = tokio::time::sleep_until(retry_parked), if !self.parked.is_empty() => {
                     self.retry_parked().await?;
                     retry_parked = tokio::time::Instant::now() + PARKED_RETRY;
                     continue;
                 }
             };
-            let Some((_turn, taken, rows_max)) = taken else {
-                break;
-            };
+            let Some(taken) = taken else { break };
             if self.parked.is_empty() {
                 retry_parked = tokio::time::Instant::now() + PARKED_RETRY;
             }

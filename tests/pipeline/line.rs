@@ -13,7 +13,6 @@ use millrace::order::{
 use millrace::pipeline::intake::{Admission, Intake, OrderRequest};
 use millrace::pipeline::ledger::Ledger;
 use millrace::pipeline::restore::Watermarks;
-use millrace::pipeline::turns::Turns;
 use millrace::pipeline::worker::{Worker, WorkerError};
 use millrace::pipeline::{deadlines, wake_directly};
 use millrace::queue::{OrderQueue, RingQueue};
@@ -42,7 +41,6 @@ pub struct Line {
     pub metrics: Metrics,
     pub cut: watch::Sender<bool>,
     watermarks: Arc<Watermarks>,
-    turns: Arc<Turns>,
     workers: Vec<JoinHandle<Result<(), WorkerError>>>,
     deadlines: JoinHandle<()>,
 }
@@ -87,7 +85,6 @@ impl Line {
             cut: watch::Sender::new(false),
             workers: Vec::new(),
             watermarks: Arc::new(Watermarks::new(8)),
-            turns: Arc::new(Turns::default()),
             deadlines,
         }
     }
