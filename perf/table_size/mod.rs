@@ -18,8 +18,8 @@ pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
     let scratch = Scratch::new()?;
     let postgres = Postgres::start(&scratch).await?;
     let (full_url, empty_url) = (
-        postgres.database("full").await?,
-        postgres.database("empty").await?,
+        postgres.database("full_table").await?,
+        postgres.database("empty_table").await?,
     );
     let there = lab.pick(THERE, THERE_QUICK);
     // Once for its tables and its SKU.

@@ -94,7 +94,7 @@ impl Line {
         let shard = self.workers.len();
         let worker = Worker::new(
             BatchWriter::new(database, self.sale.lease(), shard as i16),
-            (shard, Arc::clone(&self.watermarks), Arc::clone(&self.turns)),
+            (shard, Arc::clone(&self.watermarks)),
             Arc::clone(&self.queue),
             Arc::clone(&self.ledger),
             wake_directly(),
