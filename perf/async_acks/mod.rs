@@ -8,8 +8,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::ensure;
 use millrace::app::Millrace;
-use millrace::order::Refusal;
-use millrace::pipeline::intake::Intake;
 use tokio_postgres::Client;
 
 use crate::rig::child::{Server, Service, free_address, spawn, wait_for};
@@ -106,7 +104,7 @@ async fn acknowledge(millrace: &Millrace, url: &str, first: u64) -> anyhow::Resu
     let giving = (0..DRIVERS).map(|driver| {
         let (intake, waker) = (Arc::clone(&intake), waker.clone());
         let numbers = first + driver * share..first + (driver + 1) * share;
-        tokio::task::spawn_blocking(move || give(&intake, numbers, &waker))
+        tokio::task::spawn_blocking(move || engine::give(&intake, numbers, Some(&waker)))
     });
     for given in futures_util::future::join_all(giving).await {
         given??;
@@ -140,23 +138,6 @@ async fn acknowledge(millrace: &Millrace, url: &str, first: u64) -> anyhow::Resu
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
     Ok(rate)
-}
-
-fn give(intake: &Intake, numbers: std::ops::Range<u64>, waker: &Waker) -> anyhow::Result<()> {
-    let started = Instant::now();
-    for number in numbers {
-        let request = request(number, true);
-        loop {
-            match intake.admit(&request, Some(waker)) {
-                Ok(_) => break,
-                // The appender has as much in hand as it may, or its next segment is being made.
-                Err(Refusal::Overloaded) => std::thread::sleep(Duration::from_micros(200)),
-                Err(refusal) => anyhow::bail!("an order was refused: {refusal:?}"),
-            }
-            ensure!(started.elapsed() < PATIENCE, "the journal stays full");
-        }
-    }
-    Ok(())
 }
 
 async fn pause_workers(client: &mut Client) -> anyhow::Result<tokio_postgres::Transaction<'_>> {

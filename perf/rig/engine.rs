@@ -3,6 +3,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::task::Waker;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
@@ -89,7 +90,7 @@ pub fn request(number: u64, respond_async: bool) -> OrderRequest<'static> {
 pub async fn persist(millrace: &Millrace, first: u64, orders: u64) -> anyhow::Result<f64> {
     let (intake, ledger) = (Arc::clone(millrace.intake()), Arc::clone(millrace.ledger()));
     let started = Instant::now();
-    let driver = tokio::task::spawn_blocking(move || give(&intake, first..first + orders, false));
+    let driver = tokio::task::spawn_blocking(move || give(&intake, first..first + orders, None));
     driver.await??;
     while !ledger.pending.is_empty() {
         ensure!(started.elapsed() < PATIENCE, "the engine does not finish");
@@ -98,20 +99,21 @@ pub async fn persist(millrace: &Millrace, first: u64, orders: u64) -> anyhow::Re
     Ok(orders as f64 / started.elapsed().as_secs_f64())
 }
 
-/// Admits one order for each number. A full queue is waited for, as a client with `Retry-After` does.
+/// Admits one order for each number; with a waker each is to be acknowledged at once, and wakes it. A full
+/// queue is waited for, as a client with `Retry-After` does.
 ///
 /// # Errors
 /// Another refusal.
 pub fn give(
     intake: &Intake,
     numbers: std::ops::Range<u64>,
-    respond_async: bool,
+    waker: Option<&Waker>,
 ) -> anyhow::Result<()> {
     let started = Instant::now();
     for number in numbers {
-        let request = request(number, respond_async);
+        let request = request(number, waker.is_some());
         loop {
-            match intake.admit(&request, None) {
+            match intake.admit(&request, waker) {
                 Ok(_) => break,
                 Err(Refusal::Overloaded | Refusal::Backlogged { .. }) => {
                     ensure!(started.elapsed() < PATIENCE, "the queue stays full");
