@@ -14,8 +14,8 @@ use crate::rig::child::{Server, Service, free_address, spawn, wait_for};
 use crate::rig::compare::alternate;
 use crate::rig::database::{self, Postgres};
 use crate::rig::engine::{self, HOT, RawCopy, request};
-use crate::rig::flood::{Template, flood};
-use crate::rig::{Finding, Lab, Scratch, Target, blocking};
+use crate::rig::flood::{Template, rate};
+use crate::rig::{Finding, Lab, Scratch, Target};
 
 /// Orders that are acknowledged in a round.
 const ORDERS: u64 = 400_000;
@@ -188,8 +188,7 @@ async fn over_http(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
             1 => (stream.address, &mut theirs, 202),
             _ => (insert.address, &mut theirs, 201),
         };
-        let rate =
-            blocking(|| flood(address, CONNECTIONS, window, template)?.only(status))?.rate(status);
+        let rate = rate(address, CONNECTIONS, window, template, status)?;
         match side {
             0 => drop(server.audit()?),
             // What it has promised it still has to write; the next side shall not pay for it.

@@ -6,7 +6,7 @@ use crate::rig::child::{Server, Service};
 use crate::rig::compare::{Rounds, alternate};
 use crate::rig::database::{self, Postgres};
 use crate::rig::engine::{self, HOT};
-use crate::rig::flood::{Template, flood};
+use crate::rig::flood::{Template, flood, rate};
 use crate::rig::{Finding, Lab, Scratch, Target, blocking};
 
 /// Orders of a batch, the most that one may have.
@@ -62,8 +62,7 @@ pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
             first += ROWS;
             engine::persist(&engine, first, ROWS).await
         }
-        _ => blocking(|| flood(row.address, 64, window, &mut order)?.only(201))
-            .map(|it| it.rate(201)),
+        _ => rate(row.address, 64, window, &mut order, 201),
     })
     .await?;
     server.audit()?;

@@ -8,7 +8,7 @@ use anyhow::Context;
 use crate::rig::child::{Server, Service};
 use crate::rig::compare::alternate;
 use crate::rig::engine::HOT;
-use crate::rig::flood::{Template, flood};
+use crate::rig::flood::{Template, rate};
 use crate::rig::{Finding, Lab, Scratch, blocking};
 
 const CONNECTIONS: usize = 256;
@@ -74,11 +74,9 @@ pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
                     first,
                 )
             }),
-            1 => blocking(|| flood(server.data, CONNECTIONS, window, &mut order)?.only(201))
-                .map(|it| it.rate(201)),
+            1 => rate(server.data, CONNECTIONS, window, &mut order, 201),
             2 => blocking(|| wrk(format!("http://{}/", constant.address), None, 0)),
-            _ => blocking(|| flood(constant.address, CONNECTIONS, window, &mut order)?.only(200))
-                .map(|it| it.rate(200)),
+            _ => rate(constant.address, CONNECTIONS, window, &mut order, 200),
         }
     })
     .await?;

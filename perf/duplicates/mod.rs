@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::rig::child::{Server, Service};
 use crate::rig::compare::alternate;
 use crate::rig::engine::HOT;
-use crate::rig::flood::{Template, flood};
+use crate::rig::flood::{Template, flood, rate};
 use crate::rig::{Finding, Lab, Scratch, blocking};
 
 const CONNECTIONS: usize = 256;
@@ -31,10 +31,7 @@ pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
         })?;
     }
     let window = lab.window();
-    let mut answer = |address| {
-        blocking(|| flood(address, CONNECTIONS, window, &mut order)?.only(200))
-            .map(|it| it.rate(200))
-    };
+    let mut answer = |address| rate(address, CONNECTIONS, window, &mut order, 200);
     let rounds = alternate(
         lab.rounds(),
         ["replayed/s", "constant answers/s"],

@@ -15,6 +15,8 @@ use hdrhistogram::Histogram;
 use mio::net::TcpStream;
 use mio::{Events, Interest, Poll, Token};
 
+use super::blocking;
+
 /// Longest head of an answer that is looked at.
 const HEAD_MAX: usize = 4 << 10;
 const NUMBER: &[u8] = b"0000000000";
@@ -147,6 +149,21 @@ impl Flooded {
         ensure!(!others, "answers other than {status}: {:?}", self.answers);
         Ok(self)
     }
+}
+
+/// Answers with this status a second; what [`flood`] counts, where nothing else came.
+///
+/// # Errors
+/// As [`flood`], and where another status came.
+pub fn rate(
+    address: SocketAddr,
+    connections: usize,
+    length: Duration,
+    template: &mut Template,
+    status: u16,
+) -> anyhow::Result<f64> {
+    let flooded = blocking(|| flood(address, connections, length, template))?;
+    Ok(flooded.only(status)?.rate(status))
 }
 
 struct Connection {

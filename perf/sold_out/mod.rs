@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::rig::child::{Server, Service};
 use crate::rig::compare::alternate;
 use crate::rig::engine::HOT;
-use crate::rig::flood::{Template, flood};
+use crate::rig::flood::{Template, flood, rate};
 use crate::rig::{Finding, Lab, Scratch, Target, blocking};
 
 /// Connections, each with one request at a time.
@@ -23,10 +23,8 @@ pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
     // One at a time, so that exactly one is placed.
     blocking(|| flood(server.data, 1, Duration::from_millis(200), &mut order))?;
     let window = lab.window();
-    let mut answer = |address, status, length: Duration| {
-        blocking(|| flood(address, CONNECTIONS, length, &mut order)?.only(status))
-            .map(|it| it.rate(status))
-    };
+    let mut answer =
+        |address, status, length: Duration| rate(address, CONNECTIONS, length, &mut order, status);
     for (address, status) in [
         (server.data, 409),
         (constant.address, 200),

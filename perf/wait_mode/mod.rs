@@ -7,8 +7,8 @@ use crate::rig::child::{Server, Service};
 use crate::rig::compare::{Rounds, alternate};
 use crate::rig::database::{self, Postgres};
 use crate::rig::engine::{self, HOT};
-use crate::rig::flood::{Template, flood};
-use crate::rig::{Finding, Lab, Scratch, Target, blocking};
+use crate::rig::flood::{Template, rate};
+use crate::rig::{Finding, Lab, Scratch, Target};
 
 /// Connections, each with one request at a time. Fewer than this and the batches, not the service,
 /// limit the rate; each side has the same.
@@ -39,10 +39,8 @@ pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
         "engine rows/s",
         "a row an order/s",
     ];
-    let mut answer = |address, status, length: Duration| {
-        blocking(|| flood(address, CONNECTIONS, length, &mut order)?.only(status))
-            .map(|it| it.rate(status))
-    };
+    let mut answer =
+        |address, status, length: Duration| rate(address, CONNECTIONS, length, &mut order, status);
     answer(server.data, 201, window)?;
     answer(constant.address, 200, window / 4)?;
     let rounds: Rounds<4> = alternate(lab.rounds(), names, async |side| {
