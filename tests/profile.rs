@@ -110,6 +110,15 @@ fn it_needs_the_token_and_sensible_bounds_and_is_taken_by_one_at_a_time() {
     assert!(policy.starts_with("default-src 'none'"), "{policy}");
 }
 
+/// Tells the placing threads to stop, also when the test has failed.
+struct StopOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Places waiting and acknowledged orders until told to stop; each must be answered as if nobody
 /// were looking.
 fn place_orders(data: SocketAddr, who: usize, stop: &AtomicBool, placed: &AtomicUsize) {
@@ -137,6 +146,7 @@ fn under_load_it_shows_coroutines_and_async_workers_and_every_order_is_answered(
     let (stop, placed) = (AtomicBool::new(false), AtomicUsize::new(0));
     std::thread::scope(|scope| {
         let (stop, placed) = (&stop, &placed);
+        let _stop = StopOnDrop(stop);
         for who in 0..8 {
             scope.spawn(move || place_orders(served.data, who, stop, placed));
         }
@@ -150,10 +160,10 @@ fn under_load_it_shows_coroutines_and_async_workers_and_every_order_is_answered(
         let deadline = Instant::now() + PATIENCE;
         let mut seen = String::new();
         while let Some(missing) = wanted.iter().find(|name| !seen.contains(**name)) {
-            if Instant::now() >= deadline {
-                stop.store(true, Ordering::Relaxed);
-                panic!("{missing} was not seen in:\n{seen}");
-            }
+            assert!(
+                Instant::now() < deadline,
+                "{missing} was not seen in:\n{seen}"
+            );
             let answer = profile(served.control, "?seconds=1&hz=999&format=folded");
             assert_eq!(answer.status, 200, "{answer:?}");
             for line in text(&answer).lines() {
@@ -172,7 +182,6 @@ fn under_load_it_shows_coroutines_and_async_workers_and_every_order_is_answered(
             }),
             "{seen}"
         );
-        stop.store(true, Ordering::Relaxed);
     });
     assert!(placed.load(Ordering::Relaxed) > 8);
     let audit = call(served.control, "GET", "/admin/v1/audit", &[], "").json();

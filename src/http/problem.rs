@@ -140,6 +140,12 @@ impl From<Refusal> for Problem {
                 "too many orders are waiting to be written; nothing was held",
             )
             .retry_after(1),
+            Refusal::MemoryFull => Problem::new(
+                503,
+                code,
+                "as many orders are remembered as orders.remembered_max allows; nothing was held",
+            )
+            .retry_after(60),
             Refusal::JournalFull => Problem::new(
                 503,
                 code,

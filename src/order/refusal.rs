@@ -50,8 +50,10 @@ pub enum Refusal {
         /// When it could be, in milliseconds.
         retry_after_ms: u32,
     },
-    /// The queue or the memory of recent orders is full.
+    /// The queue is full, or as good as full.
     Overloaded,
+    /// As many orders are remembered for their keys and limits as may be.
+    MemoryFull,
     /// The journal has reached its limit, or the disk its end.
     JournalFull,
     /// The journal's disk has failed; orders that wait for persistence are still taken.
@@ -73,7 +75,7 @@ impl Refusal {
             Refusal::SaleClosed => "sale_closed",
             Refusal::PurchaseLimit { .. } => "purchase_limit",
             Refusal::SoldOut { .. } => "sold_out",
-            Refusal::Backlogged { .. } | Refusal::Overloaded => "overloaded",
+            Refusal::Backlogged { .. } | Refusal::Overloaded | Refusal::MemoryFull => "overloaded",
             Refusal::JournalFull => "journal_full",
             Refusal::JournalFailed => "journal_failed",
         }
@@ -111,6 +113,7 @@ mod tests {
             Refusal::SoldOut { available: 0 },
             Refusal::Backlogged { retry_after_ms: 1 },
             Refusal::Overloaded,
+            Refusal::MemoryFull,
             Refusal::JournalFull,
             Refusal::JournalFailed,
         ];

@@ -84,6 +84,10 @@ fn failed(error: pprof::Error) -> ProfileError {
 /// A stack as one word of the collapsed form: the thread first, the innermost function last.
 fn folded(frames: &Frames) -> String {
     let mut stack = word(&frames.thread_name_or_id());
+    // The kernel's own page of code, in which the clock is read, has neither names nor tables.
+    if frames.frames.iter().all(Vec::is_empty) {
+        stack.push_str(";[unknown]");
+    }
     for symbol in frames.frames.iter().rev().flat_map(|one| one.iter().rev()) {
         let name = symbol.name();
         let name = without_arguments(&name);
@@ -182,5 +186,17 @@ mod tests {
         assert_eq!(module(other), "tokio_postgres::copy::");
         assert_eq!(module("/rustc/0/library/core/src/lib.rs"), "core::");
         assert_eq!(module("/build/glibc/recv.c"), "");
+    }
+    #[test]
+    fn a_stack_without_names_is_still_a_stack() {
+        for frames in [vec![], vec![vec![]]] {
+            let frames = Frames {
+                frames,
+                thread_name: "millrace".to_owned(),
+                thread_id: 1,
+                sample_timestamp: std::time::SystemTime::UNIX_EPOCH,
+            };
+            assert_eq!(folded(&frames), "millrace;[unknown]");
+        }
     }
 }

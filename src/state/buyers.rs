@@ -66,7 +66,7 @@ impl Buyers {
     ///
     /// # Errors
     /// In order of precedence: [`Refusal::IdempotencyKeyReused`], `gate`,
-    /// [`Refusal::PurchaseLimit`], and [`Refusal::Overloaded`] where the memory is full.
+    /// [`Refusal::PurchaseLimit`], and [`Refusal::MemoryFull`] where the memory is full.
     pub fn claim<'a>(
         &'a self,
         user_id: &'a UserId,
@@ -84,7 +84,7 @@ impl Buyers {
         }
         if self.remembered.fetch_add(1, Ordering::Relaxed) >= self.remembered_max {
             self.remembered.fetch_sub(1, Ordering::Relaxed);
-            return Err(Refusal::Overloaded);
+            return Err(Refusal::MemoryFull);
         }
         match record {
             Entry::Occupied(mut occupied) => occupied.get_mut().push(order),
@@ -354,7 +354,7 @@ mod tests {
             buyers
                 .claim(&other, entry(2, 1, 1, 1), None, Ok(()))
                 .unwrap_err(),
-            Refusal::Overloaded
+            Refusal::MemoryFull
         );
         assert_eq!(buyers.evict_before(OrderId::new(2).unwrap()), 1);
         keep(buyers.claim(&other, entry(2, 1, 1, 1), None, Ok(())));
