@@ -126,19 +126,25 @@ impl IdClock {
         }
     }
 
-    fn now_ms(&self) -> u64 {
-        self.base_ms + u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX >> 24)
+    fn ms_at(&self, now: Instant) -> u64 {
+        let since = now.saturating_duration_since(self.started).as_millis();
+        self.base_ms + u64::try_from(since).unwrap_or(u64::MAX >> 24)
     }
 
     /// The clock's time: monotonic, and never before an id that was given out by a predecessor.
     pub fn now(&self) -> UnixMillis {
-        UnixMillis((self.now_ms() + EPOCH_MS) as i64)
+        UnixMillis((self.ms_at(Instant::now()) + EPOCH_MS) as i64)
     }
 
     /// Real time as this process knows it: the wall clock at its start, and a monotonic clock since.
     /// [`IdClock::now`] runs ahead of it after a crash, by what the predecessor had leased.
     pub fn real_now(&self) -> UnixMillis {
-        UnixMillis((self.now_ms() - self.ahead_ms + EPOCH_MS) as i64)
+        self.real_at(Instant::now())
+    }
+
+    /// [`IdClock::real_now`] for whoever has read the monotonic clock already.
+    pub fn real_at(&self, now: Instant) -> UnixMillis {
+        UnixMillis((self.ms_at(now) - self.ahead_ms + EPOCH_MS) as i64)
     }
 
     /// The least id that may belong to the last `window_ms`. After a crash this clock is ahead of
@@ -154,7 +160,15 @@ impl IdClock {
     /// # Errors
     /// [`IdLeaseExhausted`] where it would lie beyond the lease.
     pub fn next(&self) -> Result<OrderId, IdLeaseExhausted> {
-        let now = self.now_ms() << SEQUENCE_BITS;
+        self.next_at(Instant::now())
+    }
+
+    /// [`IdClock::next`] for whoever has read the monotonic clock already.
+    ///
+    /// # Errors
+    /// [`IdLeaseExhausted`] where it would lie beyond the lease.
+    pub fn next_at(&self, now: Instant) -> Result<OrderId, IdLeaseExhausted> {
+        let now = self.ms_at(now) << SEQUENCE_BITS;
         let step = |last: u64| (last + 1).max(now);
         let previous = self
             .last

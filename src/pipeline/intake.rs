@@ -18,7 +18,7 @@ use super::rate_limit::RateLimits;
 use crate::config::RateLimit;
 use crate::faults::bug;
 use crate::order::{
-    KeyHash, Order, OrderId, PayloadHash, Quantity, Refusal, SkuId, UnixMillis, UserId,
+    KeyHash, Order, OrderId, PayloadHash, Quantity, Refusal, SkuId, UserId,
 };
 use crate::queue::{NotDurable, OrderQueue};
 use crate::state::buyers::{Claimed, Remembered};
@@ -161,6 +161,8 @@ impl Intake {
         waker: Option<&Waker>,
     ) -> Result<Admission, Refusal> {
         self.check_open()?;
+        // Once: a clock costs as much as a look at the stock.
+        let now = Instant::now();
         let durable = self.queue.durable().filter(|_| request.respond_async);
         let room = match durable {
             Some(queue) => match queue.reserve(request.attributes) {
@@ -174,7 +176,7 @@ impl Intake {
             None => self.check_wait(request.wait).map(|()| None),
         };
         // Whoever comes again under the same key is answered also without a new id.
-        let (id, room) = match self.ledger.ids.next() {
+        let (id, room) = match self.ledger.ids.next_at(now) {
             Ok(id) => (id, room),
             Err(_) => (OrderId::MAX, Err(Refusal::NotReady)),
         };
@@ -209,8 +211,7 @@ impl Intake {
         let window = if self.ledger.catalogue.is_paused() {
             Err(Refusal::SalePaused)
         } else {
-            // What people have agreed on: the wall clock.
-            sku.window(UnixMillis::now())
+            sku.window_now()
         };
         // What a fresh order has to pass; one that is there already is answered all the same.
         let gate = amount.and(window);
@@ -258,7 +259,7 @@ impl Intake {
         let amount = amount?;
         let hold = sku.hold(request.quantity).map_err(refuse)?;
         // By the clock that judges whether it is late.
-        let now = self.ledger.ids.real_now();
+        let created_at = self.ledger.ids.real_at(now);
         let order = Order {
             id,
             sku: sku.number,
@@ -266,15 +267,15 @@ impl Intake {
             adjustment: request.adjustment,
             amount,
             currency: terms.currency,
-            created_at: now,
-            expires_at: now.plus_ms(self.payment_ttl_ms),
+            created_at,
+            expires_at: created_at.plus_ms(self.payment_ttl_ms),
             key,
             payload,
             attributes: request.attributes.map(Box::from),
             user_id: request.user_id.clone(),
             sku_id: request.sku_id.clone(),
         };
-        let deadline = Instant::now() + request.wait;
+        let deadline = now + request.wait;
         let permit = possible?;
         let pending = Arc::new(match permit {
             Some(_) => PendingOrder::appending(order, waker.cloned()),

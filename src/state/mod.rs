@@ -21,5 +21,6 @@ pub mod pending;
 pub mod poison;
 pub mod recent;
 pub mod refusals;
+mod sets;
 pub mod stock;
 pub mod unpaid;

@@ -2,18 +2,14 @@
 //! unit has come free meanwhile. Bounded, and gone with a restart.
 //!
 //! Once the stock is gone this is written for every click, hundreds of times for each order, and
-//! almost never read again. So it is a table of small sets, as a processor's cache is: a refusal
-//! belongs to one set, and the oldest of that set makes room. Noting one touches two cache lines.
+//! almost never read again: noting one touches two cache lines.
 
 use std::hash::BuildHasher;
 
 use foldhash::fast::RandomState;
 
+use super::sets::Sets;
 use crate::order::{KeyHash, PayloadHash, Refusal, UserId};
-use crate::sync::Guarded;
-
-/// Refusals of a set.
-const WAYS: usize = 2;
 
 /// One refusal, and to whom it was said. The user is known by a hash that is seeded afresh in each
 /// process: 64 bits beside the 128 of the key, compared with what is in one set.
@@ -25,12 +21,15 @@ struct Told {
     refusal: Refusal,
 }
 
-/// The newest first.
-type Set = [Option<Told>; WAYS];
+impl Told {
+    fn under(user: u64, key: KeyHash) -> impl Fn(&Told) -> bool {
+        move |told| told.user == user && told.key == key
+    }
+}
 
 /// Sticky refusals by user and key.
 pub struct Refusals {
-    sets: Box<[Guarded<Set>]>,
+    told: Sets<Told, 2>,
     seed: RandomState,
 }
 
@@ -38,9 +37,7 @@ impl Refusals {
     /// Room for `capacity` refusals, 2 or more; taken at once.
     pub fn with_capacity(capacity: usize) -> Self {
         Refusals {
-            sets: (0..(capacity / WAYS).max(1))
-                .map(|_| Guarded::default())
-                .collect(),
+            told: Sets::with_capacity(capacity),
             seed: RandomState::default(),
         }
     }
@@ -57,13 +54,9 @@ impl Refusals {
         payload: PayloadHash,
     ) -> Result<(), Refusal> {
         let user = self.seed.hash_one(user_id);
-        let told = self.set(user, key).and_then(|set| {
-            set.with(|set| {
-                let mut told = set.iter().flatten();
-                told.find(|told| told.user == user && told.key == key)
-                    .copied()
-            })
-        });
+        let told = self
+            .told
+            .get(self.seed.hash_one((user, key)), Told::under(user, key));
         match told {
             None => Ok(()),
             Some(told) if told.payload == payload => Err(told.refusal),
@@ -80,36 +73,19 @@ impl Refusals {
             payload,
             refusal,
         };
-        if let Some(set) = self.set(user, key) {
-            set.with(|set| {
-                // Two requests under one key may both have been refused: the later counts.
-                let place = set
-                    .iter()
-                    .position(|known| known.is_some_and(|it| it.user == user && it.key == key))
-                    .unwrap_or(WAYS - 1);
-                set[..=place].rotate_right(1);
-                set[0] = Some(told);
-            });
-        }
-    }
-
-    fn set(&self, user: u64, key: KeyHash) -> Option<&Guarded<Set>> {
-        // The high half of a product spreads a hash evenly over any number of sets.
-        let hash = u128::from(self.seed.hash_one((user, key)));
-        let index = (hash * self.sets.len() as u128) >> 64;
-        self.sets.get(index as usize)
-    }
-
-    fn len(&self) -> usize {
-        let told = |set: &Guarded<Set>| set.with(|set| set.iter().flatten().count());
-        self.sets.iter().map(told).sum()
+        // Two requests under one key may both have been refused: the later counts.
+        self.told.put(
+            self.seed.hash_one((user, key)),
+            told,
+            Told::under(user, key),
+        );
     }
 }
 
 impl std::fmt::Debug for Refusals {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Refusals")
-            .field("told", &self.len())
+            .field("told", &self.told.len())
             .finish()
     }
 }
@@ -138,7 +114,7 @@ mod tests {
 
     #[test]
     fn the_later_of_two_under_one_key_counts_and_takes_one_place() {
-        let refusals = Refusals::with_capacity(WAYS);
+        let refusals = Refusals::with_capacity(2);
         let key = KeyHash([1; 16]);
         let later = Refusal::SoldOut { available: 3 };
         refusals.remember(&user(1), key, PayloadHash(1), SOLD_OUT);
@@ -146,7 +122,7 @@ mod tests {
         refusals.remember(&user(1), key, PayloadHash(1), later);
         assert_eq!(refusals.check(&user(1), key, PayloadHash(1)), Err(later));
         assert_eq!(refusals.check(&user(2), key, PayloadHash(1)), Err(SOLD_OUT));
-        assert_eq!(refusals.len(), WAYS);
+        assert_eq!(refusals.told.len(), 2);
     }
 
     #[test]
@@ -156,7 +132,7 @@ mod tests {
         for number in 0..10_000 {
             refusals.remember(&user(number), key, PayloadHash(0), SOLD_OUT);
         }
-        assert!(refusals.len() <= 1_000, "{}", refusals.len());
+        assert!(refusals.told.len() <= 1_000, "{}", refusals.told.len());
         let kept = |number: &u32| refusals.check(&user(*number), key, PayloadHash(0)).is_err();
         assert!(kept(&9_999));
         // By chance some sets had more of them than others.

@@ -358,8 +358,11 @@ impl DataPlane {
                 };
                 self.count(outcome);
                 // One of the journal may have waited for too long to be payable.
-                let now = self.ledger.ids.real_now();
-                let late = pending.slot.is_recorded() && self.ledger.is_late(&pending.order, now);
+                let is_late = || {
+                    let now = self.ledger.ids.real_now();
+                    self.ledger.is_late(&pending.order, now)
+                };
+                let late = pending.slot.is_recorded() && is_late();
                 let status = if late {
                     OrderStatus::Expired
                 } else {

@@ -153,10 +153,27 @@ impl Sku {
     /// # Errors
     /// The refusal that a buyer gets otherwise.
     pub fn window(&self, now: UnixMillis) -> Result<(), Refusal> {
+        self.window_at(|| now)
+    }
+
+    /// Whether the sale takes orders now, by what people have agreed on: the wall clock. It is
+    /// read only where the terms name a time.
+    ///
+    /// # Errors
+    /// The refusal that a buyer gets otherwise.
+    pub fn window_now(&self) -> Result<(), Refusal> {
+        self.window_at(UnixMillis::now)
+    }
+
+    fn window_at(&self, now: impl FnOnce() -> UnixMillis) -> Result<(), Refusal> {
         if self.paused.load(Ordering::Relaxed) || self.is_faulted() {
             return Err(Refusal::SalePaused);
         }
         let terms = self.terms.load();
+        if terms.opens_at.is_none() && terms.closes_at.is_none() {
+            return Ok(());
+        }
+        let now = now();
         match (terms.opens_at, terms.closes_at) {
             (Some(opens_at), _) if now < opens_at => Err(Refusal::SaleNotOpen { opens_at }),
             (_, Some(closes_at)) if now >= closes_at => Err(Refusal::SaleClosed),
