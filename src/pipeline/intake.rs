@@ -17,9 +17,7 @@ use super::ledger::Ledger;
 use super::rate_limit::RateLimits;
 use crate::config::RateLimit;
 use crate::faults::bug;
-use crate::order::{
-    KeyHash, Order, OrderId, PayloadHash, Quantity, Refusal, SkuId, UserId,
-};
+use crate::order::{KeyHash, Order, OrderId, PayloadHash, Quantity, Refusal, SkuId, UserId};
 use crate::queue::{NotDurable, OrderQueue};
 use crate::state::buyers::{Claimed, Remembered};
 use crate::state::pending::PendingOrder;

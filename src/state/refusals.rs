@@ -5,6 +5,7 @@
 //! almost never read again: noting one touches two cache lines.
 
 use std::hash::BuildHasher;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use foldhash::fast::RandomState;
 
@@ -30,6 +31,8 @@ impl Told {
 /// Sticky refusals by user and key.
 pub struct Refusals {
     told: Sets<Told, 2>,
+    /// Whether there has been any. Until then an order that is placed need not look for one.
+    any: AtomicBool,
     seed: RandomState,
 }
 
@@ -38,6 +41,7 @@ impl Refusals {
     pub fn with_capacity(capacity: usize) -> Self {
         Refusals {
             told: Sets::with_capacity(capacity),
+            any: AtomicBool::new(false),
             seed: RandomState::default(),
         }
     }
@@ -53,6 +57,10 @@ impl Refusals {
         key: KeyHash,
         payload: PayloadHash,
     ) -> Result<(), Refusal> {
+        // Acquire and Release: whoever was refused before this request finds it.
+        if !self.any.load(Ordering::Acquire) {
+            return Ok(());
+        }
         let user = self.seed.hash_one(user_id);
         let told = self
             .told
@@ -79,6 +87,9 @@ impl Refusals {
             told,
             Told::under(user, key),
         );
+        if !self.any.load(Ordering::Relaxed) {
+            self.any.store(true, Ordering::Release);
+        }
     }
 }
 

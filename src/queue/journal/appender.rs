@@ -185,8 +185,22 @@ impl Appender {
             at: at.clone(),
             skip: kept,
         });
-        let rest = rest.into_iter().chain(orders);
-        rest.for_each(|order| spill(shared, &order));
+        let mut wakers = Vec::new();
+        for order in rest.into_iter().chain(orders) {
+            if order.slot.spill() {
+                // The reader may be faster, and have brought it back already.
+                shared.parts.pending.remove_this(&order);
+                // The sender has been told what there is to tell, unless nothing may be promised.
+                if may {
+                    order.slot.take_others(|waker| wakers.push(waker));
+                } else {
+                    order.slot.take_wakers(|waker| wakers.push(waker));
+                }
+            }
+        }
+        if !wakers.is_empty() {
+            (shared.parts.wake_all)(wakers);
+        }
         shared.wake_reader();
     }
 
@@ -222,16 +236,5 @@ impl Drop for Appender {
         }
         self.shared.appender_ended.store(true, Ordering::Release);
         self.shared.wake_reader();
-    }
-}
-
-/// Takes an order out of memory; the disk has it.
-fn spill(shared: &Shared, order: &Arc<PendingOrder>) {
-    if order.slot.spill() {
-        // The reader may be faster, and have brought it back already.
-        shared.parts.pending.remove_this(order);
-        let mut wakers = Vec::new();
-        order.slot.take_wakers(|waker| wakers.push(waker));
-        (shared.parts.wake_all)(wakers);
     }
 }

@@ -232,6 +232,12 @@ impl Slot {
         if let Some(first) = &self.first {
             wake(first.clone());
         }
+        self.take_others(wake);
+    }
+
+    /// Hands the wakers of all but the sender to `wake`: after a change that the sender need not
+    /// hear of.
+    pub fn take_others(&self, wake: impl FnMut(Waker)) {
         if self.bits.load(Ordering::Acquire) & OTHERS != 0 {
             let others = self.others.with(|others| {
                 self.bits.fetch_and(!OTHERS, Ordering::AcqRel);
