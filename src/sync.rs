@@ -12,7 +12,7 @@ pub(crate) use std::sync::atomic::{
 pub(crate) use std::task::Waker;
 
 pub(crate) use crossbeam::queue::ArrayQueue;
-pub(crate) use dashmap::DashMap;
+pub(crate) use dashmap::{DashMap, Entry};
 pub(crate) use parking_lot::{Condvar, Mutex};
 pub(crate) use tokio::sync::Notify;
 

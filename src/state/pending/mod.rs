@@ -2,11 +2,13 @@
 
 mod slot;
 
+use std::borrow::Borrow;
+use std::hash::{Hash, Hasher};
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
 use crate::order::{Order, OrderId};
-use crate::sync::{AtomicU64, AtomicUsize, DashMap, Ordering, Waker};
+use crate::sync::{AtomicU64, AtomicUsize, DashMap, Entry, Ordering, Waker};
 pub use slot::{Settled, Slot, SlotState};
 
 /// An order on its way, with the slot that decides its outcome. One allocation: the queue, the
@@ -72,10 +74,35 @@ impl PendingOrder {
     }
 }
 
+/// An order under its id: its own key, so that the map keeps 8 bytes of it and not the id as well.
+#[derive(Clone, Debug)]
+struct ById(Arc<PendingOrder>);
+
+impl Borrow<OrderId> for ById {
+    fn borrow(&self) -> &OrderId {
+        &self.0.order.id
+    }
+}
+
+impl Hash for ById {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.0.order.id.hash(state);
+    }
+}
+
+impl PartialEq for ById {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.order.id == other.0.order.id
+    }
+}
+
+impl Eq for ById {}
+
 /// The map of orders in flight, bounded by what the queue and the workers can hold.
 #[derive(Debug)]
 pub struct Pending {
-    orders: DashMap<OrderId, Arc<PendingOrder>, foldhash::fast::RandomState>,
+    /// A set, but for [`Pending::insert`], which needs the entry of a map.
+    orders: DashMap<ById, (), foldhash::fast::RandomState>,
     /// No deadline lies before this moment, as [`millis`] counts; `u64::MAX` where none is known. It
     /// spares the deadline keeper the walk through the map while nothing is due.
     next_due_ms: AtomicU64,
@@ -99,9 +126,19 @@ impl Pending {
         }
     }
 
-    /// Enters an order, before it becomes visible to a worker.
+    /// Enters an order, before it becomes visible to a worker, in place of one of the same id: the
+    /// journal's reader may bring an order back before the appender has removed what it spilled.
     pub fn insert(&self, pending: &Arc<PendingOrder>) {
-        self.orders.insert(pending.order.id, Arc::clone(pending));
+        // In one step, because the id must not be missing in between. Inserting would keep the key
+        // that is there, which is the other order.
+        match self.orders.entry(ById(Arc::clone(pending))) {
+            Entry::Occupied(known) => {
+                known.replace_entry(());
+            }
+            Entry::Vacant(place) => {
+                place.insert(());
+            }
+        }
         self.wake_by_ms(pending, pending.deadline_ms);
     }
 
@@ -124,7 +161,7 @@ impl Pending {
 
     /// The order in flight with this id.
     pub fn get(&self, id: OrderId) -> Option<Arc<PendingOrder>> {
-        self.orders.get(&id).map(|entry| Arc::clone(entry.value()))
+        self.orders.get(&id).map(|entry| Arc::clone(&entry.key().0))
     }
 
     /// Forgets an order whose slot is final.
@@ -134,8 +171,9 @@ impl Pending {
 
     /// Forgets this very order, and not another of the same id that was read back meanwhile.
     pub fn remove_this(&self, pending: &Arc<PendingOrder>) {
-        self.orders
-            .remove_if(&pending.order.id, |_, known| Arc::ptr_eq(known, pending));
+        self.orders.remove_if(&pending.order.id, |known, ()| {
+            Arc::ptr_eq(&known.0, pending)
+        });
     }
 
     /// Orders in flight now, in memory and on the disk. One on its way from one to the other may
@@ -185,16 +223,17 @@ impl Pending {
         let mut due = Vec::new();
         let mut next = NEVER;
         for entry in &self.orders {
-            let mut look_at = entry.look_at_ms.load(Ordering::SeqCst);
+            let ById(pending) = entry.key();
+            let mut look_at = pending.look_at_ms.load(Ordering::SeqCst);
             if look_at <= now_ms {
-                due.push(Arc::clone(entry.value()));
+                due.push(Arc::clone(pending));
                 // The order's own deadline comes next, or it is overdue and being written.
-                let later = match entry.deadline_ms {
+                let later = match pending.deadline_ms {
                     deadline if deadline > now_ms => deadline,
                     _ => now_ms + OVERDUE_RECHECK.as_millis() as u64,
                 };
                 // Where somebody has asked for an earlier moment meanwhile, that one stays.
-                let _ = entry.look_at_ms.compare_exchange(
+                let _ = pending.look_at_ms.compare_exchange(
                     look_at,
                     later,
                     Ordering::AcqRel,
@@ -212,7 +251,7 @@ impl Pending {
     pub fn all(&self) -> Vec<Arc<PendingOrder>> {
         self.orders
             .iter()
-            .map(|entry| Arc::clone(entry.value()))
+            .map(|entry| Arc::clone(&entry.key().0))
             .collect()
     }
 }
@@ -296,6 +335,25 @@ mod tests {
             4,
             "others are taken once, the first each time"
         );
+    }
+
+    #[test]
+    fn an_order_that_is_entered_again_replaces_the_one_that_is_there() {
+        let pending = Pending::with_capacity(16);
+        let enter = || {
+            let entry = Arc::new(PendingOrder::recovered(order(1), 1));
+            pending.insert(&entry);
+            entry
+        };
+        let known = |id| pending.get(OrderId::new(id).unwrap());
+        let (spilled, read_back) = (enter(), enter());
+        assert!(known(1).is_some_and(|it| Arc::ptr_eq(&it, &read_back)));
+        assert_eq!(pending.len(), 1);
+        pending.remove_this(&spilled);
+        assert!(known(1).is_some_and(|it| Arc::ptr_eq(&it, &read_back)));
+        assert!(known(2).is_none());
+        pending.remove_this(&read_back);
+        assert!(known(1).is_none() && pending.is_empty());
     }
 
     #[test]
