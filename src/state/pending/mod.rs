@@ -24,8 +24,6 @@ pub struct PendingOrder {
     /// The earliest deadline of anybody who waits for it, counted likewise; `u64::MAX` before it is
     /// entered.
     look_at_ms: AtomicU64,
-    /// The journal's segment that has its record; 0 where none has.
-    segment: AtomicU64,
 }
 
 impl PendingOrder {
@@ -42,9 +40,7 @@ impl PendingOrder {
 
     /// An order that was read back from `segment` of a journal.
     pub fn recovered(order: Order, segment: u64) -> Self {
-        let pending = Self::with_slot(order, Slot::recovered(), NEVER);
-        pending.set_segment(segment);
-        pending
+        Self::with_slot(order, Slot::recovered(segment), NEVER)
     }
 
     fn with_slot(order: Order, slot: Slot, deadline_ms: u64) -> Self {
@@ -53,24 +49,12 @@ impl PendingOrder {
             slot,
             deadline_ms,
             look_at_ms: AtomicU64::new(NEVER),
-            segment: AtomicU64::new(0),
         }
     }
 
     /// Whether its own deadline has come; up to a millisecond early.
     pub fn is_overdue(&self, now: Instant) -> bool {
         millis(now) >= self.deadline_ms
-    }
-
-    /// The journal's segment that has its record; 0 where none has.
-    pub fn segment(&self) -> u64 {
-        // Relaxed: set before the order is handed on, and the hand-off publishes it.
-        self.segment.load(Ordering::Relaxed)
-    }
-
-    /// Notes the journal's segment that has its record.
-    pub fn set_segment(&self, number: u64) {
-        self.segment.store(number, Ordering::Relaxed);
     }
 }
 
