@@ -330,8 +330,11 @@ impl Twin {
                 available: sku.free(),
             });
         }
-        if self.queue.len() >= self.capacity || self.remembered.len() >= self.remembered_max {
+        if self.queue.len() >= self.capacity {
             return Refused(Refusal::Overloaded);
+        }
+        if self.remembered.len() >= self.remembered_max {
+            return Refused(Refusal::MemoryFull);
         }
         Answer::Placed { amount }
     }
