@@ -513,7 +513,7 @@ impl Round {
         let expected = self.twin.judge(&ask, UnixMillis::now().0);
         let deadline_hour = self.twin.hour + self.random.random_range(1..6);
         let woken = Arc::new(Woken::default());
-        let waker = Waker::from(Arc::clone(&woken));
+        let waker = Arc::new(Waker::from(Arc::clone(&woken)));
         let admitted = self
             .real
             .intake
@@ -1033,7 +1033,7 @@ fn deadlines_that_race_with_workers_leak_no_unit_and_leave_nobody_waiting() {
                         };
                         match real
                             .intake
-                            .admit(&request, Some(&Waker::from(Arc::clone(&woken))))
+                            .admit(&request, Some(&Arc::new(Waker::from(Arc::clone(&woken)))))
                         {
                             Ok(Admission::Placed(order)) => {
                                 placed.lock().unwrap().push((order, woken))

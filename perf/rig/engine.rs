@@ -110,10 +110,11 @@ pub fn give(
     waker: Option<&Waker>,
 ) -> anyhow::Result<()> {
     let started = Instant::now();
+    let waker = waker.map(|waker| Arc::new(waker.clone()));
     for number in numbers {
         let request = request(number, waker.is_some());
         loop {
-            match intake.admit(&request, waker) {
+            match intake.admit(&request, waker.as_ref()) {
                 Ok(_) => break,
                 Err(Refusal::Overloaded | Refusal::Backlogged { .. }) => {
                     ensure!(started.elapsed() < PATIENCE, "the queue stays full");

@@ -151,14 +151,15 @@ impl Intake {
         }
     }
 
-    /// Admits an order: holds its units and queues it. `waker` belongs to whoever waits for it.
+    /// Admits an order: holds its units and queues it. `waker` belongs to whoever waits for it, and
+    /// is shared with the order.
     ///
     /// # Errors
     /// A [`Refusal`]; nothing is held then.
     pub fn admit(
         &self,
         request: &OrderRequest<'_>,
-        waker: Option<&Waker>,
+        waker: Option<&Arc<Waker>>,
     ) -> Result<Admission, Refusal> {
         self.check_open()?;
         let durable = self.queue.durable().filter(|_| request.respond_async);

@@ -100,7 +100,7 @@ impl Rig {
             pending: Mutex::new(None),
             at: AtomicUsize::new(NEVER),
         });
-        let waker = Waker::from(Arc::clone(&noted));
+        let waker = Arc::new(Waker::from(Arc::clone(&noted)));
         let pending = Arc::new(PendingOrder::appending(order.clone(), Some(waker)));
         *noted.pending.lock().unwrap() = Some(Arc::clone(&pending));
         let id = order.id;

@@ -28,13 +28,13 @@ pub struct PendingOrder {
 
 impl PendingOrder {
     /// An order that waits to be claimed until `deadline`; `waker` belongs to whoever sent it.
-    pub fn new(order: Order, deadline: Instant, waker: Option<Waker>) -> Self {
+    pub fn new(order: Order, deadline: Instant, waker: Option<Arc<Waker>>) -> Self {
         Self::with_slot(order, Slot::new(waker), millis(deadline))
     }
 
     /// An order that a journal takes first. Only its sender gives up waiting, so it has no
     /// deadline of its own.
-    pub fn appending(order: Order, waker: Option<Waker>) -> Self {
+    pub fn appending(order: Order, waker: Option<Arc<Waker>>) -> Self {
         Self::with_slot(order, Slot::appending(waker), NEVER)
     }
 
@@ -308,7 +308,7 @@ mod tests {
     fn everyone_who_waits_is_woken() {
         let count = Arc::new(Count(AtomicUsize::new(0)));
         let waker = Waker::from(Arc::clone(&count));
-        let slot = Slot::new(Some(waker.clone()));
+        let slot = Slot::new(Some(Arc::new(waker.clone())));
         slot.subscribe(waker.clone());
         slot.subscribe(waker.clone());
         slot.take_wakers(Waker::wake);

@@ -23,6 +23,8 @@
 //! `tests/loom.rs` compiles this file against loom's primitives and runs through every
 //! interleaving.
 
+use std::sync::Arc;
+
 use crate::sync::{AtomicU64, Guarded, Ordering, Waker};
 
 /// Where an order in flight stands.
@@ -118,8 +120,9 @@ pub struct Slot {
     /// release, so that what the changer did before (the commit, the stock given back) is visible to
     /// whoever sees the new state; acquire, so that it sees wakers announced before.
     bits: AtomicU64,
-    /// Whoever sent the order. Fixed before the slot is shared, so waking it needs no lock.
-    first: Option<Waker>,
+    /// Whoever sent the order. Fixed before the slot is shared, so waking it needs no lock. Lent by
+    /// the connection to each of its orders: 8 bytes instead of 16.
+    first: Option<Arc<Waker>>,
     /// Duplicates in flight and long polls.
     #[allow(
         clippy::box_collection,
@@ -130,7 +133,7 @@ pub struct Slot {
 
 impl Slot {
     /// A slot in `Waiting`; `first` is woken when it is settled, abandoned or past its deadline.
-    pub fn new(first: Option<Waker>) -> Self {
+    pub fn new(first: Option<Arc<Waker>>) -> Self {
         Slot {
             bits: AtomicU64::new(WAITING),
             first,
@@ -139,7 +142,7 @@ impl Slot {
     }
 
     /// A slot in `Appending`; `first` is woken when it leaves that state.
-    pub fn appending(first: Option<Waker>) -> Self {
+    pub fn appending(first: Option<Arc<Waker>>) -> Self {
         Slot {
             bits: AtomicU64::new(APPENDING),
             first,
@@ -252,7 +255,7 @@ impl Slot {
     /// Hands every waker to `wake`: after a change of state, and when a deadline has passed.
     pub fn take_wakers(&self, mut wake: impl FnMut(Waker)) {
         if let Some(first) = &self.first {
-            wake(first.clone());
+            wake(Waker::clone(first));
         }
         if self.bits.load(Ordering::Acquire) & OTHERS != 0 {
             let others = self.others.with(|others| {
