@@ -543,7 +543,7 @@ impl Round {
             assert!(id > self.last_id, "ids increase");
             self.last_id = id;
             assert_eq!(order.user_id, user_id(ask.user));
-            assert_eq!(order.sku_id, sku_id(ask.sku));
+            assert!(Arc::ptr_eq(&order.sku_id, &self.real.sku(ask.sku).id));
             assert_eq!(
                 (order.quantity.get(), order.adjustment),
                 (ask.units, ask.adjustment)

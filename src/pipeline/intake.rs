@@ -273,7 +273,7 @@ impl Intake {
             payload,
             attributes: request.attributes.map(Box::from),
             user_id: request.user_id.clone(),
-            sku_id: request.sku_id.clone(),
+            sku_id: Arc::clone(&sku.id),
         };
         let deadline = Instant::now() + request.wait;
         let permit = possible?;

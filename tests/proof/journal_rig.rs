@@ -214,7 +214,7 @@ fn order(number: u64, rng: &mut StdRng) -> Order {
     Order {
         id: OrderId::new(number).unwrap(),
         user_id: UserId::new(&format!("u-{number}")).unwrap(),
-        sku_id: SkuId::new("A").unwrap(),
+        sku_id: SkuId::new("A").unwrap().into(),
         sku: SkuNumber(1),
         quantity: Quantity::new(rng.random_range(1..=10_000)).unwrap(),
         adjustment: rng.random(),

@@ -272,7 +272,7 @@ mod tests {
         Order {
             id: OrderId::new(id).unwrap(),
             user_id: UserId::new("u").unwrap(),
-            sku_id: SkuId::new("s").unwrap(),
+            sku_id: SkuId::new("s").unwrap().into(),
             sku: SkuNumber(1),
             quantity: Quantity::ONE,
             adjustment: 0,
