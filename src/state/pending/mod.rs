@@ -287,6 +287,15 @@ mod tests {
     }
 
     #[test]
+    fn an_order_in_flight_fits_its_size_class() {
+        // With the two counts of its `Arc` it is 192 bytes, a size class of mimalloc's; one byte more
+        // and each order in the queue takes the next, 224.
+        const COUNTS: usize = 2 * size_of::<usize>();
+        assert!(size_of::<PendingOrder>() + COUNTS <= 192);
+        assert_eq!(size_of::<ById>(), size_of::<usize>());
+    }
+
+    #[test]
     fn a_claimed_order_cannot_be_abandoned_nor_the_other_way_round() {
         let slot = Slot::new(None);
         assert!(slot.claim());
