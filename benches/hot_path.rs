@@ -51,7 +51,7 @@ fn order(id: u64) -> Order {
     Order {
         id: OrderId::new(id).unwrap(),
         user_id: UserId::new(&format!("user-{id:08}")).unwrap(),
-        sku_id: SkuId::new("IPHONE-15").unwrap(),
+        sku_id: SkuId::new("IPHONE-15").unwrap().into(),
         sku: SkuNumber(1),
         quantity: Quantity::ONE,
         adjustment: 0,

@@ -7,12 +7,12 @@
 pub(crate) use std::hint::spin_loop as spin;
 pub(crate) use std::sync::OnceLock;
 pub(crate) use std::sync::atomic::{
-    AtomicBool, AtomicI64, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence,
+    AtomicBool, AtomicI64, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence,
 };
 pub(crate) use std::task::Waker;
 
 pub(crate) use crossbeam::queue::ArrayQueue;
-pub(crate) use dashmap::DashMap;
+pub(crate) use dashmap::{DashMap, Entry};
 pub(crate) use parking_lot::{Condvar, Mutex};
 pub(crate) use tokio::sync::Notify;
 

@@ -24,7 +24,7 @@ struct Parks {
 impl Service for Parks {
     fn call(&self, request: &Request<'_>, _: &mut Response) {
         let ready = Arc::new(AtomicBool::new(false));
-        let sent = (request.waker.clone(), Arc::clone(&ready));
+        let sent = (Waker::clone(request.waker), Arc::clone(&ready));
         self.wakers.lock().send(sent).expect("the waking thread");
         wake::wait(request, || ready.load(Ordering::Acquire));
     }

@@ -50,7 +50,7 @@ impl Service for Echo {
                 let mut registered = false;
                 wake::wait(request, || {
                     if !registered {
-                        self.waiting.lock().push(request.waker.clone());
+                        self.waiting.lock().push(Waker::clone(request.waker));
                         registered = true;
                     }
                     self.gate.load(Ordering::Acquire)

@@ -631,10 +631,13 @@ fn a_waker_that_comes_while_others_are_taken_stays_for_the_next_taker() {
 
 // --- The slot of an order that goes through a journal ----------------------------------------
 
+/// The segment of the journal, as far as a slot knows it.
+const SEGMENT: u64 = (1 << 56) - 1;
+
 /// A slot that its appender is done with.
 fn in_the_journal() -> Arc<Slot> {
     let slot = Arc::new(Slot::appending(None));
-    slot.appended(true);
+    slot.appended(SEGMENT, true);
     slot
 }
 
@@ -643,7 +646,7 @@ fn a_subscriber_sees_the_order_durable_or_is_woken() {
     loom::model(|| {
         let slot = Arc::new(Slot::appending(None));
         let appender = spawn(&slot, |slot| {
-            slot.appended(true);
+            slot.appended(SEGMENT, true);
             slot.take_wakers(Waker::wake);
         });
         let waker = Waker::default();
@@ -668,7 +671,7 @@ fn what_was_synced_is_seen_by_whoever_sees_the_order_durable() {
             thread::spawn(move || {
                 // SAFETY: nobody else looks before the order is durable; loom checks just that.
                 disk.with_mut(|disk| unsafe { *disk = 1 });
-                slot.appended(true);
+                slot.appended(SEGMENT, true);
             })
         };
         if slot.is_durable() {
@@ -681,7 +684,7 @@ fn what_was_synced_is_seen_by_whoever_sees_the_order_durable() {
 
 #[test]
 fn of_a_claim_and_a_spill_exactly_one_wins() {
-    for slot in [in_the_journal, || Arc::new(Slot::recovered())] {
+    for slot in [in_the_journal, || Arc::new(Slot::recovered(SEGMENT))] {
         loom::model(move || {
             let slot = slot();
             let worker = spawn(&slot, Slot::claim);
@@ -708,6 +711,7 @@ fn of_a_claim_and_a_spill_exactly_one_wins_beside_a_deadline_and_a_subscriber() 
         slot.subscribe(Waker::default());
         assert!(worker.join().unwrap() ^ appender.join().unwrap());
         assert!(!deadline.join().unwrap());
+        assert_eq!(slot.segment(), SEGMENT);
     });
 }
 
@@ -717,7 +721,7 @@ fn a_deadline_never_abandons_an_order_that_a_journal_has_or_may_have() {
         loom::model(move || {
             let slot = Arc::new(Slot::appending(None));
             let appender = spawn(&slot, move |slot| {
-                slot.appended(durable);
+                slot.appended(SEGMENT, durable);
                 slot.spill()
             });
             // Twice: before, while or after it is appended, and spilled.
@@ -726,6 +730,7 @@ fn a_deadline_never_abandons_an_order_that_a_journal_has_or_may_have() {
             assert!(!slot.abandon());
             assert_eq!(slot.state(), SlotState::OnDisk);
             assert_eq!((slot.is_recorded(), slot.is_durable()), (true, durable));
+            assert_eq!(slot.segment(), SEGMENT);
         });
     }
 }
@@ -733,7 +738,7 @@ fn a_deadline_never_abandons_an_order_that_a_journal_has_or_may_have() {
 #[test]
 fn a_deadline_leaves_an_order_that_was_read_back_to_its_worker() {
     loom::model(|| {
-        let slot = Arc::new(Slot::recovered());
+        let slot = Arc::new(Slot::recovered(SEGMENT));
         let deadline = spawn(&slot, Slot::abandon);
         assert!(slot.claim());
         slot.settle(Settled::Persisted);
@@ -769,7 +774,7 @@ fn a_subscriber_sees_the_order_on_the_disk_or_is_woken_while_it_is_appended_and_
     bounded(3, || {
         let slot = Arc::new(Slot::appending(None));
         let appender = spawn(&slot, |slot| {
-            slot.appended(true);
+            slot.appended(SEGMENT, true);
             slot.take_wakers(Waker::wake);
             assert!(slot.spill());
             slot.take_wakers(Waker::wake);
@@ -987,7 +992,7 @@ fn append_all(inbox: &Inbox<Arc<Slot>>) -> usize {
     loop {
         let group: Vec<_> = std::iter::from_fn(|| inbox.pop()).collect();
         for slot in &group {
-            slot.appended(true);
+            slot.appended(SEGMENT, true);
             slot.take_wakers(Waker::wake);
         }
         groups += usize::from(!group.is_empty());

@@ -87,7 +87,7 @@ fn order(id: u64) -> Arc<PendingOrder> {
     let order = Order {
         id: OrderId::new(id).unwrap(),
         user_id: UserId::new("u").unwrap(),
-        sku_id: SkuId::new("A").unwrap(),
+        sku_id: SkuId::new("A").unwrap().into(),
         sku: SkuNumber(1),
         quantity: Quantity::ONE,
         adjustment: 0,

@@ -330,8 +330,11 @@ impl Twin {
                 available: sku.free(),
             });
         }
-        if self.queue.len() >= self.capacity || self.remembered.len() >= self.remembered_max {
+        if self.queue.len() >= self.capacity {
             return Refused(Refusal::Overloaded);
+        }
+        if self.remembered.len() >= self.remembered_max {
+            return Refused(Refusal::MemoryFull);
         }
         Answer::Placed { amount }
     }
@@ -510,7 +513,7 @@ impl Round {
         let expected = self.twin.judge(&ask, UnixMillis::now().0);
         let deadline_hour = self.twin.hour + self.random.random_range(1..6);
         let woken = Arc::new(Woken::default());
-        let waker = Waker::from(Arc::clone(&woken));
+        let waker = Arc::new(Waker::from(Arc::clone(&woken)));
         let admitted = self
             .real
             .intake
@@ -540,7 +543,7 @@ impl Round {
             assert!(id > self.last_id, "ids increase");
             self.last_id = id;
             assert_eq!(order.user_id, user_id(ask.user));
-            assert_eq!(order.sku_id, sku_id(ask.sku));
+            assert!(Arc::ptr_eq(&order.sku_id, &self.real.sku(ask.sku).id));
             assert_eq!(
                 (order.quantity.get(), order.adjustment),
                 (ask.units, ask.adjustment)
@@ -1030,7 +1033,7 @@ fn deadlines_that_race_with_workers_leak_no_unit_and_leave_nobody_waiting() {
                         };
                         match real
                             .intake
-                            .admit(&request, Some(&Waker::from(Arc::clone(&woken))))
+                            .admit(&request, Some(&Arc::new(Waker::from(Arc::clone(&woken)))))
                         {
                             Ok(Admission::Placed(order)) => {
                                 placed.lock().unwrap().push((order, woken))

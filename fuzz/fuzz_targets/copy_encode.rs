@@ -48,7 +48,7 @@ impl Raw {
         Order {
             id: OrderId::new((self.id >> 1).max(1)).expect("63 bits, not 0"),
             user_id: UserId::new(&user).expect("visible ASCII"),
-            sku_id: SkuId::new("A").expect("valid"),
+            sku_id: SkuId::new("A").expect("valid").into(),
             sku: SkuNumber(self.sku),
             quantity: Quantity::new(self.quantity % Quantity::MAX + 1).expect("in range"),
             adjustment: self.adjustment,

@@ -319,7 +319,7 @@ impl RawOrder {
             id: OrderId::new((self.id >> 1).max(1)).expect("63 bits, not 0"),
             user_id: UserId::new(&"u".repeat(usize::from(self.user) % UserId::LEN_MAX + 1))
                 .expect("visible ASCII"),
-            sku_id: SkuId::new("A").expect("valid"),
+            sku_id: SkuId::new("A").expect("valid").into(),
             sku: SkuNumber(1),
             quantity: Quantity::new(u32::from(self.quantity) % Quantity::MAX + 1)
                 .expect("in range"),

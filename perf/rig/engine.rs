@@ -110,10 +110,11 @@ pub fn give(
     waker: Option<&Waker>,
 ) -> anyhow::Result<()> {
     let started = Instant::now();
+    let waker = waker.map(|waker| Arc::new(waker.clone()));
     for number in numbers {
         let request = request(number, waker.is_some());
         loop {
-            match intake.admit(&request, waker) {
+            match intake.admit(&request, waker.as_ref()) {
                 Ok(_) => break,
                 Err(Refusal::Overloaded | Refusal::Backlogged { .. }) => {
                     ensure!(started.elapsed() < PATIENCE, "the queue stays full");
@@ -129,6 +130,7 @@ pub fn give(
 /// Rows as the engine would write them, from `first` on. Their ids lie below all that Millrace gives out.
 pub fn rows(first: u64, count: u64, sku: SkuNumber) -> Vec<Order> {
     let now = UnixMillis::now();
+    let sku_id = Arc::new(SkuId::new(HOT).expect("a SKU id"));
     (first..first + count)
         .map(|number| {
             let request = request(number, false);
@@ -137,7 +139,7 @@ pub fn rows(first: u64, count: u64, sku: SkuNumber) -> Vec<Order> {
                 payload: PayloadHash::of(&request.sku_id, request.quantity, 0, None),
                 key: request.key,
                 user_id: request.user_id,
-                sku_id: request.sku_id,
+                sku_id: Arc::clone(&sku_id),
                 sku,
                 quantity: Quantity::ONE,
                 adjustment: 0,

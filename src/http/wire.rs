@@ -339,7 +339,7 @@ impl SkuView {
         let terms = sku.terms();
         let stock = sku.counter().snapshot();
         SkuView {
-            sku_id: sku.id.clone(),
+            sku_id: SkuId::clone(&sku.id),
             title: terms.title.clone(),
             unit_price: terms.unit_price,
             currency: terms.currency,

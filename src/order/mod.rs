@@ -26,6 +26,7 @@ mod status;
 
 use std::fmt;
 use std::num::NonZeroU32;
+use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 use smol_str::SmolStr;
@@ -288,8 +289,8 @@ pub struct Order {
     pub id: OrderId,
     /// Who buys.
     pub user_id: UserId,
-    /// What is bought, as the shop calls it.
-    pub sku_id: SkuId,
+    /// What is bought, as the shop calls it. Shared with the stock and every other order of it.
+    pub sku_id: Arc<SkuId>,
     /// What is bought, as the database calls it.
     pub sku: SkuNumber,
     /// How many units.

@@ -1091,7 +1091,7 @@ mod tests {
         let order = Order {
             id: parts.id,
             user_id: parts.user_id.clone(),
-            sku_id: crate::order::SkuId::new("IPHONE-15").unwrap(),
+            sku_id: crate::order::SkuId::new("IPHONE-15").unwrap().into(),
             sku: parts.sku,
             quantity: parts.quantity,
             adjustment: parts.adjustment,

@@ -149,7 +149,7 @@ fn live(ledger: &Ledger) -> Vec<(SkuId, LiveFigures)> {
             held: stock.held,
             sold: stock.sold,
         };
-        (sku.id.clone(), figures)
+        (SkuId::clone(&sku.id), figures)
     })
     .collect()
 }

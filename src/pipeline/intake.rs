@@ -149,14 +149,15 @@ impl Intake {
         }
     }
 
-    /// Admits an order: holds its units and queues it. `waker` belongs to whoever waits for it.
+    /// Admits an order: holds its units and queues it. `waker` belongs to whoever waits for it, and
+    /// is shared with the order.
     ///
     /// # Errors
     /// A [`Refusal`]; nothing is held then.
     pub fn admit(
         &self,
         request: &OrderRequest<'_>,
-        waker: Option<&Waker>,
+        waker: Option<&Arc<Waker>>,
     ) -> Result<Admission, Refusal> {
         self.check_open()?;
         // Once: a clock costs as much as a look at the stock.
@@ -271,7 +272,7 @@ impl Intake {
             payload,
             attributes: request.attributes.map(Box::from),
             user_id: request.user_id.clone(),
-            sku_id: request.sku_id.clone(),
+            sku_id: Arc::clone(&sku.id),
         };
         let deadline = now + request.wait;
         let permit = possible?;

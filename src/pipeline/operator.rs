@@ -186,7 +186,7 @@ impl Operator {
     async fn adopt_total(&self, sku: &Sku) -> Result<(), OperatorError> {
         match self.database.total_of(&sku.id).await? {
             Some(total) => set_total(sku, total),
-            None => Err(OperatorError::UnknownSku(sku.id.clone())),
+            None => Err(OperatorError::UnknownSku(SkuId::clone(&sku.id))),
         }
     }
 

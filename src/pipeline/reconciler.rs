@@ -347,7 +347,7 @@ impl Cashier {
         let order = Order {
             id: receipt.id,
             user_id: receipt.user_id,
-            sku_id: sku.id.clone(),
+            sku_id: Arc::clone(&sku.id),
             sku: receipt.sku,
             quantity: receipt.quantity,
             adjustment: receipt.adjustment,

@@ -100,7 +100,7 @@ impl Rig {
             pending: Mutex::new(None),
             at: AtomicUsize::new(NEVER),
         });
-        let waker = Waker::from(Arc::clone(&noted));
+        let waker = Arc::new(Waker::from(Arc::clone(&noted)));
         let pending = Arc::new(PendingOrder::appending(order.clone(), Some(waker)));
         *noted.pending.lock().unwrap() = Some(Arc::clone(&pending));
         let id = order.id;
@@ -214,7 +214,7 @@ fn order(number: u64, rng: &mut StdRng) -> Order {
     Order {
         id: OrderId::new(number).unwrap(),
         user_id: UserId::new(&format!("u-{number}")).unwrap(),
-        sku_id: SkuId::new("A").unwrap(),
+        sku_id: SkuId::new("A").unwrap().into(),
         sku: SkuNumber(1),
         quantity: Quantity::new(rng.random_range(1..=10_000)).unwrap(),
         adjustment: rng.random(),

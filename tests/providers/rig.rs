@@ -1,7 +1,7 @@
 //! Callbacks as values: read from the vectors, or signed here with the vectors' keys.
 
 use std::collections::BTreeMap;
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 use std::task::Waker;
 
 use base64::Engine;
@@ -90,7 +90,7 @@ impl Callback {
             target: "/v1/payments/any/notify",
             headers: &headers,
             body: &self.body,
-            waker: Waker::noop(),
+            waker: &Arc::new(Waker::noop().clone()),
             before_wait: &|| {},
         };
         let provider = PROVIDERS.get(provider).expect("configured");

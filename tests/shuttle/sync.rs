@@ -1,6 +1,7 @@
 //! The same names as `src/sync.rs`, of shuttle: every access is a place at which another thread
 //! may go on.
 
+use std::borrow::Borrow;
 use std::collections::HashMap;
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher, Hash};
 use std::marker::PhantomData;
@@ -220,23 +221,15 @@ pub struct DashMap<K, V, S = Alike> {
 
 /// What a look-up or a walk finds.
 #[derive(Debug)]
-pub struct Found<V>(V);
+pub struct Found<K>(K);
 
-impl<V> Found<V> {
-    pub fn value(&self) -> &V {
+impl<K> Found<K> {
+    pub fn key(&self) -> &K {
         &self.0
     }
 }
 
-impl<V> Deref for Found<V> {
-    type Target = V;
-
-    fn deref(&self) -> &V {
-        &self.0
-    }
-}
-
-impl<K: Hash + Eq, V: Clone, S> DashMap<K, V, S> {
+impl<K: Hash + Eq + Clone, V, S> DashMap<K, V, S> {
     pub fn with_capacity_and_hasher(_capacity: usize, _hasher: S) -> Self {
         DashMap {
             shards: Default::default(),
@@ -244,27 +237,48 @@ impl<K: Hash + Eq, V: Clone, S> DashMap<K, V, S> {
         }
     }
 
-    fn shard(&self, key: &K) -> MutexGuard<'_, HashMap<K, V, Alike>> {
+    fn shard<Q: Hash + ?Sized>(&self, key: &Q) -> Shard<'_, K, V> {
         let shard = Alike::default().hash_one(key) as usize % self.shards.len();
         self.shards[shard].lock()
     }
 
-    pub fn insert(&self, key: K, value: V) -> Option<V> {
-        self.shard(&key).insert(key, value)
+    pub fn entry(&self, key: K) -> Entry<'_, K, V> {
+        let shard = self.shard(&key);
+        let is_there = shard.contains_key(&key);
+        let place = Place { shard, key };
+        if is_there {
+            Entry::Occupied(place)
+        } else {
+            Entry::Vacant(place)
+        }
     }
 
-    pub fn get(&self, key: &K) -> Option<Found<V>> {
-        self.shard(key).get(key).cloned().map(Found)
+    pub fn get<Q>(&self, key: &Q) -> Option<Found<K>>
+    where
+        K: Borrow<Q>,
+        Q: Hash + Eq + ?Sized,
+    {
+        let shard = self.shard(key);
+        let (key, _) = shard.get_key_value(key)?;
+        Some(Found(key.clone()))
     }
 
-    pub fn remove(&self, key: &K) -> Option<V> {
-        self.shard(key).remove(key)
+    pub fn remove<Q>(&self, key: &Q) -> Option<(K, V)>
+    where
+        K: Borrow<Q>,
+        Q: Hash + Eq + ?Sized,
+    {
+        self.shard(key).remove_entry(key)
     }
 
-    pub fn remove_if(&self, key: &K, condition: impl FnOnce(&K, &V) -> bool) -> Option<V> {
+    pub fn remove_if<Q>(&self, key: &Q, condition: impl FnOnce(&K, &V) -> bool) -> Option<(K, V)>
+    where
+        K: Borrow<Q>,
+        Q: Hash + Eq + ?Sized,
+    {
         let mut shard = self.shard(key);
-        match shard.get(key) {
-            Some(value) if condition(key, value) => shard.remove(key),
+        match shard.get_key_value(key) {
+            Some((known, value)) if condition(known, value) => shard.remove_entry(key),
             _ => None,
         }
     }
@@ -277,19 +291,46 @@ impl<K: Hash + Eq, V: Clone, S> DashMap<K, V, S> {
         self.len() == 0
     }
 
-    pub fn iter(&self) -> impl Iterator<Item = Found<V>> {
-        let values = |shard: &Mutex<HashMap<K, V, Alike>>| -> Vec<V> {
-            shard.lock().values().cloned().collect()
+    pub fn iter(&self) -> impl Iterator<Item = Found<K>> {
+        let keys = |shard: &Mutex<HashMap<K, V, Alike>>| -> Vec<K> {
+            shard.lock().keys().cloned().collect()
         };
-        self.shards.iter().flat_map(values).map(Found)
+        self.shards.iter().flat_map(keys).map(Found)
     }
 }
 
-impl<'a, K: Hash + Eq, V: Clone, S> IntoIterator for &'a DashMap<K, V, S> {
-    type Item = Found<V>;
-    type IntoIter = Box<dyn Iterator<Item = Found<V>> + 'a>;
+impl<'a, K: Hash + Eq + Clone, V, S> IntoIterator for &'a DashMap<K, V, S> {
+    type Item = Found<K>;
+    type IntoIter = Box<dyn Iterator<Item = Found<K>> + 'a>;
 
     fn into_iter(self) -> Self::IntoIter {
         Box::new(self.iter())
+    }
+}
+
+type Shard<'a, K, V> = MutexGuard<'a, HashMap<K, V, Alike>>;
+
+/// Where a key is or would be; its shard stays locked.
+pub enum Entry<'a, K, V> {
+    Occupied(Place<'a, K, V>),
+    Vacant(Place<'a, K, V>),
+}
+
+pub struct Place<'a, K, V> {
+    shard: Shard<'a, K, V>,
+    key: K,
+}
+
+impl<K: Hash + Eq, V> Place<'_, K, V> {
+    /// Where it is vacant.
+    pub fn insert(mut self, value: V) {
+        self.shard.insert(self.key, value);
+    }
+
+    /// Where it is occupied. Unlike an insertion it replaces the key as well.
+    pub fn replace_entry(mut self, value: V) -> (K, V) {
+        let old = self.shard.remove_entry(&self.key);
+        self.shard.insert(self.key, value);
+        old.expect("it is occupied")
     }
 }

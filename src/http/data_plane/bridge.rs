@@ -49,7 +49,7 @@ pub fn run<T: Send + 'static>(
     let outcome = Arc::new(Mutex::new(Outcome::Pending));
     let finish = Finish {
         outcome: Arc::clone(&outcome),
-        waker: request.waker.clone(),
+        waker: Waker::clone(request.waker),
     };
     runtime.spawn(async move {
         let done = future.await;

@@ -4,6 +4,7 @@
 //! requests and never writes to a socket itself.
 
 use std::fmt::{Display, Write as _};
+use std::sync::Arc;
 use std::task::Waker;
 
 /// One complete request. Every slice borrows from the connection's buffer.
@@ -17,8 +18,9 @@ pub struct Request<'a> {
     pub headers: &'a [httparse::Header<'a>],
     /// The whole body; empty when there is none.
     pub body: &'a [u8],
-    /// Wakes the coroutine that runs this request, once it parks.
-    pub waker: &'a Waker,
+    /// Wakes the coroutine that runs this request, once it parks. One for all requests of the
+    /// connection, to be shared.
+    pub waker: &'a Arc<Waker>,
     /// To be called before the service parks; [`super::wake::wait`] does. It writes the answers
     /// that earlier pipelined requests are owed, so that they never wait behind this one.
     pub before_wait: &'a dyn Fn(),

@@ -96,7 +96,7 @@ struct Mounted<S> {
     service: Arc<S>,
     body_bytes_max: usize,
     batch_body_bytes_max: usize,
-    waker: Option<Waker>,
+    waker: Option<Arc<Waker>>,
     // Reading the body consumes the request, so its head is copied here first: the method, the
     // target and the names in one, the values in the other.
     head: String,
@@ -185,7 +185,9 @@ impl<S: Service> Mounted<S> {
             target,
             headers: headers.get(..count).unwrap_or_default(),
             body: &self.body,
-            waker: self.waker.get_or_insert_with(CoroutineWaker::current),
+            waker: self
+                .waker
+                .get_or_insert_with(|| Arc::new(CoroutineWaker::current())),
             before_wait: &|| {},
         };
         let (service, response) = (&*self.service, &mut self.response);

@@ -2,6 +2,7 @@
 //! give each order the same verdict.
 
 use std::sync::Arc;
+use std::task::Waker;
 use std::time::{Duration, Instant};
 
 use super::message::{Request, Response};
@@ -456,7 +457,7 @@ impl DataPlane {
         if !over() {
             wait(request, || {
                 // Announced before the look: a change in between is either seen or wakes us.
-                pending.slot.subscribe(request.waker.clone());
+                pending.slot.subscribe(Waker::clone(request.waker));
                 self.ledger.pending.wake_by(pending, deadline);
                 over()
             });

@@ -112,19 +112,17 @@ impl Appender {
             Err(error) => {
                 let segment = self.log.segment().number;
                 shared.fail(format!("{}: {error}", super::segment::file_name(segment)));
-                self.orders
-                    .iter()
-                    .for_each(|order| order.set_segment(segment));
                 true
             }
         }
     }
 
     fn acknowledge_early(&self) {
+        let segment = self.log.segment().number;
         let mut wakers = Vec::new();
         for order in &self.orders {
             if order.slot.state() == SlotState::Appending {
-                order.slot.appended(true);
+                order.slot.appended(segment, true);
             }
             order.slot.take_wakers(|waker| wakers.push(waker));
         }
@@ -151,11 +149,10 @@ impl Appender {
         let may = (shared.parts.may_acknowledge)();
         let mut wakers = Vec::with_capacity(self.orders.len());
         for order in &self.orders {
-            order.set_segment(segment);
             if !bug("ack_before_sync") {
                 // Where another process has taken over meanwhile, nobody is told that it is
                 // accepted; the order goes the way of a waiting one, and ends at the fence.
-                order.slot.appended(may);
+                order.slot.appended(segment, may);
             }
             order.slot.take_wakers(|waker| wakers.push(waker));
         }
@@ -208,23 +205,28 @@ impl Appender {
     /// be on the disk, so it must be written; nothing more is appended. False: the end.
     fn pass_on(&mut self) -> bool {
         let shared = Arc::clone(&self.shared);
-        let mut orders: Vec<_> = self.orders.drain(..).collect();
+        // What is gathered here is the group that failed.
+        let segment = self.log.segment().number;
+        let in_doubt = self.orders.drain(..).map(|order| (order, segment));
+        let mut orders: Vec<_> = in_doubt.collect();
         let held_back = self.held_back.take().into_iter();
         let later = held_back.chain(std::iter::from_fn(|| shared.incoming.pop()));
         orders.extend(later.filter_map(|incoming| match incoming {
-            Incoming::Order(order, _permit) => Some(order),
+            Incoming::Order(order, _permit) => Some((order, 0)),
             Incoming::Lease(..) => None,
         }));
         if orders.is_empty() {
             return shared.incoming.wait();
         }
         let mut wakers = Vec::new();
-        for order in &orders {
-            order.slot.appended(false);
+        for (order, segment) in &orders {
+            order.slot.appended(*segment, false);
             order.slot.take_wakers(|waker| wakers.push(waker));
         }
         (shared.parts.wake_all)(wakers);
-        orders.into_iter().all(|order| shared.push_or_wait(order))
+        orders
+            .into_iter()
+            .all(|(order, _)| shared.push_or_wait(order))
     }
 }
 

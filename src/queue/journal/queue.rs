@@ -442,7 +442,7 @@ impl DurableQueue for JournalQueue {
     fn decided(&self, orders: &[Arc<PendingOrder>]) {
         let mut by_segment: Vec<(u64, u64)> = Vec::new();
         for order in orders {
-            let segment = order.segment();
+            let segment = order.slot.segment();
             if segment == 0 {
                 continue;
             }

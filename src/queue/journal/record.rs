@@ -13,6 +13,9 @@
 //! All integers are little-endian, moments are Unix milliseconds. A record's sequence number is
 //! that of its group's first, plus its place.
 
+use std::collections::HashMap;
+use std::sync::Arc;
+
 use crate::order::{
     Currency, KeyHash, Order, OrderId, PayloadHash, Quantity, SkuId, SkuNumber, UnixMillis, UserId,
 };
@@ -138,15 +141,18 @@ pub struct Malformed;
 /// # Errors
 /// [`Malformed`].
 pub fn decode(payload: &[u8]) -> Result<Group, Malformed> {
-    let mut rest = Reader(payload);
-    let epoch = rest.i64()?;
-    let sequence = rest.u64()?;
-    let count = rest.u32()?;
+    let mut reader = Reader {
+        rest: payload,
+        sku_ids: HashMap::default(),
+    };
+    let epoch = reader.i64()?;
+    let sequence = reader.u64()?;
+    let count = reader.u32()?;
     let mut records = Vec::new();
     for _ in 0..count {
-        records.push(rest.record()?);
+        records.push(reader.record()?);
     }
-    if rest.0.is_empty() && count > 0 {
+    if reader.rest.is_empty() && count > 0 {
         Ok(Group {
             epoch,
             sequence,
@@ -157,12 +163,16 @@ pub fn decode(payload: &[u8]) -> Result<Group, Malformed> {
     }
 }
 
-struct Reader<'a>(&'a [u8]);
+struct Reader<'a> {
+    rest: &'a [u8],
+    /// Those that were read: orders of one SKU share its name also where the stock is not at hand.
+    sku_ids: HashMap<&'a str, Arc<SkuId>, foldhash::fast::RandomState>,
+}
 
 impl<'a> Reader<'a> {
     fn take(&mut self, count: usize) -> Result<&'a [u8], Malformed> {
-        let (taken, rest) = self.0.split_at_checked(count).ok_or(Malformed)?;
-        self.0 = rest;
+        let (taken, rest) = self.rest.split_at_checked(count).ok_or(Malformed)?;
+        self.rest = rest;
         Ok(taken)
     }
 
@@ -194,6 +204,16 @@ impl<'a> Reader<'a> {
         std::str::from_utf8(self.take(length)?).map_err(|_| Malformed)
     }
 
+    fn sku_id(&mut self, length: usize) -> Result<Arc<SkuId>, Malformed> {
+        let text = self.text(length)?;
+        if let Some(known) = self.sku_ids.get(text) {
+            return Ok(Arc::clone(known));
+        }
+        let id = Arc::new(SkuId::new(text).map_err(|_| Malformed)?);
+        self.sku_ids.insert(text, Arc::clone(&id));
+        Ok(id)
+    }
+
     fn flag(&mut self) -> Result<bool, Malformed> {
         match self.u8()? {
             0 => Ok(false),
@@ -222,7 +242,7 @@ impl<'a> Reader<'a> {
         let length = self.u8()?.into();
         let user_id = UserId::new(self.text(length)?).map_err(|_| Malformed)?;
         let length = self.u8()?.into();
-        let sku_id = SkuId::new(self.text(length)?).map_err(|_| Malformed)?;
+        let sku_id = self.sku_id(length)?;
         let key = match self.flag()? {
             false => None,
             true => Some(KeyHash(self.array()?)),
@@ -260,7 +280,7 @@ mod tests {
         Order {
             id: OrderId::new(77 << 22).unwrap(),
             user_id: UserId::new(&"u".repeat(48)).unwrap(),
-            sku_id: SkuId::new(&"s".repeat(32)).unwrap(),
+            sku_id: SkuId::new(&"s".repeat(32)).unwrap().into(),
             sku: SkuNumber(-3),
             quantity: Quantity::new(10_000).unwrap(),
             adjustment: -5,
@@ -293,6 +313,15 @@ mod tests {
         let group = decode(bytes.as_bytes()).unwrap();
         assert_eq!((group.epoch, group.sequence), (4, 100));
         assert_eq!(group.records, records);
+        let names: Vec<_> = group
+            .records
+            .iter()
+            .filter_map(|record| match record {
+                Record::Order(order) => Some(&order.sku_id),
+                Record::Lease(_) => None,
+            })
+            .collect();
+        assert!(names.iter().all(|name| Arc::ptr_eq(name, names[0])));
         for cut in 0..bytes.as_bytes().len() {
             assert_eq!(decode(&bytes.as_bytes()[..cut]), Err(Malformed), "{cut}");
         }

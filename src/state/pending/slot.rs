@@ -23,7 +23,9 @@
 //! `tests/loom.rs` compiles this file against loom's primitives and runs through every
 //! interleaving.
 
-use crate::sync::{AtomicU8, Guarded, Ordering, Waker};
+use std::sync::Arc;
+
+use crate::sync::{AtomicU64, Guarded, Ordering, Waker};
 
 /// Where an order in flight stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,7 +58,7 @@ impl SlotState {
         )
     }
 
-    fn from_bits(bits: u8) -> Self {
+    fn from_bits(bits: u64) -> Self {
         match bits & STATE {
             0 => SlotState::Waiting,
             1 => SlotState::Claimed,
@@ -83,29 +85,44 @@ pub enum Settled {
     OnDisk = 7,
 }
 
-const WAITING: u8 = 0;
-const CLAIMED: u8 = 1;
-const ABANDONED: u8 = 2;
-const APPENDING: u8 = 6;
-const ON_DISK: u8 = 7;
+const WAITING: u64 = 0;
+const CLAIMED: u64 = 1;
+const ABANDONED: u64 = 2;
+const APPENDING: u64 = 6;
+const ON_DISK: u64 = 7;
 /// The low bits hold the state.
-const STATE: u8 = 0b0000_0111;
+const STATE: u64 = 0b0000_0111;
 /// Set while `others` may hold a waker. It only saves the lock where nobody else waits.
-const OTHERS: u8 = 0b0000_1000;
+const OTHERS: u64 = 0b0000_1000;
 /// A journal has, or may have, the order.
-const RECORDED: u8 = 0b0001_0000;
+const RECORDED: u64 = 0b0001_0000;
 /// A journal has it, and the sync that covers it has returned.
-const DURABLE: u8 = 0b0010_0000;
+const DURABLE: u64 = 0b0010_0000;
+/// From here on upwards: the number of the journal's segment that has its record, or may have it; 0
+/// where there is none.
+const SEGMENT_SHIFT: u32 = 8;
+
+/// A segment's number in its place.
+fn in_place(segment: u64) -> u64 {
+    // It counts from 1 and has 16 digits in the name of its file, which is 54 bits.
+    assert!(
+        segment >> (u64::BITS - SEGMENT_SHIFT) == 0,
+        "no journal has so many segments: {segment}"
+    );
+    segment << SEGMENT_SHIFT
+}
 
 /// The state machine of one order in flight and those who wait for it.
 #[derive(Debug)]
 pub struct Slot {
-    /// State and [`OTHERS`] bit. Every change of state is an `AcqRel` read-modify-write: release,
-    /// so that what the changer did before (the commit, the stock given back) is visible to
+    /// State, [`OTHERS`] and what a journal has of it, its segment included: one word, because there
+    /// is one for each order in flight. Every change of state is an `AcqRel` read-modify-write:
+    /// release, so that what the changer did before (the commit, the stock given back) is visible to
     /// whoever sees the new state; acquire, so that it sees wakers announced before.
-    bits: AtomicU8,
-    /// Whoever sent the order. Fixed before the slot is shared, so waking it needs no lock.
-    first: Option<Waker>,
+    bits: AtomicU64,
+    /// Whoever sent the order. Fixed before the slot is shared, so waking it needs no lock. Lent by
+    /// the connection to each of its orders: 8 bytes instead of 16.
+    first: Option<Arc<Waker>>,
     /// Duplicates in flight and long polls.
     #[allow(
         clippy::box_collection,
@@ -116,27 +133,27 @@ pub struct Slot {
 
 impl Slot {
     /// A slot in `Waiting`; `first` is woken when it is settled, abandoned or past its deadline.
-    pub fn new(first: Option<Waker>) -> Self {
+    pub fn new(first: Option<Arc<Waker>>) -> Self {
         Slot {
-            bits: AtomicU8::new(WAITING),
+            bits: AtomicU64::new(WAITING),
             first,
             others: Guarded::new(None),
         }
     }
 
     /// A slot in `Appending`; `first` is woken when it leaves that state.
-    pub fn appending(first: Option<Waker>) -> Self {
+    pub fn appending(first: Option<Arc<Waker>>) -> Self {
         Slot {
-            bits: AtomicU8::new(APPENDING),
+            bits: AtomicU64::new(APPENDING),
             first,
             others: Guarded::new(None),
         }
     }
 
-    /// A slot in `Waiting` of an order that was read back from a journal.
-    pub fn recovered() -> Self {
+    /// A slot in `Waiting` of an order that was read back from `segment` of a journal.
+    pub fn recovered(segment: u64) -> Self {
         Slot {
-            bits: AtomicU8::new(WAITING | RECORDED | DURABLE),
+            bits: AtomicU64::new(WAITING | RECORDED | DURABLE | in_place(segment)),
             first: None,
             others: Guarded::new(None),
         }
@@ -157,10 +174,18 @@ impl Slot {
         self.bits.load(Ordering::Acquire) & (RECORDED | DURABLE) != 0
     }
 
-    /// `Appending → Waiting`, by the appender, which then takes the wakers. `durable`: the sync
-    /// that covers the order has returned; otherwise its record may or may not be there.
-    pub fn appended(&self, durable: bool) {
-        let to = WAITING | RECORDED | if durable { DURABLE } else { 0 };
+    /// The number of the journal's segment that has its record, or may have it; 0 where there is
+    /// none.
+    pub fn segment(&self) -> u64 {
+        // Relaxed: noted before the order is handed on, and the hand-off publishes it.
+        self.bits.load(Ordering::Relaxed) >> SEGMENT_SHIFT
+    }
+
+    /// `Appending → Waiting`, by the appender, which then takes the wakers. `segment`: where its
+    /// record is or may be; 0 for nowhere. `durable`: the sync that covers the order has returned;
+    /// otherwise its record may or may not be there.
+    pub fn appended(&self, segment: u64, durable: bool) {
+        let to = WAITING | RECORDED | if durable { DURABLE } else { 0 } | in_place(segment);
         let moved = self.leave(APPENDING, 0, to);
         assert!(moved, "an order was appended twice: {:?}", self.state());
     }
@@ -189,7 +214,7 @@ impl Slot {
 
     /// Moves on from `from`, unless a bit of `unless` is set. Bits of `to` beyond the state are
     /// set, none is cleared.
-    fn leave(&self, from: u8, unless: u8, to: u8) -> bool {
+    fn leave(&self, from: u64, unless: u64, to: u64) -> bool {
         self.bits
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, |bits| {
                 (bits & (STATE | unless) == from).then_some(bits & !STATE | to)
@@ -206,7 +231,7 @@ impl Slot {
         let before = self
             .bits
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, |bits| {
-                (bits & STATE == CLAIMED).then_some(bits & !STATE | settled as u8)
+                (bits & STATE == CLAIMED).then_some(bits & !STATE | settled as u64)
             });
         assert!(
             before.is_ok(),
@@ -230,7 +255,7 @@ impl Slot {
     /// Hands every waker to `wake`: after a change of state, and when a deadline has passed.
     pub fn take_wakers(&self, mut wake: impl FnMut(Waker)) {
         if let Some(first) = &self.first {
-            wake(first.clone());
+            wake(Waker::clone(first));
         }
         self.take_others(wake);
     }

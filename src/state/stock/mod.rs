@@ -62,8 +62,8 @@ impl SaleState {
 /// One SKU: identity, terms and counters.
 #[derive(Debug)]
 pub struct Sku {
-    /// As the shop calls it.
-    pub id: SkuId,
+    /// As the shop calls it. Every order of it shares this.
+    pub id: Arc<SkuId>,
     /// As the database calls it.
     pub number: SkuNumber,
     terms: ArcSwap<SaleTerms>,
@@ -84,7 +84,7 @@ impl Sku {
         paused: bool,
     ) -> Self {
         Sku {
-            id,
+            id: Arc::new(id),
             number,
             terms: ArcSwap::from_pointee(terms),
             counter: CachePadded::new(counter),
@@ -258,7 +258,7 @@ impl Catalogue {
             let mut maps = CatalogueMaps::clone(&self.maps.load());
             for sku in skus {
                 let sku = Arc::new(sku);
-                let kept = maps.by_id.entry(sku.id.clone()).or_insert(sku);
+                let kept = maps.by_id.entry(SkuId::clone(&sku.id)).or_insert(sku);
                 maps.by_number.insert(kept.number, Arc::clone(kept));
             }
             self.maps.store(Arc::new(maps));

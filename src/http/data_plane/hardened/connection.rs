@@ -134,7 +134,7 @@ pub(super) struct Connection<'c, S, W> {
     shared: &'c Shared,
     wire: &'c W,
     service: &'c S,
-    waker: Waker,
+    waker: Arc<Waker>,
     state: State,
     // All of it initialised; `start..end` holds what was received and not yet served.
     input: Vec<u8>,
@@ -165,7 +165,7 @@ impl<'c, S: Service, W: Wire> Connection<'c, S, W> {
             shared,
             wire,
             service,
-            waker,
+            waker: Arc::new(waker),
             state: wire.state(),
             input: vec![0; INPUT_BYTES_MIN],
             start: 0,
