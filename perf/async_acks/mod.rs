@@ -13,7 +13,7 @@ use tokio_postgres::Client;
 use crate::rig::child::{Server, Service, free_address, spawn, wait_for};
 use crate::rig::compare::alternate;
 use crate::rig::database::{self, Postgres};
-use crate::rig::engine::{self, HOT, RawCopy, request};
+use crate::rig::engine::{self, HOT, RawCopy};
 use crate::rig::flood::{Template, rate};
 use crate::rig::{Finding, Lab, Scratch, Target};
 

@@ -90,10 +90,17 @@ impl Rig {
         })
     }
 
-    /// Appends one order, if it is let in.
+    /// Appends one order, if it is let in. While the next segment is only being made it asks again, as
+    /// a client does.
     pub fn append(&mut self, rng: &mut StdRng) -> Result<OrderId, NotDurable> {
         let order = order(self.next_id, rng);
-        let permit = self.queue.reserve(order.attributes.as_deref())?;
+        let deadline = Instant::now() + PATIENCE;
+        let permit = loop {
+            match self.queue.reserve(order.attributes.as_deref()) {
+                Err(NotDurable::Busy) if Instant::now() < deadline => std::thread::yield_now(),
+                reserved => break reserved?,
+            }
+        };
         self.next_id += 1;
         let noted = Arc::new(Noted {
             disk: self.disk.clone(),
