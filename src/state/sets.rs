@@ -7,7 +7,7 @@
 
 use crate::sync::Guarded;
 
-/// Sets of `WAYS` entries, each with the newest first.
+/// Sets of `WAYS` entries, 1 or more, each with the newest first and free places last.
 pub(super) struct Sets<T, const WAYS: usize> {
     sets: Box<[Guarded<[Option<T>; WAYS]>]>,
 }
@@ -28,20 +28,14 @@ impl<T: Clone, const WAYS: usize> Sets<T, WAYS> {
             .with(|set| set.iter().flatten().find(|entry| is(entry)).cloned())
     }
 
-    /// Enters `entry`, in the place of the one that `is` the same, in a free one, or in that of the oldest of its
-    /// set.
+    /// Enters `entry`, in the place of the one that `is` the same, or of the oldest of its set.
     pub(super) fn put(&self, hash: u64, entry: T, is: impl Fn(&T) -> bool) {
-        let replaced = self.set(hash).and_then(|set| {
+        let replaced = self.set(hash).map(|set| {
             set.with(|set| {
-                let same = |known: &Option<T>| known.as_ref().is_some_and(&is);
-                let place = set
-                    .iter()
-                    .position(same)
-                    .or_else(|| set.iter().position(Option::is_none))
-                    .unwrap_or(WAYS - 1);
-                let replaced = set.get_mut(place)?.replace(entry);
-                set[..=place].rotate_right(1);
-                replaced
+                // The last place has the oldest, or nothing.
+                let same = set.iter().position(|known| known.as_ref().is_some_and(&is));
+                set[..=same.unwrap_or(WAYS - 1)].rotate_right(1);
+                set[0].replace(entry)
             })
         });
         // Not under the lock: what it holds may take its time to go.
@@ -51,10 +45,11 @@ impl<T: Clone, const WAYS: usize> Sets<T, WAYS> {
     /// Takes out the entry with this hash that `is` the wanted one.
     pub(super) fn remove(&self, hash: u64, is: impl Fn(&T) -> bool) -> Option<T> {
         self.set(hash)?.with(|set| {
-            let mut entries = set.iter_mut();
-            entries
-                .find(|entry| entry.as_ref().is_some_and(&is))?
-                .take()
+            let wanted = set
+                .iter()
+                .position(|known| known.as_ref().is_some_and(&is))?;
+            set[wanted..].rotate_left(1);
+            set[WAYS - 1].take()
         })
     }
 
@@ -98,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_removed_leaves_its_place_and_nothing_else() {
+    fn what_is_removed_makes_room_for_another() {
         let sets = Sets::with_capacity(3);
         for (key, value) in [(1, 'a'), (2, 'b'), (3, 'c')] {
             put(&sets, key, value);
@@ -108,7 +103,6 @@ mod tests {
         assert_eq!(sets.len(), 2);
         put(&sets, 4, 'd');
         assert_eq!(sets.all(), [(4, 'd'), (3, 'c'), (1, 'a')]);
-        // The one that is replaced lies behind the free place.
         sets.remove(0, |entry| entry.0 == 3);
         put(&sets, 1, 'e');
         assert_eq!(sets.len(), 2);
