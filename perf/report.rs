@@ -13,8 +13,6 @@ use crate::rig::{Finding, Target};
 
 /// What is recorded of a case, in its folder.
 const RESULT: &str = "result.json";
-const TABLE_BEGINS: &str = "<!-- targets -->";
-const TABLE_ENDS: &str = "<!-- end of targets -->";
 
 /// The findings of a run.
 pub struct Report {
@@ -180,69 +178,129 @@ fn row(finding: &Finding) -> Value {
     })
 }
 
-/// Writes the table of targets into `perf/README.md`, between its marks, from what is recorded of
-/// each of these cases.
+/// A row of the tables, from what is recorded of a case.
+struct TableRow {
+    id: String,
+    case: String,
+    commit: String,
+    what: String,
+    value: String,
+    least: String,
+    greatest: String,
+    target: String,
+    met: &'static str,
+}
+
+impl TableRow {
+    /// `None` for a figure without a target.
+    fn read(case: &str, commit: &Value, row: &Value) -> Option<Self> {
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let figure = |name: &str| row[name].as_f64().map(number).unwrap_or_default();
+        let sign = match row["bound"].as_str() {
+            Some("at_least") => "≥",
+            _ => "≤",
+        };
+        Some(TableRow {
+            id: row["id"].as_str()?.to_owned(),
+            case: case.to_owned(),
+            commit: text(commit),
+            what: text(&row["what"]),
+            value: figure("value"),
+            least: figure("least"),
+            greatest: figure("greatest"),
+            target: format!("{sign} {}", figure("target")),
+            met: match row["met"].as_bool() {
+                Some(true) => "met",
+                _ => "**missed**",
+            },
+        })
+    }
+
+    /// `least` to `greatest` in these words, or nothing where there is but one value.
+    fn spread(&self, before: &str, between: &str, after: &str) -> String {
+        match self.least.as_str() {
+            "" => String::new(),
+            least => format!("{before}{least}{between}{}{after}", self.greatest),
+        }
+    }
+
+    /// As in `perf/README.md`.
+    fn whole(&self) -> String {
+        format!(
+            "| {} | {} | {} | {} | {} | {} | `./x perf {}` | {} |\n",
+            self.id,
+            self.what,
+            self.value,
+            self.spread("", " to ", ""),
+            self.target,
+            self.met,
+            self.case,
+            self.commit,
+        )
+    }
+
+    /// As in `README.md`.
+    fn short(&self) -> String {
+        format!(
+            "| {} | {}{} | {} | {} | `./x perf {}` |\n",
+            self.what,
+            self.value,
+            self.spread(" (", " to ", ")"),
+            self.target,
+            self.met,
+            self.case,
+        )
+    }
+}
+
+/// Writes the table of targets into `perf/README.md` and the short one into `README.md`, from what is
+/// recorded of each of these cases.
 ///
 /// # Errors
 /// Where a file, or a mark, is not there.
-pub fn write_table(cases: &[&str]) -> anyhow::Result<()> {
-    let file = folder().join("README.md");
-    let text = std::fs::read_to_string(&file)?;
-    let (before, rest) = text
-        .split_once(TABLE_BEGINS)
-        .context("perf/README.md has no mark where its table begins")?;
-    let (_, after) = rest
-        .split_once(TABLE_ENDS)
-        .context("perf/README.md has no mark where its table ends")?;
+pub fn write_tables(cases: &[&str]) -> anyhow::Result<()> {
     let mut rows = Vec::new();
     for case in cases {
         let Ok(text) = std::fs::read_to_string(folder().join(case).join(RESULT)) else {
             continue;
         };
         let recorded: Value = serde_json::from_str(&text)?;
-        for row in recorded["findings"].as_array().into_iter().flatten() {
-            if let Some(id) = row["id"].as_str() {
-                rows.push((id.to_owned(), table_row(case, &recorded["commit"], row)));
-            }
-        }
+        let findings = recorded["findings"].as_array().into_iter().flatten();
+        rows.extend(findings.filter_map(|row| TableRow::read(case, &recorded["commit"], row)));
     }
-    rows.sort();
-    let mut table = format!(
-        "{TABLE_BEGINS}\n| | measured | value | least to greatest | target | | command | commit |\n\
-         |---|---|---|---|---|---|---|---|\n"
-    );
-    table.extend(rows.into_iter().map(|(_, row)| row));
-    std::fs::write(file, format!("{before}{table}{TABLE_ENDS}{after}"))?;
-    Ok(())
+    rows.sort_by(|one, other| one.id.cmp(&other.id));
+    let whole: String = rows.iter().map(TableRow::whole).collect();
+    put_between(
+        &folder().join("README.md"),
+        "targets",
+        "| | measured | value | least to greatest | target | | command | commit |\n\
+         |---|---|---|---|---|---|---|---|\n",
+        &whole,
+    )?;
+    let short: String = rows.iter().map(TableRow::short).collect();
+    put_between(
+        &Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md"),
+        "speed",
+        "| measured | | target | | command |\n|---|---|---|---|---|\n",
+        &short,
+    )
 }
 
-fn table_row(case: &str, commit: &Value, row: &Value) -> String {
-    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-    let figure = |name: &str| row[name].as_f64().map(number).unwrap_or_default();
-    let (least, greatest) = (figure("least"), figure("greatest"));
-    let spread = if least.is_empty() {
-        least
-    } else {
-        format!("{least} to {greatest}")
-    };
-    let sign = if row["bound"] == "at_least" {
-        "≥"
-    } else {
-        "≤"
-    };
-    let met = if row["met"] == true {
-        "met"
-    } else {
-        "**missed**"
-    };
-    format!(
-        "| {} | {} | {} | {spread} | {sign} {} | {met} | `./x perf {case}` | {} |\n",
-        text(&row["id"]),
-        text(&row["what"]),
-        figure("value"),
-        figure("target"),
-        text(commit),
-    )
+/// Puts a table between two marks of a Markdown file, in place of what is there.
+fn put_between(file: &Path, mark: &str, head: &str, rows: &str) -> anyhow::Result<()> {
+    let (begins, ends) = (
+        format!("<!-- {mark} -->"),
+        format!("<!-- end of {mark} -->"),
+    );
+    let text = std::fs::read_to_string(file)?;
+    let around = text.split_once(&begins).and_then(|(before, rest)| {
+        let (_, after) = rest.split_once(&ends)?;
+        Some((before, after))
+    });
+    let (before, after) = around
+        .with_context(|| format!("{} has no marks `{begins}` and `{ends}`", file.display()))?;
+    std::fs::write(file, format!("{before}{begins}\n{head}{rows}{ends}{after}"))?;
+    Ok(())
 }
 
 fn line(finding: &Finding) -> String {

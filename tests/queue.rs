@@ -6,7 +6,7 @@
 use std::collections::HashSet;
 use std::future::Future;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,7 @@ use millrace::order::{
 };
 use millrace::queue::journal::{JournalParts, JournalQueue, Opened};
 use millrace::queue::{OrderQueue, RingQueue, Taken};
-use millrace::state::pending::{Pending, PendingOrder};
+use millrace::state::pending::{Pending, PendingOrder, SlotState};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use tokio::task::JoinSet;
@@ -79,6 +79,87 @@ fn journal(capacity: usize) -> Arc<dyn OrderQueue> {
         metrics: Metrics::new().unwrap(),
     };
     Arc::new(JournalQueue::start(opened, parts).unwrap())
+}
+
+// --- Acknowledged orders that are left on the disk ----------------------------------------------
+
+/// Hands two orders to a journal whose ring has room for one, so that the second is left on the disk.
+/// Between the sync and that, somebody else begins to wait for the second. Returns it, how often its
+/// sender was woken, and how often the other.
+fn leave_on_the_disk(may_acknowledge_it: bool) -> (Arc<PendingOrder>, usize, usize) {
+    let dir = tempfile::tempdir().unwrap();
+    let opened = Opened::at(dir.path(), 1 << 20, [7; 16], |_, _| {}).unwrap();
+    let [sender, other] = [(); 2].map(|()| Arc::new(Woken::default()));
+    let appending = |id| {
+        let waker = Arc::new(Waker::from(Arc::clone(&sender)));
+        Arc::new(PendingOrder::appending(
+            order(id).order.clone(),
+            Some(waker),
+        ))
+    };
+    let (first, second) = (appending(1), appending(2));
+    let pending = Arc::new(Pending::with_capacity(2));
+    let lease = Arc::new(AtomicBool::new(true));
+    let joined = (Arc::clone(&second), Waker::from(Arc::clone(&other)));
+    let parts = JournalParts {
+        capacity: 1,
+        bytes_max: 1 << 20,
+        epoch: 1,
+        retain: false,
+        pending: Arc::clone(&pending),
+        wake_all: Arc::new(move |wakers| {
+            let (second, other) = &joined;
+            if second.slot.state() == SlotState::Waiting {
+                second.slot.subscribe(other.clone());
+            }
+            wakers.into_iter().for_each(Waker::wake);
+        }),
+        may_acknowledge: {
+            let lease = Arc::clone(&lease);
+            Arc::new(move || lease.load(Ordering::SeqCst))
+        },
+        on_panic: Arc::new(|reason| panic!("{reason}")),
+        metrics: Metrics::new().unwrap(),
+    };
+    let queue = JournalQueue::start(opened, parts).unwrap();
+    let until = |done: &dyn Fn() -> bool| {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !done() {
+            assert!(Instant::now() < deadline, "it never comes");
+            std::thread::yield_now();
+        }
+    };
+    let durable = queue.durable().unwrap();
+    for order in [&first, &second] {
+        lease.store(true, Ordering::SeqCst);
+        pending.insert(order);
+        let permit = durable.reserve(None).unwrap();
+        lease.store(may_acknowledge_it, Ordering::SeqCst);
+        durable.append(Arc::clone(order), permit).unwrap();
+        until(&|| order.slot.state() != SlotState::Appending);
+        until(&|| queue.depth() > 0);
+    }
+    until(&|| other.0.load(Ordering::SeqCst) > 0);
+    assert_eq!(second.slot.state(), SlotState::OnDisk);
+    assert!(pending.get(second.order.id).is_none());
+    drop(queue.stop());
+    // Once for the first order, which is not what is asked for.
+    let woken = sender.0.load(Ordering::SeqCst) - 1;
+    (second, woken, other.0.load(Ordering::SeqCst))
+}
+
+#[test]
+fn an_acknowledged_order_that_is_left_on_the_disk_wakes_its_sender_once() {
+    let (order, sender, other) = leave_on_the_disk(true);
+    assert!(order.slot.is_durable());
+    assert_eq!((sender, other), (1, 1));
+}
+
+#[test]
+fn a_sender_that_may_not_be_told_is_woken_when_its_order_is_left_on_the_disk() {
+    let (order, sender, other) = leave_on_the_disk(false);
+    assert!(!order.slot.is_durable());
+    assert_eq!((sender, other), (2, 1));
 }
 
 // --- Tools ----------------------------------------------------------------------------------

@@ -73,15 +73,7 @@ pub fn memory_of(what: &str) -> anyhow::Result<()> {
             let buyers = Buyers::new(usize::MAX, ORDERS as usize);
             for number in (0..ORDERS).step_by(1_024) {
                 for order in engine::rows(number, 1_024, SkuNumber(1)) {
-                    let remembered = Remembered {
-                        order_id: order.id,
-                        key: order.key,
-                        payload: order.payload,
-                        sku: order.sku,
-                        quantity: order.quantity,
-                        live: true,
-                    };
-                    match buyers.claim(&order.user_id, remembered, None, Ok(())) {
+                    match buyers.claim(&order.user_id, Remembered::of(&order), None, Ok(())) {
                         Ok(Claimed::Fresh(claim)) => claim.keep(),
                         other => anyhow::bail!("a buyer was there already: {other:?}"),
                     }

@@ -218,10 +218,14 @@ pub(super) async fn recover(
     paused: bool,
 ) -> Result<Ledger, StoreError> {
     let workers_hold = config.worker_count() * config.workers.batch_rows_max;
-    let in_flight_max = config.queue.capacity + workers_hold;
+    let before_the_ring = match config.queue.backend {
+        Backend::Journal => config.queue.capacity,
+        Backend::Memory => 0,
+    };
+    let in_flight_max = before_the_ring + config.queue.capacity + workers_hold;
     let buyers = Buyers::new(
         config.orders.remembered_max,
-        in_flight_max.min(config.orders.remembered_max),
+        config.queue.capacity.min(config.orders.remembered_max),
     );
     let catalogue = Catalogue::default();
     catalogue.add(database.load_skus().await?);

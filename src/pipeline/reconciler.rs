@@ -303,7 +303,7 @@ impl Cashier {
         let known = buyers.orders_of(user_id);
         let mut claim = None;
         if !known.iter().any(|known| known.order_id == order.id) {
-            match buyers.claim(user_id, remembered(&order), None, Ok(())) {
+            match buyers.claim(user_id, Remembered::of(&order), None, Ok(())) {
                 Ok(Claimed::Fresh(fresh)) => claim = Some(fresh),
                 // Somebody was faster in this very moment; the next look tells.
                 Ok(Claimed::Duplicate(_)) | Err(_) => {
@@ -369,7 +369,7 @@ impl Cashier {
         }
         // Its buyer may have ordered again under the same key.
         let look = || {
-            let remembered = remembered(&order);
+            let remembered = Remembered::of(&order);
             let buyers = &ledger.buyers;
             buyers.look(&order.user_id, &remembered, None, Ok(()))
         };
@@ -409,7 +409,7 @@ impl Cashier {
         let mut taken = None;
         if !held {
             let buyers = &ledger.buyers;
-            let claim = buyers.claim(&order.user_id, remembered(&order), None, Ok(()));
+            let claim = buyers.claim(&order.user_id, Remembered::of(&order), None, Ok(()));
             let (Ok(Claimed::Fresh(claim)), Ok(hold)) = (claim, sku.hold(order.quantity)) else {
                 // Somebody was faster in this very moment; the next look tells.
                 return self.put_off(payment, payment.checks, IN_FLIGHT_MS).await;
@@ -434,16 +434,5 @@ impl Cashier {
         self.parts.metrics.payments.verdicts.count("recovered");
         tracing::info!(order_id = %order.id, payment = payment.id, "recovered a lost order from the receipt of its payment");
         Ok(())
-    }
-}
-
-fn remembered(order: &Order) -> Remembered {
-    Remembered {
-        order_id: order.id,
-        key: order.key,
-        payload: order.payload,
-        sku: order.sku,
-        quantity: order.quantity,
-        live: true,
     }
 }

@@ -10,7 +10,7 @@ use dashmap::DashMap;
 use dashmap::mapref::entry::Entry;
 use smallvec::SmallVec;
 
-use crate::order::{KeyHash, OrderId, PayloadHash, Quantity, Refusal, SkuNumber, UserId};
+use crate::order::{KeyHash, Order, OrderId, PayloadHash, Quantity, Refusal, SkuNumber, UserId};
 
 /// One order as a buyer's record remembers it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,6 +29,20 @@ pub struct Remembered {
     pub live: bool,
 }
 
+impl Remembered {
+    /// What is remembered of an order that holds its units.
+    pub fn of(order: &Order) -> Self {
+        Remembered {
+            order_id: order.id,
+            key: order.key,
+            payload: order.payload,
+            sku: order.sku,
+            quantity: order.quantity,
+            live: true,
+        }
+    }
+}
+
 /// What the claim of a buyer's record comes to.
 #[derive(Debug)]
 pub enum Claimed<'a> {
@@ -41,7 +55,7 @@ pub enum Claimed<'a> {
 /// Every buyer's record.
 #[derive(Debug)]
 pub struct Buyers {
-    records: DashMap<UserId, SmallVec<[Remembered; 1]>, foldhash::fast::RandomState>,
+    records: DashMap<UserId, SmallVec<[Remembered; 1]>, foldhash::quality::RandomState>,
     remembered: AtomicUsize,
     remembered_max: usize,
 }
@@ -57,7 +71,7 @@ impl Buyers {
         Buyers {
             records: DashMap::with_capacity_and_hasher_and_shard_amount(
                 expected,
-                foldhash::fast::RandomState::default(),
+                foldhash::quality::RandomState::default(),
                 SHARDS,
             ),
             remembered: AtomicUsize::new(0),

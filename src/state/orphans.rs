@@ -11,7 +11,7 @@ use crate::order::{OrderId, UnixMillis};
 /// received. Bounded by money that really came in.
 #[derive(Debug, Default)]
 pub struct Orphans {
-    orders: DashMap<OrderId, UnixMillis, foldhash::fast::RandomState>,
+    orders: DashMap<OrderId, UnixMillis, foldhash::quality::RandomState>,
     /// Read on its own where nothing waits, as is usual.
     count: AtomicUsize,
 }

@@ -4,7 +4,7 @@
 use std::hash::BuildHasher;
 use std::sync::Arc;
 
-use foldhash::fast::RandomState;
+use foldhash::quality::RandomState;
 
 use super::pending::PendingOrder;
 use super::sets::Sets;
@@ -13,15 +13,17 @@ use crate::order::{OrderId, UnixMillis};
 /// Recently written orders by id.
 pub struct Recent {
     /// The id beside its order, so that looking for one touches no other.
-    orders: Sets<(OrderId, Arc<PendingOrder>), 4>,
+    orders: Sets<(OrderId, Arc<PendingOrder>), 8>,
     seed: RandomState,
 }
 
 impl Recent {
-    /// Room for `capacity` orders, 4 or more.
+    /// Keeps the last `capacity` orders, 4 or more, but for about one in a hundred: a restart of the
+    /// database that lost commits is mended from them.
     pub fn with_capacity(capacity: usize) -> Self {
         Recent {
-            orders: Sets::with_capacity(capacity),
+            // As much room again, because orders do not fall evenly into the sets.
+            orders: Sets::with_capacity(capacity.saturating_mul(2)),
             seed: RandomState::default(),
         }
     }
@@ -64,5 +66,64 @@ impl std::fmt::Debug for Recent {
         f.debug_struct("Recent")
             .field("orders", &self.orders.len())
             .finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+    use crate::order::{Currency, Order, PayloadHash, Quantity, SkuId, SkuNumber, UserId};
+
+    fn written(id: u64, expires_at: i64) -> Arc<PendingOrder> {
+        let order = Order {
+            id: OrderId::new(id).unwrap(),
+            user_id: UserId::new("u").unwrap(),
+            sku_id: SkuId::new("s").unwrap().into(),
+            sku: SkuNumber(1),
+            quantity: Quantity::ONE,
+            adjustment: 0,
+            amount: 1,
+            currency: Currency::new("EUR").unwrap(),
+            created_at: UnixMillis(0),
+            expires_at: UnixMillis(expires_at),
+            key: None,
+            payload: PayloadHash(0),
+            attributes: None,
+        };
+        Arc::new(PendingOrder::new(order, Instant::now(), None))
+    }
+
+    #[test]
+    fn an_order_is_known_until_it_expires_or_is_forgotten() {
+        let recent = Recent::with_capacity(100);
+        let id = OrderId::new(1).unwrap();
+        recent.note(&written(1, 50));
+        assert!(recent.get(id, UnixMillis(49)).is_some());
+        assert!(recent.get(id, UnixMillis(50)).is_none());
+        recent.forget(id);
+        assert!(recent.get(id, UnixMillis(0)).is_none());
+        assert!(recent.all().is_empty());
+    }
+
+    #[test]
+    fn nearly_all_of_the_last_are_kept() {
+        const CAPACITY: u64 = 4_096;
+        let recent = Recent::with_capacity(CAPACITY as usize);
+        (1..=5 * CAPACITY).for_each(|id| recent.note(&written(id, 1)));
+        let kept = |last: u64| {
+            let ids = 5 * CAPACITY - last + 1..=5 * CAPACITY;
+            let known = |id: &u64| {
+                recent
+                    .get(OrderId::new(*id).unwrap(), UnixMillis(0))
+                    .is_some()
+            };
+            ids.filter(known).count() as f64 / last as f64
+        };
+        assert!(kept(CAPACITY) > 0.97, "{}", kept(CAPACITY));
+        assert!(kept(CAPACITY / 2) > 0.99, "{}", kept(CAPACITY / 2));
+        assert_eq!(kept(CAPACITY / 16), 1.0);
+        assert!(recent.all().len() <= 2 * CAPACITY as usize);
     }
 }

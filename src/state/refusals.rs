@@ -7,7 +7,7 @@
 use std::hash::BuildHasher;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use foldhash::fast::RandomState;
+use foldhash::quality::RandomState;
 
 use super::sets::Sets;
 use crate::order::{KeyHash, PayloadHash, Refusal, UserId};

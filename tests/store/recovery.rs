@@ -90,12 +90,8 @@ async fn load(sale: &Sale, floor: OrderId) -> HashMap<OrderId, (UserId, Remember
 
 fn remembered(order: &Order, live: bool) -> (UserId, Remembered) {
     let remembered = Remembered {
-        order_id: order.id,
-        key: order.key,
-        payload: order.payload,
-        sku: order.sku,
-        quantity: order.quantity,
         live,
+        ..Remembered::of(order)
     };
     (order.user_id.clone(), remembered)
 }

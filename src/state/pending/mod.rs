@@ -86,7 +86,7 @@ impl Eq for ById {}
 #[derive(Debug)]
 pub struct Pending {
     /// A set, but for [`Pending::insert`], which needs the entry of a map.
-    orders: DashMap<ById, (), foldhash::fast::RandomState>,
+    orders: DashMap<ById, (), foldhash::quality::RandomState>,
     /// No deadline lies before this moment, as [`millis`] counts; `u64::MAX` where none is known. It
     /// spares the deadline keeper the walk through the map while nothing is due.
     next_due_ms: AtomicU64,
@@ -102,7 +102,7 @@ impl Pending {
         Pending {
             orders: DashMap::with_capacity_and_hasher(
                 capacity,
-                foldhash::fast::RandomState::default(),
+                foldhash::quality::RandomState::default(),
             ),
             next_due_ms: AtomicU64::new(NEVER),
             spilled: AtomicUsize::new(0),
