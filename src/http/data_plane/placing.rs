@@ -18,6 +18,8 @@ use crate::store::postgres::orders::StoredOrder;
 
 /// Most orders in one batch.
 const BATCH_ORDERS_MAX: usize = 1_000;
+/// A verdict with its order and its receipt; one of a refusal is shorter.
+const LINE_BYTES_TYPICAL: usize = 416;
 
 /// An order that was admitted and is to be awaited.
 enum Admitted {
@@ -223,8 +225,10 @@ impl DataPlane {
         response.set_status(200);
         response.header("Content-Type", "application/x-ndjson");
         wanted.say_applied(response, verdicts.iter().any(Verdict::was_accepted));
+        let out = response.body_mut();
+        // So that it need not grow in steps, each of which copies all before it.
+        out.reserve(verdicts.len() * LINE_BYTES_TYPICAL);
         for verdict in &verdicts {
-            let out = response.body_mut();
             match verdict {
                 Verdict::Problem(problem) => ndjson_line(out, problem.status, problem),
                 Verdict::Order {
