@@ -73,24 +73,14 @@ impl std::fmt::Debug for Recent {
 mod tests {
     use std::time::Instant;
 
+    use super::super::pending::tests::order;
     use super::*;
-    use crate::order::{Currency, Order, PayloadHash, Quantity, SkuId, SkuNumber, UserId};
+    use crate::order::Order;
 
     fn written(id: u64, expires_at: i64) -> Arc<PendingOrder> {
         let order = Order {
-            id: OrderId::new(id).unwrap(),
-            user_id: UserId::new("u").unwrap(),
-            sku_id: SkuId::new("s").unwrap().into(),
-            sku: SkuNumber(1),
-            quantity: Quantity::ONE,
-            adjustment: 0,
-            amount: 1,
-            currency: Currency::new("EUR").unwrap(),
-            created_at: UnixMillis(0),
             expires_at: UnixMillis(expires_at),
-            key: None,
-            payload: PayloadHash(0),
-            attributes: None,
+            ..order(id)
         };
         Arc::new(PendingOrder::new(order, Instant::now(), None))
     }

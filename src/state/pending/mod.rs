@@ -256,7 +256,7 @@ fn millis(at: Instant) -> u64 {
 const OVERDUE_RECHECK: Duration = Duration::from_millis(100);
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::order::*;
     use std::task::Wake;
@@ -268,7 +268,8 @@ mod tests {
         }
     }
 
-    fn order(id: u64) -> Order {
+    /// An order of which nothing but its id matters.
+    pub(in super::super) fn order(id: u64) -> Order {
         Order {
             id: OrderId::new(id).unwrap(),
             user_id: UserId::new("u").unwrap(),
