@@ -86,8 +86,20 @@ fn a_full_queue_refuses_with_retry_after_and_holds_nothing() {
         let mut blocker = database.connect().await;
         let lock = lock_stock(&mut blocker).await;
         let waiting = async {
-            let users: Vec<String> = (0..20).map(|n| format!("u-{n}")).collect();
-            join_all(users.iter().map(|user| server.order(user, "A", None))).await
+            // The worker has its one before the others come, so that the queue is theirs alone.
+            let claimed = async || {
+                let all = server.millrace().ledger().pending.all();
+                all.iter()
+                    .any(|order| order.slot.state() == SlotState::Claimed)
+            };
+            let users: Vec<String> = (1..20).map(|n| format!("u-{n}")).collect();
+            let others = async {
+                wait_until("a claim", claimed).await;
+                join_all(users.iter().map(|user| server.order(user, "A", None))).await
+            };
+            let (first, mut answers) = tokio::join!(server.order("u-0", "A", None), others);
+            answers.push(first);
+            answers
         };
         let unlock = async {
             let refused = async || {
