@@ -196,9 +196,10 @@ impl TableRow {
     fn read(case: &str, commit: &Value, row: &Value) -> Option<Self> {
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
         let figure = |name: &str| row[name].as_f64().map(number).unwrap_or_default();
-        let sign = match row["bound"].as_str() {
-            Some("at_least") => "≥",
-            _ => "≤",
+        let wanted = row["target"].as_f64()?;
+        let wanted = match row["bound"].as_str() {
+            Some("at_least") => Target::AtLeast(wanted),
+            _ => Target::AtMost(wanted),
         };
         Some(TableRow {
             id: row["id"].as_str()?.to_owned(),
@@ -208,7 +209,7 @@ impl TableRow {
             value: figure("value"),
             least: figure("least"),
             greatest: figure("greatest"),
-            target: format!("{sign} {}", figure("target")),
+            target: target(wanted),
             met: match row["met"].as_bool() {
                 Some(true) => "met",
                 _ => "**missed**",

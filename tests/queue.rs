@@ -5,6 +5,7 @@
 
 use std::collections::HashSet;
 use std::future::Future;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
@@ -66,8 +67,16 @@ conformance!(journal, |capacity| super::journal(capacity));
 /// A journal in a directory that goes with it.
 fn journal(capacity: usize) -> Arc<dyn OrderQueue> {
     let dir = tempfile::tempdir().unwrap();
-    let opened = Opened::at(dir.path(), 1 << 20, [7; 16], |_, _| {}).unwrap();
-    let parts = JournalParts {
+    Arc::new(start_journal(dir.path(), parts(capacity)))
+}
+
+fn start_journal(dir: &Path, parts: JournalParts) -> JournalQueue {
+    let opened = Opened::at(dir, 1 << 20, [7; 16], |_, _| {}).unwrap();
+    JournalQueue::start(opened, parts).unwrap()
+}
+
+fn parts(capacity: usize) -> JournalParts {
+    JournalParts {
         capacity,
         bytes_max: 1 << 20,
         epoch: 1,
@@ -77,8 +86,7 @@ fn journal(capacity: usize) -> Arc<dyn OrderQueue> {
         may_acknowledge: Arc::new(|| true),
         on_panic: Arc::new(|reason| panic!("{reason}")),
         metrics: Metrics::new().unwrap(),
-    };
-    Arc::new(JournalQueue::start(opened, parts).unwrap())
+    }
 }
 
 // --- Acknowledged orders that are left on the disk ----------------------------------------------
@@ -88,7 +96,6 @@ fn journal(capacity: usize) -> Arc<dyn OrderQueue> {
 /// sender was woken, and how often the other.
 fn leave_on_the_disk(may_acknowledge_it: bool) -> (Arc<PendingOrder>, usize, usize) {
     let dir = tempfile::tempdir().unwrap();
-    let opened = Opened::at(dir.path(), 1 << 20, [7; 16], |_, _| {}).unwrap();
     let [sender, other] = [(); 2].map(|()| Arc::new(Woken::default()));
     let appending = |id| {
         let waker = Arc::new(Waker::from(Arc::clone(&sender)));
@@ -102,10 +109,6 @@ fn leave_on_the_disk(may_acknowledge_it: bool) -> (Arc<PendingOrder>, usize, usi
     let lease = Arc::new(AtomicBool::new(true));
     let joined = (Arc::clone(&second), Waker::from(Arc::clone(&other)));
     let parts = JournalParts {
-        capacity: 1,
-        bytes_max: 1 << 20,
-        epoch: 1,
-        retain: false,
         pending: Arc::clone(&pending),
         wake_all: Arc::new(move |wakers| {
             let (second, other) = &joined;
@@ -118,10 +121,9 @@ fn leave_on_the_disk(may_acknowledge_it: bool) -> (Arc<PendingOrder>, usize, usi
             let lease = Arc::clone(&lease);
             Arc::new(move || lease.load(Ordering::SeqCst))
         },
-        on_panic: Arc::new(|reason| panic!("{reason}")),
-        metrics: Metrics::new().unwrap(),
+        ..parts(1)
     };
-    let queue = JournalQueue::start(opened, parts).unwrap();
+    let queue = start_journal(dir.path(), parts);
     let until = |done: &dyn Fn() -> bool| {
         let deadline = Instant::now() + Duration::from_secs(60);
         while !done() {

@@ -187,6 +187,7 @@ mod tests {
         assert_eq!(module("/rustc/0/library/core/src/lib.rs"), "core::");
         assert_eq!(module("/build/glibc/recv.c"), "");
     }
+
     #[test]
     fn a_stack_without_names_is_still_a_stack() {
         for frames in [vec![], vec![vec![]]] {

@@ -12,25 +12,20 @@ use foldhash::quality::RandomState;
 use super::sets::Sets;
 use crate::order::{KeyHash, PayloadHash, Refusal, UserId};
 
-/// One refusal, and to whom it was said. The user is known by a hash that is seeded afresh in each
-/// process: 64 bits beside the 128 of the key, compared with what is in one set.
+/// To whom a refusal was said, and under which key. The user is known by a hash that is seeded afresh
+/// in each process: 64 bits beside the 128 of the key, compared with what is in one set.
+type Whom = (u64, KeyHash);
+
+/// One refusal, and of what.
 #[derive(Clone, Copy, Debug)]
 struct Told {
-    user: u64,
-    key: KeyHash,
     payload: PayloadHash,
     refusal: Refusal,
 }
 
-impl Told {
-    fn under(user: u64, key: KeyHash) -> impl Fn(&Told) -> bool {
-        move |told| told.user == user && told.key == key
-    }
-}
-
 /// Sticky refusals by user and key.
 pub struct Refusals {
-    told: Sets<Told, 2>,
+    told: Sets<Whom, Told, 2>,
     /// Whether there has been any. Until then an order that is placed need not look for one.
     any: AtomicBool,
     seed: RandomState,
@@ -61,11 +56,7 @@ impl Refusals {
         if !self.any.load(Ordering::Acquire) {
             return Ok(());
         }
-        let user = self.seed.hash_one(user_id);
-        let told = self
-            .told
-            .get(self.seed.hash_one((user, key)), Told::under(user, key));
-        match told {
+        match self.told.get(&self.whom(user_id, key)) {
             None => Ok(()),
             Some(told) if told.payload == payload => Err(told.refusal),
             Some(_) => Err(Refusal::IdempotencyKeyReused),
@@ -74,22 +65,16 @@ impl Refusals {
 
     /// Keeps a refusal that [`Refusals::check`] did not find.
     pub fn remember(&self, user_id: &UserId, key: KeyHash, payload: PayloadHash, refusal: Refusal) {
-        let user = self.seed.hash_one(user_id);
-        let told = Told {
-            user,
-            key,
-            payload,
-            refusal,
-        };
         // Two requests under one key may both have been refused: the later counts.
-        self.told.put(
-            self.seed.hash_one((user, key)),
-            told,
-            Told::under(user, key),
-        );
+        let told = Told { payload, refusal };
+        self.told.put(self.whom(user_id, key), told);
         if !self.any.load(Ordering::Relaxed) {
             self.any.store(true, Ordering::Release);
         }
+    }
+
+    fn whom(&self, user_id: &UserId, key: KeyHash) -> Whom {
+        (self.seed.hash_one(user_id), key)
     }
 }
 

@@ -363,11 +363,9 @@ impl DataPlane {
                 };
                 self.count(outcome);
                 // One of the journal may have waited for too long to be payable.
-                let is_late = || {
-                    let now = self.ledger.ids.real_now();
-                    self.ledger.is_late(&pending.order, now)
-                };
-                let late = pending.slot.is_recorded() && is_late();
+                let ledger = &self.ledger;
+                let late = pending.slot.is_recorded()
+                    && ledger.is_late(&pending.order, ledger.ids.real_now());
                 let status = if late {
                     OrderStatus::Expired
                 } else {

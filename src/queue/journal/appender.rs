@@ -195,9 +195,7 @@ impl Appender {
                 }
             }
         }
-        if !wakers.is_empty() {
-            (shared.parts.wake_all)(wakers);
-        }
+        (shared.parts.wake_all)(wakers);
         shared.wake_reader();
     }
 
