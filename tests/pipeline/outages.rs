@@ -45,9 +45,13 @@ fn after(duration: Duration) -> impl Fn() -> bool {
     move || Instant::now() >= end
 }
 
-/// A random delay of the database around [`WAIT`].
-fn delay() -> Duration {
-    Duration::from_millis(rand::rng().random_range(50..550))
+/// Random delays of the database around [`WAIT`], the first surely longer.
+fn delays() -> impl FnMut() -> Duration {
+    let mut first = Some(2 * WAIT);
+    move || {
+        let random = || Duration::from_millis(rand::rng().random_range(50..550));
+        first.take().unwrap_or_else(random)
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -63,6 +67,7 @@ async fn rows_locked_around_the_timeout_make_no_order_refused_and_written() {
     }
     let length = Duration::from_secs(4 * count("MILLRACE_ROUNDS", 1));
     let end = after(length);
+    let mut delay = delays();
     let disturb = async {
         let mut holder = line.sale.session().await;
         while !end() {
@@ -103,6 +108,7 @@ async fn a_network_that_stalls_around_the_timeout_makes_no_order_refused_and_wri
     }
     let length = Duration::from_secs(4 * count("MILLRACE_ROUNDS", 1));
     let end = after(length);
+    let mut delay = delays();
     let disturb = async {
         while !end() {
             proxy.freeze(true);
