@@ -34,12 +34,13 @@ use crate::metrics::Metrics;
 use crate::order::IdClock;
 use crate::pipeline::cancel::Canceller;
 use crate::pipeline::cashier::{Cashier, CashierParts, OrphanChecks};
+use crate::pipeline::crew::Crew;
 use crate::pipeline::intake::Intake;
 use crate::pipeline::lease::{self, AcknowledgeLease, Leases};
 use crate::pipeline::ledger::Ledger;
 use crate::pipeline::operator::Operator;
 use crate::pipeline::restore::{Restorer, Watermarks};
-use crate::pipeline::worker::{Worker, WorkerError};
+use crate::pipeline::worker::{Place, Worker, WorkerError};
 use crate::pipeline::{WakeAll, deadlines, retention};
 use crate::queue::journal::{JournalError, JournalParts, JournalQueue};
 use crate::queue::{OrderQueue, RingQueue};
@@ -366,12 +367,17 @@ impl Millrace {
         let intake = Arc::new(intake.with_rate_limits(&config.rate_limit));
         let (cut, cut_seen) = watch::channel(false);
         let watermarks = Arc::new(Watermarks::new(worker_count));
+        let crew = Arc::<Crew>::default();
         let mut workers = JoinSet::new();
-        for worker in 0..worker_count {
-            let shard = i16::try_from(worker).unwrap_or(i16::MAX);
+        for shard in 0..worker_count {
+            let number = i16::try_from(shard).unwrap_or(i16::MAX);
             let worker = Worker::new(
-                BatchWriter::new(database.clone(), lease, shard),
-                (worker, Arc::clone(&watermarks)),
+                BatchWriter::new(database.clone(), lease, number),
+                Place {
+                    shard,
+                    watermarks: Arc::clone(&watermarks),
+                    crew: Arc::clone(&crew),
+                },
                 Arc::clone(&queue),
                 Arc::clone(&ledger),
                 Arc::clone(&wake_all),

@@ -209,7 +209,7 @@ impl RawCopy {
 
 async fn copy_all(client: &Client, share: Vec<(Bytes, i64)>, sku: SkuNumber) -> anyhow::Result<()> {
     let copy = client.prepare(copy::STATEMENT).await?;
-    let counters = client.prepare(batch::COUNTERS).await?;
+    let counter = client.prepare(batch::COUNTER).await?;
     for (rows, units) in share {
         let (begun, sink) = tokio::join!(
             client.batch_execute("BEGIN"),
@@ -221,12 +221,11 @@ async fn copy_all(client: &Client, share: Vec<(Bytes, i64)>, sku: SkuNumber) -> 
             sink.as_mut().send(rows).await?;
             sink.as_mut().finish().await
         };
-        let (skus, units) = (vec![sku.0], vec![units]);
         let counted: [&(dyn tokio_postgres::types::ToSql + Sync); 3] =
-            [&skus, &units, &"the ceiling"];
+            [&sku.0, &units, &"the ceiling"];
         let (copied, counted, committed) = tokio::join!(
             copied,
-            client.execute(&counters, &counted),
+            client.execute(&counter, &counted),
             client.batch_execute("COMMIT")
         );
         copied?;

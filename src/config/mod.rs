@@ -231,7 +231,7 @@ pub enum Backend {
 #[serde(deny_unknown_fields, default)]
 pub struct Workers {
     /// Workers, each with a connection of its own; 0: one for each core, at least 2 and at most 8,
-    /// because more contend for the same SKU rows.
+    /// because more contend for the same SKU rows. The first writes alone while it keeps up.
     #[schemars(range(min = 0, max = 64))]
     pub count: usize,
     /// Most rows in one COPY: what a retry repeats and what one buyer may wait behind.

@@ -1,4 +1,4 @@
-//! The flow of an order: [`intake`] holds stock and queues, [`worker`] writes and settles,
+//! The flow of an order: [`intake`] holds stock and queues, [`worker`] writes and settles ([`crew`] says which),
 //! [`deadlines`] gives up what nobody claimed in time. [`ledger`] is what they share: every way in
 //! which an order in flight can end, and what memory owes for each. [`operator`] and [`audit`] are
 //! an operator's hands and eyes. [`cashier`] is what happens to an order after its row is there: payments, orphans
@@ -9,6 +9,7 @@
 pub mod audit;
 pub mod cancel;
 pub mod cashier;
+pub mod crew;
 pub mod deadlines;
 mod expiry;
 pub mod intake;

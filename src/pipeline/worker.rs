@@ -1,7 +1,8 @@
 //! One worker: takes what is in the queue, writes it as one batch, settles each order.
 //!
 //! Batches form by themselves: while one is being written, the next gathers in the queue. An idle
-//! system writes each order at once; a busy one writes thousands together.
+//! system writes each order at once; a busy one writes thousands together. Who writes is said in
+//! [`super::crew`].
 //!
 //! What can happen to a batch:
 //!
@@ -19,12 +20,13 @@ use rand::Rng;
 use tokio::sync::watch;
 
 use super::WakeAll;
+use super::crew::{Crew, Dismissal, HELP_ROWS};
 use super::ledger::Ledger;
 use super::restore::Watermarks;
 use crate::faults::crash_point;
 use crate::metrics::Metrics;
 use crate::order::{Order, OrderStatus, SkuNumber, UnixMillis};
-use crate::queue::OrderQueue;
+use crate::queue::{OrderQueue, Taken};
 use crate::state::pending::PendingOrder;
 use crate::store::StoreError;
 use crate::store::batch::{BatchWriter, Refused, WriteError};
@@ -47,6 +49,16 @@ pub enum WorkerError {
     Cut(usize),
 }
 
+/// Where a worker stands among the others of its queue.
+pub struct Place {
+    /// Its number; 0 is the first, which never waits to be called.
+    pub shard: usize,
+    /// Where it notes what it has committed.
+    pub watermarks: Arc<Watermarks>,
+    /// Whom it calls for help, or is called by.
+    pub crew: Arc<Crew>,
+}
+
 /// One worker.
 pub struct Worker {
     writer: BatchWriter,
@@ -59,8 +71,9 @@ pub struct Worker {
     /// Turns true when the worker has to stop even if the database does not answer.
     cut: watch::Receiver<bool>,
     commits_lost: u64,
-    shard: usize,
-    watermarks: Arc<Watermarks>,
+    place: Place,
+    /// Of the first worker: however it ends, the others need no call from then on.
+    _dismissal: Option<Dismissal>,
 }
 
 /// How an attempt to write a batch, tried until it is decided, came out.
@@ -77,15 +90,15 @@ enum Decided {
 }
 
 impl Worker {
-    /// The worker `shard` on `queue` that writes through `writer`, at most `rows_max` orders at
-    /// once, and notes in `watermarks` what it has committed.
+    /// The worker at `place` on `queue` that writes through `writer`, at most `rows_max` orders at
+    /// once.
     #[allow(
         clippy::too_many_arguments,
         reason = "each is a part of the wiring, named once in `app`"
     )]
     pub fn new(
         writer: BatchWriter,
-        (shard, watermarks): (usize, Arc<Watermarks>),
+        place: Place,
         queue: Arc<dyn OrderQueue>,
         ledger: Arc<Ledger>,
         wake_all: WakeAll,
@@ -103,8 +116,8 @@ impl Worker {
             parked: BTreeMap::new(),
             cut,
             commits_lost: 0,
-            shard,
-            watermarks,
+            _dismissal: (place.shard == 0).then(|| Dismissal::of(&place.crew)),
+            place,
         }
     }
 
@@ -150,7 +163,7 @@ impl Worker {
                 // Whoever still waits is told that nothing was written, and what the journal has
                 // is left to the next process.
                 () = async { drop(cut.wait_for(|cut| *cut).await) } => break,
-                taken = queue.take(rows_max) => taken,
+                taken = self.take(&*queue, rows_max) => taken,
                 () = tokio::time::sleep_until(retry_parked), if !self.parked.is_empty() => {
                     self.retry_parked().await?;
                     retry_parked = tokio::time::Instant::now() + PARKED_RETRY;
@@ -171,9 +184,20 @@ impl Worker {
             // From here each is settled by this worker or parked with it, whatever happens.
             taken.done();
             crash_point("worker.claimed");
+            if queue.ahead() >= HELP_ROWS.min(rows_max) {
+                self.place.crew.call();
+            }
             self.write(claimed).await?;
         }
         self.retry_parked().await
+    }
+
+    /// Waits for its turn and for the first order, then takes what is there.
+    async fn take(&self, queue: &dyn OrderQueue, rows_max: usize) -> Option<Taken> {
+        if self.place.shard > 0 && queue.ahead() < HELP_ROWS.min(rows_max) {
+            self.place.crew.called().await;
+        }
+        queue.take(rows_max).await
     }
 
     /// Writes and settles every order in `batch`, or parks it.
@@ -231,9 +255,10 @@ impl Worker {
 
     /// Tries the same orders again and again until the database has judged them.
     async fn write_until_decided(&mut self, part: &Batch) -> Result<Decided, WorkerError> {
-        let (worker, workers) = (self.shard, self.watermarks.workers());
+        let (worker, workers) = (self.place.shard, self.place.watermarks.workers());
         self.ledger.pace.begin(worker, workers, part.len());
-        let decided = self.try_until_decided(part).await;
+        let crew = Arc::clone(&self.place.crew);
+        let decided = crew.call_while(self.try_until_decided(part)).await;
         self.ledger.pace.end(worker);
         decided
     }
@@ -422,7 +447,7 @@ impl Worker {
 
     fn note_committed(&self) {
         if let Some(batch) = self.writer.committed() {
-            self.watermarks.note(self.shard, batch);
+            self.place.watermarks.note(self.place.shard, batch);
         }
     }
 
@@ -432,7 +457,7 @@ impl Worker {
             self.metrics.commits_lost.inc_by(lost - self.commits_lost);
             self.commits_lost = lost;
             self.note_committed();
-            self.watermarks.report_lost();
+            self.place.watermarks.report_lost();
         }
     }
 

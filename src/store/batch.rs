@@ -44,6 +44,16 @@ pub const COUNTERS: &str = "
     SELECT w.sku, 'orders', $3, w.units, m.total, m.held, m.sold
       FROM wanted w LEFT JOIN moved m ON m.id = w.sku ORDER BY w.sku";
 
+/// The same of one SKU, which is most batches of a sale: it is locked by being moved, so there is no
+/// order to keep, and nothing to sort or join.
+pub const COUNTER: &str = "
+    WITH moved AS (
+        UPDATE sku SET held = held + $2::int8 WHERE id = $1::int4 RETURNING total, held, sold
+    )
+    INSERT INTO stock_journal (sku, cause, reference, held_delta, total_after, held_after, sold_after)
+    SELECT $1::int4, 'orders', $3::text, $2::int8, m.total, m.held, m.sold
+      FROM (SELECT) one LEFT JOIN moved m ON true";
+
 const DEAD_LETTER: &str = "
     INSERT INTO dead_letters (order_id, user_id, sku, quantity, adjustment, amount, currency,
         created_at, expires_at, key_hash, payload_hash, attributes, sqlstate, reason)
@@ -107,6 +117,7 @@ struct Session {
     backend: i32,
     fence: Statement,
     copy: Statement,
+    counter: Statement,
     counters: Statement,
 }
 
@@ -229,7 +240,11 @@ impl BatchWriter {
         let (skus, units) = units_by_sku(rows);
         let rows = self.buffer.split().freeze();
         let reference = format!("batch {node}/{}/{batch}", self.row.shard);
-        let counters: [&(dyn ToSql + Sync); 3] = [&skus, &units, &reference];
+        let several: [&(dyn ToSql + Sync); 3] = [&skus, &units, &reference];
+        let (counters, parameters) = match (&*skus, &*units) {
+            ([sku], [units]) => (&session.counter, [sku as _, units as _, &reference as _]),
+            _ => (&session.counters, several),
+        };
         let mut sink = std::pin::pin!(sink);
         // From here on a COMMIT may reach the server. Until here it cannot have.
         self.row.unknown = Some(batch);
@@ -241,7 +256,7 @@ impl BatchWriter {
             };
             tokio::join!(
                 copied,
-                client.execute(&session.counters, &counters),
+                client.execute(counters, &parameters),
                 client.batch_execute("COMMIT"),
             )
         })
@@ -281,12 +296,14 @@ impl BatchWriter {
         };
         let fence = prepare("preparing the fence", FENCE).await?;
         let copy = prepare("preparing the COPY", copy::STATEMENT).await?;
+        let counter = prepare("preparing a counter", COUNTER).await?;
         let counters = prepare("preparing the counters", COUNTERS).await?;
         self.session = Some(Session {
             client,
             backend,
             fence,
             copy,
+            counter,
             counters,
         });
         Ok(false)

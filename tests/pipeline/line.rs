@@ -10,10 +10,11 @@ use millrace::metrics::Metrics;
 use millrace::order::{
     IdClock, IdempotencyKey, KeyHash, Quantity, Refusal, SkuId, UnixMillis, UserId,
 };
+use millrace::pipeline::crew::Crew;
 use millrace::pipeline::intake::{Admission, Intake, OrderRequest};
 use millrace::pipeline::ledger::Ledger;
 use millrace::pipeline::restore::Watermarks;
-use millrace::pipeline::worker::{Worker, WorkerError};
+use millrace::pipeline::worker::{Place, Worker, WorkerError};
 use millrace::pipeline::{deadlines, wake_directly};
 use millrace::queue::{OrderQueue, RingQueue};
 use millrace::state::buyers::Buyers;
@@ -41,6 +42,7 @@ pub struct Line {
     pub metrics: Metrics,
     pub cut: watch::Sender<bool>,
     watermarks: Arc<Watermarks>,
+    crew: Arc<Crew>,
     workers: Vec<JoinHandle<Result<(), WorkerError>>>,
     deadlines: JoinHandle<()>,
 }
@@ -85,6 +87,7 @@ impl Line {
             cut: watch::Sender::new(false),
             workers: Vec::new(),
             watermarks: Arc::new(Watermarks::new(8)),
+            crew: Arc::default(),
             deadlines,
         }
     }
@@ -94,7 +97,11 @@ impl Line {
         let shard = self.workers.len();
         let worker = Worker::new(
             BatchWriter::new(database, self.sale.lease(), shard as i16),
-            (shard, Arc::clone(&self.watermarks)),
+            Place {
+                shard,
+                watermarks: Arc::clone(&self.watermarks),
+                crew: Arc::clone(&self.crew),
+            },
             Arc::clone(&self.queue),
             Arc::clone(&self.ledger),
             wake_directly(),
@@ -103,6 +110,14 @@ impl Line {
             self.cut.subscribe(),
         );
         self.workers.push(tokio::spawn(worker.run()));
+    }
+
+    /// Ends a worker that has nothing to do, without a word.
+    pub async fn end_worker(&mut self, shard: usize) {
+        let worker = &mut self.workers[shard];
+        worker.abort();
+        assert!(worker.await.unwrap_err().is_cancelled());
+        self.workers[shard] = tokio::spawn(async { Ok(()) });
     }
 
     pub fn sku(&self, name: &str) -> Arc<Sku> {

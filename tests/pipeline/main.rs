@@ -7,6 +7,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod crew;
 mod drain;
 mod faults;
 mod flow;

@@ -1,0 +1,66 @@
+//! Workers that help one another.
+
+use std::time::Duration;
+
+use millrace::state::pending::SlotState;
+
+use crate::line::{LONG, Line, outcome, outcomes, tally, until};
+use crate::support::proxy::Proxy;
+use crate::support::sale::Sale;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn while_the_first_worker_hangs_the_second_writes() {
+    let sale = Sale::open(2).await;
+    sale.sku("A", 1_000).await;
+    sale.sku("B", 1_000).await;
+    let proxy = Proxy::start(&sale.config).await;
+    let (first, second) = (
+        sale.through(&proxy, Duration::from_secs(60)),
+        sale.database.clone(),
+    );
+    let mut line = Line::open(sale, 4_096).await;
+    line.start_worker(first, 100);
+    let before = line.place("u-before", "A", 1, LONG).unwrap();
+    assert_eq!(outcome(&before).await, SlotState::Persisted);
+
+    // Its batch begins to wait before it has touched a row.
+    proxy.freeze(true);
+    let stuck = line.place("u-stuck", "A", 1, LONG).unwrap();
+    until("the first worker has an order", || {
+        stuck.slot.state() == SlotState::Claimed
+    })
+    .await;
+    line.start_worker(second, 100);
+    let mut placed = Vec::new();
+    for at in 0..50 {
+        let pending = line.place(&format!("u-{at}"), "B", 1, LONG).unwrap();
+        assert_eq!(outcome(&pending).await, SlotState::Persisted);
+        placed.push(pending);
+    }
+    assert_eq!(stuck.slot.state(), SlotState::Claimed);
+
+    proxy.freeze(false);
+    placed.extend([before, stuck]);
+    let states = outcomes(&placed).await;
+    assert_eq!(tally(&states, SlotState::Persisted), placed.len());
+    line.check(&placed).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn when_the_first_worker_is_gone_the_second_needs_no_call() {
+    let sale = Sale::open(2).await;
+    sale.sku("A", 1_000).await;
+    let database = sale.database.clone();
+    let mut line = Line::open(sale, 4_096).await;
+    line.start_worker(database.clone(), 100);
+    line.start_worker(database, 100);
+    // As if it had panicked.
+    line.end_worker(0).await;
+    let placed = vec![
+        line.place("u-1", "A", 1, LONG).unwrap(),
+        line.place("u-2", "A", 1, LONG).unwrap(),
+    ];
+    let states = outcomes(&placed).await;
+    assert_eq!(tally(&states, SlotState::Persisted), placed.len());
+    line.check(&placed).await;
+}
