@@ -14,7 +14,7 @@ use crate::rig::child::Server;
 use crate::rig::compare::alternate;
 use crate::rig::database::{self, Postgres};
 use crate::rig::engine::HOT;
-use crate::rig::load::{Load, load};
+use crate::rig::flood::{Flooded, Template, flood, offer};
 use crate::rig::{Finding, Lab, Scratch, Target, blocking};
 
 /// Shares of capacity, in percent.
@@ -31,32 +31,28 @@ pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
     lone.batch_execute(TABLES).await?;
     let server = Server::start(&scratch.dir("millrace")?, &[("DATABASE__URL", &url)])?;
     server.put_sku(HOT, u32::MAX)?;
-    let seconds = lab.pick(8.0, 4.0);
-    let mut seed = 0;
-    let mut offer = |rate: f64, seconds: f64| {
-        seed += 1;
-        let plan = Load {
-            rate,
-            seconds,
-            mode: "wait",
-            connections: CONNECTIONS,
-            seed,
-            more: ["--buyers", "4000000"].map(str::to_owned).to_vec(),
-        };
-        blocking(|| load(server.data, HOT, &plan))
+    let length = Duration::from_secs(lab.pick(8, 4));
+    let mut order = Template::order(HOT, "");
+    let mut placed = |rate: Option<f64>, length| -> anyhow::Result<Flooded> {
+        let answered = blocking(|| match rate {
+            Some(rate) => offer(server.data, CONNECTIONS, rate, length, &mut order),
+            None => flood(server.data, CONNECTIONS, length, &mut order),
+        })?;
+        answered.only(201)
     };
-    // What it can do with this generator on the same cores: more than that is offered.
-    offer(5_000.0, 1.0)?;
-    let flood = offer(200_000.0, seconds)?;
-    let capacity = flood.count("created") as f64 / (flood.number("elapsed_ms")? / 1_000.0);
+    // What it can do with this client on the same cores.
+    placed(None, length / 8)?;
+    let capacity = placed(None, length)?.rate(201);
 
     let mut next = 1;
     let names = ["201 at half capacity, p99 µs", "lone INSERT, p99 µs"];
     let rounds = alternate(lab.rounds(), names, async |side| match side {
-        0 => Ok(offer(capacity / 2.0, seconds)?.latency_ms("created", "p99_ms")? * 1_000.0),
+        0 => {
+            let at_half = placed(Some(capacity / 2.0), length)?;
+            Ok(at_half.latency.value_at_quantile(0.99) as f64)
+        }
         _ => {
-            let alone =
-                insert_alone(&lone, &mut next, Duration::from_secs_f64(seconds / 2.0)).await?;
+            let alone = insert_alone(&lone, &mut next, length / 2).await?;
             Ok(alone.value_at_quantile(0.99) as f64)
         }
     })
@@ -68,19 +64,18 @@ pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
         )
         .against("P4", Target::AtMost(3.0)),
         Finding::spread("p99 of a lone INSERT, ms", rounds.side(1).times(0.001)),
-        Finding::of("capacity with this generator, orders a second", capacity),
+        Finding::of("capacity in a closed loop, orders a second", capacity),
     ];
     let mut curves = Vec::new();
     for share in SHARES {
-        let report = offer(capacity * f64::from(share) / 100.0, seconds)?;
-        for (percentile, name) in [("p50_ms", "p50"), ("p99_ms", "p99"), ("p999_ms", "p99.9")] {
-            let value = report.latency_ms("created", percentile)?;
+        let latency = placed(Some(capacity * f64::from(share) / 100.0), length)?.latency;
+        for (quantile, name) in [(0.5, "p50"), (0.99, "p99"), (0.999, "p99.9")] {
             findings.push(Finding::of(
                 format!("{name} at {share} % of capacity, ms"),
-                value,
+                latency.value_at_quantile(quantile) as f64 / 1_000.0,
             ));
         }
-        curves.push((format!("{share} %"), report.distribution("placed")));
+        curves.push((format!("{share} %"), plot::curve(&latency)));
     }
     server.audit()?;
     drop(server);

@@ -3,6 +3,8 @@
 
 use std::fmt::Write as _;
 
+use hdrhistogram::Histogram;
+
 const WIDTH: f64 = 880.0;
 const HEIGHT: f64 = 460.0;
 const LEFT: f64 = 70.0;
@@ -12,6 +14,17 @@ const PLOT_HEIGHT: f64 = 350.0;
 /// Nines that have room.
 const NINES: f64 = 5.0;
 const COLOURS: [&str; 4] = ["#2a9d8f", "#264653", "#e9a23b", "#c8553d"];
+
+/// Pairs of quantile and milliseconds; `latency` is in microseconds.
+pub fn curve(latency: &Histogram<u64>) -> Vec<(f64, f64)> {
+    latency
+        .iter_quantiles(10)
+        .map(|step| {
+            let ms = step.value_iterated_to() as f64 / 1_000.0;
+            (step.quantile_iterated_to(), ms)
+        })
+        .collect()
+}
 
 /// A picture of curves, each of pairs of quantile and milliseconds.
 pub fn svg(curves: &[(String, Vec<(f64, f64)>)]) -> String {

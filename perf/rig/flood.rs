@@ -1,25 +1,34 @@
-//! A closed-loop client that costs as little as one can: it shares two cores with what it measures.
+//! A client that costs as little as one can: it shares two cores with what it measures.
 //!
 //! One thread, one epoll, requests that are written once and only have a number patched in, answers
-//! of which nothing is read but the status and where they end. A connection sends its next request
-//! as soon as it has the answer to the last one, never more than one at a time. `oha` or `wrk` check
-//! it, see `perf/cross_check`.
+//! of which nothing is read but the status and where they end. A connection has never more than one
+//! request on its way. In a closed loop ([`flood`]) it sends the next one as soon as it has the answer
+//! to the last; in an open loop ([`offer`]) requests fall due at a constant rate, whatever becomes of
+//! them. `oha` or `wrk` check it, see `perf/cross_check`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, Read, Write};
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use hdrhistogram::Histogram;
 use mio::net::TcpStream;
-use mio::{Events, Interest, Poll, Token};
+use mio::{Events, Interest, Poll, Token, Waker};
 
 use super::blocking;
 
 /// Longest head of an answer that is looked at.
 const HEAD_MAX: usize = 4 << 10;
 const NUMBER: &[u8] = b"0000000000";
+/// In an open loop requests are sent when they are due, but for what falls due within this: the client
+/// would otherwise wake up for each of them.
+const TICK: Duration = Duration::from_micros(200);
+/// Events that are taken at once.
+const EVENTS: usize = 1024;
+/// How long the last answers are waited for.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Requests that differ in ten digits only.
 pub struct Template {
@@ -128,11 +137,25 @@ pub struct Flooded {
     pub answers: BTreeMap<u16, u64>,
     /// How long it took.
     pub took: Duration,
-    /// From the moment a request was sent, in microseconds.
+    /// From the moment a request was sent, in an open loop from the one at which it was due, in
+    /// microseconds.
     pub latency: Histogram<u64>,
 }
 
 impl Flooded {
+    fn new() -> anyhow::Result<Self> {
+        Ok(Flooded {
+            answers: BTreeMap::new(),
+            took: Duration::ZERO,
+            latency: Histogram::new_with_bounds(1, 120_000_000, 3)?,
+        })
+    }
+
+    fn note(&mut self, status: u16, latency: Duration) {
+        *self.answers.entry(status).or_insert(0) += 1;
+        self.latency.saturating_record(latency.as_micros() as u64);
+    }
+
     /// Answers with this status a second.
     pub fn rate(&self, status: u16) -> f64 {
         self.count(status) as f64 / self.took.as_secs_f64()
@@ -174,7 +197,8 @@ struct Connection {
     /// Bytes of the body that are still to come, once the head is there.
     body_left: Option<usize>,
     status: u16,
-    sent: Instant,
+    /// From when on its request counts.
+    since: Instant,
     waiting: bool,
 }
 
@@ -188,8 +212,139 @@ pub fn flood(
     length: Duration,
     template: &mut Template,
 ) -> anyhow::Result<Flooded> {
-    let mut poll = Poll::new()?;
-    let mut events = Events::with_capacity(1024);
+    let (mut poll, mut all) = connect(address, connections)?;
+    let mut events = Events::with_capacity(EVENTS);
+    let mut flooded = Flooded::new()?;
+    let started = Instant::now();
+    let mut waiting = 0_usize;
+    for connection in &mut all {
+        connection.send(template, started)?;
+        waiting += 1;
+    }
+    let mut buffer = vec![0; 64 << 10];
+    // The last answer that came within the time.
+    let mut counted = Duration::ZERO;
+    while waiting > 0 {
+        wait(&mut poll, &mut events)?;
+        ensure!(
+            started.elapsed() < length + PATIENCE,
+            "{waiting} requests were not answered"
+        );
+        for event in &events {
+            let connection = &mut all[event.token().0];
+            if event.is_writable() {
+                connection.write()?;
+            }
+            // One at most: there is no other request on its way. What comes later is another event.
+            if let Some(status) = connection.read(&mut buffer)? {
+                let now = Instant::now();
+                let elapsed = now - started;
+                // Those after the end are awaited, not counted: they had no successors beside them.
+                if elapsed <= length {
+                    counted = elapsed;
+                    flooded.note(status, now - connection.since);
+                    connection.send(template, now)?;
+                } else {
+                    connection.waiting = false;
+                    waiting -= 1;
+                }
+            }
+        }
+    }
+    flooded.took = counted.max(Duration::from_millis(1));
+    Ok(flooded)
+}
+
+/// Sends `rate` requests a second over `connections` for so long, each when it is due or as soon after
+/// as a connection is free, and takes every answer.
+///
+/// # Errors
+/// As [`flood`].
+pub fn offer(
+    address: SocketAddr,
+    connections: usize,
+    rate: f64,
+    length: Duration,
+    template: &mut Template,
+) -> anyhow::Result<Flooded> {
+    let (mut poll, mut all) = connect(address, connections)?;
+    let mut events = Events::with_capacity(EVENTS);
+    // The timeout of a poll is in whole milliseconds.
+    let clock = Waker::new(poll.registry(), Token(connections))?;
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let ticking = scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                std::thread::sleep(TICK);
+                clock.wake()?;
+            }
+            Ok(())
+        });
+        let offered = offer_on(&mut poll, &mut all, &mut events, rate, length, template);
+        over.store(true, Ordering::Relaxed);
+        let ticked: io::Result<()> = ticking.join().expect("a clock does not panic");
+        ticked?;
+        offered
+    })
+}
+
+fn offer_on(
+    poll: &mut Poll,
+    all: &mut [Connection],
+    events: &mut Events,
+    rate: f64,
+    length: Duration,
+    template: &mut Template,
+) -> anyhow::Result<Flooded> {
+    let mut flooded = Flooded::new()?;
+    let mut buffer = vec![0; 64 << 10];
+    // The one that has been free for longest goes first: a crowd does not share a few connections.
+    let mut free: VecDeque<usize> = (0..all.len()).collect();
+    let (mut sent, mut answered) = (0_u64, 0_u64);
+    let requests = (rate * length.as_secs_f64()) as u64;
+    let started = Instant::now();
+    while answered < requests {
+        wait(poll, events)?;
+        ensure!(
+            started.elapsed() < length + PATIENCE,
+            "{} requests were not answered",
+            requests - answered
+        );
+        for event in &*events {
+            let number = event.token().0;
+            let Some(connection) = all.get_mut(number) else {
+                // The clock.
+                continue;
+            };
+            if event.is_writable() {
+                connection.write()?;
+            }
+            if let Some(status) = connection.read(&mut buffer)? {
+                flooded.note(status, connection.since.elapsed());
+                connection.waiting = false;
+                answered += 1;
+                free.push_back(number);
+            }
+        }
+        let elapsed = started.elapsed();
+        while sent < requests {
+            let due = Duration::from_secs_f64(sent as f64 / rate);
+            if due > elapsed {
+                break;
+            }
+            let Some(number) = free.pop_front() else {
+                break;
+            };
+            all[number].send(template, started + due)?;
+            sent += 1;
+        }
+    }
+    flooded.took = started.elapsed();
+    Ok(flooded)
+}
+
+fn connect(address: SocketAddr, connections: usize) -> anyhow::Result<(Poll, Vec<Connection>)> {
+    let poll = Poll::new()?;
     let mut all = Vec::with_capacity(connections);
     for number in 0..connections {
         // Blocking, so that a connection is one before it is counted.
@@ -210,68 +365,27 @@ pub fn flood(
             head: Vec::new(),
             body_left: None,
             status: 0,
-            sent: Instant::now(),
+            since: Instant::now(),
             waiting: false,
         });
     }
-    let mut flooded = Flooded {
-        answers: BTreeMap::new(),
-        took: Duration::ZERO,
-        latency: Histogram::new_with_bounds(1, 120_000_000, 3)?,
-    };
-    let started = Instant::now();
-    let mut waiting = 0_usize;
-    for connection in &mut all {
-        connection.send(template, started)?;
-        waiting += 1;
+    Ok((poll, all))
+}
+
+/// Waits for events, a second at most.
+fn wait(poll: &mut Poll, events: &mut Events) -> io::Result<()> {
+    match poll.poll(events, Some(Duration::from_secs(1))) {
+        Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
+        polled => polled,
     }
-    let mut buffer = vec![0; 64 << 10];
-    let patience = started + length + Duration::from_secs(60);
-    // The last answer that came within the time.
-    let mut counted = Duration::ZERO;
-    while waiting > 0 {
-        poll.poll(&mut events, Some(Duration::from_secs(1)))
-            .or_else(|error| match error.kind() {
-                io::ErrorKind::Interrupted => Ok(()),
-                _ => Err(error),
-            })?;
-        let now = Instant::now();
-        ensure!(now < patience, "{waiting} requests were not answered");
-        for event in &events {
-            let connection = &mut all[event.token().0];
-            if event.is_writable() {
-                connection.write()?;
-            }
-            // One at most: there is no other request on its way. What comes later is another event.
-            if let Some(status) = connection.read(&mut buffer)? {
-                let now = Instant::now();
-                let elapsed = now - started;
-                let latency = now - connection.sent;
-                // Those after the end are awaited, not counted: they had no successors beside them.
-                if elapsed <= length {
-                    counted = elapsed;
-                    *flooded.answers.entry(status).or_insert(0) += 1;
-                    flooded
-                        .latency
-                        .saturating_record(latency.as_micros() as u64);
-                    connection.send(template, now)?;
-                } else {
-                    connection.waiting = false;
-                    waiting -= 1;
-                }
-            }
-        }
-    }
-    flooded.took = counted.max(Duration::from_millis(1));
-    Ok(flooded)
 }
 
 impl Connection {
-    fn send(&mut self, template: &mut Template, now: Instant) -> anyhow::Result<()> {
+    fn send(&mut self, template: &mut Template, since: Instant) -> anyhow::Result<()> {
         self.out.clear();
         self.written = 0;
         template.render(&mut self.out);
-        self.sent = now;
+        self.since = since;
         self.waiting = true;
         self.write()
     }

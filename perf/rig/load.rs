@@ -86,20 +86,6 @@ impl Report {
             .with_context(|| format!("the report has no {name}"))
     }
 
-    /// Pairs of quantile and milliseconds, of `all`, `placed` or `refused`.
-    pub fn distribution(&self, name: &str) -> Vec<(f64, f64)> {
-        let all = self.0["distributions"]
-            .as_array()
-            .map(Vec::as_slice)
-            .unwrap_or_default();
-        let points = all
-            .iter()
-            .find(|it| it["name"] == name)
-            .and_then(|it| it["points"].as_array());
-        let pair = |point: &Value| Some((point[0].as_f64()?, point[1].as_f64()?));
-        points.into_iter().flatten().filter_map(pair).collect()
-    }
-
     /// A percentile of a kind's latency, such as `p99_ms`, from the moment that each request was due.
     ///
     /// # Errors
