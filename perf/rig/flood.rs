@@ -4,7 +4,7 @@
 //! of which nothing is read but the status and where they end. A connection has never more than one
 //! request on its way. In a closed loop ([`flood`]) it sends the next one as soon as it has the answer
 //! to the last; in an open loop ([`offer`]) requests fall due at a constant rate, whatever becomes of
-//! them. `oha` or `wrk` check it, see `perf/cross_check`.
+//! them. `oha` or `wrk` check the closed loop, see `perf/cross_check`.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, Read, Write};
@@ -22,8 +22,8 @@ use super::blocking;
 /// Longest head of an answer that is looked at.
 const HEAD_MAX: usize = 4 << 10;
 const NUMBER: &[u8] = b"0000000000";
-/// In an open loop requests are sent when they are due, but for what falls due within this: the client
-/// would otherwise wake up for each of them.
+/// In an open loop what is due is sent this often, and whenever an answer comes: waking up for each
+/// request would cost more. That lateness counts.
 const TICK: Duration = Duration::from_micros(200);
 /// Events that are taken at once.
 const EVENTS: usize = 1024;
@@ -280,12 +280,24 @@ pub fn offer(
             }
             Ok(())
         });
-        let offered = offer_on(&mut poll, &mut all, &mut events, rate, length, template);
-        over.store(true, Ordering::Relaxed);
+        let offered = {
+            // Also where it panics: the scope waits for the clock.
+            let _over = Raise(&over);
+            offer_on(&mut poll, &mut all, &mut events, rate, length, template)
+        };
         let ticked: io::Result<()> = ticking.join().expect("a clock does not panic");
         ticked?;
         offered
     })
+}
+
+/// Raises a flag when dropped.
+struct Raise<'a>(&'a AtomicBool);
+
+impl Drop for Raise<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 fn offer_on(

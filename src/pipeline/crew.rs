@@ -4,9 +4,10 @@
 //! wait for one another's commit. While the first worker keeps up, a second one would only cut the
 //! same orders into more batches. So the others sleep until they are called:
 //!
-//! * by whoever has taken a batch and leaves [`HELP_ROWS`] behind it, and
-//! * by whoever writes one for longer than [`HELP_AFTER`], again and again, so that an order never
-//!   waits longer than that for a worker that hangs.
+//! * by whoever has taken a batch and leaves enough for another one behind it
+//!   ([`has_enough_for_two`]), and
+//! * by whoever is busy with one for longer than [`HELP_AFTER`], again and again, whatever holds it up:
+//!   an order never waits longer than that for a worker that hangs.
 //!
 //! A call is for one batch; who has written it and finds enough for another one goes on uncalled.
 
@@ -18,11 +19,19 @@ use std::time::Duration;
 
 use tokio::sync::Notify;
 
-/// Orders in the queue that are worth another worker: about what it takes for the rows of a batch to
-/// cost more than its fixed work.
-pub const HELP_ROWS: usize = 500;
-/// A batch that takes longer than this, several times what one takes by itself, has others help.
+use crate::queue::OrderQueue;
+
+/// Orders in the queue that are worth another worker: by then the rows of a batch cost several times
+/// its fixed work.
+const HELP_ROWS: usize = 500;
+/// Who is busy for longer than this, several times what a batch takes by itself, has others help.
 pub const HELP_AFTER: Duration = Duration::from_millis(10);
+
+/// Whether there is more in `queue` than the worker that takes at most `rows_max` at once should be left
+/// alone with.
+pub fn has_enough_for_two(queue: &dyn OrderQueue, rows_max: usize) -> bool {
+    queue.ahead() >= HELP_ROWS.min(rows_max) || queue.is_full()
+}
 
 /// What the workers of one queue have in common.
 #[derive(Debug, Default)]
@@ -48,12 +57,12 @@ impl Crew {
         self.calls.notify_one();
     }
 
-    /// Runs `writing` to its end, and calls for help whenever it has gone on for [`HELP_AFTER`].
-    pub async fn call_while<T>(&self, writing: impl Future<Output = T>) -> T {
-        let mut writing = pin!(writing);
+    /// Runs `work` to its end, and calls for help whenever it has gone on for another [`HELP_AFTER`].
+    pub async fn call_while<T>(&self, work: impl Future<Output = T>) -> T {
+        let mut work = pin!(work);
         loop {
-            match tokio::time::timeout(HELP_AFTER, &mut writing).await {
-                Ok(written) => return written,
+            match tokio::time::timeout(HELP_AFTER, &mut work).await {
+                Ok(done) => return done,
                 Err(_) => self.call(),
             }
         }

@@ -20,7 +20,7 @@ use rand::Rng;
 use tokio::sync::watch;
 
 use super::WakeAll;
-use super::crew::{Crew, Dismissal, HELP_ROWS};
+use super::crew::{Crew, Dismissal, has_enough_for_two};
 use super::ledger::Ledger;
 use super::restore::Watermarks;
 use crate::faults::crash_point;
@@ -144,12 +144,13 @@ impl Worker {
 
     async fn work(&mut self) -> Result<(), WorkerError> {
         let queue = Arc::clone(&self.queue);
+        let crew = Arc::clone(&self.place.crew);
         let mut retry_parked = tokio::time::Instant::now() + PARKED_RETRY;
         let mut cut = self.cut.clone();
         tokio::select! {
             biased;
             () = async { drop(cut.wait_for(|cut| *cut).await) } => {}
-            connected = self.writer.connect_ahead() => {
+            connected = crew.call_while(self.writer.connect_ahead()) => {
                 // Anything else is told about, and tried again, with the first batch.
                 if let Err(WriteError::Fatal(error)) = connected {
                     return Err(error.into());
@@ -165,7 +166,7 @@ impl Worker {
                 () = async { drop(cut.wait_for(|cut| *cut).await) } => break,
                 taken = self.take(&*queue, rows_max) => taken,
                 () = tokio::time::sleep_until(retry_parked), if !self.parked.is_empty() => {
-                    self.retry_parked().await?;
+                    crew.call_while(self.retry_parked()).await?;
                     retry_parked = tokio::time::Instant::now() + PARKED_RETRY;
                     continue;
                 }
@@ -184,17 +185,17 @@ impl Worker {
             // From here each is settled by this worker or parked with it, whatever happens.
             taken.done();
             crash_point("worker.claimed");
-            if queue.ahead() >= HELP_ROWS.min(rows_max) {
-                self.place.crew.call();
+            if has_enough_for_two(&*queue, rows_max) {
+                crew.call();
             }
-            self.write(claimed).await?;
+            crew.call_while(self.write(claimed)).await?;
         }
-        self.retry_parked().await
+        crew.call_while(self.retry_parked()).await
     }
 
     /// Waits for its turn and for the first order, then takes what is there.
     async fn take(&self, queue: &dyn OrderQueue, rows_max: usize) -> Option<Taken> {
-        if self.place.shard > 0 && queue.ahead() < HELP_ROWS.min(rows_max) {
+        if self.place.shard > 0 && !has_enough_for_two(queue, rows_max) {
             self.place.crew.called().await;
         }
         queue.take(rows_max).await
@@ -257,8 +258,7 @@ impl Worker {
     async fn write_until_decided(&mut self, part: &Batch) -> Result<Decided, WorkerError> {
         let (worker, workers) = (self.place.shard, self.place.watermarks.workers());
         self.ledger.pace.begin(worker, workers, part.len());
-        let crew = Arc::clone(&self.place.crew);
-        let decided = crew.call_while(self.try_until_decided(part)).await;
+        let decided = self.try_until_decided(part).await;
         self.ledger.pace.end(worker);
         decided
     }

@@ -64,3 +64,35 @@ async fn when_the_first_worker_is_gone_the_second_needs_no_call() {
     assert_eq!(tally(&states, SlotState::Persisted), placed.len());
     line.check(&placed).await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn while_the_first_worker_cannot_bury_a_row_the_second_writes() {
+    let sale = Sale::open(2).await;
+    sale.sku("A", 1_000).await;
+    sale.sql("ALTER TABLE orders ADD CHECK (user_id <> 'bad')")
+        .await;
+    let database = sale.with_step(Duration::from_millis(500));
+    let mut line = Line::open(sale, 4_096).await;
+    let mut holder = line.sale.session().await;
+    let held = holder.transaction().await.unwrap();
+    held.batch_execute("LOCK TABLE dead_letters").await.unwrap();
+    line.start_worker(database.clone(), 100);
+    let bad = line.place("bad", "A", 1, LONG).unwrap();
+    until("the first worker has it", || {
+        bad.slot.state() == SlotState::Claimed
+    })
+    .await;
+    line.start_worker(database, 100);
+    let mut placed = Vec::new();
+    for at in 0..50 {
+        let pending = line.place(&format!("u-{at}"), "A", 1, LONG).unwrap();
+        assert_eq!(outcome(&pending).await, SlotState::Persisted);
+        placed.push(pending);
+    }
+    assert_eq!(bad.slot.state(), SlotState::Claimed);
+
+    held.rollback().await.unwrap();
+    assert_eq!(outcome(&bad).await, SlotState::Failed);
+    placed.push(bad);
+    line.check(&placed).await;
+}
