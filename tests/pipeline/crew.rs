@@ -1,12 +1,24 @@
 //! Workers that help one another.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use millrace::state::pending::SlotState;
+use millrace::state::pending::{PendingOrder, SlotState};
 
 use crate::line::{LONG, Line, outcome, outcomes, tally, until};
 use crate::support::proxy::Proxy;
 use crate::support::sale::Sale;
+
+/// Places orders, each once the one before it is written.
+async fn written_one_by_one(line: &Line, sku: &str) -> Vec<Arc<PendingOrder>> {
+    let mut placed = Vec::new();
+    for at in 0..50 {
+        let pending = line.place(&format!("u-{at}"), sku, 1, LONG).unwrap();
+        assert_eq!(outcome(&pending).await, SlotState::Persisted);
+        placed.push(pending);
+    }
+    placed
+}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn while_the_first_worker_hangs_the_second_writes() {
@@ -31,12 +43,7 @@ async fn while_the_first_worker_hangs_the_second_writes() {
     })
     .await;
     line.start_worker(second, 100);
-    let mut placed = Vec::new();
-    for at in 0..50 {
-        let pending = line.place(&format!("u-{at}"), "B", 1, LONG).unwrap();
-        assert_eq!(outcome(&pending).await, SlotState::Persisted);
-        placed.push(pending);
-    }
+    let mut placed = written_one_by_one(&line, "B").await;
     assert_eq!(stuck.slot.state(), SlotState::Claimed);
 
     proxy.freeze(false);
@@ -83,12 +90,7 @@ async fn while_the_first_worker_cannot_bury_a_row_the_second_writes() {
     })
     .await;
     line.start_worker(database, 100);
-    let mut placed = Vec::new();
-    for at in 0..50 {
-        let pending = line.place(&format!("u-{at}"), "A", 1, LONG).unwrap();
-        assert_eq!(outcome(&pending).await, SlotState::Persisted);
-        placed.push(pending);
-    }
+    let mut placed = written_one_by_one(&line, "A").await;
     assert_eq!(bad.slot.state(), SlotState::Claimed);
 
     held.rollback().await.unwrap();
