@@ -9,11 +9,12 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, Read, Write};
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use hdrhistogram::Histogram;
+use mio::event::Event;
 use mio::net::TcpStream;
 use mio::{Events, Interest, Poll, Token, Waker};
 
@@ -232,11 +233,7 @@ pub fn flood(
         );
         for event in &events {
             let connection = &mut all[event.token().0];
-            if event.is_writable() {
-                connection.write()?;
-            }
-            // One at most: there is no other request on its way. What comes later is another event.
-            if let Some(status) = connection.read(&mut buffer)? {
+            if let Some(status) = connection.go_on(event, &mut buffer)? {
                 let now = Instant::now();
                 let elapsed = now - started;
                 // Those after the end are awaited, not counted: they had no successors beside them.
@@ -245,7 +242,6 @@ pub fn flood(
                     flooded.note(status, now - connection.since);
                     connection.send(template, now)?;
                 } else {
-                    connection.waiting = false;
                     waiting -= 1;
                 }
             }
@@ -269,71 +265,37 @@ pub fn offer(
 ) -> anyhow::Result<Flooded> {
     let (mut poll, mut all) = connect(address, connections)?;
     let mut events = Events::with_capacity(EVENTS);
-    // The timeout of a poll is in whole milliseconds.
     let clock = Waker::new(poll.registry(), Token(connections))?;
-    let over = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        let ticking = scope.spawn(|| {
-            while !over.load(Ordering::Relaxed) {
-                std::thread::sleep(TICK);
-                clock.wake()?;
-            }
-            Ok(())
-        });
-        let offered = {
-            // Also where it panics: the scope waits for the clock.
-            let _over = Raise(&over);
-            offer_on(&mut poll, &mut all, &mut events, rate, length, template)
-        };
-        let ticked: io::Result<()> = ticking.join().expect("a clock does not panic");
-        ticked?;
-        offered
-    })
-}
-
-/// Raises a flag when dropped.
-struct Raise<'a>(&'a AtomicBool);
-
-impl Drop for Raise<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
-fn offer_on(
-    poll: &mut Poll,
-    all: &mut [Connection],
-    events: &mut Events,
-    rate: f64,
-    length: Duration,
-    template: &mut Template,
-) -> anyhow::Result<Flooded> {
+    // The timeout of a poll is in whole milliseconds. The clock ends with `offering`, however that goes.
+    let (offering, over) = mpsc::channel::<()>();
+    let ticking = std::thread::spawn(move || {
+        while over.recv_timeout(TICK) == Err(RecvTimeoutError::Timeout) {
+            clock.wake()?;
+        }
+        io::Result::Ok(())
+    });
     let mut flooded = Flooded::new()?;
     let mut buffer = vec![0; 64 << 10];
     // The one that has been free for longest goes first: a crowd does not share a few connections.
-    let mut free: VecDeque<usize> = (0..all.len()).collect();
+    let mut free: VecDeque<usize> = (0..connections).collect();
     let (mut sent, mut answered) = (0_u64, 0_u64);
     let requests = (rate * length.as_secs_f64()) as u64;
     let started = Instant::now();
     while answered < requests {
-        wait(poll, events)?;
+        wait(&mut poll, &mut events)?;
         ensure!(
             started.elapsed() < length + PATIENCE,
             "{} requests were not answered",
             requests - answered
         );
-        for event in &*events {
+        for event in &events {
             let number = event.token().0;
             let Some(connection) = all.get_mut(number) else {
                 // The clock.
                 continue;
             };
-            if event.is_writable() {
-                connection.write()?;
-            }
-            if let Some(status) = connection.read(&mut buffer)? {
+            if let Some(status) = connection.go_on(event, &mut buffer)? {
                 flooded.note(status, connection.since.elapsed());
-                connection.waiting = false;
                 answered += 1;
                 free.push_back(number);
             }
@@ -352,6 +314,8 @@ fn offer_on(
         }
     }
     flooded.took = started.elapsed();
+    drop(offering);
+    ticking.join().expect("a clock does not panic")?;
     Ok(flooded)
 }
 
@@ -400,6 +364,17 @@ impl Connection {
         self.since = since;
         self.waiting = true;
         self.write()
+    }
+
+    /// Writes and reads what it can after `event`; the status of the answer, once that is complete. One
+    /// at most: there is no other request on its way. What comes later is another event.
+    fn go_on(&mut self, event: &Event, buffer: &mut [u8]) -> anyhow::Result<Option<u16>> {
+        if event.is_writable() {
+            self.write()?;
+        }
+        let status = self.read(buffer)?;
+        self.waiting &= status.is_none();
+        Ok(status)
     }
 
     fn write(&mut self) -> anyhow::Result<()> {

@@ -240,11 +240,12 @@ impl BatchWriter {
         let (skus, units) = units_by_sku(rows);
         let rows = self.buffer.split().freeze();
         let reference = format!("batch {node}/{}/{batch}", self.row.shard);
-        let several: [&(dyn ToSql + Sync); 3] = [&skus, &units, &reference];
-        let (counters, parameters) = match (&*skus, &*units) {
-            ([sku], [units]) => (&session.counter, [sku as _, units as _, &reference as _]),
-            _ => (&session.counters, several),
-        };
+        let (counters, skus, units): (_, &(dyn ToSql + Sync), &(dyn ToSql + Sync)) =
+            match (&*skus, &*units) {
+                ([sku], [units]) => (&session.counter, sku, units),
+                _ => (&session.counters, &skus, &units),
+            };
+        let parameters = [skus, units, &reference];
         let mut sink = std::pin::pin!(sink);
         // From here on a COMMIT may reach the server. Until here it cannot have.
         self.row.unknown = Some(batch);

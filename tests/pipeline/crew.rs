@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use millrace::state::pending::{PendingOrder, SlotState};
 
-use crate::line::{LONG, Line, outcome, outcomes, tally, until};
+use crate::line::{LONG, Line, all_persisted, claimed, outcome};
 use crate::support::proxy::Proxy;
 use crate::support::sale::Sale;
 
@@ -38,18 +38,14 @@ async fn while_the_first_worker_hangs_the_second_writes() {
     // Its batch begins to wait before it has touched a row.
     proxy.freeze(true);
     let stuck = line.place("u-stuck", "A", 1, LONG).unwrap();
-    until("the first worker has an order", || {
-        stuck.slot.state() == SlotState::Claimed
-    })
-    .await;
+    claimed(&stuck).await;
     line.start_worker(second, 100);
     let mut placed = written_one_by_one(&line, "B").await;
     assert_eq!(stuck.slot.state(), SlotState::Claimed);
 
     proxy.freeze(false);
     placed.extend([before, stuck]);
-    let states = outcomes(&placed).await;
-    assert_eq!(tally(&states, SlotState::Persisted), placed.len());
+    all_persisted(&placed).await;
     line.check(&placed).await;
 }
 
@@ -67,8 +63,7 @@ async fn when_the_first_worker_is_gone_the_second_needs_no_call() {
         line.place("u-1", "A", 1, LONG).unwrap(),
         line.place("u-2", "A", 1, LONG).unwrap(),
     ];
-    let states = outcomes(&placed).await;
-    assert_eq!(tally(&states, SlotState::Persisted), placed.len());
+    all_persisted(&placed).await;
     line.check(&placed).await;
 }
 
@@ -85,10 +80,7 @@ async fn while_the_first_worker_cannot_bury_a_row_the_second_writes() {
     held.batch_execute("LOCK TABLE dead_letters").await.unwrap();
     line.start_worker(database.clone(), 100);
     let bad = line.place("bad", "A", 1, LONG).unwrap();
-    until("the first worker has it", || {
-        bad.slot.state() == SlotState::Claimed
-    })
-    .await;
+    claimed(&bad).await;
     line.start_worker(database, 100);
     let mut placed = written_one_by_one(&line, "A").await;
     assert_eq!(bad.slot.state(), SlotState::Claimed);

@@ -7,7 +7,7 @@ use millrace::pipeline::worker::WorkerError;
 use millrace::state::pending::{PendingOrder, SlotState};
 use millrace::store::postgres::Database;
 
-use crate::line::{LONG, Line, outcome, outcomes, tally, until};
+use crate::line::{LONG, Line, claimed, outcome, outcomes, tally, until};
 use crate::support::proxy::{Cut, Proxy};
 use crate::support::sale::{SCHEMA, STEP, Sale};
 
@@ -57,10 +57,7 @@ async fn without_a_database_what_was_claimed_is_given_back_at_the_cut() {
     nowhere.host("127.0.0.1").port(1).user("x").dbname("x");
     let nowhere = Database::with_config(nowhere, SCHEMA, 1, STEP).unwrap();
     line.start_worker(nowhere, 20);
-    until("a batch is claimed", || {
-        placed[19].slot.state() == SlotState::Claimed
-    })
-    .await;
+    claimed(&placed[19]).await;
     line.queue.close();
     line.cut.send_replace(true);
     let ended = line.workers_end().await;

@@ -7,7 +7,7 @@ use millrace::pipeline::worker::WorkerError;
 use millrace::state::pending::SlotState;
 use millrace::store::StoreError;
 
-use crate::line::{LONG, Line, outcome, outcomes, tally, until};
+use crate::line::{LONG, Line, all_persisted, claimed, outcome, outcomes, tally, until};
 use crate::support::sale::Sale;
 
 /// A line with one worker on the SKUs `A`, `B` and `C`, of which the database refuses A's and C's
@@ -53,8 +53,7 @@ async fn a_refused_counter_pauses_its_sale_and_no_other_until_it_is_mended() {
 
     let batches = line.metrics.batches.get();
     line.sale.sql("UPDATE sku SET total = 100").await;
-    let states = outcomes(&placed).await;
-    assert_eq!(tally(&states, SlotState::Persisted), placed.len());
+    all_persisted(&placed).await;
     until("A is sold again", || !line.sku("A").is_faulted()).await;
     assert_eq!(line.metrics.orders_parked.get(), 0);
     assert_eq!(
@@ -138,10 +137,7 @@ async fn a_dead_letter_that_cannot_be_stored_is_tried_again() {
     let mut line = Line::open(sale, 16).await;
     line.start_worker(database, 100);
     let mut placed = vec![line.place("bad", "A", 1, LONG).unwrap()];
-    until("it is claimed", || {
-        placed[0].slot.state() == SlotState::Claimed
-    })
-    .await;
+    claimed(&placed[0]).await;
     placed.push(line.place("good", "A", 1, LONG).unwrap());
     line.sale
         .sql("ALTER TABLE elsewhere RENAME TO dead_letters")
@@ -161,10 +157,7 @@ async fn a_dead_letter_that_cannot_be_stored_is_tried_again() {
             duplicate => panic!("{duplicate:?}"),
         }
     };
-    until("it is claimed", || {
-        second.slot.state() == SlotState::Claimed
-    })
-    .await;
+    claimed(&second).await;
     line.cut.send_replace(true);
     let ended = line.workers_end().await;
     assert!(matches!(ended[..], [Err(WorkerError::Cut(1))]), "{ended:?}");
@@ -224,8 +217,7 @@ async fn a_batch_that_a_deadlock_takes_back_is_tried_again_whole() {
         .await;
     session.batch_execute(&lock("A")).await.unwrap();
     session.batch_execute("COMMIT").await.unwrap();
-    let states = outcomes(&placed).await;
-    assert_eq!(tally(&states, SlotState::Persisted), placed.len());
+    all_persisted(&placed).await;
     assert!(
         line.metrics.batch_retries.totals()["transient"] > 0,
         "a deadlock"

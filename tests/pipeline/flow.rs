@@ -7,7 +7,7 @@ use millrace::order::Refusal;
 use millrace::pipeline::intake::Admission;
 use millrace::state::pending::{PendingOrder, SlotState};
 
-use crate::line::{LONG, Line, key_hash, outcome, outcomes, request, tally};
+use crate::line::{LONG, Line, all_persisted, key_hash, outcome, outcomes, request, tally};
 use crate::support::sale::{Sale, count};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -63,8 +63,7 @@ async fn every_order_placed_by_many_at_once_becomes_one_row() {
                     break;
                 }
             }
-            let states = outcomes(&placed).await;
-            assert_eq!(tally(&states, SlotState::Persisted), placed.len());
+            all_persisted(&placed).await;
             (placed, sold_out)
         }));
     }

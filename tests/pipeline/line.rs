@@ -245,6 +245,20 @@ pub async fn outcome(pending: &PendingOrder) -> SlotState {
     }
 }
 
+/// Waits until a worker has the order.
+pub async fn claimed(pending: &PendingOrder) {
+    until("it is claimed", || {
+        pending.slot.state() == SlotState::Claimed
+    })
+    .await;
+}
+
+/// Waits until every one of them is a row.
+pub async fn all_persisted(placed: &[Arc<PendingOrder>]) {
+    let states = outcomes(placed).await;
+    assert_eq!(tally(&states, SlotState::Persisted), placed.len());
+}
+
 pub async fn outcomes(placed: &[Arc<PendingOrder>]) -> Vec<SlotState> {
     let mut states = Vec::with_capacity(placed.len());
     for pending in placed {
