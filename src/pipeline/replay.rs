@@ -1,7 +1,7 @@
 //! Writing orders that may be rows already: after a start from the journal's, and after a failover
 //! that lost commits.
 //!
-//! Which ids are there is read first, and only the missing ones are copied; counters move by what
+//! Which orders are there is looked up first, by their ids, and only the missing ones are copied; counters move by what
 //! is written. A row that the database refuses becomes a dead letter. One that is there after all,
 //! because a worker was faster, counts as present.
 
@@ -62,23 +62,18 @@ impl Replayer {
     /// long as the database does not answer.
     ///
     /// # Errors
-    /// Where this process may not write any more.
+    /// Where this process may not write any more, or the database has other orders under these ids.
     pub async fn apply(&mut self, orders: &[(Order, OrderStatus)]) -> Result<(), StoreError> {
-        let ids = || orders.iter().map(|(order, _)| order.id.as_i64());
-        let (Some(low), Some(high)) = (ids().min(), ids().max()) else {
-            return Ok(());
-        };
+        let wanted: Vec<&Order> = orders.iter().map(|(order, _)| order).collect();
         let there = loop {
-            match self.database.ids_between(low, high).await {
+            match self.database.present_among(&wanted).await {
                 Ok(there) => break there,
-                Err(error) => pause(&error).await?,
+                Err(error) => pause(error).await?,
             }
         };
         let missing: Vec<(&Order, OrderStatus)> = orders
             .iter()
-            .filter(|(order, _)| {
-                !there.contains(&order.id.as_i64()) || bug("replay_without_looking")
-            })
+            .filter(|(order, _)| !there.contains(&order.id) || bug("replay_without_looking"))
             .map(|(order, status)| (order, *status))
             .collect();
         self.applied.present += (orders.len() - missing.len()) as u64;
@@ -94,7 +89,7 @@ impl Replayer {
             match self.writer.write_as(part).await {
                 Ok(()) => self.applied.written += part.len() as u64,
                 Err(WriteError::Retry(error)) => {
-                    pause(&error).await?;
+                    pause(error).await?;
                     parts.push(part);
                 }
                 Err(WriteError::Fatal(error)) => return Err(error),
@@ -130,19 +125,16 @@ impl Replayer {
                     self.refused.push(order.clone());
                     return Ok(());
                 }
-                Err(error) => pause(&error).await?,
+                Err(error) => pause(error).await?,
             }
         }
     }
 }
 
 /// Waits before another attempt, where one makes sense.
-async fn pause(error: &StoreError) -> Result<(), StoreError> {
-    if let StoreError::Fenced { found, ours } = error {
-        return Err(StoreError::Fenced {
-            found: *found,
-            ours: *ours,
-        });
+async fn pause(error: StoreError) -> Result<(), StoreError> {
+    if error.is_final() {
+        return Err(error);
     }
     tracing::warn!(reason = %error, "orders of the journal are not written yet; it is tried again");
     tokio::time::sleep(RETRY).await;

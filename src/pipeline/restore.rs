@@ -133,7 +133,7 @@ impl Restorer {
                         "wrote again what the database had lost and this process still knew"
                     );
                 }
-                Err(error @ StoreError::Fenced { .. }) => {
+                Err(error) if error.is_final() => {
                     self.ledger.poison.set(error.to_string());
                     return;
                 }

@@ -339,7 +339,7 @@ impl Worker {
         let buried = loop {
             match self.writer.refuse(&order.order, sqlstate, reason).await {
                 Ok(refused) => break refused,
-                Err(error @ StoreError::Fenced { .. }) => return Err((part, error.into())),
+                Err(error) if error.is_final() => return Err((part, error.into())),
                 Err(error) => {
                     if let Err(cut) = self.pause(&mut backoff, 1, &error).await {
                         return Err((part, cut));

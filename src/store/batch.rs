@@ -314,16 +314,16 @@ impl BatchWriter {
     /// refused because it is there already, written again after a failover, there is nothing to do.
     ///
     /// # Errors
-    /// As [`BatchWriter::write_dead_letter`].
+    /// As [`BatchWriter::write_dead_letter`]; [`StoreError::OtherOrders`] where another order has its
+    /// id.
     pub async fn refuse(
         &mut self,
         order: &Order,
         sqlstate: &str,
         reason: &str,
     ) -> Result<Refused, StoreError> {
-        let id = order.id.as_i64();
         let may_be_there = sqlstate == UNIQUE_VIOLATION && !bug("replay_without_looking");
-        if may_be_there && self.row.database.ids_between(id, id).await?.contains(&id) {
+        if may_be_there && !self.row.database.present_among(&[order]).await?.is_empty() {
             return Ok(Refused::IsThere);
         }
         self.write_dead_letter(order, sqlstate, reason).await?;

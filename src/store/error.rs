@@ -55,6 +55,16 @@ pub enum StoreError {
         "another Millrace is active on this database{0}; stop it first, or give this one a database.schema of its own"
     )]
     AlreadyActive(String),
+    /// Rows under the ids of other orders: a defect, or a journal of another history.
+    #[error(
+        "{count} orders have ids under which the database has orders of other buyers or with other contents ({ids}): either this journal and this database do not belong together, or one of them was edited; nothing of them is written"
+    )]
+    OtherOrders {
+        /// How many.
+        count: usize,
+        /// The first of them, separated by commas.
+        ids: String,
+    },
     /// What is stored contradicts itself or this release.
     #[error("unexpected data in the database: {0}")]
     Data(String),
@@ -156,6 +166,15 @@ impl StoreError {
         }
     }
 
+    /// Whether this process may not write any more: another has replaced it, or what it was about to
+    /// write contradicts what is there.
+    pub fn is_final(&self) -> bool {
+        matches!(
+            self,
+            StoreError::Fenced { .. } | StoreError::OtherOrders { .. }
+        )
+    }
+
     /// Whether trying again later may help without anybody's doing.
     pub fn is_transient(&self) -> bool {
         match self {
@@ -166,6 +185,7 @@ impl StoreError {
             | StoreError::Schema(_)
             | StoreError::Fenced { .. }
             | StoreError::AlreadyActive(_)
+            | StoreError::OtherOrders { .. }
             | StoreError::Data(_) => false,
         }
     }

@@ -11,6 +11,7 @@ mod audit;
 mod batches;
 mod fence;
 mod outcome;
+mod present;
 mod recovery;
 mod rows;
 mod tables;

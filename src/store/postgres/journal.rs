@@ -1,8 +1,6 @@
 //! What the database knows of the journal: which one may hold acknowledged orders that are not
 //! rows yet, until when its process may acknowledge, and what of it has arrived here.
 
-use std::collections::HashSet;
-
 use super::{Connected, Database, NodeLease};
 use crate::order::{OrderId, OrderStatus};
 use crate::store::StoreError;
@@ -105,25 +103,6 @@ impl Database {
         )
         .await
         .map(|_| ())
-    }
-
-    /// Which order ids from `low` to `high` are here, as rows or as dead letters.
-    ///
-    /// # Errors
-    /// Where the database does not answer.
-    pub async fn ids_between(&self, low: i64, high: i64) -> Result<HashSet<i64>, StoreError> {
-        let client = self.pooled().await?;
-        let rows = self
-            .timed(
-                "looking which orders are rows already",
-                client.query(
-                    "SELECT order_id FROM orders WHERE order_id BETWEEN $1 AND $2
-                     UNION ALL SELECT order_id FROM dead_letters WHERE order_id BETWEEN $1 AND $2",
-                    &[&low, &high],
-                ),
-            )
-            .await?;
-        Ok(rows.iter().map(|row| row.get(0)).collect())
     }
 
     /// Which of these orders the database has as payable.

@@ -22,6 +22,7 @@ pub mod lease;
 pub mod orders;
 pub mod payments;
 pub mod pooling;
+mod present;
 pub mod recovery;
 pub mod replication;
 pub mod skus;

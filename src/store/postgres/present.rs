@@ -1,0 +1,123 @@
+//! Which orders of a list are here already. The work is bounded by the length of the list, whatever
+//! lies between its ids: a journal that spans days has few acknowledged orders among millions of
+//! rows.
+
+use std::collections::HashSet;
+
+use tokio_postgres::Row;
+
+use super::Database;
+use crate::order::{Order, OrderId, PayloadHash};
+use crate::store::StoreError;
+
+/// Orders that one statement looks up, and as few as it is cut down to where it takes too long.
+const LOOK_UP_MAX: usize = 2_000;
+const LOOK_UP_MIN: usize = 50;
+/// Rows that are read for each order of the list before its ids are looked up one by one instead.
+/// Reading a range costs a fifth of that where the list is most of it.
+const ROWS_FOR_ONE: usize = 2;
+/// Ids that an error names.
+const NAMED_MAX: usize = 10;
+
+/// A range of `orders` up to a number of rows, and single ids of what is never much.
+const RANGE: &str = "
+    SELECT order_id, user_id, payload_hash, true FROM (
+        SELECT order_id, user_id, payload_hash FROM orders
+         WHERE order_id BETWEEN $1 AND $2 ORDER BY order_id LIMIT $3) o
+    UNION ALL SELECT order_id, user_id, payload_hash, false FROM dead_letters WHERE order_id = ANY ($4)";
+
+const IDS: &str = "
+    SELECT order_id, user_id, payload_hash FROM orders WHERE order_id = ANY ($1)
+    UNION ALL SELECT order_id, user_id, payload_hash FROM dead_letters WHERE order_id = ANY ($1)";
+
+impl Database {
+    /// Which of `orders` are here, as rows or as dead letters. An order is known by its id, its
+    /// buyer and the hash of what it asked for.
+    ///
+    /// # Errors
+    /// [`StoreError::OtherOrders`] where a row has the id of one and is another order; otherwise
+    /// where the database does not answer.
+    pub async fn present_among(&self, orders: &[&Order]) -> Result<HashSet<OrderId>, StoreError> {
+        let mut left: &[&Order] = &{
+            let mut sorted = orders.to_vec();
+            sorted.sort_unstable_by_key(|order| order.id);
+            sorted
+        };
+        let mut present = HashSet::with_capacity(orders.len());
+        let mut others: Vec<OrderId> = Vec::new();
+        let (mut at_once, mut is_dense) = (LOOK_UP_MAX, true);
+        while !left.is_empty() {
+            let (part, rest) = left.split_at(at_once.min(left.len()));
+            let found = match self.look_up(part, is_dense).await {
+                Ok(Some(found)) => found,
+                // Each call reads one such range at most in vain.
+                Ok(None) => {
+                    is_dense = false;
+                    continue;
+                }
+                Err(StoreError::Timeout { .. }) if at_once > LOOK_UP_MIN => {
+                    at_once = (at_once / 4).max(LOOK_UP_MIN);
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
+            for row in &found {
+                let id: i64 = row.get(0);
+                let Ok(at) = part.binary_search_by_key(&id, |order| order.id.as_i64()) else {
+                    continue;
+                };
+                let order = part[at];
+                let payload = PayloadHash(row.get::<_, i64>(2) as u64);
+                if row.get::<_, &str>(1) == order.user_id.as_str() && payload.matches(order.payload)
+                {
+                    present.insert(order.id);
+                } else {
+                    others.push(order.id);
+                }
+            }
+            left = rest;
+        }
+        if others.is_empty() {
+            return Ok(present);
+        }
+        let named = others.iter().take(NAMED_MAX).map(ToString::to_string);
+        let mut ids = named.collect::<Vec<_>>().join(", ");
+        if others.len() > NAMED_MAX {
+            ids.push_str(", …");
+        }
+        Err(StoreError::OtherOrders {
+            count: others.len(),
+            ids,
+        })
+    }
+
+    /// The rows of these orders, which are sorted; with `as_range` those between them too, or `None`
+    /// where they are too many.
+    async fn look_up(
+        &self,
+        orders: &[&Order],
+        as_range: bool,
+    ) -> Result<Option<Vec<Row>>, StoreError> {
+        let doing = "looking which orders are rows already";
+        let ids: Vec<i64> = orders.iter().map(|order| order.id.as_i64()).collect();
+        let (Some(low), Some(high)) = (ids.first(), ids.last()) else {
+            return Ok(Some(Vec::new()));
+        };
+        let client = self.pooled().await?;
+        let sql = if as_range { RANGE } else { IDS };
+        let statement = self.timed(doing, client.prepare_cached(sql)).await?;
+        if !as_range {
+            let rows = self.timed(doing, client.query(&statement, &[&ids])).await?;
+            return Ok(Some(rows));
+        }
+        let limit = ids.len() * ROWS_FOR_ONE;
+        let rows = self
+            .timed(
+                doing,
+                client.query(&statement, &[low, high, &(limit as i64), &ids]),
+            )
+            .await?;
+        let in_range = rows.iter().filter(|row| row.get(3)).count();
+        Ok((in_range < limit).then_some(rows))
+    }
+}
