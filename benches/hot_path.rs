@@ -97,6 +97,7 @@ fn ledger(total: u32) -> Arc<Ledger> {
         pending: Arc::new(Pending::with_capacity(1 << 17)),
         poison: Poison::default(),
         pace: Default::default(),
+        progress: Default::default(),
         ids: clock(),
     })
 }

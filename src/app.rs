@@ -35,6 +35,7 @@ use crate::order::IdClock;
 use crate::pipeline::cancel::Canceller;
 use crate::pipeline::cashier::{Cashier, CashierParts, OrphanChecks};
 use crate::pipeline::crew::Crew;
+use crate::pipeline::health::{self, Health, Looker};
 use crate::pipeline::intake::Intake;
 use crate::pipeline::lease::{self, AcknowledgeLease, Leases};
 use crate::pipeline::ledger::Ledger;
@@ -47,13 +48,15 @@ use crate::queue::{OrderQueue, RingQueue};
 use crate::state::pending::SlotState;
 use crate::store::batch::BatchWriter;
 use crate::store::embedded::{DATABASE, Embedded, EmbeddedError, EmbeddedOptions};
-use crate::store::postgres::lease::Taken;
-use crate::store::postgres::{Connected, Database, NodeLease};
+use crate::store::postgres::lease::{NodeGuard, Taken};
+use crate::store::postgres::{Database, NodeLease};
 use crate::store::settlement::SettlementWriter;
 use crate::store::{StoreError, schema};
 
-/// Connections for health, the lease on order ids, and operators.
+/// Connections for operators.
 const OPERATORS_POOL: usize = 4;
+/// Connections for what watches a failover: lost commits, and how far standbys are.
+const WATCH_POOL: usize = 2;
 /// Connections of the cashier, for reading.
 const CASHIER_POOL: usize = 2;
 /// What a drain may take beyond the order timeout.
@@ -217,7 +220,7 @@ pub struct Millrace {
     database: Database,
     lease: NodeLease,
     /// Keeps other processes away from this database.
-    guard: Connected,
+    guard: Arc<Mutex<NodeGuard>>,
     embedded: Option<Arc<Mutex<Embedded>>>,
 }
 
@@ -302,6 +305,7 @@ impl Millrace {
             paused,
             guard,
         } = database.take_over(guard, writers, ids_from).await?;
+        let guard = Arc::new(Mutex::new(NodeGuard::keep(database.clone(), guard).await?));
         let orphans = recovery::orphans(&database).await?;
         let journal = match journal {
             None => None,
@@ -396,7 +400,7 @@ impl Millrace {
             deadlines::keep(Arc::clone(&ledger), Arc::clone(&wake_all), metrics.clone()),
         );
         let leases = Leases {
-            database: operators.clone(),
+            guard: Arc::clone(&guard),
             lease,
             ledger: Arc::clone(&ledger),
             acknowledge: Arc::clone(&acknowledge),
@@ -404,10 +408,11 @@ impl Millrace {
         };
         leases.renew().await?;
         background.run("the leases", lease::keep(leases));
+        let watching = database.with_own_pool(WATCH_POOL)?;
         let restorer = Restorer {
             ledger: Arc::clone(&ledger),
             journal: journal.clone(),
-            database: operators.clone(),
+            database: watching.clone(),
             lease,
             watermarks: Arc::clone(&watermarks),
             metrics: metrics.clone(),
@@ -416,8 +421,7 @@ impl Millrace {
         background.run("the watch for lost commits", restorer.watch());
         if let Some(journal) = journal.as_ref().filter(|_| retain) {
             let slots = journal_settings.retain_for_slots.0.clone();
-            let keeping =
-                retention::keep(Arc::clone(journal), operators.clone(), slots, watermarks);
+            let keeping = retention::keep(Arc::clone(journal), watching, slots, watermarks);
             background.run("the retention of the journal", keeping);
         }
         let window_ms = config.orders.idempotency_window_ms;
@@ -457,18 +461,25 @@ impl Millrace {
             receipts: Arc::clone(&receipts),
             user_index: config.database.user_index,
             runtime: Handle::current(),
-            metrics,
+            metrics: metrics.clone(),
             order_timeout: Duration::from_millis(config.orders.timeout_ms),
             tokens: Tokens::new(&config.data_plane.token.0),
         }));
         let _ = doorway.service.set(Arc::clone(&service));
-        // Health, the lease and operators never wait behind buyers' look-ups.
+        let health = Arc::<Health>::default();
+        let mut looker = Looker::new(database.with_own_pool(1)?, Arc::clone(&health));
+        // So that whoever is told that orders are taken finds it ready.
+        looker.look().await;
+        background.run("the look at the database", health::keep(looker));
+        // Operators never wait behind buyers' look-ups.
         control.recovered(Parts {
             ledger: Arc::clone(&ledger),
             intake: Arc::clone(&intake),
             queue: Arc::clone(&queue),
             journal: journal.clone(),
             acknowledge,
+            health,
+            order_timeout: Duration::from_millis(config.orders.timeout_ms),
             database: operators.clone(),
             cashier: cashier_desk.clone(),
             orphan_checks,
@@ -481,6 +492,7 @@ impl Millrace {
                 config.orders.payment_ttl_ms,
             ),
             refresh,
+            metrics,
         });
         intake.open();
         tracing::info!(
@@ -650,7 +662,8 @@ impl Millrace {
                 }
             }
         }
-        drop(self.guard);
+        // Its keeper was aborted above and lets go at its next await.
+        drop(wait_for_sole_owner(self.guard).await);
         self.database.close();
         if let Some(embedded) = self.embedded {
             // Its keeper was aborted above and lets go at its next await.

@@ -87,6 +87,8 @@ pub struct Metrics {
     stock: IntGaugeVec,
     /// 1 while orders are taken.
     pub ready: IntGauge,
+    /// Time for which orders have waited and none was written, in seconds; 0 while none waits.
+    pub stalled_seconds: Gauge,
     /// 1 once an internal fault has stopped the process from taking orders.
     pub poisoned: IntGauge,
     /// Time that recovery took at the last start, in seconds.
@@ -405,7 +407,12 @@ impl Metrics {
             "reason",
             &CLOSES,
         )?;
-        let ready = make.gauge("millrace_ready", "1 while orders are taken.")?;
+        let ready = make.gauge("millrace_ready", "1 while every check of /readyz holds.")?;
+        let stalled_seconds = Gauge::new(
+            "millrace_stalled_seconds",
+            "Time for which orders have waited and none was written; 0 while none waits.",
+        )?;
+        let stalled_seconds = make.add(stalled_seconds, "gauge", String::new())?;
         let poisoned = make.gauge(
             "millrace_poisoned",
             "1 once an internal fault has stopped the process from taking orders.",
@@ -459,6 +466,7 @@ impl Metrics {
             connections_cut,
             stock,
             ready,
+            stalled_seconds,
             poisoned,
             recovery_seconds,
             recovered_orders,

@@ -478,6 +478,7 @@ fn readyz_warns_where_a_failover_may_lose_commits_and_stays_ready() {
             assert_eq!(answer.status, 200, "{answer:?}");
             answer.json()["warnings"].clone()
         };
+        wait_until("the warning", async || warnings().await != json!([])).await;
         let asynchronous = warnings().await;
         assert_eq!(asynchronous[0]["name"], "replication", "{asynchronous}");
         let detail = asynchronous[0]["detail"].as_str().unwrap_or_default();
@@ -491,11 +492,13 @@ fn readyz_warns_where_a_failover_may_lose_commits_and_stays_ready() {
         let stranger = Database::new(&url("stranger"), "millrace", 1, step).expect("a URL");
         let seen = stranger.replication().await.expect("a look");
         assert_eq!(seen.standbys, 0);
+        let no_warning = async || warnings().await == json!([]);
         pair.synchronous(true).await;
-        assert_eq!(warnings().await, json!([]));
+        wait_until("commits wait for the standby", no_warning).await;
         pair.synchronous(false).await;
+        wait_until("the warning again", async || !no_warning().await).await;
         pair.part().await;
-        assert_eq!(warnings().await, json!([]), "there is no standby");
+        wait_until("there is no standby", no_warning).await;
         assert!(server.stop().await);
     });
 }

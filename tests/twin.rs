@@ -88,6 +88,7 @@ impl Real {
             pending: Arc::new(Pending::with_capacity(64)),
             poison: Poison::default(),
             pace: Default::default(),
+            progress: Default::default(),
             ids: IdClock::new(1, UnixMillis(0), UnixMillis(i64::MAX)),
         });
         let queue: Arc<dyn OrderQueue> = Arc::new(RingQueue::new(capacity));

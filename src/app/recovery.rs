@@ -24,6 +24,7 @@ use crate::state::orphans::Orphans;
 use crate::state::pace::Pace;
 use crate::state::pending::Pending;
 use crate::state::poison::Poison;
+use crate::state::progress::Progress;
 use crate::state::recent::Recent;
 use crate::state::refusals::Refusals;
 use crate::state::stock::Catalogue;
@@ -251,6 +252,7 @@ pub(super) async fn recover(
         poison: Poison::default(),
         ids,
         pace: Pace::default(),
+        progress: Progress::default(),
     })
 }
 

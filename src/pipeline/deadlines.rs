@@ -20,8 +20,16 @@ pub async fn keep(ledger: Arc<Ledger>, wake_all: WakeAll, metrics: Metrics) {
     loop {
         tick.tick().await;
         ledger.pace.refresh();
+        look_at_progress(&ledger, &metrics);
         expire(&ledger, &wake_all, &metrics, Instant::now());
     }
+}
+
+/// Whether any order waits for a worker. Those of a SKU whose counters the database refuses wait for a
+/// person, and are no sign that nothing is written.
+pub fn look_at_progress(ledger: &Ledger, metrics: &Metrics) {
+    let parked = usize::try_from(metrics.orders_parked.get()).unwrap_or(0);
+    ledger.progress.look(ledger.pending.in_flight() > parked);
 }
 
 /// One look at the clock.
@@ -30,6 +38,7 @@ pub fn expire(ledger: &Ledger, wake_all: &WakeAll, metrics: &Metrics, now: Insta
     for pending in ledger.pending.due(now) {
         if pending.is_overdue(now) && ledger.abandon(&pending) {
             metrics.orders_abandoned.inc();
+            ledger.progress.given_up();
         }
         pending.slot.take_wakers(|waker| wakers.push(waker));
     }

@@ -5,20 +5,37 @@
 //! acknowledge is kept by monotonic time: it lasts `queue.journal.lease_ms` from the last moment
 //! at which the database said that this process is still the one. A process that was paused for
 //! longer finds it gone when it goes on, so it acknowledges nothing that a successor, which has
-//! waited for the same time to pass, does not know of.
+//! waited for longer than that ([`waited_ms`]), does not know of.
+//!
+//! Both are renewed on a connection of their own, the one whose lock keeps other processes away from
+//! the database.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use tokio::sync::Mutex;
+
 use super::ledger::Ledger;
 use crate::queue::journal::JournalQueue;
 use crate::store::StoreError;
-use crate::store::postgres::lease::ID_LEASE_MS;
-use crate::store::postgres::{Database, NodeLease};
+use crate::store::postgres::NodeLease;
+use crate::store::postgres::lease::{ID_LEASE_MS, NodeGuard};
 
 /// How often both are renewed, at least; more often where the lease is short.
 const RENEWAL: Duration = Duration::from_secs(5);
+/// How soon a lost connection is made again: while it is away nothing keeps another process from the
+/// database.
+const RECONNECT: Duration = Duration::from_millis(250);
+/// What a process that holds the right may take from asking for it to having answered, beyond what
+/// clocks differ by.
+const ANSWER_MARGIN_MS: u64 = 1_000;
+
+/// How long, in milliseconds, somebody else waits for a right of `lease_ms` to be over: a tenth longer,
+/// because two clocks need not run at the same rate, and a second for an answer that is on its way.
+pub fn waited_ms(lease_ms: u64) -> u64 {
+    lease_ms + lease_ms / 10 + ANSWER_MARGIN_MS
+}
 
 /// The right to acknowledge orders before they are rows.
 #[derive(Debug)]
@@ -67,8 +84,8 @@ pub fn now_ms() -> u64 {
 
 /// What [`keep`] renews.
 pub struct Leases {
-    /// Where it is renewed.
-    pub database: Database,
+    /// Where they are renewed. Locked for good by [`keep`], until that is dropped.
+    pub guard: Arc<Mutex<NodeGuard>>,
     /// Who this process is.
     pub lease: NodeLease,
     /// Whose ids they are.
@@ -86,12 +103,14 @@ impl Leases {
     /// [`StoreError::Fenced`] where another process has taken over; what the database says
     /// otherwise, and then the ids are leased in the journal where there is one.
     pub async fn renew(&self) -> Result<(), StoreError> {
+        self.renew_on(&mut *self.guard.lock().await).await
+    }
+
+    async fn renew_on(&self, guard: &mut NodeGuard) -> Result<(), StoreError> {
         let until = self.ledger.ids.now().plus_ms(ID_LEASE_MS);
         let asked_at = now_ms();
-        let renewed = self
-            .database
-            .renew_lease(self.lease, until, self.acknowledge.lease_ms)
-            .await;
+        let others_wait_ms = waited_ms(self.acknowledge.lease_ms);
+        let renewed = guard.renew(self.lease, until, others_wait_ms).await;
         match renewed {
             Ok(()) => {
                 self.acknowledge.renew(asked_at);
@@ -119,9 +138,13 @@ pub async fn keep(leases: Leases) {
     let shortest = Duration::from_millis(leases.acknowledge.lease_ms / 4);
     let mut tick = tokio::time::interval(RENEWAL.min(shortest));
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut guard = leases.guard.lock().await;
     loop {
-        tick.tick().await;
-        match leases.renew().await {
+        tokio::select! {
+            _ = tick.tick() => {}
+            () = connected_again(&mut guard) => {}
+        }
+        match leases.renew_on(&mut guard).await {
             Ok(()) => {}
             Err(error @ StoreError::Fenced { .. }) => {
                 leases.ledger.poison.set(error.to_string());
@@ -134,9 +157,28 @@ pub async fn keep(leases: Leases) {
     }
 }
 
+/// Waits until the connection is lost, and until there is one again.
+async fn connected_again(guard: &mut NodeGuard) {
+    if guard.is_connected() {
+        guard.lost().await;
+    }
+    while let Err(error) = guard.reconnect().await {
+        tracing::debug!(reason = %error, "the lock on the database is not ours yet");
+        tokio::time::sleep(RECONNECT).await;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_waits_for_it_to_be_over_waits_longer_than_it_lasts() {
+        for lease_ms in [1_000, 600_000, 86_400_000] {
+            // A clock that is a twentieth fast.
+            assert!(waited_ms(lease_ms) * 20 / 21 > lease_ms, "{lease_ms}");
+        }
+    }
 
     #[test]
     fn the_right_lasts_from_the_moment_of_asking_and_is_gone_when_revoked() {

@@ -18,6 +18,7 @@ use crate::state::orphans::Orphans;
 use crate::state::pace::Pace;
 use crate::state::pending::{Pending, PendingOrder, Settled};
 use crate::state::poison::Poison;
+use crate::state::progress::Progress;
 use crate::state::recent::Recent;
 use crate::state::refusals::Refusals;
 use crate::state::stock::Catalogue;
@@ -46,6 +47,8 @@ pub struct Ledger {
     pub ids: IdClock,
     /// How fast the database takes orders.
     pub pace: Pace,
+    /// Whether it takes any.
+    pub progress: Progress,
 }
 
 impl Ledger {

@@ -2,7 +2,7 @@
 //! [`deadlines`] gives up what nobody claimed in time. [`ledger`] is what they share: every way in
 //! which an order in flight can end, and what memory owes for each. [`operator`] and [`audit`] are
 //! an operator's hands and eyes. [`cashier`] is what happens to an order after its row is there: payments, orphans
-//! (`reconciler`), `expiry`, refunds. [`lease`] keeps the right to go on, [`replay`] writes what may be
+//! (`reconciler`), `expiry`, refunds. [`lease`] keeps the right to go on, [`health`] looks how the database does, [`replay`] writes what may be
 //! written already, [`restore`] notices what a failover has lost, [`retention`] keeps segments until standbys
 //! have them.
 
@@ -12,6 +12,7 @@ pub mod cashier;
 pub mod crew;
 pub mod deadlines;
 mod expiry;
+pub mod health;
 pub mod intake;
 pub mod lease;
 pub mod ledger;

@@ -184,6 +184,10 @@ impl Worker {
                 .collect();
             // From here each is settled by this worker or parked with it, whatever happens.
             taken.done();
+            if claimed.is_empty() {
+                // All of it was given up: the queue is served again, for all that can be seen.
+                self.ledger.progress.decided();
+            }
             crash_point("worker.claimed");
             if has_enough_for_two(&*queue, rows_max) {
                 crew.call();
@@ -304,6 +308,7 @@ impl Worker {
                         );
                     }
                     self.note_committed();
+                    self.ledger.progress.decided();
                     self.ledger.pace.written(orders.len(), attempted.elapsed());
                     return Ok(Decided::Written(expired));
                 }
@@ -352,6 +357,7 @@ impl Worker {
             Refused::Buried => {
                 tracing::error!(order_id = %order.order.id, sqlstate, reason, "the database refused an order; it is a dead letter now");
                 self.metrics.dead_letters.inc();
+                self.ledger.progress.decided();
                 self.settle(&part, Ledger::failed);
                 if let Some(queue) = self.queue.durable() {
                     queue.decided(&part);
@@ -469,6 +475,7 @@ impl Worker {
         error: &StoreError,
     ) -> Result<(), WorkerError> {
         let wait = backoff.next();
+        self.ledger.progress.failed(&error.to_string());
         // The first and then every tenth: an outage is not a line a retry.
         if backoff.attempts % 10 == 1 {
             tracing::warn!(rows, attempts = backoff.attempts, reason = %error, "a batch is not written yet; it is tried again");

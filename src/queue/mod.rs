@@ -120,6 +120,10 @@ pub trait DurableQueue {
     /// [`Rejected`] with the order where the queue is full or closed.
     fn append(&self, order: Arc<PendingOrder>, permit: Permit) -> Result<(), Rejected>;
 
+    /// Whether this process may tell anybody that an order is accepted because it is durable here. True
+    /// now says nothing of later: ask right before.
+    fn may_acknowledge(&self) -> bool;
+
     /// These orders are committed rows or dead letters: the queue may forget them.
     fn decided(&self, orders: &[Arc<PendingOrder>]);
 

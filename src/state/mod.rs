@@ -9,6 +9,7 @@
 //! * [`orphans`]: orders that a verified payment waits for.
 //! * [`unpaid`]: when unpaid orders fall due.
 //! * [`pace`]: how fast the database takes orders of late.
+//! * [`progress`]: whether orders are written while orders wait.
 //! * [`poison`]: the fail-stop flag.
 //!
 //! Nothing here knows tokio, `may`, HTTP or SQL. What is full refuses and gives back; what was
@@ -19,6 +20,7 @@ pub mod orphans;
 pub mod pace;
 pub mod pending;
 pub mod poison;
+pub mod progress;
 pub mod recent;
 pub mod refusals;
 mod sets;

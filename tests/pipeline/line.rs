@@ -63,6 +63,7 @@ impl Line {
             pending: Arc::new(Pending::with_capacity(capacity)),
             poison: Poison::default(),
             pace: Default::default(),
+            progress: Default::default(),
             ids: IdClock::new(0, sale.taken.id_high_water, hour),
         });
         let queue: Arc<dyn OrderQueue> = Arc::new(RingQueue::new(capacity));

@@ -1,11 +1,14 @@
 //! Who may write: lost commits, epochs, the lock against a second process, the lease on ids.
 
+use std::time::Duration;
+
 use millrace::order::{IdClock, UnixMillis};
 use millrace::store::StoreError;
 use millrace::store::batch::WriteError;
 use millrace::store::postgres::Database;
-use millrace::store::postgres::lease::ID_LEASE_MS;
+use millrace::store::postgres::lease::{ID_LEASE_MS, NodeGuard};
 use millrace::store::schema;
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::support::postgres::TestDatabase;
 use crate::support::sale::{SCHEMA, STEP, Sale, order, orders, refs, take_over};
@@ -70,7 +73,10 @@ async fn a_writer_of_an_older_epoch_can_write_nothing_any_more() {
     let refused_row = order(&sku, 1);
     let buried = connected.write_dead_letter(&refused_row, "23514", "x");
     assert!(matches!(buried.await, Err(StoreError::Fenced { .. })));
-    let renewed = sale.database.renew_lease(lease, UnixMillis::now(), 1_000);
+    let session = sale.database.connect("test").await.unwrap();
+    let renewed = sale
+        .database
+        .renew_lease(&session, lease, UnixMillis::now(), 1_000);
     assert!(matches!(renewed.await, Err(StoreError::Fenced { .. })));
     let paused = sale.database.set_all_paused(lease, true);
     assert!(matches!(paused.await, Err(StoreError::Fenced { .. })));
@@ -135,12 +141,12 @@ async fn order_ids_never_go_back_over_restarts() {
             // A crash: everything leased may have been given out.
             let until = ids.now().plus_ms(ID_LEASE_MS);
             database
-                .renew_lease(taken.lease, until, 1_000)
+                .renew_lease(&client, taken.lease, until, 1_000)
                 .await
                 .unwrap();
             // It never shrinks.
             database
-                .renew_lease(taken.lease, UnixMillis(5), 1_000)
+                .renew_lease(&client, taken.lease, UnixMillis(5), 1_000)
                 .await
                 .unwrap();
             ids.extend_lease(until);
@@ -161,4 +167,120 @@ async fn order_ids_never_go_back_over_restarts() {
             assert!(returned <= 1_000, "{returned} ms ahead");
         }
     }
+}
+
+#[tokio::test]
+async fn a_guard_that_was_lost_is_made_again_with_its_lock() {
+    let mut sale = Sale::open(1).await;
+    let lease = sale.lease();
+    let database = sale.with_step(Duration::from_millis(500));
+    let first = std::mem::replace(
+        &mut sale.taken.guard,
+        database.connect("test").await.unwrap(),
+    );
+    let mut guard = NodeGuard::keep(database.clone(), first).await.unwrap();
+    // It has its mark beside the lock.
+    let pid = async || {
+        sale.number(
+            "SELECT pid::int8 FROM pg_locks WHERE locktype = 'advisory' AND granted
+                AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+              GROUP BY pid HAVING count(*) = 2",
+        )
+        .await
+    };
+    let renew = async |guard: &mut NodeGuard| guard.renew(lease, UnixMillis::now(), 1_000).await;
+    let kept_out = async || matches!(database.claim().await, Err(StoreError::AlreadyActive(_)));
+    renew(&mut guard).await.unwrap();
+
+    // The server ends it, as a restart does.
+    let first = pid().await;
+    sale.sql(&format!("SELECT pg_terminate_backend({first}, 10000)"))
+        .await;
+    guard.lost().await;
+    assert!(!guard.is_connected());
+    guard.reconnect().await.unwrap();
+    assert_ne!(pid().await, first);
+    assert!(kept_out().await, "the lock is ours again");
+    renew(&mut guard).await.unwrap();
+
+    // The server does not know that it is lost, and still has its lock: it is told to end.
+    let second = pid().await;
+    let process = Pid::from_raw(second as i32).unwrap();
+    kill_process(process, Signal::STOP).unwrap();
+    assert!(renew(&mut guard).await.is_err(), "it does not answer");
+    assert!(!guard.is_connected(), "so it is given up");
+    // As long as it does not even take that, the epoch alone decides.
+    renew(&mut guard).await.unwrap();
+    assert!(kept_out().await);
+    kill_process(process, Signal::CONT).unwrap();
+    sale.until(&format!(
+        "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE pid = {second})"
+    ))
+    .await;
+    renew(&mut guard).await.unwrap();
+    assert!(kept_out().await, "the lock is ours again");
+
+    // Another process that got in between is not thrown out, and decides by its epoch.
+    let third = pid().await;
+    sale.sql(&format!("SELECT pg_terminate_backend({third}, 10000)"))
+        .await;
+    guard.lost().await;
+    let other = database.claim().await.unwrap();
+    renew(&mut guard).await.unwrap();
+    assert!(!other.is_closed(), "it lives");
+    let taken = database.take_over(other, 1, UnixMillis(0)).await.unwrap();
+    assert!(matches!(
+        renew(&mut guard).await,
+        Err(StoreError::Fenced { .. })
+    ));
+    drop(taken);
+}
+
+#[tokio::test]
+async fn what_keeps_old_rows_is_named_with_its_remedy() {
+    let sale = Sale::open(1).await;
+    let horizons = async || sale.database.horizons(Duration::ZERO).await.unwrap();
+    let mut session = sale.session().await;
+    let pid: i32 = session
+        .query_one("SELECT pg_backend_pid()", &[])
+        .await
+        .unwrap()
+        .get(0);
+    let holder = format!("session {pid} ");
+    let found = async || {
+        horizons()
+            .await
+            .into_iter()
+            .find(|horizon| horizon.holder.starts_with(&holder))
+    };
+    assert_eq!(found().await, None, "it is idle");
+    let transaction = session
+        .build_transaction()
+        .isolation_level(tokio_postgres::IsolationLevel::RepeatableRead)
+        .start()
+        .await
+        .unwrap();
+    transaction
+        .query_one("SELECT count(*) FROM sku", &[])
+        .await
+        .unwrap();
+    let old = found().await.expect("an open snapshot");
+    assert!(old.seconds.is_some(), "{old:?}");
+    assert!(
+        old.remedy.contains(&format!("pg_terminate_backend({pid})")),
+        "{old:?}"
+    );
+    let patient = sale
+        .database
+        .horizons(Duration::from_secs(3_600))
+        .await
+        .unwrap();
+    assert!(
+        !patient
+            .iter()
+            .any(|horizon| horizon.holder.starts_with(&holder)),
+        "{patient:?}"
+    );
+    transaction.commit().await.unwrap();
+    assert_eq!(found().await, None, "it is over");
 }

@@ -5,9 +5,9 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
-use super::ControlPlane;
-use crate::store::StoreError;
-use crate::store::postgres::Database;
+use super::{ControlPlane, Parts};
+use crate::pipeline::deadlines::look_at_progress;
+use crate::pipeline::health::STALE;
 
 /// One named check of readiness.
 #[derive(Debug, Serialize)]
@@ -19,9 +19,9 @@ struct ReadyCheck {
 
 /// What may cost something later, and is no reason to take no orders.
 #[derive(Debug, Serialize)]
-struct Warning {
-    name: &'static str,
-    detail: String,
+struct Warning<'a> {
+    name: &'a str,
+    detail: &'a str,
 }
 
 pub(super) async fn healthz() -> &'static str {
@@ -29,80 +29,107 @@ pub(super) async fn healthz() -> &'static str {
 }
 
 pub(super) async fn readyz(State(plane): State<ControlPlane>) -> Response {
-    let mut checks = Vec::new();
-    let mut warnings = Vec::new();
-    let mut check = |name, ok, detail: String| checks.push(ReadyCheck { name, ok, detail });
-    match plane.parts() {
-        Err(_) => check("recovery", false, plane.shared.progress.load().to_string()),
-        Ok(parts) => {
-            check("recovery", true, "done".into());
-            let gate = parts.intake.check_open();
-            let detail = match parts.ledger.poison.reason() {
-                Some(reason) => format!("stopped by an internal fault: {reason}"),
-                None => gate.map_or_else(|refusal| refusal.code().into(), |()| "open".into()),
-            };
-            check("intake", gate.is_ok(), detail);
-            if let Some(journal) = &parts.journal {
-                let detail = match journal.failure() {
-                    Some(reason) => format!("failed; respond-async is refused until a restart: {reason}"),
-                    None if !parts.acknowledge.holds() => "the database has not answered for longer than queue.journal.lease_ms; respond-async is refused".into(),
-                    None => format!("{} orders are not rows yet", journal.outstanding()),
-                };
-                let ok = journal.failure().is_none() && parts.acknowledge.holds();
-                check("journal", ok, detail);
-            }
-            let ping = parts.database.ping().await;
-            let detail = ping
-                .as_ref()
-                .map_or_else(ToString::to_string, |()| "answers".into());
-            check("database", ping.is_ok(), detail);
-            // Who may not look at it gets no warning.
-            if ping.is_ok()
-                && let Ok(Some(detail)) = asynchronous(&parts.database).await
-            {
-                warnings.push(Warning {
-                    name: "replication",
-                    detail,
-                });
-            }
-        }
-    }
+    let parts = plane.parts().ok();
+    let checks = match parts {
+        None => vec![ReadyCheck {
+            name: "recovery",
+            ok: false,
+            detail: plane.shared.progress.load().to_string(),
+        }],
+        Some(parts) => checks(parts),
+    };
+    let look = parts.and_then(|parts| parts.health.last());
+    let warnings: Vec<Warning> = look
+        .iter()
+        .flat_map(|look| &look.warnings)
+        .map(|(name, detail)| Warning { name, detail })
+        .collect();
     let ready = checks.iter().all(|check| check.ok);
     let status = if ready {
         StatusCode::OK
     } else {
         StatusCode::SERVICE_UNAVAILABLE
     };
-    let body = serde_json::json!({ "ready": ready, "checks": checks, "warnings": warnings });
+    let body = serde_json::json!({
+        "ready": ready,
+        "checks": checks,
+        "warnings": warnings,
+        "database_seen_ms_ago": look.as_ref().map(|look| look.at.elapsed().as_millis() as u64),
+    });
     (status, axum::Json(body)).into_response()
 }
 
-/// What a failover to a standby may cost, where there is one and commits do not wait for it.
-async fn asynchronous(database: &Database) -> Result<Option<String>, StoreError> {
-    let replication = database.replication().await?;
-    let cause = if replication.standbys == 0 {
-        return Ok(None);
-    } else if replication.synchronous_standby_names.is_empty() {
-        "synchronous_standby_names is empty".to_owned()
-    } else if matches!(&*replication.synchronous_commit, "off" | "local") {
-        format!("synchronous_commit is {}", replication.synchronous_commit)
-    } else {
-        return Ok(None);
+/// Every check of readiness, from memory alone: whoever asks costs nobody anything.
+fn checks(parts: &Parts) -> Vec<ReadyCheck> {
+    let mut checks = Vec::with_capacity(5);
+    let mut check = |name, ok, detail: String| checks.push(ReadyCheck { name, ok, detail });
+    check("recovery", true, "done".into());
+    let gate = parts.intake.check_open();
+    let detail = match parts.ledger.poison.reason() {
+        Some(reason) => format!("stopped by an internal fault: {reason}"),
+        None => gate.map_or_else(|refusal| refusal.code().into(), |()| "open".into()),
     };
-    Ok(Some(format!(
-        "standbys are connected ({}) and {cause}: a failover may lose the last orders that were \
-         told 201, cancellations and payments",
-        replication.standbys
-    )))
+    check("intake", gate.is_ok(), detail);
+    let (ok, detail) = progress(parts);
+    check("progress", ok, detail);
+    if let Some(journal) = &parts.journal {
+        let detail = match journal.failure() {
+            Some(reason) => {
+                format!("failed; respond-async is refused until a restart: {reason}")
+            }
+            None if !parts.acknowledge.holds() => "the database has not answered for longer than queue.journal.lease_ms; respond-async is refused".into(),
+            None => format!("{} orders are not rows yet", journal.outstanding()),
+        };
+        let ok = journal.failure().is_none() && parts.acknowledge.holds();
+        check("journal", ok, detail);
+    }
+    let (ok, detail) = match parts.health.last() {
+        None => (false, "not looked at yet".into()),
+        Some(look) => match &look.failure {
+            Some(reason) => (false, reason.clone()),
+            None if look.at.elapsed() > STALE => {
+                let seconds = look.at.elapsed().as_secs();
+                (false, format!("has not answered for {seconds} s"))
+            }
+            None => (true, "answers".into()),
+        },
+    };
+    check("database", ok, detail);
+    checks
+}
+
+/// Whether orders are written while orders wait.
+fn progress(parts: &Parts) -> (bool, String) {
+    look_at_progress(&parts.ledger, &parts.metrics);
+    let stalled = parts.ledger.progress.stalled_for();
+    let waiting = parts.ledger.pending.in_flight();
+    if stalled <= parts.order_timeout {
+        return (true, format!("{waiting} orders wait or are being written"));
+    }
+    let mut detail = format!(
+        "no order was written for {} s, and {waiting} wait",
+        stalled.as_secs()
+    );
+    if let Some(reason) = parts.ledger.progress.failure() {
+        detail.push_str(&format!("; the last attempt: {reason}"));
+    }
+    (false, detail)
+}
+
+/// The first check that fails, and why.
+pub(super) fn failing(parts: &Parts) -> Option<String> {
+    let failed = checks(parts).into_iter().find(|check| !check.ok);
+    failed.map(|check| format!("{}: {}", check.name, check.detail))
 }
 
 pub(super) async fn metrics(State(plane): State<ControlPlane>) -> Response {
     let metrics = plane.metrics();
     if let Ok(parts) = plane.parts() {
         (parts.refresh)(metrics);
+        metrics.ready.set(i64::from(failing(parts).is_none()));
         metrics
-            .ready
-            .set(i64::from(parts.intake.check_open().is_ok()));
+            .stalled_seconds
+            .set(parts.ledger.progress.stalled_for().as_secs_f64());
         metrics
             .poisoned
             .set(i64::from(parts.ledger.poison.is_set()));

@@ -4,6 +4,7 @@ use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
+use super::health::failing;
 use super::{ControlPlane, Parts};
 use crate::http::wire::SkuView;
 use crate::metrics::{Metrics, Totals};
@@ -100,10 +101,12 @@ fn state(parts: &Parts) -> (&'static str, Option<String>) {
     if let Some(reason) = parts.ledger.poison.reason() {
         return ("poisoned", Some(reason.to_owned()));
     }
-    match parts.intake.check_open() {
-        Ok(()) => ("ready", None),
-        Err(Refusal::Draining) => ("draining", None),
-        Err(_) => ("not_ready", None),
+    if parts.intake.check_open() == Err(Refusal::Draining) {
+        return ("draining", None);
+    }
+    match failing(parts) {
+        None => ("ready", None),
+        Some(reason) => ("not_ready", Some(reason)),
     }
 }
 

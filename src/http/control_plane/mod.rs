@@ -16,6 +16,7 @@ mod routes;
 mod skus;
 
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use axum::Router;
@@ -31,6 +32,7 @@ use crate::order::IdempotencyKey;
 use crate::order::receipt::ReceiptKeys;
 use crate::pipeline::audit::audit;
 use crate::pipeline::cashier::{CashierDesk, OrphanChecks};
+use crate::pipeline::health::Health;
 use crate::pipeline::intake::Intake;
 use crate::pipeline::lease::AcknowledgeLease;
 use crate::pipeline::ledger::Ledger;
@@ -73,6 +75,10 @@ pub struct Parts {
     pub journal: Option<Arc<JournalQueue>>,
     /// The right to acknowledge orders before they are rows.
     pub acknowledge: Arc<AcknowledgeLease>,
+    /// How the database does.
+    pub health: Arc<Health>,
+    /// How long an order may wait, and so how long none may be written while one does.
+    pub order_timeout: Duration,
     /// The database.
     pub database: Database,
     /// For payments.
@@ -85,6 +91,8 @@ pub struct Parts {
     pub operator: Operator,
     /// Brings gauges up to date.
     pub refresh: Refresh,
+    /// What is counted.
+    pub metrics: Metrics,
 }
 
 impl ControlPlane {

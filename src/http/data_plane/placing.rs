@@ -319,6 +319,10 @@ impl DataPlane {
                 self.judge(pending, state, true)
             }
             Admitted::Recent(pending) => self.judge(pending, SlotState::Persisted, true),
+            // Another process may have given it up.
+            Admitted::OnDisk(_) if !self.may_acknowledge() => {
+                Verdict::Problem(self.refuse(Refusal::NotReady))
+            }
             Admitted::OnDisk(order) => self.accepted(Durable::OnDisk(order), true),
             Admitted::Stored(stored) => {
                 self.count("replayed");
@@ -329,6 +333,13 @@ impl DataPlane {
                 }
             }
         }
+    }
+
+    /// Whether this process may still call durable orders accepted: asked where the answer is made,
+    /// because the one who wakes us has asked a while ago.
+    fn may_acknowledge(&self) -> bool {
+        let durable = self.queue.durable();
+        durable.is_some_and(|queue| queue.may_acknowledge())
     }
 
     fn accepted(&self, order: Durable, replayed: bool) -> Verdict {
@@ -351,7 +362,7 @@ impl DataPlane {
     fn judge(&self, pending: Arc<PendingOrder>, state: SlotState, replayed: bool) -> Verdict {
         // Who asked to be answered at once gets that answer, also where the row came first.
         let written = matches!(state, SlotState::Persisted | SlotState::Failed);
-        if pending.slot.is_durable() && !(replayed && written) {
+        if pending.slot.is_durable() && !(replayed && written) && self.may_acknowledge() {
             return self.accepted(Durable::InMemory(pending), replayed);
         }
         match state {

@@ -439,6 +439,10 @@ impl DurableQueue for JournalQueue {
         Ok(())
     }
 
+    fn may_acknowledge(&self) -> bool {
+        (self.shared.parts.may_acknowledge)()
+    }
+
     fn decided(&self, orders: &[Arc<PendingOrder>]) {
         let mut by_segment: Vec<(u64, u64)> = Vec::new();
         for order in orders {

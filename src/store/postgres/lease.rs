@@ -1,10 +1,18 @@
 //! Who may write, and which order ids are ours to give out.
 
+use std::time::Duration;
+
 use tokio_postgres::Row;
 
 use super::{Connected, Database};
 use crate::order::UnixMillis;
 use crate::store::StoreError;
+
+/// The session whose lock makes a process the active one.
+const GUARD_NAME: &str = "millrace node 0";
+/// Once its backend is told to end, the lock of a session that is lost is free within moments.
+const UNLOCK_LOOKS: u32 = 20;
+const UNLOCK_LOOK: Duration = Duration::from_millis(50);
 
 /// How far ahead order ids are leased, in milliseconds. The generator stops at its end, so it
 /// bounds how long a database outage may last before ids run out, and how far ids may run ahead
@@ -112,20 +120,8 @@ impl Database {
     /// # Errors
     /// [`StoreError::AlreadyActive`] where another process is.
     pub async fn claim(&self) -> Result<Connected, StoreError> {
-        let guard = self.connect("millrace node 0").await?;
-        let name = format!("millrace:{}", self.schema());
-        let taken: bool = self
-            .timed("locking out other processes", async {
-                guard
-                    .query_one(
-                        "SELECT pg_try_advisory_lock(hashtextextended($1, 0))",
-                        &[&name],
-                    )
-                    .await
-                    .map(|row| row.get(0))
-            })
-            .await?;
-        if taken {
+        let guard = self.connect(GUARD_NAME).await?;
+        if self.lock_out_others(&guard).await? {
             return Ok(guard);
         }
         let holder = guard
@@ -134,7 +130,7 @@ impl Database {
                   WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
                     AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
                     AND (l.classid::int8 << 32 | l.objid::int8) = hashtextextended($1, 0)",
-                &[&name],
+                &[&self.lock_name()],
             )
             .await
             .ok()
@@ -147,19 +143,37 @@ impl Database {
         Err(StoreError::AlreadyActive(holder.unwrap_or_default()))
     }
 
+    /// Takes the lock for this session, without waiting. True: it has it.
+    async fn lock_out_others(&self, session: &Connected) -> Result<bool, StoreError> {
+        self.timed("locking out other processes", async {
+            session
+                .query_one(
+                    "SELECT pg_try_advisory_lock(hashtextextended($1, 0))",
+                    &[&self.lock_name()],
+                )
+                .await
+                .map(|row| row.get(0))
+        })
+        .await
+    }
+
+    fn lock_name(&self) -> String {
+        format!("millrace:{}", self.schema())
+    }
+
     /// Leases ids up to `until`, and the right to acknowledge for `acknowledge_ms` from now, by
-    /// the database's clock.
+    /// the database's clock. Asked on a session of the caller's own.
     ///
     /// # Errors
     /// [`StoreError::Fenced`] where another process has taken the node over.
     pub async fn renew_lease(
         &self,
+        client: &Connected,
         lease: NodeLease,
         until: UnixMillis,
         acknowledge_ms: u64,
     ) -> Result<(), StoreError> {
         let acknowledge_ms = i64::try_from(acknowledge_ms).unwrap_or(i64::MAX);
-        let client = self.pooled().await?;
         let renewed = self
             .timed(
                 "renewing the lease on order ids",
@@ -205,4 +219,145 @@ impl Database {
         .await
         .map(|_| ())
     }
+}
+
+/// The session that keeps other processes away from the database, and on which the leases are renewed.
+/// Nobody else uses it, so nothing that others do to the database's connections can stop a renewal. One
+/// that is lost is made again, with its lock.
+#[derive(Debug)]
+pub struct NodeGuard {
+    database: Database,
+    session: Option<Connected>,
+    /// That of the session that has the lock, or had it last.
+    mark: i64,
+    locked: bool,
+}
+
+impl NodeGuard {
+    /// Keeps `session`, which has the lock: that of [`Taken::guard`].
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn keep(database: Database, session: Connected) -> Result<Self, StoreError> {
+        let mark = mark(&database, &session).await?;
+        Ok(NodeGuard {
+            database,
+            session: Some(session),
+            mark,
+            locked: true,
+        })
+    }
+
+    /// Waits until the session is lost; for ever where there is none.
+    pub async fn lost(&mut self) {
+        match &mut self.session {
+            Some(session) => {
+                session.ended().await;
+                self.session = None;
+            }
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Whether there is a session.
+    pub fn is_connected(&self) -> bool {
+        self.session.is_some()
+    }
+
+    /// Makes the session again where it is lost, and takes its lock. Without the lock another process
+    /// is about to take over; the epoch then decides, so it is no error.
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn reconnect(&mut self) -> Result<(), StoreError> {
+        if self.session.is_none() {
+            let session = self.database.connect(GUARD_NAME).await?;
+            self.locked = false;
+            let free = self.database.lock_out_others(&session).await?;
+            self.locked = free || self.replace_own(&session).await?;
+            if self.locked {
+                self.mark = mark(&self.database, &session).await?;
+            } else {
+                tracing::warn!(
+                    "another process holds the lock on this database, taken while our connection was lost: \
+                     it is about to take over, or a command runs that needs the database to itself"
+                );
+            }
+            self.session = Some(session);
+        }
+        Ok(())
+    }
+
+    /// Ends our own lost session, where the server does not know yet that it is lost, and takes the
+    /// lock from it. True: it has it.
+    async fn replace_own(&self, session: &Connected) -> Result<bool, StoreError> {
+        let ended = self
+            .database
+            .timed(
+                "ending a session that was lost",
+                session.query(
+                    "SELECT pg_terminate_backend(pid) FROM pg_locks
+                      WHERE locktype = 'advisory' AND granted AND objsubid = 1
+                        AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+                        AND (classid::int8 << 32 | objid::int8) = $1",
+                    &[&self.mark],
+                ),
+            )
+            .await?;
+        if ended.is_empty() {
+            return Ok(false);
+        }
+        for _ in 0..UNLOCK_LOOKS {
+            if self.database.lock_out_others(session).await? {
+                return Ok(true);
+            }
+            tokio::time::sleep(UNLOCK_LOOK).await;
+        }
+        Ok(false)
+    }
+
+    /// Renews as [`Database::renew_lease`] does, on this session, which is made again where it was lost
+    /// and taken for lost where it fails.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn renew(
+        &mut self,
+        lease: NodeLease,
+        until: UnixMillis,
+        acknowledge_ms: u64,
+    ) -> Result<(), StoreError> {
+        self.reconnect().await?;
+        let Some(session) = &self.session else {
+            return Ok(());
+        };
+        let renewing = async {
+            if !self.locked && self.database.lock_out_others(session).await? {
+                self.locked = true;
+                self.mark = mark(&self.database, session).await?;
+                tracing::info!("the lock on this database is ours again");
+            }
+            self.database
+                .renew_lease(session, lease, until, acknowledge_ms)
+                .await
+        };
+        let renewed = renewing.await;
+        if !matches!(renewed, Ok(()) | Err(StoreError::Fenced { .. })) {
+            self.session = None;
+        }
+        renewed
+    }
+}
+
+/// Takes one more lock for `session`, which nobody else asks for: whichever session of the server has it
+/// is this one, also behind a pooler that lends the same one to others afterwards.
+async fn mark(database: &Database, session: &Connected) -> Result<i64, StoreError> {
+    let mark: i64 = rand::random();
+    database
+        .timed(
+            "marking a session",
+            session.execute("SELECT pg_advisory_lock($1)", &[&mark]),
+        )
+        .await?;
+    Ok(mark)
 }

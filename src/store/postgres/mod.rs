@@ -75,6 +75,13 @@ impl DerefMut for Connected {
     }
 }
 
+impl Connected {
+    /// Waits until the connection has ended. Not to be asked again afterwards.
+    async fn ended(&mut self) {
+        let _ = (&mut self.driver).await;
+    }
+}
+
 impl Drop for Connected {
     fn drop(&mut self) {
         self.driver.abort();

@@ -1,4 +1,6 @@
-//! Whether what was committed is on a standby as well.
+//! Whether what was committed is on a standby as well, and what keeps old rows from being removed.
+
+use std::time::Duration;
 
 use super::Database;
 use crate::store::StoreError;
@@ -15,7 +17,75 @@ pub struct Replication {
     pub synchronous_commit: String,
 }
 
+/// What keeps row versions that nobody else needs from being removed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Horizon {
+    /// A session, a prepared transaction, a slot or a standby, for people.
+    pub holder: String,
+    /// From which transaction on, where that is told.
+    pub xmin: String,
+    /// For how long, where that is told.
+    pub seconds: Option<u64>,
+    /// How it is let go.
+    pub remedy: String,
+}
+
+/// A slot or a standby that is fewer transactions behind holds nothing up.
+const BEHIND_MIN: i64 = 10_000;
+
 impl Database {
+    /// What keeps old row versions of this database, as far as our role may see it: sessions and
+    /// prepared transactions that are older than `held`, and slots and standbys whatever their age,
+    /// which they do not tell.
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn horizons(&self, held: Duration) -> Result<Vec<Horizon>, StoreError> {
+        let client = self.pooled().await?;
+        let rows = self
+            .timed(
+                "looking for old snapshots",
+                client.query(
+                    "SELECT format('session %s (%s, %s)', pid, coalesce(nullif(application_name, ''), usename), state),
+                            coalesce(backend_xmin, backend_xid)::text,
+                            extract(epoch FROM clock_timestamp() - xact_start)::int8,
+                            format('end its transaction, or SELECT pg_terminate_backend(%s)', pid)
+                       FROM pg_stat_activity
+                      WHERE datname = current_database() AND backend_type = 'client backend'
+                        AND coalesce(backend_xmin, backend_xid) IS NOT NULL
+                        AND xact_start < clock_timestamp() - $1::int8 * interval '1 second'
+                     UNION ALL
+                     SELECT format('prepared transaction %L', gid), transaction::text,
+                            extract(epoch FROM clock_timestamp() - prepared)::int8,
+                            format('COMMIT PREPARED or ROLLBACK PREPARED %L', gid)
+                       FROM pg_prepared_xacts
+                      WHERE database = current_database()
+                        AND prepared < clock_timestamp() - $1::int8 * interval '1 second'
+                     UNION ALL
+                     SELECT format('replication slot %s', slot_name), xmin::text, NULL,
+                            format('let its standby catch up, or SELECT pg_drop_replication_slot(%L)', slot_name)
+                       FROM pg_replication_slots WHERE age(xmin) > $2::int8
+                     UNION ALL
+                     SELECT format('standby %s of session %s', application_name, pid), backend_xmin::text, NULL,
+                            'end the long query there, or turn hot_standby_feedback off'
+                       FROM pg_stat_replication WHERE age(backend_xmin) > $2::int8",
+                    &[&i64::try_from(held.as_secs()).unwrap_or(i64::MAX), &BEHIND_MIN],
+                ),
+            )
+            .await?;
+        Ok(rows
+            .iter()
+            .map(|row| Horizon {
+                holder: row.get(0),
+                xmin: row.get(1),
+                seconds: row
+                    .get::<_, Option<i64>>(2)
+                    .map(|seconds| u64::try_from(seconds).unwrap_or(0)),
+                remedy: row.get(3),
+            })
+            .collect())
+    }
+
     /// Looks at what replicates from this database.
     ///
     /// # Errors
