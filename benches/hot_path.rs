@@ -19,7 +19,7 @@ use millrace::http::data_plane::hardened::framing;
 use millrace::http::data_plane::message::Response;
 use millrace::http::problem::Problem;
 use millrace::http::wire::{OrderBody, OrderView};
-use millrace::order::receipt::{ReceiptKeys, SignedParts};
+use millrace::order::receipt::{Issuer, ReceiptKeys, SignedParts};
 use millrace::order::{
     Currency, IdClock, IdempotencyKey, KeyHash, Order, OrderId, OrderStatus, PayloadHash, Quantity,
     Refusal, SkuId, SkuNumber, UnixMillis, UserId,
@@ -42,6 +42,11 @@ use millrace::store::copy;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 const BATCH_ROWS: usize = 5_000;
+
+const ISSUER: Issuer = Issuer {
+    database: [7; 16],
+    version_1_until: UnixMillis(0),
+};
 
 fn clock() -> IdClock {
     IdClock::new(1, UnixMillis(0), UnixMillis(i64::MAX))
@@ -346,7 +351,7 @@ fn journal(c: &mut Criterion) {
 }
 
 fn wire(c: &mut Criterion) {
-    let keys = millrace::order::receipt::ReceiptKeys::new(&["0123456789abcdef"]);
+    let keys = ReceiptKeys::new(&["0123456789abcdef"], &ISSUER);
     let body = br#"{"user_id":"u-42","sku_id":"IPHONE-15","quantity":1,"attributes":{"address_id":"a-7"}}"#;
     c.bench_function("wire/parse_order", |b| {
         b.iter(|| OrderBody::parse(black_box(body)).unwrap());
@@ -394,7 +399,7 @@ fn wire(c: &mut Criterion) {
 }
 
 fn receipt(c: &mut Criterion) {
-    let keys = ReceiptKeys::new(&["a secret of the benchmark"]);
+    let keys = ReceiptKeys::new(&["a secret of the benchmark"], &ISSUER);
     let order = Order {
         user_id: UserId::new("0b0e0d1c-7f5c-4d7a-9c39-3f5f2f3a1e11").unwrap(),
         ..order(7_340_000_000_000_000_000)

@@ -32,6 +32,7 @@ use crate::http::data_plane::{minihttp, runtime};
 use crate::http::tokens::Tokens;
 use crate::metrics::Metrics;
 use crate::order::IdClock;
+use crate::order::receipt::ReceiptKeys;
 use crate::pipeline::cancel::Canceller;
 use crate::pipeline::cashier::{Cashier, CashierParts, OrphanChecks};
 use crate::pipeline::crew::Crew;
@@ -258,7 +259,7 @@ impl Millrace {
         };
         std::fs::create_dir_all(&config.data_dir).map_err(data_dir)?;
         let metrics = Metrics::new()?;
-        let receipts = Arc::new(receipt_keys::load(&config)?);
+        let receipt_secrets = receipt_keys::load(&config)?;
         let providers = Providers::new(&config.payments)?;
 
         let data_listener = bind("data_plane.listen", config.data_plane.listen)?;
@@ -303,9 +304,11 @@ impl Millrace {
             id_high_water,
             ids_leased_until,
             paused,
+            receipts: issuer,
             guard,
         } = database.take_over(guard, writers, ids_from).await?;
         let guard = Arc::new(Mutex::new(NodeGuard::keep(database.clone(), guard).await?));
+        let receipts = Arc::new(ReceiptKeys::new(&receipt_secrets, &issuer));
         let orphans = recovery::orphans(&database).await?;
         let journal = match journal {
             None => None,

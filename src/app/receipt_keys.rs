@@ -5,19 +5,18 @@ use std::path::Path;
 
 use super::StartError;
 use crate::config::Config;
-use crate::order::receipt::ReceiptKeys;
 
 /// Its name under `data_dir`.
 const FILE: &str = "receipt.key";
 /// Random bytes of a key of our own, written in hexadecimal digits.
 const KEY_BYTES: usize = 32;
 
-/// The keys that the configuration names; where it names none, the one under `data_dir`, which is
+/// The secrets that the configuration names; where it names none, the one under `data_dir`, which is
 /// made at the first start.
-pub(super) fn load(config: &Config) -> Result<ReceiptKeys, StartError> {
+pub(super) fn load(config: &Config) -> Result<Vec<String>, StartError> {
     let configured = &config.receipt.key.0;
     if !configured.is_empty() {
-        return Ok(ReceiptKeys::new(configured));
+        return Ok(configured.clone());
     }
     let path = config.data_dir.join(FILE);
     let failed = |source| StartError::ReceiptKey {
@@ -43,7 +42,7 @@ pub(super) fn load(config: &Config) -> Result<ReceiptKeys, StartError> {
             "it is cut off; restore it, or remove it where no receipt signed with it matters any more",
         )));
     }
-    Ok(ReceiptKeys::new(&[key]))
+    Ok(vec![key.to_owned()])
 }
 
 /// Under another name first, so that a crash leaves a whole key or none.
@@ -66,31 +65,16 @@ fn make(directory: &Path, path: &Path) -> std::io::Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::order::receipt::SignedParts;
-    use crate::order::{Currency, OrderId, PayloadHash, SkuNumber, UnixMillis};
 
     #[test]
-    fn a_key_is_made_once_and_signs_the_same_after_a_restart() {
+    fn a_key_is_made_once_and_is_the_same_after_a_restart() {
         let directory = tempfile::tempdir().unwrap();
         let config = Config {
             data_dir: directory.path().to_owned(),
             ..Config::default()
         };
-        let order = SignedParts {
-            id: OrderId::new(1).unwrap(),
-            user_id: "u",
-            sku: SkuNumber(1),
-            quantity: 1,
-            adjustment: 0,
-            amount: 1,
-            currency: Currency::new("EUR").unwrap(),
-            created_at: UnixMillis(0),
-            expires_at: UnixMillis(0),
-            key: None,
-            payload: PayloadHash(0),
-        };
-        let first = load(&config).unwrap().sign(&order);
-        assert_eq!(load(&config).unwrap().sign(&order), first);
+        let first = load(&config).unwrap();
+        assert_eq!(load(&config).unwrap(), first);
         std::fs::write(directory.path().join(FILE), "short").unwrap();
         assert!(load(&config).is_err());
     }

@@ -12,8 +12,8 @@ use self::text::Text;
 use super::problem::Problem;
 use crate::order::receipt::{Receipt, ReceiptKeys, SignedParts};
 use crate::order::{
-    Currency, IdempotencyKey, KeyHash, Order, OrderId, OrderStatus, Quantity, SkuId, UnixMillis,
-    UserId,
+    Currency, IdempotencyKey, KeyHash, Order, OrderId, OrderStatus, Quantity, SkuId, SkuTag,
+    UnixMillis, UserId,
 };
 use crate::state::stock::{SaleTerms, Sku};
 use crate::store::postgres::dead_letters::DeadLetter;
@@ -283,7 +283,7 @@ impl<'a> OrderView<'a> {
             keys.sign(&SignedParts {
                 id: order.id,
                 user_id: &order.user_id,
-                sku: order.sku,
+                sku: SkuTag::of(&order.sku_id),
                 quantity: order.quantity,
                 adjustment: order.adjustment,
                 amount: order.amount,

@@ -168,6 +168,18 @@ impl<'a> IdempotencyKey<'a> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SkuNumber(pub i32);
 
+/// 32 bits of hash of a `sku_id`: the CRC-32C of its text. It names a SKU where there is no room for
+/// the whole, to somebody who knows which SKUs there are and whom a signature protects from forgers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SkuTag(pub u32);
+
+impl SkuTag {
+    /// The hash of a `sku_id`. It is stored with payments, so it never changes.
+    pub fn of(sku_id: &str) -> Self {
+        SkuTag(crc32c::crc32c(sku_id.as_bytes()))
+    }
+}
+
 /// Units in one order: 1 to 10,000.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Quantity(NonZeroU32);

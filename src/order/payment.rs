@@ -114,7 +114,7 @@ words!(
         CurrencyMismatch = "currency_mismatch",
         /// No such order was ever found, and it brought no receipt to recover one from.
         ReceiptMissing = "receipt_missing",
-        /// The same, and its receipt is altered, another order's, or not ours.
+        /// The same, and its receipt is altered, another order's, another database's, or not ours.
         ReceiptInvalid = "receipt_invalid",
         /// The order was lost, and its units were meanwhile sold to others.
         SoldOut = "sold_out",

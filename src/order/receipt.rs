@@ -2,10 +2,15 @@
 //!
 //! It travels through the payment platform and comes back with the payment, so an order whose row
 //! was lost can be recovered from it: it can be trusted, and a buyer cannot forge it. It carries
-//! everything but `attributes`, and the SKU by the database's number. WeChat Pay's `attach` sets
+//! everything but `attributes`, and the SKU by a hash of its `sku_id`. WeChat Pay's `attach` sets
 //! the limit: 127 characters of base64url without padding are 95 bytes.
 //!
-//! # Layout, version 1
+//! A receipt is worth something only to the database that its order was placed in ([`Issuer`]):
+//! the key that signs is derived from the secret and the database's random identity. Shops that
+//! share a secret, and a database that was lost and made anew, refuse each other's receipts as if
+//! they were forged. That costs no characters, of which a user id of 48 leaves none.
+//!
+//! # Layout, version 2
 //!
 //! ```text
 //!   bytes   field         form  what
@@ -13,7 +18,7 @@
 //!   1       head                4 bits: version │ 0 │ 1 bit: has a key │ 2 bits: form
 //!   1       user length         1 to 48
 //!   1..42   user                7 bits a character, the last byte filled up with zeros
-//!   1..5    SKU                 varint
+//!   4       SKU                 [`SkuTag`]; in version 1 its number in the database, a varint
 //!   1..2    quantity            varint
 //!   1..10   adjustment          zigzag varint
 //!   2       currency            (letter × 26 + letter) × 26 + letter, A = 0
@@ -31,6 +36,10 @@
 //! Fixed fields are big-endian; a varint is LEB128 in its shortest form. The MAC is the start of
 //! HMAC-SHA256 over a prefix that no other use of a key has, everything before the MAC and, in
 //! forms 2 and 3, the order id and the amount (8 bytes each), which the payment itself brings back.
+//! Its key is HMAC-SHA256 of the database's identity under the secret.
+//!
+//! Version 1 was signed with the secret itself and named no database. It is still read, but only
+//! for orders that were placed before this very database was migrated to version 2.
 //!
 //! Not everything fits at once. An order takes the first form that does:
 //!
@@ -42,9 +51,9 @@
 //! | 3 | the second half of the payload hash | what has two fields at the ends of their range |
 //!
 //! A half hash comes back with zeros behind it, see [`KeyHash::matches`]. Only if `adjustment`,
-//! `created_at` and `expires_at` together take more than 22 bytes may form 3 be too small too; such
-//! an order's receipt says that it was created in its id's own millisecond. That always fits: 86
-//! bytes at most, and a MAC of 9. No real order comes near: its `created_at` lies within its id's
+//! `created_at` and `expires_at` together take more than 23 bytes may form 3 be too small too; such
+//! an order's receipt says that it was created in its id's own millisecond. That always fits: 85
+//! bytes at most, and a MAC of 10. No real order comes near: its `created_at` lies within its id's
 //! lease, and with an adjustment below 2^40 and a year to pay the three take 17 bytes.
 
 use std::fmt;
@@ -55,7 +64,7 @@ use ring::hmac;
 use subtle::ConstantTimeEq;
 
 use super::{
-    Currency, KeyHash, Order, OrderId, PayloadHash, Quantity, SkuNumber, UnixMillis, UserId,
+    Currency, KeyHash, Order, OrderId, PayloadHash, Quantity, SkuNumber, SkuTag, UnixMillis, UserId,
 };
 
 /// Longest receipt, in characters.
@@ -70,9 +79,23 @@ const BODY_BYTES_MAX: usize = BYTES_MAX - MAC_BYTES_MIN;
 /// Shortest secret that is taken, in bytes.
 pub const SECRET_BYTES_MIN: usize = 16;
 
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
+/// The version that named neither database nor `sku_id`.
+const VERSION_1: u8 = 1;
 /// What no other use of the same secret signs.
 const DOMAIN: &[u8] = b"millrace receipt\0";
+/// What no other key is derived from.
+const KEY_DOMAIN: &[u8] = b"millrace receipt key of a database\0";
+
+/// The database whose orders receipts are made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Issuer {
+    /// Its identity: random, given to it by the migration to schema version 4.
+    pub database: [u8; 16],
+    /// Receipts of version 1 are taken for orders whose id was given out before this moment; 0 for
+    /// none, as in a database that began with version 4.
+    pub version_1_until: UnixMillis,
+}
 
 /// Why a receipt is not taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -80,10 +103,11 @@ pub enum ReceiptError {
     /// It is no receipt of a known version, whoever signed it.
     #[error("the receipt is malformed: it is cut off, altered, or of a later version of Millrace")]
     Malformed,
-    /// No key has signed it, or not for this order id and amount.
+    /// No key has signed it, or not for this database, order id and amount.
     #[error(
-        "the receipt was not signed for this order and amount with any configured key: it is \
-         forged, altered, moved from another payment, or its key was removed from `receipt.key`"
+        "the receipt was not signed for this database, order and amount with any configured key: \
+         it is forged, altered, moved from another payment, of another database, or its key was \
+         removed from `receipt.key`"
     )]
     NotOurs,
     /// It is genuine and belongs to another order.
@@ -98,8 +122,8 @@ pub struct SignedParts<'a> {
     pub id: OrderId,
     /// Who buys.
     pub user_id: &'a str,
-    /// What is bought, as the database calls it.
-    pub sku: SkuNumber,
+    /// What is bought.
+    pub sku: SkuTag,
     /// How many units.
     pub quantity: u32,
     /// What the shop adds or takes off, in minor units.
@@ -123,7 +147,7 @@ impl<'a> From<&'a Order> for SignedParts<'a> {
         SignedParts {
             id: order.id,
             user_id: order.user_id.as_str(),
-            sku: order.sku,
+            sku: SkuTag::of(order.sku_id.as_str()),
             quantity: order.quantity.get(),
             adjustment: order.adjustment,
             amount: order.amount,
@@ -136,6 +160,15 @@ impl<'a> From<&'a Order> for SignedParts<'a> {
     }
 }
 
+/// How a receipt names its SKU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReceiptSku {
+    /// By a hash of its `sku_id`.
+    Tag(SkuTag),
+    /// By its number in the database, in version 1.
+    Number(SkuNumber),
+}
+
 /// The order that a receipt was made of: everything but `attributes`. A hash may be short.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ReceiptOrder {
@@ -143,8 +176,8 @@ pub struct ReceiptOrder {
     pub id: OrderId,
     /// Who bought.
     pub user_id: UserId,
-    /// What was bought, as the database calls it.
-    pub sku: SkuNumber,
+    /// What was bought.
+    pub sku: ReceiptSku,
     /// How many units.
     pub quantity: Quantity,
     /// What the shop added or took off, in minor units.
@@ -163,21 +196,26 @@ pub struct ReceiptOrder {
     pub payload: PayloadHash,
 }
 
-impl<'a> From<&'a ReceiptOrder> for SignedParts<'a> {
-    fn from(order: &'a ReceiptOrder) -> Self {
-        SignedParts {
-            id: order.id,
-            user_id: order.user_id.as_str(),
-            sku: order.sku,
-            quantity: order.quantity.get(),
-            adjustment: order.adjustment,
-            amount: order.amount,
-            currency: order.currency,
-            created_at: order.created_at,
-            expires_at: order.expires_at,
-            key: order.key,
-            payload: order.payload,
-        }
+impl ReceiptOrder {
+    /// What its receipt was signed over; `None` where that was of version 1, which is not signed
+    /// any more.
+    pub fn signed_parts(&self) -> Option<SignedParts<'_>> {
+        let ReceiptSku::Tag(sku) = self.sku else {
+            return None;
+        };
+        Some(SignedParts {
+            id: self.id,
+            user_id: self.user_id.as_str(),
+            sku,
+            quantity: self.quantity.get(),
+            adjustment: self.adjustment,
+            amount: self.amount,
+            currency: self.currency,
+            created_at: self.created_at,
+            expires_at: self.expires_at,
+            key: self.key,
+            payload: self.payload,
+        })
     }
 }
 
@@ -243,11 +281,33 @@ impl serde::Serialize for Receipt {
     }
 }
 
-/// The keys of receipts: the first signs, any may verify. A key is replaced by a new one put
-/// before it, and removed once no payment can come any more whose receipt it signed.
+/// The keys of receipts of one database: the first signs, any may verify. A secret is replaced by a
+/// new one put before it, and removed once no payment can come any more whose receipt it signed.
 pub struct ReceiptKeys {
-    signing: hmac::Key,
-    retired: Vec<hmac::Key>,
+    signing: SecretKeys,
+    retired: Vec<SecretKeys>,
+    version_1_until: UnixMillis,
+}
+
+/// What is made of one secret.
+struct SecretKeys {
+    /// For this database alone.
+    bound: hmac::Key,
+    /// For version 1: the secret itself.
+    unbound: hmac::Key,
+}
+
+impl SecretKeys {
+    fn new(secret: &[u8], issuer: &Issuer) -> Self {
+        let unbound = hmac::Key::new(hmac::HMAC_SHA256, secret);
+        let mut derived = hmac::Context::with_key(&unbound);
+        derived.update(KEY_DOMAIN);
+        derived.update(&issuer.database);
+        SecretKeys {
+            bound: hmac::Key::new(hmac::HMAC_SHA256, derived.sign().as_ref()),
+            unbound,
+        }
+    }
 }
 
 impl fmt::Debug for ReceiptKeys {
@@ -260,19 +320,19 @@ impl fmt::Debug for ReceiptKeys {
 }
 
 impl ReceiptKeys {
-    /// Takes the secrets, of [`SECRET_BYTES_MIN`] bytes or more.
+    /// Takes the secrets, of [`SECRET_BYTES_MIN`] bytes or more, for the orders of `issuer`.
     ///
     /// # Panics
     /// Where there is none, or one is shorter: a short secret can be found by trying, and every
     /// receipt then forged.
-    pub fn new(keys: &[impl AsRef<[u8]>]) -> Self {
-        let mut keys = keys.iter().map(|secret| {
+    pub fn new(secrets: &[impl AsRef<[u8]>], issuer: &Issuer) -> Self {
+        let mut keys = secrets.iter().map(|secret| {
             let secret = secret.as_ref();
             assert!(
                 secret.len() >= SECRET_BYTES_MIN,
                 "a receipt key has at least {SECRET_BYTES_MIN} bytes"
             );
-            hmac::Key::new(hmac::HMAC_SHA256, secret)
+            SecretKeys::new(secret, issuer)
         });
         let Some(signing) = keys.next() else {
             panic!("there is no receipt key to sign with");
@@ -280,6 +340,7 @@ impl ReceiptKeys {
         ReceiptKeys {
             signing,
             retired: keys.collect(),
+            version_1_until: issuer.version_1_until,
         }
     }
 
@@ -299,7 +360,7 @@ impl ReceiptKeys {
         let mut writer = Writer::default();
         let form = write_body(&mut writer, order);
         let mac = mac(
-            &self.signing,
+            &self.signing.bound,
             writer.written(),
             form,
             order.id,
@@ -338,20 +399,27 @@ impl ReceiptKeys {
         // Read first: where the MAC begins follows from what stands before it.
         let mut reader = Reader(bytes);
         let (form, order) = read_body(&mut reader, order_id, amount)?;
+        let is_version_1 = matches!(order.sku, ReceiptSku::Number(_));
         let Reader(received) = reader;
         let (body, _) = bytes.split_at(length - received.len());
         if body.len() > BODY_BYTES_MAX || received.len() != mac_bytes(body.len()) {
             return Err(ReceiptError::Malformed);
         }
-        let signed = |key| {
+        let signed = |keys: &SecretKeys| {
+            let key = if is_version_1 {
+                &keys.unbound
+            } else {
+                &keys.bound
+            };
             let mac = mac(key, body, form, order.id, order.amount);
             let (mac, _) = mac.as_ref().split_at(received.len());
             bool::from(mac.ct_eq(received))
         };
-        if !std::iter::once(&self.signing)
-            .chain(&self.retired)
-            .any(signed)
-        {
+        let all = std::iter::once(&self.signing).chain(&self.retired);
+        // Whose order it was cannot be told from version 1: this database has given the id out, or
+        // it has not.
+        let may_be_ours = !is_version_1 || order.id.millis() < self.version_1_until;
+        if !may_be_ours || !all.into_iter().any(signed) {
             return Err(ReceiptError::NotOurs);
         }
         if order_id.is_some_and(|order_id| order_id != order.id) {
@@ -442,7 +510,7 @@ fn write_body(writer: &mut Writer, order: &SignedParts<'_>) -> Form {
         // The head is known once the form is.
         writer.put(&[0, order.user_id.len() as u8]);
         writer.put_user(order.user_id);
-        writer.put_varint(u64::from(order.sku.0 as u32));
+        writer.put(&order.sku.0.to_be_bytes());
         writer.put_varint(order.quantity.into());
         writer.put_zigzag(order.adjustment);
         writer.put(&currency_number(order.currency).to_be_bytes());
@@ -469,7 +537,7 @@ fn write_body(writer: &mut Writer, order: &SignedParts<'_>) -> Form {
         *head = VERSION << 4 | if order.key.is_some() { HAS_KEY } else { 0 } | form as u8;
         return form;
     }
-    unreachable!("an order created in its id's millisecond takes 86 bytes at most")
+    unreachable!("an order created in its id's millisecond takes 85 bytes at most")
 }
 
 /// Reads what [`write_body`] wrote, up to the MAC. `order_id` and `amount` stand in for what a
@@ -482,12 +550,20 @@ fn read_body(
     use ReceiptError::Malformed;
 
     let [head, user_length] = reader.array()?;
+    let version = head >> 4;
     let form = Form::ALL
         .into_iter()
-        .find(|form| head & !HAS_KEY == VERSION << 4 | *form as u8)
+        .find(|form| head & !HAS_KEY & 0xf == *form as u8)
         .ok_or(Malformed)?;
     let user_id = reader.user(user_length.into())?;
-    let sku = u32::try_from(reader.varint()?).map_err(|_| Malformed)?;
+    let sku = match version {
+        VERSION => ReceiptSku::Tag(SkuTag(u32::from_be_bytes(reader.array()?))),
+        VERSION_1 => {
+            let number = u32::try_from(reader.varint()?).map_err(|_| Malformed)?;
+            ReceiptSku::Number(SkuNumber(number as i32))
+        }
+        _ => return Err(Malformed),
+    };
     let quantity = u32::try_from(reader.varint()?).map_err(|_| Malformed)?;
     let quantity = Quantity::new(quantity).ok_or(Malformed)?;
     let adjustment = reader.zigzag()?;
@@ -517,7 +593,7 @@ fn read_body(
     let order = ReceiptOrder {
         id,
         user_id,
-        sku: SkuNumber(sku as i32),
+        sku,
         quantity,
         adjustment,
         amount,
@@ -582,7 +658,7 @@ impl Writer {
         written
     }
 
-    /// Never beyond the end: up to `expires_at` an order takes 83 bytes at most, its form was
+    /// Never beyond the end: up to `expires_at` an order takes 82 bytes at most, its form was
     /// chosen so that the rest fits, and the MAC takes what is left.
     fn put(&mut self, bytes: &[u8]) {
         let end = self.length + bytes.len();
@@ -685,12 +761,19 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::order::SkuId;
 
     const SECRET: [&str; 1] = ["a secret of the tests"];
     const ALPHABET: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
 
+    /// A database that began with version 2.
+    const DATABASE: Issuer = Issuer {
+        database: *b"of the one shop.",
+        version_1_until: UnixMillis(0),
+    };
+
     fn keys() -> ReceiptKeys {
-        ReceiptKeys::new(&SECRET)
+        ReceiptKeys::new(&SECRET, &DATABASE)
     }
 
     /// 2026-11-11T12:00:00.123Z, as an id clock gives it out.
@@ -698,12 +781,20 @@ mod tests {
         OrderId::new(OrderId::floor_of(UnixMillis(1_794_398_400_123)).get() + 5).unwrap()
     }
 
+    fn tag(tag: u32) -> ReceiptSku {
+        ReceiptSku::Tag(SkuTag(tag))
+    }
+
+    fn parts(order: &ReceiptOrder) -> SignedParts<'_> {
+        order.signed_parts().expect("version 2")
+    }
+
     /// An order as a shop that names its users by UUID gets it.
     fn ordinary() -> ReceiptOrder {
         ReceiptOrder {
             id: id(),
             user_id: UserId::new("0b0e0d1c-7f5c-4d7a-9c39-3f5f2f3a1e11").unwrap(),
-            sku: SkuNumber(17),
+            sku: tag(0xe7a3_0011),
             quantity: Quantity::ONE,
             adjustment: -500,
             amount: 199_400,
@@ -719,7 +810,7 @@ mod tests {
     fn greatest() -> ReceiptOrder {
         ReceiptOrder {
             user_id: UserId::new(&"~".repeat(48)).unwrap(),
-            sku: SkuNumber(i32::MAX),
+            sku: tag(u32::MAX),
             quantity: Quantity::new(10_000).unwrap(),
             adjustment: i64::MIN,
             amount: i64::MAX,
@@ -745,7 +836,7 @@ mod tests {
             ..long()
         };
         let far = ReceiptOrder {
-            sku: SkuNumber(i32::MAX),
+            sku: tag(u32::MAX),
             adjustment: i64::MIN,
             expires_at: UnixMillis(i64::MAX),
             ..long()
@@ -779,7 +870,7 @@ mod tests {
     }
 
     fn sign(order: &ReceiptOrder) -> Receipt {
-        let receipt = keys().sign(&order.into());
+        let receipt = keys().sign(&parts(order));
         let text = receipt.as_str();
         assert!(!text.is_empty() && text.len() <= CHARACTERS_MAX, "{text}");
         assert!(text.bytes().all(|byte| ALPHABET.contains(&byte)), "{text}");
@@ -812,7 +903,7 @@ mod tests {
         fn any_order()(
             id in 1..=i64::MAX,
             user_id in user(),
-            sku in any::<i32>(),
+            sku in any::<u32>(),
             quantity in 1..=Quantity::MAX,
             (adjustment, amount) in (number(), number()),
             currency in "[A-Z]{3}",
@@ -823,7 +914,7 @@ mod tests {
             ReceiptOrder {
                 id: OrderId::from_i64(id).unwrap(),
                 user_id,
-                sku: SkuNumber(sku),
+                sku: tag(sku),
                 quantity: Quantity::new(quantity).unwrap(),
                 adjustment,
                 amount,
@@ -841,7 +932,6 @@ mod tests {
         fn realistic_order()(
             any in any_order(),
             user_id in prop_oneof!["[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", "[!-~]{48}"],
-            sku in 1..=i32::MAX,
             amount in 0..1_i64 << 40,
             adjustment in -1_i64 << 40..1_i64 << 40,
             lag in -3_600_000..3_600_000_i64,
@@ -850,7 +940,6 @@ mod tests {
             let created_at = UnixMillis(any.id.millis().0 + lag);
             ReceiptOrder {
                 user_id: UserId::new(&user_id).unwrap(),
-                sku: SkuNumber(sku),
                 amount,
                 adjustment,
                 created_at,
@@ -870,7 +959,7 @@ mod tests {
                 let id_ms = order.id.millis();
                 let after_id = order.created_at.0.wrapping_sub(id_ms.0);
                 let after_created = order.expires_at.0.wrapping_sub(order.created_at.0);
-                prop_assert!(taken(order.adjustment) + taken(after_id) + taken(after_created) > 22);
+                prop_assert!(taken(order.adjustment) + taken(after_id) + taken(after_created) > 23);
                 expected.created_at = id_ms;
             }
             prop_assert_eq!(opened, expected);
@@ -887,11 +976,12 @@ mod tests {
         fn any_text_is_refused_without_a_panic(
             text in ".{0,160}",
             bytes in prop::collection::vec(any::<u8>(), 0..96),
+            version in VERSION_1..=VERSION,
             head in 0..8_u8,
         ) {
             let mut bytes = bytes;
             if let [first, ..] = &mut *bytes {
-                *first = VERSION << 4 | head;
+                *first = version << 4 | head;
             }
             for text in [text.as_str(), &*Receipt::of(&bytes)] {
                 for id in [None, Some(id())] {
@@ -947,7 +1037,7 @@ mod tests {
                                     created_at,
                                     expires_at,
                                     key,
-                                    sku: SkuNumber(-1),
+                                    sku: tag(u32::MAX),
                                     ..greatest.clone()
                                 });
                                 assert!(receipt.len() <= CHARACTERS_MAX);
@@ -973,8 +1063,8 @@ mod tests {
         };
         let (receipt, opened) = there_and_back(&order);
         assert_eq!(opened, order);
-        // 1 + 1 + 1 + 1 + 1 + 1 + 2 + 1 + 1 + 1 + 8 + 8 and a MAC of 16.
-        assert_eq!(receipt.len(), ((27_usize + 16) * 4).div_ceil(3));
+        // 1 + 1 + 1 + 4 + 1 + 1 + 2 + 1 + 1 + 1 + 8 + 8 and a MAC of 16.
+        assert_eq!(receipt.len(), ((30_usize + 16) * 4).div_ceil(3));
     }
 
     #[test]
@@ -1011,13 +1101,14 @@ mod tests {
     fn a_retired_key_still_verifies_and_a_removed_one_does_not() {
         let (old, new) = ("the old secret of 2025", "the new secret of 2026");
         let order = ordinary();
-        let receipt = ReceiptKeys::new(&[old]).sign(&(&order).into());
-        let open = |keys: &[&str]| ReceiptKeys::new(keys).open(&receipt, None, order.amount);
+        let with = |keys: &[&str]| ReceiptKeys::new(keys, &DATABASE);
+        let receipt = with(&[old]).sign(&parts(&order));
+        let open = |keys: &[&str]| with(keys).open(&receipt, None, order.amount);
         assert_eq!(open(&[old]), Ok(order.clone()));
         assert_eq!(open(&[new, old]), Ok(order.clone()));
         assert_eq!(open(&[new]), Err(ReceiptError::NotOurs));
-        let rotated = ReceiptKeys::new(&[new, old]).sign(&(&order).into());
-        assert_eq!(rotated, ReceiptKeys::new(&[new]).sign(&(&order).into()));
+        let rotated = with(&[new, old]).sign(&parts(&order));
+        assert_eq!(rotated, with(&[new]).sign(&parts(&order)));
         assert_ne!(rotated, receipt);
     }
 
@@ -1044,15 +1135,81 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_receipt_is_worth_nothing_to_another_database_that_shares_the_secret() {
+        let another = Issuer {
+            database: *b"of another shop.",
+            ..DATABASE
+        };
+        let other = ReceiptKeys::new(&SECRET, &another);
+        for order in one_of_each_form() {
+            let receipt = sign(&order);
+            let opened = other.open(&receipt, Some(order.id), order.amount);
+            assert_eq!(opened, Err(ReceiptError::NotOurs));
+        }
+    }
+
+    #[test]
+    fn a_receipt_names_its_sku_by_the_shops_own_name() {
+        let tags = ["PHONE", "CASE", "CASF", "ESAC", "1", "2"].map(SkuTag::of);
+        for (at, one) in tags.iter().enumerate() {
+            assert!(!tags[at + 1..].contains(one), "{tags:?}");
+        }
+        // For ever: receipts that are under way carry it.
+        assert_eq!(tags[0], SkuTag(0x5461_c612));
+    }
+
     /// Receipts live as long as payments may come: months. Whoever changes the layout gives it
     /// another version and keeps reading this one.
     #[test]
-    fn a_receipt_of_version_1_stays_readable() {
+    fn a_receipt_of_version_2_stays_readable() {
         let order = ordinary();
-        let text = "FCRhiYZWGRjjWt8zXGtaZG-Fa5xs3K1nma5mWZnhY5WLEBEB5wcGsgDA7m3olQwFQgounsAABTAxMjM0NTY3ODlh\
-                    YmNkZWYBI0VniavN76HuDv5essOENJsEBX7iUGE";
+        let text = "JCRhiYZWGRjjWt8zXGtaZG-Fa5xs3K1nma5mWZnhY5WLEOejABEB5wcGsgDA7m3olQwFQgounsAABTAxMjM0NTY3ODlh\
+                    YmNkZWYBI0VniavN7yChMFz7kRQq_-BK8_c";
         assert_eq!(&*sign(&order), text);
         assert_eq!(keys().open(text, None, 0), Ok(order));
+    }
+
+    /// One of each form, as the release before this one signed them.
+    const VERSION_1_RECEIPTS: [&str; 4] = [
+        "FCRhiYZWGRjjWt8zXGtaZG-Fa5xs3K1nma5mWZnhY5WLEBEB5wcGsgDA7m3olQwFQgounsAABTAxMjM0NTY3ODlh\
+         YmNkZWYBI0VniavN76HuDv5essOENJsEBX7iUGE",
+        "FTD9-_fv379-_fv379-_fv379-_fv379-_fv379-_fv379-_fv379-_fv34RAecHBrIAwO5t6JUMBUIKLp7AAAUwMTIzNDU2\
+         NwEjRWeJq83vRVhfO-X54FaxNo7rg_w",
+        "FjD9-_fv379-_fv379-_fv379-_fv379-_fv379-_fv379-_fv379-_fv34RAf______HwayAMDubTAxMjM0NTY3ASNFZ4mr\
+         ze-9W2VE_1PnzZ0bxKlRFrTi",
+        "FzD9-_fv379-_fv379-_fv379-_fv379-_fv379-_fv379-_fv379-_fv37_____BwH___________8BBrIAiMaq2MaX____\
+         ATAxMjM0NTY3ASNFZ5ckHpE04PZsyYY",
+    ];
+
+    #[test]
+    fn a_receipt_of_version_1_is_read_for_orders_from_before_the_migration_alone() {
+        let until = |moment: UnixMillis| {
+            let issuer = Issuer {
+                version_1_until: moment,
+                ..DATABASE
+            };
+            ReceiptKeys::new(&SECRET, &issuer)
+        };
+        let migrated_afterwards = until(id().millis().plus_ms(1));
+        let orders = one_of_each_form();
+        for (text, order) in VERSION_1_RECEIPTS.into_iter().zip(&orders) {
+            let number = match form_of(text) {
+                3 => i32::MAX,
+                _ => 17,
+            };
+            let expected = ReceiptOrder {
+                sku: ReceiptSku::Number(SkuNumber(number)),
+                ..expected(order, text)
+            };
+            let open = |keys: &ReceiptKeys| keys.open(text, Some(order.id), order.amount);
+            assert_eq!(open(&migrated_afterwards), Ok(expected.clone()));
+            assert!(expected.signed_parts().is_none());
+            // Placed after it, or in another database: that was made anew, or is of another shop.
+            for keys in [until(id().millis()), keys()] {
+                assert_eq!(open(&keys), Err(ReceiptError::NotOurs));
+            }
+        }
     }
 
     #[test]
@@ -1061,10 +1218,16 @@ mod tests {
         // The first six bits: four of the version, a zero and whether there is a key, without
         // which the length is another.
         for (at, first) in ALPHABET.iter().enumerate() {
-            if at != 0b00_0101 {
+            if at != 0b00_1001 {
                 let text = format!("{}{}", *first as char, &receipt[1..]);
+                // As version 1 it may happen to be readable, but nobody has signed it.
                 let opened = keys().open(&text, None, 0);
-                assert_eq!(opened, Err(ReceiptError::Malformed), "{at:06b}");
+                let is_version_1 = at >> 2 == usize::from(VERSION_1);
+                assert!(
+                    opened == Err(ReceiptError::Malformed)
+                        || is_version_1 && opened == Err(ReceiptError::NotOurs),
+                    "{at:06b}: {opened:?}"
+                );
             }
         }
     }
@@ -1072,7 +1235,7 @@ mod tests {
     #[test]
     fn what_is_no_order_has_the_empty_receipt() {
         let order = ordinary();
-        let parts = SignedParts::from(&order);
+        let parts = parts(&order);
         let long = "u".repeat(49);
         for user_id in ["", "a b", "é", &long] {
             let receipt = keys().sign(&SignedParts { user_id, ..parts });
@@ -1087,12 +1250,16 @@ mod tests {
 
     #[test]
     fn an_order_has_the_receipt_of_its_parts() {
-        let parts = ordinary();
+        let sku_id = SkuId::new("IPHONE-15").unwrap();
+        let parts = ReceiptOrder {
+            sku: ReceiptSku::Tag(SkuTag::of(sku_id.as_str())),
+            ..ordinary()
+        };
         let order = Order {
             id: parts.id,
             user_id: parts.user_id.clone(),
-            sku_id: crate::order::SkuId::new("IPHONE-15").unwrap().into(),
-            sku: parts.sku,
+            sku_id: sku_id.into(),
+            sku: SkuNumber(17),
             quantity: parts.quantity,
             adjustment: parts.adjustment,
             amount: parts.amount,
@@ -1115,12 +1282,12 @@ mod tests {
     fn keys_are_not_printed_and_short_ones_not_taken() {
         let printed = format!(
             "{:?}",
-            ReceiptKeys::new(&["0123456789abcdef", "fedcba9876543210"])
+            ReceiptKeys::new(&["0123456789abcdef", "fedcba9876543210"], &DATABASE)
         );
         assert_eq!(printed, "ReceiptKeys { keys: 2, .. }");
-        let short = std::panic::catch_unwind(|| ReceiptKeys::new(&["0123456789abcde"]));
+        let short = std::panic::catch_unwind(|| ReceiptKeys::new(&["0123456789abcde"], &DATABASE));
         assert!(short.is_err());
-        let none = std::panic::catch_unwind(|| ReceiptKeys::new(&[] as &[&str]));
+        let none = std::panic::catch_unwind(|| ReceiptKeys::new(&[] as &[&str], &DATABASE));
         assert!(none.is_err());
     }
 }

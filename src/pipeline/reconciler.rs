@@ -341,14 +341,14 @@ impl Cashier {
     /// Holds what a receipt says against the payment and against what is known.
     fn decide_on(&self, payment: &StoredPayment, receipt: ReceiptOrder) -> Decision {
         let ledger = &self.parts.ledger;
-        let Some(sku) = ledger.catalogue.by_number(receipt.sku) else {
+        let Some(sku) = ledger.catalogue.in_receipt(receipt.sku) else {
             return Decision::GiveUp(RefundReason::UnknownSku);
         };
         let order = Order {
             id: receipt.id,
             user_id: receipt.user_id,
             sku_id: Arc::clone(&sku.id),
-            sku: receipt.sku,
+            sku: sku.number,
             quantity: receipt.quantity,
             adjustment: receipt.adjustment,
             amount: receipt.amount,

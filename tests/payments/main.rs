@@ -4,6 +4,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod identity;
 mod life;
 mod orphans;
 mod races;

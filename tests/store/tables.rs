@@ -1,7 +1,7 @@
 //! The schema: made once, checked, in a place of its own, by a role without privileges, and the
 //! views that other programs read.
 
-use millrace::order::OrderStatus;
+use millrace::order::{OrderStatus, UnixMillis};
 use millrace::store::postgres::{Connected, Database};
 use millrace::store::{StoreError, schema};
 
@@ -52,6 +52,45 @@ async fn migrating_twice_does_nothing_and_everything_lives_in_the_schema() {
         .unwrap();
     let published: Vec<&str> = published.iter().map(|row| row.get(0)).collect();
     assert_eq!(published, ["dead_letters", "orders", "payments", "sku"]);
+}
+
+/// Receipts of version 1 are taken for what was placed before the first start of this release, in the
+/// database that an earlier one made.
+#[tokio::test]
+async fn a_database_of_schema_3_gets_an_identity_and_keeps_its_receipts() {
+    let test = TestDatabase::create().await;
+    let (database, mut client) = at(test.config(), "shop").await;
+    let all = schema::print("shop");
+    let (until_3, _) = all.split_once("\n-- V4__").unwrap();
+    client
+        .batch_execute(&format!("{until_3}\nCOMMIT"))
+        .await
+        .unwrap();
+    let leased_until = UnixMillis::now().plus_ms(60_000);
+    client
+        .execute(
+            "INSERT INTO node (node, epoch, ids_leased_until_ms, started_at) VALUES (0, 7, $1, now())",
+            &[&leased_until.0],
+        )
+        .await
+        .unwrap();
+    assert!(schema::migrate(&mut client, "shop").await.unwrap() > 0);
+    let first = take_over(&database, 1).await.unwrap();
+    assert_eq!(first.receipts.version_1_until, leased_until);
+    assert_eq!(first.lease.epoch, 8);
+    drop(first.guard);
+    let again = loop {
+        match take_over(&database, 1).await {
+            Ok(again) => break again,
+            // The server has yet to notice that the first has gone.
+            Err(StoreError::AlreadyActive(_)) => tokio::task::yield_now().await,
+            Err(error) => panic!("{error}"),
+        }
+    };
+    assert_eq!(again.receipts, first.receipts, "for good");
+    let fresh = Sale::open(1).await;
+    assert_ne!(fresh.taken.receipts.database, first.receipts.database);
+    assert_eq!(fresh.taken.receipts.version_1_until, UnixMillis(0));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

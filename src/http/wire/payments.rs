@@ -57,7 +57,7 @@ struct ReceiptView {
 
 impl ReceiptView {
     fn of(order: &ReceiptOrder, catalogue: &Catalogue) -> Self {
-        let sku = catalogue.by_number(order.sku);
+        let sku = catalogue.in_receipt(order.sku);
         ReceiptView {
             order_id: order.id,
             user_id: order.user_id.to_string(),

@@ -10,7 +10,8 @@ use arc_swap::ArcSwap;
 use crossbeam::utils::CachePadded;
 
 use crate::faults::bug;
-use crate::order::{Currency, Quantity, Refusal, SkuId, SkuNumber, UnixMillis};
+use crate::order::receipt::ReceiptSku;
+use crate::order::{Currency, Quantity, Refusal, SkuId, SkuNumber, SkuTag, UnixMillis};
 use crate::sync::Guarded;
 pub use counter::{BelowCommitted, NotEnough, StockCounter, StockSnapshot};
 
@@ -243,6 +244,22 @@ impl Catalogue {
     /// The SKU that the database calls this.
     pub fn by_number(&self, number: SkuNumber) -> Option<Arc<Sku>> {
         self.maps.load().by_number.get(&number).map(Arc::clone)
+    }
+
+    /// The SKU that a receipt names; `None` also where two SKUs have the same hash, because then it
+    /// is not known which of them was bought.
+    pub fn in_receipt(&self, sku: ReceiptSku) -> Option<Arc<Sku>> {
+        let tag = match sku {
+            ReceiptSku::Number(number) => return self.by_number(number),
+            ReceiptSku::Tag(tag) => tag,
+        };
+        let maps = self.maps.load();
+        let mut found = maps
+            .by_id
+            .iter()
+            .filter(|(id, _)| SkuTag::of(id.as_str()) == tag);
+        let (_, sku) = found.next()?;
+        found.next().is_none().then(|| Arc::clone(sku))
     }
 
     /// Every SKU, ordered by id.

@@ -6,6 +6,7 @@ use tokio_postgres::Row;
 
 use super::{Connected, Database};
 use crate::order::UnixMillis;
+use crate::order::receipt::Issuer;
 use crate::store::StoreError;
 
 /// The session whose lock makes a process the active one.
@@ -39,6 +40,8 @@ pub struct Taken {
     pub ids_leased_until: UnixMillis,
     /// Whether an operator has paused every sale.
     pub paused: bool,
+    /// Whose orders receipts are made of.
+    pub receipts: Issuer,
     /// Holds the advisory lock that keeps a second process away; keep it until the end.
     pub guard: Connected,
 }
@@ -101,6 +104,21 @@ impl Database {
             )
             .await
             .map_err(StoreError::statement(doing))?;
+        // Whatever was placed before this start, in a database that an earlier release made.
+        let identity = transaction
+            .query_one(
+                "UPDATE database_identity
+                    SET receipts_1_until_ms = coalesce(receipts_1_until_ms, $1)
+                 RETURNING uuid_send(id), receipts_1_until_ms",
+                &[&high_water.0],
+            )
+            .await
+            .map_err(StoreError::statement(doing))?;
+        let receipts = Issuer {
+            database: <[u8; 16]>::try_from(identity.get::<_, &[u8]>(0))
+                .map_err(|_| StoreError::Data("the database's identity is no UUID".to_owned()))?,
+            version_1_until: UnixMillis(identity.get(1)),
+        };
         transaction
             .commit()
             .await
@@ -110,6 +128,7 @@ impl Database {
             id_high_water: high_water,
             ids_leased_until: leased_until,
             paused,
+            receipts,
             guard,
         })
     }
