@@ -258,16 +258,17 @@ impl Millrace {
             source,
         };
         std::fs::create_dir_all(&config.data_dir).map_err(data_dir)?;
-        let metrics = Metrics::new()?;
-        let receipt_secrets = receipt_keys::load(&config)?;
-        let providers = Providers::new(&config.payments)?;
-
+        // The first two lines of the log are the addresses, whatever else there is to say.
         let data_listener = bind("data_plane.listen", config.data_plane.listen)?;
         let control_listener = bind("control_plane.listen", config.control_plane.listen)?;
         let data_plane = data_listener.local_addr().map_err(StartError::Engine)?;
         let control_plane = control_listener.local_addr().map_err(StartError::Engine)?;
         tracing::info!(address = %data_plane, "data plane listening");
         tracing::info!(address = %control_plane, "control plane listening");
+        let metrics = Metrics::new()?;
+        let receipt_secrets = receipt_keys::load(&config)?;
+        let providers = Providers::new(&config.payments)?;
+
         let control =
             ControlPlane::new(metrics.clone(), Tokens::new(&config.control_plane.token.0));
         let control_task = serve_control(&control, control_listener).map_err(StartError::Engine)?;

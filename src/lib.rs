@@ -18,6 +18,7 @@ pub mod config;
 pub mod faults;
 pub mod http;
 pub mod loadgen;
+pub mod logging;
 pub mod metrics;
 pub mod order;
 pub mod pipeline;

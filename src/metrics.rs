@@ -83,6 +83,8 @@ pub struct Metrics {
     pub connections: IntGauge,
     /// Connections of the data plane that have ended.
     pub connections_cut: Counters,
+    /// Lines of the log that were dropped.
+    pub log_lines_dropped: Counters,
     /// Units of each SKU by `state`: `free`, `held`, `sold`.
     stock: IntGaugeVec,
     /// 1 while orders are taken.
@@ -135,6 +137,9 @@ const OUTCOMES: [&str; 22] = [
 const UNKNOWN: [&str; 3] = ["order", "sku", "other"];
 /// Why a batch was no larger: nothing more was in the queue, or `workers.batch_rows_max`.
 const FLUSHES: [&str; 3] = ["idle", "full", "other"];
+/// Why a line of the log was dropped: the queue to its writer was full, standard error refused it, or
+/// too many of its kind came at once.
+const LOG_DROPS: [&str; 3] = ["full", "sink", "limited"];
 /// Why a batch was tried again: the connection or the server failed, or a step took too long.
 const RETRIES: [&str; 3] = ["transient", "timeout", "other"];
 /// Why a connection ended; `CloseReason` has the story of each.
@@ -407,6 +412,13 @@ impl Metrics {
             "reason",
             &CLOSES,
         )?;
+        let log_lines_dropped = make.counters(
+            "millrace_log_lines_dropped_total",
+            "Lines of the log that were dropped: the queue to standard error was full, standard error \
+             refused them, or too many of one kind came at once (the log says how many of each).",
+            "reason",
+            &LOG_DROPS,
+        )?;
         let ready = make.gauge("millrace_ready", "1 while every check of /readyz holds.")?;
         let stalled_seconds = Gauge::new(
             "millrace_stalled_seconds",
@@ -464,6 +476,7 @@ impl Metrics {
             payments,
             connections,
             connections_cut,
+            log_lines_dropped,
             stock,
             ready,
             stalled_seconds,

@@ -16,6 +16,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("faults", 0),
     ("sync", 0),
     ("profile", 0),
+    ("logging", 0),
     ("state", 1),
     ("queue", 1),
     ("store", 1),

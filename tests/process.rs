@@ -7,6 +7,7 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use rustix::process::Signal;
 use serde_json::{Value, json};
 use support::http::{call, try_call};
 use support::postgres::{copy_template, test_dir};
@@ -57,6 +58,16 @@ fn assert_all_there(served: &Served, told: &[String]) {
 
 #[test]
 fn sigterm_drains_and_nothing_told_is_lost() {
+    drains(Signal::TERM);
+}
+
+/// A terminal that is closed, or a supervisor's HUP.
+#[test]
+fn sighup_drains_and_nothing_told_is_lost() {
+    drains(Signal::HUP);
+}
+
+fn drains(signal: Signal) {
     let data_dir = test_dir();
     tokio::runtime::Runtime::new()
         .expect("a runtime")
@@ -67,9 +78,9 @@ fn sigterm_drains_and_nothing_told_is_lost() {
     let told = std::thread::scope(|scope| {
         let rush = scope.spawn(|| rush(served.data, 0, &stop));
         wait_for_orders(&served, 50);
-        served.terminate();
+        served.signal(signal);
         // A second signal changes nothing.
-        served.terminate();
+        served.signal(signal);
         rush.join().expect("the rush")
     });
     assert_eq!(served.wait(), Some(0));

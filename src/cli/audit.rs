@@ -1,10 +1,9 @@
 //! `millrace audit`
 
-use std::io::Write as _;
-
 use clap::Args;
 
 use super::client::call_with_token;
+use super::output::print;
 use super::{ConfigArgs, logging};
 use crate::app::open_database;
 use crate::config::Config;
@@ -30,13 +29,10 @@ pub async fn run(args: &AuditArgs) -> anyhow::Result<bool> {
         None => offline(&config).await?,
     };
     let ok = verdict["ok"] == true;
-    // A closed pipe is the reader's choice, not a failed audit.
-    let mut out = std::io::stdout();
-    let _ = if args.json {
-        writeln!(out, "{verdict:#}")
-    } else {
-        write!(out, "{}", table(&verdict))
-    };
+    print(&match args.json {
+        true => format!("{verdict:#}\n"),
+        false => table(&verdict),
+    })?;
     Ok(ok)
 }
 

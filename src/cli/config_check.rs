@@ -2,9 +2,11 @@
 
 use clap::Args;
 
+use super::output::print;
 use super::{ConfigArgs, logging};
 use crate::app::open_database;
 use crate::http::data_plane::payments::Providers;
+use crate::logging::say;
 
 #[derive(Debug, Args)]
 pub struct CheckArgs {
@@ -20,12 +22,12 @@ pub async fn run(args: &CheckArgs) -> anyhow::Result<bool> {
     let config = args.config.load()?;
     logging::start(&config.log)?;
     Providers::new(&config.payments)?;
-    print!("{}", config.to_toml());
+    print(&config.to_toml())?;
     if args.offline || config.database.url.is_empty() {
-        eprintln!("the configuration is valid");
+        say("the configuration is valid");
         return Ok(true);
     }
     open_database(&config).await?.database.ping().await?;
-    eprintln!("the configuration is valid and the database answers");
+    say("the configuration is valid and the database answers");
     Ok(true)
 }

@@ -1,9 +1,10 @@
 //! `millrace config reference`
 
+use super::output::print;
 use crate::config::reference;
 
 /// Prints the reference page of every setting as Markdown.
-pub fn run() -> bool {
-    print!("{}", reference::page());
-    true
+pub fn run() -> anyhow::Result<bool> {
+    print(&reference::page())?;
+    Ok(true)
 }

@@ -7,8 +7,10 @@ use clap::{Args, Subcommand};
 use comfy_table::Table;
 use serde::Serialize;
 
+use super::output::print_line;
 use super::{ConfigArgs, logging};
 use crate::app::{open_database, prepare_schema};
+use crate::logging::say;
 use crate::order::{Order, UnixMillis};
 use crate::queue::journal::disk::RealDisk;
 use crate::queue::journal::record::Record;
@@ -136,30 +138,32 @@ fn inspect(args: &InspectArgs) -> anyhow::Result<bool> {
     let directory = directory(args.dir.as_ref(), &args.config)?;
     let disk = RealDisk::unlocked(&directory);
     if args.orders {
+        let mut printed = Ok(());
         let lost = salvage(&disk, |record| {
-            if let Record::Order(order) = record {
-                println!("{}", order_line(&order));
+            if let (Record::Order(order), true) = (record, printed.is_ok()) {
+                printed = print_line(&order_line(&order).to_string());
             }
         })?;
+        printed?;
         for lost in &lost {
-            eprintln!("cannot read {lost}");
+            say(&format!("cannot read {lost}"));
         }
         return Ok(lost.is_empty());
     }
     let summary = summary(&scan(&disk, |_, _| {})?);
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&summary)?);
+        print_line(&serde_json::to_string_pretty(&summary)?)?;
         return Ok(true);
     }
-    match &summary.journal {
-        None => println!("{}: nothing was written yet", directory.display()),
-        Some(name) => println!(
+    print_line(&match &summary.journal {
+        None => format!("{}: nothing was written yet", directory.display()),
+        Some(name) => format!(
             "{}: journal {name}, {} records in {} groups",
             directory.display(),
             summary.records,
             summary.groups
         ),
-    }
+    })?;
     let mut table = Table::new();
     table.set_header(["segment", "groups", "records", "bytes used"]);
     for segment in &summary.segments {
@@ -170,12 +174,12 @@ fn inspect(args: &InspectArgs) -> anyhow::Result<bool> {
             segment.bytes_used.to_string(),
         ]);
     }
-    println!("{table}");
+    print_line(&table.to_string())?;
     if summary.torn_sectors > 0 {
-        println!(
+        print_line(&format!(
             "the last group is incomplete ({} sectors): nobody was told about its orders",
             summary.torn_sectors
-        );
+        ))?;
     }
     Ok(true)
 }
@@ -199,18 +203,18 @@ fn verify(args: &VerifyArgs) -> anyhow::Result<bool> {
     let directory = directory(args.dir.as_ref(), &args.config)?;
     match scan(&RealDisk::unlocked(&directory), |_, _| {}) {
         Ok(scanned) => {
-            println!(
+            print_line(&format!(
                 "{}: sound: {} segments, {} groups, {} records, {} sectors of an incomplete last group",
                 directory.display(),
                 scanned.segments.len(),
                 scanned.groups.len(),
                 scanned.records,
                 scanned.torn_sectors
-            );
+            ))?;
             Ok(true)
         }
         Err(error) => {
-            println!("{}: {error}", directory.display());
+            print_line(&format!("{}: {error}", directory.display()))?;
             Ok(false)
         }
     }
@@ -247,21 +251,21 @@ async fn abandon(args: &AbandonArgs) -> anyhow::Result<bool> {
     let done = match noted.filter(|noted| noted.in_use) {
         // Its process may be alive somewhere, without the database.
         Some(noted) if name.as_ref() != Some(&noted.name) && noted.lease_left_s > 0 => {
-            eprintln!(
+            say(&format!(
                 "journal {} is not in {}, and its process may acknowledge orders for {} more seconds; try again then",
                 noted.name,
                 directory.display(),
                 noted.lease_left_s
-            );
+            ));
             false
         }
         Some(noted) => {
             open.database.abandon_journal(&guard).await?;
-            eprintln!("journal {} is given up", noted.name);
+            say(&format!("journal {} is given up", noted.name));
             true
         }
         None => {
-            eprintln!("the database knows of no journal that may hold orders");
+            say("the database knows of no journal that may hold orders");
             true
         }
     };
@@ -272,17 +276,20 @@ async fn abandon(args: &AbandonArgs) -> anyhow::Result<bool> {
     }
     let given_up = noted_name.is_some() && (name.is_none() || name == noted_name);
     if done && local.is_some() && !given_up {
-        eprintln!(
+        say(&format!(
             "{} holds another journal and is left alone",
             directory.display()
-        );
+        ));
     }
     if done && local.is_some() && given_up {
         let mut aside = directory.clone().into_os_string();
         aside.push(format!(".abandoned-{}", UnixMillis::now().0));
         std::fs::rename(&directory, &aside)
             .with_context(|| format!("cannot move {} aside", directory.display()))?;
-        eprintln!("its directory is {} now", PathBuf::from(aside).display());
+        say(&format!(
+            "its directory is {} now",
+            PathBuf::from(aside).display()
+        ));
     }
     Ok(done)
 }

@@ -1,15 +1,17 @@
 //! `millrace load`
 
-use std::io::{IsTerminal, Write as _};
+use std::io::IsTerminal;
 use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Args;
 
+use super::output::print_line;
 use crate::loadgen::{
     LoadPlan, OrderMode, PageOptions, PaymentReport, RateProfile, SkuShare, StderrProgress, Token,
     WebhookSecret, render_page, render_table, run_until,
 };
+use crate::logging::say;
 
 #[derive(Debug, Args)]
 pub struct LoadArgs {
@@ -149,15 +151,12 @@ pub async fn run(args: LoadArgs) -> anyhow::Result<bool> {
         std::fs::write(file, render_page(&report, &options))
             .with_context(|| format!("cannot write the page to {}", file.display()))?;
     }
-    let mut out = std::io::stdout();
-    // A closed pipe is the reader's choice.
-    let _ = if args.json {
-        writeln!(out, "{}", serde_json::to_string_pretty(&report)?)
-    } else {
-        writeln!(out, "{}", render_table(&report))
-    };
+    print_line(&match args.json {
+        true => serde_json::to_string_pretty(&report)?,
+        false => render_table(&report),
+    })?;
     if let Some(file) = args.page.filter(|_| std::io::stderr().is_terminal()) {
-        eprintln!("page: {}", file.display());
+        say(&format!("page: {}", file.display()));
     }
     let paid = report.payments.as_ref().is_none_or(PaymentReport::is_clean);
     Ok(report.errors == 0 && paid)

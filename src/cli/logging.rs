@@ -1,38 +1,18 @@
-//! Where log lines go: standard error, as text for people or JSON for machines.
+//! The log as it is configured: text for people or JSON for machines, on standard error.
 
 use std::io::IsTerminal;
 
-use tracing_subscriber::EnvFilter;
-
 use crate::config::{Log, LogFormat};
+use crate::logging::{self, Form};
 
 /// Starts logging as configured. Called once; a second call changes nothing.
 pub fn start(log: &Log) -> anyhow::Result<()> {
-    // One line a runtime detail of the coroutine library is nobody's business at `info`.
-    let directives = format!(
-        "{},may=warn,refinery_core=warn,tokio_postgres=warn",
-        log.level
-    );
-    let filter = EnvFilter::try_new(&directives)
-        .map_err(|e| anyhow::anyhow!("configuration field log.level: {e}"))?;
-    let text = match log.format {
-        LogFormat::Auto => std::io::stderr().is_terminal(),
-        LogFormat::Text => true,
-        LogFormat::Json => false,
+    let terminal = std::io::stderr().is_terminal();
+    let form = match log.format {
+        LogFormat::Auto if !terminal => Form::Json,
+        LogFormat::Auto | LogFormat::Text => Form::Text { colours: terminal },
+        LogFormat::Json => Form::Json,
     };
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr);
-    let started = if text {
-        builder
-            .with_ansi(std::io::stderr().is_terminal())
-            .with_target(false)
-            .try_init()
-    } else {
-        builder.json().flatten_event(true).try_init()
-    };
-    if let Err(error) = started {
-        tracing::debug!(%error, "logging was started before");
-    }
-    Ok(())
+    logging::start(&log.directives(), form)
+        .map_err(|e| anyhow::anyhow!("configuration field log.level: {e}"))
 }

@@ -2,8 +2,10 @@
 
 use clap::Args;
 
+use super::output::print;
 use super::{ConfigArgs, logging};
 use crate::app::open_database;
+use crate::logging::say;
 use crate::store::schema;
 
 #[derive(Debug, Args)]
@@ -19,7 +21,7 @@ pub struct MigrateArgs {
 pub async fn run(args: &MigrateArgs) -> anyhow::Result<bool> {
     let config = args.config.load()?;
     if args.print {
-        print!("{}", schema::print(&config.database.schema));
+        print(&schema::print(&config.database.schema))?;
         return Ok(true);
     }
     logging::start(&config.log)?;
@@ -32,12 +34,10 @@ pub async fn run(args: &MigrateArgs) -> anyhow::Result<bool> {
     if let Some(embedded) = open.embedded {
         embedded.stop().await?;
     }
-    match applied? {
-        0 => eprintln!("schema {} is up to date", config.database.schema),
-        count => eprintln!(
-            "schema {}: {count} migrations applied",
-            config.database.schema
-        ),
-    }
+    let schema = &config.database.schema;
+    say(&match applied? {
+        0 => format!("schema {schema} is up to date"),
+        count => format!("schema {schema}: {count} migrations applied"),
+    });
     Ok(true)
 }

@@ -9,15 +9,22 @@ mod journal;
 mod load;
 mod logging;
 mod migrate;
+mod output;
 mod serve;
+mod signals;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::Config;
+use crate::logging::{flush, say, take_panics};
+
+/// How long the last lines may take to be written. A pipe that nobody reads costs an end so much.
+const LAST_LINES: Duration = Duration::from_secs(1);
 
 /// Flash-sale order intake in front of PostgreSQL: holds stock in memory, writes winners with COPY,
 /// tells every buyer the truth.
@@ -77,20 +84,23 @@ impl ConfigArgs {
 pub fn main() -> ExitCode {
     // Wrong usage ends here, with exit code 2.
     let cli = Cli::parse();
+    take_panics();
     let result = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .thread_name("millrace-tokio")
         .build()
         .context("cannot start the runtime")
         .and_then(|runtime| runtime.block_on(run(cli)));
-    match result {
+    let code = match result {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
-            eprintln!("millrace: {}", sentence(&error));
+            say(&format!("millrace: {}", sentence(&error)));
             ExitCode::FAILURE
         }
-    }
+    };
+    flush(LAST_LINES);
+    code
 }
 
 /// An error and its causes in one line, each said once: some of ours speak for their causes.
@@ -121,6 +131,6 @@ async fn run(cli: Cli) -> anyhow::Result<bool> {
         } => config_check::run(&args).await,
         Command::Config {
             command: ConfigCommand::Reference,
-        } => Ok(config_reference::run()),
+        } => config_reference::run(),
     }
 }

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{Config, ConfigError, DEFAULT_FILE, payments};
+use super::{Config, ConfigError, DEFAULT_FILE, log, payments};
 
 pub(super) const ENV_PREFIX: &str = "MILLRACE_";
 const FILE_SUFFIX: &str = "_FILE";
@@ -224,6 +224,7 @@ impl Config {
             3_600_000,
         )?;
         payments::check(&self.payments, &self.receipt)?;
+        log::check(&self.log)?;
         let schema = self.database.schema.as_bytes();
         if schema.is_empty()
             || schema.len() > 63

@@ -12,6 +12,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 mod load;
+mod log;
 mod payments;
 pub mod reference;
 
@@ -321,7 +322,8 @@ impl From<Rate> for String {
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema, PartialEq)]
 #[serde(deny_unknown_fields, default)]
 pub struct Log {
-    /// `error`, `warn`, `info`, `debug`, `trace`, or a filter such as `info,millrace=debug`.
+    /// `error`, `warn`, `info`, `debug`, `trace` or `off`, or a list such as `info,millrace=debug`
+    /// that sets parts of the program apart; a list without a level for the rest leaves it at `warn`.
     pub level: String,
     /// How lines are written.
     pub format: LogFormat,

@@ -369,14 +369,15 @@ impl Worker {
 
     fn park(&mut self, sku: SkuNumber, part: Batch, reason: &str) {
         if let Some(sku) = self.ledger.catalogue.by_number(sku) {
-            if !sku.is_faulted() {
+            let first = !sku.is_faulted();
+            sku.park(part.len() as u32);
+            if first {
                 tracing::error!(
                     sku_id = %sku.id, reason, orders = part.len(),
                     "the database refuses this SKU's counters: its sale is paused and its orders are parked until \
                      the row in `sku` agrees with its orders again (see the audit)"
                 );
             }
-            sku.park(part.len() as u32);
         }
         self.metrics.orders_parked.add(part.len() as i64);
         self.parked.entry(sku).or_default().extend(part);

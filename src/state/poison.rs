@@ -16,9 +16,10 @@ impl Poison {
     /// Stops the process from taking orders, for this reason.
     pub fn set(&self, reason: impl Into<String>) {
         let reason = reason.into();
+        // First of all: nothing, not even the log, may stand before it. A second reason is a
+        // consequence of the first and only logged.
+        let _ = self.reason.set(reason.clone());
         tracing::error!(%reason, "poisoned: no more orders are taken");
-        // A second reason is a consequence of the first and only logged.
-        let _ = self.reason.set(reason);
     }
 
     /// The first reason, where there is one.

@@ -15,6 +15,7 @@ mod every_byte;
 mod journal_rig;
 mod kill9;
 mod load;
+mod log;
 mod money;
 mod nth_call;
 mod outcome;
@@ -94,6 +95,12 @@ const PROOFS: &[Proof] = &[
         counts: "rounds through every way of mistreating PostgreSQL",
         short: 1,
         run: database::run,
+    },
+    Proof {
+        name: "log",
+        counts: "rounds of load with a log that breaks while PostgreSQL dies",
+        short: 3,
+        run: log::run,
     },
     Proof {
         name: "seeded_bugs",

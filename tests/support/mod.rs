@@ -8,6 +8,7 @@ pub mod allocations;
 pub mod http;
 pub mod listening;
 pub mod pgbouncer;
+pub mod pipe;
 pub mod postgres;
 pub mod proxy;
 pub mod sale;

@@ -60,8 +60,15 @@ impl Served {
         settings: &[(String, String)],
         log: &Path,
     ) -> Result<Self, Ended> {
+        let stderr = File::create(log).map_or_else(|_| Stdio::null(), Stdio::from);
+        Self::try_start_as(command(data_dir, settings).stderr(stderr), data_dir, log)
+    }
+
+    /// Starts one as the command says, on this `data_dir`, and waits until it is ready. Where its
+    /// log can be read, it is in the file `log`.
+    pub fn try_start_as(command: &mut Command, data_dir: &Path, log: &Path) -> Result<Self, Ended> {
         let _ = std::fs::remove_file(data_dir.join("addresses.json"));
-        let child = spawn(data_dir, settings, log);
+        let child = command.spawn().expect("start millrace");
         let nowhere = SocketAddr::from(([127, 0, 0, 1], 0));
         let mut served = Served {
             child,
@@ -104,7 +111,12 @@ impl Served {
 
     /// Asks it to drain and end.
     pub fn terminate(&self) {
-        kill_process(Pid::from_child(&self.child), Signal::TERM).expect("send SIGTERM");
+        self.signal(Signal::TERM);
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).expect("send a signal");
     }
 
     /// Ends it with SIGKILL; its PostgreSQL goes on.
@@ -143,14 +155,21 @@ impl Drop for Served {
 
 /// Starts a server process without waiting for anything.
 pub fn spawn(data_dir: &Path, settings: &[(String, String)], log: &Path) -> Child {
-    millrace(&["serve"])
-        .env("MILLRACE_DATA_DIR", data_dir)
-        .env("MILLRACE_DATA_PLANE__LISTEN", "127.0.0.1:0")
-        .env("MILLRACE_CONTROL_PLANE__LISTEN", "127.0.0.1:0")
-        .envs(settings.iter().map(|(name, value)| (name, value)))
+    command(data_dir, settings)
         .stderr(File::create(log).map_or_else(|_| Stdio::null(), Stdio::from))
         .spawn()
         .expect("start millrace")
+}
+
+/// What starts a server process.
+pub fn command(data_dir: &Path, settings: &[(String, String)]) -> Command {
+    let mut command = millrace(&["serve"]);
+    command
+        .env("MILLRACE_DATA_DIR", data_dir)
+        .env("MILLRACE_DATA_PLANE__LISTEN", "127.0.0.1:0")
+        .env("MILLRACE_CONTROL_PLANE__LISTEN", "127.0.0.1:0")
+        .envs(settings.iter().map(|(name, value)| (name, value)));
+    command
 }
 
 /// The PostgreSQL that Millrace keeps under a `data_dir`, seen from outside: by the file that its

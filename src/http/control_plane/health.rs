@@ -6,6 +6,7 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
 use super::{ControlPlane, Parts};
+use crate::logging;
 use crate::pipeline::deadlines::look_at_progress;
 use crate::pipeline::health::STALE;
 
@@ -124,6 +125,14 @@ pub(super) fn failing(parts: &Parts) -> Option<String> {
 
 pub(super) async fn metrics(State(plane): State<ControlPlane>) -> Response {
     let metrics = plane.metrics();
+    let dropped = logging::dropped();
+    for (reason, lines) in [
+        ("full", dropped.full),
+        ("sink", dropped.sink),
+        ("limited", dropped.limited),
+    ] {
+        metrics.log_lines_dropped.catch_up(reason, lines);
+    }
     if let Ok(parts) = plane.parts() {
         (parts.refresh)(metrics);
         metrics.ready.set(i64::from(failing(parts).is_none()));

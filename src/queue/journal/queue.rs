@@ -147,8 +147,8 @@ impl JournalQueue {
                     // Nothing that it may have left half done is looked at afterwards.
                     if std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).is_err() {
                         let reason = format!("the thread {name} panicked");
-                        panicking.fail(reason.clone());
-                        (panicking.parts.on_panic)(reason);
+                        (panicking.parts.on_panic)(reason.clone());
+                        panicking.fail(reason);
                     }
                 })
                 .map(|thread| threads.push(thread))
@@ -286,9 +286,9 @@ impl Shared {
     }
 
     pub(super) fn fail(&self, reason: String) {
-        tracing::error!(%reason, "the journal has failed: respond-async is refused until a restart; waiting orders go on");
-        let _ = self.failure.set(reason);
+        let _ = self.failure.set(reason.clone());
         self.parts.metrics.journal_failed.set(1);
+        tracing::error!(%reason, "the journal has failed: respond-async is refused until a restart; waiting orders go on");
     }
 
     /// The reader's work: brings back from the disk what there is room for in memory.

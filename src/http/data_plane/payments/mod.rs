@@ -138,7 +138,9 @@ impl CallbackError {
         }
     }
 
-    /// Says it in the log, without a byte of the message but the names of its members.
+    /// Says it in the log, without a byte of the message but the names of its members. What
+    /// strangers can send stands by itself: the log limits lines by kind, and a flood of theirs must
+    /// not hide what happens to authentic callbacks.
     pub fn log(&self, provider: Provider) {
         match self {
             CallbackError::SignatureProbe => {
@@ -147,12 +149,16 @@ impl CallbackError {
             CallbackError::Unbookable(_) => {
                 tracing::error!(%provider, reason = %self, "a payment callback was refused: look the payment up at the provider");
             }
-            CallbackError::BadSignature(_)
-            | CallbackError::Stale { .. }
+            CallbackError::BadSignature(_) => {
+                tracing::warn!(%provider, reason = %self, "a payment callback with a false signature was refused");
+            }
+            CallbackError::Stale { .. }
             | CallbackError::NotForUs(_)
-            | CallbackError::Malformed(_)
-            | CallbackError::NotStored => {
+            | CallbackError::Malformed(_) => {
                 tracing::warn!(%provider, reason = %self, "a payment callback was refused");
+            }
+            CallbackError::NotStored => {
+                tracing::warn!(%provider, "a payment callback could not be stored; the provider was told to send it again");
             }
         }
     }

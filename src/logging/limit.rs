@@ -1,0 +1,230 @@
+//! At most so many lines of one kind in a while; of the rest only how many there were.
+//!
+//! A kind is the place in the code that writes the line, so their number is bounded and no stranger
+//! can choose it, whatever is in the lines.
+
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use dashmap::DashMap;
+use tracing::callsite::Identifier;
+use tracing::field::{Field, Visit};
+use tracing::{Event, Level};
+
+/// Lines of one kind that are written in each window.
+pub(super) const LINES_MAX: u32 = 20;
+/// How long a window is.
+pub(super) const WINDOW: Duration = Duration::from_secs(10);
+
+/// Lines of one kind that were held back.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct HeldBack {
+    /// Their level.
+    pub(super) level: Level,
+    /// How many.
+    pub(super) lines: u64,
+    /// Within how many seconds, rounded up.
+    pub(super) seconds: u64,
+    /// The message of the first.
+    pub(super) message: String,
+}
+
+/// Counts lines by kind.
+#[derive(Default)]
+pub(super) struct Limit {
+    kinds: DashMap<Identifier, Kind>,
+    held_back: AtomicU64,
+}
+
+struct Kind {
+    /// The beginning of the present window.
+    since: Instant,
+    /// Lines written in it.
+    written: u32,
+    held: Option<Held>,
+}
+
+/// What the log has not told yet.
+struct Held {
+    since: Instant,
+    level: Level,
+    lines: u64,
+    message: String,
+}
+
+impl Limit {
+    /// Whether the line is to be written.
+    pub(super) fn admit(&self, now: Instant, event: &Event<'_>) -> bool {
+        let metadata = event.metadata();
+        let first = {
+            let mut kind = self.kinds.entry(metadata.callsite()).or_insert(Kind {
+                since: now,
+                written: 0,
+                held: None,
+            });
+            if now.duration_since(kind.since) >= WINDOW {
+                (kind.since, kind.written) = (now, 0);
+            }
+            if kind.written < LINES_MAX {
+                kind.written += 1;
+                return true;
+            }
+            match &mut kind.held {
+                Some(held) => {
+                    held.lines += 1;
+                    false
+                }
+                None => true,
+            }
+        };
+        self.held_back.fetch_add(1, Ordering::Relaxed);
+        if first {
+            // Outside of the lock: what a line shows may do anything in its `Debug`.
+            let mut message = Message::default();
+            event.record(&mut message);
+            if let Some(mut kind) = self.kinds.get_mut(&metadata.callsite()) {
+                let held = kind.held.get_or_insert(Held {
+                    since: now,
+                    level: *metadata.level(),
+                    lines: 0,
+                    message: message.0,
+                });
+                held.lines += 1;
+            }
+        }
+        false
+    }
+
+    /// What was held back and is to be told: of kinds whose first such line is so old.
+    pub(super) fn due(&self, age: Duration) -> Vec<HeldBack> {
+        let now = Instant::now();
+        let kinds = self.kinds.iter_mut().filter_map(|mut kind| {
+            let held = kind
+                .held
+                .take_if(|held| now.duration_since(held.since) >= age)?;
+            Some(HeldBack {
+                level: held.level,
+                lines: held.lines,
+                seconds: now.duration_since(held.since).as_secs_f64().ceil() as u64,
+                message: held.message,
+            })
+        });
+        kinds.collect()
+    }
+
+    /// Lines held back so far, told or not.
+    pub(super) fn held_back(&self) -> u64 {
+        self.held_back.load(Ordering::Relaxed)
+    }
+}
+
+/// The message of an event, without its fields.
+#[derive(Default)]
+struct Message(String);
+
+impl Visit for Message {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        if field.name() == "message" {
+            self.0 = format!("{value:?}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use tracing_subscriber::Layer;
+    use tracing_subscriber::layer::{Context, SubscriberExt};
+
+    use super::*;
+
+    /// Admits events as if each came at the moment that it names in `at_s`.
+    struct Asks {
+        limit: Arc<Limit>,
+        start: Instant,
+        admitted: Arc<AtomicU64>,
+    }
+
+    struct At(u64);
+
+    impl Visit for At {
+        fn record_u64(&mut self, field: &Field, value: u64) {
+            if field.name() == "at_s" {
+                self.0 = value;
+            }
+        }
+        fn record_debug(&mut self, _: &Field, _: &dyn fmt::Debug) {}
+    }
+
+    impl<S: tracing::Subscriber> Layer<S> for Asks {
+        fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+            let mut at = At(0);
+            event.record(&mut at);
+            let now = self.start + Duration::from_secs(at.0);
+            let admitted = self.limit.admit(now, event);
+            self.admitted
+                .fetch_add(u64::from(admitted), Ordering::Relaxed);
+        }
+    }
+
+    fn with(test: impl FnOnce(&Limit, &AtomicU64)) {
+        let (limit, admitted) = (Arc::<Limit>::default(), Arc::<AtomicU64>::default());
+        let start = Instant::now() - Duration::from_secs(100);
+        let layer = Asks {
+            limit: Arc::clone(&limit),
+            start,
+            admitted: Arc::clone(&admitted),
+        };
+        tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), || {
+            test(&limit, &admitted);
+        });
+    }
+
+    #[test]
+    fn a_flood_of_one_kind_is_cut_and_told_of_and_the_others_are_not() {
+        with(|limit, admitted| {
+            for number in 0..1_000_u64 {
+                tracing::warn!(at_s = 1_u64, number, "knocked");
+            }
+            assert_eq!(admitted.load(Ordering::Relaxed), u64::from(LINES_MAX));
+            tracing::error!(at_s = 1_u64, "burns");
+            assert_eq!(admitted.load(Ordering::Relaxed), u64::from(LINES_MAX) + 1);
+            let told = limit.due(WINDOW);
+            let [held_back] = told.as_slice() else {
+                panic!("{told:?}")
+            };
+            assert_eq!(held_back.level, Level::WARN);
+            assert_eq!(held_back.lines, 1_000 - u64::from(LINES_MAX));
+            assert_eq!(held_back.message, "knocked");
+            assert_eq!(limit.held_back(), 1_000 - u64::from(LINES_MAX));
+            assert_eq!(limit.due(Duration::ZERO), [], "told once");
+        });
+    }
+
+    #[test]
+    fn the_next_window_begins_anew() {
+        with(|limit, admitted| {
+            for at_s in [0, 5, 9, 11, 12_u64] {
+                for _ in 0..15 {
+                    tracing::info!(at_s, "again");
+                }
+            }
+            assert_eq!(admitted.load(Ordering::Relaxed), 2 * u64::from(LINES_MAX));
+            let told: u64 = limit.due(WINDOW).iter().map(|held| held.lines).sum();
+            assert_eq!(told + admitted.load(Ordering::Relaxed), 75);
+        });
+    }
+
+    #[test]
+    fn what_was_held_back_a_moment_ago_is_not_told_yet() {
+        with(|limit, _| {
+            for _ in 0..=LINES_MAX {
+                tracing::info!(at_s = 99_u64, "just now");
+            }
+            assert_eq!(limit.due(WINDOW), []);
+            assert_eq!(limit.due(Duration::ZERO).len(), 1);
+        });
+    }
+}

@@ -1,0 +1,258 @@
+//! The log, outside of the failure domain: a line is queued, limited by its kind, and dropped (and
+//! counted) rather than waited for.
+//!
+//! ```text
+//!   event ─► level ─► limit by kind ─► format ─► queue ─► thread `millrace-log` ─► standard error
+//!                        │ held back               │ full            │ cannot be written
+//!                        └──────────────────── counted ──────────────┘
+//! ```
+//!
+//! Nobody but the thread ever writes to standard error, so a disk that is full, a reader that is
+//! gone and a pipe that nobody reads stop the log and nothing else. That holds for panics, whose
+//! message takes the same way, and for the sentences of the command line ([`say`]).
+
+mod limit;
+mod queue;
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::LazyLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use tracing::Level;
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::ParseError;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+
+use self::limit::{HeldBack, Limit, WINDOW};
+use self::queue::{Queue, Sink};
+
+/// The target of lines about the log itself. They are not limited.
+const TARGET: &str = "millrace::logging";
+
+/// How often the thread looks for kinds whose lines were held back.
+const TICK: Duration = Duration::from_secs(1);
+
+/// The form of a line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// For people, with colours or without.
+    Text {
+        /// Whether standard error is a terminal.
+        colours: bool,
+    },
+    /// One JSON object a line.
+    Json,
+}
+
+/// Lines that nobody will read, by why. They only grow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Dropped {
+    /// The queue was full: standard error takes lines too slowly, or none.
+    pub full: u64,
+    /// Standard error refused them.
+    pub sink: u64,
+    /// Too many of one kind; the log says of each kind how many.
+    pub limited: u64,
+}
+
+/// One log a process, as there is one standard error.
+struct Log {
+    queue: Queue,
+    limit: Limit,
+    /// Whether events are formatted; until then only [`say`] writes.
+    started: AtomicBool,
+}
+
+/// The log, and the thread that writes it.
+static LOG: LazyLock<Log> = LazyLock::new(|| {
+    // Without the thread the queue fills up and the rest is counted: no reason to end a sale.
+    let _ = std::thread::Builder::new()
+        .name("millrace-log".to_owned())
+        .spawn(|| write(&LOG));
+    Log {
+        queue: Queue::default(),
+        limit: Limit::default(),
+        started: AtomicBool::new(false),
+    }
+});
+
+/// Starts logging: events that pass these directives are written in this form. Called once; a
+/// second call changes nothing.
+///
+/// # Errors
+/// Where the directives cannot be read.
+pub fn start(directives: &str, form: Form) -> Result<(), ParseError> {
+    // A line about lines of a level is wanted as soon as those are.
+    let filter = EnvFilter::try_new(format!("{directives},{TARGET}=trace"))?;
+    let lines = tracing_subscriber::fmt::layer()
+        .with_writer(|| Line)
+        .log_internal_errors(false);
+    let limited = tracing_subscriber::registry().with(filter).with(LimitLayer);
+    let started = match form {
+        Form::Text { colours } => limited
+            .with(lines.with_ansi(colours).with_target(false))
+            .try_init(),
+        Form::Json => limited.with(lines.json().flatten_event(true)).try_init(),
+    };
+    if started.is_ok() {
+        LOG.started.store(true, Ordering::Release);
+    }
+    Ok(())
+}
+
+/// From now on a panic is a line of the log. Rust's own hook writes to standard error, where a pipe
+/// that nobody reads would hold the thread before it can unwind.
+pub fn take_panics() {
+    std::panic::set_hook(Box::new(|panic| {
+        let thread = std::thread::current();
+        let thread = thread.name().unwrap_or("unnamed").to_owned();
+        let place = panic.location().map(ToString::to_string);
+        let place = place.unwrap_or_default();
+        let reason = panic.payload_as_str().unwrap_or("no message");
+        let backtrace = std::backtrace::Backtrace::capture();
+        let backtrace = match backtrace.status() {
+            std::backtrace::BacktraceStatus::Captured => format!("\n{backtrace}"),
+            _ => String::new(),
+        };
+        if LOG.started.load(Ordering::Acquire) {
+            tracing::error!(thread, place, "a thread panicked: {reason}{backtrace}");
+        } else {
+            say(&format!(
+                "millrace: thread {thread} panicked at {place}: {reason}{backtrace}"
+            ));
+        }
+    }));
+}
+
+/// Writes a sentence of the command line, in its order among the lines of the log.
+pub fn say(line: &str) {
+    LOG.queue.push(format!("{line}\n").as_bytes());
+}
+
+/// Keeps all lines, as far as the queue has room, until [`release`].
+pub fn hold() {
+    LOG.queue.hold(true);
+}
+
+/// Writes what was kept, and goes on as usual.
+pub fn release() {
+    LOG.queue.hold(false);
+}
+
+/// Waits until every line is written or lost, at most `patience`: a pipe that nobody reads must not
+/// keep a process that has drained.
+pub fn flush(patience: Duration) {
+    for held_back in LOG.limit.due(Duration::ZERO) {
+        tell(&held_back);
+    }
+    LOG.queue.flush(patience);
+}
+
+/// Lines that were dropped since the start of the process.
+pub fn dropped() -> Dropped {
+    let (full, sink) = LOG.queue.dropped();
+    let limited = LOG.limit.held_back();
+    Dropped {
+        full,
+        sink,
+        limited,
+    }
+}
+
+/// What the fmt layer writes a line to. It takes every line at once: an error would make the layer
+/// write to standard error itself.
+struct Line;
+
+impl io::Write for Line {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        LOG.queue.push(line);
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Holds lines of one kind back where there are too many.
+struct LimitLayer;
+
+impl<S: tracing::Subscriber> tracing_subscriber::Layer<S> for LimitLayer {
+    fn event_enabled(
+        &self,
+        event: &tracing::Event<'_>,
+        _: tracing_subscriber::layer::Context<'_, S>,
+    ) -> bool {
+        let kind = event.metadata();
+        // Who asks for debug lines wants them all; the queue bounds them.
+        *kind.level() > Level::INFO
+            || kind.target() == TARGET
+            || LOG.limit.admit(Instant::now(), event)
+    }
+}
+
+/// The work of the thread, as long as the process lives.
+fn write(log: &Log) {
+    // A descriptor of its own: the lock of Rust's handle would be held in a write that hangs.
+    let descriptor = std::io::stderr().as_fd().try_clone_to_owned();
+    let mut sink = descriptor.map(|descriptor| Sink::new(File::from(descriptor)));
+    let mut told = log.queue.dropped();
+    let mut tick = Instant::now() + TICK;
+    let mut tell_again = Instant::now();
+    loop {
+        if let Some(line) = log.queue.next(tick) {
+            let written = sink.as_mut().is_ok_and(|sink| sink.write(&line));
+            log.queue.done(written);
+        }
+        let now = Instant::now();
+        if now < tick {
+            continue;
+        }
+        tick = now + TICK;
+        for held_back in log.limit.due(WINDOW) {
+            tell(&held_back);
+        }
+        let (full, refused) = log.queue.dropped();
+        if (full, refused) != told && now >= tell_again {
+            tracing::warn!(
+                target: TARGET,
+                full = full - told.0,
+                refused = refused - told.1,
+                "log lines were lost: standard error took them too slowly, or refused them"
+            );
+            told = (full, refused);
+            tell_again = now + WINDOW;
+        }
+    }
+}
+
+/// The line about lines that were held back, at their level.
+fn tell(held_back: &HeldBack) {
+    let HeldBack {
+        level,
+        lines,
+        seconds,
+        message,
+    } = held_back;
+    macro_rules! at {
+        ($level:expr) => {
+            tracing::event!(
+                target: TARGET,
+                $level,
+                held_back = lines,
+                "{lines} more in {seconds} s: {message}"
+            )
+        };
+    }
+    match *level {
+        Level::ERROR => at!(Level::ERROR),
+        Level::WARN => at!(Level::WARN),
+        Level::INFO => at!(Level::INFO),
+        Level::DEBUG => at!(Level::DEBUG),
+        Level::TRACE => at!(Level::TRACE),
+    }
+}

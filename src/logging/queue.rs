@@ -1,0 +1,289 @@
+//! Lines on their way to the thread that writes them: bounded in number and bytes, never waited for.
+
+use std::collections::VecDeque;
+use std::io::{self, ErrorKind, Write};
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+/// Lines that wait at most.
+const LINES_MAX: usize = 4_096;
+/// Bytes that they have at most.
+const BYTES_MAX: usize = 1 << 20;
+/// Bytes of one line; the rest is cut off.
+const LINE_BYTES_MAX: usize = 64 << 10;
+
+/// The queue.
+#[derive(Default)]
+pub(super) struct Queue {
+    state: Mutex<State>,
+    /// For the thread: there is a line.
+    came: Condvar,
+    /// For those who wait for the last line: one has been dealt with.
+    went: Condvar,
+    full: AtomicU64,
+    refused: AtomicU64,
+}
+
+#[derive(Default)]
+struct State {
+    lines: VecDeque<Box<[u8]>>,
+    bytes: usize,
+    /// The thread has a line that it is not done with.
+    writing: bool,
+    /// The thread gets none.
+    held: bool,
+}
+
+impl Queue {
+    /// Takes a line, or drops and counts it where there is no room. Never waits for the sink.
+    pub(super) fn push(&self, line: &[u8]) {
+        let line: Box<[u8]> = match line.get(..LINE_BYTES_MAX) {
+            Some(start) => [start, b"...\n"].concat().into(),
+            None => line.into(),
+        };
+        let mut state = self.state.lock();
+        if state.lines.len() >= LINES_MAX || state.bytes + line.len() > BYTES_MAX {
+            self.full.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
+        state.bytes += line.len();
+        state.lines.push_back(line);
+        drop(state);
+        self.came.notify_one();
+    }
+
+    /// Keeps lines from the thread, or lets it have them again.
+    pub(super) fn hold(&self, hold: bool) {
+        self.state.lock().held = hold;
+        self.came.notify_one();
+    }
+
+    /// The next line for the thread, which calls [`Queue::done`] after it; none where none came by
+    /// the deadline.
+    pub(super) fn next(&self, deadline: Instant) -> Option<Box<[u8]>> {
+        let mut state = self.state.lock();
+        loop {
+            if !state.held
+                && let Some(line) = state.lines.pop_front()
+            {
+                state.bytes -= line.len();
+                state.writing = true;
+                return Some(line);
+            }
+            if self.came.wait_until(&mut state, deadline).timed_out() {
+                return None;
+            }
+        }
+    }
+
+    /// The thread's line is written, or is lost because the sink refused it.
+    pub(super) fn done(&self, written: bool) {
+        if !written {
+            self.refused.fetch_add(1, Ordering::Relaxed);
+        }
+        self.state.lock().writing = false;
+        self.went.notify_all();
+    }
+
+    /// Waits until nothing waits, at most so long. Lines that are held are not waited for.
+    pub(super) fn flush(&self, patience: Duration) {
+        let deadline = Instant::now() + patience;
+        let mut state = self.state.lock();
+        while state.writing || !(state.lines.is_empty() || state.held) {
+            if self.went.wait_until(&mut state, deadline).timed_out() {
+                return;
+            }
+        }
+    }
+
+    /// Lines dropped because there was no room, and because the sink refused them.
+    pub(super) fn dropped(&self) -> (u64, u64) {
+        let of = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        (of(&self.full), of(&self.refused))
+    }
+}
+
+/// What lines are written to.
+pub(super) struct Sink<W> {
+    out: W,
+    /// It refused the rest of a line.
+    torn: bool,
+}
+
+impl<W: Write + AsFd> Sink<W> {
+    pub(super) fn new(out: W) -> Self {
+        Sink { out, torn: false }
+    }
+
+    /// Writes a line whole, waiting for a sink that takes nothing just now. False: it is lost.
+    pub(super) fn write(&mut self, line: &[u8]) -> bool {
+        if self.torn && self.write_some(b"\n") == 0 {
+            return false;
+        }
+        let written = self.write_some(line);
+        self.torn = written > 0 && written < line.len();
+        written == line.len()
+    }
+
+    /// Writes as much as the sink takes, and says how much that was.
+    fn write_some(&mut self, bytes: &[u8]) -> usize {
+        let mut written = 0;
+        while let Some(left) = bytes.get(written..).filter(|left| !left.is_empty()) {
+            match self.out.write(left) {
+                Ok(count @ 1..) => written += count,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                // Somebody who shares the terminal or the pipe has made it non-blocking.
+                Err(error)
+                    if error.kind() == ErrorKind::WouldBlock
+                        && wait_for_room(&self.out).is_ok() => {}
+                Ok(0) | Err(_) => break,
+            }
+        }
+        written
+    }
+}
+
+fn wait_for_room(sink: &impl AsFd) -> io::Result<()> {
+    let time = Timespec {
+        tv_sec: 1,
+        tv_nsec: 0,
+    };
+    match poll(&mut [PollFd::new(sink, PollFlags::OUT)], Some(&time)) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn take(queue: &Queue) -> Option<Vec<u8>> {
+        queue.next(Instant::now()).map(Vec::from)
+    }
+
+    #[test]
+    fn a_full_queue_drops_the_newest_and_counts_them() {
+        let queue = Queue::default();
+        for number in 0..LINES_MAX + 3 {
+            queue.push(format!("{number}\n").as_bytes());
+        }
+        assert_eq!(queue.dropped(), (3, 0));
+        assert_eq!(take(&queue).unwrap(), b"0\n");
+        queue.push(b"there is room again\n");
+        assert_eq!(queue.dropped(), (3, 0));
+    }
+
+    #[test]
+    fn its_bytes_are_bounded_too_and_so_is_a_line() {
+        let queue = Queue::default();
+        let line = vec![b'x'; 10 * LINE_BYTES_MAX];
+        for _ in 0..100 {
+            queue.push(&line);
+        }
+        let (full, _) = queue.dropped();
+        let mut bytes = 0;
+        let mut lines = 0;
+        while let Some(line) = take(&queue) {
+            assert!(line.ends_with(b"x...\n"));
+            bytes += line.len();
+            lines += 1;
+        }
+        assert!(
+            bytes <= BYTES_MAX && lines >= 15,
+            "{lines} of {bytes} bytes"
+        );
+        assert_eq!(full + lines, 100);
+    }
+
+    #[test]
+    fn what_is_held_is_written_after_the_release() {
+        let queue = Queue::default();
+        queue.hold(true);
+        queue.push(b"a\n");
+        assert_eq!(take(&queue), None);
+        queue.flush(Duration::from_secs(60));
+        queue.hold(false);
+        assert_eq!(take(&queue).unwrap(), b"a\n");
+    }
+
+    #[test]
+    fn a_flush_waits_for_the_line_in_hand_and_gives_up_in_time() {
+        let queue = Queue::default();
+        queue.flush(Duration::from_secs(60));
+        queue.push(b"a\n");
+        assert!(take(&queue).is_some());
+        // The sink does not take it.
+        queue.flush(Duration::from_millis(10));
+        std::thread::scope(|scope| {
+            scope.spawn(|| queue.flush(Duration::from_secs(60)));
+            queue.done(false);
+        });
+        assert_eq!(queue.dropped(), (0, 1));
+    }
+
+    #[test]
+    fn a_sink_that_would_block_gets_the_rest_later() {
+        let (mut reader, writer) = io::pipe().unwrap();
+        rustix::io::ioctl_fionbio(&writer, true).unwrap();
+        let line = vec![b'x'; 1 << 20];
+        let read = std::thread::spawn(move || {
+            let mut all = Vec::new();
+            io::Read::read_to_end(&mut reader, &mut all).unwrap();
+            all.len()
+        });
+        let mut sink = Sink::new(writer);
+        assert!(sink.write(&line));
+        drop(sink);
+        assert_eq!(read.join().unwrap(), line.len());
+    }
+
+    /// Takes so many bytes of all, and no more until it has room again.
+    struct Disk {
+        file: std::fs::File,
+        room: usize,
+    }
+
+    impl Write for Disk {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            if self.room == 0 {
+                return Err(ErrorKind::StorageFull.into());
+            }
+            let count = bytes.len().min(self.room);
+            self.room -= count;
+            self.file.write_all(&bytes[..count])?;
+            Ok(count)
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl AsFd for Disk {
+        fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+            self.file.as_fd()
+        }
+    }
+
+    #[test]
+    fn after_a_line_that_was_torn_the_next_begins_on_its_own() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let room = 6;
+        let disk = Disk {
+            file: file.reopen().unwrap(),
+            room,
+        };
+        let mut sink = Sink::new(disk);
+        assert!(sink.write(b"one\n"));
+        assert!(!sink.write(b"two\n"));
+        assert!(!sink.write(b"three\n"));
+        sink.out.room = 100;
+        assert!(sink.write(b"four\n"));
+        let written = std::fs::read_to_string(file.path()).unwrap();
+        assert_eq!(written, "one\ntw\nfour\n");
+    }
+}
