@@ -31,8 +31,9 @@ use crate::http::data_plane::service::{DataPlane, DataPlaneParts};
 use crate::http::data_plane::{minihttp, runtime};
 use crate::http::tokens::Tokens;
 use crate::metrics::Metrics;
-use crate::order::IdClock;
 use crate::order::receipt::ReceiptKeys;
+use crate::order::{IdClock, OrderId};
+use crate::pipeline::audit::Auditor;
 use crate::pipeline::cancel::Canceller;
 use crate::pipeline::cashier::{Cashier, CashierParts, OrphanChecks};
 use crate::pipeline::crew::Crew;
@@ -319,6 +320,11 @@ impl Millrace {
         };
         control.progress("reading the database".to_owned());
         let ids = IdClock::new(lease.node as u8, id_high_water, ids_leased_until);
+        // From here on a key is known for this long. What the journal brought is of an earlier window.
+        let window_from = OrderId::floor_of(ids.now());
+        database
+            .note_window(lease, window_from, config.orders.idempotency_window_ms)
+            .await?;
         let recovered = recovery::recover(&config, &database, lease, ids, orphans, paused);
         let ledger = Arc::new(recovered.await?);
         metrics
@@ -488,6 +494,11 @@ impl Millrace {
             cashier: cashier_desk.clone(),
             orphan_checks,
             receipts,
+            auditor: Auditor::new(
+                operators.clone(),
+                Arc::clone(&ledger),
+                Duration::from_millis(config.control_plane.audit_timeout_ms),
+            ),
             operator: Operator::new(
                 Arc::clone(&ledger),
                 operators,

@@ -8,6 +8,7 @@ use futures_util::future::join_all;
 use millrace::config::Engine;
 use serde_json::{Value, json};
 use support::block_on;
+use support::http::Connection;
 use support::postgres::TestDatabase;
 use support::server::{TestServer, request};
 
@@ -478,6 +479,65 @@ fn tokens_guard_both_planes_but_not_health() {
         assert_eq!(status(server.control, "/healthz", None).await, 200);
         assert_eq!(status(server.control, "/readyz", None).await, 200);
         assert_eq!(status(server.control, "/metrics", None).await, 200);
+        assert!(server.stop().await);
+    });
+}
+
+#[test]
+fn one_audit_at_a_time_off_the_operators_connections_and_ended_with_its_client() {
+    block_on(async {
+        const AUDIT: &str = "/admin/v1/audit";
+        let database = TestDatabase::create().await;
+        let server = TestServer::start(&database, |config| {
+            config.database.step_timeout_ms = 60_000;
+        })
+        .await;
+        server.put_sku("A", 5, json!({})).await;
+        let admin = database.connect().await;
+        let sql = async |text: &str| admin.query_one(text, &[]).await.expect("a row");
+        // While somebody else holds the audit's lock, an audit waits for it.
+        let lock = "hashtextextended('millrace audit:millrace', 0)";
+        sql(&format!("SELECT pg_advisory_lock({lock})")).await;
+        let ask = || {
+            let mut client = Connection::open(server.control).expect("connect");
+            client.begin("GET", AUDIT, &[], "").expect("send");
+            client
+        };
+        let first = ask();
+        let sessions =
+            "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'millrace audit'
+                           AND datname = current_database()";
+        let until = async |wanted: i64| {
+            let deadline = Instant::now() + Duration::from_secs(30);
+            while sql(sessions).await.get::<_, i64>(0) != wanted {
+                assert!(Instant::now() < deadline, "never {wanted} sessions");
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        until(1).await;
+        // More than operators have connections: all refused at once, and operators are served.
+        for _ in 0..6 {
+            let refused = server.control("GET", AUDIT, Value::Null).await;
+            assert_eq!(
+                (refused.status, refused.code().as_str()),
+                (409, "audit_running"),
+                "{refused:?}"
+            );
+        }
+        server.put_sku("A", 6, json!({})).await;
+        // The client goes away, and the audit with it.
+        drop(first);
+        until(0).await;
+        let second = ask();
+        until(1).await;
+        sql(&format!("SELECT pg_advisory_unlock({lock})")).await;
+        let answered = tokio::task::spawn_blocking(move || {
+            let mut second = second;
+            second.answer().expect("an answer")
+        });
+        let answer = answered.await.expect("no panic");
+        assert_eq!(answer.json()["ok"], true, "{answer:?}");
+        server.assert_audit().await;
         assert!(server.stop().await);
     });
 }

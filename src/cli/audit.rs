@@ -1,5 +1,7 @@
 //! `millrace audit`
 
+use std::time::Duration;
+
 use clap::Args;
 
 use super::client::call_with_token;
@@ -7,7 +9,7 @@ use super::output::print;
 use super::{ConfigArgs, logging};
 use crate::app::open_database;
 use crate::config::Config;
-use crate::pipeline::audit::audit;
+use crate::pipeline::audit::{audit, within};
 
 #[derive(Debug, Args)]
 pub struct AuditArgs {
@@ -49,7 +51,8 @@ fn running_server(config: &Config) -> Option<String> {
 
 async fn offline(config: &Config) -> anyhow::Result<serde_json::Value> {
     let open = open_database(config).await?;
-    let verdict = audit(&open.database, None).await;
+    let timeout = Duration::from_millis(config.control_plane.audit_timeout_ms);
+    let verdict = within(timeout, audit(&open.database, None)).await;
     open.database.close();
     if let Some(embedded) = open.embedded {
         embedded.stop().await?;
@@ -64,7 +67,11 @@ pub fn table(verdict: &serde_json::Value) -> String {
     table.set_header(["", "promise", "what has to hold", "found"]);
     for check in verdict["checks"].as_array().into_iter().flatten() {
         let text = |name: &str| check[name].as_str().unwrap_or_default().to_owned();
-        let mark = if check["ok"] == true { "ok" } else { "BROKEN" };
+        let mark = match (check["ok"] == true, check["decided"] == false) {
+            (true, false) => "ok",
+            (true, true) => "moving",
+            (false, _) => "BROKEN",
+        };
         table.add_row([
             mark.to_owned(),
             text("promise"),

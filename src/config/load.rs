@@ -183,6 +183,12 @@ impl Config {
             100,
             3_600_000,
         )?;
+        range(
+            "control_plane.audit_timeout_ms",
+            self.control_plane.audit_timeout_ms,
+            1_000,
+            86_400_000,
+        )?;
         range("queue.capacity", self.queue.capacity, 1, 10_000_000)?;
         range("workers.count", self.workers.count, 0, 64)?;
         range(

@@ -177,6 +177,10 @@ pub struct ControlPlane {
     /// Bearer tokens that operators may use, one or a list; none: loopback only.
     #[schemars(with = "Vec<String>")]
     pub token: OneOrMany,
+    /// Longest time for an audit in milliseconds. It reads every order once, and once more for each
+    /// million orders in the busiest idempotency window.
+    #[schemars(range(min = 1_000, max = 86_400_000))]
+    pub audit_timeout_ms: u64,
 }
 
 /// `[queue]`
@@ -429,6 +433,7 @@ impl Default for ControlPlane {
         ControlPlane {
             listen: SocketAddr::from(([127, 0, 0, 1], 8081)),
             token: OneOrMany::default(),
+            audit_timeout_ms: 600_000,
         }
     }
 }

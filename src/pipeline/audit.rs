@@ -1,18 +1,68 @@
 //! Every promise that the database can show, recomputed and compared with the live counters.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
 
 use serde::Serialize;
+use tokio::sync::Mutex;
 
 use super::ledger::Ledger;
 use crate::order::SkuId;
 use crate::order::payment::PaymentState;
 use crate::store::StoreError;
 use crate::store::postgres::Database;
-use crate::store::postgres::audit::{DatabaseAudit, PaymentSum, SkuAudit};
+use crate::store::postgres::audit::{DatabaseAudit, Motion, PartRows, PaymentSum, SkuAudit};
 
 /// The name of the check that is left out while anything is in flight or moves.
 pub const LIVE_CHECK: &str = "live counters are those of the database";
+
+/// Audits a running service, one at a time.
+#[derive(Debug)]
+pub struct Auditor {
+    database: Database,
+    ledger: Arc<Ledger>,
+    timeout: Duration,
+    running: Mutex<()>,
+}
+
+impl Auditor {
+    /// An auditor that gives an audit up after `timeout`.
+    pub fn new(database: Database, ledger: Arc<Ledger>, timeout: Duration) -> Self {
+        Auditor {
+            database,
+            ledger,
+            timeout,
+            running: Mutex::new(()),
+        }
+    }
+
+    /// Audits the database and the live counters. Ends, with its connection, when it is dropped.
+    ///
+    /// # Errors
+    /// [`StoreError::AuditRunning`] where another audit has not ended, [`StoreError::Timeout`] after
+    /// the configured time, and where the database does not answer.
+    pub async fn audit(&self) -> Result<Audit, StoreError> {
+        let _running = self
+            .running
+            .try_lock()
+            .map_err(|_| StoreError::AuditRunning)?;
+        within(self.timeout, audit(&self.database, Some(&self.ledger))).await
+    }
+}
+
+/// Gives an audit up after `timeout`.
+///
+/// # Errors
+/// [`StoreError::Timeout`], and those of the audit.
+pub async fn within(
+    timeout: Duration,
+    audit: impl Future<Output = Result<Audit, StoreError>>,
+) -> Result<Audit, StoreError> {
+    tokio::time::timeout(timeout, audit)
+        .await
+        .map_err(|_| StoreError::AuditTimeout { after: timeout })?
+}
 
 /// The verdict on every promise that the database can show.
 #[derive(Debug, Serialize)]
@@ -25,6 +75,8 @@ pub struct Audit {
     pub skus: Vec<SkuFigures>,
     /// Rows of `orders`.
     pub orders: i64,
+    /// Orders that `retention` has deleted.
+    pub orders_pruned: i64,
     /// Dead letters.
     pub dead_letters: i64,
     /// Where the money is that came in.
@@ -97,6 +149,9 @@ pub struct Check {
     pub name: &'static str,
     /// Whether it does.
     pub ok: bool,
+    /// False: units moved while the orders were read, and the figures agree as closely as that lets
+    /// them be known.
+    pub decided: bool,
     /// The figures that say so.
     pub detail: String,
 }
@@ -110,6 +165,8 @@ pub struct SkuFigures {
     sold: i64,
     held_by_orders: i64,
     sold_by_orders: i64,
+    /// By how many units the two sums may be off, because so many moved while the orders were read.
+    moved: i64,
     #[serde(skip_serializing_if = "Option::is_none")]
     live: Option<LiveFigures>,
 }
@@ -126,16 +183,32 @@ pub struct LiveFigures {
 /// Audits the database, and the live counters where `ledger` is given.
 ///
 /// # Errors
-/// Where the database does not answer.
+/// [`StoreError::AuditRunning`] where another audit has not ended; where the database does not answer.
 pub async fn audit(database: &Database, ledger: Option<&Ledger>) -> Result<Audit, StoreError> {
+    audit_in_parts(database, ledger, PartRows::default()).await
+}
+
+/// The same with parts of so many rows.
+///
+/// # Errors
+/// As [`audit`].
+pub async fn audit_in_parts(
+    database: &Database,
+    ledger: Option<&Ledger>,
+    rows: PartRows,
+) -> Result<Audit, StoreError> {
     // Memory and rows are of the same moment only if nothing was in flight on either side of the
-    // snapshot (an order in flight is in memory and not yet in the rows) and no counter moved.
-    let in_flight = || ledger.map(|ledger| ledger.pending.in_flight());
-    let before = (in_flight(), ledger.map(live));
-    let found = database.audit().await?;
-    let after = (in_flight(), ledger.map(live));
-    let quiet = before == after && after.0 == Some(0);
-    let (in_flight, after) = after;
+    // counters' snapshot (an order in flight is in memory and not yet in the rows) and no counter
+    // moved.
+    let look = || {
+        ledger.map(|ledger| {
+            let in_flight = ledger.pending.in_flight();
+            (in_flight, live(ledger))
+        })
+    };
+    let (found, [before, after]) = database.audit_watching(rows, look).await?;
+    let quiet = before == after && after.as_ref().is_some_and(|(in_flight, _)| *in_flight == 0);
+    let (in_flight, after) = after.unzip();
     Ok(judge(&found, after.as_deref(), in_flight, quiet))
 }
 
@@ -166,24 +239,44 @@ fn judge(
     };
     let mut checks = vec![
         over_skus(found, "I1", "no SKU is oversold", |sku| {
-            (sku.held_by_orders + sku.sold_by_orders > sku.total).then(|| {
+            // At least so many were held and sold when the first orders were read.
+            let least =
+                sku.held_by_orders + sku.sold_by_orders - sku.motion.held_in - sku.motion.sold_in;
+            (least > sku.before.0).then(|| {
                 format!(
-                    "{}: orders hold {} and have bought {} of {}",
-                    sku.sku_id, sku.held_by_orders, sku.sold_by_orders, sku.total
+                    "{}: orders hold {} and have bought {} of {}{}",
+                    sku.sku_id,
+                    sku.held_by_orders,
+                    sku.sold_by_orders,
+                    sku.total,
+                    at_most_moved(sku)
                 )
             })
         }),
         over_skus(found, "I2", "counters are those of the orders", |sku| {
-            (sku.held != sku.held_by_orders || sku.sold != sku.sold_by_orders).then(|| {
-                let explained = (sku.total, sku.held, sku.sold) == sku.journal && sku.gaps.is_empty();
+            let (_, held, sold) = sku.before;
+            let Motion {
+                held_in,
+                held_out,
+                sold_in,
+                sold_out,
+            } = sku.motion;
+            let agree = (held - held_out..=held + held_in).contains(&sku.held_by_orders)
+                && (sold - sold_out..=sold + sold_in).contains(&sku.sold_by_orders);
+            (!agree).then(|| {
+                let explained =
+                    (sku.total, sku.held, sku.sold) == sku.journal && sku.gaps.is_empty();
                 let cause = if explained {
                     "the stock journal explains the counters, so rows of orders were changed by hand"
                 } else {
                     "the counters changed without an entry in the stock journal, see there"
                 };
                 format!(
-                    "{}: held {} sold {}, but orders hold {} and have bought {}: {cause}",
-                    sku.sku_id, sku.held, sku.sold, sku.held_by_orders, sku.sold_by_orders
+                    "{}: held {held} sold {sold}, but orders hold {} and have bought {}{}: {cause}",
+                    sku.sku_id,
+                    sku.held_by_orders,
+                    sku.sold_by_orders,
+                    at_most_moved(sku)
                 )
             })
         }),
@@ -216,6 +309,22 @@ fn judge(
             found.both_row_and_dead_letter,
         ),
     ];
+    let moving: Vec<String> = found
+        .skus
+        .iter()
+        .filter(|sku| !sku.motion.is_none())
+        .map(|sku| format!("{} moved {} units", sku.sku_id, moved(sku)))
+        .collect();
+    if !moving.is_empty() {
+        for check in checks.iter_mut().take(2).filter(|check| check.ok) {
+            check.decided = false;
+            check.detail = format!(
+                "{}; exact but for what moved while the orders were read: {}",
+                check.detail,
+                moving.join(", ")
+            );
+        }
+    }
     let faults = &found.payment_faults;
     checks.extend([
         count(
@@ -256,13 +365,28 @@ fn judge(
                 sold: sku.sold,
                 held_by_orders: sku.held_by_orders,
                 sold_by_orders: sku.sold_by_orders,
+                moved: moved(sku),
                 live: live_of(&sku.sku_id),
             })
             .collect(),
         orders: found.orders,
+        orders_pruned: found.orders_pruned,
         dead_letters: found.dead_letters,
         payments: Money::of(&found.payments),
         orders_in_flight: in_flight,
+    }
+}
+
+/// Units that moved while its orders were read, in either direction.
+fn moved(sku: &SkuAudit) -> i64 {
+    let motion = &sku.motion;
+    (motion.held_in + motion.held_out).max(motion.sold_in + motion.sold_out)
+}
+
+fn at_most_moved(sku: &SkuAudit) -> String {
+    match moved(sku) {
+        0 => String::new(),
+        moved => format!(" (up to {moved} units moved while they were read)"),
     }
 }
 
@@ -277,6 +401,7 @@ fn over_skus(
         promise,
         name,
         ok: faults.is_empty(),
+        decided: true,
         detail: if faults.is_empty() {
             format!("{} SKUs", found.skus.len())
         } else {
@@ -290,6 +415,7 @@ fn count(promise: &'static str, name: &'static str, faults: i64) -> Check {
         promise,
         name,
         ok: faults == 0,
+        decided: true,
         detail: format!("{faults} found"),
     }
 }

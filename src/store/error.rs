@@ -65,6 +65,17 @@ pub enum StoreError {
         /// The first of them, separated by commas.
         ids: String,
     },
+    /// Another audit of this database has not ended.
+    #[error("another audit of this database is running; ask again when it has ended")]
+    AuditRunning,
+    /// An audit took longer than `control_plane.audit_timeout_ms`.
+    #[error(
+        "the audit did not end within {} ms (control_plane.audit_timeout_ms)", .after.as_millis()
+    )]
+    AuditTimeout {
+        /// How long it was given.
+        after: Duration,
+    },
     /// What is stored contradicts itself or this release.
     #[error("unexpected data in the database: {0}")]
     Data(String),
@@ -178,7 +189,11 @@ impl StoreError {
     /// Whether trying again later may help without anybody's doing.
     pub fn is_transient(&self) -> bool {
         match self {
-            StoreError::Connect(_) | StoreError::Timeout { .. } | StoreError::Pool(_) => true,
+            StoreError::Connect(_)
+            | StoreError::Timeout { .. }
+            | StoreError::Pool(_)
+            | StoreError::AuditRunning
+            | StoreError::AuditTimeout { .. } => true,
             StoreError::Statement { source, .. } => !refuses_row(source),
             StoreError::Url(_)
             | StoreError::SharedSessions

@@ -7,10 +7,11 @@ use millrace::order::{
     Currency, IdempotencyKey, KeyHash, Order, OrderId, PayloadHash, Quantity, SkuId, SkuNumber,
     UnixMillis, UserId,
 };
-use millrace::pipeline::audit::audit;
+use millrace::pipeline::audit::{audit, audit_in_parts};
 use millrace::pipeline::ledger::Ledger;
 use millrace::state::stock::{SaleTerms, Sku};
 use millrace::store::batch::BatchWriter;
+use millrace::store::postgres::audit::PartRows;
 use millrace::store::postgres::lease::Taken;
 use millrace::store::postgres::{Database, NodeLease};
 use millrace::store::{StoreError, schema};
@@ -170,7 +171,12 @@ impl Sale {
 
     /// The checks of the audit that fail, by name.
     pub async fn faults(&self) -> Vec<&'static str> {
-        let audit = audit(&self.database, None).await.unwrap();
+        self.faults_in_parts(PartRows::default()).await
+    }
+
+    /// The same where tables are read in parts of so many rows.
+    pub async fn faults_in_parts(&self, rows: PartRows) -> Vec<&'static str> {
+        let audit = audit_in_parts(&self.database, None, rows).await.unwrap();
         let faults: Vec<_> = audit
             .checks
             .iter()

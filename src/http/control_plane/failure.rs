@@ -21,6 +21,9 @@ impl From<Problem> for Failure {
 impl From<StoreError> for Failure {
     fn from(error: StoreError) -> Self {
         let detail = error.to_string();
+        if matches!(error, StoreError::AuditRunning) {
+            return Failure(Problem::new(409, "audit_running", detail));
+        }
         if error.is_transient() {
             tracing::warn!(reason = %detail, "an operator's request failed");
             return Failure(Problem::new(503, "not_ready", detail).retry_after(1));

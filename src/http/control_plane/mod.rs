@@ -30,7 +30,7 @@ use crate::http::tokens::Tokens;
 use crate::metrics::Metrics;
 use crate::order::IdempotencyKey;
 use crate::order::receipt::ReceiptKeys;
-use crate::pipeline::audit::audit;
+use crate::pipeline::audit::Auditor;
 use crate::pipeline::cashier::{CashierDesk, OrphanChecks};
 use crate::pipeline::health::Health;
 use crate::pipeline::intake::Intake;
@@ -87,6 +87,8 @@ pub struct Parts {
     pub orphan_checks: OrphanChecks,
     /// What reads receipts.
     pub receipts: Arc<ReceiptKeys>,
+    /// Recomputes what the database can show.
+    pub auditor: Auditor,
     /// An operator's hands.
     pub operator: Operator,
     /// Brings gauges up to date.
@@ -170,9 +172,10 @@ async fn openapi() -> Response {
     (json, crate::http::OPENAPI).into_response()
 }
 
+/// A client that goes away ends the audit, since this future is dropped with it.
 async fn run_audit(State(plane): State<ControlPlane>) -> Result<Response, Failure> {
     let parts = plane.parts()?;
-    let verdict = audit(&parts.database, Some(&parts.ledger)).await?;
+    let verdict = parts.auditor.audit().await?;
     Ok(axum::Json(verdict).into_response())
 }
 

@@ -96,7 +96,7 @@ pub(super) fn routes() -> Vec<Route> {
         post("/admin/v1/orphan-payments/{id}/retry", payments::retry),
         post("/admin/v1/orphan-payments/{id}/close", payments::close),
         post("/admin/v1/orders/{order_id}/refunded", payments::refunded),
-        get("/admin/v1/audit", run_audit),
+        ends_with_client(get("/admin/v1/audit", run_audit)),
         ends_with_client(get("/admin/v1/profile", profile::take)),
     ]
 }

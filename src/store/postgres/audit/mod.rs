@@ -1,0 +1,191 @@
+//! Every promise that the database can show, recomputed from its rows.
+//!
+//! No snapshot covers all of it: one that lasts keeps dead rows of the hot tables from being
+//! pruned. Each table is read along its key in parts of about a fifth of a second, on a connection
+//! of its own, and every figure is exact all the same, or says by how much it may be off:
+//!
+//! * `stock`: entries of the stock journal never change, so they are followed, SKU by SKU, up to
+//!   the one that was the newest when the last counters were read;
+//! * `orders`: a part reads its orders as they stand at that moment. Counters are read with the
+//!   first and with the last part. If a SKU has no new entry between the two, no order of it
+//!   changed sides, and its sums are of one moment. If it has some, each order was read before or
+//!   after it moved, so the sums differ from the first counters by a part of what those entries
+//!   moved ([`SkuAudit::motion`]), and by no more;
+//! * `payments`, dead letters: what belongs together is written in one transaction and looked at in
+//!   one statement;
+//! * `keys`: an order's key never changes.
+//!
+//! What `retention` has deleted is in checkpoints, and none of it is deleted meanwhile: both take
+//! the same lock.
+
+mod keys;
+mod orders;
+mod payments;
+mod session;
+mod stock;
+
+use self::session::Session;
+pub use self::session::{LOCK, PartRows, SESSION};
+pub use self::stock::Motion;
+use super::Database;
+use crate::store::StoreError;
+
+/// What the rows say of one SKU beside what its counters say. All in units.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SkuAudit {
+    /// The SKU.
+    pub sku_id: String,
+    /// `sku.total`.
+    pub total: i64,
+    /// `sku.held`.
+    pub held: i64,
+    /// `sku.sold`.
+    pub sold: i64,
+    /// Units of orders that are to be paid.
+    pub held_by_orders: i64,
+    /// Units of orders that are paid, deleted ones included.
+    pub sold_by_orders: i64,
+    /// What moved while its orders were read.
+    pub motion: Motion,
+    /// Total, held, sold when its first orders were read. The same as now if nothing moved.
+    pub before: (i64, i64, i64),
+    /// What the stock journal's changes add up to: total, held, sold.
+    pub journal: (i64, i64, i64),
+    /// Entries whose counters do not follow from the entry before: somebody edited the row.
+    pub journal_breaks: i64,
+    /// Where the journal and the counters part: between which entries, and by how many units. At
+    /// most [`GAPS_MAX`] of them.
+    pub gaps: Vec<String>,
+}
+
+/// Gaps that are told of one SKU.
+pub const GAPS_MAX: usize = 5;
+
+/// What the database says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DatabaseAudit {
+    /// Each SKU.
+    pub skus: Vec<SkuAudit>,
+    /// Rows of `orders`.
+    pub orders: i64,
+    /// Orders that `retention` has deleted.
+    pub orders_pruned: i64,
+    /// Orders under a key that had one already, within the idempotency window then in force.
+    pub duplicated_keys: i64,
+    /// Orders of a SKU that does not exist.
+    pub orders_without_sku: i64,
+    /// Dead letters.
+    pub dead_letters: i64,
+    /// Orders that are both a row and a dead letter.
+    pub both_row_and_dead_letter: i64,
+    /// Payments by state, currency and reason of a refund.
+    pub payments: Vec<PaymentSum>,
+    /// What contradicts itself among payments.
+    pub payment_faults: PaymentFaults,
+}
+
+/// Payments of one state, currency and reason.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PaymentSum {
+    /// Where they stand.
+    pub state: String,
+    /// In which currency they are.
+    pub currency: String,
+    /// Why they have to go back, or went back.
+    pub reason: Option<String>,
+    /// How many.
+    pub count: i64,
+    /// Their sum in minor units, in decimal digits.
+    pub amount: i128,
+}
+
+/// What contradicts itself among payments, each a number of rows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PaymentFaults {
+    /// Messages that report a payment which is not there.
+    pub events_without_payment: i64,
+    /// Payments that no message reports.
+    pub payments_without_event: i64,
+    /// Orders that are paid, without exactly one matched payment of their amount.
+    pub paid_without_payment: i64,
+    /// Matched payments whose order is not paid.
+    pub matched_without_paid_order: i64,
+    /// Orders whose money has to go back, without a payment that has to.
+    pub refund_due_without_payment: i64,
+}
+
+impl Database {
+    /// Recomputes counters, keys and journal from the rows. Reads every order, some of them
+    /// several times (see `keys`).
+    ///
+    /// # Errors
+    /// Where the database does not answer; [`StoreError::AuditRunning`] where another audit holds
+    /// its lock.
+    pub async fn audit(&self) -> Result<DatabaseAudit, StoreError> {
+        let (found, _) = self.audit_watching(PartRows::default(), || ()).await?;
+        Ok(found)
+    }
+
+    /// The same with parts of so many rows. Calls `look` immediately before and after the counters
+    /// are read, and returns what it saw.
+    ///
+    /// # Errors
+    /// As [`Database::audit`].
+    pub async fn audit_watching<T: Send>(
+        &self,
+        rows: PartRows,
+        look: impl FnMut() -> T + Send,
+    ) -> Result<(DatabaseAudit, [T; 2]), StoreError> {
+        let mut session = Session::open(self, rows).await?;
+        let orders = orders::read(&mut session, look).await?;
+        let chains = stock::read(&mut session, &orders.before, &orders.after).await?;
+        let duplicated_keys = keys::duplicates(&mut session, &orders.parts).await?;
+        let dead_letters = orders::read_dead_letters(&mut session).await?;
+        let payments = payments::read(&mut session).await?;
+        let events_without_payment = payments::events_without_payment(&mut session).await?;
+        let sku = |(number, counters): (&i32, &stock::Counters)| {
+            let units = orders.by_sku.get(number).copied().unwrap_or_default();
+            let chain = chains.get(number).cloned().unwrap_or_default();
+            let (total, held, sold) = counters.now;
+            SkuAudit {
+                sku_id: counters.sku_id.clone(),
+                total,
+                held,
+                sold,
+                held_by_orders: units.held,
+                sold_by_orders: units.sold + counters.pruned.1,
+                motion: chain.motion,
+                before: orders
+                    .before
+                    .get(number)
+                    .map_or((0, 0, 0), |before| before.now),
+                journal: chain.sum,
+                journal_breaks: chain.breaks,
+                gaps: chain.gaps,
+            }
+        };
+        let mut skus: Vec<SkuAudit> = orders.after.iter().map(sku).collect();
+        skus.sort_by(|a, b| a.sku_id.cmp(&b.sku_id));
+        let unknown = orders.by_sku.iter();
+        let unknown = unknown.filter(|(number, _)| !orders.after.contains_key(number));
+        let found = DatabaseAudit {
+            skus,
+            orders: orders.orders,
+            orders_pruned: orders.after.values().map(|sku| sku.pruned.0).sum(),
+            duplicated_keys,
+            orders_without_sku: unknown.map(|(_, units)| units.orders).sum(),
+            dead_letters: dead_letters.count,
+            both_row_and_dead_letter: dead_letters.also_rows,
+            payments: payments.sums,
+            payment_faults: PaymentFaults {
+                events_without_payment,
+                payments_without_event: payments.without_event,
+                paid_without_payment: orders.paid_without_payment,
+                matched_without_paid_order: payments.matched_without_paid_order,
+                refund_due_without_payment: orders.refund_due_without_payment
+                    + dead_letters.refund_due_without_payment,
+            },
+        };
+        Ok((found, orders.looks))
+    }
+}

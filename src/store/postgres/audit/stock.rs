@@ -1,0 +1,191 @@
+//! Counters, and the chain of entries that explains them.
+
+use std::collections::BTreeMap;
+
+use tokio_postgres::Row;
+
+use super::GAPS_MAX;
+use super::session::{Session, each};
+use crate::store::StoreError;
+
+/// Counters of every SKU, the number of its newest entry, and its checkpoints.
+pub(super) const SKUS: &str = "
+    SELECT s.id, s.sku_id, s.total, s.held, s.sold, coalesce(j.id, c.through_id, 0), coalesce(c.through_id, 0),
+           coalesce(c.total, 0), coalesce(c.held, 0), coalesce(c.sold, 0), coalesce(o.orders, 0), coalesce(o.sold, 0)
+      FROM sku s
+      LEFT JOIN LATERAL (SELECT id FROM stock_journal WHERE sku = s.id ORDER BY id DESC LIMIT 1) j ON true
+      LEFT JOIN stock_journal_checkpoint c ON c.sku = s.id
+      LEFT JOIN orders_checkpoint o ON o.sku = s.id";
+
+/// Entries above a SKU and a number, in order of both.
+const ENTRIES: &str = "
+    SELECT sku, id, total_delta, held_delta, sold_delta, total_after, held_after, sold_after
+      FROM stock_journal WHERE (sku, id) > ($1, $2) ORDER BY sku, id LIMIT $3";
+
+const ENTRY: &str = "
+    SELECT format('entry %s (%s %s at %s)', id, cause, reference, at::timestamptz(0))
+      FROM stock_journal WHERE sku = $1 AND id = $2";
+
+/// Total, held, sold, in units.
+pub(super) type Triple = (i64, i64, i64);
+
+/// A SKU as one moment has it.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Counters {
+    pub(super) sku_id: String,
+    pub(super) now: Triple,
+    /// Its newest entry, 0 without one. Counters do not change without one.
+    pub(super) newest: i64,
+    /// Entries up to here were deleted, or are counted, in `checkpoint`.
+    pub(super) checkpoint_through: i64,
+    /// What those add up to.
+    pub(super) checkpoint: Triple,
+    /// Orders that were deleted, and the units of those that were paid.
+    pub(super) pruned: (i64, i64),
+}
+
+pub(super) fn counters(rows: &[Row]) -> BTreeMap<i32, Counters> {
+    let triple = |row: &Row, at: usize| (row.get(at), row.get(at + 1), row.get(at + 2));
+    rows.iter()
+        .map(|row| {
+            let counters = Counters {
+                sku_id: row.get(1),
+                now: triple(row, 2),
+                newest: row.get(5),
+                checkpoint_through: row.get(6),
+                checkpoint: triple(row, 7),
+                pruned: (row.get(10), row.get(11)),
+            };
+            (row.get(0), counters)
+        })
+        .collect()
+}
+
+/// Units that came and went between two moments, each direction by itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Motion {
+    /// Came into `held`.
+    pub held_in: i64,
+    /// Left `held`.
+    pub held_out: i64,
+    /// Came into `sold`.
+    pub sold_in: i64,
+    /// Left `sold`.
+    pub sold_out: i64,
+}
+
+impl Motion {
+    /// Whether nothing moved.
+    pub fn is_none(&self) -> bool {
+        *self == Motion::default()
+    }
+
+    fn add(&mut self, (_, held, sold): Triple) {
+        self.held_in += held.max(0);
+        self.held_out -= held.min(0);
+        self.sold_in += sold.max(0);
+        self.sold_out -= sold.min(0);
+    }
+}
+
+/// What the entries of one SKU say.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Chain {
+    /// What they add up to.
+    pub(super) sum: Triple,
+    pub(super) breaks: i64,
+    pub(super) gaps: Vec<String>,
+    /// What moved while its orders were read.
+    pub(super) motion: Motion,
+    /// The counters that the last entry left.
+    last: Triple,
+    last_id: i64,
+    /// Entries before which counters changed without one, and by how much.
+    broken: Vec<(i64, Triple)>,
+}
+
+fn minus(a: Triple, b: Triple) -> Triple {
+    (a.0 - b.0, a.1 - b.1, a.2 - b.2)
+}
+
+fn plus(a: Triple, b: Triple) -> Triple {
+    (a.0 + b.0, a.1 + b.1, a.2 + b.2)
+}
+
+/// Follows the entries of each SKU up to the one that was its newest in `after`.
+pub(super) async fn read(
+    session: &mut Session,
+    before: &BTreeMap<i32, Counters>,
+    after: &BTreeMap<i32, Counters>,
+) -> Result<BTreeMap<i32, Chain>, StoreError> {
+    let begin = |counters: &Counters| Chain {
+        sum: counters.checkpoint,
+        last: counters.checkpoint,
+        last_id: counters.checkpoint_through,
+        ..Chain::default()
+    };
+    let mut chains: BTreeMap<i32, Chain> = after
+        .iter()
+        .map(|(sku, counters)| (*sku, begin(counters)))
+        .collect();
+    let statement = session.prepare(ENTRIES).await?;
+    let (mut sku, mut id) = (i32::MIN, 0_i64);
+    loop {
+        let part = session
+            .part("stock journal", &statement, &[&sku, &id], each, None)
+            .await?;
+        for row in &part.rows {
+            (sku, id) = (row.get(0), row.get(1));
+            let (Some(chain), Some(counters)) = (chains.get_mut(&sku), after.get(&sku)) else {
+                continue;
+            };
+            if id <= counters.checkpoint_through || id > counters.newest {
+                continue;
+            }
+            let change = (row.get(2), row.get(3), row.get(4));
+            let left = (row.get(5), row.get(6), row.get(7));
+            let gap = minus(minus(left, chain.last), change);
+            if gap != (0, 0, 0) {
+                chain.breaks += 1;
+                if chain.broken.len() < GAPS_MAX {
+                    chain.broken.push((id, gap));
+                }
+            }
+            chain.sum = plus(chain.sum, change);
+            (chain.last, chain.last_id) = (left, id);
+            if id > before.get(&sku).map_or(0, |counters| counters.newest) {
+                chain.motion.add(change);
+            }
+        }
+        if part.is_last {
+            break;
+        }
+    }
+    for (sku, chain) in &mut chains {
+        let Some(counters) = after.get(sku) else {
+            continue;
+        };
+        for (id, gap) in std::mem::take(&mut chain.broken) {
+            let entry = describe(session, *sku, id).await?;
+            chain.gaps.push(told("before", &entry, gap));
+        }
+        let gap = minus(counters.now, chain.last);
+        if gap != (0, 0, 0) && chain.last_id > 0 && chain.gaps.len() < GAPS_MAX {
+            let entry = describe(session, *sku, chain.last_id).await?;
+            chain.gaps.push(told("after the last", &entry, gap));
+        }
+    }
+    Ok(chains)
+}
+
+async fn describe(session: &Session, sku: i32, id: i64) -> Result<String, StoreError> {
+    let rows = session.query(ENTRY, &[&sku, &id]).await?;
+    Ok(match rows.first() {
+        Some(row) => row.get(0),
+        None => format!("entry {id}, of which only the checkpoint is left"),
+    })
+}
+
+fn told(place: &str, entry: &str, (total, held, sold): Triple) -> String {
+    format!("{place} {entry}: total {total:+}, held {held:+}, sold {sold:+} without an entry")
+}
