@@ -390,6 +390,24 @@ fn sql(source: &Source, broken: &mut Vec<String>) {
     }
 }
 
+/// Bodies are decoded in one place: `serde_json` by itself takes an array for any struct.
+fn json(source: &Source, broken: &mut Vec<String>) {
+    if !source.is_in("src/http/") || source.path == "src/http/wire/json.rs" {
+        return;
+    }
+    let words = [
+        "serde_json::from_",
+        "serde_json::Deserializer",
+        "axum::extract::Json",
+    ];
+    for word in words.iter().filter(|word| source.code.contains(**word)) {
+        broken.push(format!(
+            "{}: {word}: JSON is read by http::wire::json::from_object and from_callback",
+            source.path
+        ));
+    }
+}
+
 fn unsafe_code(source: &Source, broken: &mut Vec<String>) {
     let has = source.code.match_indices("unsafe").any(|(at, word)| {
         let (before, after) = (&source.code[..at], &source.code[at + word.len()..]);
@@ -419,6 +437,7 @@ fn check(source: &Source) -> Vec<String> {
     floors(source, &mut broken);
     crates(source, &mut broken);
     sql(source, &mut broken);
+    json(source, &mut broken);
     unsafe_code(source, &mut broken);
     length(source, &mut broken);
     broken
@@ -527,7 +546,7 @@ fn the_checker_finds_every_kind_of_violation() {
         ),
         (
             "src/pipeline/a.rs",
-            "fn f() { crate::http::wire::from_json(b\"\"); }",
+            "fn f() { crate::http::wire::json::from_object(b\"\"); }",
             "floor 2 names crate::http",
         ),
         (
@@ -607,6 +626,11 @@ fn the_checker_finds_every_kind_of_violation() {
             "src/http/a.rs",
             "const Q: &str = \"CREATE TABLE x\";",
             "SQL outside store",
+        ),
+        (
+            "src/http/a.rs",
+            "fn f(b: &[u8]) { serde_json::from_slice::<B>(b); }",
+            "JSON is read by",
         ),
         (
             "src/http/a.rs",

@@ -1,5 +1,6 @@
 //! The JSON of both planes: what is read, and how it is checked; what is written.
 
+pub mod json;
 pub mod payments;
 mod text;
 
@@ -8,6 +9,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
+use self::json::from_object;
 use self::text::Text;
 use super::problem::Problem;
 use crate::order::receipt::{Receipt, ReceiptKeys, SignedParts};
@@ -23,7 +25,6 @@ use crate::store::postgres::orders::StoredOrder;
 pub const ATTRIBUTES_BYTES_MAX: usize = 1_024;
 
 #[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
 struct OrderMembers<'a> {
     #[serde(borrow)]
     user_id: Text<'a>,
@@ -65,7 +66,7 @@ impl<'a> OrderBody<'a> {
     /// # Errors
     /// A `400` problem: `malformed_json`, `unknown_field` or `invalid_field`, naming the member.
     pub fn parse(body: &'a [u8]) -> Result<Self, Problem> {
-        let members: OrderMembers<'a> = from_json(body)?;
+        let members: OrderMembers<'a> = from_object(body)?;
         if members.idempotency_key.is_some() {
             let detail = "idempotency_key: belongs into the Idempotency-Key header";
             return Err(Problem::new(400, "unknown_field", detail));
@@ -119,7 +120,7 @@ impl<'a> BatchLine<'a> {
     /// # Errors
     /// As [`OrderBody::parse`], and `invalid_idempotency_key`.
     pub fn parse(line: &'a [u8]) -> Result<Self, Problem> {
-        let mut members: OrderMembers<'a> = from_json(line)?;
+        let mut members: OrderMembers<'a> = from_object(line)?;
         let key = members.idempotency_key.take();
         let key = key
             .as_ref()
@@ -184,24 +185,6 @@ pub mod query {
     }
 }
 
-/// Parses JSON and sorts what is wrong with it.
-///
-/// # Errors
-/// A `400` problem: `malformed_json`, `unknown_field` or `invalid_field`.
-pub fn from_json<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, Problem> {
-    serde_json::from_slice(body).map_err(|error| {
-        let text = error.to_string();
-        let code = match error.classify() {
-            serde_json::error::Category::Data if text.starts_with("unknown field") => {
-                "unknown_field"
-            }
-            serde_json::error::Category::Data => "invalid_field",
-            _ => "malformed_json",
-        };
-        Problem::new(400, code, text)
-    })
-}
-
 /// An order as API.md writes it.
 #[derive(Debug, Serialize)]
 pub struct OrderView<'a> {
@@ -238,10 +221,6 @@ impl Serialize for Time {
     }
 }
 
-fn as_raw(attributes: Option<&str>) -> Option<&RawValue> {
-    attributes.and_then(|text| serde_json::from_str(text).ok())
-}
-
 impl<'a> OrderView<'a> {
     /// Its id.
     pub fn order_id(&self) -> OrderId {
@@ -265,7 +244,7 @@ impl<'a> OrderView<'a> {
             expires_at: Time(order.expires_at),
             receipt: has_receipt.then(|| keys.sign(&SignedParts::from(order))),
             estimated_wait_ms: None,
-            attributes: as_raw(order.attributes.as_deref()),
+            attributes: order.attributes.as_deref().and_then(json::raw),
         }
     }
 
@@ -309,7 +288,7 @@ impl<'a> OrderView<'a> {
             expires_at: Time(order.expires_at),
             receipt: currency.filter(|_| status != OrderStatus::Failed).map(sign),
             estimated_wait_ms: None,
-            attributes: as_raw(order.attributes.as_deref()),
+            attributes: order.attributes.as_deref().and_then(json::raw),
         }
     }
 }
@@ -361,7 +340,6 @@ impl SkuView {
 }
 
 #[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
 struct SkuMembers {
     #[serde(default)]
     title: Option<String>,
@@ -394,7 +372,7 @@ impl SkuBody {
     /// # Errors
     /// As [`OrderBody::parse`].
     pub fn parse(id: &SkuId, body: &[u8]) -> Result<Self, Problem> {
-        let members: SkuMembers = from_json(body)?;
+        let members: SkuMembers = from_object(body)?;
         let field = |name: &str, what: &dyn fmt::Display| {
             Problem::new(400, "invalid_field", format!("{name}: {what}"))
         };
@@ -484,7 +462,6 @@ fn invalid_key(what: impl fmt::Display) -> Problem {
 
 /// The body of `POST /admin/v1/skus/{sku_id}/restock`.
 #[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct RestockBody {
     /// Units to add; negative ones are taken away.
     pub quantity: i64,
@@ -496,7 +473,7 @@ impl RestockBody {
     /// # Errors
     /// As [`OrderBody::parse`].
     pub fn parse(body: &[u8]) -> Result<Self, Problem> {
-        let body: Self = from_json(body)?;
+        let body: Self = from_object(body)?;
         if body.quantity == 0 || body.quantity.unsigned_abs() > u64::from(u32::MAX) {
             return Err(Problem::new(
                 400,
@@ -510,7 +487,6 @@ impl RestockBody {
 
 /// The optional body of requests that close something for good.
 #[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct NoteBody {
     /// What the person wants to be remembered, at most 1,000 bytes.
     #[serde(default)]
@@ -526,7 +502,7 @@ impl NoteBody {
         if body.is_empty() {
             return Ok(Self::default());
         }
-        let body: Self = from_json(body)?;
+        let body: Self = from_object(body)?;
         if body
             .note
             .as_ref()
@@ -574,7 +550,7 @@ impl<'a> DeadLetterView<'a> {
             currency: &letter.currency,
             sqlstate: &letter.sqlstate,
             reason: &letter.reason,
-            attributes: as_raw(letter.attributes.as_deref()),
+            attributes: letter.attributes.as_deref().and_then(json::raw),
             discarded_at: letter.discarded_at.map(Time),
             note: letter.note.as_deref(),
         }
@@ -599,6 +575,17 @@ mod tests {
             (body.quantity, body.adjustment, body.attributes),
             (Quantity::ONE, 0, None)
         );
+        for (integer, text) in [
+            ("0", "0"),
+            ("-0", "0"),
+            ("-7", "-7"),
+            ("18446744073709551616", "18446744073709551616"),
+            ("-9223372036854775809", "-9223372036854775809"),
+        ] {
+            let json = format!(r#"{{"user_id":{integer},"sku_id":{integer}}}"#);
+            let body = OrderBody::parse(json.as_bytes()).unwrap();
+            assert_eq!((body.user_id.as_str(), body.sku_id.as_str()), (text, text));
+        }
         let body = OrderBody::parse(
             br#"{"user_id":"u\u002d1","sku_id":"A","quantity":3,"adjustment":-5,"attributes":{"a" : [1, 2]}}"#,
         )
@@ -673,7 +660,11 @@ mod tests {
                 "invalid_field",
                 "attributes",
             ),
-            (r#"{"user_id":"\ud800","sku_id":"A"}"#, "malformed_json", ""),
+            (
+                r#"{"user_id":"\ud800","sku_id":"A"}"#,
+                "invalid_field",
+                "user_id",
+            ),
             (
                 r#"{"user_id":"a\u0000","sku_id":"A"}"#,
                 "invalid_field",
@@ -694,7 +685,30 @@ mod tests {
                 "invalid_field",
                 "integer",
             ),
-            ("[]", "invalid_field", ""),
+            ("[]", "invalid_field", "expected an object"),
+            (r#"["u","A",1,0]"#, "invalid_field", "expected an object"),
+            (
+                r#"{"user_id":-0.0,"sku_id":"A"}"#,
+                "invalid_field",
+                "user_id",
+            ),
+            (
+                r#"{"user_id":1e3,"sku_id":"A"}"#,
+                "invalid_field",
+                "user_id",
+            ),
+            (r#"{"user_id":"u","sku_id":[1]}"#, "invalid_field", "sku_id"),
+            (
+                r#"{"user_id":1234567890123456789012345678901234567890123456789,"sku_id":"A"}"#,
+                "invalid_field",
+                "user_id",
+            ),
+            (
+                r#"{"user_id":"u","sku_id":123456789012345678901234567890123}"#,
+                "invalid_field",
+                "sku_id",
+            ),
+            (r#"{"user_id":01,"sku_id":"A"}"#, "malformed_json", ""),
         ];
         for (body, expected, named) in cases {
             let (code, detail) = code(body);
@@ -706,6 +720,35 @@ mod tests {
             "x".repeat(1024)
         );
         assert_eq!(code(&long).0, "invalid_field");
+    }
+
+    #[test]
+    fn an_array_is_no_object_in_any_body() {
+        let id = SkuId::new("A").unwrap();
+        for (body, problem) in [
+            (
+                r#"["u","A",1,0,null,"k"]"#,
+                BatchLine::parse(br#"["u","A",1,0,null,"k"]"#).err(),
+            ),
+            (
+                r#"["t",1,"CNY",7]"#,
+                SkuBody::parse(&id, br#"["t",1,"CNY",7]"#).err(),
+            ),
+            ("[5]", RestockBody::parse(b"[5]").err()),
+            (r#"["n"]"#, NoteBody::parse(br#"["n"]"#).err()),
+            (
+                r#"["r","n",true]"#,
+                payments::RefundedBody::parse(br#"["r","n",true]"#).err(),
+            ),
+            (
+                r#"["n","r"]"#,
+                payments::CloseBody::parse(br#"["n","r"]"#).err(),
+            ),
+        ] {
+            let problem = problem.unwrap_or_else(|| panic!("taken: {body}"));
+            assert_eq!((problem.status, problem.code), (400, "invalid_field"));
+            assert!(problem.detail.contains("expected an object"), "{body}");
+        }
     }
 
     #[test]

@@ -2,7 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Time, from_json};
+use super::Time;
+use super::json::from_object;
 use crate::http::problem::Problem;
 use crate::order::receipt::{ReceiptKeys, ReceiptOrder};
 use crate::order::{Currency, OrderId};
@@ -104,7 +105,6 @@ impl<'a> PaymentView<'a> {
 
 /// The body of `POST /admin/v1/orders/{order_id}/refunded`.
 #[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct RefundedBody {
     reference: String,
     #[serde(default)]
@@ -115,7 +115,6 @@ pub struct RefundedBody {
 
 /// The body of `POST /admin/v1/orphan-payments/{id}/close`.
 #[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct CloseBody {
     note: String,
     #[serde(default)]
@@ -128,7 +127,7 @@ impl RefundedBody {
     /// # Errors
     /// A `400` problem that names the member.
     pub fn parse(body: &[u8]) -> Result<RefundNote, Problem> {
-        let body: Self = from_json(body)?;
+        let body: Self = from_object(body)?;
         Ok(RefundNote {
             reference: Some(text("reference", body.reference)?),
             note: body.note.map(|note| text("note", note)).transpose()?,
@@ -143,7 +142,7 @@ impl CloseBody {
     /// # Errors
     /// A `400` problem that names the member.
     pub fn parse(body: &[u8]) -> Result<RefundNote, Problem> {
-        let body: Self = from_json(body)?;
+        let body: Self = from_object(body)?;
         let reference = body.reference.map(|one| text("reference", one));
         Ok(RefundNote {
             reference: reference.transpose()?,

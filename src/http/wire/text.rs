@@ -1,51 +1,28 @@
 //! Ids and keys as they stand in JSON.
 
-use std::fmt;
+use std::borrow::Cow;
 
 use serde::Deserialize;
-use serde::de::{self, Deserializer, Visitor};
-use smol_str::{SmolStr, ToSmolStr};
+use serde::de::{Deserializer, Error as _};
+use serde_json::value::RawValue;
 
-/// A string, or a JSON integer that means its decimal string.
+use super::json;
+
+/// A string, or a JSON integer of any size that means its decimal string.
 #[derive(Debug)]
-pub(super) enum Text<'a> {
-    /// Borrowed from the body.
-    AsItCame(&'a str),
-    /// An integer, which is held inline, or a string that had escapes.
-    Rewritten(SmolStr),
-}
+pub(super) struct Text<'a>(Cow<'a, str>);
 
 impl Text<'_> {
     /// The text.
     pub(super) fn as_str(&self) -> &str {
-        match self {
-            Text::AsItCame(text) => text,
-            Text::Rewritten(text) => text,
-        }
+        &self.0
     }
 }
 
 impl<'de: 'a, 'a> Deserialize<'de> for Text<'a> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct TextVisitor;
-        impl<'de> Visitor<'de> for TextVisitor {
-            type Value = Text<'de>;
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a string or an integer")
-            }
-            fn visit_borrowed_str<E: de::Error>(self, text: &'de str) -> Result<Self::Value, E> {
-                Ok(Text::AsItCame(text))
-            }
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<Self::Value, E> {
-                Ok(Text::Rewritten(SmolStr::new(text)))
-            }
-            fn visit_u64<E: de::Error>(self, number: u64) -> Result<Self::Value, E> {
-                Ok(Text::Rewritten(number.to_smolstr()))
-            }
-            fn visit_i64<E: de::Error>(self, number: i64) -> Result<Self::Value, E> {
-                Ok(Text::Rewritten(number.to_smolstr()))
-            }
-        }
-        deserializer.deserialize_any(TextVisitor)
+        let raw = <&'a RawValue>::deserialize(deserializer)?;
+        let none = || D::Error::custom("must be a string of visible ASCII or an integer");
+        json::text(raw).map(Text).ok_or_else(none)
     }
 }

@@ -2,12 +2,14 @@
 //! members that may be missing, odd or too long without costing a payment.
 
 use std::borrow::Cow;
-use std::fmt;
 
-use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{Deserialize, Deserializer};
+use serde_json::value::RawValue;
 
 use super::{CallbackError, FRESHNESS_S};
 use crate::http::data_plane::message::Request;
+use crate::http::wire;
+use crate::http::wire::json::from_callback;
 use crate::order::payment::{Payment, REFERENCE_BYTES_MAX};
 use crate::order::{Currency, UnixMillis};
 
@@ -46,7 +48,7 @@ pub fn check_fresh(timestamp: &str, now: UnixMillis) -> Result<(), CallbackError
 
 /// Reads JSON. What is wrong with it is told by its place: an error's own words may quote values.
 pub fn json<'a, T: Deserialize<'a>>(text: &'a [u8]) -> Result<T, CallbackError> {
-    serde_json::from_slice(text).map_err(|error| {
+    from_callback(text).map_err(|error| {
         CallbackError::Malformed(format!(
             "{:?} error in its JSON at line {} column {}",
             error.classify(),
@@ -133,17 +135,8 @@ impl Loose<'_> {
 
 impl<'de: 'a, 'a> Deserialize<'de> for Loose<'a> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(Scalar).map(|scalar| {
-            Loose(match scalar {
-                Value::Text(text) => Some(text),
-                Value::Integer(number) => i64::try_from(number)
-                    .map(|number| number.to_string())
-                    .or_else(|_| u64::try_from(number).map(|number| number.to_string()))
-                    .ok()
-                    .map(Cow::Owned),
-                Value::Other => None,
-            })
-        })
+        let raw = <&'a RawValue>::deserialize(deserializer)?;
+        Ok(Loose(wire::json::text(raw)))
     }
 }
 
@@ -153,66 +146,8 @@ pub struct Whole(pub Option<i64>);
 
 impl<'de> Deserialize<'de> for Whole {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(Scalar).map(|scalar| {
-            Whole(match scalar {
-                Value::Integer(number) => i64::try_from(number).ok(),
-                Value::Text(_) | Value::Other => None,
-            })
-        })
-    }
-}
-
-enum Value<'a> {
-    Text(Cow<'a, str>),
-    Integer(i128),
-    Other,
-}
-
-struct Scalar;
-
-impl<'de> Visitor<'de> for Scalar {
-    type Value = Value<'de>;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("anything")
-    }
-
-    fn visit_borrowed_str<E>(self, text: &'de str) -> Result<Self::Value, E> {
-        Ok(Value::Text(Cow::Borrowed(text)))
-    }
-
-    fn visit_str<E>(self, text: &str) -> Result<Self::Value, E> {
-        Ok(Value::Text(Cow::Owned(text.to_owned())))
-    }
-
-    fn visit_u64<E>(self, number: u64) -> Result<Self::Value, E> {
-        Ok(Value::Integer(number.into()))
-    }
-
-    fn visit_i64<E>(self, number: i64) -> Result<Self::Value, E> {
-        Ok(Value::Integer(number.into()))
-    }
-
-    fn visit_f64<E>(self, _: f64) -> Result<Self::Value, E> {
-        Ok(Value::Other)
-    }
-
-    fn visit_bool<E>(self, _: bool) -> Result<Self::Value, E> {
-        Ok(Value::Other)
-    }
-
-    fn visit_unit<E>(self) -> Result<Self::Value, E> {
-        Ok(Value::Other)
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
-        // `serde_json` skips what is ignored without recursion.
-        while seq.next_element::<IgnoredAny>()?.is_some() {}
-        Ok(Value::Other)
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-        while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
-        Ok(Value::Other)
+        let raw = <&RawValue>::deserialize(deserializer)?;
+        let digits = wire::json::integer(raw.get());
+        Ok(Whole(digits.and_then(|digits| digits.parse().ok())))
     }
 }

@@ -49,8 +49,9 @@ struct PaymentIntent<'a> {
     amount_received: Whole,
     #[serde(borrow, default)]
     currency: Loose<'a>,
+    /// An object; anything else costs the reference, not the payment.
     #[serde(borrow, default)]
-    metadata: Option<Metadata<'a>>,
+    metadata: Option<&'a RawValue>,
 }
 
 /// What the shop gave along when it made the payment intent.
@@ -81,7 +82,10 @@ impl Stripe {
             ("", _) => return Err(CallbackError::Malformed("it has no type".into())),
             (PAID, Some(data)) => {
                 let intent = payment_json::<Data<'_>>(data.get().as_bytes())?.object;
-                let metadata = intent.metadata.unwrap_or_default();
+                let metadata = intent.metadata.map(|raw| raw.get().as_bytes());
+                let metadata: Metadata<'_> = metadata
+                    .and_then(|text| json(text).ok())
+                    .unwrap_or_default();
                 Some(Payment {
                     payment_id: name(intent.id.text(), "data.object.id")?,
                     order_ref: cut(metadata.order_id.text()),
