@@ -29,10 +29,11 @@ use crate::http::data_plane::message::{Request, Response, Service};
 use crate::http::data_plane::payments::Providers;
 use crate::http::data_plane::service::{DataPlane, DataPlaneParts};
 use crate::http::data_plane::{minihttp, runtime};
+use crate::http::problem::Problem;
 use crate::http::tokens::Tokens;
 use crate::metrics::Metrics;
 use crate::order::receipt::ReceiptKeys;
-use crate::order::{IdClock, OrderId};
+use crate::order::{IdClock, OrderId, Refusal};
 use crate::pipeline::audit::Auditor;
 use crate::pipeline::cancel::Canceller;
 use crate::pipeline::cashier::{Cashier, CashierParts, OrphanChecks};
@@ -239,6 +240,13 @@ struct Doorway {
 }
 
 impl Service for Doorway {
+    fn authorize(&self, head: &Request<'_>) -> Result<(), Problem> {
+        match self.service.get() {
+            Some(service) => service.authorize(head),
+            None => Err(Problem::from(Refusal::NotReady)),
+        }
+    }
+
     fn call(&self, request: &Request<'_>, response: &mut Response) {
         match self.service.get() {
             Some(service) => service.call(request, response),
@@ -474,6 +482,7 @@ impl Millrace {
             metrics: metrics.clone(),
             order_timeout: Duration::from_millis(config.orders.timeout_ms),
             tokens: Tokens::new(&config.data_plane.token.0),
+            trust_network: config.data_plane.trust_network,
         }));
         let _ = doorway.service.set(Arc::clone(&service));
         let health = Arc::<Health>::default();
@@ -735,6 +744,7 @@ fn serve_data(
         connections_max: settings.connections_max,
         head_bytes_max: settings.head_bytes_max,
         body_bytes_max: settings.body_bytes_max,
+        body_bytes_total_max: settings.body_bytes_total_max,
         request_timeout: Duration::from_millis(settings.request_timeout_ms),
         idle_timeout: Duration::from_millis(settings.idle_timeout_ms),
         ..Limits::default()

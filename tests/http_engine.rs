@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use millrace::http::data_plane::hardened::{self, CloseReason, Limits, Server};
 use millrace::http::data_plane::message::{Request, Response, Service};
 use millrace::http::data_plane::{minihttp, wake};
+use millrace::http::problem::Problem;
 use parking_lot::Mutex;
 use support::rules::{AFTER, Then, rules};
 
@@ -42,6 +43,15 @@ impl Echo {
 }
 
 impl Service for Echo {
+    fn authorize(&self, head: &Request<'_>) -> Result<(), Problem> {
+        assert!(head.body.is_empty());
+        match head.header("x-token") {
+            Some(b"wrong") => Err(Problem::unauthorized()),
+            Some(b"panic") => panic!("asked for"),
+            _ => Ok(()),
+        }
+    }
+
     fn call(&self, request: &Request<'_>, response: &mut Response) {
         self.calls.fetch_add(1, Ordering::AcqRel);
         response.header("Content-Type", "text/plain");
@@ -411,6 +421,86 @@ fn a_client_that_expects_to_continue_is_told_so_only_when_that_helps() {
 }
 
 #[test]
+fn a_request_that_its_head_condemns_has_its_body_left_unread() {
+    let (server, service) = start(quick());
+    let head = "POST /p HTTP/1.1\r\nHost: h\r\nX-Token: wrong\r\nContent-Length: 900\r\n\r\n";
+    let calls = service.calls.load(Ordering::Acquire);
+    // Nothing of the body is ever sent, and the answer does not wait for it.
+    for head in [
+        head.to_owned(),
+        head.replace("X-Token", "Expect: 100-continue\r\nX-Token"),
+        head.replace("/p", "/v1/payments/none/notify"),
+    ] {
+        let got = until_closed(server.local_addr(), head);
+        assert_eq!((got.len(), got[0].status), (1, 401));
+        assert_eq!(got[0].field("Connection"), Some("close"));
+        assert_eq!(got[0].field("WWW-Authenticate"), Some("Bearer"));
+    }
+    assert_eq!(service.calls.load(Ordering::Acquire), calls);
+    // After the answers that are due; and what follows is not read as a request.
+    let got = until_closed(server.local_addr(), format!("{GET}{head}{GET}{GET}"));
+    let statuses: Vec<u16> = got.iter().map(|answer| answer.status).collect();
+    assert_eq!(statuses, [200, 401]);
+    // Without a body the connection may go on.
+    let got = exchange(
+        server.local_addr(),
+        format!("GET /p HTTP/1.1\r\nHost: h\r\nX-Token: wrong\r\n\r\n{GET}"),
+    );
+    let statuses: Vec<u16> = got.iter().map(|answer| answer.status).collect();
+    assert_eq!(statuses, [401, 200]);
+    let got = until_closed(server.local_addr(), head.replace("wrong", "panic"));
+    assert_eq!((got.len(), got[0].status), (1, 500));
+}
+
+/// A connection whose head, with a body of so many bytes to come, was let pass.
+fn announce(address: SocketAddr, path: &str, bytes: usize) -> (TcpStream, Answer) {
+    let mut stream = connect(address);
+    let head = format!(
+        "POST {path} HTTP/1.1\r\nHost: h\r\nExpect: 100-continue\r\nContent-Length: {bytes}\r\n\r\n"
+    );
+    stream.write_all(head.as_bytes()).expect("sent");
+    let answer = read_answer(&mut stream);
+    (stream, answer)
+}
+
+#[test]
+fn the_bodies_of_all_connections_together_are_bounded() {
+    const BATCH: &str = "/v1/orders:batch";
+    const CALLBACK: &str = "/v1/payments/standard/notify";
+    let (server, _) = start(Limits {
+        // 210,000 for orders, 70,000 for callbacks.
+        body_bytes_total_max: 280_000,
+        ..quick()
+    });
+    let address = server.local_addr();
+    let (first, answer) = announce(address, BATCH, 100_000);
+    assert_eq!(answer.status, 100);
+    let (mut second, answer) = announce(address, BATCH, 100_000);
+    assert_eq!(answer.status, 100);
+    let (mut refused, answer) = announce(address, BATCH, 100_000);
+    assert_eq!(answer.status, 503);
+    assert!(answer.body.contains("\"overloaded\""));
+    assert_eq!(answer.field("Retry-After"), Some("1"));
+    assert_eq!(read_to_end(&mut refused), "");
+    // Neither what is small nor a callback has to wait for that.
+    assert_eq!(announce(address, "/p", 900).1.status, 100);
+    let (_callback, answer) = announce(address, CALLBACK, 60_000);
+    assert_eq!(answer.status, 100);
+    assert_eq!(announce(address, CALLBACK, 60_000).1.status, 503);
+    // What is answered and what goes away gives its bytes back.
+    second.write_all(&[b'y'; 100_000]).expect("sent");
+    assert_eq!(read_answer(&mut second).status, 200);
+    let (third, answer) = announce(address, BATCH, 100_000);
+    assert_eq!(answer.status, 100);
+    drop((first, third));
+    eventually("both have given their bytes back", || {
+        let one = announce(address, BATCH, 100_000);
+        let two = announce(address, BATCH, 100_000);
+        one.1.status == 100 && two.1.status == 100
+    });
+}
+
+#[test]
 fn a_panic_is_a_500_and_the_server_lives() {
     let (server, _) = start(quick());
     let got = until_closed(
@@ -670,6 +760,13 @@ fn minihttp_serves_the_same_service() {
         stream.write_all(request.as_bytes()).expect("sent");
         assert_eq!(read_answer(&mut stream).status, status, "{request:?}");
     }
+    let mut stream = connect(address);
+    let refused = "POST /p HTTP/1.1\r\nX-Token: wrong\r\nContent-Length: 3\r\n\r\nabc";
+    stream
+        .write_all(format!("{refused}{GET}").as_bytes())
+        .expect("sent");
+    assert_eq!(read_answer(&mut stream).status, 401);
+    assert_eq!(read_answer(&mut stream).status, 200);
     let mut stream = connect(address);
     let large = format!(
         "POST /p HTTP/1.1\r\nContent-Length: 1001\r\n\r\n{}",

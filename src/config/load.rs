@@ -171,6 +171,13 @@ impl Config {
             1_024,
             1_048_576,
         )?;
+        // The least holds a batch and the largest callback in their shares.
+        range(
+            "data_plane.body_bytes_total_max",
+            self.data_plane.body_bytes_total_max,
+            8 << 20,
+            1 << 40,
+        )?;
         range(
             "data_plane.request_timeout_ms",
             self.data_plane.request_timeout_ms,

@@ -148,6 +148,11 @@ pub struct DataPlane {
     /// Longest request body in bytes, that of a batch aside (2 MiB); beyond it: `413`.
     #[schemars(range(min = 1_024, max = 1_048_576))]
     pub body_bytes_max: usize,
+    /// Bytes of request bodies that all connections together may hold, a quarter of them for payment
+    /// callbacks; beyond it a request is answered `503 overloaded` before its body is read. Bodies
+    /// below 2 KiB are not counted.
+    #[schemars(range(min = 8_388_608, max = 1_099_511_627_776_i64))]
+    pub body_bytes_total_max: usize,
     /// Longest time from a request's first byte to its last, and for a client to take its
     /// answer, in milliseconds.
     #[schemars(range(min = 100, max = 600_000))]
@@ -422,6 +427,7 @@ impl Default for DataPlane {
             connections_max: 20_000,
             head_bytes_max: 16_384,
             body_bytes_max: 16_384,
+            body_bytes_total_max: 256 << 20,
             request_timeout_ms: 10_000,
             idle_timeout_ms: 60_000,
         }

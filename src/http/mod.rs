@@ -2,6 +2,7 @@
 
 pub mod control_plane;
 pub mod data_plane;
+pub mod origin;
 pub mod problem;
 pub mod tokens;
 pub mod wire;

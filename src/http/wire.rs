@@ -3,6 +3,7 @@
 pub mod json;
 pub mod payments;
 mod text;
+mod time;
 
 use std::fmt;
 
@@ -160,11 +161,37 @@ pub struct OrderList<'a> {
 pub mod query {
     use super::Problem;
 
-    /// The first value under a name, as it came.
+    /// The value under a name, as it came.
     pub fn value<'a>(query: &'a str, name: &str) -> Option<&'a str> {
         query
             .split('&')
             .find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='))
+    }
+
+    /// Refuses what a request could not honour: parameters other than `names`, and one that comes
+    /// twice.
+    ///
+    /// # Errors
+    /// `400 unknown_field` and `400 invalid_field`.
+    pub fn only(query: &str, names: &[&'static str]) -> Result<(), Problem> {
+        let mut seen: Vec<&str> = Vec::new();
+        for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+            let name = pair.split('=').next().unwrap_or_default();
+            if !names.contains(&name) {
+                let known = match names {
+                    [] => "none is known here".to_owned(),
+                    names => format!("known here: {}", names.join(", ")),
+                };
+                let detail = format!("{name}: unknown query parameter; {known}");
+                return Err(Problem::new(400, "unknown_field", detail));
+            }
+            if seen.contains(&name) {
+                let detail = format!("{name}: comes twice in the query");
+                return Err(Problem::new(400, "invalid_field", detail));
+            }
+            seen.push(name);
+        }
+        Ok(())
     }
 
     /// The same as a number.
@@ -376,17 +403,9 @@ impl SkuBody {
         let field = |name: &str, what: &dyn fmt::Display| {
             Problem::new(400, "invalid_field", format!("{name}: {what}"))
         };
-        let time = |name: &'static str, text: Option<String>| match text {
+        let moment = |name: &'static str, text: Option<String>| match text {
             None => Ok(None),
-            Some(text) => text
-                .parse::<jiff::Timestamp>()
-                .ok()
-                .filter(|at| at.as_millisecond() >= 0)
-                .map(|at| Some(UnixMillis(at.as_millisecond())))
-                .ok_or_else(|| {
-                    let what = "must be a time as in RFC 3339, with its offset, from 1970 on";
-                    field(name, &what)
-                }),
+            Some(text) => time::parse(&text).map(Some).map_err(|e| field(name, &e)),
         };
         let title = members.title.unwrap_or_else(|| id.to_string());
         if title.len() > TITLE_BYTES_MAX || title.contains('\0') {
@@ -405,8 +424,8 @@ impl SkuBody {
             ));
         }
         let (opens_at, closes_at) = (
-            time("opens_at", members.opens_at)?,
-            time("closes_at", members.closes_at)?,
+            moment("opens_at", members.opens_at)?,
+            moment("closes_at", members.closes_at)?,
         );
         if let (Some(opens_at), Some(closes_at)) = (opens_at, closes_at)
             && closes_at <= opens_at
@@ -450,6 +469,47 @@ pub fn idempotency_key<'a>(
 /// `400 invalid_idempotency_key`.
 pub fn parse_key(text: &str) -> Result<IdempotencyKey<'_>, Problem> {
     IdempotencyKey::new(text).map_err(invalid_key)
+}
+
+/// Refuses a body that would have to be decoded first. `fields`: every `Content-Encoding`.
+///
+/// # Errors
+/// `415 unsupported_media_type`.
+pub fn require_identity<'a>(fields: impl Iterator<Item = &'a [u8]>) -> Result<(), Problem> {
+    for coding in fields.flat_map(|field| field.split(|byte| *byte == b',')) {
+        let coding = coding.trim_ascii();
+        if !coding.is_empty() && !coding.eq_ignore_ascii_case(b"identity") {
+            let detail = "Content-Encoding: send the body as it is; no coding is decoded here";
+            return Err(Problem::new(415, "unsupported_media_type", detail));
+        }
+    }
+    Ok(())
+}
+
+/// Refuses an `Idempotency-Key` of a whole batch: each of its lines has its own.
+///
+/// # Errors
+/// `400 invalid_idempotency_key`.
+pub fn no_batch_key(has_key: bool) -> Result<(), Problem> {
+    if has_key {
+        return Err(invalid_key(
+            "a batch takes none; give each line its own \"idempotency_key\"",
+        ));
+    }
+    Ok(())
+}
+
+/// Refuses a body where none is taken: anything but nothing and `{}`.
+///
+/// # Errors
+/// As [`OrderBody::parse`].
+pub fn no_members(body: &[u8]) -> Result<(), Problem> {
+    #[derive(Deserialize)]
+    struct Nothing {}
+    if body.is_empty() {
+        return Ok(());
+    }
+    from_object::<Nothing>(body).map(|Nothing {}| ())
 }
 
 fn invalid_key(what: impl fmt::Display) -> Problem {

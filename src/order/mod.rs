@@ -56,8 +56,14 @@ impl UnixMillis {
 impl fmt::Display for UnixMillis {
     /// RFC 3339 in UTC with milliseconds, for example `2026-11-11T12:00:00.000Z`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match jiff::Timestamp::from_millisecond(self.0) {
-            Ok(timestamp) => write!(f, "{timestamp:.3}"),
+        if let Ok(timestamp) = jiff::Timestamp::from_millisecond(self.0) {
+            return write!(f, "{timestamp:.3}");
+        }
+        // Its `Timestamp` ends a day before the year 9999 does, for the sake of offsets.
+        let since = jiff::SignedDuration::from_millis(self.0);
+        let epoch = jiff::civil::date(1970, 1, 1).at(0, 0, 0, 0);
+        match epoch.checked_add(since) {
+            Ok(moment) => write!(f, "{moment:.3}Z"),
             Err(_) => write!(f, "{}", self.0),
         }
     }

@@ -104,7 +104,10 @@ impl Connection {
         body: &str,
     ) -> std::io::Result<()> {
         let address = self.address;
-        let mut request = format!("{method} {target} HTTP/1.1\r\nHost: {address}\r\n");
+        let mut request = format!("{method} {target} HTTP/1.1\r\n");
+        if !fields.iter().any(|(name, _)| *name == "Host") {
+            request.push_str(&format!("Host: {address}\r\n"));
+        }
         for (name, value) in fields {
             request.push_str(&format!("{name}: {value}\r\n"));
         }

@@ -3,7 +3,8 @@
 //!
 //! A browser sends what it holds along with requests that other sites make it send, and can reach
 //! loopback. So a request that changes something must come from our own page wherever a browser
-//! is behind it: `Sec-Fetch-Site` says so, or else `Origin` does.
+//! is behind it, and a plane without a token answers only under names of this machine
+//! ([`crate::http::origin`]).
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -19,7 +20,9 @@ use sha2::{Digest, Sha256};
 
 use super::ControlPlane;
 use super::failure::Failure;
+use crate::http::origin::SiteFields;
 use crate::http::problem::Problem;
+use crate::http::wire::require_identity;
 
 /// Name of the session's cookie.
 pub(super) const COOKIE: &str = "millrace_session";
@@ -84,6 +87,22 @@ fn cookie(headers: &HeaderMap) -> Option<&str> {
         .find_map(|pair| pair.trim().strip_prefix(COOKIE)?.strip_prefix('='))
 }
 
+/// The first look at every request, whatever it is for: without a token only names of this machine
+/// are answered, and no coding of a body is undone.
+pub(super) async fn look(
+    State(plane): State<ControlPlane>,
+    request: Request,
+    next: Next,
+) -> Result<Response, Failure> {
+    let headers = request.headers();
+    if plane.shared.tokens.is_open() {
+        site(headers).check_host()?;
+    }
+    let codings = headers.get_all(header::CONTENT_ENCODING).iter();
+    require_identity(codings.map(|value| value.as_bytes()))?;
+    Ok(next.run(request).await)
+}
+
 /// Lets a request pass that shows a token or belongs to a session, and that no other site sent.
 pub(super) async fn authorize(
     State(plane): State<ControlPlane>,
@@ -99,7 +118,7 @@ pub(super) async fn authorize(
         }
         let changes = !matches!(*request.method(), Method::GET | Method::HEAD);
         if changes {
-            check_origin(headers, tokens.is_open())?;
+            site(headers).check_site()?;
             // A program has the token; a browser always says at least one of the two.
             let told = ["sec-fetch-site", "origin"].map(|name| headers.contains_key(name));
             if !tokens.is_open() && told == [false, false] {
@@ -111,42 +130,14 @@ pub(super) async fn authorize(
     Ok(next.run(request).await)
 }
 
-/// Refuses what another site made a browser send. `open`: no token is asked for, so a name in
-/// `Origin` may be anybody's who points it at this machine (DNS rebinding): only `localhost` and
-/// addresses count.
-///
-/// # Errors
-/// `403 cross_origin`.
-pub(super) fn check_origin(headers: &HeaderMap, open: bool) -> Result<(), Failure> {
-    let refuse = |detail: &'static str| Err(Failure(Problem::new(403, "cross_origin", detail)));
-    let text = |name: &str| headers.get(name).map(|value| value.to_str().unwrap_or(""));
-    let origin = text("origin").map(|origin| {
-        let origin = origin
-            .strip_prefix("http://")
-            .or(origin.strip_prefix("https://"));
-        origin.unwrap_or("")
-    });
-    if open && origin.is_some_and(|origin| !is_local(origin)) {
-        return refuse(
-            "Origin: without control_plane.token only localhost and addresses may be used",
-        );
+/// The fields that tell which site made a request.
+pub(super) fn site(headers: &HeaderMap) -> SiteFields<'_> {
+    let field = |name: &str| headers.get(name).map(|value| value.as_bytes());
+    SiteFields {
+        host: field("host"),
+        origin: field("origin"),
+        sec_fetch_site: field("sec-fetch-site"),
     }
-    match (text("sec-fetch-site"), origin) {
-        (Some("same-origin" | "none"), _) => Ok(()),
-        (Some(_), _) => refuse("Sec-Fetch-Site: another site sent this request"),
-        (None, Some(origin)) if Some(origin) == text("host") => Ok(()),
-        (None, Some(_)) => refuse("Origin: another site sent this request"),
-        (None, None) => Ok(()),
-    }
-}
-
-fn is_local(authority: &str) -> bool {
-    let host = match authority.rsplit_once(':') {
-        Some((host, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => host,
-        _ => authority,
-    };
-    let address = host.trim_start_matches('[').trim_end_matches(']');
-    host == "localhost" || address.parse::<std::net::IpAddr>().is_ok()
 }
 
 #[cfg(test)]
@@ -178,29 +169,5 @@ mod tests {
         }
         assert_eq!(sessions.ends.lock().len(), SESSIONS_MAX);
         assert!(!sessions.allow(&with(&oldest)));
-    }
-
-    #[test]
-    fn only_our_own_page_may_change_something() {
-        let host = ("host", "127.0.0.1:8081");
-        let pass =
-            |fields: &[(&'static str, &str)], open| check_origin(&headers(fields), open).is_ok();
-        for open in [true, false] {
-            assert!(pass(&[host, ("sec-fetch-site", "same-origin")], open));
-            assert!(pass(&[host, ("origin", "http://127.0.0.1:8081")], open));
-            for site in ["cross-site", "same-site", ""] {
-                assert!(!pass(&[host, ("sec-fetch-site", site)], open), "{site}");
-            }
-            for origin in ["null", "http://evil.example", "http://127.0.0.1:9"] {
-                assert!(!pass(&[host, ("origin", origin)], open), "{origin}");
-            }
-        }
-        assert!(pass(&[host], true), "curl");
-        let rebound = [
-            ("host", "evil.example:8081"),
-            ("origin", "http://evil.example:8081"),
-        ];
-        assert!(!pass(&rebound, true), "DNS rebinding");
-        assert!(pass(&rebound, false), "with a token any name is ours");
     }
 }

@@ -9,7 +9,7 @@ use rand::Rng;
 use serde::Deserialize;
 
 use super::ControlPlane;
-use super::access::{COOKIE, SESSION_LASTS, check_origin};
+use super::access::{COOKIE, SESSION_LASTS, site};
 use super::failure::Failure;
 use crate::http::problem::Problem;
 
@@ -47,7 +47,7 @@ pub(super) async fn login(
     form: Result<Form<LoginForm>, FormRejection>,
 ) -> Result<Response, Failure> {
     let shared = &plane.shared;
-    check_origin(&headers, shared.tokens.is_open())?;
+    site(&headers).check_site()?;
     let Form(LoginForm { token }) = form.map_err(|rejection| {
         let detail = rejection.body_text();
         match rejection.into_response().status().as_u16() {
@@ -83,7 +83,7 @@ pub(super) async fn logout(
     State(plane): State<ControlPlane>,
     headers: HeaderMap,
 ) -> Result<Response, Failure> {
-    check_origin(&headers, plane.shared.tokens.is_open())?;
+    site(&headers).check_site()?;
     plane.shared.sessions.end(&headers);
     Ok(go_home(Some(set_cookie(&headers, "", 0))))
 }

@@ -3,12 +3,15 @@
 
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
-use axum::extract::{FromRequest, FromRequestParts, Path, Request};
+use axum::extract::{FromRequest, FromRequestParts, Path, Request, State};
 use axum::http::request::Parts;
-use axum::response::IntoResponse;
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
 
 use super::failure::Failure;
+use super::routes::Takes;
 use crate::http::problem::Problem;
+use crate::http::wire::{no_members, query};
 
 /// The whole body.
 pub(super) struct Body(pub(super) Bytes);
@@ -45,4 +48,23 @@ impl<S: Send + Sync> FromRequestParts<S> for Segment {
             .map(|Path(segment)| Segment(segment))
             .map_err(|e| Failure(Problem::new(404, "not_found", e.body_text())))
     }
+}
+
+/// Refuses what a request brings along and its handler would not look at: other query parameters,
+/// a body where none is read.
+pub(super) async fn only(
+    State(takes): State<Takes>,
+    request: Request,
+    next: Next,
+) -> Result<Response, Failure> {
+    query::only(request.uri().query().unwrap_or_default(), takes.query)?;
+    if takes.body {
+        return Ok(next.run(request).await);
+    }
+    let (parts, body) = request.into_parts();
+    let request = Request::from_parts(parts.clone(), body);
+    let Body(body) = Body::from_request(request, &()).await?;
+    no_members(&body)?;
+    let request = Request::from_parts(parts, axum::body::Body::empty());
+    Ok(next.run(request).await)
 }

@@ -131,7 +131,11 @@ impl ControlPlane {
                 (false, false) => &mut finished,
                 (false, true) => &mut guarded,
             };
-            *routes = std::mem::take(routes).route(route.path, route.serve);
+            let mut serve = route.serve;
+            if let Some(takes) = route.takes {
+                serve = serve.route_layer(middleware::from_fn_with_state(takes, extract::only));
+            }
+            *routes = std::mem::take(routes).route(route.path, serve);
         }
         let guard = middleware::from_fn_with_state(self.clone(), access::authorize);
         // Innermost, so that it wraps only what is carried out.
@@ -145,6 +149,7 @@ impl ControlPlane {
                     "this method is not allowed here",
                 ))
             })
+            .layer(middleware::from_fn_with_state(self.clone(), access::look))
             .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
             .with_state(self.clone())
     }

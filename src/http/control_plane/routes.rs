@@ -19,9 +19,25 @@ pub(super) struct Route {
     pub(super) open: bool,
     /// Whether it ends when its client goes away, instead of being carried out.
     pub(super) ends_with_client: bool,
+    /// What a request may bring along; anything, where it is not looked at.
+    pub(super) takes: Option<Takes>,
     /// What answers.
     pub(super) serve: MethodRouter<ControlPlane>,
 }
+
+/// What a request may bring along; everything else is refused.
+#[derive(Clone, Copy)]
+pub(super) struct Takes {
+    /// Its query parameters.
+    pub(super) query: &'static [&'static str],
+    /// Whether it has a body, which its handler reads. Else only `{}` passes.
+    pub(super) body: bool,
+}
+
+const NOTHING: Takes = Takes {
+    query: &[],
+    body: false,
+};
 
 fn get<H: Handler<T, ControlPlane>, T: 'static>(path: &'static str, handler: H) -> Route {
     Route {
@@ -29,6 +45,7 @@ fn get<H: Handler<T, ControlPlane>, T: 'static>(path: &'static str, handler: H) 
         path,
         open: false,
         ends_with_client: false,
+        takes: Some(NOTHING),
         serve: routing::get(handler),
     }
 }
@@ -39,6 +56,7 @@ fn post<H: Handler<T, ControlPlane>, T: 'static>(path: &'static str, handler: H)
         path,
         open: false,
         ends_with_client: false,
+        takes: Some(NOTHING),
         serve: routing::post(handler),
     }
 }
@@ -49,6 +67,7 @@ fn put<H: Handler<T, ControlPlane>, T: 'static>(path: &'static str, handler: H) 
         path,
         open: false,
         ends_with_client: false,
+        takes: Some(NOTHING),
         serve: routing::on(MethodFilter::PUT, handler),
     }
 }
@@ -56,8 +75,22 @@ fn put<H: Handler<T, ControlPlane>, T: 'static>(path: &'static str, handler: H) 
 fn open(route: Route) -> Route {
     Route {
         open: true,
+        takes: None,
         ..route
     }
+}
+
+fn with_body(route: Route) -> Route {
+    let takes = route.takes.map(|takes| Takes {
+        body: true,
+        ..takes
+    });
+    Route { takes, ..route }
+}
+
+fn with_query(query: &'static [&'static str], route: Route) -> Route {
+    let takes = route.takes.map(|takes| Takes { query, ..takes });
+    Route { takes, ..route }
 }
 
 fn ends_with_client(route: Route) -> Route {
@@ -80,23 +113,44 @@ pub(super) fn routes() -> Vec<Route> {
         get("/openapi.json", openapi),
         get("/admin/v1/live", live::live),
         get("/admin/v1/skus", skus::list),
-        put("/admin/v1/skus/{sku_id}", skus::put),
-        post("/admin/v1/skus/{sku_id}/restock", skus::restock),
+        with_body(put("/admin/v1/skus/{sku_id}", skus::put)),
+        with_body(post("/admin/v1/skus/{sku_id}/restock", skus::restock)),
         post("/admin/v1/skus/{sku_id}/pause", skus::pause),
         post("/admin/v1/skus/{sku_id}/resume", skus::resume),
         post("/admin/v1/pause", skus::pause_all),
         post("/admin/v1/resume", skus::resume_all),
-        get("/admin/v1/dead-letters", dead_letters::list),
+        with_query(
+            &["discarded", "limit"],
+            get("/admin/v1/dead-letters", dead_letters::list),
+        ),
         get("/admin/v1/dead-letters/{id}", dead_letters::get),
         post("/admin/v1/dead-letters/{id}/retry", dead_letters::retry),
-        post("/admin/v1/dead-letters/{id}/discard", dead_letters::discard),
-        get("/admin/v1/payments", payments::all),
-        get("/admin/v1/orphan-payments", payments::orphans),
+        with_body(post(
+            "/admin/v1/dead-letters/{id}/discard",
+            dead_letters::discard,
+        )),
+        with_query(
+            &["state", "limit", "before"],
+            get("/admin/v1/payments", payments::all),
+        ),
+        with_query(
+            &["state", "limit", "before"],
+            get("/admin/v1/orphan-payments", payments::orphans),
+        ),
         get("/admin/v1/orphan-payments/{id}", payments::get),
         post("/admin/v1/orphan-payments/{id}/retry", payments::retry),
-        post("/admin/v1/orphan-payments/{id}/close", payments::close),
-        post("/admin/v1/orders/{order_id}/refunded", payments::refunded),
+        with_body(post(
+            "/admin/v1/orphan-payments/{id}/close",
+            payments::close,
+        )),
+        with_body(post(
+            "/admin/v1/orders/{order_id}/refunded",
+            payments::refunded,
+        )),
         ends_with_client(get("/admin/v1/audit", run_audit)),
-        ends_with_client(get("/admin/v1/profile", profile::take)),
+        ends_with_client(with_query(
+            &["seconds", "hz", "format"],
+            get("/admin/v1/profile", profile::take),
+        )),
     ]
 }

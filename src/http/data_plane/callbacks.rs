@@ -28,7 +28,7 @@ impl DataPlane {
             .and_then(|notice| {
                 let cashier = self.cashier.clone();
                 let storing = async move { cashier.take_in(notice).await };
-                match self.on_tokio(request, ANSWER_WITHIN, storing) {
+                match self.on_tokio(request, started + ANSWER_WITHIN, storing) {
                     Ok(Ok(())) => Ok(()),
                     Ok(Err(NotStored::Busy | NotStored::Stopped | NotStored::Store(_)))
                     | Err(_) => Err(CallbackError::NotStored),

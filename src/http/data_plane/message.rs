@@ -7,6 +7,8 @@ use std::fmt::{Display, Write as _};
 use std::sync::Arc;
 use std::task::Waker;
 
+use crate::http::problem::Problem;
+
 /// One complete request. Every slice borrows from the connection's buffer.
 pub struct Request<'a> {
     /// The method, for example `POST`. `HEAD` arrives as `GET`: the engine withholds the body, so
@@ -126,7 +128,19 @@ impl Response {
 
 /// The function from a request to a response that every engine mounts.
 pub trait Service: Send + Sync + 'static {
-    /// Answers `request` into `response`, which is clear (status 200, empty) on entry.
+    /// Judges a request by its head, before any of its body is read; `head.body` is empty. Where it
+    /// is refused, the problem is the answer, [`Service::call`] is not called, and a body that was
+    /// announced stays unread, so that the connection ends. Must not park.
+    ///
+    /// # Errors
+    /// What the client is told.
+    fn authorize(&self, head: &Request<'_>) -> Result<(), Problem> {
+        let _ = head;
+        Ok(())
+    }
+
+    /// Answers `request`, which was authorized, into `response`, which is clear (status 200, empty)
+    /// on entry.
     ///
     /// Runs on a coroutine with a stack of 256 KiB: no guard, thread-local borrow or blocking
     /// call may be held across the point where it parks.

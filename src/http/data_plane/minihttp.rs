@@ -8,7 +8,8 @@
 //!   `501` and `400` here, but the connection goes on: the bytes of such a body are then parsed as
 //!   the next request. Bare LF is a line end; `Host` is not checked; targets come as they are. A
 //!   head that does not parse, or has more than 16 fields, closes the connection unanswered.
-//! - **Bounds.** No limit on the head, on connections or on pipelined answers; no deadline of any
+//! - **Bounds.** No limit on the head, on connections, on pipelined answers or on the bodies of all
+//!   connections together; a request that is refused by its head has its body read all the same; no deadline of any
 //!   kind; a body over the limit is answered `413` after all of it was read and thrown away. Out of
 //!   descriptors it spins.
 //! - **Fields.** A field is `&'static str` in it, 16 a response. So only fields of the table below
@@ -150,23 +151,6 @@ impl<S: Service> Mounted<S> {
             *end = (self.head.len(), self.values.len());
         }
 
-        let limit = body_limit(
-            request.path(),
-            self.body_bytes_max,
-            self.batch_body_bytes_max,
-        );
-        self.body.clear();
-        // Dropping the reader throws away what is left of the body.
-        let body = request.body();
-        if length > limit {
-            return Err(Refusal::TooLarge);
-        }
-        // The engine bounds the reader by the length as well; a shorter body was cut off.
-        let read = body.take(length as u64).read_to_end(&mut self.body);
-        if read.map_or(true, |bytes| bytes < length) {
-            return Err(Refusal::Truncated);
-        }
-
         let (Some(method), Some(target)) = (
             self.head.get(..method_end),
             self.head.get(method_end..target_end),
@@ -180,18 +164,41 @@ impl<S: Service> Mounted<S> {
             header.value = self.values.get(value_start..value_end).unwrap_or_default();
             (name_start, value_start) = (name_end, value_end);
         }
-        let request = Request {
+        let mut head = Request {
             method,
             target,
             headers: headers.get(..count).unwrap_or_default(),
-            body: &self.body,
+            body: &[],
             waker: self
                 .waker
                 .get_or_insert_with(|| Arc::new(CoroutineWaker::current())),
             before_wait: &|| {},
         };
+        // What is refused here, or is too large, is thrown away as it is read.
+        self.body.clear();
+        let judged = self.service.authorize(&head);
+        let limit = body_limit(target, self.body_bytes_max, self.batch_body_bytes_max);
+        // Dropping the reader throws away what is left of the body.
+        let body = request.body();
+        if let Err(problem) = judged {
+            problem.write_to(&mut self.response);
+            if is_head {
+                self.response.body_mut().clear();
+            }
+            return Ok(());
+        }
+        if length > limit {
+            return Err(Refusal::TooLarge);
+        }
+        // The engine bounds the reader by the length as well; a shorter body was cut off.
+        let read = body.take(length as u64).read_to_end(&mut self.body);
+        if read.map_or(true, |bytes| bytes < length) {
+            return Err(Refusal::Truncated);
+        }
+
+        head.body = &self.body;
         let (service, response) = (&*self.service, &mut self.response);
-        catch_unwind(AssertUnwindSafe(|| service.call(&request, response)))
+        catch_unwind(AssertUnwindSafe(|| service.call(&head, response)))
             .map_err(|_| Refusal::Defect)?;
         if is_head {
             self.response.body_mut().clear();

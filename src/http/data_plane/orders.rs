@@ -15,6 +15,9 @@ use crate::state::pending::{PendingOrder, SlotState};
 /// Orders in one page of a user's list, unless asked otherwise.
 const LIMIT_DEFAULT: u64 = 20;
 
+/// What a look-up may take beyond the order timeout, after a client waited all of that.
+const GRACE: Duration = Duration::from_secs(1);
+
 /// How often those who wait for an order that is on the disk look for it.
 const DISK_RECHECK: Duration = Duration::from_millis(100);
 
@@ -39,8 +42,10 @@ impl DataPlane {
         id: OrderId,
     ) -> Result<(), Problem> {
         let wait = Duration::from_secs(query::number(request.query(), "wait")?.unwrap_or(0));
-        let deadline = Instant::now() + wait.min(self.order_timeout);
-        match self.follow(request, id, deadline)? {
+        let started = Instant::now();
+        let until = started + wait.min(self.order_timeout);
+        let deadline = started + self.order_timeout + GRACE;
+        match self.follow(request, id, until, deadline)? {
             Followed::InFlight(pending) => {
                 let status = if pending.slot.is_durable() {
                     OrderStatus::Accepted
@@ -74,23 +79,24 @@ impl DataPlane {
             return Ok(());
         }
         let stored = self
-            .find_stored(request, self.order_timeout, id)?
+            .find_stored(request, deadline, id)?
             .ok_or_else(|| unknown_order(id))?;
         json(response, 200, &self.stored_view(&stored));
         Ok(())
     }
 
     /// Follows an order that may be on its way, in memory or on the disk, until it is decided or
-    /// `deadline` comes.
+    /// `until` comes. A look-up on the disk ends by `deadline`.
     fn follow(
         &self,
         request: &Request<'_>,
         id: OrderId,
+        until: Instant,
         deadline: Instant,
     ) -> Result<Followed, Problem> {
         loop {
             if let Some(pending) = self.ledger.pending.get(id) {
-                match self.wait_for_other(request, &pending, deadline, |_| false) {
+                match self.wait_for_other(request, &pending, until, |_| false) {
                     SlotState::Appending | SlotState::Waiting | SlotState::Claimed => {
                         return Ok(Followed::InFlight(pending));
                     }
@@ -103,7 +109,7 @@ impl DataPlane {
                     SlotState::OnDisk => {}
                 }
             }
-            let Some(order) = self.find_on_disk(request, id)? else {
+            let Some(order) = self.find_on_disk(request, deadline, id)? else {
                 // It goes from memory to the disk at most once, and back at most once.
                 match self.ledger.pending.get(id) {
                     Some(pending) if !pending.slot.state().is_final() => continue,
@@ -114,12 +120,12 @@ impl DataPlane {
                     _ => return Ok(Followed::Elsewhere),
                 }
             };
-            if Instant::now() >= deadline || self.is_stopping() {
+            if Instant::now() >= until || self.is_stopping() {
                 return Ok(Followed::OnDisk(Box::new(order)));
             }
             // Nothing wakes us when it is read back; that is rare enough to look for it.
-            let left = deadline.saturating_duration_since(Instant::now());
-            self.on_tokio(request, self.order_timeout, async move {
+            let left = until.saturating_duration_since(Instant::now());
+            self.on_tokio(request, until + DISK_RECHECK, async move {
                 tokio::time::sleep(left.min(DISK_RECHECK)).await;
             })?;
         }
@@ -132,7 +138,9 @@ impl DataPlane {
         response: &mut Response,
         id: OrderId,
     ) -> Result<(), Problem> {
-        match self.follow(request, id, Instant::now() + self.order_timeout)? {
+        let until = Instant::now() + self.order_timeout;
+        let deadline = until + GRACE;
+        match self.follow(request, id, until, deadline)? {
             Followed::InFlight(_) | Followed::OnDisk(_) => {
                 let detail = format!("order {id} is still being written; ask again");
                 return Err(Problem::new(503, "overloaded", detail).retry_after(1));
@@ -141,9 +149,8 @@ impl DataPlane {
             Followed::Elsewhere => {}
         }
         let canceller = self.canceller.clone();
-        let cancelled = self.on_tokio(request, self.order_timeout, async move {
-            canceller.cancel(id).await
-        })?;
+        let cancelled =
+            self.on_tokio(request, deadline, async move { canceller.cancel(id).await })?;
         let order = cancelled.map_err(|error| match error {
             CancelError::Unknown(id) => unknown_order(id),
             CancelError::NotCancellable(..) => {
@@ -190,9 +197,10 @@ impl DataPlane {
             .iter()
             .filter_map(|id| Some((*id, self.ledger.pending.get(*id)?)))
             .collect();
+        let deadline = Instant::now() + self.order_timeout;
         let mut on_disk = Vec::new();
         for id in ids.iter().filter(|id| !in_flight.contains_key(id)) {
-            on_disk.extend(self.find_on_disk(request, *id)?);
+            on_disk.extend(self.find_on_disk(request, deadline, *id)?);
         }
         let (database, whole_history) = (self.database.clone(), self.user_index);
         let mut wanted = ids.clone();
@@ -205,7 +213,7 @@ impl DataPlane {
         let stored = if wanted.is_empty() && !whole_history {
             Ok(Vec::new())
         } else {
-            self.on_tokio(request, self.order_timeout, async move {
+            self.on_tokio(request, deadline, async move {
                 if whole_history {
                     database
                         .orders_of_user(&user_id, before, limit as i64)

@@ -10,7 +10,9 @@ use super::preference::Preference;
 use super::service::{DataPlane, json};
 use super::wake::wait;
 use crate::http::problem::Problem;
-use crate::http::wire::{BatchLine, OrderBody, OrderView, idempotency_key, ndjson_line};
+use crate::http::wire::{
+    BatchLine, OrderBody, OrderView, idempotency_key, ndjson_line, no_batch_key,
+};
 use crate::order::{KeyHash, Order, OrderStatus, Refusal};
 use crate::pipeline::intake::{Admission, OrderRequest};
 use crate::state::pending::{PendingOrder, SlotState};
@@ -190,6 +192,7 @@ impl DataPlane {
                 "application/json",
             ],
         )?;
+        no_batch_key(request.header("idempotency-key").is_some())?;
         let body = request.body.strip_suffix(b"\n").unwrap_or(request.body);
         if body.is_empty() {
             return Err(Problem::new(
@@ -275,7 +278,9 @@ impl DataPlane {
                 } => return Ok(Admitted::Joined(pending)),
                 Admission::Duplicate { id, pending: None } => id,
             };
-            if let Some(order) = self.find_on_disk(request, id)? {
+            // One deadline for all orders of a batch: nobody waits beyond the order timeout.
+            let deadline = started + self.order_timeout;
+            if let Some(order) = self.find_on_disk(request, deadline, id)? {
                 return Ok(Admitted::OnDisk(Box::new(order)));
             }
             if let Some(pending) = self.ledger.pending.get(id) {
@@ -284,9 +289,7 @@ impl DataPlane {
             if let Some(recent) = self.recent(id) {
                 return Ok(Admitted::Recent(recent));
             }
-            // One limit for all orders of a batch: nobody waits beyond the order timeout.
-            let limit = self.order_timeout.saturating_sub(started.elapsed());
-            if let Some(stored) = self.find_stored(request, limit, id)? {
+            if let Some(stored) = self.find_stored(request, deadline, id)? {
                 return Ok(Admitted::Stored(Box::new(stored)));
             }
             // The first request is between claiming the key and registering its order, or just

@@ -3,18 +3,19 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use tokio::runtime::Handle;
 
 use super::bridge;
-use super::hardened::framing::BATCH_PATH;
+use super::hardened::framing::{BATCH_PATH, CALLBACKS_PATH};
 use super::message::{Request, Response, Service};
-use super::payments::Providers;
+use super::payments::{PaymentProvider, Providers};
+use crate::http::origin::SiteFields;
 use crate::http::problem::Problem;
 use crate::http::tokens::Tokens;
-use crate::http::wire::{OrderView, SkuView};
+use crate::http::wire::{OrderView, SkuView, no_members, query, require_identity};
 use crate::metrics::Metrics;
 use crate::order::payment::Provider;
 use crate::order::receipt::ReceiptKeys;
@@ -46,6 +47,8 @@ pub struct DataPlane {
     /// Longest wait for persistence.
     pub(super) order_timeout: Duration,
     tokens: Tokens,
+    /// Whether it is asked under other names than those of this machine, without a token.
+    trust_network: bool,
     stopping: AtomicBool,
 }
 
@@ -77,6 +80,8 @@ pub struct DataPlaneParts {
     pub order_timeout: Duration,
     /// Who may call.
     pub tokens: Tokens,
+    /// Whether `data_plane.trust_network` is set.
+    pub trust_network: bool,
 }
 
 /// Method and path of everything that the data plane serves, as OpenAPI writes paths. `route`
@@ -108,6 +113,7 @@ impl DataPlane {
             metrics: parts.metrics,
             order_timeout: parts.order_timeout,
             tokens: parts.tokens,
+            trust_network: parts.trust_network,
             stopping: AtomicBool::new(false),
         }
     }
@@ -126,25 +132,59 @@ impl DataPlane {
         self.stopping.load(Ordering::Acquire)
     }
 
+    fn provider(&self, path: &str, word: &str) -> Result<&dyn PaymentProvider, Problem> {
+        let provider = Provider::from_word(word).and_then(|known| self.providers.get(known));
+        provider.ok_or_else(|| not_found(path))
+    }
+
+    /// Whether a request may pass, by its head.
+    fn judge_head(&self, head: &Request<'_>) -> Result<(), Problem> {
+        let path = head.path();
+        // A payment platform has no token: it signs, and its message is judged as a whole.
+        if let Some(word) = callback_word(path) {
+            return self.provider(path, word).map(|_| ());
+        }
+        if !self.tokens.is_open() {
+            return match self.tokens.allow(head.header("authorization")) {
+                true => Ok(()),
+                false => Err(Problem::unauthorized()),
+            };
+        }
+        let site = SiteFields {
+            host: head.header("host"),
+            origin: head.header("origin"),
+            sec_fetch_site: head.header("sec-fetch-site"),
+        };
+        if !self.trust_network {
+            site.check_host()?;
+        }
+        if head.method != "GET" {
+            site.check_site()?;
+        }
+        Ok(())
+    }
+
+    fn count_refusal(&self, problem: &Problem) {
+        match problem.code {
+            "unknown_order" => self.metrics.unknown.count("order"),
+            "unknown_sku" => self.metrics.unknown.count("sku"),
+            "not_found" => self.metrics.unknown.count("other"),
+            _ => {}
+        }
+    }
+
     fn route(&self, request: &Request<'_>, response: &mut Response) -> Result<(), Problem> {
         let path = request.path();
-        // A payment platform has no token: it signs.
-        if let Some(provider) = path
-            .strip_prefix("/v1/payments/")
-            .and_then(|rest| rest.strip_suffix("/notify"))
-        {
-            let provider = Provider::from_word(provider).ok_or_else(|| not_found(path))?;
-            let provider = self
-                .providers
-                .get(provider)
-                .ok_or_else(|| not_found(path))?;
+        if let Some(provider) = callback_word(path) {
+            let provider = self.provider(path, provider)?;
             allow(request, response, "POST")?;
             self.take_callback(request, response, provider);
             return Ok(());
         }
-        if !self.tokens.allow(request.header("authorization")) {
-            return Err(Problem::unauthorized());
-        }
+        require_identity(request.header_values("content-encoding")).inspect_err(|_| {
+            // RFC 9110 15.5.16: it may try again with what is taken.
+            response.header("Accept-Encoding", "identity");
+        })?;
         let Some(resource) = path.strip_prefix("/v1/") else {
             return Err(not_found(path));
         };
@@ -152,10 +192,12 @@ impl DataPlane {
         match (collection, name) {
             _ if path == "/v1/orders" => {
                 allow(request, response, "POST")?;
+                query::only(request.query(), &[])?;
                 self.place_order(request, response)
             }
             _ if path == BATCH_PATH => {
                 allow(request, response, "POST")?;
+                query::only(request.query(), &[])?;
                 self.place_batch(request, response)
             }
             ("orders", name) => {
@@ -164,10 +206,13 @@ impl DataPlane {
                 match action {
                     "" if !name.ends_with('/') => {
                         allow(request, response, "GET")?;
+                        query::only(request.query(), &["wait"])?;
                         self.get_order(request, response, id)
                     }
                     "cancel" => {
                         allow(request, response, "POST")?;
+                        query::only(request.query(), &[])?;
+                        no_members(request.body)?;
                         self.cancel_order(request, response, id)
                     }
                     _ => Err(not_found(path)),
@@ -180,12 +225,14 @@ impl DataPlane {
                 let user_id = percent_decoded(user).and_then(|user| UserId::new(&user).ok());
                 let user_id = user_id.ok_or_else(|| not_found(path))?;
                 allow(request, response, "GET")?;
+                query::only(request.query(), &["limit", "before"])?;
                 self.list_orders(request, response, user_id)
             }
             ("skus", name) => {
                 let id = percent_decoded(name).and_then(|name| SkuId::new(&name).ok());
                 let id = id.ok_or_else(|| not_found(path))?;
                 allow(request, response, "GET")?;
+                query::only(request.query(), &[])?;
                 let sku = self.ledger.catalogue.get(&id).ok_or_else(unknown_sku)?;
                 let all_paused = self.ledger.catalogue.is_paused();
                 json(response, 200, &SkuView::of(&sku, all_paused));
@@ -195,18 +242,23 @@ impl DataPlane {
         }
     }
 
-    /// Runs a future on tokio while the request's coroutine is parked, for at most `limit`. It
+    /// Runs a future on tokio while the request's coroutine is parked, until `deadline` at most. It
     /// goes on to its end by itself after that, and when the client goes away.
     pub(super) fn on_tokio<T: Send + 'static>(
         &self,
         request: &Request<'_>,
-        limit: Duration,
+        deadline: Instant,
         future: impl Future<Output = T> + Send + 'static,
     ) -> Result<T, Problem> {
+        let limit = deadline.saturating_duration_since(Instant::now());
+        // A request whose time is over starts nothing more: what it started goes on by itself.
+        if limit.is_zero() {
+            return Err(out_of_time());
+        }
         let task = async move { tokio::time::timeout(limit, tokio::spawn(future)).await };
         match bridge::run(request, &self.runtime, task) {
             Ok(Ok(Ok(done))) => Ok(done),
-            Ok(Err(_)) => Err(database_silent()),
+            Ok(Err(_)) => Err(out_of_time()),
             Ok(Ok(Err(_))) | Err(bridge::Gone) => Err(Problem::internal()),
         }
     }
@@ -230,29 +282,35 @@ impl DataPlane {
         OrderView::stored(order, status, &self.receipts)
     }
 
-    /// Looks an order up in the database, for at most `limit`.
+    /// Looks an order up in the database, until `deadline` at most.
     pub(super) fn find_stored(
         &self,
         request: &Request<'_>,
-        limit: Duration,
+        deadline: Instant,
         id: OrderId,
     ) -> Result<Option<StoredOrder>, Problem> {
         let database = self.database.clone();
-        self.on_tokio(request, limit, async move { database.find_order(id).await })?
-            .map_err(|error| DataPlane::database_problem(&error))
+        self.on_tokio(
+            request,
+            deadline,
+            async move { database.find_order(id).await },
+        )?
+        .map_err(|error| DataPlane::database_problem(&error))
     }
 
-    /// Looks an order up among those that wait on the disk. Costs nothing where none do.
+    /// Looks an order up among those that wait on the disk, until `deadline` at most. Costs nothing
+    /// where none do.
     pub(super) fn find_on_disk(
         &self,
         request: &Request<'_>,
+        deadline: Instant,
         id: OrderId,
     ) -> Result<Option<Order>, Problem> {
         if !self.queue.durable().is_some_and(|queue| queue.may_hold(id)) {
             return Ok(None);
         }
         let queue = Arc::clone(&self.queue);
-        let found = self.on_tokio(request, self.order_timeout, async move {
+        let found = self.on_tokio(request, deadline, async move {
             tokio::task::spawn_blocking(move || queue.durable().map(|queue| queue.find(id))).await
         })?;
         match found {
@@ -284,14 +342,14 @@ impl DataPlane {
 }
 
 impl Service for DataPlane {
+    fn authorize(&self, head: &Request<'_>) -> Result<(), Problem> {
+        self.judge_head(head)
+            .inspect_err(|problem| self.count_refusal(problem))
+    }
+
     fn call(&self, request: &Request<'_>, response: &mut Response) {
         if let Err(problem) = self.route(request, response) {
-            match problem.code {
-                "unknown_order" => self.metrics.unknown.count("order"),
-                "unknown_sku" => self.metrics.unknown.count("sku"),
-                "not_found" => self.metrics.unknown.count("other"),
-                _ => {}
-            }
+            self.count_refusal(&problem);
             problem.write_to(response);
         }
     }
@@ -299,6 +357,16 @@ impl Service for DataPlane {
 
 fn database_silent() -> Problem {
     Problem::new(503, "not_ready", "the database does not answer; try again").retry_after(1)
+}
+
+/// The provider's word in the path of a callback; none where it is no such path.
+fn callback_word(path: &str) -> Option<&str> {
+    path.strip_prefix(CALLBACKS_PATH)?.strip_suffix("/notify")
+}
+
+fn out_of_time() -> Problem {
+    let detail = "the look-up took longer than orders.timeout_ms; try again";
+    Problem::new(503, "not_ready", detail).retry_after(1)
 }
 
 fn unknown_sku() -> Problem {

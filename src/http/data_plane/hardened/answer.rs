@@ -70,6 +70,15 @@ pub(super) fn refused(error: FramingError, response: &mut Response) {
     Problem::new(error.status(), error.code(), detail).write_to(response);
 }
 
+/// Makes `response` the problem document for a body for which nothing is left of the budget.
+pub(super) fn no_room(response: &mut Response) {
+    response.clear();
+    let detail = "too many bytes of request bodies are on their way; send this one again";
+    Problem::new(503, "overloaded", detail)
+        .retry_after(1)
+        .write_to(response);
+}
+
 /// Makes `response` the problem document for a request that did not complete in time.
 pub(super) fn timed_out(response: &mut Response) {
     response.clear();

@@ -13,6 +13,7 @@ use std::sync::atomic::Ordering;
 use std::task::Waker;
 
 use super::answer::{self, Persistence};
+use super::budget::Reservation;
 use super::clock::DateText;
 use super::counters::CloseReason;
 use super::framing::{self, FramingError, Verdict};
@@ -22,6 +23,7 @@ use super::registry::Slot;
 use super::wire::Wire;
 use super::{Request, Response, Service, Shared};
 use crate::http::data_plane::wake::CoroutineWaker;
+use crate::http::problem::Problem;
 
 /// The read buffer of a fresh or long idle connection; 10,000 of them take 20 MB.
 const INPUT_BYTES_MIN: usize = 2048;
@@ -146,6 +148,10 @@ pub(super) struct Connection<'c, S, W> {
     searched: usize,
     // Whether this request was told to continue, or needs not be.
     continued: bool,
+    // Whether the head of this request was let pass.
+    authorized: bool,
+    // What its body takes of the budget.
+    reservation: Option<Reservation<'c>>,
     // Shared with the hook by which a service has it written before it parks.
     outbox: RefCell<Outbox>,
     response: Response,
@@ -173,6 +179,8 @@ impl<'c, S: Service, W: Wire> Connection<'c, S, W> {
             needed: 0,
             searched: 0,
             continued: false,
+            authorized: false,
+            reservation: None,
             outbox: RefCell::default(),
             response: Response::default(),
             date: DateText::default(),
@@ -233,12 +241,52 @@ impl<'c, S: Service, W: Wire> Connection<'c, S, W> {
                 }
                 Verdict::Refused(error) => return self.refuse(error),
             };
+            let to_head = head.method == "HEAD";
+            let method = if to_head { "GET" } else { head.method };
+            let flush = || {
+                // Only as much as the socket takes: this is no place to wait, and an error
+                // shows again at the next write.
+                let _ = self.outbox.borrow_mut().write_to(self.wire);
+            };
+            let mut request = Request {
+                method,
+                target: &head.target,
+                headers: head.headers,
+                body: &[],
+                waker: &self.waker,
+                before_wait: &flush,
+            };
             let total = head.head_bytes.saturating_add(head.body_bytes);
+            // Judged once, however many reads the body takes.
+            let judged = if self.authorized {
+                Ok(())
+            } else {
+                catch_unwind(AssertUnwindSafe(|| self.service.authorize(&request))).unwrap_or_else(
+                    |_| {
+                        self.shared.counters.panics.fetch_add(1, Ordering::Relaxed);
+                        Err(Problem::internal())
+                    },
+                )
+            };
+            if let (Err(problem), true) = (&judged, head.body_bytes > 0) {
+                self.response.clear();
+                problem.write_to(&mut self.response);
+                return self.turn_away();
+            }
+            self.authorized = true;
+            if total > INPUT_BYTES_MIN && self.reservation.is_none() {
+                let callback = framing::is_callback(&head.target);
+                self.reservation = self.shared.bodies.reserve(callback, head.body_bytes);
+                if self.reservation.is_none() {
+                    answer::no_room(&mut self.response);
+                    return self.turn_away();
+                }
+            }
             let Some(body) = input.get(head.head_bytes..total) else {
                 // RFC 9110 10.1.1: no need to say so to a client whose body is coming already.
                 if head.expects_continue && !self.continued && input.len() == head.head_bytes {
                     self.outbox
-                        .get_mut()
+                        .borrow_mut()
                         .bytes
                         .extend_from_slice(answer::CONTINUE);
                 }
@@ -258,23 +306,12 @@ impl<'c, S: Service, W: Wire> Connection<'c, S, W> {
                 }
                 self.state = serving;
             }
-            let to_head = head.method == "HEAD";
+            request.body = body;
             self.response.clear();
-            let request = Request {
-                method: if to_head { "GET" } else { head.method },
-                target: &head.target,
-                headers: head.headers,
-                body,
-                waker: &self.waker,
-                before_wait: &|| {
-                    // Only as much as the socket takes: this is no place to wait, and an error
-                    // shows again at the next write.
-                    let _ = self.outbox.borrow_mut().write_to(self.wire);
-                },
-            };
             let response = &mut self.response;
-            let served = catch_unwind(AssertUnwindSafe(|| {
-                self.service.call(&request, response);
+            let served = catch_unwind(AssertUnwindSafe(|| match &judged {
+                Ok(()) => self.service.call(&request, response),
+                Err(problem) => problem.write_to(response),
             }));
             self.shared
                 .counters
@@ -296,7 +333,7 @@ impl<'c, S: Service, W: Wire> Connection<'c, S, W> {
                 (true, false) => Persistence::Implied,
             };
             let date = self.date.at(&self.shared.clock);
-            let outbox = self.outbox.get_mut();
+            let mut outbox = self.outbox.borrow_mut();
             answer::encode(
                 &self.response,
                 date,
@@ -306,10 +343,13 @@ impl<'c, S: Service, W: Wire> Connection<'c, S, W> {
             );
 
             let owed = outbox.len();
+            drop(outbox);
             self.start += total;
             self.needed = 0;
             self.searched = 0;
             self.continued = false;
+            self.authorized = false;
+            self.release_body();
             self.burst += 1;
             if failed {
                 return Step::Close(CloseReason::Panicked);
@@ -325,6 +365,12 @@ impl<'c, S: Service, W: Wire> Connection<'c, S, W> {
 
     fn refuse(&mut self, error: FramingError) -> Step {
         answer::refused(error, &mut self.response);
+        self.turn_away()
+    }
+
+    /// Ends the connection with the answer at hand; where the next request would begin is unknown,
+    /// or lies behind a body that is not read.
+    fn turn_away(&mut self) -> Step {
         let date = self.date.at(&self.shared.clock);
         let out = &mut self.outbox.get_mut().bytes;
         answer::encode(&self.response, date, Persistence::Close, false, out);
@@ -433,6 +479,23 @@ impl<'c, S: Service, W: Wire> Connection<'c, S, W> {
     fn largest_input(&self) -> usize {
         let head = self.shared.limits.head_bytes_max.saturating_add(1);
         self.needed.max(head).max(INPUT_BYTES_MIN)
+    }
+
+    /// Gives back what the body at hand took, its room in the buffer as well: what is not reserved
+    /// must not be held.
+    fn release_body(&mut self) {
+        if self.reservation.take().is_none() || self.input.len() <= INPUT_BYTES_BUSY {
+            return;
+        }
+        let rest = self.input.get(self.start..self.end).unwrap_or_default();
+        if rest.len() <= INPUT_BYTES_BUSY {
+            let mut input = vec![0; INPUT_BYTES_BUSY];
+            if let Some(place) = input.get_mut(..rest.len()) {
+                place.copy_from_slice(rest);
+            }
+            (self.start, self.end) = (0, rest.len());
+            self.input = input;
+        }
     }
 
     /// Whether the connection ever carried anything: a fresh one has no reason to grow.

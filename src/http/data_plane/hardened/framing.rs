@@ -23,11 +23,16 @@ pub const CALLBACKS_PATH: &str = "/v1/payments/";
 /// bytes are taken. Stripe's metadata alone may be 27 KB.
 pub const CALLBACK_BODY_BYTES: usize = 65_536;
 
+/// Whether a target is one of those that payment platforms call.
+pub fn is_callback(target: &str) -> bool {
+    target.starts_with(CALLBACKS_PATH)
+}
+
 /// Longest body of a request to `path`, where `body_bytes_max` holds for any but a batch.
 pub fn body_limit(path: &str, body_bytes_max: usize, batch_body_bytes_max: usize) -> usize {
     if path == BATCH_PATH {
         batch_body_bytes_max
-    } else if path.starts_with(CALLBACKS_PATH) {
+    } else if is_callback(path) {
         body_bytes_max.max(CALLBACK_BODY_BYTES)
     } else {
         body_bytes_max

@@ -12,6 +12,8 @@
 //!
 //! - The service runs only for a request whose head and body are complete and framed beyond doubt
 //!   ([`framing`]); no byte of one request is ever read as part of another.
+//! - Before a body is read, its head is judged ([`Service::authorize`]) and its bytes are reserved
+//!   from what all connections share ([`Limits::body_bytes_total_max`]).
 //! - Answers leave in the order of their requests. What was answered is written as soon as no
 //!   further complete request is at hand, or when the next one parks, whichever comes first: an
 //!   answer never waits behind another request's wait, and a pipeline of quick ones shares a write.
@@ -26,6 +28,7 @@
 
 mod acceptor;
 mod answer;
+mod budget;
 mod clock;
 mod connection;
 mod counters;
@@ -41,6 +44,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use super::message::{Request, Response, Service};
+use budget::BodyBudget;
 use clock::Clock;
 pub use counters::{CloseReason, Counters};
 use registry::Registry;
@@ -58,6 +62,9 @@ pub struct Limits {
     pub body_bytes_max: usize,
     /// Bytes of the body of a request to [`framing::BATCH_PATH`]; beyond, `413`.
     pub batch_body_bytes_max: usize,
+    /// Bytes of bodies over all connections, a quarter of them for callbacks; beyond, `503`. What
+    /// fits the least buffer of a connection is not counted.
+    pub body_bytes_total_max: usize,
     /// From the first byte of a request to its last, and for the client to take an answer.
     pub request_timeout: Duration,
     /// Between requests.
@@ -72,6 +79,7 @@ impl Default for Limits {
             head_bytes_max: 16 * 1024,
             body_bytes_max: 16 * 1024,
             batch_body_bytes_max: 2 * 1024 * 1024,
+            body_bytes_total_max: 256 * 1024 * 1024,
             request_timeout: Duration::from_secs(10),
             idle_timeout: Duration::from_secs(60),
         }
@@ -94,6 +102,7 @@ struct Shared {
     clock: Clock,
     counters: Counters,
     registry: Registry,
+    bodies: BodyBudget,
     // Accept what the kernel has queued, then no more.
     stopping: AtomicBool,
     // Every answer is the last of its connection.

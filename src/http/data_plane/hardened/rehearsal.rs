@@ -7,6 +7,7 @@ use std::io::{self, ErrorKind};
 use std::sync::atomic::AtomicBool;
 use std::task::Waker;
 
+use super::budget::BodyBudget;
 use super::clock::Clock;
 use super::connection::Connection;
 use super::counters::{CloseReason, Counters};
@@ -57,6 +58,7 @@ pub fn rehearse<S: Service>(
     ending: Ending,
 ) -> Rehearsed {
     let shared = Shared {
+        bodies: BodyBudget::new(limits.body_bytes_total_max),
         limits,
         clock: Clock::start(),
         counters: Counters::default(),

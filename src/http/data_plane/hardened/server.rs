@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
+use super::budget::BodyBudget;
 use super::clock::Clock;
 use super::counters::{CloseReason, Counters};
 use super::janitor::TICK;
@@ -33,6 +34,7 @@ pub fn serve<S: Service>(
     runtime::configure(0);
     let local_addr = listener.local_addr()?;
     let shared = Arc::new(Shared {
+        bodies: BodyBudget::new(limits.body_bytes_total_max),
         limits,
         clock: Clock::start(),
         counters: Counters::default(),
