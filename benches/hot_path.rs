@@ -31,7 +31,6 @@ use millrace::queue::journal::sector::{self, Seal};
 use millrace::queue::{OrderQueue, RingQueue};
 use millrace::state::buyers::{Buyers, Claimed, Remembered};
 use millrace::state::pending::{Pending, PendingOrder, Settled, Slot};
-use millrace::state::poison::Poison;
 use millrace::state::recent::Recent;
 use millrace::state::refusals::Refusals;
 use millrace::state::stock::{Catalogue, SaleTerms, Sku, StockCounter};
@@ -100,7 +99,7 @@ fn ledger(total: u32) -> Arc<Ledger> {
         catalogue,
         buyers: Buyers::new(1 << 30, 1 << 20),
         pending: Arc::new(Pending::with_capacity(1 << 17)),
-        poison: Poison::default(),
+        poison: Default::default(),
         pace: Default::default(),
         progress: Default::default(),
         ids: clock(),

@@ -49,12 +49,14 @@ use crate::pipeline::{WakeAll, deadlines, retention};
 use crate::queue::journal::{JournalError, JournalParts, JournalQueue};
 use crate::queue::{OrderQueue, RingQueue};
 use crate::state::pending::SlotState;
+use crate::state::poison::Poison;
 use crate::store::batch::BatchWriter;
 use crate::store::embedded::{DATABASE, Embedded, EmbeddedError, EmbeddedOptions};
 use crate::store::postgres::lease::{NodeGuard, Taken};
 use crate::store::postgres::{Database, NodeLease};
 use crate::store::settlement::SettlementWriter;
 use crate::store::{StoreError, schema};
+use crate::supervise::Supervisor;
 
 /// Connections for operators.
 const OPERATORS_POOL: usize = 4;
@@ -215,11 +217,12 @@ pub struct Millrace {
     journal: Option<(Arc<JournalQueue>, String)>,
     service: Arc<DataPlane>,
     front: Front,
-    workers: JoinHandle<Result<(), WorkerError>>,
+    workers: JoinHandle<Option<bool>>,
     cut: watch::Sender<bool>,
     wake_all: WakeAll,
     background: Background,
-    control: (oneshot::Sender<()>, JoinHandle<()>),
+    control: (oneshot::Sender<()>, JoinHandle<Option<()>>),
+    supervisor: Supervisor,
     database: Database,
     lease: NodeLease,
     /// Keeps other processes away from this database.
@@ -280,10 +283,16 @@ impl Millrace {
 
         let control =
             ControlPlane::new(metrics.clone(), Tokens::new(&config.control_plane.token.0));
-        let control_task = serve_control(&control, control_listener).map_err(StartError::Engine)?;
+        // What ends by itself, from here on, stops the process.
+        let poison = Arc::<Poison>::default();
+        let poisoning = Arc::clone(&poison);
+        let supervisor = Supervisor::new(Arc::new(move |reason| poisoning.set(reason)));
+        let control_task =
+            serve_control(&control, control_listener, &supervisor).map_err(StartError::Engine)?;
         let doorway = Arc::new(Doorway::default());
-        let (front, refresh) = serve_data(&config, data_listener, Arc::clone(&doorway))?;
-        let dispatcher = Dispatcher::start();
+        let (front, refresh) =
+            serve_data(&config, data_listener, Arc::clone(&doorway), &supervisor)?;
+        let dispatcher = Dispatcher::start_supervised(&supervisor);
         let wake_all: WakeAll = Arc::new(move |wakers| dispatcher.wake_all(wakers));
 
         let journal = recovery::open_journal(&config, &control).await?;
@@ -333,7 +342,15 @@ impl Millrace {
         database
             .note_window(lease, window_from, config.orders.idempotency_window_ms)
             .await?;
-        let recovered = recovery::recover(&config, &database, lease, ids, orphans, paused);
+        let recovered = recovery::recover(
+            &config,
+            &database,
+            lease,
+            ids,
+            orphans,
+            paused,
+            Arc::clone(&poison),
+        );
         let ledger = Arc::new(recovered.await?);
         metrics
             .recovery_seconds
@@ -352,7 +369,6 @@ impl Millrace {
                     .journal_bytes_max
                     .set(journal_settings.bytes_max as i64);
                 let may_acknowledge = Arc::clone(&acknowledge);
-                let poisoned = Arc::clone(&ledger);
                 let parts = JournalParts {
                     capacity: config.queue.capacity,
                     bytes_max: journal_settings.bytes_max,
@@ -361,7 +377,7 @@ impl Millrace {
                     pending: Arc::clone(&ledger.pending),
                     wake_all: Arc::clone(&wake_all),
                     may_acknowledge: Arc::new(move || may_acknowledge.holds()),
-                    on_panic: Arc::new(move |reason| poisoned.poison.set(reason)),
+                    on_end: Arc::new(move |reason| poison.set(reason)),
                     metrics: metrics.clone(),
                 };
                 // Makes its first segment, which waits for the disk.
@@ -407,12 +423,13 @@ impl Millrace {
                 config.workers.batch_rows_max,
                 cut_seen.clone(),
             );
-            workers.spawn(worker.run());
+            let ledger = Arc::clone(&ledger);
+            supervisor.task_of(&mut workers, "a worker", work(worker, ledger));
         }
         let embedded = embedded.map(|embedded| Arc::new(Mutex::new(embedded)));
-        let workers = tokio::spawn(watch_workers(workers, Arc::clone(&ledger)));
+        let workers = supervisor.task("the wait for the workers", all_end(workers));
         let operators = database.with_own_pool(OPERATORS_POOL)?;
-        let mut background = Background::new(Arc::clone(&ledger));
+        let mut background = Background::new(supervisor.clone());
         background.run(
             "the deadline keeper",
             deadlines::keep(Arc::clone(&ledger), Arc::clone(&wake_all), metrics.clone()),
@@ -542,6 +559,7 @@ impl Millrace {
             wake_all,
             background,
             control: control_task,
+            supervisor,
             database,
             lease,
             guard,
@@ -589,10 +607,12 @@ impl Millrace {
             mut workers,
             cut,
             wake_all,
+            supervisor,
             ..
         } = self;
         let patience = Duration::from_millis(config.orders.timeout_ms) + DRAIN_MARGIN;
         tracing::info!(in_flight = ledger.pending.len(), "draining");
+        supervisor.stop();
         intake.drain();
         if let Front::Hardened(server) = &front {
             server.stop_accepting();
@@ -611,14 +631,7 @@ impl Millrace {
                 workers.await
             }
         };
-        let mut clean = match ended {
-            Ok(Ok(())) => true,
-            Ok(Err(error)) => {
-                tracing::error!(reason = %error, "a worker did not finish");
-                false
-            }
-            Err(_) => false,
-        };
+        let mut clean = matches!(ended, Ok(Some(true)));
 
         // What nobody claimed is not placed; what may or may not be written is undecided.
         service.stop_waiting();
@@ -716,12 +729,13 @@ fn bind(field: &'static str, address: SocketAddr) -> Result<TcpListener, StartEr
 fn serve_control(
     control: &ControlPlane,
     listener: TcpListener,
-) -> std::io::Result<(oneshot::Sender<()>, JoinHandle<()>)> {
+    supervisor: &Supervisor,
+) -> std::io::Result<(oneshot::Sender<()>, JoinHandle<Option<()>>)> {
     listener.set_nonblocking(true)?;
     let listener = tokio::net::TcpListener::from_std(listener)?;
     let (stop, stopped) = oneshot::channel::<()>();
     let router = control.router();
-    let task = tokio::spawn(async move {
+    let task = supervisor.task("the control plane", async move {
         let serving = axum::serve(listener, router).with_graceful_shutdown(async move {
             let _ = stopped.await;
         });
@@ -737,6 +751,7 @@ fn serve_data(
     config: &Config,
     listener: TcpListener,
     service: Arc<Doorway>,
+    supervisor: &Supervisor,
 ) -> Result<(Front, Refresh), StartError> {
     let settings = &config.data_plane;
     runtime::configure(settings.threads);
@@ -751,8 +766,8 @@ fn serve_data(
     };
     match settings.engine {
         Engine::Hardened => {
-            let server =
-                Arc::new(hardened::serve(listener, service, limits).map_err(StartError::Engine)?);
+            let server = hardened::serve_supervised(listener, service, limits, supervisor);
+            let server = Arc::new(server.map_err(StartError::Engine)?);
             let counted = Arc::clone(&server);
             let refresh: Refresh =
                 Arc::new(move |metrics| refresh_connections(metrics, counted.counters()));
@@ -762,7 +777,8 @@ fn serve_data(
             // It binds by itself.
             let address = listener.local_addr().map_err(StartError::Engine)?;
             drop(listener);
-            minihttp::serve(address, service, &limits).map_err(StartError::Engine)?;
+            minihttp::serve_supervised(address, service, &limits, supervisor)
+                .map_err(StartError::Engine)?;
             Ok((Front::Minihttp, Arc::new(|_| {})))
         }
     }
@@ -777,25 +793,30 @@ fn refresh_connections(metrics: &Metrics, counters: &hardened::Counters) {
     }
 }
 
-/// Waits for every worker. One that ends before the queue does, or panics, poisons the process.
-async fn watch_workers(
-    mut workers: JoinSet<Result<(), WorkerError>>,
-    ledger: Arc<Ledger>,
-) -> Result<(), WorkerError> {
-    let mut result = Ok(());
+/// A worker's whole life. One that may not go on poisons the process with its reason.
+async fn work(worker: Worker, ledger: Arc<Ledger>) -> Result<(), WorkerError> {
+    let ended = worker.run().await;
+    if let Err(error @ WorkerError::Fatal(_)) = &ended {
+        ledger.poison.set(error.to_string());
+    }
+    ended
+}
+
+/// Waits for every worker. False: one did not finish what it had.
+async fn all_end(mut workers: JoinSet<Option<Result<(), WorkerError>>>) -> bool {
+    let mut finished = true;
     while let Some(ended) = workers.join_next().await {
         match ended {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => {
-                if matches!(error, WorkerError::Fatal(_)) {
-                    ledger.poison.set(error.to_string());
-                }
-                result = Err(error);
+            Ok(Some(Ok(()))) => {}
+            Ok(Some(Err(error))) => {
+                tracing::error!(reason = %error, "a worker did not finish");
+                finished = false;
             }
-            Err(panic) => ledger.poison.set(format!("a worker panicked: {panic}")),
+            // Reported by its supervisor.
+            Ok(None) | Err(_) => finished = false,
         }
     }
-    result
+    finished
 }
 
 async fn wait_for_sole_owner<T>(shared: Arc<T>) -> Arc<T> {

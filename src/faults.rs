@@ -5,7 +5,8 @@
 //!
 //! * `crash@POINT` or `crash@POINT:N` ends the process with SIGKILL when it passes the point for
 //!   the first or the N-th time;
-//! * `bug@NAME` puts a defect in, to show that a check catches it.
+//! * `bug@NAME` puts a defect in, to show that a check catches it;
+//! * `end@NAME` and `panic@NAME` end a task, thread or coroutine that should never end.
 
 /// The environment variable that names a fault, where this build has any.
 pub const VARIABLE: Option<&str> = if cfg!(feature = "faults") {
@@ -56,6 +57,49 @@ pub const BUGS: [&str; 18] = [
     "expire_what_is_paid",
 ];
 
+/// Everything that runs as long as the process does, under supervision.
+pub const SUPERVISED: [&str; 18] = [
+    "a worker",
+    "the wait for the workers",
+    "the deadline keeper",
+    "the leases",
+    "the look at the database",
+    "the watch for lost commits",
+    "the retention of the journal",
+    "the cashier",
+    "the eviction of old orders",
+    "the keeper of our own PostgreSQL",
+    "the control plane",
+    "a dispatcher",
+    "http-acceptor",
+    "http-janitor",
+    "minihttp",
+    "journal-keeper",
+    "journal-reader",
+    "journal-append",
+];
+
+/// How something that should never end is made to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// It returns.
+    End,
+    /// It panics.
+    Panic,
+}
+
+/// Whether what is supervised under this name was asked to end.
+#[inline]
+pub fn fate(name: &'static str) -> Option<Fate> {
+    #[cfg(feature = "faults")]
+    return chosen::fate(name);
+    #[cfg(not(feature = "faults"))]
+    {
+        let _ = name;
+        None
+    }
+}
+
 /// Ends the process with SIGKILL where this point was asked for.
 #[inline]
 pub fn crash_point(name: &'static str) {
@@ -86,6 +130,7 @@ mod chosen {
         None,
         Crash { point: String, left: AtomicU64 },
         Bug(String),
+        Ended { name: String, how: super::Fate },
     }
 
     static FAULT: LazyLock<Fault> = LazyLock::new(|| {
@@ -94,10 +139,18 @@ mod chosen {
             assert!(super::BUGS.contains(&name), "MILLRACE_FAULT: no bug {name}");
             return Fault::Bug(name.to_owned());
         }
+        for (prefix, how) in [("end@", super::Fate::End), ("panic@", super::Fate::Panic)] {
+            if let Some(name) = text.strip_prefix(prefix) {
+                let known = super::SUPERVISED.contains(&name);
+                assert!(known, "MILLRACE_FAULT: nothing is called {name}");
+                let name = name.to_owned();
+                return Fault::Ended { name, how };
+            }
+        }
         let Some(point) = text.strip_prefix("crash@") else {
             assert!(
                 text.is_empty(),
-                "MILLRACE_FAULT: {text:?} is no crash@ or bug@"
+                "MILLRACE_FAULT: {text:?} is no crash@, bug@, end@ or panic@"
             );
             return Fault::None;
         };
@@ -126,6 +179,18 @@ mod chosen {
             loop {
                 std::thread::park();
             }
+        }
+    }
+
+    pub fn fate(name: &'static str) -> Option<super::Fate> {
+        // A unit test supervises what it likes.
+        debug_assert!(
+            cfg!(test) || super::SUPERVISED.contains(&name),
+            "{name} is not listed"
+        );
+        match &*FAULT {
+            Fault::Ended { name: chosen, how } if chosen == name => Some(*how),
+            _ => None,
         }
     }
 

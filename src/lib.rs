@@ -26,4 +26,5 @@ pub mod profile;
 pub mod queue;
 pub mod state;
 pub mod store;
+pub mod supervise;
 mod sync;

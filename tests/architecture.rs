@@ -15,6 +15,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("metrics", 0),
     ("faults", 0),
     ("sync", 0),
+    ("supervise", 0),
     ("profile", 0),
     ("logging", 0),
     ("state", 1),
@@ -47,6 +48,11 @@ const SIBLINGS: &[(&str, &str, &str)] = &[
         "a row of `sku` is a `Sku`, for start-up and for an operator alike",
     ),
     (
+        "src/supervise.rs",
+        "faults",
+        "a test build ends by name what should never end",
+    ),
+    (
         "src/config/load.rs",
         "faults",
         "a test build does not take the deliberate fault in its environment for a setting",
@@ -66,6 +72,85 @@ const SIBLINGS: &[(&str, &str, &str)] = &[
 
 /// Files that may hold `unsafe`; each says why in its header.
 const UNSAFE: &[&str] = &[];
+
+/// What starts a task, thread or coroutine.
+const STARTS: &[&str] = &["tokio::spawn(", "thread::spawn(", ".spawn(", "go!("];
+
+/// Files (or folders) that start something without supervision: how often, and why that may end in
+/// silence.
+const UNSUPERVISED: &[(&str, usize, &str)] = &[
+    ("src/supervise.rs", 3, "supervision itself"),
+    (
+        "src/loadgen/",
+        usize::MAX,
+        "another process, whose end is its exit code",
+    ),
+    (
+        "src/cli/",
+        usize::MAX,
+        "commands, whose end is their exit code",
+    ),
+    (
+        "src/logging/mod.rs",
+        1,
+        "the log's writer: whatever becomes of it, the log is outside of the failure domain",
+    ),
+    (
+        "src/queue/journal/queue.rs",
+        1,
+        "the journal's threads report by themselves, so that shuttle can run them",
+    ),
+    (
+        "src/http/data_plane/dispatcher.rs",
+        1,
+        "the coroutine runs under supervision from its first line on",
+    ),
+    (
+        "src/http/data_plane/hardened/acceptor.rs",
+        1,
+        "a connection, which its guard ends",
+    ),
+    (
+        "src/http/data_plane/runtime.rs",
+        1,
+        "one wake-up, which may come early or by others",
+    ),
+    (
+        "src/http/data_plane/bridge.rs",
+        1,
+        "a part of a request, which is told that it is gone",
+    ),
+    (
+        "src/http/data_plane/service.rs",
+        1,
+        "a part of a request, which waits for it",
+    ),
+    (
+        "src/http/control_plane/mod.rs",
+        1,
+        "a request, which answers that it failed",
+    ),
+    (
+        "src/pipeline/cancel.rs",
+        1,
+        "one cancellation that is asked for again; its units stay held meanwhile",
+    ),
+    (
+        "src/store/postgres/connector.rs",
+        1,
+        "a connection, whose end its user sees",
+    ),
+    (
+        "src/store/embedded/mod.rs",
+        3,
+        "a connection; the bound on a log file, which is begun anew with the server; a test's tool",
+    ),
+    (
+        "src/store/embedded/server.rs",
+        1,
+        "the process of PostgreSQL, which is looked after by its keeper",
+    ),
+];
 
 const CODE_LINES_MAX: usize = 500;
 
@@ -422,6 +507,28 @@ fn unsafe_code(source: &Source, broken: &mut Vec<String>) {
     }
 }
 
+/// How many tasks, threads and coroutines a file starts by itself.
+fn starts(source: &Source) -> usize {
+    STARTS
+        .iter()
+        .map(|start| source.code.matches(start).count())
+        .sum()
+}
+
+fn supervision(source: &Source, broken: &mut Vec<String>) {
+    let excepted = UNSUPERVISED
+        .iter()
+        .find(|(path, _, _)| source.is_in(path))
+        .map_or(0, |(_, count, _)| *count);
+    let found = starts(source);
+    if found > excepted {
+        broken.push(format!(
+            "{}: starts {found} tasks, threads or coroutines without supervision; see src/supervise.rs",
+            source.path
+        ));
+    }
+}
+
 fn length(source: &Source, broken: &mut Vec<String>) {
     let long = LONG.iter().any(|(path, _)| *path == source.path);
     if source.code_lines > CODE_LINES_MAX && !long {
@@ -439,6 +546,7 @@ fn check(source: &Source) -> Vec<String> {
     sql(source, &mut broken);
     json(source, &mut broken);
     unsafe_code(source, &mut broken);
+    supervision(source, &mut broken);
     length(source, &mut broken);
     broken
 }
@@ -519,6 +627,17 @@ fn no_exception_outlives_its_reason() {
             sources
                 .iter()
                 .any(|source| source.path == *path && source.code.contains("unsafe"))
+        );
+    }
+    for (path, count, why) in UNSUPERVISED {
+        let found: usize = sources
+            .iter()
+            .filter(|source| source.is_in(path))
+            .map(starts)
+            .sum();
+        assert!(
+            found == *count || *count == usize::MAX,
+            "{path} starts {found} by itself, not {count} ({why})"
         );
     }
     for (path, _) in LONG {
@@ -636,6 +755,21 @@ fn the_checker_finds_every_kind_of_violation() {
             "src/http/a.rs",
             "fn f() { unsafe { g() } }",
             "`unsafe` in a file",
+        ),
+        (
+            "src/pipeline/a.rs",
+            "fn f() { tokio::spawn(g()); }",
+            "without supervision",
+        ),
+        (
+            "src/app.rs",
+            "fn f() { std::thread::Builder::new().spawn(|| g()); }",
+            "without supervision",
+        ),
+        (
+            "src/http/data_plane/a.rs",
+            "fn f() { may::go!(|| g()); }",
+            "without supervision",
         ),
     ];
     for (path, text, expected) in cases {

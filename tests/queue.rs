@@ -84,7 +84,7 @@ fn parts(capacity: usize) -> JournalParts {
         pending: Arc::new(Pending::with_capacity(capacity)),
         wake_all: Arc::new(|wakers| wakers.into_iter().for_each(Waker::wake)),
         may_acknowledge: Arc::new(|| true),
-        on_panic: Arc::new(|reason| panic!("{reason}")),
+        on_end: Arc::new(|reason| panic!("{reason}")),
         metrics: Metrics::new().unwrap(),
     }
 }

@@ -27,7 +27,6 @@ use millrace::pipeline::{WakeAll, deadlines, wake_directly};
 use millrace::queue::{Durability, OrderQueue, Rejected, RingQueue, Taken};
 use millrace::state::buyers::Buyers;
 use millrace::state::pending::{Pending, PendingOrder, SlotState};
-use millrace::state::poison::Poison;
 use millrace::state::stock::{Catalogue, SaleTerms, Sku, StockCounter, StockSnapshot};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -86,7 +85,7 @@ impl Real {
             catalogue,
             buyers: Buyers::new(remembered_max, 64),
             pending: Arc::new(Pending::with_capacity(64)),
-            poison: Poison::default(),
+            poison: Default::default(),
             pace: Default::default(),
             progress: Default::default(),
             ids: IdClock::new(1, UnixMillis(0), UnixMillis(i64::MAX)),

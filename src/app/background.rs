@@ -1,4 +1,4 @@
-//! Tasks that run as long as the process does. One that panics poisons it.
+//! Tasks that run as long as the process does. One that ends poisons it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,6 +9,7 @@ use tokio::task::AbortHandle;
 use crate::pipeline::intake::Intake;
 use crate::pipeline::ledger::Ledger;
 use crate::store::embedded::Embedded;
+use crate::supervise::Supervisor;
 
 /// How often what has left the idempotency window, and rate limits that are whole again, are
 /// forgotten.
@@ -18,14 +19,14 @@ const POSTGRES_WATCH: Duration = Duration::from_millis(250);
 
 /// The running tasks.
 pub(super) struct Background {
-    ledger: Arc<Ledger>,
+    supervisor: Supervisor,
     tasks: Vec<AbortHandle>,
 }
 
 impl Background {
-    pub(super) fn new(ledger: Arc<Ledger>) -> Self {
+    pub(super) fn new(supervisor: Supervisor) -> Self {
         let tasks = Vec::new();
-        Background { ledger, tasks }
+        Background { supervisor, tasks }
     }
 
     pub(super) fn run(
@@ -33,16 +34,8 @@ impl Background {
         name: &'static str,
         work: impl Future<Output = ()> + Send + 'static,
     ) {
-        let task = tokio::spawn(work);
+        let task = self.supervisor.task(name, work);
         self.tasks.push(task.abort_handle());
-        let ledger = Arc::clone(&self.ledger);
-        tokio::spawn(async move {
-            if let Err(ended) = task.await
-                && ended.is_panic()
-            {
-                ledger.poison.set(format!("{name} panicked: {ended}"));
-            }
-        });
     }
 
     pub(super) fn stop(&self) {

@@ -217,6 +217,7 @@ pub(super) async fn recover(
     ids: IdClock,
     orphans: Orphans,
     paused: bool,
+    poison: Arc<Poison>,
 ) -> Result<Ledger, StoreError> {
     let workers_hold = config.worker_count() * config.workers.batch_rows_max;
     let before_the_ring = match config.queue.backend {
@@ -249,7 +250,7 @@ pub(super) async fn recover(
         pending: Arc::new(Pending::with_capacity(in_flight_max)),
         unpaid,
         orphans,
-        poison: Poison::default(),
+        poison,
         ids,
         pace: Pace::default(),
         progress: Progress::default(),

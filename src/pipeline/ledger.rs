@@ -42,7 +42,7 @@ pub struct Ledger {
     /// Orders that a payment waits for.
     pub orphans: Orphans,
     /// The fail-stop flag.
-    pub poison: Poison,
+    pub poison: Arc<Poison>,
     /// Where order ids come from.
     pub ids: IdClock,
     /// How fast the database takes orders.

@@ -19,7 +19,6 @@ use millrace::pipeline::{deadlines, wake_directly};
 use millrace::queue::{OrderQueue, RingQueue};
 use millrace::state::buyers::Buyers;
 use millrace::state::pending::{Pending, PendingOrder, SlotState};
-use millrace::state::poison::Poison;
 use millrace::state::refusals::Refusals;
 use millrace::state::stock::{Catalogue, Sku};
 use millrace::store::batch::BatchWriter;
@@ -61,7 +60,7 @@ impl Line {
             buyers: Buyers::new(1_000_000, 10_000),
             refusals: Refusals::with_capacity(1_000),
             pending: Arc::new(Pending::with_capacity(capacity)),
-            poison: Poison::default(),
+            poison: Default::default(),
             pace: Default::default(),
             progress: Default::default(),
             ids: IdClock::new(0, sale.taken.id_high_water, hour),

@@ -79,7 +79,7 @@ impl Rig {
             pending: Arc::new(Pending::with_capacity(64)),
             wake_all: Arc::new(|wakers| wakers.into_iter().for_each(Waker::wake)),
             may_acknowledge: Arc::new(|| true),
-            on_panic: Arc::new(|reason| panic!("{reason}")),
+            on_end: Arc::new(|reason| panic!("{reason}")),
             metrics: Metrics::new().unwrap(),
         };
         Ok(Rig {

@@ -96,7 +96,7 @@ impl World {
             pending: Arc::clone(&pending),
             wake_all: Arc::new(|wakers| wakers.into_iter().for_each(Waker::wake)),
             may_acknowledge: Arc::new(|| true),
-            on_panic: Arc::new(|reason| panic!("{reason}")),
+            on_end: Arc::new(|reason| panic!("{reason}")),
             metrics: Metrics::new().unwrap(),
         };
         Arc::new(World {

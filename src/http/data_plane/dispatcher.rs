@@ -17,6 +17,7 @@ use crossbeam::queue::SegQueue;
 use may::coroutine::{Coroutine, JoinHandle};
 
 use super::wake::park_until;
+use crate::supervise::Supervisor;
 
 /// Wake-ups that are not worth another lane: what its own wake-up costs, twice over.
 const SPLIT_MIN: usize = 64;
@@ -42,12 +43,17 @@ struct Shared {
 }
 
 impl Dispatcher {
-    /// Starts the dispatcher coroutines.
+    /// As [`Dispatcher::start_supervised`], with nobody who hears where it ends by itself.
     pub fn start() -> Self {
+        Self::start_supervised(&Supervisor::default())
+    }
+
+    /// Starts the dispatcher coroutines.
+    pub fn start_supervised(supervisor: &Supervisor) -> Self {
         super::runtime::configure(0);
         let lanes = may::config().get_workers().max(1);
         Self {
-            lanes: (0..lanes).map(|_| Lane::start()).collect(),
+            lanes: (0..lanes).map(|_| Lane::start(supervisor)).collect(),
             turn: AtomicUsize::new(0),
         }
     }
@@ -78,13 +84,16 @@ impl Dispatcher {
 }
 
 impl Lane {
-    fn start() -> Self {
+    fn start(supervisor: &Supervisor) -> Self {
         let shared = Arc::new(Shared {
             batches: SegQueue::new(),
             closed: AtomicBool::new(false),
         });
-        let theirs = shared.clone();
-        let handle = may::go!(move || run(&theirs));
+        let (theirs, supervisor) = (shared.clone(), supervisor.clone());
+        let handle = may::go!(move || {
+            let asked = || theirs.closed.load(Ordering::Acquire);
+            supervisor.run("a dispatcher", asked, || run(&theirs));
+        });
         Self {
             shared,
             coroutine: handle.coroutine().clone(),

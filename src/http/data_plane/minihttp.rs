@@ -37,6 +37,7 @@ use super::hardened::framing::body_limit;
 use super::message::{Request, Response, Service};
 use super::wake::CoroutineWaker;
 use crate::http::problem::{Problem, reason};
+use crate::supervise::Supervisor;
 
 /// Fields in one request or response, by the engine.
 const HEADERS_MAX: usize = 16;
@@ -66,6 +67,29 @@ pub fn serve<S: Service>(
     }
     .start(address)?;
     Ok((handle, address))
+}
+
+/// The same, under supervision: the engine has no end but a defect's.
+///
+/// # Errors
+///
+/// As [`serve`], and when a thread cannot be started.
+pub fn serve_supervised<S: Service>(
+    address: SocketAddr,
+    service: Arc<S>,
+    limits: &Limits,
+    supervisor: &Supervisor,
+) -> io::Result<()> {
+    let (engine, _) = serve(address, service, limits)?;
+    supervisor.thread(
+        "minihttp",
+        || false,
+        move || {
+            // It has reported its panic, if that is what it was.
+            let _ = engine.join();
+        },
+    )?;
+    Ok(())
 }
 
 struct Factory<S> {

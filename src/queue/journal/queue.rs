@@ -31,7 +31,7 @@ use super::record::{GROUP_HEAD, Record, order_bytes};
 use super::room::Permit;
 use super::sector::sectors_of;
 use super::{JournalError, Opened};
-use crate::faults::crash_point;
+use crate::faults::{self, Fate, crash_point};
 use crate::metrics::Metrics;
 use crate::order::{Order, OrderId, UnixMillis};
 use crate::queue::{Durability, DurableQueue, NotDurable, OrderQueue, Rejected, RingQueue, Taken};
@@ -62,8 +62,8 @@ pub struct JournalParts {
     pub wake_all: Arc<dyn Fn(Vec<Waker>) + Send + Sync>,
     /// Whether this process still holds the right to acknowledge.
     pub may_acknowledge: Arc<dyn Fn() -> bool + Send + Sync>,
-    /// Hears why, where a thread of the journal panics: the process has to stop.
-    pub on_panic: Arc<dyn Fn(String) + Send + Sync>,
+    /// Hears why, where a thread of the journal ends before it is asked to: the process has to stop.
+    pub on_end: Arc<dyn Fn(String) + Send + Sync>,
     /// What is counted.
     pub metrics: Metrics,
 }
@@ -144,10 +144,22 @@ impl JournalQueue {
             thread::Builder::new()
                 .name(name.to_owned())
                 .spawn(move || {
+                    let fate = faults::fate(name);
                     // Nothing that it may have left half done is looked at afterwards.
-                    if std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).is_err() {
-                        let reason = format!("the thread {name} panicked");
-                        (panicking.parts.on_panic)(reason.clone());
+                    let work = std::panic::AssertUnwindSafe(|| match fate {
+                        None => work(),
+                        Some(Fate::End) => {}
+                        Some(Fate::Panic) => panic!("a deliberate fault"),
+                    });
+                    let panicked = std::panic::catch_unwind(work).is_err();
+                    if panicked || !panicking.incoming.is_closed() {
+                        let how = if panicked {
+                            "panicked"
+                        } else {
+                            "ended without being asked to"
+                        };
+                        let reason = format!("the thread {name} {how}");
+                        (panicking.parts.on_end)(reason.clone());
                         panicking.fail(reason);
                     }
                 })

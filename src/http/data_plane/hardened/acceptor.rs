@@ -19,6 +19,7 @@ use super::connection;
 use super::janitor::TICK;
 use super::peer::Peer;
 use super::{Service, Shared};
+use crate::supervise::Supervisor;
 
 const BACKOFF_MIN: Duration = Duration::from_millis(5);
 const BACKOFF_MAX: Duration = Duration::from_millis(500);
@@ -36,13 +37,16 @@ pub(super) fn start<S: Service>(
     listener: TcpListener,
     service: Arc<S>,
     shared: Arc<Shared>,
+    supervisor: &Supervisor,
 ) -> io::Result<JoinHandle<()>> {
     listener.set_nonblocking(true)?;
     // Listening again on a socket that listens changes the length of its queue.
     rustix::net::listen(&listener, QUEUED_MAX)?;
-    thread::Builder::new()
-        .name("http-acceptor".to_owned())
-        .spawn(move || run(&listener, &service, &shared))
+    let stopping = Arc::clone(&shared);
+    let asked = move || stopping.stopping.load(Ordering::Acquire);
+    supervisor.thread("http-acceptor", asked, move || {
+        run(&listener, &service, &shared);
+    })
 }
 
 fn run<S: Service>(listener: &TcpListener, service: &Arc<S>, shared: &Arc<Shared>) {

@@ -13,6 +13,7 @@ use std::time::Duration;
 use super::counters::CloseReason;
 use super::peer::{Peer, Phase, State};
 use super::{Limits, Shared};
+use crate::supervise::Supervisor;
 
 /// How often the clock is brought up to date and ended connections are released.
 pub(super) const TICK: Duration = Duration::from_millis(50);
@@ -24,10 +25,13 @@ const LINGER_MS: u64 = 1_000;
 pub(super) const SHRINK_AFTER_MS: u64 = 1_000;
 
 /// Starts the janitor; it ends once the server is closed and its last connection is gone.
-pub(super) fn start(shared: Arc<Shared>) -> std::io::Result<JoinHandle<()>> {
-    thread::Builder::new()
-        .name("http-janitor".to_owned())
-        .spawn(move || run(&shared))
+pub(super) fn start(
+    shared: Arc<Shared>,
+    supervisor: &Supervisor,
+) -> std::io::Result<JoinHandle<()>> {
+    let closing = Arc::clone(&shared);
+    let asked = move || closing.closed.load(Ordering::Acquire);
+    supervisor.thread("http-janitor", asked, move || run(&shared))
 }
 
 fn run(shared: &Shared) {

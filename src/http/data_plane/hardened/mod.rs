@@ -48,7 +48,7 @@ use budget::BodyBudget;
 use clock::Clock;
 pub use counters::{CloseReason, Counters};
 use registry::Registry;
-pub use server::{Server, serve};
+pub use server::{Server, serve, serve_supervised};
 
 /// What a server puts up with.
 #[derive(Clone, Debug)]

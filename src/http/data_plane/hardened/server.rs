@@ -17,6 +17,20 @@ use super::peer::Phase;
 use super::registry::Registry;
 use super::{Limits, Service, Shared, acceptor, janitor};
 use crate::http::data_plane::runtime;
+use crate::supervise::Supervisor;
+
+/// As [`serve_supervised`], with nobody who hears where it ends by itself.
+///
+/// # Errors
+///
+/// As there.
+pub fn serve<S: Service>(
+    listener: TcpListener,
+    service: Arc<S>,
+    limits: Limits,
+) -> io::Result<Server> {
+    serve_supervised(listener, service, limits, &Supervisor::default())
+}
 
 /// Serves `service` on `listener` until the returned server is dropped or drained.
 ///
@@ -25,10 +39,11 @@ use crate::http::data_plane::runtime;
 /// # Errors
 ///
 /// When the listener cannot be set up or a thread cannot be started.
-pub fn serve<S: Service>(
+pub fn serve_supervised<S: Service>(
     listener: TcpListener,
     service: Arc<S>,
     limits: Limits,
+    supervisor: &Supervisor,
 ) -> io::Result<Server> {
     // In case nobody did: a default stack would overflow.
     runtime::configure(0);
@@ -49,8 +64,9 @@ pub fn serve<S: Service>(
         acceptor: Mutex::new(None),
         shared: shared.clone(),
     };
-    janitor::start(shared.clone())?;
-    *server.acceptor.lock() = Some(acceptor::start(listener, service, shared)?);
+    janitor::start(shared.clone(), supervisor)?;
+    let acceptor = acceptor::start(listener, service, shared, supervisor)?;
+    *server.acceptor.lock() = Some(acceptor);
     Ok(server)
 }
 
