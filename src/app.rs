@@ -43,6 +43,7 @@ use crate::pipeline::intake::Intake;
 use crate::pipeline::lease::{self, AcknowledgeLease, Leases};
 use crate::pipeline::ledger::Ledger;
 use crate::pipeline::operator::Operator;
+use crate::pipeline::parking::Parking;
 use crate::pipeline::restore::{Restorer, Watermarks};
 use crate::pipeline::worker::{Place, Worker, WorkerError};
 use crate::pipeline::{WakeAll, deadlines, retention};
@@ -314,9 +315,9 @@ impl Millrace {
         let noted = database.noted_journal(&guard).await?;
         recovery::check_journal(&config, journal.as_ref(), noted.as_ref())?;
         let worker_count = config.worker_count();
-        // Two writers more than workers: one for the replay and for what a failover loses, one for
-        // what happens to orders afterwards.
-        let writers = i16::try_from(worker_count + 2).unwrap_or(i16::MAX);
+        // Three writers more than workers: one for the replay and for what a failover loses, one for
+        // parked orders, one for what happens to orders afterwards.
+        let writers = i16::try_from(worker_count + 3).unwrap_or(i16::MAX);
         let ids_from = recovery::id_high_water(journal.as_ref());
         let Taken {
             lease,
@@ -476,6 +477,14 @@ impl Millrace {
             metrics: metrics.clone(),
         });
         background.run("the cashier", cashier.run());
+        let (_parking_desk, parking) = Parking::new(
+            Arc::clone(&ledger),
+            operators.clone(),
+            lease,
+            BatchWriter::new(database.clone(), lease, writers - 2),
+            metrics.clone(),
+        );
+        background.run("the keeper of parked orders", parking.run());
         let evicting = evict(Arc::clone(&ledger), Arc::clone(&intake), window_ms);
         background.run("the eviction of old orders", evicting);
         if let Some(embedded) = &embedded {

@@ -14,8 +14,9 @@ use super::StartError;
 use crate::config::{Backend, Config};
 use crate::faults::{bug, crash_point};
 use crate::http::control_plane::ControlPlane;
-use crate::order::{IdClock, Order, OrderStatus, UnixMillis};
+use crate::order::{IdClock, Order, OrderId, OrderStatus, SkuNumber, UnixMillis};
 use crate::pipeline::ledger::Ledger;
+use crate::pipeline::parking;
 use crate::pipeline::replay::{Applied, Replayer};
 use crate::queue::journal::record::Record;
 use crate::queue::journal::{JournalError, Opened};
@@ -185,6 +186,7 @@ pub(super) async fn replay(
         written,
         present,
         refused,
+        parked,
     } = replayer.applied();
     crash_point("recovery.replayed");
     control.metrics().journal_replayed.set(written as i64);
@@ -193,6 +195,7 @@ pub(super) async fn replay(
         written,
         present,
         refused,
+        parked,
         ms = started.elapsed().as_millis() as u64,
         "replayed the journal"
     );
@@ -233,6 +236,7 @@ pub(super) async fn recover(
     catalogue.add(database.load_skus().await?);
     catalogue.set_paused(paused);
     let floor = ids.window_floor(config.orders.idempotency_window_ms);
+    hold_parked(&catalogue, database, lease, floor).await?;
     let unpaid = Unpaid::default();
     unpaid.note(database.unpaid_below(lease, floor).await?);
     let restored = database
@@ -255,6 +259,39 @@ pub(super) async fn recover(
         pace: Pace::default(),
         progress: Progress::default(),
     })
+}
+
+/// Holds the units of parked orders, whose SKUs' rows do not count them and may say anything: what is
+/// held is added up from the orders.
+async fn hold_parked(
+    catalogue: &Catalogue,
+    database: &Database,
+    lease: NodeLease,
+    floor: OrderId,
+) -> Result<(), StoreError> {
+    let parked = database.parked_by_sku().await?;
+    if parked.is_empty() {
+        return Ok(());
+    }
+    let skus: Vec<SkuNumber> = parked.keys().copied().collect();
+    let by_rows = database.held_by_rows(lease, floor, &skus).await?;
+    for (number, parked) in parked {
+        let Some(sku) = catalogue.by_number(number) else {
+            continue;
+        };
+        let held = by_rows.get(&number).copied().unwrap_or(0) + parked.units;
+        let units = u32::try_from(held)
+            .map_err(|_| StoreError::Data(format!("sku {}: its orders hold {held}", sku.id)))?;
+        sku.counter().release(sku.counter().snapshot().held);
+        sku.counter().hold_regardless(units);
+        catalogue.set_fault(&sku, parking::FOUND, 1);
+        sku.fault().set_parked(parked.orders);
+        tracing::error!(
+            sku_id = %sku.id, orders = parked.orders, units = parked.units,
+            "orders of this SKU are parked, because the database refused its counters: its sale is paused until they are taken"
+        );
+    }
+    Ok(())
 }
 
 /// No order id of the journal lies at or beyond this moment.

@@ -7,6 +7,7 @@
 //! | abandoned, unwritten | back | forgotten: the key may be used afresh | leaves the map |
 //! | expired (written too late to be paid) | back | stays, no longer live | leaves the map |
 //! | left (to the next process, in the journal) | stay held | stays | stays in the map |
+//! | parked (in the database, until its SKU's counters are taken) | stay held | stays | leaves the map |
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -88,7 +89,19 @@ impl Ledger {
         self.pending.remove(pending.order.id);
     }
 
-    /// A claimed order is given up at shutdown: there is no row. One that the journal has, or may
+    /// A claimed order is parked in the database, and found there from now on.
+    pub fn parked(&self, pending: &Arc<PendingOrder>) {
+        pending.slot.settle(Settled::OnDisk);
+        self.pending.remove(pending.order.id);
+    }
+
+    /// A parked order has ended as expired or as a dead letter: its units are free.
+    pub fn ended(&self, order: &Order) {
+        self.release(order);
+        self.buyers.no_longer_live(&order.user_id, order.id);
+    }
+
+    /// A claimed order is given up, at shutdown or because its SKU's counters are refused: there is no row. One that the journal has, or may
     /// have, is left to the next process, which will write it; another will never be written.
     pub fn unwritten(&self, pending: &Arc<PendingOrder>) {
         if pending.slot.is_recorded() {

@@ -7,6 +7,7 @@
 //! have them.
 
 pub mod audit;
+mod backoff;
 pub mod cancel;
 pub mod cashier;
 pub mod crew;
@@ -17,6 +18,7 @@ pub mod intake;
 pub mod lease;
 pub mod ledger;
 pub mod operator;
+pub mod parking;
 pub mod rate_limit;
 mod reconciler;
 pub mod replay;

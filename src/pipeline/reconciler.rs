@@ -205,7 +205,7 @@ impl Cashier {
         self.parts.database.note_check(payment.id, checks, at).await
     }
 
-    /// Whether an order is on its way: queued, being written, or in the journal.
+    /// Whether an order is on its way: queued, being written, in the journal, or parked.
     async fn is_in_flight(&self, id: Option<OrderId>) -> Result<bool, StoreError> {
         let Some(id) = id else { return Ok(false) };
         if self.parts.ledger.pending.get(id).is_some() {
@@ -213,12 +213,13 @@ impl Cashier {
         }
         let queue = Arc::clone(&self.parts.queue);
         if !queue.durable().is_some_and(|queue| queue.may_hold(id)) {
-            return Ok(false);
+            return self.parts.database.is_parked(id).await;
         }
         let found =
             tokio::task::spawn_blocking(move || queue.durable().map(|queue| queue.find(id)));
         match found.await {
-            Ok(None | Some(Ok(None))) => Ok(self.parts.ledger.pending.get(id).is_some()),
+            Ok(None | Some(Ok(None))) => Ok(self.parts.ledger.pending.get(id).is_some()
+                || self.parts.database.is_parked(id).await?),
             Ok(Some(Ok(Some(_)))) => Ok(true),
             Ok(Some(Err(error))) => Err(StoreError::Data(format!("the journal: {error}"))),
             Err(panic) => Err(StoreError::Data(panic.to_string())),

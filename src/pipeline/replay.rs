@@ -3,12 +3,14 @@
 //!
 //! Which orders are there is looked up first, by their ids, and only the missing ones are copied; counters move by what
 //! is written. A row that the database refuses becomes a dead letter. One that is there after all,
-//! because a worker was faster, counts as present.
+//! because a worker was faster, counts as present. Orders of a SKU whose counters are refused are
+//! parked ([`super::parking`]).
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use crate::faults::bug;
-use crate::order::{Order, OrderStatus};
+use crate::order::{Order, OrderStatus, SkuNumber};
 use crate::store::StoreError;
 use crate::store::batch::{BatchWriter, Refused, WriteError};
 use crate::store::postgres::Database;
@@ -24,6 +26,8 @@ pub struct Applied {
     pub present: u64,
     /// Those that the database refused; dead letters now.
     pub refused: u64,
+    /// Those of SKUs whose counters the database refuses.
+    pub parked: u64,
 }
 
 /// Applies orders idempotently.
@@ -34,6 +38,8 @@ pub struct Replayer {
     rows_max: usize,
     applied: Applied,
     refused: Vec<Order>,
+    /// SKUs whose counters were refused, so that it is not tried with each part.
+    faulted: BTreeSet<SkuNumber>,
 }
 
 impl Replayer {
@@ -45,12 +51,18 @@ impl Replayer {
             rows_max,
             applied: Applied::default(),
             refused: Vec::new(),
+            faulted: BTreeSet::new(),
         }
     }
 
     /// What was applied so far.
     pub fn applied(&self) -> Applied {
         self.applied
+    }
+
+    /// Tries the counters of every SKU again.
+    pub fn forget_faults(&mut self) {
+        self.faulted.clear();
     }
 
     /// The orders that were refused since this was asked last.
@@ -77,17 +89,76 @@ impl Replayer {
             .map(|(order, status)| (order, *status))
             .collect();
         self.applied.present += (orders.len() - missing.len()) as u64;
-        for part in missing.chunks(self.rows_max) {
-            self.write(part).await?;
+        let (parked, written): (Vec<_>, Vec<_>) = missing
+            .into_iter()
+            .partition(|(order, status)| status.is_live() && self.faulted.contains(&order.sku));
+        for part in written.chunks(self.rows_max) {
+            self.write(part.to_vec()).await?;
+        }
+        for part in parked.chunks(self.rows_max) {
+            self.park(part.iter().map(|(order, _)| *order).collect())
+                .await?;
         }
         Ok(())
     }
 
-    async fn write(&mut self, part: &[(&Order, OrderStatus)]) -> Result<(), StoreError> {
+    async fn write(&mut self, part: Vec<(&Order, OrderStatus)>) -> Result<(), StoreError> {
         let mut parts = vec![part];
-        while let Some(part) = parts.pop() {
-            match self.writer.write_as(part).await {
-                Ok(()) => self.applied.written += part.len() as u64,
+        while let Some(mut part) = parts.pop() {
+            let refused = match self.writer.write_as(&part).await {
+                Ok(()) => {
+                    self.applied.written += part.len() as u64;
+                    continue;
+                }
+                Err(WriteError::Retry(error)) => {
+                    pause(error).await?;
+                    parts.push(part);
+                    continue;
+                }
+                Err(WriteError::Fatal(error)) => return Err(error),
+                Err(refused) => refused,
+            };
+            match (refused, part.as_slice()) {
+                (WriteError::Row { sqlstate, reason }, [(order, _)]) => {
+                    self.bury(order, &sqlstate, &reason).await?;
+                }
+                (WriteError::Counter { reason, .. }, [(first, _), ..]) => {
+                    let sku = first.sku;
+                    let (same, others): (Vec<_>, Vec<_>) = part
+                        .iter()
+                        .copied()
+                        .partition(|(order, _)| order.sku == sku);
+                    if !others.is_empty() {
+                        parts.extend([others, same]);
+                        continue;
+                    }
+                    tracing::error!(sku_id = %first.sku_id, reason, "the database refuses this SKU's counters: its orders of the journal are parked");
+                    self.faulted.insert(sku);
+                    let (live, ended): (Vec<_>, Vec<_>) =
+                        same.into_iter().partition(|(_, status)| status.is_live());
+                    self.park(live.into_iter().map(|(order, _)| order).collect())
+                        .await?;
+                    if !ended.is_empty() {
+                        parts.push(ended);
+                    }
+                }
+                (_, _) => {
+                    let newer = part.split_off(part.len() / 2);
+                    parts.extend([newer, part]);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn park(&mut self, part: Vec<&Order>) -> Result<(), StoreError> {
+        let mut parts = vec![part];
+        while let Some(mut part) = parts.pop() {
+            if part.is_empty() {
+                continue;
+            }
+            match self.writer.park(&part).await {
+                Ok(()) => self.applied.parked += part.len() as u64,
                 Err(WriteError::Retry(error)) => {
                     pause(error).await?;
                     parts.push(part);
@@ -95,11 +166,11 @@ impl Replayer {
                 Err(WriteError::Fatal(error)) => return Err(error),
                 Err(
                     WriteError::Row { sqlstate, reason } | WriteError::Counter { sqlstate, reason },
-                ) => match part {
-                    [(order, _)] => self.bury(order, &sqlstate, &reason).await?,
+                ) => match part.as_slice() {
+                    [order] => self.bury(order, &sqlstate, &reason).await?,
                     _ => {
-                        let (older, newer) = part.split_at(part.len() / 2);
-                        parts.extend([newer, older]);
+                        let newer = part.split_off(part.len() / 2);
+                        parts.extend([newer, part]);
                     }
                 },
             }

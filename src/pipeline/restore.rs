@@ -15,6 +15,7 @@ use std::time::Duration;
 use tokio::sync::{Notify, mpsc};
 
 use super::ledger::Ledger;
+use super::parking;
 use super::replay::Replayer;
 use crate::metrics::Metrics;
 use crate::order::{Order, OrderId, OrderStatus};
@@ -130,6 +131,7 @@ impl Restorer {
                         written,
                         present = after.present - before.present,
                         refused = after.refused - before.refused,
+                        parked = after.parked - before.parked,
                         "wrote again what the database had lost and this process still knew"
                     );
                 }
@@ -213,6 +215,7 @@ impl Restorer {
 
     async fn restore(&self, replayer: &mut Replayer) -> Result<(), StoreError> {
         self.cancel_again().await?;
+        replayer.forget_faults();
         let (parts, mut read) = mpsc::channel::<Vec<Order>>(1);
         let (journal, mut recent) = (self.journal.clone(), self.ledger.recent.all());
         // So that each part is a short range of ids.
@@ -252,6 +255,8 @@ impl Restorer {
         }
         // What was cancelled while its row was being brought back.
         self.cancel_again().await?;
+        // What was parked again, or is parked again because the database has forgotten that it was not.
+        parking::recount(&self.ledger, &self.database, &self.metrics).await?;
         match reading.await {
             Ok(Ok(())) => {
                 self.watermarks.restores.fetch_add(1, Ordering::AcqRel);

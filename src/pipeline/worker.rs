@@ -9,17 +9,18 @@
 //! * A transient failure keeps it at the head of the line: it is tried again, whole, with
 //!   jittered backoff, until the database has taken it.
 //! * A refused row is found by halving the batch; it alone becomes a dead letter.
-//! * A refused counter pauses its SKU and parks that SKU's orders, to be tried again until
-//!   somebody has mended it. Other SKUs' orders go on.
+//! * A refused counter pauses its SKU. Its orders that a journal has, or may have, are parked in the
+//!   database until somebody has mended it ([`super::parking`]); those that wait were promised nothing
+//!   and are given back. Other SKUs' orders go on.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rand::Rng;
 use tokio::sync::watch;
 
 use super::WakeAll;
+use super::backoff::Backoff;
 use super::crew::{Crew, Dismissal, has_enough_for_two};
 use super::ledger::Ledger;
 use super::restore::Watermarks;
@@ -28,13 +29,10 @@ use crate::metrics::Metrics;
 use crate::order::{Order, OrderStatus, SkuNumber, UnixMillis};
 use crate::queue::{OrderQueue, Taken};
 use crate::state::pending::PendingOrder;
+use crate::state::stock::Parking;
 use crate::store::StoreError;
 use crate::store::batch::{BatchWriter, Refused, WriteError};
 
-const BACKOFF_MIN: Duration = Duration::from_millis(10);
-const BACKOFF_MAX: Duration = Duration::from_secs(1);
-/// How often orders of a SKU with refused counters are tried again.
-const PARKED_RETRY: Duration = Duration::from_secs(2);
 
 type Batch = Vec<Arc<PendingOrder>>;
 
@@ -67,7 +65,6 @@ pub struct Worker {
     wake_all: WakeAll,
     metrics: Metrics,
     rows_max: usize,
-    parked: BTreeMap<SkuNumber, Batch>,
     /// Turns true when the worker has to stop even if the database does not answer.
     cut: watch::Receiver<bool>,
     commits_lost: u64,
@@ -76,10 +73,20 @@ pub struct Worker {
     _dismissal: Option<Dismissal>,
 }
 
+/// What is done with a part of a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum How {
+    /// It becomes rows.
+    Write,
+    /// Its SKU's counters are refused, so it is parked.
+    Park,
+}
+
 /// How an attempt to write a batch, tried until it is decided, came out.
 enum Decided {
     /// The part is written; these of its orders as expired.
     Written(Vec<bool>),
+    Parked,
     Row {
         sqlstate: String,
         reason: String,
@@ -113,7 +120,6 @@ impl Worker {
             wake_all,
             metrics,
             rows_max,
-            parked: BTreeMap::new(),
             cut,
             commits_lost: 0,
             _dismissal: (place.shard == 0).then(|| Dismissal::of(&place.crew)),
@@ -127,25 +133,12 @@ impl Worker {
     /// [`WorkerError`]; every order that the worker had claimed is settled all the same, but for
     /// those of a batch that may or may not have been committed.
     pub async fn run(mut self) -> Result<(), WorkerError> {
-        let ended = self.work().await;
-        // What is still parked was refused by the database, so it is certainly not written.
-        let left: Batch = std::mem::take(&mut self.parked)
-            .into_values()
-            .flatten()
-            .collect();
-        self.metrics.orders_parked.sub(left.len() as i64);
-        let count = left.len();
-        self.give_up(left);
-        match ended {
-            Ok(()) if count > 0 => Err(WorkerError::Cut(count)),
-            ended => ended,
-        }
+        self.work().await
     }
 
     async fn work(&mut self) -> Result<(), WorkerError> {
         let queue = Arc::clone(&self.queue);
         let crew = Arc::clone(&self.place.crew);
-        let mut retry_parked = tokio::time::Instant::now() + PARKED_RETRY;
         let mut cut = self.cut.clone();
         tokio::select! {
             biased;
@@ -165,16 +158,8 @@ impl Worker {
                 // is left to the next process.
                 () = async { drop(cut.wait_for(|cut| *cut).await) } => break,
                 taken = self.take(&*queue, rows_max) => taken,
-                () = tokio::time::sleep_until(retry_parked), if !self.parked.is_empty() => {
-                    crew.call_while(self.retry_parked()).await?;
-                    retry_parked = tokio::time::Instant::now() + PARKED_RETRY;
-                    continue;
-                }
             };
             let Some(taken) = taken else { break };
-            if self.parked.is_empty() {
-                retry_parked = tokio::time::Instant::now() + PARKED_RETRY;
-            }
             self.note_taken(taken.orders(), rows_max);
             let claimed: Batch = taken
                 .orders()
@@ -182,7 +167,7 @@ impl Worker {
                 .filter(|order| order.slot.claim())
                 .map(Arc::clone)
                 .collect();
-            // From here each is settled by this worker or parked with it, whatever happens.
+            // From here each is settled by this worker, whatever happens.
             taken.done();
             if claimed.is_empty() {
                 // All of it was given up: the queue is served again, for all that can be seen.
@@ -194,7 +179,7 @@ impl Worker {
             }
             crew.call_while(self.write(claimed)).await?;
         }
-        crew.call_while(self.retry_parked()).await
+        Ok(())
     }
 
     /// Waits for its turn and for the first order, then takes what is there.
@@ -207,55 +192,170 @@ impl Worker {
 
     /// Writes and settles every order in `batch`, or parks it.
     async fn write(&mut self, batch: Batch) -> Result<(), WorkerError> {
-        // A stack of parts, the oldest orders on top. What was parked may be more than one batch.
+        // A stack of parts, the oldest orders on top.
         let mut parts = Vec::new();
-        let mut rest = batch;
-        while rest.len() > self.rows_max {
-            let newer = rest.split_off(self.rows_max);
-            parts.push(rest);
-            rest = newer;
+        if self.ledger.catalogue.has_faults() {
+            self.set_faulted_aside(batch, &mut parts);
+        } else {
+            parts.push((How::Write, batch));
         }
-        parts.push(rest);
-        parts.reverse();
-        while let Some(mut part) = parts.pop() {
+        while let Some((how, part)) = parts.pop() {
             if part.is_empty() {
                 continue;
             }
-            let decided = match self.write_until_decided(&part).await {
+            let parking = match how {
+                How::Write => None,
+                How::Park => match self.begin_parking(&part) {
+                    Some(parking) => Some(parking),
+                    // Its counters are taken again.
+                    None => {
+                        parts.push((How::Write, part));
+                        continue;
+                    }
+                },
+            };
+            let decided = match how {
+                How::Write => self.write_until_decided(&part).await,
+                How::Park => self.park_until_decided(&part).await,
+            };
+            let decided = match decided {
                 Ok(decided) => decided,
                 Err(error) => {
                     // What may have been committed stays claimed: those who wait for it are told
                     // `undecided`, which is the truth.
                     if !self.writer.outcome_unknown() {
-                        parts.push(part);
+                        parts.push((how, part));
                     }
-                    parts.into_iter().for_each(|part| self.give_up(part));
+                    parts.into_iter().for_each(|(_, part)| self.give_up(part));
                     return Err(error);
                 }
             };
-            match decided {
-                Decided::Written(expired) => {
-                    crash_point("worker.committed");
-                    self.settle_written(part, &expired);
-                }
-                Decided::Row { sqlstate, reason } if part.len() == 1 => {
-                    if let Err((part, error)) = self.bury(part, &sqlstate, &reason).await {
-                        parts.push(part);
-                        parts.into_iter().for_each(|part| self.give_up(part));
-                        return Err(error);
-                    }
-                }
-                Decided::Row { .. } => {
-                    let newer = part.split_off(part.len() / 2);
-                    parts.extend([newer, part]);
-                }
-                Decided::Counter { reason } => match split_by_sku(part) {
-                    Ok(parts_by_sku) => parts.extend(parts_by_sku),
-                    Err((sku, part)) => self.park(sku, part, &reason),
-                },
+            if let Err((rest, error)) = self
+                .settle_decided(how, part, decided, parking, &mut parts)
+                .await
+            {
+                self.give_up(rest);
+                parts.into_iter().for_each(|(_, part)| self.give_up(part));
+                return Err(error);
             }
         }
         Ok(())
+    }
+
+    /// Settles a part that the database has judged, or puts it back in smaller ones.
+    async fn settle_decided(
+        &mut self,
+        how: How,
+        mut part: Batch,
+        decided: Decided,
+        parking: Option<Parking>,
+        parts: &mut Vec<(How, Batch)>,
+    ) -> Result<(), (Batch, WorkerError)> {
+        match decided {
+            Decided::Written(expired) => {
+                crash_point("worker.committed");
+                self.settle_written(part, &expired);
+            }
+            Decided::Parked => {
+                if let Some(parking) = parking {
+                    parking.done(part.len() as u64);
+                }
+                self.settle_parked(&part);
+            }
+            Decided::Row { sqlstate, reason } if part.len() == 1 => {
+                self.bury(how, part, &sqlstate, &reason).await?;
+            }
+            Decided::Row { .. } => {
+                let newer = part.split_off(part.len() / 2);
+                parts.extend([(how, newer), (how, part)]);
+            }
+            Decided::Counter { reason } => match split_by_sku(part) {
+                Ok(by_sku) => parts.extend(by_sku.into_iter().map(|part| (How::Write, part))),
+                Err((sku, part)) => {
+                    self.note_fault(sku, &part, &reason);
+                    self.set_aside(part, parts);
+                }
+            },
+        }
+        Ok(())
+    }
+
+    /// Takes the orders of SKUs that are faulted out of a batch, so that they cost the others nothing.
+    fn set_faulted_aside(&self, batch: Batch, parts: &mut Vec<(How, Batch)>) {
+        let mut faulted: BTreeMap<SkuNumber, Batch> = BTreeMap::new();
+        let mut sound = Batch::with_capacity(batch.len());
+        for pending in batch {
+            let sku = self.ledger.catalogue.by_number(pending.order.sku);
+            if sku.is_some_and(|sku| sku.is_faulted()) {
+                faulted.entry(pending.order.sku).or_default().push(pending);
+            } else {
+                sound.push(pending);
+            }
+        }
+        for part in faulted.into_values() {
+            self.set_aside(part, parts);
+        }
+        parts.push((How::Write, sound));
+    }
+
+    /// Orders of one SKU whose counters are refused: gives back those that nobody was promised
+    /// anything of, and leaves the others to be parked, or to be written as expired, for which no
+    /// counter moves.
+    fn set_aside(&self, part: Batch, parts: &mut Vec<(How, Batch)>) {
+        let now = self.ledger.ids.real_now();
+        let (recorded, waiting): (Batch, Batch) = part
+            .into_iter()
+            .partition(|pending| pending.slot.is_recorded());
+        if !waiting.is_empty() {
+            self.settle(&waiting, Ledger::unwritten);
+        }
+        let (late, payable) = recorded
+            .into_iter()
+            .partition(|pending| self.ledger.is_late(&pending.order, now));
+        parts.extend([(How::Park, payable), (How::Write, late)]);
+    }
+
+    fn note_fault(&self, sku: SkuNumber, part: &Batch, reason: &str) {
+        let Some(sku) = self.ledger.catalogue.by_number(sku) else {
+            return;
+        };
+        let units = part.iter().map(|pending| pending.order.quantity.get());
+        let units = units.fold(0, u32::saturating_add);
+        if self.ledger.catalogue.set_fault(&sku, reason, units) {
+            tracing::error!(
+                sku_id = %sku.id, reason, orders = part.len(),
+                "the database refuses this SKU's counters: its sale is paused and its acknowledged orders are parked \
+                 until the row in `sku` agrees with its orders again (see the audit)"
+            );
+        }
+    }
+
+    /// Of orders of one SKU. `None`: it is sound.
+    fn begin_parking(&self, part: &Batch) -> Option<Parking> {
+        let sku = self.ledger.catalogue.by_number(part.first()?.order.sku)?;
+        sku.fault().begin_parking()
+    }
+
+    async fn park_until_decided(&mut self, part: &Batch) -> Result<Decided, WorkerError> {
+        let orders: Vec<&Order> = part.iter().map(|pending| &pending.order).collect();
+        let mut backoff = Backoff::new();
+        loop {
+            let parked = self.writer.park(&orders).await;
+            self.note_lost_commits();
+            match parked {
+                Ok(()) => {
+                    self.note_committed();
+                    return Ok(Decided::Parked);
+                }
+                Err(
+                    WriteError::Row { sqlstate, reason } | WriteError::Counter { sqlstate, reason },
+                ) => return Ok(Decided::Row { sqlstate, reason }),
+                Err(WriteError::Fatal(error)) => return Err(error.into()),
+                Err(WriteError::Retry(error)) => {
+                    self.pause(&mut backoff, orders.len(), &error).await?;
+                }
+            }
+        }
     }
 
     /// Tries the same orders again and again until the database has judged them.
@@ -300,10 +400,10 @@ impl Worker {
                     self.metrics
                         .batch_seconds
                         .observe(started.elapsed().as_secs_f64());
-                    if backoff.attempts > 0 {
+                    if backoff.attempts() > 0 {
                         tracing::info!(
                             rows = orders.len(),
-                            attempts = backoff.attempts + 1,
+                            attempts = backoff.attempts() + 1,
                             "a delayed batch is written"
                         );
                     }
@@ -333,6 +433,7 @@ impl Worker {
     /// Turns the one order in `part` into a dead letter.
     async fn bury(
         &mut self,
+        how: How,
         part: Batch,
         sqlstate: &str,
         reason: &str,
@@ -353,6 +454,7 @@ impl Worker {
             }
         };
         match buried {
+            Refused::IsThere if how == How::Park => self.settle_parked(&part),
             Refused::IsThere => self.settle_written(part, &[false]),
             Refused::Buried => {
                 tracing::error!(order_id = %order.order.id, sqlstate, reason, "the database refused an order; it is a dead letter now");
@@ -367,38 +469,12 @@ impl Worker {
         Ok(())
     }
 
-    fn park(&mut self, sku: SkuNumber, part: Batch, reason: &str) {
-        if let Some(sku) = self.ledger.catalogue.by_number(sku) {
-            let first = !sku.is_faulted();
-            sku.park(part.len() as u32);
-            if first {
-                tracing::error!(
-                    sku_id = %sku.id, reason, orders = part.len(),
-                    "the database refuses this SKU's counters: its sale is paused and its orders are parked until \
-                     the row in `sku` agrees with its orders again (see the audit)"
-                );
-            }
-        }
+    fn settle_parked(&self, part: &Batch) {
         self.metrics.orders_parked.add(part.len() as i64);
-        self.parked.entry(sku).or_default().extend(part);
-    }
-
-    async fn retry_parked(&mut self) -> Result<(), WorkerError> {
-        let numbers: Vec<SkuNumber> = self.parked.keys().copied().collect();
-        for number in numbers {
-            let part = self.parked.remove(&number).unwrap_or_default();
-            let count = part.len();
-            self.metrics.orders_parked.sub(count as i64);
-            self.write(part).await?;
-            // After the attempt, so that the sale does not open while it is made; what was parked
-            // again has been counted again.
-            if let Some(sku) = self.ledger.catalogue.by_number(number)
-                && sku.unpark(count as u32)
-            {
-                tracing::info!(sku_id = %sku.id, "the database takes this SKU's counters again: its sale goes on");
-            }
+        self.settle(part, Ledger::parked);
+        if let Some(queue) = self.queue.durable() {
+            queue.decided(part);
         }
-        Ok(())
     }
 
     fn settle_written(&self, part: Batch, expired: &[bool]) {
@@ -478,35 +554,13 @@ impl Worker {
         let wait = backoff.next();
         self.ledger.progress.failed(&error.to_string());
         // The first and then every tenth: an outage is not a line a retry.
-        if backoff.attempts % 10 == 1 {
-            tracing::warn!(rows, attempts = backoff.attempts, reason = %error, "a batch is not written yet; it is tried again");
+        if backoff.attempts() % 10 == 1 {
+            tracing::warn!(rows, attempts = backoff.attempts(), reason = %error, "a batch is not written yet; it is tried again");
         }
         tokio::select! {
             () = tokio::time::sleep(wait) => Ok(()),
             _ = self.cut.wait_for(|cut| *cut) => Err(WorkerError::Cut(rows)),
         }
-    }
-}
-
-/// Full jitter over a doubling range: workers that failed together do not come back together.
-struct Backoff {
-    range: Duration,
-    attempts: u32,
-}
-
-impl Backoff {
-    fn new() -> Self {
-        Backoff {
-            range: BACKOFF_MIN,
-            attempts: 0,
-        }
-    }
-
-    fn next(&mut self) -> Duration {
-        self.attempts += 1;
-        let wait = rand::rng().random_range(BACKOFF_MIN / 2..=self.range);
-        self.range = (self.range * 2).min(BACKOFF_MAX);
-        wait
     }
 }
 

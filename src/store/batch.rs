@@ -13,12 +13,17 @@
 //! commit and no longer. If any of its statements fails, the server turns the COMMIT behind it
 //! into a ROLLBACK.
 //!
+//! A trigger of somebody's may leave rows out of a COPY without an error. Where `orders` has one that
+//! could, the rows go in a flush of their own, and the counters and COMMIT only after the server's
+//! count of them.
+//!
 //! A commit of unknown outcome is settled by the batch's number, see `numbered`.
 
 use std::collections::BTreeMap;
 
 use bytes::BytesMut;
 use futures_util::SinkExt;
+use tokio::sync::OnceCell;
 use tokio_postgres::Statement;
 use tokio_postgres::types::ToSql;
 
@@ -53,6 +58,20 @@ pub const COUNTER: &str = "
     INSERT INTO stock_journal (sku, cause, reference, held_delta, total_after, held_after, sold_after)
     SELECT $1::int4, 'orders', $3::text, $2::int8, m.total, m.held, m.sold
       FROM (SELECT) one LEFT JOIN moved m ON true";
+
+/// Before [`move_on`]: the triggers that it looks for stay as they are until the end.
+const BEGIN: &str = "BEGIN; LOCK TABLE orders IN ROW EXCLUSIVE MODE";
+
+/// [`FENCE`], which tells also whether a trigger may leave rows of a COPY out: one BEFORE INSERT FOR
+/// EACH ROW, which is 1 + 2 + 4 in `tgtype`.
+fn move_on() -> String {
+    format!(
+        "{FENCE} RETURNING EXISTS (SELECT FROM pg_trigger WHERE tgrelid = 'orders'::regclass AND NOT tgisinternal
+            AND tgenabled <> 'D' AND tgtype & 7 = 7)"
+    )
+}
+
+const TAKE_PARKED: &str = "DELETE FROM parked_orders WHERE order_id = ANY ($1)";
 
 const DEAD_LETTER: &str = "
     INSERT INTO dead_letters (order_id, user_id, sku, quantity, adjustment, amount, currency,
@@ -102,6 +121,28 @@ pub enum Refused {
 
 /// PostgreSQL's code for a key that is there already.
 const UNIQUE_VIOLATION: &str = "23505";
+/// The code of a row that a trigger has left out: "no data" of the standard.
+const NO_DATA: &str = "02000";
+
+/// What one transaction does.
+#[derive(Clone, Copy, Debug)]
+enum Work<'a> {
+    /// Orders become rows, and the counters move.
+    Write(&'a [(&'a Order, OrderStatus)]),
+    /// Orders are parked; counters stay.
+    Park(&'a [&'a Order]),
+    /// Parked orders become rows, and the counters move.
+    Unpark(&'a [(&'a Order, OrderStatus)]),
+}
+
+impl Work<'_> {
+    fn orders(&self) -> usize {
+        match self {
+            Work::Write(rows) | Work::Unpark(rows) => rows.len(),
+            Work::Park(orders) => orders.len(),
+        }
+    }
+}
 
 /// One worker's way into the database.
 #[derive(Debug)]
@@ -119,6 +160,8 @@ struct Session {
     copy: Statement,
     counter: Statement,
     counters: Statement,
+    /// Prepared when it is first needed.
+    park: OnceCell<Statement>,
 }
 
 impl BatchWriter {
@@ -179,6 +222,28 @@ impl BatchWriter {
     /// # Errors
     /// See [`WriteError`].
     pub async fn write_as(&mut self, rows: &[(&Order, OrderStatus)]) -> Result<(), WriteError> {
+        self.transact(Work::Write(rows)).await
+    }
+
+    /// Parks orders of SKUs whose counters are refused, all or nothing.
+    ///
+    /// # Errors
+    /// See [`WriteError`]; after [`WriteError::Retry`] as [`BatchWriter::write_as`].
+    pub async fn park(&mut self, orders: &[&Order]) -> Result<(), WriteError> {
+        self.transact(Work::Park(orders)).await
+    }
+
+    /// Makes parked orders rows, as [`BatchWriter::write_as`] does. All of them must still be parked:
+    /// otherwise it ends as [`WriteError::Retry`] without an unknown outcome, and others are to be
+    /// tried.
+    ///
+    /// # Errors
+    /// See [`WriteError`].
+    pub async fn unpark(&mut self, rows: &[(&Order, OrderStatus)]) -> Result<(), WriteError> {
+        self.transact(Work::Unpark(rows)).await
+    }
+
+    async fn transact(&mut self, work: Work<'_>) -> Result<(), WriteError> {
         if self.session.is_none() && self.connect().await? {
             return Ok(());
         }
@@ -189,7 +254,7 @@ impl BatchWriter {
         // Noted beforehand, so that it also holds where this call is given up half-way: the
         // backend may still be at it, and the next connection finds out.
         self.row.suspect = Some(session.backend);
-        let written = self.attempt(&session, batch, rows).await;
+        let written = self.attempt(&session, batch, work).await;
         if matches!(written, Err(WriteError::Retry(_))) {
             return written;
         }
@@ -207,7 +272,7 @@ impl BatchWriter {
         &mut self,
         session: &Session,
         batch: i64,
-        rows: &[(&Order, OrderStatus)],
+        work: Work<'_>,
     ) -> Result<(), WriteError> {
         let NodeLease { node, epoch } = self.row.lease;
         let client = &session.client;
@@ -216,28 +281,72 @@ impl BatchWriter {
             |doing| move |source| WriteError::Retry(StoreError::Statement { doing, source });
 
         let fence: [&(dyn ToSql + Sync); 4] = [&node, &self.row.shard, &epoch, &batch];
-        let (begun, fenced, sink) = timed("starting a batch", step, async {
-            tokio::join!(
-                client.batch_execute("BEGIN"),
-                client.execute(&session.fence, &fence),
-                client.copy_in::<_, bytes::Bytes>(&session.copy),
-            )
+        let copy = match work {
+            Work::Write(_) | Work::Unpark(_) => &session.copy,
+            Work::Park(_) => {
+                let prepared = session.park.get_or_try_init(|| client.prepare(copy::PARK));
+                timed("preparing the COPY", step, prepared)
+                    .await?
+                    .map_err(retry("preparing the COPY"))?
+            }
+        };
+        let parked: Option<Vec<i64>> = match work {
+            Work::Unpark(rows) => Some(rows.iter().map(|(order, _)| order.id.as_i64()).collect()),
+            Work::Write(_) | Work::Park(_) => None,
+        };
+        let take_parked = async {
+            match &parked {
+                Some(ids) => client.execute(TAKE_PARKED, &[ids]).await,
+                None => Ok(0),
+            }
+        };
+        let (begun, fenced, taken, sink) = timed("starting a batch", step, async {
+            // What is taken first needs a round trip to be prepared, and is rare.
+            if parked.is_some() {
+                let (begun, fenced) = tokio::join!(
+                    client.batch_execute(BEGIN),
+                    client.query_opt(&session.fence, &fence),
+                );
+                let taken = take_parked.await;
+                return (begun, fenced, taken, client.copy_in(copy).await);
+            }
+            let (begun, fenced, sink) = tokio::join!(
+                client.batch_execute(BEGIN),
+                client.query_opt(&session.fence, &fence),
+                client.copy_in::<_, bytes::Bytes>(copy),
+            );
+            (begun, fenced, Ok(0), sink)
         })
         .await?;
         begun.map_err(retry("BEGIN"))?;
         let fenced = fenced.map_err(retry("fencing a batch"))?;
+        let taken = taken.map_err(retry("taking parked orders"))?;
         let sink = sink.map_err(retry("COPY orders"))?;
-        if fenced != 1 {
+        let Some(fenced) = fenced else {
             // Dropping the sink aborts the COPY. Connecting again tells who moved our row.
             return Err(WriteError::Retry(StoreError::Data(format!(
                 "the row of writer {} was moved",
                 self.row.shard
             ))));
+        };
+        if parked.is_some_and(|ids| ids.len() as u64 != taken) {
+            return Err(WriteError::Retry(StoreError::Data(
+                "parked orders were cancelled meanwhile".to_owned(),
+            )));
         }
+        let counted: bool = fenced.get(0);
 
         self.buffer.clear();
-        copy::encode(&mut self.buffer, rows.iter().copied());
-        let (skus, units) = units_by_sku(rows);
+        let (skus, units) = match work {
+            Work::Write(rows) | Work::Unpark(rows) => {
+                copy::encode(&mut self.buffer, rows.iter().copied());
+                units_by_sku(rows)
+            }
+            Work::Park(orders) => {
+                copy::encode_parked(&mut self.buffer, orders.iter().copied());
+                (Vec::new(), Vec::new())
+            }
+        };
         let rows = self.buffer.split().freeze();
         let reference = format!("batch {node}/{}/{batch}", self.row.shard);
         let (counters, skus, units): (_, &(dyn ToSql + Sync), &(dyn ToSql + Sync)) =
@@ -247,31 +356,49 @@ impl BatchWriter {
             };
         let parameters = [skus, units, &reference];
         let mut sink = std::pin::pin!(sink);
-        // From here on a COMMIT may reach the server. Until here it cannot have.
-        self.row.unknown = Some(batch);
-        crash_point("worker.before_commit");
-        let (copied, counted, committed) = timed("writing a batch", step, async {
-            let copied = async {
-                sink.as_mut().send(rows).await?;
-                sink.as_mut().finish().await
-            };
+        let copy = async {
+            sink.as_mut().send(rows).await?;
+            sink.as_mut().finish().await
+        };
+        let move_and_commit = async {
             tokio::join!(
-                copied,
                 client.execute(counters, &parameters),
                 client.batch_execute("COMMIT"),
             )
+        };
+        if counted && !matches!(work, Work::Park(_)) {
+            let copied = timed("writing a batch", step, copy)
+                .await?
+                .map_err(|source| judge("COPY orders", source, false))?;
+            if copied != work.orders() as u64 {
+                timed("ROLLBACK", step, client.batch_execute("ROLLBACK"))
+                    .await?
+                    .map_err(retry("ROLLBACK"))?;
+                let left_out = work.orders() as u64 - copied.min(work.orders() as u64);
+                return Err(WriteError::Row {
+                    sqlstate: NO_DATA.to_owned(),
+                    reason: format!(
+                        "a trigger on the table orders has left {left_out} of {} rows out",
+                        work.orders()
+                    ),
+                });
+            }
+            self.row.unknown = Some(batch);
+            crash_point("worker.before_commit");
+            let (moved, committed) = timed("writing a batch", step, move_and_commit).await?;
+            return judge_commit(moved, committed);
+        }
+        // From here on a COMMIT may reach the server. Until here it cannot have.
+        self.row.unknown = Some(batch);
+        crash_point("worker.before_commit");
+        let (copied, (moved, committed)) = timed("writing a batch", step, async {
+            tokio::join!(copy, move_and_commit)
         })
         .await?;
         if let Err(source) = copied {
             return Err(judge("COPY orders", source, false));
         }
-        if let Err(source) = counted {
-            return Err(judge("moving the stock counters", source, true));
-        }
-        // Everything before it succeeded, so this is a COMMIT and no disguised ROLLBACK. A deferred
-        // constraint may refuse the data only here. Any other failure says nothing: the server may
-        // have committed and then been stopped.
-        committed.map_err(|source| judge("COMMIT", source, false))
+        judge_commit(moved, committed)
     }
 
     /// Makes a connection and settles what the last one left open. True: the batch of unknown
@@ -295,7 +422,11 @@ impl BatchWriter {
                     .map_err(|source| WriteError::Retry(StoreError::Statement { doing, source }))
             }
         };
-        let fence = prepare("preparing the fence", FENCE).await?;
+        let fence = timed("preparing the fence", step, client.prepare(&move_on())).await?;
+        let fence = fence.map_err(|source| {
+            let doing = "preparing the fence";
+            WriteError::Retry(StoreError::Statement { doing, source })
+        })?;
         let copy = prepare("preparing the COPY", copy::STATEMENT).await?;
         let counter = prepare("preparing a counter", COUNTER).await?;
         let counters = prepare("preparing the counters", COUNTERS).await?;
@@ -306,6 +437,7 @@ impl BatchWriter {
             copy,
             counter,
             counters,
+            park: OnceCell::new(),
         });
         Ok(false)
     }
@@ -377,6 +509,19 @@ impl BatchWriter {
         }
         Ok(())
     }
+}
+
+/// Where the counters were moved this is a COMMIT and no disguised ROLLBACK. A deferred constraint may
+/// refuse the data only here. Any other failure says nothing: the server may have committed and then
+/// been stopped.
+fn judge_commit(
+    moved: Result<u64, tokio_postgres::Error>,
+    committed: Result<(), tokio_postgres::Error>,
+) -> Result<(), WriteError> {
+    if let Err(source) = moved {
+        return Err(judge("moving the stock counters", source, true));
+    }
+    committed.map_err(|source| judge("COMMIT", source, false))
 }
 
 /// The units of each SKU in a batch, by id, so that every transaction locks in the same order.

@@ -14,6 +14,11 @@ pub const STATEMENT: &str = "COPY orders (order_id, user_id, sku, quantity, adju
      FROM STDIN (FORMAT binary)";
 const COLUMNS: i16 = 13;
 
+/// The same of orders that are parked, which have no status yet.
+pub const PARK: &str = "COPY parked_orders (order_id, user_id, sku, quantity, adjustment, amount, \
+     currency, created_at, expires_at, key_hash, payload_hash, attributes) \
+     FROM STDIN (FORMAT binary)";
+
 const SIGNATURE: &[u8] = b"PGCOPY\n\xff\r\n\0";
 /// 2000-01-01T00:00:00Z, from which PostgreSQL counts microseconds, in Unix milliseconds.
 const POSTGRES_EPOCH_MS: i64 = 946_684_800_000;
@@ -25,6 +30,18 @@ pub fn encode<'a>(
     buffer: &mut BytesMut,
     rows: impl ExactSizeIterator<Item = (&'a Order, OrderStatus)>,
 ) {
+    encode_all(buffer, rows.map(|(order, status)| (order, Some(status))));
+}
+
+/// Encodes orders for [`PARK`].
+pub fn encode_parked<'a>(buffer: &mut BytesMut, orders: impl ExactSizeIterator<Item = &'a Order>) {
+    encode_all(buffer, orders.map(|order| (order, None)));
+}
+
+fn encode_all<'a>(
+    buffer: &mut BytesMut,
+    rows: impl ExactSizeIterator<Item = (&'a Order, Option<OrderStatus>)>,
+) {
     buffer.reserve(SIGNATURE.len() + 8 + rows.len() * ROW_BYTES_TYPICAL + 2);
     buffer.put_slice(SIGNATURE);
     buffer.put_i32(0);
@@ -35,8 +52,13 @@ pub fn encode<'a>(
     buffer.put_i16(-1);
 }
 
-fn encode_row(buffer: &mut BytesMut, order: &Order, status: OrderStatus) {
-    buffer.put_i16(COLUMNS);
+/// Without `status` that column is left out.
+fn encode_row(buffer: &mut BytesMut, order: &Order, status: Option<OrderStatus>) {
+    buffer.put_i16(if status.is_some() {
+        COLUMNS
+    } else {
+        COLUMNS - 1
+    });
     put_i64(buffer, order.id.as_i64());
     put_bytes(buffer, order.user_id.as_str().as_bytes());
     put_i32(buffer, order.sku.0);
@@ -44,13 +66,14 @@ fn encode_row(buffer: &mut BytesMut, order: &Order, status: OrderStatus) {
     put_i64(buffer, order.adjustment);
     put_i64(buffer, order.amount);
     put_bytes(buffer, order.currency.as_str().as_bytes());
-    match status.code() {
-        Some(code) => {
+    match status.map(OrderStatus::code) {
+        Some(Some(code)) => {
             buffer.put_i32(2);
             buffer.put_i16(code);
         }
         // NOT NULL in the table: the database refuses what must never be stored.
-        None => put_null(buffer),
+        Some(None) => put_null(buffer),
+        None => {}
     }
     put_i64(buffer, postgres_micros(order.created_at));
     put_i64(buffer, postgres_micros(order.expires_at));

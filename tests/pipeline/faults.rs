@@ -1,19 +1,22 @@
 //! Counters that the database refuses.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use millrace::order::Refusal;
+use millrace::order::{Order, Refusal, UserId};
+use millrace::pipeline::parking::{Parking, ParkingDesk};
 use millrace::pipeline::worker::WorkerError;
-use millrace::state::pending::SlotState;
+use millrace::state::buyers::Remembered;
+use millrace::state::pending::{PendingOrder, SlotState};
 use millrace::store::StoreError;
 
 use crate::line::{LONG, Line, all_persisted, claimed, outcome, outcomes, tally, until};
-use crate::support::sale::Sale;
+use crate::support::sale::{Sale, order};
 
 /// A line with one worker on the SKUs `A`, `B` and `C`, of which the database refuses A's and C's
-/// counters.
-async fn faulty() -> Line {
-    let sale = Sale::open(1).await;
+/// counters, and with the keeper of parked orders.
+async fn faulty() -> (Line, ParkingDesk) {
+    let sale = Sale::open(2).await;
     for name in ["A", "B", "C"] {
         sale.sku(name, 100).await;
     }
@@ -24,105 +27,153 @@ async fn faulty() -> Line {
         .sql("UPDATE sku SET total = 0 WHERE sku_id IN ('A', 'C')")
         .await;
     line.start_worker(database, rows_max);
-    line
+    let (desk, parking) = Parking::new(
+        Arc::clone(&line.ledger),
+        line.sale.database.clone(),
+        line.sale.lease(),
+        line.sale.writer(1),
+        line.metrics.clone(),
+    );
+    tokio::spawn(parking.run());
+    (line, desk)
+}
+
+/// Puts an order into the queue that a journal has: it was acknowledged.
+fn accepted(line: &Line, user: &str, sku: &str) -> Arc<PendingOrder> {
+    let sku = line.sku(sku);
+    let order = Order {
+        id: line.ledger.ids.next().unwrap(),
+        user_id: UserId::new(user).unwrap(),
+        ..order(&sku, 1)
+    };
+    sku.hold(order.quantity).unwrap().keep();
+    let buyers = &line.ledger.buyers;
+    buyers.restore(order.user_id.clone(), Remembered::of(&order));
+    let pending = Arc::new(PendingOrder::recovered(order, 1));
+    line.ledger.pending.insert(&pending);
+    line.queue.push(Arc::clone(&pending)).unwrap();
+    pending
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_refused_counter_pauses_its_sale_and_no_other_until_it_is_mended() {
-    let line = faulty().await;
-    let mut placed = Vec::new();
+    let (line, _desk) = faulty().await;
+    let (mut placed, mut parked) = (Vec::new(), Vec::new());
     for at in 0..10 {
-        placed.push(line.place(&format!("a-{at}"), "A", 1, LONG).unwrap());
         placed.push(line.place(&format!("b-{at}"), "B", 2, LONG).unwrap());
+        parked.push(accepted(&line, &format!("a-{at}"), "A"));
     }
-    for of_b in placed.iter().filter(|p| p.order.sku_id.as_str() == "B") {
+    for of_b in &placed {
         assert_eq!(outcome(of_b).await, SlotState::Persisted);
     }
-    until("A is paused", || line.sku("A").is_faulted()).await;
-    until("A's orders are parked", || {
-        line.metrics.orders_parked.get() == 10
-    })
-    .await;
+    let states = outcomes(&parked).await;
+    assert_eq!(tally(&states, SlotState::OnDisk), 10);
+    assert_eq!(line.sale.ids("parked_orders").await.len(), 10);
+    assert_eq!(line.metrics.orders_parked.get(), 10);
+    assert_eq!(line.ledger.pending.len(), 0, "memory keeps nothing of them");
     let refused = line.place("a-late", "A", 1, LONG);
     assert_eq!(refused.unwrap_err(), Refusal::SalePaused);
     assert!(!line.sku("B").is_faulted());
     let last = line.place("b-late", "B", 1, LONG).unwrap();
     assert_eq!(outcome(&last).await, SlotState::Persisted);
     placed.push(last);
+    // What is on its way to a worker already is parked too, without another attempt.
+    let failed = line.metrics.batches.get();
+    parked.push(accepted(&line, "a-more", "A"));
+    assert_eq!(outcome(&parked[10]).await, SlotState::OnDisk);
+    assert_eq!(line.metrics.batches.get(), failed);
     assert!(line.ledger.poison.reason().is_none());
 
-    let batches = line.metrics.batches.get();
     line.sale.sql("UPDATE sku SET total = 100").await;
-    all_persisted(&placed).await;
     until("A is sold again", || !line.sku("A").is_faulted()).await;
     assert_eq!(line.metrics.orders_parked.get(), 0);
-    assert_eq!(
-        line.metrics.batches.get() - batches,
-        2,
-        "ten orders, eight at once"
-    );
+    let rows = line.sale.ids("orders").await;
+    assert!(parked.iter().all(|p| rows.contains(&p.order.id.as_i64())));
+    assert_eq!(line.sku("A").counter().snapshot().held, 11);
     placed.push(line.place("a-late", "A", 1, LONG).unwrap());
-    outcomes(&placed).await;
-    line.check(&placed).await;
+    all_persisted(&placed).await;
+    line.sale.assert_audit(Some(&line.ledger)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn parked_orders_are_given_back_when_the_queue_is_closed() {
-    let mut line = faulty().await;
+async fn who_waits_for_a_refused_counter_is_given_back_at_once() {
+    let (line, desk) = faulty().await;
     let mut placed = Vec::new();
     for at in 0..5 {
         placed.push(line.place(&format!("a-{at}"), "A", 1, LONG).unwrap());
         placed.push(line.place(&format!("c-{at}"), "C", 3, LONG).unwrap());
     }
-    line.queue.close();
-    let ended = line.workers_end().await;
-    assert!(
-        matches!(ended[..], [Err(WorkerError::Cut(10))]),
-        "{ended:?}"
-    );
     let states = outcomes(&placed).await;
     assert_eq!(tally(&states, SlotState::Unwritten), 10);
-    line.sale
-        .sql("UPDATE sku SET total = 100 WHERE sku_id IN ('A', 'C')")
-        .await;
+    until("both are paused", || {
+        line.sku("A").is_faulted() && line.sku("C").is_faulted()
+    })
+    .await;
+    // An operator asks, and is told why; then does something about it.
+    let a = line.sku("A").number;
+    let refused = desk.retry_now(a).await.unwrap().unwrap();
+    assert_eq!(refused.parked, 0);
+    assert!(refused.reason.contains("sku_not_oversold"), "{refused:?}");
+    line.sale.sql("UPDATE sku SET total = 100").await;
+    assert_eq!(desk.retry_now(a).await.unwrap(), None);
+    assert!(!line.sku("A").is_faulted());
+    until("so is C by itself", || !line.sku("C").is_faulted()).await;
     line.check(&placed).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn parked_orders_are_given_back_when_the_worker_is_fenced() {
-    // By the batch that comes next, or by the next attempt to write what is parked.
-    for next_batch in [true, false] {
-        let mut line = faulty().await;
-        let mut placed = Vec::new();
-        for at in 0..5 {
-            placed.push(line.place(&format!("a-{at}"), "A", 1, LONG).unwrap());
-            placed.push(line.place(&format!("c-{at}"), "C", 3, LONG).unwrap());
-        }
-        until("they are parked", || line.metrics.orders_parked.get() == 10).await;
-        line.sale.sql("UPDATE writer SET epoch = epoch + 1").await;
-        if next_batch {
-            placed.push(line.place("b", "B", 1, LONG).unwrap());
-        }
-        let ended = line.workers_end().await;
-        assert!(
-            matches!(
-                ended[..],
-                [Err(WorkerError::Fatal(StoreError::Fenced { .. }))]
-            ),
-            "{ended:?}"
-        );
-        let states: Vec<SlotState> = placed.iter().map(|p| p.slot.state()).collect();
-        assert_eq!(
-            tally(&states, SlotState::Unwritten),
-            placed.len(),
-            "{states:?}"
-        );
-        assert_eq!(line.metrics.orders_parked.get(), 0);
-        line.sale
-            .sql("UPDATE sku SET total = 100 WHERE sku_id IN ('A', 'C')")
-            .await;
-        line.check(&placed).await;
-    }
+async fn what_cannot_be_parked_is_left_to_the_next_process() {
+    let (mut line, _desk) = faulty().await;
+    line.sale
+        .sql("ALTER TABLE parked_orders RENAME TO elsewhere")
+        .await;
+    let parked = accepted(&line, "a", "A");
+    until("it is tried", || line.sku("A").is_faulted()).await;
+    line.sale.sql("UPDATE writer SET epoch = epoch + 1").await;
+    let ended = line.workers_end().await;
+    assert!(
+        matches!(
+            ended[..],
+            [Err(WorkerError::Fatal(StoreError::Fenced { .. }))]
+        ),
+        "{ended:?}"
+    );
+    assert_eq!(parked.slot.state(), SlotState::OnDisk);
+    assert!(line.ledger.pending.get(parked.order.id).is_some());
+    assert_eq!(line.metrics.orders_parked.get(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_trigger_that_leaves_a_row_out_makes_it_a_dead_letter_and_no_order() {
+    let sale = Sale::open(1).await;
+    sale.sku("A", 100).await;
+    let database = sale.database.clone();
+    let mut line = Line::open(sale, 1_024).await;
+    line.start_worker(database, 100);
+    let first = line.place("before", "A", 1, LONG).unwrap();
+    assert_eq!(outcome(&first).await, SlotState::Persisted);
+    // While the worker's session is there already.
+    line.sale
+        .sql(
+            "CREATE FUNCTION millrace.swallow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                 RETURN CASE WHEN NEW.user_id = 'swallowed' THEN NULL ELSE NEW END; END $$;
+             CREATE TRIGGER swallow BEFORE INSERT ON millrace.orders
+                 FOR EACH ROW EXECUTE FUNCTION millrace.swallow()",
+        )
+        .await;
+    let users = ["u-1", "u-2", "swallowed", "u-3"];
+    let mut placed: Vec<_> = users
+        .iter()
+        .map(|user| line.place(user, "A", 1, LONG).unwrap())
+        .collect();
+    let states = outcomes(&placed).await;
+    assert_eq!(tally(&states, SlotState::Persisted), 3);
+    assert_eq!(states[2], SlotState::Failed);
+    let letter = line.sale.database.dead_letters(false, 10).await.unwrap();
+    assert_eq!(letter[0].sqlstate, "02000");
+    assert!(letter[0].reason.contains("trigger"), "{letter:?}");
+    placed.push(first);
+    line.check(&placed).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -21,6 +21,9 @@ const GRACE: Duration = Duration::from_secs(1);
 /// How often those who wait for an order that is on the disk look for it.
 const DISK_RECHECK: Duration = Duration::from_millis(100);
 
+/// The same of those who wait for an order that is parked.
+const PARKED_RECHECK: Duration = Duration::from_millis(500);
+
 /// Where an order that was followed is.
 enum Followed {
     /// On its way, in memory.
@@ -78,11 +81,20 @@ impl DataPlane {
             );
             return Ok(());
         }
-        let stored = self
-            .find_stored(request, deadline, id)?
-            .ok_or_else(|| unknown_order(id))?;
-        json(response, 200, &self.stored_view(&stored));
-        Ok(())
+        loop {
+            let stored = self
+                .find_stored(request, deadline, id)?
+                .ok_or_else(|| unknown_order(id))?;
+            let left = until.saturating_duration_since(Instant::now());
+            if stored.status != OrderStatus::Accepted || left.is_zero() || self.is_stopping() {
+                json(response, 200, &self.stored_view(&stored));
+                return Ok(());
+            }
+            // Parked in the database; nothing wakes us when that ends.
+            self.on_tokio(request, deadline, async move {
+                tokio::time::sleep(left.min(PARKED_RECHECK)).await;
+            })?;
+        }
     }
 
     /// Follows an order that may be on its way, in memory or on the disk, until it is decided or

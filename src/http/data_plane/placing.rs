@@ -408,7 +408,12 @@ impl DataPlane {
             }
             SlotState::Unwritten => {
                 self.count("unwritten");
-                Verdict::Problem(Problem::from(Refusal::Draining))
+                // Of a service that goes on, only because its SKU's counters are refused.
+                let refusal = match self.intake.check_open() {
+                    Ok(()) => Refusal::SalePaused,
+                    Err(_) => Refusal::Draining,
+                };
+                Verdict::Problem(Problem::from(refusal))
             }
             SlotState::Failed if replayed => {
                 self.count("replayed");

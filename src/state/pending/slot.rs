@@ -7,7 +7,7 @@
 //!   Waiting ────────────────────────┘
 //!      │    ╲ spill (appender)
 //!      │     ╲───────────────────────────────► OnDisk
-//!      │ claim (worker)                           ▲ settle (worker, at shutdown)
+//!      │ claim (worker)                           ▲ settle (worker, at shutdown, parked)
 //!      ▼             settle (worker)              │
 //!   Claimed ──────────────────────────────────────┴─ Persisted │ Failed │ Unwritten
 //! ```
@@ -42,10 +42,11 @@ pub enum SlotState {
     Persisted,
     /// The database refused its row; a dead letter is committed and its stock is back.
     Failed,
-    /// Claimed, but the process stopped before it could be written: there is no row and its
-    /// stock is back.
+    /// Claimed, but not written, because the process stopped or the database refuses its SKU's
+    /// counters: there is no row and its stock is back.
     Unwritten,
-    /// Durable in the journal and no longer in memory: whoever waits for it looks for it again.
+    /// Durable in the journal, or parked in the database, and no longer in memory: whoever waits for
+    /// it looks for it again.
     OnDisk,
 }
 
@@ -79,9 +80,9 @@ pub enum Settled {
     Persisted = 3,
     /// The database refused the row.
     Failed = 4,
-    /// Given up unwritten, at shutdown.
+    /// Given up unwritten.
     Unwritten = 5,
-    /// Left to the next process, at shutdown: the journal has it.
+    /// Left to the next process, at shutdown: the journal has it; or parked in the database.
     OnDisk = 7,
 }
 

@@ -199,6 +199,35 @@ impl StockCounter {
             })
     }
 
+    /// Sets the total to `to` where it is `from` still, and orders have not taken more. False: it
+    /// stays.
+    pub fn replace_total(&self, from: u32, to: u32) -> bool {
+        self.word
+            .fetch_update(Ordering::AcqRel, Ordering::Relaxed, |word| {
+                let (total, taken) = unpack(word);
+                (total == from && taken <= to).then(|| pack(to, taken))
+            })
+            .is_ok()
+    }
+
+    /// Takes `units` whether or not they are free: the total grows where they are not. Only before
+    /// orders are taken.
+    ///
+    /// # Panics
+    /// Where the sum does not fit.
+    pub fn hold_regardless(&self, units: u32) {
+        let held = self
+            .word
+            .fetch_update(Ordering::AcqRel, Ordering::Relaxed, |word| {
+                let (total, taken) = unpack(word);
+                let taken = taken.checked_add(units)?;
+                Some(pack(total.max(taken), taken))
+            });
+        if let Err(word) = held {
+            panic!("cannot hold {units} units more than {:?}", unpack(word));
+        }
+    }
+
     /// Units that are free at this instant.
     pub fn free(&self) -> u32 {
         let (total, taken) = unpack(self.word.load(Ordering::Relaxed));

@@ -1,10 +1,11 @@
 //! The catalogue: what is on sale, on which terms, and how many units are left.
 
 mod counter;
+mod fault;
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use arc_swap::ArcSwap;
 use crossbeam::utils::CachePadded;
@@ -14,6 +15,7 @@ use crate::order::receipt::ReceiptSku;
 use crate::order::{Currency, Quantity, Refusal, SkuId, SkuNumber, SkuTag, UnixMillis};
 use crate::sync::Guarded;
 pub use counter::{BelowCommitted, NotEnough, StockCounter, StockSnapshot};
+pub use fault::{Fault, Parking, Refused, Seen};
 
 /// On which terms a SKU is sold.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -71,8 +73,7 @@ pub struct Sku {
     /// Padded: the one word that every buyer's core wants must not share its cache line.
     counter: CachePadded<StockCounter>,
     paused: AtomicBool,
-    /// Orders that workers have parked, because the database refuses this SKU's counters.
-    parked: AtomicU32,
+    fault: Arc<Fault>,
 }
 
 impl Sku {
@@ -90,7 +91,7 @@ impl Sku {
             terms: ArcSwap::from_pointee(terms),
             counter: CachePadded::new(counter),
             paused: AtomicBool::new(paused),
-            parked: AtomicU32::new(0),
+            fault: Arc::default(),
         }
     }
 
@@ -133,20 +134,15 @@ impl Sku {
         self.paused.store(paused, Ordering::Relaxed);
     }
 
-    /// Counts orders that workers have parked, because the database refuses this SKU's counters.
-    /// While there are any, no further ones are taken.
-    pub fn park(&self, orders: u32) {
-        self.parked.fetch_add(orders, Ordering::Relaxed);
-    }
-
-    /// Counts parked orders off again. True: they were the last, and the sale goes on.
-    pub fn unpark(&self, orders: u32) -> bool {
-        self.parked.fetch_sub(orders, Ordering::Relaxed) == orders
+    /// Whether the database refuses this SKU's counters, and what waits for them. While it does, no
+    /// orders are taken.
+    pub fn fault(&self) -> &Arc<Fault> {
+        &self.fault
     }
 
     /// Whether the database refuses this SKU's counters.
     pub fn is_faulted(&self) -> bool {
-        self.parked.load(Ordering::Relaxed) > 0
+        self.fault.is_set()
     }
 
     /// Whether the sale takes orders at `now`.
@@ -227,6 +223,8 @@ pub struct Catalogue {
     maps: ArcSwap<CatalogueMaps>,
     changing: Guarded<()>,
     paused: AtomicBool,
+    /// SKUs whose counters the database refuses.
+    faults: AtomicUsize,
 }
 
 #[derive(Debug, Default, Clone)]
@@ -280,6 +278,33 @@ impl Catalogue {
             }
             self.maps.store(Arc::new(maps));
         });
+    }
+
+    /// Notes that the database refuses a SKU's counters for `units`, and why. True: it took them
+    /// before.
+    pub fn set_fault(&self, sku: &Sku, reason: &str, units: u32) -> bool {
+        // Counted before it is set, so that it is never set and not counted.
+        self.faults.fetch_add(1, Ordering::Relaxed);
+        let fresh = sku.fault.set(reason, units);
+        if !fresh {
+            self.faults.fetch_sub(1, Ordering::Relaxed);
+        }
+        fresh
+    }
+
+    /// The database takes a SKU's counters again, and nothing is parked as far as `seen` goes. False:
+    /// something was since.
+    pub fn clear_fault(&self, sku: &Sku, seen: Seen) -> bool {
+        let cleared = sku.fault.clear(seen);
+        if cleared {
+            self.faults.fetch_sub(1, Ordering::Relaxed);
+        }
+        cleared
+    }
+
+    /// Whether the database refuses any SKU's counters.
+    pub fn has_faults(&self) -> bool {
+        self.faults.load(Ordering::Relaxed) > 0
     }
 
     /// Pauses or resumes every sale.

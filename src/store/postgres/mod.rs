@@ -20,6 +20,7 @@ pub mod dead_letters;
 pub mod journal;
 pub mod lease;
 pub mod orders;
+pub mod parked;
 pub mod payments;
 pub mod pooling;
 mod present;

@@ -24,14 +24,16 @@ const RANGE: &str = "
     SELECT order_id, user_id, payload_hash, true FROM (
         SELECT order_id, user_id, payload_hash FROM orders
          WHERE order_id BETWEEN $1 AND $2 ORDER BY order_id LIMIT $3) o
-    UNION ALL SELECT order_id, user_id, payload_hash, false FROM dead_letters WHERE order_id = ANY ($4)";
+    UNION ALL SELECT order_id, user_id, payload_hash, false FROM dead_letters WHERE order_id = ANY ($4)
+    UNION ALL SELECT order_id, user_id, payload_hash, false FROM parked_orders WHERE order_id = ANY ($4)";
 
 const IDS: &str = "
     SELECT order_id, user_id, payload_hash FROM orders WHERE order_id = ANY ($1)
-    UNION ALL SELECT order_id, user_id, payload_hash FROM dead_letters WHERE order_id = ANY ($1)";
+    UNION ALL SELECT order_id, user_id, payload_hash FROM dead_letters WHERE order_id = ANY ($1)
+    UNION ALL SELECT order_id, user_id, payload_hash FROM parked_orders WHERE order_id = ANY ($1)";
 
 impl Database {
-    /// Which of `orders` are here, as rows or as dead letters. An order is known by its id, its
+    /// Which of `orders` are here, as rows, as dead letters or parked. An order is known by its id, its
     /// buyer and the hash of what it asked for.
     ///
     /// # Errors

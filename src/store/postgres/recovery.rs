@@ -66,7 +66,7 @@ impl Database {
         rows.iter().map(sku_from_row).collect()
     }
 
-    /// Hands every order from `floor` on, dead letters included, to `remember`, so that keys and
+    /// Hands every order from `floor` on, dead letters and parked ones included, to `remember`, so that keys and
     /// limits hold over a restart; with the moment until which it is to be paid, where it is.
     /// Returns how many there were.
     ///
@@ -92,7 +92,11 @@ impl Database {
                  UNION ALL
                  SELECT order_id, user_id, sku, quantity, decode(replace(key_hash::text, '-', ''), 'hex'), payload_hash,
                         false, NULL
-                   FROM dead_letters WHERE order_id >= $1",
+                   FROM dead_letters WHERE order_id >= $1
+                 UNION ALL
+                 SELECT order_id, user_id, sku, quantity, decode(replace(key_hash::text, '-', ''), 'hex'), payload_hash,
+                        true, NULL
+                   FROM parked_orders",
                 [&floor.as_i64() as &(dyn tokio_postgres::types::ToSql + Sync), &live],
             )
             .await

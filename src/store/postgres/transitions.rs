@@ -29,6 +29,17 @@ pub struct Units {
     pub quantity: u32,
 }
 
+impl Units {
+    /// From a row of buyer, SKU and quantity.
+    fn of(row: &tokio_postgres::Row) -> Self {
+        Units {
+            user_id: row.get(0),
+            sku: SkuNumber(row.get(1)),
+            quantity: u32::try_from(row.get::<_, i32>(2)).unwrap_or(0),
+        }
+    }
+}
+
 /// Locks the node's row and checks the epoch: a process that was replaced changes nothing. A key
 /// share: it conflicts with a takeover, and with no renewal of the lease.
 pub(super) async fn fence(
@@ -76,6 +87,26 @@ impl Database {
                 )
                 .await?;
             let Some(row) = row else {
+                // A parked one becomes a cancelled row. Its units are in no counter of the database.
+                let parked = transaction
+                    .query_opt(
+                        "WITH gone AS (
+                             DELETE FROM parked_orders
+                              WHERE order_id = $1 AND ($3::int8 IS NULL OR expires_at > to_timestamp($3 / 1000.0))
+                             RETURNING *
+                         )
+                         INSERT INTO orders (order_id, user_id, sku, quantity, adjustment, amount, currency, status,
+                                created_at, expires_at, key_hash, payload_hash, attributes)
+                         SELECT order_id, user_id, sku, quantity, adjustment, amount, currency, $2,
+                                created_at, expires_at, key_hash, payload_hash, attributes
+                           FROM gone RETURNING user_id, sku, quantity",
+                        &[&id.as_i64(), &to, &now.map(|now| now.0)],
+                    )
+                    .await?;
+                if let Some(row) = parked {
+                    transaction.commit().await?;
+                    return Ok(Some(Moved::Now(Units::of(&row))));
+                }
                 let word = transaction
                     .query_opt(
                         "SELECT status FROM order_rows WHERE order_id = $1",
@@ -88,7 +119,7 @@ impl Database {
                     .as_deref()
                     .and_then(OrderStatus::from_word)
                     .map(|found| match found {
-                        OrderStatus::PendingPayment => OrderStatus::Expired,
+                        OrderStatus::PendingPayment | OrderStatus::Accepted => OrderStatus::Expired,
                         other => other,
                     });
                 // The fence has locked a row, so with synchronous replication this waits for the
@@ -111,11 +142,7 @@ impl Database {
                 )
                 .await?;
             transaction.commit().await?;
-            Ok(Some(Moved::Now(Units {
-                user_id: row.get(0),
-                sku: SkuNumber(sku),
-                quantity: u32::try_from(quantity).unwrap_or(0),
-            })))
+            Ok(Some(Moved::Now(Units::of(&row))))
         };
         self.timed("cancelling an order", work)
             .await?

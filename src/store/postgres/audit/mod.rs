@@ -45,6 +45,8 @@ pub struct SkuAudit {
     pub held_by_orders: i64,
     /// Units of orders that are paid, deleted ones included.
     pub sold_by_orders: i64,
+    /// Units of parked orders, which `held` does not count and memory holds.
+    pub parked: i64,
     /// What moved while its orders were read.
     pub motion: Motion,
     /// Total, held, sold when its first orders were read. The same as now if nothing moved.
@@ -154,6 +156,7 @@ impl Database {
                 sold,
                 held_by_orders: units.held,
                 sold_by_orders: units.sold + counters.pruned.1,
+                parked: counters.parked,
                 motion: chain.motion,
                 before: orders
                     .before

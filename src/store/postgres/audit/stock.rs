@@ -11,7 +11,8 @@ use crate::store::StoreError;
 /// Counters of every SKU, the number of its newest entry, and its checkpoints.
 pub(super) const SKUS: &str = "
     SELECT s.id, s.sku_id, s.total, s.held, s.sold, coalesce(j.id, c.through_id, 0), coalesce(c.through_id, 0),
-           coalesce(c.total, 0), coalesce(c.held, 0), coalesce(c.sold, 0), coalesce(o.orders, 0), coalesce(o.sold, 0)
+           coalesce(c.total, 0), coalesce(c.held, 0), coalesce(c.sold, 0), coalesce(o.orders, 0), coalesce(o.sold, 0),
+           (SELECT coalesce(sum(p.quantity), 0) FROM parked_orders p WHERE p.sku = s.id)::int8
       FROM sku s
       LEFT JOIN LATERAL (SELECT id FROM stock_journal WHERE sku = s.id ORDER BY id DESC LIMIT 1) j ON true
       LEFT JOIN stock_journal_checkpoint c ON c.sku = s.id
@@ -42,6 +43,8 @@ pub(super) struct Counters {
     pub(super) checkpoint: Triple,
     /// Orders that were deleted, and the units of those that were paid.
     pub(super) pruned: (i64, i64),
+    /// Units of parked orders.
+    pub(super) parked: i64,
 }
 
 pub(super) fn counters(rows: &[Row]) -> BTreeMap<i32, Counters> {
@@ -55,6 +58,7 @@ pub(super) fn counters(rows: &[Row]) -> BTreeMap<i32, Counters> {
                 checkpoint_through: row.get(6),
                 checkpoint: triple(row, 7),
                 pruned: (row.get(10), row.get(11)),
+                parked: row.get(12),
             };
             (row.get(0), counters)
         })

@@ -1,0 +1,416 @@
+//! Parked orders: acknowledged orders of SKUs whose counters the database refuses. They wait in the
+//! database, so that neither the journal nor memory has to keep them, and nobody else's orders wait
+//! behind them.
+//!
+//! ```text
+//!   worker, replay ── counters refused ──► parked_orders ─┬─ counters are taken ──► orders
+//!                                                         ├─ too late to be paid ─► orders, expired
+//!                                                         ├─ cancelled ───────────► orders, cancelled
+//!                                                         └─ the row is refused ──► dead_letters
+//! ```
+//!
+//! While any are parked their SKU is not sold. Their units are held in memory. One task tries them
+//! again, SKU by SKU and in parts, and once a SKU has none left and its counters are taken its sale
+//! goes on by itself.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, oneshot};
+
+use super::ledger::Ledger;
+use crate::metrics::Metrics;
+use crate::order::{Order, OrderStatus, SkuNumber, UnixMillis};
+use crate::state::stock::{Refused, Sku};
+use crate::store::StoreError;
+use crate::store::batch::{BatchWriter, WriteError};
+use crate::store::postgres::{Database, NodeLease};
+
+/// How often it is looked whether any SKU is due.
+const LOOK: Duration = Duration::from_millis(250);
+/// Pause between attempts with one SKU: doubled each time, up to the latter.
+const RETRY_MIN: Duration = Duration::from_secs(2);
+const RETRY_MAX: Duration = Duration::from_secs(16);
+/// How often parked orders are looked through for those that are too late.
+const EXPIRE: Duration = Duration::from_secs(1);
+/// Orders in one transaction, and transactions of one SKU before the others have their turn.
+const PART: usize = 1_000;
+const PARTS: usize = 20;
+/// Pause after the database has failed.
+const PAUSE: Duration = Duration::from_millis(500);
+/// Requests of operators that may wait.
+const REQUESTS_MAX: usize = 64;
+
+type Answer = oneshot::Sender<Result<Option<Refused>, StoreError>>;
+
+/// The way to the task. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct ParkingDesk {
+    requests: mpsc::Sender<(SkuNumber, Answer)>,
+}
+
+impl ParkingDesk {
+    /// Tries a SKU's parked orders and its counters at once. `None`: they are taken, and its sale
+    /// goes on.
+    ///
+    /// # Errors
+    /// Where the database does not answer; it is tried again by itself then.
+    pub async fn retry_now(&self, sku: SkuNumber) -> Result<Option<Refused>, StoreError> {
+        let stopped = || StoreError::Pool("the service is stopping".to_owned());
+        let (answer, answered) = oneshot::channel();
+        let sent = self.requests.send((sku, answer)).await;
+        sent.map_err(|_| stopped())?;
+        answered.await.unwrap_or_else(|_| Err(stopped()))
+    }
+}
+
+/// The task.
+pub struct Parking {
+    ledger: Arc<Ledger>,
+    database: Database,
+    lease: NodeLease,
+    writer: BatchWriter,
+    metrics: Metrics,
+    requests: mpsc::Receiver<(SkuNumber, Answer)>,
+    /// When each faulted SKU is tried next, and after which pause again.
+    due: BTreeMap<SkuNumber, (Instant, Duration)>,
+    next_expiry: Instant,
+    /// Up to which parked orders have been looked through for those that are too late.
+    expiry_at: (UnixMillis, i64),
+}
+
+/// How an attempt with one SKU ended.
+enum Tried {
+    /// Nothing is parked any more and the counters are taken.
+    Sound,
+    /// There are more parts.
+    More,
+    /// The counters are refused, or orders are on their way to be parked.
+    Refused,
+}
+
+/// How one part of parked orders fared.
+enum Part {
+    Written,
+    /// Some of them are not parked any more.
+    Changed,
+    Row {
+        sqlstate: String,
+        reason: String,
+    },
+    Counter {
+        reason: String,
+    },
+}
+
+impl Parking {
+    /// The task, and the way to it.
+    pub fn new(
+        ledger: Arc<Ledger>,
+        database: Database,
+        lease: NodeLease,
+        writer: BatchWriter,
+        metrics: Metrics,
+    ) -> (ParkingDesk, Parking) {
+        let (sender, requests) = mpsc::channel(REQUESTS_MAX);
+        let parking = Parking {
+            ledger,
+            database,
+            lease,
+            writer,
+            metrics,
+            requests,
+            due: BTreeMap::new(),
+            next_expiry: Instant::now(),
+            expiry_at: START,
+        };
+        (ParkingDesk { requests: sender }, parking)
+    }
+
+    /// Works until the future is dropped, or this process may not write any more.
+    pub async fn run(mut self) {
+        let ledger = Arc::clone(&self.ledger);
+        let parked = |sku: &Arc<Sku>| sku.fault().refused().map_or(0, |refused| refused.parked);
+        let parked: u64 = ledger.catalogue.all().iter().map(parked).sum();
+        self.metrics.orders_parked.add(parked as i64);
+        loop {
+            tokio::select! {
+                biased;
+                Some((sku, answer)) = self.requests.recv() => {
+                    let tried = self.retry(sku).await;
+                    if let Err(error) = &tried {
+                        self.note_failure(error);
+                    }
+                    let _ = answer.send(tried);
+                }
+                () = tokio::time::sleep(LOOK) => {}
+            }
+            if self.ledger.catalogue.has_faults()
+                && let Err(error) = self.look().await
+            {
+                self.note_failure(&error);
+                tokio::time::sleep(PAUSE).await;
+            }
+            if self.ledger.poison.is_set() {
+                return;
+            }
+        }
+    }
+
+    fn note_failure(&self, error: &StoreError) {
+        if error.is_final() {
+            self.ledger.poison.set(error.to_string());
+        } else {
+            tracing::warn!(reason = %error, "parked orders wait; it is tried again");
+        }
+    }
+
+    /// An operator does not want to wait.
+    async fn retry(&mut self, number: SkuNumber) -> Result<Option<Refused>, StoreError> {
+        let Some(sku) = self.ledger.catalogue.by_number(number) else {
+            return Ok(None);
+        };
+        while sku.is_faulted() {
+            match self.attempt(&sku).await? {
+                Tried::More => {}
+                Tried::Sound | Tried::Refused => break,
+            }
+        }
+        Ok(sku.fault().refused())
+    }
+
+    /// Tries what is due.
+    async fn look(&mut self) -> Result<(), StoreError> {
+        if Instant::now() >= self.next_expiry {
+            self.next_expiry = Instant::now() + EXPIRE;
+            self.expire().await?;
+        }
+        let skus = self.ledger.catalogue.all();
+        for sku in skus.iter().filter(|sku| sku.is_faulted()) {
+            let now = Instant::now();
+            let (at, pause) = *self.due.entry(sku.number).or_insert((now, RETRY_MIN));
+            if now < at {
+                continue;
+            }
+            match self.attempt(sku).await? {
+                Tried::Sound => {}
+                // The others have their turn first.
+                Tried::More => drop(self.due.insert(sku.number, (now, RETRY_MIN))),
+                Tried::Refused => {
+                    let next = (Instant::now() + pause, (pause * 2).min(RETRY_MAX));
+                    self.due.insert(sku.number, next);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves parked orders of one SKU on, as many as the counters take.
+    async fn attempt(&mut self, sku: &Arc<Sku>) -> Result<Tried, StoreError> {
+        let mut size = PART;
+        let mut moved = 0;
+        for _ in 0..PARTS {
+            let Some(seen) = sku.fault().look() else {
+                return Ok(Tried::Refused);
+            };
+            let part = self.database.parked_of(sku.number, size as i64).await?;
+            if part.is_empty() {
+                let units = sku.fault().refused().map_or(0, |refused| refused.units);
+                if moved == 0
+                    && let Some(reason) = self.database.try_counters(sku.number, units).await?
+                {
+                    sku.fault().set(&reason, units);
+                    self.count(sku, 0);
+                    return Ok(Tried::Refused);
+                }
+                return self.resume(sku, seen).await;
+            }
+            let now = self.ledger.ids.real_now();
+            let rows: Vec<(&Order, OrderStatus)> = part
+                .iter()
+                .map(|order| (order, self.status_at(order, now)))
+                .collect();
+            match self.unpark(&rows).await? {
+                Part::Written => {
+                    moved += rows.len();
+                    size = (size * 2).min(PART);
+                }
+                Part::Changed => {}
+                Part::Row { .. } | Part::Counter { .. } if part.len() > 1 => size = part.len() / 2,
+                Part::Row { sqlstate, reason } => self.bury(&part, &sqlstate, &reason).await?,
+                Part::Counter { reason } => {
+                    let units = part.first().map_or(1, |order| order.quantity.get());
+                    sku.fault().set(&reason, units);
+                    let parked = self.database.parked_by_sku().await?;
+                    self.count(
+                        sku,
+                        parked.get(&sku.number).map_or(0, |parked| parked.orders),
+                    );
+                    return Ok(Tried::Refused);
+                }
+            }
+        }
+        Ok(Tried::More)
+    }
+
+    /// Sells a SKU again of which nothing is parked, with the total that the database has: whoever
+    /// mended the row may have changed it.
+    async fn resume(
+        &mut self,
+        sku: &Arc<Sku>,
+        seen: crate::state::stock::Seen,
+    ) -> Result<Tried, StoreError> {
+        let before = sku.counter().snapshot().total;
+        if let Some(total) = self.database.total_of(&sku.id).await?
+            && total != before
+            && !sku.counter().replace_total(before, total)
+        {
+            tracing::error!(
+                sku_id = %sku.id, total, believed = before,
+                "the total in the row of this SKU is less than what its orders have taken; set it again"
+            );
+        }
+        self.count(sku, 0);
+        if !self.ledger.catalogue.clear_fault(sku, seen) {
+            return Ok(Tried::More);
+        }
+        self.due.remove(&sku.number);
+        tracing::info!(sku_id = %sku.id, "the database takes this SKU's counters again: its sale goes on");
+        Ok(Tried::Sound)
+    }
+
+    fn count(&self, sku: &Sku, parked: u64) {
+        let change = sku.fault().set_parked(parked);
+        self.metrics.orders_parked.add(change);
+    }
+
+    fn status_at(&self, order: &Order, now: UnixMillis) -> OrderStatus {
+        if self.ledger.is_late(order, now) {
+            OrderStatus::Expired
+        } else {
+            OrderStatus::PendingPayment
+        }
+    }
+
+    /// Writes parked orders that are too late to be paid as expired. That moves no counter, so it
+    /// succeeds whatever ails those.
+    async fn expire(&mut self) -> Result<(), StoreError> {
+        for _ in 0..PARTS {
+            let now = self.ledger.ids.real_now();
+            let part = self.database.parked_due(now, self.expiry_at, PART as i64);
+            let part = part.await?;
+            let Some(last) = part.last() else {
+                self.expiry_at = START;
+                return Ok(());
+            };
+            self.expiry_at = (last.expires_at, last.id.as_i64());
+            let late: Vec<(&Order, OrderStatus)> = part
+                .iter()
+                .map(|order| (order, self.status_at(order, now)))
+                .filter(|(_, status)| *status == OrderStatus::Expired)
+                .collect();
+            if late.is_empty() {
+                continue;
+            }
+            match self.unpark(&late).await? {
+                Part::Written => {}
+                // At the next look, or SKU by SKU.
+                Part::Changed | Part::Row { .. } | Part::Counter { .. } => self.expiry_at = START,
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes parked orders rows, in the database and in memory.
+    async fn unpark(&mut self, rows: &[(&Order, OrderStatus)]) -> Result<Part, StoreError> {
+        loop {
+            match self.writer.unpark(rows).await {
+                Ok(()) => break,
+                Err(WriteError::Row { sqlstate, reason }) => {
+                    return Ok(Part::Row { sqlstate, reason });
+                }
+                Err(WriteError::Counter { reason, .. }) => return Ok(Part::Counter { reason }),
+                Err(WriteError::Fatal(error)) => return Err(error),
+                Err(WriteError::Retry(error)) if self.writer.outcome_unknown() => {
+                    tracing::warn!(reason = %error, "whether parked orders are written is not known; it is found out");
+                    tokio::time::sleep(PAUSE).await;
+                }
+                Err(WriteError::Retry(StoreError::Data(_))) => return Ok(Part::Changed),
+                Err(WriteError::Retry(error)) => return Err(error),
+            }
+        }
+        self.metrics.rows_written.inc_by(rows.len() as u64);
+        let payable = rows
+            .iter()
+            .filter(|(_, status)| *status == OrderStatus::PendingPayment);
+        let until = payable.map(|(order, _)| (order.id, order.expires_at));
+        self.ledger.unpaid.note(until);
+        for (order, status) in rows {
+            if *status == OrderStatus::Expired {
+                self.ledger.ended(order);
+            }
+            self.left(order);
+        }
+        Ok(Part::Written)
+    }
+
+    /// The database refuses the row of this one order.
+    async fn bury(
+        &mut self,
+        part: &[Order],
+        sqlstate: &str,
+        reason: &str,
+    ) -> Result<(), StoreError> {
+        for order in part {
+            if self
+                .database
+                .bury_parked(self.lease, order.id, sqlstate, reason)
+                .await?
+            {
+                tracing::error!(order_id = %order.id, sqlstate, reason, "the database refused a parked order; it is a dead letter now");
+                self.metrics.dead_letters.inc();
+                self.ledger.ended(order);
+                self.left(order);
+            }
+        }
+        Ok(())
+    }
+
+    fn left(&self, order: &Order) {
+        if let Some(sku) = self.ledger.catalogue.by_number(order.sku) {
+            sku.fault().unparked(1);
+        }
+        self.metrics.orders_parked.dec();
+    }
+}
+
+/// Before every parked order.
+const START: (UnixMillis, i64) = (UnixMillis(0), 0);
+
+/// Tells memory which SKUs have parked orders, after the database may have forgotten some, or has
+/// others than this process knows of.
+///
+/// # Errors
+/// Where the database does not answer.
+pub async fn recount(
+    ledger: &Ledger,
+    database: &Database,
+    metrics: &Metrics,
+) -> Result<(), StoreError> {
+    let parked = database.parked_by_sku().await?;
+    for (number, parked) in parked {
+        let Some(sku) = ledger.catalogue.by_number(number) else {
+            continue;
+        };
+        if !sku.is_faulted() {
+            ledger.catalogue.set_fault(&sku, FOUND, 1);
+        }
+        let change = sku.fault().set_parked(parked.orders);
+        metrics.orders_parked.add(change);
+    }
+    Ok(())
+}
+
+/// Why a SKU is faulted of which parked orders were found.
+pub const FOUND: &str = "orders of it were parked before; they have not been tried again yet";

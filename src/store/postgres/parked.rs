@@ -1,0 +1,240 @@
+//! Parked orders: acknowledged, and of SKUs whose counters the database refuses. See
+//! `V6__parked_orders.sql`.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use tokio_postgres::Row;
+
+use super::{Database, NodeLease};
+use crate::order::{
+    Currency, KeyHash, Order, OrderId, OrderStatus, PayloadHash, Quantity, SkuId, SkuNumber,
+    UnixMillis, UserId,
+};
+use crate::store::StoreError;
+
+/// What is parked of one SKU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ParkedOf {
+    /// Orders.
+    pub orders: u64,
+    /// Their units.
+    pub units: u64,
+}
+
+const COLUMNS: &str = "p.order_id, p.user_id, s.sku_id, p.sku, p.quantity, p.adjustment, p.amount, p.currency,
+    (extract(epoch FROM p.created_at) * 1000)::int8, (extract(epoch FROM p.expires_at) * 1000)::int8,
+    decode(replace(p.key_hash::text, '-', ''), 'hex'), p.payload_hash, p.attributes::text";
+
+fn order_from_row(row: &Row) -> Result<Order, StoreError> {
+    let raw: i64 = row.get(0);
+    let wrong = |what: &str| StoreError::Data(format!("parked order {raw}: {what}"));
+    let quantity = u32::try_from(row.get::<_, i32>(4)).ok();
+    Ok(Order {
+        id: OrderId::from_i64(raw).ok_or_else(|| wrong("not an order id"))?,
+        user_id: UserId::new(row.get(1)).map_err(|e| wrong(&format!("user_id {e}")))?,
+        sku_id: Arc::new(SkuId::new(row.get(2)).map_err(|e| wrong(&format!("sku_id {e}")))?),
+        sku: SkuNumber(row.get(3)),
+        quantity: quantity
+            .and_then(Quantity::new)
+            .ok_or_else(|| wrong("quantity"))?,
+        adjustment: row.get(5),
+        amount: row.get(6),
+        currency: Currency::new(row.get(7)).map_err(|e| wrong(&format!("currency {e}")))?,
+        created_at: UnixMillis(row.get(8)),
+        expires_at: UnixMillis(row.get(9)),
+        key: row
+            .get::<_, Option<&[u8]>>(10)
+            .and_then(|bytes| bytes.try_into().ok())
+            .map(KeyHash),
+        payload: PayloadHash(row.get::<_, i64>(11) as u64),
+        attributes: row.get::<_, Option<&str>>(12).map(Into::into),
+    })
+}
+
+impl Database {
+    /// What is parked of each SKU of which anything is.
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn parked_by_sku(&self) -> Result<BTreeMap<SkuNumber, ParkedOf>, StoreError> {
+        let client = self.pooled().await?;
+        let rows = client
+            .query(
+                "SELECT sku, count(*), sum(quantity)::int8 FROM parked_orders GROUP BY sku",
+                &[],
+            )
+            .await
+            .map_err(StoreError::statement("counting parked orders"))?;
+        let count = |row: &Row, at| u64::try_from(row.get::<_, i64>(at)).unwrap_or(0);
+        Ok(rows
+            .iter()
+            .map(|row| {
+                let (orders, units) = (count(row, 1), count(row, 2));
+                (SkuNumber(row.get(0)), ParkedOf { orders, units })
+            })
+            .collect())
+    }
+
+    /// Parked orders of a SKU, at most `limit`, the oldest first.
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn parked_of(&self, sku: SkuNumber, limit: i64) -> Result<Vec<Order>, StoreError> {
+        let client = self.pooled().await?;
+        let sql = format!(
+            "SELECT {COLUMNS} FROM parked_orders p JOIN sku s ON s.id = p.sku
+              WHERE p.sku = $1 ORDER BY p.order_id LIMIT $2"
+        );
+        let rows = self
+            .timed(
+                "reading parked orders",
+                client.query(&sql, &[&sku.0, &limit]),
+            )
+            .await?;
+        rows.iter().map(order_from_row).collect()
+    }
+
+    /// Parked orders that stop being payable by `now`, at most `limit`, beyond `after` in the
+    /// sequence of that moment and their ids.
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn parked_due(
+        &self,
+        now: UnixMillis,
+        after: (UnixMillis, i64),
+        limit: i64,
+    ) -> Result<Vec<Order>, StoreError> {
+        let client = self.pooled().await?;
+        let sql = format!(
+            "SELECT {COLUMNS} FROM parked_orders p JOIN sku s ON s.id = p.sku
+              WHERE p.expires_at <= to_timestamp($1::int8 / 1000.0)
+                AND (p.expires_at, p.order_id) > (to_timestamp($2::int8 / 1000.0), $3)
+              ORDER BY p.expires_at, p.order_id LIMIT $4"
+        );
+        let rows = self
+            .timed(
+                "reading parked orders",
+                client.query(&sql, &[&now.0, &after.0.0, &after.1, &limit]),
+            )
+            .await?;
+        rows.iter().map(order_from_row).collect()
+    }
+
+    /// Whether an order is parked.
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn is_parked(&self, id: OrderId) -> Result<bool, StoreError> {
+        let client = self.pooled().await?;
+        let row = self
+            .timed(
+                "looking for a parked order",
+                client.query_opt(
+                    "SELECT FROM parked_orders WHERE order_id = $1",
+                    &[&id.as_i64()],
+                ),
+            )
+            .await?;
+        Ok(row.is_some())
+    }
+
+    /// Makes a parked order a dead letter, because the database refuses its row. False: it is not
+    /// parked any more.
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn bury_parked(
+        &self,
+        lease: NodeLease,
+        id: OrderId,
+        sqlstate: &str,
+        reason: &str,
+    ) -> Result<bool, StoreError> {
+        let client = self.pooled().await?;
+        let buried = self
+            .timed(
+                "writing a dead letter",
+                client.execute(
+                    "WITH gone AS (
+                         DELETE FROM parked_orders WHERE order_id = $1
+                            AND EXISTS (SELECT FROM node WHERE node = $4 AND epoch = $5 FOR SHARE) RETURNING *
+                     )
+                     INSERT INTO dead_letters (order_id, user_id, sku, quantity, adjustment, amount, currency,
+                            created_at, expires_at, key_hash, payload_hash, attributes, sqlstate, reason)
+                     SELECT order_id, user_id, sku, quantity, adjustment, amount, currency,
+                            created_at, expires_at, key_hash, payload_hash, attributes::text, $2, $3
+                       FROM gone",
+                    &[&id.as_i64(), &sqlstate, &reason, &lease.node, &lease.epoch],
+                ),
+            )
+            .await?;
+        Ok(buried == 1)
+    }
+
+    /// Tries whether a SKU's counters are taken with `units` more, and takes them back. Why not,
+    /// where they are refused.
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn try_counters(
+        &self,
+        sku: SkuNumber,
+        units: u32,
+    ) -> Result<Option<String>, StoreError> {
+        let mut client = self.pooled().await?;
+        let work = async {
+            let transaction = client.transaction().await?;
+            let tried = transaction
+                .execute(
+                    "UPDATE sku SET held = held + $2::int8 WHERE id = $1",
+                    &[&sku.0, &i64::from(units)],
+                )
+                .await;
+            transaction.rollback().await?;
+            Ok(tried)
+        };
+        match self.timed("trying a stock counter", work).await? {
+            Ok(0) => Ok(Some("there is no such row in sku".to_owned())),
+            Ok(_) => Ok(None),
+            Err(error) if crate::store::error::refuses_row(&error) => {
+                Ok(Some(crate::store::error::chain(&error)))
+            }
+            Err(error) => Err(StoreError::statement("trying a stock counter")(error)),
+        }
+    }
+
+    /// Units that unpaid rows of these SKUs hold, whatever `sku.held` says. `window_floor`: the least
+    /// id of the idempotency window.
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn held_by_rows(
+        &self,
+        lease: NodeLease,
+        window_floor: OrderId,
+        skus: &[SkuNumber],
+    ) -> Result<BTreeMap<SkuNumber, u64>, StoreError> {
+        let client = self.pooled().await?;
+        let skus: Vec<i32> = skus.iter().map(|sku| sku.0).collect();
+        let unpaid = OrderStatus::PendingPayment.code();
+        // As many as there are: no step timeout.
+        let rows = client
+            .query(
+                "SELECT sku, sum(quantity)::int8 FROM orders
+                  WHERE order_id >= (SELECT least(unpaid_from, $2) FROM node WHERE node = $1)
+                    AND status = $3 AND sku = ANY ($4) GROUP BY sku",
+                &[&lease.node, &window_floor.as_i64(), &unpaid, &skus],
+            )
+            .await
+            .map_err(StoreError::statement("adding up what unpaid orders hold"))?;
+        Ok(rows
+            .iter()
+            .map(|row| {
+                let units = u64::try_from(row.get::<_, i64>(1)).unwrap_or(0);
+                (SkuNumber(row.get(0)), units)
+            })
+            .collect())
+    }
+}
