@@ -15,7 +15,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio::sync::watch;
 
@@ -32,7 +32,6 @@ use crate::state::pending::PendingOrder;
 use crate::state::stock::Parking;
 use crate::store::StoreError;
 use crate::store::batch::{BatchWriter, Refused, WriteError};
-
 
 type Batch = Vec<Arc<PendingOrder>>;
 
