@@ -367,18 +367,19 @@ impl BatchWriter {
             )
         };
         if counted && !matches!(work, Work::Park(_)) {
-            let copied = timed("writing a batch", step, copy)
-                .await?
-                .map_err(|source| judge("COPY orders", source, false))?;
-            if copied != work.orders() as u64 {
+            let copied = timed("writing a batch", step, copy).await?;
+            if copied.as_ref().ok() != Some(&(work.orders() as u64)) {
+                // No COMMIT is on its way that would end the transaction.
                 timed("ROLLBACK", step, client.batch_execute("ROLLBACK"))
                     .await?
                     .map_err(retry("ROLLBACK"))?;
-                let left_out = work.orders() as u64 - copied.min(work.orders() as u64);
+            }
+            let copied = copied.map_err(|source| judge("COPY orders", source, false))?;
+            if copied != work.orders() as u64 {
                 return Err(WriteError::Row {
                     sqlstate: NO_DATA.to_owned(),
                     reason: format!(
-                        "a trigger on the table orders has left {left_out} of {} rows out",
+                        "a trigger on the table orders has let {copied} of {} rows pass",
                         work.orders()
                     ),
                 });
