@@ -1,13 +1,15 @@
 //! All wiring: what starts in which order, how state is recovered, how it is drained.
 //!
 //! ```text
-//!   start:  bind ─► control plane ─► read the journal ─► PostgreSQL ─► schema ─► take over
+//!   start:  bind ─► control plane ─► read the journal ─► PostgreSQL ─► schema ─► compare clocks
+//!           ─► take over
 //!           ─► replay the journal ─► recover ─► workers, deadlines, leases ─► open the intake
 //!   drain:  close the intake ─► run the queue empty ─► settle what is left
 //!           ─► answer what is in flight ─► close the control plane ─► PostgreSQL
 //! ```
 
 mod background;
+mod clock;
 mod receipt_keys;
 mod recovery;
 
@@ -21,6 +23,7 @@ use tokio::sync::{Mutex, oneshot, watch};
 use tokio::task::{JoinHandle, JoinSet};
 
 use self::background::{Background, evict, keep_running};
+pub use self::clock::ClockError;
 use crate::config::{Config, ConfigError, Engine, Migrate};
 use crate::http::control_plane::{ControlPlane, Parts, Refresh};
 use crate::http::data_plane::dispatcher::Dispatcher;
@@ -128,6 +131,9 @@ pub enum StartError {
         /// How many records it has.
         records: u64,
     },
+    /// The clocks do not agree.
+    #[error(transparent)]
+    Clock(#[from] ClockError),
     /// Our own PostgreSQL did not start.
     #[error(transparent)]
     Embedded(#[from] EmbeddedError),
@@ -318,7 +324,8 @@ impl Millrace {
         // Three writers more than workers: one for the replay and for what a failover loses, one for
         // parked orders, one for what happens to orders afterwards.
         let writers = i16::try_from(worker_count + 3).unwrap_or(i16::MAX);
-        let ids_from = recovery::id_high_water(journal.as_ref());
+        let clock = clock::check(&config, &database, &guard, embedded.is_some()).await?;
+        let ids_from = recovery::id_high_water(journal.as_ref()).max(clock.now());
         let Taken {
             lease,
             id_high_water,
@@ -333,11 +340,14 @@ impl Millrace {
         let journal = match journal {
             None => None,
             Some(journal) => Some(
-                recovery::replay(&config, &database, lease, journal, &orphans, &control).await?,
+                recovery::replay(
+                    &config, &database, lease, journal, &orphans, clock, &control,
+                )
+                .await?,
             ),
         };
         control.progress("reading the database".to_owned());
-        let ids = IdClock::new(lease.node as u8, id_high_water, ids_leased_until);
+        let ids = IdClock::going_on(clock, lease.node as u8, id_high_water, ids_leased_until);
         // From here on a key is known for this long. What the journal brought is of an earlier window.
         let window_from = OrderId::floor_of(ids.now());
         database

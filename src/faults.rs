@@ -6,7 +6,9 @@
 //! * `crash@POINT` or `crash@POINT:N` ends the process with SIGKILL when it passes the point for
 //!   the first or the N-th time;
 //! * `bug@NAME` puts a defect in, to show that a check catches it;
-//! * `end@NAME` and `panic@NAME` end a task, thread or coroutine that should never end.
+//! * `end@NAME` and `panic@NAME` end a task, thread or coroutine that should never end;
+//! * `clock@MS` sets the wall clock that this process sees off by so many milliseconds, negative for
+//!   behind.
 
 /// The environment variable that names a fault, where this build has any.
 pub const VARIABLE: Option<&str> = if cfg!(feature = "faults") {
@@ -121,6 +123,15 @@ pub fn bug(name: &'static str) -> bool {
     }
 }
 
+/// By how much the wall clock that this process sees was set off, in milliseconds.
+#[inline]
+pub fn clock_off_ms() -> i64 {
+    #[cfg(feature = "faults")]
+    return chosen::clock_off_ms();
+    #[cfg(not(feature = "faults"))]
+    0
+}
+
 #[cfg(feature = "faults")]
 mod chosen {
     use std::sync::LazyLock;
@@ -131,6 +142,7 @@ mod chosen {
         Crash { point: String, left: AtomicU64 },
         Bug(String),
         Ended { name: String, how: super::Fate },
+        ClockOff(i64),
     }
 
     static FAULT: LazyLock<Fault> = LazyLock::new(|| {
@@ -147,10 +159,13 @@ mod chosen {
                 return Fault::Ended { name, how };
             }
         }
+        if let Some(ms) = text.strip_prefix("clock@") {
+            return Fault::ClockOff(ms.parse().expect("MILLRACE_FAULT: milliseconds"));
+        }
         let Some(point) = text.strip_prefix("crash@") else {
             assert!(
                 text.is_empty(),
-                "MILLRACE_FAULT: {text:?} is no crash@, bug@, end@ or panic@"
+                "MILLRACE_FAULT: {text:?} is no crash@, bug@, end@, panic@ or clock@"
             );
             return Fault::None;
         };
@@ -191,6 +206,13 @@ mod chosen {
         match &*FAULT {
             Fault::Ended { name: chosen, how } if chosen == name => Some(*how),
             _ => None,
+        }
+    }
+
+    pub fn clock_off_ms() -> i64 {
+        match *FAULT {
+            Fault::ClockOff(ms) => ms,
+            Fault::None | Fault::Crash { .. } | Fault::Bug(_) | Fault::Ended { .. } => 0,
         }
     }
 

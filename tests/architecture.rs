@@ -62,6 +62,11 @@ const SIBLINGS: &[(&str, &str, &str)] = &[
         "order::payment",
         "each reason of a refund is a value of a label, and is named once",
     ),
+    (
+        "src/order/mod.rs",
+        "faults",
+        "the wall clock is read in one place, where a test can set it off",
+    ),
     ("src/main.rs", "cli", "the program is its command line"),
     (
         "src/cli/",

@@ -4,14 +4,16 @@ mod support;
 
 use std::io::Read as _;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
+use support::block_on;
 use support::http::{call, try_call};
-use support::postgres::{copy_template, test_dir};
-use support::served::{PATIENCE, Served, millrace};
+use support::postgres::{TestDatabase, connect, copy_template, test_dir};
+use support::served::{Ended, OwnPostgres, PATIENCE, Served, millrace};
 
 /// Sends orders from several threads until `stop`; returns the ids that were told `201`.
 fn rush(data: SocketAddr, round: usize, stop: &AtomicBool) -> Vec<String> {
@@ -126,6 +128,123 @@ fn kill_9_loses_nothing_that_was_told_and_the_next_start_recovers_the_same_clust
     assert_all_there(&served, &told);
     served.terminate();
     assert_eq!(served.wait(), Some(0));
+}
+
+/// A process whose clock is off by so many milliseconds.
+fn start_off(
+    data_dir: &Path,
+    url: Option<&str>,
+    off_ms: i64,
+    more: &[(&str, &str)],
+) -> Result<Served, Ended> {
+    let owned = |name: &str, value: &str| (name.to_owned(), value.to_owned());
+    let mut settings: Vec<_> = more
+        .iter()
+        .map(|(name, value)| owned(name, value))
+        .collect();
+    settings.push(owned("MILLRACE_FAULT", &format!("clock@{off_ms}")));
+    settings.extend(url.map(|url| owned("MILLRACE_DATABASE__URL", url)));
+    Served::try_start(data_dir, &settings, &data_dir.join("serve.log"))
+}
+
+const DAY_MS: i64 = 86_400_000;
+const ALLOW_A_WEEK: (&str, &str) = ("MILLRACE_DATABASE__CLOCK_DIFFERENCE_MAX_MS", "604800000");
+
+#[test]
+fn a_start_by_a_clock_that_is_days_off_is_refused_and_leaves_no_trace() {
+    block_on(async {
+        let database = TestDatabase::create().await;
+        let url = database.url();
+        let data_dir = test_dir();
+        // A clock that is a little off is nobody's fault.
+        let served = start_off(data_dir.path(), Some(&url), 60_000, &[]).expect("it starts");
+        served.put_sku("A", 10);
+        let order = |served: &Served| {
+            let body = json!({ "user_id": "u", "sku_id": "A" }).to_string();
+            let fields = [
+                ("Content-Type", "application/json"),
+                ("Idempotency-Key", "k"),
+            ];
+            call(served.data, "POST", "/v1/orders", &fields, &body)
+        };
+        let placed = order(&served);
+        assert_eq!(placed.status, 201, "{placed:?}");
+        served.terminate();
+        assert_eq!(served.wait(), Some(0));
+        let admin = database.connect().await;
+        let state = async || -> (i64, i64, i64) {
+            let state = "SELECT epoch, ids_leased_until_ms,
+                                (SELECT count(*) FROM millrace.orders WHERE status = 1)
+                           FROM millrace.node";
+            let row = admin.query_one(state, &[]).await.unwrap();
+            (row.get(0), row.get(1), row.get(2))
+        };
+        let before = state().await;
+        let two_days = 2 * DAY_MS + 3_600_000;
+        for (off_ms, days) in [
+            (two_days, "2 days"),
+            (-two_days, "2 days"),
+            (365 * DAY_MS, "days"),
+        ] {
+            let refused = start_off(data_dir.path(), Some(&url), off_ms, &[]);
+            let refused = refused.err().expect("its clock is wrong");
+            let says = [
+                "this machine's clock says",
+                days,
+                "database.clock_difference_max_ms",
+            ];
+            for part in says {
+                assert!(refused.log.contains(part), "{part}: {refused:?}");
+            }
+            assert_eq!(state().await, before, "{off_ms} ms off");
+        }
+        // One key has one order.
+        let served = start_off(data_dir.path(), Some(&url), 0, &[]).expect("it starts");
+        let again = order(&served);
+        assert_eq!(again.status, 200, "{again:?}");
+        assert_eq!(again.json()["order_id"], placed.json()["order_id"]);
+        served.terminate();
+        assert_eq!(served.wait(), Some(0));
+        // An operator who knows better has the last word.
+        let served = start_off(data_dir.path(), Some(&url), -2 * DAY_MS, &[ALLOW_A_WEEK]);
+        let served = served.expect("it was allowed");
+        served.terminate();
+        assert_eq!(served.wait(), Some(0));
+    });
+}
+
+/// Our own PostgreSQL has the same clock, so only what was noted before can be held against it.
+#[test]
+fn a_clock_that_is_behind_the_last_use_of_our_own_database_is_refused_until_it_is_allowed_once() {
+    block_on(async {
+        let data_dir = test_dir();
+        copy_template(data_dir.path()).await;
+        let start = |more: &[(&str, &str)]| start_off(data_dir.path(), None, 0, more);
+        let served = start(&[]).expect("it starts");
+        // As if the clock had been three days ahead until now.
+        served.kill();
+        let config = OwnPostgres::of(data_dir.path())
+            .config()
+            .expect("it goes on");
+        let admin = connect(&config).await;
+        let ahead = "UPDATE millrace.node SET started_at = started_at + interval '3 days'";
+        admin.execute(ahead, &[]).await.unwrap();
+        let refused = start(&[]).err().expect("its clock has gone back");
+        let says = [
+            "was in use at",
+            "2 days later",
+            "database.clock_difference_max_ms",
+        ];
+        for part in says {
+            assert!(refused.log.contains(part), "{part}: {refused:?}");
+        }
+        let served = start(&[ALLOW_A_WEEK]).expect("it was allowed");
+        served.terminate();
+        assert_eq!(served.wait(), Some(0));
+        let served = start(&[]).expect("the earlier clock is forgotten");
+        served.terminate();
+        assert_eq!(served.wait(), Some(0));
+    });
 }
 
 fn wait_for_orders(served: &Served, orders: usize) {

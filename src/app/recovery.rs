@@ -14,7 +14,7 @@ use super::StartError;
 use crate::config::{Backend, Config};
 use crate::faults::{bug, crash_point};
 use crate::http::control_plane::ControlPlane;
-use crate::order::{IdClock, Order, OrderId, OrderStatus, SkuNumber, UnixMillis};
+use crate::order::{ClockReading, IdClock, Order, OrderId, OrderStatus, SkuNumber, UnixMillis};
 use crate::pipeline::ledger::Ledger;
 use crate::pipeline::parking;
 use crate::pipeline::replay::{Applied, Replayer};
@@ -114,6 +114,7 @@ pub(super) async fn replay(
     lease: NodeLease,
     journal: Opened,
     orphans: &Orphans,
+    clock: ClockReading,
     control: &ControlPlane,
 ) -> Result<Opened, StartError> {
     let total = journal.scanned.records;
@@ -144,7 +145,7 @@ pub(super) async fn replay(
     );
     let mut told = Instant::now();
     let mut done = 0;
-    let now = UnixMillis::now();
+    let now = clock.now();
     while let Some(part) = read.recv().await {
         done += part.len() as u64;
         let mut part: Vec<(Order, OrderStatus)> = part

@@ -1,6 +1,7 @@
 //! `millrace journal`: what is in the journal, whether it is sound, and giving it up.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
@@ -12,6 +13,7 @@ use super::{ConfigArgs, logging};
 use crate::app::{open_database, prepare_schema};
 use crate::logging::say;
 use crate::order::{Order, UnixMillis};
+use crate::pipeline::lease::waited_ms;
 use crate::queue::journal::disk::RealDisk;
 use crate::queue::journal::record::Record;
 use crate::queue::journal::scan::{Scanned, identity, salvage, scan};
@@ -67,6 +69,10 @@ struct AbandonArgs {
     /// Do it.
     #[arg(long)]
     yes: bool,
+    /// Do not wait until the process that wrote the journal has lost the right to acknowledge orders
+    /// (`queue.journal.lease_ms`): it is known to have ended, or its machine to be destroyed.
+    #[arg(long)]
+    process_is_gone: bool,
 }
 
 pub async fn run(args: &JournalArgs) -> anyhow::Result<bool> {
@@ -249,20 +255,36 @@ async fn abandon(args: &AbandonArgs) -> anyhow::Result<bool> {
     let noted = open.database.noted_journal(&guard).await?;
     let noted_name = noted.as_ref().map(|noted| noted.name.clone());
     let done = match noted.filter(|noted| noted.in_use) {
-        // Its process may be alive somewhere, without the database.
-        Some(noted) if name.as_ref() != Some(&noted.name) && noted.lease_left_s > 0 => {
-            say(&format!(
-                "journal {} is not in {}, and its process may acknowledge orders for {} more seconds; try again then",
-                noted.name,
-                directory.display(),
-                noted.lease_left_s
-            ));
-            false
-        }
         Some(noted) => {
-            open.database.abandon_journal(&guard).await?;
-            say(&format!("journal {} is given up", noted.name));
-            true
+            if let Some(renewal) = &noted.renewal
+                && name.as_ref() != Some(&noted.name)
+                && !args.process_is_gone
+            {
+                // Its process may be alive somewhere, without the database. How long ago it renewed its
+                // right is known by no clock but our own: from now on.
+                let of_predecessor = || waited_ms(config.queue.journal.lease_ms);
+                let ms = renewal.lease_ms.unwrap_or_else(of_predecessor);
+                say(&format!(
+                    "journal {} is not in {}, and its process may be acknowledging orders somewhere: waiting {} s, \
+                     after which it certainly does not. Nothing is changed before. If that process is known to \
+                     be gone, end this command and say --process-is-gone",
+                    noted.name,
+                    directory.display(),
+                    ms.div_ceil(1_000)
+                ));
+                tokio::time::sleep(Duration::from_millis(ms)).await;
+            }
+            let done = open.database.abandon_journal(&guard, &noted).await?;
+            if done {
+                say(&format!("journal {} is given up", noted.name));
+            } else {
+                say(&format!(
+                    "journal {} is not given up: its process is alive and has renewed its right to acknowledge \
+                     orders meanwhile; stop it first",
+                    noted.name
+                ));
+            }
+            done
         }
         None => {
             say("the database knows of no journal that may hold orders");

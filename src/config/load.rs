@@ -141,6 +141,12 @@ impl Config {
             600_000,
         )?;
         range(
+            "database.clock_difference_max_ms",
+            self.database.clock_difference_max_ms,
+            1_000,
+            3_155_760_000_000,
+        )?;
+        range(
             "queue.journal.bytes_max",
             self.queue.journal.bytes_max,
             1 << 20,

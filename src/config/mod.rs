@@ -109,6 +109,12 @@ pub struct Database {
     /// step that takes longer counts as lost and is settled on a new connection.
     #[schemars(range(min = 100, max = 600_000))]
     pub step_timeout_ms: u64,
+    /// Most that this machine's clock and the database's may differ at start, in milliseconds; beyond
+    /// it the start is refused. So is one on Millrace's own PostgreSQL, which has the same clock, where
+    /// that is behind the last use of the database. Raise it for the one start that is to go by a
+    /// clock that you know to be right.
+    #[schemars(range(min = 1_000, max = 3_155_760_000_000_i64))]
+    pub clock_difference_max_ms: u64,
 }
 
 /// What happens to the schema at start.
@@ -412,6 +418,7 @@ impl Default for Database {
             embedded_bin_dir: String::new(),
             pool_size: 8,
             step_timeout_ms: 5_000,
+            clock_difference_max_ms: 120_000,
         }
     }
 }

@@ -87,6 +87,30 @@ impl serde::Serialize for OrderId {
 #[error("the lease on order ids ran out; it is renewed as soon as the database answers")]
 pub struct IdLeaseExhausted;
 
+/// A reading of the wall clock. Time goes on from it by the monotonic clock, so whatever hangs on one
+/// reading agrees, also where somebody sets the wall clock meanwhile.
+#[derive(Clone, Copy, Debug)]
+pub struct ClockReading {
+    wall: UnixMillis,
+    at: Instant,
+}
+
+impl ClockReading {
+    /// Reads the wall clock.
+    pub fn take() -> Self {
+        ClockReading {
+            wall: UnixMillis::now(),
+            at: Instant::now(),
+        }
+    }
+
+    /// The time by this reading.
+    pub fn now(&self) -> UnixMillis {
+        let since = u64::try_from(self.at.elapsed().as_millis());
+        self.wall.plus_ms(since.unwrap_or(u64::MAX))
+    }
+}
+
 /// Gives out ids: strictly increasing, lock-free, never back with the wall clock.
 ///
 /// Time here is the wall clock read once at start plus a monotonic clock since, and never less
@@ -109,12 +133,22 @@ impl IdClock {
     /// A clock for node 0 to 63 that starts no earlier than `high_water` and may give out ids up
     /// to `leased_until`.
     pub fn new(node: u8, high_water: UnixMillis, leased_until: UnixMillis) -> Self {
+        Self::going_on(ClockReading::take(), node, high_water, leased_until)
+    }
+
+    /// The same by a reading that was taken, and compared with another clock, before.
+    pub fn going_on(
+        clock: ClockReading,
+        node: u8,
+        high_water: UnixMillis,
+        leased_until: UnixMillis,
+    ) -> Self {
         let since_epoch = |moment: UnixMillis| {
             u64::try_from(moment.0)
                 .unwrap_or(0)
                 .saturating_sub(EPOCH_MS)
         };
-        let wall_ms = since_epoch(UnixMillis::now());
+        let wall_ms = since_epoch(clock.now());
         let base_ms = wall_ms.max(since_epoch(high_water));
         IdClock {
             last: AtomicU64::new(base_ms << SEQUENCE_BITS),
@@ -227,6 +261,17 @@ mod tests {
         let ahead = IdClock::new(0, UnixMillis::now().plus_ms(60_000), UnixMillis(i64::MAX));
         assert!(ahead.window_floor(30_000) <= before);
         assert!(ahead.real_now() < UnixMillis::now().plus_ms(1_000));
+    }
+
+    #[test]
+    fn a_clock_goes_on_from_the_reading_that_it_is_given() {
+        let reading = ClockReading {
+            wall: UnixMillis(1_800_000_000_000),
+            at: Instant::now(),
+        };
+        let clock = IdClock::going_on(reading, 0, UnixMillis(0), UnixMillis(i64::MAX));
+        let since_ms = clock.real_now().0 - reading.wall.0;
+        assert!((0..600_000).contains(&since_ms), "{since_ms}");
     }
 
     #[test]

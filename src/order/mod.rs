@@ -31,7 +31,7 @@ use std::sync::Arc;
 use sha2::{Digest, Sha256};
 use smol_str::SmolStr;
 
-pub use id::{IdClock, IdLeaseExhausted, OrderId};
+pub use id::{ClockReading, IdClock, IdLeaseExhausted, OrderId};
 pub use refusal::Refusal;
 pub use status::OrderStatus;
 
@@ -44,7 +44,8 @@ impl UnixMillis {
     /// The wall clock now; 0 when it stands before the epoch.
     pub fn now() -> Self {
         let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-        UnixMillis(since.map_or(0, |d| i64::try_from(d.as_millis()).unwrap_or(i64::MAX)))
+        let ms = since.map_or(0, |d| i64::try_from(d.as_millis()).unwrap_or(i64::MAX));
+        UnixMillis(ms.saturating_add(crate::faults::clock_off_ms()))
     }
 
     /// This moment plus a number of milliseconds, saturating.

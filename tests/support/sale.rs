@@ -236,5 +236,5 @@ pub const NO_SKU: SkuNumber = SkuNumber(i32::MAX);
 /// Becomes the one active process of a database and takes its node over.
 pub async fn take_over(database: &Database, shards: i16) -> Result<Taken, StoreError> {
     let guard = database.claim().await?;
-    database.take_over(guard, shards, UnixMillis(0)).await
+    database.take_over(guard, shards, UnixMillis::now()).await
 }

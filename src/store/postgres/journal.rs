@@ -5,6 +5,16 @@ use super::{Connected, Database, NodeLease};
 use crate::order::{OrderId, OrderStatus};
 use crate::store::StoreError;
 
+/// A renewal of the right to acknowledge, told from every other one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Renewal {
+    /// The epoch of the process that renewed it, and until when by the database's clock, which may be
+    /// set meanwhile: it is compared for being the same, never with the time.
+    of: (i64, String),
+    /// For how long, in milliseconds; `None`: a predecessor of this release did not note it.
+    pub lease_ms: Option<u64>,
+}
+
 /// The journal that is noted in the database, by the name of its id.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NotedJournal {
@@ -12,8 +22,8 @@ pub struct NotedJournal {
     pub name: String,
     /// Whether it may hold orders that are not rows yet.
     pub in_use: bool,
-    /// For how many more seconds its process may acknowledge; 0 where it may not any more.
-    pub lease_left_s: i64,
+    /// The last renewal of its process's right to acknowledge; `None` where it had none.
+    pub renewal: Option<Renewal>,
 }
 
 impl Database {
@@ -29,8 +39,7 @@ impl Database {
             .timed(
                 "reading which journal is in use",
                 guard.query_opt(
-                    "SELECT replace(journal_id::text, '-', ''), journal_in_use,
-                            greatest(0, ceil(extract(epoch FROM lease_until - clock_timestamp())))::int8
+                    "SELECT replace(journal_id::text, '-', ''), journal_in_use, epoch, lease_until::text, lease_ms
                        FROM node WHERE node = 0 AND journal_id IS NOT NULL",
                     &[],
                 ),
@@ -39,7 +48,12 @@ impl Database {
         Ok(row.map(|row| NotedJournal {
             name: row.get(0),
             in_use: row.get(1),
-            lease_left_s: row.get::<_, Option<i64>>(2).unwrap_or(0),
+            renewal: row.get::<_, Option<String>>(3).map(|until| Renewal {
+                of: (row.get(2), until),
+                lease_ms: row
+                    .get::<_, Option<i64>>(4)
+                    .and_then(|ms| u64::try_from(ms).ok()),
+            }),
         }))
     }
 
@@ -89,20 +103,29 @@ impl Database {
     }
 
     /// Gives up what the noted journal may still hold, as an operator has decided. The process
-    /// that wrote it is fenced. Asked on the connection of [`Database::claim`].
+    /// that wrote it is fenced. Asked on the connection of [`Database::claim`]. False, and nothing has
+    /// changed: the right to acknowledge was renewed since `noted` was read.
     ///
     /// # Errors
     /// Where the database does not answer.
-    pub async fn abandon_journal(&self, guard: &Connected) -> Result<(), StoreError> {
+    pub async fn abandon_journal(
+        &self,
+        guard: &Connected,
+        noted: &NotedJournal,
+    ) -> Result<bool, StoreError> {
+        let of = noted.renewal.as_ref().map(|renewal| &renewal.of);
+        let (epoch, until) = (of.map(|of| of.0), of.map(|of| of.1.as_str()));
         self.timed(
             "abandoning the journal",
             guard.execute(
-                "UPDATE node SET journal_in_use = false, epoch = epoch + 1 WHERE node = 0",
-                &[],
+                "UPDATE node SET journal_in_use = false, epoch = epoch + 1
+                  WHERE node = 0 AND lease_until IS NOT DISTINCT FROM $2::text::timestamptz
+                    AND epoch = coalesce($1, epoch)",
+                &[&epoch, &until],
             ),
         )
         .await
-        .map(|_| ())
+        .map(|changed| changed == 1)
     }
 
     /// Which of these orders the database has as payable.

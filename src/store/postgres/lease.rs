@@ -34,7 +34,7 @@ pub struct NodeLease {
 pub struct Taken {
     /// The right to write.
     pub lease: NodeLease,
-    /// No id of a predecessor lies beyond this moment.
+    /// No id of a predecessor lies beyond this moment, which is not in the past.
     pub id_high_water: UnixMillis,
     /// Ids up to here are ours.
     pub ids_leased_until: UnixMillis,
@@ -49,7 +49,8 @@ pub struct Taken {
 impl Database {
     /// Takes node 0 over with `shards` writers, as the one process that holds `guard`: raises the
     /// epoch, waits until writers of an older epoch are gone, leases ids. None lies before
-    /// `ids_from`, nor before what the database knows of.
+    /// `ids_from`, nor before what the database knows of. `ids_from` is the present moment, or what a
+    /// predecessor has given out beyond it.
     ///
     /// # Errors
     /// What the database says.
@@ -74,7 +75,7 @@ impl Database {
             .map_err(StoreError::statement(doing))?;
         let paused = row.as_ref().is_some_and(|row| row.get(1));
         let high_water = UnixMillis(row.map_or(0, |row| row.get(0))).max(ids_from);
-        let leased_until = high_water.max(UnixMillis::now()).plus_ms(ID_LEASE_MS);
+        let leased_until = high_water.plus_ms(ID_LEASE_MS);
         let epoch: i64 = transaction
             .query_one(
                 "INSERT INTO node (node, epoch, ids_leased_until_ms, started_at) VALUES ($1, 1, $2, now())
@@ -198,7 +199,7 @@ impl Database {
                 "renewing the lease on order ids",
                 client.execute(
                     "UPDATE node SET ids_leased_until_ms = greatest(ids_leased_until_ms, $3),
-                            lease_until = clock_timestamp() + $4::int8 * interval '1 millisecond'
+                            lease_until = clock_timestamp() + $4::int8 * interval '1 millisecond', lease_ms = $4
                       WHERE node = $1 AND epoch = $2",
                     &[&lease.node, &lease.epoch, &until.0, &acknowledge_ms],
                 ),

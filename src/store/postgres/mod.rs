@@ -4,6 +4,7 @@
 //! * `url`, `tls`, `connector`: what `database.url` says, whose certificate is good enough, and the
 //!   one place where connections are made;
 //! * [`pooling`]: whether a pooler in between shares our sessions with others;
+//! * [`clock`]: the server's clock;
 //! * [`lease`]: who may write, and which order ids are ours to give out;
 //! * [`journal`]: what the database knows of the journal;
 //! * [`recovery`]: what start-up reads back into memory;
@@ -15,6 +16,7 @@
 //! * [`audit`]: every promise that the database can show, recomputed.
 
 pub mod audit;
+pub mod clock;
 mod connector;
 pub mod dead_letters;
 pub mod journal;

@@ -1,0 +1,139 @@
+//! Which clock this process goes by: that of its machine, once it was compared with the database's.
+//!
+//! Much hangs on the time at start: order ids, which of them lie within the idempotency window, what has
+//! expired. A clock that is days ahead forgets keys and expires what is payable, and leaves its mark in
+//! the order ids that are leased.
+//!
+//! The database's clock is another witness where it is another machine's. Where it is our own
+//! PostgreSQL it is none, and all there is to hold against the clock is when the database was last in
+//! use: a clock before that is wrong, or was wrong then. A clock that is too far ahead cannot be told
+//! from a machine that was off.
+
+use super::StartError;
+use crate::config::Config;
+use crate::order::{ClockReading, UnixMillis};
+use crate::store::postgres::{Connected, Database};
+
+/// A clock that orders must not be taken by.
+#[derive(Debug, thiserror::Error)]
+pub enum ClockError {
+    /// This machine's and the database's do not agree.
+    #[error(
+        "this machine's clock says {here} and the database's says {there}: they differ by {}, and database.clock_difference_max_ms allows {}. Orders would be given ids, remembered and expired by a wrong time: set the clock that is wrong; or, to start all the same, raise database.clock_difference_max_ms for this start",
+        span(*.apart_ms), span(*.allowed_ms)
+    )]
+    Differ {
+        /// This machine's.
+        here: UnixMillis,
+        /// The database's.
+        there: UnixMillis,
+        /// By how much they differ at least.
+        apart_ms: u64,
+        /// By how much they may.
+        allowed_ms: u64,
+    },
+    /// This machine's is behind the last use of a database that has no other clock.
+    #[error(
+        "this machine's clock says {here}, but its own database was in use at {last_used}, {} later, and database.clock_difference_max_ms allows {}. Set the clock; or, if it is right now and was ahead then, raise database.clock_difference_max_ms for this start",
+        span(*.apart_ms), span(*.allowed_ms)
+    )]
+    Behind {
+        /// This machine's.
+        here: UnixMillis,
+        /// The moment of the last use.
+        last_used: UnixMillis,
+        /// By how much it is behind.
+        apart_ms: u64,
+        /// By how much it may be.
+        allowed_ms: u64,
+    },
+}
+
+/// A length of time for people.
+fn span(ms: u64) -> String {
+    match ms / 1_000 {
+        s @ 172_800.. => format!("{} days", s / 86_400),
+        s @ 7_200.. => format!("{} hours", s / 3_600),
+        s @ 600.. => format!("{} minutes", s / 60),
+        s => format!("{s} seconds"),
+    }
+}
+
+fn behind_ms(earlier: UnixMillis, later: UnixMillis) -> u64 {
+    u64::try_from(later.0.saturating_sub(earlier.0)).unwrap_or(0)
+}
+
+/// Reads this machine's clock and holds it against the database's; `is_own`: that is the same one.
+pub(super) async fn check(
+    config: &Config,
+    database: &Database,
+    session: &Connected,
+    is_own: bool,
+) -> Result<ClockReading, StartError> {
+    let clock = ClockReading::take();
+    let allowed_ms = config.database.clock_difference_max_ms;
+    let asked = clock.now();
+    let server = database.server_clock(session).await?;
+    let answered = clock.now();
+    // The server has read its clock in between.
+    let apart_ms = behind_ms(server.now, asked).max(behind_ms(answered, server.now));
+    if apart_ms > allowed_ms {
+        return Err(StartError::Clock(ClockError::Differ {
+            here: answered,
+            there: server.now,
+            apart_ms,
+            allowed_ms,
+        }));
+    }
+    let Some(last_used) = server.last_used else {
+        return Ok(clock);
+    };
+    let apart_ms = behind_ms(answered, last_used);
+    if apart_ms > allowed_ms {
+        let behind = ClockError::Behind {
+            here: answered,
+            last_used,
+            apart_ms,
+            allowed_ms,
+        };
+        if is_own {
+            return Err(StartError::Clock(behind));
+        }
+        // Two clocks against one that was.
+        tracing::warn!(
+            here = %answered, %last_used,
+            "this database was last in use at a moment that is yet to come by its clock and by ours; going on by them"
+        );
+    } else if is_own {
+        tracing::info!(
+            now = %answered, %last_used,
+            "this machine's clock is the only one there is; a time that is wrong expires orders and forgets keys"
+        );
+    }
+    Ok(clock)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_names_both_times_the_difference_and_the_remedy() {
+        let error = ClockError::Differ {
+            here: UnixMillis(1_800_172_800_000),
+            there: UnixMillis(1_800_000_000_000),
+            apart_ms: 172_800_000,
+            allowed_ms: 120_000,
+        };
+        let said = error.to_string();
+        for part in [
+            "2027-01-17T08:00:00.000Z",
+            "2027-01-15T08:00:00.000Z",
+            "differ by 2 days",
+            "allows 120 seconds",
+            "raise database.clock_difference_max_ms",
+        ] {
+            assert!(said.contains(part), "{part}: {said}");
+        }
+    }
+}

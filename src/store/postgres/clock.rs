@@ -1,0 +1,40 @@
+//! The database's clock, and when the database was last in use by it.
+
+use super::{Connected, Database};
+use crate::order::UnixMillis;
+use crate::store::StoreError;
+
+/// What the server says about time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ServerClock {
+    /// The server's clock, read while it was asked.
+    pub now: UnixMillis,
+    /// The same clock at the last sign of life of a Millrace: its start, or the last renewal of its
+    /// lease.
+    pub last_used: Option<UnixMillis>,
+}
+
+impl Database {
+    /// Reads the server's clock.
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn server_clock(&self, session: &Connected) -> Result<ServerClock, StoreError> {
+        let row = self
+            .timed(
+                "reading the database's clock",
+                session.query_one(
+                    "SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8,
+                            (SELECT (extract(epoch FROM greatest(started_at,
+                                         lease_until - lease_ms * interval '1 millisecond')) * 1000)::int8
+                               FROM node WHERE node = 0)",
+                    &[],
+                ),
+            )
+            .await?;
+        Ok(ServerClock {
+            now: UnixMillis(row.get(0)),
+            last_used: row.get::<_, Option<i64>>(1).map(UnixMillis),
+        })
+    }
+}
