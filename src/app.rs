@@ -38,9 +38,11 @@ use crate::metrics::Metrics;
 use crate::order::receipt::ReceiptKeys;
 use crate::order::{IdClock, OrderId, Refusal};
 use crate::pipeline::audit::Auditor;
+use crate::pipeline::callbacks::Callbacks;
 use crate::pipeline::cancel::Canceller;
 use crate::pipeline::cashier::{Cashier, CashierParts, OrphanChecks};
 use crate::pipeline::crew::Crew;
+use crate::pipeline::expiry::Expiry;
 use crate::pipeline::health::{self, Health, Looker};
 use crate::pipeline::intake::Intake;
 use crate::pipeline::lease::{self, AcknowledgeLease, Leases};
@@ -48,6 +50,7 @@ use crate::pipeline::ledger::Ledger;
 use crate::pipeline::operator::Operator;
 use crate::pipeline::parking::Parking;
 use crate::pipeline::restore::{Restorer, Watermarks};
+use crate::pipeline::settler::{Settler, SettlerParts, Signals};
 use crate::pipeline::worker::{Place, Worker, WorkerError};
 use crate::pipeline::{WakeAll, deadlines, retention};
 use crate::queue::journal::{JournalError, JournalParts, JournalQueue};
@@ -66,8 +69,10 @@ use crate::supervise::Supervisor;
 const OPERATORS_POOL: usize = 4;
 /// Connections for what watches a failover: lost commits, and how far standbys are.
 const WATCH_POOL: usize = 2;
-/// Connections of the cashier, for reading.
-const CASHIER_POOL: usize = 2;
+/// Expiry, the cashier, callbacks.
+const SETTLERS: usize = 3;
+/// Connections of each settler, for reading.
+const SETTLER_POOL: usize = 1;
 /// What a drain may take beyond the order timeout.
 const DRAIN_MARGIN: Duration = Duration::from_secs(3);
 
@@ -321,9 +326,9 @@ impl Millrace {
         let noted = database.noted_journal(&guard).await?;
         recovery::check_journal(&config, journal.as_ref(), noted.as_ref())?;
         let worker_count = config.worker_count();
-        // Three writers more than workers: one for the replay and for what a failover loses, one for
-        // parked orders, one for what happens to orders afterwards.
-        let writers = i16::try_from(worker_count + 3).unwrap_or(i16::MAX);
+        // More writers than workers: one for the replay and for what a failover loses, one for parked
+        // orders, and three for what happens to orders afterwards (expiry, cashier, callbacks).
+        let writers = i16::try_from(worker_count + 2 + SETTLERS).unwrap_or(i16::MAX);
         let clock = clock::check(&config, &database, &guard, embedded.is_some()).await?;
         let ids_from = recovery::id_high_water(journal.as_ref()).max(clock.now());
         let Taken {
@@ -475,23 +480,36 @@ impl Millrace {
             count: config.payments.orphan_checks,
             first: Duration::from_millis(config.payments.orphan_check_ms),
         };
+        let signals = Arc::new(Signals::default());
+        let settler = |writer: i16| -> Result<Settler, StoreError> {
+            Ok(Settler::new(SettlerParts {
+                ledger: Arc::clone(&ledger),
+                database: database.with_own_pool(SETTLER_POOL)?,
+                lease,
+                writer: SettlementWriter::new(database.clone(), lease, writer),
+                signals: Arc::clone(&signals),
+                metrics: metrics.clone(),
+            }))
+        };
+        let (callback_desk, callbacks) =
+            Callbacks::new(settler(writers - 1)?, config.payments.orphan_check_ms);
+        background.run("callbacks", callbacks.run());
         let (cashier_desk, cashier) = Cashier::new(CashierParts {
-            ledger: Arc::clone(&ledger),
+            settler: settler(writers - 2)?,
             queue: Arc::clone(&queue),
-            database: database.with_own_pool(CASHIER_POOL)?,
-            lease,
-            writer: SettlementWriter::new(database.clone(), lease, writers - 1),
             receipts: Arc::clone(&receipts),
             orphan_checks,
-            window_ms,
-            metrics: metrics.clone(),
         });
         background.run("the cashier", cashier.run());
+        background.run(
+            "expiry",
+            Expiry::new(settler(writers - 3)?, window_ms).run(),
+        );
         let (_parking_desk, parking) = Parking::new(
             Arc::clone(&ledger),
             operators.clone(),
             lease,
-            BatchWriter::new(database.clone(), lease, writers - 2),
+            BatchWriter::new(database.clone(), lease, writers - 4),
             metrics.clone(),
         );
         background.run("the keeper of parked orders", parking.run());
@@ -510,7 +528,7 @@ impl Millrace {
             queue: Arc::clone(&queue),
             database: database.clone(),
             canceller: Canceller::new(Arc::clone(&ledger), database.clone(), lease),
-            cashier: cashier_desk.clone(),
+            callbacks: callback_desk,
             providers,
             receipts: Arc::clone(&receipts),
             user_index: config.database.user_index,

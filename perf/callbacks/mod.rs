@@ -13,7 +13,7 @@ use std::time::Instant;
 use anyhow::ensure;
 use millrace::app::{OpenDatabase, open_database, prepare_schema};
 use millrace::config::Config;
-use millrace::order::payment::{Notice, Payment, Provider};
+use millrace::order::payment::{Delivery, Notice, Payment, Provider};
 use millrace::order::{Currency, Order, OrderId, SkuId, UnixMillis};
 use millrace::state::stock::SaleTerms;
 use millrace::store::batch::BatchWriter;
@@ -116,7 +116,14 @@ async fn coalesced(settlement: &mut SettlementWriter, notices: &[Notice]) -> any
             judge: true,
             with_waiting: false,
         };
-        let part: Vec<&Notice> = part.iter().collect();
+        let part: Vec<Delivery> = part
+            .iter()
+            .map(|notice| Delivery {
+                notice: notice.clone(),
+                received_at: now,
+            })
+            .collect();
+        let part: Vec<&Delivery> = part.iter().collect();
         settlement.take_in(&part, arrival, &[]).await?;
     }
     Ok(())
@@ -174,6 +181,7 @@ fn notice(order: &Order) -> Notice {
             amount: order.amount,
             currency: order.currency,
             receipt: None,
+            made_at: None,
         }),
     }
 }

@@ -47,6 +47,10 @@ pub struct Payments {
     pub orders_expired: IntCounter,
     /// For how long the earliest order that is to expire has been due, in seconds.
     pub expiry_backlog_seconds: Gauge,
+    /// Rows that were read to find orders that are to expire.
+    pub expiry_rows: IntCounter,
+    /// SKUs whose units cannot come back for now.
+    pub expiry_deferred_skus: IntGauge,
 }
 
 impl Payments {
@@ -120,6 +124,14 @@ impl Payments {
             "For how long the earliest order that is to expire has been due.",
         )?;
         let expiry_backlog_seconds = make.add(expiry_backlog_seconds, "gauge", String::new())?;
+        let expiry_rows = make.counter(
+            "millrace_expiry_rows_total",
+            "Rows that were read to find orders that are to expire.",
+        )?;
+        let expiry_deferred_skus = make.gauge(
+            "millrace_expiry_deferred_skus",
+            "SKUs whose expired units do not come back for now, because their row is held or refuses it; alert where it stays above 0.",
+        )?;
         Ok(Payments {
             callbacks,
             callback_seconds,
@@ -134,6 +146,8 @@ impl Payments {
             refund_due_oldest_seconds,
             orders_expired,
             expiry_backlog_seconds,
+            expiry_rows,
+            expiry_deferred_skus,
         })
     }
 }

@@ -69,6 +69,15 @@ impl OrderId {
     }
 }
 
+/// Ids from one to another, both included.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IdRange {
+    /// The least.
+    pub from: OrderId,
+    /// The greatest.
+    pub to: OrderId,
+}
+
 impl fmt::Display for OrderId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(itoa::Buffer::new().format(self.0))

@@ -31,7 +31,7 @@ use std::sync::Arc;
 use sha2::{Digest, Sha256};
 use smol_str::SmolStr;
 
-pub use id::{ClockReading, IdClock, IdLeaseExhausted, OrderId};
+pub use id::{ClockReading, IdClock, IdLeaseExhausted, IdRange, OrderId};
 pub use refusal::Refusal;
 pub use status::OrderStatus;
 

@@ -10,8 +10,8 @@
 //!      └─ order was found or recovered ─► refund_due ─► refunded
 //! ```
 //!
-//! Every verified payment begins as `orphan`; where its order is a row already, it leaves that
-//! state in the very transaction that stores it. Exactly one state holds at any moment, so money
+//! A verified payment whose order is a row already is stored in the state that this leads to, any
+//! other as `orphan`. Exactly one state holds at any moment, so money
 //! in = matched + orphan + refund due + refunded (I7). [`PaymentState::may_become`] is the
 //! transition table; [`judge`] says what a payment does to an order that is a row.
 
@@ -140,6 +140,9 @@ pub struct Payment {
     /// What came in the provider's pass-back field, at most [`REFERENCE_BYTES_MAX`] bytes without
     /// NUL; not judged yet.
     pub receipt: Option<String>,
+    /// When it was made, as the provider has signed it. Never trusted to be later than its
+    /// arrival.
+    pub made_at: Option<UnixMillis>,
 }
 
 impl Payment {
@@ -167,6 +170,24 @@ pub struct Notice {
     pub payment: Option<Payment>,
 }
 
+/// A message and the moment at which it came in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Delivery {
+    /// The message.
+    pub notice: Notice,
+    /// Its arrival at the door, by Millrace's clock, before it waited for anything.
+    pub received_at: UnixMillis,
+}
+
+impl Delivery {
+    /// When its payment counts as made: at its arrival, or at the provider's signed time where that
+    /// is earlier. Deliveries of one payment may differ; the one that is booked counts.
+    pub fn paid_at(&self) -> UnixMillis {
+        let made_at = self.notice.payment.as_ref().and_then(|one| one.made_at);
+        made_at.map_or(self.received_at, |made_at| made_at.min(self.received_at))
+    }
+}
+
 /// What counts when a payment is held against an order that is a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OrderFacts {
@@ -176,8 +197,6 @@ pub struct OrderFacts {
     pub amount: i64,
     /// In which currency.
     pub currency: Currency,
-    /// From when on it cannot be paid.
-    pub expires_at: UnixMillis,
 }
 
 /// What a payment does to an order.
@@ -195,21 +214,15 @@ pub enum Verdict {
     },
 }
 
-/// Holds a payment of `amount` in `currency` that was received at `received_at` against its
-/// order. What the order's status says comes before what the payment says.
-pub fn judge(
-    order: &OrderFacts,
-    amount: i64,
-    currency: Currency,
-    received_at: UnixMillis,
-) -> Verdict {
+/// Holds a payment of `amount` in `currency` against its order. What the order's status says comes
+/// before what the payment says. An order that is still to be paid is paid, however late: its units
+/// are held. Whether a payment came in time decides only whether its order may expire meanwhile.
+pub fn judge(order: &OrderFacts, amount: i64, currency: Currency) -> Verdict {
     let refund = |reason, order_too| Verdict::Refund { reason, order_too };
     match order.status {
         // These two are never rows; an order in flight is waited for.
         OrderStatus::Accepted | OrderStatus::Undecided | OrderStatus::PendingPayment => {
-            if received_at >= order.expires_at {
-                refund(RefundReason::OrderExpired, true)
-            } else if currency != order.currency {
+            if currency != order.currency {
                 refund(RefundReason::CurrencyMismatch, true)
             } else if amount != order.amount {
                 refund(RefundReason::AmountMismatch, true)
@@ -267,28 +280,25 @@ mod tests {
     /// Every status against every kind of payment, and each verdict an allowed transition.
     #[test]
     fn every_status_and_every_payment_have_a_verdict_that_the_transition_table_allows() {
-        let at = UnixMillis(1_000);
         for status in OrderStatus::ALL {
             let order = OrderFacts {
                 status,
                 amount: 100,
                 currency: eur(),
-                expires_at: at,
             };
             let usd = Currency::new("USD").unwrap();
-            for (amount, currency, received_at) in [
-                (100, eur(), 999),
-                (100, eur(), 1_000),
-                (99, eur(), 999),
-                (101, eur(), 999),
-                (100, usd, 999),
-                (99, usd, 2_000),
+            for (amount, currency) in [
+                (100, eur()),
+                (99, eur()),
+                (101, eur()),
+                (100, usd),
+                (99, usd),
             ] {
-                let verdict = judge(&order, amount, currency, UnixMillis(received_at));
-                let fits = (amount, currency, received_at) == (100, eur(), 999);
+                let verdict = judge(&order, amount, currency);
+                let fits = (amount, currency) == (100, eur());
                 let next = match verdict {
                     Verdict::Pay => {
-                        assert!(fits, "{status}: {amount} {currency:?} at {received_at}");
+                        assert!(fits, "{status}: {amount} {currency:?}");
                         Some(OrderStatus::Paid)
                     }
                     Verdict::Refund { order_too, .. } => {
@@ -317,10 +327,35 @@ mod tests {
             amount: 1,
             currency: eur(),
             receipt: None,
+            made_at: None,
         };
         assert_eq!(payment("42").order_id(), OrderId::new(42));
         for other in ["", "042", "x", "42 ", "-1", "99999999999999999999"] {
             assert_eq!(payment(other).order_id(), None, "{other:?}");
+        }
+    }
+
+    #[test]
+    fn a_payment_counts_as_made_at_its_arrival_or_earlier_and_never_later() {
+        for (made_at, paid_at) in [(None, 50), (Some(40), 40), (Some(60), 50)] {
+            let delivery = Delivery {
+                notice: Notice {
+                    provider: Provider::Standard,
+                    event_id: "e".into(),
+                    kind: "k".into(),
+                    body: Box::default(),
+                    payment: Some(Payment {
+                        payment_id: "p".into(),
+                        order_ref: "42".into(),
+                        amount: 1,
+                        currency: eur(),
+                        receipt: None,
+                        made_at: made_at.map(UnixMillis),
+                    }),
+                },
+                received_at: UnixMillis(50),
+            };
+            assert_eq!(delivery.paid_at(), UnixMillis(paid_at), "{made_at:?}");
         }
     }
 }

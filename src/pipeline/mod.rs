@@ -1,18 +1,20 @@
 //! The flow of an order: [`intake`] holds stock and queues, [`worker`] writes and settles ([`crew`] says which),
 //! [`deadlines`] gives up what nobody claimed in time. [`ledger`] is what they share: every way in
 //! which an order in flight can end, and what memory owes for each. [`operator`] and [`audit`] are
-//! an operator's hands and eyes. [`cashier`] is what happens to an order after its row is there: payments, orphans
-//! (`reconciler`), `expiry`, refunds. [`lease`] keeps the right to go on, [`health`] looks how the database does, [`replay`] writes what may be
+//! an operator's hands and eyes. What happens to an order after its row is there is the work of three [`settler`]s:
+//! [`callbacks`] of payment providers, [`cashier`] (orphan payments, which is `reconciler`, and refunds), [`expiry`].
+//! [`lease`] keeps the right to go on, [`health`] looks how the database does, [`replay`] writes what may be
 //! written already, [`restore`] notices what a failover has lost, [`retention`] keeps segments until standbys
 //! have them.
 
 pub mod audit;
 mod backoff;
+pub mod callbacks;
 pub mod cancel;
 pub mod cashier;
 pub mod crew;
 pub mod deadlines;
-mod expiry;
+pub mod expiry;
 pub mod health;
 pub mod intake;
 pub mod lease;
@@ -24,6 +26,7 @@ mod reconciler;
 pub mod replay;
 pub mod restore;
 pub mod retention;
+pub mod settler;
 pub mod worker;
 
 use std::sync::Arc;

@@ -264,6 +264,8 @@ impl Operator {
             order_id: letter.order_id,
             expires_at,
         };
+        // Known before it is a row: no start is told to begin above it.
+        self.ledger.unpaid.note([(letter.order_id, expires_at)]);
         match self
             .database
             .revive_dead_letter(self.lease, id, expires_at)

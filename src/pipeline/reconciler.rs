@@ -12,11 +12,11 @@
 //! It is in the same process as callbacks on purpose: if it is down, so are they, and the provider
 //! comes again.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::cashier::Cashier;
+use super::settler::Signals;
 use crate::faults::bug;
 use crate::order::payment::{PaymentState, RefundReason};
 use crate::order::receipt::ReceiptOrder;
@@ -24,7 +24,6 @@ use crate::order::{Order, OrderId, Refusal, UnixMillis};
 use crate::state::buyers::{BuyerClaim, Claimed, Remembered};
 use crate::store::StoreError;
 use crate::store::postgres::payments::StoredPayment;
-use crate::store::settlement::payments::Arrived;
 
 /// Payments matched in one transaction.
 const MATCH_MAX: i64 = 1_000;
@@ -32,7 +31,7 @@ const MATCH_MAX: i64 = 1_000;
 const CHECKS_MAX: i64 = 100;
 /// How often payments are matched with orders that have appeared, at most.
 const MATCH: Duration = Duration::from_millis(200);
-/// How long payments are matched one by one before callbacks are served again.
+/// How long payments are matched one by one before operators are served again.
 const ONE_BY_ONE: Duration = Duration::from_millis(200);
 /// How often open payments are counted.
 const COUNT: Duration = Duration::from_secs(5);
@@ -57,7 +56,7 @@ impl Cashier {
     /// Looks at orphans, where there may be any. True: there are more that are due.
     pub(super) async fn look_at_orphans(&mut self) -> Result<bool, StoreError> {
         self.count_open().await?;
-        if !self.may_have_orphans || Instant::now() < self.next_match {
+        if !self.signals().may_have_orphans() || Instant::now() < self.next_match {
             return Ok(false);
         }
         let started = Instant::now();
@@ -77,12 +76,15 @@ impl Cashier {
             return Ok(());
         }
         self.next_count = Instant::now() + COUNT;
-        let open = self.parts.database.open_payments().await?;
-        let now = self.parts.ledger.ids.real_now();
+        // Before they are counted: what comes meanwhile says so again.
+        self.signals().set_may_have_orphans(false);
+        let counted = self.parts.settler.parts.database.open_payments().await;
+        let open = counted.inspect_err(|_| self.signals().set_may_have_orphans(true))?;
+        let now = self.parts.settler.parts.ledger.ids.real_now();
         let age = |since: Option<UnixMillis>| {
             since.map_or(0.0, |since| (now.0 - since.0).max(0) as f64 / 1_000.0)
         };
-        let metrics = &self.parts.metrics;
+        let metrics = &self.parts.settler.parts.metrics;
         metrics.payments.orphan_payments.set(open.orphans);
         metrics
             .payments
@@ -93,46 +95,50 @@ impl Cashier {
             .payments
             .refund_due_oldest_seconds
             .set(age(open.oldest_refund_due));
-        self.may_have_orphans = open.orphans > 0;
+        if open.orphans > 0 {
+            self.signals().set_may_have_orphans(true);
+        }
         Ok(())
     }
 
+    fn signals(&self) -> &Signals {
+        &self.parts.settler.parts.signals
+    }
+
     /// Lets orphans meet orders that have appeared. Where rows of one of them cannot be had, they
-    /// are matched one by one, for no longer at a time than a callback may wait.
+    /// are matched one by one.
     async fn match_orphans(&mut self) -> Result<bool, StoreError> {
-        let after = self.one_by_one.unwrap_or(0);
-        let found = self.parts.database.orphans_with_order(after, MATCH_MAX);
-        let found = found.await?;
+        let one_by_one = self.signals().rows_are_held();
+        let after = if one_by_one { self.matched_up_to } else { 0 };
+        let database = &self.parts.settler.parts.database;
+        let found = database.orphans_with_order(after, MATCH_MAX).await?;
         let full = found.len() as i64 == MATCH_MAX;
-        let arrived: Vec<Arrived> = found
+        let pending = &self.parts.settler.parts.ledger.pending;
+        let orders = found
             .iter()
-            .filter_map(Arrived::of)
-            .filter(|one| self.parts.ledger.pending.get(one.order_id).is_none())
-            .collect();
-        if self.one_by_one.is_none() {
-            return match self.meet(&arrived).await {
-                Ok(()) => Ok(full && !arrived.is_empty()),
+            .filter_map(|one| Some((one.id, one.order_id?)))
+            .filter(|(_, order_id)| pending.get(*order_id).is_none());
+        let orders: Vec<(i64, OrderId)> = orders.collect();
+        if !one_by_one {
+            let ids: Vec<OrderId> = orders.iter().map(|(_, order_id)| *order_id).collect();
+            return match self.meet(&ids).await {
+                Ok(any) => Ok(full && any),
                 Err(error) if error.is_about_rows() => {
-                    tracing::warn!(reason = %error, payments = arrived.len(), "payments are matched one by one");
-                    self.one_by_one = Some(0);
+                    tracing::warn!(reason = %error, payments = orders.len(), "payments are matched one by one");
+                    self.matched_up_to = 0;
+                    self.signals().set_rows_are_held(true);
                     Ok(false)
                 }
                 Err(error) => Err(error),
             };
         }
         let started = Instant::now();
-        let mut unmatched = HashSet::new();
-        for one in &arrived {
-            self.one_by_one = Some(one.id);
-            // Of several for one order the first that came is judged first.
-            if unmatched.contains(&one.order_id) {
-                continue;
-            }
-            match self.meet(std::slice::from_ref(one)).await {
-                Ok(()) => {}
+        for (payment, order_id) in orders {
+            self.matched_up_to = payment;
+            match self.meet(&[order_id]).await {
+                Ok(_) => {}
                 Err(error) if error.is_about_rows() => {
-                    self.note_unmatched(one, &error);
-                    unmatched.insert(one.order_id);
+                    tracing::warn!(payment, %order_id, reason = %error, "a payment is not matched yet; it is tried again");
                 }
                 Err(error) => return Err(error),
             }
@@ -142,33 +148,40 @@ impl Cashier {
         }
         if !full {
             // All were tried; together again from the start.
-            self.one_by_one = None;
+            self.matched_up_to = 0;
+            self.signals().set_rows_are_held(false);
         }
         Ok(false)
     }
 
-    fn note_unmatched(&self, one: &Arrived, error: &StoreError) {
-        tracing::warn!(payment = one.id, order_id = %one.order_id, reason = %error, "a payment is not matched yet; it is tried again");
-    }
-
-    async fn meet(&mut self, arrived: &[Arrived]) -> Result<(), StoreError> {
-        if arrived.is_empty() {
-            return Ok(());
+    /// Lets the orphans of these orders meet them. True: some did.
+    async fn meet(&mut self, orders: &[OrderId]) -> Result<bool, StoreError> {
+        if orders.is_empty() {
+            return Ok(false);
         }
-        let now = self.parts.ledger.ids.real_now();
-        for one in arrived {
-            self.parts.ledger.recent.forget(one.order_id);
+        let settler = &mut self.parts.settler;
+        let now = settler.parts.ledger.ids.real_now();
+        for order_id in orders {
+            settler.parts.ledger.recent.forget(*order_id);
         }
-        let settlement = self.writer().await?.meet(arrived, now).await?;
-        self.settled(&settlement);
-        Ok(())
+        let (moving, writer) = settler.writer().await?;
+        let settlement = writer.meet(orders, now).await?;
+        settler.settled(&settlement).await;
+        drop(moving);
+        Ok(!settlement.met.is_empty())
     }
 
     /// Looks for the orders of orphans that are due. True: more are due.
     async fn check_orphans(&mut self) -> Result<bool, StoreError> {
-        let now = self.parts.ledger.ids.real_now();
+        let now = self.parts.settler.parts.ledger.ids.real_now();
         let started = Instant::now();
-        let due = self.parts.database.orphans_due(now, CHECKS_MAX).await?;
+        let due = self
+            .parts
+            .settler
+            .parts
+            .database
+            .orphans_due(now, CHECKS_MAX)
+            .await?;
         let full = due.len() as i64 == CHECKS_MAX;
         let checks = self.parts.orphan_checks;
         for payment in due {
@@ -201,25 +214,39 @@ impl Cashier {
         checks: i32,
         pause_ms: u64,
     ) -> Result<(), StoreError> {
-        let at = self.parts.ledger.ids.real_now().plus_ms(pause_ms);
-        self.parts.database.note_check(payment.id, checks, at).await
+        let at = self
+            .parts
+            .settler
+            .parts
+            .ledger
+            .ids
+            .real_now()
+            .plus_ms(pause_ms);
+        self.parts
+            .settler
+            .parts
+            .database
+            .note_check(payment.id, checks, at)
+            .await
     }
 
     /// Whether an order is on its way: queued, being written, in the journal, or parked.
     async fn is_in_flight(&self, id: Option<OrderId>) -> Result<bool, StoreError> {
         let Some(id) = id else { return Ok(false) };
-        if self.parts.ledger.pending.get(id).is_some() {
+        if self.parts.settler.parts.ledger.pending.get(id).is_some() {
             return Ok(true);
         }
         let queue = Arc::clone(&self.parts.queue);
         if !queue.durable().is_some_and(|queue| queue.may_hold(id)) {
-            return self.parts.database.is_parked(id).await;
+            return self.parts.settler.parts.database.is_parked(id).await;
         }
         let found =
             tokio::task::spawn_blocking(move || queue.durable().map(|queue| queue.find(id)));
         match found.await {
-            Ok(None | Some(Ok(None))) => Ok(self.parts.ledger.pending.get(id).is_some()
-                || self.parts.database.is_parked(id).await?),
+            Ok(None | Some(Ok(None))) => {
+                let parts = &self.parts.settler.parts;
+                Ok(parts.ledger.pending.get(id).is_some() || parts.database.is_parked(id).await?)
+            }
             Ok(Some(Ok(Some(_)))) => Ok(true),
             Ok(Some(Err(error))) => Err(StoreError::Data(format!("the journal: {error}"))),
             Err(panic) => Err(StoreError::Data(panic.to_string())),
@@ -228,13 +255,13 @@ impl Cashier {
 
     /// An operator does not want to wait any longer. False: there is no such orphan.
     pub(super) async fn retry(&mut self, id: i64) -> Result<bool, StoreError> {
-        let payment = self.parts.database.payment(id).await?;
+        let payment = self.parts.settler.parts.database.payment(id).await?;
         let Some(payment) = payment.filter(|one| one.state == PaymentState::Orphan) else {
             return Ok(false);
         };
         if payment.has_order {
-            let arrived: Vec<Arrived> = Arrived::of(&payment).into_iter().collect();
-            self.meet(&arrived).await?;
+            let orders: Vec<OrderId> = payment.order_id.into_iter().collect();
+            self.meet(&orders).await?;
         } else if !self.is_in_flight(payment.order_id).await? {
             self.decide(&payment).await?;
         }
@@ -243,8 +270,8 @@ impl Cashier {
 
     /// Its order was not found: recovers it, or leaves the payment for a refund.
     async fn decide(&mut self, payment: &StoredPayment) -> Result<(), StoreError> {
-        let now = self.parts.ledger.ids.real_now();
-        let ledger = Arc::clone(&self.parts.ledger);
+        let now = self.parts.settler.parts.ledger.ids.real_now();
+        let ledger = Arc::clone(&self.parts.settler.parts.ledger);
         let opened = payment.receipt.as_deref().map(|receipt| {
             self.parts
                 .receipts
@@ -258,8 +285,8 @@ impl Cashier {
             }
             // Its provider has garbled the order's id. Now it looks for its order as any other does.
             Some(Ok(receipt)) if payment.order_id.is_none() => {
-                ledger.orphans.insert(receipt.id, payment.received_at);
-                let database = &self.parts.database;
+                ledger.orphans.insert(receipt.id, payment.paid_at);
+                let database = &self.parts.settler.parts.database;
                 return database.note_order(payment.id, receipt.id).await;
             }
             Some(Ok(receipt)) => self.decide_on(payment, receipt),
@@ -267,12 +294,8 @@ impl Cashier {
         match decision {
             Decision::Later => return self.put_off(payment, payment.checks, IN_FLIGHT_MS).await,
             Decision::GiveUp(reason) => {
-                if !self
-                    .writer()
-                    .await?
-                    .give_up(payment.id, reason, now)
-                    .await?
-                {
+                let (_moving, writer) = self.parts.settler.writer().await?;
+                if !writer.give_up(payment.id, reason, now).await? {
                     return Ok(());
                 }
                 self.note_refund(payment, reason);
@@ -299,7 +322,7 @@ impl Cashier {
         reason: RefundReason,
         now: UnixMillis,
     ) -> Result<(), StoreError> {
-        let ledger = Arc::clone(&self.parts.ledger);
+        let ledger = Arc::clone(&self.parts.settler.parts.ledger);
         let (buyers, user_id) = (&ledger.buyers, &order.user_id);
         let known = buyers.orders_of(user_id);
         let mut claim = None;
@@ -313,7 +336,7 @@ impl Cashier {
             }
         }
         let is_claimed = claim.is_some();
-        let writer = self.writer().await?;
+        let (_moving, writer) = self.parts.settler.writer().await?;
         if !writer
             .recover(payment.id, &order, Some(reason), now)
             .await?
@@ -334,14 +357,26 @@ impl Cashier {
     }
 
     fn note_refund(&self, payment: &StoredPayment, reason: RefundReason) {
-        self.parts.metrics.payments.verdicts.count("refund_due");
-        self.parts.metrics.payments.refunds.count(reason.as_str());
+        self.parts
+            .settler
+            .parts
+            .metrics
+            .payments
+            .verdicts
+            .count("refund_due");
+        self.parts
+            .settler
+            .parts
+            .metrics
+            .payments
+            .refunds
+            .count(reason.as_str());
         tracing::warn!(payment = payment.id, order = payment.order_ref, %reason, "a payment has to go back");
     }
 
     /// Holds what a receipt says against the payment and against what is known.
     fn decide_on(&self, payment: &StoredPayment, receipt: ReceiptOrder) -> Decision {
-        let ledger = &self.parts.ledger;
+        let ledger = &self.parts.settler.parts.ledger;
         let Some(sku) = ledger.catalogue.in_receipt(receipt.sku) else {
             return Decision::GiveUp(RefundReason::UnknownSku);
         };
@@ -364,7 +399,7 @@ impl Cashier {
         let known = ledger.buyers.orders_of(&order.user_id);
         let known = known.iter().find(|known| known.order_id == order.id);
         let held = known.is_some_and(|known| known.live);
-        let late = payment.received_at >= order.expires_at;
+        let late = payment.paid_at >= order.expires_at;
         if known.is_some() && !held && !late {
             return Decision::RecoverForRefund(order, RefundReason::OrderCancelled);
         }
@@ -403,7 +438,7 @@ impl Cashier {
         held: bool,
         now: UnixMillis,
     ) -> Result<(), StoreError> {
-        let ledger = Arc::clone(&self.parts.ledger);
+        let ledger = Arc::clone(&self.parts.settler.parts.ledger);
         let Some(sku) = ledger.catalogue.by_number(order.sku) else {
             return Ok(());
         };
@@ -417,7 +452,7 @@ impl Cashier {
             };
             taken = Some((claim, hold));
         }
-        let writer = self.writer().await?;
+        let (_moving, writer) = self.parts.settler.writer().await?;
         if !writer.recover(payment.id, &order, None, now).await? {
             return Ok(());
         }
@@ -432,7 +467,13 @@ impl Cashier {
         }
         ledger.recent.forget(order.id);
         ledger.orphans.remove(order.id);
-        self.parts.metrics.payments.verdicts.count("recovered");
+        self.parts
+            .settler
+            .parts
+            .metrics
+            .payments
+            .verdicts
+            .count("recovered");
         tracing::info!(order_id = %order.id, payment = payment.id, "recovered a lost order from the receipt of its payment");
         Ok(())
     }

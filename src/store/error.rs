@@ -186,6 +186,17 @@ impl StoreError {
         )
     }
 
+    /// Whether it took longer than it may; less of it at once may go well.
+    pub fn is_overlong(&self) -> bool {
+        match self {
+            StoreError::Timeout { .. } => true,
+            StoreError::Statement { source, .. } => {
+                source.code() == Some(&SqlState::QUERY_CANCELED)
+            }
+            _ => false,
+        }
+    }
+
     /// Whether trying again later may help without anybody's doing.
     pub fn is_transient(&self) -> bool {
         match self {

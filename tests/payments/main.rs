@@ -6,6 +6,8 @@ mod support;
 
 mod identity;
 mod life;
+mod moments;
 mod orphans;
 mod races;
 mod rig;
+mod worklist;

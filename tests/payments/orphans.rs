@@ -127,7 +127,7 @@ const FORGET: &str = "
 
 /// The rows are taken away, as a failover without its commits would, and memory forgets at a
 /// restart.
-async fn lose(shop: Shop) -> Shop {
+pub async fn lose(shop: Shop) -> Shop {
     let Shop { database, server } = shop;
     assert!(server.stop().await);
     database

@@ -8,12 +8,12 @@
 use std::time::Instant;
 
 use futures_util::future::try_join3;
-use millrace::order::payment::{Notice, Payment, PaymentState, Provider, RefundReason};
-use millrace::order::{Currency, Order, OrderId, OrderStatus, UnixMillis};
+use millrace::order::payment::{Delivery, Notice, Payment, PaymentState, Provider, RefundReason};
+use millrace::order::{Currency, IdRange, Order, OrderId, OrderStatus, UnixMillis};
 use millrace::state::stock::{Sku, StockSnapshot};
 use millrace::store::batch::BatchWriter;
 use millrace::store::postgres::transitions;
-use millrace::store::settlement::payments::{Arrival, Arrived};
+use millrace::store::settlement::payments::Arrival;
 use millrace::store::settlement::refunds::{Closed, Recorded, RefundNote};
 use millrace::store::settlement::{Moved, MovedTo, SettlementWriter};
 use rand::rngs::StdRng;
@@ -67,7 +67,8 @@ struct TwinPayment {
     paid: Payment,
     /// Which of the orders it is for.
     of: Option<usize>,
-    received: UnixMillis,
+    /// When it counts as made.
+    paid_at: UnixMillis,
     state: PaymentState,
     reason: Option<RefundReason>,
 }
@@ -106,7 +107,7 @@ impl Twin {
         let until = self.orders[at].order.expires_at;
         let waits = |one: &&TwinPayment| one.of == Some(at) && one.state == PaymentState::Orphan;
         let mut waiting = self.payments.iter().filter(waits);
-        waiting.any(|one| one.received < until)
+        waiting.any(|one| one.paid_at < until)
     }
 
     /// Those of the orphans meet their orders, as they came.
@@ -133,7 +134,8 @@ impl Twin {
             OrderStatus::Cancelled => RefundReason::OrderCancelled,
             OrderStatus::Expired => RefundReason::OrderExpired,
             OrderStatus::Failed => RefundReason::OrderFailed,
-            _ => match fault(&order.order, &payment.paid, payment.received) {
+            // However late: its units are held.
+            _ => match fault(&order.order, &payment.paid) {
                 Some(reason) => reason,
                 None => {
                     payment.state = PaymentState::Matched;
@@ -179,10 +181,8 @@ impl Twin {
 }
 
 /// What is wrong with a payment for an order that is to be paid.
-fn fault(order: &Order, paid: &Payment, received: UnixMillis) -> Option<RefundReason> {
-    if received >= order.expires_at {
-        Some(RefundReason::OrderExpired)
-    } else if paid.currency != order.currency {
+fn fault(order: &Order, paid: &Payment) -> Option<RefundReason> {
+    if paid.currency != order.currency {
         Some(RefundReason::CurrencyMismatch)
     } else if paid.amount != order.amount {
         Some(RefundReason::AmountMismatch)
@@ -400,15 +400,22 @@ impl<'a> Life<'a> {
         for _ in 0..self.random.random_range(1..=3) {
             let again = self.notices.choose(&mut self.random).cloned();
             let notice = match again.filter(|_| self.random.random_bool(0.25)) {
-                // The same message, or another about the same payment.
-                Some(notice) if self.random.random_bool(0.5) => notice,
-                Some(notice) => Notice {
+                // The same message, another about the same payment, or the same about another.
+                Some(notice) if self.random.random_bool(0.4) => notice,
+                Some(notice) if self.random.random_bool(0.7) => Notice {
                     event_id: format!("{}-again-{}", notice.event_id, self.notices.len()),
                     ..notice
                 },
+                Some(Notice { event_id, .. }) => Notice {
+                    event_id,
+                    ..self.new_notice(together.len())
+                },
                 None => self.new_notice(together.len()),
             };
-            together.push(notice);
+            together.push(Delivery {
+                notice,
+                received_at: self.now,
+            });
         }
         let judge = self.random.random_bool(0.85);
         let orders = self.twin.orders.iter();
@@ -422,18 +429,24 @@ impl<'a> Life<'a> {
             judge,
             with_waiting: self.twin.has_orphan(),
         };
-        let notices: Vec<&Notice> = together.iter().collect();
+        let deliveries: Vec<&Delivery> = together.iter().collect();
         let settlement = &mut self.writers.settlement;
-        let settled = settlement.take_in(&notices, arrival, &in_flight);
+        let settled = settlement.take_in(&deliveries, arrival, &in_flight);
         let settled = settled.await.map_err(said)?;
-        let (mut new, first_new) = (0, self.twin.payments.len());
-        for notice in together {
-            let is_known = |one: &Notice| one.event_id == notice.event_id;
+        let (mut new, mut orders) = (0, Vec::new());
+        for delivery in together {
+            let paid_at = delivery.paid_at();
+            let notice = delivery.notice;
+            let paid = notice.payment.clone().expect("each is about a payment");
+            orders.extend(paid.order_id());
+            let is_known = |one: &Notice| {
+                let of = |one: &Notice| one.payment.as_ref().map(|paid| paid.payment_id.clone());
+                one.event_id == notice.event_id && of(one) == of(&notice)
+            };
             if self.notices.iter().any(is_known) {
                 continue;
             }
             new += 1;
-            let paid = notice.payment.clone().expect("each is about a payment");
             self.notices.push(notice);
             let is_known = |one: &TwinPayment| one.paid.payment_id == paid.payment_id;
             if self.twin.payments.iter().any(is_known) {
@@ -453,16 +466,15 @@ impl<'a> Life<'a> {
             self.twin.payments.push(TwinPayment {
                 paid,
                 of,
-                received: self.now,
+                paid_at,
                 state: PaymentState::Orphan,
                 reason: None,
             });
         }
         if judge {
             // Whoever waits for the same order came first.
-            let payments = &self.twin.payments;
-            let orders: Vec<_> = payments[first_new..].iter().map(|one| one.of).collect();
-            self.twin.meet_all(|one| orders.contains(&one.of));
+            let is_of_them = |id: Option<OrderId>| id.is_some_and(|id| orders.contains(&id));
+            self.twin.meet_all(|one| is_of_them(one.paid.order_id()));
         }
         self.move_memory(&settled.moved);
         match settled.events == new {
@@ -504,6 +516,10 @@ impl<'a> Life<'a> {
                 currency: Currency::new(if wrong == 1 { "USD" } else { "EUR" })
                     .expect("a currency"),
                 receipt: random.random_bool(0.7).then(|| "a receipt".to_owned()),
+                // Whoever signs a time that is yet to come is not believed.
+                made_at: random
+                    .random_bool(0.5)
+                    .then(|| UnixMillis(self.now.0 + random.random_range(-800..200))),
             }),
         }
     }
@@ -516,10 +532,10 @@ impl<'a> Life<'a> {
             .orphans_with_order(0, 1_000)
             .await
             .map_err(said)?;
-        let arrived: Vec<Arrived> = found.iter().filter_map(Arrived::of).collect();
+        let orders: Vec<OrderId> = found.iter().filter_map(|one| one.order_id).collect();
         let settlement = &mut self.writers.settlement;
-        let settled = settlement.meet(&arrived, self.now).await.map_err(said)?;
-        self.note(format!("meet {}", arrived.len()));
+        let settled = settlement.meet(&orders, self.now).await.map_err(said)?;
+        self.note(format!("meet {}", orders.len()));
         self.move_memory(&settled.moved);
         self.twin.meet_all(|_| true);
         Ok(())
@@ -529,23 +545,43 @@ impl<'a> Life<'a> {
         let (Some(first), Some(last)) = (self.twin.orders.first(), self.twin.orders.last()) else {
             return Ok(());
         };
-        let limit = self.random.random_range(1..5);
+        let (limit, rows) = (
+            self.random.random_range(1..5),
+            self.random.random_range(1..4),
+        );
         let with_orphans = self.twin.has_orphan();
-        let (first, last) = (first.order.id, last.order.id);
+        let mut ranges = vec![IdRange {
+            from: first.order.id,
+            to: last.order.id,
+        }];
+        let mut found = Vec::new();
         let settlement = &mut self.writers.settlement;
-        let expired = settlement.expire(first, last, self.now, limit, with_orphans, None);
-        let moved = expired.await.map_err(said)?;
-        self.note(format!("expire {limit}"));
-        self.move_memory(&moved);
-        let is_due = |at: &usize| {
-            let one = &self.twin.orders[*at];
+        while !ranges.is_empty() {
+            let looked = settlement.look_for_overdue(&ranges, rows, self.now, None);
+            let looked = looked.await.map_err(said)?;
+            if looked.rows > rows as i64 {
+                return Err(format!("{} rows read, not {rows}", looked.rows));
+            }
+            found.extend(looked.overdue.iter().map(|one| one.order_id));
+            ranges = looked.rest;
+        }
+        let is_past = |one: &&TwinOrder| {
             one.place == Place::There(OrderStatus::PendingPayment)
                 && one.order.expires_at <= self.now
-                && !self.twin.is_paid_in_time(*at)
         };
-        let due = (0..self.twin.orders.len()).filter(is_due);
-        for at in due.take(limit as usize).collect::<Vec<_>>() {
-            self.twin.orders[at].place = Place::There(OrderStatus::Expired);
+        let past = self.twin.orders.iter().filter(is_past);
+        let past: Vec<OrderId> = past.map(|one| one.order.id).collect();
+        same("overdue orders", &found, &past)?;
+        found.truncate(limit);
+        let moved = settlement.expire(&found, self.now, with_orphans);
+        let moved = moved.await.map_err(said)?;
+        self.note(format!("expire {limit}"));
+        self.move_memory(&moved);
+        for at in 0..self.twin.orders.len() {
+            let is_chosen = found.contains(&self.twin.orders[at].order.id);
+            if is_chosen && !self.twin.is_paid_in_time(at) {
+                self.twin.orders[at].place = Place::There(OrderStatus::Expired);
+            }
         }
         Ok(())
     }
@@ -636,7 +672,7 @@ impl<'a> Life<'a> {
         let TwinPayment {
             paid,
             of,
-            received,
+            paid_at,
             state,
             ..
         } = self.twin.payments[at].clone();
@@ -665,8 +701,10 @@ impl<'a> Life<'a> {
         let units = order.quantity.get();
         let is_there = self.twin.orders[of].is_there();
         let free = self.twin.free();
-        let reason =
-            fault(&order, &paid, received).or((free < units).then_some(RefundReason::SoldOut));
+        let late = (paid_at >= order.expires_at).then_some(RefundReason::OrderExpired);
+        let reason = late
+            .or_else(|| fault(&order, &paid))
+            .or((free < units).then_some(RefundReason::SoldOut));
         let holds = reason.is_none();
         if holds && self.sku.counter().hold(units).is_err() {
             return Err(format!("{units} of {free} units cannot be held"));

@@ -5,7 +5,9 @@ use millrace::order::payment::{Notice, Payment, Provider, REFERENCE_BYTES_MAX};
 use millrace::order::{Currency, UnixMillis};
 use serde_json::{Value, json};
 
-use crate::rig::{self, Callback, Told, on_a_small_stack};
+use crate::rig::{
+    self, APP_ID, Callback, NOW, SELLER_ID, Told, alipay, on_a_small_stack, standard, stripe,
+};
 use crate::vectors::a_payment;
 
 /// Those that send JSON.
@@ -41,6 +43,7 @@ fn what_is_signed_here_is_read_as_told() {
             amount: 199_900,
             currency: Currency::new("CNY").unwrap(),
             receipt: Some("mr1.receipt".into()),
+            made_at: notice.payment.as_ref().and_then(|payment| payment.made_at),
         };
         assert_eq!(notice.payment, Some(expected), "{provider}");
     }
@@ -496,4 +499,57 @@ fn alipays_parameters_come_once_and_in_rsa2() {
     let without = body.replace("&sign_type=RSA2", "");
     let read = good.with(|callback| callback.body = without.into_bytes());
     assert_eq!(payment(&read).amount, 199_900);
+}
+
+#[test]
+fn the_time_that_a_provider_has_signed_is_read_and_an_odd_one_costs_no_payment() {
+    let minute_ago = UnixMillis(NOW.0 - 60_000);
+    let data = r#"{"order_id":"42","payment_id":"p","amount":1,"currency":"CNY"}"#;
+    let standard_at = |timestamp: &str| {
+        let body =
+            format!(r#"{{"type":"payment.succeeded","timestamp":{timestamp},"data":{data}}}"#);
+        payment(&standard("m", &body)).made_at
+    };
+    assert_eq!(standard_at(&format!("\"{minute_ago}\"")), Some(minute_ago));
+    // The header's, by the second: each attempt is signed anew.
+    let attempt = Some(UnixMillis(NOW.0 / 1_000 * 1_000));
+    for odd in ["7", "\"yesterday\"", "null", "\"2999-01-01T00:00:00Z\""] {
+        assert_eq!(standard_at(odd), attempt, "{odd}");
+    }
+    let stripe_at = |created: &str| {
+        let intent = r#"{"id":"p","amount_received":1,"currency":"cny"}"#;
+        let body = format!(
+            r#"{{"id":"e","type":"payment_intent.succeeded","created":{created},"data":{{"object":{intent}}}}}"#
+        );
+        payment(&stripe(&body)).made_at
+    };
+    let seconds = minute_ago.0 / 1_000;
+    assert_eq!(stripe_at(&seconds.to_string()), Some(minute_ago));
+    for odd in ["\"x\"", "-1", "9223372036854775807"] {
+        assert_eq!(stripe_at(odd), None, "{odd}");
+    }
+    let wechatpay_at = |time: &str| {
+        let told = Told::with(|told| told.more = format!(r#","success_time":{time}"#));
+        payment(&told.by(Provider::Wechatpay)).made_at
+    };
+    assert_eq!(wechatpay_at(&format!("\"{minute_ago}\"")), Some(minute_ago));
+    assert_eq!(wechatpay_at("\"soon\""), None);
+    let alipay_at = |time: &str| {
+        let form = [
+            ("app_id", APP_ID),
+            ("gmt_payment", time),
+            ("notify_id", "e"),
+            ("out_trade_no", "42"),
+            ("seller_id", SELLER_ID),
+            ("total_amount", "0.01"),
+            ("trade_no", "p"),
+            ("trade_status", "TRADE_SUCCESS"),
+        ];
+        payment(&alipay(&form)).made_at
+    };
+    // UTC+8: 20:00 there is noon in UTC.
+    let noon: jiff::Timestamp = "2026-11-11T12:00:00Z".parse().expect("a time");
+    let noon = Some(UnixMillis(noon.as_millisecond()));
+    assert_eq!(alipay_at("2026-11-11 20:00:00"), noon);
+    assert_eq!(alipay_at("noon"), None);
 }

@@ -9,7 +9,8 @@ use super::message::{Request, Response};
 use super::payments::{CallbackError, PaymentProvider};
 use super::service::DataPlane;
 use crate::order::UnixMillis;
-use crate::pipeline::cashier::NotStored;
+use crate::order::payment::Delivery;
+use crate::pipeline::callbacks::NotStored;
 
 /// Longest time until a platform is told to come again: they give up after about five seconds.
 const ANSWER_WITHIN: Duration = Duration::from_secs(4);
@@ -22,12 +23,17 @@ impl DataPlane {
         response: &mut Response,
         provider: &dyn PaymentProvider,
     ) {
-        let started = Instant::now();
+        // Before anything else: whether a payment came in time is judged by it.
+        let (started, received_at) = (Instant::now(), self.callbacks.now());
         let outcome = provider
             .read(request, UnixMillis::now())
             .and_then(|notice| {
-                let cashier = self.cashier.clone();
-                let storing = async move { cashier.take_in(notice).await };
+                let callbacks = self.callbacks.clone();
+                let delivery = Delivery {
+                    notice,
+                    received_at,
+                };
+                let storing = async move { callbacks.take_in(delivery).await };
                 match self.on_tokio(request, started + ANSWER_WITHIN, storing) {
                     Ok(Ok(())) => Ok(()),
                     Ok(Err(NotStored::Busy | NotStored::Stopped | NotStored::Store(_)))

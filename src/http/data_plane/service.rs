@@ -20,8 +20,8 @@ use crate::metrics::Metrics;
 use crate::order::payment::Provider;
 use crate::order::receipt::ReceiptKeys;
 use crate::order::{Order, OrderId, OrderStatus, Refusal, SkuId, UserId};
+use crate::pipeline::callbacks::CallbackDesk;
 use crate::pipeline::cancel::Canceller;
-use crate::pipeline::cashier::CashierDesk;
 use crate::pipeline::intake::Intake;
 use crate::pipeline::ledger::Ledger;
 use crate::queue::OrderQueue;
@@ -37,7 +37,7 @@ pub struct DataPlane {
     pub(super) queue: Arc<dyn OrderQueue>,
     pub(super) database: Database,
     pub(super) canceller: Canceller,
-    pub(super) cashier: CashierDesk,
+    pub(super) callbacks: CallbackDesk,
     pub(super) providers: Providers,
     pub(super) receipts: Arc<ReceiptKeys>,
     /// Whether a user's whole history can be listed.
@@ -65,7 +65,7 @@ pub struct DataPlaneParts {
     /// For cancelling.
     pub canceller: Canceller,
     /// For payments.
-    pub cashier: CashierDesk,
+    pub callbacks: CallbackDesk,
     /// Whose callbacks are taken.
     pub providers: Providers,
     /// What signs receipts.
@@ -105,7 +105,7 @@ impl DataPlane {
             queue: parts.queue,
             database: parts.database,
             canceller: parts.canceller,
-            cashier: parts.cashier,
+            callbacks: parts.callbacks,
             providers: parts.providers,
             receipts: parts.receipts,
             user_index: parts.user_index,

@@ -180,7 +180,8 @@ impl Database {
             // It may be older than what a start looks through for orders that are to expire.
             transaction
                 .execute(
-                    "UPDATE node SET unpaid_from = least(unpaid_from, $2) WHERE node = $1",
+                    "UPDATE node SET unpaid_from = least(unpaid_from, $2), unpaid_changes = unpaid_changes + 1
+                      WHERE node = $1",
                     &[&lease.node, &order_id],
                 )
                 .await?;

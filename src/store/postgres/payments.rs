@@ -35,6 +35,8 @@ pub struct StoredPayment {
     pub refund_reason: Option<RefundReason>,
     /// When it was first received.
     pub received_at: UnixMillis,
+    /// When it counts as made: when it was received, or earlier by its provider's signed time.
+    pub paid_at: UnixMillis,
     /// When it last moved.
     pub changed_at: UnixMillis,
     /// How often its order was looked for.
@@ -66,7 +68,8 @@ const COLUMNS: &str = "p.id, p.provider, p.payment_id, p.order_ref, p.order_id, 
     p.refund_reason, (extract(epoch FROM p.received_at) * 1000)::int8, (extract(epoch FROM p.changed_at) * 1000)::int8,
     p.checks, (extract(epoch FROM p.check_at) * 1000)::int8, p.reference, p.note,
     EXISTS (SELECT FROM orders o WHERE o.order_id = p.order_id)
-    OR EXISTS (SELECT FROM dead_letters d WHERE d.order_id = p.order_id) AS has_order";
+    OR EXISTS (SELECT FROM dead_letters d WHERE d.order_id = p.order_id) AS has_order,
+    (extract(epoch FROM least(p.received_at, p.paid_at)) * 1000)::int8 AS counts_at";
 
 fn from_row(row: &Row) -> Result<StoredPayment, StoreError> {
     let id: i64 = row.get(0);
@@ -91,6 +94,7 @@ fn from_row(row: &Row) -> Result<StoredPayment, StoreError> {
         reference: row.get(14),
         note: row.get(15),
         has_order: row.get(16),
+        paid_at: UnixMillis(row.get(17)),
     })
 }
 
@@ -220,8 +224,8 @@ impl Database {
         .map(|_| ())
     }
 
-    /// The orders that orphans are for, each with the moment at which the first of them was
-    /// received.
+    /// The orders that orphans are for, each with the moment at which the first of them counts as
+    /// made.
     ///
     /// # Errors
     /// Where the database does not answer.
@@ -231,7 +235,7 @@ impl Database {
             .timed(
                 "reading the orphan payments",
                 client.query(
-                    "SELECT order_id, (extract(epoch FROM min(received_at)) * 1000)::int8 FROM payments
+                    "SELECT order_id, (extract(epoch FROM min(least(received_at, paid_at))) * 1000)::int8 FROM payments
                       WHERE state = 'orphan' AND order_id IS NOT NULL GROUP BY order_id",
                     &[],
                 ),
@@ -296,22 +300,5 @@ impl Database {
             found.extend(OrderId::from_i64(row.get(0)).map(|id| (id, UnixMillis(row.get(1)))));
         }
         Ok(found)
-    }
-
-    /// Notes that no unpaid order older than the idempotency window lies below `id`.
-    ///
-    /// # Errors
-    /// Where the database does not answer; a start then looks at more than it needs to.
-    pub async fn note_unpaid_from(&self, lease: NodeLease, id: OrderId) -> Result<(), StoreError> {
-        let client = self.pooled().await?;
-        self.timed(
-            "noting the least unpaid order",
-            client.execute(
-                "UPDATE node SET unpaid_from = $3 WHERE node = $1 AND epoch = $2",
-                &[&lease.node, &lease.epoch, &id.as_i64()],
-            ),
-        )
-        .await
-        .map(|_| ())
     }
 }

@@ -1,41 +1,114 @@
-//! Orders that were not paid in time.
+//! Orders that were not paid in time: looked for by ranges of ids, a bounded number of rows at a
+//! time, and expired.
 
-use super::statements::{Change, Changes, Sql};
+use futures_util::future::join_all;
+
+use super::statements::{Change, Changes, Closing, Sql};
 use super::{Moved, MovedTo, SettlementWriter};
 use crate::faults::bug;
-use crate::order::{OrderId, SkuNumber, UnixMillis};
+use crate::order::{IdRange, OrderId, SkuNumber, UnixMillis};
 use crate::store::StoreError;
 
+/// An unpaid order that is past its time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Overdue {
+    /// The order.
+    pub order_id: OrderId,
+    /// Its SKU.
+    pub sku: SkuNumber,
+    /// Since when.
+    pub expires_at: UnixMillis,
+}
+
+/// The result of a look at ranges of ids.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Looked {
+    /// Rows that were read, of whatever status.
+    pub rows: i64,
+    /// The orders among them that are to expire, by range, then by id.
+    pub overdue: Vec<Overdue>,
+    /// The ids that were not looked at yet.
+    pub rest: Vec<IdRange>,
+}
+
 impl SettlementWriter {
-    /// Expires the unpaid orders of the ids `from` to `to` that are past their time at `now`, at
-    /// most `limit` of them, the oldest first, and gives their units back. `with_orphans`: some
-    /// of them may have been paid in time, by payments that still wait for their order. `sku`: of
-    /// this one only.
+    /// Reads the rows of `ranges`, at most `rows_max` of them (and at least one a range), and finds
+    /// the unpaid orders that are past their time at `now`. `sku`: of this one only. Locks nothing
+    /// and changes nothing.
     ///
     /// # Errors
-    /// Nothing has changed then.
+    /// [`StoreError::is_overlong`], among others, where it takes longer than half a step; with
+    /// fewer rows it may go well.
+    pub async fn look_for_overdue(
+        &mut self,
+        ranges: &[IdRange],
+        rows_max: usize,
+        now: UnixMillis,
+        sku: Option<SkuNumber>,
+    ) -> Result<Looked, StoreError> {
+        let doing = "looking for orders that expire";
+        let limit = (rows_max / ranges.len().max(1)).max(1);
+        let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+        let sku = sku.map(|sku| sku.0);
+        let found = self
+            .read(doing, async |client, statements| {
+                let look = statements.of(client, Sql::Look).await?;
+                let rows = join_all(ranges.iter().map(|range| async move {
+                    let (from, to) = (range.from.as_i64(), range.to.as_i64());
+                    let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 5] =
+                        [&from, &to, &limit, &now.0, &sku];
+                    client.query_one(look, &parameters).await
+                }));
+                rows.await.into_iter().collect::<Result<Vec<_>, _>>()
+            })
+            .await?;
+        let mut looked = Looked::default();
+        for (range, row) in ranges.iter().zip(found) {
+            let (rows, last): (i64, Option<i64>) = (row.get(0), row.get(1));
+            looked.rows += rows;
+            let next = last.and_then(|last| OrderId::from_i64(last.saturating_add(1)));
+            if rows >= limit
+                && let Some(from) = next.filter(|next| *next <= range.to)
+            {
+                looked.rest.push(IdRange { from, to: range.to });
+            }
+            let ids: Vec<i64> = row.get::<_, Option<_>>(2).unwrap_or_default();
+            let skus: Vec<i32> = row.get::<_, Option<_>>(3).unwrap_or_default();
+            let until: Vec<i64> = row.get::<_, Option<_>>(4).unwrap_or_default();
+            let overdue = ids.into_iter().zip(skus).zip(until);
+            looked
+                .overdue
+                .extend(overdue.filter_map(|((id, sku), until)| {
+                    Some(Overdue {
+                        order_id: OrderId::from_i64(id)?,
+                        sku: SkuNumber(sku),
+                        expires_at: UnixMillis(until),
+                    })
+                }));
+        }
+        Ok(looked)
+    }
+
+    /// Expires those of `orders` that are unpaid and past their time at `now`, and gives their
+    /// units back. Skips what somebody holds. `with_orphans`: some of them may have been paid in
+    /// time, by payments that still wait for their order.
+    ///
+    /// # Errors
+    /// Nothing has changed then. [`StoreError::is_about_rows`] where the row of a SKU cannot be
+    /// had, or its counters are refused.
     pub async fn expire(
         &mut self,
-        from: OrderId,
-        to: OrderId,
+        orders: &[OrderId],
         now: UnixMillis,
-        limit: i64,
         with_orphans: bool,
-        sku: Option<SkuNumber>,
     ) -> Result<Vec<Moved>, StoreError> {
         let with_orphans = with_orphans && !bug("expire_what_is_paid");
+        let ids: Vec<i64> = orders.iter().map(|id| id.as_i64()).collect();
         self.transact("expiring orders", async |client, statements| {
             let rows = client
                 .query(
                     statements.of(client, Sql::Expire).await?,
-                    &[
-                        &from.as_i64(),
-                        &to.as_i64(),
-                        &now.0,
-                        &limit,
-                        &with_orphans,
-                        &sku.map(|sku| sku.0),
-                    ],
+                    &[&ids, &now.0, &with_orphans],
                 )
                 .await?;
             let (mut changes, mut moved) = (Changes::default(), Vec::with_capacity(rows.len()));
@@ -59,12 +132,76 @@ impl SettlementWriter {
                 }
             }
             moved.sort_unstable_by_key(|moved| moved.order_id);
+            let from = moved.first().map_or(0, |first| first.order_id.get());
+            let mut closing = Closing::default();
             let reference = format!("{} orders from {from}", moved.len());
-            statements
-                .move_counters(client, &[("expired", changes)], &reference)
-                .await?;
-            Ok(moved)
+            closing.move_counters(&[("expired", changes)], &reference);
+            Ok((moved, closing))
         })
         .await
+    }
+
+    /// Those of `skus` whose row somebody else holds at this moment.
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn held_skus(&mut self, skus: &[SkuNumber]) -> Result<Vec<SkuNumber>, StoreError> {
+        let ids: Vec<i32> = skus.iter().map(|sku| sku.0).collect();
+        let free: Vec<i32> = self
+            .transact("looking which SKUs are held", async |client, statements| {
+                let free_skus = statements.of(client, Sql::FreeSkus).await?;
+                let rows = client.query(free_skus, &[&ids]).await?;
+                let free = rows.iter().map(|row| row.get(0)).collect();
+                Ok((free, Closing::default()))
+            })
+            .await?;
+        let is_held = |sku: &&SkuNumber| !free.contains(&sku.0);
+        Ok(skus.iter().filter(is_held).copied().collect())
+    }
+
+    /// How often older orders have become unpaid again: what
+    /// [`note_unpaid_from`](SettlementWriter::note_unpaid_from) has to be told, read before memory
+    /// is asked for the least unpaid order.
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn unpaid_changes(&mut self) -> Result<i64, StoreError> {
+        let node = self.row.lease.node;
+        self.read(
+            "reading where unpaid orders begin",
+            async |client, statements| {
+                let changes = statements.of(client, Sql::UnpaidChanges).await?;
+                client.query_one(changes, &[&node]).await
+            },
+        )
+        .await
+        .map(|row| row.get(0))
+    }
+
+    /// Notes that no unpaid order older than the idempotency window lies below `id`, for the next
+    /// start; unless an older order has become unpaid again since `changes` was read, which then
+    /// counts. False: it was not noted.
+    ///
+    /// # Errors
+    /// Where the database does not answer; a start then looks at more than it needs to.
+    pub async fn note_unpaid_from(
+        &mut self,
+        changes: i64,
+        id: OrderId,
+    ) -> Result<bool, StoreError> {
+        let lease = self.row.lease;
+        let noted = self
+            .transact(
+                "noting the least unpaid order",
+                async |client, statements| {
+                    let note = statements.of(client, Sql::UnpaidFrom).await?;
+                    let noted = client
+                        .execute(note, &[&lease.node, &lease.epoch, &changes, &id.as_i64()])
+                        .await?;
+                    Ok((noted, Closing::default()))
+                },
+            )
+            .await?;
+        Ok(noted > 0)
     }
 }

@@ -1,33 +1,40 @@
 //! Everything that happens to an order after its row is there, but for cancelling: payments,
-//! expiry, recovery from a receipt, refunds. One connection and one transaction at a time.
+//! expiry, recovery from a receipt, refunds. One connection and one transaction at a time a writer;
+//! each of several writers has its own row of `writer`.
 //!
 //! # The conversation
 //!
 //! ```text
-//!   ──► BEGIN; UPDATE writer SET batch = n                              one flush
-//!   ──► the work: rows of `orders` locked by id, then rows of `sku` by id
-//!   ──► COMMIT
+//!   ──► BEGIN; UPDATE writer SET batch = n; the work: rows of `orders` locked by id    one flush
+//!   ──► what follows from it: rows of `sku` locked by id, counters; COMMIT             one flush
 //! ```
+//!
+//! A hot row of `sku` is locked for the length of the second flush, which no answer of ours
+//! interrupts. Every transaction locks rows of `orders` by id, then payments, then rows of `sku` by
+//! id, so writers and workers never wait for one another in a circle.
 //!
 //! What a transaction has done is known before its COMMIT, and whether that was carried out is
 //! told by its number (`numbered`). So an `Err` always means that nothing has changed, and memory
-//! is moved once for what has.
+//! is moved once for what has. A statement that overtook a BEGIN that failed would be a transaction
+//! of its own: outside of one that says otherwise, these sessions are read-only.
 //!
 //! * here: the writer, and a transaction around a piece of work;
-//! * [`payments`]: messages of providers, and payments that meet their orders;
+//! * [`payments`]: messages of providers, and payments that meet their orders (`meeting`);
 //! * [`expiry`]: orders that were not paid in time;
 //! * [`refunds`]: what a person has done about money that must go back.
 
 pub mod expiry;
+mod meeting;
 pub mod payments;
 pub mod refunds;
 mod statements;
 
 use std::time::Duration;
 
+use futures_util::future::{join, join_all};
 use tokio_postgres::types::ToSql;
 
-use self::statements::{Sql, Statements};
+use self::statements::{Closing, Sql, Statements};
 use super::StoreError;
 use super::batch::WriteError;
 use super::numbered::{WriterRow, timed};
@@ -35,8 +42,8 @@ use super::postgres::{Connected, Database, NodeLease};
 use crate::faults::crash_point;
 use crate::order::{OrderId, SkuNumber};
 
-/// Longest wait for a row that somebody else holds. A callback is answered within a second, so a
-/// payment that cannot be matched by then is stored as an orphan and matched later.
+/// Longest wait for a row that somebody else holds, in milliseconds. A callback is answered within
+/// a second, so a payment that cannot be matched by then is stored as an orphan and matched later.
 const LOCK_TIMEOUT_MS: u32 = 400;
 /// Pause between attempts to find out what became of a commit.
 const SETTLE_PAUSE: Duration = Duration::from_millis(200);
@@ -71,7 +78,12 @@ pub enum MovedTo {
     Nowhere,
 }
 
-/// The one writer of all this.
+/// How each session begins: as told at the head of this file; and always by an index, because a
+/// plan that was made while a table was small is kept when it has grown.
+const SESSION: &str =
+    "SET default_transaction_read_only = on; SET enable_seqscan = off; SET enable_bitmapscan = off";
+
+/// One writer of all this.
 #[derive(Debug)]
 pub struct SettlementWriter {
     row: WriterRow,
@@ -110,14 +122,18 @@ impl SettlementWriter {
         self.row.commits_lost()
     }
 
-    /// Does `work` in one numbered transaction. Returns what it returned, once it is committed.
+    /// Does `work` in one numbered transaction, and what it leaves to be done together with the
+    /// COMMIT. Returns what it returned, once it is committed.
     ///
     /// # Errors
     /// Nothing has changed then. [`StoreError::Fenced`] where this process may not write any more.
-    async fn transact<T>(
+    async fn transact<'a, T>(
         &mut self,
         doing: &'static str,
-        work: impl AsyncFnOnce(&Connected, &Statements) -> Result<T, tokio_postgres::Error>,
+        work: impl AsyncFnOnce(
+            &Connected,
+            &Statements,
+        ) -> Result<(T, Closing<'a>), tokio_postgres::Error>,
     ) -> Result<T, StoreError> {
         if self.session.is_none() {
             self.connect().await?;
@@ -129,7 +145,8 @@ impl SettlementWriter {
         let step = self.row.database.step_timeout();
         // Noted beforehand, so that it also holds where this call is given up half-way.
         self.row.suspect = Some(session.backend);
-        let done = match tokio::time::timeout(step, self.attempt(&session, number, work)).await {
+        let attempt = tokio::time::timeout(step, self.attempt(&session, number, work));
+        let (done, closing) = match attempt.await {
             Ok(Ok(done)) => done,
             Ok(Err(error)) => {
                 self.roll_back(session, step).await;
@@ -145,7 +162,7 @@ impl SettlementWriter {
         // From here on a COMMIT may reach the server.
         self.row.unknown = Some(number);
         crash_point("settlement.before_commit");
-        let failed = match timed(doing, step, session.client.batch_execute("COMMIT")).await {
+        let failed = match timed(doing, step, close(&session, &closing)).await {
             Ok(Ok(())) => {
                 crash_point("settlement.committed");
                 self.row.unknown = None;
@@ -154,7 +171,12 @@ impl SettlementWriter {
                 self.session = Some(session);
                 return Ok(done);
             }
-            Ok(Err(source)) => StoreError::Statement { doing, source },
+            Ok(Err(Closed::RolledBack(source))) => {
+                self.row.unknown = None;
+                self.roll_back(session, step).await;
+                return Err(StoreError::Statement { doing, source });
+            }
+            Ok(Err(Closed::Unknown(source))) => StoreError::Statement { doing, source },
             Err(WriteError::Retry(error)) => error,
             Err(other) => StoreError::Data(other.to_string()),
         };
@@ -166,26 +188,68 @@ impl SettlementWriter {
         }
     }
 
-    async fn attempt<T>(
+    async fn attempt<'a, T>(
         &self,
         session: &Session,
         number: i64,
-        work: impl AsyncFnOnce(&Connected, &Statements) -> Result<T, tokio_postgres::Error>,
-    ) -> Result<T, Attempt> {
+        work: impl AsyncFnOnce(
+            &Connected,
+            &Statements,
+        ) -> Result<(T, Closing<'a>), tokio_postgres::Error>,
+    ) -> Result<(T, Closing<'a>), Attempt> {
         let NodeLease { node, epoch } = self.row.lease;
         let fence: [&(dyn ToSql + Sync); 4] = [&node, &self.row.shard, &epoch, &number];
         let move_number = session.statements.of(&session.client, Sql::Fence).await?;
-        let begin = format!("BEGIN; SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}");
-        let (begun, fenced) = tokio::join!(
+        let begin = format!("BEGIN READ WRITE; SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}");
+        let (begun, fenced, worked) = tokio::join!(
             session.client.batch_execute(&begin),
             session.client.execute(move_number, &fence),
+            work(&session.client, &session.statements),
         );
         begun?;
         if fenced? != 1 {
             // Connecting again tells who moved our row.
             return Err(Attempt::Moved);
         }
-        Ok(work(&session.client, &session.statements).await?)
+        let (done, closing) = worked?;
+        for sql in closing.statements() {
+            session.statements.of(&session.client, sql).await?;
+        }
+        Ok((done, closing))
+    }
+
+    /// Reads, in a transaction that the server itself ends after half a step.
+    ///
+    /// # Errors
+    /// What the database says; [`StoreError::is_overlong`] where it took too long.
+    async fn read<T>(
+        &mut self,
+        doing: &'static str,
+        work: impl AsyncFnOnce(&Connected, &Statements) -> Result<T, tokio_postgres::Error>,
+    ) -> Result<T, StoreError> {
+        if self.session.is_none() {
+            self.connect().await?;
+        }
+        let Some(session) = self.session.take() else {
+            unreachable!("connect() returned without a session or an error");
+        };
+        let step = self.row.database.step_timeout();
+        let limit = (step / 2).as_millis();
+        let begin = format!("BEGIN READ ONLY; SET LOCAL statement_timeout = {limit}");
+        let reading = async {
+            let (begun, read) = tokio::join!(
+                session.client.batch_execute(&begin),
+                work(&session.client, &session.statements),
+            );
+            begun.and(read)
+        };
+        let read = match timed(doing, step, reading).await {
+            Ok(read) => read.map_err(StoreError::statement(doing)),
+            // The connection is given up with it; the server ends its work by itself.
+            Err(_) => return Err(StoreError::Timeout { doing, after: step }),
+        };
+        self.roll_back(session, step).await;
+        read
     }
 
     /// Keeps the connection for the next transaction, where it still answers.
@@ -211,6 +275,11 @@ impl SettlementWriter {
 
     async fn connect(&mut self) -> Result<(), StoreError> {
         let settled = self.row.settle().await.map_err(fatal)?;
+        let (doing, step) = ("setting up a session", self.row.database.step_timeout());
+        timed(doing, step, settled.client.batch_execute(SESSION))
+            .await
+            .map_err(fatal)?
+            .map_err(StoreError::statement(doing))?;
         self.session = Some(Session {
             client: settled.client,
             backend: settled.backend,
@@ -218,6 +287,40 @@ impl SettlementWriter {
         });
         Ok(())
     }
+}
+
+/// Sends the last statements and the COMMIT behind them in one flush.
+async fn close(session: &Session, closing: &Closing<'_>) -> Result<(), Closed> {
+    let mut last = Vec::new();
+    for (sql, parameters) in closing.iter() {
+        let statement = session.statements.of(&session.client, sql).await;
+        let statement = statement.map_err(Closed::Unknown)?;
+        last.push(async move {
+            let parameters: Vec<&(dyn ToSql + Sync)> =
+                parameters.iter().map(|one| &**one as _).collect();
+            session.client.execute(statement, &parameters).await
+        });
+    }
+    // Polled in this order, and so sent in it.
+    let (done, committed) = join(join_all(last), session.client.batch_execute("COMMIT")).await;
+    for done in done {
+        if let Err(error) = done {
+            // The server has refused it, and everything after it: the COMMIT was a ROLLBACK.
+            return Err(match error.as_db_error() {
+                Some(_) => Closed::RolledBack(error),
+                None => Closed::Unknown(error),
+            });
+        }
+    }
+    committed.map_err(Closed::Unknown)
+}
+
+/// Why a transaction was not committed.
+enum Closed {
+    /// It was rolled back.
+    RolledBack(tokio_postgres::Error),
+    /// Its number tells whether it was.
+    Unknown(tokio_postgres::Error),
 }
 
 /// Why a transaction's work was not done.

@@ -1,66 +1,41 @@
 //! Messages of providers are stored, and payments meet their orders: many at once, each with a
-//! verdict of its own.
+//! verdict of its own. A new payment whose order is there is stored in its final state; nothing is
+//! stored as an orphan first.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashSet;
 
-use tokio_postgres::Error;
 use tokio_postgres::types::ToSql;
+use tokio_postgres::{Error, Row, Statement};
 
-use super::statements::{Change, Changes, Sql, Statements};
-use super::{Moved, MovedTo, SettlementWriter};
-use crate::faults::bug;
-use crate::order::payment::{Notice, OrderFacts, PaymentState, RefundReason, Verdict, judge};
-use crate::order::{Currency, Order, OrderId, OrderStatus, SkuNumber, UnixMillis};
+use super::meeting::{Court, Meeting, lock, move_payments};
+use super::statements::{Change, Changes, Closing, Sql};
+use super::{Moved, SettlementWriter};
+use crate::order::payment::{Delivery, Payment, PaymentState, RefundReason, Verdict};
+use crate::order::{Order, OrderId, OrderStatus, UnixMillis};
 use crate::store::StoreError;
 use crate::store::postgres::Connected;
-use crate::store::postgres::payments::StoredPayment;
 
-/// A payment that is to meet its order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Arrived {
-    /// Its row.
-    pub id: i64,
-    /// The order that it is for.
-    pub order_id: OrderId,
-    /// In minor units.
-    pub amount: i64,
-    /// Its currency.
-    pub currency: Currency,
-    /// When it was first received.
-    pub received_at: UnixMillis,
-}
-
-impl Arrived {
-    /// A stored payment, where it names an order that can be one of ours.
-    pub fn of(payment: &StoredPayment) -> Option<Self> {
-        Some(Arrived {
-            id: payment.id,
-            order_id: payment.order_id?,
-            amount: payment.amount,
-            currency: payment.currency,
-            received_at: payment.received_at,
-        })
-    }
-}
-
-/// What came of a payment.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// A payment that has met its order.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Met {
-    /// Its row.
-    pub id: i64,
+    /// The provider's name for the payment.
+    pub payment_id: String,
     /// The order.
     pub order_id: OrderId,
-    /// The verdict; `None`: the order is not there, and the payment stays an orphan.
-    pub verdict: Option<Verdict>,
+    /// The verdict.
+    pub verdict: Verdict,
 }
 
-/// What a transaction has done.
+/// The result of a transaction.
 #[derive(Debug, Default)]
 pub struct Settlement {
     /// Messages that were new.
     pub events: u64,
-    /// Payments that were new, or that were looked at again, and what came of each.
+    /// Payments that have met their orders.
     pub met: Vec<Met>,
+    /// The orders of new payments that could not meet them and are orphans, each with the moment at
+    /// which its payment counts as made.
+    pub orphans: Vec<(OrderId, UnixMillis)>,
     /// New payments that name no order of ours.
     pub without_order: u64,
     /// Units that moved.
@@ -70,7 +45,7 @@ pub struct Settlement {
 /// How new payments are stored.
 #[derive(Clone, Copy, Debug)]
 pub struct Arrival {
-    /// When they came, by Millrace's clock.
+    /// The time, by Millrace's clock.
     pub now: UnixMillis,
     /// When those that find no order are looked at again.
     pub check_at: UnixMillis,
@@ -82,75 +57,111 @@ pub struct Arrival {
     pub with_waiting: bool,
 }
 
-/// An order that is locked.
-struct Locked {
-    facts: OrderFacts,
-    sku: SkuNumber,
-    quantity: u32,
-    user_id: String,
-    is_dead_letter: bool,
-}
-
-/// How an order's status changes.
-struct Step {
-    was: OrderStatus,
-    now: OrderStatus,
-    reason: Option<RefundReason>,
-}
-
 impl SettlementWriter {
     /// Stores messages, the payments in them, and lets new payments meet their orders, all or
-    /// nothing. Orders of `in_flight` are left alone: their payments stay orphans for a moment.
+    /// nothing. Orders of `in_flight` are left alone: their payments stay orphans for a moment, and
+    /// so do those of orders whose row somebody holds.
     ///
     /// # Errors
     /// Nothing is stored then.
     pub async fn take_in(
         &mut self,
-        notices: &[&Notice],
+        deliveries: &[&Delivery],
         arrival: Arrival,
         in_flight: &[OrderId],
     ) -> Result<Settlement, StoreError> {
+        let payments = first_reports(deliveries);
+        let mut orders: Vec<i64> = payments
+            .iter()
+            .filter_map(|(_, payment)| payment.order_id())
+            .filter(|id| arrival.judge && !in_flight.contains(id))
+            .map(OrderId::as_i64)
+            .collect();
+        orders.sort_unstable();
+        orders.dedup();
         self.transact("storing payments", async |client, statements| {
+            let events = Events::of(deliveries);
+            let names = [
+                payments
+                    .iter()
+                    .map(|(at, _)| at.notice.provider.as_str())
+                    .collect::<Vec<_>>(),
+                payments
+                    .iter()
+                    .map(|(_, one)| one.payment_id.as_str())
+                    .collect(),
+            ];
+            let store_events = statements.of(client, Sql::Events).await?;
+            let known = statements.of(client, Sql::Known).await?;
+            // One flush, the locks in their order. The first error is the reason; those behind it
+            // only say that the transaction is over.
+            let (events, known, locked) = tokio::join!(
+                events.store(client, store_events),
+                known_places(client, known, &names),
+                lock(
+                    client,
+                    statements,
+                    Sql::TryOrders,
+                    &orders,
+                    arrival.with_waiting
+                ),
+            );
+            let (events, known, locked) = (events?, known?, locked?);
+            let mut court = Court::new(locked);
+            let waiting = court.hear_waiting();
             let mut done = Settlement {
-                events: store_events(client, statements, notices, arrival.now).await?,
+                events,
                 ..Settlement::default()
             };
-            let arrived = store_payments(client, statements, notices, arrival).await?;
-            let (known, unknown): (Vec<_>, Vec<_>) = arrived
-                .into_iter()
-                .partition(|(_, arrived)| arrived.is_some());
-            done.without_order = unknown.len() as u64;
-            let arrived: Vec<Arrived> = known.into_iter().filter_map(|(_, one)| one).collect();
-            let (mut meet, wait): (Vec<_>, Vec<_>) = arrived
-                .into_iter()
-                .partition(|one| arrival.judge && !in_flight.contains(&one.order_id));
-            if arrival.with_waiting && !meet.is_empty() {
-                meet = waiting_for_the_same(client, statements, &meet).await?;
+            let mut new = NewPayments::default();
+            for (place, (delivery, payment)) in payments.iter().enumerate() {
+                if known.contains(&place) {
+                    continue;
+                }
+                let verdict = payment.order_id().and_then(|order_id| {
+                    let verdict = court.hear(&Meeting {
+                        order_id,
+                        amount: payment.amount,
+                        currency: payment.currency,
+                        payment_id: &payment.payment_id,
+                    });
+                    let orphan = verdict.is_none().then(|| (order_id, delivery.paid_at()));
+                    done.orphans.extend(orphan);
+                    verdict
+                });
+                done.without_order += u64::from(payment.order_id().is_none());
+                new.add(delivery, payment, verdict);
             }
-            done.met.extend(wait.into_iter().map(|one| Met {
-                id: one.id,
-                order_id: one.order_id,
-                verdict: None,
-            }));
-            meet_orders(client, statements, &meet, arrival.now, &mut done).await?;
-            Ok(done)
+            let mut closing = Closing::default();
+            new.store(&mut closing, arrival);
+            move_payments(&mut closing, &waiting, arrival.now);
+            court.close(&mut closing, &mut done);
+            Ok((done, closing))
         })
         .await
     }
 
-    /// Lets payments that are stored as orphans meet their orders.
+    /// Lets the payments that are stored as orphans of these orders meet them, as they came. Those
+    /// of orders whose row somebody holds stay as they are.
     ///
     /// # Errors
     /// Nothing has changed then.
     pub async fn meet(
         &mut self,
-        arrived: &[Arrived],
+        orders: &[OrderId],
         now: UnixMillis,
     ) -> Result<Settlement, StoreError> {
+        let mut orders: Vec<i64> = orders.iter().map(|id| id.as_i64()).collect();
+        orders.sort_unstable();
+        orders.dedup();
         self.transact("matching payments", async |client, statements| {
-            let mut done = Settlement::default();
-            meet_orders(client, statements, arrived, now, &mut done).await?;
-            Ok(done)
+            let locked = lock(client, statements, Sql::TryOrders, &orders, true).await?;
+            let mut court = Court::new(locked);
+            let waiting = court.hear_waiting();
+            let (mut done, mut closing) = (Settlement::default(), Closing::default());
+            move_payments(&mut closing, &waiting, now);
+            court.close(&mut closing, &mut done);
+            Ok((done, closing))
         })
         .await
     }
@@ -175,7 +186,7 @@ impl SettlementWriter {
                         &[&id, &reason.as_str(), &now.0],
                     )
                     .await?;
-                Ok(given_up > 0)
+                Ok((given_up > 0, Closing::default()))
             },
         )
         .await
@@ -219,10 +230,11 @@ impl SettlementWriter {
                     ],
                 )
                 .await?;
+            let mut closing = Closing::default();
             if written == 0 {
-                return Ok(false);
+                return Ok((false, closing));
             }
-            move_payments(client, statements, &[(id, state, reason)], now).await?;
+            move_payments(&mut closing, &[(id, state, reason)], now);
             let mut changes = Changes::default();
             if reason.is_none() {
                 let sold = i64::from(order.quantity.get());
@@ -235,317 +247,137 @@ impl SettlementWriter {
                 );
             }
             let reference = order.id.to_string();
-            statements
-                .move_counters(client, &[("recovered", changes)], &reference)
-                .await?;
-            Ok(true)
+            closing.move_counters(&[("recovered", changes)], &reference);
+            Ok((true, closing))
         })
         .await
     }
 }
 
-async fn store_events(
-    client: &Connected,
-    statements: &Statements,
-    notices: &[&Notice],
-    now: UnixMillis,
-) -> Result<u64, Error> {
-    let column = |of: fn(&Notice) -> &str| notices.iter().map(|n| of(n)).collect::<Vec<&str>>();
-    let bodies: Vec<&[u8]> = notices.iter().map(|notice| &*notice.body).collect();
-    let payment_ids: Vec<Option<&str>> = notices
+/// The payments that are reported, each by the message that came first.
+fn first_reports<'a>(deliveries: &[&'a Delivery]) -> Vec<(&'a Delivery, &'a Payment)> {
+    let mut names = HashSet::new();
+    deliveries
         .iter()
-        .map(|notice| {
-            notice
-                .payment
-                .as_ref()
-                .map(|payment| payment.payment_id.as_str())
+        .filter_map(|delivery| Some((*delivery, delivery.notice.payment.as_ref()?)))
+        .filter(|(delivery, payment)| {
+            names.insert((delivery.notice.provider, payment.payment_id.as_str()))
         })
-        .collect();
-    client
-        .execute(
-            statements.of(client, Sql::Events).await?,
-            &[
-                &now.0,
-                &column(|notice| notice.provider.as_str()),
-                &column(|notice| &notice.event_id),
-                &column(|notice| &notice.kind),
-                &bodies,
-                &payment_ids,
-            ],
-        )
-        .await
+        .collect()
 }
 
-/// Stores payments; returns the rows of the new ones, and where they name an order, what is to
-/// meet it.
-async fn store_payments(
-    client: &Connected,
-    statements: &Statements,
-    notices: &[&Notice],
-    arrival: Arrival,
-) -> Result<Vec<(i64, Option<Arrived>)>, Error> {
-    // One payment may be reported by several messages; the first that came counts. They are
-    // numbered, and meet their orders, as they came.
-    let mut first = HashMap::new();
-    let mut names = Vec::with_capacity(notices.len());
-    for notice in notices {
-        if let Some(payment) = &notice.payment {
-            let name = (notice.provider.as_str(), payment.payment_id.as_str());
-            first.entry(name).or_insert_with(|| {
-                names.push(name);
-                payment
-            });
+/// Messages as columns.
+struct Events<'a> {
+    received_at: Vec<i64>,
+    providers: Vec<&'a str>,
+    event_ids: Vec<&'a str>,
+    kinds: Vec<&'a str>,
+    bodies: Vec<&'a [u8]>,
+    payment_ids: Vec<Option<&'a str>>,
+}
+
+impl<'a> Events<'a> {
+    fn of(deliveries: &[&'a Delivery]) -> Self {
+        let notices = || deliveries.iter().map(|delivery| &delivery.notice);
+        let payment_id = |payment: &'a Payment| payment.payment_id.as_str();
+        Events {
+            received_at: deliveries.iter().map(|one| one.received_at.0).collect(),
+            providers: notices().map(|notice| notice.provider.as_str()).collect(),
+            event_ids: notices().map(|notice| notice.event_id.as_str()).collect(),
+            kinds: notices().map(|notice| notice.kind.as_str()).collect(),
+            bodies: notices().map(|notice| &*notice.body).collect(),
+            payment_ids: notices()
+                .map(|notice| notice.payment.as_ref().map(payment_id))
+                .collect(),
         }
     }
-    if names.is_empty() {
-        return Ok(Vec::new());
+
+    async fn store(&self, client: &Connected, store: &Statement) -> Result<u64, Error> {
+        let parameters: [&(dyn ToSql + Sync); 6] = [
+            &self.received_at,
+            &self.providers,
+            &self.event_ids,
+            &self.kinds,
+            &self.bodies,
+            &self.payment_ids,
+        ];
+        client.execute(store, &parameters).await
     }
-    let providers: Vec<&str> = names.iter().map(|(provider, _)| *provider).collect();
-    let payment_ids: Vec<&str> = names.iter().map(|(_, id)| *id).collect();
-    let of = names.iter().filter_map(|name| first.get(name));
-    let rows = client
-        .query(
-            statements.of(client, Sql::Payments).await?,
-            &[
-                &arrival.now.0,
-                &providers,
-                &payment_ids,
-                &of.clone().map(|p| p.order_ref.as_str()).collect::<Vec<_>>(),
-                &of.clone()
-                    .map(|p| p.order_id().map(OrderId::as_i64))
-                    .collect::<Vec<_>>(),
-                &of.clone().map(|p| p.amount).collect::<Vec<_>>(),
-                &of.clone().map(|p| p.currency.as_str()).collect::<Vec<_>>(),
-                &of.map(|p| p.receipt.as_deref()).collect::<Vec<_>>(),
-                &arrival.check_at.0,
+}
+
+/// The places of those payments that are stored already.
+async fn known_places(
+    client: &Connected,
+    known: &Statement,
+    [providers, payment_ids]: &[Vec<&str>; 2],
+) -> Result<HashSet<usize>, Error> {
+    if providers.is_empty() {
+        return Ok(HashSet::new());
+    }
+    let rows = client.query(known, &[providers, payment_ids]).await?;
+    let place = |row: &Row| usize::try_from(row.get::<_, i64>(0) - 1).ok();
+    Ok(rows.iter().filter_map(place).collect())
+}
+
+/// New payments as columns, each in the state that it begins with.
+#[derive(Default)]
+struct NewPayments<'a> {
+    received_at: Vec<i64>,
+    paid_at: Vec<Option<i64>>,
+    providers: Vec<&'a str>,
+    payment_ids: Vec<&'a str>,
+    order_refs: Vec<&'a str>,
+    order_ids: Vec<Option<i64>>,
+    amounts: Vec<i64>,
+    currencies: Vec<&'a str>,
+    receipts: Vec<Option<&'a str>>,
+    states: Vec<&'static str>,
+    reasons: Vec<Option<&'static str>>,
+}
+
+impl<'a> NewPayments<'a> {
+    fn add(&mut self, delivery: &'a Delivery, payment: &'a Payment, verdict: Option<Verdict>) {
+        let (state, reason) = match verdict {
+            None => (PaymentState::Orphan, None),
+            Some(Verdict::Pay) => (PaymentState::Matched, None),
+            Some(Verdict::Refund { reason, .. }) => (PaymentState::RefundDue, Some(reason)),
+        };
+        let (received_at, paid_at) = (delivery.received_at, delivery.paid_at());
+        self.received_at.push(received_at.0);
+        self.paid_at
+            .push((paid_at < received_at).then_some(paid_at.0));
+        self.providers.push(delivery.notice.provider.as_str());
+        self.payment_ids.push(&payment.payment_id);
+        self.order_refs.push(&payment.order_ref);
+        self.order_ids.push(payment.order_id().map(OrderId::as_i64));
+        self.amounts.push(payment.amount);
+        self.currencies.push(payment.currency.as_str());
+        self.receipts.push(payment.receipt.as_deref());
+        self.states.push(state.as_str());
+        self.reasons.push(reason.map(RefundReason::as_str));
+    }
+
+    fn store(self, closing: &mut Closing<'a>, arrival: Arrival) {
+        if self.payment_ids.is_empty() {
+            return;
+        }
+        closing.add(
+            Sql::Payments,
+            vec![
+                Box::new(self.received_at),
+                Box::new(self.paid_at),
+                Box::new(self.providers),
+                Box::new(self.payment_ids),
+                Box::new(self.order_refs),
+                Box::new(self.order_ids),
+                Box::new(self.amounts),
+                Box::new(self.currencies),
+                Box::new(self.receipts),
+                Box::new(self.states),
+                Box::new(self.reasons),
+                Box::new(arrival.now.0),
+                Box::new(arrival.check_at.0),
             ],
-        )
-        .await?;
-    Ok(rows
-        .iter()
-        .filter_map(|row| {
-            let (id, provider, payment_id): (i64, &str, &str) =
-                (row.get(0), row.get(1), row.get(2));
-            let payment = first.get(&(provider, payment_id))?;
-            let arrived = payment.order_id().map(|order_id| Arrived {
-                id,
-                order_id,
-                amount: payment.amount,
-                currency: payment.currency,
-                received_at: arrival.now,
-            });
-            Some((id, arrived))
-        })
-        .collect())
-}
-
-/// Every orphan of the orders of `arrived`, also of before, as they came.
-async fn waiting_for_the_same(
-    client: &Connected,
-    statements: &Statements,
-    arrived: &[Arrived],
-) -> Result<Vec<Arrived>, Error> {
-    let ids: Vec<i64> = arrived.iter().map(|one| one.order_id.as_i64()).collect();
-    let waiting = statements.of(client, Sql::Waiting).await?;
-    let rows = client.query(waiting, &[&ids]).await?;
-    Ok(rows
-        .iter()
-        .filter_map(|row| {
-            Some(Arrived {
-                id: row.get(0),
-                order_id: OrderId::from_i64(row.get(1))?,
-                amount: row.get(2),
-                currency: Currency::new(row.get(3)).ok()?,
-                received_at: UnixMillis(row.get(4)),
-            })
-        })
-        .collect())
-}
-
-/// Locks the orders that are there, judges, and carries the verdicts out.
-async fn meet_orders(
-    client: &Connected,
-    statements: &Statements,
-    arrived: &[Arrived],
-    now: UnixMillis,
-    done: &mut Settlement,
-) -> Result<(), Error> {
-    if arrived.is_empty() {
-        return Ok(());
+        );
     }
-    let mut ids: Vec<i64> = arrived.iter().map(|one| one.order_id.as_i64()).collect();
-    ids.sort_unstable();
-    ids.dedup();
-    let mut locked = HashMap::new();
-    let wanted: [&(dyn ToSql + Sync); 1] = [&ids];
-    let lock_orders = statements.of(client, Sql::LockOrders).await?;
-    let lock_dead_letters = statements.of(client, Sql::LockDeadLetters).await?;
-    let (orders, dead_letters) = tokio::join!(
-        client.query(lock_orders, &wanted),
-        client.query(lock_dead_letters, &wanted),
-    );
-    for (rows, are_dead) in [(orders?, false), (dead_letters?, true)] {
-        let rows = rows.iter();
-        locked.extend(rows.filter_map(|row| locked_from_row(row, are_dead)));
-    }
-    let mut changes: BTreeMap<OrderId, Step> = BTreeMap::new();
-    let mut payments = Vec::with_capacity(arrived.len());
-    for one in arrived {
-        let verdict = locked.get_mut(&one.order_id).map(|order| {
-            let received_at = match bug("pay_after_the_deadline") {
-                true => UnixMillis(i64::MIN),
-                false => one.received_at,
-            };
-            let verdict = judge(&order.facts, one.amount, one.currency, received_at);
-            let (state, status, reason) = match verdict {
-                Verdict::Pay => (PaymentState::Matched, Some(OrderStatus::Paid), None),
-                Verdict::Refund { reason, order_too } => (
-                    PaymentState::RefundDue,
-                    order_too.then_some(OrderStatus::RefundDue),
-                    Some(reason),
-                ),
-            };
-            payments.push((one.id, state, reason));
-            if let Some(status) = status {
-                changes.entry(one.order_id).or_insert(Step {
-                    was: order.facts.status,
-                    now: status,
-                    reason,
-                });
-                // Who comes next in this very batch finds it so.
-                order.facts.status = status;
-            }
-            verdict
-        });
-        done.met.push(Met {
-            id: one.id,
-            order_id: one.order_id,
-            verdict,
-        });
-    }
-    move_payments(client, statements, &payments, now).await?;
-    let (mut paid, mut released) = (Changes::default(), Changes::default());
-    for (id, change) in &changes {
-        let Some(order) = locked.get(id) else {
-            continue;
-        };
-        let units = i64::from(order.quantity);
-        let to = match (change.was, change.now) {
-            (OrderStatus::PendingPayment, OrderStatus::Paid) => {
-                let change = Change {
-                    held: -units,
-                    sold: units,
-                    ..Change::default()
-                };
-                paid.add(order.sku, change);
-                MovedTo::Sold
-            }
-            (OrderStatus::PendingPayment, _) => {
-                let change = Change {
-                    held: -units,
-                    ..Change::default()
-                };
-                released.add(order.sku, change);
-                MovedTo::Free
-            }
-            // Its units are back since it was cancelled, expired or refused.
-            _ => MovedTo::Nowhere,
-        };
-        done.moved.push(Moved {
-            order_id: *id,
-            user_id: order.user_id.clone(),
-            sku: order.sku,
-            quantity: order.quantity,
-            to,
-        });
-    }
-    let is_dead = |id: &OrderId| locked.get(id).is_some_and(|order| order.is_dead_letter);
-    let (dead, alive): (Vec<_>, Vec<_>) = changes.iter().partition(|(id, _)| is_dead(id));
-    if !alive.is_empty() {
-        let ids: Vec<i64> = alive.iter().map(|(id, _)| id.as_i64()).collect();
-        let was: Vec<Option<i16>> = alive.iter().map(|(_, c)| c.was.code()).collect();
-        let status: Vec<Option<i16>> = alive.iter().map(|(_, c)| c.now.code()).collect();
-        let reasons: Vec<Option<&str>> = alive
-            .iter()
-            .map(|(_, c)| c.reason.map(RefundReason::as_str))
-            .collect();
-        client
-            .execute(
-                statements.of(client, Sql::MoveOrders).await?,
-                &[&ids, &was, &status, &reasons],
-            )
-            .await?;
-    }
-    if !dead.is_empty() {
-        let ids: Vec<i64> = dead.iter().map(|(id, _)| id.as_i64()).collect();
-        let status: Vec<Option<i16>> = dead.iter().map(|(_, c)| c.now.code()).collect();
-        let reasons: Vec<Option<&str>> = dead
-            .iter()
-            .map(|(_, c)| c.reason.map(RefundReason::as_str))
-            .collect();
-        client
-            .execute(
-                statements.of(client, Sql::MoveDeadLetters).await?,
-                &[&ids, &status, &reasons],
-            )
-            .await?;
-    }
-    let first = arrived.first().map_or(0, |one| one.id);
-    statements
-        .move_counters(
-            client,
-            &[("paid", paid), ("refund due", released)],
-            &format!("{} payments from {first}", arrived.len()),
-        )
-        .await
-}
-
-async fn move_payments(
-    client: &Connected,
-    statements: &Statements,
-    moved: &[(i64, PaymentState, Option<RefundReason>)],
-    now: UnixMillis,
-) -> Result<u64, Error> {
-    if moved.is_empty() {
-        return Ok(0);
-    }
-    let ids: Vec<i64> = moved.iter().map(|(id, ..)| *id).collect();
-    let states: Vec<&str> = moved.iter().map(|(_, state, _)| state.as_str()).collect();
-    let reasons: Vec<Option<&str>> = moved
-        .iter()
-        .map(|(.., reason)| reason.map(RefundReason::as_str))
-        .collect();
-    client
-        .execute(
-            statements.of(client, Sql::MovePayments).await?,
-            &[&ids, &states, &reasons, &now.0],
-        )
-        .await
-}
-
-fn locked_from_row(row: &tokio_postgres::Row, is_dead_letter: bool) -> Option<(OrderId, Locked)> {
-    let id = OrderId::from_i64(row.get(0))?;
-    let code: Option<i16> = row.get(1);
-    let status = match code {
-        // A dead letter has one only once it was paid all the same.
-        None => OrderStatus::Failed,
-        Some(_) => OrderStatus::ALL
-            .into_iter()
-            .find(|status| status.code() == code)?,
-    };
-    Some((
-        id,
-        Locked {
-            facts: OrderFacts {
-                status,
-                amount: row.get(2),
-                currency: Currency::new(row.get(3)).ok()?,
-                expires_at: UnixMillis(row.get(4)),
-            },
-            sku: SkuNumber(row.get(5)),
-            quantity: u32::try_from(row.get::<_, i32>(6)).ok()?,
-            user_id: row.get(7),
-            is_dead_letter,
-        },
-    ))
 }

@@ -1,7 +1,7 @@
 //! What a person has done about money that had to go back. Millrace never calls a provider: it
 //! records.
 
-use super::statements::{Change, Changes, Sql};
+use super::statements::{Change, Changes, Closing, Sql};
 use super::{Moved, MovedTo, SettlementWriter};
 use crate::order::{OrderId, OrderStatus, SkuNumber, UnixMillis};
 use crate::store::StoreError;
@@ -58,13 +58,14 @@ impl SettlementWriter {
         now: UnixMillis,
     ) -> Result<Recorded, StoreError> {
         self.transact("recording a refund", async |client, statements| {
+            let nothing = |recorded| Ok((recorded, Closing::default()));
             let ids = vec![order_id.as_i64()];
             let order = client.query_opt(statements.of(client, Sql::LockOrders).await?, &[&ids]).await?;
             let dead = client.query_opt(statements.of(client, Sql::LockDeadLetters).await?, &[&ids]).await?;
             let (row, is_dead) = match (order, dead) {
                 (Some(row), _) => (row, false),
                 (None, Some(row)) => (row, true),
-                (None, None) => return Ok(Recorded::Unknown),
+                (None, None) => return nothing(Recorded::Unknown),
             };
             let code: Option<i16> = row.get(1);
             let status = OrderStatus::ALL
@@ -90,7 +91,7 @@ impl SettlementWriter {
             if recorded.is_some() {
                 // The same request again, whose answer was lost: what has come due since is
                 // another refund's.
-                return Ok(Recorded::Already);
+                return nothing(Recorded::Already);
             }
             let due = settle("refund_due").await?;
             let refunded = OrderStatus::Refunded.code();
@@ -101,9 +102,9 @@ impl SettlementWriter {
                     client
                         .execute(&move_it, &[&order_id.as_i64(), &refunded])
                         .await?;
-                    Ok(Recorded::Done(None))
+                    nothing(Recorded::Done(None))
                 }
-                _ if due > 0 => Ok(Recorded::Done(None)),
+                _ if due > 0 => nothing(Recorded::Done(None)),
                 OrderStatus::Paid => {
                     settle("matched").await?;
                     client
@@ -117,7 +118,7 @@ impl SettlementWriter {
                             ],
                         )
                         .await?;
-                    let (sku, quantity) = (SkuNumber(row.get(5)), row.get::<_, i32>(6));
+                    let (sku, quantity) = (SkuNumber(row.get(4)), row.get::<_, i32>(5));
                     let units = i64::from(quantity);
                     let (cause, to, total) = if note.restock {
                         ("restocked after a refund", MovedTo::Restocked, 0)
@@ -133,19 +134,19 @@ impl SettlementWriter {
                             sold: -units,
                         },
                     );
-                    statements
-                        .move_counters(client, &[(cause, changes)], &order_id.to_string())
-                        .await?;
-                    Ok(Recorded::Done(Some(Moved {
+                    let mut closing = Closing::default();
+                    closing.move_counters(&[(cause, changes)], &order_id.to_string());
+                    let moved = Moved {
                         order_id,
-                        user_id: row.get(7),
+                        user_id: row.get(6),
                         sku,
                         quantity: u32::try_from(quantity).unwrap_or(0),
                         to,
-                    })))
+                    };
+                    Ok((Recorded::Done(Some(moved)), closing))
                 }
-                OrderStatus::Refunded => Ok(Recorded::Already),
-                other => Ok(Recorded::StandsAt(other)),
+                OrderStatus::Refunded => nothing(Recorded::Already),
+                other => nothing(Recorded::StandsAt(other)),
             }
         })
         .await
@@ -162,6 +163,7 @@ impl SettlementWriter {
         now: UnixMillis,
     ) -> Result<Closed, StoreError> {
         self.transact("closing a payment", async |client, _| {
+            let nothing = |closed| Ok((closed, Closing::default()));
             let row = client
                 .query_opt(
                     "SELECT p.state, p.order_id, EXISTS (SELECT FROM order_rows o WHERE o.order_id = p.order_id),
@@ -172,15 +174,15 @@ impl SettlementWriter {
                 )
                 .await?;
             let Some(row) = row else {
-                return Ok(Closed::Unknown);
+                return nothing(Closed::Unknown);
             };
             let (state, order_id, has_order): (&str, Option<i64>, bool) =
                 (row.get(0), row.get(1), row.get(2));
             if state != "orphan" && state != "refund_due" {
-                return Ok(Closed::Settled);
+                return nothing(Closed::Settled);
             }
             if let Some(order_id) = order_id.filter(|_| has_order).and_then(OrderId::from_i64) {
-                return Ok(Closed::HasOrder(order_id));
+                return nothing(Closed::HasOrder(order_id));
             }
             client
                 .execute(
@@ -191,7 +193,7 @@ impl SettlementWriter {
                 .await?;
             let others_wait: bool = row.get(3);
             let order_id = order_id.filter(|_| !others_wait);
-            Ok(Closed::Done(order_id.and_then(OrderId::from_i64)))
+            nothing(Closed::Done(order_id.and_then(OrderId::from_i64)))
         })
         .await
     }

@@ -4,38 +4,55 @@
 use std::collections::BTreeMap;
 
 use tokio::sync::OnceCell;
+use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Error, Statement};
 
 use crate::order::SkuNumber;
 use crate::store::numbered::FENCE;
 
-/// Messages: their moment, then arrays. One that is there already is left alone.
+/// Messages. One that is there already, about the same payment, is left alone.
 const EVENTS: &str = "
     INSERT INTO payment_events (received_at, provider, event_id, kind, body, payment_id)
-    SELECT to_timestamp($1::int8 / 1000.0), e.* FROM unnest($2::text[], $3::text[], $4::text[], $5::bytea[], $6::text[]) e
-    ON CONFLICT (provider, event_id) DO NOTHING";
+    SELECT to_timestamp(e.at / 1000.0), e.provider, e.event_id, e.kind, e.body, e.payment_id
+      FROM unnest($1::int8[], $2::text[], $3::text[], $4::text[], $5::bytea[], $6::text[])
+           AS e (at, provider, event_id, kind, body, payment_id)
+    ON CONFLICT (provider, event_id, payment_id) DO NOTHING";
 
-/// Payments, all orphans at first; returns the new ones. $9: when orphans are looked at first.
+/// Those of these payments that are stored already, by their places.
+const KNOWN: &str = "
+    SELECT w.place FROM unnest($1::text[], $2::text[]) WITH ORDINALITY AS w (provider, payment_id, place)
+     WHERE EXISTS (SELECT FROM payments p WHERE p.provider = w.provider AND p.payment_id = w.payment_id)";
+
+/// New payments, each in the state that it begins with. $12: now; $13: when orphans are looked at
+/// first.
 const PAYMENTS: &str = "
-    INSERT INTO payments (received_at, provider, payment_id, order_ref, order_id, amount, currency, receipt,
-                          state, changed_at, check_at)
-    SELECT to_timestamp($1::int8 / 1000.0), p.*, 'orphan', to_timestamp($1::int8 / 1000.0), to_timestamp($9::int8 / 1000.0)
-      FROM unnest($2::text[], $3::text[], $4::text[], $5::int8[], $6::int8[], $7::text[], $8::text[]) p
-    ON CONFLICT (provider, payment_id) DO NOTHING
-    RETURNING id, provider, payment_id";
+    INSERT INTO payments (received_at, paid_at, provider, payment_id, order_ref, order_id, amount, currency, receipt,
+                          state, refund_reason, changed_at, check_at)
+    SELECT to_timestamp(p.received_at / 1000.0), to_timestamp(p.paid_at / 1000.0), p.provider, p.payment_id,
+           p.order_ref, p.order_id, p.amount, p.currency, p.receipt, p.state, p.reason,
+           to_timestamp($12::int8 / 1000.0), to_timestamp($13::int8 / 1000.0)
+      FROM unnest($1::int8[], $2::int8[], $3::text[], $4::text[], $5::text[], $6::int8[], $7::int8[], $8::text[],
+                  $9::text[], $10::text[], $11::text[])
+           AS p (received_at, paid_at, provider, payment_id, order_ref, order_id, amount, currency, receipt, state,
+                 reason)";
 
-/// Orphans of these orders, as they came.
+/// Orphans of these orders, as they came. Locked, after their orders are.
 const WAITING: &str = "
-    SELECT id, order_id, amount, currency, (extract(epoch FROM received_at) * 1000)::int8
-      FROM payments WHERE order_id = ANY ($1) AND state = 'orphan' ORDER BY id";
+    SELECT id, order_id, amount, currency, payment_id
+      FROM payments WHERE order_id = ANY ($1) AND state = 'orphan' ORDER BY id FOR UPDATE";
 
 /// Locked by id, as every transaction does.
 const LOCK_ORDERS: &str = "
-    SELECT order_id, status, amount, currency, (extract(epoch FROM expires_at) * 1000)::int8, sku, quantity, user_id
+    SELECT order_id, status, amount, currency, sku, quantity, user_id
       FROM orders WHERE order_id = ANY ($1) ORDER BY order_id FOR UPDATE";
 
+/// The same without those that somebody else holds.
+const TRY_ORDERS: &str = "
+    SELECT order_id, status, amount, currency, sku, quantity, user_id
+      FROM orders WHERE order_id = ANY ($1) ORDER BY order_id FOR UPDATE SKIP LOCKED";
+
 const LOCK_DEAD_LETTERS: &str = "
-    SELECT order_id, status, amount, currency, (extract(epoch FROM expires_at) * 1000)::int8, sku, quantity, user_id
+    SELECT order_id, status, amount, currency, sku, quantity, user_id
       FROM dead_letters WHERE order_id = ANY ($1) ORDER BY order_id FOR UPDATE";
 
 /// Guarded: each order moves from where it was judged, or not at all.
@@ -79,19 +96,41 @@ const COUNTERS: &str = "
     SELECT w.sku, $5, $6, w.total, w.held, w.sold, m.total, m.held, m.sold
       FROM wanted w LEFT JOIN moved m ON m.id = w.sku ORDER BY w.sku";
 
-/// Unpaid orders of a range of ids that are past their time. One whose payment came in time and
-/// waits to be matched is left to it ($5: whether there may be any). $6: of which SKU, or of all.
+/// Looks at the rows of a range of ids, $3 of them at most: how many there were, the last, and the
+/// unpaid orders among them that are past their time. $5: of which SKU, or of all.
+const LOOK: &str = "
+    WITH looked_at AS MATERIALIZED (
+        SELECT order_id, sku, expires_at,
+               status = 1 AND expires_at <= to_timestamp($4::int8 / 1000.0) AND ($5::int4 IS NULL OR sku = $5) AS due
+          FROM orders WHERE order_id BETWEEN $1 AND $2 ORDER BY order_id LIMIT $3
+    )
+    SELECT count(*), max(order_id), array_agg(order_id ORDER BY order_id) FILTER (WHERE due),
+           array_agg(sku ORDER BY order_id) FILTER (WHERE due),
+           array_agg((extract(epoch FROM expires_at) * 1000)::int8 ORDER BY order_id) FILTER (WHERE due)
+      FROM looked_at";
+
+/// Expires those of these orders that are still unpaid and past their time. One that somebody holds
+/// is skipped. One whose payment came in time and waits to be matched is left to it ($3: whether
+/// there may be any).
 const EXPIRE: &str = "
     WITH due AS (
         SELECT order_id FROM orders o
-         WHERE order_id BETWEEN $1 AND $2 AND status = 1 AND expires_at <= to_timestamp($3::int8 / 1000.0)
-           AND NOT ($5::bool AND EXISTS (SELECT FROM payments p WHERE p.order_id = o.order_id
-                                            AND p.state = 'orphan' AND p.received_at < o.expires_at))
-           AND ($6::int4 IS NULL OR sku = $6)
-         ORDER BY order_id LIMIT $4 FOR UPDATE
+         WHERE order_id = ANY ($1) AND status = 1 AND expires_at <= to_timestamp($2::int8 / 1000.0)
+           AND NOT ($3::bool AND EXISTS (SELECT FROM payments p WHERE p.order_id = o.order_id
+                                            AND p.state = 'orphan' AND least(p.received_at, p.paid_at) < o.expires_at))
+         ORDER BY order_id FOR UPDATE SKIP LOCKED
     )
     UPDATE orders o SET status = 4 FROM due WHERE o.order_id = due.order_id AND o.status = 1
     RETURNING o.order_id, o.user_id, o.sku, o.quantity";
+
+/// Those of these SKUs that nobody holds.
+const FREE_SKUS: &str = "SELECT id FROM sku WHERE id = ANY ($1) ORDER BY id FOR UPDATE SKIP LOCKED";
+
+const UNPAID_CHANGES: &str = "SELECT unpaid_changes FROM node WHERE node = $1";
+
+/// Guarded: nobody has revived an older order since $3 was read.
+const UNPAID_FROM: &str = "
+    UPDATE node SET unpaid_from = $4 WHERE node = $1 AND epoch = $2 AND unpaid_changes = $3";
 
 /// An order that was lost, as its receipt tells it; nothing where it is there after all.
 const RECOVER: &str = "
@@ -107,32 +146,44 @@ const RECOVER: &str = "
 pub(super) enum Sql {
     Fence,
     Events,
+    Known,
     Payments,
     Waiting,
     LockOrders,
+    TryOrders,
     LockDeadLetters,
     MoveOrders,
     MoveDeadLetters,
     MovePayments,
     GiveUp,
+    Look,
     Expire,
+    FreeSkus,
+    UnpaidChanges,
+    UnpaidFrom,
     Recover,
     LockSkus,
     Counters,
 }
 
-const SQL: [&str; 14] = [
+const SQL: [&str; 20] = [
     FENCE,
     EVENTS,
+    KNOWN,
     PAYMENTS,
     WAITING,
     LOCK_ORDERS,
+    TRY_ORDERS,
     LOCK_DEAD_LETTERS,
     MOVE_ORDERS,
     MOVE_DEAD_LETTERS,
     MOVE_PAYMENTS,
     GIVE_UP,
+    LOOK,
     EXPIRE,
+    FREE_SKUS,
+    UNPAID_CHANGES,
+    UNPAID_FROM,
     RECOVER,
     LOCK_SKUS,
     COUNTERS,
@@ -171,42 +222,61 @@ impl Statements {
         let prepare = || client.prepare(SQL[index]);
         self.0[index].get_or_try_init(prepare).await
     }
+}
+
+/// Parameters of a statement.
+type Parameters<'a> = Vec<Box<dyn ToSql + Sync + Send + 'a>>;
+
+/// The last statements of a transaction, which leave together with its COMMIT.
+#[derive(Default)]
+pub(super) struct Closing<'a>(Vec<(Sql, Parameters<'a>)>);
+
+impl<'a> Closing<'a> {
+    /// Adds a statement.
+    pub(super) fn add(&mut self, sql: Sql, parameters: Parameters<'a>) {
+        self.0.push((sql, parameters));
+    }
 
     /// Moves counters, each cause with journal entries of its own, with `reference` as what to
-    /// look for. SKUs that change nothing are left out.
-    pub(super) async fn move_counters(
-        &self,
-        client: &Client,
-        changes: &[(&str, Changes)],
-        reference: &str,
-    ) -> Result<(), Error> {
+    /// look for.
+    pub(super) fn move_counters(&mut self, changes: &[(&'static str, Changes)], reference: &str) {
         let mut skus: Vec<i32> = changes
             .iter()
             .flat_map(|(_, changes)| changes.0.keys().map(|sku| sku.0))
             .collect();
         if skus.is_empty() {
-            return Ok(());
+            return;
         }
         skus.sort_unstable();
         skus.dedup();
-        let lock = self.of(client, Sql::LockSkus).await?;
-        client.execute(lock, &[&skus]).await?;
-        let counters = self.of(client, Sql::Counters).await?;
+        self.add(Sql::LockSkus, vec![Box::new(skus)]);
         for (cause, Changes(changes)) in changes {
             if changes.is_empty() {
                 continue;
             }
             let skus: Vec<i32> = changes.keys().map(|sku| sku.0).collect();
             let column = |of: fn(&Change) -> i64| changes.values().map(of).collect::<Vec<i64>>();
-            let (total, held, sold) = (
-                column(|change| change.total),
-                column(|change| change.held),
-                column(|change| change.sold),
+            self.add(
+                Sql::Counters,
+                vec![
+                    Box::new(skus),
+                    Box::new(column(|change| change.total)),
+                    Box::new(column(|change| change.held)),
+                    Box::new(column(|change| change.sold)),
+                    Box::new(*cause),
+                    Box::new(reference.to_owned()),
+                ],
             );
-            client
-                .execute(counters, &[&skus, &total, &held, &sold, cause, &reference])
-                .await?;
         }
-        Ok(())
+    }
+
+    /// Which they are, in their order.
+    pub(super) fn statements(&self) -> impl Iterator<Item = Sql> {
+        self.0.iter().map(|(sql, _)| *sql)
+    }
+
+    /// With their parameters.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (Sql, &Parameters<'a>)> {
+        self.0.iter().map(|(sql, parameters)| (*sql, parameters))
     }
 }

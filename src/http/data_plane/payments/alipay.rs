@@ -16,7 +16,7 @@ use std::borrow::Cow;
 use percent_encoding::percent_decode;
 
 use super::keys::RsaKey;
-use super::message::{currency, cut, event_id, name, receipt};
+use super::message::{currency, cut, event_id, name, receipt, rfc3339};
 use super::{CallbackError, PaymentProvider};
 use crate::config::{AlipayPayments, ConfigError};
 use crate::http::data_plane::message::{Request, Response};
@@ -27,6 +27,7 @@ use crate::order::payment::{Notice, Payment, Provider};
 const NAMES: &[&str] = &[
     "app_id",
     "charset",
+    "gmt_payment",
     "gmt_refund",
     "notify_id",
     "out_trade_no",
@@ -184,7 +185,14 @@ fn payment(form: &Form<'_>) -> Result<Payment, CallbackError> {
         amount,
         currency,
         receipt: receipt(passback.decode_utf8().ok().as_deref()),
+        made_at: beijing_time(form.text("gmt_payment")?),
     })
+}
+
+/// A time such as `2026-11-11 20:00:00`, which Alipay tells in UTC+8.
+fn beijing_time(text: &str) -> Option<UnixMillis> {
+    let (date, time) = text.split_once(' ')?;
+    rfc3339(&format!("{date}T{time}+08:00"))
 }
 
 /// Digits of a currency's minor unit (ISO 4217).
@@ -332,6 +340,16 @@ mod tests {
             ("１.00", 2, None),
         ] {
             assert_eq!(minor_units(text, decimals), expected, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn the_time_of_a_payment_is_beijing_s_and_anything_else_is_none() {
+        let noon = rfc3339("2026-11-11T12:00:00Z");
+        assert!(noon.is_some());
+        assert_eq!(beijing_time("2026-11-11 20:00:00"), noon);
+        for other in ["", "2026-11-11", "2026-11-11 25:00:00", "x y", "1 2 3"] {
+            assert_eq!(beijing_time(other), None, "{other:?}");
         }
     }
 }

@@ -27,8 +27,8 @@ pub fn field<'a>(request: &Request<'a>, name: &'static str) -> Result<&'a str, C
         .ok_or(CallbackError::BadSignature("a header field is not ASCII"))
 }
 
-/// Whether a message dated `timestamp` (Unix seconds, digits) is fresh at `now`.
-pub fn check_fresh(timestamp: &str, now: UnixMillis) -> Result<(), CallbackError> {
+/// The moment of a message dated `timestamp` (Unix seconds, digits), where it is fresh at `now`.
+pub fn check_fresh(timestamp: &str, now: UnixMillis) -> Result<UnixMillis, CallbackError> {
     let digits = !timestamp.is_empty() && timestamp.bytes().all(|byte| byte.is_ascii_digit());
     let seconds: Option<i64> = timestamp.parse().ok().filter(|_| digits);
     let millis = seconds.and_then(|seconds| seconds.checked_mul(1_000));
@@ -43,7 +43,19 @@ pub fn check_fresh(timestamp: &str, now: UnixMillis) -> Result<(), CallbackError
             off_s: off_ms / 1_000,
         });
     }
-    Ok(())
+    Ok(UnixMillis(millis))
+}
+
+/// A signed time in RFC 3339; `None` where it is none, because nothing depends on it but that a
+/// payment came in time.
+pub fn rfc3339(text: &str) -> Option<UnixMillis> {
+    let time: jiff::Timestamp = text.parse().ok()?;
+    signed_time(time.as_millisecond())
+}
+
+/// A signed time in Unix milliseconds, where it can be one at all.
+pub fn signed_time(millis: i64) -> Option<UnixMillis> {
+    (millis > 0).then_some(UnixMillis(millis))
 }
 
 /// Reads JSON. What is wrong with it is told by its place: an error's own words may quote values.

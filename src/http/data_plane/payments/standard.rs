@@ -13,7 +13,7 @@ use serde_json::value::RawValue;
 use super::keys::HmacKeys;
 use super::message::{
     Loose, Whole, amount, check_fresh, currency, cut, event_id, field, json, name, payment_json,
-    receipt,
+    receipt, rfc3339,
 };
 use super::{CallbackError, PaymentProvider};
 use crate::config::{ConfigError, StandardPayments};
@@ -40,6 +40,8 @@ pub struct Standard {
 struct Event<'a> {
     #[serde(borrow, default)]
     r#type: Loose<'a>,
+    #[serde(borrow, default)]
+    timestamp: Loose<'a>,
     /// Of a shape that its type tells.
     #[serde(borrow, default)]
     data: Option<&'a RawValue>,
@@ -99,6 +101,7 @@ impl Standard {
                     amount: amount(data.amount.0)?,
                     currency: currency(data.currency.text())?,
                     receipt: receipt(data.receipt.get()),
+                    made_at: rfc3339(event.timestamp.text()),
                 })
             }
             (PAID, None) => return Err(CallbackError::Unbookable("it has no data".into())),
@@ -138,7 +141,12 @@ impl PaymentProvider for Standard {
         if !self.keys.verify(&signed, signatures) {
             return Err(CallbackError::BadSignature("no secret made any of them"));
         }
-        check_fresh(timestamp, now)?;
-        Self::parse(id, request.body)
+        let signed_at = check_fresh(timestamp, now)?;
+        let mut notice = Self::parse(id, request.body)?;
+        if let Some(payment) = &mut notice.payment {
+            // Each attempt is dated anew; what happened was no later.
+            payment.made_at = payment.made_at.or(Some(signed_at)).min(Some(signed_at));
+        }
+        Ok(notice)
     }
 }

@@ -7,7 +7,7 @@ use serde_json::value::RawValue;
 use super::keys::HmacKeys;
 use super::message::{
     Loose, Whole, amount, check_fresh, currency, cut, event_id, field, json, name, payment_json,
-    receipt,
+    receipt, signed_time,
 };
 use super::{CallbackError, PaymentProvider};
 use crate::config::StripePayments;
@@ -30,6 +30,9 @@ struct Event<'a> {
     id: Loose<'a>,
     #[serde(borrow, default)]
     r#type: Loose<'a>,
+    /// When it happened, in Unix seconds.
+    #[serde(default)]
+    created: Whole,
     /// Of a shape that its type tells.
     #[serde(borrow, default)]
     data: Option<&'a RawValue>,
@@ -92,6 +95,10 @@ impl Stripe {
                     amount: amount(intent.amount_received.0)?,
                     currency: currency(intent.currency.text())?,
                     receipt: receipt(metadata.receipt.get()),
+                    made_at: event
+                        .created
+                        .0
+                        .and_then(|seconds| signed_time(seconds.checked_mul(1_000)?)),
                 })
             }
             (PAID, None) => return Err(CallbackError::Unbookable("it has no data".into())),

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::keys::RsaKey;
 use super::message::{
     Loose, Whole, amount, check_fresh, currency, cut, event_id, field, json, name, payment_json,
-    receipt,
+    receipt, rfc3339,
 };
 use super::{CallbackError, PaymentProvider, challenge};
 use crate::config::{ConfigError, WechatpayPayments};
@@ -83,6 +83,8 @@ struct Transaction<'a> {
     out_trade_no: Loose<'a>,
     #[serde(borrow, default)]
     attach: Loose<'a>,
+    #[serde(borrow, default)]
+    success_time: Loose<'a>,
     #[serde(borrow, default)]
     amount: Amount<'a>,
 }
@@ -206,6 +208,7 @@ impl Wechatpay {
             // The documentation calls it optional.
             currency: currency(it.amount.currency.get().unwrap_or("CNY"))?,
             receipt: receipt(it.attach.get()),
+            made_at: rfc3339(it.success_time.text()),
         }))
     }
 }

@@ -1,0 +1,286 @@
+//! Payments meet their orders: the orders are locked, each payment gets a verdict as it came, and
+//! the verdicts are carried out with the COMMIT.
+
+use std::collections::{BTreeMap, HashMap};
+
+use tokio_postgres::types::ToSql;
+use tokio_postgres::{Error, Row};
+
+use super::payments::{Met, Settlement};
+use super::statements::{Change, Changes, Closing, Sql, Statements};
+use super::{Moved, MovedTo};
+use crate::faults::bug;
+use crate::order::payment::{OrderFacts, PaymentState, RefundReason, Verdict, judge};
+use crate::order::{Currency, OrderId, OrderStatus, SkuNumber, UnixMillis};
+use crate::store::postgres::Connected;
+
+/// A payment that meets its order.
+pub(super) struct Meeting<'a> {
+    pub(super) order_id: OrderId,
+    pub(super) amount: i64,
+    pub(super) currency: Currency,
+    pub(super) payment_id: &'a str,
+}
+
+/// An order that is locked.
+struct Locked {
+    facts: OrderFacts,
+    sku: SkuNumber,
+    quantity: u32,
+    user_id: String,
+    is_dead_letter: bool,
+}
+
+/// How an order's status changes.
+struct Step {
+    was: OrderStatus,
+    now: OrderStatus,
+    reason: Option<RefundReason>,
+}
+
+/// Orders that are locked, and the orphans of orders, as they came.
+pub(super) struct Found {
+    orders: HashMap<OrderId, Locked>,
+    waiting: Vec<Row>,
+}
+
+/// Locks orders, whether rows or dead letters, then the orphans of them where there may be any.
+/// Sent in one flush.
+pub(super) async fn lock(
+    client: &Connected,
+    statements: &Statements,
+    orders: Sql,
+    ids: &Vec<i64>,
+    with_waiting: bool,
+) -> Result<Found, Error> {
+    let mut found = Found {
+        orders: HashMap::new(),
+        waiting: Vec::new(),
+    };
+    if ids.is_empty() {
+        return Ok(found);
+    }
+    let lock_orders = statements.of(client, orders).await?;
+    let lock_dead_letters = statements.of(client, Sql::LockDeadLetters).await?;
+    let waiting = statements.of(client, Sql::Waiting).await?;
+    let wanted: [&(dyn ToSql + Sync); 1] = [ids];
+    let (rows, dead_letters, waiting) = tokio::join!(
+        client.query(lock_orders, &wanted),
+        client.query(lock_dead_letters, &wanted),
+        async {
+            match with_waiting {
+                true => client.query(waiting, &wanted).await,
+                false => Ok(Vec::new()),
+            }
+        },
+    );
+    let (rows, dead_letters) = (rows?, dead_letters?);
+    found.waiting = waiting?;
+    for (rows, are_dead) in [(rows, false), (dead_letters, true)] {
+        let rows = rows.iter();
+        found
+            .orders
+            .extend(rows.filter_map(|row| locked_from_row(row, are_dead)));
+    }
+    Ok(found)
+}
+
+/// Payments meet the orders that are locked, one after the other.
+pub(super) struct Court {
+    orders: HashMap<OrderId, Locked>,
+    waiting: Vec<Row>,
+    steps: BTreeMap<OrderId, Step>,
+    met: Vec<Met>,
+}
+
+impl Court {
+    pub(super) fn new(found: Found) -> Self {
+        Court {
+            orders: found.orders,
+            waiting: found.waiting,
+            steps: BTreeMap::new(),
+            met: Vec::new(),
+        }
+    }
+
+    /// The verdict on a payment; `None` where its order is not locked. Whoever comes next finds the
+    /// order so.
+    pub(super) fn hear(&mut self, payment: &Meeting<'_>) -> Option<Verdict> {
+        let order = self.orders.get_mut(&payment.order_id)?;
+        let mut facts = order.facts;
+        if bug("pay_after_the_deadline") && facts.status == OrderStatus::Expired {
+            facts.status = OrderStatus::PendingPayment;
+        }
+        let verdict = judge(&facts, payment.amount, payment.currency);
+        let (status, reason) = match verdict {
+            Verdict::Pay => (Some(OrderStatus::Paid), None),
+            Verdict::Refund { reason, order_too } => {
+                (order_too.then_some(OrderStatus::RefundDue), Some(reason))
+            }
+        };
+        if let Some(status) = status {
+            self.steps.entry(payment.order_id).or_insert(Step {
+                was: order.facts.status,
+                now: status,
+                reason,
+            });
+            order.facts.status = status;
+        }
+        self.met.push(Met {
+            payment_id: payment.payment_id.to_owned(),
+            order_id: payment.order_id,
+            verdict,
+        });
+        Some(verdict)
+    }
+
+    /// The verdicts on the orphans, as they came.
+    pub(super) fn hear_waiting(&mut self) -> Vec<(i64, PaymentState, Option<RefundReason>)> {
+        let rows = std::mem::take(&mut self.waiting);
+        rows.iter()
+            .filter_map(|row| {
+                let verdict = self.hear(&Meeting {
+                    order_id: OrderId::from_i64(row.get(1))?,
+                    amount: row.get(2),
+                    currency: Currency::new(row.get(3)).ok()?,
+                    payment_id: row.get(4),
+                })?;
+                let (state, reason) = match verdict {
+                    Verdict::Pay => (PaymentState::Matched, None),
+                    Verdict::Refund { reason, .. } => (PaymentState::RefundDue, Some(reason)),
+                };
+                Some((row.get(0), state, reason))
+            })
+            .collect()
+    }
+
+    /// Carries the verdicts out: orders, then counters.
+    pub(super) fn close(self, closing: &mut Closing<'_>, done: &mut Settlement) {
+        let (mut paid, mut released) = (Changes::default(), Changes::default());
+        for (id, step) in &self.steps {
+            let Some(order) = self.orders.get(id) else {
+                continue;
+            };
+            let units = i64::from(order.quantity);
+            let to = match (step.was, step.now) {
+                (OrderStatus::PendingPayment, OrderStatus::Paid) => {
+                    let change = Change {
+                        held: -units,
+                        sold: units,
+                        ..Change::default()
+                    };
+                    paid.add(order.sku, change);
+                    MovedTo::Sold
+                }
+                (OrderStatus::PendingPayment, _) => {
+                    let change = Change {
+                        held: -units,
+                        ..Change::default()
+                    };
+                    released.add(order.sku, change);
+                    MovedTo::Free
+                }
+                // Its units are back since it was cancelled, expired or refused.
+                _ => MovedTo::Nowhere,
+            };
+            done.moved.push(Moved {
+                order_id: *id,
+                user_id: order.user_id.clone(),
+                sku: order.sku,
+                quantity: order.quantity,
+                to,
+            });
+        }
+        let is_dead = |id: &OrderId| self.orders.get(id).is_some_and(|one| one.is_dead_letter);
+        let (dead, alive): (Vec<_>, Vec<_>) = self.steps.iter().partition(|(id, _)| is_dead(id));
+        let ids =
+            |of: &[(&OrderId, &Step)]| of.iter().map(|(id, _)| id.as_i64()).collect::<Vec<_>>();
+        let code = |of: &[(&OrderId, &Step)], status: fn(&Step) -> OrderStatus| {
+            let codes = of.iter().map(|(_, step)| status(step).code());
+            codes.collect::<Vec<Option<i16>>>()
+        };
+        let reasons = |of: &[(&OrderId, &Step)]| {
+            let reasons = of
+                .iter()
+                .map(|(_, step)| step.reason.map(RefundReason::as_str));
+            reasons.collect::<Vec<Option<&'static str>>>()
+        };
+        if !alive.is_empty() {
+            closing.add(
+                Sql::MoveOrders,
+                vec![
+                    Box::new(ids(&alive)),
+                    Box::new(code(&alive, |step| step.was)),
+                    Box::new(code(&alive, |step| step.now)),
+                    Box::new(reasons(&alive)),
+                ],
+            );
+        }
+        if !dead.is_empty() {
+            closing.add(
+                Sql::MoveDeadLetters,
+                vec![
+                    Box::new(ids(&dead)),
+                    Box::new(code(&dead, |step| step.now)),
+                    Box::new(reasons(&dead)),
+                ],
+            );
+        }
+        let first = self.met.first().map_or("", |met| &met.payment_id);
+        let reference = format!("{} payments from {first}", self.met.len());
+        closing.move_counters(&[("paid", paid), ("refund due", released)], &reference);
+        done.met = self.met;
+    }
+}
+
+/// Orphans leave that state.
+pub(super) fn move_payments(
+    closing: &mut Closing<'_>,
+    moved: &[(i64, PaymentState, Option<RefundReason>)],
+    now: UnixMillis,
+) {
+    if moved.is_empty() {
+        return;
+    }
+    let ids: Vec<i64> = moved.iter().map(|(id, ..)| *id).collect();
+    let states: Vec<&'static str> = moved.iter().map(|(_, state, _)| state.as_str()).collect();
+    let reasons: Vec<Option<&'static str>> = moved
+        .iter()
+        .map(|(.., reason)| reason.map(RefundReason::as_str))
+        .collect();
+    closing.add(
+        Sql::MovePayments,
+        vec![
+            Box::new(ids),
+            Box::new(states),
+            Box::new(reasons),
+            Box::new(now.0),
+        ],
+    );
+}
+
+fn locked_from_row(row: &Row, is_dead_letter: bool) -> Option<(OrderId, Locked)> {
+    let id = OrderId::from_i64(row.get(0))?;
+    let code: Option<i16> = row.get(1);
+    let status = match code {
+        // A dead letter has one only once it was paid all the same.
+        None => OrderStatus::Failed,
+        Some(_) => OrderStatus::ALL
+            .into_iter()
+            .find(|status| status.code() == code)?,
+    };
+    Some((
+        id,
+        Locked {
+            facts: OrderFacts {
+                status,
+                amount: row.get(2),
+                currency: Currency::new(row.get(3)).ok()?,
+            },
+            sku: SkuNumber(row.get(4)),
+            quantity: u32::try_from(row.get::<_, i32>(5)).ok()?,
+            user_id: row.get(6),
+            is_dead_letter,
+        },
+    ))
+}

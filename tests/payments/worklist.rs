@@ -1,0 +1,206 @@
+//! Expiry goes on, whatever stands in the way of a part of it.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::rig::{LOOK, PATIENCE, Shop};
+use crate::support::block_on;
+use crate::support::webhook::Paid;
+
+/// A metric of the server.
+async fn metric(shop: &Shop, name: &str) -> f64 {
+    let answer = shop.control("GET", "/metrics", Value::Null).await;
+    let text = String::from_utf8_lossy(&answer.body);
+    let line = text.lines().find(|line| line.starts_with(name));
+    let value = line.and_then(|line| line.rsplit(' ').next());
+    value
+        .and_then(|value| value.parse().ok())
+        .expect("a metric")
+}
+
+/// 20,000 rows lie between; more with `MILLRACE_LATER_ROWS=20000000`.
+#[test]
+fn a_dead_letter_of_hours_ago_that_is_revived_keeps_no_other_order_from_expiring() {
+    block_on(async {
+        let rows = crate::support::sale::count("MILLRACE_LATER_ROWS", 20_000);
+        let shop = Shop::open(5, |config| config.orders.payment_ttl_ms = 1_500).await;
+        shop.server.put_sku("B", 5, Value::Null).await;
+        // As workers would have written them in the last three hours, and an order that the
+        // database had refused before.
+        let hours = 3_i64 * 3_600_000 << 22;
+        shop.database
+            .connect()
+            .await
+            .batch_execute(&format!(
+                "SET search_path = millrace;
+                 CREATE TEMP TABLE at AS SELECT (extract(epoch FROM now() - timestamptz '2024-01-01Z') * 1000)::int8 << 22 AS id;
+                 INSERT INTO orders (order_id, user_id, sku, quantity, adjustment, amount, currency, status, created_at,
+                                     expires_at, payload_hash)
+                 SELECT at.id - {hours} + i * ({hours} / {rows}) - 4194304, 'before-' || i, s.id, 1, 0, 100, 'EUR', 4, now(), now(), 0
+                   FROM at, sku s, generate_series(1, {rows}) i WHERE s.sku_id = 'A';
+                 INSERT INTO dead_letters (order_id, user_id, sku, quantity, adjustment, amount, currency, created_at,
+                                           expires_at, payload_hash, sqlstate, reason)
+                 SELECT at.id - {hours}, 'dead', s.id, 1, 0, 100, 'EUR', now(), now(), 0, '22001', 'a test'
+                   FROM at, sku s WHERE s.sku_id = 'A'"
+            ))
+            .await
+            .unwrap();
+        let before = metric(&shop, "millrace_expiry_rows_total").await;
+        let letters = shop.control("GET", "/admin/v1/dead-letters", Value::Null);
+        let letters = letters.await.json();
+        let letter = letters["dead_letters"][0]["id"].as_i64().expect("one");
+        let retry = format!("/admin/v1/dead-letters/{letter}/retry");
+        let mut placed = Vec::new();
+        let answer = shop.control("POST", &retry, Value::Null).await;
+        assert_eq!(answer.status, 200, "{answer:?}");
+        for user in ["u", "v", "w"] {
+            let answer = shop.server.order(user, "B", None).await;
+            assert_eq!(answer.status, 201, "{answer:?}");
+            placed.push(answer.json());
+        }
+        let due = Instant::now() + Duration::from_millis(1_500);
+        for order in &placed {
+            shop.until(order, "expired").await;
+        }
+        let deadline = Instant::now() + PATIENCE;
+        while shop.server.stock("B").await != (5, 0, 0) {
+            assert!(Instant::now() < deadline, "B's units do not come back");
+            tokio::time::sleep(LOOK).await;
+        }
+        println!(
+            "{rows} rows between: the units of another SKU were back {:?} after they were due",
+            Instant::now().saturating_duration_since(due)
+        );
+        shop.until_stock((5, 0, 0)).await;
+        let read = metric(&shop, "millrace_expiry_rows_total").await - before;
+        assert!(read < 1_000.0, "{read} rows were read for 4 orders");
+        shop.close().await;
+    });
+}
+
+#[test]
+fn a_sku_that_somebody_holds_for_long_takes_no_part_in_the_expiry_of_others() {
+    block_on(async {
+        let shop = Shop::open(20, |config| config.orders.payment_ttl_ms = 1_000).await;
+        for sku in ["B", "C"] {
+            shop.server.put_sku(sku, 20, Value::Null).await;
+        }
+        let order = async |user: String, sku: &str| {
+            let answer = shop.server.order(&user, sku, None).await;
+            assert_eq!(answer.status, 201, "{answer:?}");
+            answer.json()
+        };
+        let mut client = shop.database.connect().await;
+        let mut held = Vec::new();
+        for n in 0..4 {
+            held.push(order(format!("first-{n}"), "A").await);
+        }
+        let transaction = client.transaction().await.unwrap();
+        let hold = "SELECT FROM millrace.sku WHERE sku_id = 'A' FOR UPDATE";
+        transaction.query(hold, &[]).await.unwrap();
+        // Again and again, while A is held; a payment is booked at once each time.
+        for round in 0..3 {
+            for n in 0..4 {
+                order(format!("{round}-{n}"), "B").await;
+            }
+            let paid = order(format!("{round}-c"), "C").await;
+            shop.pay(&Paid::of(&paid)).await;
+            shop.until(&paid, "paid").await;
+            let deadline = Instant::now() + PATIENCE;
+            while shop.server.stock("B").await != (20, 0, 0) {
+                assert!(Instant::now() < deadline, "B's units do not come back");
+                tokio::time::sleep(LOOK).await;
+            }
+        }
+        let deadline = Instant::now() + PATIENCE;
+        while metric(&shop, "millrace_expiry_deferred_skus").await != 1.0 {
+            assert!(Instant::now() < deadline, "A is not put off");
+            tokio::time::sleep(LOOK).await;
+        }
+        assert_eq!(shop.server.stock("A").await, (16, 4, 0));
+        transaction.rollback().await.unwrap();
+        shop.until_stock((20, 0, 0)).await;
+        for order in &held {
+            assert_eq!(shop.look(order).await["status"], "expired");
+        }
+        let deadline = Instant::now() + PATIENCE;
+        while metric(&shop, "millrace_expiry_deferred_skus").await != 0.0 {
+            assert!(Instant::now() < deadline, "A is put off for ever");
+            tokio::time::sleep(LOOK).await;
+        }
+        shop.close().await;
+    });
+}
+
+#[test]
+fn an_order_whose_row_somebody_holds_expires_afterwards_and_keeps_no_other_waiting() {
+    block_on(async {
+        let shop = Shop::open(5, |config| config.orders.payment_ttl_ms = 1_000).await;
+        let mut client = shop.database.connect().await;
+        let (held, free) = (shop.order("u").await, shop.order("v").await);
+        let id: i64 = held["order_id"].as_str().unwrap().parse().unwrap();
+        let transaction = client.transaction().await.unwrap();
+        let hold = "SELECT FROM millrace.orders WHERE order_id = $1 FOR UPDATE";
+        transaction.query(hold, &[&id]).await.unwrap();
+        shop.until(&free, "expired").await;
+        shop.until_stock((4, 1, 0)).await;
+        transaction.rollback().await.unwrap();
+        shop.until_stock((5, 0, 0)).await;
+        shop.close().await;
+    });
+}
+
+/// The place where the next start begins to look for unpaid orders.
+async fn unpaid_from(shop: &Shop) -> i64 {
+    let client = shop.database.connect().await;
+    let sql = "SELECT unpaid_from FROM millrace.node";
+    client.query_one(sql, &[]).await.unwrap().get(0)
+}
+
+#[test]
+fn a_start_finds_an_order_that_was_revived_below_where_unpaid_orders_began() {
+    block_on(async {
+        let shop = Shop::open(5, |config| {
+            config.orders.payment_ttl_ms = 8_000;
+            config.orders.idempotency_window_ms = 1_000;
+        })
+        .await;
+        shop.database
+            .connect()
+            .await
+            .batch_execute(
+                "SET search_path = millrace;
+                 INSERT INTO dead_letters (order_id, user_id, sku, quantity, adjustment, amount, currency, created_at,
+                                           expires_at, payload_hash, sqlstate, reason)
+                 SELECT 4194304, 'dead', id, 1, 0, 100, 'EUR', now(), now(), 0, '22001', 'a test' FROM sku",
+            )
+            .await
+            .unwrap();
+        // The mark is raised above it.
+        let deadline = Instant::now() + PATIENCE;
+        while unpaid_from(&shop).await <= 4_194_304 {
+            assert!(Instant::now() < deadline, "the mark is not raised");
+            tokio::time::sleep(LOOK).await;
+        }
+        let letters = shop.control("GET", "/admin/v1/dead-letters", Value::Null);
+        let letters = letters.await.json();
+        let letter = letters["dead_letters"][0]["id"].as_i64().expect("one");
+        let retry = format!("/admin/v1/dead-letters/{letter}/retry");
+        let answer = shop.control("POST", &retry, Value::Null).await;
+        assert_eq!(answer.status, 200, "{answer:?}");
+        let order = json!({ "order_id": "4194304" });
+        assert_eq!(unpaid_from(&shop).await, 4_194_304);
+        let Shop { database, server } = shop;
+        assert!(server.stop().await);
+        let server = crate::support::server::TestServer::start(&database, |config| {
+            config.payments.standard.secret.0 = vec![crate::support::webhook::SECRET.to_owned()];
+            config.orders.idempotency_window_ms = 1_000;
+        })
+        .await;
+        let shop = Shop { database, server };
+        shop.until(&order, "expired").await;
+        shop.until_stock((5, 0, 0)).await;
+        shop.close().await;
+    });
+}
