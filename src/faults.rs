@@ -60,7 +60,7 @@ pub const BUGS: [&str; 18] = [
 ];
 
 /// Everything that runs as long as the process does, under supervision.
-pub const SUPERVISED: [&str; 18] = [
+pub const SUPERVISED: [&str; 19] = [
     "a worker",
     "the wait for the workers",
     "the deadline keeper",
@@ -69,6 +69,7 @@ pub const SUPERVISED: [&str; 18] = [
     "the watch for lost commits",
     "the retention of the journal",
     "the cashier",
+    "the keeper of parked orders",
     "the eviction of old orders",
     "the keeper of our own PostgreSQL",
     "the control plane",
