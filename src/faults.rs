@@ -60,7 +60,7 @@ pub const BUGS: [&str; 18] = [
 ];
 
 /// Everything that runs as long as the process does, under supervision.
-pub const SUPERVISED: [&str; 19] = [
+pub const SUPERVISED: [&str; 21] = [
     "a worker",
     "the wait for the workers",
     "the deadline keeper",
@@ -68,7 +68,9 @@ pub const SUPERVISED: [&str; 19] = [
     "the look at the database",
     "the watch for lost commits",
     "the retention of the journal",
+    "callbacks",
     "the cashier",
+    "expiry",
     "the keeper of parked orders",
     "the eviction of old orders",
     "the keeper of our own PostgreSQL",
