@@ -29,7 +29,7 @@ use millrace::pipeline::ledger::Ledger;
 use millrace::queue::journal::record::GroupBytes;
 use millrace::queue::journal::sector::{self, Seal};
 use millrace::queue::{OrderQueue, RingQueue};
-use millrace::state::buyers::{Buyers, Claimed, Remembered};
+use millrace::state::buyers::{Buyers, Claimed, NothingSticky, Remembered};
 use millrace::state::pending::{Pending, PendingOrder, Settled, Slot};
 use millrace::state::recent::Recent;
 use millrace::state::refusals::Refusals;
@@ -192,14 +192,17 @@ fn buyers(c: &mut Criterion) {
     };
     let buyers = Buyers::new(1 << 30, 1 << 20);
     let known = UserId::new("known").unwrap();
-    match buyers.claim(&known, entry(), Some(1), Ok(())).unwrap() {
+    match buyers
+        .claim(&known, entry(), Some(1), Ok(()), &NothingSticky)
+        .unwrap()
+    {
         Claimed::Fresh(claim) => claim.keep(),
         Claimed::Duplicate(_) => unreachable!("nobody was there"),
     }
     c.bench_function("buyers/claim_duplicate", |b| {
         b.iter(|| {
             buyers
-                .claim(black_box(&known), entry(), Some(1), Ok(()))
+                .claim(black_box(&known), entry(), Some(1), Ok(()), &NothingSticky)
                 .is_ok()
         });
     });
@@ -208,7 +211,7 @@ fn buyers(c: &mut Criterion) {
         b.iter(|| {
             drop(
                 buyers
-                    .claim(black_box(&fresh), entry(), Some(1), Ok(()))
+                    .claim(black_box(&fresh), entry(), Some(1), Ok(()), &NothingSticky)
                     .unwrap(),
             )
         });

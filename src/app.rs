@@ -364,10 +364,11 @@ impl Millrace {
             lease,
             ids,
             orphans,
-            paused,
             Arc::clone(&poison),
+            &control,
         );
         let ledger = Arc::new(recovered.await?);
+        ledger.catalogue.set_paused(paused);
         metrics
             .recovery_seconds
             .set(started.elapsed().as_secs_f64());
@@ -513,7 +514,12 @@ impl Millrace {
             metrics.clone(),
         );
         background.run("the keeper of parked orders", parking.run());
-        let evicting = evict(Arc::clone(&ledger), Arc::clone(&intake), window_ms);
+        let evicting = evict(
+            Arc::clone(&ledger),
+            Arc::clone(&intake),
+            window_ms,
+            config.orders.payment_ttl_ms,
+        );
         background.run("the eviction of old orders", evicting);
         if let Some(embedded) = &embedded {
             background.run(

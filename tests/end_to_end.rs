@@ -5,10 +5,12 @@ mod support;
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
-use millrace::config::Engine;
+use millrace::config::{Config, Engine};
+use millrace::order::OrderId;
+use millrace::state::buyers::Eviction;
 use serde_json::{Value, json};
 use support::block_on;
-use support::http::Connection;
+use support::http::{Answer, Connection};
 use support::postgres::TestDatabase;
 use support::server::{TestServer, request};
 
@@ -232,6 +234,138 @@ fn a_key_has_one_order_over_retries_and_restarts() {
             server.order("u", "A", Some("k3")).await.code(),
             "purchase_limit"
         );
+        server.assert_audit().await;
+        assert!(server.stop().await);
+    });
+}
+
+/// Moves the idempotency window past every order that is there.
+fn end_the_window(server: &TestServer) {
+    let ledger = server.millrace().ledger();
+    let everything = Eviction::before(OrderId::MAX);
+    ledger
+        .buyers
+        .evict(everything, |sku| ledger.is_limited(sku));
+}
+
+async fn cancel(server: &TestServer, order: &Answer) -> u16 {
+    let id = order.json()["order_id"].as_str().unwrap().to_owned();
+    let target = format!("/v1/orders/{id}/cancel");
+    let answer = request(server.data, "POST", &target, &[], String::new()).await;
+    answer.status
+}
+
+#[test]
+fn a_limit_counts_live_orders_after_the_window_and_over_restarts() {
+    block_on(async {
+        let database = TestDatabase::create().await;
+        let briefly = |config: &mut Config| config.orders.idempotency_window_ms = 1_000;
+        let server = TestServer::start(&database, briefly).await;
+        let terms = json!({ "per_user_limit": 2 });
+        server.put_sku("A", 10, terms.clone()).await;
+        let first = server.order("u", "A", Some("k1")).await;
+        let second = server.order("u", "A", Some("k2")).await;
+        assert_eq!((first.status, second.status), (201, 201));
+        end_the_window(&server);
+        let third = server.order("u", "A", None).await;
+        assert_eq!(third.code(), "purchase_limit");
+        assert_eq!(
+            server.order("v", "A", None).await.status,
+            201,
+            "another buyer's"
+        );
+        let list = server.get("/v1/users/u/orders").await.json();
+        assert_eq!(list["orders"], json!([]), "the window's orders");
+        assert_eq!(cancel(&server, &first).await, 200);
+        assert_eq!(cancel(&server, &first).await, 200, "again");
+        assert_eq!(server.stock("A").await, (8, 2, 0), "its unit is back once");
+        let third = server.order("u", "A", Some("k3")).await;
+        assert_eq!(third.status, 201);
+        assert_eq!(server.order("u", "A", None).await.code(), "purchase_limit");
+        let last = third.json()["order_id"]
+            .as_str()
+            .and_then(OrderId::parse)
+            .unwrap();
+        let ids = &server.millrace().ledger().ids;
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while ids.window_floor(1_000) <= last {
+            assert!(Instant::now() < deadline);
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        assert!(server.stop().await);
+
+        let server = TestServer::start(&database, briefly).await;
+        assert_eq!(server.order("u", "A", None).await.code(), "purchase_limit");
+        assert_eq!(cancel(&server, &second).await, 200);
+        assert_eq!(server.order("u", "A", None).await.status, 201);
+        assert_eq!(server.stock("A").await, (7, 3, 0));
+        server.assert_audit().await;
+        assert!(server.stop().await);
+    });
+}
+
+#[test]
+fn a_limit_that_is_set_later_counts_what_was_bought_before() {
+    block_on(async {
+        let database = TestDatabase::create().await;
+        let server = TestServer::start(&database, |_| {}).await;
+        server.put_sku("A", 10, json!({})).await;
+        let first = server.order("u", "A", None).await;
+        let second = server.order("u", "A", None).await;
+        let third = server.order("u", "A", None).await;
+        end_the_window(&server);
+        assert!(server.millrace().ledger().buyers.is_empty());
+        assert_eq!(cancel(&server, &third).await, 200);
+        server
+            .put_sku("A", 10, json!({ "per_user_limit": 2 }))
+            .await;
+        assert_eq!(server.order("u", "A", None).await.code(), "purchase_limit");
+        assert_eq!(cancel(&server, &second).await, 200);
+        assert_eq!(server.order("u", "A", None).await.status, 201);
+        // Taken off, it needs no memory.
+        server.put_sku("A", 10, json!({})).await;
+        end_the_window(&server);
+        assert!(server.millrace().ledger().buyers.is_empty());
+        assert_eq!(cancel(&server, &first).await, 200);
+        assert_eq!(server.stock("A").await, (9, 1, 0));
+        server.assert_audit().await;
+        assert!(server.stop().await);
+    });
+}
+
+#[test]
+fn readiness_warns_before_memory_refuses_orders() {
+    block_on(async {
+        let database = TestDatabase::create().await;
+        let small = |config: &mut Config| {
+            config.queue.capacity = 10;
+            config.orders.remembered_max = 10;
+        };
+        let server = TestServer::start(&database, small).await;
+        server.put_sku("A", 100, json!({})).await;
+        let warnings = async || {
+            let ready = server.control("GET", "/readyz", Value::Null).await.json();
+            assert_eq!(ready["ready"], true, "{ready}");
+            ready["warnings"].to_string()
+        };
+        for number in 0..6 {
+            let key = format!("k{number}");
+            assert_eq!(server.order("u", "A", Some(&key)).await.status, 201);
+        }
+        // Without a key they do not count.
+        for _ in 0..6 {
+            assert_eq!(server.order("u", "A", None).await.status, 201);
+        }
+        assert!(!warnings().await.contains("orders.remembered_max"));
+        assert_eq!(server.order("u", "A", Some("k6")).await.status, 201);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !warnings().await.contains("70 % of orders.remembered_max") {
+            assert!(Instant::now() < deadline);
+        }
+        for number in 7..10 {
+            let key = format!("k{number}");
+            assert_eq!(server.order("u", "A", Some(&key)).await.status, 201);
+        }
         server.assert_audit().await;
         assert!(server.stop().await);
     });

@@ -25,7 +25,7 @@ use millrace::pipeline::intake::{Admission, Intake, OrderRequest};
 use millrace::pipeline::ledger::Ledger;
 use millrace::pipeline::{WakeAll, deadlines, wake_directly};
 use millrace::queue::{Durability, OrderQueue, Rejected, RingQueue, Taken};
-use millrace::state::buyers::Buyers;
+use millrace::state::buyers::{Buyers, Eviction, LiveOrder};
 use millrace::state::pending::{Pending, PendingOrder, SlotState};
 use millrace::state::stock::{Catalogue, SaleTerms, Sku, StockCounter, StockSnapshot};
 use rand::rngs::StdRng;
@@ -78,7 +78,7 @@ impl Real {
             )
         }));
         let ledger = Arc::new(Ledger {
-            refusals: millrace::state::refusals::Refusals::with_capacity(1_000),
+            refusals: millrace::state::refusals::Refusals::with_capacity(1 << 16),
             recent: millrace::state::recent::Recent::with_capacity(1_000),
             unpaid: millrace::state::unpaid::Unpaid::default(),
             orphans: millrace::state::orphans::Orphans::default(),
@@ -246,12 +246,34 @@ enum Gate {
     Draining,
 }
 
+/// An order of the window.
+#[derive(Clone, Debug)]
+struct Known {
+    ask: Ask,
+    /// Whether its units count toward the limit.
+    live: bool,
+    /// Whether its SKU had a limit when it was placed.
+    limited: bool,
+}
+
+impl Known {
+    fn is_dispensable(&self) -> bool {
+        self.ask.key.is_none() && !(self.live && self.limited)
+    }
+}
+
 struct Twin {
     gate: Gate,
     paused: bool,
     skus: Vec<TwinSku>,
-    /// By id: the request and whether its units count toward the limit.
-    remembered: BTreeMap<u64, (Ask, bool)>,
+    /// By id: what is remembered of the window.
+    remembered: BTreeMap<u64, Known>,
+    /// Live orders that have left the window, of SKUs with a limit.
+    aged: BTreeMap<u64, Ask>,
+    /// Every row that was written, as the database would have it.
+    rows: BTreeMap<u64, (Ask, bool)>,
+    /// SKUs of which some live order was forgotten.
+    incomplete: HashSet<usize>,
     remembered_max: usize,
     /// By user and key: what was refused for good, and as what.
     told: HashMap<(usize, u8), (Ask, Refusal)>,
@@ -277,12 +299,12 @@ impl Twin {
         let amount =
             i128::from(sku.unit_price) * i128::from(ask.units) + i128::from(ask.adjustment);
         if ask.key.is_some()
-            && let Some((id, (earlier, _))) = self
+            && let Some((id, earlier)) = self
                 .remembered
                 .iter()
-                .find(|(_, (known, _))| known.user == ask.user && known.key == ask.key)
+                .find(|(_, known)| known.ask.user == ask.user && known.ask.key == ask.key)
         {
-            return if earlier.same_body(ask) {
+            return if earlier.ask.same_body(ask) {
                 Answer::Duplicate {
                     id: *id,
                     in_flight: self.in_flight.contains_key(id),
@@ -315,11 +337,12 @@ impl Twin {
             return Refused(Refusal::SaleClosed);
         }
         if let Some(limit) = sku.limit {
-            let taken = self
-                .remembered
-                .values()
-                .filter(|(known, live)| *live && known.user == ask.user && known.sku == ask.sku)
-                .map(|(known, _)| known.units)
+            let of_window = self.remembered.values().filter(|known| known.live);
+            let taken = of_window
+                .map(|known| &known.ask)
+                .chain(self.aged.values())
+                .filter(|known| known.user == ask.user && known.sku == ask.sku)
+                .map(|known| known.units)
                 .sum();
             if taken + ask.units > limit {
                 return Refused(Refusal::PurchaseLimit { limit, taken });
@@ -333,7 +356,12 @@ impl Twin {
         if self.queue.len() >= self.capacity {
             return Refused(Refusal::Overloaded);
         }
-        if self.remembered.len() >= self.remembered_max {
+        let dispensable = self
+            .remembered
+            .values()
+            .filter(|known| known.is_dispensable());
+        let room = self.remembered_max + dispensable.count().min(self.remembered_max);
+        if self.remembered.len() + self.aged.len() >= room {
             return Refused(Refusal::MemoryFull);
         }
         Answer::Placed { amount }
@@ -341,7 +369,12 @@ impl Twin {
 
     fn place(&mut self, id: u64, ask: &Ask, deadline_hour: u32, woken: Arc<Woken>) {
         self.skus[ask.sku].held += ask.units;
-        self.remembered.insert(id, (ask.clone(), true));
+        let known = Known {
+            ask: ask.clone(),
+            live: true,
+            limited: self.skus[ask.sku].limit.is_some(),
+        };
+        self.remembered.insert(id, known);
         self.queue.push_back(id);
         let ask = ask.clone();
         self.in_flight.insert(
@@ -365,16 +398,55 @@ impl Twin {
     fn end(&mut self, id: u64, as_what: End) -> InFlight {
         match as_what {
             End::Unwritten => self.abandon(id),
-            End::Persisted => self.in_flight.remove(&id).expect("in flight"),
+            End::Persisted => {
+                let order = self.in_flight.remove(&id).expect("in flight");
+                self.rows.insert(id, (order.ask.clone(), true));
+                order
+            }
             End::Failed => {
                 let order = self.in_flight.remove(&id).expect("in flight");
                 self.skus[order.ask.sku].held -= order.ask.units;
-                if let Some((_, live)) = self.remembered.get_mut(&id) {
-                    *live = false;
+                if let Some(known) = self.remembered.get_mut(&id) {
+                    known.live = false;
                 }
                 order
             }
         }
+    }
+
+    /// A row's order is over: its units no longer count.
+    fn end_row(&mut self, id: u64) {
+        self.rows.get_mut(&id).expect("a row").1 = false;
+        if let Some(known) = self.remembered.get_mut(&id) {
+            known.live = false;
+        }
+        self.aged.remove(&id);
+    }
+
+    /// What is older than `floor` goes, unless a limit needs it; what nobody needs goes below
+    /// `early`, live orders of it below `payable`. Returns how many orders were forgotten.
+    fn evict(&mut self, floor: u64, early: u64, payable: u64) -> usize {
+        let before = self.remembered.len() + self.aged.len();
+        let limited = |skus: &[TwinSku], ask: &Ask| skus[ask.sku].limit.is_some();
+        for (id, known) in std::mem::take(&mut self.remembered) {
+            let needed = known.live && limited(&self.skus, &known.ask);
+            let early = id < early && known.ask.key.is_none() && !(known.live && id >= payable);
+            if id >= floor && (needed || !early) {
+                self.remembered.insert(id, known);
+            } else if needed {
+                self.aged.insert(id, known.ask);
+            } else if known.live {
+                self.incomplete.insert(known.ask.sku);
+            }
+        }
+        for (id, ask) in std::mem::take(&mut self.aged) {
+            if limited(&self.skus, &ask) {
+                self.aged.insert(id, ask);
+            } else {
+                self.incomplete.insert(ask.sku);
+            }
+        }
+        before - self.remembered.len() - self.aged.len()
     }
 }
 
@@ -387,8 +459,8 @@ struct Round {
     real: Real,
     twin: Twin,
     claimed: Vec<Arc<PendingOrder>>,
-    /// Persisted and not paid: SKU and units.
-    unpaid: Vec<(usize, u32)>,
+    /// Persisted and not paid: id, SKU and units.
+    unpaid: Vec<(u64, usize, u32)>,
     last_id: u64,
     started: Instant,
 }
@@ -399,9 +471,15 @@ impl Round {
         let totals: Vec<u32> = (0..random.random_range(1..4))
             .map(|_| random.random_range(0..30))
             .collect();
+        // Now and then so many that a buyer's record is long.
+        let many = random.random_bool(0.2);
+        let totals: Vec<u32> = totals
+            .iter()
+            .map(|total| if many { total * 20 } else { *total })
+            .collect();
         let limit = random.random_bool(0.5).then(|| random.random_range(1..8));
         let capacity = random.random_range(1..12);
-        let remembered_max = random.random_range(5..60);
+        let remembered_max = random.random_range(5..if many { 300 } else { 60 });
         Round {
             real: Real::new(&totals, limit, capacity, remembered_max),
             twin: Twin {
@@ -422,6 +500,9 @@ impl Round {
                     })
                     .collect(),
                 remembered: BTreeMap::new(),
+                aged: BTreeMap::new(),
+                rows: BTreeMap::new(),
+                incomplete: HashSet::new(),
                 remembered_max,
                 in_flight: HashMap::new(),
                 queue: VecDeque::new(),
@@ -452,8 +533,9 @@ impl Round {
             50..65 => self.work(),
             65..80 => self.settle(),
             80..84 => self.expire(),
-            84..88 => self.pay(),
-            88..91 => self.set_total(),
+            84..86 => self.pay(),
+            86..89 => self.cancel(),
+            89..91 => self.set_total(),
             91..94 => self.set_terms(),
             94..96 => self.pause(),
             96..98 => self.evict(),
@@ -491,12 +573,12 @@ impl Round {
                 .values()
                 .nth(at)
                 .expect("within")
-                .0
+                .ask
                 .clone();
         }
         let random = &mut self.random;
         Ask {
-            user: random.random_range(0..USERS),
+            user: random.random_range(0..USERS * 2) % (USERS + 1) % USERS,
             // One beyond the last is unknown.
             sku: random.random_range(0..self.twin.skus.len() * 8 + 1) / 8,
             units: random.random_range(1..5),
@@ -629,7 +711,10 @@ impl Round {
         let ended = self.twin.end(order.order.id.get(), as_what);
         assert!(ended.woken.count() > 0, "the buyer sleeps on");
         let (state, unpaid) = match as_what {
-            End::Persisted => (SlotState::Persisted, Some((ended.ask.sku, ended.ask.units))),
+            End::Persisted => {
+                let unpaid = (order.order.id.get(), ended.ask.sku, ended.ask.units);
+                (SlotState::Persisted, Some(unpaid))
+            }
             End::Failed => (SlotState::Failed, None),
             End::Unwritten => (SlotState::Unwritten, None),
         };
@@ -665,15 +750,46 @@ impl Round {
             return;
         }
         let at = self.random.random_range(0..self.unpaid.len());
-        let (sku, units) = self.unpaid.swap_remove(at);
+        let (id, sku, units) = self.unpaid.swap_remove(at);
         self.real.sku(sku).counter().sell(units);
         self.twin.skus[sku].held -= units;
         self.twin.skus[sku].sold += units;
         if self.random.random_bool(0.3) {
             // A refund that puts the units back on sale.
+            self.end_once(id);
             self.real.sku(sku).counter().unsell(units);
             self.twin.skus[sku].sold -= units;
         }
+    }
+
+    /// An unpaid row is cancelled, or expires.
+    fn cancel(&mut self) {
+        if self.unpaid.is_empty() {
+            return;
+        }
+        let at = self.random.random_range(0..self.unpaid.len());
+        let (id, sku, units) = self.unpaid.swap_remove(at);
+        if self.end_once(id).unwrap_or(true) {
+            self.real.sku(sku).counter().release(units);
+        }
+        self.twin.skus[sku].held -= units;
+    }
+
+    /// A row's order is over, and its units no longer count; asking again changes nothing.
+    fn end_once(&mut self, id: u64) -> Option<bool> {
+        let user = user_id(self.twin.rows[&id].0.user);
+        let order_id = OrderId::new(id).unwrap();
+        let buyers = &self.real.ledger.buyers;
+        let turned = buyers.no_longer_live(&user, order_id);
+        let is_known = self.twin.remembered.contains_key(&id) || self.twin.aged.contains_key(&id);
+        assert_eq!(turned, is_known.then_some(true));
+        let again = buyers.no_longer_live(&user, order_id);
+        assert_eq!(
+            again,
+            self.twin.remembered.contains_key(&id).then_some(false)
+        );
+        self.twin.end_row(id);
+        turned
     }
 
     fn set_total(&mut self) {
@@ -707,6 +823,34 @@ impl Round {
         }
         sku.limit = random.random_bool(0.5).then(|| random.random_range(1..8));
         sku.unit_price = [0, 1, 100, i64::MAX][random.random_range(0..4)];
+        let sku = sku.clone();
+        let ledger = Arc::clone(&self.real.ledger);
+        // As `pipeline::limits` does.
+        let number = SkuNumber(at as i32 + 1);
+        let counting = sku.limit.map(|_| ledger.buyers.counting(number));
+        if let Some(counting) = &counting {
+            let is_incomplete = self.twin.incomplete.remove(&at);
+            assert_eq!(counting.is_complete(), !is_incomplete);
+            if is_incomplete {
+                let rows = self.twin.rows.iter();
+                let of_sku = rows.filter(|(_, (ask, live))| ask.sku == at && *live);
+                let read: Vec<_> = of_sku.map(|(id, (ask, _))| (*id, ask.clone())).collect();
+                // What ends while they are being read.
+                self.cancel();
+                for (id, ask) in read {
+                    let order = LiveOrder {
+                        order_id: OrderId::new(id).unwrap(),
+                        sku: number,
+                        quantity: Quantity::new(ask.units).unwrap(),
+                    };
+                    counting.add(user_id(ask.user), order);
+                    if self.twin.rows[&id].1 && !self.twin.remembered.contains_key(&id) {
+                        self.twin.aged.insert(id, ask);
+                    }
+                }
+                counting.complete();
+            }
+        }
         self.real.sku(at).set_terms(SaleTerms {
             unit_price: sku.unit_price,
             opens_at: sku.opens_at.map(UnixMillis),
@@ -734,15 +878,24 @@ impl Round {
         }
         let at = self.random.random_range(0..self.twin.remembered.len());
         let floor = *self.twin.remembered.keys().nth(at).expect("within");
-        let kept = self.twin.remembered.split_off(&floor);
-        let evicted = std::mem::replace(&mut self.twin.remembered, kept).len();
-        assert_eq!(
-            self.real
-                .ledger
-                .buyers
-                .evict_before(OrderId::new(floor).unwrap()),
-            evicted
-        );
+        // What is on its way is not let go.
+        let flying = self.twin.in_flight.keys().min().copied();
+        let floor = floor.min(flying.unwrap_or(u64::MAX));
+        let early = if self.random.random_bool(0.3) {
+            floor + self.random.random_range(0..1 << 20)
+        } else {
+            floor
+        };
+        let payable = early.min(flying.unwrap_or(u64::MAX));
+        let id = |id| OrderId::new(id).unwrap();
+        let eviction = Eviction {
+            floor: id(floor),
+            early: id(early),
+            payable: id(payable),
+        };
+        let ledger = &self.real.ledger;
+        let evicted = ledger.buyers.evict(eviction, |sku| ledger.is_limited(sku));
+        assert_eq!(evicted, self.twin.evict(floor, early, payable));
     }
 
     fn compare(&self) {
@@ -756,11 +909,18 @@ impl Round {
             assert_eq!(self.real.sku(at).counter().snapshot(), expected, "SKU {at}");
         }
         let buyers = &self.real.ledger.buyers;
-        assert_eq!(buyers.len(), self.twin.remembered.len());
+        let aged = &self.twin.aged;
+        assert_eq!(buyers.len(), self.twin.remembered.len() + aged.len());
+        for (id, (ask, live)) in &self.twin.rows {
+            let known = buyers.find(&user_id(ask.user), OrderId::new(*id).unwrap());
+            let is_known = aged.contains_key(id) || self.twin.remembered.contains_key(id);
+            assert_eq!(known.map(|known| known.live), is_known.then_some(*live));
+        }
         for user in 0..USERS {
             let known: Vec<_> = buyers
-                .orders_of(&user_id(user))
+                .page(&user_id(user), OrderId::MAX, usize::MAX)
                 .iter()
+                .rev()
                 .map(|known| {
                     (
                         known.order_id.get(),
@@ -774,8 +934,8 @@ impl Round {
                 .twin
                 .remembered
                 .iter()
-                .filter(|(_, (ask, _))| ask.user == user)
-                .map(|(id, (ask, live))| (*id, ask.sku, ask.units, *live))
+                .filter(|(_, known)| known.ask.user == user)
+                .map(|(id, known)| (*id, known.ask.sku, known.ask.units, known.live))
                 .collect();
             assert_eq!(known, expected, "user {user}");
         }
@@ -818,8 +978,8 @@ impl Round {
             let unpaid: u32 = self
                 .unpaid
                 .iter()
-                .filter(|(sku, _)| *sku == at)
-                .map(|(_, units)| units)
+                .filter(|(_, sku, _)| *sku == at)
+                .map(|(_, _, units)| units)
                 .sum();
             assert_eq!(sku.held, unpaid, "only rows hold units");
         }
@@ -948,6 +1108,54 @@ fn a_million_requests_for_a_thousand_units_place_exactly_a_thousand() {
         "a refusal leaves nothing behind"
     );
     assert!(real.ledger.pending.is_empty());
+}
+
+/// Two requests under one key at the moment at which a unit comes free.
+#[test]
+fn one_key_never_has_both_an_order_and_a_refusal_that_stays() {
+    const ROUNDS: u64 = 20_000;
+    let real = Real::new(&[0], None, 1 << 16, 1 << 20);
+    real.intake.open();
+    let sku = real.sku(0);
+    let together = Barrier::new(3);
+    let answers: [Vec<AtomicUsize>; 2] =
+        std::array::from_fn(|_| (0..ROUNDS).map(|_| AtomicUsize::new(0)).collect());
+    const PLACED: usize = 1;
+    const REFUSED: usize = 2;
+    thread::scope(|scope| {
+        for answers in &answers {
+            let (real, together) = (&real, &together);
+            scope.spawn(move || {
+                for (buyer, answer) in answers.iter().enumerate() {
+                    together.wait();
+                    let told = match real.intake.admit(&click(buyer as u64), None) {
+                        Ok(_) => PLACED,
+                        Err(Refusal::SoldOut { .. }) => REFUSED,
+                        Err(other) => panic!("{other:?}"),
+                    };
+                    answer.store(told, Ordering::Relaxed);
+                    together.wait();
+                }
+            });
+        }
+        for buyer in 0..ROUNDS {
+            together.wait();
+            let taken = sku.counter().snapshot().held;
+            sku.counter().set_total(taken + 1).unwrap();
+            together.wait();
+            let told = answers.each_ref().map(|answers| &answers[buyer as usize]);
+            let told = told.map(|answer| answer.load(Ordering::Relaxed));
+            let again = match real.intake.admit(&click(buyer), None) {
+                Ok(Admission::Duplicate { .. }) => PLACED,
+                Err(Refusal::SoldOut { .. }) => REFUSED,
+                other => panic!("{other:?}"),
+            };
+            assert_eq!(told, [again, again], "buyer {buyer}");
+            // Nothing is free for the next but what comes free.
+            let taken = sku.counter().snapshot().held;
+            sku.counter().set_total(taken).unwrap();
+        }
+    });
 }
 
 #[test]

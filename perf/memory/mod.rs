@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use millrace::order::SkuNumber;
 use millrace::queue::{OrderQueue, RingQueue};
-use millrace::state::buyers::{Buyers, Claimed, Remembered};
+use millrace::state::buyers::{Buyers, Claimed, NothingSticky, Remembered};
 use millrace::state::pending::{Pending, PendingOrder};
 
 use crate::rig::machine::usage;
@@ -73,7 +73,13 @@ pub fn memory_of(what: &str) -> anyhow::Result<()> {
             let buyers = Buyers::new(usize::MAX, ORDERS as usize);
             for number in (0..ORDERS).step_by(1_024) {
                 for order in engine::rows(number, 1_024, SkuNumber(1)) {
-                    match buyers.claim(&order.user_id, Remembered::of(&order), None, Ok(())) {
+                    match buyers.claim(
+                        &order.user_id,
+                        Remembered::of(&order),
+                        None,
+                        Ok(()),
+                        &NothingSticky,
+                    ) {
                         Ok(Claimed::Fresh(claim)) => claim.keep(),
                         other => anyhow::bail!("a buyer was there already: {other:?}"),
                     }

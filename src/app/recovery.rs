@@ -5,6 +5,7 @@
 //! before anything is changed. What it holds is then written to the database, before orders are
 //! taken; memory is rebuilt from the database alone.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -33,6 +34,7 @@ use crate::state::unpaid::Unpaid;
 use crate::store::StoreError;
 use crate::store::batch::BatchWriter;
 use crate::store::postgres::journal::NotedJournal;
+use crate::store::postgres::window::ReadProgress;
 use crate::store::postgres::{Database, NodeLease};
 
 /// Orders written a moment ago that are answered from memory, about 200 bytes each.
@@ -220,8 +222,8 @@ pub(super) async fn recover(
     lease: NodeLease,
     ids: IdClock,
     orphans: Orphans,
-    paused: bool,
     poison: Arc<Poison>,
+    control: &ControlPlane,
 ) -> Result<Ledger, StoreError> {
     let workers_hold = config.worker_count() * config.workers.batch_rows_max;
     let before_the_ring = match config.queue.backend {
@@ -235,18 +237,33 @@ pub(super) async fn recover(
     );
     let catalogue = Catalogue::default();
     catalogue.add(database.load_skus().await?);
-    catalogue.set_paused(paused);
     let floor = ids.window_floor(config.orders.idempotency_window_ms);
     hold_parked(&catalogue, database, lease, floor).await?;
     let unpaid = Unpaid::default();
     unpaid.note(database.unpaid_below(lease, floor).await?);
+    let (limited, others): (Vec<_>, Vec<_>) = catalogue
+        .all()
+        .into_iter()
+        .partition(|sku| sku.terms().need_units(ids.real_now()));
+    let limited: HashSet<_> = limited.iter().map(|sku| sku.number).collect();
+    buyers.note_incomplete(others.iter().map(|sku| sku.number));
+    let started = Instant::now();
     let restored = database
-        .load_window(floor, |user, order, payable_until| {
-            unpaid.note(payable_until.map(|until| (order.order_id, until)));
-            buyers.restore(user, order);
-        })
+        .load_window(
+            floor,
+            |user, order, payable_until| {
+                unpaid.note(payable_until.map(|until| (order.order_id, until)));
+                let limited = order.live && limited.contains(&order.sku);
+                buyers.restore(user, order, limited);
+            },
+            |progress| tell(control, "reading the idempotency window", progress),
+        )
         .await?;
-    tracing::info!(orders = restored, "recovered the idempotency window");
+    let ms = started.elapsed().as_millis() as u64;
+    tracing::info!(orders = restored, ms, "recovered the idempotency window");
+    if !limited.is_empty() {
+        count_older(database, limited, &buyers, floor, control).await?;
+    }
     Ok(Ledger {
         catalogue,
         buyers,
@@ -293,6 +310,50 @@ async fn hold_parked(
         );
     }
     Ok(())
+}
+
+/// Lets purchase limits count live orders that have left the window.
+async fn count_older(
+    database: &Database,
+    limited: HashSet<SkuNumber>,
+    buyers: &Buyers,
+    floor: OrderId,
+    control: &ControlPlane,
+) -> Result<(), StoreError> {
+    let limited: Vec<_> = limited.into_iter().collect();
+    let started = Instant::now();
+    let mut orders = 0_u64;
+    database
+        .load_live_orders(
+            &limited,
+            floor,
+            |user, order| {
+                orders += 1;
+                buyers.restore_live(user, order);
+            },
+            |progress| {
+                tell(
+                    control,
+                    "reading the older orders that limits count",
+                    progress,
+                )
+            },
+        )
+        .await?;
+    let ms = started.elapsed().as_millis() as u64;
+    tracing::info!(orders, ms, "recovered the older orders that limits count");
+    Ok(())
+}
+
+fn tell(control: &ControlPlane, doing: &str, progress: ReadProgress) {
+    control.progress(format!("{doing}: {progress}"));
+    tracing::info!(
+        rows = progress.rows,
+        of_about = progress.of_about,
+        rate = progress.rate(),
+        seconds_left = progress.seconds_left(),
+        "{doing}"
+    );
 }
 
 /// No order id of the journal lies at or beyond this moment.

@@ -267,10 +267,12 @@ pub struct Orders {
     #[schemars(range(min = 1_000, max = 31_536_000_000_i64))]
     pub payment_ttl_ms: u64,
     /// How long a key and a buyer's orders are remembered, in milliseconds. A
-    /// longer window reads more at start.
+    /// longer window reads more at start. Purchase limits count live orders of any age.
     #[schemars(range(min = 1_000, max = 31_536_000_000_i64))]
     pub idempotency_window_ms: u64,
-    /// Orders remembered at once, about 120 bytes each; beyond it new ones are refused.
+    /// Orders remembered at once, about 120 bytes each: those of the window, and as long as they are live those
+    /// of SKUs with a limit. Beyond it new ones are refused; `readyz` warns at 70 %. Orders without a key that are
+    /// over, or paid and without a limit, do not count, and go first where memory is short.
     #[schemars(range(min = 1, max = 1_000_000_000))]
     pub remembered_max: usize,
     /// `sold_out` and `purchase_limit` answers remembered under their keys, about 56 bytes each, taken

@@ -23,6 +23,8 @@ const SEQUENCE_BITS: u32 = 16;
 const NODE_BITS: u32 = 6;
 
 impl OrderId {
+    /// The least id that there can be.
+    pub const MIN: OrderId = OrderId(1);
     /// Above every id.
     pub const MAX: OrderId = OrderId(i64::MAX as u64);
 

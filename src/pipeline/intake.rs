@@ -19,8 +19,9 @@ use crate::config::RateLimit;
 use crate::faults::bug;
 use crate::order::{KeyHash, Order, OrderId, PayloadHash, Quantity, Refusal, SkuId, UserId};
 use crate::queue::{NotDurable, OrderQueue};
-use crate::state::buyers::{Claimed, Remembered};
+use crate::state::buyers::{Claimed, Remembered, Sticky};
 use crate::state::pending::PendingOrder;
+use crate::state::refusals::Refusals;
 
 /// What a client asks for, every member checked on its own.
 #[derive(Clone, Debug)]
@@ -219,18 +220,11 @@ impl Intake {
             id,
             pending: self.ledger.pending.get(id),
         };
-        let told_before = || match key {
-            Some(key) => self.ledger.refusals.check(&request.user_id, key, payload),
-            None => Ok(()),
-        };
-        let refuse = |refusal: Refusal| {
-            let refusal = told_before().err().unwrap_or(refusal);
-            if let Some(key) = key.filter(|_| refusal.is_sticky()) {
-                self.ledger
-                    .refusals
-                    .remember(&request.user_id, key, payload, refusal);
-            }
-            refusal
+        let sticky = UnderKey {
+            refusals: &self.ledger.refusals,
+            user_id: &request.user_id,
+            key,
+            payload,
         };
         let buyers = &self.ledger.buyers;
         let (limit, available) = (terms.per_user_limit, sku.counter().free());
@@ -242,21 +236,19 @@ impl Intake {
         if let Err(refusal) = possible {
             // Most of a sale is this: it costs a look at the buyer's record, writes nothing and
             // holds nothing, not even for a moment.
-            let earlier = buyers
-                .look(&request.user_id, &remembered, limit, gate)
-                .map_err(refuse)?;
-            return earlier.map(duplicate).ok_or_else(|| refuse(refusal));
+            return buyers
+                .look(&request.user_id, &remembered, limit, gate, refusal, &sticky)
+                .map(duplicate);
         }
-        let claim = match buyers
-            .claim(&request.user_id, remembered, limit, gate)
-            .map_err(refuse)?
-        {
+        let claim = match buyers.claim(&request.user_id, remembered, limit, gate, &sticky)? {
             Claimed::Fresh(claim) => claim,
             Claimed::Duplicate(id) => return Ok(duplicate(id)),
         };
-        told_before()?;
         let amount = amount?;
-        let hold = sku.hold(request.quantity).map_err(refuse)?;
+        let hold = match sku.hold(request.quantity) {
+            Ok(hold) => hold,
+            Err(refusal) => return Err(claim.refuse(refusal, &sticky)),
+        };
         // By the clock that judges whether it is late.
         let created_at = self.ledger.ids.real_at(now);
         let order = Order {
@@ -303,5 +295,35 @@ impl Intake {
             });
         }
         Ok(Admission::Placed(pending))
+    }
+}
+
+/// What was refused for good under a request's key.
+struct UnderKey<'a> {
+    refusals: &'a Refusals,
+    user_id: &'a UserId,
+    key: Option<KeyHash>,
+    payload: PayloadHash,
+}
+
+impl Sticky for UnderKey<'_> {
+    fn judgment(&self, judgment: Result<(), Refusal>) -> Result<(), Refusal> {
+        let Some(key) = self.key else {
+            return judgment;
+        };
+        self.refusals.check(self.user_id, key, self.payload)?;
+        if let Err(refusal) = judgment
+            && refusal.is_sticky()
+        {
+            self.refusals
+                .remember(self.user_id, key, self.payload, refusal);
+        }
+        judgment
+    }
+
+    fn withdraw(&self) {
+        if let Some(key) = self.key {
+            self.refusals.withdraw(self.user_id, key);
+        }
     }
 }

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::faults::bug;
-use crate::order::{IdClock, Order, UnixMillis};
+use crate::order::{IdClock, Order, SkuNumber, UnixMillis};
 use crate::state::buyers::Buyers;
 use crate::state::orphans::Orphans;
 use crate::state::pace::Pace;
@@ -57,6 +57,14 @@ impl Ledger {
     /// paid in time is not.
     pub fn is_late(&self, order: &Order, now: UnixMillis) -> bool {
         order.expires_at <= now && !self.orphans.paid_in_time(order.id, order.expires_at)
+    }
+
+    /// Whether units of a SKU's live orders are remembered beyond the idempotency window, because
+    /// it has a purchase limit.
+    pub fn is_limited(&self, sku: SkuNumber) -> bool {
+        let now = self.ids.real_now();
+        let sku = self.catalogue.by_number(sku);
+        sku.is_some_and(|sku| sku.terms().need_units(now))
     }
 
     /// The row of a claimed order is committed.

@@ -9,7 +9,9 @@ use tokio::sync::Mutex;
 
 use super::cashier::CashierDesk;
 use super::ledger::Ledger;
+use super::limits;
 use crate::order::{OrderId, Quantity, Refusal, SkuId, UnixMillis, UserId};
+use crate::state::buyers::LiveOrder;
 use crate::state::stock::{BelowCommitted, Hold, SaleTerms, Sku};
 use crate::store::StoreError;
 use crate::store::postgres::dead_letters::DeadLetter;
@@ -62,6 +64,8 @@ pub struct Operator {
     lease: NodeLease,
     cashier: CashierDesk,
     payment_ttl_ms: u64,
+    /// One change of terms at a time: one that sets a limit may take long, and nothing else waits.
+    changing_terms: Mutex<()>,
     /// One request at a time; and retries of unknown outcome, by dead letter.
     one_at_a_time: Mutex<HashMap<i64, Retried>>,
 }
@@ -71,7 +75,7 @@ pub struct Operator {
 struct Retried {
     hold: Hold,
     user_id: String,
-    order_id: OrderId,
+    order: LiveOrder,
     expires_at: UnixMillis,
 }
 
@@ -90,11 +94,16 @@ impl Operator {
             lease,
             cashier,
             payment_ttl_ms,
+            changing_terms: Mutex::default(),
             one_at_a_time: Mutex::new(HashMap::new()),
         }
     }
 
     /// Creates a SKU or replaces its terms and total. Buyers notice no pause. True: it is new.
+    ///
+    /// A limit comes in force once the buyers' live orders of the SKU are known. Where memory lacks
+    /// some they are read from the database first, about a million rows a second of everything that
+    /// was ordered since the SKU was made.
     ///
     /// # Errors
     /// [`OperatorError::TotalBelowCommitted`], or what the database says.
@@ -104,6 +113,9 @@ impl Operator {
         terms: SaleTerms,
         total: u32,
     ) -> Result<(Arc<Sku>, bool), OperatorError> {
+        let _changing = self.changing_terms.lock().await;
+        // Until the terms are in force.
+        let _counting = limits::count(&self.ledger, &self.database, id, &terms).await?;
         let _turn = self.one_at_a_time.lock().await;
         let Some(sku) = self.ledger.catalogue.get(id) else {
             let made = self.database.put_sku(self.lease, id, &terms, total).await?;
@@ -261,7 +273,11 @@ impl Operator {
         let retried = Retried {
             hold,
             user_id: letter.user_id.clone(),
-            order_id: letter.order_id,
+            order: LiveOrder {
+                order_id: letter.order_id,
+                sku: sku.number,
+                quantity,
+            },
             expires_at,
         };
         // Known before it is a row: no start is told to begin above it.
@@ -309,10 +325,14 @@ impl Operator {
     /// A dead letter's order is a row, to be paid: its units stay held, and it counts again.
     fn revived(&self, retried: Retried) {
         retried.hold.keep();
-        let until = (retried.order_id, retried.expires_at);
-        self.ledger.unpaid.note([until]);
+        let ledger = &self.ledger;
+        let until = (retried.order.order_id, retried.expires_at);
+        ledger.unpaid.note([until]);
         if let Ok(user_id) = UserId::new(&retried.user_id) {
-            self.ledger.buyers.live_again(&user_id, retried.order_id);
+            let is_limited = |sku| ledger.is_limited(sku);
+            ledger
+                .buyers
+                .live_again(&user_id, retried.order, is_limited);
         }
     }
 

@@ -21,7 +21,7 @@ use crate::faults::bug;
 use crate::order::payment::{PaymentState, RefundReason};
 use crate::order::receipt::ReceiptOrder;
 use crate::order::{Order, OrderId, Refusal, UnixMillis};
-use crate::state::buyers::{BuyerClaim, Claimed, Remembered};
+use crate::state::buyers::{BuyerClaim, Claimed, NothingSticky, Remembered};
 use crate::store::StoreError;
 use crate::store::postgres::payments::StoredPayment;
 
@@ -324,10 +324,10 @@ impl Cashier {
     ) -> Result<(), StoreError> {
         let ledger = Arc::clone(&self.parts.settler.parts.ledger);
         let (buyers, user_id) = (&ledger.buyers, &order.user_id);
-        let known = buyers.orders_of(user_id);
         let mut claim = None;
-        if !known.iter().any(|known| known.order_id == order.id) {
-            match buyers.claim(user_id, Remembered::of(&order), None, Ok(())) {
+        if buyers.find(user_id, order.id).is_none() {
+            let remembered = Remembered::of(&order);
+            match buyers.claim(user_id, remembered, None, Ok(()), &NothingSticky) {
                 Ok(Claimed::Fresh(fresh)) => claim = Some(fresh),
                 // Somebody was faster in this very moment; the next look tells.
                 Ok(Claimed::Duplicate(_)) | Err(_) => {
@@ -396,8 +396,7 @@ impl Cashier {
             attributes: None,
         };
         // A failover may have lost the row of an order that memory knows, and its units are held.
-        let known = ledger.buyers.orders_of(&order.user_id);
-        let known = known.iter().find(|known| known.order_id == order.id);
+        let known = ledger.buyers.find(&order.user_id, order.id);
         let held = known.is_some_and(|known| known.live);
         let late = payment.paid_at >= order.expires_at;
         if known.is_some() && !held && !late {
@@ -406,8 +405,7 @@ impl Cashier {
         // Its buyer may have ordered again under the same key.
         let look = || {
             let remembered = Remembered::of(&order);
-            let buyers = &ledger.buyers;
-            buyers.look(&order.user_id, &remembered, None, Ok(()))
+            ledger.buyers.under_key(&order.user_id, &remembered)
         };
         match if known.is_none() { look() } else { Ok(None) } {
             Ok(None) => {}
@@ -445,7 +443,8 @@ impl Cashier {
         let mut taken = None;
         if !held {
             let buyers = &ledger.buyers;
-            let claim = buyers.claim(&order.user_id, Remembered::of(&order), None, Ok(()));
+            let remembered = Remembered::of(&order);
+            let claim = buyers.claim(&order.user_id, remembered, None, Ok(()), &NothingSticky);
             let (Ok(Claimed::Fresh(claim)), Ok(hold)) = (claim, sku.hold(order.quantity)) else {
                 // Somebody was faster in this very moment; the next look tells.
                 return self.put_off(payment, payment.checks, IN_FLIGHT_MS).await;

@@ -283,8 +283,7 @@ impl Restorer {
         if self.ledger.pending.get(order.id).is_some() {
             return None;
         }
-        let known = self.ledger.buyers.orders_of(&order.user_id);
-        let known = known.iter().find(|known| known.order_id == order.id);
+        let known = self.ledger.buyers.find(&order.user_id, order.id);
         match known.map(|known| known.live) {
             // Its units are taken in memory, and so they have to be in the database.
             Some(true) => Some(OrderStatus::PendingPayment),

@@ -73,6 +73,11 @@ impl Refusals {
         }
     }
 
+    /// Takes what was said back: the key has an order.
+    pub fn withdraw(&self, user_id: &UserId, key: KeyHash) {
+        self.told.remove(&self.whom(user_id, key));
+    }
+
     fn whom(&self, user_id: &UserId, key: KeyHash) -> Whom {
         (self.seed.hash_one(user_id), key)
     }

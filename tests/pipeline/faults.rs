@@ -48,7 +48,7 @@ fn accepted(line: &Line, user: &str, sku: &str) -> Arc<PendingOrder> {
     };
     sku.hold(order.quantity).unwrap().keep();
     let buyers = &line.ledger.buyers;
-    buyers.restore(order.user_id.clone(), Remembered::of(&order));
+    buyers.restore(order.user_id.clone(), Remembered::of(&order), false);
     let pending = Arc::new(PendingOrder::recovered(order, 1));
     line.ledger.pending.insert(&pending);
     line.queue.push(Arc::clone(&pending)).unwrap();

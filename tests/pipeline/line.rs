@@ -171,8 +171,8 @@ impl Line {
             assert_eq!(letters.contains(&id), letter, "order {id} is {state:?}");
             expected += i64::from(row);
             // The buyer's record: kept with the key, or forgotten.
-            let kept = self.ledger.buyers.orders_of(&pending.order.user_id);
-            let kept = kept.iter().find(|known| known.order_id == pending.order.id);
+            let buyers = &self.ledger.buyers;
+            let kept = buyers.find(&pending.order.user_id, pending.order.id);
             assert_eq!(kept.map(|known| known.live), (row || letter).then_some(row));
         }
         assert_eq!(

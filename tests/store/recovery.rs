@@ -1,13 +1,14 @@
 //! What a start reads back: SKUs, keys, limits.
 
 use std::collections::HashMap;
+use std::time::{Duration, Instant};
 
 use millrace::order::{Currency, Order, OrderId, OrderStatus, SkuId, UnixMillis, UserId};
-use millrace::state::buyers::{Buyers, Claimed, Remembered};
+use millrace::state::buyers::{Buyers, Claimed, Eviction, LiveOrder, NothingSticky, Remembered};
 use millrace::state::stock::{SaleTerms, Sku};
 use millrace::store::StoreError;
 
-use crate::support::sale::{Sale, order, orders, refs};
+use crate::support::sale::{Sale, count, order, orders, refs};
 
 #[tokio::test]
 async fn skus_come_back_with_their_terms_and_counters() {
@@ -77,14 +78,18 @@ async fn a_sku_row_that_contradicts_itself_is_named() {
 
 async fn load(sale: &Sale, floor: OrderId) -> HashMap<OrderId, (UserId, Remembered)> {
     let mut loaded = HashMap::new();
-    let count = sale
+    let read = sale
         .database
-        .load_window(floor, |user, order, _| {
-            assert!(loaded.insert(order.order_id, (user, order)).is_none());
-        })
+        .load_window(
+            floor,
+            |user, order, _| {
+                assert!(loaded.insert(order.order_id, (user, order)).is_none());
+            },
+            |_| {},
+        )
         .await
         .unwrap();
-    assert_eq!(count, loaded.len() as u64);
+    assert_eq!(read, loaded.len() as u64);
     loaded
 }
 
@@ -143,14 +148,14 @@ async fn keys_and_limits_come_back_exactly_from_the_floor_on() {
     // What a retry under an old key then gets.
     let buyers = Buyers::new(100, 100);
     for (user, order) in everything.into_values() {
-        buyers.restore(user, order);
+        buyers.restore(user, order, false);
     }
     let again = |order: &Order| {
         let fresh = Remembered {
             order_id: OrderId::new(i64::MAX as u64).unwrap(),
             ..remembered(order, true).1
         };
-        match buyers.claim(&order.user_id, fresh, None, Ok(())) {
+        match buyers.claim(&order.user_id, fresh, None, Ok(()), &NothingSticky) {
             Ok(Claimed::Duplicate(id)) => Some(id),
             _ => None,
         }
@@ -158,4 +163,190 @@ async fn keys_and_limits_come_back_exactly_from_the_floor_on() {
     assert_eq!(again(&dead), Some(dead.id), "a dead letter keeps its key");
     assert_eq!(again(&stored[1].0), Some(stored[1].0.id));
     assert_eq!(again(&stored[0].0), None, "it came without a key");
+}
+
+/// So many rows of a SKU, each of a buyer and under a key of its own, one a millisecond from
+/// `number << 22` on.
+async fn fill(sale: &Sale, sku: &Sku, rows: u64) {
+    let number = sku.number.0;
+    sale.sql(&format!(
+        "INSERT INTO orders (order_id, user_id, sku, quantity, adjustment, amount, currency, status, created_at, expires_at,
+                             key_hash, payload_hash)
+         SELECT n << 22, 'buyer-' || n, {number}, 1, 0, 100, 'EUR', CASE n % 4 WHEN 0 THEN 3 ELSE 2 END, now(), now(),
+                md5(n::text)::uuid, n
+           FROM generate_series(1, {rows}::bigint) n"
+    ))
+    .await;
+}
+
+/// `MILLRACE_WINDOW=10000000 cargo test --release --test store window_is_read -- --nocapture` says what
+/// the window of a day of 115 orders a second takes.
+#[tokio::test]
+async fn a_long_window_is_read_in_parts_with_progress() {
+    let rows = count("MILLRACE_WINDOW", 30_000);
+    let sale = Sale::open(1).await;
+    let sku = sale.sku_with("A", 100, Some(9)).await;
+    fill(&sale, &sku, rows).await;
+    let (buyers, started) = (Buyers::new(usize::MAX, 65_536), Instant::now());
+    let before = resident_bytes();
+    let mut parts = Vec::new();
+    let read = sale
+        .database
+        .load_window(
+            OrderId::MIN,
+            |user, order, _| buyers.restore(user, order, true),
+            |progress| {
+                println!("{progress}");
+                parts.push(progress.rows);
+            },
+        )
+        .await
+        .unwrap();
+    let (took, grown) = (started.elapsed(), resident_bytes().saturating_sub(before));
+    assert_eq!((read, buyers.len() as u64), (rows, rows));
+    assert!(parts.is_sorted() && parts.len() as u64 <= took.as_secs());
+    println!(
+        "{rows} orders in {:.1} s ({:.0} a second), {:.2} GB: {} bytes an order",
+        took.as_secs_f64(),
+        rows as f64 / took.as_secs_f64(),
+        grown as f64 / 1e9,
+        grown / rows
+    );
+    let started = Instant::now();
+    assert_eq!(buyers.evict(Eviction::before(OrderId::MIN), |_| true), 0);
+    println!(
+        "a walk in which nothing goes: {} ms",
+        started.elapsed().as_millis()
+    );
+    let started = Instant::now();
+    let gone = buyers.evict(Eviction::before(OrderId::MAX), |_| true) as u64;
+    println!(
+        "one in which all leave the window: {} ms",
+        started.elapsed().as_millis()
+    );
+    assert_eq!(gone, rows / 4, "what is cancelled");
+    drop(buyers);
+
+    // The same rows where they are older than the window.
+    sale.sql("UPDATE sku SET created_at = NULL").await;
+    let (buyers, started, before) = (
+        Buyers::new(usize::MAX, 65_536),
+        Instant::now(),
+        resident_bytes(),
+    );
+    sale.database
+        .load_live_orders(
+            &[sku.number],
+            OrderId::MAX,
+            |user, order| buyers.restore_live(user, order),
+            |progress| println!("{progress}"),
+        )
+        .await
+        .unwrap();
+    let grown = resident_bytes().saturating_sub(before);
+    assert_eq!(buyers.len() as u64, rows - rows / 4);
+    println!(
+        "{} older orders that a limit counts in {:.1} s: {} bytes each",
+        buyers.len(),
+        started.elapsed().as_secs_f64(),
+        grown / buyers.len() as u64
+    );
+}
+
+fn resident_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+    kib.unwrap_or(0) * 1_024
+}
+
+#[tokio::test]
+async fn a_slow_database_is_read_in_smaller_parts_until_all_is_read() {
+    const ROWS: u64 = 3_000;
+    let sale = Sale::open(1).await;
+    let sku = sale.sku_with("A", 100, Some(9)).await;
+    fill(&sale, &sku, ROWS).await;
+    // Each row takes half a millisecond, so that all of them take longer than a step may.
+    sale.sql(
+        "UPDATE sku SET created_at = NULL;
+         ALTER TABLE orders RENAME TO real_orders;
+         CREATE VIEW orders AS SELECT * FROM real_orders WHERE pg_sleep(0.0005) IS NOT NULL;",
+    )
+    .await;
+    let name: String = sale
+        .admin()
+        .query_one("SELECT quote_ident(current_database())", &[])
+        .await
+        .unwrap()
+        .get(0);
+    sale.sql(&format!(
+        "ALTER DATABASE {name} SET enable_sort = off; ALTER DATABASE {name} SET enable_seqscan = off;"
+    ))
+    .await;
+    let impatient = sale.with_step(Duration::from_secs(1));
+    let mut read = 0;
+    let count = impatient
+        .load_window(OrderId::MIN, |_, _, _| read += 1, |_| {})
+        .await
+        .unwrap();
+    assert_eq!((count, read), (ROWS, ROWS));
+    let mut live = 0;
+    impatient
+        .load_live_orders(&[sku.number], OrderId::MAX, |_, _| live += 1, |_| {})
+        .await
+        .unwrap();
+    assert_eq!(live, ROWS - ROWS / 4);
+}
+
+#[tokio::test]
+async fn live_orders_of_a_sku_are_read_below_an_id_and_from_its_making_on() {
+    let sale = Sale::open(1).await;
+    let (a, b) = (sale.sku("A", 100).await, sale.sku("B", 100).await);
+    let mut writer = sale.writer(0);
+    let of_both: Vec<Order> = (0..8).flat_map(|_| [order(&a, 2), order(&b, 1)]).collect();
+    writer.write(&refs(&of_both)).await.unwrap();
+    for (at, status) in OrderStatus::ALL.into_iter().enumerate() {
+        if let Some(code) = status.code() {
+            let id = of_both[at].id;
+            sale.sql(&format!(
+                "UPDATE orders SET status = {code} WHERE order_id = {id}"
+            ))
+            .await;
+        }
+    }
+    let read = async |below| {
+        let mut read = Vec::new();
+        sale.database
+            .load_live_orders(
+                &[a.number],
+                below,
+                |user, order| read.push((user, order)),
+                |_| {},
+            )
+            .await
+            .unwrap();
+        read
+    };
+    assert_eq!(
+        read(OrderId::MAX).await,
+        [],
+        "the SKU is newer than any of them"
+    );
+    sale.sql("UPDATE sku SET created_at = NULL").await;
+    let below = of_both[14].id;
+    let mut expected: Vec<_> = of_both[..14]
+        .iter()
+        .enumerate()
+        .filter(|(at, order)| {
+            order.sku == a.number
+                && OrderStatus::ALL
+                    .get(*at)
+                    .is_none_or(|status| status.code().is_none() || status.is_live())
+        })
+        .map(|(_, order)| (order.user_id.clone(), LiveOrder::of(&Remembered::of(order))))
+        .collect();
+    expected.sort_by_key(|(_, order)| order.order_id);
+    let mut found = read(below).await;
+    found.sort_by_key(|(_, order)| order.order_id);
+    assert_eq!(found, expected);
 }

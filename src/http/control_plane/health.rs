@@ -9,6 +9,7 @@ use super::{ControlPlane, Parts};
 use crate::logging;
 use crate::pipeline::deadlines::look_at_progress;
 use crate::pipeline::health::STALE;
+use crate::pipeline::ledger::Ledger;
 
 /// One named check of readiness.
 #[derive(Debug, Serialize)]
@@ -40,9 +41,11 @@ pub(super) async fn readyz(State(plane): State<ControlPlane>) -> Response {
         Some(parts) => checks(parts),
     };
     let look = parts.and_then(|parts| parts.health.last());
+    let memory = parts.and_then(|parts| memory(&parts.ledger));
     let warnings: Vec<Warning> = look
         .iter()
         .flat_map(|look| &look.warnings)
+        .chain(&memory)
         .map(|(name, detail)| Warning { name, detail })
         .collect();
     let ready = checks.iter().all(|check| check.ok);
@@ -58,6 +61,20 @@ pub(super) async fn readyz(State(plane): State<ControlPlane>) -> Response {
         "database_seen_ms_ago": look.as_ref().map(|look| look.at.elapsed().as_millis() as u64),
     });
     (status, axum::Json(body)).into_response()
+}
+
+/// From which share of `orders.remembered_max` on a warning is due.
+const REMEMBERED_WARN: f64 = 0.7;
+
+/// Whether `orders.remembered_max` is going to refuse orders.
+fn memory(ledger: &Ledger) -> Option<(&'static str, String)> {
+    let used = ledger.buyers.used();
+    let detail = format!(
+        "{:.0} % of orders.remembered_max are in use; at 100 % every new order is refused. Raise it, shorten \
+         orders.idempotency_window_ms, or take the limit off SKUs that are no longer sold",
+        used * 100.0
+    );
+    (used >= REMEMBERED_WARN).then_some(("remembered_orders", detail))
 }
 
 /// Every check of readiness, from memory alone: whoever asks costs nobody anything.

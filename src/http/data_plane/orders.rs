@@ -195,16 +195,8 @@ impl DataPlane {
                 .ok_or_else(|| Problem::new(400, "invalid_field", "before: must be an order id"))?,
         };
         let limit = usize::try_from(limit).unwrap_or(usize::MAX);
-        let mut ids: Vec<OrderId> = self
-            .ledger
-            .buyers
-            .orders_of(&user_id)
-            .iter()
-            .map(|known| known.order_id)
-            .collect();
-        ids.retain(|id| *id < before);
-        ids.sort_unstable_by(|a, b| b.cmp(a));
-        ids.truncate(limit);
+        let known = self.ledger.buyers.page(&user_id, before, limit);
+        let ids: Vec<OrderId> = known.iter().map(|known| known.order_id).collect();
         let in_flight: HashMap<OrderId, _> = ids
             .iter()
             .filter_map(|id| Some((*id, self.ledger.pending.get(*id)?)))

@@ -34,6 +34,21 @@ pub struct SaleTerms {
     pub closes_at: Option<UnixMillis>,
 }
 
+impl SaleTerms {
+    /// Whether the units of live orders have to be known at `now`, for the limit's sake. A sale that
+    /// has been over for a day needs them no more, and a clock that is set back by less than that
+    /// opens none without them.
+    pub fn need_units(&self, now: UnixMillis) -> bool {
+        let is_over = self
+            .closes_at
+            .is_some_and(|closes_at| closes_at.plus_ms(OVER_MS) <= now);
+        self.per_user_limit.is_some() && !is_over
+    }
+}
+
+/// How long after its end a sale's limit is still kept up, in milliseconds: a day.
+const OVER_MS: u64 = 86_400_000;
+
 /// Whether a SKU sells right now; the `state` of API.md.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SaleState {

@@ -7,7 +7,7 @@
 //! * [`clock`]: the server's clock;
 //! * [`lease`]: who may write, and which order ids are ours to give out;
 //! * [`journal`]: what the database knows of the journal;
-//! * [`recovery`]: what start-up reads back into memory;
+//! * [`recovery`] and [`window`]: what start-up reads back into memory, SKUs and orders;
 //! * [`orders`]: look-ups of orders; [`transitions`]: what changes them afterwards;
 //! * [`payments`]: payments as they stand, and those that look for their order;
 //! * [`dead_letters`]: orders that the database refused, and what a person does about them;
@@ -32,6 +32,7 @@ pub mod skus;
 mod tls;
 pub mod transitions;
 mod url;
+pub mod window;
 
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;

@@ -1,13 +1,7 @@
-//! What start-up reads back into memory.
-
-use futures_util::{StreamExt, pin_mut};
+//! What start-up reads back into memory: SKUs. Orders are read by `window`.
 
 use super::Database;
-use crate::order::{
-    Currency, KeyHash, OrderId, OrderStatus, PayloadHash, Quantity, SkuId, SkuNumber, UnixMillis,
-    UserId,
-};
-use crate::state::buyers::Remembered;
+use crate::order::{Currency, SkuId, SkuNumber, UnixMillis};
 use crate::state::stock::{SaleTerms, Sku, StockCounter};
 use crate::store::StoreError;
 
@@ -64,73 +58,5 @@ impl Database {
             .await
             .map_err(StoreError::statement("reading the SKUs"))?;
         rows.iter().map(sku_from_row).collect()
-    }
-
-    /// Hands every order from `floor` on, dead letters and parked ones included, to `remember`, so that keys and
-    /// limits hold over a restart; with the moment until which it is to be paid, where it is.
-    /// Returns how many there were.
-    ///
-    /// # Errors
-    /// Where a row cannot be one of ours, and what the database says.
-    pub async fn load_window(
-        &self,
-        floor: OrderId,
-        mut remember: impl FnMut(UserId, Remembered, Option<UnixMillis>),
-    ) -> Result<u64, StoreError> {
-        let client = self.pooled().await?;
-        let live = OrderStatus::ALL
-            .into_iter()
-            .filter(|status| status.is_live())
-            .filter_map(OrderStatus::code)
-            .collect::<Vec<i16>>();
-        let rows = client
-            .query_raw(
-                "SELECT order_id, user_id, sku, quantity, decode(replace(key_hash::text, '-', ''), 'hex'), payload_hash,
-                        status = ANY ($2::int2[]),
-                        CASE WHEN status = 1 THEN (extract(epoch FROM expires_at) * 1000)::int8 END
-                   FROM orders WHERE order_id >= $1
-                 UNION ALL
-                 SELECT order_id, user_id, sku, quantity, decode(replace(key_hash::text, '-', ''), 'hex'), payload_hash,
-                        false, NULL
-                   FROM dead_letters WHERE order_id >= $1
-                 UNION ALL
-                 SELECT order_id, user_id, sku, quantity, decode(replace(key_hash::text, '-', ''), 'hex'), payload_hash,
-                        true, NULL
-                   FROM parked_orders",
-                [&floor.as_i64() as &(dyn tokio_postgres::types::ToSql + Sync), &live],
-            )
-            .await
-            .map_err(StoreError::statement("reading the idempotency window"))?;
-        pin_mut!(rows);
-        let mut count = 0;
-        while let Some(row) = rows.next().await {
-            let row = row.map_err(StoreError::statement("reading the idempotency window"))?;
-            let raw: i64 = row.get(0);
-            let order_id = OrderId::from_i64(raw).ok_or_else(|| data(format!("order id {raw}")))?;
-            let user_id =
-                UserId::new(row.get(1)).map_err(|e| data(format!("order {raw}: user_id {e}")))?;
-            let quantity = u32::try_from(row.get::<_, i32>(3))
-                .ok()
-                .and_then(Quantity::new)
-                .ok_or_else(|| data(format!("order {raw}: quantity")))?;
-            let key = row
-                .get::<_, Option<&[u8]>>(4)
-                .and_then(|bytes| bytes.try_into().ok())
-                .map(KeyHash);
-            remember(
-                user_id,
-                Remembered {
-                    order_id,
-                    key,
-                    payload: PayloadHash(row.get::<_, i64>(5) as u64),
-                    sku: SkuNumber(row.get(2)),
-                    quantity,
-                    live: row.get(6),
-                },
-                row.get::<_, Option<i64>>(7).map(UnixMillis),
-            );
-            count += 1;
-        }
-        Ok(count)
     }
 }

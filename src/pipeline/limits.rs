@@ -1,0 +1,48 @@
+//! A purchase limit counts every live order, also those that memory has let go of: they are read
+//! from the database before a limit comes in force.
+
+use super::ledger::Ledger;
+use crate::order::{OrderId, SkuId};
+use crate::state::buyers::Counting;
+use crate::state::stock::SaleTerms;
+use crate::store::StoreError;
+use crate::store::postgres::Database;
+
+/// Sees to it that memory has the live orders of a SKU, where `terms` need them. They stay as long
+/// as the guard does, and then as long as the terms in force need them.
+///
+/// # Errors
+/// What the database says. Nothing has changed then.
+pub(super) async fn count<'a>(
+    ledger: &'a Ledger,
+    database: &Database,
+    id: &SkuId,
+    terms: &SaleTerms,
+) -> Result<Option<Counting<'a>>, StoreError> {
+    // A SKU that is yet to be made has no orders.
+    let sku = ledger.catalogue.get(id);
+    let needed = sku.filter(|_| terms.need_units(ledger.ids.real_now()));
+    let Some(sku) = needed else { return Ok(None) };
+    let counting = ledger.buyers.counting(sku.number);
+    if !counting.is_complete() {
+        let skus = [sku.number];
+        let (mut orders, started) = (0_u64, std::time::Instant::now());
+        database
+            .load_live_orders(
+                &skus,
+                OrderId::MAX,
+                |user_id, order| {
+                    orders += 1;
+                    counting.add(user_id, order);
+                },
+                |progress| {
+                    tracing::info!(sku_id = %id, "reading the orders of a SKU that gets a limit: {progress}");
+                },
+            )
+            .await?;
+        counting.complete();
+        let ms = started.elapsed().as_millis() as u64;
+        tracing::info!(sku_id = %id, orders, ms, "read the orders of a SKU that gets a limit");
+    }
+    Ok(Some(counting))
+}

@@ -1,0 +1,1050 @@
+//! What is remembered of each buyer: keys, recent orders, units toward purchase limits.
+//!
+//! One record a `user_id`, so that one look-up under one shard's lock answers idempotency (I4),
+//! the purchase limit and the list of a buyer's orders. Refusals leave nothing behind. Lifetimes
+//! differ:
+//!
+//! | remembered | until |
+//! |---|---|
+//! | a key, its order and what it asked for | the order leaves the idempotency window |
+//! | an order without a key | the same, or earlier where memory is nearly full and its units are back, or are sold without a limit |
+//! | units of a live order of a SKU with a limit | the order ends, or the limit does |
+//!
+//! An order that leaves the window while its units count stays as id, SKU and quantity. The id
+//! makes giving back exactly-once, also after an answer that was lost.
+//!
+//! A SKU without a limit keeps nothing beyond the window. Memory then lacks some of its orders, and
+//! says so: a limit that is set later comes in force after they have been read ([`Counting`]).
+//!
+//! One key never has both an order and a refusal that stays ([`Sticky`]): an order is entered under
+//! the same lock under which no refusal was found, and a refusal is written before a second look
+//! finds no order.
+
+mod record;
+
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use dashmap::DashMap;
+use dashmap::mapref::entry::Entry as Place;
+use parking_lot::RwLock;
+
+use self::record::{Entry, Record, Rule, Tally};
+use crate::order::{KeyHash, Order, OrderId, PayloadHash, Quantity, Refusal, SkuNumber, UserId};
+
+/// One order as a buyer's record remembers it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Remembered {
+    /// The order.
+    pub order_id: OrderId,
+    /// The hash of its key, where it came with one.
+    pub key: Option<KeyHash>,
+    /// The hash of what it asked for; 0 for an order that has left the window.
+    pub payload: PayloadHash,
+    /// What was bought.
+    pub sku: SkuNumber,
+    /// How many units.
+    pub quantity: Quantity,
+    /// Whether its units count toward the purchase limit.
+    pub live: bool,
+}
+
+impl Remembered {
+    /// What is remembered of an order that holds its units.
+    pub fn of(order: &Order) -> Self {
+        Remembered {
+            order_id: order.id,
+            key: order.key,
+            payload: order.payload,
+            sku: order.sku,
+            quantity: order.quantity,
+            live: true,
+        }
+    }
+}
+
+/// A live order, as far as a purchase limit needs it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LiveOrder {
+    /// The order.
+    pub order_id: OrderId,
+    /// Its SKU.
+    pub sku: SkuNumber,
+    /// Its units.
+    pub quantity: Quantity,
+}
+
+impl LiveOrder {
+    /// The same of an order that is remembered.
+    pub fn of(order: &Remembered) -> Self {
+        LiveOrder {
+            order_id: order.order_id,
+            sku: order.sku,
+            quantity: order.quantity,
+        }
+    }
+}
+
+/// What the claim of a buyer's record comes to.
+#[derive(Debug)]
+pub enum Claimed<'a> {
+    /// A new order. Dropping the guard forgets it again.
+    Fresh(BuyerClaim<'a>),
+    /// The same key came with the same body before; this is its order.
+    Duplicate(OrderId),
+}
+
+/// Refusals that stay under one key of a buyer. [`Buyers`] calls it under the lock of the buyer's
+/// record, so it must not block.
+pub trait Sticky {
+    /// The judgment that stands under the key: an earlier refusal, else `judgment`, which stays
+    /// from now on where it is a sticky refusal.
+    ///
+    /// # Errors
+    /// That refusal.
+    fn judgment(&self, judgment: Result<(), Refusal>) -> Result<(), Refusal>;
+
+    /// Takes the refusal under the key back.
+    fn withdraw(&self);
+}
+
+/// No refusal stays, as for an order that Millrace itself enters.
+#[derive(Clone, Copy, Debug)]
+pub struct NothingSticky;
+
+impl Sticky for NothingSticky {
+    fn judgment(&self, judgment: Result<(), Refusal>) -> Result<(), Refusal> {
+        judgment
+    }
+
+    fn withdraw(&self) {}
+}
+
+/// What an eviction may let go.
+#[derive(Clone, Copy, Debug)]
+pub struct Eviction {
+    /// The least id of the window.
+    pub floor: OrderId,
+    /// Orders that neither a retry nor a limit needs go below this id already.
+    pub early: OrderId,
+    /// Live ones of them go below this id only: from here on an order may be unpaid yet, and a
+    /// failover that loses its row is mended by what is remembered of it.
+    pub payable: OrderId,
+}
+
+impl Eviction {
+    /// Of what has left the window, and nothing else.
+    pub fn before(floor: OrderId) -> Self {
+        Eviction {
+            floor,
+            early: floor,
+            payable: floor,
+        }
+    }
+}
+
+/// Every buyer's record.
+#[derive(Debug)]
+pub struct Buyers {
+    records: DashMap<UserId, Record, foldhash::quality::RandomState>,
+    remembered: AtomicUsize,
+    remembered_max: usize,
+    /// Those of `remembered` that neither a retry nor a limit needs.
+    dispensable: AtomicUsize,
+    /// The highest [`Eviction::early`] so far; 0 for none.
+    let_go_below: AtomicU64,
+    /// Taken under a shard's lock, never the other way round.
+    counted: RwLock<Counted>,
+}
+
+/// Of which SKUs memory knows every live order.
+#[derive(Debug, Default)]
+struct Counted {
+    /// Not of these: orders that left the window, or went early, were let go.
+    incomplete: HashSet<SkuNumber>,
+    /// The SKU whose orders are being read, and the orders that have ended meanwhile: they may be
+    /// read as live.
+    counting: Option<(SkuNumber, HashSet<OrderId>)>,
+}
+
+impl Counted {
+    fn is_counting(&self, sku: SkuNumber) -> bool {
+        self.counting
+            .as_ref()
+            .is_some_and(|counting| counting.0 == sku)
+    }
+}
+
+/// Parts of the map, each behind a lock of its own. Many, because one that grows, or is searched
+/// for what is too old, keeps its buyers waiting: with ten million of them about a millisecond.
+const SHARDS: usize = 1_024;
+
+/// Parts of the window that are told apart when some of it has to go early.
+const PARTS: usize = 256;
+
+impl Buyers {
+    /// Room for `remembered_max` orders, of which `expected` buyers are sized for at once, so
+    /// that the map does not resize under load. Orders that may be let go early come on top of
+    /// `remembered_max` until they are, at most as many again.
+    pub fn new(remembered_max: usize, expected: usize) -> Self {
+        Buyers {
+            records: DashMap::with_capacity_and_hasher_and_shard_amount(
+                expected,
+                foldhash::quality::RandomState::default(),
+                SHARDS,
+            ),
+            remembered: AtomicUsize::new(0),
+            remembered_max,
+            dispensable: AtomicUsize::new(0),
+            let_go_below: AtomicU64::new(0),
+            counted: RwLock::default(),
+        }
+    }
+
+    /// Enters a new order into its buyer's record, or finds the order that is already there under
+    /// its key. `gate` is the refusal that applies to a fresh order only: a duplicate is answered
+    /// even when the sale is over. `sticky` has the last word.
+    ///
+    /// # Errors
+    /// The judgment of `sticky` on, in order of precedence: [`Refusal::IdempotencyKeyReused`], `gate`,
+    /// [`Refusal::PurchaseLimit`]; or [`Refusal::MemoryFull`] where the memory is full.
+    pub fn claim<'a>(
+        &'a self,
+        user_id: &'a UserId,
+        order: Remembered,
+        limit: Option<u32>,
+        gate: Result<(), Refusal>,
+        sticky: &impl Sticky,
+    ) -> Result<Claimed<'a>, Refusal> {
+        let record = self.records.entry(user_id.clone());
+        let known = match &record {
+            Place::Occupied(occupied) => Some(occupied.get()),
+            Place::Vacant(_) => None,
+        };
+        match judge(known, &order, limit, gate) {
+            Ok(Some(earlier)) => return Ok(Claimed::Duplicate(earlier)),
+            Ok(None) => sticky.judgment(Ok(()))?,
+            Err(refusal) => {
+                return Err(sticky.judgment(Err(refusal)).err().unwrap_or(refusal));
+            }
+        }
+        let entry = Entry::new(order, limit.is_some());
+        let mut tally = Tally::default();
+        tally.enter(&entry);
+        if self.remembered.fetch_add(1, Ordering::Relaxed) >= self.remembered_max
+            && !self.has_room_beyond()
+        {
+            self.remembered.fetch_sub(1, Ordering::Relaxed);
+            return Err(Refusal::MemoryFull);
+        }
+        tally.remembered = 0;
+        self.count(tally);
+        match record {
+            Place::Occupied(mut occupied) => occupied.get_mut().insert(entry),
+            Place::Vacant(vacant) => vacant.insert(Record::default()).insert(entry),
+        }
+        Ok(Claimed::Fresh(BuyerClaim {
+            buyers: self,
+            user_id,
+            order_id: order.order_id,
+            kept: false,
+        }))
+    }
+
+    /// Whether what may be let go makes up for what is too much.
+    #[cold]
+    fn has_room_beyond(&self) -> bool {
+        let dispensable = self.dispensable.load(Ordering::Relaxed);
+        let room = dispensable.min(self.remembered_max);
+        // The one that asks is counted already.
+        self.len() <= self.remembered_max.saturating_add(room)
+    }
+
+    /// What [`Buyers::claim`] would say now, without entering anything: an order that cannot be
+    /// placed anyway, as after the stock is gone, costs a look and no write. `otherwise` is what
+    /// a fresh order is refused with that nothing else refuses.
+    ///
+    /// # Errors
+    /// As [`Buyers::claim`], but for the memory being full; else the judgment of `sticky` on
+    /// `otherwise`.
+    pub fn look(
+        &self,
+        user_id: &UserId,
+        order: &Remembered,
+        limit: Option<u32>,
+        gate: Result<(), Refusal>,
+        otherwise: Refusal,
+        sticky: &impl Sticky,
+    ) -> Result<OrderId, Refusal> {
+        let judged = judge(self.records.get(user_id).as_deref(), order, limit, gate);
+        let refusal = match judged {
+            Ok(Some(earlier)) => return Ok(earlier),
+            Ok(None) => otherwise,
+            Err(refusal) => refusal,
+        };
+        let refusal = sticky.judgment(Err(refusal)).err().unwrap_or(refusal);
+        if order.key.is_none() || !refusal.is_sticky() {
+            return Err(refusal);
+        }
+        // Another request under the key may have looked for a refusal before this one was written.
+        // Then its order is here, and it stays here as long as the record is locked. Who enters an
+        // order after this look finds the refusal: locks order both, so that neither is missed.
+        let record = self.records.get(user_id);
+        match judge_key(record.as_deref(), order) {
+            Ok(None) => Err(refusal),
+            Ok(Some(earlier)) => {
+                sticky.withdraw();
+                Ok(earlier)
+            }
+            Err(reused) => {
+                sticky.withdraw();
+                Err(reused)
+            }
+        }
+    }
+
+    /// The order under a key, where there is one.
+    ///
+    /// # Errors
+    /// [`Refusal::IdempotencyKeyReused`] where it came with another body.
+    pub fn under_key(
+        &self,
+        user_id: &UserId,
+        order: &Remembered,
+    ) -> Result<Option<OrderId>, Refusal> {
+        judge_key(self.records.get(user_id).as_deref(), order)
+    }
+
+    /// Enters an order that is known to stand, at start; `limited`: its SKU has a limit.
+    pub fn restore(&self, user_id: UserId, order: Remembered, limited: bool) {
+        let entry = Entry::new(order, limited);
+        let mut tally = Tally::default();
+        tally.enter(&entry);
+        self.records.entry(user_id).or_default().insert(entry);
+        self.count(tally);
+    }
+
+    /// Enters a live order that has left the window, at start, unless it is there.
+    pub fn restore_live(&self, user_id: UserId, order: LiveOrder) {
+        if self.records.entry(user_id).or_default().insert_live(order) {
+            self.remembered.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Notes at start that the orders of these SKUs that have left the window were not read.
+    pub fn note_incomplete(&self, skus: impl IntoIterator<Item = SkuNumber>) {
+        self.counted.write().incomplete.extend(skus);
+    }
+
+    /// Keeps the live orders of a SKU from now on, beyond the window too, until the guard is
+    /// dropped: by then its limit has to be in force. One SKU at a time.
+    pub fn counting(&self, sku: SkuNumber) -> Counting<'_> {
+        self.counted.write().counting = Some((sku, HashSet::new()));
+        Counting { buyers: self, sku }
+    }
+
+    /// Forgets an order that was never written: its key may be used afresh.
+    pub fn forget(&self, user_id: &UserId, order_id: OrderId) {
+        self.with_record(user_id, order_id, |record| ((), record.remove(order_id)));
+    }
+
+    /// Frees an order's units from the purchase limit and keeps its key. True: it was live until
+    /// now; `None`: it is not remembered. One that had left the window is forgotten with it.
+    pub fn no_longer_live(&self, user_id: &UserId, order_id: OrderId) -> Option<bool> {
+        self.with_record(user_id, order_id, |record| record.set_live(order_id, false))
+            .flatten()
+    }
+
+    /// Counts an order's units toward the purchase limit again. True: it was not live until now;
+    /// `None`: it is not remembered, and `is_limited` says that its SKU needs it not.
+    pub fn live_again(
+        &self,
+        user_id: &UserId,
+        order: LiveOrder,
+        is_limited: impl Fn(SkuNumber) -> bool,
+    ) -> Option<bool> {
+        let mut record = self.records.entry(user_id.clone()).or_default();
+        if let Some((_, ended)) = &mut self.counted.write().counting {
+            ended.remove(&order.order_id);
+        }
+        let (turned, tally) = record.set_live(order.order_id, true);
+        self.count(tally);
+        if turned.is_none() && self.keeps(order.sku, &is_limited) {
+            record.insert_live(order);
+            self.remembered.fetch_add(1, Ordering::Relaxed);
+            return Some(true);
+        }
+        turned
+    }
+
+    /// Changes a buyer's record, if there is one, in which an order ends.
+    fn with_record<R>(
+        &self,
+        user_id: &UserId,
+        order_id: OrderId,
+        change: impl FnOnce(&mut Record) -> (R, Tally),
+    ) -> Option<R> {
+        // Locks the place of the record also where there is none.
+        let place = self.records.entry(user_id.clone());
+        let is_counting = self.counted.read().counting.is_some();
+        if is_counting && let Some((_, ended)) = &mut self.counted.write().counting {
+            ended.insert(order_id);
+        }
+        let Place::Occupied(mut occupied) = place else {
+            return None;
+        };
+        let (result, tally) = change(occupied.get_mut());
+        self.count(tally);
+        if occupied.get().is_empty() {
+            occupied.remove();
+        }
+        Some(result)
+    }
+
+    fn count(&self, tally: Tally) {
+        let add = |count: &AtomicUsize, change: isize| {
+            if change != 0 {
+                // Wraps around to what a subtraction would leave.
+                count.fetch_add(change as usize, Ordering::Relaxed);
+            }
+        };
+        add(&self.remembered, tally.remembered);
+        add(&self.dispensable, tally.dispensable);
+    }
+
+    /// Whether the live orders of a SKU are kept beyond the window. Where they are not it is noted
+    /// that memory lacks some.
+    fn keeps(&self, sku: SkuNumber, is_limited: &dyn Fn(SkuNumber) -> bool) -> bool {
+        if is_limited(sku) {
+            return true;
+        }
+        let counted = self.counted.read();
+        if counted.is_counting(sku) {
+            return true;
+        }
+        if counted.incomplete.contains(&sku) {
+            return false;
+        }
+        drop(counted);
+        // Its limit may have come in force meanwhile, by somebody who found that nothing is lacking.
+        let mut counted = self.counted.write();
+        let keeps = counted.is_counting(sku) || is_limited(sku);
+        if !keeps {
+            counted.incomplete.insert(sku);
+        }
+        keeps
+    }
+
+    /// Lets go of everything that nobody needs any more; returns how many orders went.
+    /// `is_limited` says for which SKUs units of live orders stay.
+    pub fn evict(&self, eviction: Eviction, is_limited: impl Fn(SkuNumber) -> bool) -> usize {
+        let Eviction {
+            floor,
+            early,
+            payable,
+        } = eviction;
+        let keeps = |sku| self.keeps(sku, &is_limited);
+        let rule = Rule {
+            floor,
+            early: early.max(floor),
+            payable,
+            keeps: &keeps,
+        };
+        if early > floor {
+            self.let_go_below.fetch_max(early.get(), Ordering::Relaxed);
+        }
+        let (mut evicted, mut long) = (0, Vec::new());
+        let mut note = |tally: Tally| {
+            evicted += tally.remembered.unsigned_abs();
+            self.count(tally);
+        };
+        self.records.retain(|user_id, record| {
+            let (tally, next) = record.evict(OrderId::MIN, &rule);
+            note(tally);
+            long.extend(next.map(|next| (user_id.clone(), next)));
+            !record.is_empty()
+        });
+        // Long records in steps, so that nobody waits for the whole of one.
+        while let Some((user_id, from)) = long.pop() {
+            let Place::Occupied(mut occupied) = self.records.entry(user_id.clone()) else {
+                continue;
+            };
+            let (tally, next) = occupied.get_mut().evict(from, &rule);
+            note(tally);
+            if occupied.get().is_empty() {
+                occupied.remove();
+            }
+            long.extend(next.map(|next| (user_id, next)));
+        }
+        evicted
+    }
+
+    /// Whether nine tenths of what may be remembered are, and some may be let go.
+    pub fn is_tight(&self) -> bool {
+        self.len() > self.remembered_max / 10 * 9 && self.dispensable.load(Ordering::Relaxed) > 0
+    }
+
+    /// An eviction that lets as much go before it leaves the window as is too much for eight tenths
+    /// of what may be remembered, the oldest first. Ids are given out at `now`. Walks all.
+    pub fn early_eviction(&self, floor: OrderId, payable: OrderId, now: OrderId) -> Eviction {
+        let too_many = self.len().saturating_sub(self.remembered_max / 10 * 8);
+        let width = now.get().saturating_sub(floor.get()) / PARTS as u64 + 1;
+        let mut parts = [0_usize; PARTS];
+        for record in self.records.iter() {
+            record.dispensable(|id, live| {
+                if live && id >= payable {
+                    return;
+                }
+                let part = id.get().saturating_sub(floor.get()) / width;
+                parts[usize::try_from(part).map_or(PARTS - 1, |part| part.min(PARTS - 1))] += 1;
+            });
+        }
+        let mut going = 0;
+        let enough = |part: &usize| {
+            going += part;
+            going >= too_many
+        };
+        let last = parts.iter().position(enough).unwrap_or(PARTS - 1);
+        let early = floor.get().saturating_add(width * (last as u64 + 1));
+        Eviction {
+            floor,
+            early: OrderId::new(early).map_or(now, |early| early.min(now)),
+            payable,
+        }
+    }
+
+    /// Below this id orders without a key were let go before they left the window that begins at
+    /// `floor`.
+    pub fn let_go_below(&self, floor: OrderId) -> Option<OrderId> {
+        OrderId::new(self.let_go_below.load(Ordering::Relaxed)).filter(|early| *early > floor)
+    }
+
+    /// What is remembered of an order.
+    pub fn find(&self, user_id: &UserId, order_id: OrderId) -> Option<Remembered> {
+        self.records.get(user_id)?.get(order_id)
+    }
+
+    /// A buyer's orders of the window below `before`, the newest first, at most `count`.
+    pub fn page(&self, user_id: &UserId, before: OrderId, count: usize) -> Vec<Remembered> {
+        let record = self.records.get(user_id);
+        record.map_or_else(Vec::new, |record| record.page(before, count))
+    }
+
+    /// Every remembered order that is no longer live: cancelled, expired or refused. Walks all.
+    pub fn no_longer_live_ones(&self) -> Vec<OrderId> {
+        let mut ended = Vec::new();
+        for record in self.records.iter() {
+            record.ended(&mut ended);
+        }
+        ended
+    }
+
+    /// Orders remembered now.
+    pub fn len(&self) -> usize {
+        self.remembered.load(Ordering::Relaxed)
+    }
+
+    /// Whether no order is remembered.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Of what may be remembered, the share that a key or a limit needs: 0 to 1, or a little more.
+    pub fn used(&self) -> f64 {
+        let dispensable = self.dispensable.load(Ordering::Relaxed);
+        self.len().saturating_sub(dispensable) as f64 / self.remembered_max as f64
+    }
+}
+
+/// The order under an order's key, where there is one.
+fn judge_key(known: Option<&Record>, order: &Remembered) -> Result<Option<OrderId>, Refusal> {
+    match known.and_then(|known| known.under(order.key?)) {
+        Some((id, payload)) if payload.matches(order.payload) => Ok(Some(id)),
+        Some(_) => Err(Refusal::IdempotencyKeyReused),
+        None => Ok(None),
+    }
+}
+
+/// Holds `order` against what is known of its buyer: the earlier order under its key, or nothing
+/// where it is fresh and allowed.
+fn judge(
+    known: Option<&Record>,
+    order: &Remembered,
+    limit: Option<u32>,
+    gate: Result<(), Refusal>,
+) -> Result<Option<OrderId>, Refusal> {
+    if let Some(earlier) = judge_key(known, order)? {
+        return Ok(Some(earlier));
+    }
+    gate?;
+    let Some(limit) = limit else { return Ok(None) };
+    let taken = known.map_or(0, |known| known.units_of(order.sku));
+    if taken.saturating_add(order.quantity.get()) > limit {
+        return Err(Refusal::PurchaseLimit { limit, taken });
+    }
+    Ok(None)
+}
+
+/// A SKU whose limit is about to come in force: its live orders stay from now on. Those that memory
+/// lacks are added before.
+#[derive(Debug)]
+pub struct Counting<'a> {
+    buyers: &'a Buyers,
+    sku: SkuNumber,
+}
+
+impl Counting<'_> {
+    /// Whether memory has every live order of the SKU.
+    pub fn is_complete(&self) -> bool {
+        !self.buyers.counted.read().incomplete.contains(&self.sku)
+    }
+
+    /// Adds an order that was read as live, unless it is there or has ended since.
+    pub fn add(&self, user_id: UserId, order: LiveOrder) {
+        let mut record = self.buyers.records.entry(user_id).or_default();
+        let has_ended = match &self.buyers.counted.read().counting {
+            Some((_, ended)) => ended.contains(&order.order_id),
+            None => false,
+        };
+        if !has_ended && record.insert_live(order) {
+            self.buyers.remembered.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// All were added.
+    pub fn complete(&self) {
+        self.buyers.counted.write().incomplete.remove(&self.sku);
+    }
+}
+
+impl Drop for Counting<'_> {
+    fn drop(&mut self) {
+        self.buyers.counted.write().counting = None;
+    }
+}
+
+/// A fresh order in its buyer's record. Dropping it forgets the order; [`BuyerClaim::keep`] hands
+/// it over to whoever settles the order.
+#[derive(Debug)]
+#[must_use = "dropping a claim forgets the order"]
+pub struct BuyerClaim<'a> {
+    buyers: &'a Buyers,
+    user_id: &'a UserId,
+    order_id: OrderId,
+    kept: bool,
+}
+
+impl BuyerClaim<'_> {
+    /// Hands the entry over.
+    pub fn keep(mut self) {
+        self.kept = true;
+    }
+
+    /// Forgets the order, and lets `refusal` stand under its key in the same step.
+    pub fn refuse(mut self, refusal: Refusal, sticky: &impl Sticky) -> Refusal {
+        self.kept = true;
+        let id = self.order_id;
+        let refused = self.buyers.with_record(self.user_id, id, |record| {
+            let tally = record.remove(id);
+            let told = sticky.judgment(Err(refusal));
+            (told.err().unwrap_or(refusal), tally)
+        });
+        refused.unwrap_or(refusal)
+    }
+}
+
+impl Drop for BuyerClaim<'_> {
+    fn drop(&mut self) {
+        if !self.kept {
+            self.buyers.forget(self.user_id, self.order_id);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(id: u64, key: u8, payload: u64, units: u32) -> Remembered {
+        Remembered {
+            order_id: OrderId::new(id).unwrap(),
+            key: (key > 0).then_some(KeyHash([key; 16])),
+            payload: PayloadHash(payload),
+            sku: SkuNumber(1),
+            quantity: Quantity::new(units).unwrap(),
+            live: true,
+        }
+    }
+
+    fn id(id: u64) -> OrderId {
+        OrderId::new(id).unwrap()
+    }
+
+    fn user(name: &str) -> UserId {
+        UserId::new(name).unwrap()
+    }
+
+    fn taken(buyers: &Buyers, user: &UserId) -> u32 {
+        let order = entry(u64::from(u32::MAX), 0, 0, 1);
+        match buyers.claim(user, order, Some(0), Ok(()), &NothingSticky) {
+            Err(Refusal::PurchaseLimit { taken, .. }) => taken,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn keep(claimed: Result<Claimed<'_>, Refusal>) {
+        match claimed {
+            Ok(Claimed::Fresh(claim)) => claim.keep(),
+            other => panic!("not fresh: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_key_has_one_order_and_another_body_is_refused() {
+        let buyers = Buyers::new(10, 10);
+        let user = UserId::new("u").unwrap();
+        keep(buyers.claim(&user, entry(1, 7, 1, 1), None, Ok(()), &NothingSticky));
+        let paused = Err(Refusal::SalePaused);
+        assert!(matches!(
+            buyers.claim(&user, entry(2, 7, 1, 1), None, paused, &NothingSticky),
+            Ok(Claimed::Duplicate(id)) if id.get() == 1
+        ));
+        assert_eq!(
+            buyers
+                .claim(&user, entry(3, 7, 2, 1), None, paused, &NothingSticky)
+                .unwrap_err(),
+            Refusal::IdempotencyKeyReused
+        );
+        // The key is the user's own: another user's is another key.
+        keep(buyers.claim(
+            &UserId::new("v").unwrap(),
+            entry(4, 7, 2, 1),
+            None,
+            Ok(()),
+            &NothingSticky,
+        ));
+    }
+
+    #[test]
+    fn a_retry_finds_the_order_that_was_recovered_from_a_short_receipt() {
+        let buyers = Buyers::new(10, 10);
+        let user = UserId::new("u").unwrap();
+        let mut recovered = entry(1, 7, 5 << 32, 1);
+        recovered.key.as_mut().unwrap().0[8..].fill(0);
+        buyers.restore(user.clone(), recovered, false);
+        assert!(matches!(
+            buyers.claim(&user, entry(2, 7, 5 << 32 | 9, 1), None, Ok(()), &NothingSticky),
+            Ok(Claimed::Duplicate(id)) if id.get() == 1
+        ));
+        assert_eq!(
+            buyers
+                .claim(
+                    &user,
+                    entry(3, 7, 6 << 32 | 9, 1),
+                    None,
+                    Ok(()),
+                    &NothingSticky
+                )
+                .unwrap_err(),
+            Refusal::IdempotencyKeyReused
+        );
+    }
+
+    #[test]
+    fn a_dropped_claim_leaves_nothing() {
+        let buyers = Buyers::new(10, 10);
+        let user = UserId::new("u").unwrap();
+        drop(buyers.claim(&user, entry(1, 7, 1, 1), None, Ok(()), &NothingSticky));
+        assert!(buyers.is_empty());
+        assert!(buyers.records.is_empty());
+        keep(buyers.claim(&user, entry(2, 7, 9, 1), None, Ok(()), &NothingSticky));
+    }
+
+    #[test]
+    fn the_limit_counts_units_of_live_orders() {
+        let buyers = Buyers::new(10, 10);
+        let user = UserId::new("u").unwrap();
+        keep(buyers.claim(&user, entry(1, 0, 1, 2), Some(3), Ok(()), &NothingSticky));
+        assert_eq!(
+            buyers
+                .claim(&user, entry(2, 0, 1, 2), Some(3), Ok(()), &NothingSticky)
+                .unwrap_err(),
+            Refusal::PurchaseLimit { limit: 3, taken: 2 }
+        );
+        buyers.no_longer_live(&user, OrderId::new(1).unwrap());
+        keep(buyers.claim(&user, entry(2, 0, 1, 3), Some(3), Ok(()), &NothingSticky));
+    }
+
+    #[test]
+    fn a_full_memory_refuses_and_eviction_makes_room() {
+        let buyers = Buyers::new(1, 1);
+        let user = UserId::new("u").unwrap();
+        keep(buyers.claim(&user, entry(1, 1, 1, 1), None, Ok(()), &NothingSticky));
+        let other = UserId::new("v").unwrap();
+        assert_eq!(
+            buyers
+                .claim(&other, entry(2, 1, 1, 1), None, Ok(()), &NothingSticky)
+                .unwrap_err(),
+            Refusal::MemoryFull
+        );
+        assert_eq!(buyers.evict(Eviction::before(id(2)), |_| false), 1);
+        keep(buyers.claim(&other, entry(2, 1, 1, 1), None, Ok(()), &NothingSticky));
+        assert_eq!(buyers.len(), 1);
+    }
+
+    #[test]
+    fn units_of_live_orders_count_after_the_window_until_the_order_ends_once() {
+        let (buyers, user) = (Buyers::new(10, 10), user("u"));
+        keep(buyers.claim(&user, entry(1, 7, 1, 2), Some(3), Ok(()), &NothingSticky));
+        keep(buyers.claim(&user, entry(2, 8, 1, 1), Some(3), Ok(()), &NothingSticky));
+        assert_eq!(buyers.evict(Eviction::before(id(3)), |_| true), 0);
+        assert_eq!(taken(&buyers, &user), 3);
+        assert_eq!(
+            buyers.page(&user, OrderId::MAX, 10),
+            [],
+            "the window is empty"
+        );
+        let key = entry(3, 7, 9, 1);
+        assert_eq!(
+            buyers.under_key(&user, &key),
+            Ok(None),
+            "its key is free again"
+        );
+        assert_eq!(buyers.no_longer_live(&user, id(1)), Some(true));
+        assert_eq!(buyers.no_longer_live(&user, id(1)), None, "given back once");
+        assert_eq!((taken(&buyers, &user), buyers.len()), (1, 1));
+        // Its limit is taken off.
+        assert_eq!(buyers.evict(Eviction::before(id(3)), |_| false), 1);
+        assert!(buyers.records.is_empty());
+    }
+
+    #[test]
+    fn a_limit_that_is_set_later_waits_for_the_orders_that_memory_has_let_go() {
+        let (buyers, user) = (Buyers::new(10, 10), user("u"));
+        let live = |of: u64| LiveOrder::of(&entry(of, 0, 0, 1));
+        keep(buyers.claim(&user, entry(1, 7, 1, 1), None, Ok(()), &NothingSticky));
+        assert!(
+            buyers.counting(SkuNumber(1)).is_complete(),
+            "nothing was let go"
+        );
+        buyers.evict(Eviction::before(id(2)), |_| false);
+        keep(buyers.claim(&user, entry(2, 7, 1, 1), None, Ok(()), &NothingSticky));
+        let counting = buyers.counting(SkuNumber(1));
+        assert!(!counting.is_complete());
+        // What leaves the window meanwhile stays, and what ends meanwhile is not counted, also
+        // where it was read as live just before.
+        buyers.evict(Eviction::before(id(9)), |_| false);
+        assert_eq!(buyers.no_longer_live(&user, id(1)), None);
+        assert_eq!(buyers.no_longer_live(&user, id(2)), Some(true));
+        for of in [1, 2, 3, 3] {
+            counting.add(user.clone(), live(of));
+        }
+        counting.complete();
+        drop(counting);
+        buyers.evict(Eviction::before(id(9)), |_| true);
+        assert_eq!(taken(&buyers, &user), 1);
+        assert!(buyers.counting(SkuNumber(1)).is_complete());
+    }
+
+    #[test]
+    fn a_dead_letter_that_is_placed_after_the_window_counts_again() {
+        let (buyers, user) = (Buyers::new(10, 10), user("u"));
+        let order = LiveOrder::of(&entry(1, 0, 0, 2));
+        assert_eq!(buyers.live_again(&user, order, |_| true), Some(true));
+        assert_eq!(buyers.live_again(&user, order, |_| true), Some(false));
+        assert_eq!(taken(&buyers, &user), 2);
+    }
+
+    #[test]
+    fn what_can_be_let_go_is_no_reason_to_refuse_and_goes_first() {
+        let (buyers, user) = (Buyers::new(2, 2), user("u"));
+        let claim = |of, key, limit| {
+            let order = entry(of, key, 1, 1);
+            let claimed = buyers.claim(&user, order, limit, Ok(()), &NothingSticky);
+            claimed.map(|claimed| keep(Ok(claimed)))
+        };
+        claim(1, 1, None).unwrap();
+        claim(2, 0, Some(9)).unwrap();
+        assert_eq!(
+            claim(3, 0, None),
+            Err(Refusal::MemoryFull),
+            "a key and a limit"
+        );
+        assert!(!buyers.is_tight());
+        assert_eq!(buyers.no_longer_live(&user, id(2)), Some(true));
+        claim(3, 2, None).unwrap();
+        assert!(buyers.is_tight());
+        assert_eq!(
+            claim(4, 0, None),
+            Err(Refusal::MemoryFull),
+            "both have keys"
+        );
+        let eviction = buyers.early_eviction(id(1), id(9), id(9));
+        assert_eq!(buyers.evict(eviction, |_| false), 1);
+        let known = buyers.page(&user, OrderId::MAX, 9);
+        let known: Vec<u64> = known.iter().map(|known| known.order_id.get()).collect();
+        assert_eq!(known, [3, 1], "keys stay");
+        assert!(
+            buyers
+                .let_go_below(id(1))
+                .is_some_and(|below| below > id(2))
+        );
+        assert_eq!(
+            buyers.let_go_below(id(9)),
+            None,
+            "all of that has left the window"
+        );
+        assert!(buyers.used() >= 1.0);
+    }
+
+    #[test]
+    fn what_may_be_let_go_is_bounded_too_and_live_orders_stay_while_they_may_be_unpaid() {
+        let (buyers, user) = (Buyers::new(4, 4), user("u"));
+        let mut placed = 0;
+        let refused = loop {
+            let order = entry(placed + 1, 0, 1, 1);
+            match buyers.claim(&user, order, None, Ok(()), &NothingSticky) {
+                Ok(Claimed::Fresh(claim)) => claim.keep(),
+                refused => break refused.unwrap_err(),
+            }
+            placed += 1;
+        };
+        assert_eq!((placed, refused), (8, Refusal::MemoryFull));
+        let eviction = buyers.early_eviction(id(1), id(3), id(9));
+        assert_eq!(buyers.evict(eviction, |_| false), 2);
+    }
+
+    /// A record of any length answers as a short one does.
+    #[test]
+    fn a_long_record_answers_as_many_short_ones() {
+        const ORDERS: u64 = 3_000;
+        let key = |of: u64| {
+            let mut key = [0; 16];
+            key[..8].copy_from_slice(&(of / 2).to_be_bytes());
+            key[15] = (of % 2) as u8 + 1;
+            KeyHash(key)
+        };
+        let order = |of: u64| Remembered {
+            key: (of % 5 != 0).then(|| key(of)),
+            sku: SkuNumber((of % 3) as i32),
+            ..entry(of, 0, of, of as u32 % 7 + 1)
+        };
+        let (long, short) = (Buyers::new(1 << 20, 1), Buyers::new(1 << 20, 1));
+        let one = user("one");
+        let each = |of: u64| user(&format!("u-{of}"));
+        for of in 1..=ORDERS {
+            let claimed = long.claim(&one, order(of), Some(u32::MAX), Ok(()), &NothingSticky);
+            keep(claimed);
+            short.restore(each(of), order(of), true);
+        }
+        for of in (1..=ORDERS).filter(|of| of % 4 == 0) {
+            assert_eq!(long.no_longer_live(&one, id(of)), Some(true));
+            assert_eq!(long.no_longer_live(&one, id(of)), Some(false));
+            short.no_longer_live(&each(of), id(of));
+        }
+        for of in (1..=ORDERS).filter(|of| of % 11 == 0) {
+            long.forget(&one, id(of));
+            short.forget(&each(of), id(of));
+        }
+        let floor = ORDERS / 2;
+        let limited = |sku: SkuNumber| sku.0 != 2;
+        let evicted = long.evict(Eviction::before(id(floor)), limited);
+        assert_eq!(evicted, short.evict(Eviction::before(id(floor)), limited));
+        assert_eq!(long.len(), short.len());
+        let mut units = [0; 3];
+        for of in 1..=ORDERS {
+            assert_eq!(
+                long.find(&one, id(of)),
+                short.find(&each(of), id(of)),
+                "{of}"
+            );
+            let mut again = order(of);
+            again.order_id = OrderId::MAX;
+            assert_eq!(
+                long.under_key(&one, &again),
+                short.under_key(&each(of), &again),
+                "{of}"
+            );
+            if let Some(known) = short.find(&each(of), id(of)).filter(|known| known.live) {
+                units[known.sku.0 as usize] += known.quantity.get();
+            }
+        }
+        for (sku, units) in units.into_iter().enumerate() {
+            let mut another = entry(ORDERS + 1, 0, 0, 1);
+            another.sku = SkuNumber(sku as i32);
+            let refused = long.claim(&one, another, Some(1), Ok(()), &NothingSticky);
+            let expected = Refusal::PurchaseLimit {
+                limit: 1,
+                taken: units,
+            };
+            assert_eq!(refused.unwrap_err(), expected);
+        }
+        let page = long.page(&one, id(ORDERS - 10), 100);
+        let ids: Vec<u64> = page.iter().map(|known| known.order_id.get()).collect();
+        let expected: Vec<u64> = (1..ORDERS - 10)
+            .rev()
+            .filter(|of| of % 11 != 0)
+            .take(100)
+            .collect();
+        assert_eq!(ids, expected);
+        let mut ended = long.no_longer_live_ones();
+        ended.sort_unstable();
+        assert!(
+            ended
+                .iter()
+                .all(|of| of.get() % 4 == 0 && of.get() >= floor)
+        );
+        // It becomes short again, and then nothing.
+        long.evict(Eviction::before(id(ORDERS - 3)), |_| false);
+        assert!(matches!(&*long.records.get(&one).unwrap(), Record::Few(few) if few.len() == 4));
+        long.evict(Eviction::before(OrderId::MAX), |_| false);
+        assert!(long.records.is_empty() && long.is_empty());
+    }
+
+    /// Searched from end to end it would be ten thousand times as much.
+    #[test]
+    fn a_buyer_with_100_000_orders_costs_about_as_much_as_one_with_ten() {
+        const ROUNDS: u64 = 200;
+        let buyers = Buyers::new(usize::MAX, 10);
+        let (long, short) = (user("long"), user("short"));
+        let key = |of: u64| {
+            let mut key = [1; 16];
+            key[..8].copy_from_slice(&of.to_be_bytes());
+            Some(KeyHash(key))
+        };
+        let order = |of: u64| Remembered {
+            key: key(of),
+            ..entry(of, 0, of, 1)
+        };
+        (1..=100_000).for_each(|of| buyers.restore(long.clone(), order(of), true));
+        (1..=10).for_each(|of| buyers.restore(short.clone(), order(of), true));
+        let work = |user: &UserId, of: u64, at: u64| {
+            let started = std::time::Instant::now();
+            keep(buyers.claim(user, order(of), Some(u32::MAX), Ok(()), &NothingSticky));
+            let again = buyers.claim(user, order(at), None, Ok(()), &NothingSticky);
+            assert!(matches!(again, Ok(Claimed::Duplicate(_))));
+            assert_eq!(buyers.page(user, id(of), 5).len(), 5);
+            assert!(buyers.no_longer_live(user, id(at)).is_some());
+            assert!(buyers.find(user, id(at)).is_some());
+            buyers.forget(user, id(of));
+            started.elapsed()
+        };
+        let (mut of_long, mut of_short) = (Vec::new(), Vec::new());
+        for round in 0..ROUNDS {
+            of_long.push(work(&long, 1_000_000 + round, round * 499 + 1));
+            of_short.push(work(&short, 1_000_000 + round, round % 10 + 1));
+        }
+        let median = |mut times: Vec<std::time::Duration>| {
+            times.sort_unstable();
+            times[times.len() / 2]
+        };
+        let (of_long, of_short) = (median(of_long), median(of_short));
+        assert!(of_long < of_short * 30, "{of_long:?} against {of_short:?}");
+    }
+
+    #[test]
+    fn a_record_of_one_order_fits_a_cache_line() {
+        assert_eq!(size_of::<Entry>(), 48);
+        assert_eq!(size_of::<Record>(), 64);
+    }
+}

@@ -1,0 +1,480 @@
+//! One buyer's record: few orders side by side, or many with an index.
+//!
+//! Most buyers have one or two orders, which lie in the map itself and are looked through. A record
+//! of more than [`FEW`] orders is ordered by id, with an index of its keys and a sum of its units, so
+//! that a buyer with 100,000 orders costs the others behind the same lock no more than one with 30.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Bound;
+
+use smallvec::SmallVec;
+
+use super::{LiveOrder, Remembered};
+use crate::order::{KeyHash, OrderId, PayloadHash, Quantity, SkuNumber};
+
+/// Most orders of a record that is looked through from end to end.
+pub(super) const FEW: usize = 32;
+/// Orders of one record that an eviction looks at under the lock of its shard, at most.
+pub(super) const STEP: usize = 1_000;
+
+/// One order of a record. 48 bytes, so that a record of one order fits a cache line.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Entry {
+    order_id: OrderId,
+    key: Option<KeyHash>,
+    payload: PayloadHash,
+    sku: SkuNumber,
+    quantity: Quantity,
+    live: bool,
+    /// It has left the window, and stays for its units alone.
+    aged: bool,
+    /// Whether its SKU had a limit when it was entered.
+    limited: bool,
+}
+
+impl Entry {
+    pub(super) fn new(order: Remembered, limited: bool) -> Self {
+        let Remembered {
+            order_id,
+            key,
+            payload,
+            sku,
+            quantity,
+            live,
+        } = order;
+        Entry {
+            order_id,
+            key,
+            payload,
+            sku,
+            quantity,
+            live,
+            aged: false,
+            limited,
+        }
+    }
+
+    fn aged(order: LiveOrder) -> Self {
+        Entry {
+            order_id: order.order_id,
+            key: None,
+            payload: PayloadHash(0),
+            sku: order.sku,
+            quantity: order.quantity,
+            live: true,
+            aged: true,
+            limited: true,
+        }
+    }
+
+    fn remembered(&self) -> Remembered {
+        Remembered {
+            order_id: self.order_id,
+            key: self.key,
+            payload: self.payload,
+            sku: self.sku,
+            quantity: self.quantity,
+            live: self.live,
+        }
+    }
+
+    /// Whether neither a retry nor a limit needs it.
+    fn is_dispensable(&self) -> bool {
+        self.key.is_none() && !(self.live && self.limited)
+    }
+
+    fn units(&self) -> u32 {
+        if self.live { self.quantity.get() } else { 0 }
+    }
+}
+
+/// By how much the counts of all records change.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Tally {
+    pub(super) remembered: isize,
+    pub(super) dispensable: isize,
+}
+
+impl Tally {
+    pub(super) fn enter(&mut self, entry: &Entry) {
+        self.remembered += 1;
+        self.dispensable += isize::from(entry.is_dispensable());
+    }
+
+    fn leave(&mut self, entry: &Entry) {
+        self.remembered -= 1;
+        self.dispensable -= isize::from(entry.is_dispensable());
+    }
+}
+
+/// What an eviction lets go.
+pub(super) struct Rule<'a> {
+    /// Everything below has left the window.
+    pub(super) floor: OrderId,
+    /// What is dispensable goes below this, which is `floor` or above.
+    pub(super) early: OrderId,
+    /// And below this, where it is live.
+    pub(super) payable: OrderId,
+    /// Whether the live orders of a SKU are kept for its limit. Its word is final: a SKU that it
+    /// denies is noted as one whose orders are not all known.
+    pub(super) keeps: &'a dyn Fn(SkuNumber) -> bool,
+}
+
+enum Fate {
+    Stays,
+    Ages,
+    Goes,
+}
+
+impl Rule<'_> {
+    fn fate(&self, entry: &Entry) -> Fate {
+        let is_needed = || entry.live && (self.keeps)(entry.sku);
+        if entry.aged {
+            return if is_needed() { Fate::Stays } else { Fate::Goes };
+        }
+        if entry.order_id < self.floor {
+            return if is_needed() { Fate::Ages } else { Fate::Goes };
+        }
+        let may_go = entry.key.is_none()
+            && entry.order_id < self.early
+            && !(entry.live && entry.order_id >= self.payable);
+        if may_go && !is_needed() {
+            return Fate::Goes;
+        }
+        Fate::Stays
+    }
+}
+
+/// One buyer's orders.
+#[derive(Debug)]
+pub(super) enum Record {
+    Few(SmallVec<[Entry; 1]>),
+    Many(Box<Many>),
+}
+
+impl Default for Record {
+    fn default() -> Self {
+        Record::Few(SmallVec::new())
+    }
+}
+
+impl Record {
+    pub(super) fn is_empty(&self) -> bool {
+        match self {
+            Record::Few(few) => few.is_empty(),
+            Record::Many(many) => many.window.is_empty() && many.aged.is_empty(),
+        }
+    }
+
+    /// The order under a key, and what it asked for.
+    pub(super) fn under(&self, key: KeyHash) -> Option<(OrderId, PayloadHash)> {
+        // An order that was recovered from a receipt may be known by short hashes.
+        let is_under = |entry: &&Entry| entry.key.is_some_and(|known| known.matches(key));
+        let found = match self {
+            Record::Few(few) => few.iter().find(is_under),
+            Record::Many(many) => many.of_key(key).find(is_under),
+        };
+        found.map(|entry| (entry.order_id, entry.payload))
+    }
+
+    /// Units of the live orders of a SKU.
+    pub(super) fn units_of(&self, sku: SkuNumber) -> u32 {
+        match self {
+            Record::Few(few) => few
+                .iter()
+                .filter(|entry| entry.sku == sku)
+                .map(Entry::units)
+                .fold(0, u32::saturating_add),
+            Record::Many(many) => many.units.get(&sku).map_or(0, |units| {
+                u32::try_from(units.of_live_orders).unwrap_or(u32::MAX)
+            }),
+        }
+    }
+
+    pub(super) fn get(&self, id: OrderId) -> Option<Remembered> {
+        match self {
+            Record::Few(few) => {
+                let found = few.iter().find(|entry| entry.order_id == id);
+                found.map(Entry::remembered)
+            }
+            Record::Many(many) => many.get(id).map(|entry| entry.remembered()),
+        }
+    }
+
+    /// Orders of the window below `before`, the newest first, at most `count`.
+    pub(super) fn page(&self, before: OrderId, count: usize) -> Vec<Remembered> {
+        match self {
+            Record::Few(few) => {
+                let below = |entry: &&Entry| !entry.aged && entry.order_id < before;
+                let mut page: Vec<_> = few.iter().filter(below).map(Entry::remembered).collect();
+                page.sort_unstable_by(|a, b| b.order_id.cmp(&a.order_id));
+                page.truncate(count);
+                page
+            }
+            Record::Many(many) => many
+                .window
+                .range(..before)
+                .rev()
+                .take(count)
+                .map(|(_, entry)| entry.remembered())
+                .collect(),
+        }
+    }
+
+    pub(super) fn ended(&self, ended: &mut Vec<OrderId>) {
+        let mut note = |entry: &Entry| {
+            if !entry.live {
+                ended.push(entry.order_id);
+            }
+        };
+        match self {
+            Record::Few(few) => few.iter().for_each(&mut note),
+            Record::Many(many) => many.window.values().for_each(&mut note),
+        }
+    }
+
+    /// What may be let go before its time: its id, and whether it is live.
+    pub(super) fn dispensable(&self, mut each: impl FnMut(OrderId, bool)) {
+        let mut note = |entry: &Entry| {
+            if entry.is_dispensable() {
+                each(entry.order_id, entry.live);
+            }
+        };
+        match self {
+            Record::Few(few) => few.iter().for_each(&mut note),
+            Record::Many(many) => many.window.values().for_each(&mut note),
+        }
+    }
+
+    pub(super) fn insert(&mut self, entry: Entry) {
+        match self {
+            Record::Few(few) if few.len() < FEW => few.push(entry),
+            Record::Few(few) => {
+                let mut many = Many::default();
+                few.drain(..).for_each(|entry| many.insert(entry));
+                many.insert(entry);
+                *self = Record::Many(Box::new(many));
+            }
+            Record::Many(many) => many.insert(entry),
+        }
+    }
+
+    /// Enters a live order for its units alone, unless it is there. True: it was not.
+    pub(super) fn insert_live(&mut self, order: LiveOrder) -> bool {
+        let is_new = self.get(order.order_id).is_none();
+        if is_new {
+            self.insert(Entry::aged(order));
+        }
+        is_new
+    }
+
+    pub(super) fn remove(&mut self, id: OrderId) -> Tally {
+        let removed = match self {
+            Record::Few(few) => {
+                let at = few.iter().position(|entry| entry.order_id == id);
+                at.map(|at| few.remove(at))
+            }
+            Record::Many(many) => many.remove(id),
+        };
+        let mut tally = Tally::default();
+        removed.iter().for_each(|entry| tally.leave(entry));
+        tally
+    }
+
+    /// Whether an order's units count from now on. True: they did not until now, or no longer do.
+    /// An order that stays for its units alone goes when they no longer count.
+    pub(super) fn set_live(&mut self, id: OrderId, live: bool) -> (Option<bool>, Tally) {
+        let mut tally = Tally::default();
+        let turn = |entry: &mut Entry, tally: &mut Tally| {
+            tally.leave(entry);
+            let turned = std::mem::replace(&mut entry.live, live) != live;
+            tally.enter(entry);
+            turned
+        };
+        let turned = match self {
+            Record::Few(few) => few
+                .iter_mut()
+                .find(|entry| entry.order_id == id && !(entry.aged && !live))
+                .map(|entry| turn(entry, &mut tally)),
+            Record::Many(many) => many.window.get_mut(&id).map(|entry| {
+                let before = entry.units();
+                let turned = turn(entry, &mut tally);
+                let (sku, after) = (entry.sku, entry.units());
+                many.units.entry(sku).or_default().change(before, after);
+                turned
+            }),
+        };
+        if turned.is_some() || live {
+            return (turned, tally);
+        }
+        let tally = self.remove(id);
+        ((tally.remembered != 0).then_some(true), tally)
+    }
+
+    /// Lets go what `rule` says of the orders from `from` on. Not all of a long record at once: the
+    /// id from which to go on, where there is more.
+    pub(super) fn evict(&mut self, from: OrderId, rule: &Rule<'_>) -> (Tally, Option<OrderId>) {
+        let mut tally = Tally::default();
+        let next = match self {
+            Record::Few(few) => {
+                few.retain(|entry| {
+                    tally.leave(entry);
+                    match rule.fate(entry) {
+                        Fate::Goes => return false,
+                        Fate::Ages => *entry = Entry::aged(LiveOrder::of(&entry.remembered())),
+                        Fate::Stays => {}
+                    }
+                    tally.enter(entry);
+                    true
+                });
+                None
+            }
+            Record::Many(many) => {
+                let next = many.evict(from, rule, &mut tally);
+                if next.is_none() && many.len() <= FEW / 2 {
+                    *self = Record::Few(many.all().collect());
+                }
+                next
+            }
+        };
+        (tally, next)
+    }
+}
+
+/// Units of one SKU in a long record.
+#[derive(Clone, Copy, Debug, Default)]
+struct Units {
+    /// Beyond 32 bits, because nothing but the limit bounds them.
+    of_live_orders: u64,
+    aged_orders: usize,
+}
+
+impl Units {
+    fn change(&mut self, before: u32, after: u32) {
+        self.of_live_orders += u64::from(after);
+        self.of_live_orders -= u64::from(before);
+    }
+}
+
+/// The orders of a buyer who has many.
+#[derive(Debug, Default)]
+pub(super) struct Many {
+    window: BTreeMap<OrderId, Entry>,
+    /// What stays for its units alone: 16 bytes and the tree's own.
+    aged: BTreeMap<OrderId, (SkuNumber, Quantity)>,
+    /// The first 8 bytes of each key, as short hashes have no more, and its order.
+    keys: BTreeSet<(u64, OrderId)>,
+    units: BTreeMap<SkuNumber, Units>,
+}
+
+fn first_half(key: KeyHash) -> u64 {
+    (u128::from_be_bytes(key.0) >> 64) as u64
+}
+
+impl Many {
+    fn len(&self) -> usize {
+        self.window.len() + self.aged.len()
+    }
+
+    fn of_key(&self, key: KeyHash) -> impl Iterator<Item = &Entry> {
+        let half = first_half(key);
+        let from = Bound::Excluded((half.wrapping_sub(1), OrderId::MAX));
+        let from = if half == 0 { Bound::Unbounded } else { from };
+        let ids = self
+            .keys
+            .range((from, Bound::Included((half, OrderId::MAX))));
+        ids.filter_map(|(_, id)| self.window.get(id))
+    }
+
+    fn aged_entry((order_id, (sku, quantity)): (&OrderId, &(SkuNumber, Quantity))) -> Entry {
+        Entry::aged(LiveOrder {
+            order_id: *order_id,
+            sku: *sku,
+            quantity: *quantity,
+        })
+    }
+
+    fn get(&self, id: OrderId) -> Option<Entry> {
+        let of_window = self.window.get(&id).copied();
+        of_window.or_else(|| Some(Many::aged_entry((&id, self.aged.get(&id)?))))
+    }
+
+    fn all(&self) -> impl Iterator<Item = Entry> {
+        let aged = self.aged.iter().map(Many::aged_entry);
+        aged.chain(self.window.values().copied())
+    }
+
+    fn insert(&mut self, entry: Entry) {
+        let units = self.units.entry(entry.sku).or_default();
+        units.change(0, entry.units());
+        if entry.aged {
+            units.aged_orders += 1;
+            self.aged
+                .insert(entry.order_id, (entry.sku, entry.quantity));
+            return;
+        }
+        if let Some(key) = entry.key {
+            self.keys.insert((first_half(key), entry.order_id));
+        }
+        self.window.insert(entry.order_id, entry);
+    }
+
+    fn remove(&mut self, id: OrderId) -> Option<Entry> {
+        let entry = self.get(id)?;
+        if entry.aged {
+            self.aged.remove(&id);
+        } else {
+            self.window.remove(&id);
+        }
+        if let Some(key) = entry.key {
+            self.keys.remove(&(first_half(key), id));
+        }
+        if let Some(units) = self.units.get_mut(&entry.sku) {
+            units.change(entry.units(), 0);
+            units.aged_orders -= usize::from(entry.aged);
+        }
+        Some(entry)
+    }
+
+    fn evict(&mut self, from: OrderId, rule: &Rule<'_>, tally: &mut Tally) -> Option<OrderId> {
+        let aged_of = self.units.iter().filter(|(_, units)| units.aged_orders > 0);
+        let unlimited: Vec<SkuNumber> = aged_of
+            .map(|(sku, _)| *sku)
+            .filter(|sku| !(rule.keeps)(*sku))
+            .collect();
+        if !unlimited.is_empty() {
+            // Once, after a limit was taken away.
+            let of_them = self
+                .aged
+                .iter()
+                .filter(|(_, aged)| unlimited.contains(&aged.0));
+            let gone: Vec<OrderId> = of_them.map(|(id, _)| *id).collect();
+            for id in gone {
+                self.remove(id).iter().for_each(|entry| tally.leave(entry));
+            }
+        }
+        let looked_at: Vec<Entry> = self
+            .window
+            .range(from..rule.early.max(rule.floor))
+            .take(STEP)
+            .map(|(_, entry)| *entry)
+            .collect();
+        for entry in &looked_at {
+            let fate = rule.fate(entry);
+            if matches!(fate, Fate::Stays) {
+                continue;
+            }
+            tally.leave(entry);
+            self.remove(entry.order_id);
+            if matches!(fate, Fate::Ages) {
+                let aged = Entry::aged(LiveOrder::of(&entry.remembered()));
+                tally.enter(&aged);
+                self.insert(aged);
+            }
+        }
+        self.units
+            .retain(|_, units| units.of_live_orders > 0 || units.aged_orders > 0);
+        let last = looked_at.last().filter(|_| looked_at.len() == STEP)?;
+        OrderId::new(last.order_id.get() + 1)
+    }
+}
