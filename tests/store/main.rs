@@ -15,3 +15,4 @@ mod present;
 mod recovery;
 mod rows;
 mod tables;
+mod upgrade;
