@@ -539,7 +539,7 @@ impl Millrace {
             receipts: Arc::clone(&receipts),
             user_index: config.database.user_index,
             runtime: Handle::current(),
-            metrics: metrics.clone(),
+            metrics,
             order_timeout: Duration::from_millis(config.orders.timeout_ms),
             tokens: Tokens::new(&config.data_plane.token.0),
             trust_network: config.data_plane.trust_network,
@@ -576,7 +576,6 @@ impl Millrace {
                 config.orders.payment_ttl_ms,
             ),
             refresh,
-            metrics,
         });
         intake.open();
         tracing::info!(

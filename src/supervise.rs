@@ -71,9 +71,8 @@ impl Supervisor {
     async fn watch<T>(self, name: &'static str, work: impl Future<Output = T>) -> Option<T> {
         let mut work = pin!(work);
         let ended = poll_fn(|context| {
-            let fate = faults::fate(name);
             // Nothing that it may have left half done is looked at afterwards: the process stops.
-            let polled = catch_unwind(AssertUnwindSafe(|| match fate {
+            let polled = catch_unwind(AssertUnwindSafe(|| match faults::fate(name) {
                 None => work.as_mut().poll(context).map(Some),
                 Some(Fate::End) => std::task::Poll::Ready(None),
                 Some(Fate::Panic) => panic!("a deliberate fault"),

@@ -105,7 +105,9 @@ fn orders_of_a_sku_that_waits_for_a_person_are_no_stall() {
             .execute("UPDATE millrace.sku SET total = 0", &[])
             .await
             .expect("break the counters");
-        server.order("u", "A", None).await;
+        let body = json!({ "user_id": "u", "sku_id": "A" });
+        let fields = [("Prefer", "respond-async")];
+        assert_eq!(server.post(body, None, &fields).await.status, 202);
         wait_until("the order is parked", async || {
             metric(&server, "millrace_orders_parked").await == 1.0
         })

@@ -20,16 +20,14 @@ pub async fn keep(ledger: Arc<Ledger>, wake_all: WakeAll, metrics: Metrics) {
     loop {
         tick.tick().await;
         ledger.pace.refresh();
-        look_at_progress(&ledger, &metrics);
+        look_at_progress(&ledger);
         expire(&ledger, &wake_all, &metrics, Instant::now());
     }
 }
 
-/// Whether any order waits for a worker. Those of a SKU whose counters the database refuses wait for a
-/// person, and are no sign that nothing is written.
-pub fn look_at_progress(ledger: &Ledger, metrics: &Metrics) {
-    let parked = usize::try_from(metrics.orders_parked.get()).unwrap_or(0);
-    ledger.progress.look(ledger.pending.in_flight() > parked);
+/// Whether any order waits for a worker. Parked ones wait for a person, and elsewhere.
+pub fn look_at_progress(ledger: &Ledger) {
+    ledger.progress.look(ledger.pending.in_flight() > 0);
 }
 
 /// One look at the clock.

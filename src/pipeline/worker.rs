@@ -470,6 +470,7 @@ impl Worker {
 
     fn settle_parked(&self, part: &Batch) {
         self.metrics.orders_parked.add(part.len() as i64);
+        self.ledger.progress.decided();
         self.settle(part, Ledger::parked);
         if let Some(queue) = self.queue.durable() {
             queue.decided(part);

@@ -118,7 +118,7 @@ fn checks(parts: &Parts) -> Vec<ReadyCheck> {
 
 /// Whether orders are written while orders wait.
 fn progress(parts: &Parts) -> (bool, String) {
-    look_at_progress(&parts.ledger, &parts.metrics);
+    look_at_progress(&parts.ledger);
     let stalled = parts.ledger.progress.stalled_for();
     let waiting = parts.ledger.pending.in_flight();
     if stalled <= parts.order_timeout {

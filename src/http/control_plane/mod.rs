@@ -93,8 +93,6 @@ pub struct Parts {
     pub operator: Operator,
     /// Brings gauges up to date.
     pub refresh: Refresh,
-    /// What is counted.
-    pub metrics: Metrics,
 }
 
 impl ControlPlane {
