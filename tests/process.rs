@@ -283,6 +283,15 @@ fn the_demo_keeps_every_promise_and_prints_its_figures() {
     let figures: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
     let log = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{log}\n{:#}", figures["promises"]);
+    // Its progress and no line of the server's, although hundreds of false callbacks were refused.
+    let first: Vec<&str> = log
+        .lines()
+        .filter_map(|line| line.split(' ').next())
+        .collect();
+    assert_eq!(first[..2], ["Starting", "On"], "{log}");
+    assert!(first.len() < 12 && first.ends_with(&["Auditing:"]), "{log}");
+    let control = |c: char| c.is_control() && c != '\n';
+    assert!(!log.contains(control) && !log.contains('{'), "{log}");
     assert_eq!(figures["ok"], true);
     let placed = figures["load"]["placed"].as_u64();
     assert!(
@@ -295,6 +304,36 @@ fn the_demo_keeps_every_promise_and_prints_its_figures() {
         .read_to_string(&mut html)
         .expect("text");
     assert!(html.contains("Every unit that was wanted was ordered, and none twice at once"));
+}
+
+#[test]
+fn the_demo_takes_the_configuration_or_says_why_it_does_not() {
+    let dir = test_dir();
+    let demo = |name: &str, value: &std::ffi::OsStr| {
+        let output = millrace(&["demo"]).env(name, value).output();
+        let output = output.expect("run the demo");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        said
+    };
+    // There is no PostgreSQL in it, and none is looked for elsewhere.
+    let said = demo(
+        "MILLRACE_DATABASE__EMBEDDED_BIN_DIR",
+        dir.path().as_os_str(),
+    );
+    assert!(said.contains("database.embedded_bin_dir"), "{said}");
+    assert_eq!(said.lines().count(), 2, "{said}");
+    for (name, remedy) in [
+        ("MILLRACE_DATABASE__URL", "--database-url"),
+        ("MILLRACE_DATA_DIR", "--data-dir"),
+        ("MILLRACE_ORDERS__PAYMENT_TTL_MS", "10 s"),
+    ] {
+        let said = demo(name, "5000".as_ref());
+        assert!(said.contains(name) && said.contains(remedy), "{said}");
+        assert_eq!(said.lines().count(), 1, "{said}");
+    }
+    let said = demo("MILLRACE_QUEUE__CAPACITY", "0".as_ref());
+    assert!(said.contains("queue.capacity"), "{said}");
 }
 
 #[test]

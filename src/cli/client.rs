@@ -6,17 +6,8 @@ use http_body_util::{BodyExt, Full};
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
 
-/// Sends one request to `address` and returns the JSON of a 2xx answer.
-pub async fn call(
-    address: &str,
-    method: &str,
-    path: &str,
-    body: Option<&Value>,
-) -> anyhow::Result<Value> {
-    call_with_token(address, method, path, body, None).await
-}
-
-/// The same with a bearer token.
+/// Sends one request to `address`, with a bearer token where there is one, and returns the JSON of a
+/// 2xx answer.
 pub async fn call_with_token(
     address: &str,
     method: &str,

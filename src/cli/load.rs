@@ -2,6 +2,7 @@
 
 use std::io::IsTerminal;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
@@ -12,6 +13,9 @@ use crate::loadgen::{
     WebhookSecret, render_page, render_table, run_until,
 };
 use crate::logging::say;
+
+/// Between two lines of progress where they stay.
+const LINE_EVERY: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Args)]
 pub struct LoadArgs {
@@ -142,7 +146,7 @@ pub async fn run(args: LoadArgs) -> anyhow::Result<bool> {
         // Without a handler Ctrl-C ends the process, which is what was asked for.
         let _ = tokio::signal::ctrl_c().await;
     };
-    let report = run_until(plan, &mut StderrProgress::new(), stop).await?;
+    let report = run_until(plan, &mut StderrProgress::new(LINE_EVERY, say), stop).await?;
     if let Some(file) = &args.page {
         let options = PageOptions {
             subtitle: Some(report.plan.target.clone()),

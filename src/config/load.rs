@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use super::{Config, ConfigError, DEFAULT_FILE, log, payments};
 
 pub(super) const ENV_PREFIX: &str = "MILLRACE_";
-const FILE_SUFFIX: &str = "_FILE";
+pub(super) const FILE_SUFFIX: &str = "_FILE";
 
 /// Tables whose fields are named by whoever writes them, without regard to capitals, and are texts.
 pub(super) const OPEN_TABLES: &[&str] = &["payments.wechatpay.public_keys"];

@@ -1,6 +1,6 @@
 //! What is seen while a load runs.
 
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use indicatif::{HumanCount, ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -88,19 +88,20 @@ impl Progress for Silent {
     fn tick(&mut self, _: &Snapshot) {}
 }
 
-/// A live line on standard error where it is a terminal, else a plain line about every 2 s.
+/// A live line on standard error where it is a terminal, else a plain line now and then.
 #[derive(Debug)]
 pub struct StderrProgress {
     bar: Option<ProgressBar>,
+    title: String,
+    say: fn(&str),
+    line_every: Duration,
     line_due: Duration,
 }
 
-/// Between two plain lines.
-const LINE_EVERY: Duration = Duration::from_secs(2);
-
 impl StderrProgress {
-    /// Looks at standard error and picks its form.
-    pub fn new() -> Self {
+    /// Looks at standard error and picks its form. Plain lines, one in every `line_every`, are given
+    /// to `say`, which must not wait for a reader: the load would wait with it.
+    pub fn new(line_every: Duration, say: fn(&str)) -> Self {
         let bar = std::io::stderr().is_terminal().then(|| {
             let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(10));
             // The template is a constant, so the plain style never takes its place.
@@ -111,14 +112,18 @@ impl StderrProgress {
         });
         Self {
             bar,
-            line_due: LINE_EVERY,
+            title: String::new(),
+            say,
+            line_every,
+            line_due: line_every,
         }
     }
-}
 
-impl Default for StderrProgress {
-    fn default() -> Self {
-        Self::new()
+    /// What stands before the live line.
+    #[must_use]
+    pub fn titled(mut self, title: &str) -> Self {
+        self.title = format!("{title}  ");
+        self
     }
 }
 
@@ -128,18 +133,12 @@ impl Progress for StderrProgress {
             Some(bar) => {
                 bar.set_length(snapshot.planned_requests.max(snapshot.sent).max(1));
                 bar.set_position(snapshot.sent);
-                bar.set_prefix(clock(snapshot));
+                bar.set_prefix(format!("{}{}", self.title, clock(snapshot)));
                 bar.set_message(figures(snapshot));
             }
             None if snapshot.elapsed >= self.line_due => {
-                self.line_due = snapshot.elapsed + LINE_EVERY;
-                // A closed standard error is no reason to end a load.
-                let _ = writeln!(
-                    std::io::stderr(),
-                    "{}  {}",
-                    clock(snapshot),
-                    figures(snapshot)
-                );
+                self.line_due = snapshot.elapsed + self.line_every;
+                (self.say)(&format!("{}  {}", clock(snapshot), figures(snapshot)));
             }
             None => {}
         }

@@ -130,17 +130,22 @@ pub fn take_panics() {
 
 /// Writes a sentence of the command line, in its order among the lines of the log.
 pub fn say(line: &str) {
-    LOG.queue.push(format!("{line}\n").as_bytes());
+    say_part(&format!("{line}\n"));
 }
 
-/// Keeps all lines, as far as the queue has room, until [`release`].
+/// Writes a part of a line.
+pub fn say_part(text: &str) {
+    LOG.queue.push(text.as_bytes());
+}
+
+/// Keeps the lines of the log, as far as the queue has room, until [`release`].
 pub fn hold() {
-    LOG.queue.hold(true);
+    LOG.queue.hold();
 }
 
 /// Writes what was kept, and goes on as usual.
 pub fn release() {
-    LOG.queue.hold(false);
+    LOG.queue.release();
 }
 
 /// Waits until every line is written or lost, at most `patience`: a pipe that nobody reads must not
@@ -169,7 +174,7 @@ struct Line;
 
 impl io::Write for Line {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        LOG.queue.push(line);
+        LOG.queue.push_or_hold(line);
         Ok(line.len())
     }
 

@@ -31,34 +31,56 @@ pub(super) struct Queue {
 #[derive(Default)]
 struct State {
     lines: VecDeque<Box<[u8]>>,
+    /// Where they are held: those that the thread does not get before the release.
+    held: Option<VecDeque<Box<[u8]>>>,
+    /// Of both.
     bytes: usize,
     /// The thread has a line that it is not done with.
     writing: bool,
-    /// The thread gets none.
-    held: bool,
 }
 
 impl Queue {
     /// Takes a line, or drops and counts it where there is no room. Never waits for the sink.
     pub(super) fn push(&self, line: &[u8]) {
+        self.take(line, false);
+    }
+
+    /// The same for a line that can be held.
+    pub(super) fn push_or_hold(&self, line: &[u8]) {
+        self.take(line, true);
+    }
+
+    fn take(&self, line: &[u8], can_be_held: bool) {
         let line: Box<[u8]> = match line.get(..LINE_BYTES_MAX) {
             Some(start) => [start, b"...\n"].concat().into(),
             None => line.into(),
         };
         let mut state = self.state.lock();
-        if state.lines.len() >= LINES_MAX || state.bytes + line.len() > BYTES_MAX {
+        let lines = state.lines.len() + state.held.as_ref().map_or(0, VecDeque::len);
+        if lines >= LINES_MAX || state.bytes + line.len() > BYTES_MAX {
             self.full.fetch_add(1, Ordering::Relaxed);
             return;
         }
         state.bytes += line.len();
-        state.lines.push_back(line);
+        match &mut state.held {
+            Some(held) if can_be_held => return held.push_back(line),
+            _ => state.lines.push_back(line),
+        }
         drop(state);
         self.came.notify_one();
     }
 
-    /// Keeps lines from the thread, or lets it have them again.
-    pub(super) fn hold(&self, hold: bool) {
-        self.state.lock().held = hold;
+    /// From now on lines that can be held are kept from the thread.
+    pub(super) fn hold(&self) {
+        self.state.lock().held.get_or_insert_default();
+    }
+
+    /// Lets the thread have them.
+    pub(super) fn release(&self) {
+        let mut state = self.state.lock();
+        let held = state.held.take().unwrap_or_default();
+        state.lines.extend(held);
+        drop(state);
         self.came.notify_one();
     }
 
@@ -67,9 +89,7 @@ impl Queue {
     pub(super) fn next(&self, deadline: Instant) -> Option<Box<[u8]>> {
         let mut state = self.state.lock();
         loop {
-            if !state.held
-                && let Some(line) = state.lines.pop_front()
-            {
+            if let Some(line) = state.lines.pop_front() {
                 state.bytes -= line.len();
                 state.writing = true;
                 return Some(line);
@@ -93,7 +113,7 @@ impl Queue {
     pub(super) fn flush(&self, patience: Duration) {
         let deadline = Instant::now() + patience;
         let mut state = self.state.lock();
-        while state.writing || !(state.lines.is_empty() || state.held) {
+        while state.writing || !state.lines.is_empty() {
             if self.went.wait_until(&mut state, deadline).timed_out() {
                 return;
             }
@@ -203,12 +223,16 @@ mod tests {
     #[test]
     fn what_is_held_is_written_after_the_release() {
         let queue = Queue::default();
-        queue.hold(true);
-        queue.push(b"a\n");
+        queue.hold();
+        queue.push_or_hold(b"a\n");
         assert_eq!(take(&queue), None);
         queue.flush(Duration::from_secs(60));
-        queue.hold(false);
+        queue.push(b"b\n");
+        assert_eq!(take(&queue).unwrap(), b"b\n");
+        queue.release();
         assert_eq!(take(&queue).unwrap(), b"a\n");
+        queue.push_or_hold(b"c\n");
+        assert_eq!(take(&queue).unwrap(), b"c\n");
     }
 
     #[test]

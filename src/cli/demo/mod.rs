@@ -1,9 +1,10 @@
 //! `millrace demo`: a flash sale on real parts, shown live, then audited.
 
 mod money;
+mod settings;
+mod status;
 mod verdict;
 
-use std::io::{IsTerminal, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -11,16 +12,21 @@ use anyhow::Context;
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::{client, logging};
+use self::settings::Settings;
+use self::status::{LINE_EVERY, clear, status};
+use super::client::call_with_token;
+use super::output::print_line;
+use super::signals::Signals;
+use super::{ConfigArgs, logging};
 use crate::app::Millrace;
-use crate::config::{Config, Log, LogFormat, OneOrMany};
 use crate::loadgen::{
     LoadPlan, LoadReport, OrderMode, PageOptions, PaymentKind, Promise, RateProfile,
-    StderrProgress, WebhookSecret, render_page, render_table, run_until,
+    StderrProgress, Token, WebhookSecret, render_page, render_table, run_until,
 };
+use crate::logging::{hold, release, say};
 
-/// The order timeout of seven seconds and a bound for a busy machine, in milliseconds.
-const ANSWER_MS_MAX: f64 = 8_000.0;
+/// Beyond `orders.timeout_ms`, for a busy machine, in milliseconds.
+const ANSWER_MS_BOUND: u64 = 1_000;
 
 /// The share of orders that are paid.
 const PAY_SHARE: f64 = 0.7;
@@ -48,8 +54,14 @@ const SHELF: [(&str, &str, i64, f64, f64); 4] = [
     ("HOMEPOD-MINI", "HomePod mini", 9_900, 0.10, 2.0),
 ];
 
+/// The configuration holds for the demo as for `serve`, but for what it decides itself and refuses:
+/// directories, the database (--database-url), how long buyers have to pay, and payment platforms.
+/// Ports are free ones unless they are configured. The log is shown where `log.level` is set, or
+/// something went wrong.
 #[derive(Debug, Args)]
 pub struct DemoArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
     /// Units on sale, over all SKUs; at least 20.
     #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(20..=10_000_000))]
     stock: u32,
@@ -78,133 +90,200 @@ pub struct DemoArgs {
 
 /// Runs the sale. True: every promise was kept.
 pub async fn run(args: DemoArgs) -> anyhow::Result<bool> {
-    logging::start(&Log {
-        level: "warn".into(),
-        format: LogFormat::Auto,
-    })?;
+    let mut signals = Signals::new()?;
     let scratch = Scratch::new(args.data_dir.clone())?;
-    let mut config = Config {
-        data_dir: scratch.path.clone(),
-        ..Config::default()
-    };
-    config.data_plane.listen.set_port(0);
-    config.control_plane.listen.set_port(0);
     let secret = WebhookSecret::of_key(&rand::random::<[u8; 32]>());
-    config.payments.standard.secret = OneOrMany(vec![secret.text().to_owned()]);
-    config.orders.payment_ttl_ms = PAYMENT_TTL_MS;
-    if let Some(url) = &args.database_url {
-        config.database.url.clone_from(url);
-        // Never among the orders of a real sale.
-        config.database.schema = "millrace_demo".into();
+    let Settings { config, show_log } = Settings::load(&args, scratch.path.clone(), &secret)?;
+    logging::start(&config.log)?;
+    if !show_log {
+        hold();
     }
-
-    let started = Instant::now();
-    say(if args.database_url.is_some() {
-        "Starting Millrace ..."
-    } else {
-        "Starting Millrace and its own PostgreSQL ..."
-    });
-    let millrace = Millrace::start(config).await?;
-    say(&format!(
-        "Taking orders after {:.1} s on http://{}; control plane http://{}",
-        started.elapsed().as_secs_f64(),
-        millrace.data_plane,
-        millrace.control_plane
-    ));
-    // Whatever happens from here on, what was started is stopped.
-    let sale = tokio::select! {
-        sale = hold_sale(&args, &millrace, secret) => sale,
-        reason = millrace.poisoned() => Err(anyhow::anyhow!("Millrace stopped itself: {reason}")),
+    let server = match args.database_url {
+        Some(_) => "Millrace",
+        None => "Millrace and its own PostgreSQL",
     };
-    let clean = millrace.drain().await;
-    let (report, mut promises) = sale?;
-    promises.push(Promise {
-        name: "The service stopped with nothing left over".into(),
-        ok: clean,
-        detail: if clean {
-            "drained".into()
-        } else {
-            "see the log above".into()
-        },
-    });
-    let kept = promises.iter().all(|promise| promise.ok);
-    publish(&args, &report, &promises)?;
-    Ok(kept)
+    status(&format!("Starting {server} ..."));
+    let sale = Sale {
+        args: &args,
+        secret,
+        data_token: config.data_plane.token.0.first().cloned(),
+        control_token: config.control_plane.token.0.first().cloned(),
+        answer_ms_max: (config.orders.timeout_ms + ANSWER_MS_BOUND) as f64,
+    };
+    let started = tokio::select! {
+        started = Millrace::start(config) => started.map_err(anyhow::Error::from),
+        signal = signals.recv() => Err(anyhow::anyhow!("{signal} came before the sale began")),
+    };
+    clear();
+    let kept = sale.hold_and_judge(started?, &mut signals).await;
+    clear();
+    if !matches!(kept, Ok(true)) {
+        release();
+    }
+    kept
 }
 
-/// Puts the shelf up, runs the rush, and judges it.
-async fn hold_sale(
-    args: &DemoArgs,
-    millrace: &Millrace,
+/// A sale, and how to speak to the server that it is held on.
+struct Sale<'a> {
+    args: &'a DemoArgs,
     secret: WebhookSecret,
-) -> anyhow::Result<(LoadReport, Vec<Promise>)> {
-    let control = millrace.control_plane.to_string();
-    let (opened, buyers) = (Instant::now(), buyers(args));
-    for (sku_id, title, unit_price, share, _) in SHELF {
-        let body = json!({
-            "title": title, "unit_price": unit_price, "currency": CURRENCY,
-            "total": (f64::from(args.stock) * share) as u32, "per_user_limit": 1,
+    data_token: Option<String>,
+    control_token: Option<String>,
+    /// How long an answer may take, in milliseconds.
+    answer_ms_max: f64,
+}
+
+impl Sale<'_> {
+    /// Holds the sale, stops the server whatever happens, and publishes the verdict.
+    async fn hold_and_judge(
+        self,
+        millrace: Millrace,
+        signals: &mut Signals,
+    ) -> anyhow::Result<bool> {
+        let held = tokio::select! {
+            held = self.hold(&millrace, signals) => held,
+            reason = millrace.poisoned() => Err(anyhow::anyhow!("Millrace stopped itself: {reason}")),
+        };
+        let clean = millrace.drain().await;
+        let (report, mut promises) = held?;
+        promises.push(Promise {
+            name: "The service stopped with nothing left over".into(),
+            ok: clean,
+            detail: if clean {
+                "drained".into()
+            } else {
+                "see the log".into()
+            },
         });
-        client::call(
-            &control,
-            "PUT",
-            &format!("/admin/v1/skus/{sku_id}"),
-            Some(&body),
+        let kept = promises.iter().all(|promise| promise.ok);
+        clear();
+        publish(self.args, &report, &promises)?;
+        Ok(kept)
+    }
+
+    /// Puts the shelf up, runs the rush, and judges it.
+    async fn hold(
+        &self,
+        millrace: &Millrace,
+        signals: &mut Signals,
+    ) -> anyhow::Result<(LoadReport, Vec<Promise>)> {
+        let args = self.args;
+        let control = millrace.control_plane.to_string();
+        let (opened, buyers) = (Instant::now(), buyers(args));
+        for (sku_id, title, unit_price, share, _) in SHELF {
+            let body = json!({
+                "title": title, "unit_price": unit_price, "currency": CURRENCY,
+                "total": (f64::from(args.stock) * share) as u32, "per_user_limit": 1,
+            });
+            let path = format!("/admin/v1/skus/{sku_id}");
+            self.call(&control, "PUT", &path, Some(&body)).await?;
+        }
+        status(&format!(
+            "On sale at http://{control}: {} units of {} SKUs, one to a buyer; {buyers} buyers within {} s, {} clicks a second at the peak, \
+         3 of 10 double clicks; 7 of 10 orders are paid, the others expire after {} s",
+            args.stock,
+            SHELF.len(),
+            args.duration,
+            args.rate,
+            PAYMENT_TTL_MS / 1_000
+        ));
+        let mut plan = LoadPlan {
+            target: format!("http://{}", millrace.data_plane),
+            rate: RateProfile::Step {
+                peak_per_second: f64::from(args.rate),
+            },
+            duration_ms: Some(u64::from(args.duration) * 1_000),
+            buyers,
+            one_order_per_buyer: true,
+            double_click_share: 0.3,
+            mode: OrderMode::Mixed,
+            seed: args.seed,
+            keep_outcomes: true,
+            pay_share: PAY_SHARE,
+            payment_secret: Some(self.secret.clone()),
+            token: self.data_token.clone().map(Token::new),
+            pay_grace_ms: PAYMENT_TTL_MS + TOO_LATE_MS,
+            watch_after_ms: PAYMENT_TTL_MS + 1_000,
+            // Buyers of their own, so that the demo can run again on a database that is kept.
+            user_prefix: format!("u{}-", millrace_epoch()),
+            ..LoadPlan::default()
+        };
+        for (sku_id, _, _, _, weight) in SHELF {
+            plan = plan.with_sku(sku_id, weight);
+        }
+        let prefix = plan.user_prefix.clone();
+        let interrupted = async {
+            signals.recv().await;
+        };
+        let before = self.audit(&control).await?;
+        clear();
+        let mut progress =
+            StderrProgress::new(LINE_EVERY, say).titled(&format!("http://{control}"));
+        let report = run_until(plan, &mut progress, interrupted).await?;
+        status("Auditing: what every buyer was told and paid against every row ...");
+        self.wait_until_quiet(&control).await?;
+        let audit = self.wait_until_settled(&control, &before, &report).await?;
+        let promises = verdict::judge(
+            millrace.database(),
+            &report,
+            &prefix,
+            &before,
+            &audit,
+            self.answer_ms_max,
         )
         .await?;
+        tracing::debug!(seconds = opened.elapsed().as_secs_f64(), "the sale is over");
+        Ok((report, promises))
     }
-    say(&format!(
-        "{} units of {} SKUs in stock, one to a buyer; {buyers} buyers click within {} s, {} times a second at the peak, \
-         3 of 10 clicks are double clicks; 7 of 10 orders are paid, the others expire after {} s",
-        args.stock,
-        SHELF.len(),
-        args.duration,
-        args.rate,
-        PAYMENT_TTL_MS / 1_000
-    ));
-    let mut plan = LoadPlan {
-        target: format!("http://{}", millrace.data_plane),
-        rate: RateProfile::Step {
-            peak_per_second: f64::from(args.rate),
-        },
-        duration_ms: Some(u64::from(args.duration) * 1_000),
-        buyers,
-        one_order_per_buyer: true,
-        double_click_share: 0.3,
-        mode: OrderMode::Mixed,
-        seed: args.seed,
-        keep_outcomes: true,
-        pay_share: PAY_SHARE,
-        payment_secret: Some(secret),
-        pay_grace_ms: PAYMENT_TTL_MS + TOO_LATE_MS,
-        watch_after_ms: PAYMENT_TTL_MS + 1_000,
-        // Buyers of their own, so that the demo can run again on a database that is kept.
-        user_prefix: format!("u{}-", millrace_epoch()),
-        ..LoadPlan::default()
-    };
-    for (sku_id, _, _, _, weight) in SHELF {
-        plan = plan.with_sku(sku_id, weight);
+
+    /// Waits until nothing is in flight, so that memory and rows can be compared.
+    async fn wait_until_quiet(&self, control: &str) -> anyhow::Result<()> {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        loop {
+            let audit = self.audit(control).await?;
+            if audit["orders_in_flight"] == 0 {
+                return Ok(());
+            }
+            anyhow::ensure!(
+                Instant::now() < deadline,
+                "{} orders are still in flight 30 s after the last click",
+                audit["orders_in_flight"]
+            );
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
     }
-    let prefix = plan.user_prefix.clone();
-    let interrupted = async {
-        let _ = tokio::signal::ctrl_c().await;
-    };
-    let before = client::call(&control, "GET", "/admin/v1/audit", None).await?;
-    let report = run_until(plan, &mut StderrProgress::new(), interrupted).await?;
-    say("Auditing: what every buyer was told and paid against every row ...");
-    wait_until_quiet(&control).await?;
-    let audit = wait_until_settled(&control, &before, &report).await?;
-    let promises = verdict::judge(
-        millrace.database(),
-        &report,
-        &prefix,
-        &before,
-        &audit,
-        ANSWER_MS_MAX,
-    )
-    .await?;
-    tracing::debug!(seconds = opened.elapsed().as_secs_f64(), "the sale is over");
-    Ok((report, promises))
+
+    /// Waits until payments that came before their order have found it and units of expired orders are
+    /// back, and returns the audit. What is late for that is for the verdict to say.
+    async fn wait_until_settled(
+        &self,
+        control: &str,
+        before: &Value,
+        report: &LoadReport,
+    ) -> anyhow::Result<Value> {
+        let deadline = Instant::now() + SETTLING;
+        loop {
+            let audit = self.audit(control).await?;
+            if is_settled(before, &audit, report) || Instant::now() >= deadline {
+                return Ok(audit);
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+
+    async fn audit(&self, control: &str) -> anyhow::Result<Value> {
+        self.call(control, "GET", "/admin/v1/audit", None).await
+    }
+
+    async fn call(
+        &self,
+        control: &str,
+        method: &str,
+        path: &str,
+        body: Option<&Value>,
+    ) -> anyhow::Result<Value> {
+        call_with_token(control, method, path, body, self.control_token.as_deref()).await
+    }
 }
 
 /// Enough that fresh buyers keep coming throughout the rush.
@@ -218,40 +297,6 @@ fn millrace_epoch() -> u64 {
     std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)
         .map_or(0, |since| since.as_secs())
-}
-
-/// Waits until nothing is in flight, so that memory and rows can be compared.
-async fn wait_until_quiet(control: &str) -> anyhow::Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(30);
-    loop {
-        let audit = client::call(control, "GET", "/admin/v1/audit", None).await?;
-        if audit["orders_in_flight"] == 0 {
-            return Ok(());
-        }
-        anyhow::ensure!(
-            Instant::now() < deadline,
-            "{} orders are still in flight 30 s after the last click",
-            audit["orders_in_flight"]
-        );
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-}
-
-/// Waits until payments that came before their order have found it and units of expired orders are
-/// back, and returns the audit. What is late for that is for the verdict to say.
-async fn wait_until_settled(
-    control: &str,
-    before: &Value,
-    report: &LoadReport,
-) -> anyhow::Result<Value> {
-    let deadline = Instant::now() + SETTLING;
-    loop {
-        let audit = client::call(control, "GET", "/admin/v1/audit", None).await?;
-        if is_settled(before, &audit, report) || Instant::now() >= deadline {
-            return Ok(audit);
-        }
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
 }
 
 /// No payment waits but those that can never find an order, no unit is held, and the audit is of a
@@ -291,22 +336,18 @@ fn publish(args: &DemoArgs, report: &LoadReport, promises: &[Promise]) -> anyhow
         promises: promises.to_vec(),
     };
     write_file(&args.page, &render_page(report, &options))?;
-    let mut out = std::io::stdout();
-    // A closed pipe is the reader's choice, not a failed sale.
-    let _ = if args.json {
+    print_line(&if args.json {
         let kept = promises.iter().all(|promise| promise.ok);
         let figures = json!({ "ok": kept, "promises": promises, "load": report });
-        writeln!(out, "{}", serde_json::to_string_pretty(&figures)?)
+        serde_json::to_string_pretty(&figures)?
     } else {
-        writeln!(
-            out,
-            "\n{}\n{}",
+        format!(
+            "{}\n{}\nThe pictures are in {}",
             render_table(report),
-            promise_table(promises)
+            promise_table(promises),
+            args.page.display()
         )
-    };
-    say(&format!("The pictures are in {}", args.page.display()));
-    Ok(())
+    })
 }
 
 fn promise_table(promises: &[Promise]) -> String {
@@ -327,14 +368,6 @@ fn promise_table(promises: &[Promise]) -> String {
 fn write_file(path: &Path, text: &str) -> anyhow::Result<()> {
     std::fs::write(path, text)
         .with_context(|| format!("cannot write the page to {}", path.display()))
-}
-
-fn say(line: &str) {
-    if std::io::stderr().is_terminal() {
-        eprintln!("\x1b[1m{line}\x1b[0m");
-    } else {
-        eprintln!("{line}");
-    }
 }
 
 /// The demo's `data_dir`: erased at the end, unless it was named.
@@ -359,7 +392,10 @@ impl Drop for Scratch {
         if self.erase
             && let Err(error) = std::fs::remove_dir_all(&self.path)
         {
-            eprintln!("could not remove {}: {error}", self.path.display());
+            say(&format!(
+                "could not remove {}: {error}",
+                self.path.display()
+            ));
         }
     }
 }
