@@ -24,7 +24,7 @@ use tokio::task::{JoinHandle, JoinSet};
 
 use self::background::{Background, evict, keep_running};
 pub use self::clock::ClockError;
-use crate::config::{Config, ConfigError, Engine, Migrate};
+use crate::config::{Config, ConfigError, Engine, Migrate, Retention};
 use crate::http::control_plane::{ControlPlane, Parts, Refresh};
 use crate::http::data_plane::dispatcher::Dispatcher;
 use crate::http::data_plane::hardened::{self, CloseReason, Limits};
@@ -49,6 +49,7 @@ use crate::pipeline::lease::{self, AcknowledgeLease, Leases};
 use crate::pipeline::ledger::Ledger;
 use crate::pipeline::operator::Operator;
 use crate::pipeline::parking::Parking;
+use crate::pipeline::pruning::{PrunedBelow, Pruning};
 use crate::pipeline::restore::{Restorer, Watermarks};
 use crate::pipeline::settler::{Settler, SettlerParts, Signals};
 use crate::pipeline::worker::{Place, Worker, WorkerError};
@@ -461,12 +462,14 @@ impl Millrace {
         leases.renew().await?;
         background.run("the leases", lease::keep(leases));
         let watching = database.with_own_pool(WATCH_POOL)?;
+        let pruned_below = PrunedBelow::default();
         let restorer = Restorer {
             ledger: Arc::clone(&ledger),
             journal: journal.clone(),
             database: watching.clone(),
             lease,
             watermarks: Arc::clone(&watermarks),
+            pruned_below: Arc::clone(&pruned_below),
             metrics: metrics.clone(),
             rows_max: config.workers.batch_rows_max,
         };
@@ -514,6 +517,17 @@ impl Millrace {
             metrics.clone(),
         );
         background.run("the keeper of parked orders", parking.run());
+        if config.retention != Retention::default() {
+            let pruning = Pruning {
+                database: database.clone(),
+                lease,
+                ledger: Arc::clone(&ledger),
+                settings: config.retention,
+                pruned_below,
+                metrics: metrics.clone(),
+            };
+            background.run("the deletion of old rows", pruning.keep());
+        }
         let evicting = evict(
             Arc::clone(&ledger),
             Arc::clone(&intake),

@@ -60,7 +60,7 @@ pub const BUGS: [&str; 18] = [
 ];
 
 /// Everything that runs as long as the process does, under supervision.
-pub const SUPERVISED: [&str; 21] = [
+pub const SUPERVISED: [&str; 22] = [
     "a worker",
     "the wait for the workers",
     "the deadline keeper",
@@ -72,6 +72,7 @@ pub const SUPERVISED: [&str; 21] = [
     "the cashier",
     "expiry",
     "the keeper of parked orders",
+    "the deletion of old rows",
     "the eviction of old orders",
     "the keeper of our own PostgreSQL",
     "the control plane",

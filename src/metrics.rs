@@ -85,6 +85,10 @@ pub struct Metrics {
     pub connections_cut: Counters,
     /// Lines of the log that were dropped.
     pub log_lines_dropped: Counters,
+    /// Rows deleted because `retention` keeps them no longer.
+    pub pruned_rows: Counters,
+    /// Age in seconds of the oldest row of each table that `retention` is about.
+    oldest_row: IntGaugeVec,
     /// Units of each SKU by `state`: `free`, `held`, `sold`.
     stock: IntGaugeVec,
     /// 1 while orders are taken.
@@ -142,6 +146,8 @@ const FLUSHES: [&str; 3] = ["idle", "full", "other"];
 const LOG_DROPS: [&str; 3] = ["full", "sink", "limited"];
 /// Why a batch was tried again: the connection or the server failed, or a step took too long.
 const RETRIES: [&str; 3] = ["transient", "timeout", "other"];
+/// The tables that `retention` is about.
+const PRUNED: [&str; 4] = ["orders", "payment_events", "stock_journal", "other"];
 /// Why a connection ended; `CloseReason` has the story of each.
 const CLOSES: [&str; 11] = [
     "peer_closed",
@@ -172,6 +178,13 @@ impl Counters {
     pub fn count(&self, value: &str) {
         if let Some(counter) = self.of(value) {
             counter.inc();
+        }
+    }
+
+    /// Counts several; as [`Counters::count`].
+    pub fn add(&self, value: &str, more: u64) {
+        if let Some(counter) = self.of(value) {
+            counter.inc_by(more);
         }
     }
 
@@ -392,6 +405,24 @@ impl Metrics {
             "millrace_orders_restored_total",
             "Orders written again after the database had lost them (failover).",
         )?;
+        let pruned_rows = make.counters(
+            "millrace_pruned_rows_total",
+            "Rows deleted because retention keeps them no longer.",
+            "table",
+            &PRUNED,
+        )?;
+        let oldest_row = IntGaugeVec::new(
+            Opts::new(
+                "millrace_oldest_row_seconds",
+                "Age of the oldest row, seen when retention last deleted what was too old.",
+            ),
+            &["table"],
+        )?;
+        let oldest_row = make.add(
+            oldest_row,
+            "gauge",
+            "`table`: `orders`, `payment_events`, `stock_journal`".to_owned(),
+        )?;
         let payments = Payments::register(&mut make)?;
         let stock = IntGaugeVec::new(
             Opts::new(
@@ -477,6 +508,8 @@ impl Metrics {
             connections,
             connections_cut,
             log_lines_dropped,
+            pruned_rows,
+            oldest_row,
             stock,
             ready,
             stalled_seconds,
@@ -484,6 +517,11 @@ impl Metrics {
             recovery_seconds,
             recovered_orders,
         })
+    }
+
+    /// Notes how old the oldest row of a table is.
+    pub fn set_oldest_row(&self, table: &str, seconds: i64) {
+        self.oldest_row.with_label_values(&[table]).set(seconds);
     }
 
     /// Notes the counters of a SKU.

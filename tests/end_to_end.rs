@@ -675,3 +675,60 @@ fn one_audit_at_a_time_off_the_operators_connections_and_ended_with_its_client()
         assert!(server.stop().await);
     });
 }
+
+#[test]
+fn rows_that_are_older_than_retention_keeps_them_are_deleted_in_the_background() {
+    block_on(async {
+        let database = TestDatabase::create().await;
+        let server = TestServer::start(&database, |_| {}).await;
+        server.put_sku("A", 5, json!({})).await;
+        let mut ids = Vec::new();
+        for user in ["old", "new"] {
+            let order = server.order(user, "A", None).await.json();
+            let id = order["order_id"].as_str().expect("an id").to_owned();
+            let cancel = format!("/v1/orders/{id}/cancel");
+            let cancelled = request(server.data, "POST", &cancel, &[], String::new()).await;
+            assert_eq!(cancelled.status, 200, "{cancelled:?}");
+            ids.push(id);
+        }
+        assert!(server.stop().await);
+        // Eight days pass for one of them, and for what the stock journal says.
+        let admin = database.connect().await;
+        admin
+            .batch_execute(&format!(
+                "UPDATE millrace.orders SET order_id = order_id - (8 * 86400000::int8 << 22) WHERE order_id = {};
+                 UPDATE millrace.stock_journal SET at = at - interval '8 days'",
+                ids[0]
+            ))
+            .await
+            .expect("aged");
+        let server = TestServer::start(&database, |config| {
+            config.retention.orders_days = 7;
+            config.retention.stock_log_days = 7;
+        })
+        .await;
+        let left = "SELECT (SELECT count(*) FROM millrace.orders) + (SELECT count(*) FROM millrace.stock_journal)";
+        let deadline = Instant::now() + Duration::from_secs(30);
+        // One order, and the newest entry.
+        while admin
+            .query_one(left, &[])
+            .await
+            .expect("a count")
+            .get::<_, i64>(0)
+            > 2
+        {
+            assert!(Instant::now() < deadline, "not deleted");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        server.assert_audit().await;
+        let audit = server.control("GET", "/admin/v1/audit", Value::Null).await;
+        assert_eq!(audit.json()["orders_pruned"], 1, "{audit:?}");
+        let young = server.get(&format!("/v1/orders/{}", ids[1])).await;
+        assert_eq!(young.json()["status"], "cancelled", "{young:?}");
+        let metrics = server.control("GET", "/metrics", Value::Null).await;
+        let metrics = String::from_utf8_lossy(&metrics.body).into_owned();
+        let counted = "millrace_pruned_rows_total{table=\"orders\"} 1";
+        assert!(metrics.contains(counted), "{metrics}");
+        assert!(server.stop().await);
+    });
+}

@@ -243,6 +243,7 @@ impl Config {
             3_600_000,
         )?;
         payments::check(&self.payments, &self.receipt)?;
+        self.check_retention()?;
         log::check(&self.log)?;
         let schema = self.database.schema.as_bytes();
         if schema.is_empty()
@@ -281,6 +282,42 @@ impl Config {
         Ok(())
     }
 }
+
+impl Config {
+    fn check_retention(&self) -> Result<(), ConfigError> {
+        let fault = |field, message: String| Err(ConfigError::Field { field, message });
+        for (field, days) in [
+            ("retention.orders_days", self.retention.orders_days),
+            ("retention.events_days", self.retention.events_days),
+            ("retention.stock_log_days", self.retention.stock_log_days),
+        ] {
+            if days > 36_500 {
+                return fault(field, format!("{days} is not 0 to 36500"));
+            }
+        }
+        let days = u64::from(self.retention.orders_days);
+        let shortest = [
+            (
+                7 * DAY_MS,
+                "7 days, for payments may be delivered that late",
+            ),
+            (
+                self.orders.idempotency_window_ms,
+                "orders.idempotency_window_ms",
+            ),
+            (self.orders.payment_ttl_ms, "orders.payment_ttl_ms"),
+        ];
+        for (ms, what) in shortest {
+            if days > 0 && days * DAY_MS < ms {
+                let message = format!("{days} days are shorter than {what}; or set 0: never");
+                return fault("retention.orders_days", message);
+            }
+        }
+        Ok(())
+    }
+}
+
+const DAY_MS: u64 = 86_400_000;
 
 /// Puts one environment variable into the table. A field's type is that of its default.
 fn overlay(
@@ -506,6 +543,16 @@ mod tests {
         assert!(message("", &[("MILLRACE_QUEUE__CAPASITY", "5")]).contains("queue.capasity"));
         assert!(message("", &[("MILLRACE_QUEUE__CAPACITY", "five")]).contains("whole number"));
         assert!(message("[queue]\ncapacity = 0", &[]).contains("queue.capacity"));
+        for (text, why) in [
+            ("[retention]\norders_days = 6", "7 days"),
+            ("[retention]\nevents_days = 40000", "retention.events_days"),
+            (
+                "[retention]\norders_days = 30\n[orders]\nidempotency_window_ms = 3000000000",
+                "idempotency_window_ms",
+            ),
+        ] {
+            assert!(message(text, &[]).contains(why), "{text}");
+        }
         assert!(message("[database]\nschema = \"a;b\"", &[]).contains("database.schema"));
         assert!(message("[data_plane]\nlisten = \"0.0.0.0:80\"", &[]).contains("trust_network"));
         assert!(

@@ -78,6 +78,8 @@ pub struct Config {
     pub payments: Payments,
     /// What orders are signed with on their way through a payment platform.
     pub receipt: Receipt,
+    /// For how long rows are kept.
+    pub retention: Retention,
     /// What is said about it.
     pub log: Log,
 }
@@ -336,6 +338,31 @@ impl From<Rate> for String {
     }
 }
 
+/// `[retention]`
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize, JsonSchema, PartialEq, Eq)]
+#[serde(deny_unknown_fields, default)]
+pub struct Retention {
+    /// Days after which an order that is cancelled, expired, refunded or paid is deleted; 0: never. At
+    /// least 7, so that no platform delivers a payment of it any more, and longer than
+    /// `orders.idempotency_window_ms` and `orders.payment_ttl_ms`. A deleted order is
+    /// `404 unknown_order`, and no refund is recorded with it.
+    ///
+    /// Orders with an open payment stay, and so do paid orders of a SKU with a `per_user_limit` until
+    /// its `closes_at` lies so long ago. A limit that is set later does not count deleted orders.
+    /// Payments and dead letters are never deleted. The audit adds up what was deleted in checkpoints.
+    #[schemars(range(min = 0, max = 36_500))]
+    pub orders_days: u32,
+    /// Days after which a payment platform's message, with its body, is deleted; 0: never. Messages
+    /// about open payments stay.
+    #[schemars(range(min = 0, max = 36_500))]
+    pub events_days: u32,
+    /// Days after which entries of `stock_journal` are folded into one checkpoint for each SKU; 0:
+    /// never. Entries of requests with an `Idempotency-Key` stay, and so does all that the entries
+    /// before it do not explain.
+    #[schemars(range(min = 0, max = 36_500))]
+    pub stock_log_days: u32,
+}
+
 /// `[log]`
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema, PartialEq)]
 #[serde(deny_unknown_fields, default)]
@@ -406,6 +433,7 @@ impl Default for Config {
             rate_limit: RateLimit::default(),
             payments: Payments::default(),
             receipt: Receipt::default(),
+            retention: Retention::default(),
             log: Log::default(),
         }
     }

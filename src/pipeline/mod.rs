@@ -5,7 +5,7 @@
 //! [`callbacks`] of payment providers, [`cashier`] (orphan payments, which is `reconciler`, and refunds), [`expiry`].
 //! [`lease`] keeps the right to go on, [`health`] looks how the database does, [`replay`] writes what may be
 //! written already, [`restore`] notices what a failover has lost, [`retention`] keeps segments until standbys
-//! have them.
+//! have them, [`pruning`] deletes rows that are older than they are kept.
 
 pub mod audit;
 mod backoff;
@@ -22,6 +22,7 @@ pub mod ledger;
 mod limits;
 pub mod operator;
 pub mod parking;
+pub mod pruning;
 pub mod rate_limit;
 mod reconciler;
 pub mod replay;

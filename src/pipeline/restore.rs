@@ -16,6 +16,7 @@ use tokio::sync::{Notify, mpsc};
 
 use super::ledger::Ledger;
 use super::parking;
+use super::pruning::PrunedBelow;
 use super::replay::Replayer;
 use crate::metrics::Metrics;
 use crate::order::{Order, OrderId, OrderStatus};
@@ -98,6 +99,8 @@ pub struct Restorer {
     pub lease: NodeLease,
     /// What the workers have committed.
     pub watermarks: Arc<Watermarks>,
+    /// Orders with smaller ids are missing because they were deleted.
+    pub pruned_below: PrunedBelow,
     /// What is counted.
     pub metrics: Metrics,
     /// Most rows at once.
@@ -220,9 +223,13 @@ impl Restorer {
         let (journal, mut recent) = (self.journal.clone(), self.ledger.recent.all());
         // So that each part is a short range of ids.
         recent.sort_by_key(|pending| pending.order.id);
+        let pruned_below = self.pruned_below.load(Ordering::Acquire);
         let reading = tokio::task::spawn_blocking(move || {
             let mut part = Vec::new();
             let mut each = |order: Order| {
+                if order.id.as_i64() < pruned_below {
+                    return;
+                }
                 part.push(order);
                 if part.len() >= PART {
                     // Where nobody listens any more the process ends.

@@ -1,5 +1,5 @@
 //! The store, on a real PostgreSQL with a database a test: rows, batches, fences, schema,
-//! recovery, audit.
+//! recovery, audit, deletion of old rows.
 //!
 //! `MILLRACE_ROUNDS` (default 1) multiplies the rounds of what is random, `MILLRACE_SEED` replays
 //! one run of it.
@@ -12,6 +12,7 @@ mod batches;
 mod fence;
 mod outcome;
 mod present;
+mod pruning;
 mod recovery;
 mod rows;
 mod tables;

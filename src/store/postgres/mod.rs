@@ -13,7 +13,8 @@
 //! * [`dead_letters`]: orders that the database refused, and what a person does about them;
 //! * [`skus`]: administration of SKUs;
 //! * [`replication`]: whether commits wait for standbys;
-//! * [`audit`]: every promise that the database can show, recomputed.
+//! * [`audit`]: every promise that the database can show, recomputed;
+//! * [`pruning`]: rows that are older than they are kept.
 
 pub mod audit;
 pub mod clock;
@@ -26,6 +27,7 @@ pub mod parked;
 pub mod payments;
 pub mod pooling;
 mod present;
+pub mod pruning;
 pub mod recovery;
 pub mod replication;
 pub mod skus;

@@ -1,0 +1,327 @@
+//! Deleting rows that are older than `retention` keeps them, in small parts.
+//!
+//! Each part is a transaction: the right to write, the audit's lock, the rows, and the checkpoint that
+//! keeps the sums whole. So a part is done or was not begun, whenever the process ends. A part goes
+//! on from where the last one stopped reading, whatever it could delete.
+//!
+//! What contradicts itself is never deleted: it is evidence. Nor is what anybody may still need: an
+//! order that is not in its final state or has a payment that is open, a paid order that counts
+//! toward a purchase limit, a message about an open payment, the entry of an operator's request,
+//! whose key has to be known.
+
+use std::time::Duration;
+
+use tokio_postgres::{Row, Transaction};
+
+use super::audit::LOCK;
+use super::transitions::fence;
+use super::{Connected, Database, NodeLease};
+use crate::order::{OrderId, SkuNumber, UnixMillis};
+use crate::store::StoreError;
+
+const DOING: &str = "deleting old rows";
+
+/// Longest that a part may take on the server.
+const PART_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Old orders above an id. What somebody else has locked is left for the next time.
+const ORDERS: &str = "
+    WITH part AS MATERIALIZED (
+        SELECT order_id FROM orders WHERE order_id > $1 AND order_id < $2 ORDER BY order_id LIMIT $3
+    ), free AS MATERIALIZED (
+        SELECT o.order_id FROM orders o
+         WHERE o.order_id = ANY (ARRAY (SELECT order_id FROM part)) AND o.status IN (2, 3, 4, 6)
+           AND EXISTS (SELECT FROM sku s WHERE s.id = o.sku AND
+                       (o.status <> 2 OR s.per_user_limit IS NULL OR s.closes_at < to_timestamp($4::int8 / 1000.0)))
+           AND (o.status <> 2 OR EXISTS
+               (SELECT FROM payments p WHERE p.order_id = o.order_id AND p.state = 'matched'
+                   AND p.amount = o.amount AND p.currency = o.currency))
+           AND NOT EXISTS
+               (SELECT FROM payments p WHERE p.order_id = o.order_id AND p.state IN ('orphan', 'refund_due'))
+         ORDER BY o.order_id FOR UPDATE OF o SKIP LOCKED
+    ), gone AS (
+        DELETE FROM orders o USING free WHERE o.order_id = free.order_id
+        RETURNING o.order_id, o.sku, o.status, o.quantity
+    ), marked AS (
+        UPDATE payments p SET order_pruned = true FROM gone
+         WHERE p.order_id = gone.order_id AND p.state = 'matched'
+    ), noted AS (
+        INSERT INTO orders_checkpoint AS c (sku, orders, sold)
+        SELECT sku, count(*), coalesce(sum(quantity) FILTER (WHERE status = 2), 0) FROM gone GROUP BY sku ORDER BY sku
+        ON CONFLICT (sku) DO UPDATE SET orders = c.orders + excluded.orders, sold = c.sold + excluded.sold
+    )
+    SELECT (SELECT count(*) FROM part), (SELECT max(order_id) FROM part), (SELECT count(*) FROM gone)";
+
+/// Old messages above a number.
+const EVENTS: &str = "
+    WITH part AS MATERIALIZED (
+        SELECT id, received_at FROM payment_events WHERE id > $1 ORDER BY id LIMIT $2
+    ), gone AS (
+        DELETE FROM payment_events e USING part
+         WHERE e.id = part.id AND part.received_at < to_timestamp($3::int8 / 1000.0)
+           AND (e.payment_id IS NULL OR EXISTS
+               (SELECT FROM payments p WHERE p.provider = e.provider AND p.payment_id = e.payment_id
+                   AND p.state NOT IN ('orphan', 'refund_due')))
+        RETURNING e.id
+    ), noted AS (
+        INSERT INTO payment_events_checkpoint AS c (received_before, events)
+        SELECT to_timestamp($3::int8 / 1000.0), count(*) FROM gone HAVING count(*) > 0
+        ON CONFLICT (single) DO UPDATE SET received_before = greatest(c.received_before, excluded.received_before),
+                                           events = c.events + excluded.events
+    )
+    SELECT (SELECT count(*) FROM part WHERE received_at < to_timestamp($3::int8 / 1000.0)),
+           (SELECT max(id) FROM part), (SELECT count(*) FROM gone)";
+
+/// Entries of a SKU beyond its checkpoint, the oldest first.
+const ENTRIES: &str = "
+    SELECT j.id, j.total_delta, j.held_delta, j.sold_delta, j.total_after, j.held_after, j.sold_after,
+           j.at < to_timestamp($3::int8 / 1000.0)
+      FROM stock_journal j
+     WHERE j.sku = $1 AND j.id > coalesce((SELECT through_id FROM stock_journal_checkpoint WHERE sku = $1), 0)
+     ORDER BY j.id LIMIT $2";
+
+const CHECKPOINT: &str =
+    "SELECT total, held, sold FROM stock_journal_checkpoint WHERE sku = $1 FOR UPDATE";
+
+const FOLD: &str = "
+    WITH gone AS (
+        DELETE FROM stock_journal WHERE sku = $1 AND id <= $2 AND request_key IS NULL RETURNING id
+    ), noted AS (
+        INSERT INTO stock_journal_checkpoint AS c (sku, through_id, entries, total, held, sold)
+        SELECT $1, $2, $3, $4, $5, $6
+        ON CONFLICT (sku) DO UPDATE SET through_id = excluded.through_id, entries = c.entries + excluded.entries,
+            total = excluded.total, held = excluded.held, sold = excluded.sold
+    )
+    SELECT count(*) FROM gone";
+
+const OLDEST: &str = "
+    SELECT (SELECT min(order_id) FROM orders),
+           (SELECT (extract(epoch FROM received_at) * 1000)::int8 FROM payment_events ORDER BY id LIMIT 1),
+           (SELECT (extract(epoch FROM min(j.at)) * 1000)::int8
+              FROM sku s LEFT JOIN stock_journal_checkpoint c ON c.sku = s.id
+             CROSS JOIN LATERAL (SELECT at FROM stock_journal WHERE sku = s.id AND id > coalesce(c.through_id, 0)
+                                  ORDER BY id LIMIT 1) j)";
+
+/// A part of what is too old.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// Orders with ids above `after` and below `below` that are over. Paid ones of a SKU with a
+    /// purchase limit count toward it unless its sale ended before `ended`.
+    Orders {
+        /// Behind which id.
+        after: i64,
+        /// Below which id.
+        below: OrderId,
+        /// When a sale must have ended.
+        ended: UnixMillis,
+    },
+    /// Messages with numbers above `after` that were received before `before`.
+    Events {
+        /// Behind which number.
+        after: i64,
+        /// Until when they were received.
+        before: UnixMillis,
+    },
+    /// Entries of a SKU from before `before`, folded into its checkpoint up to the first that does
+    /// not follow from the one before it. The newest entry stays.
+    Entries {
+        /// Of which SKU.
+        sku: SkuNumber,
+        /// Until when they were made.
+        before: UnixMillis,
+    },
+}
+
+/// What one part did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PrunedPart {
+    /// So many rows are gone; the next part goes on behind this number, if there is one.
+    Done {
+        /// Rows deleted.
+        rows: u64,
+        /// Where to go on.
+        next: Option<i64>,
+    },
+    /// An audit is running: nothing was done.
+    AuditRunning,
+}
+
+/// The moment of the oldest row of each table, in Unix milliseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OldestRows {
+    /// Of `orders`.
+    pub order: Option<UnixMillis>,
+    /// Of `payment_events`.
+    pub event: Option<UnixMillis>,
+    /// Of `stock_journal`, kept entries of operators' requests apart.
+    pub entry: Option<UnixMillis>,
+}
+
+/// A connection for deleting old rows.
+#[derive(Debug)]
+pub struct Pruner {
+    database: Database,
+    client: Connected,
+    lease: NodeLease,
+}
+
+impl Database {
+    /// A connection for deleting old rows.
+    ///
+    /// # Errors
+    /// Where none can be made.
+    pub async fn pruner(&self, lease: NodeLease) -> Result<Pruner, StoreError> {
+        let client = self.connect("millrace pruning").await?;
+        let setup = format!("SET statement_timeout = {}", PART_TIMEOUT.as_millis());
+        self.timed("setting up a session", client.batch_execute(&setup))
+            .await?;
+        Ok(Pruner {
+            database: self.clone(),
+            client,
+            lease,
+        })
+    }
+}
+
+impl Pruner {
+    /// The database's clock.
+    ///
+    /// # Errors
+    /// Where it does not answer.
+    pub async fn now(&self) -> Result<UnixMillis, StoreError> {
+        let now = "SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8";
+        let row = self
+            .database
+            .timed(DOING, self.client.query_one(now, &[]))
+            .await?;
+        Ok(UnixMillis(row.get(0)))
+    }
+
+    /// How old the oldest rows are.
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn oldest(&self) -> Result<OldestRows, StoreError> {
+        let row = self
+            .database
+            .timed(DOING, self.client.query_one(OLDEST, &[]))
+            .await?;
+        let order = row.get::<_, Option<i64>>(0).and_then(OrderId::from_i64);
+        Ok(OldestRows {
+            order: order.map(OrderId::millis),
+            event: row.get::<_, Option<i64>>(1).map(UnixMillis),
+            entry: row.get::<_, Option<i64>>(2).map(UnixMillis),
+        })
+    }
+
+    /// Carries a part out, of at most `rows` (at least 2) that it looks at.
+    ///
+    /// # Errors
+    /// Nothing was deleted, unless the answer to the commit was lost; asking again is safe.
+    pub async fn part(&mut self, part: Part, rows: i64) -> Result<PrunedPart, StoreError> {
+        let (ours, patience) = (self.lease.epoch, self.database.step_timeout() * 2);
+        let done = tokio::time::timeout(patience, self.attempt(part, rows))
+            .await
+            .map_err(|_| StoreError::Timeout {
+                doing: DOING,
+                after: patience,
+            })?;
+        done.map_err(StoreError::statement(DOING))?
+            .ok_or(StoreError::Fenced { found: 0, ours })
+    }
+
+    /// `None`: this process may not write any more.
+    async fn attempt(
+        &mut self,
+        part: Part,
+        rows: i64,
+    ) -> Result<Option<PrunedPart>, tokio_postgres::Error> {
+        let name = format!("{LOCK}{}", self.database.schema());
+        let transaction = self.client.transaction().await?;
+        if !fence(&transaction, self.lease).await? {
+            return Ok(None);
+        }
+        let free: bool = transaction
+            .query_one(
+                "SELECT pg_try_advisory_xact_lock(hashtextextended($1, 0))",
+                &[&name],
+            )
+            .await?
+            .get(0);
+        if !free {
+            return Ok(Some(PrunedPart::AuditRunning));
+        }
+        let done = match part {
+            Part::Orders {
+                after,
+                below,
+                ended,
+            } => {
+                let row = transaction
+                    .query_one(ORDERS, &[&after, &below.as_i64(), &rows, &ended.0])
+                    .await?;
+                progress(&row, rows)
+            }
+            Part::Events { after, before } => {
+                let row = transaction
+                    .query_one(EVENTS, &[&after, &rows, &before.0])
+                    .await?;
+                progress(&row, rows)
+            }
+            Part::Entries { sku, before } => fold(&transaction, sku, before, rows).await?,
+        };
+        transaction.commit().await?;
+        Ok(Some(done))
+    }
+}
+
+async fn fold(
+    transaction: &Transaction<'_>,
+    sku: SkuNumber,
+    before: UnixMillis,
+    rows: i64,
+) -> Result<PrunedPart, tokio_postgres::Error> {
+    let triple =
+        |row: &Row, at: usize| -> [i64; 3] { [row.get(at), row.get(at + 1), row.get(at + 2)] };
+    let base = transaction.query_opt(CHECKPOINT, &[&sku.0]).await?;
+    let mut sum = base.map_or([0; 3], |row| triple(&row, 0));
+    let entries = transaction
+        .query(ENTRIES, &[&sku.0, &rows, &before.0])
+        .await?;
+    let (mut through, mut folded) = (None, 0_i64);
+    // The last one read may be the newest there is.
+    let earlier = entries.split_last().map_or(&[][..], |(_, earlier)| earlier);
+    for row in earlier {
+        let (change, after) = (triple(row, 1), triple(row, 4));
+        let next = [0, 1, 2].map(|at| sum[at] + change[at]);
+        if next != after || !row.get::<_, bool>(7) {
+            break;
+        }
+        (sum, through) = (next, Some(row.get::<_, i64>(0)));
+        folded += 1;
+    }
+    let Some(through) = through else {
+        return Ok(PrunedPart::Done {
+            rows: 0,
+            next: None,
+        });
+    };
+    let [total, held, sold] = sum;
+    let gone: i64 = transaction
+        .query_one(FOLD, &[&sku.0, &through, &folded, &total, &held, &sold])
+        .await?
+        .get(0);
+    Ok(PrunedPart::Done {
+        rows: u64::try_from(gone).unwrap_or(0),
+        next: (folded == rows - 1).then_some(through),
+    })
+}
+
+/// From how many rows were looked at, which was the last, and how many are gone.
+fn progress(row: &Row, limit: i64) -> PrunedPart {
+    let (looked_at, last): (i64, Option<i64>) = (row.get(0), row.get(1));
+    PrunedPart::Done {
+        rows: u64::try_from(row.get::<_, i64>(2)).unwrap_or(0),
+        next: last.filter(|_| looked_at == limit),
+    }
+}
