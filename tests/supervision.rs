@@ -17,6 +17,7 @@ fn needs(name: &str) -> Vec<(&'static str, &'static str)> {
         "the retention of the journal" => {
             vec![("MILLRACE_QUEUE__JOURNAL__RETAIN_FOR_SLOTS", "standby")]
         }
+        "the deletion of old rows" => vec![("MILLRACE_RETENTION__STOCK_LOG_DAYS", "7")],
         "minihttp" => vec![("MILLRACE_DATA_PLANE__ENGINE", "minihttp")],
         _ => Vec::new(),
     }
