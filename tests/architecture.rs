@@ -43,6 +43,11 @@ const SIBLINGS: &[(&str, &str, &str)] = &[
         "start-up fills the state from rows, and a copy of its types would only be translated",
     ),
     (
+        "src/store/postgres/window.rs",
+        "state::",
+        "start-up fills the state from rows, and a copy of its types would only be translated",
+    ),
+    (
         "src/store/postgres/skus.rs",
         "state::stock",
         "a row of `sku` is a `Sku`, for start-up and for an operator alike",
