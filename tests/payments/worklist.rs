@@ -75,7 +75,12 @@ fn a_dead_letter_of_hours_ago_that_is_revived_keeps_no_other_order_from_expiring
         shop.until_stock((5, 0, 0)).await;
         let read = metric(&shop, "millrace_expiry_rows_total").await - before;
         assert!(read < 1_000.0, "{read} rows were read for 4 orders");
-        shop.close().await;
+        // An audit of millions of rows takes longer than a request may.
+        if rows > 100_000 {
+            assert!(shop.server.stop().await, "something was left over");
+        } else {
+            shop.close().await;
+        }
     });
 }
 

@@ -30,6 +30,8 @@ pub struct PaymentView<'a> {
     state: &'static str,
     refund_reason: Option<&'static str>,
     received_at: Time,
+    /// When it counts as made: at its arrival, or earlier by its provider's signed time.
+    paid_at: Time,
     changed_at: Time,
     /// How often its order was looked for.
     checks: i32,
@@ -92,6 +94,7 @@ impl<'a> PaymentView<'a> {
             state: payment.state.as_str(),
             refund_reason: payment.refund_reason.map(|reason| reason.as_str()),
             received_at: Time(payment.received_at),
+            paid_at: Time(payment.paid_at),
             changed_at: Time(payment.changed_at),
             checks: payment.checks,
             next_check_at: is_orphan.then_some(Time(payment.check_at)),
