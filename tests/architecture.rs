@@ -503,6 +503,22 @@ fn json(source: &Source, broken: &mut Vec<String>) {
     }
 }
 
+/// Printing panics where standard error or output cannot be written, and waits where nobody reads.
+fn printing(source: &Source, broken: &mut Vec<String>) {
+    if source.path.ends_with("/tests.rs") {
+        return;
+    }
+    for name in ["print!", "println!", "eprint!", "eprintln!", "dbg!"] {
+        let mut found = source.code.match_indices(name);
+        if found.any(|(at, _)| !source.code[..at].ends_with(is_word)) {
+            broken.push(format!(
+                "{}: `{name}`: give the text to `logging::say` or `cli::output`",
+                source.path
+            ));
+        }
+    }
+}
+
 fn unsafe_code(source: &Source, broken: &mut Vec<String>) {
     let has = source.code.match_indices("unsafe").any(|(at, word)| {
         let (before, after) = (&source.code[..at], &source.code[at + word.len()..]);
@@ -554,6 +570,7 @@ fn check(source: &Source) -> Vec<String> {
     floors(source, &mut broken);
     crates(source, &mut broken);
     sql(source, &mut broken);
+    printing(source, &mut broken);
     json(source, &mut broken);
     unsafe_code(source, &mut broken);
     supervision(source, &mut broken);
@@ -704,6 +721,11 @@ fn the_checker_finds_every_kind_of_violation() {
             "loadgen speaks only HTTP",
         ),
         ("src/payments.rs", "", "has no floor"),
+        (
+            "src/cli/a.rs",
+            "fn f() { eprintln!(\"done\") }",
+            "`eprintln!`: give the text to `logging::say`",
+        ),
         (
             "src/state/a.rs",
             "use tokio::sync::Notify;",

@@ -350,24 +350,43 @@ fn a_panic_ends_its_thread_also_where_nobody_reads_the_log() {
     }
     let (reader, writer) = pipe::full();
     let itself = std::env::current_exe().expect("this program");
-    let mut child = Command::new(itself)
+    let mut again = Command::new(itself);
+    again
         .args(["--exact", "--nocapture"])
         .arg("a_panic_ends_its_thread_also_where_nobody_reads_the_log")
-        .env(ROLE, "1")
-        .stdout(Stdio::null())
-        .stderr(writer)
-        .spawn()
-        .expect("start it again");
-    let mut code = None;
+        .env(ROLE, "1");
+    assert_eq!(ends_by_itself(again.stderr(writer)), Some(7));
+    drop(reader);
+}
+
+#[test]
+fn a_worker_that_panics_ends_the_process_also_where_nobody_reads_the_log() {
+    let (reader, writer) = pipe::full();
+    let dir = test_dir();
+    let mut postgres = Postgres::start(dir.path());
+    let settings = [
+        ("MILLRACE_DATABASE__URL", postgres.url()),
+        ("MILLRACE_FAULT", "panic@a worker".to_owned()),
+    ]
+    .map(|(name, value)| (name.to_owned(), value));
+    let mut served = command(&dir.path().join("data"), &settings);
+    assert_eq!(ends_by_itself(served.stderr(writer)), Some(1));
+    drop(reader);
+}
+
+/// The exit code of a process that ends in time.
+fn ends_by_itself(command: &mut Command) -> Option<i32> {
+    let child = command.stdout(Stdio::null()).spawn();
+    let mut child = child.expect("start a process");
+    let mut status = None;
     let deadline = Instant::now() + PATIENCE;
-    while code.is_none() && Instant::now() < deadline {
-        code = child.try_wait().expect("its status");
+    while status.is_none() && Instant::now() < deadline {
+        status = child.try_wait().expect("its status");
         std::thread::sleep(Duration::from_millis(5));
     }
     let _ = child.kill();
     let _ = child.wait();
-    assert_eq!(code.and_then(|code| code.code()), Some(7));
-    drop(reader);
+    status.and_then(|status| status.code())
 }
 
 #[test]

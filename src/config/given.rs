@@ -19,15 +19,11 @@ impl Config {
 fn fields(text: &str, variables: impl Iterator<Item = String>) -> Vec<String> {
     let mut fields = Vec::new();
     leaves("", &toml::from_str(text).unwrap_or_default(), &mut fields);
-    fields.extend(
-        variables
-            .filter(|name| Some(name.as_str()) != crate::faults::VARIABLE)
-            .filter_map(|name| {
-                let path = name.strip_prefix(ENV_PREFIX)?;
-                let path = path.strip_suffix(FILE_SUFFIX).unwrap_or(path);
-                Some(path.to_ascii_lowercase().replace("__", "."))
-            }),
-    );
+    fields.extend(variables.filter_map(|name| {
+        let path = name.strip_prefix(ENV_PREFIX)?;
+        let path = path.strip_suffix(FILE_SUFFIX).unwrap_or(path);
+        Some(path.to_ascii_lowercase().replace("__", "."))
+    }));
     fields.sort();
     fields.dedup();
     fields

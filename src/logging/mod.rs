@@ -86,8 +86,8 @@ static LOG: LazyLock<Log> = LazyLock::new(|| {
 /// # Errors
 /// Where the directives cannot be read.
 pub fn start(directives: &str, form: Form) -> Result<(), ParseError> {
-    // A line about lines of a level is wanted as soon as those are.
-    let filter = EnvFilter::try_new(format!("{directives},{TARGET}=trace"))?;
+    // A line about lines is wanted as soon as those are, and none below this level is limited.
+    let filter = EnvFilter::try_new(format!("{directives},{TARGET}=info"))?;
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(|| Line)
         .log_internal_errors(false);
