@@ -49,6 +49,7 @@ use crate::pipeline::lease::{self, AcknowledgeLease, Leases};
 use crate::pipeline::ledger::Ledger;
 use crate::pipeline::operator::Operator;
 use crate::pipeline::parking::Parking;
+use crate::pipeline::pauses::Pauses;
 use crate::pipeline::pruning::{PrunedBelow, Pruning};
 use crate::pipeline::restore::{Restorer, Watermarks};
 use crate::pipeline::settler::{Settler, SettlerParts, Signals};
@@ -509,7 +510,7 @@ impl Millrace {
             "expiry",
             Expiry::new(settler(writers - 3)?, window_ms).run(),
         );
-        let (_parking_desk, parking) = Parking::new(
+        let (parking_desk, parking) = Parking::new(
             Arc::clone(&ledger),
             operators.clone(),
             lease,
@@ -528,6 +529,10 @@ impl Millrace {
             };
             background.run("the deletion of old rows", pruning.keep());
         }
+        // On a connection of its own: an emergency waits behind nobody.
+        let own = database.with_own_pool(1)?;
+        let pauses = Arc::new(Pauses::new(Arc::clone(&ledger), own, lease));
+        background.run("the keeper of pauses", Arc::clone(&pauses).keep_storing());
         let evicting = evict(
             Arc::clone(&ledger),
             Arc::clone(&intake),
@@ -587,6 +592,8 @@ impl Millrace {
                 operators,
                 lease,
                 cashier_desk,
+                pauses,
+                parking_desk,
                 config.orders.payment_ttl_ms,
             ),
             refresh,

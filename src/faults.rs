@@ -60,7 +60,7 @@ pub const BUGS: [&str; 18] = [
 ];
 
 /// Everything that runs as long as the process does, under supervision.
-pub const SUPERVISED: [&str; 22] = [
+pub const SUPERVISED: [&str; 23] = [
     "a worker",
     "the wait for the workers",
     "the deadline keeper",
@@ -73,6 +73,7 @@ pub const SUPERVISED: [&str; 22] = [
     "expiry",
     "the keeper of parked orders",
     "the deletion of old rows",
+    "the keeper of pauses",
     "the eviction of old orders",
     "the keeper of our own PostgreSQL",
     "the control plane",

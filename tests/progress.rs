@@ -250,3 +250,179 @@ fn a_process_that_may_acknowledge_no_more_calls_nothing_accepted() {
         assert!(server.stop().await);
     });
 }
+
+/// Whether `A` is paused in the database.
+async fn stored_paused(client: &tokio_postgres::Client) -> bool {
+    let row = client
+        .query_one("SELECT paused FROM millrace.sku WHERE sku_id = 'A'", &[])
+        .await
+        .expect("the SKU");
+    row.get(0)
+}
+
+#[test]
+fn a_pause_is_in_force_at_once_and_stored_when_it_can_be() {
+    block_on(async {
+        let database = TestDatabase::create().await;
+        let server = TestServer::start(&database, |config| {
+            config.database.step_timeout_ms = 4_000;
+        })
+        .await;
+        server.put_sku("A", 10, Value::Null).await;
+        let mut blocker = database.connect().await;
+        let watcher = database.connect().await;
+        let lock = blocker.transaction().await.expect("begin");
+        lock.execute("SELECT 1 FROM millrace.sku FOR UPDATE", &[])
+            .await
+            .expect("lock");
+        // Another operator's change waits for the row, and holds up those that come behind it.
+        let body = json!({ "quantity": 5 });
+        let other = server.control("POST", "/admin/v1/skus/A/restock", body);
+        let emergency = async {
+            wait_until("the other's change waits", async || {
+                let row = watcher
+                    .query_one(
+                        "SELECT count(*) FROM pg_stat_activity
+                          WHERE datname = current_database() AND wait_event_type = 'Lock'",
+                        &[],
+                    )
+                    .await
+                    .expect("activity");
+                row.get::<_, i64>(0) > 0
+            })
+            .await;
+            let pause = server.control("POST", "/admin/v1/skus/A/pause", Value::Null);
+            let in_force = async {
+                wait_until("it is in force", async || {
+                    server.get("/v1/skus/A").await.json()["state"] == "paused"
+                })
+                .await;
+                assert!(!stored_paused(&watcher).await, "the row is locked");
+                assert_eq!(server.order("u", "A", None).await.code(), "sale_paused");
+            };
+            let (answer, ()) = tokio::join!(pause, in_force);
+            // Only what is stored is called done.
+            assert_eq!(
+                (answer.status, answer.code()),
+                (503, "not_stored".to_owned())
+            );
+            assert!(
+                answer.json()["detail"].to_string().contains("IS paused"),
+                "{answer:?}"
+            );
+            lock.rollback().await.expect("unlock");
+            wait_until("it is stored", async || stored_paused(&watcher).await).await;
+        };
+        tokio::join!(other, emergency);
+        let resumed = server
+            .control("POST", "/admin/v1/skus/A/resume", Value::Null)
+            .await;
+        assert_eq!(
+            (resumed.status, resumed.json()["state"].clone()),
+            (200, json!("open"))
+        );
+        assert!(!stored_paused(&watcher).await);
+        assert_eq!(server.order("u", "A", None).await.status, 201);
+        assert!(server.stop().await);
+    });
+}
+
+#[test]
+fn of_pauses_and_resumes_at_once_memory_and_database_keep_the_same_one() {
+    block_on(async {
+        let database = TestDatabase::create().await;
+        let server = TestServer::start(&database, |_| {}).await;
+        server.put_sku("A", 10, Value::Null).await;
+        let client = database.connect().await;
+        for round in 0..20 {
+            let calls = (0..6).map(|call| {
+                let word = if (round + call) % 2 == 0 {
+                    "pause"
+                } else {
+                    "resume"
+                };
+                let server = &server;
+                async move {
+                    let (one, every) = (
+                        format!("/admin/v1/skus/A/{word}"),
+                        format!("/admin/v1/{word}"),
+                    );
+                    let sku = server.control("POST", &one, Value::Null);
+                    let all = server.control("POST", &every, Value::Null);
+                    let (sku, all) = tokio::join!(sku, all);
+                    assert_eq!((sku.status, all.status), (200, 200));
+                }
+            });
+            join_all(calls).await;
+            let listed = server
+                .control("GET", "/admin/v1/skus", Value::Null)
+                .await
+                .json();
+            let all = client
+                .query_one("SELECT paused FROM millrace.node", &[])
+                .await;
+            let all: bool = all.expect("the node").get(0);
+            assert_eq!(listed["paused"], all, "{listed}");
+            let paused = all || stored_paused(&client).await;
+            assert_eq!(listed["skus"][0]["state"] == "paused", paused, "{listed}");
+        }
+        assert!(server.stop().await);
+    });
+}
+
+#[test]
+fn a_sale_whose_counters_are_refused_is_not_resumed_until_they_are_taken() {
+    block_on(async {
+        let database = TestDatabase::create().await;
+        let server = TestServer::start(&database, |_| {}).await;
+        server.put_sku("A", 10, Value::Null).await;
+        let operator = database.connect().await;
+        let set_total = async |total: i64| {
+            let sql = format!("UPDATE millrace.sku SET total = {total}");
+            operator.batch_execute(&sql).await.expect("set the total");
+        };
+        set_total(0).await;
+        let body = json!({ "user_id": "u", "sku_id": "A" });
+        let accepted = server
+            .post(body, None, &[("Prefer", "respond-async")])
+            .await;
+        assert_eq!(accepted.status, 202);
+        wait_until("the order is parked", async || {
+            metric(&server, "millrace_orders_parked").await == 1.0
+        })
+        .await;
+        let resume = async || {
+            server
+                .control("POST", "/admin/v1/skus/A/resume", Value::Null)
+                .await
+        };
+        let refused = resume().await;
+        assert_eq!(
+            (refused.status, refused.code()),
+            (409, "counters_refused".to_owned())
+        );
+        let detail = refused.json()["detail"].to_string();
+        assert!(
+            detail.contains("1 acknowledged orders are parked"),
+            "{detail}"
+        );
+        assert!(detail.contains("refuses the counters of A"), "{detail}");
+        set_total(10).await;
+        // It is tried by the call itself: no pause until the next attempt.
+        let resumed = resume().await;
+        assert_eq!(
+            (resumed.status, resumed.json()["state"].clone()),
+            (200, json!("open"))
+        );
+        let target = format!(
+            "/v1/orders/{}",
+            accepted.json()["order_id"].as_str().expect("an id")
+        );
+        assert_eq!(
+            server.get(&target).await.json()["status"],
+            "pending_payment"
+        );
+        server.assert_audit().await;
+        assert!(server.stop().await);
+    });
+}

@@ -1,6 +1,6 @@
 //! The flow of an order: [`intake`] holds stock and queues, [`worker`] writes and settles ([`crew`] says which),
 //! [`deadlines`] gives up what nobody claimed in time. [`ledger`] is what they share: every way in
-//! which an order in flight can end, and what memory owes for each. [`operator`] and [`audit`] are
+//! which an order in flight can end, and what memory owes for each. [`operator`] ([`pauses`] in an emergency) and [`audit`] are
 //! an operator's hands and eyes; `limits` reads what a new purchase limit has to count. What happens to an order after its row is there is the work of three [`settler`]s:
 //! [`callbacks`] of payment providers, [`cashier`] (orphan payments, which is `reconciler`, and refunds), [`expiry`].
 //! [`lease`] keeps the right to go on, [`health`] looks how the database does, [`replay`] writes what may be
@@ -22,6 +22,7 @@ pub mod ledger;
 mod limits;
 pub mod operator;
 pub mod parking;
+pub mod pauses;
 pub mod pruning;
 pub mod rate_limit;
 mod reconciler;

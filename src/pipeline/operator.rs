@@ -10,6 +10,8 @@ use tokio::sync::Mutex;
 use super::cashier::CashierDesk;
 use super::ledger::Ledger;
 use super::limits;
+use super::parking::ParkingDesk;
+use super::pauses::Pauses;
 use crate::order::{OrderId, Quantity, Refusal, SkuId, UnixMillis, UserId};
 use crate::state::buyers::LiveOrder;
 use crate::state::stock::{BelowCommitted, Hold, SaleTerms, Sku};
@@ -51,18 +53,46 @@ pub enum OperatorError {
     /// The database refuses a dead letter's row again.
     #[error("the database refuses the row again: {0}")]
     RefusedAgain(String),
+    /// A pause is in force and not stored.
+    #[error(
+        "it IS paused, from now on, but a restart would not know of it: the database has not stored it yet ({source}); that is tried again until it has"
+    )]
+    PauseNotStored {
+        /// Why.
+        source: StoreError,
+    },
+    /// A resume was not stored.
+    #[error("it stays as it was: the database has not stored it ({source}); send it again")]
+    ResumeNotStored {
+        /// Why.
+        source: StoreError,
+    },
+    /// A sale cannot go on while the database refuses its counters.
+    #[error(
+        "the database refuses the counters of {sku_id}: {reason}. Tried again just now; {parked} acknowledged orders are parked until its row in `sku` agrees with its orders (see the audit), and then its sale goes on by itself"
+    )]
+    CountersRefused {
+        /// Which SKU.
+        sku_id: SkuId,
+        /// Acknowledged orders that wait.
+        parked: u64,
+        /// The database's words.
+        reason: String,
+    },
     /// The database did not take it.
     #[error(transparent)]
     Store(#[from] StoreError),
 }
 
-/// Carries out operators' requests, one at a time.
+/// Carries out operators' requests, one at a time; pauses at once.
 #[derive(Debug)]
 pub struct Operator {
     ledger: Arc<Ledger>,
     database: Database,
     lease: NodeLease,
     cashier: CashierDesk,
+    pauses: Arc<Pauses>,
+    parking: ParkingDesk,
     payment_ttl_ms: u64,
     /// One change of terms at a time: one that sets a limit may take long, and nothing else waits.
     changing_terms: Mutex<()>,
@@ -86,6 +116,8 @@ impl Operator {
         database: Database,
         lease: NodeLease,
         cashier: CashierDesk,
+        pauses: Arc<Pauses>,
+        parking: ParkingDesk,
         payment_ttl_ms: u64,
     ) -> Self {
         Operator {
@@ -93,6 +125,8 @@ impl Operator {
             database,
             lease,
             cashier,
+            pauses,
+            parking,
             payment_ttl_ms,
             changing_terms: Mutex::default(),
             one_at_a_time: Mutex::new(HashMap::new()),
@@ -202,34 +236,60 @@ impl Operator {
         }
     }
 
-    /// Pauses or resumes one sale, over restarts.
+    /// Pauses one sale, at once, and over restarts.
     ///
     /// # Errors
-    /// [`OperatorError::UnknownSku`], or what the database says.
-    pub async fn set_paused(&self, id: &SkuId, paused: bool) -> Result<Arc<Sku>, OperatorError> {
-        let _turn = self.one_at_a_time.lock().await;
+    /// [`OperatorError::UnknownSku`]; [`OperatorError::PauseNotStored`], and it is in force all the
+    /// same.
+    pub async fn pause(&self, id: &SkuId) -> Result<Arc<Sku>, OperatorError> {
         let sku = self.known(id)?;
-        if paused {
-            sku.set_paused(true);
-        }
-        self.database.set_sku_paused(id, paused).await?;
-        sku.set_paused(paused);
-        tracing::info!(sku_id = %id, paused, "an operator has paused or resumed a sale");
+        tracing::info!(sku_id = %id, "an operator pauses a sale");
+        let stored = self.pauses.set(&sku, true).await;
+        stored.map_err(|source| OperatorError::PauseNotStored { source })?;
         Ok(sku)
     }
 
-    /// Pauses or resumes every sale, over restarts.
+    /// Resumes one sale, over restarts. One that is paused because the database refuses its counters
+    /// has its parked orders tried at once, and goes on by itself once they are taken.
     ///
     /// # Errors
-    /// What the database says. A pause is in force in memory all the same.
-    pub async fn set_all_paused(&self, paused: bool) -> Result<(), OperatorError> {
-        let _turn = self.one_at_a_time.lock().await;
-        if paused {
-            self.ledger.catalogue.set_paused(true);
+    /// [`OperatorError::UnknownSku`]; [`OperatorError::CountersRefused`] and
+    /// [`OperatorError::ResumeNotStored`], and it stays as it was.
+    pub async fn resume(&self, id: &SkuId) -> Result<Arc<Sku>, OperatorError> {
+        let sku = self.known(id)?;
+        if sku.is_faulted()
+            && let Some(refused) = self.parking.retry_now(sku.number).await?
+        {
+            return Err(OperatorError::CountersRefused {
+                sku_id: id.clone(),
+                parked: refused.parked,
+                reason: refused.reason.to_string(),
+            });
         }
-        self.database.set_all_paused(self.lease, paused).await?;
-        self.ledger.catalogue.set_paused(paused);
-        tracing::info!(paused, "an operator has paused or resumed every sale");
+        let stored = self.pauses.set(&sku, false).await;
+        stored.map_err(|source| OperatorError::ResumeNotStored { source })?;
+        tracing::info!(sku_id = %id, "an operator has resumed a sale");
+        Ok(sku)
+    }
+
+    /// Pauses every sale, at once, and over restarts.
+    ///
+    /// # Errors
+    /// [`OperatorError::PauseNotStored`], and it is in force all the same.
+    pub async fn pause_all(&self) -> Result<(), OperatorError> {
+        tracing::info!("an operator pauses every sale");
+        let stored = self.pauses.set_all(true).await;
+        stored.map_err(|source| OperatorError::PauseNotStored { source })
+    }
+
+    /// Resumes every sale, over restarts.
+    ///
+    /// # Errors
+    /// [`OperatorError::ResumeNotStored`], and it stays as it was.
+    pub async fn resume_all(&self) -> Result<(), OperatorError> {
+        let stored = self.pauses.set_all(false).await;
+        stored.map_err(|source| OperatorError::ResumeNotStored { source })?;
+        tracing::info!("an operator has resumed every sale");
         Ok(())
     }
 

@@ -49,6 +49,11 @@ impl From<OperatorError> for Failure {
                 ..Problem::new(409, "sold_out", detail)
             },
             OperatorError::RefusedAgain(_) => Problem::new(409, "refused_again", detail),
+            OperatorError::CountersRefused { .. } => Problem::new(409, "counters_refused", detail),
+            OperatorError::PauseNotStored { .. } | OperatorError::ResumeNotStored { .. } => {
+                tracing::warn!(reason = %detail, "a pause or resume is not stored");
+                Problem::new(503, "not_stored", detail).retry_after(1)
+            }
             OperatorError::Store(error) => return error.into(),
         })
     }

@@ -62,46 +62,38 @@ pub(super) async fn restock(
 }
 
 pub(super) async fn pause(
-    plane: State<ControlPlane>,
-    sku_id: Segment,
-) -> Result<Response, Failure> {
-    set_paused(plane, sku_id, true).await
-}
-
-pub(super) async fn resume(
-    plane: State<ControlPlane>,
-    sku_id: Segment,
-) -> Result<Response, Failure> {
-    set_paused(plane, sku_id, false).await
-}
-
-async fn set_paused(
     State(plane): State<ControlPlane>,
     Segment(sku_id): Segment,
-    paused: bool,
 ) -> Result<Response, Failure> {
     let parts = plane.parts()?;
-    let sku = parts
-        .operator
-        .set_paused(&parse_id(&sku_id)?, paused)
-        .await?;
+    let sku = parts.operator.pause(&parse_id(&sku_id)?).await?;
     Ok(view(parts, &sku).into_response())
 }
 
-pub(super) async fn pause_all(plane: State<ControlPlane>) -> Result<Response, Failure> {
-    set_all_paused(plane, true).await
-}
-
-pub(super) async fn resume_all(plane: State<ControlPlane>) -> Result<Response, Failure> {
-    set_all_paused(plane, false).await
-}
-
-async fn set_all_paused(
+pub(super) async fn resume(
     State(plane): State<ControlPlane>,
-    paused: bool,
+    Segment(sku_id): Segment,
 ) -> Result<Response, Failure> {
-    plane.parts()?.operator.set_all_paused(paused).await?;
-    Ok(axum::Json(json!({ "paused": paused })).into_response())
+    let parts = plane.parts()?;
+    let sku = parts.operator.resume(&parse_id(&sku_id)?).await?;
+    Ok(view(parts, &sku).into_response())
+}
+
+pub(super) async fn pause_all(State(plane): State<ControlPlane>) -> Result<Response, Failure> {
+    let parts = plane.parts()?;
+    parts.operator.pause_all().await?;
+    Ok(paused(parts))
+}
+
+pub(super) async fn resume_all(State(plane): State<ControlPlane>) -> Result<Response, Failure> {
+    let parts = plane.parts()?;
+    parts.operator.resume_all().await?;
+    Ok(paused(parts))
+}
+
+fn paused(parts: &Parts) -> Response {
+    let paused = parts.ledger.catalogue.is_paused();
+    axum::Json(json!({ "paused": paused })).into_response()
 }
 
 fn view(parts: &Parts, sku: &Sku) -> axum::Json<SkuView> {

@@ -144,6 +144,11 @@ impl Sku {
         }
     }
 
+    /// Whether an operator has paused sales of this SKU.
+    pub fn is_paused(&self) -> bool {
+        self.paused.load(Ordering::Relaxed)
+    }
+
     /// Pauses or resumes sales of this SKU, by an operator.
     pub fn set_paused(&self, paused: bool) {
         self.paused.store(paused, Ordering::Relaxed);

@@ -1,0 +1,190 @@
+//! Pausing and resuming sales: a pause is in force at once, whatever other operators do and however the
+//! database does, and then it is stored, to be in force after a restart too. A resume is in force once
+//! it is stored. Of several calls the last one wins, in memory and in the database.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+
+use super::ledger::Ledger;
+use crate::order::SkuNumber;
+use crate::state::stock::Sku;
+use crate::store::StoreError;
+use crate::store::postgres::{Database, NodeLease};
+
+/// How often it is tried again to store what could not be.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// What is paused or resumed.
+#[derive(Clone, Debug)]
+enum Target {
+    Sku(Arc<Sku>),
+    Everything,
+}
+
+/// Pauses and resumes sales.
+#[derive(Debug)]
+pub struct Pauses {
+    ledger: Arc<Ledger>,
+    database: Database,
+    lease: NodeLease,
+    /// Of every SKU that was ever paused or resumed, and, under `None`, of everything.
+    switches: Mutex<HashMap<Option<SkuNumber>, Arc<Switch>>>,
+    unstored: Notify,
+}
+
+#[derive(Debug)]
+struct Switch {
+    target: Target,
+    wanted: Mutex<Wanted>,
+    /// Whoever has it stores.
+    storing: tokio::sync::Mutex<()>,
+}
+
+/// What the last call wants, and how far that is stored.
+#[derive(Debug, Default)]
+struct Wanted {
+    calls: u64,
+    paused: bool,
+    /// The last call that is stored, or was overtaken by one that is.
+    stored: u64,
+}
+
+impl Pauses {
+    /// Those of this state. Nobody else may use the pool of `database`.
+    pub fn new(ledger: Arc<Ledger>, database: Database, lease: NodeLease) -> Self {
+        Pauses {
+            ledger,
+            database,
+            lease,
+            switches: Mutex::default(),
+            unstored: Notify::new(),
+        }
+    }
+
+    /// Pauses or resumes one sale.
+    ///
+    /// # Errors
+    /// Where it was not stored. A pause is in force all the same and is stored as soon as it can be; a
+    /// resume changes nothing.
+    pub async fn set(&self, sku: &Arc<Sku>, paused: bool) -> Result<(), StoreError> {
+        let target = || Target::Sku(Arc::clone(sku));
+        self.set_target(Some(sku.number), target, paused).await
+    }
+
+    /// Pauses or resumes every sale.
+    ///
+    /// # Errors
+    /// As of [`Pauses::set`].
+    pub async fn set_all(&self, paused: bool) -> Result<(), StoreError> {
+        self.set_target(None, || Target::Everything, paused).await
+    }
+
+    async fn set_target(
+        &self,
+        key: Option<SkuNumber>,
+        target: impl FnOnce() -> Target,
+        paused: bool,
+    ) -> Result<(), StoreError> {
+        let switch = {
+            let mut switches = self.switches.lock();
+            let switch = switches.entry(key).or_insert_with(|| {
+                Arc::new(Switch {
+                    target: target(),
+                    wanted: Mutex::default(),
+                    storing: tokio::sync::Mutex::default(),
+                })
+            });
+            Arc::clone(switch)
+        };
+        let call = {
+            let mut wanted = switch.wanted.lock();
+            wanted.calls += 1;
+            wanted.paused = paused;
+            if paused {
+                self.put_in_force(&switch.target, true);
+            }
+            wanted.calls
+        };
+        self.store(&switch, call).await
+    }
+
+    /// Stores what the last call wants, unless a turn before has stored `call` or a later one.
+    async fn store(&self, switch: &Switch, call: u64) -> Result<(), StoreError> {
+        let _turn = switch.storing.lock().await;
+        let (calls, paused) = {
+            let wanted = switch.wanted.lock();
+            if wanted.stored >= call {
+                return Ok(());
+            }
+            (wanted.calls, wanted.paused)
+        };
+        let stored = match &switch.target {
+            Target::Sku(sku) => {
+                let stored = self.database.set_sku_paused(&sku.id, paused).await;
+                stored.map(|_| ())
+            }
+            Target::Everything => self.database.set_all_paused(self.lease, paused).await,
+        };
+        let mut wanted = switch.wanted.lock();
+        let is_last = wanted.calls == calls;
+        if let Err(error) = stored {
+            if is_last && !paused {
+                // It was refused, and yet the database may have it: what is in force is stored again.
+                wanted.calls += 1;
+                wanted.paused = self.is_in_force(&switch.target);
+            }
+            self.unstored.notify_one();
+            return Err(error);
+        }
+        wanted.stored = calls;
+        if is_last {
+            self.put_in_force(&switch.target, paused);
+        }
+        Ok(())
+    }
+
+    fn put_in_force(&self, target: &Target, paused: bool) {
+        match target {
+            Target::Sku(sku) => sku.set_paused(paused),
+            Target::Everything => self.ledger.catalogue.set_paused(paused),
+        }
+    }
+
+    fn is_in_force(&self, target: &Target) -> bool {
+        match target {
+            Target::Sku(sku) => sku.is_paused(),
+            Target::Everything => self.ledger.catalogue.is_paused(),
+        }
+    }
+
+    /// Stores what could not be stored, until the future is dropped.
+    pub async fn keep_storing(self: Arc<Self>) {
+        loop {
+            self.unstored.notified().await;
+            loop {
+                tokio::time::sleep(RETRY).await;
+                let switches: Vec<_> = self.switches.lock().values().map(Arc::clone).collect();
+                let mut all_stored = true;
+                for switch in switches {
+                    let calls = {
+                        let wanted = switch.wanted.lock();
+                        (wanted.stored < wanted.calls).then_some(wanted.calls)
+                    };
+                    if let Some(calls) = calls
+                        && let Err(error) = self.store(&switch, calls).await
+                    {
+                        all_stored = false;
+                        tracing::warn!(reason = %error, "whether a sale is paused is not stored yet; it is tried again");
+                    }
+                }
+                if all_stored {
+                    break;
+                }
+            }
+        }
+    }
+}
