@@ -179,7 +179,7 @@ async fn fill(sale: &Sale, sku: &Sku, rows: u64) {
     .await;
 }
 
-/// `MILLRACE_WINDOW=10000000 cargo test --release --test store window_is_read -- --nocapture` says what
+/// `MILLRACE_WINDOW=10000000 cargo test --release --test store a_long_window -- --nocapture` says what
 /// the window of a day of 115 orders a second takes.
 #[tokio::test]
 async fn a_long_window_is_read_in_parts_with_progress() {
