@@ -55,6 +55,7 @@ use crate::pipeline::restore::{Restorer, Watermarks};
 use crate::pipeline::settler::{Settler, SettlerParts, Signals};
 use crate::pipeline::worker::{Place, Worker, WorkerError};
 use crate::pipeline::{WakeAll, deadlines, retention};
+use crate::queue::journal::disk::make_directory;
 use crate::queue::journal::{JournalError, JournalParts, JournalQueue};
 use crate::queue::{OrderQueue, RingQueue};
 use crate::state::pending::SlotState;
@@ -283,7 +284,7 @@ impl Millrace {
             path: config.data_dir.clone(),
             source,
         };
-        std::fs::create_dir_all(&config.data_dir).map_err(data_dir)?;
+        make_directory(&config.data_dir).map_err(data_dir)?;
         // The first two lines of the log are the addresses, whatever else there is to say.
         let data_listener = bind("data_plane.listen", config.data_plane.listen)?;
         let control_listener = bind("control_plane.listen", config.control_plane.listen)?;

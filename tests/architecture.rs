@@ -146,6 +146,11 @@ const UNSUPERVISED: &[(&str, usize, &str)] = &[
         "one cancellation that is asked for again; its units stay held meanwhile",
     ),
     (
+        "src/pipeline/lost_answers.rs",
+        1,
+        "the search for what came of operators' changes; what is open stays as safe as it was meanwhile",
+    ),
+    (
         "src/store/postgres/connector.rs",
         1,
         "a connection, whose end its user sees",

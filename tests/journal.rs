@@ -438,6 +438,44 @@ fn a_journal_is_not_abandoned_while_its_process_renews_its_right() {
     });
 }
 
+/// A backup from before the SKUs were made, to which they were put again in another sequence.
+#[test]
+fn an_order_of_the_journal_is_of_the_sku_that_was_bought_where_the_database_numbers_it_anew() {
+    block_on(async {
+        let database = TestDatabase::create().await;
+        let dir = test_dir();
+        let settings = settings(&database, &[]);
+        let start = || Served::try_start(dir.path(), &settings, &dir.path().join("log"));
+        let served = start().expect("it starts");
+        served.put_sku("A", 10);
+        served.put_sku("B", 10);
+        let admin = database.connect().await;
+        admin
+            .batch_execute("BEGIN; LOCK TABLE millrace.orders IN ACCESS EXCLUSIVE MODE")
+            .await
+            .unwrap();
+        let answer = post(&served, "u", ASYNC).unwrap();
+        assert_eq!(answer.status, 202, "{answer:?}");
+        served.kill();
+        admin
+            .batch_execute(
+                "COMMIT;
+                 UPDATE millrace.sku SET sku_id = 'other' WHERE sku_id = 'A';
+                 UPDATE millrace.sku SET sku_id = 'A' WHERE sku_id = 'B';
+                 UPDATE millrace.sku SET sku_id = 'B' WHERE sku_id = 'other'",
+            )
+            .await
+            .unwrap();
+        let served = start().expect("it starts again");
+        let bought =
+            "SELECT s.sku_id, s.held FROM millrace.orders o JOIN millrace.sku s ON s.id = o.sku";
+        let row = admin.query_one(bought, &[]).await.unwrap();
+        assert_eq!((row.get::<_, &str>(0), row.get::<_, i64>(1)), ("A", 1));
+        served.terminate();
+        assert_eq!(served.wait(), Some(0));
+    });
+}
+
 #[test]
 fn a_journal_is_inspected_verified_locked_and_refused_when_it_is_damaged() {
     block_on(async {

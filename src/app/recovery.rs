@@ -5,7 +5,7 @@
 //! before anything is changed. What it holds is then written to the database, before orders are
 //! taken; memory is rebuilt from the database alone.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,9 @@ use super::StartError;
 use crate::config::{Backend, Config};
 use crate::faults::{bug, crash_point};
 use crate::http::control_plane::ControlPlane;
-use crate::order::{ClockReading, IdClock, Order, OrderId, OrderStatus, SkuNumber, UnixMillis};
+use crate::order::{
+    ClockReading, IdClock, Order, OrderId, OrderStatus, SkuId, SkuNumber, UnixMillis,
+};
 use crate::pipeline::ledger::Ledger;
 use crate::pipeline::parking;
 use crate::pipeline::replay::{Applied, Replayer};
@@ -109,6 +111,39 @@ pub(super) fn check_journal(
     Ok(())
 }
 
+/// By which number the database knows each SKU. A database that has forgotten SKUs, in a failover or as
+/// a backup from before them, gives their numbers to others; what was bought is the `sku_id`.
+struct Numbers(HashMap<SkuId, SkuNumber>);
+
+/// No SKU has it.
+const NO_SKU: SkuNumber = SkuNumber(0);
+
+impl Numbers {
+    async fn read(database: &Database) -> Result<Self, StoreError> {
+        let skus = database.load_skus().await?.into_iter();
+        Ok(Numbers(
+            skus.map(|sku| (SkuId::clone(&sku.id), sku.number))
+                .collect(),
+        ))
+    }
+
+    /// That of the SKU of an order of the journal.
+    fn of(&self, order: &Order) -> SkuNumber {
+        match self.0.get(&*order.sku_id) {
+            Some(number) => *number,
+            None if self.0.values().any(|number| *number == order.sku) => {
+                tracing::error!(
+                    order_id = %order.id, sku_id = %order.sku_id,
+                    "the SKU of an acknowledged order is not in this database, which has given its number to another; \
+                     the order is kept and sells nothing of that one"
+                );
+                NO_SKU
+            }
+            None => order.sku,
+        }
+    }
+}
+
 /// Writes to the database what the journal has and the database has not.
 pub(super) async fn replay(
     config: &Config,
@@ -145,6 +180,7 @@ pub(super) async fn replay(
         BatchWriter::new(database.clone(), lease, shard),
         config.workers.batch_rows_max,
     );
+    let numbers = Numbers::read(database).await?;
     let mut told = Instant::now();
     let mut done = 0;
     let now = clock.now();
@@ -152,7 +188,8 @@ pub(super) async fn replay(
         done += part.len() as u64;
         let mut part: Vec<(Order, OrderStatus)> = part
             .into_iter()
-            .map(|order| {
+            .map(|mut order| {
+                order.sku = numbers.of(&order);
                 let in_time =
                     now < order.expires_at || orphans.paid_in_time(order.id, order.expires_at);
                 let status = if in_time {

@@ -320,6 +320,22 @@ impl<'a> OrderView<'a> {
     }
 }
 
+/// The answer to a `PUT` of a SKU.
+#[derive(Debug, Serialize)]
+pub struct PutSkuView {
+    #[serde(flatten)]
+    sku: SkuView,
+    /// The terms that differ from before: one that was left out takes its default.
+    changed: Vec<&'static str>,
+}
+
+impl PutSkuView {
+    /// A SKU as it now stands, and the terms that were changed.
+    pub fn of(sku: SkuView, changed: Vec<&'static str>) -> Self {
+        PutSkuView { sku, changed }
+    }
+}
+
 /// A SKU as both planes write it.
 #[derive(Debug, Serialize)]
 pub struct SkuView {

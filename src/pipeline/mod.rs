@@ -20,6 +20,7 @@ pub mod intake;
 pub mod lease;
 pub mod ledger;
 mod limits;
+mod lost_answers;
 pub mod operator;
 pub mod parking;
 pub mod pauses;

@@ -10,6 +10,7 @@ use tokio::sync::Mutex;
 use super::cashier::CashierDesk;
 use super::ledger::Ledger;
 use super::limits;
+use super::lost_answers::{LostAnswer, LostAnswers};
 use super::parking::ParkingDesk;
 use super::pauses::Pauses;
 use crate::order::{OrderId, Quantity, Refusal, SkuId, UnixMillis, UserId};
@@ -95,18 +96,43 @@ pub struct Operator {
     parking: ParkingDesk,
     payment_ttl_ms: u64,
     /// One change of terms at a time: one that sets a limit may take long, and nothing else waits.
-    changing_terms: Mutex<()>,
+    changing_terms: Arc<Mutex<()>>,
     /// One request at a time; and retries of unknown outcome, by dead letter.
-    one_at_a_time: Mutex<HashMap<i64, Retried>>,
+    one_at_a_time: Arc<Mutex<HashMap<i64, Retried>>>,
+    lost: LostAnswers,
 }
 
 /// A dead letter that was retried, until it is known what came of it.
 #[derive(Debug)]
-struct Retried {
+pub(super) struct Retried {
     hold: Hold,
     user_id: String,
     order: LiveOrder,
     expires_at: UnixMillis,
+}
+
+impl Retried {
+    /// A dead letter's order is a row, to be paid: its units stay held, and it counts again.
+    pub(super) fn revived(self, ledger: &Ledger) {
+        self.hold.keep();
+        let until = (self.order.order_id, self.expires_at);
+        ledger.unpaid.note([until]);
+        if let Ok(user_id) = UserId::new(&self.user_id) {
+            let is_limited = |sku| ledger.is_limited(sku);
+            ledger.buyers.live_again(&user_id, self.order, is_limited);
+        }
+    }
+}
+
+/// What a `PUT` of a SKU did.
+#[derive(Debug)]
+pub struct Put {
+    /// The SKU as it now stands.
+    pub sku: Arc<Sku>,
+    /// Whether it was created.
+    pub is_new: bool,
+    /// The terms that differ from before, by their names in JSON; none where it was created.
+    pub changed: Vec<&'static str>,
 }
 
 impl Operator {
@@ -120,6 +146,14 @@ impl Operator {
         parking: ParkingDesk,
         payment_ttl_ms: u64,
     ) -> Self {
+        let one_at_a_time = Arc::new(Mutex::new(HashMap::new()));
+        let changing_terms = Arc::default();
+        let lost = LostAnswers::new(
+            Arc::clone(&ledger),
+            database.clone(),
+            Arc::clone(&changing_terms),
+            Arc::clone(&one_at_a_time),
+        );
         Operator {
             ledger,
             database,
@@ -128,12 +162,13 @@ impl Operator {
             pauses,
             parking,
             payment_ttl_ms,
-            changing_terms: Mutex::default(),
-            one_at_a_time: Mutex::new(HashMap::new()),
+            changing_terms,
+            one_at_a_time,
+            lost,
         }
     }
 
-    /// Creates a SKU or replaces its terms and total. Buyers notice no pause. True: it is new.
+    /// Creates a SKU or replaces its terms and total. Buyers notice no pause.
     ///
     /// A limit comes in force once the buyers' live orders of the SKU are known. Where memory lacks
     /// some they are read from the database first, about a million rows a second of everything that
@@ -146,25 +181,40 @@ impl Operator {
         id: &SkuId,
         terms: SaleTerms,
         total: u32,
-    ) -> Result<(Arc<Sku>, bool), OperatorError> {
+    ) -> Result<Put, OperatorError> {
         let _changing = self.changing_terms.lock().await;
         // Until the terms are in force.
         let _counting = limits::count(&self.ledger, &self.database, id, &terms).await?;
         let _turn = self.one_at_a_time.lock().await;
         let Some(sku) = self.ledger.catalogue.get(id) else {
-            let made = self.database.put_sku(self.lease, id, &terms, total).await?;
+            let made = self.database.put_sku(self.lease, id, &terms, total).await;
+            self.lost.note(&made, LostAnswer::Sku(id.clone()));
+            let made = made?;
+            check_number(&self.ledger, &made)?;
             self.ledger.catalogue.add([made]);
-            return Ok((self.known(id)?, true));
+            return Ok(Put {
+                sku: self.known(id)?,
+                is_new: true,
+                changed: Vec::new(),
+            });
         };
         let storing = async {
             self.database
                 .put_sku(self.lease, id, &terms, total)
                 .await
-                .map(|_| ())
+                .and_then(|made| check_number(&self.ledger, &made))
         };
+        let mut changed = sku.terms().differing(&terms);
+        if sku.counter().snapshot().total != total {
+            changed.push("total");
+        }
         self.change_total(&sku, total, storing).await?;
         sku.set_terms(terms);
-        Ok((sku, false))
+        Ok(Put {
+            sku,
+            is_new: false,
+            changed,
+        })
     }
 
     /// Changes a SKU's total by `units`, at most once for each `key`. True: an earlier request
@@ -212,15 +262,12 @@ impl Operator {
             // From here on no buyer can take what is about to go away.
             set_total(sku, total)?;
         }
-        if let Err(error) = storing.await {
-            // Whether it was stored may be unknown, and it may be stored yet. The lesser total is
-            // safe with either; the same request again sets both right.
-            if error.is_transient() {
-                tracing::warn!(
-                    sku_id = %sku.id, reason = %error,
-                    "whether a total was stored is not known; send the same request again"
-                );
-            } else {
+        let stored = storing.await;
+        // Whether it was stored may be unknown. The lesser total is safe with either until then.
+        let id = SkuId::clone(&sku.id);
+        self.lost.note(&stored, LostAnswer::Sku(id));
+        if let Err(error) = stored {
+            if !error.is_transient() {
                 self.adopt_total(sku).await?;
             }
             return Err(error.into());
@@ -308,7 +355,7 @@ impl Operator {
                 if matches!(error, OperatorError::UnknownDeadLetter(_)) {
                     turn.remove(&id)
                         .into_iter()
-                        .for_each(|retried| self.revived(retried));
+                        .for_each(|retried| retried.revived(&self.ledger));
                 }
                 return Err(error);
             }
@@ -342,24 +389,25 @@ impl Operator {
         };
         // Known before it is a row: no start is told to begin above it.
         self.ledger.unpaid.note([(letter.order_id, expires_at)]);
-        match self
+        let written = self
             .database
             .revive_dead_letter(self.lease, id, expires_at)
-            .await
-        {
+            .await;
+        self.lost.note(&written, LostAnswer::DeadLetter(id));
+        match written {
             Ok(true) => {}
             // The earlier retry was carried out in this very moment.
             Ok(false) if is_again => {}
             Ok(false) => return Err(OperatorError::UnknownDeadLetter(id)),
             Err(error) if error.is_transient() => {
                 // The row may be there, or may come yet, and then it holds the units. So they stay
-                // held, which is safe, until the same request is sent again.
+                // held, which is safe, until it is known.
                 turn.insert(id, retried);
                 return Err(error.into());
             }
             Err(error) => return Err(OperatorError::RefusedAgain(error.to_string())),
         }
-        self.revived(retried);
+        retried.revived(&self.ledger);
         tracing::info!(order_id = %letter.order_id, "an operator has retried a dead letter; its row is written");
         Ok(letter)
     }
@@ -380,20 +428,6 @@ impl Operator {
         tracing::info!(dead_letter = id, "an operator has discarded a dead letter");
         let letter = self.database.dead_letter(id).await?;
         letter.ok_or(OperatorError::UnknownDeadLetter(id))
-    }
-
-    /// A dead letter's order is a row, to be paid: its units stay held, and it counts again.
-    fn revived(&self, retried: Retried) {
-        retried.hold.keep();
-        let ledger = &self.ledger;
-        let until = (retried.order.order_id, retried.expires_at);
-        ledger.unpaid.note([until]);
-        if let Ok(user_id) = UserId::new(&retried.user_id) {
-            let is_limited = |sku| ledger.is_limited(sku);
-            ledger
-                .buyers
-                .live_again(&user_id, retried.order, is_limited);
-        }
     }
 
     /// Records that the money of an order went back. Its units may leave the sale with it, so
@@ -424,8 +458,30 @@ impl Operator {
 }
 
 /// Sets the total in memory, where orders have not taken more.
-fn set_total(sku: &Sku, total: u32) -> Result<(), OperatorError> {
+pub(super) fn set_total(sku: &Sku, total: u32) -> Result<(), OperatorError> {
     sku.counter()
         .set_total(total)
         .map_err(|BelowCommitted { committed }| OperatorError::TotalBelowCommitted { committed })
+}
+
+/// Stops the process where the database knows a SKU by another number than memory: it has
+/// forgotten SKUs since the start, in a failover, and whatever is written by number from now on
+/// would be of another SKU.
+pub(super) fn check_number(ledger: &Ledger, made: &Sku) -> Result<(), StoreError> {
+    let catalogue = &ledger.catalogue;
+    let known = catalogue.get(&made.id);
+    let is_another = |known: &Arc<Sku>| known.id != made.id;
+    if known.is_none_or(|known| known.number == made.number)
+        && !catalogue
+            .by_number(made.number)
+            .is_some_and(|known| is_another(&known))
+    {
+        return Ok(());
+    }
+    let reason = format!(
+        "the database knows {} by number {}, which is not its number in memory: it has lost SKUs; start again",
+        made.id, made.number.0
+    );
+    ledger.poison.set(reason.clone());
+    Err(StoreError::Data(reason))
 }

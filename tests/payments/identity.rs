@@ -143,3 +143,23 @@ fn a_receipt_finds_its_sku_where_the_database_numbers_it_anew() {
         assert!(server.stop().await);
     });
 }
+
+/// A failover to a standby that lagged loses the SKUs while the process goes on.
+#[test]
+fn a_number_that_memory_knows_as_another_sku_stops_the_process() {
+    block_on(async {
+        let database = TestDatabase::create().await;
+        let server = open(&database, ["PHONE", "CASE"], |_| {}).await;
+        let lost = "SET search_path = millrace;
+            TRUNCATE orders, sku, stock_journal RESTART IDENTITY";
+        database.connect().await.batch_execute(lost).await.unwrap();
+        let body = json!({ "unit_price": 1, "currency": "EUR", "total": 5 });
+        let answer = server.control("PUT", "/admin/v1/skus/CABLE", body).await;
+        assert_eq!(answer.status, 500, "{answer:?}");
+        let reason = server.millrace().poisoned().await;
+        assert!(reason.contains("CABLE by number 1"), "{reason}");
+        let order = server.order("u", "PHONE", None).await;
+        assert_eq!(order.status, 503, "{order:?}");
+        assert!(!server.stop().await);
+    });
+}

@@ -9,7 +9,7 @@ use super::extract::{Body, Segment};
 use super::failure::Failure;
 use super::{ControlPlane, Parts, idempotency_key};
 use crate::http::problem::Problem;
-use crate::http::wire::{RestockBody, SkuBody, SkuView};
+use crate::http::wire::{PutSkuView, RestockBody, SkuBody, SkuView};
 use crate::order::{IdempotencyKey, SkuId};
 use crate::state::stock::Sku;
 
@@ -31,13 +31,15 @@ pub(super) async fn put(
     let parts = plane.parts()?;
     let id = parse_id(&sku_id)?;
     let body = SkuBody::parse(&id, &body)?;
-    let (sku, new) = parts.operator.put_sku(&id, body.terms, body.total).await?;
-    let status = if new {
+    let put = parts.operator.put_sku(&id, body.terms, body.total).await?;
+    let status = if put.is_new {
         StatusCode::CREATED
     } else {
         StatusCode::OK
     };
-    Ok((status, view(parts, &sku)).into_response())
+    let view = SkuView::of(&put.sku, parts.ledger.catalogue.is_paused());
+    let answer = PutSkuView::of(view, put.changed);
+    Ok((status, axum::Json(answer)).into_response())
 }
 
 pub(super) async fn restock(

@@ -82,6 +82,35 @@ pub trait DiskFile: Send + Sync + fmt::Debug {
     fn sync(&self) -> io::Result<()>;
 }
 
+/// Makes `directory` and whatever is missing above it. Every name on the way to it survives a power loss
+/// once this returns, also one that a process made which was killed before it could sync.
+///
+/// # Errors
+/// See [`Disk::list`].
+pub fn make_directory(directory: &Path) -> io::Result<()> {
+    std::fs::create_dir_all(directory)?;
+    // A relative path lies in directories that it does not name.
+    sync_names(&directory.canonicalize()?, |parent| {
+        File::open(parent)?.sync_all()
+    })
+}
+
+/// Syncs every directory that has a part of this absolute path in it.
+fn sync_names(path: &Path, mut sync: impl FnMut(&Path) -> io::Result<()>) -> io::Result<()> {
+    for parent in path.ancestors().skip(1) {
+        match sync(parent) {
+            // It is somebody else's, and so is what is in it; or it cannot lose anything.
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::PermissionDenied | io::ErrorKind::InvalidInput
+                ) => {}
+            other => other?,
+        }
+    }
+    Ok(())
+}
+
 /// A directory of the real file system, locked against other processes.
 #[derive(Debug)]
 pub struct RealDisk {
@@ -107,7 +136,7 @@ impl RealDisk {
     /// # Errors
     /// Where it cannot be made or locked.
     pub fn lock(directory: &Path) -> io::Result<Option<Self>> {
-        std::fs::create_dir_all(directory)?;
+        make_directory(directory)?;
         let lock = OpenOptions::new()
             .create(true)
             .truncate(false)
@@ -117,10 +146,6 @@ impl RealDisk {
             Ok(()) => {}
             Err(std::fs::TryLockError::WouldBlock) => return Ok(None),
             Err(std::fs::TryLockError::Error(error)) => return Err(error),
-        }
-        // The directory's own name has to survive a power loss as well.
-        if let Some(parent) = directory.parent().filter(|p| !p.as_os_str().is_empty()) {
-            File::open(parent)?.sync_all()?;
         }
         Ok(Some(RealDisk {
             directory: directory.to_owned(),
@@ -197,5 +222,35 @@ impl DiskFile for RealFile {
     fn sync(&self) -> io::Result<()> {
         // On macOS the standard library uses F_FULLFSYNC here.
         self.0.sync_data()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_name_on_the_way_to_a_directory_is_synced() {
+        let base = tempfile::tempdir().unwrap();
+        let directory = base.path().join("a/b/c");
+        make_directory(&directory).unwrap();
+        assert!(directory.is_dir());
+        let mut synced = Vec::new();
+        sync_names(&directory.canonicalize().unwrap(), |parent| {
+            synced.push(parent.to_owned());
+            match parent.parent() {
+                Some(_) => Ok(()),
+                // As the root is, to most users.
+                None => Err(io::ErrorKind::PermissionDenied.into()),
+            }
+        })
+        .unwrap();
+        let base = base.path().canonicalize().unwrap();
+        for parent in [base.join("a/b"), base.join("a"), base] {
+            assert!(synced.contains(&parent), "{}", parent.display());
+        }
+        assert!(synced.contains(&PathBuf::from("/")));
+        let failed = sync_names(&directory, |_| Err(io::Error::other("EIO")));
+        assert!(failed.is_err(), "what is not synced is not promised");
     }
 }

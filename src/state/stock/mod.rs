@@ -44,6 +44,28 @@ impl SaleTerms {
             .is_some_and(|closes_at| closes_at.plus_ms(OVER_MS) <= now);
         self.per_user_limit.is_some() && !is_over
     }
+
+    /// The terms in which `other` differs, by their names in JSON.
+    pub fn differing(&self, other: &SaleTerms) -> Vec<&'static str> {
+        let SaleTerms {
+            title,
+            unit_price,
+            currency,
+            per_user_limit,
+            opens_at,
+            closes_at,
+        } = self;
+        let differs = [
+            ("title", *title != other.title),
+            ("unit_price", *unit_price != other.unit_price),
+            ("currency", *currency != other.currency),
+            ("per_user_limit", *per_user_limit != other.per_user_limit),
+            ("opens_at", *opens_at != other.opens_at),
+            ("closes_at", *closes_at != other.closes_at),
+        ];
+        let names = differs.into_iter().filter(|(_, differs)| *differs);
+        names.map(|(name, _)| name).collect()
+    }
 }
 
 /// How long after its end a sale's limit is still kept up, in milliseconds: a day.

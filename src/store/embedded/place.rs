@@ -283,6 +283,7 @@ fn make_dir(dir: &Path, mode: u32) -> Result<bool, EmbeddedError> {
         Ok(()) => {
             std::fs::set_permissions(dir, Permissions::from_mode(mode))
                 .map_err(io("set the mode of", dir))?;
+            sync_dir_of(dir)?;
             Ok(true)
         }
         Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(false),
@@ -336,9 +337,10 @@ pub(super) fn write_atomically(path: &Path, content: &[u8]) -> Result<(), Embedd
     sync_dir_of(path)
 }
 
-/// Makes a rename in `path`'s directory outlive a power loss.
+/// Makes a name that was made, or changed, in `path`'s directory outlive a power loss.
 pub(super) fn sync_dir_of(path: &Path) -> Result<(), EmbeddedError> {
     match path.parent() {
+        Some(dir) if dir.as_os_str().is_empty() => sync_dir_of(&Path::new(".").join(path)),
         Some(dir) => std::fs::File::open(dir)
             .and_then(|dir| dir.sync_all())
             .map_err(io("sync", dir)),

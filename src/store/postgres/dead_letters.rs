@@ -63,6 +63,20 @@ fn from_row(row: &tokio_postgres::Row) -> Result<DeadLetter, StoreError> {
 }
 
 impl Database {
+    /// Whether a dead letter is there, once no retry of it is under way any more.
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn settled_dead_letter_is_open(&self, id: i64) -> Result<bool, StoreError> {
+        let client = self.pooled().await?;
+        self.timed(
+            "looking a dead letter up",
+            client.query_opt("SELECT FROM dead_letters WHERE id = $1 FOR UPDATE", &[&id]),
+        )
+        .await
+        .map(|row| row.is_some())
+    }
+
     /// Dead letters, newest first; the discarded ones only where asked for.
     ///
     /// # Errors

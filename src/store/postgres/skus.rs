@@ -1,12 +1,31 @@
 //! Administration of SKUs. Every change of a counter goes to the stock journal with its cause, in
 //! the same transaction.
 
+use tokio_postgres::Transaction;
+
 use super::recovery::{SKU_COLUMNS, sku_from_row};
 use super::transitions::fence;
 use super::{Database, NodeLease};
 use crate::order::SkuId;
 use crate::state::stock::{SaleTerms, Sku};
 use crate::store::StoreError;
+
+/// Locks the terms and total of a SKU, which need not exist yet, until the transaction ends; workers,
+/// who move its counters, are not held up.
+async fn lock(
+    transaction: &Transaction<'_>,
+    schema: &str,
+    id: &SkuId,
+) -> Result<(), tokio_postgres::Error> {
+    let name = format!("millrace sku:{schema}:{id}");
+    transaction
+        .execute(
+            "SELECT pg_advisory_xact_lock(hashtextextended($1, 0))",
+            &[&name],
+        )
+        .await
+        .map(|_| ())
+}
 
 impl Database {
     /// Creates a SKU or replaces its terms and total, and returns it as it now stands.
@@ -28,6 +47,7 @@ impl Database {
             if !fence(&transaction, lease).await? {
                 return Ok(None);
             }
+            lock(&transaction, self.schema(), id).await?;
             let before: i64 = transaction
                 .query_opt(
                     "SELECT total FROM sku WHERE sku_id = $1 FOR UPDATE",
@@ -81,17 +101,41 @@ impl Database {
     /// # Errors
     /// Where the database does not answer.
     pub async fn set_sku_paused(&self, id: &SkuId, paused: bool) -> Result<bool, StoreError> {
-        let client = self.pooled().await?;
-        let changed = self
-            .timed(
-                "pausing a SKU",
-                client.execute(
+        let mut client = self.pooled().await?;
+        let work = async {
+            let transaction = client.transaction().await?;
+            let changed = transaction
+                .execute(
                     "UPDATE sku SET paused = $2 WHERE sku_id = $1",
                     &[&id.as_str(), &paused],
-                ),
-            )
-            .await?;
-        Ok(changed == 1)
+                )
+                .await?;
+            transaction.commit().await?;
+            Ok(changed == 1)
+        };
+        self.timed("pausing a SKU", work).await
+    }
+
+    /// A SKU as its row stands, once no earlier change of its terms or total is under way any more.
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn settled_sku(&self, id: &SkuId) -> Result<Option<Sku>, StoreError> {
+        let mut client = self.pooled().await?;
+        let work = async {
+            let transaction = client.transaction().await?;
+            lock(&transaction, self.schema(), id).await?;
+            let row = transaction
+                .query_opt(
+                    &format!("SELECT {SKU_COLUMNS} FROM sku WHERE sku_id = $1"),
+                    &[&id.as_str()],
+                )
+                .await?;
+            transaction.commit().await?;
+            Ok(row)
+        };
+        let row = self.timed("looking a SKU up", work).await?;
+        row.as_ref().map(sku_from_row).transpose()
     }
 
     /// Stores whether every sale is paused.
@@ -100,16 +144,19 @@ impl Database {
     /// Where the database does not answer; [`StoreError::Fenced`] where this process may not write
     /// any more.
     pub async fn set_all_paused(&self, lease: NodeLease, paused: bool) -> Result<(), StoreError> {
-        let client = self.pooled().await?;
-        let changed = self
-            .timed(
-                "pausing every sale",
-                client.execute(
+        let mut client = self.pooled().await?;
+        let work = async {
+            let transaction = client.transaction().await?;
+            let changed = transaction
+                .execute(
                     "UPDATE node SET paused = $2 WHERE node = $1 AND epoch = $3",
                     &[&lease.node, &paused, &lease.epoch],
-                ),
-            )
-            .await?;
+                )
+                .await?;
+            transaction.commit().await?;
+            Ok(changed)
+        };
+        let changed = self.timed("pausing every sale", work).await?;
         if changed == 1 {
             return Ok(());
         }
@@ -137,6 +184,7 @@ impl Database {
             if !fence(&transaction, lease).await? {
                 return Ok(false);
             }
+            lock(&transaction, self.schema(), id).await?;
             transaction
                 .execute(
                     "WITH moved AS (
