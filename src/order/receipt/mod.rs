@@ -56,6 +56,8 @@
 //! bytes at most, and a MAC of 10. No real order comes near: its `created_at` lies within its id's
 //! lease, and with an adjustment below 2^40 and a year to pay the three take 17 bytes.
 
+mod fields;
+
 use std::fmt;
 
 use base64::Engine;
@@ -63,6 +65,7 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use ring::hmac;
 use subtle::ConstantTimeEq;
 
+use self::fields::{Reader, Writer, currency_number, currency_of, varint_bytes};
 use super::{
     Currency, KeyHash, Order, OrderId, PayloadHash, Quantity, SkuNumber, SkuTag, UnixMillis, UserId,
 };
@@ -604,156 +607,6 @@ fn read_body(
         payload: PayloadHash(u64::from_be_bytes(payload)),
     };
     Ok((form, order))
-}
-
-// --- Fields ---------------------------------------------------------------------------------
-
-const LETTERS: u16 = 26;
-
-fn currency_number(currency: Currency) -> u16 {
-    let letters = currency.as_str().bytes();
-    letters.fold(0, |number, letter| {
-        number * LETTERS + u16::from(letter - b'A')
-    })
-}
-
-fn currency_of(number: u16) -> Result<Currency, ReceiptError> {
-    let letter = |place: u16| b'A' + (number / place % LETTERS) as u8;
-    if number >= LETTERS.pow(3) {
-        return Err(ReceiptError::Malformed);
-    }
-    let code = [letter(LETTERS * LETTERS), letter(LETTERS), letter(1)];
-    std::str::from_utf8(&code)
-        .ok()
-        .and_then(|code| Currency::new(code).ok())
-        .ok_or(ReceiptError::Malformed)
-}
-
-fn varint_bytes(value: u64) -> usize {
-    let bits = (u64::BITS - value.leading_zeros()).max(1);
-    bits.div_ceil(7) as usize
-}
-
-fn packed_bytes(characters: usize) -> usize {
-    (characters * 7).div_ceil(8)
-}
-
-struct Writer {
-    bytes: [u8; BYTES_MAX],
-    length: usize,
-}
-
-impl Default for Writer {
-    fn default() -> Self {
-        Writer {
-            bytes: [0; BYTES_MAX],
-            length: 0,
-        }
-    }
-}
-
-impl Writer {
-    fn written(&self) -> &[u8] {
-        let (written, _) = self.bytes.split_at(self.length);
-        written
-    }
-
-    /// Never beyond the end: up to `expires_at` an order takes 82 bytes at most, its form was
-    /// chosen so that the rest fits, and the MAC takes what is left.
-    fn put(&mut self, bytes: &[u8]) {
-        let end = self.length + bytes.len();
-        self.bytes[self.length..end].copy_from_slice(bytes);
-        self.length = end;
-    }
-
-    fn put_varint(&mut self, mut value: u64) {
-        while value >= 0x80 {
-            self.put(&[value as u8 | 0x80]);
-            value >>= 7;
-        }
-        self.put(&[value as u8]);
-    }
-
-    fn put_zigzag(&mut self, value: i64) {
-        self.put_varint(((value << 1) ^ (value >> 63)) as u64);
-    }
-
-    /// Each group of eight characters is seven bytes.
-    fn put_user(&mut self, ascii: &str) {
-        for group in ascii.as_bytes().chunks(8) {
-            let gathered = group
-                .iter()
-                .fold(0, |all, byte| all << 7 | u64::from(*byte));
-            let bytes = (gathered << (64 - 7 * group.len())).to_be_bytes();
-            let (bytes, _) = bytes.split_at(packed_bytes(group.len()));
-            self.put(bytes);
-        }
-    }
-}
-
-/// What has not been read yet. Whatever is there, reading never panics, and only what a
-/// [`Writer`] writes is read.
-struct Reader<'a>(&'a [u8]);
-
-impl<'a> Reader<'a> {
-    fn take(&mut self, length: usize) -> Result<&'a [u8], ReceiptError> {
-        let split = self.0.split_at_checked(length);
-        let (taken, rest) = split.ok_or(ReceiptError::Malformed)?;
-        self.0 = rest;
-        Ok(taken)
-    }
-
-    fn array<const N: usize>(&mut self) -> Result<[u8; N], ReceiptError> {
-        let split = self.0.split_first_chunk();
-        let (taken, rest) = split.ok_or(ReceiptError::Malformed)?;
-        self.0 = rest;
-        Ok(*taken)
-    }
-
-    fn varint(&mut self) -> Result<u64, ReceiptError> {
-        let mut value = 0;
-        for shift in (0..u64::BITS).step_by(7) {
-            let [byte] = self.array()?;
-            let part = u64::from(byte & 0x7f);
-            let is_longer_than_need_be = byte == 0 && shift > 0;
-            if is_longer_than_need_be || part << shift >> shift != part {
-                return Err(ReceiptError::Malformed);
-            }
-            value |= part << shift;
-            if byte & 0x80 == 0 {
-                return Ok(value);
-            }
-        }
-        Err(ReceiptError::Malformed)
-    }
-
-    fn zigzag(&mut self) -> Result<i64, ReceiptError> {
-        let value = self.varint()?;
-        Ok((value >> 1) as i64 ^ -((value & 1) as i64))
-    }
-
-    fn user(&mut self, length: usize) -> Result<UserId, ReceiptError> {
-        let mut ascii = [0; UserId::LEN_MAX];
-        let ascii = ascii.get_mut(..length).ok_or(ReceiptError::Malformed)?;
-        for group in ascii.chunks_mut(8) {
-            let packed = self.take(packed_bytes(group.len()))?;
-            let mut bytes = [0; 8];
-            let (start, _) = bytes.split_at_mut(packed.len());
-            start.copy_from_slice(packed);
-            let mut gathered = u64::from_be_bytes(bytes);
-            for character in group {
-                *character = (gathered >> 57) as u8;
-                gathered <<= 7;
-            }
-            if gathered != 0 {
-                return Err(ReceiptError::Malformed);
-            }
-        }
-        std::str::from_utf8(ascii)
-            .ok()
-            .and_then(|text| UserId::new(text).ok())
-            .ok_or(ReceiptError::Malformed)
-    }
 }
 
 #[cfg(test)]
