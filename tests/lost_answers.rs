@@ -153,31 +153,6 @@ fn terms_and_totals_that_are_not_answered_are_in_force_as_they_were_stored() {
 }
 
 #[test]
-fn a_pause_that_is_not_answered_is_stored_all_the_same() {
-    block_on(async {
-        let shop = Shop::open().await;
-        for cut in CUTS {
-            shop.cut(cut, "POST", "/admin/v1/skus/A/pause", Value::Null)
-                .await;
-            shop.until("A", Some((100, 10, true)), &format!("{cut:?}"))
-                .await;
-            // Not to be resumed by a lost answer either: the operator was not told that it is.
-            shop.cut(cut, "POST", "/admin/v1/skus/A/resume", Value::Null)
-                .await;
-            shop.until("A", Some((100, 10, true)), &format!("{cut:?}"))
-                .await;
-            let resumed = shop
-                .server
-                .control("POST", "/admin/v1/skus/A/resume", Value::Null);
-            assert_eq!(resumed.await.status, 200);
-            shop.until("A", Some((100, 10, false)), &format!("{cut:?}"))
-                .await;
-        }
-        shop.close().await;
-    });
-}
-
-#[test]
 fn a_dead_letter_whose_retry_is_not_answered_holds_its_units_if_it_is_a_row() {
     block_on(async {
         let shop = Shop::open().await;
