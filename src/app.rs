@@ -10,6 +10,7 @@
 
 mod background;
 mod clock;
+pub mod preflight;
 mod receipt_keys;
 mod recovery;
 
@@ -29,7 +30,6 @@ use crate::http::control_plane::{ControlPlane, Parts, Refresh};
 use crate::http::data_plane::dispatcher::Dispatcher;
 use crate::http::data_plane::hardened::{self, CloseReason, Limits};
 use crate::http::data_plane::message::{Request, Response, Service};
-use crate::http::data_plane::payments::Providers;
 use crate::http::data_plane::service::{DataPlane, DataPlaneParts};
 use crate::http::data_plane::{minihttp, runtime};
 use crate::http::problem::Problem;
@@ -98,6 +98,16 @@ pub enum StartError {
     #[error("cannot use data_dir {path}: {source}")]
     DataDir {
         /// Which directory.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A directory cannot be used.
+    #[error("cannot use {path} ({field}): {source}")]
+    Directory {
+        /// Which setting.
+        field: &'static str,
+        /// Its value.
         path: PathBuf,
         /// Why.
         source: std::io::Error,
@@ -284,6 +294,7 @@ impl Millrace {
             path: config.data_dir.clone(),
             source,
         };
+        let providers = preflight::look(&config)?;
         make_directory(&config.data_dir).map_err(data_dir)?;
         // The first two lines of the log are the addresses, whatever else there is to say.
         let data_listener = bind("data_plane.listen", config.data_plane.listen)?;
@@ -294,7 +305,6 @@ impl Millrace {
         tracing::info!(address = %control_plane, "control plane listening");
         let metrics = Metrics::new()?;
         let receipt_secrets = receipt_keys::load(&config)?;
-        let providers = Providers::new(&config.payments)?;
 
         let control =
             ControlPlane::new(metrics.clone(), Tokens::new(&config.control_plane.token.0));

@@ -58,7 +58,7 @@ const SIBLINGS: &[(&str, &str, &str)] = &[
         "a test build ends by name what should never end",
     ),
     (
-        "src/config/load.rs",
+        "src/config/",
         "faults",
         "a test build does not take the deliberate fault in its environment for a setting",
     ),

@@ -337,3 +337,138 @@ fn an_array_is_no_order_no_sku_and_no_restock_and_long_integers_are_names() {
         assert!(server.stop().await);
     });
 }
+
+/// What `millrace` says to these arguments and settings, and whether it is content.
+fn says(directory: &std::path::Path, args: &[&str], settings: &[(&str, &str)]) -> (bool, String) {
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_millrace"));
+    command
+        .args(args)
+        .current_dir(directory)
+        .env("MILLRACE_DATA_PLANE__LISTEN", "127.0.0.1:0")
+        .env("MILLRACE_CONTROL_PLANE__LISTEN", "127.0.0.1:0")
+        .envs(settings.iter().copied());
+    let output = command.output().expect("the program");
+    (
+        output.status.success(),
+        String::from_utf8_lossy(&output.stderr).into_owned(),
+    )
+}
+
+#[test]
+fn config_check_finds_what_a_start_would() {
+    block_on(async {
+        let database = TestDatabase::create().await;
+        let foreign = TestDatabase::create().await;
+        let client = foreign.connect().await;
+        client
+            .batch_execute("CREATE SCHEMA shop; CREATE TABLE shop.basket (id int)")
+            .await
+            .expect("a schema of somebody else's");
+        let (url, other_url) = (database.url(), foreign.url());
+        let separator = if url.contains('?') { '&' } else { '?' };
+        let no_certificate =
+            format!("{url}{separator}sslmode=verify-full&sslrootcert=/nowhere.pem");
+        let cases: [(&[(&str, &str)], &str); 9] = [
+            (
+                &[("MILLRACE_DATABASE__SCHEMA", "pg_shop")],
+                "database.schema",
+            ),
+            (&[("MILLRACE_DATA_DIR", "file/below")], "data_dir"),
+            (
+                &[("MILLRACE_QUEUE__JOURNAL__DIR", "file")],
+                "queue.journal.dir",
+            ),
+            (&[("MILLRACE_DATA_DIR", "cut")], "cut off"),
+            (
+                &[
+                    ("MILLRACE_PAYMENTS__ALIPAY__APP_ID", "1"),
+                    ("MILLRACE_PAYMENTS__ALIPAY__PUBLIC_KEY", "AAAA"),
+                ],
+                "payments.alipay.public_key",
+            ),
+            (
+                &[
+                    ("MILLRACE_CONTROL_PLANE__LISTEN", "127.0.0.1:0"),
+                    ("MILLRACE_DATA_PLANE__LISTEN", "192.0.2.1:0"),
+                    ("MILLRACE_DATA_PLANE__TOKEN", "t"),
+                ],
+                "data_plane.listen",
+            ),
+            (
+                &[("MILLRACE_DATABASE__URL", &no_certificate)],
+                "/nowhere.pem",
+            ),
+            (
+                &[
+                    ("MILLRACE_DATABASE__URL", &other_url),
+                    ("MILLRACE_DATABASE__SCHEMA", "shop"),
+                ],
+                "did not make",
+            ),
+            (
+                &[("MILLRACE_DATABASE__MIGRATE", "never")],
+                "has not been made",
+            ),
+        ];
+        let directory = tempfile::tempdir().expect("a directory");
+        std::fs::write(directory.path().join("file"), "").expect("a file");
+        std::fs::create_dir(directory.path().join("cut")).expect("a directory");
+        std::fs::write(directory.path().join("cut/receipt.key"), "abc").expect("a cut key");
+        for (settings, names) in cases {
+            let settings = [&[("MILLRACE_DATABASE__URL", url.as_str())], settings].concat();
+            for args in [&["config", "check"][..], &["serve"]] {
+                let (content, said) = says(directory.path(), args, &settings);
+                assert!(
+                    !content && said.contains(names),
+                    "{args:?} {settings:?}: {said}"
+                );
+                assert!(!said.contains("syntax"), "{said}");
+            }
+        }
+        let bin_dir = [("MILLRACE_DATABASE__EMBEDDED_BIN_DIR", "/nowhere")];
+        let (content, said) = says(directory.path(), &["config", "check"], &bin_dir);
+        assert!(!content && said.contains("/nowhere"), "{said}");
+        let fine = [
+            ("MILLRACE_DATABASE__URL", url.as_str()),
+            ("MILLRACE_DATA_DIR", "made/by/none"),
+        ];
+        let (content, said) = says(directory.path(), &["config", "check"], &fine);
+        assert!(content && said.contains("the database answers"), "{said}");
+        assert!(
+            !directory.path().join("made").exists(),
+            "a check makes nothing"
+        );
+    });
+}
+
+#[test]
+fn a_schema_may_be_named_by_a_word_of_sql() {
+    block_on(async {
+        for word in ["user", "order", "select"] {
+            let database = TestDatabase::create().await;
+            let server = TestServer::start(&database, |config| {
+                config.database.schema = word.into();
+            })
+            .await;
+            server.put_sku("A", 5, json!({})).await;
+            assert_eq!(server.order("u", "A", None).await.status, 201, "{word}");
+            let audit = server
+                .control("GET", "/admin/v1/audit", Value::Null)
+                .await
+                .json();
+            assert_eq!(audit["ok"], true, "{audit:#}");
+            assert!(server.stop().await);
+            // What people run themselves is the same.
+            let by_hand = TestDatabase::create().await;
+            let printed = millrace::store::schema::print(word);
+            let client = by_hand.connect().await;
+            client.batch_execute(&printed).await.expect("it runs");
+            let server = TestServer::start(&by_hand, |config| {
+                config.database.schema = word.into();
+                config.database.migrate = millrace::config::Migrate::Never;
+            })
+            .await;
+            assert!(server.stop().await);
+        }
+    });
+}

@@ -36,13 +36,28 @@ pub(super) fn load(config: &Config) -> Result<Vec<String>, StartError> {
         }
         Err(error) => return Err(failed(error)),
     };
+    whole(&text).map(|key| vec![key]).map_err(failed)
+}
+
+/// Whether [`load`] would get what is there already.
+pub(super) fn look(config: &Config) -> Result<(), StartError> {
+    let path = config.data_dir.join(FILE);
+    if !config.receipt.key.0.is_empty() || !path.exists() {
+        return Ok(());
+    }
+    let read = std::fs::read_to_string(&path).and_then(|text| whole(&text));
+    read.map(|_| ())
+        .map_err(|source| StartError::ReceiptKey { path, source })
+}
+
+fn whole(text: &str) -> std::io::Result<String> {
     let key = text.trim();
     if key.len() < KEY_BYTES * 2 {
-        return Err(failed(std::io::Error::other(
+        return Err(std::io::Error::other(
             "it is cut off; restore it, or remove it where no receipt signed with it matters any more",
-        )));
+        ));
     }
-    Ok(vec![key.to_owned()])
+    Ok(key.to_owned())
 }
 
 /// Under another name first, so that a crash leaves a whole key or none.

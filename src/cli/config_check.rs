@@ -4,8 +4,7 @@ use clap::Args;
 
 use super::output::print;
 use super::{ConfigArgs, logging};
-use crate::app::open_database;
-use crate::http::data_plane::payments::Providers;
+use crate::app::preflight;
 use crate::logging::say;
 
 #[derive(Debug, Args)]
@@ -17,17 +16,17 @@ pub struct CheckArgs {
     offline: bool,
 }
 
-/// Prints the configuration in force, secrets hidden, and tries the database where one is named.
+/// Prints the configuration in force, secrets hidden, and finds what a start would: keys, certificates,
+/// directories and addresses, and the database where one is named. Changes nothing.
 pub async fn run(args: &CheckArgs) -> anyhow::Result<bool> {
     let config = args.config.load()?;
     logging::start(&config.log)?;
-    Providers::new(&config.payments)?;
+    let asked = preflight::check(&config, !args.offline).await;
     print(&config.to_toml())?;
-    if args.offline || config.database.url.is_empty() {
+    if asked? {
+        say("the configuration is valid and the database answers");
+    } else {
         say("the configuration is valid");
-        return Ok(true);
     }
-    open_database(&config).await?.database.ping().await?;
-    say("the configuration is valid and the database answers");
     Ok(true)
 }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::load::{ENV_PREFIX, FILE_SUFFIX};
+use super::environment::{ENV_PREFIX, FILE_SUFFIX};
 use super::{Config, DEFAULT_FILE};
 
 impl Config {

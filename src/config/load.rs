@@ -2,13 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{Config, ConfigError, DEFAULT_FILE, log, payments};
-
-pub(super) const ENV_PREFIX: &str = "MILLRACE_";
-pub(super) const FILE_SUFFIX: &str = "_FILE";
-
-/// Tables whose fields are named by whoever writes them, without regard to capitals, and are texts.
-pub(super) const OPEN_TABLES: &[&str] = &["payments.wechatpay.public_keys"];
+use super::{Config, ConfigError, DEFAULT_FILE, environment, log, payments};
 
 impl Config {
     /// Reads the file (`file`, else [`DEFAULT_FILE`] where there is one), lays the environment
@@ -28,9 +22,10 @@ impl Config {
             },
             None => (String::new(), "defaults".to_owned()),
         };
-        // A release does not know it, and so refuses it like any other mistake.
-        let settings =
-            std::env::vars().filter(|(name, _)| Some(name.as_str()) != crate::faults::VARIABLE);
+        let settings = environment::read().map_err(|message| ConfigError::Invalid {
+            origin: "environment".to_owned(),
+            message,
+        })?;
         Self::parse(&text, &origin, settings)
     }
 
@@ -53,15 +48,8 @@ impl Config {
             toml::from_str(text).map_err(|e| invalid(origin, e.to_string()))?;
         let defaults = toml::Table::try_from(Config::default())
             .map_err(|e| invalid("defaults", e.to_string()))?;
-        let mut variables: Vec<_> = env
-            .into_iter()
-            .filter(|(name, _)| name.starts_with(ENV_PREFIX))
-            .collect();
-        variables.sort();
-        for (name, value) in variables {
-            overlay(&mut table, &defaults, &name, value)
-                .map_err(|message| invalid(&format!("environment variable {name}"), message))?;
-        }
+        environment::lay_over(&mut table, &defaults, env)
+            .map_err(|(name, message)| invalid(&format!("environment variable {name}"), message))?;
         let config: Config = table
             .try_into()
             .map_err(|e: toml::de::Error| invalid(origin, e.to_string()))?;
@@ -258,6 +246,31 @@ impl Config {
                 "must be 1 to 63 of a-z, 0-9 and _, not starting with a digit",
             );
         }
+        if schema.starts_with(b"pg_") || schema == b"information_schema" {
+            return fault(
+                "database.schema",
+                "is a name that PostgreSQL keeps for itself; take another",
+            );
+        }
+        for (field, tokens) in [
+            ("data_plane.token", &self.data_plane.token),
+            ("control_plane.token", &self.control_plane.token),
+        ] {
+            let can_be_sent = |token: &String| token.bytes().all(|byte| byte.is_ascii_graphic());
+            if !tokens.0.iter().all(can_be_sent) {
+                return fault(
+                    field,
+                    "must be visible ASCII without spaces: no header field carries another",
+                );
+            }
+        }
+        let (data, control) = (self.data_plane.listen, self.control_plane.listen);
+        if data.port() != 0 && data == control {
+            return fault(
+                "control_plane.listen",
+                "is the address of data_plane.listen; each plane needs one of its own",
+            );
+        }
         if self.orders.remembered_max < self.queue.capacity {
             return fault(
                 "orders.remembered_max",
@@ -318,62 +331,6 @@ impl Config {
 }
 
 const DAY_MS: u64 = 86_400_000;
-
-/// Puts one environment variable into the table. A field's type is that of its default.
-fn overlay(
-    table: &mut toml::Table,
-    defaults: &toml::Table,
-    name: &str,
-    value: String,
-) -> Result<(), String> {
-    let path = name.trim_start_matches(ENV_PREFIX);
-    let (path, value) = match path.strip_suffix(FILE_SUFFIX) {
-        Some(path) => {
-            let text =
-                std::fs::read_to_string(&value).map_err(|e| format!("cannot read {value}: {e}"))?;
-            (path, text.trim_end_matches(['\r', '\n']).to_owned())
-        }
-        None => (path, value),
-    };
-    let keys: Vec<String> = path.split("__").map(str::to_ascii_lowercase).collect();
-    let unknown = || format!("there is no configuration field {}", keys.join("."));
-    let (field, sections) = keys.split_last().ok_or_else(unknown)?;
-    let (mut into, mut like) = (table, defaults);
-    for section in sections {
-        like = like
-            .get(section)
-            .and_then(toml::Value::as_table)
-            .ok_or_else(unknown)?;
-        into = into
-            .entry(section)
-            .or_insert_with(|| toml::Value::Table(toml::Table::new()))
-            .as_table_mut()
-            .ok_or_else(unknown)?;
-    }
-    if OPEN_TABLES.contains(&sections.join(".").as_str()) {
-        into.retain(|name, _| !name.eq_ignore_ascii_case(field));
-        into.insert(field.clone(), toml::Value::String(value));
-        return Ok(());
-    }
-    let value = match like.get(field).ok_or_else(unknown)? {
-        toml::Value::Integer(_) => toml::Value::Integer(
-            value
-                .trim()
-                .parse()
-                .map_err(|_| format!("{value:?} is not a whole number"))?,
-        ),
-        toml::Value::Boolean(_) => toml::Value::Boolean(
-            value
-                .trim()
-                .parse()
-                .map_err(|_| format!("{value:?} is not true or false"))?,
-        ),
-        toml::Value::Table(_) => return Err(unknown()),
-        _ => toml::Value::String(value),
-    };
-    into.insert(field.clone(), value);
-    Ok(())
-}
 
 #[cfg(test)]
 mod tests {
@@ -537,7 +494,7 @@ mod tests {
 
     #[test]
     fn mistakes_are_named() {
-        let message = |text, env: &[_]| parse(text, env).unwrap_err().to_string();
+        let message = |text: &str, env: &[(&str, &str)]| parse(text, env).unwrap_err().to_string();
         assert!(message("[queue]\ncapasity = 5", &[]).contains("capasity"));
         assert!(message("queue = 5", &[]).contains("test.toml"));
         assert!(message("", &[("MILLRACE_QUEUE__CAPASITY", "5")]).contains("queue.capasity"));
@@ -553,7 +510,18 @@ mod tests {
         ] {
             assert!(message(text, &[]).contains(why), "{text}");
         }
-        assert!(message("[database]\nschema = \"a;b\"", &[]).contains("database.schema"));
+        for schema in ["a;b", "", "1a", "A", "pg_shop", "pg_", "information_schema"] {
+            let text = format!("[database]\nschema = \"{schema}\"");
+            assert!(message(&text, &[]).contains("database.schema"), "{schema}");
+        }
+        for word in ["user", "order", "select", "public"] {
+            let text = format!("[database]\nschema = \"{word}\"");
+            assert!(parse(&text, &[]).is_ok(), "{word}");
+        }
+        assert!(
+            message("[control_plane]\nlisten = \"127.0.0.1:8080\"", &[])
+                .contains("control_plane.listen")
+        );
         assert!(message("[data_plane]\nlisten = \"0.0.0.0:80\"", &[]).contains("trust_network"));
         assert!(
             message("[control_plane]\nlisten = \"0.0.0.0:80\"", &[])

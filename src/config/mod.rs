@@ -2,8 +2,9 @@
 //!
 //! One TOML file, each field overridable by an environment variable: `MILLRACE_` and the path in
 //! capitals, levels joined by two underscores (`MILLRACE_DATABASE__URL`); with `_FILE` appended
-//! the value is read from the file that it names. Unknown fields are refused, and fields are
-//! checked against one another before anything starts.
+//! the value is read from the file that it names. A list is a JSON array, or one text a line in a
+//! `_FILE`. Unknown fields are refused, and fields are checked against one another before anything
+//! starts.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -11,6 +12,7 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+mod environment;
 mod given;
 mod load;
 mod log;
@@ -386,9 +388,9 @@ pub enum LogFormat {
     Json,
 }
 
-/// One text or a list of texts; empty means none. Its `Debug` form hides what it holds.
+/// One text or a list of texts, none of them empty; an empty list means none. Its `Debug` form hides what it holds.
 #[derive(Clone, Default, Serialize, Deserialize, PartialEq, Eq)]
-#[serde(from = "OneOrManyForm", into = "Vec<String>")]
+#[serde(try_from = "OneOrManyForm", into = "Vec<String>")]
 pub struct OneOrMany(pub Vec<String>);
 
 #[derive(Deserialize)]
@@ -398,13 +400,18 @@ enum OneOrManyForm {
     Many(Vec<String>),
 }
 
-impl From<OneOrManyForm> for OneOrMany {
-    fn from(form: OneOrManyForm) -> Self {
+impl TryFrom<OneOrManyForm> for OneOrMany {
+    type Error = &'static str;
+
+    fn try_from(form: OneOrManyForm) -> Result<Self, Self::Error> {
         let all = match form {
             OneOrManyForm::One(one) => vec![one],
             OneOrManyForm::Many(many) => many,
         };
-        OneOrMany(all.into_iter().filter(|text| !text.is_empty()).collect())
+        if all.iter().any(String::is_empty) {
+            return Err("an empty text; leave it out for none");
+        }
+        Ok(OneOrMany(all))
     }
 }
 

@@ -28,12 +28,12 @@ impl Field {
     pub fn variable(&self) -> String {
         let path = self.path.replace('.', "__").to_uppercase();
         let name = if self.is_open() { "__<NAME>" } else { "" };
-        format!("{}{path}{name}", super::load::ENV_PREFIX)
+        format!("{}{path}{name}", super::environment::ENV_PREFIX)
     }
 
     /// Whether it is a table whose fields are named by whoever writes it.
     fn is_open(&self) -> bool {
-        super::load::OPEN_TABLES.contains(&self.path.as_str())
+        super::environment::OPEN_TABLES.contains(&self.path.as_str())
     }
 }
 
@@ -174,7 +174,8 @@ const HEAD: &str = "\
 
 One TOML file (`--config FILE`, else `./millrace.toml` if there is one), each field overridable by its
 environment variable. With `_FILE` appended to the variable's name, the value is read from the file
-that it names: for secrets. Unknown fields are refused, and fields are checked against one another
+that it names: for secrets. A list is a JSON array there, or in a file one text a line; a plain value is
+a list of one. A field that two variables set, an empty file and an empty text are refused. Unknown fields are refused, and fields are checked against one another
 before anything starts. `millrace config check` prints what is in force.
 ";
 

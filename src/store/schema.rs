@@ -1,7 +1,8 @@
 //! The schema and its migrations, by `refinery`.
 //!
 //! Everything lives in one schema of our own, found through the session's `search_path`, and so
-//! does the table that remembers which migrations ran. Nothing outside that schema is touched.
+//! does the table that remembers which migrations ran. Nothing outside that schema is touched. Its name
+//! is quoted wherever it stands in SQL: `user` and `order` are names like any other.
 
 use tokio_postgres::Client;
 
@@ -18,7 +19,7 @@ const HISTORY: &str = "refinery_schema_history";
 /// notes what it did as [`migrate`] would, so that [`check`] and later migrations go on from there.
 pub fn print(schema: &str) -> String {
     let mut text = format!(
-        "BEGIN;\nCREATE SCHEMA IF NOT EXISTS {schema};\nSET LOCAL search_path = {schema};\n\
+        "BEGIN;\nCREATE SCHEMA IF NOT EXISTS \"{schema}\";\nSET LOCAL search_path = \"{schema}\";\n\
          CREATE TABLE {HISTORY} (\n    version int4 PRIMARY KEY,\n    name varchar(255),\n    \
          applied_on varchar(255),\n    checksum varchar(255)\n);\n"
     );
@@ -63,20 +64,7 @@ pub async fn migrate(client: &mut Client, schema: &str) -> Result<usize, StoreEr
 }
 
 async fn migrate_alone(client: &mut Client, schema: &str) -> Result<usize, StoreError> {
-    let relations: i64 = client
-        .query_one(
-            "SELECT count(*) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-              WHERE n.nspname = $1 AND c.relkind IN ('r', 'p', 'v', 'm', 'f')",
-            &[&schema],
-        )
-        .await
-        .map_err(StoreError::statement("looking at the schema"))?
-        .get(0);
-    if relations > 0 && !has_history(client, schema).await? {
-        return Err(StoreError::Schema(format!(
-            "schema {schema} holds relations that Millrace did not make; set database.schema to another name"
-        )));
-    }
+    refuse_foreign(client, schema).await?;
     // `IF NOT EXISTS` would ask for the right to create also where there is nothing to create.
     let exists = client
         .query_opt("SELECT FROM pg_namespace WHERE nspname = $1", &[&schema])
@@ -85,7 +73,7 @@ async fn migrate_alone(client: &mut Client, schema: &str) -> Result<usize, Store
         .is_some();
     if !exists {
         client
-            .batch_execute(&format!("CREATE SCHEMA IF NOT EXISTS {schema}"))
+            .batch_execute(&format!("CREATE SCHEMA IF NOT EXISTS \"{schema}\""))
             .await
             .map_err(StoreError::statement(
                 "creating the schema (the role needs CREATE on the database)",
@@ -105,6 +93,76 @@ async fn migrate_alone(client: &mut Client, schema: &str) -> Result<usize, Store
     Ok(report.applied_migrations().len())
 }
 
+async fn refuse_foreign(client: &Client, schema: &str) -> Result<(), StoreError> {
+    let relations: i64 = client
+        .query_one(
+            "SELECT count(*) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+              WHERE n.nspname = $1 AND c.relkind IN ('r', 'p', 'v', 'm', 'f')",
+            &[&schema],
+        )
+        .await
+        .map_err(StoreError::statement("looking at the schema"))?
+        .get(0);
+    if relations > 0 && !has_history(client, schema).await? {
+        return Err(StoreError::Schema(format!(
+            "schema {schema} holds relations that Millrace did not make; set database.schema to another name"
+        )));
+    }
+    Ok(())
+}
+
+/// Changes nothing and says whether [`migrate`] could bring the schema up to date.
+///
+/// # Errors
+/// As [`migrate`], for what can be known beforehand.
+pub async fn inspect(client: &mut Client, schema: &str) -> Result<(), StoreError> {
+    check_encoding(client).await?;
+    refuse_foreign(client, schema).await?;
+    if has_history(client, schema).await? {
+        return match versions(client).await? {
+            (newest, found) if found > newest => Err(newer(schema)),
+            _ => Ok(()),
+        };
+    }
+    let may_make: bool = client
+        .query_one(
+            "SELECT CASE WHEN EXISTS (SELECT FROM pg_namespace WHERE nspname = $1)
+                    THEN has_schema_privilege($1, 'CREATE')
+                    ELSE has_database_privilege(current_database(), 'CREATE') END",
+            &[&schema],
+        )
+        .await
+        .map_err(StoreError::statement("looking at the role's rights"))?
+        .get(0);
+    if may_make {
+        return Ok(());
+    }
+    Err(StoreError::Schema(format!(
+        "the role may not make schema {schema}: grant it CREATE on the database, or on the schema where that is there"
+    )))
+}
+
+/// The newest version that this release knows, and the one that is there.
+async fn versions(client: &Client) -> Result<(Option<i64>, Option<i64>), StoreError> {
+    let newest = embedded_migrations::migrations::runner()
+        .get_migrations()
+        .iter()
+        .map(|m| m.version())
+        .max();
+    let found: Option<i32> = client
+        .query_one(&format!("SELECT max(version) FROM {HISTORY}"), &[])
+        .await
+        .map_err(StoreError::statement("reading the schema's version"))?
+        .get(0);
+    Ok((newest.map(i64::from), found.map(i64::from)))
+}
+
+fn newer(schema: &str) -> StoreError {
+    StoreError::Schema(format!(
+        "schema {schema} is newer than this release of Millrace"
+    ))
+}
+
 /// Checks that the schema is this release's.
 ///
 /// # Errors
@@ -119,23 +177,10 @@ pub async fn check(client: &mut Client, schema: &str) -> Result<(), StoreError> 
     if !has_history(client, schema).await? {
         return Err(stale("has not been made"));
     }
-    let newest = embedded_migrations::migrations::runner()
-        .get_migrations()
-        .iter()
-        .map(|m| m.version())
-        .max();
-    let found: Option<i32> = client
-        .query_one(&format!("SELECT max(version) FROM {HISTORY}"), &[])
-        .await
-        .map_err(StoreError::statement("reading the schema's version"))?
-        .get(0);
-    let found = found.map(i64::from);
-    match newest.map(i64::from) {
-        newest if newest == found => Ok(()),
-        newest if newest > found => Err(stale("is older than this release")),
-        _ => Err(StoreError::Schema(format!(
-            "schema {schema} is newer than this release of Millrace"
-        ))),
+    match versions(client).await? {
+        (newest, found) if newest == found => Ok(()),
+        (newest, found) if newest > found => Err(stale("is older than this release")),
+        _ => Err(newer(schema)),
     }
 }
 
@@ -175,7 +220,7 @@ async fn has_history(client: &Client, schema: &str) -> Result<bool, StoreError> 
     client
         .query_one(
             "SELECT to_regclass($1) IS NOT NULL",
-            &[&format!("{schema}.{HISTORY}")],
+            &[&format!("\"{schema}\".{HISTORY}")],
         )
         .await
         .map(|row| row.get(0))

@@ -109,6 +109,22 @@ impl Embedded {
         Ok(embedded)
     }
 
+    /// Looks for the binaries of the server of `data_dir`, in `bin_dir` or where packagers put them;
+    /// makes and starts nothing.
+    ///
+    /// # Errors
+    /// Where there is none that Millrace runs on.
+    pub async fn look_for_binaries(
+        data_dir: PathBuf,
+        bin_dir: Option<PathBuf>,
+    ) -> Result<(), EmbeddedError> {
+        spawn_blocking(move || {
+            let user = user::ServerUser::of_cluster(&data_dir.join("postgres").join("data"))?;
+            binaries::find(bin_dir.as_deref(), &user, None).map(|_| ())
+        })
+        .await?
+    }
+
     fn prepare(options: EmbeddedOptions) -> Result<Self, EmbeddedError> {
         let home = Home::find_or_make(&options.data_dir, &options.fallback_root)?;
         let lock = cluster::lock(&home)?;

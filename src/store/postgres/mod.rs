@@ -280,7 +280,7 @@ fn make_pool(
 fn session_setup(schema: &str, step_timeout: Duration) -> String {
     let lock_ms = (step_timeout.as_millis() / 2).max(50);
     format!(
-        "SET search_path = {schema}, pg_temp;
+        "SET search_path = \"{schema}\", pg_temp;
          SET lock_timeout = {lock_ms};
          SET idle_in_transaction_session_timeout = {};
          SET TIME ZONE 'UTC';
