@@ -558,12 +558,17 @@ impl Millrace {
             );
         }
 
+        let canceller = Canceller::new(Arc::clone(&ledger), database.clone(), lease);
+        background.run(
+            "the settling of cancellations",
+            canceller.clone().settle_lost(),
+        );
         let service = Arc::new(DataPlane::new(DataPlaneParts {
             intake: Arc::clone(&intake),
             ledger: Arc::clone(&ledger),
             queue: Arc::clone(&queue),
             database: database.clone(),
-            canceller: Canceller::new(Arc::clone(&ledger), database.clone(), lease),
+            canceller,
             callbacks: callback_desk,
             providers,
             receipts: Arc::clone(&receipts),

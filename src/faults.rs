@@ -60,7 +60,7 @@ pub const BUGS: [&str; 18] = [
 ];
 
 /// Everything that runs as long as the process does, under supervision.
-pub const SUPERVISED: [&str; 23] = [
+pub const SUPERVISED: [&str; 24] = [
     "a worker",
     "the wait for the workers",
     "the deadline keeper",
@@ -74,6 +74,7 @@ pub const SUPERVISED: [&str; 23] = [
     "the keeper of parked orders",
     "the deletion of old rows",
     "the keeper of pauses",
+    "the settling of cancellations",
     "the eviction of old orders",
     "the keeper of our own PostgreSQL",
     "the control plane",

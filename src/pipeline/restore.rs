@@ -5,9 +5,9 @@
 //! What it knows: the orders of the journal's segments that are still there, and the orders of a
 //! moment ago that are kept to answer those who ask again, and which orders of the idempotency
 //! window are cancelled. An order that waited for its row and is in none of them is gone; only
-//! synchronous replication excludes that.
+//! synchronous replication excludes that. Its units and its key are released.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
@@ -20,6 +20,7 @@ use super::pruning::PrunedBelow;
 use super::replay::Replayer;
 use crate::metrics::Metrics;
 use crate::order::{Order, OrderId, OrderStatus};
+use crate::queue::DurableQueue;
 use crate::queue::journal::JournalQueue;
 use crate::store::StoreError;
 use crate::store::batch::BatchWriter;
@@ -27,6 +28,9 @@ use crate::store::postgres::{Database, NodeLease};
 
 /// How often the batch numbers are compared where no worker has done it.
 const CHECK: Duration = Duration::from_secs(2);
+/// Pause between two looks for orders that are nowhere: one that is being placed is in memory or a row
+/// by then.
+const SECOND_LOOK: Duration = Duration::from_secs(1);
 /// Orders that are read and written again at once.
 const PART: usize = 20_000;
 
@@ -266,12 +270,74 @@ impl Restorer {
         parking::recount(&self.ledger, &self.database, &self.metrics).await?;
         match reading.await {
             Ok(Ok(())) => {
+                self.release_lost().await?;
                 self.watermarks.restores.fetch_add(1, Ordering::AcqRel);
                 Ok(())
             }
             Ok(Err(error)) => Err(StoreError::Data(error.to_string())),
             Err(panic) => Err(StoreError::Data(panic.to_string())),
         }
+    }
+
+    /// Releases the units and keys of live orders that are nowhere any more: neither in the database, nor
+    /// in flight, nor in the journal. One that a payment waits for is recovered from its receipt.
+    async fn release_lost(&self) -> Result<(), StoreError> {
+        let panicked = |panic: tokio::task::JoinError| StoreError::Data(panic.to_string());
+        let ledger = Arc::clone(&self.ledger);
+        let live = tokio::task::spawn_blocking(move || ledger.buyers.live_ones()).await;
+        let absent = self.database.absent_among(&live.map_err(panicked)?).await?;
+        if absent.is_empty() {
+            return Ok(());
+        }
+        tokio::time::sleep(SECOND_LOOK).await;
+        let (ledger, journal) = (Arc::clone(&self.ledger), self.journal.clone());
+        let settled = tokio::task::spawn_blocking(move || -> std::io::Result<Vec<OrderId>> {
+            let mut settled = Vec::new();
+            for id in absent {
+                // In this sequence: it goes from memory to the disk at most once, and back at most once.
+                let in_memory = || ledger.pending.get(id).is_some();
+                let on_disk = match &journal {
+                    Some(journal) if !in_memory() => journal.find(id)?.is_some(),
+                    _ => false,
+                };
+                if !on_disk && !in_memory() {
+                    settled.push(id);
+                }
+            }
+            Ok(settled)
+        });
+        let settled = settled.await.map_err(panicked)?;
+        let settled = settled.map_err(|error| StoreError::Data(format!("the journal: {error}")))?;
+        // Whatever has left memory since the first look is a row by now, or was given up.
+        let nowhere: HashSet<OrderId> = self
+            .database
+            .absent_among(&settled)
+            .await?
+            .into_iter()
+            .collect();
+        let ledger = Arc::clone(&self.ledger);
+        let known = tokio::task::spawn_blocking(move || ledger.buyers.live_among(&nowhere));
+        let mut released = 0;
+        for (user_id, order) in known.await.map_err(panicked)? {
+            if self.ledger.orphans.waits_for(order.order_id) {
+                continue;
+            }
+            let turned = self.ledger.buyers.no_longer_live(&user_id, order.order_id);
+            if turned == Some(true)
+                && let Some(sku) = self.ledger.catalogue.by_number(order.sku)
+            {
+                sku.counter().release(order.quantity.get());
+            }
+            self.ledger.buyers.forget(&user_id, order.order_id);
+            released += 1;
+        }
+        if released > 0 {
+            tracing::error!(
+                orders = released,
+                "the database has lost orders that nothing else knows of: their units and keys are free again"
+            );
+        }
+        Ok(())
     }
 
     /// A restored order that the database refuses is a dead letter, and holds nothing.

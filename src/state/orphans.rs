@@ -102,6 +102,11 @@ impl Orphans {
         waiting.is_some_and(|waiting| waiting.stored)
     }
 
+    /// Whether a payment waits for this order.
+    pub fn waits_for(&self, id: OrderId) -> bool {
+        !self.is_empty() && self.orders.contains_key(&id)
+    }
+
     /// Orders that are waited for.
     pub fn len(&self) -> usize {
         self.count.load(Ordering::Acquire)

@@ -7,9 +7,11 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod cancels;
 mod crew;
 mod drain;
 mod faults;
 mod flow;
 mod line;
+mod lost;
 mod outages;

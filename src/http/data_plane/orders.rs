@@ -168,6 +168,7 @@ impl DataPlane {
             CancelError::NotCancellable(..) => {
                 Problem::new(409, "not_cancellable", error.to_string())
             }
+            CancelError::Busy => Problem::new(503, "overloaded", error.to_string()).retry_after(1),
             CancelError::Store(error) => DataPlane::database_problem(&error),
         })?;
         json(response, 200, &self.stored_view(&order));

@@ -23,6 +23,11 @@ const BATCH_ORDERS_MAX: usize = 1_000;
 /// A verdict with its order and its receipt; one of a refusal is shorter.
 const LINE_BYTES_TYPICAL: usize = 416;
 
+/// Pause before an order is looked for again whose key is known and which is nowhere: doubled each
+/// time, up to the latter.
+const LOOK_AGAIN_MIN: Duration = Duration::from_millis(1);
+const LOOK_AGAIN_MAX: Duration = Duration::from_millis(250);
+
 /// An order that was admitted and is to be awaited.
 enum Admitted {
     /// This request placed it.
@@ -265,6 +270,7 @@ impl DataPlane {
         self.intake
             .check_rate(&order.user_id)
             .map_err(|refusal| self.refuse(refusal))?;
+        let mut pause = LOOK_AGAIN_MIN;
         loop {
             let admission = self
                 .intake
@@ -294,11 +300,16 @@ impl DataPlane {
             }
             // The first request is between claiming the key and registering its order, or just
             // undoing that. Either takes it microseconds; then this one finds the order, or is
-            // the first itself.
+            // the first itself. After a failover it may also be that the order is lost, until that is
+            // found out.
             if started.elapsed() > self.order_timeout {
                 return Err(self.refuse(Refusal::Overloaded));
             }
             may::coroutine::yield_now();
+            self.on_tokio(request, deadline, async move {
+                tokio::time::sleep(pause).await;
+            })?;
+            pause = (pause * 2).min(LOOK_AGAIN_MAX);
         }
     }
 

@@ -39,9 +39,64 @@ impl Waiting {
 /// What waits on the disk: a few words a group, nothing an order.
 #[derive(Debug, Default)]
 pub(super) struct Backlog {
-    groups: Mutex<VecDeque<Waiting>>,
+    groups: Mutex<Groups>,
     /// Orders in them, kept beside the lock for those who only ask whether there are any.
     orders: AtomicUsize,
+}
+
+/// The groups, oldest first. Ids are almost in their sequence, so those of one id lie together and are
+/// found by two binary searches, however many groups there are.
+#[derive(Debug, Default)]
+struct Groups {
+    /// Each with the greatest id in it and in all before it, which never falls.
+    groups: VecDeque<(Waiting, u64)>,
+    /// The number of the first of them, counted since the beginning.
+    first: u64,
+    /// The groups, by number, whose least id is less than that of every later one; with those ids,
+    /// which rise.
+    least: VecDeque<(u64, u64)>,
+}
+
+impl Groups {
+    fn push(&mut self, waiting: Waiting) {
+        let (low, high) = match waiting.at.ids {
+            Some((low, high)) => (low.get(), high.get()),
+            None => (u64::MAX, 0),
+        };
+        let number = self.first + self.groups.len() as u64;
+        while self.least.back().is_some_and(|(_, least)| *least >= low) {
+            self.least.pop_back();
+        }
+        self.least.push_back((number, low));
+        let before = self.groups.back().map_or(0, |(_, high)| *high);
+        self.groups.push_back((waiting, high.max(before)));
+    }
+
+    fn pop(&mut self) -> Option<Waiting> {
+        let (waiting, _) = self.groups.pop_front()?;
+        if self
+            .least
+            .front()
+            .is_some_and(|(number, _)| *number == self.first)
+        {
+            self.least.pop_front();
+        }
+        self.first += 1;
+        Some(waiting)
+    }
+
+    /// The groups that may have this id, oldest first.
+    fn of(&self, id: OrderId) -> impl Iterator<Item = &Waiting> {
+        let from = self.groups.partition_point(|(_, high)| *high < id.get());
+        // Behind the last group whose least id is not beyond it, all ids are.
+        let lower = self.least.partition_point(|(_, least)| *least <= id.get());
+        let last = lower.checked_sub(1).and_then(|at| self.least.get(at));
+        let to = last.map_or(0, |(number, _)| (number - self.first + 1) as usize);
+        let groups = self.groups.range(from.min(to)..to);
+        groups
+            .map(|(waiting, _)| waiting)
+            .filter(move |waiting| waiting.may_hold(id))
+    }
 }
 
 impl Backlog {
@@ -54,18 +109,19 @@ impl Backlog {
     pub(super) fn push(&self, waiting: Waiting) {
         let orders = waiting.at.records as usize - waiting.skip;
         let mut groups = self.groups.lock();
-        groups.push_back(waiting);
+        groups.push(waiting);
         self.orders.fetch_add(orders, Ordering::AcqRel);
     }
 
     /// The oldest group; it stays until [`Backlog::pop`].
     pub(super) fn oldest(&self) -> Option<Waiting> {
-        self.groups.lock().front().cloned()
+        let groups = self.groups.lock();
+        groups.groups.front().map(|(waiting, _)| waiting.clone())
     }
 
     /// One more order of the oldest group is in memory now.
     pub(super) fn advance(&self) {
-        if let Some(oldest) = self.groups.lock().front_mut() {
+        if let Some((oldest, _)) = self.groups.lock().groups.front_mut() {
             oldest.skip += 1;
             self.orders.fetch_sub(1, Ordering::AcqRel);
         }
@@ -73,7 +129,7 @@ impl Backlog {
 
     /// Forgets the oldest group, whose orders are all in memory now.
     pub(super) fn pop(&self) {
-        if let Some(waiting) = self.groups.lock().pop_front() {
+        if let Some(waiting) = self.groups.lock().pop() {
             let orders = waiting.at.records as usize - waiting.skip;
             self.orders.fetch_sub(orders, Ordering::AcqRel);
         }
@@ -83,36 +139,137 @@ impl Backlog {
     /// none of it is.
     pub(super) fn in_memory_of(&self, segment: u64, place: u64) -> Option<usize> {
         let groups = self.groups.lock();
-        let waiting = groups
-            .iter()
-            .find(|waiting| waiting.at.segment.number == segment && waiting.at.place == place);
-        waiting.map(|waiting| waiting.skip)
+        let place_of =
+            |(waiting, _): &(Waiting, u64)| (waiting.at.segment.number, waiting.at.place);
+        let at = groups
+            .groups
+            .binary_search_by_key(&(segment, place), place_of);
+        let waiting = at.ok().and_then(|at| groups.groups.get(at));
+        waiting.map(|(waiting, _)| waiting.skip)
     }
 
     /// Whether an order with this id may wait here.
     pub(super) fn may_hold(&self, id: OrderId) -> bool {
-        self.orders() > 0
-            && self
-                .groups
-                .lock()
-                .iter()
-                .any(|waiting| waiting.may_hold(id))
+        self.orders() > 0 && self.groups.lock().of(id).next().is_some()
     }
 
-    /// The order with this id, where it waits here. Reads from the disk.
+    /// The order with this id, where it waits here. Reads from the disk, and holds no lock meanwhile.
     pub(super) fn find(&self, id: OrderId) -> io::Result<Option<Order>> {
         if self.orders() == 0 {
             return Ok(None);
         }
-        let candidates: Vec<Waiting> = {
-            let groups = self.groups.lock();
-            groups.iter().filter(|w| w.may_hold(id)).cloned().collect()
-        };
+        let candidates: Vec<Waiting> = self.groups.lock().of(id).cloned().collect();
         for waiting in candidates {
             if let Some(order) = waiting.read()?.into_iter().find(|order| order.id == id) {
                 return Ok(Some(order));
             }
         }
         Ok(None)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::super::disk::{Disk, RealDisk};
+    use super::super::segment::{Identity, Segment, prepare};
+    use super::*;
+
+    fn segment() -> Arc<Segment> {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = RealDisk::lock(dir.path()).unwrap().unwrap();
+        let identity = Identity {
+            id: [1; 16],
+            segment_bytes: 64 << 10,
+        };
+        let disk: &dyn Disk = &disk;
+        Arc::new(prepare(disk, &identity, 1).unwrap())
+    }
+
+    fn group(segment: &Arc<Segment>, place: u64, ids: Option<(u64, u64)>) -> Waiting {
+        let id = |id| OrderId::new(id).unwrap();
+        Waiting {
+            at: GroupAt {
+                segment: Arc::clone(segment),
+                place,
+                sectors: 1,
+                group: place,
+                records: 2,
+                ids: ids.map(|(low, high)| (id(low), id(high))),
+            },
+            skip: 0,
+        }
+    }
+
+    /// `tests/shuttle` compiles this file too, with locks that work in its own models only.
+    fn is_under_shuttle() -> bool {
+        !module_path!().starts_with("millrace::")
+    }
+
+    #[test]
+    fn the_groups_of_an_id_are_those_of_a_walk_through_all() {
+        if is_under_shuttle() {
+            return;
+        }
+        let segment = segment();
+        let (backlog, mut all) = (Backlog::default(), VecDeque::new());
+        let (mut random, mut next) = (7_u64, 0);
+        for place in 0..3_000_u64 {
+            random = random
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            // Almost in sequence: some begin a little earlier than those before them end.
+            let low = (10 * place + 1).saturating_sub((random >> 40) % 40).max(1);
+            let high = low + 1 + (random >> 50) % 30;
+            let ids = ((random >> 33) % 50 > 0).then_some((low, high));
+            backlog.push(group(&segment, place, ids));
+            all.push_back((place, ids));
+            if random >> 62 == 0 {
+                backlog.pop();
+                all.pop_front();
+            }
+            next = high;
+        }
+        for id in (1..next + 50).step_by(3) {
+            let id = OrderId::new(id).unwrap();
+            let walked: Vec<u64> = all
+                .iter()
+                .filter(|(_, ids)| ids.is_some_and(|(low, high)| (low..=high).contains(&id.get())))
+                .map(|(place, _)| *place)
+                .collect();
+            let groups = backlog.groups.lock();
+            let found: Vec<u64> = groups.of(id).map(|waiting| waiting.at.place).collect();
+            assert_eq!(found, walked, "{id}");
+            drop(groups);
+            assert_eq!(backlog.may_hold(id), !walked.is_empty());
+        }
+        let (first, last) = (all[0].0, all[all.len() - 1].0);
+        for place in first..=last {
+            assert_eq!(backlog.in_memory_of(1, place), Some(0));
+        }
+        assert_eq!(backlog.in_memory_of(1, last + 1), None);
+    }
+
+    #[test]
+    fn a_look_up_looks_at_a_few_groups_of_many() {
+        if is_under_shuttle() {
+            return;
+        }
+        let segment = segment();
+        let backlog = Backlog::default();
+        for place in 0..50_000 {
+            backlog.push(group(&segment, place, Some((2 * place + 1, 2 * place + 2))));
+        }
+        let groups = backlog.groups.lock();
+        let id = OrderId::new(60_001).unwrap();
+        let from = groups.groups.partition_point(|(_, high)| *high < id.get());
+        assert_eq!(from, 30_000);
+        assert_eq!(groups.of(id).count(), 1);
+        assert_eq!(
+            groups.least.len(),
+            50_000,
+            "each is the least of what follows"
+        );
     }
 }

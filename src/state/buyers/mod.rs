@@ -539,6 +539,27 @@ impl Buyers {
         ended
     }
 
+    /// Every remembered order of the window that is live. Walks all.
+    pub fn live_ones(&self) -> Vec<OrderId> {
+        let mut live = Vec::new();
+        for record in self.records.iter() {
+            record.live(&mut live);
+        }
+        live
+    }
+
+    /// What is remembered of these orders, as far as they are live, and whose they are. Walks all.
+    pub fn live_among(&self, ids: &HashSet<OrderId>) -> Vec<(UserId, Remembered)> {
+        let (mut known, mut live) = (Vec::new(), Vec::new());
+        for record in self.records.iter() {
+            record.live(&mut live);
+            let wanted = live.drain(..).filter(|id| ids.contains(id));
+            let of = wanted.filter_map(|id| Some((record.key().clone(), record.get(id)?)));
+            known.extend(of);
+        }
+        known
+    }
+
     /// Orders remembered now.
     pub fn len(&self) -> usize {
         self.remembered.load(Ordering::Relaxed)

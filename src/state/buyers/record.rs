@@ -233,6 +233,18 @@ impl Record {
         }
     }
 
+    pub(super) fn live(&self, live: &mut Vec<OrderId>) {
+        let mut note = |entry: &Entry| {
+            if entry.live {
+                live.push(entry.order_id);
+            }
+        };
+        match self {
+            Record::Few(few) => few.iter().for_each(&mut note),
+            Record::Many(many) => many.window.values().for_each(&mut note),
+        }
+    }
+
     /// What may be let go before its time: its id, and whether it is live.
     pub(super) fn dispensable(&self, mut each: impl FnMut(OrderId, bool)) {
         let mut note = |entry: &Entry| {

@@ -93,6 +93,33 @@ impl Database {
         })
     }
 
+    /// Which of these ids no order has: no row, no dead letter and none that is parked.
+    ///
+    /// # Errors
+    /// Where the database does not answer.
+    pub async fn absent_among(&self, ids: &[OrderId]) -> Result<Vec<OrderId>, StoreError> {
+        let mut ids: Vec<i64> = ids.iter().map(|id| id.as_i64()).collect();
+        ids.sort_unstable();
+        let mut absent = Vec::new();
+        for part in ids.chunks(LOOK_UP_MAX) {
+            let client = self.pooled().await?;
+            let rows = self
+                .timed(
+                    "looking which orders are there",
+                    client.query(
+                        "SELECT id FROM unnest($1::int8[]) id
+                          WHERE NOT EXISTS (SELECT FROM orders WHERE order_id = id)
+                            AND NOT EXISTS (SELECT FROM dead_letters WHERE order_id = id)
+                            AND NOT EXISTS (SELECT FROM parked_orders WHERE order_id = id)",
+                        &[&part],
+                    ),
+                )
+                .await?;
+            absent.extend(rows.iter().filter_map(|row| OrderId::from_i64(row.get(0))));
+        }
+        Ok(absent)
+    }
+
     /// The rows of these orders, which are sorted; with `as_range` those between them too, or `None`
     /// where they are too many.
     async fn look_up(
