@@ -233,9 +233,10 @@ impl Record {
         }
     }
 
+    /// Those of the window: rows of others may have been deleted.
     pub(super) fn live(&self, live: &mut Vec<OrderId>) {
         let mut note = |entry: &Entry| {
-            if entry.live {
+            if entry.live && !entry.aged {
                 live.push(entry.order_id);
             }
         };
