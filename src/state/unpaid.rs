@@ -211,7 +211,7 @@ mod tests {
     #[test]
     fn an_id_far_from_the_rest_does_not_widen_their_range() {
         let unpaid = Unpaid::default();
-        let hours = 3 * 3_600_000 << 22;
+        let hours = (3 * 3_600_000) << 22;
         let now = 4 * hours;
         let until = UnixMillis(1_000);
         unpaid.note((0..5_000).map(|n| (id(now + n), until)));

@@ -28,7 +28,7 @@ fn a_dead_letter_of_hours_ago_that_is_revived_keeps_no_other_order_from_expiring
         shop.server.put_sku("B", 5, Value::Null).await;
         // As workers would have written them in the last three hours, and an order that the
         // database had refused before.
-        let hours = 3_i64 * 3_600_000 << 22;
+        let hours = (3_i64 * 3_600_000) << 22;
         shop.database
             .connect()
             .await

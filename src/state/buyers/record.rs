@@ -207,7 +207,7 @@ impl Record {
             Record::Few(few) => {
                 let below = |entry: &&Entry| !entry.aged && entry.order_id < before;
                 let mut page: Vec<_> = few.iter().filter(below).map(Entry::remembered).collect();
-                page.sort_unstable_by(|a, b| b.order_id.cmp(&a.order_id));
+                page.sort_unstable_by_key(|entry| std::cmp::Reverse(entry.order_id));
                 page.truncate(count);
                 page
             }
@@ -307,7 +307,7 @@ impl Record {
         let turned = match self {
             Record::Few(few) => few
                 .iter_mut()
-                .find(|entry| entry.order_id == id && !(entry.aged && !live))
+                .find(|entry| entry.order_id == id && (live || !entry.aged))
                 .map(|entry| turn(entry, &mut tally)),
             Record::Many(many) => many.window.get_mut(&id).map(|entry| {
                 let before = entry.units();
