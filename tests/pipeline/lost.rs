@@ -50,6 +50,7 @@ async fn no_unit_and_no_key_is_held_by_an_order_that_is_nowhere() {
         database: line.sale.database.clone(),
         lease: line.sale.lease(),
         watermarks: Arc::clone(&watermarks),
+        pruned_below: Default::default(),
         metrics: line.metrics.clone(),
         rows_max: 100,
     };
