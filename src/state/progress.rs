@@ -53,9 +53,12 @@ impl Progress {
 
     /// A worker's attempt failed, and is made again.
     pub fn failed(&self, reason: &str) {
-        let now = self.now_ms();
+        self.failed_at(reason, self.now_ms());
+    }
+
+    fn failed_at(&self, reason: &str, now_ms: u64) {
         self.failure
-            .with(|failure| *failure = Some((now, reason.to_owned())));
+            .with(|failure| *failure = Some((now_ms, reason.to_owned())));
     }
 
     /// Notes whether any order waits for a worker's decision now. To be called again and again.
@@ -127,7 +130,7 @@ mod tests {
         // Another look does not begin anew.
         progress.look_at(true, 2_000);
         assert_eq!(progress.stalled_ms(7_100), 7_000);
-        progress.failed("the database is away");
+        progress.failed_at("the database is away", 7_100);
         assert_eq!(progress.failure().as_deref(), Some("the database is away"));
         progress.decided_at(7_200);
         assert_eq!(progress.stalled_ms(7_300), 100, "others wait since");
