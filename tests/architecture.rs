@@ -141,11 +141,6 @@ const UNSUPERVISED: &[(&str, usize, &str)] = &[
         "a request, which answers that it failed",
     ),
     (
-        "src/pipeline/cancel.rs",
-        1,
-        "one cancellation that is asked for again; its units stay held meanwhile",
-    ),
-    (
         "src/pipeline/lost_answers.rs",
         1,
         "the search for what came of operators' changes; what is open stays as safe as it was meanwhile",
