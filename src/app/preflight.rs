@@ -39,7 +39,7 @@ pub(super) fn look(config: &Config) -> Result<Providers, StartError> {
     Ok(providers)
 }
 
-/// What `millrace config check` finds beyond [`look`]: whether the addresses can be listened at, a
+/// What `millrace config check` finds beyond `look`: whether the addresses can be listened at, a
 /// PostgreSQL to run is there, and, where `connect`, whether the database that is named would do.
 /// True: it was asked.
 ///
