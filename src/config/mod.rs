@@ -275,7 +275,7 @@ pub struct Orders {
     /// longer window reads more at start. Purchase limits count live orders of any age.
     #[schemars(range(min = 1_000, max = 31_536_000_000_i64))]
     pub idempotency_window_ms: u64,
-    /// Orders remembered at once, about 120 bytes each: those of the window, and as long as they are live those
+    /// Orders remembered at once, 160 to 220 bytes each (one a buyer): those of the window, and as long as they are live those
     /// of SKUs with a limit. Beyond it new ones are refused; `readyz` warns at 70 %. Orders without a key that are
     /// over, or paid and without a limit, do not count, and go first where memory is short.
     #[schemars(range(min = 1, max = 1_000_000_000))]
