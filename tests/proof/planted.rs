@@ -223,14 +223,6 @@ const PLANTED_MONEY: &[PlantedMoney] = &[
         shows: |verdict| !verdict.faults.is_empty(),
     },
     PlantedMoney {
-        what: "an order is paid after its end",
-        plant: |found| {
-            stands(found, "late", "matched", None);
-            found.rows[1].status = "paid".to_owned();
-        },
-        shows: |verdict| verdict.faults.len() == 1,
-    },
-    PlantedMoney {
         what: "money went back that nobody sent",
         plant: |found| stands(found, "second", "refunded", Some("already_paid")),
         shows: |verdict| verdict.faults.len() == 1,
