@@ -42,6 +42,16 @@ async fn metric(server: &TestServer, name: &str) -> f64 {
     value.parse().expect("a number")
 }
 
+/// Sessions of the database that wait for a lock.
+async fn waiting_for_locks(watcher: &tokio_postgres::Client) -> i64 {
+    let waiting = watcher.query_one(
+        "SELECT count(*) FROM pg_stat_activity
+          WHERE datname = current_database() AND wait_event_type = 'Lock'",
+        &[],
+    );
+    waiting.await.expect("activity").get(0)
+}
+
 #[test]
 fn orders_that_wait_while_none_is_written_make_it_unready_until_one_is() {
     block_on(async {
@@ -152,15 +162,7 @@ fn operators_who_take_every_connection_hold_up_neither_leases_nor_orders_nor_rea
             (0..12).map(|_| server.control("GET", "/admin/v1/dead-letters", Value::Null));
         let meanwhile = async {
             wait_until("every connection is taken", async || {
-                let row = watcher
-                    .query_one(
-                        "SELECT count(*) FROM pg_stat_activity
-                          WHERE datname = current_database() AND wait_event_type = 'Lock'",
-                        &[],
-                    )
-                    .await
-                    .expect("activity");
-                row.get::<_, i64>(0) >= 4
+                waiting_for_locks(&watcher).await >= 4
             })
             .await;
             // Three times what the leases last, by the database's clock.
@@ -280,15 +282,7 @@ fn a_pause_is_in_force_at_once_and_stored_when_it_can_be() {
         let other = server.control("POST", "/admin/v1/skus/A/restock", body);
         let emergency = async {
             wait_until("the other's change waits", async || {
-                let row = watcher
-                    .query_one(
-                        "SELECT count(*) FROM pg_stat_activity
-                          WHERE datname = current_database() AND wait_event_type = 'Lock'",
-                        &[],
-                    )
-                    .await
-                    .expect("activity");
-                row.get::<_, i64>(0) > 0
+                waiting_for_locks(&watcher).await > 0
             })
             .await;
             let pause = server.control("POST", "/admin/v1/skus/A/pause", Value::Null);
