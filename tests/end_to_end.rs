@@ -13,6 +13,7 @@ use support::block_on;
 use support::http::{Answer, Connection};
 use support::postgres::TestDatabase;
 use support::server::{TestServer, request};
+use support::waiting::wait_until;
 
 #[test]
 fn a_waiting_order_is_created_once_its_row_is_there() {
@@ -475,7 +476,10 @@ fn an_order_that_is_late_is_undecided_or_not_placed_and_both_are_true() {
         // One worker: it claims the first and is stuck with it; the rest is never claimed.
         let first = server.order("u-first", "A", Some("k"));
         let rest = async {
-            wait_until(async || in_flight(&server).await >= 1).await;
+            wait_until("an order in flight", async || {
+                server.metric("millrace_orders_in_flight").await >= 1.0
+            })
+            .await;
             let users: Vec<String> = (0..20).map(|n| format!("u-{n}")).collect();
             join_all(users.iter().map(|user| server.order(user, "A", Some("k")))).await
         };
@@ -505,7 +509,7 @@ fn an_order_that_is_late_is_undecided_or_not_placed_and_both_are_true() {
         lock.rollback().await.expect("unlock");
         for id in &undecided {
             let settled = server.get(&format!("/v1/orders/{id}?wait=5")).await;
-            wait_until(async || {
+            wait_until("the row", async || {
                 server.get(&format!("/v1/orders/{id}?wait=1")).await.json()["status"]
                     == "pending_payment"
             })
@@ -519,25 +523,6 @@ fn an_order_that_is_late_is_undecided_or_not_placed_and_both_are_true() {
         server.assert_audit().await;
         assert!(server.stop().await);
     });
-}
-
-async fn in_flight(server: &TestServer) -> u64 {
-    let metrics = server.control("GET", "/metrics", Value::Null).await;
-    let text = String::from_utf8(metrics.body).expect("text");
-    text.lines()
-        .find_map(|line| line.strip_prefix("millrace_orders_in_flight "))
-        .and_then(|value| value.parse().ok())
-        .expect("the gauge")
-}
-
-async fn wait_until(condition: impl AsyncFn() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while !condition().await {
-        assert!(
-            Instant::now() < deadline,
-            "the condition did not come true within 20 s"
-        );
-    }
 }
 
 #[test]

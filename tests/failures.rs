@@ -13,15 +13,7 @@ use support::block_on;
 use support::postgres::TestDatabase;
 use support::server::TestServer;
 use support::standby::{DATABASE, Pair, USER};
-
-async fn wait_until(what: &str, condition: impl AsyncFn() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while !condition().await {
-        assert!(Instant::now() < deadline, "{what}: not within 20 s");
-        // Each look is a connection of its own.
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-}
+use support::waiting::wait_until;
 
 /// Holds every row of `sku`, so that workers get stuck with what they have claimed.
 async fn lock_stock(client: &mut tokio_postgres::Client) -> tokio_postgres::Transaction<'_> {

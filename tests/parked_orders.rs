@@ -4,7 +4,6 @@
 mod support;
 
 use std::path::Path;
-use std::time::{Duration, Instant};
 
 use millrace::config::Config;
 use millrace::pipeline::audit::LIVE_CHECK;
@@ -13,9 +12,9 @@ use support::block_on;
 use support::http::Answer;
 use support::postgres::{TestDatabase, test_dir};
 use support::server::TestServer;
+use support::waiting::wait_until;
 use support::webhook::{Paid, SECRET, deliver};
 
-const PATIENCE: Duration = Duration::from_secs(40);
 const ASYNC: &[(&str, &str)] = &[("Prefer", "respond-async")];
 
 async fn accept(server: &TestServer, user: &str, sku: &str) -> String {
@@ -30,16 +29,8 @@ async fn status(server: &TestServer, id: &str) -> String {
     order["status"].as_str().unwrap_or_default().to_owned()
 }
 
-async fn until<F: Future<Output = bool>>(what: &str, condition: impl Fn() -> F) {
-    let deadline = Instant::now() + PATIENCE;
-    while !condition().await {
-        assert!(Instant::now() < deadline, "not in time: {what}");
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-}
-
 async fn until_number(admin: &tokio_postgres::Client, wanted: i64, query: &str) {
-    until(query, || async { number(admin, query).await == wanted }).await;
+    wait_until(query, async || number(admin, query).await == wanted).await;
 }
 
 async fn number(admin: &tokio_postgres::Client, query: &str) -> i64 {
@@ -121,7 +112,7 @@ fn parked_orders_harm_nobody_else_survive_a_restart_and_go_on_once_the_row_is_me
             assert_eq!(number(&admin, PARKED).await, 1);
 
             admin.batch_execute(&set(mended)).await.unwrap();
-            until("its sale goes on", || async {
+            wait_until("its sale goes on", async || {
                 state(&server, "A").await == "open"
             })
             .await;
@@ -134,7 +125,7 @@ fn parked_orders_harm_nobody_else_survive_a_restart_and_go_on_once_the_row_is_me
                 (409, "purchase_limit".into())
             );
             ids.push(accept(&server, "u-1", "A").await);
-            until("it is a row", || async {
+            wait_until("it is a row", async || {
                 status(&server, &ids[1]).await == "pending_payment"
             })
             .await;
@@ -168,7 +159,7 @@ fn who_waits_for_the_row_is_told_that_the_sale_is_paused_and_holds_nothing() {
             .await
             .unwrap();
         // With the total that whoever mended it has set; under the same key, afresh.
-        until("its sale goes on", || async {
+        wait_until("its sale goes on", async || {
             state(&server, "A").await == "open"
         })
         .await;
@@ -214,7 +205,7 @@ fn parked_orders_are_cancelled_expire_and_are_paid_as_others_are() {
         );
         assert_eq!(server.stock("A").await, (98, 2, 0));
         // Its time runs out though its counters are refused still; who has paid keeps the unit.
-        until("one has expired", || async {
+        wait_until("one has expired", async || {
             status(&server, &expired).await == "expired"
         })
         .await;
@@ -226,7 +217,7 @@ fn parked_orders_are_cancelled_expire_and_are_paid_as_others_are() {
             .batch_execute("UPDATE millrace.sku SET total = 100")
             .await
             .unwrap();
-        until("it is paid", || async {
+        wait_until("it is paid", async || {
             status(&server, &paid_id).await == "paid"
         })
         .await;

@@ -3,21 +3,12 @@
 
 mod support;
 
-use std::time::{Duration, Instant};
-
 use futures_util::future::join_all;
 use serde_json::{Value, json};
 use support::block_on;
 use support::postgres::TestDatabase;
 use support::server::TestServer;
-
-async fn wait_until(what: &str, condition: impl AsyncFn() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(30);
-    while !condition().await {
-        assert!(Instant::now() < deadline, "{what}: not within 30 s");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-}
+use support::waiting::wait_until;
 
 /// A check of `readyz` by its name: whether it holds, and its detail.
 async fn check(server: &TestServer, name: &str) -> (bool, String) {
@@ -30,16 +21,6 @@ async fn check(server: &TestServer, name: &str) -> (bool, String) {
     assert!(ready["ready"] == false || check["ok"] == true, "{ready}");
     let detail = check["detail"].as_str().expect("a detail").to_owned();
     (check["ok"] == true, detail)
-}
-
-async fn metric(server: &TestServer, name: &str) -> f64 {
-    let text = server.control("GET", "/metrics", Value::Null).await.body;
-    let text = String::from_utf8(text).expect("text");
-    let value = text
-        .lines()
-        .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-    let value = value.unwrap_or_else(|| panic!("no metric {name}"));
-    value.parse().expect("a number")
 }
 
 /// Sessions of the database that wait for a lock.
@@ -63,7 +44,7 @@ fn orders_that_wait_while_none_is_written_make_it_unready_until_one_is() {
             check(&server, "progress").await.0,
             "an idle service is fine"
         );
-        assert_eq!(metric(&server, "millrace_stalled_seconds").await, 0.0);
+        assert_eq!(server.metric("millrace_stalled_seconds").await, 0.0);
 
         let mut blocker = database.connect().await;
         let lock = blocker.transaction().await.expect("begin");
@@ -90,15 +71,15 @@ fn orders_that_wait_while_none_is_written_make_it_unready_until_one_is() {
             reason.starts_with("progress: no order was written"),
             "{live}"
         );
-        assert_eq!(metric(&server, "millrace_ready").await, 0.0);
-        assert!(metric(&server, "millrace_stalled_seconds").await > 1.0);
+        assert_eq!(server.metric("millrace_ready").await, 0.0);
+        assert!(server.metric("millrace_stalled_seconds").await > 1.0);
 
         lock.rollback().await.expect("unlock");
         wait_until("it is ready again", async || {
             check(&server, "progress").await.0
         })
         .await;
-        assert_eq!(metric(&server, "millrace_ready").await, 1.0);
+        assert_eq!(server.metric("millrace_ready").await, 1.0);
         server.assert_audit().await;
         assert!(server.stop().await);
     });
@@ -119,13 +100,13 @@ fn orders_of_a_sku_that_waits_for_a_person_are_no_stall() {
         let fields = [("Prefer", "respond-async")];
         assert_eq!(server.post(body, None, &fields).await.status, 202);
         wait_until("the order is parked", async || {
-            metric(&server, "millrace_orders_parked").await == 1.0
+            server.metric("millrace_orders_parked").await == 1.0
         })
         .await;
         // Its retries are over within moments, so nothing is stalled between them.
         wait_until("nothing is stalled", async || {
-            metric(&server, "millrace_orders_parked").await == 1.0
-                && metric(&server, "millrace_stalled_seconds").await == 0.0
+            server.metric("millrace_orders_parked").await == 1.0
+                && server.metric("millrace_stalled_seconds").await == 0.0
         })
         .await;
         assert!(check(&server, "progress").await.0);
@@ -134,7 +115,7 @@ fn orders_of_a_sku_that_waits_for_a_person_are_no_stall() {
             .await
             .expect("mend them");
         wait_until("the order is written", async || {
-            metric(&server, "millrace_orders_parked").await == 0.0
+            server.metric("millrace_orders_parked").await == 0.0
         })
         .await;
         assert!(server.stop().await);
@@ -382,7 +363,7 @@ fn a_sale_whose_counters_are_refused_is_not_resumed_until_they_are_taken() {
             .await;
         assert_eq!(accepted.status, 202);
         wait_until("the order is parked", async || {
-            metric(&server, "millrace_orders_parked").await == 1.0
+            server.metric("millrace_orders_parked").await == 1.0
         })
         .await;
         let resume = async || {

@@ -6,18 +6,8 @@ use serde_json::{Value, json};
 
 use crate::rig::{LOOK, PATIENCE, Shop};
 use crate::support::block_on;
+use crate::support::waiting::wait_until;
 use crate::support::webhook::Paid;
-
-/// A metric of the server.
-async fn metric(shop: &Shop, name: &str) -> f64 {
-    let answer = shop.control("GET", "/metrics", Value::Null).await;
-    let text = String::from_utf8_lossy(&answer.body);
-    let line = text.lines().find(|line| line.starts_with(name));
-    let value = line.and_then(|line| line.rsplit(' ').next());
-    value
-        .and_then(|value| value.parse().ok())
-        .expect("a metric")
-}
 
 /// 20,000 rows lie between; more with `MILLRACE_LATER_ROWS=20000000`.
 #[test]
@@ -46,7 +36,7 @@ fn a_dead_letter_of_hours_ago_that_is_revived_keeps_no_other_order_from_expiring
             ))
             .await
             .unwrap();
-        let before = metric(&shop, "millrace_expiry_rows_total").await;
+        let before = shop.server.metric("millrace_expiry_rows_total").await;
         let letters = shop.control("GET", "/admin/v1/dead-letters", Value::Null);
         let letters = letters.await.json();
         let letter = letters["dead_letters"][0]["id"].as_i64().expect("one");
@@ -73,7 +63,7 @@ fn a_dead_letter_of_hours_ago_that_is_revived_keeps_no_other_order_from_expiring
             Instant::now().saturating_duration_since(due)
         );
         shop.until_stock((5, 0, 0)).await;
-        let read = metric(&shop, "millrace_expiry_rows_total").await - before;
+        let read = shop.server.metric("millrace_expiry_rows_total").await - before;
         assert!(read < 1_000.0, "{read} rows were read for 4 orders");
         // An audit of millions of rows takes longer than a request may.
         if rows > 100_000 {
@@ -118,22 +108,20 @@ fn a_sku_that_somebody_holds_for_long_takes_no_part_in_the_expiry_of_others() {
                 tokio::time::sleep(LOOK).await;
             }
         }
-        let deadline = Instant::now() + PATIENCE;
-        while metric(&shop, "millrace_expiry_deferred_skus").await != 1.0 {
-            assert!(Instant::now() < deadline, "A is not put off");
-            tokio::time::sleep(LOOK).await;
-        }
+        wait_until("A is put off", async || {
+            shop.server.metric("millrace_expiry_deferred_skus").await == 1.0
+        })
+        .await;
         assert_eq!(shop.server.stock("A").await, (16, 4, 0));
         transaction.rollback().await.unwrap();
         shop.until_stock((20, 0, 0)).await;
         for order in &held {
             assert_eq!(shop.look(order).await["status"], "expired");
         }
-        let deadline = Instant::now() + PATIENCE;
-        while metric(&shop, "millrace_expiry_deferred_skus").await != 0.0 {
-            assert!(Instant::now() < deadline, "A is put off for ever");
-            tokio::time::sleep(LOOK).await;
-        }
+        wait_until("A is put off no more", async || {
+            shop.server.metric("millrace_expiry_deferred_skus").await == 0.0
+        })
+        .await;
         shop.close().await;
     });
 }

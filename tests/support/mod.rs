@@ -15,6 +15,7 @@ pub mod sale;
 pub mod served;
 pub mod server;
 pub mod standby;
+pub mod waiting;
 pub mod webhook;
 
 /// Runs a test on a runtime with room for many blocking callers.

@@ -115,6 +115,16 @@ impl TestServer {
             .map(str::to_owned)
     }
 
+    /// A metric without labels.
+    pub async fn metric(&self, name: &str) -> f64 {
+        let text = self.control("GET", "/metrics", Value::Null).await.body;
+        let text = String::from_utf8(text).expect("text");
+        let mut lines = text.lines();
+        let value = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        let value = value.unwrap_or_else(|| panic!("no metric {name}"));
+        value.parse().expect("a number")
+    }
+
     /// A SKU's counters: free, held, sold.
     pub async fn stock(&self, sku_id: &str) -> (u64, u64, u64) {
         let sku = self.get(&format!("/v1/skus/{sku_id}")).await.json();
