@@ -3,6 +3,8 @@
 
 mod support;
 
+use std::cell::Cell;
+
 use futures_util::future::join_all;
 use serde_json::{Value, json};
 use support::block_on;
@@ -139,8 +141,13 @@ fn operators_who_take_every_connection_hold_up_neither_leases_nor_orders_nor_rea
         lock.batch_execute("LOCK TABLE millrace.dead_letters IN ACCESS EXCLUSIVE MODE")
             .await
             .expect("lock");
-        let operators =
-            (0..12).map(|_| server.control("GET", "/admin/v1/dead-letters", Value::Null));
+        let answered = Cell::new(0);
+        let operators = (0..12).map(async |_| {
+            let answer = server.control("GET", "/admin/v1/dead-letters", Value::Null);
+            let answer = answer.await;
+            answered.set(answered.get() + 1);
+            answer
+        });
         let meanwhile = async {
             wait_until("every connection is taken", async || {
                 waiting_for_locks(&watcher).await >= 4
@@ -169,6 +176,9 @@ fn operators_who_take_every_connection_hold_up_neither_leases_nor_orders_nor_rea
                 let (ok, detail) = check(&server, name).await;
                 assert!(ok, "{name}: {detail}");
             }
+            let waiting = waiting_for_locks(&watcher).await;
+            assert!(waiting >= 4, "the operators' sessions: {waiting}");
+            assert_eq!(answered.get(), 0, "operators wait all the while");
             lock.rollback().await.expect("unlock");
         };
         let (answers, ()) = tokio::join!(join_all(operators), meanwhile);
@@ -188,7 +198,8 @@ fn a_process_that_may_acknowledge_no_more_calls_nothing_accepted() {
             config.get_dbname().expect("a database"),
         );
         let server = TestServer::start_at(url, |config| {
-            config.queue.journal.lease_ms = 1_000;
+            // Long enough for an order on a busy machine.
+            config.queue.journal.lease_ms = 3_000;
             config.database.step_timeout_ms = 500;
         })
         .await;
@@ -259,8 +270,14 @@ fn a_pause_is_in_force_at_once_and_stored_when_it_can_be() {
             .await
             .expect("lock");
         // Another operator's change waits for the row, and holds up those that come behind it.
-        let body = json!({ "quantity": 5 });
-        let other = server.control("POST", "/admin/v1/skus/A/restock", body);
+        let answered = Cell::new(false);
+        let other = async {
+            let body = json!({ "quantity": 5 });
+            let answer = server.control("POST", "/admin/v1/skus/A/restock", body);
+            let answer = answer.await;
+            answered.set(true);
+            answer
+        };
         let emergency = async {
             wait_until("the other's change waits", async || {
                 waiting_for_locks(&watcher).await > 0
@@ -272,6 +289,7 @@ fn a_pause_is_in_force_at_once_and_stored_when_it_can_be() {
                     server.get("/v1/skus/A").await.json()["state"] == "paused"
                 })
                 .await;
+                assert!(!answered.get(), "the other's change waits still");
                 assert!(!stored_paused(&watcher).await, "the row is locked");
                 assert_eq!(server.order("u", "A", None).await.code(), "sale_paused");
             };
