@@ -188,7 +188,7 @@ fn buyers(c: &mut Criterion) {
         payload: PayloadHash(42),
         sku: SkuNumber(1),
         quantity: Quantity::ONE,
-        live: true,
+        ended: None,
     };
     let buyers = Buyers::new(1 << 30, 1 << 20);
     let known = UserId::new("known").unwrap();

@@ -296,7 +296,7 @@ fn look_ups_while_the_pool_is_stuck_are_told_to_come_back() {
         let database = TestDatabase::create().await;
         let server = TestServer::start(&database, |config| {
             config.database.pool_size = 1;
-            config.database.step_timeout_ms = 300;
+            config.database.step_timeout_ms = 1_500;
         })
         .await;
         server.put_sku("A", 10, Value::Null).await;

@@ -228,7 +228,7 @@ fn what_a_stop_leaves_in_the_journal_the_next_start_writes_and_late_orders_as_ex
             config.queue.capacity = 100;
             config.orders.timeout_ms = 500;
             config.orders.payment_ttl_ms = 1_000;
-            config.database.step_timeout_ms = 300;
+            config.database.step_timeout_ms = 1_500;
         };
         let server = TestServer::start(&database, configure).await;
         server.put_sku("A", 100, Value::Null).await;

@@ -200,7 +200,7 @@ fn a_process_that_may_acknowledge_no_more_calls_nothing_accepted() {
         let server = TestServer::start_at(url, |config| {
             // Long enough for an order on a busy machine.
             config.queue.journal.lease_ms = 3_000;
-            config.database.step_timeout_ms = 500;
+            config.database.step_timeout_ms = 1_500;
         })
         .await;
         server.put_sku("A", 100, Value::Null).await;

@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 
 use millrace::metrics::Metrics;
 use millrace::order::{
-    Currency, IdClock, IdempotencyKey, KeyHash, OrderId, Quantity, Refusal, SkuId, SkuNumber,
-    UnixMillis, UserId,
+    Currency, Ended, IdClock, IdempotencyKey, KeyHash, OrderId, Quantity, Refusal, SkuId,
+    SkuNumber, UnixMillis, UserId,
 };
 use millrace::pipeline::intake::{Admission, Intake, OrderRequest};
 use millrace::pipeline::ledger::Ledger;
@@ -780,10 +780,10 @@ impl Round {
         let user = user_id(self.twin.rows[&id].0.user);
         let order_id = OrderId::new(id).unwrap();
         let buyers = &self.real.ledger.buyers;
-        let turned = buyers.no_longer_live(&user, order_id);
+        let turned = buyers.no_longer_live(&user, order_id, Ended::Expired);
         let is_known = self.twin.remembered.contains_key(&id) || self.twin.aged.contains_key(&id);
         assert_eq!(turned, is_known.then_some(true));
-        let again = buyers.no_longer_live(&user, order_id);
+        let again = buyers.no_longer_live(&user, order_id, Ended::Expired);
         assert_eq!(
             again,
             self.twin.remembered.contains_key(&id).then_some(false)
@@ -914,7 +914,10 @@ impl Round {
         for (id, (ask, live)) in &self.twin.rows {
             let known = buyers.find(&user_id(ask.user), OrderId::new(*id).unwrap());
             let is_known = aged.contains_key(id) || self.twin.remembered.contains_key(id);
-            assert_eq!(known.map(|known| known.live), is_known.then_some(*live));
+            assert_eq!(
+                known.map(|known| known.is_live()),
+                is_known.then_some(*live)
+            );
         }
         for user in 0..USERS {
             let known: Vec<_> = buyers
@@ -926,7 +929,7 @@ impl Round {
                         known.order_id.get(),
                         known.sku.0 as usize - 1,
                         known.quantity.get(),
-                        known.live,
+                        known.is_live(),
                     )
                 })
                 .collect();

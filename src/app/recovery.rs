@@ -290,7 +290,7 @@ pub(super) async fn recover(
             floor,
             |user, order, payable_until| {
                 unpaid.note(payable_until.map(|until| (order.order_id, until)));
-                let limited = order.live && limited.contains(&order.sku);
+                let limited = order.is_live() && limited.contains(&order.sku);
                 buyers.restore(user, order, limited);
             },
             |progress| tell(control, "reading the idempotency window", progress),

@@ -33,7 +33,7 @@ use smol_str::SmolStr;
 
 pub use id::{ClockReading, IdClock, IdLeaseExhausted, IdRange, OrderId};
 pub use refusal::Refusal;
-pub use status::OrderStatus;
+pub use status::{Ended, OrderStatus};
 
 /// Milliseconds since the Unix epoch, by the wall clock. For people and for `expires_at`; no
 /// safety property is decided by it (I10).

@@ -75,17 +75,7 @@ impl OrderStatus {
 
     /// Whether its units count against the stock and the buyer's purchase limit.
     pub fn is_live(self) -> bool {
-        match self {
-            OrderStatus::Accepted
-            | OrderStatus::Undecided
-            | OrderStatus::PendingPayment
-            | OrderStatus::Paid => true,
-            OrderStatus::Cancelled
-            | OrderStatus::Expired
-            | OrderStatus::Failed
-            | OrderStatus::RefundDue
-            | OrderStatus::Refunded => false,
-        }
+        Ended::of(self).is_none()
     }
 
     /// The transition table: whether an order that stands here may next stand at `next`.
@@ -101,6 +91,43 @@ impl OrderStatus {
             Cancelled | Expired | Failed => matches!(next, RefundDue),
             RefundDue => matches!(next, Refunded),
             Refunded => false,
+        }
+    }
+}
+
+/// How an order came to hold no units any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Ended {
+    /// Cancelled, or its money went back or has to.
+    Cancelled,
+    /// Not paid in time.
+    Expired,
+    /// A dead letter.
+    Failed,
+}
+
+impl Ended {
+    /// How an order of this status has ended; `None`: it is live.
+    pub fn of(status: OrderStatus) -> Option<Self> {
+        match status {
+            OrderStatus::Accepted
+            | OrderStatus::Undecided
+            | OrderStatus::PendingPayment
+            | OrderStatus::Paid => None,
+            OrderStatus::Cancelled | OrderStatus::RefundDue | OrderStatus::Refunded => {
+                Some(Ended::Cancelled)
+            }
+            OrderStatus::Expired => Some(Ended::Expired),
+            OrderStatus::Failed => Some(Ended::Failed),
+        }
+    }
+
+    /// The status of an order that has ended so, as far as memory knows.
+    pub fn status(self) -> OrderStatus {
+        match self {
+            Ended::Cancelled => OrderStatus::Cancelled,
+            Ended::Expired => OrderStatus::Expired,
+            Ended::Failed => OrderStatus::Failed,
         }
     }
 }

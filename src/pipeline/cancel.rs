@@ -11,7 +11,7 @@ use std::time::Duration;
 use tokio::sync::Notify;
 
 use super::ledger::Ledger;
-use crate::order::{OrderId, OrderStatus, SkuId, UserId};
+use crate::order::{Ended, OrderId, OrderStatus, SkuId, UserId};
 use crate::state::pending::PendingOrder;
 use crate::store::StoreError;
 use crate::store::postgres::orders::StoredOrder;
@@ -319,7 +319,10 @@ impl Canceller {
         let Ok(user_id) = UserId::new(&units.user_id) else {
             return;
         };
-        let turned = self.ledger.buyers.no_longer_live(&user_id, id);
+        let turned = self
+            .ledger
+            .buyers
+            .no_longer_live(&user_id, id, Ended::Cancelled);
         if turned.unwrap_or(moved_the_row)
             && let Some(sku) = self.ledger.catalogue.by_number(units.sku)
         {

@@ -206,7 +206,7 @@ impl Intake {
             payload,
             sku: sku.number,
             quantity: request.quantity,
-            live: true,
+            ended: None,
         };
         let window = if self.ledger.catalogue.is_paused() {
             Err(Refusal::SalePaused)

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::faults::bug;
-use crate::order::{IdClock, Order, SkuNumber, UnixMillis};
+use crate::order::{Ended, IdClock, Order, SkuNumber, UnixMillis};
 use crate::state::buyers::Buyers;
 use crate::state::orphans::Orphans;
 use crate::state::pace::Pace;
@@ -81,18 +81,14 @@ impl Ledger {
     /// The row of a claimed order is committed, as expired: it had waited too long in the journal
     /// to be paid.
     pub fn expired(&self, pending: &Arc<PendingOrder>) {
-        self.release(&pending.order);
-        self.buyers
-            .no_longer_live(&pending.order.user_id, pending.order.id);
+        self.ended(&pending.order, Ended::Expired);
         pending.slot.settle(Settled::Persisted);
         self.pending.remove(pending.order.id);
     }
 
     /// The database refused a claimed order's row and its dead letter is committed.
     pub fn failed(&self, pending: &Arc<PendingOrder>) {
-        self.release(&pending.order);
-        self.buyers
-            .no_longer_live(&pending.order.user_id, pending.order.id);
+        self.ended(&pending.order, Ended::Failed);
         pending.slot.settle(Settled::Failed);
         self.pending.remove(pending.order.id);
     }
@@ -103,10 +99,10 @@ impl Ledger {
         self.pending.remove(pending.order.id);
     }
 
-    /// A parked order has ended as expired or as a dead letter: its units are free.
-    pub fn ended(&self, order: &Order) {
+    /// An order has ended before it was a row to be paid: its units are free.
+    pub fn ended(&self, order: &Order, ended: Ended) {
         self.release(order);
-        self.buyers.no_longer_live(&order.user_id, order.id);
+        self.buyers.no_longer_live(&order.user_id, order.id, ended);
     }
 
     /// A claimed order is given up, at shutdown or because its SKU's counters are refused: there is no row. One that the journal has, or may

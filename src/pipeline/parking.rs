@@ -21,7 +21,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::ledger::Ledger;
 use crate::metrics::Metrics;
-use crate::order::{Order, OrderStatus, SkuNumber, UnixMillis};
+use crate::order::{Ended, Order, OrderStatus, SkuNumber, UnixMillis};
 use crate::state::stock::{Refused, Sku};
 use crate::store::StoreError;
 use crate::store::batch::{BatchWriter, WriteError};
@@ -348,7 +348,7 @@ impl Parking {
         self.ledger.unpaid.note(until);
         for (order, status) in rows {
             if *status == OrderStatus::Expired {
-                self.ledger.ended(order);
+                self.ledger.ended(order, Ended::Expired);
             }
             self.left(order);
         }
@@ -370,7 +370,7 @@ impl Parking {
             {
                 tracing::error!(order_id = %order.id, sqlstate, reason, "the database refused a parked order; it is a dead letter now");
                 self.metrics.dead_letters.inc();
-                self.ledger.ended(order);
+                self.ledger.ended(order, Ended::Failed);
                 self.left(order);
             }
         }

@@ -20,7 +20,7 @@ use super::settler::Signals;
 use crate::faults::bug;
 use crate::order::payment::{PaymentState, RefundReason};
 use crate::order::receipt::ReceiptOrder;
-use crate::order::{Order, OrderId, Refusal, UnixMillis};
+use crate::order::{Ended, Order, OrderId, Refusal, UnixMillis};
 use crate::state::buyers::{BuyerClaim, Claimed, NothingSticky, Remembered};
 use crate::store::StoreError;
 use crate::store::postgres::payments::StoredPayment;
@@ -344,7 +344,7 @@ impl Cashier {
             return Ok(());
         }
         claim.into_iter().for_each(BuyerClaim::keep);
-        if buyers.no_longer_live(user_id, order.id) == Some(true)
+        if buyers.no_longer_live(user_id, order.id, Ended::Cancelled) == Some(true)
             && !is_claimed
             && let Some(sku) = ledger.catalogue.by_number(order.sku)
         {
@@ -397,7 +397,7 @@ impl Cashier {
         };
         // A failover may have lost the row of an order that memory knows, and its units are held.
         let known = ledger.buyers.find(&order.user_id, order.id);
-        let held = known.is_some_and(|known| known.live);
+        let held = known.is_some_and(|known| known.is_live());
         let late = payment.paid_at >= order.expires_at;
         if known.is_some() && !held && !late {
             return Decision::RecoverForRefund(order, RefundReason::OrderCancelled);

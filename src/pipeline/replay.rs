@@ -16,6 +16,8 @@ use crate::store::batch::{BatchWriter, Refused, WriteError};
 use crate::store::postgres::Database;
 
 const RETRY: Duration = Duration::from_millis(200);
+/// The SQLSTATE of a dead letter whose own is not known: `data_exception`.
+const LOST: &str = "22000";
 
 /// What became of orders that were applied.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -70,7 +72,7 @@ impl Replayer {
         std::mem::take(&mut self.refused)
     }
 
-    /// Makes every order of `orders` a row with its status, where it is none. Tries again for as
+    /// Makes every order of `orders` a row with its status, or a dead letter that has failed, where it is none. Tries again for as
     /// long as the database does not answer.
     ///
     /// # Errors
@@ -89,6 +91,17 @@ impl Replayer {
             .map(|(order, status)| (order, *status))
             .collect();
         self.applied.present += (orders.len() - missing.len()) as u64;
+        let (failed, missing): (Vec<_>, Vec<_>) = missing
+            .into_iter()
+            .partition(|(_, status)| *status == OrderStatus::Failed);
+        for (order, _) in failed {
+            self.bury(
+                order,
+                LOST,
+                "a failover has lost this dead letter with its reason",
+            )
+            .await?;
+        }
         let (parked, written): (Vec<_>, Vec<_>) = missing
             .into_iter()
             .partition(|(order, status)| status.is_live() && self.faulted.contains(&order.sku));

@@ -19,7 +19,7 @@ use super::parking;
 use super::pruning::PrunedBelow;
 use super::replay::Replayer;
 use crate::metrics::Metrics;
-use crate::order::{Order, OrderId, OrderStatus};
+use crate::order::{Ended, Order, OrderId, OrderStatus};
 use crate::queue::DurableQueue;
 use crate::queue::journal::JournalQueue;
 use crate::store::StoreError;
@@ -198,30 +198,37 @@ impl Restorer {
         lost
     }
 
-    /// Cancels again what memory knows to be cancelled and the database has forgotten: its units
+    /// Ends again, as it ended, each order that the database believes to be payable: its units
     /// may be somebody else's by now, and both together would not fit.
-    async fn cancel_again(&self) -> Result<(), StoreError> {
+    async fn end_again(&self) -> Result<(), StoreError> {
         let ledger = Arc::clone(&self.ledger);
         let ended = tokio::task::spawn_blocking(move || ledger.buyers.no_longer_live_ones()).await;
         let ended = ended.map_err(|panic| StoreError::Data(panic.to_string()))?;
         let mut again = 0;
         for part in ended.chunks(PART) {
-            for id in self.database.payable_among(part).await? {
-                self.database.cancel_order(self.lease, id, None).await?;
+            let ids: Vec<OrderId> = part.iter().map(|(id, _)| *id).collect();
+            let payable: HashSet<_> = self
+                .database
+                .payable_among(&ids)
+                .await?
+                .into_iter()
+                .collect();
+            for (id, how) in part.iter().filter(|(id, _)| payable.contains(id)) {
+                self.database.end_order(self.lease, *id, *how).await?;
                 again += 1;
             }
         }
         if again > 0 {
             tracing::warn!(
                 orders = again,
-                "cancelled again what the database had forgotten"
+                "ended orders again whose end the database had forgotten"
             );
         }
         Ok(())
     }
 
     async fn restore(&self, replayer: &mut Replayer) -> Result<(), StoreError> {
-        self.cancel_again().await?;
+        self.end_again().await?;
         replayer.forget_faults();
         let (parts, mut read) = mpsc::channel::<Vec<Order>>(1);
         let (journal, mut recent) = (self.journal.clone(), self.ledger.recent.all());
@@ -264,8 +271,8 @@ impl Restorer {
                 self.give_back(&order);
             }
         }
-        // What was cancelled while its row was being brought back.
-        self.cancel_again().await?;
+        // Orders that ended while their rows were being brought back.
+        self.end_again().await?;
         // What was parked again, or is parked again because the database has forgotten that it was not.
         parking::recount(&self.ledger, &self.database, &self.metrics).await?;
         match reading.await {
@@ -322,7 +329,10 @@ impl Restorer {
             if self.ledger.orphans.waits_for(order.order_id) {
                 continue;
             }
-            let turned = self.ledger.buyers.no_longer_live(&user_id, order.order_id);
+            let turned =
+                self.ledger
+                    .buyers
+                    .no_longer_live(&user_id, order.order_id, Ended::Cancelled);
             if turned == Some(true)
                 && let Some(sku) = self.ledger.catalogue.by_number(order.sku)
             {
@@ -342,7 +352,10 @@ impl Restorer {
 
     /// A restored order that the database refuses is a dead letter, and holds nothing.
     fn give_back(&self, order: &Order) {
-        let turned = self.ledger.buyers.no_longer_live(&order.user_id, order.id);
+        let turned = self
+            .ledger
+            .buyers
+            .no_longer_live(&order.user_id, order.id, Ended::Failed);
         if turned == Some(true)
             && let Some(sku) = self.ledger.catalogue.by_number(order.sku)
         {
@@ -357,13 +370,13 @@ impl Restorer {
             return None;
         }
         let known = self.ledger.buyers.find(&order.user_id, order.id);
-        match known.map(|known| known.live) {
+        Some(match known.map(|known| known.ended) {
             // Its units are taken in memory, and so they have to be in the database.
-            Some(true) => Some(OrderStatus::PendingPayment),
-            Some(false) => Some(OrderStatus::Cancelled),
+            Some(None) => OrderStatus::PendingPayment,
+            Some(Some(ended)) => ended.status(),
             // It has left the idempotency window, long after it could be paid.
-            None => Some(OrderStatus::Expired),
-        }
+            None => OrderStatus::Expired,
+        })
     }
 }
 

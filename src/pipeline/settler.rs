@@ -14,7 +14,7 @@ use tokio::sync::{OwnedRwLockReadGuard, RwLock};
 use super::ledger::Ledger;
 use crate::metrics::Metrics;
 use crate::order::payment::Verdict;
-use crate::order::{OrderId, UserId};
+use crate::order::{Ended, OrderId, UserId};
 use crate::store::StoreError;
 use crate::store::postgres::{Database, NodeLease};
 use crate::store::settlement::payments::Settlement;
@@ -194,9 +194,11 @@ impl Settler {
             let Some(sku) = ledger.catalogue.by_number(moved.sku) else {
                 continue;
             };
-            let ended = || {
+            let ended = |ended| {
                 let user_id = UserId::new(&moved.user_id).ok()?;
-                ledger.buyers.no_longer_live(&user_id, moved.order_id)
+                ledger
+                    .buyers
+                    .no_longer_live(&user_id, moved.order_id, ended)
             };
             let counter = sku.counter();
             if let MovedTo::Restocked | MovedTo::Withdrawn = moved.to {
@@ -212,16 +214,16 @@ impl Settler {
             match moved.to {
                 MovedTo::Sold => counter.sell(moved.quantity),
                 // Whoever turns the buyer's record over gives the units back, once.
-                MovedTo::Free if ended().unwrap_or(true) => {
+                MovedTo::Free(how) if ended(how).unwrap_or(true) => {
                     counter.release(moved.quantity);
                 }
-                MovedTo::Free | MovedTo::Nowhere => {}
+                MovedTo::Free(_) | MovedTo::Nowhere => {}
                 MovedTo::Restocked => {
-                    ended();
+                    ended(Ended::Cancelled);
                     counter.unsell(moved.quantity);
                 }
                 MovedTo::Withdrawn => {
-                    ended();
+                    ended(Ended::Cancelled);
                     counter.withdraw(moved.quantity);
                 }
             }

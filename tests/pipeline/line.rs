@@ -173,7 +173,10 @@ impl Line {
             // The buyer's record: kept with the key, or forgotten.
             let buyers = &self.ledger.buyers;
             let kept = buyers.find(&pending.order.user_id, pending.order.id);
-            assert_eq!(kept.map(|known| known.live), (row || letter).then_some(row));
+            assert_eq!(
+                kept.map(|known| known.is_live()),
+                (row || letter).then_some(row)
+            );
         }
         assert_eq!(
             rows.len() as i64,

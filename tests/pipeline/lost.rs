@@ -3,13 +3,28 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use millrace::order::{Order, UserId};
+use millrace::order::{Ended, Order, UserId};
 use millrace::pipeline::restore::{Restorer, Watermarks};
 use millrace::state::buyers::Remembered;
 use millrace::state::pending::PendingOrder;
 
 use crate::line::{LONG, Line, all_persisted, until};
 use crate::support::sale::{Sale, order};
+
+fn restorer(line: &Line) -> (Restorer, Arc<Watermarks>) {
+    let watermarks = Arc::new(Watermarks::new(1));
+    let restorer = Restorer {
+        ledger: Arc::clone(&line.ledger),
+        journal: None,
+        database: line.sale.database.clone(),
+        lease: line.sale.lease(),
+        watermarks: Arc::clone(&watermarks),
+        pruned_below: Default::default(),
+        metrics: line.metrics.clone(),
+        rows_max: 100,
+    };
+    (restorer, watermarks)
+}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_unit_and_no_key_is_held_by_an_order_that_is_nowhere() {
@@ -43,17 +58,7 @@ async fn no_unit_and_no_key_is_held_by_an_order_that_is_nowhere() {
     let orphans = &line.ledger.orphans;
     orphans.insert(paid.id, paid.created_at);
 
-    let watermarks = Arc::new(Watermarks::new(1));
-    let restorer = Restorer {
-        ledger: Arc::clone(&line.ledger),
-        journal: None,
-        database: line.sale.database.clone(),
-        lease: line.sale.lease(),
-        watermarks: Arc::clone(&watermarks),
-        pruned_below: Default::default(),
-        metrics: line.metrics.clone(),
-        rows_max: 100,
-    };
+    let (restorer, watermarks) = restorer(&line);
     let watching = tokio::spawn(restorer.watch());
     watermarks.report_lost();
     let buyers = &line.ledger.buyers;
@@ -67,4 +72,77 @@ async fn no_unit_and_no_key_is_held_by_an_order_that_is_nowhere() {
     assert!(known(&in_flight.order) && known(&paid) && known(&written[0].order));
     assert_eq!(sku.counter().snapshot().held, 2 + 3 + 3);
     watching.abort();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_order_comes_back_as_it_had_ended() {
+    let sale = Sale::open(2).await;
+    sale.sku("A", 100).await;
+    let database = sale.database.clone();
+    let mut line = Line::open(sale, 64).await;
+    line.start_worker(database, 8);
+    let place = |user: &str| line.place(user, "A", 1, LONG).unwrap();
+    let ends = [
+        (Ended::Cancelled, "cancelled"),
+        (Ended::Expired, "expired"),
+        (Ended::Failed, "failed"),
+    ];
+    // The database forgets the rows of some, and of others only how they ended.
+    let lost = ends.map(|(how, _)| place(&format!("lost-{how:?}")));
+    let payable = place("payable");
+    let kept = ends[..2]
+        .iter()
+        .map(|(how, _)| place(&format!("kept-{how:?}")));
+    let kept: Vec<_> = kept.collect();
+    let all: Vec<_> = lost
+        .iter()
+        .chain([&payable])
+        .chain(&kept)
+        .cloned()
+        .collect();
+    all_persisted(&all).await;
+    let sku = line.sku("A");
+    let end = |pending: &PendingOrder, how| {
+        let order = &pending.order;
+        let buyers = &line.ledger.buyers;
+        assert_eq!(
+            buyers.no_longer_live(&order.user_id, order.id, how),
+            Some(true)
+        );
+        sku.counter().release(1);
+    };
+    for (order, (how, _)) in lost.iter().zip(ends).chain(kept.iter().zip(ends)) {
+        end(order, how);
+    }
+    let gone: Vec<String> = lost
+        .iter()
+        .chain([&payable])
+        .map(|pending| pending.order.id.to_string())
+        .collect();
+    let forget = format!(
+        "DELETE FROM orders WHERE order_id IN ({}); UPDATE sku SET held = held - {}",
+        gone.join(","),
+        gone.len()
+    );
+    line.sale.sql(&forget).await;
+
+    let (restorer, watermarks) = restorer(&line);
+    let watching = tokio::spawn(restorer.watch());
+    watermarks.report_lost();
+    until("all is restored", || watermarks.restores() > 0).await;
+    watching.abort();
+    let status = async |pending: &PendingOrder| {
+        let sql = format!(
+            "SELECT status FROM order_rows WHERE order_id = {}",
+            pending.order.id
+        );
+        let row = line.sale.admin().query_one(&sql, &[]).await.unwrap();
+        row.get::<_, String>(0)
+    };
+    for (order, (_, word)) in lost.iter().zip(ends).chain(kept.iter().zip(ends)) {
+        assert_eq!(status(order).await, word);
+    }
+    assert_eq!(status(&payable).await, "pending_payment");
+    assert_eq!(line.sale.number("SELECT held FROM sku").await, 1);
+    assert_eq!(sku.counter().snapshot().held, 1);
 }

@@ -817,7 +817,7 @@ impl<'a> Life<'a> {
             let counter = self.sku.counter();
             match to {
                 MovedTo::Sold => counter.sell(*quantity),
-                MovedTo::Free => counter.release(*quantity),
+                MovedTo::Free(_) => counter.release(*quantity),
                 MovedTo::Restocked => counter.unsell(*quantity),
                 MovedTo::Withdrawn => counter.withdraw(*quantity),
                 MovedTo::Nowhere => {}

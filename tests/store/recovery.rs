@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use millrace::order::{Currency, Order, OrderId, OrderStatus, SkuId, UnixMillis, UserId};
+use millrace::order::{Currency, Ended, Order, OrderId, OrderStatus, SkuId, UnixMillis, UserId};
 use millrace::state::buyers::{Buyers, Claimed, Eviction, LiveOrder, NothingSticky, Remembered};
 use millrace::state::stock::{SaleTerms, Sku};
 use millrace::store::StoreError;
@@ -93,9 +93,9 @@ async fn load(sale: &Sale, floor: OrderId) -> HashMap<OrderId, (UserId, Remember
     loaded
 }
 
-fn remembered(order: &Order, live: bool) -> (UserId, Remembered) {
+fn remembered(order: &Order, status: OrderStatus) -> (UserId, Remembered) {
     let remembered = Remembered {
-        live,
+        ended: Ended::of(status),
         ..Remembered::of(order)
     };
     (order.user_id.clone(), remembered)
@@ -132,15 +132,15 @@ async fn keys_and_limits_come_back_exactly_from_the_floor_on() {
 
     let mut expected: HashMap<_, _> = stored
         .iter()
-        .map(|(order, status)| (order.id, remembered(order, status.is_live())))
+        .map(|(order, status)| (order.id, remembered(order, *status)))
         .collect();
-    expected.insert(dead.id, remembered(&dead, false));
+    expected.insert(dead.id, remembered(&dead, OrderStatus::Failed));
     let floor = stored[0].0.id;
     assert_eq!(load(&sale, floor).await, expected);
     let just_above = OrderId::new(dead.id.get() + 1).unwrap();
     assert!(load(&sale, just_above).await.is_empty());
     for order in &old {
-        expected.insert(order.id, remembered(order, true));
+        expected.insert(order.id, remembered(order, OrderStatus::PendingPayment));
     }
     let everything = load(&sale, OrderId::new(1).unwrap()).await;
     assert_eq!(everything, expected);
@@ -153,7 +153,7 @@ async fn keys_and_limits_come_back_exactly_from_the_floor_on() {
     let again = |order: &Order| {
         let fresh = Remembered {
             order_id: OrderId::new(i64::MAX as u64).unwrap(),
-            ..remembered(order, true).1
+            ..remembered(order, OrderStatus::PendingPayment).1
         };
         match buyers.claim(&order.user_id, fresh, None, Ok(()), &NothingSticky) {
             Ok(Claimed::Duplicate(id)) => Some(id),

@@ -43,6 +43,9 @@ const TOO_LATE_MS: u64 = 3_000;
 /// units of orders that expired.
 const SETTLING: Duration = Duration::from_secs(30);
 
+/// Columns of the table of promises, on any terminal and in a file.
+const TABLE_COLUMNS: u16 = 100;
+
 /// What everything is sold in.
 const CURRENCY: &str = "EUR";
 
@@ -352,8 +355,11 @@ fn publish(args: &DemoArgs, report: &LoadReport, promises: &[Promise]) -> anyhow
 
 fn promise_table(promises: &[Promise]) -> String {
     let mut table = comfy_table::Table::new();
-    table.load_preset(comfy_table::presets::UTF8_HORIZONTAL_ONLY);
-    table.set_header(["", "promise", "figures"]);
+    table
+        .load_preset(comfy_table::presets::UTF8_HORIZONTAL_ONLY)
+        .set_content_arrangement(comfy_table::ContentArrangement::Dynamic)
+        .set_width(TABLE_COLUMNS)
+        .set_header(["", "promise", "figures"]);
     for promise in promises {
         let mark = if promise.ok { "kept" } else { "BROKEN" };
         table.add_row([mark, &promise.name, &promise.detail]);

@@ -30,7 +30,9 @@ use dashmap::mapref::entry::Entry as Place;
 use parking_lot::RwLock;
 
 use self::record::{Entry, Record, Rule, Tally};
-use crate::order::{KeyHash, Order, OrderId, PayloadHash, Quantity, Refusal, SkuNumber, UserId};
+use crate::order::{
+    Ended, KeyHash, Order, OrderId, PayloadHash, Quantity, Refusal, SkuNumber, UserId,
+};
 
 /// One order as a buyer's record remembers it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,8 +47,8 @@ pub struct Remembered {
     pub sku: SkuNumber,
     /// How many units.
     pub quantity: Quantity,
-    /// Whether its units count toward the purchase limit.
-    pub live: bool,
+    /// How it ended; `None`: its units count toward the purchase limit.
+    pub ended: Option<Ended>,
 }
 
 impl Remembered {
@@ -58,8 +60,13 @@ impl Remembered {
             payload: order.payload,
             sku: order.sku,
             quantity: order.quantity,
-            live: true,
+            ended: None,
         }
+    }
+
+    /// Whether its units count toward the purchase limit.
+    pub fn is_live(&self) -> bool {
+        self.ended.is_none()
     }
 }
 
@@ -350,9 +357,16 @@ impl Buyers {
 
     /// Frees an order's units from the purchase limit and keeps its key. True: it was live until
     /// now; `None`: it is not remembered. One that had left the window is forgotten with it.
-    pub fn no_longer_live(&self, user_id: &UserId, order_id: OrderId) -> Option<bool> {
-        self.with_record(user_id, order_id, |record| record.set_live(order_id, false))
-            .flatten()
+    pub fn no_longer_live(
+        &self,
+        user_id: &UserId,
+        order_id: OrderId,
+        ended: Ended,
+    ) -> Option<bool> {
+        self.with_record(user_id, order_id, |record| {
+            record.set_ended(order_id, Some(ended))
+        })
+        .flatten()
     }
 
     /// Counts an order's units toward the purchase limit again. True: it was not live until now;
@@ -367,7 +381,7 @@ impl Buyers {
         if let Some((_, ended)) = &mut self.counted.write().counting {
             ended.remove(&order.order_id);
         }
-        let (turned, tally) = record.set_live(order.order_id, true);
+        let (turned, tally) = record.set_ended(order.order_id, None);
         self.count(tally);
         if turned.is_none() && self.keeps(order.sku, &is_limited) {
             record.insert_live(order);
@@ -530,8 +544,8 @@ impl Buyers {
         record.map_or_else(Vec::new, |record| record.page(before, count))
     }
 
-    /// Every remembered order that is no longer live: cancelled, expired or refused. Walks all.
-    pub fn no_longer_live_ones(&self) -> Vec<OrderId> {
+    /// Every remembered order that is no longer live, and how it ended. Walks all.
+    pub fn no_longer_live_ones(&self) -> Vec<(OrderId, Ended)> {
         let mut ended = Vec::new();
         for record in self.records.iter() {
             record.ended(&mut ended);
@@ -693,7 +707,7 @@ mod tests {
             payload: PayloadHash(payload),
             sku: SkuNumber(1),
             quantity: Quantity::new(units).unwrap(),
-            live: true,
+            ended: None,
         }
     }
 
@@ -792,7 +806,7 @@ mod tests {
                 .unwrap_err(),
             Refusal::PurchaseLimit { limit: 3, taken: 2 }
         );
-        buyers.no_longer_live(&user, OrderId::new(1).unwrap());
+        buyers.no_longer_live(&user, OrderId::new(1).unwrap(), Ended::Cancelled);
         keep(buyers.claim(&user, entry(2, 0, 1, 3), Some(3), Ok(()), &NothingSticky));
     }
 
@@ -831,8 +845,15 @@ mod tests {
             Ok(None),
             "its key is free again"
         );
-        assert_eq!(buyers.no_longer_live(&user, id(1)), Some(true));
-        assert_eq!(buyers.no_longer_live(&user, id(1)), None, "given back once");
+        assert_eq!(
+            buyers.no_longer_live(&user, id(1), Ended::Cancelled),
+            Some(true)
+        );
+        assert_eq!(
+            buyers.no_longer_live(&user, id(1), Ended::Cancelled),
+            None,
+            "given back once"
+        );
         assert_eq!((taken(&buyers, &user), buyers.len()), (1, 1));
         // Its limit is taken off.
         assert_eq!(buyers.evict(Eviction::before(id(3)), |_| false), 1);
@@ -855,8 +876,11 @@ mod tests {
         // What leaves the window meanwhile stays, and what ends meanwhile is not counted, also
         // where it was read as live just before.
         buyers.evict(Eviction::before(id(9)), |_| false);
-        assert_eq!(buyers.no_longer_live(&user, id(1)), None);
-        assert_eq!(buyers.no_longer_live(&user, id(2)), Some(true));
+        assert_eq!(buyers.no_longer_live(&user, id(1), Ended::Cancelled), None);
+        assert_eq!(
+            buyers.no_longer_live(&user, id(2), Ended::Cancelled),
+            Some(true)
+        );
         for of in [1, 2, 3, 3] {
             counting.add(user.clone(), live(of));
         }
@@ -892,7 +916,10 @@ mod tests {
             "a key and a limit"
         );
         assert!(!buyers.is_tight());
-        assert_eq!(buyers.no_longer_live(&user, id(2)), Some(true));
+        assert_eq!(
+            buyers.no_longer_live(&user, id(2), Ended::Cancelled),
+            Some(true)
+        );
         claim(3, 2, None).unwrap();
         assert!(buyers.is_tight());
         assert_eq!(
@@ -959,9 +986,15 @@ mod tests {
             short.restore(each(of), order(of), true);
         }
         for of in (1..=ORDERS).filter(|of| of % 4 == 0) {
-            assert_eq!(long.no_longer_live(&one, id(of)), Some(true));
-            assert_eq!(long.no_longer_live(&one, id(of)), Some(false));
-            short.no_longer_live(&each(of), id(of));
+            assert_eq!(
+                long.no_longer_live(&one, id(of), Ended::Cancelled),
+                Some(true)
+            );
+            assert_eq!(
+                long.no_longer_live(&one, id(of), Ended::Cancelled),
+                Some(false)
+            );
+            short.no_longer_live(&each(of), id(of), Ended::Cancelled);
         }
         for of in (1..=ORDERS).filter(|of| of % 11 == 0) {
             long.forget(&one, id(of));
@@ -986,7 +1019,7 @@ mod tests {
                 short.under_key(&each(of), &again),
                 "{of}"
             );
-            if let Some(known) = short.find(&each(of), id(of)).filter(|known| known.live) {
+            if let Some(known) = short.find(&each(of), id(of)).filter(Remembered::is_live) {
                 units[known.sku.0 as usize] += known.quantity.get();
             }
         }
@@ -1008,7 +1041,8 @@ mod tests {
             .take(100)
             .collect();
         assert_eq!(ids, expected);
-        let mut ended = long.no_longer_live_ones();
+        let ended = long.no_longer_live_ones();
+        let mut ended: Vec<OrderId> = ended.into_iter().map(|(id, _)| id).collect();
         ended.sort_unstable();
         assert!(
             ended
@@ -1045,7 +1079,11 @@ mod tests {
             let again = buyers.claim(user, order(at), None, Ok(()), &NothingSticky);
             assert!(matches!(again, Ok(Claimed::Duplicate(_))));
             assert_eq!(buyers.page(user, id(of), 5).len(), 5);
-            assert!(buyers.no_longer_live(user, id(at)).is_some());
+            assert!(
+                buyers
+                    .no_longer_live(user, id(at), Ended::Cancelled)
+                    .is_some()
+            );
             assert!(buyers.find(user, id(at)).is_some());
             buyers.forget(user, id(of));
             started.elapsed()

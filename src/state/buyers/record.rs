@@ -10,7 +10,7 @@ use std::ops::Bound;
 use smallvec::SmallVec;
 
 use super::{LiveOrder, Remembered};
-use crate::order::{KeyHash, OrderId, PayloadHash, Quantity, SkuNumber};
+use crate::order::{Ended, KeyHash, OrderId, PayloadHash, Quantity, SkuNumber};
 
 /// Most orders of a record that is looked through from end to end.
 pub(super) const FEW: usize = 32;
@@ -25,7 +25,7 @@ pub(super) struct Entry {
     payload: PayloadHash,
     sku: SkuNumber,
     quantity: Quantity,
-    live: bool,
+    ended: Option<Ended>,
     /// It has left the window, and stays for its units alone.
     aged: bool,
     /// Whether its SKU had a limit when it was entered.
@@ -40,7 +40,7 @@ impl Entry {
             payload,
             sku,
             quantity,
-            live,
+            ended,
         } = order;
         Entry {
             order_id,
@@ -48,7 +48,7 @@ impl Entry {
             payload,
             sku,
             quantity,
-            live,
+            ended,
             aged: false,
             limited,
         }
@@ -61,7 +61,7 @@ impl Entry {
             payload: PayloadHash(0),
             sku: order.sku,
             quantity: order.quantity,
-            live: true,
+            ended: None,
             aged: true,
             limited: true,
         }
@@ -74,17 +74,25 @@ impl Entry {
             payload: self.payload,
             sku: self.sku,
             quantity: self.quantity,
-            live: self.live,
+            ended: self.ended,
         }
     }
 
     /// Whether neither a retry nor a limit needs it.
     fn is_dispensable(&self) -> bool {
-        self.key.is_none() && !(self.live && self.limited)
+        self.key.is_none() && !(self.is_live() && self.limited)
+    }
+
+    fn is_live(&self) -> bool {
+        self.ended.is_none()
     }
 
     fn units(&self) -> u32 {
-        if self.live { self.quantity.get() } else { 0 }
+        if self.is_live() {
+            self.quantity.get()
+        } else {
+            0
+        }
     }
 }
 
@@ -128,7 +136,7 @@ enum Fate {
 
 impl Rule<'_> {
     fn fate(&self, entry: &Entry) -> Fate {
-        let is_needed = || entry.live && (self.keeps)(entry.sku);
+        let is_needed = || entry.is_live() && (self.keeps)(entry.sku);
         if entry.aged {
             return if is_needed() { Fate::Stays } else { Fate::Goes };
         }
@@ -137,7 +145,7 @@ impl Rule<'_> {
         }
         let may_go = entry.key.is_none()
             && entry.order_id < self.early
-            && !(entry.live && entry.order_id >= self.payable);
+            && !(entry.is_live() && entry.order_id >= self.payable);
         if may_go && !is_needed() {
             return Fate::Goes;
         }
@@ -221,12 +229,8 @@ impl Record {
         }
     }
 
-    pub(super) fn ended(&self, ended: &mut Vec<OrderId>) {
-        let mut note = |entry: &Entry| {
-            if !entry.live {
-                ended.push(entry.order_id);
-            }
-        };
+    pub(super) fn ended(&self, ended: &mut Vec<(OrderId, Ended)>) {
+        let mut note = |entry: &Entry| ended.extend(entry.ended.map(|how| (entry.order_id, how)));
         match self {
             Record::Few(few) => few.iter().for_each(&mut note),
             Record::Many(many) => many.window.values().for_each(&mut note),
@@ -236,7 +240,7 @@ impl Record {
     /// Those of the window: rows of others may have been deleted.
     pub(super) fn live(&self, live: &mut Vec<OrderId>) {
         let mut note = |entry: &Entry| {
-            if entry.live && !entry.aged {
+            if entry.is_live() && !entry.aged {
                 live.push(entry.order_id);
             }
         };
@@ -250,7 +254,7 @@ impl Record {
     pub(super) fn dispensable(&self, mut each: impl FnMut(OrderId, bool)) {
         let mut note = |entry: &Entry| {
             if entry.is_dispensable() {
-                each(entry.order_id, entry.live);
+                each(entry.order_id, entry.is_live());
             }
         };
         match self {
@@ -294,14 +298,19 @@ impl Record {
         tally
     }
 
-    /// Whether an order's units count from now on. True: they did not until now, or no longer do.
-    /// An order that stays for its units alone goes when they no longer count.
-    pub(super) fn set_live(&mut self, id: OrderId, live: bool) -> (Option<bool>, Tally) {
+    /// How an order has ended, or that its units count again. True: whether they count has changed.
+    /// One that had ended before stays as it ended. An order that stays for its units alone goes when
+    /// they no longer count.
+    pub(super) fn set_ended(&mut self, id: OrderId, ended: Option<Ended>) -> (Option<bool>, Tally) {
+        let live = ended.is_none();
         let mut tally = Tally::default();
         let turn = |entry: &mut Entry, tally: &mut Tally| {
-            tally.leave(entry);
-            let turned = std::mem::replace(&mut entry.live, live) != live;
-            tally.enter(entry);
+            let turned = entry.is_live() != live;
+            if turned {
+                tally.leave(entry);
+                entry.ended = ended;
+                tally.enter(entry);
+            }
             turned
         };
         let turned = match self {

@@ -4,7 +4,7 @@
 use tokio_postgres::Transaction;
 
 use super::{Database, NodeLease};
-use crate::order::{OrderId, OrderStatus, SkuNumber, UnixMillis};
+use crate::order::{Ended, OrderId, OrderStatus, SkuNumber, UnixMillis};
 use crate::store::StoreError;
 
 /// What came of asking an order to move on.
@@ -68,16 +68,42 @@ impl Database {
         id: OrderId,
         now: Option<UnixMillis>,
     ) -> Result<Moved, StoreError> {
+        self.end_unpaid(lease, id, OrderStatus::Cancelled, now)
+            .await
+    }
+
+    /// Ends an order that the database believes to be payable as it had ended before a failover.
+    ///
+    /// # Errors
+    /// As [`Database::cancel_order`].
+    pub async fn end_order(
+        &self,
+        lease: NodeLease,
+        id: OrderId,
+        ended: Ended,
+    ) -> Result<Moved, StoreError> {
+        let to = match ended {
+            Ended::Expired => OrderStatus::Expired,
+            Ended::Cancelled | Ended::Failed => OrderStatus::Cancelled,
+        };
+        self.end_unpaid(lease, id, to, None).await
+    }
+
+    async fn end_unpaid(
+        &self,
+        lease: NodeLease,
+        id: OrderId,
+        to: OrderStatus,
+        now: Option<UnixMillis>,
+    ) -> Result<Moved, StoreError> {
+        let cause = to.as_str();
         let mut client = self.pooled().await?;
         let work = async {
             let transaction = client.transaction().await?;
             if !fence(&transaction, lease).await? {
                 return Ok(None);
             }
-            let (from, to) = (
-                OrderStatus::PendingPayment.code(),
-                OrderStatus::Cancelled.code(),
-            );
+            let (from, to) = (OrderStatus::PendingPayment.code(), to.code());
             let row = transaction
                 .query_opt(
                     "UPDATE orders SET status = $3
@@ -136,9 +162,9 @@ impl Database {
                          UPDATE sku SET held = held - $2::int8 WHERE id = $1 RETURNING total, held, sold
                      )
                      INSERT INTO stock_journal (sku, cause, reference, held_delta, total_after, held_after, sold_after)
-                     SELECT w.sku, 'cancelled', $3, -$2::int8, m.total, m.held, m.sold
+                     SELECT w.sku, $4, $3, -$2::int8, m.total, m.held, m.sold
                        FROM (SELECT $1::int4 AS sku) w LEFT JOIN moved m ON true",
-                    &[&sku, &i64::from(quantity), &id.to_string()],
+                    &[&sku, &i64::from(quantity), &id.to_string(), &cause],
                 )
                 .await?;
             transaction.commit().await?;

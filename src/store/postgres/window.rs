@@ -12,7 +12,7 @@ use tokio_postgres::types::ToSql;
 
 use super::Database;
 use crate::order::{
-    KeyHash, OrderId, OrderStatus, PayloadHash, Quantity, SkuNumber, UnixMillis, UserId,
+    Ended, KeyHash, OrderId, OrderStatus, PayloadHash, Quantity, SkuNumber, UnixMillis, UserId,
 };
 use crate::state::buyers::{LiveOrder, Remembered};
 use crate::store::StoreError;
@@ -185,6 +185,18 @@ fn live_order(row: &Row) -> Result<(UserId, LiveOrder), StoreError> {
     Ok((user_id, order))
 }
 
+/// By the status in the seventh column, which a dead letter has not.
+fn how_it_ended(row: &Row) -> Result<Option<Ended>, StoreError> {
+    let code: Option<i16> = row.get(6);
+    let of_code = |status: &OrderStatus| status.code() == code;
+    let status = match code {
+        None => Some(OrderStatus::Failed),
+        Some(_) => OrderStatus::ALL.into_iter().find(of_code),
+    };
+    let status = status.ok_or_else(|| unexpected(row.get(0), "status"))?;
+    Ok(Ended::of(status))
+}
+
 impl Database {
     /// Hands every order from `floor` on, dead letters included, and every parked one to `remember`, so that keys and
     /// limits hold over a restart; with the moment until which it is to be paid, where it is.
@@ -200,19 +212,15 @@ impl Database {
     ) -> Result<u64, StoreError> {
         let doing = "reading the idempotency window";
         let mut parts = Parts::new(self, doing, floor, OrderId::MAX).await?;
-        let live = live_codes();
         let columns = "order_id, user_id, sku, quantity, uuid_send(key_hash), payload_hash";
         let range = "WHERE order_id >= $1 AND order_id <= $2 ORDER BY order_id LIMIT $3";
         let orders = format!(
-            "SELECT {columns}, status = ANY ($4::int2[]), CASE WHEN status = 1 THEN (extract(epoch FROM expires_at) * 1000)::int8 END
+            "SELECT {columns}, status, CASE WHEN status = 1 THEN (extract(epoch FROM expires_at) * 1000)::int8 END
                FROM orders {range}"
         );
-        let dead_letters = format!(
-            "SELECT {columns}, false AND $4::int2[] IS NULL, NULL::int8 FROM dead_letters {range}"
-        );
-        let parked = format!(
-            "SELECT {columns}, true OR $4::int2[] IS NULL, NULL::int8 FROM parked_orders {range}"
-        );
+        let dead_letters =
+            format!("SELECT {columns}, NULL::int2, NULL::int8 FROM dead_letters {range}");
+        let parked = format!("SELECT {columns}, 1::int2, NULL::int8 FROM parked_orders {range}");
         for (sql, from) in [
             (orders, floor),
             (dead_letters, floor),
@@ -220,7 +228,7 @@ impl Database {
         ] {
             let mut from = Some(from);
             while let Some(first) = from {
-                let (rows, most) = parts.read(&sql, first, OrderId::MAX, &[&live]).await?;
+                let (rows, most) = parts.read(&sql, first, OrderId::MAX, &[]).await?;
                 let mut last = None;
                 for row in &rows {
                     let (user_id, order) = live_order(row)?;
@@ -234,7 +242,7 @@ impl Database {
                         payload: PayloadHash(row.get::<_, i64>(5) as u64),
                         sku: order.sku,
                         quantity: order.quantity,
-                        live: row.get(6),
+                        ended: how_it_ended(row)?,
                     };
                     let payable_until = row.get::<_, Option<i64>>(7).map(UnixMillis);
                     remember(user_id, remembered, payable_until);

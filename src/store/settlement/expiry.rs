@@ -6,7 +6,7 @@ use futures_util::future::join_all;
 use super::statements::{Change, Changes, Closing, Sql};
 use super::{Moved, MovedTo, SettlementWriter};
 use crate::faults::bug;
-use crate::order::{IdRange, OrderId, SkuNumber, UnixMillis};
+use crate::order::{Ended, IdRange, OrderId, SkuNumber, UnixMillis};
 use crate::store::StoreError;
 
 /// An unpaid order that is past its time.
@@ -127,7 +127,7 @@ impl SettlementWriter {
                         user_id: row.get(1),
                         sku,
                         quantity: u32::try_from(quantity).unwrap_or(0),
-                        to: MovedTo::Free,
+                        to: MovedTo::Free(Ended::Expired),
                     });
                 }
             }

@@ -11,7 +11,7 @@ use super::statements::{Change, Changes, Closing, Sql, Statements};
 use super::{Moved, MovedTo};
 use crate::faults::bug;
 use crate::order::payment::{OrderFacts, PaymentState, RefundReason, Verdict, judge};
-use crate::order::{Currency, OrderId, OrderStatus, SkuNumber, UnixMillis};
+use crate::order::{Currency, Ended, OrderId, OrderStatus, SkuNumber, UnixMillis};
 use crate::store::postgres::Connected;
 
 /// A payment that meets its order.
@@ -178,7 +178,7 @@ impl Court {
                         ..Change::default()
                     };
                     released.add(order.sku, change);
-                    MovedTo::Free
+                    MovedTo::Free(Ended::Cancelled)
                 }
                 // Its units are back since it was cancelled, expired or refused.
                 _ => MovedTo::Nowhere,

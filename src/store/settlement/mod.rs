@@ -40,7 +40,7 @@ use super::batch::WriteError;
 use super::numbered::{WriterRow, timed};
 use super::postgres::{Connected, Database, NodeLease};
 use crate::faults::crash_point;
-use crate::order::{OrderId, SkuNumber};
+use crate::order::{Ended, OrderId, SkuNumber};
 
 /// Longest wait for a row that somebody else holds, in milliseconds. A callback is answered within
 /// a second, so a payment that cannot be matched by then is stored as an orphan and matched later.
@@ -68,8 +68,8 @@ pub struct Moved {
 pub enum MovedTo {
     /// From held to sold.
     Sold,
-    /// From held to free.
-    Free,
+    /// From held to free, because the order ended so.
+    Free(Ended),
     /// From sold to free.
     Restocked,
     /// From sold out of the sale: the total is less by them.
