@@ -11,7 +11,7 @@ use millrace::store::postgres::Database;
 use serde_json::{Value, json};
 use support::block_on;
 use support::postgres::TestDatabase;
-use support::server::TestServer;
+use support::server::{TestServer, request};
 use support::standby::{DATABASE, Pair, USER};
 use support::waiting::wait_until;
 
@@ -500,6 +500,63 @@ fn readyz_warns_where_a_failover_may_lose_commits_and_stays_ready() {
         wait_until("the warning again", async || !no_warning().await).await;
         pair.part().await;
         wait_until("there is no standby", no_warning).await;
+        assert!(server.stop().await);
+    });
+}
+
+/// Each line asks again for an order that only the database knows, which does not answer.
+#[test]
+fn a_batch_of_look_ups_ends_with_its_request_not_with_each_line() {
+    block_on(async {
+        const LINES: usize = 10;
+        let timeout = Duration::from_secs(2);
+        let database = TestDatabase::create().await;
+        let lines: String = (0..LINES)
+            .map(|n| json!({ "user_id": format!("u-{n}"), "sku_id": "A", "idempotency_key": "k" }))
+            .map(|line| format!("{line}\n"))
+            .collect();
+        let post = async |server: &TestServer| {
+            let fields = [("Content-Type", "application/x-ndjson")];
+            let lines = lines.clone();
+            let answer = request(server.data, "POST", "/v1/orders:batch", &fields, lines).await;
+            assert_eq!(answer.status, 200, "{answer:?}");
+            let body = String::from_utf8(answer.body).expect("text");
+            body.lines()
+                .map(|line| serde_json::from_str(line).expect("a line"))
+                .collect::<Vec<Value>>()
+        };
+        let server = TestServer::start(&database, |_| {}).await;
+        server.put_sku("A", 100, Value::Null).await;
+        let placed = post(&server).await;
+        assert!(server.stop().await);
+        // This one knows the keys, and has none of the orders in memory.
+        let server = TestServer::start(&database, |config| {
+            config.orders.timeout_ms = timeout.as_millis() as u64;
+        })
+        .await;
+        let mut blocker = database.connect().await;
+        let lock = blocker.transaction().await.expect("begin");
+        lock.batch_execute("LOCK TABLE millrace.orders IN ACCESS EXCLUSIVE MODE")
+            .await
+            .expect("lock");
+        let started = Instant::now();
+        let late = post(&server).await;
+        let took = started.elapsed();
+        assert_eq!(late.len(), LINES);
+        for line in &late {
+            assert_eq!(line["http_status"], 503, "nothing is said of it: {line}");
+        }
+        // With a deadline of its own each line would take as long as all may.
+        assert!(took < timeout * 2, "{LINES} look-ups took {took:?}");
+        lock.rollback().await.expect("unlock");
+        for (again, placed) in post(&server).await.iter().zip(&placed) {
+            assert_eq!(
+                (&again["http_status"], &placed["http_status"]),
+                (&json!(200), &json!(201))
+            );
+            assert_eq!(again["order_id"], placed["order_id"]);
+        }
+        server.assert_audit().await;
         assert!(server.stop().await);
     });
 }
