@@ -38,7 +38,7 @@ pub const CRASH_POINTS: [&str; 16] = [
 ];
 
 /// Every defect that can be put in.
-pub const BUGS: [&str; 18] = [
+pub const BUGS: [&str; 19] = [
     "ack_before_sync",
     "no_sync",
     "reuse_failed_file",
@@ -57,6 +57,7 @@ pub const BUGS: [&str; 18] = [
     "recover_without_holding",
     "pay_after_the_deadline",
     "expire_what_is_paid",
+    "ready_without_progress",
 ];
 
 /// Everything that runs as long as the process does, under supervision.

@@ -6,7 +6,7 @@
 mod cases;
 mod disk;
 mod failover;
-mod rig;
+pub mod rig;
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -26,11 +26,11 @@ struct Case {
 
 /// On what terms a case runs.
 #[derive(Clone, Copy)]
-struct Terms<'a> {
+pub struct Terms<'a> {
     /// What everything that is left to chance is chosen by.
-    seed: u64,
+    pub seed: u64,
     /// A deliberate defect of Millrace.
-    bug: Option<&'a str>,
+    pub bug: Option<&'a str>,
 }
 
 const CASES: &[Case] = &[

@@ -15,16 +15,13 @@ use millrace::faults::CRASH_POINTS;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom as _;
 use rand::{Rng as _, SeedableRng as _};
-use serde_json::Value;
-use tempfile::TempDir;
 
 use super::checker::{Checker, Found, Verdict};
-use super::load::{Load, Settings, check, compare_counters, retry_some};
+use super::load::{Load, Settings, audit, check, compare_counters, retry_some};
 use super::outcome::{Why, block_on, in_series};
 use super::platform::Platform;
-use crate::support::http::try_call;
-use crate::support::postgres::{connect, copy_template, test_dir};
-use crate::support::served::{OwnPostgres, PATIENCE, Served, end_postgres, tail};
+use crate::support::postgres::connect;
+use crate::support::served::{DataDir, OwnPostgres, PATIENCE, Served, tail};
 use crate::support::webhook::SECRET;
 
 /// How long a load may go on without passing the point that it is to crash at.
@@ -136,13 +133,12 @@ struct Proof {
     points: Points,
     /// How often an order is looked for before it is recovered.
     checks: u32,
-    data_dir: TempDir,
+    data_dir: DataDir,
 }
 
 impl Proof {
     fn new(form: Form, seed: u64, bug: Option<&str>, mut points: Points) -> Self {
-        let data_dir = test_dir();
-        block_on(copy_template(data_dir.path()));
+        let data_dir = block_on(DataDir::fresh());
         let mut random = StdRng::seed_from_u64(seed);
         let first = random.random_range(0..points.all.len());
         if points.asked.is_empty() {
@@ -303,7 +299,7 @@ impl Proof {
                 self.points.hit.extend(hit.then_some(point));
                 Ok(())
             }
-            Err(ended) if is_killed(&ended.status) => {
+            Err(ended) if ended.is_killed() => {
                 self.points.hit.insert(point);
                 Ok(())
             }
@@ -370,7 +366,7 @@ impl Proof {
             let is_cancel_asked = |user: &str| self.checker.is_cancel_asked(user);
             platform.judge(&found, is_cancel_asked, all, &mut verdict);
             verdict.faults.extend(said.faults.clone());
-            audit(served, &mut verdict);
+            audit(served.control, &mut verdict);
             verdict.holds()
         });
         Ok(verdict)
@@ -428,15 +424,6 @@ impl Proof {
     }
 }
 
-impl Drop for Proof {
-    fn drop(&mut self) {
-        // A killed Millrace leaves it running.
-        if let Some(pid) = OwnPostgres::of(self.dir()).pid() {
-            end_postgres(pid);
-        }
-    }
-}
-
 /// Takes the rows away that are still to be paid; returns which they were.
 async fn lose(
     config: &tokio_postgres::Config,
@@ -467,17 +454,4 @@ async fn lose(
     }
     transaction.commit().await?;
     Ok(rows.iter().map(|row| row.get(0)).collect())
-}
-
-/// Adds what Millrace itself finds wrong.
-fn audit(served: &Served, verdict: &mut Verdict) {
-    match try_call(served.control, "GET", "/admin/v1/audit", &[], "") {
-        Ok(answer) if answer.json()["ok"] == Value::Bool(true) => {}
-        answer => verdict.fault(format!("the audit fails: {answer:?}")),
-    }
-}
-
-fn is_killed(status: &std::process::ExitStatus) -> bool {
-    use std::os::unix::process::ExitStatusExt as _;
-    status.signal() == Some(rustix::process::Signal::KILL.as_raw())
 }

@@ -189,12 +189,7 @@ impl Shop<'_> {
     }
 
     fn place(&mut self, wish: Wish, respond_async: bool) -> std::io::Result<u64> {
-        let mut fields = vec![("Content-Type", "application/json")];
-        fields.extend(wish.key.as_deref().map(|key| ("Idempotency-Key", key)));
-        if respond_async {
-            fields.push(("Prefer", "respond-async"));
-        }
-        let body = body(&wish).to_string();
+        let (fields, body) = (fields(&wish, respond_async), body(&wish).to_string());
         let attempt = self.load.checker.asks(&wish);
         let answer = self.send("POST", "/v1/orders", &fields, &body);
         let accepted = match &answer {
@@ -214,42 +209,16 @@ impl Shop<'_> {
         if wishes[0].key.is_some() && self.random.random_bool(0.3) {
             wishes.push(wishes[0].clone());
         }
-        let mut lines = String::new();
-        for wish in &wishes {
-            let mut body = body(wish);
-            if let Some(key) = &wish.key {
-                body["idempotency_key"] = key.as_str().into();
-            }
-            lines.push_str(&body.to_string());
-            lines.push('\n');
-        }
-        let mut fields = vec![("Content-Type", "application/x-ndjson")];
-        if respond_async {
-            fields.push(("Prefer", "respond-async"));
-        }
+        let (fields, lines) = (batch_fields(respond_async), batch_lines(&wishes));
         let attempts: Vec<Attempt> = wishes
             .iter()
             .map(|wish| self.load.checker.asks(wish))
             .collect();
         let answer = self.send("POST", "/v1/orders:batch", &fields, &lines);
-        let told: Vec<Told> = match &answer {
-            // Refused as a whole: no line of it was looked at.
-            Ok(answer) if answer.status != 200 => vec![whole(answer); wishes.len()],
-            Ok(answer) => String::from_utf8_lossy(&answer.body)
-                .lines()
-                .map(|line| {
-                    let body: Value = serde_json::from_str(line).unwrap_or_default();
-                    Told::Answer {
-                        status: body["http_status"].as_u64().unwrap_or_default() as u16,
-                        body,
-                        respond_async: is_async(answer),
-                        in_batch: true,
-                    }
-                })
-                .collect(),
+        let told = match &answer {
+            Ok(answer) => told_of_batch(answer, wishes.len()),
             Err(_) => vec![Told::Nothing; wishes.len()],
         };
-        assert_eq!(told.len(), wishes.len(), "a line an order: {answer:?}");
         let mut accepted = 0;
         for ((attempt, wish), told) in attempts.into_iter().zip(&wishes).zip(told) {
             accepted += u64::from(self.ended(attempt, wish, told));
@@ -296,6 +265,70 @@ impl Shop<'_> {
         }
         Ok(0)
     }
+}
+
+/// Asks for one order, on a connection of the caller's.
+pub fn place(
+    connection: &mut Connection,
+    checker: &Checker,
+    wish: &Wish,
+    respond_async: bool,
+) -> std::io::Result<Answer> {
+    let attempt = checker.asks(wish);
+    let (fields, body) = (fields(wish, respond_async), body(wish).to_string());
+    let answer = connection.send("POST", "/v1/orders", &fields, &body);
+    let told = answer.as_ref().map_or(Told::Nothing, whole);
+    checker.told(attempt, told);
+    answer
+}
+
+type Fields<'a> = Vec<(&'static str, &'a str)>;
+
+fn fields(wish: &Wish, respond_async: bool) -> Fields<'_> {
+    let mut fields = vec![("Content-Type", "application/json")];
+    fields.extend(wish.key.as_deref().map(|key| ("Idempotency-Key", key)));
+    fields.extend(respond_async.then_some(("Prefer", "respond-async")));
+    fields
+}
+
+fn batch_fields(respond_async: bool) -> Fields<'static> {
+    let mut fields = vec![("Content-Type", "application/x-ndjson")];
+    fields.extend(respond_async.then_some(("Prefer", "respond-async")));
+    fields
+}
+
+fn batch_lines(wishes: &[Wish]) -> String {
+    let mut lines = String::new();
+    for wish in wishes {
+        let mut body = body(wish);
+        if let Some(key) = &wish.key {
+            body["idempotency_key"] = key.as_str().into();
+        }
+        lines.push_str(&body.to_string());
+        lines.push('\n');
+    }
+    lines
+}
+
+/// What each line of a batch was told.
+fn told_of_batch(answer: &Answer, count: usize) -> Vec<Told> {
+    // Refused as a whole: no line of it was looked at.
+    if answer.status != 200 {
+        return vec![whole(answer); count];
+    }
+    let line = |line: &str| {
+        let body: Value = serde_json::from_str(line).unwrap_or_default();
+        Told::Answer {
+            status: body["http_status"].as_u64().unwrap_or_default() as u16,
+            body,
+            respond_async: is_async(answer),
+            in_batch: true,
+        }
+    };
+    let text = String::from_utf8_lossy(&answer.body);
+    let told: Vec<Told> = text.lines().map(line).collect();
+    assert_eq!(told.len(), count, "a line an order: {answer:?}");
+    told
 }
 
 fn body(wish: &Wish) -> Value {
@@ -373,15 +406,7 @@ pub fn retry_some(
     let mut random = StdRng::seed_from_u64(seed);
     let mut connection = Connection::open(data).expect("connect");
     for (wish, id) in checker.some_acknowledged(count, &mut random) {
-        let fields = [
-            ("Content-Type", "application/json"),
-            ("Idempotency-Key", wish.key.as_deref().unwrap_or_default()),
-        ];
-        let attempt = checker.asks(&wish);
-        let answer = connection
-            .send("POST", "/v1/orders", &fields, &body(&wish).to_string())
-            .expect("an answer");
-        checker.told(attempt, whole(&answer));
+        let answer = place(&mut connection, checker, &wish, false).expect("an answer");
         let same = answer.status == 200
             && answer.field("idempotency-replayed") == Some("true")
             && answer.json()["order_id"].as_str() == Some(&id.to_string());
@@ -410,6 +435,14 @@ pub fn compare_counters(data: SocketAddr, found: &Found, verdict: &mut Verdict) 
                 "{sku} is {counters:?} in the database, live {live}"
             ));
         }
+    }
+}
+
+/// Adds what Millrace itself finds wrong.
+pub fn audit(control: SocketAddr, verdict: &mut Verdict) {
+    match try_call(control, "GET", "/admin/v1/audit", &[], "") {
+        Ok(answer) if answer.json()["ok"] == Value::Bool(true) => {}
+        answer => verdict.fault(format!("the audit fails: {answer:?}")),
     }
 }
 

@@ -14,10 +14,9 @@ use rand::{Rng as _, SeedableRng as _};
 use super::checker::{Checker, Verdict};
 use super::load::{Load, check};
 use super::outcome::{Why, block_on, in_series};
-use crate::support::http::{Connection, call};
+use crate::support::http::Connection;
 use crate::support::pipe;
-use crate::support::postgres::{copy_template, test_dir};
-use crate::support::served::{OwnPostgres, PATIENCE, Served, command, end_postgres};
+use crate::support::served::{DataDir, OwnPostgres, PATIENCE, Served, command, end_postgres};
 use crate::support::webhook::SECRET;
 
 /// Ways in which a log breaks.
@@ -62,8 +61,7 @@ fn broken(way: &str) -> Result<(Stdio, Option<PipeReader>), String> {
 
 fn round(seed: u64, way: &str, refused: &AtomicU64) -> Result<Verdict, String> {
     let mut random = StdRng::seed_from_u64(seed);
-    let data_dir = test_dir();
-    block_on(copy_template(data_dir.path()));
+    let data_dir = block_on(DataDir::fresh());
     let checker = Checker::new();
     let secret = "MILLRACE_PAYMENTS__STANDARD__SECRET";
     let settings = [(secret.to_owned(), SECRET.to_owned())];
@@ -90,9 +88,13 @@ fn round(seed: u64, way: &str, refused: &AtomicU64) -> Result<Verdict, String> {
         let died = postgres.pid().map(end_postgres);
         let mut outcome = died.ok_or("PostgreSQL does not run".to_owned());
         // Its keeper starts it again, and then what waits becomes rows.
-        let before = rows_written(&served);
+        let rows_written = || {
+            let rows = served.metric("millrace_rows_written_total");
+            rows.expect("a counter of rows")
+        };
+        let before = rows_written();
         let deadline = Instant::now() + PATIENCE;
-        while outcome.is_ok() && rows_written(&served) == before {
+        while outcome.is_ok() && rows_written() == before {
             if Instant::now() >= deadline {
                 outcome = Err("nothing is written after PostgreSQL's death".to_owned());
             }
@@ -116,15 +118,6 @@ fn round(seed: u64, way: &str, refused: &AtomicU64) -> Result<Verdict, String> {
     served.terminate();
     served.wait();
     Ok(verdict)
-}
-
-/// Rows that the workers have committed.
-fn rows_written(served: &Served) -> String {
-    let metrics = call(served.control, "GET", "/metrics", &[], "").body;
-    let metrics = String::from_utf8_lossy(&metrics).into_owned();
-    let mut lines = metrics.lines();
-    let line = lines.find(|line| line.starts_with("millrace_rows_written_total"));
-    line.expect("a counter of rows").to_owned()
 }
 
 /// Unsigned callbacks, one after the other, each of which has to be refused.

@@ -32,6 +32,7 @@ mod power {
     }
 }
 
+mod progress;
 mod seeded_bugs;
 mod settlement;
 mod sim_disk;
@@ -101,6 +102,13 @@ const PROOFS: &[Proof] = &[
         counts: "rounds of load with a log that breaks while PostgreSQL dies",
         short: 3,
         run: log::run,
+    },
+    Proof {
+        name: "progress",
+        counts: "rounds of load, each with a database that stalls",
+        // Each way once.
+        short: 4,
+        run: progress::run,
     },
     Proof {
         name: "seeded_bugs",

@@ -7,6 +7,7 @@ use millrace::faults::BUGS;
 use super::database;
 use super::kill9::{self, Form};
 use super::outcome::Why;
+use super::progress;
 
 /// How a defect has to come out.
 enum Catch {
@@ -16,11 +17,13 @@ enum Catch {
     Kill9(u64),
     /// By the same with payments.
     Payments(u64),
+    /// By the proof of progress, within so many rounds.
+    Progress(u64),
     /// By this case of the database proof.
     Database(&'static str),
 }
 
-use Catch::{Alone, Database, Kill9, Payments};
+use Catch::{Alone, Database, Kill9, Payments, Progress};
 
 /// Every defect of [`BUGS`], what it is, and what catches it.
 const CAUGHT_BY: &[(&str, &str, Catch)] = &[
@@ -110,6 +113,11 @@ const CAUGHT_BY: &[(&str, &str, Catch)] = &[
         "a recovered order that holds no units in memory",
         Payments(20),
     ),
+    (
+        "ready_without_progress",
+        "`readyz` that looks at parts alone",
+        Progress(1),
+    ),
 ];
 
 /// Tries the first `count` of them; of one alone, where `MILLRACE_BUG` names it.
@@ -129,6 +137,7 @@ pub fn run(count: u64) -> Result<String, Why> {
             Alone(proof, count) => alone(bug, proof, *count)?,
             Kill9(cycles) => killed(Form::Orders, *cycles, bug),
             Payments(cycles) => killed(Form::Payments, *cycles, bug),
+            Progress(rounds) => said(progress::with_bug(*rounds, Some(bug)).map_err(Why::Failed)),
             Database(case) => said(database::with_bug(3, case, Some(bug))),
         };
         if why.is_none() {

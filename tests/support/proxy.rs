@@ -151,7 +151,12 @@ impl Proxy {
 
     /// Lets nobody in any more.
     pub fn close(&self) {
-        self.shared.closed.store(true, Ordering::SeqCst);
+        self.shut(true);
+    }
+
+    /// Lets nobody in, or everybody again; connections that are there stay.
+    pub fn shut(&self, shut: bool) {
+        self.shared.closed.store(shut, Ordering::SeqCst);
     }
 
     /// Whether the last [`Proxy::cut`] has happened.

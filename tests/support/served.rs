@@ -2,14 +2,17 @@
 
 use std::fs::File;
 use std::net::SocketAddr;
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, test_kill_process, waitpid};
 use serde_json::{Value, json};
+use tempfile::TempDir;
 
 use super::http::{call, try_call};
+use super::postgres::{copy_template, test_dir};
 
 /// How long any step of a process may take.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -34,6 +37,13 @@ pub struct Ended {
     pub status: ExitStatus,
     /// The last lines of its log.
     pub log: String,
+}
+
+impl Ended {
+    /// Whether SIGKILL has ended it.
+    pub fn is_killed(&self) -> bool {
+        self.status.signal() == Some(Signal::KILL.as_raw())
+    }
 }
 
 /// A server process with its own PostgreSQL; killed at the end if it still runs.
@@ -109,6 +119,38 @@ impl Served {
         assert!((200..300).contains(&answer.status), "{answer:?}");
     }
 
+    /// The checks of `readyz` that fail, each with its detail.
+    pub fn failing_checks(&self) -> Vec<(String, String)> {
+        let answer = call(self.control, "GET", "/readyz", &[], "");
+        let ready = answer.json();
+        assert_eq!(answer.status == 200, ready["ready"] == true, "{ready}");
+        let checks = ready["checks"].as_array().cloned().unwrap_or_default();
+        let failing = checks.iter().filter(|check| check["ok"] != true);
+        let word = |check: &Value, name: &str| check[name].as_str().unwrap_or_default().to_owned();
+        let failing = failing.map(|check| (word(check, "name"), word(check, "detail")));
+        failing.collect()
+    }
+
+    /// The sum of a metric over its labels.
+    pub fn metric(&self, name: &str) -> std::io::Result<f64> {
+        let answer = try_call(self.control, "GET", "/metrics", &[], "")?;
+        let text = String::from_utf8_lossy(&answer.body);
+        let values = text.lines().filter_map(|line| {
+            let (labels, value) = line.strip_prefix(name)?.rsplit_once(' ')?;
+            (labels.is_empty() || labels.starts_with('{')).then(|| value.parse::<f64>().ok())?
+        });
+        Ok(values.sum())
+    }
+
+    /// Bytes of memory that the process has; 0 where the system does not say.
+    pub fn resident_bytes(&self) -> u64 {
+        let status = format!("/proc/{}/status", self.child.id());
+        let status = std::fs::read_to_string(status).unwrap_or_default();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kib = line.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+        kib.unwrap_or_default() * 1024
+    }
+
     /// Asks it to drain and end.
     pub fn terminate(&self) {
         self.signal(Signal::TERM);
@@ -170,6 +212,31 @@ pub fn command(data_dir: &Path, settings: &[(String, String)]) -> Command {
         .env("MILLRACE_CONTROL_PLANE__LISTEN", "127.0.0.1:0")
         .envs(settings.iter().map(|(name, value)| (name, value)));
     command
+}
+
+/// A `data_dir` whose PostgreSQL ends with it: a killed Millrace leaves it running.
+pub struct DataDir(TempDir);
+
+impl DataDir {
+    /// One with a fresh cluster.
+    pub async fn fresh() -> Self {
+        let dir = test_dir();
+        copy_template(dir.path()).await;
+        DataDir(dir)
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for DataDir {
+    fn drop(&mut self) {
+        if let Some(pid) = OwnPostgres::of(self.path()).pid() {
+            end_postgres(pid);
+        }
+    }
 }
 
 /// The PostgreSQL that Millrace keeps under a `data_dir`, seen from outside: by the file that its

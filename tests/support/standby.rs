@@ -180,6 +180,17 @@ impl Server {
         std::iter::once(postmaster).chain(children).collect()
     }
 
+    /// The backends of the workers, as of now.
+    pub async fn worker_backends(&self) -> Vec<Pid> {
+        let workers =
+            "SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'millrace worker%'";
+        let rows = self.session().await.query(workers, &[]).await;
+        let rows = rows.expect("the workers' backends");
+        rows.iter()
+            .filter_map(|row| Pid::from_raw(row.get(0)))
+            .collect()
+    }
+
     /// How to connect to it, not through anything.
     pub fn config(&self, database: &str) -> tokio_postgres::Config {
         let mut config = tokio_postgres::Config::new();

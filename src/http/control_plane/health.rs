@@ -6,6 +6,7 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
 use super::{ControlPlane, Parts};
+use crate::faults::bug;
 use crate::logging;
 use crate::pipeline::deadlines::look_at_progress;
 use crate::pipeline::health::STALE;
@@ -121,7 +122,7 @@ fn progress(parts: &Parts) -> (bool, String) {
     look_at_progress(&parts.ledger);
     let stalled = parts.ledger.progress.stalled_for();
     let waiting = parts.ledger.pending.in_flight();
-    if stalled <= parts.order_timeout {
+    if stalled <= parts.order_timeout || bug("ready_without_progress") {
         return (true, format!("{waiting} orders wait or are being written"));
     }
     let mut detail = format!(

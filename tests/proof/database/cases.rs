@@ -76,18 +76,7 @@ pub fn restarted(terms: Terms<'_>) -> Result<Figures, Why> {
 pub fn stopped_worker_backends(terms: Terms<'_>) -> Result<Figures, Why> {
     alone(terms, |rig, server, _| {
         for _ in 0..2 {
-            let workers = rig.runtime.block_on(async {
-                let rows = server.session().await.query(
-                    "SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'millrace worker%'",
-                    &[],
-                )
-                .await
-                .expect("the workers' backends");
-                rows.iter()
-                    .filter_map(|row| Pid::from_raw(row.get(0)))
-                    .collect::<Vec<_>>()
-            });
-            stop_for_long(&workers);
+            stop_for_long(&rig.runtime.block_on(server.worker_backends()));
             rig.until_written(50)?;
         }
         Ok(())

@@ -7,16 +7,14 @@ use std::time::{Duration, Instant};
 
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
-use serde_json::Value;
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 
 use super::{STEP, Terms};
 use crate::checker::{Checker, Found, Verdict};
-use crate::load::{Load, compare_counters, has_journal, put_skus, retry_some};
+use crate::load::{Load, audit, compare_counters, has_journal, put_skus, retry_some};
 use crate::outcome::Why;
 use crate::platform::Platform;
-use crate::support::http::try_call;
 use crate::support::postgres::test_dir;
 use crate::support::proxy::Proxy;
 use crate::support::served::{Ended, Served, tail};
@@ -41,7 +39,8 @@ pub struct Crowd {
 }
 
 impl Crowd {
-    fn new(name: &str, respond_async: u32, cancels: bool) -> Self {
+    /// One that buys a SKU which sells out and one which does not.
+    pub fn new(name: &str, respond_async: u32, cancels: bool) -> Self {
         Crowd {
             checker: Checker::new(),
             skus: vec![format!("HOT-{name}"), format!("PLAIN-{name}")],
@@ -137,7 +136,8 @@ impl Rig {
         Self::with(runtime, &pair.primary, terms, crowds, settings)
     }
 
-    fn with(
+    /// One with these crowds.
+    pub fn with(
         runtime: Runtime,
         server: &Server,
         terms: Terms<'_>,
@@ -181,8 +181,12 @@ impl Rig {
             data_dir,
         };
         for crowd in &rig.crowds {
-            let offers: Vec<(String, u32)> =
-                crowd.skus.iter().cloned().zip([300, 1_000_000]).collect();
+            let offers: Vec<(String, u32)> = crowd
+                .skus
+                .iter()
+                .cloned()
+                .zip([300, 1_000_000, 1_000_000])
+                .collect();
             put_skus(rig.served.control, &crowd.checker, &offers)
                 .map_err(|error| format!("cannot put SKUs on sale: {error}"))?;
         }
@@ -258,15 +262,8 @@ impl Rig {
 
     /// The sum of a metric over its labels.
     pub fn metric(&self, name: &str) -> Result<f64, Why> {
-        let answer = try_call(self.served.control, "GET", "/metrics", &[], "")
-            .map_err(|error| format!("no metrics: {error}: {}", self.log()))?;
-        let text = String::from_utf8_lossy(&answer.body);
-        let values = text.lines().filter_map(|line| {
-            let rest = line.strip_prefix(name)?;
-            let (labels, value) = rest.rsplit_once(' ')?;
-            (labels.is_empty() || labels.starts_with('{')).then(|| value.parse::<f64>().ok())?
-        });
-        Ok(values.sum())
+        let value = self.served.metric(name);
+        Ok(value.map_err(|error| format!("no metrics: {error}: {}", self.log()))?)
     }
 
     /// The last lines of Millrace's log.
@@ -324,7 +321,7 @@ impl Rig {
             let mut verdict = judge(self, &found);
             compare_counters(self.served.data, &found, &mut verdict);
             verdict.faults.extend(said.faults.clone());
-            self.audit(&mut verdict)?;
+            audit(self.served.control, &mut verdict);
             if verdict.holds() {
                 return Ok(());
             }
@@ -403,17 +400,6 @@ impl Rig {
         self.crowds
             .iter()
             .filter_map(|crowd| crowd.platform.as_ref())
-    }
-
-    /// Adds what Millrace itself finds wrong.
-    pub fn audit(&self, verdict: &mut Verdict) -> Result<(), Why> {
-        let answer = try_call(self.served.control, "GET", "/admin/v1/audit", &[], "")
-            .map_err(|error| format!("no audit: {error}: {}", self.log()))?;
-        let audit = answer.json();
-        if audit["ok"] != Value::Bool(true) {
-            verdict.fault(format!("the audit fails: {audit}"));
-        }
-        Ok(())
     }
 
     /// Ends Millrace with SIGKILL and starts it again.
