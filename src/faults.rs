@@ -38,7 +38,7 @@ pub const CRASH_POINTS: [&str; 16] = [
 ];
 
 /// Every defect that can be put in.
-pub const BUGS: [&str; 19] = [
+pub const BUGS: [&str; 20] = [
     "ack_before_sync",
     "no_sync",
     "reuse_failed_file",
@@ -58,6 +58,7 @@ pub const BUGS: [&str; 19] = [
     "pay_after_the_deadline",
     "expire_what_is_paid",
     "ready_without_progress",
+    "sell_what_is_parked",
 ];
 
 /// Everything that runs as long as the process does, under supervision.

@@ -282,6 +282,26 @@ pub fn place(
     answer
 }
 
+/// Asks for orders that are to be accepted once they are durable, in one request. Returns how many
+/// were.
+pub fn place_batch_async(
+    connection: &mut Connection,
+    checker: &Checker,
+    wishes: &[Wish],
+) -> std::io::Result<usize> {
+    let attempts: Vec<Attempt> = wishes.iter().map(|wish| checker.asks(wish)).collect();
+    let (fields, lines) = (batch_fields(true), batch_lines(wishes));
+    let answer = connection.send("POST", "/v1/orders:batch", &fields, &lines);
+    let told = match &answer {
+        Ok(answer) => told_of_batch(answer, wishes.len()),
+        Err(_) => vec![Told::Nothing; wishes.len()],
+    };
+    let accepted = attempts.into_iter().zip(told);
+    let accepted = accepted.filter_map(|(attempt, told)| checker.told(attempt, told).then_some(()));
+    let accepted = accepted.count();
+    answer.map(|_| accepted)
+}
+
 type Fields<'a> = Vec<(&'static str, &'a str)>;
 
 fn fields(wish: &Wish, respond_async: bool) -> Fields<'_> {

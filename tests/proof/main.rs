@@ -33,6 +33,7 @@ mod power {
 }
 
 mod progress;
+mod recovery;
 mod seeded_bugs;
 mod settlement;
 mod sim_disk;
@@ -109,6 +110,12 @@ const PROOFS: &[Proof] = &[
         // Each way once.
         short: 4,
         run: progress::run,
+    },
+    Proof {
+        name: "recovery",
+        counts: "rounds of orders that lie far apart or are parked, kill -9 and recovery",
+        short: 2,
+        run: recovery::run,
     },
     Proof {
         name: "seeded_bugs",

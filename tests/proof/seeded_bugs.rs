@@ -7,7 +7,7 @@ use millrace::faults::BUGS;
 use super::database;
 use super::kill9::{self, Form};
 use super::outcome::Why;
-use super::progress;
+use super::{progress, recovery};
 
 /// How a defect has to come out.
 enum Catch {
@@ -19,11 +19,13 @@ enum Catch {
     Payments(u64),
     /// By the proof of progress, within so many rounds.
     Progress(u64),
+    /// By the proof of recovery, within so many rounds.
+    Recovery(u64),
     /// By this case of the database proof.
     Database(&'static str),
 }
 
-use Catch::{Alone, Database, Kill9, Payments, Progress};
+use Catch::{Alone, Database, Kill9, Payments, Progress, Recovery};
 
 /// Every defect of [`BUGS`], what it is, and what catches it.
 const CAUGHT_BY: &[(&str, &str, Catch)] = &[
@@ -118,6 +120,11 @@ const CAUGHT_BY: &[(&str, &str, Catch)] = &[
         "`readyz` that looks at parts alone",
         Progress(1),
     ),
+    (
+        "sell_what_is_parked",
+        "a start that does not look which SKUs have parked orders",
+        Recovery(1),
+    ),
 ];
 
 /// Tries the first `count` of them; of one alone, where `MILLRACE_BUG` names it.
@@ -138,6 +145,7 @@ pub fn run(count: u64) -> Result<String, Why> {
             Kill9(cycles) => killed(Form::Orders, *cycles, bug),
             Payments(cycles) => killed(Form::Payments, *cycles, bug),
             Progress(rounds) => said(progress::with_bug(*rounds, Some(bug)).map_err(Why::Failed)),
+            Recovery(rounds) => said(recovery::with_bug(*rounds, Some(bug)).map_err(Why::Failed)),
             Database(case) => said(database::with_bug(3, case, Some(bug))),
         };
         if why.is_none() {
