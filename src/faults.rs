@@ -38,7 +38,7 @@ pub const CRASH_POINTS: [&str; 16] = [
 ];
 
 /// Every defect that can be put in.
-pub const BUGS: [&str; 20] = [
+pub const BUGS: [&str; 21] = [
     "ack_before_sync",
     "no_sync",
     "reuse_failed_file",
@@ -58,6 +58,7 @@ pub const BUGS: [&str; 20] = [
     "pay_after_the_deadline",
     "expire_what_is_paid",
     "ready_without_progress",
+    "pause_when_stored",
     "sell_what_is_parked",
 ];
 

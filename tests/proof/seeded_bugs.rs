@@ -121,6 +121,12 @@ const CAUGHT_BY: &[(&str, &str, Catch)] = &[
         Progress(1),
     ),
     (
+        "pause_when_stored",
+        "a pause in force only once the database has it",
+        // A stall of the workers alone does not hold it up.
+        Progress(2),
+    ),
+    (
         "sell_what_is_parked",
         "a start that does not look which SKUs have parked orders",
         Recovery(1),
