@@ -7,6 +7,7 @@
 //! * [`clock`]: the server's clock;
 //! * [`lease`]: who may write, and which order ids are ours to give out;
 //! * [`journal`]: what the database knows of the journal;
+//! * `by_key`: reads that the size of a table does not slow down;
 //! * [`recovery`] and [`window`]: what start-up reads back into memory, SKUs and orders;
 //! * [`orders`]: look-ups of orders; [`transitions`]: what changes them afterwards;
 //! * [`payments`]: payments as they stand, and those that look for their order;
@@ -17,6 +18,7 @@
 //! * [`pruning`]: rows that are older than they are kept.
 
 pub mod audit;
+mod by_key;
 pub mod clock;
 mod connector;
 pub mod dead_letters;

@@ -5,8 +5,10 @@
 use std::collections::HashSet;
 
 use tokio_postgres::Row;
+use tokio_postgres::types::ToSql;
 
 use super::Database;
+use super::by_key::By;
 use crate::order::{Order, OrderId, PayloadHash};
 use crate::store::StoreError;
 
@@ -57,8 +59,14 @@ impl Database {
                     is_dense = false;
                     continue;
                 }
-                Err(StoreError::Timeout { .. }) if at_once > LOOK_UP_MIN => {
+                Err(StoreError::Timeout { after, .. }) if at_once > LOOK_UP_MIN => {
                     at_once = (at_once / 4).max(LOOK_UP_MIN);
+                    tracing::warn!(
+                        orders = part.len(),
+                        at_once,
+                        after_ms = after.as_millis() as u64,
+                        "looking up which orders are rows already took too long; asking for fewer at once"
+                    );
                     continue;
                 }
                 Err(error) => return Err(error),
@@ -132,19 +140,14 @@ impl Database {
         let (Some(low), Some(high)) = (ids.first(), ids.last()) else {
             return Ok(Some(Vec::new()));
         };
-        let client = self.pooled().await?;
-        let sql = if as_range { RANGE } else { IDS };
-        let statement = self.timed(doing, client.prepare_cached(sql)).await?;
         if !as_range {
-            let rows = self.timed(doing, client.query(&statement, &[&ids])).await?;
+            let rows = self.read_by_key(doing, By::Keys, IDS, &[&ids]).await?;
             return Ok(Some(rows));
         }
         let limit = ids.len() * ROWS_FOR_ONE;
+        let parameters: [&(dyn ToSql + Sync); 4] = [low, high, &(limit as i64), &ids];
         let rows = self
-            .timed(
-                doing,
-                client.query(&statement, &[low, high, &(limit as i64), &ids]),
-            )
+            .read_by_key(doing, By::Order, RANGE, &parameters)
             .await?;
         let in_range = rows.iter().filter(|row| row.get(3)).count();
         Ok((in_range < limit).then_some(rows))

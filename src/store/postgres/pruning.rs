@@ -172,7 +172,11 @@ impl Database {
     /// Where none can be made.
     pub async fn pruner(&self, lease: NodeLease) -> Result<Pruner, StoreError> {
         let client = self.connect("millrace pruning").await?;
-        let setup = format!("SET statement_timeout = {}", PART_TIMEOUT.as_millis());
+        // A part is a walk along a key, whatever the statistics make of it: see `by_key`.
+        let setup = format!(
+            "SET statement_timeout = {}; SET enable_seqscan = off; SET enable_bitmapscan = off",
+            PART_TIMEOUT.as_millis()
+        );
         self.timed("setting up a session", client.batch_execute(&setup))
             .await?;
         Ok(Pruner {
