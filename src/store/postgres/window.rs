@@ -1,16 +1,23 @@
 //! Orders that are read back into memory: all of the idempotency window, and live ones of any age
 //! where a purchase limit counts them.
 //!
-//! There may be many millions, so they are read in parts, each from the id after the last: a part
-//! that takes longer than a step may is asked for again as a smaller one.
+//! There may be many millions, so they are read in parts: a part that takes longer than a step may is
+//! asked for again as a smaller one. Several parts are read at once, so that the server is at work while the rows
+//! of another part are remembered: a part that is full leaves the rest of its range, and while there are fewer ranges than
+//! connections it is cut in two.
 
+use std::error::Error;
 use std::fmt;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
 use tokio_postgres::Row;
-use tokio_postgres::types::ToSql;
+use tokio_postgres::types::{FromSql, ToSql, Type};
 
 use super::Database;
+use super::by_key::By;
 use crate::order::{
     Ended, KeyHash, OrderId, OrderStatus, PayloadHash, Quantity, SkuNumber, UnixMillis, UserId,
 };
@@ -23,6 +30,8 @@ const PART_ROWS_MAX: i64 = 50_000;
 const PART_ROWS_MIN: i64 = 500;
 /// Parts that take longer become smaller, those that take a quarter of it larger.
 const PART_TAKES: Duration = Duration::from_secs(1);
+/// Parts that a start reads at once, where the pool has twice as many connections.
+const AT_ONCE_MAX: usize = 4;
 /// How often progress is told.
 const PROGRESS: Duration = Duration::from_secs(1);
 /// By how much the database's clock may be ahead of the one that order ids come from, in
@@ -34,7 +43,8 @@ const CLOCKS_DIFFER_MS: i64 = 86_400_000;
 pub struct ReadProgress {
     /// Rows so far.
     pub rows: u64,
-    /// Rows that there are, as the database's planner estimates.
+    /// Rows that there are: as the database's planner estimates, or by the share of the ids that were
+    /// read, if the table has no statistics or there are more rows than they say.
     pub of_about: u64,
     /// Time so far.
     pub elapsed: Duration,
@@ -65,86 +75,239 @@ impl fmt::Display for ReadProgress {
     }
 }
 
-/// A long read, part by part.
-struct Parts<'a> {
-    database: &'a Database,
-    doing: &'static str,
-    part_rows: i64,
-    progress: ReadProgress,
+/// The course of a long read.
+struct Course {
+    rows: u64,
+    /// Rows that there are, where the planner has statistics to estimate them from.
+    estimate: Option<u64>,
+    /// The first and the last id that there is.
+    ends: Option<(OrderId, OrderId)>,
+    /// Ids between them that were read, rows or not.
+    ids: u64,
     started: Instant,
     told: Instant,
 }
 
-impl<'a> Parts<'a> {
-    async fn new(
-        database: &'a Database,
-        doing: &'static str,
-        from: OrderId,
-        to: OrderId,
-    ) -> Result<Self, StoreError> {
-        let client = database.pooled().await?;
-        let sql = format!(
-            "EXPLAIN (FORMAT JSON) SELECT FROM orders WHERE order_id >= {from} AND order_id <= {to}"
-        );
-        let plan = database
-            .timed(doing, client.query_one(&sql, &[]))
-            .await?
-            .get::<_, serde_json::Value>(0);
-        let estimate = plan.pointer("/0/Plan/Plan Rows");
-        Ok(Parts {
-            database,
-            doing,
-            part_rows: PART_ROWS_MAX / 5,
-            progress: ReadProgress {
-                rows: 0,
-                of_about: estimate.and_then(|rows| rows.as_u64()).unwrap_or(0),
-                elapsed: Duration::ZERO,
-            },
-            started: Instant::now(),
-            told: Instant::now(),
-        })
+impl Course {
+    fn of_about(&self) -> u64 {
+        if let Some(estimate) = self.estimate.filter(|estimate| *estimate > self.rows) {
+            return estimate;
+        }
+        let ids = self.ends.map_or(0, |(first, last)| width(first, last));
+        let share = self.ids as f64 / ids.max(1) as f64;
+        (self.rows as f64 / share.clamp(f64::MIN_POSITIVE, 1.0)) as u64
     }
 
-    /// One part: the rows that `sql` finds for `$1`, an id to begin with, and `$2`, an id to end
-    /// with, among the first `$3` rows of that range. Also the most rows that it could be.
+    /// Notes that all ids from `from` to `to` were read, and so many rows.
+    fn note(&mut self, rows: i64, from: OrderId, to: OrderId) {
+        self.rows += u64::try_from(rows).unwrap_or(0);
+        if let Some((first, last)) = self.ends {
+            let (from, to) = (from.max(first), to.min(last));
+            if from <= to {
+                self.ids += width(from, to);
+            }
+        }
+    }
+
+    fn tell(&mut self, tell: &mut impl FnMut(ReadProgress)) {
+        if self.told.elapsed() >= PROGRESS {
+            self.told = Instant::now();
+            tell(ReadProgress {
+                rows: self.rows,
+                of_about: self.of_about(),
+                elapsed: self.started.elapsed(),
+            });
+        }
+    }
+}
+
+/// How many ids there are from one to another.
+fn width(from: OrderId, to: OrderId) -> u64 {
+    to.get().saturating_sub(from.get()).saturating_add(1)
+}
+
+/// A long read, part by part.
+struct Parts<'a> {
+    database: &'a Database,
+    doing: &'static str,
+    at_once: usize,
+    /// Rows that the next part may have.
+    rows: AtomicI64,
+}
+
+/// The rows of a part of the ids from `from` to `to`.
+struct Part {
+    from: OrderId,
+    to: OrderId,
+    rows: Vec<Row>,
+    /// As many as they could be.
+    most: i64,
+}
+
+impl<'a> Parts<'a> {
+    fn new(database: &'a Database, doing: &'static str, at_once: usize) -> Self {
+        Parts {
+            database,
+            doing,
+            // Others need connections too.
+            at_once: at_once.min(database.pool.status().max_size / 2).max(1),
+            rows: AtomicI64::new(PART_ROWS_MAX / 5),
+        }
+    }
+
+    /// The course of reading the orders from `from` to `to`.
+    async fn course(&self, from: OrderId, to: OrderId) -> Result<Course, StoreError> {
+        let ids: [&(dyn ToSql + Sync); 2] = [&from.as_i64(), &to.as_i64()];
+        let found = self
+            .database
+            .read_by_key(self.doing, By::Order, ENDS, &ids)
+            .await?;
+        let id = |row: &Row, at| row.get::<_, Option<i64>>(at).and_then(OrderId::from_i64);
+        let row = found.first();
+        let mut course = Course {
+            rows: 0,
+            estimate: None,
+            ends: row.and_then(|row| Some((id(row, 0)?, id(row, 1)?))),
+            ids: 0,
+            started: Instant::now(),
+            told: Instant::now(),
+        };
+        if row.is_some_and(|row| row.get(2)) {
+            let sql = format!(
+                "EXPLAIN (FORMAT JSON) SELECT FROM orders WHERE order_id >= {from} AND order_id <= {to}"
+            );
+            let client = self.database.pooled().await?;
+            let plan = client.query_one(&sql, &[]);
+            let plan: serde_json::Value = self.database.timed(self.doing, plan).await?.get(0);
+            let estimate = plan.pointer("/0/Plan/Plan Rows");
+            course.estimate = estimate.and_then(serde_json::Value::as_u64);
+        }
+        Ok(course)
+    }
+
+    /// Reads ranges of ids: the rows that `sql` finds for `$1`, an id to begin with, and `$2`, an id to end
+    /// with, among the first `$3` of that range. `remember` takes those of a part and returns how many
+    /// there were and the last id; `note` hears of the ids that are done with.
     async fn read(
-        &mut self,
+        &self,
+        sql: &str,
+        mut ranges: Vec<(OrderId, OrderId)>,
+        more: &[&(dyn ToSql + Sync)],
+        mut remember: impl FnMut(&[Row]) -> Result<(i64, Option<OrderId>), StoreError>,
+        mut note: impl FnMut(i64, OrderId, OrderId),
+    ) -> Result<(), StoreError> {
+        let mut running = FuturesUnordered::new();
+        loop {
+            while running.len() < self.at_once
+                && let Some((from, to)) = ranges.pop()
+            {
+                running.push(self.part(sql, from, to, more));
+            }
+            let Some(part) = running.next().await else {
+                return Ok(());
+            };
+            let part = part?;
+            let (rows, last) = remember(&part.rows)?;
+            let rest = last
+                .filter(|_| rows == part.most)
+                .and_then(next)
+                .filter(|rest| *rest <= part.to);
+            let Some((last, rest)) = last.zip(rest) else {
+                note(rows, part.from, part.to);
+                continue;
+            };
+            note(rows, part.from, last);
+            let middle = OrderId::new(rest.get() + (part.to.get() - rest.get()) / 2);
+            match middle.and_then(|middle| Some((middle, next(middle)?))) {
+                Some((middle, after)) if running.len() + 1 < self.at_once && middle < part.to => {
+                    ranges.extend([(after, part.to), (rest, middle)]);
+                }
+                _ => ranges.push((rest, part.to)),
+            }
+        }
+    }
+
+    async fn part(
+        &self,
         sql: &str,
         from: OrderId,
         to: OrderId,
         more: &[&(dyn ToSql + Sync)],
-    ) -> Result<(Vec<Row>, i64), StoreError> {
+    ) -> Result<Part, StoreError> {
+        let (first, last) = (from.as_i64(), to.as_i64());
         loop {
-            let (from, to, limit) = (from.as_i64(), to.as_i64(), self.part_rows);
-            let mut parameters: Vec<&(dyn ToSql + Sync)> = vec![&from, &to, &limit];
+            let most = self.rows.load(Ordering::Relaxed);
+            let mut parameters: Vec<&(dyn ToSql + Sync)> = vec![&first, &last, &most];
             parameters.extend(more);
-            let client = self.database.pooled().await?;
             let asked = Instant::now();
-            let read = client.query(sql, &parameters);
-            match self.database.timed(self.doing, read).await {
-                Err(StoreError::Timeout { .. }) if limit > PART_ROWS_MIN => {
-                    self.part_rows = (limit / 4).max(PART_ROWS_MIN);
+            let read = self
+                .database
+                .read_by_key(self.doing, By::Order, sql, &parameters)
+                .await;
+            match read {
+                Err(StoreError::Timeout { .. }) if most > PART_ROWS_MIN => {
+                    self.resize(most, most / 4);
                 }
                 Err(error) => return Err(error),
                 Ok(rows) => {
                     if asked.elapsed() > PART_TAKES {
-                        self.part_rows = (limit / 2).max(PART_ROWS_MIN);
+                        self.resize(most, most / 2);
                     } else if asked.elapsed() < PART_TAKES / 4 {
-                        self.part_rows = (limit * 2).min(PART_ROWS_MAX);
+                        self.resize(most, most * 2);
                     }
-                    return Ok((rows, limit));
+                    return Ok(Part {
+                        from,
+                        to,
+                        rows,
+                        most,
+                    });
                 }
             }
         }
     }
 
-    fn tell(&mut self, rows: u64, tell: &mut impl FnMut(ReadProgress)) {
-        self.progress.rows += rows;
-        if self.told.elapsed() >= PROGRESS {
-            self.told = Instant::now();
-            self.progress.elapsed = self.started.elapsed();
-            tell(self.progress);
-        }
+    /// Makes parts of `rows` rows out of those of `most`, unless another part has done so.
+    fn resize(&self, most: i64, rows: i64) {
+        let rows = rows.clamp(PART_ROWS_MIN, PART_ROWS_MAX);
+        let _ = self
+            .rows
+            .compare_exchange(most, rows, Ordering::Relaxed, Ordering::Relaxed);
+    }
+}
+
+/// The first and the last order of a range of ids, and whether the planner knows anything of them.
+const ENDS: &str = "
+    SELECT (SELECT order_id FROM orders WHERE order_id >= $1 AND order_id <= $2 ORDER BY order_id LIMIT 1),
+           (SELECT order_id FROM orders WHERE order_id >= $1 AND order_id <= $2 ORDER BY order_id DESC LIMIT 1),
+           EXISTS (SELECT FROM pg_stats
+                    WHERE schemaname = current_schema() AND tablename = 'orders' AND attname = 'order_id')";
+
+/// The bytes of a `uuid`.
+struct Uuid([u8; 16]);
+
+impl<'a> FromSql<'a> for Uuid {
+    fn from_sql(_: &Type, raw: &'a [u8]) -> Result<Self, Box<dyn Error + Sync + Send>> {
+        Ok(Uuid(raw.try_into()?))
+    }
+
+    fn accepts(of: &Type) -> bool {
+        *of == Type::UUID
+    }
+}
+
+/// A `timestamptz`, which counts microseconds since 2000.
+struct Moment(UnixMillis);
+
+impl<'a> FromSql<'a> for Moment {
+    fn from_sql(_: &Type, raw: &'a [u8]) -> Result<Self, Box<dyn Error + Sync + Send>> {
+        let ms = i64::from_be_bytes(raw.try_into()?)
+            .saturating_add(500)
+            .div_euclid(1_000);
+        Ok(Moment(UnixMillis(ms.saturating_add(946_684_800_000))))
+    }
+
+    fn accepts(of: &Type) -> bool {
+        *of == Type::TIMESTAMPTZ
     }
 }
 
@@ -210,49 +373,55 @@ impl Database {
         mut remember: impl FnMut(UserId, Remembered, Option<UnixMillis>),
         mut tell: impl FnMut(ReadProgress),
     ) -> Result<u64, StoreError> {
-        let doing = "reading the idempotency window";
-        let mut parts = Parts::new(self, doing, floor, OrderId::MAX).await?;
-        let columns = "order_id, user_id, sku, quantity, uuid_send(key_hash), payload_hash";
+        let parts = Parts::new(self, "reading the idempotency window", AT_ONCE_MAX);
+        let mut course = parts.course(floor, OrderId::MAX).await?;
+        let columns = "order_id, user_id, sku, quantity, key_hash, payload_hash";
         let range = "WHERE order_id >= $1 AND order_id <= $2 ORDER BY order_id LIMIT $3";
         let orders = format!(
-            "SELECT {columns}, status, CASE WHEN status = 1 THEN (extract(epoch FROM expires_at) * 1000)::int8 END
+            "SELECT {columns}, status, CASE WHEN status = 1 THEN expires_at END
                FROM orders {range}"
         );
         let dead_letters =
-            format!("SELECT {columns}, NULL::int2, NULL::int8 FROM dead_letters {range}");
-        let parked = format!("SELECT {columns}, 1::int2, NULL::int8 FROM parked_orders {range}");
-        for (sql, from) in [
-            (orders, floor),
-            (dead_letters, floor),
-            (parked, OrderId::MIN),
+            format!("SELECT {columns}, NULL::int2, NULL::timestamptz FROM dead_letters {range}");
+        let parked =
+            format!("SELECT {columns}, 1::int2, NULL::timestamptz FROM parked_orders {range}");
+        // The ids beyond the last are a range of their own, so that halves of the others have rows.
+        let mut ranges = vec![(floor, OrderId::MAX)];
+        if let Some((_, last)) = course.ends
+            && let Some(after) = next(last)
+        {
+            ranges = vec![(after, OrderId::MAX), (floor, last)];
+        }
+        for (sql, ranges) in [
+            (orders, ranges),
+            (dead_letters, vec![(floor, OrderId::MAX)]),
+            (parked, vec![(OrderId::MIN, OrderId::MAX)]),
         ] {
-            let mut from = Some(from);
-            while let Some(first) = from {
-                let (rows, most) = parts.read(&sql, first, OrderId::MAX, &[]).await?;
+            let remember = |rows: &[Row]| {
                 let mut last = None;
-                for row in &rows {
+                for row in rows {
                     let (user_id, order) = live_order(row)?;
-                    let key = row
-                        .get::<_, Option<&[u8]>>(4)
-                        .and_then(|bytes| bytes.try_into().ok())
-                        .map(KeyHash);
                     let remembered = Remembered {
                         order_id: order.order_id,
-                        key,
+                        key: row.get::<_, Option<Uuid>>(4).map(|key| KeyHash(key.0)),
                         payload: PayloadHash(row.get::<_, i64>(5) as u64),
                         sku: order.sku,
                         quantity: order.quantity,
                         ended: how_it_ended(row)?,
                     };
-                    let payable_until = row.get::<_, Option<i64>>(7).map(UnixMillis);
-                    remember(user_id, remembered, payable_until);
+                    let payable_until = row.get::<_, Option<Moment>>(7);
+                    remember(user_id, remembered, payable_until.map(|until| until.0));
                     last = Some(order.order_id);
                 }
-                parts.tell(rows.len() as u64, &mut tell);
-                from = last.filter(|_| rows.len() as i64 == most).and_then(next);
-            }
+                Ok((rows.len() as i64, last))
+            };
+            let note = |rows, from, to| {
+                course.note(rows, from, to);
+                course.tell(&mut tell);
+            };
+            parts.read(&sql, ranges, &[], remember, note).await?;
         }
-        Ok(parts.progress.rows)
+        Ok(course.rows)
     }
 
     /// Hands every live order of these SKUs with an id below `below` to `count`. It reads whatever
@@ -269,25 +438,32 @@ impl Database {
     ) -> Result<(), StoreError> {
         let doing = "reading the orders that a purchase limit counts";
         let skus: Vec<i32> = skus.iter().map(|sku| sku.0).collect();
-        let mut from = self.first_order_of(&skus).await?;
-        let Some(to) = OrderId::new(below.get() - 1) else {
+        let from = self.first_order_of(&skus).await?;
+        let (Some(from), Some(to)) = (from, OrderId::new(below.get() - 1)) else {
             return Ok(());
         };
-        let mut parts = Parts::new(self, doing, from.unwrap_or(to), to).await?;
-        let live = live_codes();
+        // One part at a time: orders may be placed meanwhile.
+        let parts = Parts::new(self, doing, 1);
         // Parked ones first: they may become rows meanwhile, but rows are not parked.
         let parked = "SELECT order_id, user_id, sku, quantity FROM parked_orders
                        WHERE order_id >= $1 AND order_id <= $2 AND sku = ANY ($4) ORDER BY order_id LIMIT $3";
-        let mut first_parked = Some(OrderId::MIN);
-        while let Some(first) = first_parked.filter(|first| *first <= to) {
-            let (rows, most) = parts.read(parked, first, to, &[&skus]).await?;
-            first_parked = None;
-            for row in &rows {
+        let remember = |rows: &[Row]| {
+            let mut last = None;
+            for row in rows {
                 let (user_id, order) = live_order(row)?;
-                first_parked = next(order.order_id).filter(|_| rows.len() as i64 == most);
+                last = Some(order.order_id);
                 count(user_id, order);
             }
+            Ok((rows.len() as i64, last))
+        };
+        let all_parked = vec![(OrderId::MIN, to)];
+        parts
+            .read(parked, all_parked, &[&skus], remember, |_, _, _| {})
+            .await?;
+        if from > to {
+            return Ok(());
         }
+        let mut course = parts.course(from, to).await?;
         // The last row says where the part ends; nobody buys in it.
         let sql = "WITH part AS MATERIALIZED (
                        SELECT order_id, user_id, sku, quantity, status FROM orders
@@ -296,24 +472,32 @@ impl Database {
                    SELECT order_id, user_id, sku, quantity FROM part WHERE sku = ANY ($4) AND status = ANY ($5::int2[])
                    UNION ALL
                    SELECT max(order_id), NULL, NULL, count(*)::int4 FROM part";
-        while let Some(first) = from.filter(|first| *first <= to) {
-            let (rows, most) = parts.read(sql, first, to, &[&skus, &live]).await?;
-            from = None;
-            for row in &rows {
+        let remember = |rows: &[Row]| {
+            let mut end = (0, None);
+            for row in rows {
                 if row.get::<_, Option<&str>>(1).is_some() {
                     let (user_id, order) = live_order(row)?;
                     count(user_id, order);
                     continue;
                 }
-                let of_part: i32 = row.get(3);
-                parts.tell(u64::try_from(of_part).unwrap_or(0), &mut tell);
-                if i64::from(of_part) == most {
-                    let last = row.get::<_, Option<i64>>(0).map(order_id).transpose()?;
-                    from = last.and_then(next);
-                }
+                let last = row.get::<_, Option<i64>>(0).map(order_id).transpose()?;
+                end = (i64::from(row.get::<_, i32>(3)), last);
             }
-        }
-        Ok(())
+            Ok(end)
+        };
+        let note = |rows, from, to| {
+            course.note(rows, from, to);
+            course.tell(&mut tell);
+        };
+        parts
+            .read(
+                sql,
+                vec![(from, to)],
+                &[&skus, &live_codes()],
+                remember,
+                note,
+            )
+            .await
     }
 
     /// An id that no order of these SKUs is below; `None` where there are no SKUs.
