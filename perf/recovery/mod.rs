@@ -1,9 +1,15 @@
-//! P8: a start that finds a journal full of acknowledged orders, beside COPY of the same rows.
+//! P8: a start that finds a journal full of acknowledged orders, beside COPY of the same rows; and one
+//! whose few orders lie days apart among the rows of others.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
+use millrace::order::{OrderId, UnixMillis};
+use millrace::queue::journal::disk::RealDisk;
+use millrace::queue::journal::record::Record;
+use millrace::queue::journal::{Log, Opened, prepare};
 use serde_json::Value;
 
 use crate::rig::child::Server;
@@ -17,6 +23,11 @@ use crate::rig::{Finding, Lab, Scratch, Target, blocking};
 const ORDERS: u64 = 1_000_000;
 const ORDERS_QUICK: u64 = 200_000;
 const CONNECTIONS: usize = 512;
+/// Rows among which the few orders lie, the days of the rows, and these orders.
+const ROWS: u64 = 20_000_000;
+const ROWS_QUICK: u64 = 500_000;
+const DAYS: u64 = 10;
+const FEW: u64 = 2_000;
 
 /// Runs the case.
 pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
@@ -78,6 +89,14 @@ pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
         Ok(rate)
     })
     .await?;
+    let rows = lab.pick(ROWS, ROWS_QUICK);
+    fill(&dir, &url, FEW, &mut buyer).await?;
+    spread(&dir.join("journal"))?;
+    load(&url, rows).await?;
+    let started = Instant::now();
+    let (replayed, with_gaps) = start(&dir, &url)?;
+    let ready = started.elapsed().as_secs_f64();
+    ensure!(replayed == FEW, "{replayed} of {FEW} orders were replayed");
     postgres.stop().await?;
     let copy = rounds.side(1).median;
     let again: Vec<f64> = with_all_there.iter().map(|rate| copy / rate).collect();
@@ -90,7 +109,70 @@ pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
         Finding::spread("replay with every row there, time / raw COPY's", Spread::of(&again))
             .against("P8b", Target::AtMost(0.3)),
         Finding::spread("replayed orders a second", rounds.side(0)),
+        Finding::of(
+            format!("replay of {FEW} orders that lie among {rows} rows of {DAYS} days, right after these were loaded, s"),
+            with_gaps,
+        )
+        .against("P8c", Target::AtMost(5.0)),
+        Finding::of("such a start, until it is ready, s", ready)
+            .against("P8d", Target::AtMost(20.0)),
     ])
+}
+
+/// The id of the order number `at` of `of` that are spread over the days, ending now. `last` sets
+/// its last bits: who has which.
+fn spread_id(now: UnixMillis, at: u64, of: u64, last: u64) -> anyhow::Result<OrderId> {
+    let days_ms = DAYS * 86_400_000;
+    let moment = UnixMillis(now.0 - (days_ms - days_ms * at / of) as i64);
+    OrderId::new(OrderId::floor_of(moment).get() | last).context("an order id")
+}
+
+/// Writes the journal anew, with a few of its orders in one segment, under ids that lie days apart.
+fn spread(journal: &Path) -> anyhow::Result<()> {
+    let opened = Opened::at(journal, 0, [0; 16], |_, _| {})?;
+    let identity = opened.identity;
+    let (now, mut orders) = (UnixMillis::now(), Vec::new());
+    opened.records(|record| {
+        if let Record::Order(order) = record
+            && (orders.len() as u64) < FEW
+        {
+            orders.push(*order);
+        }
+    })?;
+    drop(opened);
+    std::fs::remove_dir_all(journal)?;
+    std::fs::create_dir_all(journal)?;
+    let disk = RealDisk::lock(journal)?.context("the journal is in use")?;
+    let segment = Arc::new(prepare(&disk, &identity, 1)?);
+    let mut log = Log::new(segment, identity.sectors(), 1, 1, 1);
+    let count = orders.len() as u64;
+    for (at, mut order) in orders.into_iter().enumerate() {
+        // A bit that no row has.
+        order.id = spread_id(now, at as u64, count, 1 << 21)?;
+        log.push_order(&order);
+        log.commit(1)?;
+    }
+    Ok(())
+}
+
+/// Loads rows of others in the days before. Statistics are taken at the worst moment: while the rows are
+/// there and not committed, so that the planner believes the table to be nearly empty.
+async fn load(url: &str, rows: u64) -> anyhow::Result<()> {
+    let (loading, client) = (database::connect(url).await?, database::connect(url).await?);
+    let first = spread_id(UnixMillis::now(), 0, 1, 0)?.get() >> 22;
+    let days_ms = DAYS * 86_400_000;
+    loading
+        .batch_execute(&format!(
+            "BEGIN;
+             INSERT INTO orders (order_id, user_id, sku, quantity, adjustment, amount, currency, status, created_at,
+                                 expires_at, key_hash, payload_hash)
+             SELECT ({first} + i * {days_ms} / {rows}) << 22 | i % 1000, 'before-' || i, 1, 1, 0, 100, 'EUR', 3, now(), now(),
+                    md5(i::text)::uuid, i
+               FROM generate_series(1, {rows}::int8) i"
+        ))
+        .await?;
+    client.batch_execute("ANALYZE orders").await?;
+    Ok(loading.batch_execute("COMMIT").await?)
 }
 
 /// Leaves a journal with acknowledged orders and nothing in the database, as after a crash while the
