@@ -92,7 +92,8 @@ pub struct LoadPlan {
     /// How long after the last answer payments may still fall due and be retried, in milliseconds,
     /// at most a day. Payments after an order's `expires_at` are sent where that lies within.
     pub pay_grace_ms: u64,
-    /// Connections of the payment platform, 1 to 1,000.
+    /// Connections of the payment platform, 1 to 1,000. It delivers at most so many callbacks at once:
+    /// with too few, the latency of a flood is that of the platform's own queue.
     pub pay_connections: usize,
     /// How long after the last answer stock is still looked at, in milliseconds, at most a day: an
     /// expired order's units come back only then.
@@ -132,7 +133,7 @@ impl Default for LoadPlan {
             pay_share: 0.0,
             payment_secret: None,
             pay_grace_ms: 10_000,
-            pay_connections: 32,
+            pay_connections: 256,
             watch_after_ms: 0,
             user_prefix: "u-".to_owned(),
             key_prefix: "k-".to_owned(),

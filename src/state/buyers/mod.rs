@@ -29,6 +29,7 @@ use dashmap::DashMap;
 use dashmap::mapref::entry::Entry as Place;
 use parking_lot::RwLock;
 
+pub use self::record::LiveOrder;
 use self::record::{Entry, Record, Rule, Tally};
 use crate::order::{
     Ended, KeyHash, Order, OrderId, PayloadHash, Quantity, Refusal, SkuNumber, UserId,
@@ -67,28 +68,6 @@ impl Remembered {
     /// Whether its units count toward the purchase limit.
     pub fn is_live(&self) -> bool {
         self.ended.is_none()
-    }
-}
-
-/// A live order, as far as a purchase limit needs it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LiveOrder {
-    /// The order.
-    pub order_id: OrderId,
-    /// Its SKU.
-    pub sku: SkuNumber,
-    /// Its units.
-    pub quantity: Quantity,
-}
-
-impl LiveOrder {
-    /// The same of an order that is remembered.
-    pub fn of(order: &Remembered) -> Self {
-        LiveOrder {
-            order_id: order.order_id,
-            sku: order.sku,
-            quantity: order.quantity,
-        }
     }
 }
 

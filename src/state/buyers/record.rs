@@ -9,13 +9,35 @@ use std::ops::Bound;
 
 use smallvec::SmallVec;
 
-use super::{LiveOrder, Remembered};
+use super::Remembered;
 use crate::order::{Ended, KeyHash, OrderId, PayloadHash, Quantity, SkuNumber};
 
 /// Most orders of a record that is looked through from end to end.
 pub(super) const FEW: usize = 32;
 /// Orders of one record that an eviction looks at under the lock of its shard, at most.
 pub(super) const STEP: usize = 1_000;
+
+/// A live order, as far as a purchase limit needs it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LiveOrder {
+    /// The order.
+    pub order_id: OrderId,
+    /// Its SKU.
+    pub sku: SkuNumber,
+    /// Its units.
+    pub quantity: Quantity,
+}
+
+impl LiveOrder {
+    /// The same of an order that is remembered.
+    pub fn of(order: &Remembered) -> Self {
+        LiveOrder {
+            order_id: order.order_id,
+            sku: order.sku,
+            quantity: order.quantity,
+        }
+    }
+}
 
 /// One order of a record. 48 bytes, so that a record of one order fits a cache line.
 #[derive(Clone, Copy, Debug)]
