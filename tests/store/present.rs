@@ -1,5 +1,7 @@
 //! Which orders of a list are rows already: looked up by their ids, and known by their contents.
 
+use std::io;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use millrace::order::{Order, OrderId, OrderStatus, PayloadHash, UnixMillis, UserId};
@@ -160,6 +162,48 @@ async fn what_lies_close_together_is_found_too_in_any_sequence_and_among_the_dea
     let is_there = |id: &OrderId| !(101..=1_100).contains(&id.get());
     assert_eq!(present, expected.filter(is_there).collect());
     assert!(sale.database.present_among(&[]).await.unwrap().is_empty());
+}
+
+/// Writes what is logged.
+struct Logged(Arc<Mutex<Vec<u8>>>);
+
+impl io::Write for Logged {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn a_look_up_that_takes_too_long_asks_for_fewer_at_once_and_says_so() {
+    let sale = Sale::open(1).await;
+    let wanted = spread(&sale, 1_500, 1).await;
+    // Each row takes a millisecond, so that all of them take longer than a step may.
+    sale.sql(
+        "ALTER TABLE orders RENAME TO real_orders;
+         CREATE VIEW orders AS SELECT * FROM real_orders WHERE pg_sleep(0.001) IS NOT NULL;",
+    )
+    .await;
+    let impatient = sale.with_step(Duration::from_secs(1));
+    let log = Arc::new(Mutex::new(Vec::new()));
+    let writer = Arc::clone(&log);
+    let subscriber = tracing_subscriber::fmt()
+        .with_writer(move || Logged(Arc::clone(&writer)))
+        .with_ansi(false)
+        .finish();
+    let logging = tracing::subscriber::set_default(subscriber);
+    let present = impatient.present_among(&refs(&wanted)).await.unwrap();
+    drop(logging);
+    assert_eq!(present.len(), 1_500);
+    let log = String::from_utf8(log.lock().unwrap().clone()).unwrap();
+    assert!(
+        log.contains("took too long") && log.contains("orders=1500 at_once=500"),
+        "{log}"
+    );
 }
 
 #[tokio::test]
