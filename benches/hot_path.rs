@@ -25,14 +25,14 @@ use millrace::order::{
     Refusal, SkuId, SkuNumber, UnixMillis, UserId,
 };
 use millrace::pipeline::intake::{Admission, Intake, OrderRequest};
-use millrace::pipeline::ledger::Ledger;
 use millrace::queue::journal::record::GroupBytes;
 use millrace::queue::journal::sector::{self, Seal};
 use millrace::queue::{OrderQueue, RingQueue};
-use millrace::state::buyers::{Buyers, Claimed, NothingSticky, Remembered};
+use millrace::state::State;
+use millrace::state::buyers::{BuyerOrder, Buyers, Claimed, NothingSticky};
 use millrace::state::pending::{Pending, PendingOrder, Settled, Slot};
-use millrace::state::recent::Recent;
-use millrace::state::refusals::Refusals;
+use millrace::state::recent_orders::RecentOrders;
+use millrace::state::sticky_refusals::StickyRefusals;
 use millrace::state::stock::{Catalogue, SaleTerms, Sku, StockCounter};
 use millrace::store::copy;
 
@@ -74,7 +74,7 @@ fn pending(id: u64) -> Arc<PendingOrder> {
     Arc::new(PendingOrder::new(order(id), deadline, None))
 }
 
-fn ledger(total: u32) -> Arc<Ledger> {
+fn state(total: u32) -> Arc<State> {
     let terms = SaleTerms {
         title: "A phone".into(),
         unit_price: 199_900,
@@ -91,16 +91,16 @@ fn ledger(total: u32) -> Arc<Ledger> {
         StockCounter::new(total, 0, 0),
         false,
     )]);
-    Arc::new(Ledger {
-        refusals: millrace::state::refusals::Refusals::with_capacity(1_000),
-        recent: millrace::state::recent::Recent::with_capacity(1_000),
-        unpaid: millrace::state::unpaid::Unpaid::default(),
+    Arc::new(State {
+        sticky_refusals: millrace::state::sticky_refusals::StickyRefusals::with_capacity(1_000),
+        recent_orders: millrace::state::recent_orders::RecentOrders::with_capacity(1_000),
+        expiry_index: millrace::state::expiry_index::ExpiryIndex::default(),
         orphans: millrace::state::orphans::Orphans::default(),
         catalogue,
         buyers: Buyers::new(1 << 30, 1 << 20),
         pending: Arc::new(Pending::with_capacity(1 << 17)),
         poison: Default::default(),
-        pace: Default::default(),
+        throughput: Default::default(),
         progress: Default::default(),
         ids: clock(),
     })
@@ -182,7 +182,7 @@ fn ids(c: &mut Criterion) {
 
 fn buyers(c: &mut Criterion) {
     let clock = clock();
-    let entry = || Remembered {
+    let entry = || BuyerOrder {
         order_id: clock.next().unwrap(),
         key: Some(KeyHash([7; 16])),
         payload: PayloadHash(42),
@@ -240,13 +240,13 @@ fn memory(c: &mut Criterion) {
             pending_orders.remove(one.order.id);
         });
     });
-    let recent = Recent::with_capacity(65_536);
+    let recent = RecentOrders::with_capacity(65_536);
     let orders: Vec<_> = (1..=200_000).map(pending).collect();
     let mut turn = orders.iter().cycle();
     c.bench_function("recent/note_when_full", |b| {
         b.iter(|| recent.note(turn.next().unwrap()));
     });
-    let refusals = Refusals::with_capacity(100_000);
+    let refusals = StickyRefusals::with_capacity(100_000);
     let sold_out = Refusal::SoldOut { available: 0 };
     let mut number = 0_u64;
     c.bench_function("refusals/check_and_remember_when_full", |b| {
@@ -262,12 +262,12 @@ fn memory(c: &mut Criterion) {
 
 fn intake(c: &mut Criterion) {
     // Another thread plays the worker without a database: it takes, claims and settles.
-    let ledger = ledger(u32::MAX);
+    let state = state(u32::MAX);
     let ring: Arc<dyn OrderQueue> = Arc::new(RingQueue::new(65_536));
-    let intake = Intake::new(Arc::clone(&ledger), Arc::clone(&ring), 900_000);
+    let intake = Intake::new(Arc::clone(&state), Arc::clone(&ring), 900_000);
     intake.open();
     let consumer = {
-        let (ledger, ring) = (Arc::clone(&ledger), Arc::clone(&ring));
+        let (state, ring) = (Arc::clone(&state), Arc::clone(&ring));
         std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .build()
@@ -275,7 +275,7 @@ fn intake(c: &mut Criterion) {
             while let Some(taken) = runtime.block_on(ring.take(BATCH_ROWS)) {
                 for order in taken.orders() {
                     assert!(order.slot.claim());
-                    ledger.unwritten(order);
+                    state.unwritten(order);
                 }
                 taken.done();
             }
@@ -294,7 +294,7 @@ fn intake(c: &mut Criterion) {
     ring.close();
     consumer.join().unwrap();
 
-    let sold_out = self::ledger(0);
+    let sold_out = self::state(0);
     let ring: Arc<dyn OrderQueue> = Arc::new(RingQueue::new(1));
     let intake = Intake::new(sold_out, ring, 900_000);
     intake.open();
@@ -305,7 +305,7 @@ fn intake(c: &mut Criterion) {
         });
     });
 
-    let held = self::ledger(1);
+    let held = self::state(1);
     let ring: Arc<dyn OrderQueue> = Arc::new(RingQueue::new(1));
     let intake = Intake::new(held, ring, 900_000);
     intake.open();

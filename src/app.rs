@@ -46,7 +46,6 @@ use crate::pipeline::expiry::Expiry;
 use crate::pipeline::health::{self, Health, Looker};
 use crate::pipeline::intake::Intake;
 use crate::pipeline::lease::{self, AcknowledgeLease, Leases};
-use crate::pipeline::ledger::Ledger;
 use crate::pipeline::operator::Operator;
 use crate::pipeline::parking::Parking;
 use crate::pipeline::pauses::Pauses;
@@ -58,6 +57,7 @@ use crate::pipeline::{WakeAll, deadlines, retention};
 use crate::queue::journal::disk::make_directory;
 use crate::queue::journal::{JournalError, JournalParts, JournalQueue};
 use crate::queue::{OrderQueue, RingQueue};
+use crate::state::State;
 use crate::state::pending::SlotState;
 use crate::state::poison::Poison;
 use crate::store::batch::BatchWriter;
@@ -235,7 +235,7 @@ pub struct Millrace {
     /// Where the control plane listens.
     pub control_plane: SocketAddr,
     config: Config,
-    ledger: Arc<Ledger>,
+    state: Arc<State>,
     intake: Arc<Intake>,
     queue: Arc<dyn OrderQueue>,
     /// The same, where it is a journal, and the name of that.
@@ -380,12 +380,12 @@ impl Millrace {
             Arc::clone(&poison),
             &control,
         );
-        let ledger = Arc::new(recovered.await?);
-        ledger.catalogue.set_paused(paused);
+        let state = Arc::new(recovered.await?);
+        state.catalogue.set_paused(paused);
         metrics
             .recovery_seconds
             .set(started.elapsed().as_secs_f64());
-        metrics.recovered_orders.set(ledger.buyers.len() as i64);
+        metrics.recovered_orders.set(state.buyers.len() as i64);
         metrics.queue_capacity.set(config.queue.capacity as i64);
 
         let journal_settings = &config.queue.journal;
@@ -404,7 +404,7 @@ impl Millrace {
                     bytes_max: journal_settings.bytes_max,
                     epoch: lease.epoch,
                     retain,
-                    pending: Arc::clone(&ledger.pending),
+                    pending: Arc::clone(&state.pending),
                     wake_all: Arc::clone(&wake_all),
                     may_acknowledge: Arc::new(move || may_acknowledge.holds()),
                     on_end: Arc::new(move |reason| poison.set(reason)),
@@ -428,7 +428,7 @@ impl Millrace {
             None => Arc::new(RingQueue::new(config.queue.capacity)),
         };
         let intake = Intake::new(
-            Arc::clone(&ledger),
+            Arc::clone(&state),
             Arc::clone(&queue),
             config.orders.payment_ttl_ms,
         );
@@ -447,14 +447,14 @@ impl Millrace {
                     crew: Arc::clone(&crew),
                 },
                 Arc::clone(&queue),
-                Arc::clone(&ledger),
+                Arc::clone(&state),
                 Arc::clone(&wake_all),
                 metrics.clone(),
                 config.workers.batch_rows_max,
                 cut_seen.clone(),
             );
-            let ledger = Arc::clone(&ledger);
-            supervisor.task_of(&mut workers, "a worker", work(worker, ledger));
+            let state = Arc::clone(&state);
+            supervisor.task_of(&mut workers, "a worker", work(worker, state));
         }
         let embedded = embedded.map(|embedded| Arc::new(Mutex::new(embedded)));
         let workers = supervisor.task("the wait for the workers", all_end(workers));
@@ -462,12 +462,12 @@ impl Millrace {
         let mut background = Background::new(supervisor.clone());
         background.run(
             "the deadline keeper",
-            deadlines::keep(Arc::clone(&ledger), Arc::clone(&wake_all), metrics.clone()),
+            deadlines::keep(Arc::clone(&state), Arc::clone(&wake_all), metrics.clone()),
         );
         let leases = Leases {
             guard: Arc::clone(&guard),
             lease,
-            ledger: Arc::clone(&ledger),
+            state: Arc::clone(&state),
             acknowledge: Arc::clone(&acknowledge),
             journal: journal.clone(),
         };
@@ -476,7 +476,7 @@ impl Millrace {
         let watching = database.with_own_pool(WATCH_POOL)?;
         let pruned_below = PrunedBelow::default();
         let restorer = Restorer {
-            ledger: Arc::clone(&ledger),
+            state: Arc::clone(&state),
             journal: journal.clone(),
             database: watching.clone(),
             lease,
@@ -499,7 +499,7 @@ impl Millrace {
         let signals = Arc::new(Signals::default());
         let settler = |writer: i16| -> Result<Settler, StoreError> {
             Ok(Settler::new(SettlerParts {
-                ledger: Arc::clone(&ledger),
+                state: Arc::clone(&state),
                 database: database.with_own_pool(SETTLER_POOL)?,
                 lease,
                 writer: SettlementWriter::new(database.clone(), lease, writer),
@@ -522,7 +522,7 @@ impl Millrace {
             Expiry::new(settler(writers - 3)?, window_ms).run(),
         );
         let (parking_desk, parking) = Parking::new(
-            Arc::clone(&ledger),
+            Arc::clone(&state),
             operators.clone(),
             lease,
             BatchWriter::new(database.clone(), lease, writers - 4),
@@ -533,7 +533,7 @@ impl Millrace {
             let pruning = Pruning {
                 database: database.clone(),
                 lease,
-                ledger: Arc::clone(&ledger),
+                state: Arc::clone(&state),
                 settings: config.retention,
                 pruned_below,
                 metrics: metrics.clone(),
@@ -542,10 +542,10 @@ impl Millrace {
         }
         // On a connection of its own: an emergency waits behind nobody.
         let own = database.with_own_pool(1)?;
-        let pauses = Arc::new(Pauses::new(Arc::clone(&ledger), own, lease));
+        let pauses = Arc::new(Pauses::new(Arc::clone(&state), own, lease));
         background.run("the keeper of pauses", Arc::clone(&pauses).keep_storing());
         let evicting = evict(
-            Arc::clone(&ledger),
+            Arc::clone(&state),
             Arc::clone(&intake),
             window_ms,
             config.orders.payment_ttl_ms,
@@ -558,14 +558,14 @@ impl Millrace {
             );
         }
 
-        let canceller = Canceller::new(Arc::clone(&ledger), database.clone(), lease);
+        let canceller = Canceller::new(Arc::clone(&state), database.clone(), lease);
         background.run(
             "the settling of cancellations",
             canceller.clone().settle_lost(),
         );
         let service = Arc::new(DataPlane::new(DataPlaneParts {
             intake: Arc::clone(&intake),
-            ledger: Arc::clone(&ledger),
+            state: Arc::clone(&state),
             queue: Arc::clone(&queue),
             database: database.clone(),
             canceller,
@@ -587,7 +587,7 @@ impl Millrace {
         background.run("the look at the database", health::keep(looker));
         // Operators never wait behind buyers' look-ups.
         control.recovered(Parts {
-            ledger: Arc::clone(&ledger),
+            state: Arc::clone(&state),
             intake: Arc::clone(&intake),
             queue: Arc::clone(&queue),
             journal: journal.clone(),
@@ -600,11 +600,11 @@ impl Millrace {
             receipts,
             auditor: Auditor::new(
                 operators.clone(),
-                Arc::clone(&ledger),
+                Arc::clone(&state),
                 Duration::from_millis(config.control_plane.audit_timeout_ms),
             ),
             operator: Operator::new(
-                Arc::clone(&ledger),
+                Arc::clone(&state),
                 operators,
                 lease,
                 cashier_desk,
@@ -617,8 +617,8 @@ impl Millrace {
         intake.open();
         tracing::info!(
             workers = worker_count,
-            skus = ledger.catalogue.all().len(),
-            remembered = ledger.buyers.len(),
+            skus = state.catalogue.all().len(),
+            remembered = state.buyers.len(),
             epoch = lease.epoch,
             ms = started.elapsed().as_millis() as u64,
             "taking orders"
@@ -627,7 +627,7 @@ impl Millrace {
             data_plane,
             control_plane,
             config,
-            ledger,
+            state,
             intake,
             queue,
             journal: journal.zip(journal_name),
@@ -647,8 +647,8 @@ impl Millrace {
     }
 
     /// The in-memory state.
-    pub fn ledger(&self) -> &Arc<Ledger> {
-        &self.ledger
+    pub fn state(&self) -> &Arc<State> {
+        &self.state
     }
 
     /// The way in, beside HTTP.
@@ -666,7 +666,7 @@ impl Millrace {
         let mut tick = tokio::time::interval(Duration::from_millis(50));
         loop {
             tick.tick().await;
-            if let Some(reason) = self.ledger.poison.reason() {
+            if let Some(reason) = self.state.poison.reason() {
                 return reason.to_owned();
             }
         }
@@ -677,7 +677,7 @@ impl Millrace {
     pub async fn drain(self) -> bool {
         let Millrace {
             config,
-            ledger,
+            state,
             intake,
             queue,
             journal,
@@ -690,7 +690,7 @@ impl Millrace {
             ..
         } = self;
         let patience = Duration::from_millis(config.orders.timeout_ms) + DRAIN_MARGIN;
-        tracing::info!(in_flight = ledger.pending.len(), "draining");
+        tracing::info!(in_flight = state.pending.len(), "draining");
         supervisor.stop();
         intake.drain();
         if let Front::Hardened(server) = &front {
@@ -719,12 +719,12 @@ impl Millrace {
             let stopping = Arc::clone(journal);
             let never_written = tokio::task::spawn_blocking(move || stopping.stop()).await;
             for pending in never_written.unwrap_or_default() {
-                ledger.refuse(&pending);
+                state.refuse(&pending);
                 pending.slot.take_wakers(|waker| wakers.push(waker));
             }
         }
-        for pending in ledger.pending.all() {
-            clean &= !ledger.abandon(&pending);
+        for pending in state.pending.all() {
+            clean &= !state.abandon(&pending);
             clean &= pending.slot.state() != SlotState::Claimed;
             pending.slot.take_wakers(|waker| wakers.push(waker));
         }
@@ -751,7 +751,7 @@ impl Millrace {
         self.background.stop();
         if let Err(error) = self
             .database
-            .return_lease(self.lease, ledger.ids.now())
+            .return_lease(self.lease, state.ids.now())
             .await
         {
             tracing::debug!(reason = %error, "could not give the lease on order ids back");
@@ -791,7 +791,7 @@ impl Millrace {
             }
         }
         let _ = std::fs::remove_file(config.data_dir.join("addresses.json"));
-        clean &= !ledger.poison.is_set();
+        clean &= !state.poison.is_set();
         tracing::info!(clean, "stopped");
         clean
     }
@@ -873,10 +873,10 @@ fn refresh_connections(metrics: &Metrics, counters: &hardened::Counters) {
 }
 
 /// A worker's whole life. One that may not go on poisons the process with its reason.
-async fn work(worker: Worker, ledger: Arc<Ledger>) -> Result<(), WorkerError> {
+async fn work(worker: Worker, state: Arc<State>) -> Result<(), WorkerError> {
     let ended = worker.run().await;
     if let Err(error @ WorkerError::Fatal(_)) = &ended {
-        ledger.poison.set(error.to_string());
+        state.poison.set(error.to_string());
     }
     ended
 }

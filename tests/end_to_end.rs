@@ -242,11 +242,9 @@ fn a_key_has_one_order_over_retries_and_restarts() {
 
 /// Moves the idempotency window past every order that is there.
 fn end_the_window(server: &TestServer) {
-    let ledger = server.millrace().ledger();
+    let state = server.millrace().state();
     let everything = Eviction::before(OrderId::MAX);
-    ledger
-        .buyers
-        .evict(everything, |sku| ledger.is_limited(sku));
+    state.buyers.evict(everything, |sku| state.is_limited(sku));
 }
 
 async fn cancel(server: &TestServer, order: &Answer) -> u16 {
@@ -287,7 +285,7 @@ fn a_limit_counts_live_orders_after_the_window_and_over_restarts() {
             .as_str()
             .and_then(OrderId::parse)
             .unwrap();
-        let ids = &server.millrace().ledger().ids;
+        let ids = &server.millrace().state().ids;
         let deadline = Instant::now() + Duration::from_secs(20);
         while ids.window_floor(1_000) <= last {
             assert!(Instant::now() < deadline);
@@ -315,7 +313,7 @@ fn a_limit_that_is_set_later_counts_what_was_bought_before() {
         let second = server.order("u", "A", None).await;
         let third = server.order("u", "A", None).await;
         end_the_window(&server);
-        assert!(server.millrace().ledger().buyers.is_empty());
+        assert!(server.millrace().state().buyers.is_empty());
         assert_eq!(cancel(&server, &third).await, 200);
         server
             .put_sku("A", 10, json!({ "per_user_limit": 2 }))
@@ -326,7 +324,7 @@ fn a_limit_that_is_set_later_counts_what_was_bought_before() {
         // Taken off, it needs no memory.
         server.put_sku("A", 10, json!({})).await;
         end_the_window(&server);
-        assert!(server.millrace().ledger().buyers.is_empty());
+        assert!(server.millrace().state().buyers.is_empty());
         assert_eq!(cancel(&server, &first).await, 200);
         assert_eq!(server.stock("A").await, (9, 1, 0));
         server.assert_audit().await;

@@ -34,7 +34,7 @@ fn a_worker_that_panics_poisons_the_process() {
         let lock = lock_stock(&mut blocker).await;
         let order = server.order("u", "A", None);
         let sabotage = async {
-            let pending = || server.millrace().ledger().pending.all().into_iter().next();
+            let pending = || server.millrace().state().pending.all().into_iter().next();
             wait_until("an order in flight", async || pending().is_some()).await;
             let pending = pending().expect("in flight");
             let claimed = async || pending.slot.state() == SlotState::Claimed;
@@ -80,7 +80,7 @@ fn a_full_queue_refuses_with_retry_after_and_holds_nothing() {
         let waiting = async {
             // The worker has its one before the others come, so that the queue is theirs alone.
             let claimed = async || {
-                let all = server.millrace().ledger().pending.all();
+                let all = server.millrace().state().pending.all();
                 all.iter()
                     .any(|order| order.slot.state() == SlotState::Claimed)
             };

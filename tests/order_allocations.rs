@@ -231,7 +231,7 @@ impl Shop {
             );
         }
         let deadline = Instant::now() + Duration::from_secs(20);
-        while !self.server.millrace().ledger().pending.is_empty() {
+        while !self.server.millrace().state().pending.is_empty() {
             assert!(Instant::now() < deadline, "{}: still in flight", case.what);
             std::thread::yield_now();
         }

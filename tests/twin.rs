@@ -22,9 +22,9 @@ use millrace::order::{
     SkuNumber, UnixMillis, UserId,
 };
 use millrace::pipeline::intake::{Admission, Intake, OrderRequest};
-use millrace::pipeline::ledger::Ledger;
 use millrace::pipeline::{WakeAll, deadlines, wake_directly};
 use millrace::queue::{Durability, OrderQueue, Rejected, RingQueue, Taken};
+use millrace::state::State;
 use millrace::state::buyers::{Buyers, Eviction, LiveOrder};
 use millrace::state::pending::{Pending, PendingOrder, SlotState};
 use millrace::state::stock::{Catalogue, SaleTerms, Sku, StockCounter, StockSnapshot};
@@ -56,7 +56,7 @@ fn terms(limit: Option<u32>) -> SaleTerms {
 }
 
 struct Real {
-    ledger: Arc<Ledger>,
+    state: Arc<State>,
     queue: Arc<dyn OrderQueue>,
     intake: Intake,
     wake_all: WakeAll,
@@ -77,23 +77,25 @@ impl Real {
                 false,
             )
         }));
-        let ledger = Arc::new(Ledger {
-            refusals: millrace::state::refusals::Refusals::with_capacity(1 << 16),
-            recent: millrace::state::recent::Recent::with_capacity(1_000),
-            unpaid: millrace::state::unpaid::Unpaid::default(),
+        let state = Arc::new(State {
+            sticky_refusals: millrace::state::sticky_refusals::StickyRefusals::with_capacity(
+                1 << 16,
+            ),
+            recent_orders: millrace::state::recent_orders::RecentOrders::with_capacity(1_000),
+            expiry_index: millrace::state::expiry_index::ExpiryIndex::default(),
             orphans: millrace::state::orphans::Orphans::default(),
             catalogue,
             buyers: Buyers::new(remembered_max, 64),
             pending: Arc::new(Pending::with_capacity(64)),
             poison: Default::default(),
-            pace: Default::default(),
+            throughput: Default::default(),
             progress: Default::default(),
             ids: IdClock::new(1, UnixMillis(0), UnixMillis(i64::MAX)),
         });
         let queue: Arc<dyn OrderQueue> = Arc::new(RingQueue::new(capacity));
-        let intake = Intake::new(Arc::clone(&ledger), Arc::clone(&queue), PAYMENT_TTL_MS);
+        let intake = Intake::new(Arc::clone(&state), Arc::clone(&queue), PAYMENT_TTL_MS);
         Real {
-            ledger,
+            state,
             queue,
             intake,
             wake_all: wake_directly(),
@@ -102,11 +104,11 @@ impl Real {
     }
 
     fn sku(&self, at: usize) -> Arc<Sku> {
-        self.ledger.catalogue.get(&sku_id(at)).unwrap()
+        self.state.catalogue.get(&sku_id(at)).unwrap()
     }
 
     fn expire(&self, now: Instant) {
-        deadlines::expire(&self.ledger, &self.wake_all, &self.metrics, now);
+        deadlines::expire(&self.state, &self.wake_all, &self.metrics, now);
     }
 
     /// What is in the queue now, without waiting for more.
@@ -120,9 +122,9 @@ impl Real {
     /// As the worker ends an order that it claimed.
     fn end(&self, order: &Arc<PendingOrder>, as_what: End) {
         match as_what {
-            End::Persisted => self.ledger.persisted(order),
-            End::Failed => self.ledger.failed(order),
-            End::Unwritten => self.ledger.unwritten(order),
+            End::Persisted => self.state.persisted(order),
+            End::Failed => self.state.failed(order),
+            End::Unwritten => self.state.unwritten(order),
         }
         order.slot.take_wakers(Waker::wake);
     }
@@ -779,11 +781,11 @@ impl Round {
     fn end_once(&mut self, id: u64) -> Option<bool> {
         let user = user_id(self.twin.rows[&id].0.user);
         let order_id = OrderId::new(id).unwrap();
-        let buyers = &self.real.ledger.buyers;
-        let turned = buyers.no_longer_live(&user, order_id, Ended::Expired);
+        let buyers = &self.real.state.buyers;
+        let turned = buyers.deactivate(&user, order_id, Ended::Expired);
         let is_known = self.twin.remembered.contains_key(&id) || self.twin.aged.contains_key(&id);
         assert_eq!(turned, is_known.then_some(true));
-        let again = buyers.no_longer_live(&user, order_id, Ended::Expired);
+        let again = buyers.deactivate(&user, order_id, Ended::Expired);
         assert_eq!(
             again,
             self.twin.remembered.contains_key(&id).then_some(false)
@@ -824,10 +826,10 @@ impl Round {
         sku.limit = random.random_bool(0.5).then(|| random.random_range(1..8));
         sku.unit_price = [0, 1, 100, i64::MAX][random.random_range(0..4)];
         let sku = sku.clone();
-        let ledger = Arc::clone(&self.real.ledger);
+        let state = Arc::clone(&self.real.state);
         // As `pipeline::limits` does.
         let number = SkuNumber(at as i32 + 1);
-        let counting = sku.limit.map(|_| ledger.buyers.counting(number));
+        let counting = sku.limit.map(|_| state.buyers.counting(number));
         if let Some(counting) = &counting {
             let is_incomplete = self.twin.incomplete.remove(&at);
             assert_eq!(counting.is_complete(), !is_incomplete);
@@ -863,7 +865,7 @@ impl Round {
         let paused = self.random.random_bool(0.4);
         if self.random.random_bool(0.3) {
             self.twin.paused = paused;
-            self.real.ledger.catalogue.set_paused(paused);
+            self.real.state.catalogue.set_paused(paused);
         } else {
             let at = self.any_sku();
             self.twin.skus[at].paused = paused;
@@ -893,8 +895,8 @@ impl Round {
             early: id(early),
             payable: id(payable),
         };
-        let ledger = &self.real.ledger;
-        let evicted = ledger.buyers.evict(eviction, |sku| ledger.is_limited(sku));
+        let state = &self.real.state;
+        let evicted = state.buyers.evict(eviction, |sku| state.is_limited(sku));
         assert_eq!(evicted, self.twin.evict(floor, early, payable));
     }
 
@@ -908,7 +910,7 @@ impl Round {
             };
             assert_eq!(self.real.sku(at).counter().snapshot(), expected, "SKU {at}");
         }
-        let buyers = &self.real.ledger.buyers;
+        let buyers = &self.real.state.buyers;
         let aged = &self.twin.aged;
         assert_eq!(buyers.len(), self.twin.remembered.len() + aged.len());
         for (id, (ask, live)) in &self.twin.rows {
@@ -943,11 +945,11 @@ impl Round {
             assert_eq!(known, expected, "user {user}");
         }
         assert_eq!(self.real.queue.depth(), self.twin.queue.len());
-        assert_eq!(self.real.ledger.pending.len(), self.twin.in_flight.len());
+        assert_eq!(self.real.state.pending.len(), self.twin.in_flight.len());
         for id in self.twin.in_flight.keys() {
             assert!(
                 self.real
-                    .ledger
+                    .state
                     .pending
                     .get(OrderId::new(*id).unwrap())
                     .is_some()
@@ -975,7 +977,7 @@ impl Round {
             self.settle_as(&order, as_what);
         }
         self.compare();
-        assert!(self.real.ledger.pending.is_empty());
+        assert!(self.real.state.pending.is_empty());
         assert_eq!(self.real.queue.depth(), 0);
         for (at, sku) in self.twin.skus.iter().enumerate() {
             let unpaid: u32 = self
@@ -1106,11 +1108,11 @@ fn a_million_requests_for_a_thousand_units_place_exactly_a_thousand() {
     };
     assert_eq!(real.sku(0).counter().snapshot(), expected);
     assert_eq!(
-        real.ledger.buyers.len(),
+        real.state.buyers.len(),
         1_000,
         "a refusal leaves nothing behind"
     );
-    assert!(real.ledger.pending.is_empty());
+    assert!(real.state.pending.is_empty());
 }
 
 /// Two requests under one key at the moment at which a unit comes free.
@@ -1194,7 +1196,7 @@ fn a_thousand_sales_of_one_unit_place_exactly_one_each() {
     for (real, placed) in sales.iter().zip(placed) {
         assert_eq!(placed.into_inner(), 1);
         assert_eq!(
-            (real.sku(0).counter().free(), real.ledger.buyers.len()),
+            (real.sku(0).counter().free(), real.state.buyers.len()),
             (0, 1)
         );
     }
@@ -1292,10 +1294,10 @@ fn deadlines_that_race_with_workers_leak_no_unit_and_leave_nobody_waiting() {
         (TOTAL, units),
         "a unit leaked: {ended:?}"
     );
-    assert!(real.ledger.pending.is_empty());
+    assert!(real.state.pending.is_empty());
     let failed = ended.get("Failed").copied().unwrap_or(0) as usize;
     assert_eq!(
-        real.ledger.buyers.len(),
+        real.state.buyers.len(),
         persisted.len() + failed,
         "{ended:?}"
     );
@@ -1304,7 +1306,7 @@ fn deadlines_that_race_with_workers_leak_no_unit_and_leave_nobody_waiting() {
 /// A full queue beside which the deadline passes, and a duplicate comes, just when it refuses.
 #[derive(Debug)]
 struct Untimely {
-    ledger: Arc<Ledger>,
+    state: Arc<State>,
     duplicate: Arc<Woken>,
     deadline_passes: bool,
 }
@@ -1316,7 +1318,7 @@ impl OrderQueue for Untimely {
 
     fn push(&self, order: Arc<PendingOrder>) -> Result<(), Rejected> {
         let registered = self
-            .ledger
+            .state
             .pending
             .get(order.order.id)
             .expect("before it is queued");
@@ -1324,7 +1326,7 @@ impl OrderQueue for Untimely {
             .slot
             .subscribe(Waker::from(Arc::clone(&self.duplicate)));
         if self.deadline_passes {
-            assert!(self.ledger.abandon(&registered));
+            assert!(self.state.abandon(&registered));
         }
         Err(Rejected {
             order,
@@ -1352,16 +1354,16 @@ fn refused_untimely(deadline_passes: bool) {
     real.sku(0).counter().hold(2).unwrap();
     let duplicate = Arc::new(Woken::default());
     let queue = Arc::new(Untimely {
-        ledger: Arc::clone(&real.ledger),
+        state: Arc::clone(&real.state),
         duplicate: Arc::clone(&duplicate),
         deadline_passes,
     });
-    let intake = Intake::new(Arc::clone(&real.ledger), queue, PAYMENT_TTL_MS);
+    let intake = Intake::new(Arc::clone(&real.state), queue, PAYMENT_TTL_MS);
     intake.open();
     let refusal = intake.admit(&click(1), None).unwrap_err();
     assert_eq!(refusal, Refusal::Overloaded);
     assert_eq!(real.sku(0).counter().free(), 1, "given back once");
-    assert!(real.ledger.buyers.is_empty() && real.ledger.pending.is_empty());
+    assert!(real.state.buyers.is_empty() && real.state.pending.is_empty());
     assert!(duplicate.count() > 0, "the duplicate sleeps on");
 }
 

@@ -125,7 +125,7 @@ async fn acknowledge(millrace: &Millrace, url: &str, first: u64) -> anyhow::Resu
     paused.rollback().await?;
     // Everything that was acknowledged becomes a row before the next round.
     let deadline = Instant::now() + PATIENCE;
-    while millrace.ledger().pending.in_flight() > 0 {
+    while millrace.state().pending.in_flight() > 0 {
         ensure!(
             Instant::now() < deadline,
             "acknowledged orders do not become rows"

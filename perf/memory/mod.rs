@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use millrace::order::SkuNumber;
 use millrace::queue::{OrderQueue, RingQueue};
-use millrace::state::buyers::{Buyers, Claimed, NothingSticky, Remembered};
+use millrace::state::buyers::{BuyerOrder, Buyers, Claimed, NothingSticky};
 use millrace::state::pending::{Pending, PendingOrder};
 
 use crate::rig::machine::usage;
@@ -75,7 +75,7 @@ pub fn memory_of(what: &str) -> anyhow::Result<()> {
                 for order in engine::rows(number, 1_024, SkuNumber(1)) {
                     match buyers.claim(
                         &order.user_id,
-                        Remembered::of(&order),
+                        BuyerOrder::of(&order),
                         None,
                         Ok(()),
                         &NothingSticky,

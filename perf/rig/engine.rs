@@ -88,11 +88,11 @@ pub fn request(number: u64, respond_async: bool) -> OrderRequest<'static> {
 /// # Errors
 /// Where an order is refused for anything but a full queue.
 pub async fn persist(millrace: &Millrace, first: u64, orders: u64) -> anyhow::Result<f64> {
-    let (intake, ledger) = (Arc::clone(millrace.intake()), Arc::clone(millrace.ledger()));
+    let (intake, state) = (Arc::clone(millrace.intake()), Arc::clone(millrace.state()));
     let started = Instant::now();
     let driver = tokio::task::spawn_blocking(move || give(&intake, first..first + orders, None));
     driver.await??;
-    while !ledger.pending.is_empty() {
+    while !state.pending.is_empty() {
         ensure!(started.elapsed() < PATIENCE, "the engine does not finish");
         tokio::time::sleep(Duration::from_micros(500)).await;
     }

@@ -7,7 +7,7 @@ use tokio::sync::Mutex;
 use tokio::task::AbortHandle;
 
 use crate::pipeline::intake::Intake;
-use crate::pipeline::ledger::Ledger;
+use crate::state::State;
 use crate::state::buyers::Eviction;
 use crate::store::embedded::Embedded;
 use crate::supervise::Supervisor;
@@ -68,7 +68,7 @@ pub(super) async fn keep_running(embedded: Arc<Mutex<Embedded>>) {
 
 /// Forgets what nobody needs any more.
 pub(super) async fn evict(
-    ledger: Arc<Ledger>,
+    state: Arc<State>,
     intake: Arc<Intake>,
     window_ms: u64,
     payment_ttl_ms: u64,
@@ -77,7 +77,7 @@ pub(super) async fn evict(
     let mut last: Option<(Instant, bool)> = None;
     loop {
         tick.tick().await;
-        let is_tight = ledger.buyers.is_tight();
+        let is_tight = state.buyers.is_tight();
         // A walk that made no room is not repeated at once.
         let is_early =
             |(at, in_vain): (Instant, bool)| at.elapsed() < EVICTION && (in_vain || !is_tight);
@@ -85,11 +85,11 @@ pub(super) async fn evict(
             continue;
         }
         let started = Instant::now();
-        let (ledger, intake) = (Arc::clone(&ledger), Arc::clone(&intake));
+        let (state, intake) = (Arc::clone(&state), Arc::clone(&intake));
         // Walks every record: not on a thread that has something better to do.
         let evicted = tokio::task::spawn_blocking(move || {
             intake.forget_idle();
-            let (buyers, ids) = (&ledger.buyers, &ledger.ids);
+            let (buyers, ids) = (&state.buyers, &state.ids);
             let floor = ids.window_floor(window_ms);
             let eviction = if is_tight {
                 let payable = ids.window_floor(payment_ttl_ms.saturating_add(SETTLING_MS));
@@ -97,7 +97,7 @@ pub(super) async fn evict(
             } else {
                 Eviction::before(floor)
             };
-            buyers.evict(eviction, |sku| ledger.is_limited(sku))
+            buyers.evict(eviction, |sku| state.is_limited(sku))
         })
         .await;
         let evicted = evicted.unwrap_or(0);

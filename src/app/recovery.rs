@@ -18,21 +18,21 @@ use crate::http::control_plane::ControlPlane;
 use crate::order::{
     ClockReading, IdClock, Order, OrderId, OrderStatus, SkuId, SkuNumber, UnixMillis,
 };
-use crate::pipeline::ledger::Ledger;
 use crate::pipeline::parking;
 use crate::pipeline::replay::{Applied, Replayer};
 use crate::queue::journal::record::Record;
 use crate::queue::journal::{JournalError, Opened};
+use crate::state::State;
 use crate::state::buyers::Buyers;
+use crate::state::expiry_index::ExpiryIndex;
 use crate::state::orphans::Orphans;
-use crate::state::pace::Pace;
 use crate::state::pending::Pending;
 use crate::state::poison::Poison;
 use crate::state::progress::Progress;
-use crate::state::recent::Recent;
-use crate::state::refusals::Refusals;
+use crate::state::recent_orders::RecentOrders;
+use crate::state::sticky_refusals::StickyRefusals;
 use crate::state::stock::Catalogue;
-use crate::state::unpaid::Unpaid;
+use crate::state::throughput::ThroughputEstimator;
 use crate::store::StoreError;
 use crate::store::batch::BatchWriter;
 use crate::store::postgres::journal::NotedJournal;
@@ -261,7 +261,7 @@ pub(super) async fn recover(
     orphans: Orphans,
     poison: Arc<Poison>,
     control: &ControlPlane,
-) -> Result<Ledger, StoreError> {
+) -> Result<State, StoreError> {
     let workers_hold = config.worker_count() * config.workers.batch_rows_max;
     let before_the_ring = match config.queue.backend {
         Backend::Journal => config.queue.capacity,
@@ -278,8 +278,8 @@ pub(super) async fn recover(
     if !bug("sell_what_is_parked") {
         hold_parked(&catalogue, database, lease, floor).await?;
     }
-    let unpaid = Unpaid::default();
-    unpaid.note(database.unpaid_below(lease, floor).await?);
+    let expiry_index = ExpiryIndex::default();
+    expiry_index.note(database.unpaid_below(lease, floor).await?);
     let (limited, others): (Vec<_>, Vec<_>) = catalogue
         .all()
         .into_iter()
@@ -291,7 +291,7 @@ pub(super) async fn recover(
         .load_window(
             floor,
             |user, order, payable_until| {
-                unpaid.note(payable_until.map(|until| (order.order_id, until)));
+                expiry_index.note(payable_until.map(|until| (order.order_id, until)));
                 let limited = order.is_live() && limited.contains(&order.sku);
                 buyers.restore(user, order, limited);
             },
@@ -303,17 +303,17 @@ pub(super) async fn recover(
     if !limited.is_empty() {
         count_older(database, limited, &buyers, floor, control).await?;
     }
-    Ok(Ledger {
+    Ok(State {
         catalogue,
         buyers,
-        refusals: Refusals::with_capacity(config.orders.sticky_refusals_max),
-        recent: Recent::with_capacity(RECENT_ORDERS),
+        sticky_refusals: StickyRefusals::with_capacity(config.orders.sticky_refusals_max),
+        recent_orders: RecentOrders::with_capacity(RECENT_ORDERS),
         pending: Arc::new(Pending::with_capacity(in_flight_max)),
-        unpaid,
+        expiry_index,
         orphans,
         poison,
         ids,
-        pace: Pace::default(),
+        throughput: ThroughputEstimator::default(),
         progress: Progress::default(),
     })
 }

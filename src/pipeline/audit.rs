@@ -7,9 +7,9 @@ use std::time::Duration;
 use serde::Serialize;
 use tokio::sync::Mutex;
 
-use super::ledger::Ledger;
 use crate::order::SkuId;
 use crate::order::payment::PaymentState;
+use crate::state::State;
 use crate::store::StoreError;
 use crate::store::postgres::Database;
 use crate::store::postgres::audit::{DatabaseAudit, Motion, PartRows, PaymentSum, SkuAudit};
@@ -21,17 +21,17 @@ pub const LIVE_CHECK: &str = "live counters are those of the database";
 #[derive(Debug)]
 pub struct Auditor {
     database: Database,
-    ledger: Arc<Ledger>,
+    state: Arc<State>,
     timeout: Duration,
     running: Mutex<()>,
 }
 
 impl Auditor {
     /// An auditor that gives an audit up after `timeout`.
-    pub fn new(database: Database, ledger: Arc<Ledger>, timeout: Duration) -> Self {
+    pub fn new(database: Database, state: Arc<State>, timeout: Duration) -> Self {
         Auditor {
             database,
-            ledger,
+            state,
             timeout,
             running: Mutex::new(()),
         }
@@ -47,7 +47,7 @@ impl Auditor {
             .running
             .try_lock()
             .map_err(|_| StoreError::AuditRunning)?;
-        within(self.timeout, audit(&self.database, Some(&self.ledger))).await
+        within(self.timeout, audit(&self.database, Some(&self.state))).await
     }
 }
 
@@ -180,12 +180,12 @@ pub struct LiveFigures {
     sold: u32,
 }
 
-/// Audits the database, and the live counters where `ledger` is given.
+/// Audits the database, and the live counters where `state` is given.
 ///
 /// # Errors
 /// [`StoreError::AuditRunning`] where another audit has not ended; where the database does not answer.
-pub async fn audit(database: &Database, ledger: Option<&Ledger>) -> Result<Audit, StoreError> {
-    audit_in_parts(database, ledger, PartRows::default()).await
+pub async fn audit(database: &Database, state: Option<&State>) -> Result<Audit, StoreError> {
+    audit_in_parts(database, state, PartRows::default()).await
 }
 
 /// The same with parts of so many rows.
@@ -194,16 +194,16 @@ pub async fn audit(database: &Database, ledger: Option<&Ledger>) -> Result<Audit
 /// As [`audit`].
 pub async fn audit_in_parts(
     database: &Database,
-    ledger: Option<&Ledger>,
+    state: Option<&State>,
     rows: PartRows,
 ) -> Result<Audit, StoreError> {
     // Memory and rows are of the same moment only if nothing was in flight on either side of the
     // counters' snapshot (an order in flight is in memory and not yet in the rows) and no counter
     // moved.
     let look = || {
-        ledger.map(|ledger| {
-            let in_flight = ledger.pending.in_flight();
-            (in_flight, live(ledger))
+        state.map(|state| {
+            let in_flight = state.pending.in_flight();
+            (in_flight, live(state))
         })
     };
     let (found, [before, after]) = database.audit_watching(rows, look).await?;
@@ -212,8 +212,8 @@ pub async fn audit_in_parts(
     Ok(judge(&found, after.as_deref(), in_flight, quiet))
 }
 
-fn live(ledger: &Ledger) -> Vec<(SkuId, LiveFigures)> {
-    let skus = ledger.catalogue.all().into_iter();
+fn live(state: &State) -> Vec<(SkuId, LiveFigures)> {
+    let skus = state.catalogue.all().into_iter();
     skus.map(|sku| {
         let stock = sku.counter().snapshot();
         let figures = LiveFigures {

@@ -15,11 +15,11 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
-use super::ledger::Ledger;
 use super::settler::Settler;
 use crate::faults::bug;
 use crate::order::payment::Delivery;
 use crate::order::{OrderId, UnixMillis};
+use crate::state::State;
 use crate::store::StoreError;
 use crate::store::settlement::payments::Arrival;
 
@@ -57,16 +57,16 @@ struct Request {
 
 /// A payment that is known, and not stored yet.
 struct OnItsWay {
-    ledger: Arc<Ledger>,
+    state: Arc<State>,
     order_id: OrderId,
 }
 
 impl OnItsWay {
-    fn new(ledger: &Arc<Ledger>, delivery: &Delivery) -> Option<Self> {
+    fn new(state: &Arc<State>, delivery: &Delivery) -> Option<Self> {
         let order_id = delivery.notice.payment.as_ref()?.order_id()?;
-        ledger.orphans.arrives(order_id, delivery.paid_at());
+        state.orphans.arrives(order_id, delivery.paid_at());
         Some(OnItsWay {
-            ledger: Arc::clone(ledger),
+            state: Arc::clone(state),
             order_id,
         })
     }
@@ -74,7 +74,7 @@ impl OnItsWay {
 
 impl Drop for OnItsWay {
     fn drop(&mut self) {
-        self.ledger.orphans.arrived(self.order_id);
+        self.state.orphans.arrived(self.order_id);
     }
 }
 
@@ -82,7 +82,7 @@ impl Drop for OnItsWay {
 #[derive(Clone)]
 pub struct CallbackDesk {
     requests: mpsc::Sender<Request>,
-    ledger: Arc<Ledger>,
+    state: Arc<State>,
 }
 
 impl CallbackDesk {
@@ -94,7 +94,7 @@ impl CallbackDesk {
     pub async fn take_in(&self, delivery: Delivery) -> Result<(), NotStored> {
         let (answer, answered) = oneshot::channel();
         let request = Request {
-            _on_its_way: OnItsWay::new(&self.ledger, &delivery),
+            _on_its_way: OnItsWay::new(&self.state, &delivery),
             delivery,
             answer,
         };
@@ -102,7 +102,7 @@ impl CallbackDesk {
             .try_send(request)
             .map_err(|error| match error {
                 mpsc::error::TrySendError::Full(request) => {
-                    expect_again(&self.ledger, &request.delivery);
+                    expect_again(&self.state, &request.delivery);
                     NotStored::Busy
                 }
                 mpsc::error::TrySendError::Closed(_) => NotStored::Stopped,
@@ -115,16 +115,16 @@ impl CallbackDesk {
 
     /// The time by which a callback's arrival is judged.
     pub fn now(&self) -> UnixMillis {
-        self.ledger.ids.real_now()
+        self.state.ids.real_now()
     }
 }
 
 /// A payment that was not stored will be delivered again.
-fn expect_again(ledger: &Ledger, delivery: &Delivery) {
+fn expect_again(state: &State, delivery: &Delivery) {
     let payment = delivery.notice.payment.as_ref();
     if let Some(id) = payment.and_then(|payment| payment.order_id()) {
-        let until = ledger.ids.real_now().plus_ms(EXPECTED_MS);
-        ledger.orphans.expect(id, delivery.paid_at(), until);
+        let until = state.ids.real_now().plus_ms(EXPECTED_MS);
+        state.orphans.expect(id, delivery.paid_at(), until);
     }
 }
 
@@ -142,7 +142,7 @@ impl Callbacks {
         let (sender, requests) = mpsc::channel(CALLBACKS_MAX);
         let desk = CallbackDesk {
             requests: sender,
-            ledger: Arc::clone(&settler.parts.ledger),
+            state: Arc::clone(&settler.parts.state),
         };
         let callbacks = Callbacks {
             settler,
@@ -168,7 +168,7 @@ impl Callbacks {
             not_before = Instant::now() + BATCH_EVERY;
             self.serve(std::mem::take(&mut batch)).await;
             self.settler.forget_landed();
-            if self.settler.parts.ledger.poison.is_set() {
+            if self.settler.parts.state.poison.is_set() {
                 return;
             }
         }
@@ -195,7 +195,7 @@ impl Callbacks {
                 let answer = match &stored {
                     Ok(()) => Ok(()),
                     Err(error) => {
-                        expect_again(&self.settler.parts.ledger, &request.delivery);
+                        expect_again(&self.settler.parts.state, &request.delivery);
                         Err(NotStored::Store(error.to_string()))
                     }
                 };
@@ -207,18 +207,18 @@ impl Callbacks {
 
     /// Stores messages, and lets their payments meet their orders.
     async fn store(&mut self, deliveries: &[&Delivery]) -> Result<(), StoreError> {
-        let ledger = Arc::clone(&self.settler.parts.ledger);
+        let state = Arc::clone(&self.settler.parts.state);
         let signals = Arc::clone(&self.settler.parts.signals);
-        let now = ledger.ids.real_now();
+        let now = state.ids.real_now();
         let orders = || {
             let payments = deliveries.iter().map(|one| &one.notice.payment);
             payments.filter_map(|payment| payment.as_ref()?.order_id())
         };
         let in_flight: Vec<OrderId> = orders()
             .filter(|id| {
-                let in_flight = ledger.pending.get(*id).is_some();
+                let in_flight = state.pending.get(*id).is_some();
                 if !in_flight {
-                    ledger.recent.forget(*id);
+                    state.recent_orders.forget(*id);
                 }
                 in_flight
             })
@@ -227,7 +227,7 @@ impl Callbacks {
             now,
             check_at: now.plus_ms(self.first_check_ms),
             judge,
-            with_waiting: orders().any(|id| ledger.orphans.is_stored(id)),
+            with_waiting: orders().any(|id| state.orphans.is_stored(id)),
         };
         let (judged, unjudged) = (arrival(true), arrival(false));
         // While rows cannot be had nobody waits for them: what comes is stored and matched later.

@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use tokio::sync::Notify;
 
-use super::ledger::Ledger;
 use crate::order::{Ended, OrderId, OrderStatus, SkuId, UserId};
+use crate::state::State;
 use crate::state::pending::PendingOrder;
 use crate::store::StoreError;
 use crate::store::postgres::orders::StoredOrder;
@@ -162,7 +162,7 @@ impl Drop for Ticket {
 /// Cancels orders whose rows are there.
 #[derive(Clone, Debug)]
 pub struct Canceller {
-    ledger: Arc<Ledger>,
+    state: Arc<State>,
     database: Database,
     lease: NodeLease,
     unsettled: Arc<Unsettled>,
@@ -170,9 +170,9 @@ pub struct Canceller {
 
 impl Canceller {
     /// A canceller on this state and this database.
-    pub fn new(ledger: Arc<Ledger>, database: Database, lease: NodeLease) -> Self {
+    pub fn new(state: Arc<State>, database: Database, lease: NodeLease) -> Self {
         Canceller {
-            ledger,
+            state,
             database,
             lease,
             unsettled: Arc::default(),
@@ -194,12 +194,12 @@ impl Canceller {
     /// [`CancelError`]; the order stands as it did, unless the database's answer was lost. Then
     /// what came of it is found out in the background, and asking again tells.
     pub async fn cancel(&self, id: OrderId) -> Result<StoredOrder, CancelError> {
-        let recent = self.ledger.recent.get(id, self.ledger.ids.real_now());
+        let recent = self.state.recent_orders.get(id, self.state.ids.real_now());
         let ticket = self
             .unsettled
             .enter(id, recent.clone())
             .ok_or(CancelError::Busy)?;
-        self.ledger.recent.forget(id);
+        self.state.recent_orders.forget(id);
         let moved = self.cancel_row(id).await;
         if !moved.as_ref().is_err_and(StoreError::is_transient) {
             ticket.known();
@@ -222,7 +222,7 @@ impl Canceller {
 
     /// An order that is past its time is not cancelled any more: it expires.
     async fn cancel_row(&self, id: OrderId) -> Result<Moved, StoreError> {
-        let now = self.ledger.ids.real_now();
+        let now = self.state.ids.real_now();
         self.database.cancel_order(self.lease, id, Some(now)).await
     }
 
@@ -300,7 +300,7 @@ impl Canceller {
         if order.status == OrderStatus::Cancelled {
             let sku = SkuId::new(&order.sku_id)
                 .ok()
-                .and_then(|id| self.ledger.catalogue.get(&id));
+                .and_then(|id| self.state.catalogue.get(&id));
             if let Some(sku) = sku {
                 let units = Units {
                     user_id: order.user_id.clone(),
@@ -319,12 +319,9 @@ impl Canceller {
         let Ok(user_id) = UserId::new(&units.user_id) else {
             return;
         };
-        let turned = self
-            .ledger
-            .buyers
-            .no_longer_live(&user_id, id, Ended::Cancelled);
+        let turned = self.state.buyers.deactivate(&user_id, id, Ended::Cancelled);
         if turned.unwrap_or(moved_the_row)
-            && let Some(sku) = self.ledger.catalogue.by_number(units.sku)
+            && let Some(sku) = self.state.catalogue.by_number(units.sku)
         {
             sku.counter().release(units.quantity);
         }

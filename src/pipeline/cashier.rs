@@ -166,7 +166,7 @@ impl Cashier {
                     };
                 }
             }
-            if self.parts.settler.parts.ledger.poison.is_set() {
+            if self.parts.settler.parts.state.poison.is_set() {
                 return;
             }
         }
@@ -175,13 +175,13 @@ impl Cashier {
     /// One part of the work on orphans that is due. True: there is more of it.
     async fn look(&mut self) -> Result<bool, StoreError> {
         self.parts.settler.forget_landed();
-        let ledger = &self.parts.settler.parts.ledger;
-        ledger.orphans.forget_expected(ledger.ids.real_now());
+        let state = &self.parts.settler.parts.state;
+        state.orphans.forget_expected(state.ids.real_now());
         self.look_at_orphans().await
     }
 
     async fn serve(&mut self, request: Request) {
-        let now = self.parts.settler.parts.ledger.ids.real_now();
+        let now = self.parts.settler.parts.state.ids.real_now();
         match request {
             Request::Refund(order_id, note, answer) => {
                 let _ = answer.send(self.refund(order_id, &note).await);
@@ -192,7 +192,7 @@ impl Cashier {
                     Err(error) => Err(error),
                 };
                 if let Ok(Closed::Done(Some(order_id))) = &closed {
-                    self.parts.settler.parts.ledger.orphans.remove(*order_id);
+                    self.parts.settler.parts.state.orphans.remove(*order_id);
                 }
                 let _ = answer.send(closed);
             }
@@ -208,8 +208,8 @@ impl Cashier {
         note: &RefundNote,
     ) -> Result<Recorded, StoreError> {
         let settler = &mut self.parts.settler;
-        let now = settler.parts.ledger.ids.real_now();
-        settler.parts.ledger.recent.forget(order_id);
+        let now = settler.parts.state.ids.real_now();
+        settler.parts.state.recent_orders.forget(order_id);
         let (moving, writer) = settler.writer().await?;
         let recorded = writer.record_refund(order_id, note, now).await?;
         if let Recorded::Done(Some(moved)) = &recorded {

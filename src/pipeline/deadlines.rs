@@ -7,36 +7,36 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::WakeAll;
-use super::ledger::Ledger;
 use crate::metrics::Metrics;
+use crate::state::State;
 
 /// How late a deadline may be noticed: the "small bound" of I6.
 const TICK: Duration = Duration::from_millis(20);
 
 /// Runs until it is dropped.
-pub async fn keep(ledger: Arc<Ledger>, wake_all: WakeAll, metrics: Metrics) {
+pub async fn keep(state: Arc<State>, wake_all: WakeAll, metrics: Metrics) {
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tick.tick().await;
-        ledger.pace.refresh();
-        look_at_progress(&ledger);
-        expire(&ledger, &wake_all, &metrics, Instant::now());
+        state.throughput.refresh();
+        look_at_progress(&state);
+        expire(&state, &wake_all, &metrics, Instant::now());
     }
 }
 
 /// Whether any order waits for a worker. Parked ones wait for a person, and elsewhere.
-pub fn look_at_progress(ledger: &Ledger) {
-    ledger.progress.look(ledger.pending.in_flight() > 0);
+pub fn look_at_progress(state: &State) {
+    state.progress.look(state.pending.in_flight() > 0);
 }
 
 /// One look at the clock.
-pub fn expire(ledger: &Ledger, wake_all: &WakeAll, metrics: &Metrics, now: Instant) {
+pub fn expire(state: &State, wake_all: &WakeAll, metrics: &Metrics, now: Instant) {
     let mut wakers = Vec::new();
-    for pending in ledger.pending.due(now) {
-        if pending.is_overdue(now) && ledger.abandon(&pending) {
+    for pending in state.pending.due(now) {
+        if pending.is_overdue(now) && state.abandon(&pending) {
             metrics.orders_abandoned.inc();
-            ledger.progress.given_up();
+            state.progress.given_up();
         }
         pending.slot.take_wakers(|waker| wakers.push(waker));
     }

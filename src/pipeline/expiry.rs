@@ -1,7 +1,7 @@
 //! Orders that were not paid in time: their units come back in the database and in memory, within
 //! two seconds of falling due and what is due before them. A task and a connection of their own.
 //!
-//! Which ids to look at and when is kept by `state::unpaid`; due is what Millrace's own monotonic
+//! Which ids to look at and when is kept by `state::expiry_index`; due is what Millrace's own monotonic
 //! clock says (I10). A payment and an expiry lock the order's row: one wins, the other sees it.
 //!
 //! ```text
@@ -23,7 +23,7 @@ use super::cashier::PAUSE;
 use super::settler::Settler;
 use crate::faults::bug;
 use crate::order::{IdRange, OrderId, SkuNumber, UnixMillis};
-use crate::state::unpaid::{Due, Nearness, Ranges};
+use crate::state::expiry_index::{Due, Nearness, Ranges};
 use crate::store::StoreError;
 use crate::store::settlement::expiry::Overdue;
 
@@ -133,7 +133,7 @@ impl Expiry {
                     Some(if error.is_overlong() { LOOK } else { PAUSE })
                 }
             };
-            if self.settler.parts.ledger.poison.is_set() {
+            if self.settler.parts.state.poison.is_set() {
                 return;
             }
             match pause {
@@ -145,8 +145,8 @@ impl Expiry {
 
     /// One look or one transaction. True: there is more to do.
     async fn step(&mut self) -> Result<bool, StoreError> {
-        let ledger = &self.settler.parts.ledger;
-        let now = UnixMillis(ledger.ids.real_now().0 - GRACE_MS as i64);
+        let state = &self.settler.parts.state;
+        let now = UnixMillis(state.ids.real_now().0 - GRACE_MS as i64);
         self.settler.forget_landed();
         self.take_due(now);
         self.note_backlog(now);
@@ -177,7 +177,7 @@ impl Expiry {
             self.since = None;
         }
         while self.work.ranges.len() < RANGES_MAX
-            && let Some(Due { ids, since }) = self.settler.parts.ledger.unpaid.take_due(now)
+            && let Some(Due { ids, since }) = self.settler.parts.state.expiry_index.take_due(now)
         {
             self.since = self.since.or(Some(since));
             // As they are: not one row between two of them is read.
@@ -186,7 +186,7 @@ impl Expiry {
     }
 
     fn note_backlog(&self, now: UnixMillis) {
-        let next = self.settler.parts.ledger.unpaid.next_due();
+        let next = self.settler.parts.state.expiry_index.next_due();
         let since = self.since.or(next).unwrap_or(now);
         let payments = &self.settler.parts.metrics.payments;
         let backlog_ms = (now.0 - since.0).max(0);
@@ -304,11 +304,11 @@ impl Expiry {
     /// Expires orders, in the database and in memory. Those that could not be had now, and those
     /// that were paid in time, are noted for later.
     async fn expire(&mut self, part: &[Overdue], now: UnixMillis) -> Result<(), StoreError> {
-        let ledger = &self.settler.parts.ledger;
-        let with_orphans = !ledger.orphans.is_empty();
+        let state = &self.settler.parts.state;
+        let with_orphans = !state.orphans.is_empty();
         let paid = |one: &Overdue| {
             with_orphans
-                && ledger.orphans.paid_in_time(one.order_id, one.expires_at)
+                && state.orphans.paid_in_time(one.order_id, one.expires_at)
                 && !bug("expire_what_is_paid")
         };
         let ids: Vec<OrderId> = part
@@ -342,7 +342,7 @@ impl Expiry {
         left.retain(|id| done.next_if_eq(id).is_none());
         let later = now.plus_ms(AGAIN_MS);
         let left = left.into_iter().map(|id| (id, later));
-        self.settler.parts.ledger.unpaid.note(left);
+        self.settler.parts.state.expiry_index.note(left);
         Ok(())
     }
 
@@ -378,7 +378,7 @@ impl Expiry {
         }
         self.defer_known();
         if is_long {
-            let known = self.settler.parts.ledger.catalogue.by_number(sku);
+            let known = self.settler.parts.state.catalogue.by_number(sku);
             let sku_id = known.map(|sku| sku.id.to_string()).unwrap_or_default();
             tracing::error!(
                 sku_id, reason = %error,
@@ -446,12 +446,12 @@ impl Expiry {
         let (moving, writer) = self.settler.writer().await?;
         drop(moving);
         let changes = writer.unpaid_changes().await?;
-        let ledger = &self.settler.parts.ledger;
+        let state = &self.settler.parts.state;
         let deferred = self.deferred.values().filter_map(|one| one.work.least());
         let least = deferred
             .chain(self.work.least())
-            .chain(ledger.unpaid.least())
-            .chain([ledger.ids.window_floor(self.window_ms)])
+            .chain(state.expiry_index.least())
+            .chain([state.ids.window_floor(self.window_ms)])
             .min();
         let Some(least) = least else {
             return Ok(None);

@@ -13,15 +13,15 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::task::Waker;
 use std::time::{Duration, Instant};
 
-use super::ledger::Ledger;
 use super::rate_limit::RateLimits;
 use crate::config::RateLimit;
 use crate::faults::bug;
 use crate::order::{KeyHash, Order, OrderId, PayloadHash, Quantity, Refusal, SkuId, UserId};
 use crate::queue::{NotDurable, OrderQueue};
-use crate::state::buyers::{Claimed, Remembered, Sticky};
+use crate::state::State;
+use crate::state::buyers::{BuyerOrder, Claimed, Sticky};
 use crate::state::pending::PendingOrder;
-use crate::state::refusals::Refusals;
+use crate::state::sticky_refusals::StickyRefusals;
 
 /// What a client asks for, every member checked on its own.
 #[derive(Clone, Debug)]
@@ -68,7 +68,7 @@ const DRAINING: u8 = 2;
 /// The way in.
 #[derive(Debug)]
 pub struct Intake {
-    ledger: Arc<Ledger>,
+    state: Arc<State>,
     queue: Arc<dyn OrderQueue>,
     rate_limits: RateLimits,
     payment_ttl_ms: u64,
@@ -77,9 +77,9 @@ pub struct Intake {
 
 impl Intake {
     /// An intake that refuses with `not_ready` until it is opened.
-    pub fn new(ledger: Arc<Ledger>, queue: Arc<dyn OrderQueue>, payment_ttl_ms: u64) -> Self {
+    pub fn new(state: Arc<State>, queue: Arc<dyn OrderQueue>, payment_ttl_ms: u64) -> Self {
         Intake {
-            ledger,
+            state,
             queue,
             rate_limits: RateLimits::new(&RateLimit::default()),
             payment_ttl_ms,
@@ -113,7 +113,7 @@ impl Intake {
     /// # Errors
     /// The refusal that a client gets otherwise.
     pub fn check_open(&self) -> Result<(), Refusal> {
-        if self.ledger.poison.is_set() {
+        if self.state.poison.is_set() {
             return Err(Refusal::NotReady);
         }
         match self.gate.load(Ordering::Acquire) {
@@ -140,7 +140,7 @@ impl Intake {
         if ahead < PROBE_ORDERS {
             return Ok(());
         }
-        let expected_ms = self.ledger.pace.wait_ms(ahead);
+        let expected_ms = self.state.throughput.wait_ms(ahead);
         let bearable_ms = u64::try_from(wait.as_millis() / 2).unwrap_or(u64::MAX);
         match expected_ms.saturating_sub(bearable_ms) {
             0 => Ok(()),
@@ -176,12 +176,12 @@ impl Intake {
             None => self.check_wait(request.wait).map(|()| None),
         };
         // Whoever comes again under the same key is answered also without a new id.
-        let (id, room) = match self.ledger.ids.next_at(now) {
+        let (id, room) = match self.state.ids.next_at(now) {
             Ok(id) => (id, room),
             Err(_) => (OrderId::MAX, Err(Refusal::NotReady)),
         };
         let sku = self
-            .ledger
+            .state
             .catalogue
             .get(&request.sku_id)
             .ok_or(Refusal::UnknownSku)?;
@@ -200,7 +200,7 @@ impl Intake {
             request.adjustment,
             request.attributes,
         );
-        let remembered = Remembered {
+        let remembered = BuyerOrder {
             order_id: id,
             key,
             payload,
@@ -208,7 +208,7 @@ impl Intake {
             quantity: request.quantity,
             ended: None,
         };
-        let window = if self.ledger.catalogue.is_paused() {
+        let window = if self.state.catalogue.is_paused() {
             Err(Refusal::SalePaused)
         } else {
             sku.window_now()
@@ -218,15 +218,15 @@ impl Intake {
 
         let duplicate = |id| Admission::Duplicate {
             id,
-            pending: self.ledger.pending.get(id),
+            pending: self.state.pending.get(id),
         };
         let sticky = UnderKey {
-            refusals: &self.ledger.refusals,
+            refusals: &self.state.sticky_refusals,
             user_id: &request.user_id,
             key,
             payload,
         };
-        let buyers = &self.ledger.buyers;
+        let buyers = &self.state.buyers;
         let (limit, available) = (terms.per_user_limit, sku.counter().free());
         let possible = if available < request.quantity.get() && !bug("hold_without_checking") {
             Err(Refusal::SoldOut { available })
@@ -250,7 +250,7 @@ impl Intake {
             Err(refusal) => return Err(claim.refuse(refusal, &sticky)),
         };
         // By the clock that judges whether it is late.
-        let created_at = self.ledger.ids.real_at(now);
+        let created_at = self.state.ids.real_at(now);
         let order = Order {
             id,
             sku: sku.number,
@@ -273,8 +273,8 @@ impl Intake {
             None => PendingOrder::new(order, deadline, waker.cloned()),
         });
         // Registered before a worker can see it, so that it is settled in the map it is in.
-        self.ledger.pending.insert(&pending);
-        self.ledger.pending.wake_by(&pending, deadline);
+        self.state.pending.insert(&pending);
+        self.state.pending.wake_by(&pending, deadline);
         // From here on whoever settles the order accounts for both: being registered, it may be
         // past its deadline and given up already.
         hold.keep();
@@ -286,7 +286,7 @@ impl Intake {
         if let Err(rejected) = handed_over {
             // The slot decides who undoes it, so that its units come back once; and a duplicate
             // that waits for it already is told.
-            let _ = self.ledger.abandon(&pending) || self.ledger.refuse(&pending);
+            let _ = self.state.abandon(&pending) || self.state.refuse(&pending);
             pending.slot.take_wakers(Waker::wake);
             return Err(if rejected.closed {
                 Refusal::Draining
@@ -300,7 +300,7 @@ impl Intake {
 
 /// What was refused for good under a request's key.
 struct UnderKey<'a> {
-    refusals: &'a Refusals,
+    refusals: &'a StickyRefusals,
     user_id: &'a UserId,
     key: Option<KeyHash>,
     payload: PayloadHash,

@@ -16,8 +16,8 @@ use std::time::Duration;
 
 use tokio::sync::Mutex;
 
-use super::ledger::Ledger;
 use crate::queue::journal::JournalQueue;
+use crate::state::State;
 use crate::store::StoreError;
 use crate::store::postgres::NodeLease;
 use crate::store::postgres::lease::{ID_LEASE_MS, NodeGuard};
@@ -89,7 +89,7 @@ pub struct Leases {
     /// Who this process is.
     pub lease: NodeLease,
     /// Whose ids they are.
-    pub ledger: Arc<Ledger>,
+    pub state: Arc<State>,
     /// The right to acknowledge.
     pub acknowledge: Arc<AcknowledgeLease>,
     /// The queue, where it is a journal.
@@ -107,14 +107,14 @@ impl Leases {
     }
 
     async fn renew_on(&self, guard: &mut NodeGuard) -> Result<(), StoreError> {
-        let until = self.ledger.ids.now().plus_ms(ID_LEASE_MS);
+        let until = self.state.ids.now().plus_ms(ID_LEASE_MS);
         let asked_at = now_ms();
         let others_wait_ms = waited_ms(self.acknowledge.lease_ms);
         let renewed = guard.renew(self.lease, until, others_wait_ms).await;
         match renewed {
             Ok(()) => {
                 self.acknowledge.renew(asked_at);
-                self.ledger.ids.extend_lease(until);
+                self.state.ids.extend_lease(until);
                 Ok(())
             }
             Err(error @ StoreError::Fenced { .. }) => {
@@ -125,7 +125,7 @@ impl Leases {
                 if let Some(journal) = &self.journal
                     && journal.lease_ids(until).await
                 {
-                    self.ledger.ids.extend_lease(until);
+                    self.state.ids.extend_lease(until);
                 }
                 Err(error)
             }
@@ -147,7 +147,7 @@ pub async fn keep(leases: Leases) {
         match leases.renew_on(&mut guard).await {
             Ok(()) => {}
             Err(error @ StoreError::Fenced { .. }) => {
-                leases.ledger.poison.set(error.to_string());
+                leases.state.poison.set(error.to_string());
                 return;
             }
             Err(error) => {

@@ -1,8 +1,8 @@
 //! A purchase limit counts every live order, also those that memory has let go of: they are read
 //! from the database before a limit comes in force.
 
-use super::ledger::Ledger;
 use crate::order::{OrderId, SkuId};
+use crate::state::State;
 use crate::state::buyers::Counting;
 use crate::state::stock::SaleTerms;
 use crate::store::StoreError;
@@ -14,16 +14,16 @@ use crate::store::postgres::Database;
 /// # Errors
 /// What the database says. Nothing has changed then.
 pub(super) async fn count<'a>(
-    ledger: &'a Ledger,
+    state: &'a State,
     database: &Database,
     id: &SkuId,
     terms: &SaleTerms,
 ) -> Result<Option<Counting<'a>>, StoreError> {
     // A SKU that is yet to be made has no orders.
-    let sku = ledger.catalogue.get(id);
-    let needed = sku.filter(|_| terms.need_units(ledger.ids.real_now()));
+    let sku = state.catalogue.get(id);
+    let needed = sku.filter(|_| terms.need_units(state.ids.real_now()));
     let Some(sku) = needed else { return Ok(None) };
-    let counting = ledger.buyers.counting(sku.number);
+    let counting = state.buyers.counting(sku.number);
     if !counting.is_complete() {
         let skus = [sku.number];
         let (mut orders, started) = (0_u64, std::time::Instant::now());

@@ -13,10 +13,10 @@ use std::time::Duration;
 
 use tokio::sync::Mutex;
 
-use super::ledger::Ledger;
 use super::limits;
 use super::operator::{Retried, check_number, set_total};
 use crate::order::SkuId;
+use crate::state::State;
 use crate::state::stock::SaleTerms;
 use crate::store::StoreError;
 use crate::store::postgres::Database;
@@ -36,7 +36,7 @@ pub(super) enum LostAnswer {
 /// Finds out what came of them.
 #[derive(Clone, Debug)]
 pub(super) struct LostAnswers {
-    ledger: Arc<Ledger>,
+    state: Arc<State>,
     database: Database,
     /// Held by whoever changes terms, before the turn.
     changing_terms: Arc<Mutex<()>>,
@@ -55,13 +55,13 @@ struct Open {
 
 impl LostAnswers {
     pub(super) fn new(
-        ledger: Arc<Ledger>,
+        state: Arc<State>,
         database: Database,
         changing_terms: Arc<Mutex<()>>,
         turn: Arc<Mutex<HashMap<i64, Retried>>>,
     ) -> Self {
         LostAnswers {
-            ledger,
+            state,
             database,
             changing_terms,
             turn,
@@ -126,7 +126,7 @@ impl LostAnswers {
             if let Some(row) = self.database.settled_sku(id).await? {
                 // A limit that was stored comes in force as one that was answered does.
                 let terms = SaleTerms::clone(&row.terms());
-                _counting = limits::count(&self.ledger, &self.database, id, &terms).await?;
+                _counting = limits::count(&self.state, &self.database, id, &terms).await?;
             }
         }
         let mut turn = self.turn.lock().await;
@@ -141,12 +141,12 @@ impl LostAnswers {
         lost: &LostAnswer,
         retries: &mut HashMap<i64, Retried>,
     ) -> Result<(), StoreError> {
-        let catalogue = &self.ledger.catalogue;
+        let catalogue = &self.state.catalogue;
         match lost {
             LostAnswer::Sku(id) => {
                 match (catalogue.get(id), self.database.settled_sku(id).await?) {
                     (None, Some(row)) => {
-                        check_number(&self.ledger, &row)?;
+                        check_number(&self.state, &row)?;
                         catalogue.add([row]);
                     }
                     (Some(sku), Some(row)) => {
@@ -162,7 +162,7 @@ impl LostAnswers {
             LostAnswer::DeadLetter(id) => {
                 let is_open = self.database.settled_dead_letter_is_open(*id).await?;
                 match retries.remove(id) {
-                    Some(retried) if !is_open => retried.revived(&self.ledger),
+                    Some(retried) if !is_open => retried.revived(&self.state),
                     // Its units come back: the order is as dead as it was.
                     Some(_) | None => {}
                 }

@@ -1,5 +1,5 @@
 //! The flow of an order: [`intake`] holds stock and queues, [`worker`] writes and settles ([`crew`] says which),
-//! [`deadlines`] gives up what nobody claimed in time. [`ledger`] is what they share: every way in
+//! [`deadlines`] gives up what nobody claimed in time. [`crate::state::State`] is what they share: every way in
 //! which an order in flight can end, and what memory owes for each. [`operator`] ([`pauses`] in an emergency) and [`audit`] are
 //! an operator's hands and eyes; `limits` reads what a new purchase limit has to count. What happens to an order after its row is there is the work of three [`settler`]s:
 //! [`callbacks`] of payment providers, [`cashier`] (orphan payments, which is `reconciler`, and refunds), [`expiry`].
@@ -18,7 +18,6 @@ pub mod expiry;
 pub mod health;
 pub mod intake;
 pub mod lease;
-pub mod ledger;
 mod limits;
 mod lost_answers;
 pub mod operator;

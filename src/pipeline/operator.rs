@@ -8,12 +8,12 @@ use std::sync::Arc;
 use tokio::sync::Mutex;
 
 use super::cashier::CashierDesk;
-use super::ledger::Ledger;
 use super::limits;
 use super::lost_answers::{LostAnswer, LostAnswers};
 use super::parking::ParkingDesk;
 use super::pauses::Pauses;
 use crate::order::{OrderId, Quantity, Refusal, SkuId, UnixMillis, UserId};
+use crate::state::State;
 use crate::state::buyers::LiveOrder;
 use crate::state::stock::{BelowCommitted, Hold, SaleTerms, Sku};
 use crate::store::StoreError;
@@ -88,7 +88,7 @@ pub enum OperatorError {
 /// Carries out operators' requests, one at a time; pauses at once.
 #[derive(Debug)]
 pub struct Operator {
-    ledger: Arc<Ledger>,
+    state: Arc<State>,
     database: Database,
     lease: NodeLease,
     cashier: CashierDesk,
@@ -113,13 +113,13 @@ pub(super) struct Retried {
 
 impl Retried {
     /// A dead letter's order is a row, to be paid: its units stay held, and it counts again.
-    pub(super) fn revived(self, ledger: &Ledger) {
+    pub(super) fn revived(self, state: &State) {
         self.hold.keep();
         let until = (self.order.order_id, self.expires_at);
-        ledger.unpaid.note([until]);
+        state.expiry_index.note([until]);
         if let Ok(user_id) = UserId::new(&self.user_id) {
-            let is_limited = |sku| ledger.is_limited(sku);
-            ledger.buyers.live_again(&user_id, self.order, is_limited);
+            let is_limited = |sku| state.is_limited(sku);
+            state.buyers.reactivate(&user_id, self.order, is_limited);
         }
     }
 }
@@ -138,7 +138,7 @@ pub struct Put {
 impl Operator {
     /// An operator's hands on this state and this database.
     pub fn new(
-        ledger: Arc<Ledger>,
+        state: Arc<State>,
         database: Database,
         lease: NodeLease,
         cashier: CashierDesk,
@@ -149,13 +149,13 @@ impl Operator {
         let one_at_a_time = Arc::new(Mutex::new(HashMap::new()));
         let changing_terms = Arc::default();
         let lost = LostAnswers::new(
-            Arc::clone(&ledger),
+            Arc::clone(&state),
             database.clone(),
             Arc::clone(&changing_terms),
             Arc::clone(&one_at_a_time),
         );
         Operator {
-            ledger,
+            state,
             database,
             lease,
             cashier,
@@ -184,14 +184,14 @@ impl Operator {
     ) -> Result<Put, OperatorError> {
         let _changing = self.changing_terms.lock().await;
         // Until the terms are in force.
-        let _counting = limits::count(&self.ledger, &self.database, id, &terms).await?;
+        let _counting = limits::count(&self.state, &self.database, id, &terms).await?;
         let _turn = self.one_at_a_time.lock().await;
-        let Some(sku) = self.ledger.catalogue.get(id) else {
+        let Some(sku) = self.state.catalogue.get(id) else {
             let made = self.database.put_sku(self.lease, id, &terms, total).await;
             self.lost.note(&made, LostAnswer::Sku(id.clone()));
             let made = made?;
-            check_number(&self.ledger, &made)?;
-            self.ledger.catalogue.add([made]);
+            check_number(&self.state, &made)?;
+            self.state.catalogue.add([made]);
             return Ok(Put {
                 sku: self.known(id)?,
                 is_new: true,
@@ -202,7 +202,7 @@ impl Operator {
             self.database
                 .put_sku(self.lease, id, &terms, total)
                 .await
-                .and_then(|made| check_number(&self.ledger, &made))
+                .and_then(|made| check_number(&self.state, &made))
         };
         let mut changed = sku.terms().differing(&terms);
         if sku.counter().snapshot().total != total {
@@ -355,18 +355,18 @@ impl Operator {
                 if matches!(error, OperatorError::UnknownDeadLetter(_)) {
                     turn.remove(&id)
                         .into_iter()
-                        .for_each(|retried| retried.revived(&self.ledger));
+                        .for_each(|retried| retried.revived(&self.state));
                 }
                 return Err(error);
             }
         };
         let sku = self
-            .ledger
+            .state
             .catalogue
             .by_number(letter.sku)
             .ok_or(OperatorError::UnknownDeadLetter(id))?;
         let quantity = Quantity::new(letter.quantity).unwrap_or(Quantity::ONE);
-        let expires_at = self.ledger.ids.real_now().plus_ms(self.payment_ttl_ms);
+        let expires_at = self.state.ids.real_now().plus_ms(self.payment_ttl_ms);
         let earlier = turn.remove(&id);
         let is_again = earlier.is_some();
         let hold = match earlier {
@@ -388,7 +388,9 @@ impl Operator {
             expires_at,
         };
         // Known before it is a row: no start is told to begin above it.
-        self.ledger.unpaid.note([(letter.order_id, expires_at)]);
+        self.state
+            .expiry_index
+            .note([(letter.order_id, expires_at)]);
         let written = self
             .database
             .revive_dead_letter(self.lease, id, expires_at)
@@ -407,7 +409,7 @@ impl Operator {
             }
             Err(error) => return Err(OperatorError::RefusedAgain(error.to_string())),
         }
-        retried.revived(&self.ledger);
+        retried.revived(&self.state);
         tracing::info!(order_id = %letter.order_id, "an operator has retried a dead letter; its row is written");
         Ok(letter)
     }
@@ -452,7 +454,7 @@ impl Operator {
     }
 
     fn known(&self, id: &SkuId) -> Result<Arc<Sku>, OperatorError> {
-        let sku = self.ledger.catalogue.get(id);
+        let sku = self.state.catalogue.get(id);
         sku.ok_or_else(|| OperatorError::UnknownSku(id.clone()))
     }
 }
@@ -467,8 +469,8 @@ pub(super) fn set_total(sku: &Sku, total: u32) -> Result<(), OperatorError> {
 /// Stops the process where the database knows a SKU by another number than memory: it has
 /// forgotten SKUs since the start, in a failover, and whatever is written by number from now on
 /// would be of another SKU.
-pub(super) fn check_number(ledger: &Ledger, made: &Sku) -> Result<(), StoreError> {
-    let catalogue = &ledger.catalogue;
+pub(super) fn check_number(state: &State, made: &Sku) -> Result<(), StoreError> {
+    let catalogue = &state.catalogue;
     let known = catalogue.get(&made.id);
     let is_another = |known: &Arc<Sku>| known.id != made.id;
     if known.is_none_or(|known| known.number == made.number)
@@ -482,6 +484,6 @@ pub(super) fn check_number(ledger: &Ledger, made: &Sku) -> Result<(), StoreError
         "the database knows {} by number {}, which is not its number in memory: it has lost SKUs; start again",
         made.id, made.number.0
     );
-    ledger.poison.set(reason.clone());
+    state.poison.set(reason.clone());
     Err(StoreError::Data(reason))
 }

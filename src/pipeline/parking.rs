@@ -19,9 +19,9 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
 
-use super::ledger::Ledger;
 use crate::metrics::Metrics;
 use crate::order::{Ended, Order, OrderStatus, SkuNumber, UnixMillis};
+use crate::state::State;
 use crate::state::stock::{Refused, Sku};
 use crate::store::StoreError;
 use crate::store::batch::{BatchWriter, WriteError};
@@ -67,7 +67,7 @@ impl ParkingDesk {
 
 /// The task.
 pub struct Parking {
-    ledger: Arc<Ledger>,
+    state: Arc<State>,
     database: Database,
     lease: NodeLease,
     writer: BatchWriter,
@@ -107,7 +107,7 @@ enum Part {
 impl Parking {
     /// The task, and the way to it.
     pub fn new(
-        ledger: Arc<Ledger>,
+        state: Arc<State>,
         database: Database,
         lease: NodeLease,
         writer: BatchWriter,
@@ -115,7 +115,7 @@ impl Parking {
     ) -> (ParkingDesk, Parking) {
         let (sender, requests) = mpsc::channel(REQUESTS_MAX);
         let parking = Parking {
-            ledger,
+            state,
             database,
             lease,
             writer,
@@ -130,9 +130,9 @@ impl Parking {
 
     /// Works until the future is dropped, or this process may not write any more.
     pub async fn run(mut self) {
-        let ledger = Arc::clone(&self.ledger);
+        let state = Arc::clone(&self.state);
         let parked = |sku: &Arc<Sku>| sku.fault().refused().map_or(0, |refused| refused.parked);
-        let parked: u64 = ledger.catalogue.all().iter().map(parked).sum();
+        let parked: u64 = state.catalogue.all().iter().map(parked).sum();
         self.metrics.orders_parked.add(parked as i64);
         loop {
             tokio::select! {
@@ -146,13 +146,13 @@ impl Parking {
                 }
                 () = tokio::time::sleep(LOOK) => {}
             }
-            if self.ledger.catalogue.has_faults()
+            if self.state.catalogue.has_faults()
                 && let Err(error) = self.look().await
             {
                 self.note_failure(&error);
                 tokio::time::sleep(PAUSE).await;
             }
-            if self.ledger.poison.is_set() {
+            if self.state.poison.is_set() {
                 return;
             }
         }
@@ -160,7 +160,7 @@ impl Parking {
 
     fn note_failure(&self, error: &StoreError) {
         if error.is_final() {
-            self.ledger.poison.set(error.to_string());
+            self.state.poison.set(error.to_string());
         } else {
             tracing::warn!(reason = %error, "parked orders wait; it is tried again");
         }
@@ -168,7 +168,7 @@ impl Parking {
 
     /// An operator does not want to wait.
     async fn retry(&mut self, number: SkuNumber) -> Result<Option<Refused>, StoreError> {
-        let Some(sku) = self.ledger.catalogue.by_number(number) else {
+        let Some(sku) = self.state.catalogue.by_number(number) else {
             return Ok(None);
         };
         while sku.is_faulted() {
@@ -186,7 +186,7 @@ impl Parking {
             self.next_expiry = Instant::now() + EXPIRE;
             self.expire().await?;
         }
-        let skus = self.ledger.catalogue.all();
+        let skus = self.state.catalogue.all();
         for sku in skus.iter().filter(|sku| sku.is_faulted()) {
             let now = Instant::now();
             let (at, pause) = *self.due.entry(sku.number).or_insert((now, RETRY_MIN));
@@ -226,7 +226,7 @@ impl Parking {
                 }
                 return self.resume(sku, seen).await;
             }
-            let now = self.ledger.ids.real_now();
+            let now = self.state.ids.real_now();
             let rows: Vec<(&Order, OrderStatus)> = part
                 .iter()
                 .map(|order| (order, self.status_at(order, now)))
@@ -272,7 +272,7 @@ impl Parking {
             );
         }
         self.count(sku, 0);
-        if !self.ledger.catalogue.clear_fault(sku, seen) {
+        if !self.state.catalogue.clear_fault(sku, seen) {
             return Ok(Tried::More);
         }
         self.due.remove(&sku.number);
@@ -286,7 +286,7 @@ impl Parking {
     }
 
     fn status_at(&self, order: &Order, now: UnixMillis) -> OrderStatus {
-        if self.ledger.is_late(order, now) {
+        if self.state.is_late(order, now) {
             OrderStatus::Expired
         } else {
             OrderStatus::PendingPayment
@@ -297,7 +297,7 @@ impl Parking {
     /// succeeds whatever ails those.
     async fn expire(&mut self) -> Result<(), StoreError> {
         for _ in 0..PARTS {
-            let now = self.ledger.ids.real_now();
+            let now = self.state.ids.real_now();
             let part = self.database.parked_due(now, self.expiry_at, PART as i64);
             let part = part.await?;
             let Some(last) = part.last() else {
@@ -345,10 +345,10 @@ impl Parking {
             .iter()
             .filter(|(_, status)| *status == OrderStatus::PendingPayment);
         let until = payable.map(|(order, _)| (order.id, order.expires_at));
-        self.ledger.unpaid.note(until);
+        self.state.expiry_index.note(until);
         for (order, status) in rows {
             if *status == OrderStatus::Expired {
-                self.ledger.ended(order, Ended::Expired);
+                self.state.ended(order, Ended::Expired);
             }
             self.left(order);
         }
@@ -370,7 +370,7 @@ impl Parking {
             {
                 tracing::error!(order_id = %order.id, sqlstate, reason, "the database refused a parked order; it is a dead letter now");
                 self.metrics.dead_letters.inc();
-                self.ledger.ended(order, Ended::Failed);
+                self.state.ended(order, Ended::Failed);
                 self.left(order);
             }
         }
@@ -378,7 +378,7 @@ impl Parking {
     }
 
     fn left(&self, order: &Order) {
-        if let Some(sku) = self.ledger.catalogue.by_number(order.sku) {
+        if let Some(sku) = self.state.catalogue.by_number(order.sku) {
             sku.fault().unparked(1);
         }
         self.metrics.orders_parked.dec();
@@ -394,17 +394,17 @@ const START: (UnixMillis, i64) = (UnixMillis(0), 0);
 /// # Errors
 /// Where the database does not answer.
 pub async fn recount(
-    ledger: &Ledger,
+    state: &State,
     database: &Database,
     metrics: &Metrics,
 ) -> Result<(), StoreError> {
     let parked = database.parked_by_sku().await?;
     for (number, parked) in parked {
-        let Some(sku) = ledger.catalogue.by_number(number) else {
+        let Some(sku) = state.catalogue.by_number(number) else {
             continue;
         };
         if !sku.is_faulted() {
-            ledger.catalogue.set_fault(&sku, FOUND, 1);
+            state.catalogue.set_fault(&sku, FOUND, 1);
         }
         let change = sku.fault().set_parked(parked.orders);
         metrics.orders_parked.add(change);

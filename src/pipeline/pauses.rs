@@ -9,9 +9,9 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-use super::ledger::Ledger;
 use crate::faults::bug;
 use crate::order::SkuNumber;
+use crate::state::State;
 use crate::state::stock::Sku;
 use crate::store::StoreError;
 use crate::store::postgres::{Database, NodeLease};
@@ -29,7 +29,7 @@ enum Target {
 /// Pauses and resumes sales.
 #[derive(Debug)]
 pub struct Pauses {
-    ledger: Arc<Ledger>,
+    state: Arc<State>,
     database: Database,
     lease: NodeLease,
     /// Of every SKU that was ever paused or resumed, and, under `None`, of everything.
@@ -56,9 +56,9 @@ struct Wanted {
 
 impl Pauses {
     /// Those of this state. Nobody else may use the pool of `database`.
-    pub fn new(ledger: Arc<Ledger>, database: Database, lease: NodeLease) -> Self {
+    pub fn new(state: Arc<State>, database: Database, lease: NodeLease) -> Self {
         Pauses {
-            ledger,
+            state,
             database,
             lease,
             switches: Mutex::default(),
@@ -151,14 +151,14 @@ impl Pauses {
     fn put_in_force(&self, target: &Target, paused: bool) {
         match target {
             Target::Sku(sku) => sku.set_paused(paused),
-            Target::Everything => self.ledger.catalogue.set_paused(paused),
+            Target::Everything => self.state.catalogue.set_paused(paused),
         }
     }
 
     fn is_in_force(&self, target: &Target) -> bool {
         match target {
             Target::Sku(sku) => sku.is_paused(),
-            Target::Everything => self.ledger.catalogue.is_paused(),
+            Target::Everything => self.state.catalogue.is_paused(),
         }
     }
 

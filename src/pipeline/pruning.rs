@@ -14,10 +14,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
-use super::ledger::Ledger;
 use crate::config::Retention;
 use crate::metrics::Metrics;
 use crate::order::{OrderId, UnixMillis};
+use crate::state::State;
 use crate::store::StoreError;
 use crate::store::postgres::pruning::{Part, PrunedPart, Pruner};
 use crate::store::postgres::{Database, NodeLease};
@@ -45,7 +45,7 @@ pub struct Pruning {
     /// Who this process is.
     pub lease: NodeLease,
     /// For its clock, and for how busy it is.
-    pub ledger: Arc<Ledger>,
+    pub state: Arc<State>,
     /// For how long rows are kept.
     pub settings: Retention,
     /// Raised before orders are deleted.
@@ -97,7 +97,7 @@ impl Pruning {
     pub async fn cycle(&self, rows: i64) -> Result<Pruned, StoreError> {
         let mut pruner = self.database.pruner(self.lease).await?;
         // Neither clock alone makes a row old.
-        let now = pruner.now().await?.min(self.ledger.ids.real_now());
+        let now = pruner.now().await?.min(self.state.ids.real_now());
         let mut pruned = Pruned::default();
         let counted = &self.metrics.pruned_rows;
         if let Some(cutoff) = before(now, self.settings.orders_days) {
@@ -131,7 +131,7 @@ impl Pruning {
             }
         }
         if let Some(cutoff) = before(now, self.settings.stock_log_days) {
-            for sku in self.ledger.catalogue.all() {
+            for sku in self.state.catalogue.all() {
                 let mut more = true;
                 while more {
                     let part = Part::Entries {
@@ -165,7 +165,7 @@ impl Pruning {
         rows: i64,
     ) -> Result<(u64, Option<i64>), StoreError> {
         let asked = Instant::now();
-        while self.ledger.pending.in_flight() > BUSY_IN_FLIGHT && asked.elapsed() < BUSY_MAX {
+        while self.state.pending.in_flight() > BUSY_IN_FLIGHT && asked.elapsed() < BUSY_MAX {
             tokio::time::sleep(BUSY_PAUSE).await;
         }
         loop {

@@ -21,7 +21,7 @@ use crate::faults::bug;
 use crate::order::payment::{PaymentState, RefundReason};
 use crate::order::receipt::ReceiptOrder;
 use crate::order::{Ended, Order, OrderId, Refusal, UnixMillis};
-use crate::state::buyers::{BuyerClaim, Claimed, NothingSticky, Remembered};
+use crate::state::buyers::{BuyerClaim, BuyerOrder, Claimed, NothingSticky};
 use crate::store::StoreError;
 use crate::store::postgres::payments::StoredPayment;
 
@@ -80,7 +80,7 @@ impl Cashier {
         self.signals().set_may_have_orphans(false);
         let counted = self.parts.settler.parts.database.open_payments().await;
         let open = counted.inspect_err(|_| self.signals().set_may_have_orphans(true))?;
-        let now = self.parts.settler.parts.ledger.ids.real_now();
+        let now = self.parts.settler.parts.state.ids.real_now();
         let age = |since: Option<UnixMillis>| {
             since.map_or(0.0, |since| (now.0 - since.0).max(0) as f64 / 1_000.0)
         };
@@ -113,7 +113,7 @@ impl Cashier {
         let database = &self.parts.settler.parts.database;
         let found = database.orphans_with_order(after, MATCH_MAX).await?;
         let full = found.len() as i64 == MATCH_MAX;
-        let pending = &self.parts.settler.parts.ledger.pending;
+        let pending = &self.parts.settler.parts.state.pending;
         let orders = found
             .iter()
             .filter_map(|one| Some((one.id, one.order_id?)))
@@ -160,9 +160,9 @@ impl Cashier {
             return Ok(false);
         }
         let settler = &mut self.parts.settler;
-        let now = settler.parts.ledger.ids.real_now();
+        let now = settler.parts.state.ids.real_now();
         for order_id in orders {
-            settler.parts.ledger.recent.forget(*order_id);
+            settler.parts.state.recent_orders.forget(*order_id);
         }
         let (moving, writer) = settler.writer().await?;
         let settlement = writer.meet(orders, now).await?;
@@ -173,7 +173,7 @@ impl Cashier {
 
     /// Looks for the orders of orphans that are due. True: more are due.
     async fn check_orphans(&mut self) -> Result<bool, StoreError> {
-        let now = self.parts.settler.parts.ledger.ids.real_now();
+        let now = self.parts.settler.parts.state.ids.real_now();
         let started = Instant::now();
         let due = self
             .parts
@@ -218,7 +218,7 @@ impl Cashier {
             .parts
             .settler
             .parts
-            .ledger
+            .state
             .ids
             .real_now()
             .plus_ms(pause_ms);
@@ -233,7 +233,7 @@ impl Cashier {
     /// Whether an order is on its way: queued, being written, in the journal, or parked.
     async fn is_in_flight(&self, id: Option<OrderId>) -> Result<bool, StoreError> {
         let Some(id) = id else { return Ok(false) };
-        if self.parts.settler.parts.ledger.pending.get(id).is_some() {
+        if self.parts.settler.parts.state.pending.get(id).is_some() {
             return Ok(true);
         }
         let queue = Arc::clone(&self.parts.queue);
@@ -245,7 +245,7 @@ impl Cashier {
         match found.await {
             Ok(None | Some(Ok(None))) => {
                 let parts = &self.parts.settler.parts;
-                Ok(parts.ledger.pending.get(id).is_some() || parts.database.is_parked(id).await?)
+                Ok(parts.state.pending.get(id).is_some() || parts.database.is_parked(id).await?)
             }
             Ok(Some(Ok(Some(_)))) => Ok(true),
             Ok(Some(Err(error))) => Err(StoreError::Data(format!("the journal: {error}"))),
@@ -270,8 +270,8 @@ impl Cashier {
 
     /// Its order was not found: recovers it, or leaves the payment for a refund.
     async fn decide(&mut self, payment: &StoredPayment) -> Result<(), StoreError> {
-        let now = self.parts.settler.parts.ledger.ids.real_now();
-        let ledger = Arc::clone(&self.parts.settler.parts.ledger);
+        let now = self.parts.settler.parts.state.ids.real_now();
+        let state = Arc::clone(&self.parts.settler.parts.state);
         let opened = payment.receipt.as_deref().map(|receipt| {
             self.parts
                 .receipts
@@ -285,7 +285,7 @@ impl Cashier {
             }
             // Its provider has garbled the order's id. Now it looks for its order as any other does.
             Some(Ok(receipt)) if payment.order_id.is_none() => {
-                ledger.orphans.insert(receipt.id, payment.paid_at);
+                state.orphans.insert(receipt.id, payment.paid_at);
                 let database = &self.parts.settler.parts.database;
                 return database.note_order(payment.id, receipt.id).await;
             }
@@ -308,7 +308,7 @@ impl Cashier {
             }
         }
         if let Some(id) = payment.order_id {
-            ledger.orphans.remove(id);
+            state.orphans.remove(id);
         }
         Ok(())
     }
@@ -322,11 +322,11 @@ impl Cashier {
         reason: RefundReason,
         now: UnixMillis,
     ) -> Result<(), StoreError> {
-        let ledger = Arc::clone(&self.parts.settler.parts.ledger);
-        let (buyers, user_id) = (&ledger.buyers, &order.user_id);
+        let state = Arc::clone(&self.parts.settler.parts.state);
+        let (buyers, user_id) = (&state.buyers, &order.user_id);
         let mut claim = None;
         if buyers.find(user_id, order.id).is_none() {
-            let remembered = Remembered::of(&order);
+            let remembered = BuyerOrder::of(&order);
             match buyers.claim(user_id, remembered, None, Ok(()), &NothingSticky) {
                 Ok(Claimed::Fresh(fresh)) => claim = Some(fresh),
                 // Somebody was faster in this very moment; the next look tells.
@@ -344,14 +344,14 @@ impl Cashier {
             return Ok(());
         }
         claim.into_iter().for_each(BuyerClaim::keep);
-        if buyers.no_longer_live(user_id, order.id, Ended::Cancelled) == Some(true)
+        if buyers.deactivate(user_id, order.id, Ended::Cancelled) == Some(true)
             && !is_claimed
-            && let Some(sku) = ledger.catalogue.by_number(order.sku)
+            && let Some(sku) = state.catalogue.by_number(order.sku)
         {
             sku.counter().release(order.quantity.get());
         }
-        ledger.recent.forget(order.id);
-        ledger.orphans.remove(order.id);
+        state.recent_orders.forget(order.id);
+        state.orphans.remove(order.id);
         self.note_refund(payment, reason);
         Ok(())
     }
@@ -376,8 +376,8 @@ impl Cashier {
 
     /// Holds what a receipt says against the payment and against what is known.
     fn decide_on(&self, payment: &StoredPayment, receipt: ReceiptOrder) -> Decision {
-        let ledger = &self.parts.settler.parts.ledger;
-        let Some(sku) = ledger.catalogue.in_receipt(receipt.sku) else {
+        let state = &self.parts.settler.parts.state;
+        let Some(sku) = state.catalogue.in_receipt(receipt.sku) else {
             return Decision::GiveUp(RefundReason::UnknownSku);
         };
         let order = Order {
@@ -396,7 +396,7 @@ impl Cashier {
             attributes: None,
         };
         // A failover may have lost the row of an order that memory knows, and its units are held.
-        let known = ledger.buyers.find(&order.user_id, order.id);
+        let known = state.buyers.find(&order.user_id, order.id);
         let held = known.is_some_and(|known| known.is_live());
         let late = payment.paid_at >= order.expires_at;
         if known.is_some() && !held && !late {
@@ -404,8 +404,8 @@ impl Cashier {
         }
         // Its buyer may have ordered again under the same key.
         let look = || {
-            let remembered = Remembered::of(&order);
-            ledger.buyers.under_key(&order.user_id, &remembered)
+            let remembered = BuyerOrder::of(&order);
+            state.buyers.under_key(&order.user_id, &remembered)
         };
         match if known.is_none() { look() } else { Ok(None) } {
             Ok(None) => {}
@@ -436,14 +436,14 @@ impl Cashier {
         held: bool,
         now: UnixMillis,
     ) -> Result<(), StoreError> {
-        let ledger = Arc::clone(&self.parts.settler.parts.ledger);
-        let Some(sku) = ledger.catalogue.by_number(order.sku) else {
+        let state = Arc::clone(&self.parts.settler.parts.state);
+        let Some(sku) = state.catalogue.by_number(order.sku) else {
             return Ok(());
         };
         let mut taken = None;
         if !held {
-            let buyers = &ledger.buyers;
-            let remembered = Remembered::of(&order);
+            let buyers = &state.buyers;
+            let remembered = BuyerOrder::of(&order);
             let claim = buyers.claim(&order.user_id, remembered, None, Ok(()), &NothingSticky);
             let (Ok(Claimed::Fresh(claim)), Ok(hold)) = (claim, sku.hold(order.quantity)) else {
                 // Somebody was faster in this very moment; the next look tells.
@@ -464,8 +464,8 @@ impl Cashier {
         if !bug("recover_without_holding") {
             sku.counter().sell(order.quantity.get());
         }
-        ledger.recent.forget(order.id);
-        ledger.orphans.remove(order.id);
+        state.recent_orders.forget(order.id);
+        state.orphans.remove(order.id);
         self.parts
             .settler
             .parts

@@ -14,7 +14,6 @@ use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc};
 
-use super::ledger::Ledger;
 use super::parking;
 use super::pruning::PrunedBelow;
 use super::replay::Replayer;
@@ -22,6 +21,7 @@ use crate::metrics::Metrics;
 use crate::order::{Ended, Order, OrderId, OrderStatus};
 use crate::queue::DurableQueue;
 use crate::queue::journal::JournalQueue;
+use crate::state::State;
 use crate::store::StoreError;
 use crate::store::batch::BatchWriter;
 use crate::store::postgres::{Database, NodeLease};
@@ -94,7 +94,7 @@ impl Watermarks {
 /// Notices lost commits and makes good what it can.
 pub struct Restorer {
     /// The state in memory.
-    pub ledger: Arc<Ledger>,
+    pub state: Arc<State>,
     /// The queue, where it is a journal.
     pub journal: Option<Arc<JournalQueue>>,
     /// The database.
@@ -143,7 +143,7 @@ impl Restorer {
                     );
                 }
                 Err(error) if error.is_final() => {
-                    self.ledger.poison.set(error.to_string());
+                    self.state.poison.set(error.to_string());
                     return;
                 }
                 Err(error) => {
@@ -201,8 +201,8 @@ impl Restorer {
     /// Ends again, as it ended, each order that the database believes to be payable: its units
     /// may be somebody else's by now, and both together would not fit.
     async fn end_again(&self) -> Result<(), StoreError> {
-        let ledger = Arc::clone(&self.ledger);
-        let ended = tokio::task::spawn_blocking(move || ledger.buyers.no_longer_live_ones()).await;
+        let state = Arc::clone(&self.state);
+        let ended = tokio::task::spawn_blocking(move || state.buyers.ended_orders()).await;
         let ended = ended.map_err(|panic| StoreError::Data(panic.to_string()))?;
         let mut again = 0;
         for part in ended.chunks(PART) {
@@ -231,7 +231,7 @@ impl Restorer {
         self.end_again().await?;
         replayer.forget_faults();
         let (parts, mut read) = mpsc::channel::<Vec<Order>>(1);
-        let (journal, mut recent) = (self.journal.clone(), self.ledger.recent.all());
+        let (journal, mut recent) = (self.journal.clone(), self.state.recent_orders.all());
         // So that each part is a short range of ids.
         recent.sort_by_key(|pending| pending.order.id);
         let pruned_below = self.pruned_below.load(Ordering::Acquire);
@@ -266,7 +266,7 @@ impl Restorer {
                 .iter()
                 .filter(|(_, status)| *status == OrderStatus::PendingPayment);
             let until = payable.map(|(order, _)| (order.id, order.expires_at));
-            self.ledger.unpaid.note(until);
+            self.state.expiry_index.note(until);
             for order in replayer.take_refused() {
                 self.give_back(&order);
             }
@@ -274,7 +274,7 @@ impl Restorer {
         // Orders that ended while their rows were being brought back.
         self.end_again().await?;
         // What was parked again, or is parked again because the database has forgotten that it was not.
-        parking::recount(&self.ledger, &self.database, &self.metrics).await?;
+        parking::recount(&self.state, &self.database, &self.metrics).await?;
         match reading.await {
             Ok(Ok(())) => {
                 self.release_lost().await?;
@@ -290,19 +290,19 @@ impl Restorer {
     /// in flight, nor in the journal. One that a payment waits for is recovered from its receipt.
     async fn release_lost(&self) -> Result<(), StoreError> {
         let panicked = |panic: tokio::task::JoinError| StoreError::Data(panic.to_string());
-        let ledger = Arc::clone(&self.ledger);
-        let live = tokio::task::spawn_blocking(move || ledger.buyers.live_ones()).await;
+        let state = Arc::clone(&self.state);
+        let live = tokio::task::spawn_blocking(move || state.buyers.live_orders()).await;
         let absent = self.database.absent_among(&live.map_err(panicked)?).await?;
         if absent.is_empty() {
             return Ok(());
         }
         tokio::time::sleep(SECOND_LOOK).await;
-        let (ledger, journal) = (Arc::clone(&self.ledger), self.journal.clone());
+        let (state, journal) = (Arc::clone(&self.state), self.journal.clone());
         let settled = tokio::task::spawn_blocking(move || -> std::io::Result<Vec<OrderId>> {
             let mut settled = Vec::new();
             for id in absent {
                 // In this sequence: it goes from memory to the disk at most once, and back at most once.
-                let in_memory = || ledger.pending.get(id).is_some();
+                let in_memory = || state.pending.get(id).is_some();
                 let on_disk = match &journal {
                     Some(journal) if !in_memory() => journal.find(id)?.is_some(),
                     _ => false,
@@ -322,23 +322,23 @@ impl Restorer {
             .await?
             .into_iter()
             .collect();
-        let ledger = Arc::clone(&self.ledger);
-        let known = tokio::task::spawn_blocking(move || ledger.buyers.live_among(&nowhere));
+        let state = Arc::clone(&self.state);
+        let known = tokio::task::spawn_blocking(move || state.buyers.live_among(&nowhere));
         let mut released = 0;
         for (user_id, order) in known.await.map_err(panicked)? {
-            if self.ledger.orphans.waits_for(order.order_id) {
+            if self.state.orphans.waits_for(order.order_id) {
                 continue;
             }
-            let turned =
-                self.ledger
-                    .buyers
-                    .no_longer_live(&user_id, order.order_id, Ended::Cancelled);
+            let turned = self
+                .state
+                .buyers
+                .deactivate(&user_id, order.order_id, Ended::Cancelled);
             if turned == Some(true)
-                && let Some(sku) = self.ledger.catalogue.by_number(order.sku)
+                && let Some(sku) = self.state.catalogue.by_number(order.sku)
             {
                 sku.counter().release(order.quantity.get());
             }
-            self.ledger.buyers.forget(&user_id, order.order_id);
+            self.state.buyers.forget(&user_id, order.order_id);
             released += 1;
         }
         if released > 0 {
@@ -353,11 +353,11 @@ impl Restorer {
     /// A restored order that the database refuses is a dead letter, and holds nothing.
     fn give_back(&self, order: &Order) {
         let turned = self
-            .ledger
+            .state
             .buyers
-            .no_longer_live(&order.user_id, order.id, Ended::Failed);
+            .deactivate(&order.user_id, order.id, Ended::Failed);
         if turned == Some(true)
-            && let Some(sku) = self.ledger.catalogue.by_number(order.sku)
+            && let Some(sku) = self.state.catalogue.by_number(order.sku)
         {
             sku.counter().release(order.quantity.get());
         }
@@ -366,10 +366,10 @@ impl Restorer {
     /// With which status an order has to be there; `None`: it is on its way, and its worker
     /// writes it.
     fn settled_status(&self, order: &Order) -> Option<OrderStatus> {
-        if self.ledger.pending.get(order.id).is_some() {
+        if self.state.pending.get(order.id).is_some() {
             return None;
         }
-        let known = self.ledger.buyers.find(&order.user_id, order.id);
+        let known = self.state.buyers.find(&order.user_id, order.id);
         Some(match known.map(|known| known.ended) {
             // Its units are taken in memory, and so they have to be in the database.
             Some(None) => OrderStatus::PendingPayment,

@@ -11,10 +11,10 @@ use std::time::Duration;
 
 use tokio::sync::{OwnedRwLockReadGuard, RwLock};
 
-use super::ledger::Ledger;
 use crate::metrics::Metrics;
 use crate::order::payment::Verdict;
 use crate::order::{Ended, OrderId, UserId};
+use crate::state::State;
 use crate::store::StoreError;
 use crate::store::postgres::{Database, NodeLease};
 use crate::store::settlement::payments::Settlement;
@@ -62,7 +62,7 @@ impl Signals {
 /// The parts of a settler.
 pub struct SettlerParts {
     /// The state in memory.
-    pub ledger: Arc<Ledger>,
+    pub state: Arc<State>,
     /// For reading.
     pub database: Database,
     /// Who this process is.
@@ -118,9 +118,9 @@ impl Settler {
         let _alone = self.parts.signals.moving.write().await;
         let (database, lease) = (&self.parts.database, self.parts.lease);
         let unpaid = database.unpaid_below(lease, OrderId::MAX).await?;
-        self.parts.ledger.unpaid.note(unpaid);
+        self.parts.state.expiry_index.note(unpaid);
         for found in self.parts.database.load_skus().await? {
-            let Some(sku) = self.parts.ledger.catalogue.by_number(found.number) else {
+            let Some(sku) = self.parts.state.catalogue.by_number(found.number) else {
                 continue;
             };
             let (found, live) = (
@@ -142,7 +142,7 @@ impl Settler {
     /// Says that something did not go well. A process that was replaced ends.
     pub(super) fn note_failure(&self, error: &StoreError) {
         if let StoreError::Fenced { .. } = error {
-            self.parts.ledger.poison.set(error.to_string());
+            self.parts.state.poison.set(error.to_string());
         } else {
             tracing::warn!(reason = %error, "payments or expiries wait; it is tried again");
         }
@@ -150,11 +150,11 @@ impl Settler {
 
     /// Forgets orders again that a worker has noted as recent after their rows had changed.
     pub(super) fn forget_landed(&mut self) {
-        let ledger = &self.parts.ledger;
+        let state = &self.parts.state;
         self.landing.retain(|id| {
             // In this order: its worker notes it before it leaves the map.
-            let stays = ledger.pending.get(*id).is_some();
-            ledger.recent.forget(*id);
+            let stays = state.pending.get(*id).is_some();
+            state.recent_orders.forget(*id);
             stays
         });
     }
@@ -163,14 +163,14 @@ impl Settler {
     pub(super) async fn settled(&mut self, settlement: &Settlement) {
         let payments = &self.parts.metrics.payments;
         for (order_id, paid_at) in &settlement.orphans {
-            self.parts.ledger.orphans.insert(*order_id, *paid_at);
+            self.parts.state.orphans.insert(*order_id, *paid_at);
             payments.verdicts.count("orphan");
         }
         if settlement.without_order > 0 || !settlement.orphans.is_empty() {
             self.parts.signals.set_may_have_orphans(true);
         }
         for met in &settlement.met {
-            self.parts.ledger.orphans.remove(met.order_id);
+            self.parts.state.orphans.remove(met.order_id);
             match met.verdict {
                 Verdict::Pay => payments.verdicts.count("matched"),
                 Verdict::Refund { reason, .. } => {
@@ -185,20 +185,18 @@ impl Settler {
 
     /// What memory owes for units that have moved in the database.
     pub(super) async fn settle_memory(&mut self, moved: &[Moved]) {
-        let ledger = Arc::clone(&self.parts.ledger);
+        let state = Arc::clone(&self.parts.state);
         for moved in moved {
-            if ledger.pending.get(moved.order_id).is_some() {
+            if state.pending.get(moved.order_id).is_some() {
                 self.landing.push(moved.order_id);
             }
-            ledger.recent.forget(moved.order_id);
-            let Some(sku) = ledger.catalogue.by_number(moved.sku) else {
+            state.recent_orders.forget(moved.order_id);
+            let Some(sku) = state.catalogue.by_number(moved.sku) else {
                 continue;
             };
             let ended = |ended| {
                 let user_id = UserId::new(&moved.user_id).ok()?;
-                ledger
-                    .buyers
-                    .no_longer_live(&user_id, moved.order_id, ended)
+                state.buyers.deactivate(&user_id, moved.order_id, ended)
             };
             let counter = sku.counter();
             if let MovedTo::Restocked | MovedTo::Withdrawn = moved.to {

@@ -22,12 +22,12 @@ use tokio::sync::watch;
 use super::WakeAll;
 use super::backoff::Backoff;
 use super::crew::{Crew, Dismissal, has_enough_for_two};
-use super::ledger::Ledger;
 use super::restore::Watermarks;
 use crate::faults::crash_point;
 use crate::metrics::Metrics;
 use crate::order::{Order, OrderStatus, SkuNumber, UnixMillis};
 use crate::queue::{OrderQueue, Taken};
+use crate::state::State;
 use crate::state::pending::PendingOrder;
 use crate::state::stock::Parking;
 use crate::store::StoreError;
@@ -60,7 +60,7 @@ pub struct Place {
 pub struct Worker {
     writer: BatchWriter,
     queue: Arc<dyn OrderQueue>,
-    ledger: Arc<Ledger>,
+    state: Arc<State>,
     wake_all: WakeAll,
     metrics: Metrics,
     rows_max: usize,
@@ -106,7 +106,7 @@ impl Worker {
         writer: BatchWriter,
         place: Place,
         queue: Arc<dyn OrderQueue>,
-        ledger: Arc<Ledger>,
+        state: Arc<State>,
         wake_all: WakeAll,
         metrics: Metrics,
         rows_max: usize,
@@ -115,7 +115,7 @@ impl Worker {
         Worker {
             writer,
             queue,
-            ledger,
+            state,
             wake_all,
             metrics,
             rows_max,
@@ -150,7 +150,7 @@ impl Worker {
             }
         }
         loop {
-            let rows_max = self.ledger.pace.batch_rows(self.rows_max);
+            let rows_max = self.state.throughput.batch_rows(self.rows_max);
             let taken = tokio::select! {
                 biased;
                 // Whoever still waits is told that nothing was written, and what the journal has
@@ -170,7 +170,7 @@ impl Worker {
             taken.done();
             if claimed.is_empty() {
                 // All of it was given up: the queue is served again, for all that can be seen.
-                self.ledger.progress.decided();
+                self.state.progress.decided();
             }
             crash_point("worker.claimed");
             if has_enough_for_two(&*queue, rows_max) {
@@ -193,7 +193,7 @@ impl Worker {
     async fn write(&mut self, batch: Batch) -> Result<(), WorkerError> {
         // A stack of parts, the oldest orders on top.
         let mut parts = Vec::new();
-        if self.ledger.catalogue.has_faults() {
+        if self.state.catalogue.has_faults() {
             self.set_faulted_aside(batch, &mut parts);
         } else {
             parts.push((How::Write, batch));
@@ -284,7 +284,7 @@ impl Worker {
         let mut faulted: BTreeMap<SkuNumber, Batch> = BTreeMap::new();
         let mut sound = Batch::with_capacity(batch.len());
         for pending in batch {
-            let sku = self.ledger.catalogue.by_number(pending.order.sku);
+            let sku = self.state.catalogue.by_number(pending.order.sku);
             if sku.is_some_and(|sku| sku.is_faulted()) {
                 faulted.entry(pending.order.sku).or_default().push(pending);
             } else {
@@ -301,26 +301,26 @@ impl Worker {
     /// anything of, and leaves the others to be parked, or to be written as expired, for which no
     /// counter moves.
     fn set_aside(&self, part: Batch, parts: &mut Vec<(How, Batch)>) {
-        let now = self.ledger.ids.real_now();
+        let now = self.state.ids.real_now();
         let (recorded, waiting): (Batch, Batch) = part
             .into_iter()
             .partition(|pending| pending.slot.is_recorded());
         if !waiting.is_empty() {
-            self.settle(&waiting, Ledger::unwritten);
+            self.settle(&waiting, State::unwritten);
         }
         let (late, payable) = recorded
             .into_iter()
-            .partition(|pending| self.ledger.is_late(&pending.order, now));
+            .partition(|pending| self.state.is_late(&pending.order, now));
         parts.extend([(How::Park, payable), (How::Write, late)]);
     }
 
     fn note_fault(&self, sku: SkuNumber, part: &Batch, reason: &str) {
-        let Some(sku) = self.ledger.catalogue.by_number(sku) else {
+        let Some(sku) = self.state.catalogue.by_number(sku) else {
             return;
         };
         let units = part.iter().map(|pending| pending.order.quantity.get());
         let units = units.fold(0, u32::saturating_add);
-        if self.ledger.catalogue.set_fault(&sku, reason, units) {
+        if self.state.catalogue.set_fault(&sku, reason, units) {
             tracing::error!(
                 sku_id = %sku.id, reason, orders = part.len(),
                 "the database refuses this SKU's counters: its sale is paused and its acknowledged orders are parked \
@@ -331,7 +331,7 @@ impl Worker {
 
     /// Of orders of one SKU. `None`: it is sound.
     fn begin_parking(&self, part: &Batch) -> Option<Parking> {
-        let sku = self.ledger.catalogue.by_number(part.first()?.order.sku)?;
+        let sku = self.state.catalogue.by_number(part.first()?.order.sku)?;
         sku.fault().begin_parking()
     }
 
@@ -360,18 +360,18 @@ impl Worker {
     /// Tries the same orders again and again until the database has judged them.
     async fn write_until_decided(&mut self, part: &Batch) -> Result<Decided, WorkerError> {
         let (worker, workers) = (self.place.shard, self.place.watermarks.workers());
-        self.ledger.pace.begin(worker, workers, part.len());
+        self.state.throughput.begin(worker, workers, part.len());
         let decided = self.try_until_decided(part).await;
-        self.ledger.pace.end(worker);
+        self.state.throughput.end(worker);
         decided
     }
 
     async fn try_until_decided(&mut self, part: &Batch) -> Result<Decided, WorkerError> {
         // Judged once: an attempt whose commit is unknown is never made with other rows.
-        let now = self.ledger.ids.real_now();
+        let now = self.state.ids.real_now();
         let expired: Vec<bool> = part
             .iter()
-            .map(|pending| pending.slot.is_recorded() && self.ledger.is_late(&pending.order, now))
+            .map(|pending| pending.slot.is_recorded() && self.state.is_late(&pending.order, now))
             .collect();
         let orders: Vec<(&Order, OrderStatus)> = part
             .iter()
@@ -407,8 +407,10 @@ impl Worker {
                         );
                     }
                     self.note_committed();
-                    self.ledger.progress.decided();
-                    self.ledger.pace.written(orders.len(), attempted.elapsed());
+                    self.state.progress.decided();
+                    self.state
+                        .throughput
+                        .written(orders.len(), attempted.elapsed());
                     return Ok(Decided::Written(expired));
                 }
                 Err(WriteError::Row { sqlstate, reason }) => {
@@ -458,8 +460,8 @@ impl Worker {
             Refused::Buried => {
                 tracing::error!(order_id = %order.order.id, sqlstate, reason, "the database refused an order; it is a dead letter now");
                 self.metrics.dead_letters.inc();
-                self.ledger.progress.decided();
-                self.settle(&part, Ledger::failed);
+                self.state.progress.decided();
+                self.settle(&part, State::failed);
                 if let Some(queue) = self.queue.durable() {
                     queue.decided(&part);
                 }
@@ -470,8 +472,8 @@ impl Worker {
 
     fn settle_parked(&self, part: &Batch) {
         self.metrics.orders_parked.add(part.len() as i64);
-        self.ledger.progress.decided();
-        self.settle(part, Ledger::parked);
+        self.state.progress.decided();
+        self.settle(part, State::parked);
         if let Some(queue) = self.queue.durable() {
             queue.decided(part);
         }
@@ -488,19 +490,21 @@ impl Worker {
         }
         let payable_until =
             |pending: &Arc<PendingOrder>| (pending.order.id, pending.order.expires_at);
-        self.ledger.unpaid.note(payable.iter().map(payable_until));
-        self.settle(&payable, Ledger::persisted);
-        self.settle(&late, Ledger::expired);
+        self.state
+            .expiry_index
+            .note(payable.iter().map(payable_until));
+        self.settle(&payable, State::persisted);
+        self.settle(&late, State::expired);
         if let Some(queue) = self.queue.durable() {
             queue.decided(&payable);
             queue.decided(&late);
         }
     }
 
-    fn settle(&self, part: &Batch, settle: impl Fn(&Ledger, &Arc<PendingOrder>)) {
+    fn settle(&self, part: &Batch, settle: impl Fn(&State, &Arc<PendingOrder>)) {
         let mut wakers = Vec::with_capacity(part.len());
         for pending in part {
-            settle(&self.ledger, pending);
+            settle(&self.state, pending);
             pending.slot.take_wakers(|waker| wakers.push(waker));
         }
         (self.wake_all)(wakers);
@@ -512,7 +516,7 @@ impl Worker {
                 orders = part.len(),
                 "gave up orders that could not be written"
             );
-            self.settle(&part, Ledger::unwritten);
+            self.settle(&part, State::unwritten);
         }
     }
 
@@ -552,7 +556,7 @@ impl Worker {
         error: &StoreError,
     ) -> Result<(), WorkerError> {
         let wait = backoff.next();
-        self.ledger.progress.failed(&error.to_string());
+        self.state.progress.failed(&error.to_string());
         // The first and then every tenth: an outage is not a line a retry.
         if backoff.attempts() % 10 == 1 {
             tracing::warn!(rows, attempts = backoff.attempts(), reason = %error, "a batch is not written yet; it is tried again");

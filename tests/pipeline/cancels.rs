@@ -24,7 +24,7 @@ async fn a_cancellation_of_unknown_outcome_is_seen_through_and_too_many_are_refu
     all_persisted(&placed).await;
     let ids: Vec<OrderId> = placed.iter().map(|pending| pending.order.id).collect();
     let unsettled = Arc::new(Unsettled::with_room(2));
-    let canceller = Canceller::new(Arc::clone(&line.ledger), impatient, line.sale.lease())
+    let canceller = Canceller::new(Arc::clone(&line.state), impatient, line.sale.lease())
         .with_unsettled(Arc::clone(&unsettled));
 
     let mut holder = line.sale.session().await;
@@ -53,6 +53,6 @@ async fn a_cancellation_of_unknown_outcome_is_seen_through_and_too_many_are_refu
     assert_eq!(line.sku("A").counter().snapshot().held, 1);
     canceller.cancel(ids[2]).await.unwrap();
     assert_eq!(line.sku("A").counter().snapshot().held, 0);
-    line.sale.assert_audit(Some(&line.ledger)).await;
+    line.sale.assert_audit(Some(&line.state)).await;
     settling.abort();
 }

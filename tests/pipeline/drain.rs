@@ -27,8 +27,8 @@ fn states(placed: &[Arc<PendingOrder>]) -> Vec<SlotState> {
 
 /// What the application does with orders that nobody claimed.
 fn abandon_rest(line: &Line) {
-    for pending in line.ledger.pending.all() {
-        line.ledger.abandon(&pending);
+    for pending in line.state.pending.all() {
+        line.state.abandon(&pending);
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use millrace::order::{Order, Refusal, UserId};
 use millrace::pipeline::parking::{Parking, ParkingDesk};
 use millrace::pipeline::worker::WorkerError;
-use millrace::state::buyers::Remembered;
+use millrace::state::buyers::BuyerOrder;
 use millrace::state::pending::{PendingOrder, SlotState};
 use millrace::store::StoreError;
 
@@ -28,7 +28,7 @@ async fn faulty() -> (Line, ParkingDesk) {
         .await;
     line.start_worker(database, rows_max);
     let (desk, parking) = Parking::new(
-        Arc::clone(&line.ledger),
+        Arc::clone(&line.state),
         line.sale.database.clone(),
         line.sale.lease(),
         line.sale.writer(1),
@@ -42,15 +42,15 @@ async fn faulty() -> (Line, ParkingDesk) {
 fn accepted(line: &Line, user: &str, sku: &str) -> Arc<PendingOrder> {
     let sku = line.sku(sku);
     let order = Order {
-        id: line.ledger.ids.next().unwrap(),
+        id: line.state.ids.next().unwrap(),
         user_id: UserId::new(user).unwrap(),
         ..order(&sku, 1)
     };
     sku.hold(order.quantity).unwrap().keep();
-    let buyers = &line.ledger.buyers;
-    buyers.restore(order.user_id.clone(), Remembered::of(&order), false);
+    let buyers = &line.state.buyers;
+    buyers.restore(order.user_id.clone(), BuyerOrder::of(&order), false);
     let pending = Arc::new(PendingOrder::recovered(order, 1));
-    line.ledger.pending.insert(&pending);
+    line.state.pending.insert(&pending);
     line.queue.push(Arc::clone(&pending)).unwrap();
     pending
 }
@@ -70,7 +70,7 @@ async fn a_refused_counter_pauses_its_sale_and_no_other_until_it_is_mended() {
     assert_eq!(tally(&states, SlotState::OnDisk), 10);
     assert_eq!(line.sale.ids("parked_orders").await.len(), 10);
     assert_eq!(line.metrics.orders_parked.get(), 10);
-    assert_eq!(line.ledger.pending.len(), 0, "memory keeps nothing of them");
+    assert_eq!(line.state.pending.len(), 0, "memory keeps nothing of them");
     let refused = line.place("a-late", "A", 1, LONG);
     assert_eq!(refused.unwrap_err(), Refusal::SalePaused);
     assert!(!line.sku("B").is_faulted());
@@ -82,7 +82,7 @@ async fn a_refused_counter_pauses_its_sale_and_no_other_until_it_is_mended() {
     parked.push(accepted(&line, "a-more", "A"));
     assert_eq!(outcome(&parked[10]).await, SlotState::OnDisk);
     assert_eq!(line.metrics.batches.get(), failed);
-    assert!(line.ledger.poison.reason().is_none());
+    assert!(line.state.poison.reason().is_none());
 
     line.sale.sql("UPDATE sku SET total = 100").await;
     until("A is sold again", || !line.sku("A").is_faulted()).await;
@@ -92,7 +92,7 @@ async fn a_refused_counter_pauses_its_sale_and_no_other_until_it_is_mended() {
     assert_eq!(line.sku("A").counter().snapshot().held, 11);
     placed.push(line.place("a-late", "A", 1, LONG).unwrap());
     all_persisted(&placed).await;
-    line.sale.assert_audit(Some(&line.ledger)).await;
+    line.sale.assert_audit(Some(&line.state)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -139,7 +139,7 @@ async fn what_cannot_be_parked_is_left_to_the_next_process() {
         "{ended:?}"
     );
     assert_eq!(parked.slot.state(), SlotState::OnDisk);
-    assert!(line.ledger.pending.get(parked.order.id).is_some());
+    assert!(line.state.pending.get(parked.order.id).is_some());
     assert_eq!(line.metrics.orders_parked.get(), 0);
 }
 
@@ -241,7 +241,7 @@ async fn a_serialization_failure_is_tried_again() {
     let order = line.place("u", "A", 1, LONG).unwrap();
     assert_eq!(outcome(&order).await, SlotState::Persisted);
     assert_eq!(line.metrics.batch_retries.totals()["transient"], 2);
-    line.sale.assert_audit(Some(&line.ledger)).await;
+    line.sale.assert_audit(Some(&line.state)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -273,5 +273,5 @@ async fn a_batch_that_a_deadlock_takes_back_is_tried_again_whole() {
         line.metrics.batch_retries.totals()["transient"] > 0,
         "a deadlock"
     );
-    line.sale.assert_audit(Some(&line.ledger)).await;
+    line.sale.assert_audit(Some(&line.state)).await;
 }

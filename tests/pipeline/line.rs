@@ -12,14 +12,14 @@ use millrace::order::{
 };
 use millrace::pipeline::crew::Crew;
 use millrace::pipeline::intake::{Admission, Intake, OrderRequest};
-use millrace::pipeline::ledger::Ledger;
 use millrace::pipeline::restore::Watermarks;
 use millrace::pipeline::worker::{Place, Worker, WorkerError};
 use millrace::pipeline::{deadlines, wake_directly};
 use millrace::queue::{OrderQueue, RingQueue};
+use millrace::state::State;
 use millrace::state::buyers::Buyers;
 use millrace::state::pending::{Pending, PendingOrder, SlotState};
-use millrace::state::refusals::Refusals;
+use millrace::state::sticky_refusals::StickyRefusals;
 use millrace::state::stock::{Catalogue, Sku};
 use millrace::store::batch::BatchWriter;
 use millrace::store::postgres::Database;
@@ -35,7 +35,7 @@ pub const LONG: Duration = Duration::from_secs(120);
 
 pub struct Line {
     pub sale: Sale,
-    pub ledger: Arc<Ledger>,
+    pub state: Arc<State>,
     pub queue: Arc<dyn OrderQueue>,
     pub intake: Arc<Intake>,
     pub metrics: Metrics,
@@ -52,35 +52,31 @@ impl Line {
         let catalogue = Catalogue::default();
         catalogue.add(sale.database.load_skus().await.unwrap());
         let hour = UnixMillis::now().plus_ms(3_600_000);
-        let ledger = Arc::new(Ledger {
-            recent: millrace::state::recent::Recent::with_capacity(1_000),
-            unpaid: millrace::state::unpaid::Unpaid::default(),
+        let state = Arc::new(State {
+            recent_orders: millrace::state::recent_orders::RecentOrders::with_capacity(1_000),
+            expiry_index: millrace::state::expiry_index::ExpiryIndex::default(),
             orphans: millrace::state::orphans::Orphans::default(),
             catalogue,
             buyers: Buyers::new(1_000_000, 10_000),
-            refusals: Refusals::with_capacity(1_000),
+            sticky_refusals: StickyRefusals::with_capacity(1_000),
             pending: Arc::new(Pending::with_capacity(capacity)),
             poison: Default::default(),
-            pace: Default::default(),
+            throughput: Default::default(),
             progress: Default::default(),
             ids: IdClock::new(0, sale.taken.id_high_water, hour),
         });
         let queue: Arc<dyn OrderQueue> = Arc::new(RingQueue::new(capacity));
-        let intake = Arc::new(Intake::new(
-            Arc::clone(&ledger),
-            Arc::clone(&queue),
-            900_000,
-        ));
+        let intake = Arc::new(Intake::new(Arc::clone(&state), Arc::clone(&queue), 900_000));
         intake.open();
         let metrics = Metrics::new().unwrap();
         let deadlines = tokio::spawn(deadlines::keep(
-            Arc::clone(&ledger),
+            Arc::clone(&state),
             wake_directly(),
             metrics.clone(),
         ));
         Line {
             sale,
-            ledger,
+            state,
             queue,
             intake,
             metrics,
@@ -103,7 +99,7 @@ impl Line {
                 crew: Arc::clone(&self.crew),
             },
             Arc::clone(&self.queue),
-            Arc::clone(&self.ledger),
+            Arc::clone(&self.state),
             wake_directly(),
             self.metrics.clone(),
             rows_max,
@@ -122,7 +118,7 @@ impl Line {
 
     pub fn sku(&self, name: &str) -> Arc<Sku> {
         let id = SkuId::new(name).unwrap();
-        self.ledger.catalogue.get(&id).unwrap()
+        self.state.catalogue.get(&id).unwrap()
     }
 
     pub fn place(
@@ -171,7 +167,7 @@ impl Line {
             assert_eq!(letters.contains(&id), letter, "order {id} is {state:?}");
             expected += i64::from(row);
             // The buyer's record: kept with the key, or forgotten.
-            let buyers = &self.ledger.buyers;
+            let buyers = &self.state.buyers;
             let kept = buyers.find(&pending.order.user_id, pending.order.id);
             assert_eq!(
                 kept.map(|known| known.is_live()),
@@ -183,9 +179,9 @@ impl Line {
             expected,
             "there are rows that nobody placed"
         );
-        assert_eq!(self.ledger.pending.len(), 0, "orders are still in flight");
+        assert_eq!(self.state.pending.len(), 0, "orders are still in flight");
         assert_eq!(self.queue.depth(), 0);
-        for sku in self.ledger.catalogue.all() {
+        for sku in self.state.catalogue.all() {
             let units: i64 = placed
                 .iter()
                 .filter(|p| p.order.sku == sku.number && p.slot.state() == SlotState::Persisted)
@@ -199,7 +195,7 @@ impl Line {
                 sku.id
             );
         }
-        self.sale.assert_audit(Some(&self.ledger)).await;
+        self.sale.assert_audit(Some(&self.state)).await;
     }
 }
 

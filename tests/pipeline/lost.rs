@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use millrace::order::{Ended, Order, UserId};
 use millrace::pipeline::restore::{Restorer, Watermarks};
-use millrace::state::buyers::Remembered;
+use millrace::state::buyers::BuyerOrder;
 use millrace::state::pending::PendingOrder;
 
 use crate::line::{LONG, Line, all_persisted, until};
@@ -14,7 +14,7 @@ use crate::support::sale::{Sale, order};
 fn restorer(line: &Line) -> (Restorer, Arc<Watermarks>) {
     let watermarks = Arc::new(Watermarks::new(1));
     let restorer = Restorer {
-        ledger: Arc::clone(&line.ledger),
+        state: Arc::clone(&line.state),
         journal: None,
         database: line.sale.database.clone(),
         lease: line.sale.lease(),
@@ -38,13 +38,13 @@ async fn no_unit_and_no_key_is_held_by_an_order_that_is_nowhere() {
     let sku = line.sku("A");
     let enter = |user: &str| {
         let order = Order {
-            id: line.ledger.ids.next().unwrap(),
+            id: line.state.ids.next().unwrap(),
             user_id: UserId::new(user).unwrap(),
             ..order(&sku, 3)
         };
         sku.hold(order.quantity).unwrap().keep();
-        let buyers = &line.ledger.buyers;
-        buyers.restore(order.user_id.clone(), Remembered::of(&order), false);
+        let buyers = &line.state.buyers;
+        buyers.restore(order.user_id.clone(), BuyerOrder::of(&order), false);
         order
     };
     let lost = enter("lost");
@@ -53,15 +53,15 @@ async fn no_unit_and_no_key_is_held_by_an_order_that_is_nowhere() {
         std::time::Instant::now() + LONG,
         None,
     ));
-    line.ledger.pending.insert(&in_flight);
+    line.state.pending.insert(&in_flight);
     let paid = enter("paid");
-    let orphans = &line.ledger.orphans;
+    let orphans = &line.state.orphans;
     orphans.insert(paid.id, paid.created_at);
 
     let (restorer, watermarks) = restorer(&line);
     let watching = tokio::spawn(restorer.watch());
     watermarks.report_lost();
-    let buyers = &line.ledger.buyers;
+    let buyers = &line.state.buyers;
     let known = |order: &Order| buyers.find(&order.user_id, order.id).is_some();
     let was_restored = AtomicBool::new(false);
     until("what is lost is released", || {
@@ -104,11 +104,8 @@ async fn an_order_comes_back_as_it_had_ended() {
     let sku = line.sku("A");
     let end = |pending: &PendingOrder, how| {
         let order = &pending.order;
-        let buyers = &line.ledger.buyers;
-        assert_eq!(
-            buyers.no_longer_live(&order.user_id, order.id, how),
-            Some(true)
-        );
+        let buyers = &line.state.buyers;
+        assert_eq!(buyers.deactivate(&order.user_id, order.id, how), Some(true));
         sku.counter().release(1);
     };
     for (order, (how, _)) in lost.iter().zip(ends).chain(kept.iter().zip(ends)) {

@@ -1,4 +1,4 @@
-//! The pipeline on a real PostgreSQL: intake, queue, workers, ledger and deadlines, wired as the
+//! The pipeline on a real PostgreSQL: intake, queue, workers, state and deadlines, wired as the
 //! application wires them, without HTTP.
 //!
 //! `MILLRACE_ROUNDS` (default 1) multiplies the orders of what is random, `MILLRACE_OUTAGE_S`

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use millrace::order::{Currency, Ended, Order, OrderId, OrderStatus, SkuId, UnixMillis, UserId};
-use millrace::state::buyers::{Buyers, Claimed, Eviction, LiveOrder, NothingSticky, Remembered};
+use millrace::state::buyers::{BuyerOrder, Buyers, Claimed, Eviction, LiveOrder, NothingSticky};
 use millrace::state::stock::{SaleTerms, Sku};
 use millrace::store::StoreError;
 
@@ -77,7 +77,7 @@ async fn a_sku_row_that_contradicts_itself_is_named() {
     );
 }
 
-async fn load(sale: &Sale, floor: OrderId) -> HashMap<OrderId, (UserId, Remembered)> {
+async fn load(sale: &Sale, floor: OrderId) -> HashMap<OrderId, (UserId, BuyerOrder)> {
     let mut loaded = HashMap::new();
     let read = sale
         .database
@@ -94,10 +94,10 @@ async fn load(sale: &Sale, floor: OrderId) -> HashMap<OrderId, (UserId, Remember
     loaded
 }
 
-fn remembered(order: &Order, status: OrderStatus) -> (UserId, Remembered) {
-    let remembered = Remembered {
+fn remembered(order: &Order, status: OrderStatus) -> (UserId, BuyerOrder) {
+    let remembered = BuyerOrder {
         ended: Ended::of(status),
-        ..Remembered::of(order)
+        ..BuyerOrder::of(order)
     };
     (order.user_id.clone(), remembered)
 }
@@ -152,7 +152,7 @@ async fn keys_and_limits_come_back_exactly_from_the_floor_on() {
         buyers.restore(user, order, false);
     }
     let again = |order: &Order| {
-        let fresh = Remembered {
+        let fresh = BuyerOrder {
             order_id: OrderId::new(i64::MAX as u64).unwrap(),
             ..remembered(order, OrderStatus::PendingPayment).1
         };
@@ -371,7 +371,7 @@ async fn live_orders_of_a_sku_are_read_below_an_id_and_from_its_making_on() {
                     .get(*at)
                     .is_none_or(|status| status.code().is_none() || status.is_live())
         })
-        .map(|(_, order)| (order.user_id.clone(), LiveOrder::of(&Remembered::of(order))))
+        .map(|(_, order)| (order.user_id.clone(), LiveOrder::of(&BuyerOrder::of(order))))
         .collect();
     expected.sort_by_key(|(_, order)| order.order_id);
     let mut found = read(below).await;

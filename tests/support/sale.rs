@@ -8,7 +8,7 @@ use millrace::order::{
     UnixMillis, UserId,
 };
 use millrace::pipeline::audit::{audit, audit_in_parts};
-use millrace::pipeline::ledger::Ledger;
+use millrace::state::State;
 use millrace::state::stock::{SaleTerms, Sku};
 use millrace::store::batch::BatchWriter;
 use millrace::store::postgres::audit::PartRows;
@@ -164,8 +164,8 @@ impl Sale {
         }
     }
 
-    pub async fn assert_audit(&self, ledger: Option<&Ledger>) {
-        let audit = audit(&self.database, ledger).await.unwrap();
+    pub async fn assert_audit(&self, state: Option<&State>) {
+        let audit = audit(&self.database, state).await.unwrap();
         assert!(audit.ok, "{:#?}", audit.checks);
     }
 

@@ -10,7 +10,6 @@ use crate::faults::bug;
 use crate::logging;
 use crate::pipeline::deadlines::look_at_progress;
 use crate::pipeline::health::STALE;
-use crate::pipeline::ledger::Ledger;
 
 /// One named check of readiness.
 #[derive(Debug, Serialize)]
@@ -42,7 +41,7 @@ pub(super) async fn readyz(State(plane): State<ControlPlane>) -> Response {
         Some(parts) => checks(parts),
     };
     let look = parts.and_then(|parts| parts.health.last());
-    let memory = parts.and_then(|parts| memory(&parts.ledger));
+    let memory = parts.and_then(|parts| memory(&parts.state));
     let warnings: Vec<Warning> = look
         .iter()
         .flat_map(|look| &look.warnings)
@@ -68,8 +67,8 @@ pub(super) async fn readyz(State(plane): State<ControlPlane>) -> Response {
 const REMEMBERED_WARN: f64 = 0.7;
 
 /// Whether `orders.remembered_max` is going to refuse orders.
-fn memory(ledger: &Ledger) -> Option<(&'static str, String)> {
-    let used = ledger.buyers.used();
+fn memory(state: &crate::state::State) -> Option<(&'static str, String)> {
+    let used = state.buyers.used();
     let detail = format!(
         "{:.0} % of orders.remembered_max are in use; at 100 % every new order is refused. Raise it, shorten \
          orders.idempotency_window_ms, or take the limit off SKUs that are no longer sold",
@@ -84,7 +83,7 @@ fn checks(parts: &Parts) -> Vec<ReadyCheck> {
     let mut check = |name, ok, detail: String| checks.push(ReadyCheck { name, ok, detail });
     check("recovery", true, "done".into());
     let gate = parts.intake.check_open();
-    let detail = match parts.ledger.poison.reason() {
+    let detail = match parts.state.poison.reason() {
         Some(reason) => format!("stopped by an internal fault: {reason}"),
         None => gate.map_or_else(|refusal| refusal.code().into(), |()| "open".into()),
     };
@@ -119,9 +118,9 @@ fn checks(parts: &Parts) -> Vec<ReadyCheck> {
 
 /// Whether orders are written while orders wait.
 fn progress(parts: &Parts) -> (bool, String) {
-    look_at_progress(&parts.ledger);
-    let stalled = parts.ledger.progress.stalled_for();
-    let waiting = parts.ledger.pending.in_flight();
+    look_at_progress(&parts.state);
+    let stalled = parts.state.progress.stalled_for();
+    let waiting = parts.state.pending.in_flight();
     if stalled <= parts.order_timeout || bug("ready_without_progress") {
         return (true, format!("{waiting} orders wait or are being written"));
     }
@@ -129,7 +128,7 @@ fn progress(parts: &Parts) -> (bool, String) {
         "no order was written for {} s, and {waiting} wait",
         stalled.as_secs()
     );
-    if let Some(reason) = parts.ledger.progress.failure() {
+    if let Some(reason) = parts.state.progress.failure() {
         detail.push_str(&format!("; the last attempt: {reason}"));
     }
     (false, detail)
@@ -156,10 +155,8 @@ pub(super) async fn metrics(State(plane): State<ControlPlane>) -> Response {
         metrics.ready.set(i64::from(failing(parts).is_none()));
         metrics
             .stalled_seconds
-            .set(parts.ledger.progress.stalled_for().as_secs_f64());
-        metrics
-            .poisoned
-            .set(i64::from(parts.ledger.poison.is_set()));
+            .set(parts.state.progress.stalled_for().as_secs_f64());
+        metrics.poisoned.set(i64::from(parts.state.poison.is_set()));
         metrics.queue_depth.set(parts.queue.depth() as i64);
         if let Some(journal) = &parts.journal {
             metrics.journal_bytes.set(journal.bytes() as i64);
@@ -170,11 +167,11 @@ pub(super) async fn metrics(State(plane): State<ControlPlane>) -> Response {
         }
         metrics
             .orders_in_flight
-            .set(parts.ledger.pending.in_flight() as i64);
+            .set(parts.state.pending.in_flight() as i64);
         metrics
             .orders_remembered
-            .set(parts.ledger.buyers.len() as i64);
-        for sku in parts.ledger.catalogue.all() {
+            .set(parts.state.buyers.len() as i64);
+        for sku in parts.state.catalogue.all() {
             let stock = sku.counter().snapshot();
             metrics.observe_stock(sku.id.as_str(), stock.free, stock.held, stock.sold);
         }

@@ -79,14 +79,14 @@ pub(super) async fn live(State(plane): State<ControlPlane>) -> Response {
         now: UnixMillis::now().to_string(),
         state,
         reason,
-        paused: parts.is_some_and(|parts| parts.ledger.catalogue.is_paused()),
+        paused: parts.is_some_and(|parts| parts.state.catalogue.is_paused()),
         skus: parts.map_or_else(Vec::new, skus),
         orders: metrics.orders.totals(),
         queue: Queue {
             depth: parts.map_or(0, |parts| parts.queue.depth()),
             capacity: metrics.queue_capacity.get(),
         },
-        orders_in_flight: parts.map_or(0, |parts| parts.ledger.pending.len()),
+        orders_in_flight: parts.map_or(0, |parts| parts.state.pending.len()),
         connections: metrics.connections.get(),
         batches: batches(metrics),
         batch_retries: metrics.batch_retries.totals(),
@@ -98,7 +98,7 @@ pub(super) async fn live(State(plane): State<ControlPlane>) -> Response {
 }
 
 fn state(parts: &Parts) -> (&'static str, Option<String>) {
-    if let Some(reason) = parts.ledger.poison.reason() {
+    if let Some(reason) = parts.state.poison.reason() {
         return ("poisoned", Some(reason.to_owned()));
     }
     if parts.intake.check_open() == Err(Refusal::Draining) {
@@ -111,7 +111,7 @@ fn state(parts: &Parts) -> (&'static str, Option<String>) {
 }
 
 fn skus(parts: &Parts) -> Vec<SkuView> {
-    let catalogue = &parts.ledger.catalogue;
+    let catalogue = &parts.state.catalogue;
     let all = catalogue.all();
     all.iter()
         .map(|sku| SkuView::of(sku, catalogue.is_paused()))

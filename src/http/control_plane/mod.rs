@@ -35,7 +35,6 @@ use crate::pipeline::cashier::{CashierDesk, OrphanChecks};
 use crate::pipeline::health::Health;
 use crate::pipeline::intake::Intake;
 use crate::pipeline::lease::AcknowledgeLease;
-use crate::pipeline::ledger::Ledger;
 use crate::pipeline::operator::Operator;
 use crate::queue::OrderQueue;
 use crate::queue::journal::JournalQueue;
@@ -66,7 +65,7 @@ struct Shared {
 /// What it administers, there once recovery is done.
 pub struct Parts {
     /// The in-memory state.
-    pub ledger: Arc<Ledger>,
+    pub state: Arc<crate::state::State>,
     /// The way in, for its gate.
     pub intake: Arc<Intake>,
     /// The queue, for its depth.

@@ -84,7 +84,7 @@ async fn list(
 }
 
 fn view<'a>(parts: &Parts, payment: &'a StoredPayment) -> PaymentView<'a> {
-    PaymentView::of(payment, &parts.receipts, &parts.ledger.catalogue)
+    PaymentView::of(payment, &parts.receipts, &parts.state.catalogue)
 }
 
 pub(super) async fn get(

@@ -14,7 +14,7 @@ use crate::order::{IdempotencyKey, SkuId};
 use crate::state::stock::Sku;
 
 pub(super) async fn list(State(plane): State<ControlPlane>) -> Result<Response, Failure> {
-    let catalogue = &plane.parts()?.ledger.catalogue;
+    let catalogue = &plane.parts()?.state.catalogue;
     let skus = catalogue.all();
     let views: Vec<_> = skus
         .iter()
@@ -37,7 +37,7 @@ pub(super) async fn put(
     } else {
         StatusCode::OK
     };
-    let view = SkuView::of(&put.sku, parts.ledger.catalogue.is_paused());
+    let view = SkuView::of(&put.sku, parts.state.catalogue.is_paused());
     let answer = PutSkuView::of(view, put.changed);
     Ok((status, axum::Json(answer)).into_response())
 }
@@ -94,12 +94,12 @@ pub(super) async fn resume_all(State(plane): State<ControlPlane>) -> Result<Resp
 }
 
 fn paused(parts: &Parts) -> Response {
-    let paused = parts.ledger.catalogue.is_paused();
+    let paused = parts.state.catalogue.is_paused();
     axum::Json(json!({ "paused": paused })).into_response()
 }
 
 fn view(parts: &Parts, sku: &Sku) -> axum::Json<SkuView> {
-    axum::Json(SkuView::of(sku, parts.ledger.catalogue.is_paused()))
+    axum::Json(SkuView::of(sku, parts.state.catalogue.is_paused()))
 }
 
 fn parse_id(text: &str) -> Result<SkuId, Problem> {

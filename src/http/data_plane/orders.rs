@@ -107,7 +107,7 @@ impl DataPlane {
         deadline: Instant,
     ) -> Result<Followed, Problem> {
         loop {
-            if let Some(pending) = self.ledger.pending.get(id) {
+            if let Some(pending) = self.state.pending.get(id) {
                 match self.wait_for_other(request, &pending, until, |_| false) {
                     SlotState::Appending | SlotState::Waiting | SlotState::Claimed => {
                         return Ok(Followed::InFlight(pending));
@@ -123,7 +123,7 @@ impl DataPlane {
             }
             let Some(order) = self.find_on_disk(request, deadline, id)? else {
                 // It goes from memory to the disk at most once, and back at most once.
-                match self.ledger.pending.get(id) {
+                match self.state.pending.get(id) {
                     Some(pending) if !pending.slot.state().is_final() => continue,
                     // Left to the next process.
                     Some(pending) if pending.slot.state() == SlotState::OnDisk => {
@@ -196,11 +196,11 @@ impl DataPlane {
                 .ok_or_else(|| Problem::new(400, "invalid_field", "before: must be an order id"))?,
         };
         let limit = usize::try_from(limit).unwrap_or(usize::MAX);
-        let known = self.ledger.buyers.page(&user_id, before, limit);
+        let known = self.state.buyers.page(&user_id, before, limit);
         let ids: Vec<OrderId> = known.iter().map(|known| known.order_id).collect();
         let in_flight: HashMap<OrderId, _> = ids
             .iter()
-            .filter_map(|id| Some((*id, self.ledger.pending.get(*id)?)))
+            .filter_map(|id| Some((*id, self.state.pending.get(*id)?)))
             .collect();
         let deadline = Instant::now() + self.order_timeout;
         let mut on_disk = Vec::new();

@@ -289,7 +289,7 @@ impl DataPlane {
             if let Some(order) = self.find_on_disk(request, deadline, id)? {
                 return Ok(Admitted::OnDisk(Box::new(order)));
             }
-            if let Some(pending) = self.ledger.pending.get(id) {
+            if let Some(pending) = self.state.pending.get(id) {
                 return Ok(Admitted::Joined(pending));
             }
             if let Some(recent) = self.recent(id) {
@@ -388,9 +388,9 @@ impl DataPlane {
                 };
                 self.count(outcome);
                 // One of the journal may have waited for too long to be payable.
-                let ledger = &self.ledger;
+                let state = &self.state;
                 let late = pending.slot.is_recorded()
-                    && ledger.is_late(&pending.order, ledger.ids.real_now());
+                    && state.is_late(&pending.order, state.ids.real_now());
                 let status = if late {
                     OrderStatus::Expired
                 } else {
@@ -490,7 +490,7 @@ impl DataPlane {
             wait(request, || {
                 // Announced before the look: a change in between is either seen or wakes us.
                 pending.slot.subscribe(Waker::clone(request.waker));
-                self.ledger.pending.wake_by(pending, deadline);
+                self.state.pending.wake_by(pending, deadline);
                 over()
             });
         }

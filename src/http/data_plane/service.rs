@@ -23,8 +23,8 @@ use crate::order::{Order, OrderId, OrderStatus, Refusal, SkuId, UserId};
 use crate::pipeline::callbacks::CallbackDesk;
 use crate::pipeline::cancel::Canceller;
 use crate::pipeline::intake::Intake;
-use crate::pipeline::ledger::Ledger;
 use crate::queue::OrderQueue;
+use crate::state::State;
 use crate::state::pending::PendingOrder;
 use crate::store::StoreError;
 use crate::store::postgres::Database;
@@ -33,7 +33,7 @@ use crate::store::postgres::orders::StoredOrder;
 /// Everything that an answer of the data plane needs.
 pub struct DataPlane {
     pub(super) intake: Arc<Intake>,
-    pub(super) ledger: Arc<Ledger>,
+    pub(super) state: Arc<State>,
     pub(super) queue: Arc<dyn OrderQueue>,
     pub(super) database: Database,
     pub(super) canceller: Canceller,
@@ -57,7 +57,7 @@ pub struct DataPlaneParts {
     /// The way in.
     pub intake: Arc<Intake>,
     /// The in-memory state.
-    pub ledger: Arc<Ledger>,
+    pub state: Arc<State>,
     /// What orders wait in.
     pub queue: Arc<dyn OrderQueue>,
     /// For look-ups.
@@ -101,7 +101,7 @@ impl DataPlane {
     pub fn new(parts: DataPlaneParts) -> Self {
         DataPlane {
             intake: parts.intake,
-            ledger: parts.ledger,
+            state: parts.state,
             queue: parts.queue,
             database: parts.database,
             canceller: parts.canceller,
@@ -233,8 +233,8 @@ impl DataPlane {
                 let id = id.ok_or_else(|| not_found(path))?;
                 allow(request, response, "GET")?;
                 query::only(request.query(), &[])?;
-                let sku = self.ledger.catalogue.get(&id).ok_or_else(unknown_sku)?;
-                let all_paused = self.ledger.catalogue.is_paused();
+                let sku = self.state.catalogue.get(&id).ok_or_else(unknown_sku)?;
+                let all_paused = self.state.catalogue.is_paused();
                 json(response, 200, &SkuView::of(&sku, all_paused));
                 Ok(())
             }
@@ -265,15 +265,15 @@ impl DataPlane {
 
     /// An order that was written a moment ago and is still to be paid.
     pub(super) fn recent(&self, id: OrderId) -> Option<Arc<PendingOrder>> {
-        self.ledger.recent.get(id, self.ledger.ids.real_now())
+        self.state.recent_orders.get(id, self.state.ids.real_now())
     }
 
     /// An order from the database. One that is past its time is expired, whether or not its row
     /// has been moved yet.
     pub(super) fn stored_view<'a>(&self, order: &'a StoredOrder) -> OrderView<'a> {
         let past = order.status == OrderStatus::PendingPayment
-            && order.expires_at <= self.ledger.ids.real_now()
-            && !self.ledger.orphans.paid_in_time(order.id, order.expires_at);
+            && order.expires_at <= self.state.ids.real_now()
+            && !self.state.orphans.paid_in_time(order.id, order.expires_at);
         let status = if past {
             OrderStatus::Expired
         } else {
@@ -327,7 +327,7 @@ impl DataPlane {
     /// How long an order that is queued now will take to become a row, in milliseconds, judged
     /// by the rate of late.
     pub(super) fn estimated_wait_ms(&self) -> u64 {
-        self.ledger.pace.wait_ms(self.queue.depth())
+        self.state.throughput.wait_ms(self.queue.depth())
     }
 
     /// What a client is told where the database fails a look-up.

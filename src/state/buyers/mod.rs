@@ -1,7 +1,7 @@
 //! What is remembered of each buyer: keys, recent orders, units toward purchase limits.
 //!
 //! One record a `user_id`, so that one look-up under one shard's lock answers idempotency (I4),
-//! the purchase limit and the list of a buyer's orders. Refusals leave nothing behind. Lifetimes
+//! the purchase limit and the list of a buyer's orders. StickyRefusals leave nothing behind. Lifetimes
 //! differ:
 //!
 //! | remembered | until |
@@ -37,7 +37,7 @@ use crate::order::{
 
 /// One order as a buyer's record remembers it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Remembered {
+pub struct BuyerOrder {
     /// The order.
     pub order_id: OrderId,
     /// The hash of its key, where it came with one.
@@ -52,10 +52,10 @@ pub struct Remembered {
     pub ended: Option<Ended>,
 }
 
-impl Remembered {
+impl BuyerOrder {
     /// What is remembered of an order that holds its units.
     pub fn of(order: &Order) -> Self {
-        Remembered {
+        BuyerOrder {
             order_id: order.id,
             key: order.key,
             payload: order.payload,
@@ -80,7 +80,7 @@ pub enum Claimed<'a> {
     Duplicate(OrderId),
 }
 
-/// Refusals that stay under one key of a buyer. [`Buyers`] calls it under the lock of the buyer's
+/// StickyRefusals that stay under one key of a buyer. [`Buyers`] calls it under the lock of the buyer's
 /// record, so it must not block.
 pub trait Sticky {
     /// The judgment that stands under the key: an earlier refusal, else `judgment`, which stays
@@ -197,7 +197,7 @@ impl Buyers {
     pub fn claim<'a>(
         &'a self,
         user_id: &'a UserId,
-        order: Remembered,
+        order: BuyerOrder,
         limit: Option<u32>,
         gate: Result<(), Refusal>,
         sticky: &impl Sticky,
@@ -256,7 +256,7 @@ impl Buyers {
     pub fn look(
         &self,
         user_id: &UserId,
-        order: &Remembered,
+        order: &BuyerOrder,
         limit: Option<u32>,
         gate: Result<(), Refusal>,
         otherwise: Refusal,
@@ -296,13 +296,13 @@ impl Buyers {
     pub fn under_key(
         &self,
         user_id: &UserId,
-        order: &Remembered,
+        order: &BuyerOrder,
     ) -> Result<Option<OrderId>, Refusal> {
         judge_key(self.records.get(user_id).as_deref(), order)
     }
 
     /// Enters an order that is known to stand, at start; `limited`: its SKU has a limit.
-    pub fn restore(&self, user_id: UserId, order: Remembered, limited: bool) {
+    pub fn restore(&self, user_id: UserId, order: BuyerOrder, limited: bool) {
         let entry = Entry::new(order, limited);
         let mut tally = Tally::default();
         tally.enter(&entry);
@@ -336,12 +336,7 @@ impl Buyers {
 
     /// Frees an order's units from the purchase limit and keeps its key. True: it was live until
     /// now; `None`: it is not remembered. One that had left the window is forgotten with it.
-    pub fn no_longer_live(
-        &self,
-        user_id: &UserId,
-        order_id: OrderId,
-        ended: Ended,
-    ) -> Option<bool> {
+    pub fn deactivate(&self, user_id: &UserId, order_id: OrderId, ended: Ended) -> Option<bool> {
         self.with_record(user_id, order_id, |record| {
             record.set_ended(order_id, Some(ended))
         })
@@ -350,7 +345,7 @@ impl Buyers {
 
     /// Counts an order's units toward the purchase limit again. True: it was not live until now;
     /// `None`: it is not remembered, and `is_limited` says that its SKU needs it not.
-    pub fn live_again(
+    pub fn reactivate(
         &self,
         user_id: &UserId,
         order: LiveOrder,
@@ -513,18 +508,18 @@ impl Buyers {
     }
 
     /// What is remembered of an order.
-    pub fn find(&self, user_id: &UserId, order_id: OrderId) -> Option<Remembered> {
+    pub fn find(&self, user_id: &UserId, order_id: OrderId) -> Option<BuyerOrder> {
         self.records.get(user_id)?.get(order_id)
     }
 
     /// A buyer's orders of the window below `before`, the newest first, at most `count`.
-    pub fn page(&self, user_id: &UserId, before: OrderId, count: usize) -> Vec<Remembered> {
+    pub fn page(&self, user_id: &UserId, before: OrderId, count: usize) -> Vec<BuyerOrder> {
         let record = self.records.get(user_id);
         record.map_or_else(Vec::new, |record| record.page(before, count))
     }
 
     /// Every remembered order that is no longer live, and how it ended. Walks all.
-    pub fn no_longer_live_ones(&self) -> Vec<(OrderId, Ended)> {
+    pub fn ended_orders(&self) -> Vec<(OrderId, Ended)> {
         let mut ended = Vec::new();
         for record in self.records.iter() {
             record.ended(&mut ended);
@@ -533,7 +528,7 @@ impl Buyers {
     }
 
     /// Every remembered order of the window that is live. Walks all.
-    pub fn live_ones(&self) -> Vec<OrderId> {
+    pub fn live_orders(&self) -> Vec<OrderId> {
         let mut live = Vec::new();
         for record in self.records.iter() {
             record.live(&mut live);
@@ -542,7 +537,7 @@ impl Buyers {
     }
 
     /// What is remembered of these orders, as far as they are live, and whose they are. Walks all.
-    pub fn live_among(&self, ids: &HashSet<OrderId>) -> Vec<(UserId, Remembered)> {
+    pub fn live_among(&self, ids: &HashSet<OrderId>) -> Vec<(UserId, BuyerOrder)> {
         let (mut known, mut live) = (Vec::new(), Vec::new());
         for record in self.records.iter() {
             record.live(&mut live);
@@ -571,7 +566,7 @@ impl Buyers {
 }
 
 /// The order under an order's key, where there is one.
-fn judge_key(known: Option<&Record>, order: &Remembered) -> Result<Option<OrderId>, Refusal> {
+fn judge_key(known: Option<&Record>, order: &BuyerOrder) -> Result<Option<OrderId>, Refusal> {
     match known.and_then(|known| known.under(order.key?)) {
         Some((id, payload)) if payload.matches(order.payload) => Ok(Some(id)),
         Some(_) => Err(Refusal::IdempotencyKeyReused),
@@ -583,7 +578,7 @@ fn judge_key(known: Option<&Record>, order: &Remembered) -> Result<Option<OrderI
 /// where it is fresh and allowed.
 fn judge(
     known: Option<&Record>,
-    order: &Remembered,
+    order: &BuyerOrder,
     limit: Option<u32>,
     gate: Result<(), Refusal>,
 ) -> Result<Option<OrderId>, Refusal> {
@@ -679,8 +674,8 @@ impl Drop for BuyerClaim<'_> {
 mod tests {
     use super::*;
 
-    fn entry(id: u64, key: u8, payload: u64, units: u32) -> Remembered {
-        Remembered {
+    fn entry(id: u64, key: u8, payload: u64, units: u32) -> BuyerOrder {
+        BuyerOrder {
             order_id: OrderId::new(id).unwrap(),
             key: (key > 0).then_some(KeyHash([key; 16])),
             payload: PayloadHash(payload),
@@ -785,7 +780,7 @@ mod tests {
                 .unwrap_err(),
             Refusal::PurchaseLimit { limit: 3, taken: 2 }
         );
-        buyers.no_longer_live(&user, OrderId::new(1).unwrap(), Ended::Cancelled);
+        buyers.deactivate(&user, OrderId::new(1).unwrap(), Ended::Cancelled);
         keep(buyers.claim(&user, entry(2, 0, 1, 3), Some(3), Ok(()), &NothingSticky));
     }
 
@@ -825,11 +820,11 @@ mod tests {
             "its key is free again"
         );
         assert_eq!(
-            buyers.no_longer_live(&user, id(1), Ended::Cancelled),
+            buyers.deactivate(&user, id(1), Ended::Cancelled),
             Some(true)
         );
         assert_eq!(
-            buyers.no_longer_live(&user, id(1), Ended::Cancelled),
+            buyers.deactivate(&user, id(1), Ended::Cancelled),
             None,
             "given back once"
         );
@@ -855,9 +850,9 @@ mod tests {
         // What leaves the window meanwhile stays, and what ends meanwhile is not counted, also
         // where it was read as live just before.
         buyers.evict(Eviction::before(id(9)), |_| false);
-        assert_eq!(buyers.no_longer_live(&user, id(1), Ended::Cancelled), None);
+        assert_eq!(buyers.deactivate(&user, id(1), Ended::Cancelled), None);
         assert_eq!(
-            buyers.no_longer_live(&user, id(2), Ended::Cancelled),
+            buyers.deactivate(&user, id(2), Ended::Cancelled),
             Some(true)
         );
         for of in [1, 2, 3, 3] {
@@ -874,8 +869,8 @@ mod tests {
     fn a_dead_letter_that_is_placed_after_the_window_counts_again() {
         let (buyers, user) = (Buyers::new(10, 10), user("u"));
         let order = LiveOrder::of(&entry(1, 0, 0, 2));
-        assert_eq!(buyers.live_again(&user, order, |_| true), Some(true));
-        assert_eq!(buyers.live_again(&user, order, |_| true), Some(false));
+        assert_eq!(buyers.reactivate(&user, order, |_| true), Some(true));
+        assert_eq!(buyers.reactivate(&user, order, |_| true), Some(false));
         assert_eq!(taken(&buyers, &user), 2);
     }
 
@@ -896,7 +891,7 @@ mod tests {
         );
         assert!(!buyers.is_tight());
         assert_eq!(
-            buyers.no_longer_live(&user, id(2), Ended::Cancelled),
+            buyers.deactivate(&user, id(2), Ended::Cancelled),
             Some(true)
         );
         claim(3, 2, None).unwrap();
@@ -951,7 +946,7 @@ mod tests {
             key[15] = (of % 2) as u8 + 1;
             KeyHash(key)
         };
-        let order = |of: u64| Remembered {
+        let order = |of: u64| BuyerOrder {
             key: (!of.is_multiple_of(5)).then(|| key(of)),
             sku: SkuNumber((of % 3) as i32),
             ..entry(of, 0, of, of as u32 % 7 + 1)
@@ -965,15 +960,9 @@ mod tests {
             short.restore(each(of), order(of), true);
         }
         for of in (1..=ORDERS).filter(|of| of % 4 == 0) {
-            assert_eq!(
-                long.no_longer_live(&one, id(of), Ended::Cancelled),
-                Some(true)
-            );
-            assert_eq!(
-                long.no_longer_live(&one, id(of), Ended::Cancelled),
-                Some(false)
-            );
-            short.no_longer_live(&each(of), id(of), Ended::Cancelled);
+            assert_eq!(long.deactivate(&one, id(of), Ended::Cancelled), Some(true));
+            assert_eq!(long.deactivate(&one, id(of), Ended::Cancelled), Some(false));
+            short.deactivate(&each(of), id(of), Ended::Cancelled);
         }
         for of in (1..=ORDERS).filter(|of| of % 11 == 0) {
             long.forget(&one, id(of));
@@ -998,7 +987,7 @@ mod tests {
                 short.under_key(&each(of), &again),
                 "{of}"
             );
-            if let Some(known) = short.find(&each(of), id(of)).filter(Remembered::is_live) {
+            if let Some(known) = short.find(&each(of), id(of)).filter(BuyerOrder::is_live) {
                 units[known.sku.0 as usize] += known.quantity.get();
             }
         }
@@ -1020,7 +1009,7 @@ mod tests {
             .take(100)
             .collect();
         assert_eq!(ids, expected);
-        let ended = long.no_longer_live_ones();
+        let ended = long.ended_orders();
         let mut ended: Vec<OrderId> = ended.into_iter().map(|(id, _)| id).collect();
         ended.sort_unstable();
         assert!(
@@ -1046,7 +1035,7 @@ mod tests {
             key[..8].copy_from_slice(&of.to_be_bytes());
             Some(KeyHash(key))
         };
-        let order = |of: u64| Remembered {
+        let order = |of: u64| BuyerOrder {
             key: key(of),
             ..entry(of, 0, of, 1)
         };
@@ -1058,11 +1047,7 @@ mod tests {
             let again = buyers.claim(user, order(at), None, Ok(()), &NothingSticky);
             assert!(matches!(again, Ok(Claimed::Duplicate(_))));
             assert_eq!(buyers.page(user, id(of), 5).len(), 5);
-            assert!(
-                buyers
-                    .no_longer_live(user, id(at), Ended::Cancelled)
-                    .is_some()
-            );
+            assert!(buyers.deactivate(user, id(at), Ended::Cancelled).is_some());
             assert!(buyers.find(user, id(at)).is_some());
             buyers.forget(user, id(of));
             started.elapsed()

@@ -9,7 +9,7 @@ use std::ops::Bound;
 
 use smallvec::SmallVec;
 
-use super::Remembered;
+use super::BuyerOrder;
 use crate::order::{Ended, KeyHash, OrderId, PayloadHash, Quantity, SkuNumber};
 
 /// Most orders of a record that is looked through from end to end.
@@ -30,7 +30,7 @@ pub struct LiveOrder {
 
 impl LiveOrder {
     /// The same of an order that is remembered.
-    pub fn of(order: &Remembered) -> Self {
+    pub fn of(order: &BuyerOrder) -> Self {
         LiveOrder {
             order_id: order.order_id,
             sku: order.sku,
@@ -55,8 +55,8 @@ pub(super) struct Entry {
 }
 
 impl Entry {
-    pub(super) fn new(order: Remembered, limited: bool) -> Self {
-        let Remembered {
+    pub(super) fn new(order: BuyerOrder, limited: bool) -> Self {
+        let BuyerOrder {
             order_id,
             key,
             payload,
@@ -89,8 +89,8 @@ impl Entry {
         }
     }
 
-    fn remembered(&self) -> Remembered {
-        Remembered {
+    fn remembered(&self) -> BuyerOrder {
+        BuyerOrder {
             order_id: self.order_id,
             key: self.key,
             payload: self.payload,
@@ -221,7 +221,7 @@ impl Record {
         }
     }
 
-    pub(super) fn get(&self, id: OrderId) -> Option<Remembered> {
+    pub(super) fn get(&self, id: OrderId) -> Option<BuyerOrder> {
         match self {
             Record::Few(few) => {
                 let found = few.iter().find(|entry| entry.order_id == id);
@@ -232,7 +232,7 @@ impl Record {
     }
 
     /// Orders of the window below `before`, the newest first, at most `count`.
-    pub(super) fn page(&self, before: OrderId, count: usize) -> Vec<Remembered> {
+    pub(super) fn page(&self, before: OrderId, count: usize) -> Vec<BuyerOrder> {
         match self {
             Record::Few(few) => {
                 let below = |entry: &&Entry| !entry.aged && entry.order_id < before;

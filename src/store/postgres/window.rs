@@ -21,7 +21,7 @@ use super::by_key::By;
 use crate::order::{
     Ended, KeyHash, OrderId, OrderStatus, PayloadHash, Quantity, SkuNumber, UnixMillis, UserId,
 };
-use crate::state::buyers::{LiveOrder, Remembered};
+use crate::state::buyers::{BuyerOrder, LiveOrder};
 use crate::store::StoreError;
 
 /// Rows of one part, at most.
@@ -370,7 +370,7 @@ impl Database {
     pub async fn load_window(
         &self,
         floor: OrderId,
-        mut remember: impl FnMut(UserId, Remembered, Option<UnixMillis>),
+        mut remember: impl FnMut(UserId, BuyerOrder, Option<UnixMillis>),
         mut tell: impl FnMut(ReadProgress),
     ) -> Result<u64, StoreError> {
         let parts = Parts::new(self, "reading the idempotency window", AT_ONCE_MAX);
@@ -401,7 +401,7 @@ impl Database {
                 let mut last = None;
                 for row in rows {
                     let (user_id, order) = live_order(row)?;
-                    let remembered = Remembered {
+                    let remembered = BuyerOrder {
                         order_id: order.order_id,
                         key: row.get::<_, Option<Uuid>>(4).map(|key| KeyHash(key.0)),
                         payload: PayloadHash(row.get::<_, i64>(5) as u64),

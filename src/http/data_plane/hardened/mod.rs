@@ -17,7 +17,7 @@
 //! - Answers leave in the order of their requests. What was answered is written as soon as no
 //!   further complete request is at hand, or when the next one parks, whichever comes first: an
 //!   answer never waits behind another request's wait, and a pipeline of quick ones shares a write.
-//! - Refusals of the engine (`4xx`, `5xx` of framing) come after the answers that are due, and end
+//! - StickyRefusals of the engine (`4xx`, `5xx` of framing) come after the answers that are due, and end
 //!   the connection. The rest of its input is thrown away for a bounded time, not served.
 //! - A request has [`Limits::request_timeout`] from its first byte to its last, or is answered
 //!   `408`; the client as long to take an answer; a connection [`Limits::idle_timeout`] between

@@ -4,7 +4,7 @@
 //! the fixed one from small batches, the other from larger ones. Until a larger one was written
 //! nothing is known of it, and an idle system is not taken for a slow one. A batch that takes much
 //! longer than it should tells before it is done: then the database has become slow, or stands
-//! still, and the estimate follows within [`Pace::refresh`], which the deadline keeper calls.
+//! still, and the estimate follows within [`ThroughputEstimator::refresh`], which the deadline keeper calls.
 
 use std::time::{Duration, Instant};
 
@@ -39,7 +39,7 @@ struct Running {
 
 /// How fast the database takes orders. Estimates only: every access is relaxed.
 #[derive(Debug)]
-pub struct Pace {
+pub struct ThroughputEstimator {
     costs: Guarded<Costs>,
     started: Instant,
     running: [Running; WORKERS_MAX],
@@ -51,9 +51,9 @@ pub struct Pace {
     late_us: AtomicU64,
 }
 
-impl Default for Pace {
+impl Default for ThroughputEstimator {
     fn default() -> Self {
-        Pace {
+        ThroughputEstimator {
             costs: Guarded::default(),
             started: Instant::now(),
             running: std::array::from_fn(|_| Running::default()),
@@ -65,7 +65,7 @@ impl Default for Pace {
     }
 }
 
-impl Pace {
+impl ThroughputEstimator {
     /// A worker, one of `workers`, begins to write a batch.
     pub fn begin(&self, worker: usize, workers: usize, rows: usize) {
         self.workers.store(workers as u64, Ordering::Relaxed);
@@ -166,7 +166,7 @@ mod tests {
 
     #[test]
     fn an_idle_system_is_not_taken_for_a_slow_one() {
-        let pace = Pace::default();
+        let pace = ThroughputEstimator::default();
         for _ in 0..100 {
             pace.begin(0, 2, 1);
             pace.written(1, ms(3));
@@ -183,7 +183,7 @@ mod tests {
 
     #[test]
     fn the_wait_follows_from_the_rows_ahead_and_the_workers() {
-        let pace = Pace::default();
+        let pace = ThroughputEstimator::default();
         pace.begin(0, 2, 1_000);
         pace.written(1_000, ms(1_000));
         pace.end(0);
@@ -202,7 +202,7 @@ mod tests {
 
     #[test]
     fn a_batch_that_does_not_come_back_tells_before_it_does() {
-        let pace = Pace::default();
+        let pace = ThroughputEstimator::default();
         pace.written(1, ms(1));
         pace.written(1_000, ms(10));
         pace.begin(0, 1, 10);

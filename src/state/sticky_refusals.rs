@@ -1,4 +1,4 @@
-//! Refusals that stay under their keys: a retry of what was `sold_out` is told the same, even if a
+//! StickyRefusals that stay under their keys: a retry of what was `sold_out` is told the same, even if a
 //! unit has come free meanwhile. Bounded, and gone with a restart.
 //!
 //! Once the stock is gone this is written for every click, hundreds of times for each order, and
@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use foldhash::quality::RandomState;
 
-use super::sets::Sets;
+use super::set_associative::Sets;
 use crate::order::{KeyHash, PayloadHash, Refusal, UserId};
 
 /// To whom a refusal was said, and under which key. The user is known by a hash that is seeded afresh
@@ -24,17 +24,17 @@ struct Told {
 }
 
 /// Sticky refusals by user and key.
-pub struct Refusals {
+pub struct StickyRefusals {
     told: Sets<Whom, Told, 2>,
     /// Whether there has been any. Until then an order that is placed need not look for one.
     any: AtomicBool,
     seed: RandomState,
 }
 
-impl Refusals {
+impl StickyRefusals {
     /// Room for `capacity` refusals, 2 or more; taken at once.
     pub fn with_capacity(capacity: usize) -> Self {
-        Refusals {
+        StickyRefusals {
             told: Sets::with_capacity(capacity),
             any: AtomicBool::new(false),
             seed: RandomState::default(),
@@ -63,7 +63,7 @@ impl Refusals {
         }
     }
 
-    /// Keeps a refusal that [`Refusals::check`] did not find.
+    /// Keeps a refusal that [`StickyRefusals::check`] did not find.
     pub fn remember(&self, user_id: &UserId, key: KeyHash, payload: PayloadHash, refusal: Refusal) {
         // Two requests under one key may both have been refused: the later counts.
         let told = Told { payload, refusal };
@@ -83,9 +83,9 @@ impl Refusals {
     }
 }
 
-impl std::fmt::Debug for Refusals {
+impl std::fmt::Debug for StickyRefusals {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Refusals")
+        f.debug_struct("StickyRefusals")
             .field("told", &self.told.len())
             .finish()
     }
@@ -103,7 +103,7 @@ mod tests {
 
     #[test]
     fn a_refusal_stays_under_its_key_and_body() {
-        let refusals = Refusals::with_capacity(100);
+        let refusals = StickyRefusals::with_capacity(100);
         let key = KeyHash([1; 16]);
         refusals.remember(&user(1), key, PayloadHash(1), SOLD_OUT);
         let check = |number, key, payload| refusals.check(&user(number), key, PayloadHash(payload));
@@ -115,7 +115,7 @@ mod tests {
 
     #[test]
     fn the_later_of_two_under_one_key_counts_and_takes_one_place() {
-        let refusals = Refusals::with_capacity(2);
+        let refusals = StickyRefusals::with_capacity(2);
         let key = KeyHash([1; 16]);
         let later = Refusal::SoldOut { available: 3 };
         refusals.remember(&user(1), key, PayloadHash(1), SOLD_OUT);
@@ -128,7 +128,7 @@ mod tests {
 
     #[test]
     fn the_set_is_bounded_and_the_newest_stay() {
-        let refusals = Refusals::with_capacity(1_000);
+        let refusals = StickyRefusals::with_capacity(1_000);
         let key = KeyHash([0; 16]);
         for number in 0..10_000 {
             refusals.remember(&user(number), key, PayloadHash(0), SOLD_OUT);

@@ -4,19 +4,19 @@
 use std::sync::Arc;
 
 use super::pending::PendingOrder;
-use super::sets::Sets;
+use super::set_associative::Sets;
 use crate::order::{OrderId, UnixMillis};
 
 /// Recently written orders by id.
-pub struct Recent {
+pub struct RecentOrders {
     orders: Sets<OrderId, Arc<PendingOrder>, 8>,
 }
 
-impl Recent {
+impl RecentOrders {
     /// Keeps the last `capacity` orders, 4 or more, but for about one in a hundred: a failover
     /// that lost commits is mended from them.
     pub fn with_capacity(capacity: usize) -> Self {
-        Recent {
+        RecentOrders {
             // As much room again, because orders do not fall evenly into the sets.
             orders: Sets::with_capacity(capacity.saturating_mul(2)),
         }
@@ -45,9 +45,9 @@ impl Recent {
     }
 }
 
-impl std::fmt::Debug for Recent {
+impl std::fmt::Debug for RecentOrders {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Recent")
+        f.debug_struct("RecentOrders")
             .field("orders", &self.orders.len())
             .finish()
     }
@@ -71,7 +71,7 @@ mod tests {
 
     #[test]
     fn an_order_is_known_until_it_expires_or_is_forgotten() {
-        let recent = Recent::with_capacity(100);
+        let recent = RecentOrders::with_capacity(100);
         let id = OrderId::new(1).unwrap();
         recent.note(&written(1, 50));
         assert!(recent.get(id, UnixMillis(49)).is_some());
@@ -84,7 +84,7 @@ mod tests {
     #[test]
     fn nearly_all_of_the_last_are_kept() {
         const CAPACITY: u64 = 4_096;
-        let recent = Recent::with_capacity(CAPACITY as usize);
+        let recent = RecentOrders::with_capacity(CAPACITY as usize);
         (1..=5 * CAPACITY).for_each(|id| recent.note(&written(id, 1)));
         let kept = |last: u64| {
             let ids = 5 * CAPACITY - last + 1..=5 * CAPACITY;

@@ -116,12 +116,12 @@ pub struct Due {
 
 /// When which unpaid orders fall due.
 #[derive(Debug, Default)]
-pub struct Unpaid {
+pub struct ExpiryIndex {
     /// By the end of their time, in grains. A lock for a moment, once a batch.
     entries: Mutex<BTreeMap<i64, Ranges>>,
 }
 
-impl Unpaid {
+impl ExpiryIndex {
     /// Notes orders whose rows are to be paid until the moment beside each.
     pub fn note(&self, orders: impl IntoIterator<Item = (OrderId, UnixMillis)>) {
         let mut entries = self.entries.lock();
@@ -186,7 +186,7 @@ mod tests {
 
     #[test]
     fn orders_fall_due_with_their_grain_and_not_before() {
-        let unpaid = Unpaid::default();
+        let unpaid = ExpiryIndex::default();
         unpaid.note([(id(7), UnixMillis(1_000)), (id(3), UnixMillis(1_100))]);
         unpaid.note([(id(9), UnixMillis(1_300))]);
         assert_eq!(unpaid.take_due(UnixMillis(1_249)), None);
@@ -200,7 +200,7 @@ mod tests {
 
     #[test]
     fn what_is_noted_while_an_entry_is_worked_on_is_not_lost() {
-        let unpaid = Unpaid::default();
+        let unpaid = ExpiryIndex::default();
         unpaid.note([(id(7), UnixMillis(0))]);
         assert!(unpaid.take_due(UnixMillis(1_000)).is_some());
         unpaid.note([(id(8), UnixMillis(1))]);
@@ -210,7 +210,7 @@ mod tests {
 
     #[test]
     fn an_id_far_from_the_rest_does_not_widen_their_range() {
-        let unpaid = Unpaid::default();
+        let unpaid = ExpiryIndex::default();
         let hours = (3 * 3_600_000) << 22;
         let now = 4 * hours;
         let until = UnixMillis(1_000);
