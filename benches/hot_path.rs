@@ -132,7 +132,7 @@ fn queue(c: &mut Criterion) {
     c.bench_function("queue/push_and_take_one", |b| {
         b.iter(|| {
             ring.push(Arc::clone(&one)).unwrap();
-            runtime.block_on(ring.take(1)).unwrap().done();
+            runtime.block_on(ring.take(1)).unwrap().ack();
         });
     });
     let mut group = c.benchmark_group("queue");
@@ -142,7 +142,7 @@ fn queue(c: &mut Criterion) {
             for _ in 0..BATCH_ROWS {
                 ring.push(Arc::clone(&one)).unwrap();
             }
-            runtime.block_on(ring.take(BATCH_ROWS)).unwrap().done();
+            runtime.block_on(ring.take(BATCH_ROWS)).unwrap().ack();
         });
     });
 }
@@ -277,7 +277,7 @@ fn intake(c: &mut Criterion) {
                     assert!(order.slot.claim());
                     state.unwritten(order);
                 }
-                taken.done();
+                taken.ack();
             }
         })
     };

@@ -1,6 +1,6 @@
 //! Every lock-free piece, run through every interleaving that the memory model allows: the slot, the
-//! stock counter, the hand-off to workers that sleep, and of the journal the doorbell, the appender's
-//! inbox, the room for records, and when a segment is done with.
+//! stock counter, the hand-off to workers that sleep, and of the journal the parker, the appender's
+//! the ring of the appender, the space for records, and when a segment is done with.
 //!
 //! The very files of `src/` are compiled here against loom's primitives: they take them from
 //! `crate::sync`, which in the crate is `src/sync.rs` and here is the module below.
@@ -15,16 +15,16 @@
 
 #[path = "../src/state/stock/counter.rs"]
 mod counter;
-#[path = "../src/queue/journal/doorbell.rs"]
-mod doorbell;
-#[path = "../src/queue/handoff.rs"]
-mod handoff;
-#[path = "../src/queue/journal/inbox.rs"]
-mod inbox;
-#[path = "../src/queue/journal/room.rs"]
-mod room;
+#[path = "../src/queue/mpmc.rs"]
+mod mpmc;
+#[path = "../src/queue/journal/mpsc.rs"]
+mod mpsc;
+#[path = "../src/queue/journal/parker.rs"]
+mod parker;
 #[path = "../src/state/pending/slot.rs"]
 mod slot;
+#[path = "../src/queue/journal/space.rs"]
+mod space;
 #[path = "../src/queue/journal/tally.rs"]
 mod tally;
 
@@ -433,14 +433,14 @@ mod sync {
 }
 
 use counter::{BelowCommitted, NotEnough, StockCounter, StockSnapshot};
-use doorbell::Doorbell;
-use handoff::Handoff;
-use inbox::Inbox;
 use loom::future::block_on;
 use loom::sync::Arc;
 use loom::thread;
-use room::Room;
+use mpmc::MpmcQueue;
+use mpsc::MpscQueue;
+use parker::Parker;
 use slot::{Settled, Slot, SlotState};
+use space::Space;
 use sync::{AtomicBool, Ordering, Waker};
 use tally::Tally;
 
@@ -803,18 +803,18 @@ fn a_spill_wakes_everybody_once_beside_a_deadline_keeper() {
     });
 }
 
-// --- The doorbell of the journal -------------------------------------------------------------
+// --- The parker of the journal -------------------------------------------------------------
 
 /// A thread with a bell, and what others have for it: one piece of work each.
 struct Served<const PRODUCERS: usize> {
-    bell: Doorbell,
+    parker: Parker,
     work: [AtomicBool; PRODUCERS],
 }
 
 impl<const PRODUCERS: usize> Served<PRODUCERS> {
     fn new() -> Arc<Self> {
         Arc::new(Served {
-            bell: Doorbell::new(),
+            parker: Parker::new(),
             work: std::array::from_fn(|_| AtomicBool::new(false)),
         })
     }
@@ -822,20 +822,20 @@ impl<const PRODUCERS: usize> Served<PRODUCERS> {
     /// Relaxed: that the owner comes to see it is the bell's concern alone.
     fn produce(&self, number: usize) {
         self.work[number].store(true, Ordering::Relaxed);
-        self.bell.ring();
+        self.parker.unpark();
     }
 
     /// Sees every piece of work and sleeps in between. loom fails a model in which it sleeps and
     /// nobody is left to wake it.
     fn own(&self) {
-        self.bell.listen();
+        self.parker.listen();
         let seen = || {
             let is_there = |work: &&AtomicBool| work.load(Ordering::Relaxed);
             self.work.iter().filter(is_there).count()
         };
         let mut done = 0;
         while done < PRODUCERS {
-            self.bell.wait_unless(|| seen() > done);
+            self.parker.park_unless(|| seen() > done);
             done = seen();
         }
     }
@@ -879,10 +879,10 @@ fn the_owner_of_a_bell_does_not_sleep_through_either_of_two_who_ring() {
 
 /// Takes `items`, `max` at once, and sleeps in between. loom fails a model in which it sleeps and
 /// nobody is left to wake it.
-fn take_each(handoff: &Handoff<u8>, items: usize, max: usize) -> Vec<u8> {
+fn take_each(mpmc: &MpmcQueue<u8>, items: usize, max: usize) -> Vec<u8> {
     let mut taken = Vec::new();
     while taken.len() < items {
-        taken.extend(block_on(handoff.take(max)).expect("it is open"));
+        taken.extend(block_on(mpmc.take(max)).expect("it is open"));
     }
     taken
 }
@@ -890,9 +890,9 @@ fn take_each(handoff: &Handoff<u8>, items: usize, max: usize) -> Vec<u8> {
 #[test]
 fn an_idle_worker_does_not_sleep_through_an_order() {
     loom::model(|| {
-        let handoff = Arc::new(Handoff::new(4));
-        let worker = spawn(&handoff, |handoff| take_each(handoff, 1, 1));
-        handoff.push(1).unwrap();
+        let mpmc = Arc::new(MpmcQueue::new(4));
+        let worker = spawn(&mpmc, |mpmc| take_each(mpmc, 1, 1));
+        mpmc.push(1).unwrap();
         assert_eq!(worker.join().unwrap(), [1]);
     });
 }
@@ -900,10 +900,10 @@ fn an_idle_worker_does_not_sleep_through_an_order() {
 #[test]
 fn an_idle_worker_does_not_sleep_through_the_second_of_two_orders() {
     bounded(3, || {
-        let handoff = Arc::new(Handoff::new(4));
-        let worker = spawn(&handoff, |handoff| take_each(handoff, 2, 1));
-        handoff.push(1).unwrap();
-        handoff.push(2).unwrap();
+        let mpmc = Arc::new(MpmcQueue::new(4));
+        let worker = spawn(&mpmc, |mpmc| take_each(mpmc, 2, 1));
+        mpmc.push(1).unwrap();
+        mpmc.push(2).unwrap();
         assert_eq!(worker.join().unwrap(), [1, 2]);
     });
 }
@@ -911,10 +911,10 @@ fn an_idle_worker_does_not_sleep_through_the_second_of_two_orders() {
 #[test]
 fn an_idle_worker_does_not_sleep_through_either_of_two_who_send() {
     bounded(2, || {
-        let handoff = Arc::new(Handoff::new(4));
-        let worker = spawn(&handoff, |handoff| take_each(handoff, 2, 2));
-        let other = spawn(&handoff, |handoff| handoff.push(1).unwrap());
-        handoff.push(2).unwrap();
+        let mpmc = Arc::new(MpmcQueue::new(4));
+        let worker = spawn(&mpmc, |mpmc| take_each(mpmc, 2, 2));
+        let other = spawn(&mpmc, |mpmc| mpmc.push(1).unwrap());
+        mpmc.push(2).unwrap();
         other.join().unwrap();
         let mut taken = worker.join().unwrap();
         taken.sort_unstable();
@@ -925,10 +925,10 @@ fn an_idle_worker_does_not_sleep_through_either_of_two_who_send() {
 #[test]
 fn of_two_idle_workers_neither_sleeps_beside_an_order() {
     bounded(2, || {
-        let handoff = Arc::new(Handoff::new(4));
-        let workers = [(); 2].map(|()| spawn(&handoff, |handoff| take_each(handoff, 1, 1)));
-        handoff.push(1).unwrap();
-        handoff.push(2).unwrap();
+        let mpmc = Arc::new(MpmcQueue::new(4));
+        let workers = [(); 2].map(|()| spawn(&mpmc, |mpmc| take_each(mpmc, 1, 1)));
+        mpmc.push(1).unwrap();
+        mpmc.push(2).unwrap();
         let mut taken = workers.map(|worker| worker.join().unwrap()).concat();
         taken.sort_unstable();
         assert_eq!(taken, [1, 2]);
@@ -938,9 +938,9 @@ fn of_two_idle_workers_neither_sleeps_beside_an_order() {
 #[test]
 fn an_idle_worker_does_not_sleep_through_what_another_gives_up() {
     bounded(3, || {
-        let handoff = Arc::new(Handoff::new(4));
-        let worker = spawn(&handoff, |handoff| take_each(handoff, 2, 1));
-        handoff.put_back(vec![1, 2]);
+        let mpmc = Arc::new(MpmcQueue::new(4));
+        let worker = spawn(&mpmc, |mpmc| take_each(mpmc, 2, 1));
+        mpmc.put_back(vec![1, 2]);
         assert_eq!(worker.join().unwrap(), [1, 2]);
     });
 }
@@ -948,18 +948,18 @@ fn an_idle_worker_does_not_sleep_through_what_another_gives_up() {
 #[test]
 fn a_worker_that_gives_up_waiting_takes_no_wake_up_with_it() {
     bounded(2, || {
-        let handoff = Arc::new(Handoff::new(4));
-        let worker = spawn(&handoff, |handoff| take_each(handoff, 1, 1));
-        let other = spawn(&handoff, |handoff| {
-            let mut take = Box::pin(handoff.take(1));
+        let mpmc = Arc::new(MpmcQueue::new(4));
+        let worker = spawn(&mpmc, |mpmc| take_each(mpmc, 1, 1));
+        let other = spawn(&mpmc, |mpmc| {
+            let mut take = Box::pin(mpmc.take(1));
             let mut context = std::task::Context::from_waker(std::task::Waker::noop());
             // Where it finds the order it hands it back, as a batch that comes to nothing.
             match take.as_mut().poll(&mut context) {
-                std::task::Poll::Ready(items) => handoff.put_back(items.expect("it is open")),
+                std::task::Poll::Ready(items) => mpmc.put_back(items.expect("it is open")),
                 std::task::Poll::Pending => drop(take),
             }
         });
-        handoff.push(1).unwrap();
+        mpmc.push(1).unwrap();
         other.join().unwrap();
         assert_eq!(worker.join().unwrap(), [1]);
     });
@@ -968,16 +968,16 @@ fn a_worker_that_gives_up_waiting_takes_no_wake_up_with_it() {
 #[test]
 fn a_closed_hand_off_is_run_empty_and_ends_its_worker() {
     bounded(3, || {
-        let handoff = Arc::new(Handoff::new(4));
-        let worker = spawn(&handoff, |handoff| {
+        let mpmc = Arc::new(MpmcQueue::new(4));
+        let worker = spawn(&mpmc, |mpmc| {
             let mut taken = Vec::new();
-            while let Some(items) = block_on(handoff.take(1)) {
+            while let Some(items) = block_on(mpmc.take(1)) {
                 taken.extend(items);
             }
             taken
         });
-        handoff.push(1).unwrap();
-        handoff.close();
+        mpmc.push(1).unwrap();
+        mpmc.close();
         assert_eq!(worker.join().unwrap(), [1]);
     });
 }
@@ -986,26 +986,26 @@ fn a_closed_hand_off_is_run_empty_and_ends_its_worker() {
 
 /// An appender without a disk: it acknowledges what has gathered, sleeps, and ends once it is told
 /// to. Returns how many groups it made.
-fn append_all(inbox: &Inbox<Arc<Slot>>) -> usize {
-    inbox.listen();
+fn append_all(mpsc: &MpscQueue<Arc<Slot>>) -> usize {
+    mpsc.listen();
     let mut groups = 0;
     loop {
-        let group: Vec<_> = std::iter::from_fn(|| inbox.pop()).collect();
+        let group: Vec<_> = std::iter::from_fn(|| mpsc.pop()).collect();
         for slot in &group {
             slot.appended(SEGMENT, true);
             slot.take_wakers(Waker::wake);
         }
         groups += usize::from(!group.is_empty());
-        if group.is_empty() && !inbox.wait() {
+        if group.is_empty() && !mpsc.wait() {
             return groups;
         }
     }
 }
 
 /// Sends an order. Returns its slot, and the waker where it had to park.
-fn send(inbox: &Inbox<Arc<Slot>>) -> (Arc<Slot>, Option<Waker>) {
+fn send(mpsc: &MpscQueue<Arc<Slot>>) -> (Arc<Slot>, Option<Waker>) {
     let slot = Arc::new(Slot::appending(None));
-    assert!(inbox.push(Arc::clone(&slot)).is_ok());
+    assert!(mpsc.push(Arc::clone(&slot)).is_ok());
     let waker = Waker::default();
     slot.subscribe(waker.clone());
     let parks = slot.state() == SlotState::Appending;
@@ -1020,10 +1020,10 @@ fn is_acknowledged((slot, parked): (Arc<Slot>, Option<Waker>)) {
 #[test]
 fn an_order_that_is_sent_to_the_appender_is_acknowledged() {
     bounded(3, || {
-        let inbox = Arc::new(Inbox::new(4));
-        let appender = spawn(&inbox, append_all);
-        let sent = send(&inbox);
-        inbox.close();
+        let mpsc = Arc::new(MpscQueue::new(4));
+        let appender = spawn(&mpsc, append_all);
+        let sent = send(&mpsc);
+        mpsc.close();
         assert_eq!(appender.join().unwrap(), 1);
         is_acknowledged(sent);
     });
@@ -1032,12 +1032,12 @@ fn an_order_that_is_sent_to_the_appender_is_acknowledged() {
 #[test]
 fn orders_of_two_who_send_are_acknowledged_in_one_group_or_two() {
     bounded(2, || {
-        let inbox = Arc::new(Inbox::new(4));
-        let appender = spawn(&inbox, append_all);
-        let other = spawn(&inbox, send);
-        let mine = send(&inbox);
+        let mpsc = Arc::new(MpscQueue::new(4));
+        let appender = spawn(&mpsc, append_all);
+        let other = spawn(&mpsc, send);
+        let mine = send(&mpsc);
         let theirs = other.join().unwrap();
-        inbox.close();
+        mpsc.close();
         let groups = appender.join().unwrap();
         assert!((1..=2).contains(&groups));
         is_acknowledged(mine);
@@ -1045,35 +1045,35 @@ fn orders_of_two_who_send_are_acknowledged_in_one_group_or_two() {
     });
 }
 
-// --- The journal: room, and segments that are done with ---------------------------------------
+// --- The journal: space, and segments that are done with ---------------------------------------
 
 #[test]
 fn of_two_who_want_the_last_room_one_gets_it() {
     loom::model(|| {
-        let room = Arc::new(std::sync::Arc::new(Room::new(3)));
-        let other = spawn(&room, |room| room.take(2));
-        let mine = room.take(2);
+        let space = Arc::new(std::sync::Arc::new(Space::new(3)));
+        let other = spawn(&space, |space| space.take(2));
+        let mine = space.take(2);
         let theirs = other.join().unwrap();
         assert!(mine.is_some() ^ theirs.is_some());
         // Spent room is gone, all other room is there again.
-        assert_eq!(mine.or(theirs).map(room::Permit::spend), Some(2));
-        assert!(room.take(2).is_none());
-        assert!(room.take(1).is_some());
-        room.give(1);
-        assert!(room.take(2).is_some());
+        assert_eq!(mine.or(theirs).map(space::Permit::spend), Some(2));
+        assert!(space.take(2).is_none());
+        assert!(space.take(1).is_some());
+        space.give(1);
+        assert!(space.take(2).is_some());
     });
 }
 
 #[test]
 fn room_that_nobody_spent_comes_back_beside_somebody_who_takes() {
     loom::model(|| {
-        let room = Arc::new(std::sync::Arc::new(Room::new(3)));
-        let other = spawn(&room, |room| drop(room.take(2)));
-        let mine = room.take(1);
+        let space = Arc::new(std::sync::Arc::new(Space::new(3)));
+        let other = spawn(&space, |space| drop(space.take(2)));
+        let mine = space.take(1);
         assert!(mine.is_some());
         other.join().unwrap();
         drop(mine);
-        assert!(room.take(3).is_some());
+        assert!(space.take(3).is_some());
     });
 }
 
@@ -1100,7 +1100,7 @@ fn a_segment_is_not_done_with_before_its_last_order_is_decided() {
         let worker = spawn(&filling, |filling| {
             if filling.is_written.load(Ordering::Acquire) {
                 filling.is_decided.store(true, Ordering::Relaxed);
-                assert_eq!(filling.tally.decided(1), 1);
+                assert_eq!(filling.tally.settled(1), 1);
             }
         });
         if filling.tally.is_done() {

@@ -16,7 +16,7 @@ use millrace::order::{
     Currency, Order, OrderId, PayloadHash, Quantity, SkuId, SkuNumber, UnixMillis, UserId,
 };
 use millrace::queue::journal::{JournalParts, JournalQueue, Opened};
-use millrace::queue::{OrderQueue, RingQueue, Taken};
+use millrace::queue::{Batch, OrderQueue, RingQueue};
 use millrace::state::pending::{Pending, PendingOrder, SlotState};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -192,7 +192,7 @@ fn fill(queue: &dyn OrderQueue, ids: impl IntoIterator<Item = u64>) {
     }
 }
 
-fn ids(taken: &Taken) -> Vec<u64> {
+fn ids(taken: &Batch) -> Vec<u64> {
     taken
         .orders()
         .iter()
@@ -248,7 +248,7 @@ impl<'a, T> ByHand<'a, T> {
 }
 
 /// Looks at those that were woken, until nobody is woken any more; returns what they took.
-fn look_at_the_woken(takes: &mut Vec<ByHand<'_, Option<Taken>>>) -> Vec<Option<Taken>> {
+fn look_at_the_woken(takes: &mut Vec<ByHand<'_, Option<Batch>>>) -> Vec<Option<Batch>> {
     let mut all = Vec::new();
     loop {
         let before = all.len();
@@ -271,7 +271,7 @@ fn look_at_the_woken(takes: &mut Vec<ByHand<'_, Option<Taken>>>) -> Vec<Option<T
 }
 
 /// Consumers that sleep on an empty queue, taking at most `max` each.
-fn sleeping(queue: &dyn OrderQueue, count: usize, max: usize) -> Vec<ByHand<'_, Option<Taken>>> {
+fn sleeping(queue: &dyn OrderQueue, count: usize, max: usize) -> Vec<ByHand<'_, Option<Batch>>> {
     (0..count)
         .map(|_| {
             let mut take = ByHand::new(queue.take(max));
@@ -292,7 +292,7 @@ fn a_full_queue_gives_the_order_back(make: Make) {
         assert_eq!(queue.depth(), 3);
         let taken = queue.take(1).await.unwrap();
         assert_eq!(ids(&taken), [1]);
-        taken.done();
+        taken.ack();
         queue.push(rejected.order).unwrap();
         assert_eq!(ids(&queue.take(9).await.unwrap()), [2, 3, 4]);
     });
@@ -316,7 +316,7 @@ fn orders_leave_in_the_order_in_which_they_came(make: Make) {
                     seen += 1;
                     assert_eq!(id, seen);
                 }
-                taken.done();
+                taken.ack();
             }
             assert_eq!(queue.depth() as u64, pushed - seen);
         }
@@ -330,7 +330,7 @@ fn a_consumer_takes_no_more_than_it_asked_for(make: Make) {
         for expected in [vec![1, 2, 3], vec![4, 5, 6], vec![7, 8]] {
             let taken = queue.take(3).await.unwrap();
             assert_eq!(ids(&taken), expected);
-            taken.done();
+            taken.ack();
         }
     });
 }
@@ -368,7 +368,7 @@ fn each_order_leaves_once_whoever_produces_and_consumes(make: Make) {
                         // A batch in ten comes to nothing and goes back.
                         if random.random_ratio(9, 10) {
                             seen.extend(ids(&taken));
-                            taken.done();
+                            taken.ack();
                         }
                         tokio::task::yield_now().await;
                     }
@@ -385,7 +385,7 @@ fn each_order_leaves_once_whoever_produces_and_consumes(make: Make) {
             // What a consumer put back after the last other one had left.
             while let Some(taken) = queue.take(100).await {
                 seen.extend(ids(&taken));
-                taken.done();
+                taken.ack();
             }
             let distinct: HashSet<_> = seen.iter().collect();
             assert_eq!(seen.len() as u64, PRODUCERS * EACH, "seed {seed}");
@@ -406,14 +406,14 @@ fn a_waiting_consumer_is_woken_every_time(make: Make) {
                     there.push(order(id)).unwrap();
                     let answer = back.take(1).await.unwrap();
                     assert_eq!(ids(&answer), [id]);
-                    answer.done();
+                    answer.ack();
                 }
                 there.close();
             })
         };
         while let Some(taken) = there.take(1).await {
             fill(&*back, ids(&taken));
-            taken.done();
+            taken.ack();
         }
         producer.await.unwrap();
     });
@@ -425,7 +425,7 @@ fn every_waiting_consumer_is_woken_for_orders_of_its_own(make: Make) {
     fill(&*queue, 1..=3);
     let taken = look_at_the_woken(&mut takes);
     assert_eq!(taken.len(), 3, "somebody sleeps beside an order");
-    taken.into_iter().flatten().for_each(Taken::done);
+    taken.into_iter().flatten().for_each(Batch::ack);
 }
 
 fn orders_that_are_not_done_go_back_to_the_head_of_the_line(make: Make) {
@@ -441,7 +441,7 @@ fn orders_that_are_not_done_go_back_to_the_head_of_the_line(make: Make) {
         // In the middle of what was put back, too.
         let taken = queue.take(2).await.unwrap();
         assert_eq!(ids(&taken), [1, 2]);
-        taken.done();
+        taken.ack();
         drop(queue.take(2).await.unwrap());
         assert_eq!(ids(&queue.take(9).await.unwrap()), [3, 4, 5, 6]);
     });
@@ -457,7 +457,7 @@ fn orders_put_back_wake_as_many_consumers_as_they_can_keep_busy(make: Make) {
     drop(taken);
     let taken = look_at_the_woken(&mut takes);
     assert_eq!(taken.len(), 3, "somebody sleeps beside an order");
-    taken.into_iter().flatten().for_each(Taken::done);
+    taken.into_iter().flatten().for_each(Batch::ack);
 }
 
 fn a_full_queue_takes_back_what_is_not_done(make: Make) {
@@ -485,7 +485,7 @@ fn a_closed_queue_refuses_and_runs_empty(make: Make) {
         drop(taken);
         let taken = queue.take(9).await.unwrap();
         assert_eq!(ids(&taken), [1, 2, 3]);
-        taken.done();
+        taken.ack();
         assert!(queue.take(1).await.is_none());
         assert!(queue.take(1).await.is_none(), "and stays closed");
     });
@@ -538,7 +538,7 @@ fn what_is_accepted_while_the_queue_closes_can_still_be_taken(make: Make) {
             let mut seen = 0;
             while let Some(taken) = queue.take(64).await {
                 seen += taken.orders().len();
-                taken.done();
+                taken.ack();
             }
             assert_eq!(seen, accepted);
         });
@@ -560,7 +560,7 @@ fn a_take_that_is_given_up_while_it_waits_loses_nothing(make: Make) {
     let mut seen: Vec<_> = taken.iter().flatten().flat_map(ids).collect();
     seen.sort_unstable();
     assert_eq!(seen, [1, 2]);
-    taken.into_iter().flatten().for_each(Taken::done);
+    taken.into_iter().flatten().for_each(Batch::ack);
 
     // The same with time deciding when it is given up.
     run(async move {
@@ -578,7 +578,7 @@ fn a_take_that_is_given_up_while_it_waits_loses_nothing(make: Make) {
                                 seen += 1;
                                 assert_eq!(id, seen);
                             }
-                            taken.done();
+                            taken.ack();
                         }
                         () = tokio::task::yield_now() => {}
                     }

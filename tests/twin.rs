@@ -23,7 +23,7 @@ use millrace::order::{
 };
 use millrace::pipeline::intake::{Admission, Intake, OrderRequest};
 use millrace::pipeline::{WakeAll, deadlines, wake_directly};
-use millrace::queue::{Durability, OrderQueue, Rejected, RingQueue, Taken};
+use millrace::queue::{Batch, Durability, OrderQueue, Rejected, RingQueue};
 use millrace::state::State;
 use millrace::state::buyers::{Buyers, Eviction, LiveOrder};
 use millrace::state::pending::{Pending, PendingOrder, SlotState};
@@ -112,7 +112,7 @@ impl Real {
     }
 
     /// What is in the queue now, without waiting for more.
-    fn take_now(&self, max: usize) -> Option<Taken> {
+    fn take_now(&self, max: usize) -> Option<Batch> {
         match pin!(self.queue.take(max)).poll(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(taken) => taken,
             Poll::Pending => None,
@@ -679,7 +679,7 @@ impl Round {
                 None => assert_eq!(order.slot.state(), SlotState::Abandoned),
             }
         }
-        taken.done();
+        taken.ack();
     }
 
     /// What was put back stands beside the ring, whose room is then not the twin's: take it all.
@@ -693,7 +693,7 @@ impl Round {
                     self.claimed.push(Arc::clone(order));
                 }
             }
-            taken.done();
+            taken.ack();
         }
         assert!(self.twin.queue.is_empty());
     }
@@ -1032,7 +1032,7 @@ fn consume(real: &Real, max: usize, mut end: impl FnMut() -> End) -> Vec<Arc<Pen
             .filter(|order| order.slot.claim())
             .map(Arc::clone)
             .collect();
-        taken.done();
+        taken.ack();
         for order in claimed {
             let as_what = end();
             real.end(&order, as_what);
@@ -1334,7 +1334,7 @@ impl OrderQueue for Untimely {
         })
     }
 
-    fn take(&self, _: usize) -> Pin<Box<dyn Future<Output = Option<Taken>> + Send + '_>> {
+    fn take(&self, _: usize) -> Pin<Box<dyn Future<Output = Option<Batch>> + Send + '_>> {
         Box::pin(std::future::ready(None))
     }
 

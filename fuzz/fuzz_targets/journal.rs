@@ -18,7 +18,7 @@ use millrace::queue::journal::disk::{Disk, DiskFile};
 use millrace::queue::journal::record::{self, GroupBytes, Record, order_bytes};
 use millrace::queue::journal::sector::{self, GROUP_SECTORS_MAX, PAYLOAD, SECTOR, Seal};
 use millrace::queue::journal::segment::{Segment, prepare};
-use millrace::queue::journal::{Identity, JournalError, Log, Opened, scan};
+use millrace::queue::journal::{Identity, JournalError, Opened, Writer, recovery};
 
 /// Small, so that a journal soon has several segments. A group fits in by far.
 const SECTORS: u64 = 12;
@@ -173,9 +173,9 @@ fn open(disk: &Arc<MemoryDisk>) -> Result<Vec<Record>, JournalError> {
 /// What people can save of it, and how much they cannot.
 fn salvage(disk: &MemoryDisk) -> (Vec<Record>, usize) {
     let mut records = Vec::new();
-    let lost = scan::salvage(disk, |record| records.push(record));
+    let lost = recovery::salvage(disk, |record| records.push(record));
     let lost = lost.expect("this disk does not fail");
-    let _ = scan::identity(disk);
+    let _ = recovery::identity(disk);
     (records, lost.len())
 }
 
@@ -339,7 +339,7 @@ impl RawOrder {
 struct Writer {
     disk: Arc<MemoryDisk>,
     identity: Identity,
-    log: Log,
+    writer: Writer,
     number: u64,
     session: u64,
     /// What the log has committed, and what it has gathered.
@@ -352,7 +352,7 @@ impl Writer {
         let disk = Arc::<MemoryDisk>::default();
         let segment = prepare(&*disk, &identity, 1).expect("this disk does not fail");
         Writer {
-            log: Log::new(Arc::new(segment), SECTORS, 1, 1, 0),
+            writer: Writer::new(Arc::new(segment), SECTORS, 1, 1, 0),
             disk,
             identity,
             number: 1,
@@ -363,8 +363,8 @@ impl Writer {
     }
 
     fn commit(&mut self) {
-        if !self.log.is_empty() {
-            let at = self.log.commit(self.gathered.len() as u64);
+        if !self.writer.is_empty() {
+            let at = self.writer.commit(self.gathered.len() as u64);
             at.expect("this disk does not fail");
             self.written.append(&mut self.gathered);
         }
@@ -377,11 +377,11 @@ impl Writer {
     }
 
     fn make_room(&mut self, bytes: usize) {
-        if !self.log.fits(bytes) {
+        if !self.writer.fits(bytes) {
             self.commit();
-            if !self.log.fits(bytes) {
+            if !self.writer.fits(bytes) {
                 let segment = self.next_segment();
-                self.log.rotate(segment);
+                self.writer.rotate(segment);
             }
         }
     }
@@ -391,12 +391,12 @@ impl Writer {
             Step::Order(raw) => {
                 let order = raw.order();
                 self.make_room(order_bytes(order.attributes.as_deref()));
-                self.log.push_order(&order);
+                self.writer.push_order(&order);
                 self.gathered.push(Record::Order(Box::new(order)));
             }
             Step::Lease(until) => {
                 self.make_room(64);
-                self.log.push_lease(UnixMillis(*until));
+                self.writer.push_lease(UnixMillis(*until));
                 self.gathered.push(Record::Lease(UnixMillis(*until)));
             }
             Step::Commit => self.commit(),
@@ -406,7 +406,7 @@ impl Writer {
                 self.session += 1;
                 let segment = self.next_segment();
                 let sequence = self.written.len() as u64 + 1;
-                self.log = Log::new(segment, SECTORS, self.session, sequence, 0);
+                self.writer = Writer::new(segment, SECTORS, self.session, sequence, 0);
             }
         }
     }

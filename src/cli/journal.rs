@@ -16,7 +16,7 @@ use crate::order::{Order, UnixMillis};
 use crate::pipeline::lease::waited_ms;
 use crate::queue::journal::disk::RealDisk;
 use crate::queue::journal::record::Record;
-use crate::queue::journal::scan::{Scanned, identity, salvage, scan};
+use crate::queue::journal::recovery::{Scanned, identity, salvage, scan};
 use crate::queue::journal::segment::file_name;
 
 #[derive(Debug, Args)]

@@ -34,7 +34,7 @@ pub async fn keep(
     loop {
         tick.tick().await;
         // Before the place in the log is read, so that it lies behind everything in them.
-        let decided = journal.decided_up_to();
+        let decided = journal.settled_up_to();
         let progress = async {
             let timeline = database.timeline().await?;
             Ok::<_, StoreError>((timeline, database.wal_progress(&slots).await?))

@@ -26,14 +26,14 @@ use super::restore::Watermarks;
 use crate::faults::crash_point;
 use crate::metrics::Metrics;
 use crate::order::{Order, OrderStatus, SkuNumber, UnixMillis};
-use crate::queue::{OrderQueue, Taken};
+use crate::queue::{Batch, OrderQueue};
 use crate::state::State;
 use crate::state::pending::PendingOrder;
 use crate::state::stock::Parking;
 use crate::store::StoreError;
 use crate::store::batch::{BatchWriter, Refused, WriteError};
 
-type Batch = Vec<Arc<PendingOrder>>;
+type Orders = Vec<Arc<PendingOrder>>;
 
 /// Why a worker ended before its queue did.
 #[derive(Debug, thiserror::Error)]
@@ -160,14 +160,14 @@ impl Worker {
             };
             let Some(taken) = taken else { break };
             self.note_taken(taken.orders(), rows_max);
-            let claimed: Batch = taken
+            let claimed: Orders = taken
                 .orders()
                 .iter()
                 .filter(|order| order.slot.claim())
                 .map(Arc::clone)
                 .collect();
             // From here each is settled by this worker, whatever happens.
-            taken.done();
+            taken.ack();
             if claimed.is_empty() {
                 // All of it was given up: the queue is served again, for all that can be seen.
                 self.state.progress.decided();
@@ -182,7 +182,7 @@ impl Worker {
     }
 
     /// Waits for its turn and for the first order, then takes what is there.
-    async fn take(&self, queue: &dyn OrderQueue, rows_max: usize) -> Option<Taken> {
+    async fn take(&self, queue: &dyn OrderQueue, rows_max: usize) -> Option<Batch> {
         if self.place.shard > 0 && !has_enough_for_two(queue, rows_max) {
             self.place.crew.called().await;
         }
@@ -190,7 +190,7 @@ impl Worker {
     }
 
     /// Writes and settles every order in `batch`, or parks it.
-    async fn write(&mut self, batch: Batch) -> Result<(), WorkerError> {
+    async fn write(&mut self, batch: Orders) -> Result<(), WorkerError> {
         // A stack of parts, the oldest orders on top.
         let mut parts = Vec::new();
         if self.state.catalogue.has_faults() {
@@ -245,11 +245,11 @@ impl Worker {
     async fn settle_decided(
         &mut self,
         how: How,
-        mut part: Batch,
+        mut part: Orders,
         decided: Decided,
         parking: Option<Parking>,
-        parts: &mut Vec<(How, Batch)>,
-    ) -> Result<(), (Batch, WorkerError)> {
+        parts: &mut Vec<(How, Orders)>,
+    ) -> Result<(), (Orders, WorkerError)> {
         match decided {
             Decided::Written(expired) => {
                 crash_point("worker.committed");
@@ -280,9 +280,9 @@ impl Worker {
     }
 
     /// Takes the orders of SKUs that are faulted out of a batch, so that they cost the others nothing.
-    fn set_faulted_aside(&self, batch: Batch, parts: &mut Vec<(How, Batch)>) {
-        let mut faulted: BTreeMap<SkuNumber, Batch> = BTreeMap::new();
-        let mut sound = Batch::with_capacity(batch.len());
+    fn set_faulted_aside(&self, batch: Orders, parts: &mut Vec<(How, Orders)>) {
+        let mut faulted: BTreeMap<SkuNumber, Orders> = BTreeMap::new();
+        let mut sound = Orders::with_capacity(batch.len());
         for pending in batch {
             let sku = self.state.catalogue.by_number(pending.order.sku);
             if sku.is_some_and(|sku| sku.is_faulted()) {
@@ -300,9 +300,9 @@ impl Worker {
     /// Orders of one SKU whose counters are refused: gives back those that nobody was promised
     /// anything of, and leaves the others to be parked, or to be written as expired, for which no
     /// counter moves.
-    fn set_aside(&self, part: Batch, parts: &mut Vec<(How, Batch)>) {
+    fn set_aside(&self, part: Orders, parts: &mut Vec<(How, Orders)>) {
         let now = self.state.ids.real_now();
-        let (recorded, waiting): (Batch, Batch) = part
+        let (recorded, waiting): (Orders, Orders) = part
             .into_iter()
             .partition(|pending| pending.slot.is_recorded());
         if !waiting.is_empty() {
@@ -314,7 +314,7 @@ impl Worker {
         parts.extend([(How::Park, payable), (How::Write, late)]);
     }
 
-    fn note_fault(&self, sku: SkuNumber, part: &Batch, reason: &str) {
+    fn note_fault(&self, sku: SkuNumber, part: &Orders, reason: &str) {
         let Some(sku) = self.state.catalogue.by_number(sku) else {
             return;
         };
@@ -330,12 +330,12 @@ impl Worker {
     }
 
     /// Of orders of one SKU. `None`: it is sound.
-    fn begin_parking(&self, part: &Batch) -> Option<Parking> {
+    fn begin_parking(&self, part: &Orders) -> Option<Parking> {
         let sku = self.state.catalogue.by_number(part.first()?.order.sku)?;
         sku.fault().begin_parking()
     }
 
-    async fn park_until_decided(&mut self, part: &Batch) -> Result<Decided, WorkerError> {
+    async fn park_until_decided(&mut self, part: &Orders) -> Result<Decided, WorkerError> {
         let orders: Vec<&Order> = part.iter().map(|pending| &pending.order).collect();
         let mut backoff = Backoff::new();
         loop {
@@ -358,7 +358,7 @@ impl Worker {
     }
 
     /// Tries the same orders again and again until the database has judged them.
-    async fn write_until_decided(&mut self, part: &Batch) -> Result<Decided, WorkerError> {
+    async fn write_until_decided(&mut self, part: &Orders) -> Result<Decided, WorkerError> {
         let (worker, workers) = (self.place.shard, self.place.watermarks.workers());
         self.state.throughput.begin(worker, workers, part.len());
         let decided = self.try_until_decided(part).await;
@@ -366,7 +366,7 @@ impl Worker {
         decided
     }
 
-    async fn try_until_decided(&mut self, part: &Batch) -> Result<Decided, WorkerError> {
+    async fn try_until_decided(&mut self, part: &Orders) -> Result<Decided, WorkerError> {
         // Judged once: an attempt whose commit is unknown is never made with other rows.
         let now = self.state.ids.real_now();
         let expired: Vec<bool> = part
@@ -435,10 +435,10 @@ impl Worker {
     async fn bury(
         &mut self,
         how: How,
-        part: Batch,
+        part: Orders,
         sqlstate: &str,
         reason: &str,
-    ) -> Result<(), (Batch, WorkerError)> {
+    ) -> Result<(), (Orders, WorkerError)> {
         let mut backoff = Backoff::new();
         let Some(order) = part.first().map(Arc::clone) else {
             return Ok(());
@@ -463,24 +463,24 @@ impl Worker {
                 self.state.progress.decided();
                 self.settle(&part, State::failed);
                 if let Some(queue) = self.queue.durable() {
-                    queue.decided(&part);
+                    queue.settled(&part);
                 }
             }
         }
         Ok(())
     }
 
-    fn settle_parked(&self, part: &Batch) {
+    fn settle_parked(&self, part: &Orders) {
         self.metrics.orders_parked.add(part.len() as i64);
         self.state.progress.decided();
         self.settle(part, State::parked);
         if let Some(queue) = self.queue.durable() {
-            queue.decided(part);
+            queue.settled(part);
         }
     }
 
-    fn settle_written(&self, part: Batch, expired: &[bool]) {
-        let (mut payable, mut late) = (Batch::new(), Batch::new());
+    fn settle_written(&self, part: Orders, expired: &[bool]) {
+        let (mut payable, mut late) = (Orders::new(), Orders::new());
         if expired.contains(&true) {
             for (pending, expired) in part.into_iter().zip(expired) {
                 if *expired { &mut late } else { &mut payable }.push(pending);
@@ -496,12 +496,12 @@ impl Worker {
         self.settle(&payable, State::persisted);
         self.settle(&late, State::expired);
         if let Some(queue) = self.queue.durable() {
-            queue.decided(&payable);
-            queue.decided(&late);
+            queue.settled(&payable);
+            queue.settled(&late);
         }
     }
 
-    fn settle(&self, part: &Batch, settle: impl Fn(&State, &Arc<PendingOrder>)) {
+    fn settle(&self, part: &Orders, settle: impl Fn(&State, &Arc<PendingOrder>)) {
         let mut wakers = Vec::with_capacity(part.len());
         for pending in part {
             settle(&self.state, pending);
@@ -510,7 +510,7 @@ impl Worker {
         (self.wake_all)(wakers);
     }
 
-    fn give_up(&self, part: Batch) {
+    fn give_up(&self, part: Orders) {
         if !part.is_empty() {
             tracing::warn!(
                 orders = part.len(),
@@ -569,8 +569,8 @@ impl Worker {
 }
 
 /// The orders of each SKU on their own, or the whole where it is of one SKU only.
-fn split_by_sku(part: Batch) -> Result<Vec<Batch>, (SkuNumber, Batch)> {
-    let mut by_sku: BTreeMap<SkuNumber, Batch> = BTreeMap::new();
+fn split_by_sku(part: Orders) -> Result<Vec<Orders>, (SkuNumber, Orders)> {
+    let mut by_sku: BTreeMap<SkuNumber, Orders> = BTreeMap::new();
     for pending in part {
         by_sku.entry(pending.order.sku).or_default().push(pending);
     }

@@ -5,15 +5,15 @@
 //!
 //! * It is bounded: a push into a full queue gives the order back.
 //! * Orders leave in the order in which they came, each once, to any number of consumers.
-//! * A consumer owns what it took until it says [`Taken::done`]. One that stops before that,
+//! * A consumer owns what it took until it says [`Batch::ack`]. One that stops before that,
 //!   for whatever reason, leaves the rest at the head of the line.
 //! * [`OrderQueue::take`] waits while the queue is empty and returns `None` once it is closed and
 //!   empty; a closed queue gives every further push back.
 //!
 //! Stock is held before anything is queued.
 
-mod handoff;
 pub mod journal;
+mod mpmc;
 mod ring;
 
 use std::fmt;
@@ -74,7 +74,7 @@ pub trait OrderQueue: Send + Sync + fmt::Debug {
 
     /// Takes what is there, 1 to `max` orders, waiting for the first; `None` once the queue is
     /// closed and empty.
-    fn take(&self, max: usize) -> Pin<Box<dyn Future<Output = Option<Taken>> + Send + '_>>;
+    fn take(&self, max: usize) -> Pin<Box<dyn Future<Output = Option<Batch>> + Send + '_>>;
 
     /// Whether a push would be given back now.
     fn is_full(&self) -> bool;
@@ -125,7 +125,7 @@ pub trait DurableQueue {
     fn may_acknowledge(&self) -> bool;
 
     /// These orders are committed rows or dead letters: the queue may forget them.
-    fn decided(&self, orders: &[Arc<PendingOrder>]);
+    fn settled(&self, orders: &[Arc<PendingOrder>]);
 
     /// Whether an order with this id may be waiting on the disk. Reads nothing.
     fn may_hold(&self, id: OrderId) -> bool;
@@ -138,20 +138,20 @@ pub trait DurableQueue {
 }
 
 /// Orders taken from a queue by one consumer, and still its own responsibility. Dropping it
-/// before [`Taken::done`] puts them back at the head of the line.
+/// before [`Batch::ack`] puts them back at the head of the line.
 #[must_use = "dropping it puts the orders back"]
-pub struct Taken {
+pub struct Batch {
     orders: Vec<Arc<PendingOrder>>,
     put_back: Arc<dyn Fn(Vec<Arc<PendingOrder>>) + Send + Sync>,
 }
 
-impl Taken {
+impl Batch {
     /// `put_back` takes what was not done.
     pub fn new(
         orders: Vec<Arc<PendingOrder>>,
         put_back: Arc<dyn Fn(Vec<Arc<PendingOrder>>) + Send + Sync>,
     ) -> Self {
-        Taken { orders, put_back }
+        Batch { orders, put_back }
     }
 
     /// The orders, oldest first.
@@ -160,20 +160,20 @@ impl Taken {
     }
 
     /// Every order in it is settled; the queue may forget them.
-    pub fn done(mut self) {
+    pub fn ack(mut self) {
         self.orders.clear();
     }
 }
 
-impl fmt::Debug for Taken {
+impl fmt::Debug for Batch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Taken")
+        f.debug_struct("Batch")
             .field("orders", &self.orders.len())
             .finish()
     }
 }
 
-impl Drop for Taken {
+impl Drop for Batch {
     fn drop(&mut self) {
         if !self.orders.is_empty() {
             (self.put_back)(std::mem::take(&mut self.orders));

@@ -70,7 +70,7 @@ async fn without_a_database_what_was_claimed_is_given_back_at_the_cut() {
     assert_eq!(tally(&states, SlotState::Unwritten), 20);
     assert_eq!(tally(&states, SlotState::Abandoned), 30);
     while let Some(rest) = line.queue.take(50).await {
-        rest.done();
+        rest.ack();
     }
     line.check(&placed).await;
 }

@@ -146,7 +146,7 @@ impl Rig {
         let taken = taken.map_err(|_| "nothing comes out of the queue".to_owned())?;
         let Some(taken) = taken else { return Ok(0) };
         let orders = taken.orders().to_vec();
-        taken.done();
+        taken.ack();
         let now = self.disk.now();
         for order in &orders {
             if let Some(known) = self.known.get_mut(&order.order.id) {
@@ -159,7 +159,7 @@ impl Rig {
                 known.decided_at = now;
             }
         }
-        self.queue.decided(&orders);
+        self.queue.settled(&orders);
         Ok(orders.len())
     }
 

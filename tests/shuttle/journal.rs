@@ -222,19 +222,19 @@ impl World {
                 let is_entered = entered.is_some_and(|entered| Arc::ptr_eq(&entered, order));
                 assert!(is_entered, "{id} is written and nobody who asks finds it");
             }
-            self.queue.decided(&orders);
+            self.queue.settled(&orders);
             for order in &orders {
                 order.slot.settle(Settled::Persisted);
                 order.slot.take_wakers(Waker::wake);
                 self.pending.remove(order.order.id);
             }
-            taken.done();
+            taken.ack();
         }
     }
 
     /// What must hold of segments that are said to be decided.
     fn check_decided(&self) -> u64 {
-        let number = self.queue.decided_up_to();
+        let number = self.queue.settled_up_to();
         let rows = self.committed.lock().unwrap().clone();
         for (segment, id) in self.disk.written_orders() {
             let is_fine = segment > number || rows.contains(&id);
@@ -254,7 +254,7 @@ impl World {
         }
         assert!(self.queue.stop().is_empty(), "an order was never written");
         assert_eq!((self.pending.in_flight(), self.pending.len()), (0, 0));
-        assert_eq!((self.queue.outstanding(), self.queue.backlog()), (0, 0));
+        assert_eq!((self.queue.outstanding(), self.queue.spilled()), (0, 0));
         self.queue.erase().unwrap();
         assert_eq!(self.disk.segments(), 0);
     }

@@ -86,7 +86,7 @@ impl World {
                 order.slot.take_wakers(Waker::wake);
                 self.pending.remove(order.order.id);
             }
-            taken.done();
+            taken.ack();
         }
     }
 }

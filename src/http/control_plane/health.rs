@@ -160,7 +160,7 @@ pub(super) async fn metrics(State(plane): State<ControlPlane>) -> Response {
         metrics.queue_depth.set(parts.queue.depth() as i64);
         if let Some(journal) = &parts.journal {
             metrics.journal_bytes.set(journal.bytes() as i64);
-            metrics.journal_backlog.set(journal.backlog() as i64);
+            metrics.journal_backlog.set(journal.spilled() as i64);
             metrics
                 .journal_outstanding
                 .set(journal.outstanding() as i64);

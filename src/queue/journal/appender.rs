@@ -3,11 +3,11 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::backlog::Waiting;
-use super::log::Log;
 use super::queue::{Incoming, Shared};
 use super::record::order_bytes;
 use super::segment::GroupAt;
+use super::spill::Waiting;
+use super::writer::Writer;
 use crate::faults::{bug, crash_point};
 use crate::queue::{OrderQueue, Rejected};
 use crate::state::pending::{PendingOrder, SlotState};
@@ -16,7 +16,7 @@ use crate::sync::Ordering;
 /// The thread that writes.
 pub(super) struct Appender {
     shared: Arc<Shared>,
-    log: Log,
+    writer: Writer,
     /// The orders of the group that is being gathered, and the room that they came with.
     orders: Vec<Arc<PendingOrder>>,
     reserved: i64,
@@ -25,10 +25,10 @@ pub(super) struct Appender {
 }
 
 impl Appender {
-    pub(super) fn new(shared: Arc<Shared>, log: Log) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, writer: Writer) -> Self {
         Appender {
             shared,
-            log,
+            writer,
             orders: Vec::new(),
             reserved: 0,
             held_back: None,
@@ -52,34 +52,34 @@ impl Appender {
             match incoming {
                 Incoming::Order(order, permit) => {
                     if !self
-                        .log
+                        .writer
                         .fits(order_bytes(order.order.attributes.as_deref()))
                     {
                         self.held_back = Some(Incoming::Order(order, permit));
                         break;
                     }
-                    self.log.push_order(&order.order);
+                    self.writer.push_order(&order.order);
                     self.reserved += i64::from(permit.spend());
                     self.orders.push(order);
                 }
                 // A group of its own, so that a group holds either orders or a lease.
-                Incoming::Lease(..) if !self.log.is_empty() => {
+                Incoming::Lease(..) if !self.writer.is_empty() => {
                     self.held_back = Some(incoming);
                     break;
                 }
                 Incoming::Lease(until, permit, done) => {
-                    if !self.log.fits(64) {
+                    if !self.writer.fits(64) {
                         self.held_back = Some(Incoming::Lease(until, permit, done));
                         break;
                     }
-                    self.log.push_lease(until);
+                    self.writer.push_lease(until);
                     self.reserved += i64::from(permit.spend());
                     lease = Some(done);
                     break;
                 }
             }
         }
-        if self.log.is_empty() {
+        if self.writer.is_empty() {
             if self.held_back.is_some() {
                 return self.rotate();
             }
@@ -89,7 +89,7 @@ impl Appender {
             self.acknowledge_early();
         }
         let started = Instant::now();
-        let written = self.log.commit(self.orders.len() as u64);
+        let written = self.writer.commit(self.orders.len() as u64);
         let metrics = &shared.parts.metrics;
         metrics
             .journal_sync_seconds
@@ -99,8 +99,8 @@ impl Appender {
                 metrics.journal_groups.inc();
                 metrics.journal_orders.inc_by(self.orders.len() as u64);
                 shared
-                    .keeper
-                    .room
+                    .segments
+                    .space
                     .give(self.reserved - i64::from(at.sectors));
                 self.reserved = 0;
                 if let Some(done) = lease {
@@ -110,7 +110,7 @@ impl Appender {
                 true
             }
             Err(error) => {
-                let segment = self.log.segment().number;
+                let segment = self.writer.segment().number;
                 shared.fail(format!("{}: {error}", super::segment::file_name(segment)));
                 true
             }
@@ -118,7 +118,7 @@ impl Appender {
     }
 
     fn acknowledge_early(&self) {
-        let segment = self.log.segment().number;
+        let segment = self.writer.segment().number;
         let mut wakers = Vec::new();
         for order in &self.orders {
             if order.slot.state() == SlotState::Appending {
@@ -130,12 +130,12 @@ impl Appender {
     }
 
     fn rotate(&mut self) -> bool {
-        let left = self.log.sectors_left();
-        match self.shared.keeper.next(left) {
+        let left = self.writer.sectors_left();
+        match self.shared.segments.next(left) {
             Some(segment) => {
-                self.log.rotate(segment);
+                self.writer.rotate(segment);
                 // The one before may have been decided completely already.
-                self.shared.keeper.look();
+                self.shared.segments.look();
                 true
             }
             None => false,
@@ -162,7 +162,7 @@ impl Appender {
         let mut orders = self.orders.drain(..);
         let mut rest = None;
         let mut kept = 0;
-        if shared.backlog.orders() == 0 {
+        if shared.spill.orders() == 0 {
             for order in orders.by_ref() {
                 match shared.ring.push(order) {
                     Ok(()) => kept += 1,
@@ -178,7 +178,7 @@ impl Appender {
         }
         // Everything else of this group, and all that comes later, waits on the disk.
         shared.parts.pending.spilled(count - kept);
-        shared.backlog.push(Waiting {
+        shared.spill.push(Waiting {
             at: at.clone(),
             skip: kept,
         });
@@ -204,7 +204,7 @@ impl Appender {
     fn pass_on(&mut self) -> bool {
         let shared = Arc::clone(&self.shared);
         // What is gathered here is the group that failed.
-        let segment = self.log.segment().number;
+        let segment = self.writer.segment().number;
         let in_doubt = self.orders.drain(..).map(|order| (order, segment));
         let mut orders: Vec<_> = in_doubt.collect();
         let held_back = self.held_back.take().into_iter();

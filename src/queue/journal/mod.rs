@@ -6,10 +6,10 @@
 //!
 //! * [`sector`]: the physical format, and why it is made of sectors; [`record`]: what is in it;
 //! * [`segment`]: one file; [`disk`]: what is asked of a file system;
-//! * [`scan`]: reading a journal back, and what counts as damage;
-//! * `log`: one group, one write, one sync; `appender`: the thread that does it; `keeper`: making and deleting segments;
-//! * `room`: what records may still take; `tally`: when a segment is not needed any more;
-//! * `backlog`: what waits on the disk; `inbox`: what the appender is asked to write, and `doorbell`: how it is woken;
+//! * [`recovery`]: reading a journal back, and what counts as damage;
+//! * `writer`: one group, one write, one sync; `appender`: the thread that does it; `segments`: making and deleting segments;
+//! * `space`: what records may still take; `tally`: when a segment is not needed any more;
+//! * `spill`: what waits on the disk; `mpsc`: what the appender is asked to write, and `parker`: how it is woken;
 //! * `queue`: how all that is one [`crate::queue::OrderQueue`].
 //!
 //! Rules that recovery relies on:
@@ -23,32 +23,32 @@
 //! 6. Before a process appends, everything that it found has been written to the database.
 
 mod appender;
-mod backlog;
 pub mod disk;
-mod doorbell;
-mod inbox;
-mod keeper;
-mod log;
+mod mpsc;
+mod parker;
 mod queue;
 pub mod record;
-mod room;
-pub mod scan;
+pub mod recovery;
 pub mod sector;
 pub mod segment;
+mod segments;
+mod space;
+mod spill;
 mod tally;
+mod writer;
 
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use disk::{Disk, RealDisk};
-pub use log::Log;
 pub use queue::{JournalParts, JournalQueue};
 use record::{GROUP_HEAD, RECORD_MAX};
-pub use room::Permit;
-use scan::Scanned;
+use recovery::Scanned;
 use sector::{PAYLOAD, SECTOR};
 pub use segment::{GroupAt, Identity, prepare};
+pub use space::Permit;
+pub use writer::Writer;
 
 /// Sectors that the longest record takes as a group of its own.
 const RECORD_SECTORS_MAX: u64 = (GROUP_HEAD + RECORD_MAX).div_ceil(PAYLOAD) as u64;
@@ -157,7 +157,7 @@ impl Opened {
         new_id: [u8; 16],
         progress: impl FnMut(u64, u64),
     ) -> Result<Self, JournalError> {
-        let scanned = scan::scan(&*disk, progress)?;
+        let scanned = recovery::scan(&*disk, progress)?;
         for name in &scanned.unfinished {
             disk.remove(name)
                 .map_err(JournalError::io("removing an unfinished segment"))?;

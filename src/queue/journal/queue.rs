@@ -6,13 +6,13 @@
 //!      │                            write, sync,   │          ▲
 //!      │                            acknowledge    no         │ reader
 //!      │                                           ▼          │
-//!      │                                        backlog ──────┘
+//!      │                                          spill ──────┘
 //!      │ push (waiting orders: promised nothing before the commit)
 //!      └───────────────────────────────────────────────────► ring
 //! ```
 //!
 //! The appender takes what has gathered while its last sync ran: one order alone costs one sync,
-//! a flood shares them. While the backlog is not empty everything newer goes to the disk too, so
+//! a flood shares them. While the spill is not empty everything newer goes to the disk too, so
 //! that the order of the queue is kept.
 
 use std::fmt;
@@ -23,18 +23,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::appender::Appender;
-use super::backlog::Backlog;
-use super::inbox::Inbox;
-use super::keeper::Keeper;
-use super::log::Log;
+use super::mpsc::MpscQueue;
 use super::record::{GROUP_HEAD, Record, order_bytes};
-use super::room::Permit;
 use super::sector::sectors_of;
+use super::segments::Segments;
+use super::space::Permit;
+use super::spill::Spill;
+use super::writer::Writer;
 use super::{JournalError, Opened};
 use crate::faults::{self, Fate, crash_point};
 use crate::metrics::Metrics;
 use crate::order::{Order, OrderId, UnixMillis};
-use crate::queue::{Durability, DurableQueue, NotDurable, OrderQueue, Rejected, RingQueue, Taken};
+use crate::queue::{Batch, Durability, DurableQueue, NotDurable, OrderQueue, Rejected, RingQueue};
 use crate::state::pending::{Pending, PendingOrder};
 use crate::sync::thread::{self, JoinHandle, Thread};
 use crate::sync::{AtomicBool, Mutex, OnceLock, Ordering, Waker};
@@ -77,11 +77,11 @@ pub struct JournalQueue {
 pub(super) struct Shared {
     pub(super) ring: RingQueue,
     capacity: usize,
-    pub(super) incoming: Inbox<Incoming>,
-    pub(super) backlog: Backlog,
+    pub(super) incoming: MpscQueue<Incoming>,
+    pub(super) spill: Spill,
     /// Wakes the reader.
     reader: OnceLock<Thread>,
-    pub(super) keeper: Keeper,
+    pub(super) segments: Segments,
     pub(super) parts: JournalParts,
     pub(super) appender_ended: AtomicBool,
     /// Leaves what is on the disk to the next process.
@@ -110,7 +110,7 @@ impl JournalQueue {
             scanned,
         } = opened;
         let segments_max = (parts.bytes_max / identity.segment_bytes) as usize;
-        let (keeper, first) = Keeper::new(
+        let (segments, first) = Segments::new(
             disk,
             identity,
             &scanned.segments,
@@ -118,20 +118,20 @@ impl JournalQueue {
             parts.retain,
         )
         .map_err(JournalError::io("making the journal's first segment"))?;
-        let log = Log::new(
+        let writer = Writer::new(
             first,
             identity.sectors(),
-            super::scan::session(scanned.last_group) + 1,
+            super::recovery::session(scanned.last_group) + 1,
             scanned.last_sequence + 1,
             parts.epoch,
         );
         let shared = Arc::new(Shared {
             ring: RingQueue::new(parts.capacity),
             capacity: parts.capacity,
-            incoming: Inbox::new(parts.capacity),
-            backlog: Backlog::default(),
+            incoming: MpscQueue::new(parts.capacity),
+            spill: Spill::default(),
             reader: OnceLock::new(),
-            keeper,
+            segments,
             parts,
             appender_ended: AtomicBool::new(false),
             cut: AtomicBool::new(false),
@@ -167,13 +167,13 @@ impl JournalQueue {
                 .map_err(JournalError::io("starting a thread of the journal"))
         };
         let keeping = Arc::clone(&shared);
-        spawn("journal-keeper", Box::new(move || keeping.keeper.run()))?;
+        spawn("journal-keeper", Box::new(move || keeping.segments.run()))?;
         let reading = Arc::clone(&shared);
         spawn("journal-reader", Box::new(move || reading.read_back()))?;
         let appending = Arc::clone(&shared);
         spawn(
             "journal-append",
-            Box::new(move || Appender::new(appending, log).run()),
+            Box::new(move || Appender::new(appending, writer).run()),
         )?;
         Ok(JournalQueue {
             shared,
@@ -184,7 +184,7 @@ impl JournalQueue {
     /// Writes how far order ids are leased, for as long as the database cannot. True: it is
     /// durable.
     pub async fn lease_ids(&self, until: UnixMillis) -> bool {
-        let Some(permit) = self.shared.keeper.room.take(1) else {
+        let Some(permit) = self.shared.segments.space.take(1) else {
             return false;
         };
         let (done, heard) = tokio::sync::oneshot::channel();
@@ -206,23 +206,23 @@ impl JournalQueue {
 
     /// Bytes that its segments take on the disk.
     pub fn bytes(&self) -> u64 {
-        self.shared.keeper.bytes()
+        self.shared.segments.bytes()
     }
 
     /// Orders that wait on the disk and not in memory.
-    pub fn backlog(&self) -> usize {
-        self.shared.backlog.orders()
+    pub fn spilled(&self) -> usize {
+        self.shared.spill.orders()
     }
 
     /// Orders that the database has not decided yet.
     pub fn outstanding(&self) -> u64 {
-        let segments = self.shared.keeper.segments();
+        let segments = self.shared.segments.segments();
         segments.iter().map(|segment| segment.outstanding()).sum()
     }
 
     /// The number of the newest segment of which everything is decided, with all before it.
-    pub fn decided_up_to(&self) -> u64 {
-        let segments = self.shared.keeper.segments();
+    pub fn settled_up_to(&self) -> u64 {
+        let segments = self.shared.segments.segments();
         segments
             .iter()
             .take_while(|segment| segment.is_done())
@@ -232,7 +232,7 @@ impl JournalQueue {
 
     /// Allows segments up to `number` to be deleted, where the journal retains them.
     pub fn confirm(&self, number: u64) {
-        self.shared.keeper.confirm(number);
+        self.shared.segments.confirm(number);
     }
 
     /// Reads every order that the journal still has, of this process and those before it, and
@@ -242,9 +242,9 @@ impl JournalQueue {
     /// # Errors
     /// Where the disk fails or what is there is damaged.
     pub fn read_all(&self, each: &mut dyn FnMut(Order)) -> Result<(), JournalError> {
-        let segments = self.shared.keeper.segments();
-        super::scan::read_segments(&segments, |segment, place, records| {
-            let in_memory = self.shared.backlog.in_memory_of(segment, place);
+        let segments = self.shared.segments.segments();
+        super::recovery::read_segments(&segments, |segment, place, records| {
+            let in_memory = self.shared.spill.in_memory_of(segment, place);
             for record in records.into_iter().take(in_memory.unwrap_or(usize::MAX)) {
                 if let Record::Order(order) = record {
                     each(*order);
@@ -266,7 +266,7 @@ impl JournalQueue {
     /// # Errors
     /// Where the disk fails; what is left is a sound journal.
     pub fn erase(&self) -> io::Result<()> {
-        self.shared.keeper.erase()
+        self.shared.segments.erase()
     }
 
     /// Ends the threads. Returns orders that were handed over and never written; nobody was told
@@ -274,7 +274,7 @@ impl JournalQueue {
     pub fn stop(&self) -> Vec<Arc<PendingOrder>> {
         self.close();
         self.leave_backlog();
-        self.shared.keeper.stop();
+        self.shared.segments.stop();
         for thread in self.threads.lock().drain(..) {
             if thread.join().is_err() {
                 tracing::error!("a thread of the journal panicked");
@@ -308,7 +308,7 @@ impl Shared {
         let _ = self.reader.set(thread::current());
         loop {
             let ended = self.appender_ended.load(Ordering::Acquire);
-            let Some(waiting) = self.backlog.oldest() else {
+            let Some(waiting) = self.spill.oldest() else {
                 if ended || self.cut.load(Ordering::Acquire) {
                     return self.ring.close();
                 }
@@ -335,10 +335,10 @@ impl Shared {
                         if !self.push_or_wait(order) {
                             return self.ring.close();
                         }
-                        self.backlog.advance();
+                        self.spill.advance();
                         self.parts.pending.read_back(1);
                     }
-                    self.backlog.pop();
+                    self.spill.pop();
                 }
                 Err(error) => {
                     if self.failure.get().is_none() {
@@ -387,7 +387,7 @@ impl OrderQueue for JournalQueue {
         self.shared.ring.push(order)
     }
 
-    fn take(&self, max: usize) -> Pin<Box<dyn Future<Output = Option<Taken>> + Send + '_>> {
+    fn take(&self, max: usize) -> Pin<Box<dyn Future<Output = Option<Batch>> + Send + '_>> {
         self.shared.ring.take(max)
     }
 
@@ -396,7 +396,7 @@ impl OrderQueue for JournalQueue {
     }
 
     fn depth(&self) -> usize {
-        self.shared.ring.depth() + self.shared.incoming.len() + self.shared.backlog.orders()
+        self.shared.ring.depth() + self.shared.incoming.len() + self.shared.spill.orders()
     }
 
     fn ahead(&self) -> usize {
@@ -423,9 +423,9 @@ impl DurableQueue for JournalQueue {
             return Err(NotDurable::Busy);
         }
         let sectors = sectors_of(GROUP_HEAD + order_bytes(attributes)) as u32;
-        let permit = shared.keeper.room.take(sectors);
+        let permit = shared.segments.space.take(sectors);
         permit.ok_or_else(|| {
-            if shared.keeper.is_full() {
+            if shared.segments.is_full() {
                 NotDurable::Full
             } else {
                 NotDurable::Busy
@@ -455,7 +455,7 @@ impl DurableQueue for JournalQueue {
         (self.shared.parts.may_acknowledge)()
     }
 
-    fn decided(&self, orders: &[Arc<PendingOrder>]) {
+    fn settled(&self, orders: &[Arc<PendingOrder>]) {
         let mut by_segment: Vec<(u64, u64)> = Vec::new();
         for order in orders {
             let segment = order.slot.segment();
@@ -468,16 +468,16 @@ impl DurableQueue for JournalQueue {
             }
         }
         if !by_segment.is_empty() {
-            self.shared.keeper.decided(&by_segment);
+            self.shared.segments.settled(&by_segment);
         }
     }
 
     fn may_hold(&self, id: OrderId) -> bool {
-        self.shared.backlog.may_hold(id)
+        self.shared.spill.may_hold(id)
     }
 
     fn find(&self, id: OrderId) -> io::Result<Option<Order>> {
-        self.shared.backlog.find(id)
+        self.shared.spill.find(id)
     }
 }
 
@@ -485,7 +485,7 @@ impl fmt::Debug for JournalQueue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("JournalQueue")
             .field("depth", &self.depth())
-            .field("backlog", &self.backlog())
+            .field("spilled", &self.spilled())
             .field("failure", &self.failure())
             .finish_non_exhaustive()
     }

@@ -96,8 +96,8 @@ impl Segment {
     ///
     /// # Panics
     /// Where more are decided than were written: the segment would be deleted under an order.
-    pub fn decided(&self, orders: u64) -> bool {
-        let before = self.tally.decided(orders);
+    pub fn settled(&self, orders: u64) -> bool {
+        let before = self.tally.settled(orders);
         assert!(
             before >= orders,
             "segment {}: {orders} orders decided, {before} outstanding",

@@ -34,7 +34,7 @@ impl Tally {
     }
 
     /// Counts orders that the database has decided, and returns how many were outstanding before.
-    pub(super) fn decided(&self, orders: u64) -> u64 {
+    pub(super) fn settled(&self, orders: u64) -> u64 {
         self.outstanding.fetch_sub(orders, Ordering::AcqRel)
     }
 

@@ -3,23 +3,23 @@
 //!
 //! `tests/loom.rs` compiles this file against loom's primitives.
 
-use super::doorbell::Doorbell;
+use super::parker::Parker;
 use crate::faults::bug;
 use crate::sync::{ArrayQueue, AtomicBool, Ordering};
 
 /// A bounded queue of many senders and one receiver, which sleeps.
-pub(super) struct Inbox<T> {
+pub(super) struct MpscQueue<T> {
     items: ArrayQueue<T>,
-    bell: Doorbell,
+    parker: Parker,
     closed: AtomicBool,
 }
 
-impl<T> Inbox<T> {
+impl<T> MpscQueue<T> {
     /// Room for `capacity` items, 1 or more.
     pub(super) fn new(capacity: usize) -> Self {
-        Inbox {
+        MpscQueue {
             items: ArrayQueue::new(capacity.max(1)),
-            bell: Doorbell::new(),
+            parker: Parker::new(),
             closed: AtomicBool::new(false),
         }
     }
@@ -28,14 +28,14 @@ impl<T> Inbox<T> {
     pub(super) fn push(&self, item: T) -> Result<(), T> {
         self.items.push(item)?;
         if !bug("lost_wake_up") {
-            self.bell.ring();
+            self.parker.unpark();
         }
         Ok(())
     }
 
-    /// Makes the present thread the receiver; once, before its first [`Inbox::wait`].
+    /// Makes the present thread the receiver; once, before its first [`MpscQueue::wait`].
     pub(super) fn listen(&self) {
-        self.bell.listen();
+        self.parker.listen();
     }
 
     /// Takes the oldest item.
@@ -54,12 +54,12 @@ impl<T> Inbox<T> {
         if closed {
             return false;
         }
-        self.bell
-            .wait_unless(|| !self.items.is_empty() || self.is_closed());
+        self.parker
+            .park_unless(|| !self.items.is_empty() || self.is_closed());
         true
     }
 
-    /// Whether [`Inbox::close`] was called.
+    /// Whether [`MpscQueue::close`] was called.
     pub(super) fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Acquire)
     }
@@ -67,7 +67,7 @@ impl<T> Inbox<T> {
     /// Lets the receiver end once it is empty.
     pub(super) fn close(&self) {
         self.closed.store(true, Ordering::SeqCst);
-        self.bell.ring();
+        self.parker.unpark();
     }
 
     pub(super) fn is_full(&self) -> bool {

@@ -38,7 +38,7 @@ impl Waiting {
 
 /// What waits on the disk: a few words a group, nothing an order.
 #[derive(Debug, Default)]
-pub(super) struct Backlog {
+pub(super) struct Spill {
     groups: Mutex<Groups>,
     /// Orders in them, kept beside the lock for those who only ask whether there are any.
     orders: AtomicUsize,
@@ -99,7 +99,7 @@ impl Groups {
     }
 }
 
-impl Backlog {
+impl Spill {
     /// Orders that wait.
     pub(super) fn orders(&self) -> usize {
         self.orders.load(Ordering::Acquire)
@@ -113,7 +113,7 @@ impl Backlog {
         self.orders.fetch_add(orders, Ordering::AcqRel);
     }
 
-    /// The oldest group; it stays until [`Backlog::pop`].
+    /// The oldest group; it stays until [`Spill::pop`].
     pub(super) fn oldest(&self) -> Option<Waiting> {
         let groups = self.groups.lock();
         groups.groups.front().map(|(waiting, _)| waiting.clone())
@@ -213,7 +213,7 @@ mod tests {
             return;
         }
         let segment = segment();
-        let (backlog, mut all) = (Backlog::default(), VecDeque::new());
+        let (spill, mut all) = (Spill::default(), VecDeque::new());
         let (mut random, mut next) = (7_u64, 0);
         for place in 0..3_000_u64 {
             random = random
@@ -223,10 +223,10 @@ mod tests {
             let low = (10 * place + 1).saturating_sub((random >> 40) % 40).max(1);
             let high = low + 1 + (random >> 50) % 30;
             let ids = ((random >> 33) % 50 > 0).then_some((low, high));
-            backlog.push(group(&segment, place, ids));
+            spill.push(group(&segment, place, ids));
             all.push_back((place, ids));
             if random >> 62 == 0 {
-                backlog.pop();
+                spill.pop();
                 all.pop_front();
             }
             next = high;
@@ -238,17 +238,17 @@ mod tests {
                 .filter(|(_, ids)| ids.is_some_and(|(low, high)| (low..=high).contains(&id.get())))
                 .map(|(place, _)| *place)
                 .collect();
-            let groups = backlog.groups.lock();
+            let groups = spill.groups.lock();
             let found: Vec<u64> = groups.of(id).map(|waiting| waiting.at.place).collect();
             assert_eq!(found, walked, "{id}");
             drop(groups);
-            assert_eq!(backlog.may_hold(id), !walked.is_empty());
+            assert_eq!(spill.may_hold(id), !walked.is_empty());
         }
         let (first, last) = (all[0].0, all[all.len() - 1].0);
         for place in first..=last {
-            assert_eq!(backlog.in_memory_of(1, place), Some(0));
+            assert_eq!(spill.in_memory_of(1, place), Some(0));
         }
-        assert_eq!(backlog.in_memory_of(1, last + 1), None);
+        assert_eq!(spill.in_memory_of(1, last + 1), None);
     }
 
     #[test]
@@ -257,11 +257,11 @@ mod tests {
             return;
         }
         let segment = segment();
-        let backlog = Backlog::default();
+        let spill = Spill::default();
         for place in 0..50_000 {
-            backlog.push(group(&segment, place, Some((2 * place + 1, 2 * place + 2))));
+            spill.push(group(&segment, place, Some((2 * place + 1, 2 * place + 2))));
         }
-        let groups = backlog.groups.lock();
+        let groups = spill.groups.lock();
         let id = OrderId::new(60_001).unwrap();
         let from = groups.groups.partition_point(|(_, high)| *high < id.get());
         assert_eq!(from, 30_000);

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::disk::Disk;
-use super::room::Room;
 use super::segment::{self, Identity, Segment, file_name};
+use super::space::Space;
 use crate::faults::crash_point;
 use crate::sync::{AtomicBool, AtomicU64, Condvar, Mutex, Ordering};
 
@@ -19,11 +19,11 @@ const TAIL: i64 = super::RECORD_SECTORS_MAX as i64;
 
 /// The segments of a running journal.
 #[derive(Debug)]
-pub(super) struct Keeper {
+pub(super) struct Segments {
     disk: Arc<dyn Disk>,
     identity: Identity,
     segments_max: usize,
-    pub(super) room: Arc<Room>,
+    pub(super) space: Arc<Space>,
     state: Mutex<State>,
     changed: Condvar,
     /// Segments up to this number may be deleted; `u64::MAX` where nobody else needs them.
@@ -41,7 +41,7 @@ struct State {
     stopping: bool,
 }
 
-impl Keeper {
+impl Segments {
     /// Goes on from the segments that were found, and makes the first of its own. Returns it too.
     pub(super) fn new(
         disk: Arc<dyn Disk>,
@@ -69,11 +69,11 @@ impl Keeper {
         };
         let first = Arc::new(first);
         segments.push_back(Arc::clone(&first));
-        let keeper = Keeper {
+        let segments = Segments {
             disk,
             identity,
             segments_max: segments_max.max(2),
-            room: Arc::new(Room::new(0)),
+            space: Arc::new(Space::new(0)),
             state: Mutex::new(State {
                 segments,
                 spare: None,
@@ -84,8 +84,8 @@ impl Keeper {
             confirmed: AtomicU64::new(if retain { 0 } else { u64::MAX }),
             full: AtomicBool::new(false),
         };
-        keeper.room.give(keeper.usable());
-        Ok((keeper, first))
+        segments.space.give(segments.usable());
+        Ok((segments, first))
     }
 
     /// Whether there will be no more room before something in it is decided: the limit in bytes is
@@ -137,7 +137,7 @@ impl Keeper {
                     Ok(segment) => {
                         state.next_number += 1;
                         state.spare = Some(Arc::new(segment));
-                        self.room.give(self.usable());
+                        self.space.give(self.usable());
                         if self.full.swap(false, Ordering::Relaxed) {
                             tracing::info!("the journal has room again");
                         }
@@ -192,7 +192,7 @@ impl Keeper {
         loop {
             if let Some(spare) = state.spare.take() {
                 // The end of a segment was set aside; what was used of it was not counted.
-                self.room.give(TAIL - left as i64);
+                self.space.give(TAIL - left as i64);
                 state.segments.push_back(Arc::clone(&spare));
                 self.changed.notify_all();
                 return Some(spare);
@@ -205,7 +205,7 @@ impl Keeper {
     }
 
     /// Counts an order's outcome in its segment.
-    pub(super) fn decided(&self, by_segment: &[(u64, u64)]) {
+    pub(super) fn settled(&self, by_segment: &[(u64, u64)]) {
         let state = self.state.lock();
         let Some(oldest) = state.segments.front().map(|oldest| oldest.number) else {
             return;
@@ -215,7 +215,7 @@ impl Keeper {
             let index = number.checked_sub(oldest).map(|index| index as usize);
             let segment = index.and_then(|index| state.segments.get(index));
             if let Some(segment) = segment {
-                done |= segment.decided(*orders);
+                done |= segment.settled(*orders);
             }
         }
         if done {

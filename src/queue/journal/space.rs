@@ -9,13 +9,13 @@ use crate::sync::{AtomicI64, Ordering};
 /// Room for records that are not written yet, in sectors. What a record may need is taken before
 /// its order's stock is held, so that an order that was let in can always be written.
 #[derive(Debug)]
-pub(super) struct Room {
+pub(super) struct Space {
     sectors: AtomicI64,
 }
 
-impl Room {
+impl Space {
     pub(super) fn new(sectors: i64) -> Self {
-        Room {
+        Space {
             sectors: AtomicI64::new(sectors),
         }
     }
@@ -29,7 +29,7 @@ impl Room {
             })
             .ok()
             .map(|_| Permit {
-                room: Arc::clone(self),
+                space: Arc::clone(self),
                 sectors,
             })
     }
@@ -44,7 +44,7 @@ impl Room {
 #[derive(Debug)]
 #[must_use = "dropping a permit gives its room back"]
 pub struct Permit {
-    room: Arc<Room>,
+    space: Arc<Space>,
     sectors: u32,
 }
 
@@ -57,6 +57,6 @@ impl Permit {
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        self.room.give(i64::from(self.sectors));
+        self.space.give(i64::from(self.sectors));
     }
 }

@@ -14,7 +14,7 @@ use crate::order::{Order, OrderId, UnixMillis};
 /// After an error nothing may be appended any more: what was written may or may not be on the
 /// disk, and no second sync of the same file can tell.
 #[derive(Debug)]
-pub struct Log {
+pub struct Writer {
     segment: Arc<Segment>,
     /// Sectors of each segment.
     sectors: u64,
@@ -29,7 +29,7 @@ pub struct Log {
     failed: bool,
 }
 
-impl Log {
+impl Writer {
     /// A log that begins with `segment`, of `sectors` sectors, as the process number `session` of
     /// this journal; its records are numbered from `sequence`.
     pub fn new(
@@ -39,7 +39,7 @@ impl Log {
         sequence: u64,
         epoch: i64,
     ) -> Self {
-        let mut log = Log {
+        let mut writer = Writer {
             segment,
             sectors,
             place: 1,
@@ -51,8 +51,8 @@ impl Log {
             bytes: Vec::new(),
             failed: false,
         };
-        log.begin();
-        log
+        writer.begin();
+        writer
     }
 
     fn begin(&mut self) {

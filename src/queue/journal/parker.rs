@@ -13,30 +13,30 @@
 use crate::sync::thread::{self, Thread};
 use crate::sync::{AtomicBool, OnceLock, Ordering, fence};
 
-/// One thread's bell.
+/// One thread that parks while it has no work.
 #[derive(Debug)]
-pub struct Doorbell {
+pub struct Parker {
     sleeping: AtomicBool,
     owner: OnceLock<Thread>,
 }
 
-impl Doorbell {
+impl Parker {
     /// A bell that nobody listens to yet.
     pub fn new() -> Self {
-        Doorbell {
+        Parker {
             sleeping: AtomicBool::new(false),
             owner: OnceLock::new(),
         }
     }
 
     /// Makes the present thread the one that listens; once, before its first
-    /// [`Doorbell::wait_unless`].
+    /// [`Parker::park_unless`].
     pub fn listen(&self) {
         let _ = self.owner.set(thread::current());
     }
 
     /// Wakes the owner if it sleeps. Comes after the work was published.
-    pub fn ring(&self) {
+    pub fn unpark(&self) {
         fence(Ordering::SeqCst);
         // Acquire: whoever sees the owner asleep sees whom to wake. Of many who ring only the first
         // pays for a system call: to wake a thread that is awake already is one exchange.
@@ -46,7 +46,7 @@ impl Doorbell {
     }
 
     /// Sleeps until somebody rings, unless `has_work`. May wake for no reason.
-    pub fn wait_unless(&self, has_work: impl FnOnce() -> bool) {
+    pub fn park_unless(&self, has_work: impl FnOnce() -> bool) {
         // The fence orders it before the look at the work. Release: whoever sees it sees `owner`.
         self.sleeping.store(true, Ordering::Release);
         fence(Ordering::SeqCst);

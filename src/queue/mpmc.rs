@@ -8,7 +8,7 @@ use std::pin::pin;
 use crate::sync::{ArrayQueue, AtomicBool, AtomicUsize, Mutex, Notify, Ordering, fence};
 
 /// A bounded lock-free ring, with a place before it for what consumers gave up.
-pub(super) struct Handoff<T> {
+pub(super) struct MpmcQueue<T> {
     ring: ArrayQueue<T>,
     /// What consumers gave up, ahead of the ring. Empty but after a consumer's death, so its
     /// count is looked at before its lock.
@@ -20,10 +20,10 @@ pub(super) struct Handoff<T> {
     closed: AtomicBool,
 }
 
-impl<T> Handoff<T> {
+impl<T> MpmcQueue<T> {
     /// A ring for `capacity` items, 1 or more.
     pub(super) fn new(capacity: usize) -> Self {
-        Handoff {
+        MpmcQueue {
             ring: ArrayQueue::new(capacity.max(1)),
             head: Mutex::new(VecDeque::new()),
             head_len: AtomicUsize::new(0),
@@ -33,7 +33,7 @@ impl<T> Handoff<T> {
         }
     }
 
-    /// Whether [`Handoff::close`] was called.
+    /// Whether [`MpmcQueue::close`] was called.
     pub(super) fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Acquire)
     }
@@ -129,7 +129,7 @@ impl<T> Handoff<T> {
         self.ring.capacity()
     }
 
-    /// Ends every [`Handoff::take`] once it is empty.
+    /// Ends every [`MpmcQueue::take`] once it is empty.
     pub(super) fn close(&self) {
         self.closed.store(true, Ordering::SeqCst);
         self.wake.notify_waiters();
