@@ -15,7 +15,7 @@ use crate::state::State;
 use crate::state::pending::PendingOrder;
 use crate::store::StoreError;
 use crate::store::postgres::orders::StoredOrder;
-use crate::store::postgres::transitions::{Moved, Units};
+use crate::store::postgres::transitions::{Transition, Units};
 use crate::store::postgres::{Database, NodeLease};
 use crate::sync::Guarded;
 
@@ -205,13 +205,15 @@ impl Canceller {
             ticket.known();
         }
         match moved {
-            Ok(Moved::Unknown) => {
+            Ok(Transition::Unknown) => {
                 self.give_back_lost(id, recent.as_deref());
                 return Err(CancelError::Unknown(id));
             }
-            Ok(Moved::StandsAt(OrderStatus::Cancelled)) => {}
-            Ok(Moved::StandsAt(status)) => return Err(CancelError::NotCancellable(id, status)),
-            Ok(Moved::Now(units)) => self.give_back(id, &units, true),
+            Ok(Transition::StandsAt(OrderStatus::Cancelled)) => {}
+            Ok(Transition::StandsAt(status)) => {
+                return Err(CancelError::NotCancellable(id, status));
+            }
+            Ok(Transition::Now(units)) => self.give_back(id, &units, true),
             Err(error) => return Err(error.into()),
         }
         let order = self.database.find_order(id).await?;
@@ -221,7 +223,7 @@ impl Canceller {
     }
 
     /// An order that is past its time is not cancelled any more: it expires.
-    async fn cancel_row(&self, id: OrderId) -> Result<Moved, StoreError> {
+    async fn cancel_row(&self, id: OrderId) -> Result<Transition, StoreError> {
         let now = self.state.ids.real_now();
         self.database.cancel_order(self.lease, id, Some(now)).await
     }
@@ -268,14 +270,15 @@ impl Canceller {
     async fn settle(&self, id: OrderId, recent: Option<Arc<PendingOrder>>) -> bool {
         // Past its time too: the first attempt was not.
         match self.database.cancel_order(self.lease, id, None).await {
-            Ok(Moved::Now(units)) => self.give_back(id, &units, true),
-            Ok(Moved::StandsAt(OrderStatus::Cancelled)) => match self.database.find_order(id).await
-            {
-                Ok(Some(order)) => self.give_back_stored(&order),
-                Ok(None) | Err(_) => return false,
-            },
-            Ok(Moved::Unknown) => self.give_back_lost(id, recent.as_deref()),
-            Ok(Moved::StandsAt(_)) => {}
+            Ok(Transition::Now(units)) => self.give_back(id, &units, true),
+            Ok(Transition::StandsAt(OrderStatus::Cancelled)) => {
+                match self.database.find_order(id).await {
+                    Ok(Some(order)) => self.give_back_stored(&order),
+                    Ok(None) | Err(_) => return false,
+                }
+            }
+            Ok(Transition::Unknown) => self.give_back_lost(id, recent.as_deref()),
+            Ok(Transition::StandsAt(_)) => {}
             // Another process goes on from what the database says.
             Err(error) => return error.is_final(),
         }

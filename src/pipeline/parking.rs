@@ -238,7 +238,9 @@ impl Parking {
                 }
                 Part::Changed => {}
                 Part::Row { .. } | Part::Counter { .. } if part.len() > 1 => size = part.len() / 2,
-                Part::Row { sqlstate, reason } => self.bury(&part, &sqlstate, &reason).await?,
+                Part::Row { sqlstate, reason } => {
+                    self.dead_letter(&part, &sqlstate, &reason).await?
+                }
                 Part::Counter { reason } => {
                     let units = part.first().map_or(1, |order| order.quantity.get());
                     sku.fault().set(&reason, units);
@@ -356,7 +358,7 @@ impl Parking {
     }
 
     /// The database refuses the row of this one order.
-    async fn bury(
+    async fn dead_letter(
         &mut self,
         part: &[Order],
         sqlstate: &str,
@@ -365,7 +367,7 @@ impl Parking {
         for order in part {
             if self
                 .database
-                .bury_parked(self.lease, order.id, sqlstate, reason)
+                .dead_letter_parked(self.lease, order.id, sqlstate, reason)
                 .await?
             {
                 tracing::error!(order_id = %order.id, sqlstate, reason, "the database refused a parked order; it is a dead letter now");

@@ -121,7 +121,7 @@ impl Cashier {
         let orders: Vec<(i64, OrderId)> = orders.collect();
         if !one_by_one {
             let ids: Vec<OrderId> = orders.iter().map(|(_, order_id)| *order_id).collect();
-            return match self.meet(&ids).await {
+            return match self.match_orders(&ids).await {
                 Ok(any) => Ok(full && any),
                 Err(error) if error.is_about_rows() => {
                     tracing::warn!(reason = %error, payments = orders.len(), "payments are matched one by one");
@@ -135,7 +135,7 @@ impl Cashier {
         let started = Instant::now();
         for (payment, order_id) in orders {
             self.matched_up_to = payment;
-            match self.meet(&[order_id]).await {
+            match self.match_orders(&[order_id]).await {
                 Ok(_) => {}
                 Err(error) if error.is_about_rows() => {
                     tracing::warn!(payment, %order_id, reason = %error, "a payment is not matched yet; it is tried again");
@@ -155,7 +155,7 @@ impl Cashier {
     }
 
     /// Lets the orphans of these orders meet them. True: some did.
-    async fn meet(&mut self, orders: &[OrderId]) -> Result<bool, StoreError> {
+    async fn match_orders(&mut self, orders: &[OrderId]) -> Result<bool, StoreError> {
         if orders.is_empty() {
             return Ok(false);
         }
@@ -165,10 +165,10 @@ impl Cashier {
             settler.parts.state.recent_orders.forget(*order_id);
         }
         let (moving, writer) = settler.writer().await?;
-        let settlement = writer.meet(orders, now).await?;
+        let settlement = writer.match_orders(orders, now).await?;
         settler.settled(&settlement).await;
         drop(moving);
-        Ok(!settlement.met.is_empty())
+        Ok(!settlement.matched.is_empty())
     }
 
     /// Looks for the orders of orphans that are due. True: more are due.
@@ -261,7 +261,7 @@ impl Cashier {
         };
         if payment.has_order {
             let orders: Vec<OrderId> = payment.order_id.into_iter().collect();
-            self.meet(&orders).await?;
+            self.match_orders(&orders).await?;
         } else if !self.is_in_flight(payment.order_id).await? {
             self.decide(&payment).await?;
         }

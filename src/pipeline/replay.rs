@@ -95,7 +95,7 @@ impl Replayer {
             .into_iter()
             .partition(|(_, status)| *status == OrderStatus::Failed);
         for (order, _) in failed {
-            self.bury(
+            self.dead_letter(
                 order,
                 LOST,
                 "a failover has lost this dead letter with its reason",
@@ -133,7 +133,7 @@ impl Replayer {
             };
             match (refused, part.as_slice()) {
                 (WriteError::Row { sqlstate, reason }, [(order, _)]) => {
-                    self.bury(order, &sqlstate, &reason).await?;
+                    self.dead_letter(order, &sqlstate, &reason).await?;
                 }
                 (WriteError::Counter { reason, .. }, [(first, _), ..]) => {
                     let sku = first.sku;
@@ -180,7 +180,7 @@ impl Replayer {
                 Err(
                     WriteError::Row { sqlstate, reason } | WriteError::Counter { sqlstate, reason },
                 ) => match part.as_slice() {
-                    [order] => self.bury(order, &sqlstate, &reason).await?,
+                    [order] => self.dead_letter(order, &sqlstate, &reason).await?,
                     _ => {
                         let newer = part.split_off(part.len() / 2);
                         parts.extend([newer, part]);
@@ -191,7 +191,7 @@ impl Replayer {
         Ok(())
     }
 
-    async fn bury(
+    async fn dead_letter(
         &mut self,
         order: &Order,
         sqlstate: &str,
@@ -199,11 +199,11 @@ impl Replayer {
     ) -> Result<(), StoreError> {
         loop {
             match self.writer.refuse(order, sqlstate, reason).await {
-                Ok(Refused::IsThere) => {
+                Ok(Refused::AlreadyPresent) => {
                     self.applied.present += 1;
                     return Ok(());
                 }
-                Ok(Refused::Buried) => {
+                Ok(Refused::DeadLettered) => {
                     tracing::error!(order_id = %order.id, sqlstate, reason, "the database refused an order of the journal; it is a dead letter now");
                     self.applied.refused += 1;
                     self.refused.push(order.clone());

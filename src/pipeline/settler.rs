@@ -18,7 +18,7 @@ use crate::state::State;
 use crate::store::StoreError;
 use crate::store::postgres::{Database, NodeLease};
 use crate::store::settlement::payments::Settlement;
-use crate::store::settlement::{Moved, MovedTo, SettlementWriter};
+use crate::store::settlement::{Destination, SettlementWriter, UnitMove};
 
 /// How often the units of a refund are looked for that its payment has not moved yet in memory.
 const COUNTER_LOOK: Duration = Duration::from_millis(1);
@@ -169,14 +169,14 @@ impl Settler {
         if settlement.without_order > 0 || !settlement.orphans.is_empty() {
             self.parts.signals.set_may_have_orphans(true);
         }
-        for met in &settlement.met {
-            self.parts.state.orphans.remove(met.order_id);
-            match met.verdict {
+        for matched in &settlement.matched {
+            self.parts.state.orphans.remove(matched.order_id);
+            match matched.verdict {
                 Verdict::Pay => payments.verdicts.count("matched"),
                 Verdict::Refund { reason, .. } => {
                     payments.verdicts.count("refund_due");
                     payments.refunds.count(reason.as_str());
-                    tracing::warn!(order_id = %met.order_id, payment = met.payment_id, %reason, "a payment has to go back");
+                    tracing::warn!(order_id = %matched.order_id, payment = matched.payment_id, %reason, "a payment has to go back");
                 }
             }
         }
@@ -184,7 +184,7 @@ impl Settler {
     }
 
     /// What memory owes for units that have moved in the database.
-    pub(super) async fn settle_memory(&mut self, moved: &[Moved]) {
+    pub(super) async fn settle_memory(&mut self, moved: &[UnitMove]) {
         let state = Arc::clone(&self.parts.state);
         for moved in moved {
             if state.pending.get(moved.order_id).is_some() {
@@ -199,7 +199,7 @@ impl Settler {
                 state.buyers.deactivate(&user_id, moved.order_id, ended)
             };
             let counter = sku.counter();
-            if let MovedTo::Restocked | MovedTo::Withdrawn = moved.to {
+            if let Destination::Restocked | Destination::Withdrawn = moved.to {
                 // Its payment was committed before, by another settler, which may not have told
                 // memory yet.
                 for _ in 0..COUNTER_LOOKS {
@@ -210,17 +210,17 @@ impl Settler {
                 }
             }
             match moved.to {
-                MovedTo::Sold => counter.sell(moved.quantity),
+                Destination::Sold => counter.sell(moved.quantity),
                 // Whoever turns the buyer's record over gives the units back, once.
-                MovedTo::Free(how) if ended(how).unwrap_or(true) => {
+                Destination::Free(how) if ended(how).unwrap_or(true) => {
                     counter.release(moved.quantity);
                 }
-                MovedTo::Free(_) | MovedTo::Nowhere => {}
-                MovedTo::Restocked => {
+                Destination::Free(_) | Destination::Nowhere => {}
+                Destination::Restocked => {
                     ended(Ended::Cancelled);
                     counter.unsell(moved.quantity);
                 }
-                MovedTo::Withdrawn => {
+                Destination::Withdrawn => {
                     ended(Ended::Cancelled);
                     counter.withdraw(moved.quantity);
                 }

@@ -262,7 +262,7 @@ impl Worker {
                 self.settle_parked(&part);
             }
             Decided::Row { sqlstate, reason } if part.len() == 1 => {
-                self.bury(how, part, &sqlstate, &reason).await?;
+                self.dead_letter(how, part, &sqlstate, &reason).await?;
             }
             Decided::Row { .. } => {
                 let newer = part.split_off(part.len() / 2);
@@ -432,7 +432,7 @@ impl Worker {
     }
 
     /// Turns the one order in `part` into a dead letter.
-    async fn bury(
+    async fn dead_letter(
         &mut self,
         how: How,
         part: Orders,
@@ -455,9 +455,9 @@ impl Worker {
             }
         };
         match buried {
-            Refused::IsThere if how == How::Park => self.settle_parked(&part),
-            Refused::IsThere => self.settle_written(part, &[false]),
-            Refused::Buried => {
+            Refused::AlreadyPresent if how == How::Park => self.settle_parked(&part),
+            Refused::AlreadyPresent => self.settle_written(part, &[false]),
+            Refused::DeadLettered => {
                 tracing::error!(order_id = %order.order.id, sqlstate, reason, "the database refused an order; it is a dead letter now");
                 self.metrics.dead_letters.inc();
                 self.state.progress.decided();

@@ -17,7 +17,7 @@
 //! could, the rows go in a flush of their own, and the counters and COMMIT only after the server's
 //! count of them.
 //!
-//! A commit of unknown outcome is settled by the batch's number, see `numbered`.
+//! A commit of unknown outcome is settled by the batch's number, see `fenced`.
 
 use std::collections::BTreeMap;
 
@@ -28,7 +28,7 @@ use tokio_postgres::Statement;
 use tokio_postgres::types::ToSql;
 
 use super::error::{refuses_row, sqlstate};
-use super::numbered::{FENCE, Settled, WriterRow, timed};
+use super::fenced::{FENCE, FencedWriter, Settled, timed};
 use super::postgres::{Connected, Database, NodeLease};
 use super::{StoreError, copy};
 use crate::faults::{bug, crash_point};
@@ -114,9 +114,9 @@ pub enum WriteError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refused {
     /// It is a dead letter.
-    Buried,
+    DeadLettered,
     /// It was there already.
-    IsThere,
+    AlreadyPresent,
 }
 
 /// PostgreSQL's code for a key that is there already.
@@ -147,7 +147,7 @@ impl Work<'_> {
 /// One worker's way into the database.
 #[derive(Debug)]
 pub struct BatchWriter {
-    row: WriterRow,
+    row: FencedWriter,
     session: Option<Session>,
     buffer: BytesMut,
 }
@@ -168,7 +168,7 @@ impl BatchWriter {
     /// The writer of worker `shard`, not connected yet.
     pub fn new(database: Database, lease: NodeLease, shard: i16) -> Self {
         BatchWriter {
-            row: WriterRow::new(database, lease, shard, "worker"),
+            row: FencedWriter::new(database, lease, shard, "worker"),
             session: None,
             buffer: BytesMut::new(),
         }
@@ -457,10 +457,10 @@ impl BatchWriter {
     ) -> Result<Refused, StoreError> {
         let may_be_there = sqlstate == UNIQUE_VIOLATION && !bug("replay_without_looking");
         if may_be_there && !self.row.database.present_among(&[order]).await?.is_empty() {
-            return Ok(Refused::IsThere);
+            return Ok(Refused::AlreadyPresent);
         }
         self.write_dead_letter(order, sqlstate, reason).await?;
-        Ok(Refused::Buried)
+        Ok(Refused::DeadLettered)
     }
 
     /// Keeps an order that the database refused, for a person. Safe to repeat.

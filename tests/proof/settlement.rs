@@ -15,7 +15,7 @@ use millrace::store::batch::BatchWriter;
 use millrace::store::postgres::transitions;
 use millrace::store::settlement::payments::Arrival;
 use millrace::store::settlement::refunds::{Closed, Recorded, RefundNote};
-use millrace::store::settlement::{Moved, MovedTo, SettlementWriter};
+use millrace::store::settlement::{Destination, SettlementWriter, UnitMove};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom as _;
 use rand::{Rng as _, SeedableRng as _};
@@ -115,13 +115,13 @@ impl Twin {
         for at in 0..self.payments.len() {
             let payment = &self.payments[at];
             if payment.state == PaymentState::Orphan && wanted(payment) {
-                self.meet(at);
+                self.match_orders(at);
             }
         }
     }
 
     /// A payment meets its order, where that is there.
-    fn meet(&mut self, payment: usize) {
+    fn match_orders(&mut self, payment: usize) {
         let payment = &mut self.payments[payment];
         let Some(at) = payment.of else { return };
         let order = &mut self.orders[at];
@@ -285,7 +285,7 @@ impl<'a> Life<'a> {
                 0..18 => self.place(),
                 18..32 => self.write().await?,
                 32..56 => self.pay().await?,
-                56..64 => self.meet().await?,
+                56..64 => self.match_orders().await?,
                 64..72 => self.expire().await?,
                 72..78 => self.cancel().await?,
                 78..84 => self.lose().await?,
@@ -302,7 +302,7 @@ impl<'a> Life<'a> {
             match of.filter(|of| is_in_flight(*of)) {
                 Some(of) => self.write_one(of).await?,
                 None => {
-                    self.meet().await?;
+                    self.match_orders().await?;
                     self.decide_one(at).await?;
                 }
             }
@@ -525,7 +525,7 @@ impl<'a> Life<'a> {
     }
 
     /// The reconciler lets orphans meet orders that have appeared.
-    async fn meet(&mut self) -> Step<()> {
+    async fn match_orders(&mut self) -> Step<()> {
         let found = self
             .sale
             .database
@@ -534,7 +534,10 @@ impl<'a> Life<'a> {
             .map_err(said)?;
         let orders: Vec<OrderId> = found.iter().filter_map(|one| one.order_id).collect();
         let settlement = &mut self.writers.settlement;
-        let settled = settlement.meet(&orders, self.now).await.map_err(said)?;
+        let settled = settlement
+            .match_orders(&orders, self.now)
+            .await
+            .map_err(said)?;
         self.note(format!("meet {}", orders.len()));
         self.move_memory(&settled.moved);
         self.twin.meet_all(|_| true);
@@ -601,13 +604,13 @@ impl<'a> Life<'a> {
                 self.sku.counter().release(order.quantity.get());
                 self.twin.orders[at].place = Place::There(OrderStatus::Cancelled);
                 return match told {
-                    transitions::Moved::Now(_) => Ok(()),
+                    transitions::Transition::Now(_) => Ok(()),
                     told => Err(format!("{at} is not cancelled: {told:?}")),
                 };
             }
-            place if place == pending => transitions::Moved::StandsAt(OrderStatus::Expired),
-            Place::There(status) => transitions::Moved::StandsAt(status),
-            Place::InFlight | Place::Gone => transitions::Moved::Unknown,
+            place if place == pending => transitions::Transition::StandsAt(OrderStatus::Expired),
+            Place::There(status) => transitions::Transition::StandsAt(status),
+            Place::InFlight | Place::Gone => transitions::Transition::Unknown,
         };
         match told == expected {
             true => Ok(()),
@@ -812,15 +815,15 @@ impl<'a> Life<'a> {
     }
 
     /// As the cashier moves the counters in memory.
-    fn move_memory(&self, moved: &[Moved]) {
-        for Moved { quantity, to, .. } in moved {
+    fn move_memory(&self, moved: &[UnitMove]) {
+        for UnitMove { quantity, to, .. } in moved {
             let counter = self.sku.counter();
             match to {
-                MovedTo::Sold => counter.sell(*quantity),
-                MovedTo::Free(_) => counter.release(*quantity),
-                MovedTo::Restocked => counter.unsell(*quantity),
-                MovedTo::Withdrawn => counter.withdraw(*quantity),
-                MovedTo::Nowhere => {}
+                Destination::Sold => counter.sell(*quantity),
+                Destination::Free(_) => counter.release(*quantity),
+                Destination::Restocked => counter.unsell(*quantity),
+                Destination::Withdrawn => counter.withdraw(*quantity),
+                Destination::Nowhere => {}
             }
         }
     }

@@ -108,7 +108,7 @@ async fn cancelling_while_batches_are_written_leaves_an_unbroken_journal() {
             assert!(
                 matches!(
                     moved,
-                    Ok(millrace::store::postgres::transitions::Moved::Now(_))
+                    Ok(millrace::store::postgres::transitions::Transition::Now(_))
                 ),
                 "{moved:?}"
             );

@@ -145,7 +145,7 @@ impl Database {
     ///
     /// # Errors
     /// Where the database does not answer.
-    pub async fn bury_parked(
+    pub async fn dead_letter_parked(
         &self,
         lease: NodeLease,
         id: OrderId,

@@ -9,7 +9,7 @@ use crate::store::StoreError;
 
 /// What came of asking an order to move on.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Moved {
+pub enum Transition {
     /// It did, and its units are back in the database.
     Now(Units),
     /// It stands elsewhere; nothing was changed.
@@ -67,7 +67,7 @@ impl Database {
         lease: NodeLease,
         id: OrderId,
         now: Option<UnixMillis>,
-    ) -> Result<Moved, StoreError> {
+    ) -> Result<Transition, StoreError> {
         self.end_unpaid(lease, id, OrderStatus::Cancelled, now)
             .await
     }
@@ -81,7 +81,7 @@ impl Database {
         lease: NodeLease,
         id: OrderId,
         ended: Ended,
-    ) -> Result<Moved, StoreError> {
+    ) -> Result<Transition, StoreError> {
         let to = match ended {
             Ended::Expired => OrderStatus::Expired,
             Ended::Cancelled | Ended::Failed => OrderStatus::Cancelled,
@@ -95,7 +95,7 @@ impl Database {
         id: OrderId,
         to: OrderStatus,
         now: Option<UnixMillis>,
-    ) -> Result<Moved, StoreError> {
+    ) -> Result<Transition, StoreError> {
         let cause = to.as_str();
         let mut client = self.pooled().await?;
         let work = async {
@@ -131,7 +131,7 @@ impl Database {
                     .await?;
                 if let Some(row) = parked {
                     transaction.commit().await?;
-                    return Ok(Some(Moved::Now(Units::of(&row))));
+                    return Ok(Some(Transition::Now(Units::of(&row))));
                 }
                 let word = transaction
                     .query_opt(
@@ -151,7 +151,9 @@ impl Database {
                 // The fence has locked a row, so with synchronous replication this waits for the
                 // standby, and with it for the commit that was seen: it is true after a failover.
                 transaction.commit().await?;
-                return Ok(Some(status.map_or(Moved::Unknown, Moved::StandsAt)));
+                return Ok(Some(
+                    status.map_or(Transition::Unknown, Transition::StandsAt),
+                ));
             };
             let (sku, quantity): (i32, i32) = (row.get(1), row.get(2));
             // The journal reads FROM `moved`, so that its entry is numbered after the SKU's row is
@@ -168,7 +170,7 @@ impl Database {
                 )
                 .await?;
             transaction.commit().await?;
-            Ok(Some(Moved::Now(Units::of(&row))))
+            Ok(Some(Transition::Now(Units::of(&row))))
         };
         self.timed("cancelling an order", work)
             .await?

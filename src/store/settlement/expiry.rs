@@ -4,7 +4,7 @@
 use futures_util::future::join_all;
 
 use super::statements::{Change, Changes, Closing, Sql};
-use super::{Moved, MovedTo, SettlementWriter};
+use super::{Destination, SettlementWriter, UnitMove};
 use crate::faults::bug;
 use crate::order::{Ended, IdRange, OrderId, SkuNumber, UnixMillis};
 use crate::store::StoreError;
@@ -101,7 +101,7 @@ impl SettlementWriter {
         orders: &[OrderId],
         now: UnixMillis,
         with_orphans: bool,
-    ) -> Result<Vec<Moved>, StoreError> {
+    ) -> Result<Vec<UnitMove>, StoreError> {
         let with_orphans = with_orphans && !bug("expire_what_is_paid");
         let ids: Vec<i64> = orders.iter().map(|id| id.as_i64()).collect();
         self.transact("expiring orders", async |client, statements| {
@@ -122,12 +122,12 @@ impl SettlementWriter {
                     },
                 );
                 if let Some(order_id) = OrderId::from_i64(row.get(0)) {
-                    moved.push(Moved {
+                    moved.push(UnitMove {
                         order_id,
                         user_id: row.get(1),
                         sku,
                         quantity: u32::try_from(quantity).unwrap_or(0),
-                        to: MovedTo::Free(Ended::Expired),
+                        to: Destination::Free(Ended::Expired),
                     });
                 }
             }

@@ -14,17 +14,17 @@
 //! id, so writers and workers never wait for one another in a circle.
 //!
 //! What a transaction has done is known before its COMMIT, and whether that was carried out is
-//! told by its number (`numbered`). So an `Err` always means that nothing has changed, and memory
+//! told by its number (`fenced`). So an `Err` always means that nothing has changed, and memory
 //! is moved once for what has. A statement that overtook a BEGIN that failed would be a transaction
 //! of its own: outside of one that says otherwise, these sessions are read-only.
 //!
 //! * here: the writer, and a transaction around a piece of work;
-//! * [`payments`]: messages of providers, and payments that meet their orders (`meeting`);
+//! * [`payments`]: messages of providers, and payments that meet their orders (`matching`);
 //! * [`expiry`]: orders that were not paid in time;
 //! * [`refunds`]: what a person has done about money that must go back.
 
 pub mod expiry;
-mod meeting;
+mod matching;
 pub mod payments;
 pub mod refunds;
 mod statements;
@@ -37,7 +37,7 @@ use tokio_postgres::types::ToSql;
 use self::statements::{Closing, Sql, Statements};
 use super::StoreError;
 use super::batch::WriteError;
-use super::numbered::{WriterRow, timed};
+use super::fenced::{FencedWriter, timed};
 use super::postgres::{Connected, Database, NodeLease};
 use crate::faults::crash_point;
 use crate::order::{Ended, OrderId, SkuNumber};
@@ -50,7 +50,7 @@ const SETTLE_PAUSE: Duration = Duration::from_millis(200);
 
 /// Units of one order that have moved in the database and have to move in memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Moved {
+pub struct UnitMove {
     /// The order.
     pub order_id: OrderId,
     /// Its buyer.
@@ -60,12 +60,12 @@ pub struct Moved {
     /// How many units.
     pub quantity: u32,
     /// Where they went.
-    pub to: MovedTo,
+    pub to: Destination,
 }
 
 /// Where units went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum MovedTo {
+pub enum Destination {
     /// From held to sold.
     Sold,
     /// From held to free, because the order ended so.
@@ -86,7 +86,7 @@ const SESSION: &str =
 /// One writer of all this.
 #[derive(Debug)]
 pub struct SettlementWriter {
-    row: WriterRow,
+    row: FencedWriter,
     session: Option<Session>,
 }
 
@@ -101,7 +101,7 @@ impl SettlementWriter {
     /// The writer `shard`, not connected yet.
     pub fn new(database: Database, lease: NodeLease, shard: i16) -> Self {
         SettlementWriter {
-            row: WriterRow::new(database, lease, shard, "settlement"),
+            row: FencedWriter::new(database, lease, shard, "settlement"),
             session: None,
         }
     }

@@ -7,9 +7,9 @@ use std::collections::HashSet;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Error, Row, Statement};
 
-use super::meeting::{Court, Meeting, lock, move_payments};
+use super::matching::{Candidate, Matcher, lock, move_payments};
 use super::statements::{Change, Changes, Closing, Sql};
-use super::{Moved, SettlementWriter};
+use super::{SettlementWriter, UnitMove};
 use crate::order::payment::{Delivery, Payment, PaymentState, RefundReason, Verdict};
 use crate::order::{Order, OrderId, OrderStatus, UnixMillis};
 use crate::store::StoreError;
@@ -17,7 +17,7 @@ use crate::store::postgres::Connected;
 
 /// A payment that has met its order.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Met {
+pub struct Matched {
     /// The provider's name for the payment.
     pub payment_id: String,
     /// The order.
@@ -32,14 +32,14 @@ pub struct Settlement {
     /// Messages that were new.
     pub events: u64,
     /// Payments that have met their orders.
-    pub met: Vec<Met>,
+    pub matched: Vec<Matched>,
     /// The orders of new payments that could not meet them and are orphans, each with the moment at
     /// which its payment counts as made.
     pub orphans: Vec<(OrderId, UnixMillis)>,
     /// New payments that name no order of ours.
     pub without_order: u64,
     /// Units that moved.
-    pub moved: Vec<Moved>,
+    pub moved: Vec<UnitMove>,
 }
 
 /// How new payments are stored.
@@ -107,8 +107,8 @@ impl SettlementWriter {
                 ),
             );
             let (events, known, locked) = (events?, known?, locked?);
-            let mut court = Court::new(locked);
-            let waiting = court.hear_waiting();
+            let mut matcher = Matcher::new(locked);
+            let waiting = matcher.match_waiting();
             let mut done = Settlement {
                 events,
                 ..Settlement::default()
@@ -119,7 +119,7 @@ impl SettlementWriter {
                     continue;
                 }
                 let verdict = payment.order_id().and_then(|order_id| {
-                    let verdict = court.hear(&Meeting {
+                    let verdict = matcher.judge(&Candidate {
                         order_id,
                         amount: payment.amount,
                         currency: payment.currency,
@@ -135,7 +135,7 @@ impl SettlementWriter {
             let mut closing = Closing::default();
             new.store(&mut closing, arrival);
             move_payments(&mut closing, &waiting, arrival.now);
-            court.close(&mut closing, &mut done);
+            matcher.close(&mut closing, &mut done);
             Ok((done, closing))
         })
         .await
@@ -146,7 +146,7 @@ impl SettlementWriter {
     ///
     /// # Errors
     /// Nothing has changed then.
-    pub async fn meet(
+    pub async fn match_orders(
         &mut self,
         orders: &[OrderId],
         now: UnixMillis,
@@ -156,11 +156,11 @@ impl SettlementWriter {
         orders.dedup();
         self.transact("matching payments", async |client, statements| {
             let locked = lock(client, statements, Sql::TryOrders, &orders, true).await?;
-            let mut court = Court::new(locked);
-            let waiting = court.hear_waiting();
+            let mut matcher = Matcher::new(locked);
+            let waiting = matcher.match_waiting();
             let (mut done, mut closing) = (Settlement::default(), Closing::default());
             move_payments(&mut closing, &waiting, now);
-            court.close(&mut closing, &mut done);
+            matcher.close(&mut closing, &mut done);
             Ok((done, closing))
         })
         .await

@@ -2,7 +2,7 @@
 //! records.
 
 use super::statements::{Change, Changes, Closing, Sql};
-use super::{Moved, MovedTo, SettlementWriter};
+use super::{Destination, SettlementWriter, UnitMove};
 use crate::order::{OrderId, OrderStatus, SkuNumber, UnixMillis};
 use crate::store::StoreError;
 
@@ -21,7 +21,7 @@ pub struct RefundNote {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Recorded {
     /// It is recorded; the units of a paid order have moved.
-    Done(Option<Moved>),
+    Done(Option<UnitMove>),
     /// The same was recorded before.
     Already,
     /// The order stands elsewhere, and no payment of it is to go back.
@@ -121,9 +121,9 @@ impl SettlementWriter {
                     let (sku, quantity) = (SkuNumber(row.get(4)), row.get::<_, i32>(5));
                     let units = i64::from(quantity);
                     let (cause, to, total) = if note.restock {
-                        ("restocked after a refund", MovedTo::Restocked, 0)
+                        ("restocked after a refund", Destination::Restocked, 0)
                     } else {
-                        ("refunded, not restocked", MovedTo::Withdrawn, -units)
+                        ("refunded, not restocked", Destination::Withdrawn, -units)
                     };
                     let mut changes = Changes::default();
                     changes.add(
@@ -136,7 +136,7 @@ impl SettlementWriter {
                     );
                     let mut closing = Closing::default();
                     closing.move_counters(&[(cause, changes)], &order_id.to_string());
-                    let moved = Moved {
+                    let moved = UnitMove {
                         order_id,
                         user_id: row.get(6),
                         sku,

@@ -8,7 +8,7 @@ use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Error, Statement};
 
 use crate::order::SkuNumber;
-use crate::store::numbered::FENCE;
+use crate::store::fenced::FENCE;
 
 /// Messages. One that is there already, about the same payment, is left alone.
 const EVENTS: &str = "

@@ -6,16 +6,16 @@ use std::collections::{BTreeMap, HashMap};
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Error, Row};
 
-use super::payments::{Met, Settlement};
+use super::payments::{Matched, Settlement};
 use super::statements::{Change, Changes, Closing, Sql, Statements};
-use super::{Moved, MovedTo};
+use super::{Destination, UnitMove};
 use crate::faults::bug;
 use crate::order::payment::{OrderFacts, PaymentState, RefundReason, Verdict, judge};
 use crate::order::{Currency, Ended, OrderId, OrderStatus, SkuNumber, UnixMillis};
 use crate::store::postgres::Connected;
 
 /// A payment that meets its order.
-pub(super) struct Meeting<'a> {
+pub(super) struct Candidate<'a> {
     pub(super) order_id: OrderId,
     pub(super) amount: i64,
     pub(super) currency: Currency,
@@ -86,26 +86,26 @@ pub(super) async fn lock(
 }
 
 /// Payments meet the orders that are locked, one after the other.
-pub(super) struct Court {
+pub(super) struct Matcher {
     orders: HashMap<OrderId, Locked>,
     waiting: Vec<Row>,
     steps: BTreeMap<OrderId, Step>,
-    met: Vec<Met>,
+    matched: Vec<Matched>,
 }
 
-impl Court {
+impl Matcher {
     pub(super) fn new(found: Found) -> Self {
-        Court {
+        Matcher {
             orders: found.orders,
             waiting: found.waiting,
             steps: BTreeMap::new(),
-            met: Vec::new(),
+            matched: Vec::new(),
         }
     }
 
     /// The verdict on a payment; `None` where its order is not locked. Whoever comes next finds the
     /// order so.
-    pub(super) fn hear(&mut self, payment: &Meeting<'_>) -> Option<Verdict> {
+    pub(super) fn judge(&mut self, payment: &Candidate<'_>) -> Option<Verdict> {
         let order = self.orders.get_mut(&payment.order_id)?;
         let mut facts = order.facts;
         if bug("pay_after_the_deadline") && facts.status == OrderStatus::Expired {
@@ -126,7 +126,7 @@ impl Court {
             });
             order.facts.status = status;
         }
-        self.met.push(Met {
+        self.matched.push(Matched {
             payment_id: payment.payment_id.to_owned(),
             order_id: payment.order_id,
             verdict,
@@ -135,11 +135,11 @@ impl Court {
     }
 
     /// The verdicts on the orphans, as they came.
-    pub(super) fn hear_waiting(&mut self) -> Vec<(i64, PaymentState, Option<RefundReason>)> {
+    pub(super) fn match_waiting(&mut self) -> Vec<(i64, PaymentState, Option<RefundReason>)> {
         let rows = std::mem::take(&mut self.waiting);
         rows.iter()
             .filter_map(|row| {
-                let verdict = self.hear(&Meeting {
+                let verdict = self.judge(&Candidate {
                     order_id: OrderId::from_i64(row.get(1))?,
                     amount: row.get(2),
                     currency: Currency::new(row.get(3)).ok()?,
@@ -170,7 +170,7 @@ impl Court {
                         ..Change::default()
                     };
                     paid.add(order.sku, change);
-                    MovedTo::Sold
+                    Destination::Sold
                 }
                 (OrderStatus::PendingPayment, _) => {
                     let change = Change {
@@ -178,12 +178,12 @@ impl Court {
                         ..Change::default()
                     };
                     released.add(order.sku, change);
-                    MovedTo::Free(Ended::Cancelled)
+                    Destination::Free(Ended::Cancelled)
                 }
                 // Its units are back since it was cancelled, expired or refused.
-                _ => MovedTo::Nowhere,
+                _ => Destination::Nowhere,
             };
-            done.moved.push(Moved {
+            done.moved.push(UnitMove {
                 order_id: *id,
                 user_id: order.user_id.clone(),
                 sku: order.sku,
@@ -226,10 +226,13 @@ impl Court {
                 ],
             );
         }
-        let first = self.met.first().map_or("", |met| &met.payment_id);
-        let reference = format!("{} payments from {first}", self.met.len());
+        let first = self
+            .matched
+            .first()
+            .map_or("", |matched| &matched.payment_id);
+        let reference = format!("{} payments from {first}", self.matched.len());
         closing.move_counters(&[("paid", paid), ("refund due", released)], &reference);
-        done.met = self.met;
+        done.matched = self.matched;
     }
 }
 

@@ -18,7 +18,7 @@ pub(super) const FENCE: &str = "UPDATE writer SET batch = $4::int8 WHERE node = 
 
 /// One row of `writer`, and what is known of it.
 #[derive(Debug)]
-pub(super) struct WriterRow {
+pub(super) struct FencedWriter {
     pub(super) database: Database,
     pub(super) lease: NodeLease,
     pub(super) shard: i16,
@@ -41,9 +41,9 @@ pub(super) struct Settled {
     pub(super) was_committed: bool,
 }
 
-impl WriterRow {
+impl FencedWriter {
     pub(super) fn new(database: Database, lease: NodeLease, shard: i16, what: &str) -> Self {
-        WriterRow {
+        FencedWriter {
             name: format!("millrace {what} {}/{shard}", lease.node),
             database,
             lease,
