@@ -24,7 +24,7 @@ use millrace::order::{
     Currency, IdClock, IdempotencyKey, KeyHash, Order, OrderId, OrderStatus, PayloadHash, Quantity,
     Refusal, SkuId, SkuNumber, UnixMillis, UserId,
 };
-use millrace::pipeline::intake::{Admission, Intake, OrderRequest};
+use millrace::pipeline::orders::intake::{Admission, Intake, OrderRequest};
 use millrace::queue::journal::record::GroupBytes;
 use millrace::queue::journal::sector::{self, Seal};
 use millrace::queue::{OrderQueue, RingQueue};

@@ -37,23 +37,23 @@ use crate::http::tokens::Tokens;
 use crate::metrics::Metrics;
 use crate::order::receipt::ReceiptKeys;
 use crate::order::{IdClock, OrderId, Refusal};
-use crate::pipeline::audit::Auditor;
-use crate::pipeline::callbacks::Callbacks;
-use crate::pipeline::cancel::Canceller;
-use crate::pipeline::cashier::{Cashier, CashierParts, OrphanChecks};
-use crate::pipeline::crew::Crew;
-use crate::pipeline::expiry::Expiry;
-use crate::pipeline::health::{self, Health, Looker};
-use crate::pipeline::intake::Intake;
-use crate::pipeline::lease::{self, AcknowledgeLease, Leases};
-use crate::pipeline::operator::Operator;
-use crate::pipeline::parking::Parking;
-use crate::pipeline::pauses::Pauses;
-use crate::pipeline::pruning::{PrunedBelow, Pruning};
-use crate::pipeline::restore::{Restorer, Watermarks};
-use crate::pipeline::settler::{Settler, SettlerParts, Signals};
-use crate::pipeline::worker::{Place, Worker, WorkerError};
-use crate::pipeline::{WakeAll, deadlines, retention};
+use crate::pipeline::admin::audit::Auditor;
+use crate::pipeline::admin::operator::Operator;
+use crate::pipeline::admin::pauses::Pauses;
+use crate::pipeline::admin::pruning::{PrunedBelow, Pruning};
+use crate::pipeline::failover::health::{self, Health, Looker};
+use crate::pipeline::failover::lease::{self, AcknowledgeLease, Leases};
+use crate::pipeline::failover::restore::{Restorer, Watermarks};
+use crate::pipeline::orders::cancel::Canceller;
+use crate::pipeline::orders::intake::Intake;
+use crate::pipeline::orders::parking::Parking;
+use crate::pipeline::orders::worker::{Place, Worker, WorkerError};
+use crate::pipeline::orders::worker_pool::WorkerPool;
+use crate::pipeline::payments::callbacks::Callbacks;
+use crate::pipeline::payments::expiry::Expiry;
+use crate::pipeline::payments::processor::{OrphanChecks, PaymentProcessor, ProcessorParts};
+use crate::pipeline::payments::settler::{Settler, SettlerParts, Signals};
+use crate::pipeline::{WakeAll, failover::wal_retention, orders::deadlines};
 use crate::queue::journal::disk::make_directory;
 use crate::queue::journal::{JournalError, JournalParts, JournalQueue};
 use crate::queue::{OrderQueue, RingQueue};
@@ -435,7 +435,7 @@ impl Millrace {
         let intake = Arc::new(intake.with_rate_limits(&config.rate_limit));
         let (cut, cut_seen) = watch::channel(false);
         let watermarks = Arc::new(Watermarks::new(worker_count));
-        let crew = Arc::<Crew>::default();
+        let pool = Arc::<WorkerPool>::default();
         let mut workers = JoinSet::new();
         for shard in 0..worker_count {
             let number = i16::try_from(shard).unwrap_or(i16::MAX);
@@ -444,7 +444,7 @@ impl Millrace {
                 Place {
                     shard,
                     watermarks: Arc::clone(&watermarks),
-                    crew: Arc::clone(&crew),
+                    pool: Arc::clone(&pool),
                 },
                 Arc::clone(&queue),
                 Arc::clone(&state),
@@ -488,7 +488,7 @@ impl Millrace {
         background.run("the watch for lost commits", restorer.watch());
         if let Some(journal) = journal.as_ref().filter(|_| retain) {
             let slots = journal_settings.retain_for_slots.0.clone();
-            let keeping = retention::keep(Arc::clone(journal), watching, slots, watermarks);
+            let keeping = wal_retention::keep(Arc::clone(journal), watching, slots, watermarks);
             background.run("the retention of the journal", keeping);
         }
         let window_ms = config.orders.idempotency_window_ms;
@@ -507,10 +507,10 @@ impl Millrace {
                 metrics: metrics.clone(),
             }))
         };
-        let (callback_desk, callbacks) =
+        let (callbacks_handle, callbacks) =
             Callbacks::new(settler(writers - 1)?, config.payments.orphan_check_ms);
         background.run("callbacks", callbacks.run());
-        let (cashier_desk, cashier) = Cashier::new(CashierParts {
+        let (payments_handle, cashier) = PaymentProcessor::new(ProcessorParts {
             settler: settler(writers - 2)?,
             queue: Arc::clone(&queue),
             receipts: Arc::clone(&receipts),
@@ -569,7 +569,7 @@ impl Millrace {
             queue: Arc::clone(&queue),
             database: database.clone(),
             canceller,
-            callbacks: callback_desk,
+            callbacks: callbacks_handle,
             providers,
             receipts: Arc::clone(&receipts),
             user_index: config.database.user_index,
@@ -595,7 +595,7 @@ impl Millrace {
             health,
             order_timeout: Duration::from_millis(config.orders.timeout_ms),
             database: operators.clone(),
-            cashier: cashier_desk.clone(),
+            cashier: payments_handle.clone(),
             orphan_checks,
             receipts,
             auditor: Auditor::new(
@@ -607,7 +607,7 @@ impl Millrace {
                 Arc::clone(&state),
                 operators,
                 lease,
-                cashier_desk,
+                payments_handle,
                 pauses,
                 parking_desk,
                 config.orders.payment_ttl_ms,

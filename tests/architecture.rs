@@ -141,7 +141,7 @@ const UNSUPERVISED: &[(&str, usize, &str)] = &[
         "a request, which answers that it failed",
     ),
     (
-        "src/pipeline/lost_answers.rs",
+        "src/pipeline/admin/lost_answers.rs",
         1,
         "the search for what came of operators' changes; what is open stays as safe as it was meanwhile",
     ),

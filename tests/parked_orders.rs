@@ -6,7 +6,7 @@ mod support;
 use std::path::Path;
 
 use millrace::config::Config;
-use millrace::pipeline::audit::LIVE_CHECK;
+use millrace::pipeline::admin::audit::LIVE_CHECK;
 use serde_json::{Value, json};
 use support::block_on;
 use support::http::Answer;

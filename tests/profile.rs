@@ -157,8 +157,8 @@ fn under_load_it_shows_coroutines_and_async_workers_and_every_order_is_answered(
         // From connection to order, from batch to rows.
         let wanted = [
             "millrace::http::data_plane::",
-            "millrace::pipeline::intake::",
-            "millrace::pipeline::worker::",
+            "millrace::pipeline::orders::intake::",
+            "millrace::pipeline::orders::worker::",
             "millrace::store::batch::",
         ];
         let deadline = Instant::now() + PATIENCE;

@@ -21,8 +21,8 @@ use millrace::order::{
     Currency, Ended, IdClock, IdempotencyKey, KeyHash, OrderId, Quantity, Refusal, SkuId,
     SkuNumber, UnixMillis, UserId,
 };
-use millrace::pipeline::intake::{Admission, Intake, OrderRequest};
-use millrace::pipeline::{WakeAll, deadlines, wake_directly};
+use millrace::pipeline::orders::intake::{Admission, Intake, OrderRequest};
+use millrace::pipeline::{WakeAll, orders::deadlines, wake_directly};
 use millrace::queue::{Batch, Durability, OrderQueue, Rejected, RingQueue};
 use millrace::state::State;
 use millrace::state::buyers::{Buyers, Eviction, LiveOrder};
@@ -827,7 +827,7 @@ impl Round {
         sku.unit_price = [0, 1, 100, i64::MAX][random.random_range(0..4)];
         let sku = sku.clone();
         let state = Arc::clone(&self.real.state);
-        // As `pipeline::limits` does.
+        // As `pipeline::admin::limits` does.
         let number = SkuNumber(at as i32 + 1);
         let counting = sku.limit.map(|_| state.buyers.counting(number));
         if let Some(counting) = &counting {

@@ -93,7 +93,7 @@ pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
         Ok(PAYMENTS as f64 / started.elapsed().as_secs_f64())
     })
     .await?;
-    let audit = millrace::pipeline::audit::audit(&database, None).await?;
+    let audit = millrace::pipeline::admin::audit::audit(&database, None).await?;
     ensure!(audit.ok, "{audit:?}");
     if let Some(embedded) = embedded {
         embedded.stop().await?;

@@ -15,7 +15,7 @@ use millrace::order::{
     Currency, IdempotencyKey, KeyHash, Order, OrderId, OrderStatus, PayloadHash, Quantity, Refusal,
     SkuId, SkuNumber, UnixMillis, UserId,
 };
-use millrace::pipeline::intake::{Intake, OrderRequest};
+use millrace::pipeline::orders::intake::{Intake, OrderRequest};
 use millrace::store::{batch, copy};
 use tokio_postgres::Client;
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::Mutex;
 use tokio::task::AbortHandle;
 
-use crate::pipeline::intake::Intake;
+use crate::pipeline::orders::intake::Intake;
 use crate::state::State;
 use crate::state::buyers::Eviction;
 use crate::store::embedded::Embedded;

@@ -18,8 +18,8 @@ use crate::http::control_plane::ControlPlane;
 use crate::order::{
     ClockReading, IdClock, Order, OrderId, OrderStatus, SkuId, SkuNumber, UnixMillis,
 };
-use crate::pipeline::parking;
-use crate::pipeline::replay::{Applied, Replayer};
+use crate::pipeline::failover::replay::{Applied, Replayer};
+use crate::pipeline::orders::parking;
 use crate::queue::journal::record::Record;
 use crate::queue::journal::{JournalError, Opened};
 use crate::state::State;

@@ -9,7 +9,7 @@ use super::output::print;
 use super::{ConfigArgs, logging};
 use crate::app::open_database;
 use crate::config::Config;
-use crate::pipeline::audit::{audit, within};
+use crate::pipeline::admin::audit::{audit, within};
 
 #[derive(Debug, Args)]
 pub struct AuditArgs {

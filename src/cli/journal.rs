@@ -13,7 +13,7 @@ use super::{ConfigArgs, logging};
 use crate::app::{open_database, prepare_schema};
 use crate::logging::say;
 use crate::order::{Order, UnixMillis};
-use crate::pipeline::lease::waited_ms;
+use crate::pipeline::failover::lease::waited_ms;
 use crate::queue::journal::disk::RealDisk;
 use crate::queue::journal::record::Record;
 use crate::queue::journal::recovery::{Scanned, identity, salvage, scan};

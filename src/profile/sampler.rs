@@ -180,8 +180,8 @@ mod tests {
         assert_eq!(without_arguments("a::<B>::c"), "a::<B>::c");
         assert_eq!(without_arguments("<a::B as C<D>>"), "<a::B as C<D>>");
         assert_eq!(word("[u8; 4]"), "[u8: 4]");
-        let own = concat!(env!("CARGO_MANIFEST_DIR"), "/src/pipeline/worker.rs");
-        assert_eq!(module(own), "millrace::pipeline::worker::");
+        let own = concat!(env!("CARGO_MANIFEST_DIR"), "/src/pipeline/orders/worker.rs");
+        assert_eq!(module(own), "millrace::pipeline::orders::worker::");
         let other = "/home/me/.cargo/registry/src/index/tokio-postgres-0.7.1/src/copy/mod.rs";
         assert_eq!(module(other), "tokio_postgres::copy::");
         assert_eq!(module("/rustc/0/library/core/src/lib.rs"), "core::");

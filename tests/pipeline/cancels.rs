@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use millrace::order::OrderId;
-use millrace::pipeline::cancel::{CancelError, Canceller, Unsettled};
+use millrace::pipeline::orders::cancel::{CancelError, Canceller, Unsettled};
 use millrace::state::pending::PendingOrder;
 
 use crate::line::{LONG, Line, all_persisted, until};

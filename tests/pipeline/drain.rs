@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use millrace::pipeline::worker::WorkerError;
+use millrace::pipeline::orders::worker::WorkerError;
 use millrace::state::pending::{PendingOrder, SlotState};
 use millrace::store::postgres::Database;
 

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use millrace::order::{Order, Refusal, UserId};
-use millrace::pipeline::parking::{Parking, ParkingDesk};
-use millrace::pipeline::worker::WorkerError;
+use millrace::pipeline::orders::parking::{Parking, ParkingDesk};
+use millrace::pipeline::orders::worker::WorkerError;
 use millrace::state::buyers::BuyerOrder;
 use millrace::state::pending::{PendingOrder, SlotState};
 use millrace::store::StoreError;
@@ -204,7 +204,7 @@ async fn a_dead_letter_that_cannot_be_stored_is_tried_again() {
         let mut second = crate::line::request("bad", "A", 1, LONG);
         second.key = None;
         match line.intake.admit(&second, None).unwrap() {
-            millrace::pipeline::intake::Admission::Placed(pending) => pending,
+            millrace::pipeline::orders::intake::Admission::Placed(pending) => pending,
             duplicate => panic!("{duplicate:?}"),
         }
     };

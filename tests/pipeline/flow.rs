@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use millrace::order::Refusal;
-use millrace::pipeline::intake::Admission;
+use millrace::pipeline::orders::intake::Admission;
 use millrace::state::pending::{PendingOrder, SlotState};
 
 use crate::line::{LONG, Line, all_persisted, key_hash, outcome, outcomes, request, tally};

@@ -10,11 +10,11 @@ use millrace::metrics::Metrics;
 use millrace::order::{
     IdClock, IdempotencyKey, KeyHash, Quantity, Refusal, SkuId, UnixMillis, UserId,
 };
-use millrace::pipeline::crew::Crew;
-use millrace::pipeline::intake::{Admission, Intake, OrderRequest};
-use millrace::pipeline::restore::Watermarks;
-use millrace::pipeline::worker::{Place, Worker, WorkerError};
-use millrace::pipeline::{deadlines, wake_directly};
+use millrace::pipeline::failover::restore::Watermarks;
+use millrace::pipeline::orders::intake::{Admission, Intake, OrderRequest};
+use millrace::pipeline::orders::worker::{Place, Worker, WorkerError};
+use millrace::pipeline::orders::worker_pool::WorkerPool;
+use millrace::pipeline::{orders::deadlines, wake_directly};
 use millrace::queue::{OrderQueue, RingQueue};
 use millrace::state::State;
 use millrace::state::buyers::Buyers;
@@ -41,7 +41,7 @@ pub struct Line {
     pub metrics: Metrics,
     pub cut: watch::Sender<bool>,
     watermarks: Arc<Watermarks>,
-    crew: Arc<Crew>,
+    pool: Arc<WorkerPool>,
     workers: Vec<JoinHandle<Result<(), WorkerError>>>,
     deadlines: JoinHandle<()>,
 }
@@ -83,7 +83,7 @@ impl Line {
             cut: watch::Sender::new(false),
             workers: Vec::new(),
             watermarks: Arc::new(Watermarks::new(8)),
-            crew: Arc::default(),
+            pool: Arc::default(),
             deadlines,
         }
     }
@@ -96,7 +96,7 @@ impl Line {
             Place {
                 shard,
                 watermarks: Arc::clone(&self.watermarks),
-                crew: Arc::clone(&self.crew),
+                pool: Arc::clone(&self.pool),
             },
             Arc::clone(&self.queue),
             Arc::clone(&self.state),

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use millrace::order::{Ended, Order, UserId};
-use millrace::pipeline::restore::{Restorer, Watermarks};
+use millrace::pipeline::failover::restore::{Restorer, Watermarks};
 use millrace::state::buyers::BuyerOrder;
 use millrace::state::pending::PendingOrder;
 

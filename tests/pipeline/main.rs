@@ -8,10 +8,10 @@
 mod support;
 
 mod cancels;
-mod crew;
 mod drain;
 mod faults;
 mod flow;
 mod line;
 mod lost;
 mod outages;
+mod worker_pool;

@@ -38,7 +38,7 @@ impl World {
         self.started + Duration::from_secs(seconds)
     }
 
-    /// One look of the deadline keeper at a clock that shows `seconds`, as `pipeline::deadlines`
+    /// One look of the deadline keeper at a clock that shows `seconds`, as `pipeline::orders::deadlines`
     /// does it. Returns how many orders somebody's deadline has passed for.
     fn expire(&self, seconds: u64) -> usize {
         let now = self.at(seconds);

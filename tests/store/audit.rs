@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use millrace::order::OrderId;
-use millrace::pipeline::audit::audit_in_parts;
+use millrace::pipeline::admin::audit::audit_in_parts;
 use millrace::store::StoreError;
 use millrace::store::postgres::audit::{PartRows, SESSION};
 

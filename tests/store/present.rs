@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use millrace::order::{Order, OrderId, OrderStatus, PayloadHash, UnixMillis, UserId};
-use millrace::pipeline::replay::{Applied, Replayer};
+use millrace::pipeline::failover::replay::{Applied, Replayer};
 use millrace::store::StoreError;
 use millrace::store::batch::BatchWriter;
 

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use millrace::order::{Order, OrderId, UnixMillis};
-use millrace::pipeline::audit::audit;
+use millrace::pipeline::admin::audit::audit;
 use millrace::state::stock::Sku;
 use millrace::store::postgres::pruning::{Part, PrunedPart, Pruner};
 use rand::rngs::StdRng;

@@ -7,7 +7,7 @@ use millrace::order::{
     Currency, IdempotencyKey, KeyHash, Order, OrderId, PayloadHash, Quantity, SkuId, SkuNumber,
     UnixMillis, UserId,
 };
-use millrace::pipeline::audit::{audit, audit_in_parts};
+use millrace::pipeline::admin::audit::{audit, audit_in_parts};
 use millrace::state::State;
 use millrace::state::stock::{SaleTerms, Sku};
 use millrace::store::batch::BatchWriter;

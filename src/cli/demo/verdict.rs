@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::money::{self, OrderRow};
 use crate::loadgen::{AnswerKind, LoadReport, Promise, Told};
 use crate::order::OrderStatus;
-use crate::pipeline::audit::LIVE_CHECK;
+use crate::pipeline::admin::audit::LIVE_CHECK;
 use crate::store::postgres::Database;
 
 /// One buyer's clicks on one SKU.

@@ -4,7 +4,7 @@ use axum::http::{HeaderName, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 
 use crate::http::problem::{MEDIA_TYPE, Problem};
-use crate::pipeline::operator::OperatorError;
+use crate::pipeline::admin::operator::OperatorError;
 use crate::profile::ProfileError;
 use crate::store::StoreError;
 

@@ -8,8 +8,8 @@ use serde::Serialize;
 use super::{ControlPlane, Parts};
 use crate::faults::bug;
 use crate::logging;
-use crate::pipeline::deadlines::look_at_progress;
-use crate::pipeline::health::STALE;
+use crate::pipeline::failover::health::STALE;
+use crate::pipeline::orders::deadlines::look_at_progress;
 
 /// One named check of readiness.
 #[derive(Debug, Serialize)]

@@ -30,12 +30,12 @@ use crate::http::tokens::Tokens;
 use crate::metrics::Metrics;
 use crate::order::IdempotencyKey;
 use crate::order::receipt::ReceiptKeys;
-use crate::pipeline::audit::Auditor;
-use crate::pipeline::cashier::{CashierDesk, OrphanChecks};
-use crate::pipeline::health::Health;
-use crate::pipeline::intake::Intake;
-use crate::pipeline::lease::AcknowledgeLease;
-use crate::pipeline::operator::Operator;
+use crate::pipeline::admin::audit::Auditor;
+use crate::pipeline::admin::operator::Operator;
+use crate::pipeline::failover::health::Health;
+use crate::pipeline::failover::lease::AcknowledgeLease;
+use crate::pipeline::orders::intake::Intake;
+use crate::pipeline::payments::processor::{OrphanChecks, PaymentsHandle};
 use crate::queue::OrderQueue;
 use crate::queue::journal::JournalQueue;
 use crate::store::postgres::Database;
@@ -81,7 +81,7 @@ pub struct Parts {
     /// The database.
     pub database: Database,
     /// For payments.
-    pub cashier: CashierDesk,
+    pub cashier: PaymentsHandle,
     /// How long a payment looks for its order.
     pub orphan_checks: OrphanChecks,
     /// What reads receipts.

@@ -10,7 +10,7 @@ use super::payments::{CallbackError, PaymentProvider};
 use super::service::DataPlane;
 use crate::order::UnixMillis;
 use crate::order::payment::Delivery;
-use crate::pipeline::callbacks::NotStored;
+use crate::pipeline::payments::callbacks::NotStored;
 
 /// Longest time until a platform is told to come again: they give up after about five seconds.
 const ANSWER_WITHIN: Duration = Duration::from_secs(4);

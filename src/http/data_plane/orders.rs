@@ -9,7 +9,7 @@ use super::service::{DataPlane, json};
 use crate::http::problem::Problem;
 use crate::http::wire::{OrderList, OrderView, query};
 use crate::order::{Order, OrderId, OrderStatus, UserId};
-use crate::pipeline::cancel::CancelError;
+use crate::pipeline::orders::cancel::CancelError;
 use crate::state::pending::{PendingOrder, SlotState};
 
 /// Orders in one page of a user's list, unless asked otherwise.

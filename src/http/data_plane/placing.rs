@@ -14,7 +14,7 @@ use crate::http::wire::{
     BatchLine, OrderBody, OrderView, idempotency_key, ndjson_line, no_batch_key,
 };
 use crate::order::{KeyHash, Order, OrderStatus, Refusal};
-use crate::pipeline::intake::{Admission, OrderRequest};
+use crate::pipeline::orders::intake::{Admission, OrderRequest};
 use crate::state::pending::{PendingOrder, SlotState};
 use crate::store::postgres::orders::StoredOrder;
 

@@ -20,9 +20,9 @@ use crate::metrics::Metrics;
 use crate::order::payment::Provider;
 use crate::order::receipt::ReceiptKeys;
 use crate::order::{Order, OrderId, OrderStatus, Refusal, SkuId, UserId};
-use crate::pipeline::callbacks::CallbackDesk;
-use crate::pipeline::cancel::Canceller;
-use crate::pipeline::intake::Intake;
+use crate::pipeline::orders::cancel::Canceller;
+use crate::pipeline::orders::intake::Intake;
+use crate::pipeline::payments::callbacks::CallbacksHandle;
 use crate::queue::OrderQueue;
 use crate::state::State;
 use crate::state::pending::PendingOrder;
@@ -37,7 +37,7 @@ pub struct DataPlane {
     pub(super) queue: Arc<dyn OrderQueue>,
     pub(super) database: Database,
     pub(super) canceller: Canceller,
-    pub(super) callbacks: CallbackDesk,
+    pub(super) callbacks: CallbacksHandle,
     pub(super) providers: Providers,
     pub(super) receipts: Arc<ReceiptKeys>,
     /// Whether a user's whole history can be listed.
@@ -65,7 +65,7 @@ pub struct DataPlaneParts {
     /// For cancelling.
     pub canceller: Canceller,
     /// For payments.
-    pub callbacks: CallbackDesk,
+    pub callbacks: CallbacksHandle,
     /// Whose callbacks are taken.
     pub providers: Providers,
     /// What signs receipts.

@@ -80,12 +80,12 @@ impl Drop for OnItsWay {
 
 /// The way in for callbacks. Cheap to clone.
 #[derive(Clone)]
-pub struct CallbackDesk {
+pub struct CallbacksHandle {
     requests: mpsc::Sender<Request>,
     state: Arc<State>,
 }
 
-impl CallbackDesk {
+impl CallbacksHandle {
     /// Stores a provider's message and lets its payment meet its order. `Ok` means committed.
     ///
     /// # Errors
@@ -138,9 +138,9 @@ pub struct Callbacks {
 
 impl Callbacks {
     /// The task, and the way to it.
-    pub fn new(settler: Settler, first_check_ms: u64) -> (CallbackDesk, Callbacks) {
+    pub fn new(settler: Settler, first_check_ms: u64) -> (CallbacksHandle, Callbacks) {
         let (sender, requests) = mpsc::channel(CALLBACKS_MAX);
-        let desk = CallbackDesk {
+        let desk = CallbacksHandle {
             requests: sender,
             state: Arc::clone(&settler.parts.state),
         };

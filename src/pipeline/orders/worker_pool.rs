@@ -35,57 +35,57 @@ pub fn has_enough_for_two(queue: &dyn OrderQueue, rows_max: usize) -> bool {
 
 /// What the workers of one queue have in common.
 #[derive(Debug, Default)]
-pub struct Crew {
-    calls: Notify,
+pub struct WorkerPool {
+    requests: Notify,
     /// The first worker has ended, so each takes for itself.
-    dismissed: AtomicBool,
+    primary_is_gone: AtomicBool,
 }
 
-impl Crew {
-    /// Waits for a call, of which each is for one worker; not at all once the crew is dismissed.
-    pub async fn called(&self) {
-        let mut called = pin!(self.calls.notified());
+impl WorkerPool {
+    /// Waits for a call, of which each is for one worker; not at all once the pool is primary_is_gone.
+    pub async fn help_requested(&self) {
+        let mut called = pin!(self.requests.notified());
         // Before the look at the flag: a dismissal is either seen there or wakes us.
         called.as_mut().enable();
-        if !self.dismissed.load(Ordering::Acquire) {
+        if !self.primary_is_gone.load(Ordering::Acquire) {
             called.await;
         }
     }
 
     /// Calls one worker, now or as soon as there is one.
-    pub fn call(&self) {
-        self.calls.notify_one();
+    pub fn request_help(&self) {
+        self.requests.notify_one();
     }
 
     /// Runs `work` to its end, and calls for help whenever it has gone on for another [`HELP_AFTER`].
-    pub async fn call_while<T>(&self, work: impl Future<Output = T>) -> T {
+    pub async fn request_help_while<T>(&self, work: impl Future<Output = T>) -> T {
         let mut work = pin!(work);
         loop {
             match tokio::time::timeout(HELP_AFTER, &mut work).await {
                 Ok(done) => return done,
-                Err(_) => self.call(),
+                Err(_) => self.request_help(),
             }
         }
     }
 }
 
-/// The first worker has this for as long as it lives. Dropping it dismisses the crew: from then on
+/// The first worker has this for as long as it lives. Dropping it dismisses the pool: from then on
 /// everybody takes orders without being called.
 #[derive(Debug)]
-#[must_use = "dropping it dismisses the crew"]
-pub struct Dismissal(Arc<Crew>);
+#[must_use = "dropping it dismisses the pool"]
+pub struct PrimaryGuard(Arc<WorkerPool>);
 
-impl Dismissal {
-    /// That of `crew`.
-    pub fn of(crew: &Arc<Crew>) -> Self {
-        Dismissal(Arc::clone(crew))
+impl PrimaryGuard {
+    /// That of `pool`.
+    pub fn of(pool: &Arc<WorkerPool>) -> Self {
+        PrimaryGuard(Arc::clone(pool))
     }
 }
 
-impl Drop for Dismissal {
+impl Drop for PrimaryGuard {
     fn drop(&mut self) {
-        self.0.dismissed.store(true, Ordering::Release);
-        self.0.calls.notify_waiters();
+        self.0.primary_is_gone.store(true, Ordering::Release);
+        self.0.requests.notify_waiters();
     }
 }
 
@@ -97,22 +97,22 @@ mod tests {
 
     #[tokio::test]
     async fn a_call_is_for_one_and_waits_for_it() {
-        let crew = Crew::default();
-        crew.call();
-        tokio::time::timeout(PATIENCE, crew.called())
+        let pool = WorkerPool::default();
+        pool.request_help();
+        tokio::time::timeout(PATIENCE, pool.help_requested())
             .await
             .expect("the call was kept");
-        let again = tokio::time::timeout(Duration::from_millis(20), crew.called()).await;
+        let again = tokio::time::timeout(Duration::from_millis(20), pool.help_requested()).await;
         assert!(again.is_err(), "one call brought two");
     }
 
     #[tokio::test]
     async fn a_batch_that_takes_long_calls_one_after_the_other() {
-        let crew = Arc::new(Crew::default());
+        let pool = Arc::new(WorkerPool::default());
         let helpers: Vec<_> = (0..3)
             .map(|_| {
-                let crew = Arc::clone(&crew);
-                tokio::spawn(async move { crew.called().await })
+                let pool = Arc::clone(&pool);
+                tokio::spawn(async move { pool.help_requested().await })
             })
             .collect();
         let all_came = async {
@@ -120,33 +120,33 @@ mod tests {
                 helper.await.expect("a helper");
             }
         };
-        tokio::time::timeout(PATIENCE, crew.call_while(all_came))
+        tokio::time::timeout(PATIENCE, pool.request_help_while(all_came))
             .await
             .expect("all were called");
     }
 
     #[tokio::test]
     async fn a_short_batch_calls_nobody() {
-        let crew = Crew::default();
-        assert_eq!(crew.call_while(async { 7 }).await, 7);
-        let called = tokio::time::timeout(Duration::from_millis(20), crew.called()).await;
+        let pool = WorkerPool::default();
+        assert_eq!(pool.request_help_while(async { 7 }).await, 7);
+        let called = tokio::time::timeout(Duration::from_millis(20), pool.help_requested()).await;
         assert!(called.is_err(), "somebody was called");
     }
 
     #[tokio::test]
     async fn a_dismissal_frees_who_sleeps_and_who_comes_later() {
-        let crew = Arc::new(Crew::default());
+        let pool = Arc::new(WorkerPool::default());
         let sleeper = {
-            let crew = Arc::clone(&crew);
-            tokio::spawn(async move { crew.called().await })
+            let pool = Arc::clone(&pool);
+            tokio::spawn(async move { pool.help_requested().await })
         };
         tokio::task::yield_now().await;
-        drop(Dismissal::of(&crew));
+        drop(PrimaryGuard::of(&pool));
         tokio::time::timeout(PATIENCE, sleeper)
             .await
             .expect("it was freed")
             .expect("it did not panic");
-        tokio::time::timeout(PATIENCE, crew.called())
+        tokio::time::timeout(PATIENCE, pool.help_requested())
             .await
             .expect("nobody sleeps any more");
     }

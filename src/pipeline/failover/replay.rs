@@ -4,7 +4,7 @@
 //! Which orders are there is looked up first, by their ids, and only the missing ones are copied; counters move by what
 //! is written. A row that the database refuses becomes a dead letter. One that is there after all,
 //! because a worker was faster, counts as present. Orders of a SKU whose counters are refused are
-//! parked ([`super::parking`]).
+//! parked ([`crate::pipeline::orders::parking`]).
 
 use std::collections::BTreeSet;
 use std::time::Duration;

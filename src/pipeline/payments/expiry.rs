@@ -19,7 +19,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
-use super::cashier::PAUSE;
+use super::processor::PAUSE;
 use super::settler::Settler;
 use crate::faults::bug;
 use crate::order::{IdRange, OrderId, SkuNumber, UnixMillis};

@@ -42,11 +42,11 @@ enum Request {
 
 /// The way to the cashier. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct CashierDesk {
+pub struct PaymentsHandle {
     requests: mpsc::Sender<Request>,
 }
 
-impl CashierDesk {
+impl PaymentsHandle {
     /// Records that the money of an order went back.
     ///
     /// # Errors
@@ -108,7 +108,7 @@ impl OrphanChecks {
 }
 
 /// The parts of a cashier.
-pub struct CashierParts {
+pub struct ProcessorParts {
     /// For settling.
     pub settler: Settler,
     /// Where orders may still be on their way.
@@ -120,8 +120,8 @@ pub struct CashierParts {
 }
 
 /// The task.
-pub struct Cashier {
-    pub(super) parts: CashierParts,
+pub struct PaymentProcessor {
+    pub(super) parts: ProcessorParts,
     requests: mpsc::Receiver<Request>,
     /// When orphans are matched next, and due ones looked at.
     pub(super) next_match: Instant,
@@ -130,19 +130,19 @@ pub struct Cashier {
     pub(super) matched_up_to: i64,
 }
 
-impl Cashier {
+impl PaymentProcessor {
     /// A cashier, and the way to it.
-    pub fn new(parts: CashierParts) -> (CashierDesk, Cashier) {
+    pub fn new(parts: ProcessorParts) -> (PaymentsHandle, PaymentProcessor) {
         let (sender, requests) = mpsc::channel(REQUESTS_MAX);
         let now = Instant::now();
-        let cashier = Cashier {
+        let cashier = PaymentProcessor {
             parts,
             requests,
             next_match: now,
             next_count: now,
             matched_up_to: 0,
         };
-        (CashierDesk { requests: sender }, cashier)
+        (PaymentsHandle { requests: sender }, cashier)
     }
 
     /// Works until the future is dropped, or another process has taken over.

@@ -14,11 +14,11 @@ use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc};
 
-use super::parking;
-use super::pruning::PrunedBelow;
 use super::replay::Replayer;
 use crate::metrics::Metrics;
 use crate::order::{Ended, Order, OrderId, OrderStatus};
+use crate::pipeline::admin::pruning::PrunedBelow;
+use crate::pipeline::orders::parking;
 use crate::queue::DurableQueue;
 use crate::queue::journal::JournalQueue;
 use crate::state::State;

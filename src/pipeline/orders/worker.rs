@@ -2,7 +2,7 @@
 //!
 //! Batches form by themselves: while one is being written, the next gathers in the queue. An idle
 //! system writes each order at once; a busy one writes thousands together. Who writes is said in
-//! [`super::crew`].
+//! [`super::worker_pool`].
 //!
 //! What can happen to a batch:
 //!
@@ -19,13 +19,13 @@ use std::time::Instant;
 
 use tokio::sync::watch;
 
-use super::WakeAll;
 use super::backoff::Backoff;
-use super::crew::{Crew, Dismissal, has_enough_for_two};
-use super::restore::Watermarks;
+use super::worker_pool::{PrimaryGuard, WorkerPool, has_enough_for_two};
 use crate::faults::crash_point;
 use crate::metrics::Metrics;
 use crate::order::{Order, OrderStatus, SkuNumber, UnixMillis};
+use crate::pipeline::WakeAll;
+use crate::pipeline::failover::restore::Watermarks;
 use crate::queue::{Batch, OrderQueue};
 use crate::state::State;
 use crate::state::pending::PendingOrder;
@@ -53,7 +53,7 @@ pub struct Place {
     /// Where it notes what it has committed.
     pub watermarks: Arc<Watermarks>,
     /// Whom it calls for help, or is called by.
-    pub crew: Arc<Crew>,
+    pub pool: Arc<WorkerPool>,
 }
 
 /// One worker.
@@ -69,7 +69,7 @@ pub struct Worker {
     commits_lost: u64,
     place: Place,
     /// Of the first worker: however it ends, the others need no call from then on.
-    _dismissal: Option<Dismissal>,
+    _dismissal: Option<PrimaryGuard>,
 }
 
 /// What is done with a part of a batch.
@@ -121,7 +121,7 @@ impl Worker {
             rows_max,
             cut,
             commits_lost: 0,
-            _dismissal: (place.shard == 0).then(|| Dismissal::of(&place.crew)),
+            _dismissal: (place.shard == 0).then(|| PrimaryGuard::of(&place.pool)),
             place,
         }
     }
@@ -137,12 +137,12 @@ impl Worker {
 
     async fn work(&mut self) -> Result<(), WorkerError> {
         let queue = Arc::clone(&self.queue);
-        let crew = Arc::clone(&self.place.crew);
+        let pool = Arc::clone(&self.place.pool);
         let mut cut = self.cut.clone();
         tokio::select! {
             biased;
             () = async { drop(cut.wait_for(|cut| *cut).await) } => {}
-            connected = crew.call_while(self.writer.connect_ahead()) => {
+            connected = pool.request_help_while(self.writer.connect_ahead()) => {
                 // Anything else is told about, and tried again, with the first batch.
                 if let Err(WriteError::Fatal(error)) = connected {
                     return Err(error.into());
@@ -174,9 +174,9 @@ impl Worker {
             }
             crash_point("worker.claimed");
             if has_enough_for_two(&*queue, rows_max) {
-                crew.call();
+                pool.request_help();
             }
-            crew.call_while(self.write(claimed)).await?;
+            pool.request_help_while(self.write(claimed)).await?;
         }
         Ok(())
     }
@@ -184,7 +184,7 @@ impl Worker {
     /// Waits for its turn and for the first order, then takes what is there.
     async fn take(&self, queue: &dyn OrderQueue, rows_max: usize) -> Option<Batch> {
         if self.place.shard > 0 && !has_enough_for_two(queue, rows_max) {
-            self.place.crew.called().await;
+            self.place.pool.help_requested().await;
         }
         queue.take(rows_max).await
     }

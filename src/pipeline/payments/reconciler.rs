@@ -15,7 +15,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::cashier::Cashier;
+use super::processor::PaymentProcessor;
 use super::settler::Signals;
 use crate::faults::bug;
 use crate::order::payment::{PaymentState, RefundReason};
@@ -52,7 +52,7 @@ enum Decision {
     Later,
 }
 
-impl Cashier {
+impl PaymentProcessor {
     /// Looks at orphans, where there may be any. True: there are more that are due.
     pub(super) async fn look_at_orphans(&mut self) -> Result<bool, StoreError> {
         self.count_open().await?;

@@ -6,8 +6,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::WakeAll;
 use crate::metrics::Metrics;
+use crate::pipeline::WakeAll;
 use crate::state::State;
 
 /// How late a deadline may be noticed: the "small bound" of I6.

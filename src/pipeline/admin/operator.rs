@@ -7,12 +7,12 @@ use std::sync::Arc;
 
 use tokio::sync::Mutex;
 
-use super::cashier::CashierDesk;
 use super::limits;
 use super::lost_answers::{LostAnswer, LostAnswers};
-use super::parking::ParkingDesk;
 use super::pauses::Pauses;
 use crate::order::{OrderId, Quantity, Refusal, SkuId, UnixMillis, UserId};
+use crate::pipeline::orders::parking::ParkingDesk;
+use crate::pipeline::payments::processor::PaymentsHandle;
 use crate::state::State;
 use crate::state::buyers::LiveOrder;
 use crate::state::stock::{BelowCommitted, Hold, SaleTerms, Sku};
@@ -91,7 +91,7 @@ pub struct Operator {
     state: Arc<State>,
     database: Database,
     lease: NodeLease,
-    cashier: CashierDesk,
+    cashier: PaymentsHandle,
     pauses: Arc<Pauses>,
     parking: ParkingDesk,
     payment_ttl_ms: u64,
@@ -141,7 +141,7 @@ impl Operator {
         state: Arc<State>,
         database: Database,
         lease: NodeLease,
-        cashier: CashierDesk,
+        cashier: PaymentsHandle,
         pauses: Arc<Pauses>,
         parking: ParkingDesk,
         payment_ttl_ms: u64,
