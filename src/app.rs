@@ -72,7 +72,7 @@ use crate::supervise::Supervisor;
 const OPERATORS_POOL: usize = 4;
 /// Connections for what watches a failover: lost commits, and how far standbys are.
 const WATCH_POOL: usize = 2;
-/// Expiry, the cashier, callbacks.
+/// Expiry, the payment processor, callbacks.
 const SETTLERS: usize = 3;
 /// Connections of each settler, for reading.
 const SETTLER_POOL: usize = 1;
@@ -340,7 +340,7 @@ impl Millrace {
         recovery::check_journal(&config, journal.as_ref(), noted.as_ref())?;
         let worker_count = config.worker_count();
         // More writers than workers: one for the replay and for what a failover loses, one for parked
-        // orders, and three for what happens to orders afterwards (expiry, cashier, callbacks).
+        // orders, and three for what happens to orders afterwards (expiry, processor, callbacks).
         let writers = i16::try_from(worker_count + 2 + SETTLERS).unwrap_or(i16::MAX);
         let clock = clock::check(&config, &database, &guard, embedded.is_some()).await?;
         let ids_from = recovery::id_high_water(journal.as_ref()).max(clock.now());
@@ -510,13 +510,13 @@ impl Millrace {
         let (callbacks_handle, callbacks) =
             Callbacks::new(settler(writers - 1)?, config.payments.orphan_check_ms);
         background.run("callbacks", callbacks.run());
-        let (payments_handle, cashier) = PaymentProcessor::new(ProcessorParts {
+        let (payments_handle, processor) = PaymentProcessor::new(ProcessorParts {
             settler: settler(writers - 2)?,
             queue: Arc::clone(&queue),
             receipts: Arc::clone(&receipts),
             orphan_checks,
         });
-        background.run("the cashier", cashier.run());
+        background.run("the payment processor", processor.run());
         background.run(
             "expiry",
             Expiry::new(settler(writers - 3)?, window_ms).run(),
@@ -595,7 +595,7 @@ impl Millrace {
             health,
             order_timeout: Duration::from_millis(config.orders.timeout_ms),
             database: operators.clone(),
-            cashier: payments_handle.clone(),
+            payments: payments_handle.clone(),
             orphan_checks,
             receipts,
             auditor: Auditor::new(

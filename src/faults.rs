@@ -72,7 +72,7 @@ pub const SUPERVISED: [&str; 24] = [
     "the watch for lost commits",
     "the retention of the journal",
     "callbacks",
-    "the cashier",
+    "the payment processor",
     "expiry",
     "the keeper of parked orders",
     "the deletion of old rows",

@@ -1,4 +1,4 @@
-//! Callbacks that are coalesced into set-based transactions, as the cashier does it, beside a
+//! Callbacks that are coalesced into set-based transactions, as the payment processor does it, beside a
 //! well-written statement for each of them, all for one hot SKU.
 //!
 //! The row-at-a-time side does in one statement, which is its own transaction, what has to be done

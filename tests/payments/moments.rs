@@ -152,7 +152,7 @@ fn callbacks_are_booked_while_operators_expiry_and_look_ups_stand_still() {
         }
         let mut client = shop.database.connect().await;
         let transaction = client.transaction().await.unwrap();
-        // The writers of expiry and of the cashier.
+        // The writers of expiry and of the payment processor.
         let hold =
             "SELECT FROM millrace.writer w, (SELECT max(shard) AS callbacks FROM millrace.writer) m
                      WHERE w.shard IN (m.callbacks - 1, m.callbacks - 2) FOR UPDATE OF w";
@@ -169,7 +169,7 @@ fn callbacks_are_booked_while_operators_expiry_and_look_ups_stand_still() {
         };
         let (refund, took) = tokio::join!(refund, pay);
         assert!(took < PATIENCE, "{took:?}");
-        assert_ne!(refund.status, 200, "the cashier's row is held");
+        assert_ne!(refund.status, 200, "the payment processor's row is held");
         transaction.rollback().await.unwrap();
         let deadline = Instant::now() + PATIENCE;
         while shop.refunded(&refunded, "re-1", true).await.status != 200 {

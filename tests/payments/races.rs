@@ -203,7 +203,7 @@ fn callbacks_are_answered_and_take_effect_while_the_order_queue_is_full() {
             });
             orders.extend(join_all(placed).await);
         }
-        // Workers cannot write while somebody holds their rows; the cashier's row is the last.
+        // Workers cannot write while somebody holds their rows; the payment processor's row is the last.
         let mut client = shop.database.connect().await;
         let transaction = client.transaction().await.unwrap();
         let hold = "SELECT FROM millrace.writer WHERE shard < (SELECT max(shard) FROM millrace.writer) FOR UPDATE";

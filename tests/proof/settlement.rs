@@ -814,7 +814,7 @@ impl<'a> Life<'a> {
         self.sale.number(&sql).await
     }
 
-    /// As the cashier moves the counters in memory.
+    /// As the payment processor moves the counters in memory.
     fn move_memory(&self, moved: &[UnitMove]) {
         for UnitMove { quantity, to, .. } in moved {
             let counter = self.sku.counter();

@@ -33,7 +33,7 @@ struct Live {
     payments: Payments,
 }
 
-/// Open payments are counted every few seconds, by the cashier.
+/// Open payments are counted every few seconds, by the payment processor.
 #[derive(Debug, Serialize)]
 struct Payments {
     matched: u64,

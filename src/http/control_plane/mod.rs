@@ -81,7 +81,7 @@ pub struct Parts {
     /// The database.
     pub database: Database,
     /// For payments.
-    pub cashier: PaymentsHandle,
+    pub payments: PaymentsHandle,
     /// How long a payment looks for its order.
     pub orphan_checks: OrphanChecks,
     /// What reads receipts.

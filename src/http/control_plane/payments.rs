@@ -107,7 +107,7 @@ pub(super) async fn retry(
     Segment(id): Segment,
 ) -> Result<Response, Failure> {
     let (parts, id) = (plane.parts()?, parse_id(&id)?);
-    if !parts.cashier.retry(id).await? {
+    if !parts.payments.retry(id).await? {
         let payment = parts.database.payment(id).await?;
         let payment = payment.ok_or_else(|| unknown_payment(&id.to_string()))?;
         let detail = format!("payment {id} is {}, and no orphan any more", payment.state);
@@ -124,7 +124,7 @@ pub(super) async fn close(
 ) -> Result<Response, Failure> {
     let (parts, id) = (plane.parts()?, parse_id(&id)?);
     let note = CloseBody::parse(&body)?;
-    match parts.cashier.close(id, note).await? {
+    match parts.payments.close(id, note).await? {
         Closed::Done(_) => {
             tracing::info!(
                 payment = id,

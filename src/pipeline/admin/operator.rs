@@ -91,7 +91,7 @@ pub struct Operator {
     state: Arc<State>,
     database: Database,
     lease: NodeLease,
-    cashier: PaymentsHandle,
+    payments: PaymentsHandle,
     pauses: Arc<Pauses>,
     parking: ParkingDesk,
     payment_ttl_ms: u64,
@@ -141,7 +141,7 @@ impl Operator {
         state: Arc<State>,
         database: Database,
         lease: NodeLease,
-        cashier: PaymentsHandle,
+        payments: PaymentsHandle,
         pauses: Arc<Pauses>,
         parking: ParkingDesk,
         payment_ttl_ms: u64,
@@ -158,7 +158,7 @@ impl Operator {
             state,
             database,
             lease,
-            cashier,
+            payments,
             pauses,
             parking,
             payment_ttl_ms,
@@ -443,7 +443,7 @@ impl Operator {
         note: RefundNote,
     ) -> Result<Recorded, StoreError> {
         let _turn = self.one_at_a_time.lock().await;
-        self.cashier.record_refund(order_id, note).await
+        self.payments.record_refund(order_id, note).await
     }
 
     async fn open_dead_letter(&self, id: i64) -> Result<DeadLetter, OperatorError> {

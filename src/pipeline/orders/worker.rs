@@ -48,11 +48,11 @@ pub enum WorkerError {
 
 /// Where a worker stands among the others of its queue.
 pub struct Place {
-    /// Its number; 0 is the first, which never waits to be called.
+    /// Its number; 0 is the first, the primary, which never waits for a request.
     pub shard: usize,
     /// Where it notes what it has committed.
     pub watermarks: Arc<Watermarks>,
-    /// Whom it calls for help, or is called by.
+    /// Where it requests help, and is asked for it.
     pub pool: Arc<WorkerPool>,
 }
 
@@ -69,7 +69,7 @@ pub struct Worker {
     commits_lost: u64,
     place: Place,
     /// Of the first worker: however it ends, the others need no call from then on.
-    _dismissal: Option<PrimaryGuard>,
+    _primary: Option<PrimaryGuard>,
 }
 
 /// What is done with a part of a batch.
@@ -121,7 +121,7 @@ impl Worker {
             rows_max,
             cut,
             commits_lost: 0,
-            _dismissal: (place.shard == 0).then(|| PrimaryGuard::of(&place.pool)),
+            _primary: (place.shard == 0).then(|| PrimaryGuard::of(&place.pool)),
             place,
         }
     }

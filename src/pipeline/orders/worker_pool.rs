@@ -2,14 +2,15 @@
 //!
 //! A batch costs PostgreSQL and us the same fixed work whatever is in it, and batches of one hot SKU
 //! wait for one another's commit. While the first worker keeps up, a second one would only cut the
-//! same orders into more batches. So the others sleep until they are called:
+//! same orders into more batches. So the others sleep until their help is requested:
 //!
-//! * by whoever has taken a batch and leaves enough for another one behind it
+//! * by a worker that has taken a batch and leaves enough for another one behind it
 //!   ([`has_enough_for_two`]), and
-//! * by whoever is busy with one for longer than [`HELP_AFTER`], again and again, whatever holds it up:
+//! * by a worker that is busy with one for longer than [`HELP_AFTER`], again and again, whatever holds it up:
 //!   an order never waits longer than that for a worker that hangs.
 //!
-//! A call is for one batch; who has written it and finds enough for another one goes on uncalled.
+//! Each request wakes one worker for one batch. A worker that finds another full batch waiting takes
+//! it without a request.
 
 use std::future::Future;
 use std::pin::pin;
@@ -24,7 +25,7 @@ use crate::queue::OrderQueue;
 /// Orders in the queue that are worth another worker: by then the rows of a batch cost several times
 /// its fixed work.
 const HELP_ROWS: usize = 500;
-/// Who is busy for longer than this, several times what a batch takes by itself, has others help.
+/// A worker that is busy for longer than this, several times what a batch takes by itself, requests help.
 pub const HELP_AFTER: Duration = Duration::from_millis(10);
 
 /// Whether there is more in `queue` than the worker that takes at most `rows_max` at once should be left
@@ -37,27 +38,28 @@ pub fn has_enough_for_two(queue: &dyn OrderQueue, rows_max: usize) -> bool {
 #[derive(Debug, Default)]
 pub struct WorkerPool {
     requests: Notify,
-    /// The first worker has ended, so each takes for itself.
+    /// The primary worker has ended, so each takes for itself.
     primary_is_gone: AtomicBool,
 }
 
 impl WorkerPool {
-    /// Waits for a call, of which each is for one worker; not at all once the pool is primary_is_gone.
+    /// Waits for a request for help, each of which wakes one worker. Returns at once after the primary worker
+    /// has ended.
     pub async fn help_requested(&self) {
-        let mut called = pin!(self.requests.notified());
-        // Before the look at the flag: a dismissal is either seen there or wakes us.
-        called.as_mut().enable();
+        let mut request = pin!(self.requests.notified());
+        // Before the look at the flag: the primary's end is either seen there or wakes us.
+        request.as_mut().enable();
         if !self.primary_is_gone.load(Ordering::Acquire) {
-            called.await;
+            request.await;
         }
     }
 
-    /// Calls one worker, now or as soon as there is one.
+    /// Wakes one worker, now or as soon as one sleeps.
     pub fn request_help(&self) {
         self.requests.notify_one();
     }
 
-    /// Runs `work` to its end, and calls for help whenever it has gone on for another [`HELP_AFTER`].
+    /// Runs `work` to its end, and requests help whenever it has gone on for another [`HELP_AFTER`].
     pub async fn request_help_while<T>(&self, work: impl Future<Output = T>) -> T {
         let mut work = pin!(work);
         loop {
@@ -69,14 +71,14 @@ impl WorkerPool {
     }
 }
 
-/// The first worker has this for as long as it lives. Dropping it dismisses the pool: from then on
-/// everybody takes orders without being called.
+/// Held by the primary worker for as long as it lives. After it is dropped every worker takes orders
+/// without being woken.
 #[derive(Debug)]
-#[must_use = "dropping it dismisses the pool"]
+#[must_use = "dropping it wakes all workers for good"]
 pub struct PrimaryGuard(Arc<WorkerPool>);
 
 impl PrimaryGuard {
-    /// That of `pool`.
+    /// The guard of `pool`'s primary worker.
     pub fn of(pool: &Arc<WorkerPool>) -> Self {
         PrimaryGuard(Arc::clone(pool))
     }
@@ -122,19 +124,19 @@ mod tests {
         };
         tokio::time::timeout(PATIENCE, pool.request_help_while(all_came))
             .await
-            .expect("all were called");
+            .expect("all were woken");
     }
 
     #[tokio::test]
     async fn a_short_batch_calls_nobody() {
         let pool = WorkerPool::default();
         assert_eq!(pool.request_help_while(async { 7 }).await, 7);
-        let called = tokio::time::timeout(Duration::from_millis(20), pool.help_requested()).await;
-        assert!(called.is_err(), "somebody was called");
+        let woken = tokio::time::timeout(Duration::from_millis(20), pool.help_requested()).await;
+        assert!(woken.is_err(), "somebody was woken");
     }
 
     #[tokio::test]
-    async fn a_dismissal_frees_who_sleeps_and_who_comes_later() {
+    async fn the_end_of_the_primary_wakes_all_and_nobody_sleeps_afterwards() {
         let pool = Arc::new(WorkerPool::default());
         let sleeper = {
             let pool = Arc::clone(&pool);

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   providers ──► callbacks ──┐
-//!   operators ──► cashier  ───┼──► store::settlement ──► payments, orders, sku
+//!   operators ──► processor ──┼──► store::settlement ──► payments, orders, sku
 //!   time      ──► expiry   ───┘          │
 //!                                        └─ after each commit: counters and buyers in memory
 //! ```
@@ -40,7 +40,7 @@ enum Request {
     Retry(i64, oneshot::Sender<Result<bool, StoreError>>),
 }
 
-/// The way to the cashier. Cheap to clone.
+/// The way to the payment processor. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct PaymentsHandle {
     requests: mpsc::Sender<Request>,
@@ -107,7 +107,7 @@ impl OrphanChecks {
     }
 }
 
-/// The parts of a cashier.
+/// The parts of a processor.
 pub struct ProcessorParts {
     /// For settling.
     pub settler: Settler,
@@ -131,18 +131,18 @@ pub struct PaymentProcessor {
 }
 
 impl PaymentProcessor {
-    /// A cashier, and the way to it.
+    /// A processor, and the way to it.
     pub fn new(parts: ProcessorParts) -> (PaymentsHandle, PaymentProcessor) {
         let (sender, requests) = mpsc::channel(REQUESTS_MAX);
         let now = Instant::now();
-        let cashier = PaymentProcessor {
+        let processor = PaymentProcessor {
             parts,
             requests,
             next_match: now,
             next_count: now,
             matched_up_to: 0,
         };
-        (PaymentsHandle { requests: sender }, cashier)
+        (PaymentsHandle { requests: sender }, processor)
     }
 
     /// Works until the future is dropped, or another process has taken over.

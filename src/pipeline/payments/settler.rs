@@ -1,4 +1,4 @@
-//! The parts that callbacks, the cashier and expiry have in common: a writer of their own each, and
+//! The parts that callbacks, the payment processor and expiry have in common: a writer of their own each, and
 //! what memory owes after a commit.
 //!
 //! Each of them has a task, a connection and a row of `writer`. Two of them never move the same
