@@ -30,6 +30,7 @@ fn limits() -> Limits {
         head_bytes_max: SIZES.head_bytes_max,
         body_bytes_max: SIZES.body_bytes_max,
         batch_body_bytes_max: SIZES.batch_body_bytes_max,
+        body_bytes_total_max: 1 << 20,
         request_timeout: Duration::from_secs(1),
         idle_timeout: Duration::from_secs(1),
     }
