@@ -336,7 +336,7 @@ impl RawOrder {
 }
 
 /// The writing end, as the appender uses it.
-struct Writer {
+struct Appender {
     disk: Arc<MemoryDisk>,
     identity: Identity,
     writer: Writer,
@@ -347,11 +347,11 @@ struct Writer {
     gathered: Vec<Record>,
 }
 
-impl Writer {
+impl Appender {
     fn new(identity: Identity) -> Self {
         let disk = Arc::<MemoryDisk>::default();
         let segment = prepare(&*disk, &identity, 1).expect("this disk does not fail");
-        Writer {
+        Appender {
             writer: Writer::new(Arc::new(segment), SECTORS, 1, 1, 0),
             disk,
             identity,
@@ -473,10 +473,10 @@ impl Damage {
 }
 
 fn damaged(input: &[u8], steps: &[Step], damages: &[Damage]) {
-    let mut writer = Writer::new(identity(input));
+    let mut writer = Appender::new(identity(input));
     steps.iter().for_each(|step| writer.step(step));
     writer.commit();
-    let Writer { disk, written, .. } = writer;
+    let Appender { disk, written, .. } = writer;
     let found = open(&disk).expect("an undamaged journal can be read");
     assert_eq!(found, written);
     assert_eq!(salvage(&disk), (found, 0));
