@@ -1,15 +1,91 @@
 //! Expiry goes on, whatever stands in the way of a part of it.
 
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use crate::rig::{LOOK, PATIENCE, Shop};
 use crate::support::block_on;
+use crate::support::http::call;
 use crate::support::waiting::wait_until;
 use crate::support::webhook::Paid;
 
-/// 20,000 rows lie between; more with `MILLRACE_LATER_ROWS=20000000`.
+/// Sends batches of 1,000 orders until it is stopped.
+struct Flood {
+    stop: Arc<AtomicBool>,
+    placed: Arc<AtomicU64>,
+    began: Instant,
+    senders: Vec<JoinHandle<()>>,
+}
+
+impl Flood {
+    fn begin(data: SocketAddr, sku: &'static str, senders: usize) -> Self {
+        let (stop, placed) = (Arc::<AtomicBool>::default(), Arc::<AtomicU64>::default());
+        let senders = (0..senders).map(|sender| {
+            let (stop, placed) = (Arc::clone(&stop), Arc::clone(&placed));
+            std::thread::spawn(move || {
+                for round in 0.. {
+                    if stop.load(Ordering::Relaxed) {
+                        break;
+                    }
+                    let line = |n| {
+                        format!(
+                            "{{\"user_id\":\"flood-{sender}-{round}-{n}\",\"sku_id\":\"{sku}\"}}\n"
+                        )
+                    };
+                    let body: String = (0..1_000).map(line).collect();
+                    let fields = [("Content-Type", "application/x-ndjson")];
+                    let answer = call(data, "POST", "/v1/orders:batch", &fields, &body);
+                    let text = String::from_utf8_lossy(&answer.body);
+                    let count = text.matches("\"http_status\":201").count();
+                    placed.fetch_add(count as u64, Ordering::Relaxed);
+                }
+            })
+        });
+        let senders = senders.collect();
+        Flood {
+            stop,
+            placed,
+            began: Instant::now(),
+            senders,
+        }
+    }
+
+    /// Orders a second.
+    fn end(self) -> f64 {
+        let rate = self.placed.load(Ordering::Relaxed) as f64 / self.began.elapsed().as_secs_f64();
+        self.stop.store(true, Ordering::Relaxed);
+        for sender in self.senders {
+            sender.join().expect("a sender");
+        }
+        rate
+    }
+}
+
+/// Orders one unit of C after the other and pays it, for some seconds: the median and the 99th
+/// percentile of the callbacks' latencies.
+async fn pay_for(shop: &Shop, name: &str, seconds: u64) -> [Duration; 2] {
+    let end = Instant::now() + Duration::from_secs(seconds);
+    let mut latencies = Vec::new();
+    while Instant::now() < end {
+        let user = format!("{name}-{}", latencies.len());
+        let order = shop.server.order(&user, "C", None).await;
+        assert_eq!(order.status, 201, "{order:?}");
+        let (paid, began) = (Paid::of(&order.json()), Instant::now());
+        shop.pay(&paid).await;
+        latencies.push(began.elapsed());
+    }
+    latencies.sort_unstable();
+    [latencies.len() / 2, latencies.len() * 99 / 100].map(|at| latencies[at])
+}
+
+/// 20,000 rows lie between; more with `MILLRACE_LATER_ROWS=20000000`. With `MILLRACE_FLOOD_SECONDS=10`
+/// orders are placed as fast as they are taken meanwhile, and callbacks are timed for so long before
+/// and after.
 #[test]
 fn a_dead_letter_of_hours_ago_that_is_revived_keeps_no_other_order_from_expiring() {
     block_on(async {
@@ -42,6 +118,16 @@ fn a_dead_letter_of_hours_ago_that_is_revived_keeps_no_other_order_from_expiring
         let letter = letters["dead_letters"][0]["id"].as_i64().expect("one");
         let retry = format!("/admin/v1/dead-letters/{letter}/retry");
         let mut placed = Vec::new();
+        let seconds = crate::support::sale::count("MILLRACE_FLOOD_SECONDS", 0);
+        let mut flood = None;
+        if seconds > 0 {
+            for sku in ["C", "F"] {
+                shop.server.put_sku(sku, 1_000_000_000, Value::Null).await;
+            }
+            flood = Some(Flood::begin(shop.server.data, "F", 4));
+            let [p50, p99] = pay_for(&shop, "before", seconds).await;
+            println!("callbacks before: p50 {p50:?}, p99 {p99:?}");
+        }
         let answer = shop.control("POST", &retry, Value::Null).await;
         assert_eq!(answer.status, 200, "{answer:?}");
         for user in ["u", "v", "w"] {
@@ -63,6 +149,13 @@ fn a_dead_letter_of_hours_ago_that_is_revived_keeps_no_other_order_from_expiring
             Instant::now().saturating_duration_since(due)
         );
         shop.until_stock((5, 0, 0)).await;
+        if let Some(flood) = flood {
+            let [p50, p99] = pay_for(&shop, "after", seconds).await;
+            let rate = flood.end();
+            println!("callbacks after: p50 {p50:?}, p99 {p99:?}; {rate:.0} orders a second");
+            assert!(shop.server.stop().await, "something was left over");
+            return;
+        }
         let read = shop.server.metric("millrace_expiry_rows_total").await - before;
         assert!(read < 1_000.0, "{read} rows were read for 4 orders");
         // An audit of millions of rows takes longer than a request may.
