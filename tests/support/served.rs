@@ -22,12 +22,29 @@ const LOOK: Duration = Duration::from_millis(2);
 
 /// The binary with these arguments, and without whatever the caller's environment would configure.
 pub fn millrace(args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_millrace"));
+    let binary = env!("CARGO_BIN_EXE_millrace");
+    let mut command = if ignores_hangups() {
+        let mut command = Command::new("env");
+        command.args(["--default-signal=HUP", binary]);
+        command
+    } else {
+        Command::new(binary)
+    };
     command.args(args);
     for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("MILLRACE_")) {
         command.env_remove(name);
     }
     command
+}
+
+/// Whether the tests themselves run below nohup, which a child would inherit: `SigIgn` of proc(5).
+fn ignores_hangups() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status
+        .lines()
+        .find_map(|line| line.strip_prefix("SigIgn:"))
+        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    ignored.is_some_and(|mask| mask & 1 == 1)
 }
 
 /// A server that ended before it was ready.
