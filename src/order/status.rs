@@ -73,6 +73,13 @@ impl OrderStatus {
         }
     }
 
+    /// The status of a code in `orders.status`.
+    pub fn from_code(code: i16) -> Option<Self> {
+        Self::ALL
+            .into_iter()
+            .find(|status| status.code() == Some(code))
+    }
+
     /// Whether its units count against the stock and the buyer's purchase limit.
     pub fn is_live(self) -> bool {
         Ended::of(self).is_none()
@@ -148,6 +155,9 @@ mod tests {
         for status in OrderStatus::ALL {
             assert_eq!(OrderStatus::from_word(status.as_str()), Some(status));
             codes.extend(status.code());
+            if let Some(code) = status.code() {
+                assert_eq!(OrderStatus::from_code(code), Some(status));
+            }
         }
         codes.sort_unstable();
         codes.dedup();

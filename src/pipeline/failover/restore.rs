@@ -3,8 +3,8 @@
 //! written again.
 //!
 //! What it knows: the orders of the journal's segments that are still there, and the orders of a
-//! moment ago that are kept to answer those who ask again, and which orders of the idempotency
-//! window are cancelled. An order that waited for its row and is in none of them is gone; only
+//! moment ago that are kept to answer those who ask again, and how orders of the idempotency
+//! window have ended. An order that waited for its row and is in none of them is gone; only
 //! synchronous replication excludes that. Its units and its key are released.
 
 use std::collections::{HashMap, HashSet};

@@ -351,11 +351,7 @@ fn live_order(row: &Row) -> Result<(UserId, LiveOrder), StoreError> {
 /// By the status in the seventh column, which a dead letter has not.
 fn how_it_ended(row: &Row) -> Result<Option<Ended>, StoreError> {
     let code: Option<i16> = row.get(6);
-    let of_code = |status: &OrderStatus| status.code() == code;
-    let status = match code {
-        None => Some(OrderStatus::Failed),
-        Some(_) => OrderStatus::ALL.into_iter().find(of_code),
-    };
+    let status = code.map_or(Some(OrderStatus::Failed), OrderStatus::from_code);
     let status = status.ok_or_else(|| unexpected(row.get(0), "status"))?;
     Ok(Ended::of(status))
 }

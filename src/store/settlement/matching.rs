@@ -265,13 +265,8 @@ pub(super) fn move_payments(
 fn locked_from_row(row: &Row, is_dead_letter: bool) -> Option<(OrderId, Locked)> {
     let id = OrderId::from_i64(row.get(0))?;
     let code: Option<i16> = row.get(1);
-    let status = match code {
-        // A dead letter has one only once it was paid all the same.
-        None => OrderStatus::Failed,
-        Some(_) => OrderStatus::ALL
-            .into_iter()
-            .find(|status| status.code() == code)?,
-    };
+    // A dead letter has one only once it was paid all the same.
+    let status = code.map_or(Some(OrderStatus::Failed), OrderStatus::from_code)?;
     Some((
         id,
         Locked {

@@ -68,9 +68,8 @@ impl SettlementWriter {
                 (None, None) => return nothing(Recorded::Unknown),
             };
             let code: Option<i16> = row.get(1);
-            let status = OrderStatus::ALL
-                .into_iter()
-                .find(|status| code.is_some() && status.code() == code)
+            let status = code
+                .and_then(OrderStatus::from_code)
                 .unwrap_or(OrderStatus::Failed);
             let settle = async |from: &str| {
                 client
