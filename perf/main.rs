@@ -6,8 +6,8 @@
 //! ./x perf wait_mode engine     two of them
 //! ```
 //!
-//! Each case is a folder here: what it compares, why, and its last recorded result. `rig` is what
-//! they stand on; `baselines` is what people would run instead. Nothing is claimed from an absolute
+//! Each case is a folder here: what it compares, why, and its last recorded result. `fixture` holds what they
+//! share; `baselines` is what people would run instead. Nothing is claimed from an absolute
 //! number: sides take turns within one run, and what counts is the ratio of neighbours.
 
 mod async_acks;
@@ -18,6 +18,7 @@ mod costs;
 mod cross_check;
 mod duplicates;
 mod engine;
+mod fixture;
 mod journal_sync;
 mod latency;
 mod memory;
@@ -25,7 +26,6 @@ mod mixed_sale;
 mod overload;
 mod recovery;
 mod report;
-mod rig;
 mod soak;
 mod sold_out;
 mod table_size;
@@ -36,7 +36,7 @@ use std::pin::Pin;
 
 use clap::{Parser, Subcommand};
 
-use rig::{Finding, Lab};
+use fixture::{Finding, Lab};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;

@@ -8,8 +8,8 @@ use anyhow::Context;
 use comfy_table::{CellAlignment, Table, presets};
 use serde_json::{Value, json};
 
-use crate::rig::machine::{commit, machine};
-use crate::rig::{Finding, Target};
+use crate::fixture::machine::{commit, machine};
+use crate::fixture::{Finding, Target};
 
 /// What is recorded of a case, in its folder.
 const RESULT: &str = "result.json";

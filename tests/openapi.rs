@@ -1,11 +1,11 @@
 //! The OpenAPI document is valid, names exactly the routes that there are, and tells the truth:
 //! real answers of a running Millrace are held against it, status by status.
 
+#[path = "providers/fixture.rs"]
+#[allow(dead_code, reason = "it is shared with the tests of the providers")]
+mod fixture;
 #[path = "openapi/payments.rs"]
 mod payments;
-#[path = "providers/rig.rs"]
-#[allow(dead_code, reason = "it is shared with the tests of the providers")]
-mod rig;
 mod support;
 
 use std::collections::BTreeSet;
@@ -176,7 +176,7 @@ fn real_answers_are_what_it_says() {
             config.data_plane.token.0 = vec!["shop".into()];
             config.control_plane.token.0 = vec!["ops".into()];
             config.rate_limit.per_user = "20/min".to_owned().try_into().expect("a rate");
-            config.payments = rig::config();
+            config.payments = fixture::config();
             config.payments.standard.secret.0.push(SECRET.to_owned());
             // Orphans stay until somebody looks.
             config.payments.orphan_check_ms = 3_600_000;

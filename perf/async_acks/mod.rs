@@ -10,12 +10,12 @@ use anyhow::ensure;
 use millrace::app::Millrace;
 use tokio_postgres::Client;
 
-use crate::rig::child::{Server, Service, free_address, spawn, wait_for};
-use crate::rig::compare::alternate;
-use crate::rig::database::{self, Postgres};
-use crate::rig::engine::{self, HOT, RawCopy};
-use crate::rig::flood::{Template, rate};
-use crate::rig::{Finding, Lab, Scratch, Target};
+use crate::fixture::child::{Server, Service, free_address, spawn, wait_for};
+use crate::fixture::compare::alternate;
+use crate::fixture::database::{self, Postgres};
+use crate::fixture::engine::{self, HOT, RawCopy};
+use crate::fixture::flood::{Template, rate};
+use crate::fixture::{Finding, Lab, Scratch, Target};
 
 /// Orders that are acknowledged in a round.
 const ORDERS: u64 = 400_000;

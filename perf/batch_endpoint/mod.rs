@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
-use crate::rig::child::{Server, Service};
-use crate::rig::compare::{Rounds, alternate};
-use crate::rig::database::{self, Postgres};
-use crate::rig::engine::{self, HOT};
-use crate::rig::flood::{Template, flood, rate};
-use crate::rig::{Finding, Lab, Scratch, Target, blocking};
+use crate::fixture::child::{Server, Service};
+use crate::fixture::compare::{Rounds, alternate};
+use crate::fixture::database::{self, Postgres};
+use crate::fixture::engine::{self, HOT};
+use crate::fixture::flood::{Template, flood, rate};
+use crate::fixture::{Finding, Lab, Scratch, Target, blocking};
 
 /// Orders of a batch, the most that one may have.
 const LINES: usize = 1_000;

@@ -21,9 +21,9 @@ use millrace::store::postgres::Database;
 use millrace::store::settlement::SettlementWriter;
 use millrace::store::settlement::payments::Arrival;
 
-use crate::rig::compare::alternate;
-use crate::rig::engine::{BATCH_ROWS, HOT, rows};
-use crate::rig::{Finding, Lab, Scratch};
+use crate::fixture::compare::alternate;
+use crate::fixture::engine::{BATCH_ROWS, HOT, rows};
+use crate::fixture::{Finding, Lab, Scratch};
 
 /// Deliveries under way at once on the coalescing side.
 const WAITING: usize = 256;

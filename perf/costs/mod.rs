@@ -4,10 +4,10 @@
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use crate::rig::child::{Server, Service};
-use crate::rig::engine::HOT;
-use crate::rig::flood::{Flooded, Template, flood};
-use crate::rig::{Finding, Lab, Scratch, blocking};
+use crate::fixture::child::{Server, Service};
+use crate::fixture::engine::HOT;
+use crate::fixture::flood::{Flooded, Template, flood};
+use crate::fixture::{Finding, Lab, Scratch, blocking};
 
 const CONNECTIONS: usize = 512;
 

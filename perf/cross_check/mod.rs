@@ -5,11 +5,11 @@ use std::process::{Command, Stdio};
 
 use anyhow::Context;
 
-use crate::rig::child::{Server, Service};
-use crate::rig::compare::alternate;
-use crate::rig::engine::HOT;
-use crate::rig::flood::{Template, rate};
-use crate::rig::{Finding, Lab, Scratch, blocking};
+use crate::fixture::child::{Server, Service};
+use crate::fixture::compare::alternate;
+use crate::fixture::engine::HOT;
+use crate::fixture::flood::{Template, rate};
+use crate::fixture::{Finding, Lab, Scratch, blocking};
 
 const CONNECTIONS: usize = 256;
 

@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use crate::rig::child::{Server, Service};
-use crate::rig::compare::alternate;
-use crate::rig::engine::HOT;
-use crate::rig::flood::{Template, flood, rate};
-use crate::rig::{Finding, Lab, Scratch, blocking};
+use crate::fixture::child::{Server, Service};
+use crate::fixture::compare::alternate;
+use crate::fixture::engine::HOT;
+use crate::fixture::flood::{Template, flood, rate};
+use crate::fixture::{Finding, Lab, Scratch, blocking};
 
 const CONNECTIONS: usize = 256;
 /// Orders that are asked for again and again.

@@ -2,10 +2,10 @@
 
 use millrace::config::Config;
 
-use crate::rig::compare::alternate;
-use crate::rig::database::{self, Postgres};
-use crate::rig::engine::{self, BATCH_ROWS, RawCopy};
-use crate::rig::{Finding, Lab, Scratch, Target};
+use crate::fixture::compare::alternate;
+use crate::fixture::database::{self, Postgres};
+use crate::fixture::engine::{self, BATCH_ROWS, RawCopy};
+use crate::fixture::{Finding, Lab, Scratch, Target};
 
 /// Rows that each side writes in a round.
 const ROWS: u64 = 600_000;

@@ -4,8 +4,8 @@ use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
 use std::time::Instant;
 
-use crate::rig::compare::alternate;
-use crate::rig::{Finding, Lab, Scratch};
+use crate::fixture::compare::alternate;
+use crate::fixture::{Finding, Lab, Scratch};
 
 /// Orders of a group, and the bytes that the journal writes for them (about 110 an order, in sectors
 /// of 512).

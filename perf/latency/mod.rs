@@ -10,12 +10,12 @@ use hdrhistogram::Histogram;
 use tokio_postgres::Client;
 
 use crate::baselines::TABLES;
-use crate::rig::child::Server;
-use crate::rig::compare::alternate;
-use crate::rig::database::{self, Postgres};
-use crate::rig::engine::HOT;
-use crate::rig::flood::{Flooded, Template, flood, offer};
-use crate::rig::{Finding, Lab, Scratch, Target, blocking};
+use crate::fixture::child::Server;
+use crate::fixture::compare::alternate;
+use crate::fixture::database::{self, Postgres};
+use crate::fixture::engine::HOT;
+use crate::fixture::flood::{Flooded, Template, flood, offer};
+use crate::fixture::{Finding, Lab, Scratch, Target, blocking};
 
 /// Shares of capacity, in percent.
 const SHARES: [u32; 4] = [10, 50, 80, 100];

@@ -10,8 +10,8 @@ use millrace::queue::{OrderQueue, RingQueue};
 use millrace::state::buyers::{BuyerOrder, Buyers, Claimed, NothingSticky};
 use millrace::state::pending::{Pending, PendingOrder};
 
-use crate::rig::machine::usage;
-use crate::rig::{Finding, Lab, Target, engine};
+use crate::fixture::machine::usage;
+use crate::fixture::{Finding, Lab, Target, engine};
 
 /// Orders that are counted.
 const ORDERS: u64 = 1 << 20;

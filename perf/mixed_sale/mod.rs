@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, ensure};
 use serde_json::Value;
 
-use crate::rig::{Finding, Lab, Scratch};
+use crate::fixture::{Finding, Lab, Scratch};
 
 /// Runs the case.
 pub async fn run(_: &Lab) -> anyhow::Result<Vec<Finding>> {

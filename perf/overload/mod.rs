@@ -1,11 +1,11 @@
 //! P9: ten times what a slow database takes. Orders that could not be persisted within their wait are
 //! refused at the door, so what is let in is persisted.
 
-use crate::rig::child::Server;
-use crate::rig::database::{self, Postgres};
-use crate::rig::engine::HOT;
-use crate::rig::load::{Load, load};
-use crate::rig::{Finding, Lab, Scratch, Target, blocking};
+use crate::fixture::child::Server;
+use crate::fixture::database::{self, Postgres};
+use crate::fixture::engine::HOT;
+use crate::fixture::load::{Load, load};
+use crate::fixture::{Finding, Lab, Scratch, Target, blocking};
 
 /// Rows a second that the database takes, all workers together.
 const ROWS_A_SECOND: f64 = 2_000.0;

@@ -12,12 +12,12 @@ use millrace::queue::journal::record::Record;
 use millrace::queue::journal::{Opened, Writer, prepare};
 use serde_json::Value;
 
-use crate::rig::child::Server;
-use crate::rig::compare::{Spread, alternate};
-use crate::rig::database::{self, Postgres};
-use crate::rig::engine::{self, HOT, RawCopy};
-use crate::rig::flood::{Template, flood};
-use crate::rig::{Finding, Lab, Scratch, Target, blocking};
+use crate::fixture::child::Server;
+use crate::fixture::compare::{Spread, alternate};
+use crate::fixture::database::{self, Postgres};
+use crate::fixture::engine::{self, HOT, RawCopy};
+use crate::fixture::flood::{Template, flood};
+use crate::fixture::{Finding, Lab, Scratch, Target, blocking};
 
 /// Orders in the journal.
 const ORDERS: u64 = 1_000_000;

@@ -4,11 +4,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::ensure;
 
-use crate::rig::child::Server;
-use crate::rig::engine::HOT;
-use crate::rig::load::{Load, load};
-use crate::rig::machine::Usage;
-use crate::rig::{Finding, Lab, Scratch, Target, blocking};
+use crate::fixture::child::Server;
+use crate::fixture::engine::HOT;
+use crate::fixture::load::{Load, load};
+use crate::fixture::machine::Usage;
+use crate::fixture::{Finding, Lab, Scratch, Target, blocking};
 
 /// Orders a second: a fraction of what it can do, so that nothing is refused for want of room.
 const RATE: f64 = 4_000.0;

@@ -3,11 +3,11 @@
 
 use std::time::Duration;
 
-use crate::rig::child::{Server, Service};
-use crate::rig::compare::alternate;
-use crate::rig::engine::HOT;
-use crate::rig::flood::{Template, flood, rate};
-use crate::rig::{Finding, Lab, Scratch, Target, blocking};
+use crate::fixture::child::{Server, Service};
+use crate::fixture::compare::alternate;
+use crate::fixture::engine::HOT;
+use crate::fixture::flood::{Template, flood, rate};
+use crate::fixture::{Finding, Lab, Scratch, Target, blocking};
 
 /// Connections, each with one request at a time.
 const CONNECTIONS: usize = 256;

@@ -2,10 +2,10 @@
 
 use tokio_postgres::Client;
 
-use crate::rig::compare::alternate;
-use crate::rig::database::{self, Postgres};
-use crate::rig::engine;
-use crate::rig::{Finding, Lab, Scratch, Target};
+use crate::fixture::compare::alternate;
+use crate::fixture::database::{self, Postgres};
+use crate::fixture::engine;
+use crate::fixture::{Finding, Lab, Scratch, Target};
 
 /// Orders that are there.
 const THERE: i64 = 20_000_000;

@@ -3,12 +3,12 @@
 
 use std::time::Duration;
 
-use crate::rig::child::{Server, Service};
-use crate::rig::compare::{Rounds, alternate};
-use crate::rig::database::{self, Postgres};
-use crate::rig::engine::{self, HOT};
-use crate::rig::flood::{Template, rate};
-use crate::rig::{Finding, Lab, Scratch, Target};
+use crate::fixture::child::{Server, Service};
+use crate::fixture::compare::{Rounds, alternate};
+use crate::fixture::database::{self, Postgres};
+use crate::fixture::engine::{self, HOT};
+use crate::fixture::flood::{Template, rate};
+use crate::fixture::{Finding, Lab, Scratch, Target};
 
 /// Connections, each with one request at a time. Fewer than this and the batches, not the service,
 /// limit the rate; each side has the same.

@@ -1,4 +1,4 @@
-//! What can stop a load before it gives a report.
+//! Errors that end a load before it gives a report.
 
 use std::path::PathBuf;
 

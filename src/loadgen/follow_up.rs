@@ -1,4 +1,4 @@
-//! After the load: what became of the orders that were told to be `undecided`.
+//! After the load: the final status of orders answered as `undecided`.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -7,14 +7,14 @@ use futures_util::future::join_all;
 use hyper::StatusCode;
 use serde::Deserialize;
 
-use super::client::Getter;
+use super::connection::Getter;
 use super::target::Target;
 
 /// Seconds that one `GET` may wait for its order.
 const WAIT_S: u64 = 10;
 /// Orders asked for at the same time.
 const CONNECTIONS: usize = 16;
-/// Between two questions about an order that still is undecided, or to a server that is away.
+/// Pause before asking again about an order that is still undecided, or a server that is away.
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// The final status of an order without a row.
@@ -25,8 +25,8 @@ struct Order {
     status: String,
 }
 
-/// Asks for each order until it is decided or the time is up; what is missing in the answer could
-/// not be settled.
+/// Asks for each order until it is decided or the time is up. An order that is missing in the result is
+/// still undecided.
 pub(super) async fn resolve(
     target: &Target,
     mut order_ids: Vec<u64>,
@@ -48,7 +48,7 @@ pub(super) async fn resolve(
             let Some(order_id) = open.lock().pop() else {
                 break;
             };
-            if let Some(status) = settle(&mut getter, target, order_id, deadline).await {
+            if let Some(status) = final_status(&mut getter, target, order_id, deadline).await {
                 finals.lock().insert(order_id, status);
             }
         }
@@ -57,7 +57,7 @@ pub(super) async fn resolve(
     finals.into_inner()
 }
 
-async fn settle(
+async fn final_status(
     getter: &mut Getter,
     target: &Target,
     order_id: u64,

@@ -7,11 +7,11 @@
 //! ("coordinated omission", Gil Tene).
 //!
 //! ```text
-//! plan ─► schedule (a cursor, never a list) ─► worker (a thread: N connections) ─► recorder
-//!                                                │ orders placed                     │
+//! plan ─► schedule (a cursor, never a list) ─► sender (a thread: N connections) ─► recorder
+//!                                                │ placed orders                     │
 //!                                                ▼                                   │
-//!                          fate (by seed) ─► merchant (a thread of its own) ─────────┤
-//!                                            POST /v1/payments/standard/notify       │
+//!                                              platform (a thread of its own) ───────┤
+//!                                              POST /v1/payments/standard/notify     │
 //!                                                                                    │
 //!            stock: GET /v1/skus/… every 100 ms        follow_up: GET /v1/orders/…   │
 //!                            └───────────────► report ◄──────────────┴───────────────┘
@@ -19,47 +19,43 @@
 //!                                    table (terminal) · page (HTML) · serde (--json)
 //! ```
 //!
-//! The module imports nothing else of this crate: what it knows of the server is the public
-//! contract, so that it can also judge it.
+//! The module imports nothing else of this crate: it knows only the public contract of the server,
+//! so that it can also check the server against it.
 
-mod click;
-mod client;
+mod connection;
 mod error;
-mod fate;
 mod follow_up;
 mod histogram;
-mod merchant;
 mod orders_file;
 mod outcome;
 mod page;
-mod payment;
-mod payment_report;
 mod plan;
+mod platform;
 mod progress;
 mod rate;
 mod recorder;
 mod report;
+mod request_template;
 mod run;
 mod schedule;
+mod sender;
 mod stock;
 mod table;
 mod target;
-mod webhook;
-mod worker;
 
-#[cfg(test)]
-mod payment_tests;
 #[cfg(test)]
 mod test_server;
 #[cfg(test)]
 mod tests;
 
 pub use error::LoadError;
-pub use outcome::{AnswerKind, Outcomes, Told};
-pub use page::{PageOptions, Promise, render_page};
-pub use payment::PaymentKind;
-pub use payment_report::{FalseSignatures, Money, PaymentKindCount, PaymentReport, PaymentTold};
+pub use outcome::{AnswerKind, Outcome, Outcomes};
+pub use page::{Check, PageOptions, render_page};
 pub use plan::{LoadPlan, OrderMode, SkuShare, Token};
+pub use platform::{
+    FalseSignatures, Money, PaymentKind, PaymentKindCount, PaymentOutcome, PaymentReport,
+    WebhookSecret,
+};
 pub use progress::{Phase, Progress, Silent, Snapshot, StderrProgress};
 pub use rate::RateProfile;
 pub use report::{
@@ -68,4 +64,3 @@ pub use report::{
 };
 pub use run::{run, run_until};
 pub use table::render_table;
-pub use webhook::WebhookSecret;

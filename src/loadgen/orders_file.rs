@@ -7,15 +7,15 @@ use bytes::Bytes;
 use serde_json::{Map, Value};
 use smol_str::SmolStr;
 
-use super::click::Script;
 use super::error::LoadError;
+use super::request_template::RequestTemplate;
 
 /// One line of the file, ready to be sent.
 #[derive(Debug)]
 pub(super) struct OrderLine {
     /// The body of the request: the line as it stands, without `idempotency_key`.
     pub body: Bytes,
-    /// What goes to the `Idempotency-Key` header.
+    /// The value of the `Idempotency-Key` header.
     pub key: Option<SmolStr>,
     /// The line's `user_id`; empty if it has none, which is for the server to refuse.
     pub user: SmolStr,
@@ -24,7 +24,7 @@ pub(super) struct OrderLine {
 }
 
 /// Reads the whole file; empty lines are skipped.
-pub(super) fn read(path: &Path) -> Result<Script, LoadError> {
+pub(super) fn read(path: &Path) -> Result<RequestTemplate, LoadError> {
     let data = std::fs::read(path).map_err(|source| LoadError::ReadOrders {
         path: path.to_owned(),
         source,
@@ -82,7 +82,7 @@ pub(super) fn read(path: &Path) -> Result<Script, LoadError> {
     if lines.is_empty() {
         return Err(at(0, "the file holds no order".to_owned()));
     }
-    Ok(Script::replay(skus, lines))
+    Ok(RequestTemplate::replay(skus, lines))
 }
 
 /// An id as the contract reads it: an integer means its decimal text.

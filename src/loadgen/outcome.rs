@@ -1,4 +1,4 @@
-//! What each click was told.
+//! The answer to each request.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -8,7 +8,8 @@ use hyper::StatusCode;
 use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
 
-use super::click::{Click, Script};
+use super::request_template::RequestTemplate;
+use super::schedule::Arrival;
 
 /// The answers of the contract, as a buyer sees them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -96,17 +97,17 @@ impl AnswerKind {
         }
     }
 
-    /// Whether the click placed an order of its own.
+    /// Whether the request placed an order of its own.
     pub fn is_placed(self) -> bool {
         matches!(self, Self::Created | Self::Accepted)
     }
 
-    /// Whether the buyer was told no, for good or for now.
+    /// Whether the buyer was refused.
     pub fn is_refused(self) -> bool {
         matches!(self, Self::SoldOut | Self::Refused)
     }
 
-    /// Whether nobody would want to see it: not an outcome of a sale but a failure.
+    /// Whether it is a failure, not an outcome of a sale.
     pub fn is_error(self) -> bool {
         matches!(
             self,
@@ -238,9 +239,9 @@ impl Answer {
     }
 }
 
-/// What one click was told, for a comparison with the database.
+/// One request with its answer, for a comparison with the database.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Told<'a> {
+pub struct Outcome<'a> {
     /// The `user_id` of the request.
     pub user: SmolStr,
     /// The `Idempotency-Key` of the request.
@@ -253,7 +254,7 @@ pub struct Told<'a> {
     pub scheduled_ns: u64,
     /// From that moment to the whole answer, in nanoseconds.
     pub latency_ns: u64,
-    /// The status line's code; 0 where no answer came.
+    /// The status line's code; 0 if no answer came.
     pub http_status: u16,
     /// The answer's kind.
     pub kind: AnswerKind,
@@ -263,22 +264,22 @@ pub struct Told<'a> {
     pub order_id: Option<u64>,
     /// Whether the answer repeats an earlier request's order.
     pub replayed: bool,
-    /// Of an `undecided` order: what it became, `unknown_order` where it has no row; none while
-    /// nobody could say.
+    /// The final status of an `undecided` order, `unknown_order` if it has no row; none if the server could
+    /// not say.
     pub final_status: Option<&'a str>,
 }
 
-/// What every click was told, kept in a compact form.
+/// Every request with its answer, in a compact form.
 #[derive(Debug, Clone)]
 pub struct Outcomes {
-    script: Arc<Script>,
+    template: Arc<RequestTemplate>,
     rows: Vec<Row>,
     codes: Codes,
 }
 
 impl Outcomes {
-    /// Joins what the threads kept, in the order in which requests were due.
-    pub(super) fn join(script: Arc<Script>, parts: Vec<(Vec<Row>, Codes)>) -> Self {
+    /// Joins the records of the threads, in the order in which requests were due.
+    pub(super) fn join(template: Arc<RequestTemplate>, parts: Vec<(Vec<Row>, Codes)>) -> Self {
         let mut codes = Codes::default();
         let mut rows = Vec::with_capacity(parts.iter().map(|(rows, _)| rows.len()).sum());
         for (part, names) in parts {
@@ -290,14 +291,14 @@ impl Outcomes {
         }
         rows.sort_by_key(|row| (row.scheduled_ns, row.buyer));
         Self {
-            script,
+            template,
             rows,
             codes,
         }
     }
 
-    /// Notes what undecided orders became.
-    pub(super) fn settle(&mut self, finals: &HashMap<u64, String>) {
+    /// Notes the final statuses of undecided orders.
+    pub(super) fn set_final_statuses(&mut self, finals: &HashMap<u64, String>) {
         for row in &mut self.rows {
             if row.kind == AnswerKind::Undecided
                 && let Some(status) = finals.get(&row.order_id)
@@ -307,7 +308,7 @@ impl Outcomes {
         }
     }
 
-    /// How many requests there were.
+    /// The number of requests.
     pub fn len(&self) -> usize {
         self.rows.len()
     }
@@ -318,11 +319,11 @@ impl Outcomes {
     }
 
     /// Every request with its answer, in the order in which they were due.
-    pub fn iter(&self) -> impl Iterator<Item = Told<'_>> {
-        self.rows.iter().map(|row| Told {
-            user: self.script.user(row.buyer),
-            key: self.script.key(row.buyer, row.sku),
-            sku: self.script.sku(row.sku),
+    pub fn iter(&self) -> impl Iterator<Item = Outcome<'_>> {
+        self.rows.iter().map(|row| Outcome {
+            user: self.template.user(row.buyer),
+            key: self.template.key(row.buyer, row.sku),
+            sku: self.template.sku(row.sku),
             double_click: row.double,
             scheduled_ns: row.scheduled_ns,
             latency_ns: row.latency_ns,
@@ -336,7 +337,7 @@ impl Outcomes {
     }
 }
 
-/// One outcome as it is kept: 40 bytes, the texts being found again through the script.
+/// One outcome in 40 bytes; the template writes its texts again.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Row {
     scheduled_ns: u64,
@@ -354,18 +355,23 @@ pub(super) struct Row {
 }
 
 impl Row {
-    pub(super) fn new(click: &Click, latency_ns: u64, answer: &Answer, codes: &mut Codes) -> Self {
+    pub(super) fn new(
+        arrival: &Arrival,
+        latency_ns: u64,
+        answer: &Answer,
+        codes: &mut Codes,
+    ) -> Self {
         Self {
-            scheduled_ns: click.scheduled_ns,
+            scheduled_ns: arrival.scheduled_ns,
             latency_ns,
             order_id: answer.order_id.unwrap_or(0),
-            buyer: click.buyer,
-            sku: click.sku,
+            buyer: arrival.buyer,
+            sku: arrival.sku,
             http_status: answer.http_status,
             code: codes.place(&answer.code),
             final_code: Codes::NONE,
             kind: answer.kind,
-            double: click.double,
+            double: arrival.double,
             replayed: answer.replayed,
         }
     }

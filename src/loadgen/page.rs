@@ -9,15 +9,15 @@ const PAGE: &str = include_str!("page.html");
 const TITLE_MARK: &str = "{{title}}";
 const DATA_MARK: &str = "{{data}}";
 
-/// What stands on the page beside the report.
+/// Headline, subtitle and checks beside the report.
 #[derive(Debug, Clone, Serialize)]
 pub struct PageOptions {
     /// The headline.
     pub title: String,
     /// A line below it: what was run, on what.
     pub subtitle: Option<String>,
-    /// Promises that were checked after the run, in the order of the page; may be empty.
-    pub promises: Vec<Promise>,
+    /// Checks made after the run, in the order of the page; may be empty.
+    pub checks: Vec<Check>,
 }
 
 impl Default for PageOptions {
@@ -25,19 +25,19 @@ impl Default for PageOptions {
         Self {
             title: "Millrace under load".to_owned(),
             subtitle: None,
-            promises: Vec::new(),
+            checks: Vec::new(),
         }
     }
 }
 
-/// One promise with what checking it gave.
+/// One checked promise.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Promise {
-    /// What is promised, such as "No unit is sold twice".
+pub struct Check {
+    /// The promise, such as "No unit is sold twice".
     pub name: String,
-    /// Whether it was kept.
+    /// Whether it holds.
     pub ok: bool,
-    /// The figures behind the verdict.
+    /// The figures behind it.
     pub detail: String,
 }
 
@@ -90,7 +90,7 @@ mod tests {
         let options = PageOptions {
             title: "<i>&".to_owned(),
             subtitle: Some("<!-- <script> {{data}}".to_owned()),
-            promises: Vec::new(),
+            checks: Vec::new(),
         };
         let page = render_page(&report, &options);
         assert!(page.contains("<title>&lt;i&gt;&amp;</title>"));

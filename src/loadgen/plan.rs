@@ -1,4 +1,4 @@
-//! What a load consists of, as a value.
+//! The plan of a load, as a value.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -7,8 +7,8 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use super::error::LoadError;
+use super::platform::{Signer, WebhookSecret};
 use super::rate::RateProfile;
-use super::webhook::{Signer, WebhookSecret};
 
 /// The longest `Idempotency-Key` and `user_id` of the contract.
 const KEY_BYTES_MAX: usize = 64;
@@ -17,11 +17,10 @@ const SKU_BYTES_MAX: usize = 32;
 
 const DAY_MS: u64 = 86_400_000;
 
-/// Everything that decides a load. Two runs of the same plan send the same requests, due at the
-/// same moments.
+/// Everything that decides a load. Two runs of one plan send the same requests, due at the same moments.
 ///
 /// Start from [`LoadPlan::new`] and set what differs; [`LoadPlan::check`] (which a run calls
-/// first) says in one sentence what cannot work.
+/// first) refuses in one sentence a plan that cannot work.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LoadPlan {
@@ -35,7 +34,7 @@ pub struct LoadPlan {
     /// Bearer token of the control plane; never written to a report.
     #[serde(skip_serializing)]
     pub control_token: Option<Token>,
-    /// What buyers click on, with each SKU's share of the clicks. Unused with `orders`.
+    /// SKUs with their shares of the clicks. Unused with `orders`.
     pub skus: Vec<SkuShare>,
     /// How many different buyers there are, at least 1.
     pub buyers: u32,
@@ -58,12 +57,11 @@ pub struct LoadPlan {
     pub wait_s: Option<u32>,
     /// Requests a second over time.
     pub rate: RateProfile,
-    /// How long requests fall due, in milliseconds; none only where `orders` or `requests_max`
-    /// ends the load.
+    /// How long requests fall due, in milliseconds; none only if `orders` or `requests_max` ends the load.
     pub duration_ms: Option<u64>,
     /// At most this many requests.
     pub requests_max: Option<u64>,
-    /// Connections, kept alive. What finds none free waits, and its latency counts that.
+    /// Connections, kept alive. A request that finds none free waits, and its latency counts the wait.
     pub connections: usize,
     /// Threads of the generator, each with its part of the connections; one sends some tens of
     /// thousands of requests a second. None: a quarter of the cores.
@@ -79,21 +77,21 @@ pub struct LoadPlan {
     pub orders: Option<PathBuf>,
     /// Look at each SKU before the load and about every 100 ms during it.
     pub watch_stock: bool,
-    /// Keep what every single request was told, about 48 bytes a request.
+    /// Keep the answer to every request, about 48 bytes a request.
     pub keep_outcomes: bool,
-    /// How long to ask for the outcome of `undecided` orders after the load, in milliseconds.
+    /// How long to ask for the final status of `undecided` orders after the load, in milliseconds.
     pub follow_up_ms: u64,
     /// The share of placed orders that are paid, 0 to 1, through callbacks of the payment platform
     /// to the target; 0 sends none.
     pub pay_share: f64,
-    /// What the platform signs its callbacks with; never written to a report.
+    /// The secret that the platform signs its callbacks with; never written to a report.
     #[serde(skip_serializing)]
     pub payment_secret: Option<WebhookSecret>,
     /// How long after the last answer payments may still fall due and be retried, in milliseconds,
-    /// at most a day. Payments after an order's `expires_at` are sent where that lies within.
+    /// at most a day. Payments after an order's `expires_at` are sent only if that lies within.
     pub pay_grace_ms: u64,
-    /// Connections of the payment platform, 1 to 1,000. It delivers at most so many callbacks at once:
-    /// with too few, the latency of a flood is that of the platform's own queue.
+    /// Connections of the payment platform, 1 to 1,000, and so the most callbacks under way at once. With too
+    /// few, the latency under a flood is that of the platform's own queue.
     pub pay_connections: usize,
     /// How long after the last answer stock is still looked at, in milliseconds, at most a day: an
     /// expired order's units come back only then.
@@ -160,7 +158,7 @@ impl LoadPlan {
         self
     }
 
-    /// Says what cannot work, before anything is sent.
+    /// Refuses a plan that cannot work, before anything is sent.
     pub fn check(&self) -> Result<(), LoadError> {
         let bad = |reason: &str| Err(LoadError::BadPlan(reason.to_owned()));
         if self.orders.is_none() {
@@ -238,7 +236,7 @@ impl LoadPlan {
         Ok(())
     }
 
-    /// What signs the callbacks.
+    /// The signer of callbacks.
     pub(super) fn signer(&self) -> Result<Signer, LoadError> {
         let secret = self.payment_secret.as_ref().ok_or_else(|| {
             LoadError::BadPlan(

@@ -1,4 +1,4 @@
-//! What is seen while a load runs.
+//! Progress of a load while it runs.
 
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
@@ -41,20 +41,20 @@ pub struct Snapshot {
     pub placed: u64,
     /// Payments acknowledged.
     pub paid: u64,
-    /// Clicks told that an earlier request placed their order.
+    /// Requests answered with the order of an earlier request.
     pub replayed: u64,
-    /// Clicks refused.
+    /// Requests refused with `409`.
     pub refused: u64,
-    /// Clicks told to come back: `429`, `503`.
+    /// Requests pushed back with `429` or `503`.
     pub pushed_back: u64,
-    /// Clicks that met a failure.
+    /// Requests that failed.
     pub errors: u64,
     /// The 99th percentile of latencies so far, in milliseconds; 0 while unknown.
     pub p99_ms: f64,
 }
 
 impl Snapshot {
-    /// What the counters of the threads add up to.
+    /// Adds up the counters of the threads.
     pub(super) fn count(&mut self, count_of: impl Fn(AnswerKind) -> u64) {
         let sum = |keep: fn(AnswerKind) -> bool| -> u64 {
             AnswerKind::ALL
@@ -72,7 +72,7 @@ impl Snapshot {
     }
 }
 
-/// Is told about ten times a second how a run fares.
+/// Shows the state of a run, about ten times a second.
 pub trait Progress: Send {
     /// The state at this moment.
     fn tick(&mut self, snapshot: &Snapshot);
@@ -88,7 +88,7 @@ impl Progress for Silent {
     fn tick(&mut self, _: &Snapshot) {}
 }
 
-/// A live line on standard error where it is a terminal, else a plain line now and then.
+/// A live line on standard error if that is a terminal, otherwise a plain line now and then.
 #[derive(Debug)]
 pub struct StderrProgress {
     bar: Option<ProgressBar>,
@@ -119,7 +119,7 @@ impl StderrProgress {
         }
     }
 
-    /// What stands before the live line.
+    /// Puts a title before the live line.
     #[must_use]
     pub fn titled(mut self, title: &str) -> Self {
         self.title = format!("{title}  ");
@@ -192,11 +192,11 @@ fn figures(snapshot: &Snapshot) -> String {
 
 /// The rate over about the last second, from a counter that only grows.
 #[derive(Debug, Default)]
-pub(super) struct Speedometer {
+pub(super) struct RateMeter {
     marks: std::collections::VecDeque<(Instant, u64)>,
 }
 
-impl Speedometer {
+impl RateMeter {
     pub(super) fn per_second(&mut self, count: u64) -> f64 {
         let now = Instant::now();
         self.marks.push_back((now, count));

@@ -1,13 +1,13 @@
-//! What a thread of the generator writes down about its own requests; joined after the run.
+//! Records that a sending thread keeps of its own requests; joined after the run.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use smol_str::SmolStr;
 
-use super::click::Click;
 use super::histogram::Latencies;
 use super::outcome::{Answer, AnswerKind, Codes, Row};
+use super::schedule::Arrival;
 
 /// Intervals are never more than this, so that a long run cannot eat the memory.
 const INTERVALS_MAX: usize = 20_000;
@@ -15,24 +15,24 @@ const INTERVALS_MAX: usize = 20_000;
 /// Different codes that are counted; the contract has about thirty.
 const CODES_MAX: usize = 256;
 
-/// Everything that a thread has seen.
+/// The records of one thread.
 #[derive(Debug)]
 pub(super) struct Recorder {
     interval_ns: u64,
     keep_outcomes: bool,
     /// Latencies by kind of answer.
     pub by_kind: Vec<Latencies<u64>>,
-    /// From the scheduled moment to the moment the request was handed to its connection.
+    /// From the scheduled moment to the moment at which the request was written to its connection.
     pub send_lag: Latencies<u64>,
     /// Figures by interval.
     pub intervals: Vec<Interval>,
     /// Answers by the code of the problem, or by the fault.
     pub codes: BTreeMap<SmolStr, u64>,
-    /// Every outcome, where the plan asks for them.
+    /// Every outcome, if the plan asks for them.
     pub rows: Vec<Row>,
     /// The names in `rows`.
     pub names: Codes,
-    /// Orders that were told to be undecided.
+    /// Orders answered as `undecided`.
     pub undecided: Vec<u64>,
     /// Second requests of double clicks.
     pub double_clicks: u64,
@@ -80,27 +80,27 @@ impl Recorder {
         }
     }
 
-    /// Notes that a request was handed to its connection (or given up) at this moment.
-    pub(super) fn sent(&mut self, click: &Click, now_ns: u64) {
+    /// Notes that a request was sent (or given up) at this moment.
+    pub(super) fn sent(&mut self, arrival: &Arrival, now_ns: u64) {
         self.send_lag
-            .record(now_ns.saturating_sub(click.scheduled_ns));
-        self.double_clicks += u64::from(click.double);
-        self.interval(click.scheduled_ns).offered += 1;
+            .record(now_ns.saturating_sub(arrival.scheduled_ns));
+        self.double_clicks += u64::from(arrival.double);
+        self.interval(arrival.scheduled_ns).offered += 1;
     }
 
-    /// Notes what a click was told at this moment.
-    pub(super) fn told(&mut self, click: &Click, now_ns: u64, answer: &Answer) {
-        let latency_ns = now_ns.saturating_sub(click.scheduled_ns);
+    /// Notes the answer that came at this moment.
+    pub(super) fn answered(&mut self, arrival: &Arrival, now_ns: u64, answer: &Answer) {
+        let latency_ns = now_ns.saturating_sub(arrival.scheduled_ns);
         let place = answer.kind.place();
         self.last_answer_ns = self.last_answer_ns.max(now_ns);
         self.interval(now_ns).answers[place] += 1;
         if is_timed(answer) {
             self.by_kind[place].record(latency_ns);
-            self.interval(click.scheduled_ns)
+            self.interval(arrival.scheduled_ns)
                 .latencies
                 .record(latency_ns);
         }
-        // Orders carry their status as the code, which says nothing that the kind does not.
+        // The code of an order is its status, which the kind implies.
         if answer.order_id.is_none() && !answer.code.is_empty() {
             if let Some(count) = self.codes.get_mut(&answer.code) {
                 *count += 1;
@@ -115,7 +115,7 @@ impl Recorder {
         }
         if self.keep_outcomes {
             self.rows
-                .push(Row::new(click, latency_ns, answer, &mut self.names));
+                .push(Row::new(arrival, latency_ns, answer, &mut self.names));
         }
     }
 
@@ -128,7 +128,7 @@ impl Recorder {
         all.quantile_ms(0.99)
     }
 
-    /// Adds what another thread has seen, but for the outcomes, which are joined by themselves.
+    /// Adds another thread's records, except the outcomes, which [`Outcomes`](super::Outcomes) joins.
     pub(super) fn add(&mut self, other: &mut Self) {
         for (own, others) in self.by_kind.iter_mut().zip(&other.by_kind) {
             own.add(others);
@@ -162,13 +162,13 @@ impl Recorder {
     }
 }
 
-/// Whether the time that a request took says something about the server: a refused connection is
-/// over at once, and would only flatter. A wait that was given up counts with what it lasted.
+/// Whether the duration of a request says something about the server. A refused connection is over at
+/// once, and would only flatter; a wait that was given up counts with its duration.
 fn is_timed(answer: &Answer) -> bool {
     answer.kind != AnswerKind::Transport || matches!(answer.code.as_str(), "timeout" | "not_sent")
 }
 
-/// What a thread shows of itself while it runs. Written by one thread, so that relaxed additions
+/// Counters that a thread shows while it runs. Only that thread writes them, so that relaxed additions
 /// never meet; readers want a recent figure, not an exact one.
 #[derive(Debug, Default)]
 #[repr(align(128))]

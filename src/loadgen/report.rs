@@ -6,14 +6,14 @@ use serde::Serialize;
 
 use super::histogram::Latencies;
 use super::outcome::{AnswerKind, Outcomes};
-use super::payment_report::PaymentReport;
 use super::plan::LoadPlan;
+use super::platform::PaymentReport;
 use super::recorder::Recorder;
 
 /// Quantile points of a distribution: nine a decade of `1 - p`, down to one in a million.
 const DECADES: i32 = 6;
 
-/// What a load did and was told. Its serde form is the output of `--json`.
+/// Requests, answers and latencies of a load. Its serde form is the output of `--json`.
 #[derive(Debug, Clone, Serialize)]
 pub struct LoadReport {
     /// The plan that ran, without its tokens.
@@ -26,15 +26,15 @@ pub struct LoadReport {
     pub interrupted: bool,
     /// Requests that fell due and were sent (or given up unsent).
     pub offered: u64,
-    /// Requests that got an answer, whatever it said.
+    /// Requests that got an answer of any kind.
     pub answered: u64,
     /// Second requests of double clicks among them.
     pub double_clicks: u64,
     /// Orders placed: `201` and `202 accepted`.
     pub placed: u64,
-    /// Clicks refused with `409`.
+    /// Requests refused with `409`.
     pub refused: u64,
-    /// Clicks that met a failure: `504`, other `4xx` and `5xx`, no answer.
+    /// Requests that failed: `504`, other `4xx` and `5xx`, no answer.
     pub errors: u64,
     /// Requests due a second, on average over the schedule.
     pub offered_per_second: f64,
@@ -46,7 +46,7 @@ pub struct LoadReport {
     pub peak_offered_per_second: f64,
     /// Answers by kind, those that occurred.
     pub answers: Vec<KindCount>,
-    /// Answers without an order by the `code` of their problem, or by what broke.
+    /// Answers without an order, by the `code` of their problem or the name of their fault.
     pub codes: BTreeMap<String, u64>,
     /// Latencies, counted from the moment a request was due.
     pub latency: LatencySummary,
@@ -59,12 +59,12 @@ pub struct LoadReport {
     pub series: Series,
     /// Stock over time, by SKU.
     pub stock: Vec<StockSeries>,
-    /// What became of undecided orders.
+    /// Final statuses of undecided orders.
     pub undecided: UndecidedReport,
-    /// The payments, where the plan has any.
+    /// The payments, if the plan has any.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub payments: Option<PaymentReport>,
-    /// What each request was told, where the plan asked for it.
+    /// Every request with its answer, if the plan keeps outcomes.
     #[serde(skip)]
     pub outcomes: Option<Outcomes>,
 }
@@ -84,10 +84,10 @@ pub struct KindCount {
     pub latency: Percentiles,
 }
 
-/// Percentiles of latencies in milliseconds; none where there is nothing to measure.
+/// Percentiles of latencies in milliseconds; none if nothing was measured.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
 pub struct Percentiles {
-    /// How many were measured.
+    /// Latencies measured.
     pub count: u64,
     /// The mean.
     pub mean_ms: Option<f64>,
@@ -147,14 +147,13 @@ pub struct StockSeries {
     pub sku_id: String,
     /// Its title, if it has one.
     pub title: Option<String>,
-    /// What `GET /v1/skus/{sku_id}` said, about every 100 ms; the first, at 0, is from before the
-    /// load.
+    /// Answers to `GET /v1/skus/{sku_id}`, about every 100 ms; the first, at 0, is from before the load.
     pub samples: Vec<StockSample>,
-    /// The first look that found nothing free, in milliseconds after the start.
+    /// When a sample first found nothing free, in milliseconds after the start.
     pub sold_out_after_ms: Option<f64>,
 }
 
-/// One look at a SKU.
+/// One sample of a SKU.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct StockSample {
     /// Milliseconds after the start.
@@ -169,19 +168,19 @@ pub struct StockSample {
     pub total: u64,
 }
 
-/// What became of the orders that were told to be `undecided`.
+/// Orders answered as `undecided`.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct UndecidedReport {
     /// How many orders.
     pub orders: u64,
     /// Their final status; `unknown_order` where there is no row.
     pub settled: BTreeMap<String, u64>,
-    /// Orders whose outcome could not be learnt in time.
+    /// Orders that were still undecided in the end.
     pub unsettled: u64,
 }
 
 impl LoadReport {
-    /// Draws the figures out of the joined records.
+    /// Computes the figures from the joined records.
     pub(super) fn draw(plan: &LoadPlan, recorder: &Recorder, interval_ms: u64) -> Self {
         let all_kinds = |keep: fn(AnswerKind) -> bool| {
             let mut sum = Latencies::new(3);

@@ -6,20 +6,20 @@ use std::sync::{Arc, Barrier, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::click::Script;
 use super::error::LoadError;
 use super::follow_up;
-use super::merchant::Merchant;
 use super::orders_file;
 use super::outcome::{AnswerKind, Outcomes};
 use super::plan::LoadPlan;
-use super::progress::{Phase, Progress, Snapshot, Speedometer};
+use super::platform::WebhookDelivery;
+use super::progress::{Phase, Progress, RateMeter, Snapshot};
 use super::recorder::{Live, Recorder};
 use super::report::{LoadReport, UndecidedReport};
+use super::request_template::RequestTemplate;
 use super::schedule::{Cursor, Schedule};
+use super::sender::{self, RunShared};
 use super::stock::StockWatch;
 use super::target::Target;
-use super::worker::{self, Common};
 
 /// How often stock is looked at and progress is shown.
 const TICK: Duration = Duration::from_millis(100);
@@ -41,22 +41,23 @@ pub async fn run_until(
 ) -> Result<LoadReport, LoadError> {
     plan.check()?;
     let target = Target::of(&plan)?;
-    let script = Arc::new(match &plan.orders {
+    let template = Arc::new(match &plan.orders {
         Some(path) => orders_file::read(path)?,
-        None => Script::made_up(&plan),
+        None => RequestTemplate::made_up(&plan),
     });
     let strict = plan.orders.is_none();
-    let mut stock = StockWatch::open(&target, script.skus(), plan.watch_stock, strict).await?;
+    let mut stock = StockWatch::open(&target, template.skus(), plan.watch_stock, strict).await?;
 
-    let schedule = Arc::new(Schedule::new(&plan, &script));
+    let schedule = Arc::new(Schedule::new(&plan, &template));
     let interval_ms = interval_ms(schedule.seconds_expected());
-    let (mut sending, merchant) = Sending::start(&plan, &target, &script, &schedule, interval_ms)?;
+    let (mut sending, delivery) =
+        Sending::start(&plan, &target, &template, &schedule, interval_ms)?;
     let begun = sending.begun().await?;
     let started_at = jiff::Timestamp::now();
 
     let mut stop = std::pin::pin!(stop);
     let mut interrupted = false;
-    let mut speed = Speedometer::default();
+    let mut speed = RateMeter::default();
     let planned = Duration::try_from_secs_f64(schedule.seconds_expected()).ok();
     let watch_after = Duration::from_millis(plan.watch_after_ms);
     let watching = async {
@@ -65,7 +66,7 @@ pub async fn run_until(
             if sent_at.is_none() && sending.is_finished() {
                 sent_at = Some(Instant::now());
             }
-            let settled = merchant.as_ref().is_none_or(Merchant::is_finished);
+            let settled = delivery.as_ref().is_none_or(WebhookDelivery::is_finished);
             let watched = sent_at.is_some_and(|at| interrupted || at.elapsed() >= watch_after);
             if settled && watched {
                 break;
@@ -78,7 +79,7 @@ pub async fn run_until(
                 }
             }
             let mut snapshot = sending.snapshot(begun, planned, &schedule, &mut speed);
-            snapshot.paid = merchant.as_ref().map_or(0, Merchant::acknowledged);
+            snapshot.paid = delivery.as_ref().map_or(0, WebhookDelivery::acknowledged);
             if sent_at.is_some() {
                 snapshot.phase = Phase::Payments;
             }
@@ -92,13 +93,13 @@ pub async fn run_until(
     }
     let snapshot = Snapshot {
         phase: Phase::FollowUp,
-        paid: merchant.as_ref().map_or(0, Merchant::acknowledged),
+        paid: delivery.as_ref().map_or(0, WebhookDelivery::acknowledged),
         ..sending.snapshot(begun, planned, &schedule, &mut speed)
     };
     let parts = sending.join()?;
-    let payments = merchant.map(Merchant::close).transpose()?;
+    let payments = delivery.map(WebhookDelivery::close).transpose()?;
 
-    let (recorder, outcomes) = join_records(parts, &plan, &script, interval_ms);
+    let (recorder, outcomes) = join_records(parts, &plan, &template, interval_ms);
     let mut report = LoadReport::draw(&plan, &recorder, interval_ms);
     report.payments = payments;
     report.outcomes = outcomes;
@@ -116,7 +117,7 @@ pub async fn run_until(
 
 /// The sending threads; dropped, they stop.
 struct Sending {
-    common: Arc<Common>,
+    common: Arc<RunShared>,
     lives: Vec<Arc<Live>>,
     threads: Vec<JoinHandle<Recorder>>,
 }
@@ -125,14 +126,14 @@ impl Sending {
     fn start(
         plan: &LoadPlan,
         target: &Target,
-        script: &Arc<Script>,
+        template: &Arc<RequestTemplate>,
         schedule: &Arc<Schedule>,
         interval_ms: u64,
-    ) -> Result<(Self, Option<Merchant>), LoadError> {
+    ) -> Result<(Self, Option<WebhookDelivery>), LoadError> {
         let count = plan.threads_here();
-        let common = Arc::new(Common {
+        let common = Arc::new(RunShared {
             target: target.clone(),
-            script: Arc::clone(script),
+            template: Arc::clone(template),
             request_timeout: Duration::from_millis(plan.request_timeout_ms),
             interval_ms,
             keep_outcomes: plan.keep_outcomes,
@@ -142,11 +143,15 @@ impl Sending {
         });
         let opened = if plan.pay_share > 0.0 {
             let end = Duration::try_from_secs_f64(schedule.seconds_expected());
-            Some(Merchant::open(plan, &common, end.unwrap_or(Duration::MAX))?)
+            Some(WebhookDelivery::open(
+                plan,
+                &common,
+                end.unwrap_or(Duration::MAX),
+            )?)
         } else {
             None
         };
-        let (merchant, till) = opened.unzip();
+        let (delivery, payments_tx) = opened.unzip();
         let mut sending = Self {
             common,
             lives: Vec::new(),
@@ -158,15 +163,15 @@ impl Sending {
             let connections =
                 plan.connections / count + usize::from(part < plan.connections % count);
             sending.lives.push(Arc::clone(&live));
-            sending.threads.push(worker::spawn(
+            sending.threads.push(sender::spawn(
                 Arc::clone(&sending.common),
                 cursor,
                 connections,
                 live,
-                till.clone(),
+                payments_tx.clone(),
             )?);
         }
-        Ok((sending, merchant))
+        Ok((sending, delivery))
     }
 
     /// Moment zero, once all threads are connected.
@@ -191,7 +196,7 @@ impl Sending {
         begun: Instant,
         planned: Option<Duration>,
         schedule: &Schedule,
-        speed: &mut Speedometer,
+        speed: &mut RateMeter,
     ) -> Snapshot {
         let elapsed = begun.elapsed();
         let count_of = |kind: AnswerKind| self.lives.iter().map(|live| live.answers(kind)).sum();
@@ -249,7 +254,7 @@ fn dead() -> LoadError {
 fn join_records(
     mut parts: Vec<Recorder>,
     plan: &LoadPlan,
-    script: &Arc<Script>,
+    template: &Arc<RequestTemplate>,
     interval_ms: u64,
 ) -> (Recorder, Option<Outcomes>) {
     let outcomes = plan.keep_outcomes.then(|| {
@@ -262,7 +267,7 @@ fn join_records(
                 )
             })
             .collect();
-        Outcomes::join(Arc::clone(script), rows)
+        Outcomes::join(Arc::clone(template), rows)
     });
     let mut recorder = Recorder::new(interval_ms, false);
     for part in &mut parts {
@@ -278,7 +283,7 @@ async fn follow_up(report: &mut LoadReport, target: &Target, mut order_ids: Vec<
     let limit = Duration::from_millis(report.plan.follow_up_ms);
     let finals = follow_up::resolve(target, order_ids, limit).await;
     if let Some(outcomes) = &mut report.outcomes {
-        outcomes.settle(&finals);
+        outcomes.set_final_statuses(&finals);
     }
     let mut undecided = UndecidedReport {
         orders,

@@ -1,20 +1,34 @@
-//! The deterministic sequence of clicks, walked by a cursor instead of being laid out in memory.
+//! The deterministic sequence of arrivals, walked by a cursor instead of being laid out in memory.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::sync::Arc;
 
-use super::click::{Click, Script};
 use super::plan::LoadPlan;
 use super::rate::Curve;
+use super::request_template::RequestTemplate;
 
-/// Salts that keep the draws of one click independent of each other.
+/// Salts that keep the draws for one arrival independent of each other.
 const SALT_BUYER: u64 = 0x6275_7965_7200_0001;
 const SALT_SKU: u64 = 0x736b_7500_0000_0002;
 const SALT_DOUBLE: u64 = 0x646f_7562_6c65_0003;
 const SALT_PAUSE: u64 = 0x7061_7573_6500_0004;
 
-/// What decides every click: a pure function of its number.
+/// One request that is due at a moment. Small, because one is made and dropped for each request; the
+/// [`RequestTemplate`] writes its texts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Arrival {
+    /// Nanoseconds after the start.
+    pub scheduled_ns: u64,
+    /// The buyer's number, or the line of the orders file.
+    pub buyer: u32,
+    /// The SKU's place in [`RequestTemplate::skus`].
+    pub sku: u16,
+    /// The second request of a double click.
+    pub double: bool,
+}
+
+/// Decides every arrival as a pure function of its number.
 #[derive(Debug)]
 pub(super) struct Schedule {
     curve: Curve,
@@ -33,11 +47,11 @@ pub(super) struct Schedule {
 
 impl Schedule {
     /// The schedule of a plan that passed its check.
-    pub(super) fn new(plan: &LoadPlan, script: &Script) -> Self {
+    pub(super) fn new(plan: &LoadPlan, template: &RequestTemplate) -> Self {
         let end_s = plan
             .duration_ms
             .map_or(f64::INFINITY, |ms| ms as f64 / 1000.0);
-        let replay: Option<Vec<u16>> = script
+        let replay: Option<Vec<u16>> = template
             .lines()
             .map(|lines| lines.iter().map(|line| line.sku).collect());
         let mut total = 0.0;
@@ -81,12 +95,12 @@ impl Schedule {
             .min(self.end_s)
     }
 
-    /// Fresh click number `n` and the pause before it is clicked again, if it is.
-    fn fresh(&self, n: u64) -> Option<(Click, Option<u64>)> {
+    /// Fresh arrival number `n`, and the pause before its second click if it is a double click.
+    fn fresh(&self, n: u64) -> Option<(Arrival, Option<u64>)> {
         if n >= self.fresh_max {
             return None;
         }
-        // The rate counts second clicks, so fresh ones come that much further apart.
+        // The rate counts second clicks, so fresh arrivals come that much further apart.
         let due_s = self.curve.moment_s(n as f64 * (1.0 + self.double_share));
         if due_s >= self.end_s || !due_s.is_finite() {
             return None;
@@ -99,12 +113,12 @@ impl Schedule {
                 } else {
                     self.buyer(n)
                 };
-                // Drawn from the buyer, so that a later click of the same buyer repeats the order.
+                // Drawn from the buyer, so that a later arrival of the same buyer repeats the order.
                 (buyer, self.sku(u64::from(buyer)))
             }
             None => (self.buyer(n), self.sku(n)),
         };
-        let click = Click {
+        let arrival = Arrival {
             scheduled_ns: (due_s * 1e9) as u64,
             buyer,
             sku,
@@ -112,7 +126,7 @@ impl Schedule {
         };
         let again = (fraction(self.draw(SALT_DOUBLE, n)) < self.double_share)
             .then(|| self.draw(SALT_PAUSE, n) % (self.double_ns_max + 1));
-        Some((click, again))
+        Some((arrival, again))
     }
 
     fn draw(&self, salt: u64, n: u64) -> u64 {
@@ -131,24 +145,24 @@ impl Schedule {
     }
 }
 
-/// A place in the schedule. What is due but not yet taken stays here, as arithmetic; only second
+/// A place in the schedule. Arrivals that are due but not yet taken stay here as arithmetic; only second
 /// clicks that are not due yet (50 ms of them) are held in memory.
 #[derive(Debug)]
 pub(super) struct Cursor {
     schedule: Arc<Schedule>,
     next_fresh: u64,
-    /// The next fresh click, looked at but not handed out.
-    peeked: Option<(Click, Option<u64>)>,
-    /// Second clicks to come: when, after which fresh click, buyer and SKU.
+    /// The next fresh arrival, looked at but not handed out.
+    peeked: Option<(Arrival, Option<u64>)>,
+    /// Second clicks to come: when, after which fresh arrival, buyer and SKU.
     seconds: BinaryHeap<Reverse<(u64, u64, u32, u16)>>,
     walked: u64,
     part: u64,
     parts: u64,
-    ahead: Option<Click>,
+    ahead: Option<Arrival>,
 }
 
 impl Cursor {
-    /// The cursor over every `parts`-th click from number `part`: a thread's own share.
+    /// A cursor over every `parts`-th arrival from number `part`: one thread's share.
     pub(super) fn new(schedule: Arc<Schedule>, part: usize, parts: usize) -> Self {
         let mut cursor = Self {
             peeked: schedule.fresh(0),
@@ -164,20 +178,20 @@ impl Cursor {
         cursor
     }
 
-    /// When the next click is due; none when the schedule is at its end.
+    /// When the next arrival is due; none at the end of the schedule.
     pub(super) fn due_ns(&self) -> Option<u64> {
-        self.ahead.map(|click| click.scheduled_ns)
+        self.ahead.map(|arrival| arrival.scheduled_ns)
     }
 
-    /// Takes the next click.
-    pub(super) fn take(&mut self) -> Option<Click> {
-        let click = self.ahead.take();
+    /// Takes the next arrival.
+    pub(super) fn take(&mut self) -> Option<Arrival> {
+        let arrival = self.ahead.take();
         self.ahead = self.walk_to_own();
-        click
+        arrival
     }
 
-    /// Takes the next click if it is due.
-    pub(super) fn take_due(&mut self, now_ns: u64) -> Option<Click> {
+    /// Takes the next arrival if it is due.
+    pub(super) fn take_due(&mut self, now_ns: u64) -> Option<Arrival> {
         if self.due_ns()? <= now_ns {
             self.take()
         } else {
@@ -192,52 +206,55 @@ impl Cursor {
         self.seconds.clear();
     }
 
-    fn walk_to_own(&mut self) -> Option<Click> {
+    fn walk_to_own(&mut self) -> Option<Arrival> {
         loop {
             let number = self.walked;
-            let click = self.walk()?;
+            let arrival = self.walk()?;
             if number % self.parts == self.part {
-                return Some(click);
+                return Some(arrival);
             }
         }
     }
 
-    fn walk(&mut self) -> Option<Click> {
+    fn walk(&mut self) -> Option<Arrival> {
         if self.walked >= self.schedule.requests_max {
             return None;
         }
         let second_due = self.seconds.peek().map(|Reverse((due, ..))| *due);
-        let fresh_due = self.peeked.as_ref().map(|(click, _)| click.scheduled_ns);
+        let fresh_due = self
+            .peeked
+            .as_ref()
+            .map(|(arrival, _)| arrival.scheduled_ns);
         let second_first = match (second_due, fresh_due) {
             (None, None) => return None,
             (Some(_), None) => true,
             (None, Some(_)) => false,
             (Some(second), Some(fresh)) => second < fresh,
         };
-        let click = if second_first {
+        let arrival = if second_first {
             let Reverse((scheduled_ns, _, buyer, sku)) = self.seconds.pop()?;
-            Click {
+            Arrival {
                 scheduled_ns,
                 buyer,
                 sku,
                 double: true,
             }
         } else {
-            let (click, again) = self.peeked.take()?;
+            let (arrival, again) = self.peeked.take()?;
             if let Some(pause_ns) = again {
                 self.seconds.push(Reverse((
-                    click.scheduled_ns.saturating_add(pause_ns),
+                    arrival.scheduled_ns.saturating_add(pause_ns),
                     self.next_fresh,
-                    click.buyer,
-                    click.sku,
+                    arrival.buyer,
+                    arrival.sku,
                 )));
             }
             self.next_fresh += 1;
             self.peeked = self.schedule.fresh(self.next_fresh);
-            click
+            arrival
         };
         self.walked += 1;
-        Some(click)
+        Some(arrival)
     }
 }
 
@@ -261,13 +278,13 @@ mod tests {
 
     use super::*;
 
-    fn clicks(plan: &LoadPlan) -> Vec<Click> {
+    fn arrivals(plan: &LoadPlan) -> Vec<Arrival> {
         parts(plan, 0, 1)
     }
 
-    fn parts(plan: &LoadPlan, part: usize, parts: usize) -> Vec<Click> {
+    fn parts(plan: &LoadPlan, part: usize, parts: usize) -> Vec<Arrival> {
         plan.check().unwrap();
-        let schedule = Arc::new(Schedule::new(plan, &Script::made_up(plan)));
+        let schedule = Arc::new(Schedule::new(plan, &RequestTemplate::made_up(plan)));
         let mut cursor = Cursor::new(schedule, part, parts);
         std::iter::from_fn(|| cursor.take()).collect()
     }
@@ -286,27 +303,27 @@ mod tests {
 
     #[test]
     fn the_same_seed_gives_the_same_clicks_and_another_seed_others() {
-        let first = clicks(&plan());
-        assert_eq!(first, clicks(&plan()));
-        assert_ne!(first, clicks(&LoadPlan { seed: 2, ..plan() }));
+        let first = arrivals(&plan());
+        assert_eq!(first, arrivals(&plan()));
+        assert_ne!(first, arrivals(&LoadPlan { seed: 2, ..plan() }));
     }
 
     #[test]
     fn clicks_fall_due_in_order_at_the_rate_of_the_plan() {
-        let clicks = clicks(&plan());
+        let arrivals = arrivals(&plan());
         assert!(
-            clicks
+            arrivals
                 .windows(2)
                 .all(|w| w[0].scheduled_ns <= w[1].scheduled_ns)
         );
         // Half a second of rise is worth a quarter of a second at the peak.
         let expected = 20_000.0 * 2.75;
         assert!(
-            (clicks.len() as f64 / expected - 1.0).abs() < 0.02,
+            (arrivals.len() as f64 / expected - 1.0).abs() < 0.02,
             "{}",
-            clicks.len()
+            arrivals.len()
         );
-        let mid = clicks
+        let mid = arrivals
             .iter()
             .filter(|c| (1_000_000_000..2_000_000_000).contains(&c.scheduled_ns))
             .count();
@@ -315,23 +332,23 @@ mod tests {
 
     #[test]
     fn shares_of_skus_and_double_clicks_are_those_of_the_plan() {
-        let clicks = clicks(&plan());
-        let all = clicks.len() as f64;
-        let hot = clicks.iter().filter(|c| c.sku == 0).count() as f64;
+        let arrivals = arrivals(&plan());
+        let all = arrivals.len() as f64;
+        let hot = arrivals.iter().filter(|c| c.sku == 0).count() as f64;
         assert!((hot / all - 0.9).abs() < 0.01, "{}", hot / all);
-        let double = clicks.iter().filter(|c| c.double).count() as f64;
+        let double = arrivals.iter().filter(|c| c.double).count() as f64;
         assert!((double / (all - double) - 0.3).abs() < 0.01);
     }
 
     #[test]
     fn a_double_click_repeats_its_first_within_the_pause() {
         let mut last: HashMap<(u32, u16), u64> = HashMap::new();
-        for click in clicks(&plan()) {
-            if click.double {
-                let first = last[&(click.buyer, click.sku)];
-                assert!(click.scheduled_ns - first <= 50_000_000);
+        for arrival in arrivals(&plan()) {
+            if arrival.double {
+                let first = last[&(arrival.buyer, arrival.sku)];
+                assert!(arrival.scheduled_ns - first <= 50_000_000);
             } else {
-                last.insert((click.buyer, click.sku), click.scheduled_ns);
+                last.insert((arrival.buyer, arrival.sku), arrival.scheduled_ns);
             }
         }
     }
@@ -344,20 +361,23 @@ mod tests {
             ..plan()
         };
         let mut skus: HashMap<u32, u16> = HashMap::new();
-        for (n, click) in clicks(&plan).iter().filter(|c| !c.double).enumerate() {
+        for (n, arrival) in arrivals(&plan).iter().filter(|c| !c.double).enumerate() {
             if n < 5000 {
-                assert_eq!(click.buyer, n as u32);
+                assert_eq!(arrival.buyer, n as u32);
             }
-            assert_eq!(*skus.entry(click.buyer).or_insert(click.sku), click.sku);
+            assert_eq!(
+                *skus.entry(arrival.buyer).or_insert(arrival.sku),
+                arrival.sku
+            );
         }
         assert_eq!(skus.len(), 5000);
     }
 
     #[test]
     fn threads_share_the_clicks_without_loss_or_overlap() {
-        let mut joined: Vec<Click> = (0..3).flat_map(|part| parts(&plan(), part, 3)).collect();
-        let mut whole = clicks(&plan());
-        let order = |c: &Click| (c.scheduled_ns, c.buyer, c.sku, c.double);
+        let mut joined: Vec<Arrival> = (0..3).flat_map(|part| parts(&plan(), part, 3)).collect();
+        let mut whole = arrivals(&plan());
+        let order = |c: &Arrival| (c.scheduled_ns, c.buyer, c.sku, c.double);
         joined.sort_by_key(order);
         whole.sort_by_key(order);
         assert_eq!(joined, whole);
@@ -370,21 +390,21 @@ mod tests {
             requests_max: Some(12_345),
             ..plan()
         };
-        assert_eq!(clicks(&plan).len(), 12_345);
+        assert_eq!(arrivals(&plan).len(), 12_345);
     }
 
     #[test]
     fn keys_are_one_for_each_buyer_and_sku() {
         let plan = plan();
-        let script = Script::made_up(&plan);
+        let template = RequestTemplate::made_up(&plan);
         let mut pairs = HashSet::new();
         let mut keys = HashSet::new();
-        for click in clicks(&plan) {
-            pairs.insert((click.buyer, click.sku));
-            keys.insert(script.key(click.buyer, click.sku).unwrap());
+        for arrival in arrivals(&plan) {
+            pairs.insert((arrival.buyer, arrival.sku));
+            keys.insert(template.key(arrival.buyer, arrival.sku).unwrap());
         }
         assert_eq!(pairs.len(), keys.len());
-        assert_eq!(script.user(123), "u-000123");
-        assert_eq!(script.key(123, 0).unwrap(), "k-000123-HOT");
+        assert_eq!(template.user(123), "u-000123");
+        assert_eq!(template.key(123, 0).unwrap(), "k-000123-HOT");
     }
 }

@@ -1,19 +1,19 @@
-//! Stock burning down, as anyone can see it from outside.
+//! Samples of stock over the run, by the public `GET /v1/skus/{sku_id}`.
 
 use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 use tokio::time::MissedTickBehavior;
 
-use super::client::Getter;
+use super::connection::Getter;
 use super::error::LoadError;
 use super::report::{StockSample, StockSeries};
 use super::target::Target;
 
-/// How long a look at a SKU may take.
+/// Timeout of a sample.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A SKU whose stock is sampled. No more than this many are: a picture shows no more.
+/// The most SKUs that are sampled; a chart shows no more.
 const WATCHED_MAX: usize = 16;
 
 #[derive(Deserialize)]
@@ -38,7 +38,7 @@ impl Sku {
     }
 }
 
-/// Looks at SKUs over one connection of its own.
+/// Samples SKUs over a connection of its own.
 pub(super) struct StockWatch {
     target: Target,
     getter: Getter,
@@ -46,8 +46,8 @@ pub(super) struct StockWatch {
 }
 
 impl StockWatch {
-    /// Sees that the target answers, wants our token, and knows the SKUs; those that are missing
-    /// are an error only where `strict`.
+    /// Checks that the target answers, accepts our token and knows the SKUs. A missing SKU is an error only
+    /// if `strict`.
     pub(super) async fn open(
         target: &Target,
         skus: &[String],
@@ -120,7 +120,7 @@ impl StockWatch {
         }
     }
 
-    /// Samples every SKU once. A look that fails leaves a gap, not an error: the load goes on.
+    /// Samples every SKU once. A failed sample leaves a gap and does not end the load.
     pub(super) async fn sample(&mut self, start: Instant) {
         for series in &mut self.series {
             let Ok(reply) = self.getter.get(&self.target.sku_path(&series.sku_id)).await else {
@@ -137,7 +137,7 @@ impl StockWatch {
         }
     }
 
-    /// What was seen.
+    /// The samples.
     pub(super) fn into_series(self) -> Vec<StockSeries> {
         self.series
     }

@@ -4,7 +4,7 @@ use comfy_table::presets::NOTHING;
 use comfy_table::{Cell, CellAlignment, Table, TableComponent};
 use indicatif::HumanCount;
 
-use super::payment_report::PaymentReport;
+use super::platform::PaymentReport;
 use super::report::{LoadReport, Percentiles};
 
 /// The report as text: a line of headlines, then what was answered and how long it took.
@@ -120,7 +120,7 @@ pub fn render_table(report: &LoadReport) -> String {
     text
 }
 
-/// What was paid, then how the platform's deliveries fared.
+/// Payments by kind, then deliveries and their latency.
 fn payment_table(payments: &PaymentReport) -> String {
     let mut table = plain_table(&["payment", "sent", "acknowledged"]);
     let mut row = |label: &str, sent: u64, acknowledged: u64| {

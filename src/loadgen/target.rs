@@ -1,4 +1,4 @@
-//! Where requests go.
+//! The target of requests: its address, paths and headers.
 
 use hyper::Uri;
 use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HOST, HeaderMap, HeaderName, HeaderValue};
@@ -15,7 +15,7 @@ pub(super) struct Target {
     pub address: String,
     prefix: String,
     get_headers: HeaderMap,
-    /// Those of the buyers with even numbers, and of those with odd ones.
+    /// Headers of buyers with even numbers, then of buyers with odd ones.
     order_headers: [HeaderMap; 2],
     callback_headers: HeaderMap,
     /// The path of `POST /v1/orders`, parsed once.
@@ -60,7 +60,7 @@ impl Target {
             HeaderValue::from_str(&host_header).map_err(|e| bad(format!("{e}")))?,
         );
         let json = HeaderValue::from_static("application/json");
-        // The platform has no token of ours: its signature is what it comes with.
+        // The platform has no token of ours; its signature authenticates it.
         let mut callback_headers = get_headers.clone();
         callback_headers.insert(CONTENT_TYPE, json.clone());
         if let Some(token) = &plan.token {

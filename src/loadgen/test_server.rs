@@ -1,4 +1,4 @@
-//! A small stand-in for Millrace that answers by rule and remembers what it was asked.
+//! A small stand-in for Millrace that answers by rule and records every request.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use axum::routing::{get, post};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
-use super::webhook::WebhookSecret;
+use super::platform::WebhookSecret;
 
 /// What every order costs.
 pub(super) const AMOUNT: i64 = 1000;
@@ -74,11 +74,11 @@ pub(super) struct TestServer {
 struct Shop {
     rules: Rules,
     stalled: tokio::sync::RwLock<()>,
-    books: Mutex<Books>,
+    records: Mutex<Records>,
 }
 
 #[derive(Default)]
-struct Books {
+struct Records {
     taken: HashMap<String, u64>,
     orders: HashMap<(String, String), u64>,
     asked: HashMap<u64, u32>,
@@ -106,17 +106,23 @@ impl TestServer {
 
     /// Every order request, in the order of arrival.
     pub(super) fn seen(&self) -> Vec<Seen> {
-        self.shop.books.lock().seen.clone()
+        self.shop.records.lock().seen.clone()
     }
 
     /// Every delivery of a callback, in the order of arrival.
     pub(super) fn callbacks(&self) -> Vec<Callback> {
-        self.shop.books.lock().callbacks.clone()
+        self.shop.records.lock().callbacks.clone()
     }
 
     /// Units of a SKU that were ordered.
     pub(super) fn taken(&self, sku: &str) -> u64 {
-        self.shop.books.lock().taken.get(sku).copied().unwrap_or(0)
+        self.shop
+            .records
+            .lock()
+            .taken
+            .get(sku)
+            .copied()
+            .unwrap_or(0)
     }
 }
 
@@ -134,9 +140,9 @@ async fn place(State(shop): State<Arc<Shop>>, headers: HeaderMap, body: Bytes) -
     let user = order["user_id"].as_str().unwrap().to_owned();
     let sku = order["sku_id"].as_str().unwrap().to_owned();
     let number = {
-        let mut books = shop.books.lock();
-        books.seen.push(seen.clone());
-        books.seen.len()
+        let mut records = shop.records.lock();
+        records.seen.push(seen.clone());
+        records.seen.len()
     };
     match shop.rules.stall {
         Some((at, pause)) if at == number => {
@@ -162,21 +168,21 @@ async fn place(State(shop): State<Arc<Shop>>, headers: HeaderMap, body: Bytes) -
 
 impl Shop {
     fn decide(&self, user: String, sku: String, key: Option<String>) -> Response {
-        let mut books = self.books.lock();
-        let next = books.orders.len() as u64 + 1;
+        let mut records = self.records.lock();
+        let next = records.orders.len() as u64 + 1;
         let key = key.unwrap_or_else(|| format!("none-{next}"));
-        if let Some(order_id) = books.orders.get(&(user.clone(), key.clone())) {
+        if let Some(order_id) = records.orders.get(&(user.clone(), key.clone())) {
             let body = json!({"order_id": order_id.to_string(), "status": "pending_payment"});
             return answer(StatusCode::OK, body);
         }
         let total = self.total(&sku).unwrap_or(0);
-        let taken = books.taken.entry(sku).or_default();
+        let taken = records.taken.entry(sku).or_default();
         if *taken == total {
             let body = json!({"status": 409, "code": "sold_out", "available": 0});
             return answer(StatusCode::CONFLICT, body);
         }
         *taken += 1;
-        books.orders.insert((user, key), next);
+        records.orders.insert((user, key), next);
         match self.rules.undecided_every {
             Some(every) if next.is_multiple_of(every) => {
                 let body = json!({"order_id": next.to_string(), "status": "undecided"});
@@ -221,8 +227,8 @@ async fn notify(State(shop): State<Arc<Shop>>, headers: HeaderMap, body: Bytes) 
     let fresh = (jiff::Timestamp::now().as_second() - timestamp_s).abs() <= 300;
     let signed = fresh && signer.sign(webhook_id, timestamp_s, &body) == signature;
     let status = {
-        let mut books = shop.books.lock();
-        let before = books
+        let mut records = shop.records.lock();
+        let before = records
             .callbacks
             .iter()
             .filter(|c| c.webhook_id == webhook_id);
@@ -233,7 +239,7 @@ async fn notify(State(shop): State<Arc<Shop>>, headers: HeaderMap, body: Bytes) 
         } else {
             StatusCode::OK
         };
-        books.callbacks.push(Callback {
+        records.callbacks.push(Callback {
             webhook_id: webhook_id.to_owned(),
             body: serde_json::from_slice(&body).unwrap(),
             signed,
@@ -250,8 +256,8 @@ async fn notify(State(shop): State<Arc<Shop>>, headers: HeaderMap, body: Bytes) 
 
 /// The first question about an order finds it still undecided.
 async fn outcome(State(shop): State<Arc<Shop>>, Path(order_id): Path<u64>) -> Response {
-    let mut books = shop.books.lock();
-    let asked = books.asked.entry(order_id).or_default();
+    let mut records = shop.records.lock();
+    let asked = records.asked.entry(order_id).or_default();
     *asked += 1;
     let every = shop.rules.undecided_every.unwrap_or(1);
     if *asked == 1 {
@@ -276,7 +282,7 @@ async fn sku(
     match shop.total(&sku) {
         None => answer(StatusCode::NOT_FOUND, json!({"code": "unknown_sku"})),
         Some(total) => {
-            let held = shop.books.lock().taken.get(&sku).copied().unwrap_or(0);
+            let held = shop.records.lock().taken.get(&sku).copied().unwrap_or(0);
             let body = json!({"sku_id": sku, "title": format!("The {sku}"), "total": total,
                 "free": total - held, "held": held, "sold": 0, "state": "open"});
             answer(StatusCode::OK, body)

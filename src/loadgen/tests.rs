@@ -360,28 +360,28 @@ async fn pages_and_tables_can_be_made_of_much_and_of_little() {
         .with_sku("LAST", 1.0),
     )
     .await;
-    let promise = |name: &str, ok: bool, detail: &str| Promise {
+    let check = |name: &str, ok: bool, detail: &str| Check {
         name: name.to_owned(),
         ok,
         detail: detail.to_owned(),
     };
-    for (name, report, promises) in [
+    for (name, report, checks) in [
         (
             "much",
             &much,
             vec![
-                promise("Every unit sold", true, "4,000 units, 4,000 live orders"),
-                promise(
+                check("Every unit sold", true, "4,000 units, 4,000 live orders"),
+                check(
                     "None sold twice",
                     true,
                     "no order_id and no key occurs twice",
                 ),
-                promise(
+                check(
                     "Every answer true",
                     true,
                     "31,004 answers compared row by row",
                 ),
-                promise("Nothing undecided", false, "2 orders could not be settled"),
+                check("Nothing undecided", false, "2 orders could not be settled"),
             ],
         ),
         ("little", &little, Vec::new()),
@@ -389,7 +389,7 @@ async fn pages_and_tables_can_be_made_of_much_and_of_little() {
         let options = PageOptions {
             title: "A flash sale through Millrace".to_owned(),
             subtitle: Some("One hot SKU, many times more buyers than units".to_owned()),
-            promises,
+            checks,
         };
         let page = render_page(report, &options);
         assert!(page.contains("application/json"));

@@ -6,7 +6,7 @@ use millrace::order::payment::{PaymentState, Provider, RefundReason};
 use millrace::order::{OrderId, OrderStatus};
 use serde_json::{Value, json};
 
-use crate::rig::{Callback, PROVIDERS, Told};
+use crate::fixture::{Callback, PROVIDERS, Told};
 use crate::support::http::Answer;
 use crate::support::postgres::TestDatabase;
 use crate::support::server::{TestServer, request};
@@ -160,7 +160,7 @@ impl Asker<'_> {
         self.checker.check("POST", NOTIFY, answer);
     }
 
-    /// What the rig has signed, over the wire.
+    /// What the fixture has signed, over the wire.
     async fn send(&mut self, callback: &Callback, status: u16) -> Answer {
         let fields: Vec<_> = callback
             .headers

@@ -5,7 +5,7 @@ use std::time::Instant;
 use millrace::config::{Config, OneOrMany};
 use serde_json::{Value, json};
 
-use crate::rig::{LOOK, PATIENCE};
+use crate::fixture::{LOOK, PATIENCE};
 use crate::support::block_on;
 use crate::support::postgres::TestDatabase;
 use crate::support::server::TestServer;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::rig::Shop;
+use crate::fixture::Shop;
 use crate::support::block_on;
 use crate::support::webhook::{Paid, SECRET, deliver};
 
@@ -347,7 +347,7 @@ fn a_crowd_of_orders_that_fall_due_together_expires_while_callbacks_are_answered
                 break;
             }
             assert!(started.elapsed() < Duration::from_secs(120), "{stock:?}");
-            tokio::time::sleep(crate::rig::LOOK).await;
+            tokio::time::sleep(crate::fixture::LOOK).await;
         }
         println!(
             "{count} orders expired within {:?}, {number} callbacks meanwhile, the slowest took {slowest:?}",

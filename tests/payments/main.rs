@@ -4,10 +4,10 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod fixture;
 mod identity;
 mod life;
 mod moments;
 mod orphans;
 mod races;
-mod rig;
 mod worklist;

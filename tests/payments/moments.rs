@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use crate::fixture::{LOOK, PATIENCE, Shop};
 use crate::orphans::lose;
-use crate::rig::{LOOK, PATIENCE, Shop};
 use crate::support::block_on;
 use crate::support::webhook::{Paid, SECRET, deliver};
 

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::rig::{PATIENCE, Shop};
+use crate::fixture::{PATIENCE, Shop};
 use crate::support::block_on;
 use crate::support::http::{Connection, call};
 use crate::support::postgres::{connect, test_dir};
@@ -395,7 +395,7 @@ impl Real {
                 return found;
             }
             assert!(Instant::now() < deadline, "not {status}: {found}");
-            std::thread::sleep(crate::rig::LOOK);
+            std::thread::sleep(crate::fixture::LOOK);
         }
     }
 }
@@ -440,7 +440,7 @@ fn an_acknowledged_order_whose_queue_is_wiped_comes_back_with_its_payment() {
             // Until the lost process may certainly not acknowledge any more.
             let said = String::from_utf8_lossy(&abandoned.stderr);
             assert!(Instant::now() < deadline, "{said}");
-            tokio::time::sleep(crate::rig::LOOK).await;
+            tokio::time::sleep(crate::fixture::LOOK).await;
         }
         let served = Real::serve(&directory, &[]);
         let real = Real { directory, served };

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use futures_util::future::join_all;
 use serde_json::{Value, json};
 
-use crate::rig::Shop;
+use crate::fixture::Shop;
 use crate::support::block_on;
 use crate::support::server::request;
 use crate::support::webhook::Paid;
@@ -174,10 +174,10 @@ fn a_sku_that_somebody_holds_keeps_no_expiry_of_another_waiting() {
         }
         let transaction = client.transaction().await.unwrap();
         transaction.query(HOLD_A, &[]).await.unwrap();
-        let deadline = Instant::now() + crate::rig::PATIENCE;
+        let deadline = Instant::now() + crate::fixture::PATIENCE;
         while shop.server.stock("B").await != (10, 0, 0) {
             assert!(Instant::now() < deadline, "B's units do not come back");
-            tokio::time::sleep(crate::rig::LOOK).await;
+            tokio::time::sleep(crate::fixture::LOOK).await;
         }
         transaction.rollback().await.unwrap();
         shop.until_stock((10, 0, 0)).await;
@@ -299,10 +299,10 @@ fn a_sku_whose_units_the_database_does_not_take_back_holds_up_no_other() {
             ..Paid::of(&shop.order("u").await)
         };
         assert_eq!(shop.server.order("u", "B", None).await.status, 201);
-        let deadline = Instant::now() + crate::rig::PATIENCE;
+        let deadline = Instant::now() + crate::fixture::PATIENCE;
         while shop.server.stock("B").await != (5, 0, 0) {
             assert!(Instant::now() < deadline, "B waits for A");
-            tokio::time::sleep(crate::rig::LOOK).await;
+            tokio::time::sleep(crate::fixture::LOOK).await;
         }
         assert_eq!(shop.server.stock("A").await, (4, 1, 0));
         shop.pay(&nobody).await;
@@ -344,7 +344,7 @@ fn the_first_of_two_payments_counts_also_where_it_had_to_wait_for_its_order() {
 impl Shop {
     /// Waits until an order is neither payable nor merely past its time.
     async fn until_settled(&self, order: &Value) -> Value {
-        let deadline = Instant::now() + crate::rig::PATIENCE;
+        let deadline = Instant::now() + crate::fixture::PATIENCE;
         loop {
             let found = self.look(order).await;
             let settled = [json!("paid"), json!("refund_due")];
@@ -352,16 +352,16 @@ impl Shop {
                 return found;
             }
             assert!(Instant::now() < deadline, "{found}");
-            tokio::time::sleep(crate::rig::LOOK).await;
+            tokio::time::sleep(crate::fixture::LOOK).await;
         }
     }
 
     /// Waits until no payment looks for its order.
     async fn until_no_orphan(&self) {
-        let deadline = Instant::now() + crate::rig::PATIENCE;
+        let deadline = Instant::now() + crate::fixture::PATIENCE;
         while self.money().await[1] > 0 {
             assert!(Instant::now() < deadline, "an orphan stays");
-            tokio::time::sleep(crate::rig::LOOK).await;
+            tokio::time::sleep(crate::fixture::LOOK).await;
         }
     }
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::rig::{LOOK, PATIENCE, Shop};
+use crate::fixture::{LOOK, PATIENCE, Shop};
 use crate::support::block_on;
 use crate::support::http::call;
 use crate::support::waiting::wait_until;

@@ -8,7 +8,7 @@ use millrace::queue::journal::sector::SECTOR;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use super::journal_rig::{Rig, open, segments};
+use super::journal_fixture::{Fixture, open, segments};
 use super::outcome::{Why, seed};
 use super::sim_disk::{Crash, Replay, SimDisk};
 
@@ -53,8 +53,8 @@ impl std::fmt::Display for Figures {
 }
 
 fn one(states: u64, rng: &mut StdRng, figures: &mut Figures) -> Result<(), String> {
-    let rig = record(rng)?;
-    let done = rig.disk.done();
+    let fixture = record(rng)?;
+    let done = fixture.disk.done();
     // A seeded choice of points, in order, so that one replay serves them all.
     let mut points: Vec<usize> = (0..states)
         .map(|_| rng.random_range(0..=done.len()))
@@ -81,50 +81,59 @@ fn one(states: u64, rng: &mut StdRng, figures: &mut Figures) -> Result<(), Strin
             )
         };
         let opened = open(&disk).map_err(|error| context(format!("refused: {error}")))?;
-        rig.compare(&opened, point).map_err(context)?;
+        fixture.compare(&opened, point).map_err(context)?;
         figures.states += 1;
         figures.torn += u64::from(opened.scanned.torn_sectors > 0);
         drop(opened);
         if rng.random_bool(0.1) {
-            go_on(disk, rig.next_id(), rng).map_err(context)?;
+            go_on(disk, fixture.next_id(), rng).map_err(context)?;
             figures.restarted += 1;
         }
     }
-    damage(&rig, &rig.disk.files(), done.len(), states, rng, figures)
+    damage(
+        &fixture,
+        &fixture.disk.files(),
+        done.len(),
+        states,
+        rng,
+        figures,
+    )
 }
 
 /// Lets a journal run through rotations, a backlog on the disk and deletions.
-fn record(rng: &mut StdRng) -> Result<Rig, String> {
-    let mut rig = Rig::start(SimDisk::default(), 1, 40).map_err(|error| error.to_string())?;
-    while rig.known.len() < ORDERS {
+fn record(rng: &mut StdRng) -> Result<Fixture, String> {
+    let mut fixture =
+        Fixture::start(SimDisk::default(), 1, 40).map_err(|error| error.to_string())?;
+    while fixture.known.len() < ORDERS {
         for _ in 0..rng.random_range(1..30) {
             // Full, or more at once than the memory takes: others are decided first.
-            let _ = rig.append(rng);
+            let _ = fixture.append(rng);
         }
         if rng.random_bool(0.5) {
-            rig.settle()?;
+            fixture.settle()?;
         }
-        let undecided = rig.undecided();
+        let undecided = fixture.undecided();
         if undecided > 80 || rng.random_bool(0.3) {
-            while rig.undecided() > undecided / 2 {
-                rig.decide(rng.random_range(1..40))?;
+            while fixture.undecided() > undecided / 2 {
+                fixture.decide(rng.random_range(1..40))?;
             }
         }
     }
-    rig.settle()?;
-    let left = rig.queue.stop();
+    fixture.settle()?;
+    let left = fixture.queue.stop();
     assert!(left.is_empty(), "orders were not written");
-    Ok(rig)
+    Ok(fixture)
 }
 
 /// A journal starts on what a crash left, goes on, and can be read again.
 fn go_on(disk: SimDisk, next_id: u64, rng: &mut StdRng) -> Result<(), String> {
-    let mut rig = Rig::start(disk.clone(), next_id, 40).map_err(|error| error.to_string())?;
+    let mut fixture =
+        Fixture::start(disk.clone(), next_id, 40).map_err(|error| error.to_string())?;
     for _ in 0..5 {
-        rig.append(rng).map_err(|why| format!("{why:?}"))?;
+        fixture.append(rng).map_err(|why| format!("{why:?}"))?;
     }
-    rig.settle()?;
-    drop(rig.queue.stop());
+    fixture.settle()?;
+    drop(fixture.queue.stop());
     let opened = open(&disk).map_err(|error| format!("after going on: {error}"))?;
     let mut found = 0;
     opened
@@ -147,7 +156,7 @@ pub fn names_the_place(error: &JournalError) -> bool {
 }
 
 fn damage(
-    rig: &Rig,
+    fixture: &Fixture,
     sound: &Files,
     at: usize,
     count: u64,
@@ -161,7 +170,8 @@ fn damage(
                 if must_be_refused {
                     return Err(format!("{what}: accepted"));
                 }
-                rig.compare(&opened, at)
+                fixture
+                    .compare(&opened, at)
                     .map_err(|why| format!("{what}: {why}"))
             }
             Err(error) => {

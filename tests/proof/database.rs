@@ -6,7 +6,7 @@
 mod cases;
 mod disk;
 mod failover;
-pub mod rig;
+pub mod fixture;
 
 use std::collections::BTreeSet;
 use std::fmt;

@@ -5,7 +5,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use super::crash_states::names_the_place;
-use super::journal_rig::{Rig, open, segments};
+use super::journal_fixture::{Fixture, open, segments};
 use super::outcome::{Why, seed};
 use super::sim_disk::SimDisk;
 
@@ -17,15 +17,16 @@ const ORDERS: usize = 60;
 pub fn run(count: u64) -> Result<String, Why> {
     let seed = seed();
     let mut rng = StdRng::seed_from_u64(seed);
-    let mut rig = Rig::start(SimDisk::default(), 1, 100).map_err(|error| error.to_string())?;
+    let mut fixture =
+        Fixture::start(SimDisk::default(), 1, 100).map_err(|error| error.to_string())?;
     for _ in 0..ORDERS {
-        rig.append(&mut rng).map_err(|why| format!("{why:?}"))?;
-        rig.settle()?;
+        fixture.append(&mut rng).map_err(|why| format!("{why:?}"))?;
+        fixture.settle()?;
     }
-    drop(rig.queue.stop());
-    let sound = rig.disk.files();
+    drop(fixture.queue.stop());
+    let sound = fixture.disk.files();
     let opened = open(&SimDisk::with(&sound)).map_err(|error| error.to_string())?;
-    rig.compare(&opened, rig.disk.now())?;
+    fixture.compare(&opened, fixture.disk.now())?;
     drop(opened);
 
     let places: Vec<(String, usize)> = segments(&sound)

@@ -7,19 +7,19 @@
 mod support;
 
 mod checker;
+mod checker_self_test;
 mod crash_states;
 mod database;
 #[cfg(target_os = "linux")]
 mod disk;
 mod every_byte;
-mod journal_rig;
+mod journal_fixture;
 mod kill9;
 mod load;
 mod log;
 mod money;
 mod nth_call;
 mod outcome;
-mod planted;
 mod platform;
 #[cfg(target_os = "linux")]
 mod power;
@@ -32,9 +32,9 @@ mod power {
     }
 }
 
+mod mutants;
 mod progress;
 mod recovery;
-mod seeded_bugs;
 mod settlement;
 mod sim_disk;
 
@@ -48,7 +48,7 @@ const PROOFS: &[Proof] = &[
         name: "checker",
         counts: "rounds of the checker against planted falsehoods",
         short: 1,
-        run: planted::run,
+        run: checker_self_test::run,
     },
     Proof {
         name: "crash_states",
@@ -76,7 +76,7 @@ const PROOFS: &[Proof] = &[
     },
     Proof {
         name: "settlement",
-        counts: "random lives of orders and payments beside a twin",
+        counts: "random lives of orders and payments beside a model",
         short: 100,
         run: settlement::run,
     },
@@ -118,11 +118,11 @@ const PROOFS: &[Proof] = &[
         run: recovery::run,
     },
     Proof {
-        name: "seeded_bugs",
+        name: "mutants",
         counts: "deliberate defects that have to be caught",
         // Those that are caught in a process of their own, every time.
         short: 10,
-        run: seeded_bugs::run,
+        run: mutants::run,
     },
 ];
 

@@ -8,7 +8,7 @@ use millrace::queue::OrderQueue;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 
-use super::journal_rig::{PATIENCE, Rig, open};
+use super::journal_fixture::{Fixture, PATIENCE, open};
 use super::outcome::{Why, seed};
 use super::sim_disk::{Call, Crash, Failure, Replay, SimDisk};
 
@@ -66,7 +66,7 @@ fn one(failure: Failure, seed: u64) -> Result<Outcome, String> {
     };
     let capacity = if reads { 40 } else { 1_000 };
     disk.fail(failure);
-    let Ok(mut rig) = Rig::start(disk.clone(), 1, capacity) else {
+    let Ok(mut fixture) = Fixture::start(disk.clone(), 1, capacity) else {
         // Nobody was promised anything; with a disk that works again it starts.
         disk.mend();
         return match open(&disk) {
@@ -76,7 +76,7 @@ fn one(failure: Failure, seed: u64) -> Result<Outcome, String> {
     };
     let mut refused = None;
     for number in 0..ORDERS {
-        match rig.append(&mut rng) {
+        match fixture.append(&mut rng) {
             Ok(_) => {}
             Err(NotDurable::Full) => {
                 refused = Some(NotDurable::Full);
@@ -89,27 +89,27 @@ fn one(failure: Failure, seed: u64) -> Result<Outcome, String> {
             Err(other) => return Err(format!("refused: {other:?}")),
         }
         if number % 10 == 9 {
-            rig.settle()?;
+            fixture.settle()?;
         }
         // Some are decided on the way, so that segments are deleted.
         if number % 50 == 49 {
-            rig.decide(20)?;
+            fixture.decide(20)?;
         }
     }
-    rig.settle()?;
-    let has_failed = rig.queue.failure().is_some();
-    if has_failed && rig.append(&mut rng).is_ok() {
+    fixture.settle()?;
+    let has_failed = fixture.queue.failure().is_some();
+    if has_failed && fixture.append(&mut rng).is_ok() {
         return Err("an order was let in after the failure".to_owned());
     }
     if failure.call == Call::Sync || failure.call == Call::Write {
         // Nothing may be acknowledged by the file that failed.
-        check_after_crash(&rig, &disk, &mut rng)?;
+        check_after_crash(&fixture, &disk, &mut rng)?;
     }
     if refused == Some(NotDurable::Full) {
         disk.mend();
         let deadline = Instant::now() + PATIENCE;
         loop {
-            match rig.append(&mut rng) {
+            match fixture.append(&mut rng) {
                 Ok(_) => break,
                 // Full for a moment only, and meanwhile orders could not be read back.
                 Err(NotDurable::Failed) if failure.call == Call::Read => break,
@@ -119,21 +119,21 @@ fn one(failure: Failure, seed: u64) -> Result<Outcome, String> {
                 Err(_) => std::thread::yield_now(),
             }
         }
-        rig.settle()?;
+        fixture.settle()?;
     }
     if failure.call == Call::Read {
         // What only the disk has comes once it can be read.
         disk.mend();
     }
     // Whatever became of the journal, the workers get every order, each once.
-    while rig.undecided() > 0 {
-        if rig.decide(64)? == 0 {
+    while fixture.undecided() > 0 {
+        if fixture.decide(64)? == 0 {
             return Err("the queue ended with orders in it".to_owned());
         }
     }
-    rig.queue.close();
-    drop(rig.queue.stop());
-    check_after_crash(&rig, &disk, &mut rng)?;
+    fixture.queue.close();
+    drop(fixture.queue.stop());
+    check_after_crash(&fixture, &disk, &mut rng)?;
     Ok(match refused {
         Some(NotDurable::Full) => Outcome::Full,
         _ if has_failed => Outcome::Failed,
@@ -144,12 +144,12 @@ fn one(failure: Failure, seed: u64) -> Result<Outcome, String> {
 /// The segments of a process that ended in order.
 fn left_over() -> Result<SimDisk, String> {
     let disk = SimDisk::default();
-    let rig = Rig::start(disk.clone(), 1, 1).map_err(|error| error.to_string())?;
-    drop(rig.queue.stop());
+    let fixture = Fixture::start(disk.clone(), 1, 1).map_err(|error| error.to_string())?;
+    drop(fixture.queue.stop());
     Ok(disk)
 }
 
-fn check_after_crash(rig: &Rig, disk: &SimDisk, rng: &mut StdRng) -> Result<(), String> {
+fn check_after_crash(fixture: &Fixture, disk: &SimDisk, rng: &mut StdRng) -> Result<(), String> {
     let done = disk.done();
     let mut replay = Replay::default();
     done.iter().for_each(|done| replay.step(done));
@@ -157,7 +157,8 @@ fn check_after_crash(rig: &Rig, disk: &SimDisk, rng: &mut StdRng) -> Result<(), 
         let files = replay.crash(crash, rng);
         let opened = open(&SimDisk::with(&files))
             .map_err(|error| format!("a crash leaving {crash:?} is refused: {error}"))?;
-        rig.compare(&opened, done.len())
+        fixture
+            .compare(&opened, done.len())
             .map_err(|why| format!("a crash leaving {crash:?}: {why}"))?;
     }
     Ok(())

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::checker::Verdict;
 use super::database::Terms;
-use super::database::rig::{Crowd, Rig, runtime};
+use super::database::fixture::{Crowd, Fixture, runtime};
 use super::outcome::{Why, in_series};
 use crate::support::http::{Answer, call};
 use crate::support::postgres::test_dir;
@@ -59,49 +59,52 @@ fn series(terms: Terms<'_>, rounds: u64, done: &dyn Fn(u64)) -> Result<Verdict, 
     let server = runtime.block_on(Server::start_in(dir.path(), &[]));
     let mut crowd = Crowd::new("ALL", 50, true);
     crowd.skus.push(EMERGENCY.to_owned());
-    let mut rig = Rig::with(runtime, &server, terms, vec![crowd], &[])?;
-    let first = rig.random.random_range(0..WAYS.len());
+    let mut fixture = Fixture::with(runtime, &server, terms, vec![crowd], &[])?;
+    let first = fixture.random.random_range(0..WAYS.len());
     for number in 0..rounds {
         done(number);
         let way = WAYS[(first + number as usize) % WAYS.len()];
-        rig.load_while(|rig, _| round(rig, &server, way))
+        fixture
+            .load_while(|fixture, _| round(fixture, &server, way))
             .map_err(|why| match why {
                 Why::Failed(why) => Why::Failed(format!("{way:?}: {why}")),
                 not_run @ Why::NotRun(_) => not_run,
             })?;
     }
-    let mut verdict = rig.finish(&server)?;
+    let mut verdict = fixture.finish(&server)?;
     if verdict.unanswered > 0 {
         verdict.fault(format!("{} buyers got no answer", verdict.unanswered));
     }
     Ok(verdict)
 }
 
-fn round(rig: &Rig, server: &Server, way: Way) -> Result<(), Why> {
-    rig.until("it is ready", || Ok(rig.served.failing_checks().is_empty()))?;
-    let stall = Stall::begin(rig, server, way);
-    rig.until("readyz names `progress`", || Ok(is_stalled(rig)))?;
-    pause(rig)?;
-    if !is_stalled(rig) {
+fn round(fixture: &Fixture, server: &Server, way: Way) -> Result<(), Why> {
+    fixture.until("it is ready", || {
+        Ok(fixture.served.failing_checks().is_empty())
+    })?;
+    let stall = Stall::begin(fixture, server, way);
+    fixture.until("readyz names `progress`", || Ok(is_stalled(fixture)))?;
+    pause(fixture)?;
+    if !is_stalled(fixture) {
         return Err(failed("readyz forgets the stall while orders wait"));
     }
     drop(stall);
-    rig.until("readyz recovers", || {
-        Ok(rig.served.failing_checks().is_empty())
+    fixture.until("readyz recovers", || {
+        Ok(fixture.served.failing_checks().is_empty())
     })?;
-    rig.until_written(100)?;
+    fixture.until_written(100)?;
     // A pause that could not be stored during the stall is stored by now, or will be.
     let stored =
         format!("SELECT count(*) FROM millrace.sku WHERE sku_id = '{EMERGENCY}' AND paused");
-    rig.until("the pause is stored", || {
-        Ok(rig.runtime.block_on(server.number(&stored)) == 1)
+    fixture.until("the pause is stored", || {
+        Ok(fixture.runtime.block_on(server.number(&stored)) == 1)
     })?;
-    if !is_refused(&order(rig)) {
+    if !is_refused(&order(fixture)) {
         return Err(failed("the pause was forgotten with the stall"));
     }
     let resume = format!("/admin/v1/skus/{EMERGENCY}/resume");
-    let resumed = call(rig.served.control, "POST", &resume, &[], "");
-    match (resumed.status, state(rig).as_str()) {
+    let resumed = call(fixture.served.control, "POST", &resume, &[], "");
+    match (resumed.status, state(fixture).as_str()) {
         (200, "open") => Ok(()),
         (_, state) => Err(failed(&format!(
             "its sale is not resumed: {state}: {resumed:?}"
@@ -109,19 +112,19 @@ fn round(rig: &Rig, server: &Server, way: Way) -> Result<(), Why> {
     }
 }
 
-fn is_stalled(rig: &Rig) -> bool {
-    let failing = rig.served.failing_checks();
+fn is_stalled(fixture: &Fixture) -> bool {
+    let failing = fixture.served.failing_checks();
     failing.iter().any(|(name, _)| name == "progress")
 }
 
 /// An operator pauses a sale while the database stalls. The pause is in force before the stall is over.
-fn pause(rig: &Rig) -> Result<(), Why> {
-    let control = rig.served.control;
+fn pause(fixture: &Fixture) -> Result<(), Why> {
+    let control = fixture.served.control;
     let answer = std::thread::scope(|scope| {
         let target = format!("/admin/v1/skus/{EMERGENCY}/pause");
         let operator = scope.spawn(move || call(control, "POST", &target, &[], ""));
-        rig.until("the pause is in force", || Ok(state(rig) == "paused"))?;
-        let next = order(rig);
+        fixture.until("the pause is in force", || Ok(state(fixture) == "paused"))?;
+        let next = order(fixture);
         if !is_refused(&next) {
             return Err(failed(&format!("after the pause: {next:?}")));
         }
@@ -136,19 +139,19 @@ fn pause(rig: &Rig) -> Result<(), Why> {
     }
 }
 
-fn state(rig: &Rig) -> String {
+fn state(fixture: &Fixture) -> String {
     let target = format!("/v1/skus/{EMERGENCY}");
-    let sku = call(rig.served.data, "GET", &target, &[], "").json();
+    let sku = call(fixture.served.data, "GET", &target, &[], "").json();
     sku["state"].as_str().unwrap_or_default().to_owned()
 }
 
 /// An order that has to be refused, so nobody keeps account of it: if it were placed its row would
 /// be one that nobody asked for.
-fn order(rig: &Rig) -> Answer {
+fn order(fixture: &Fixture) -> Answer {
     let body = json!({ "user_id": "too-late", "sku_id": EMERGENCY });
     let fields = [("Content-Type", "application/json")];
     call(
-        rig.served.data,
+        fixture.served.data,
         "POST",
         "/v1/orders",
         &fields,
@@ -166,29 +169,29 @@ fn failed(why: &str) -> Why {
 
 /// A database that stalls until this is dropped.
 struct Stall<'a> {
-    rig: &'a Rig,
+    fixture: &'a Fixture,
     way: Way,
     stopped: Vec<Pid>,
     holder: Option<tokio_postgres::Client>,
 }
 
 impl<'a> Stall<'a> {
-    fn begin(rig: &'a Rig, server: &Server, way: Way) -> Self {
+    fn begin(fixture: &'a Fixture, server: &Server, way: Way) -> Self {
         let mut stall = Stall {
-            rig,
+            fixture,
             way,
             stopped: Vec::new(),
             holder: None,
         };
         match way {
             Way::StoppedWorkers => {
-                rig.proxy.shut(true);
-                stall.stopped = rig.runtime.block_on(server.worker_backends());
+                fixture.proxy.shut(true);
+                stall.stopped = fixture.runtime.block_on(server.worker_backends());
             }
             Way::StoppedServer => stall.stopped = server.processes(),
-            Way::SilentNetwork => rig.proxy.freeze(true),
+            Way::SilentNetwork => fixture.proxy.freeze(true),
             Way::LockedSkus => {
-                let holder = rig.runtime.block_on(async {
+                let holder = fixture.runtime.block_on(async {
                     let session = server.session().await;
                     let lock = "BEGIN; SELECT 1 FROM millrace.sku FOR UPDATE";
                     session.batch_execute(lock).await.expect("take the lock");
@@ -210,12 +213,15 @@ impl Drop for Stall<'_> {
             let _ = kill_process(*pid, Signal::CONT);
         }
         match self.way {
-            Way::StoppedWorkers => self.rig.proxy.shut(false),
-            Way::SilentNetwork => self.rig.proxy.freeze(false),
+            Way::StoppedWorkers => self.fixture.proxy.shut(false),
+            Way::SilentNetwork => self.fixture.proxy.freeze(false),
             Way::StoppedServer | Way::LockedSkus => {}
         }
         if let Some(holder) = self.holder.take() {
-            let rolled_back = self.rig.runtime.block_on(holder.batch_execute("ROLLBACK"));
+            let rolled_back = self
+                .fixture
+                .runtime
+                .block_on(holder.batch_execute("ROLLBACK"));
             rolled_back.expect("let the lock go");
         }
     }

@@ -1,6 +1,6 @@
-//! Random lives of orders and payments on a real PostgreSQL, beside a twin that is obviously
+//! Random lives of orders and payments on a real PostgreSQL, beside a model that is obviously
 //! right. After each event the rows, the counters of the database and those in memory are what
-//! the twin says.
+//! the model says.
 //!
 //! A life goes wrong by its seed: `MILLRACE_SEED=<seed> cargo test --test proof -- settlement 1`
 //! runs that one alone, and the seed then joins `PAST_SEEDS`.
@@ -30,7 +30,7 @@ const TTL_MS: i64 = 1_000;
 /// The time that the lives are in: so far ahead that the database's own clock finds nothing due.
 const LATER_MS: u64 = 10 * 365 * 86_400_000;
 
-// --- The twin -------------------------------------------------------------------------------
+// --- The model -------------------------------------------------------------------------------
 
 /// Where an order is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,7 +44,7 @@ enum Place {
 }
 
 #[derive(Clone, Debug)]
-struct TwinOrder {
+struct ModelOrder {
     order: Order,
     place: Place,
     reason: Option<RefundReason>,
@@ -52,7 +52,7 @@ struct TwinOrder {
     references: Vec<u32>,
 }
 
-impl TwinOrder {
+impl ModelOrder {
     fn units(&self) -> u32 {
         self.order.quantity.get()
     }
@@ -63,7 +63,7 @@ impl TwinOrder {
 }
 
 #[derive(Clone, Debug)]
-struct TwinPayment {
+struct ModelPayment {
     paid: Payment,
     /// Which of the orders it is for.
     of: Option<usize>,
@@ -74,16 +74,16 @@ struct TwinPayment {
 }
 
 #[derive(Debug)]
-struct Twin {
+struct Model {
     total: u32,
-    orders: Vec<TwinOrder>,
-    payments: Vec<TwinPayment>,
+    orders: Vec<ModelOrder>,
+    payments: Vec<ModelPayment>,
 }
 
-impl Twin {
+impl Model {
     fn units(&self, place: Place) -> u32 {
         let there = self.orders.iter().filter(|order| order.place == place);
-        there.map(TwinOrder::units).sum()
+        there.map(ModelOrder::units).sum()
     }
 
     fn held(&self) -> u32 {
@@ -105,13 +105,13 @@ impl Twin {
 
     fn is_paid_in_time(&self, at: usize) -> bool {
         let until = self.orders[at].order.expires_at;
-        let waits = |one: &&TwinPayment| one.of == Some(at) && one.state == PaymentState::Orphan;
+        let waits = |one: &&ModelPayment| one.of == Some(at) && one.state == PaymentState::Orphan;
         let mut waiting = self.payments.iter().filter(waits);
         waiting.any(|one| one.paid_at < until)
     }
 
     /// Those of the orphans meet their orders, as they came.
-    fn meet_all(&mut self, wanted: impl Fn(&TwinPayment) -> bool) {
+    fn meet_all(&mut self, wanted: impl Fn(&ModelPayment) -> bool) {
         for at in 0..self.payments.len() {
             let payment = &self.payments[at];
             if payment.state == PaymentState::Orphan && wanted(payment) {
@@ -193,12 +193,12 @@ fn fault(order: &Order, paid: &Payment) -> Option<RefundReason> {
 
 // --- A life ---------------------------------------------------------------------------------
 
-/// The real thing and its twin.
+/// The real thing and its model.
 struct Life<'a> {
     sale: &'a Sale,
     writers: &'a mut Writers,
     sku: Sku,
-    twin: Twin,
+    model: Model,
     random: StdRng,
     now: UnixMillis,
     /// The messages so far.
@@ -240,7 +240,7 @@ pub fn run(lives: u64) -> Result<String, Why> {
                 return Err(format!("seed={seed} {why}; before: {story}"));
             }
             events += life.story.len();
-            payments += life.twin.payments.len();
+            payments += life.model.payments.len();
         }
         match sale.faults().await.as_slice() {
             [] => Ok(()),
@@ -266,7 +266,7 @@ impl<'a> Life<'a> {
                 .await,
             sale,
             writers,
-            twin: Twin {
+            model: Model {
                 total,
                 orders: Vec::new(),
                 payments: Vec::new(),
@@ -297,8 +297,8 @@ impl<'a> Life<'a> {
         }
         // Nothing is left to the next life.
         while let Some(at) = self.orphan(|_| true) {
-            let of = self.twin.payments[at].of;
-            let is_in_flight = |of: usize| self.twin.orders[of].place == Place::InFlight;
+            let of = self.model.payments[at].of;
+            let is_in_flight = |of: usize| self.model.orders[of].place == Place::InFlight;
             match of.filter(|of| is_in_flight(*of)) {
                 Some(of) => self.write_one(of).await?,
                 None => {
@@ -317,8 +317,8 @@ impl<'a> Life<'a> {
     }
 
     /// One of the orders for which this holds.
-    fn pick(&mut self, wanted: impl Fn(&TwinOrder) -> bool) -> Option<usize> {
-        let orders = self.twin.orders.iter().enumerate();
+    fn pick(&mut self, wanted: impl Fn(&ModelOrder) -> bool) -> Option<usize> {
+        let orders = self.model.orders.iter().enumerate();
         let found: Vec<usize> = orders
             .filter(|(_, one)| wanted(one))
             .map(|(at, _)| at)
@@ -327,9 +327,9 @@ impl<'a> Life<'a> {
     }
 
     /// One of the orphans for which this holds.
-    fn orphan(&mut self, wanted: impl Fn(&TwinPayment) -> bool) -> Option<usize> {
-        let payments = self.twin.payments.iter().enumerate();
-        let is_orphan = |one: &TwinPayment| one.state == PaymentState::Orphan && wanted(one);
+    fn orphan(&mut self, wanted: impl Fn(&ModelPayment) -> bool) -> Option<usize> {
+        let payments = self.model.payments.iter().enumerate();
+        let is_orphan = |one: &ModelPayment| one.state == PaymentState::Orphan && wanted(one);
         let found: Vec<usize> = payments
             .filter(|(_, one)| is_orphan(one))
             .map(|(at, _)| at)
@@ -339,7 +339,7 @@ impl<'a> Life<'a> {
 
     fn place(&mut self) {
         let units = self.random.random_range(1..=3);
-        let is_free = self.twin.free() >= units;
+        let is_free = self.model.free() >= units;
         assert_eq!(
             self.sku.counter().hold(units).is_ok(),
             is_free,
@@ -353,8 +353,8 @@ impl<'a> Life<'a> {
             expires_at: self.now.plus_ms(TTL_MS as u64),
             ..order(&self.sku, units)
         };
-        self.note(format!("place {}", self.twin.orders.len()));
-        self.twin.orders.push(TwinOrder {
+        self.note(format!("place {}", self.model.orders.len()));
+        self.model.orders.push(ModelOrder {
             order,
             place: Place::InFlight,
             reason: None,
@@ -371,10 +371,10 @@ impl<'a> Life<'a> {
 
     /// A worker writes an order, or buries it.
     async fn write_one(&mut self, at: usize) -> Step<()> {
-        let TwinOrder { order, .. } = self.twin.orders[at].clone();
+        let ModelOrder { order, .. } = self.model.orders[at].clone();
         let status = if self.random.random_bool(0.1) {
             OrderStatus::Failed
-        } else if order.expires_at <= self.now && !self.twin.is_paid_in_time(at) {
+        } else if order.expires_at <= self.now && !self.model.is_paid_in_time(at) {
             OrderStatus::Expired
         } else {
             OrderStatus::PendingPayment
@@ -390,7 +390,7 @@ impl<'a> Life<'a> {
         if status != OrderStatus::PendingPayment {
             self.sku.counter().release(order.quantity.get());
         }
-        self.twin.orders[at].place = Place::There(status);
+        self.model.orders[at].place = Place::There(status);
         Ok(())
     }
 
@@ -418,7 +418,7 @@ impl<'a> Life<'a> {
             });
         }
         let judge = self.random.random_bool(0.85);
-        let orders = self.twin.orders.iter();
+        let orders = self.model.orders.iter();
         let in_flight: Vec<OrderId> = orders
             .filter(|one| one.place == Place::InFlight)
             .map(|one| one.order.id)
@@ -427,7 +427,7 @@ impl<'a> Life<'a> {
             now: self.now,
             check_at: self.now,
             judge,
-            with_waiting: self.twin.has_orphan(),
+            with_waiting: self.model.has_orphan(),
         };
         let deliveries: Vec<&Delivery> = together.iter().collect();
         let settlement = &mut self.writers.settlement;
@@ -448,13 +448,13 @@ impl<'a> Life<'a> {
             }
             new += 1;
             self.notices.push(notice);
-            let is_known = |one: &TwinPayment| one.paid.payment_id == paid.payment_id;
-            if self.twin.payments.iter().any(is_known) {
+            let is_known = |one: &ModelPayment| one.paid.payment_id == paid.payment_id;
+            if self.model.payments.iter().any(is_known) {
                 continue;
             }
             let id = paid.order_id();
             let of = self
-                .twin
+                .model
                 .orders
                 .iter()
                 .position(|one| Some(one.order.id) == id);
@@ -463,7 +463,7 @@ impl<'a> Life<'a> {
                 paid.amount,
                 paid.currency.as_str()
             ));
-            self.twin.payments.push(TwinPayment {
+            self.model.payments.push(ModelPayment {
                 paid,
                 of,
                 paid_at,
@@ -474,7 +474,7 @@ impl<'a> Life<'a> {
         if judge {
             // Whoever waits for the same order came first.
             let is_of_them = |id: Option<OrderId>| id.is_some_and(|id| orders.contains(&id));
-            self.twin.meet_all(|one| is_of_them(one.paid.order_id()));
+            self.model.meet_all(|one| is_of_them(one.paid.order_id()));
         }
         self.move_memory(&settled.moved);
         match settled.events == new {
@@ -487,7 +487,7 @@ impl<'a> Life<'a> {
         let name = format!("{}-{:06}-{number}", self.sku.id, self.notices.len());
         let order = self
             .pick(|_| true)
-            .map(|at| self.twin.orders[at].order.clone());
+            .map(|at| self.model.orders[at].order.clone());
         let random = &mut self.random;
         let order = order.filter(|_| random.random_bool(0.9));
         let amount = order.as_ref().map_or(100, |order| order.amount);
@@ -540,19 +540,20 @@ impl<'a> Life<'a> {
             .map_err(said)?;
         self.note(format!("meet {}", orders.len()));
         self.move_memory(&settled.moved);
-        self.twin.meet_all(|_| true);
+        self.model.meet_all(|_| true);
         Ok(())
     }
 
     async fn expire(&mut self) -> Step<()> {
-        let (Some(first), Some(last)) = (self.twin.orders.first(), self.twin.orders.last()) else {
+        let (Some(first), Some(last)) = (self.model.orders.first(), self.model.orders.last())
+        else {
             return Ok(());
         };
         let (limit, rows) = (
             self.random.random_range(1..5),
             self.random.random_range(1..4),
         );
-        let with_orphans = self.twin.has_orphan();
+        let with_orphans = self.model.has_orphan();
         let mut ranges = vec![IdRange {
             from: first.order.id,
             to: last.order.id,
@@ -568,11 +569,11 @@ impl<'a> Life<'a> {
             found.extend(looked.overdue.iter().map(|one| one.order_id));
             ranges = looked.rest;
         }
-        let is_past = |one: &&TwinOrder| {
+        let is_past = |one: &&ModelOrder| {
             one.place == Place::There(OrderStatus::PendingPayment)
                 && one.order.expires_at <= self.now
         };
-        let past = self.twin.orders.iter().filter(is_past);
+        let past = self.model.orders.iter().filter(is_past);
         let past: Vec<OrderId> = past.map(|one| one.order.id).collect();
         same("overdue orders", &found, &past)?;
         found.truncate(limit);
@@ -580,10 +581,10 @@ impl<'a> Life<'a> {
         let moved = moved.await.map_err(said)?;
         self.note(format!("expire {limit}"));
         self.move_memory(&moved);
-        for at in 0..self.twin.orders.len() {
-            let is_chosen = found.contains(&self.twin.orders[at].order.id);
-            if is_chosen && !self.twin.is_paid_in_time(at) {
-                self.twin.orders[at].place = Place::There(OrderStatus::Expired);
+        for at in 0..self.model.orders.len() {
+            let is_chosen = found.contains(&self.model.orders[at].order.id);
+            if is_chosen && !self.model.is_paid_in_time(at) {
+                self.model.orders[at].place = Place::There(OrderStatus::Expired);
             }
         }
         Ok(())
@@ -594,15 +595,15 @@ impl<'a> Life<'a> {
             return Ok(());
         };
         self.note(format!("cancel {at}"));
-        let order = &self.twin.orders[at].order;
+        let order = &self.model.orders[at].order;
         let (lease, now) = (self.sale.lease(), Some(self.now));
         let told = self.sale.database.cancel_order(lease, order.id, now);
         let told = told.await.map_err(said)?;
         let pending = Place::There(OrderStatus::PendingPayment);
-        let expected = match self.twin.orders[at].place {
+        let expected = match self.model.orders[at].place {
             place if place == pending && self.now < order.expires_at => {
                 self.sku.counter().release(order.quantity.get());
-                self.twin.orders[at].place = Place::There(OrderStatus::Cancelled);
+                self.model.orders[at].place = Place::There(OrderStatus::Cancelled);
                 return match told {
                     transitions::Transition::Now(_) => Ok(()),
                     told => Err(format!("{at} is not cancelled: {told:?}")),
@@ -625,12 +626,12 @@ impl<'a> Life<'a> {
         let Some(at) = self.pick(|one| !one.is_there() || one.place == pending) else {
             return Ok(());
         };
-        let TwinOrder { order, place, .. } = self.twin.orders[at].clone();
+        let ModelOrder { order, place, .. } = self.model.orders[at].clone();
         let units = order.quantity.get();
         if place == Place::Gone {
             if self.sku.counter().hold(units).is_ok() {
                 self.note(format!("bring back {at}"));
-                self.twin.orders[at].place = Place::InFlight;
+                self.model.orders[at].place = Place::InFlight;
                 self.write_one(at).await?;
             }
             return Ok(());
@@ -648,21 +649,21 @@ impl<'a> Life<'a> {
                 .await;
         }
         self.sku.counter().release(units);
-        self.twin.orders[at].place = Place::Gone;
+        self.model.orders[at].place = Place::Gone;
         Ok(())
     }
 
     /// An orphan was looked for often enough; its order may have appeared in this very moment.
     async fn decide(&mut self) -> Step<()> {
-        let in_flight = |twin: &Twin, one: &TwinPayment| {
+        let in_flight = |model: &Model, one: &ModelPayment| {
             one.of
-                .is_some_and(|of| twin.orders[of].place == Place::InFlight)
+                .is_some_and(|of| model.orders[of].place == Place::InFlight)
         };
         let candidates: Vec<bool> = self
-            .twin
+            .model
             .payments
             .iter()
-            .map(|one| one.state == PaymentState::Orphan && !in_flight(&self.twin, one))
+            .map(|one| one.state == PaymentState::Orphan && !in_flight(&self.model, one))
             .collect();
         let candidates: Vec<usize> = (0..candidates.len()).filter(|at| candidates[*at]).collect();
         match candidates.choose(&mut self.random) {
@@ -672,13 +673,13 @@ impl<'a> Life<'a> {
     }
 
     async fn decide_one(&mut self, at: usize) -> Step<()> {
-        let TwinPayment {
+        let ModelPayment {
             paid,
             of,
             paid_at,
             state,
             ..
-        } = self.twin.payments[at].clone();
+        } = self.model.payments[at].clone();
         if state != PaymentState::Orphan {
             return Ok(());
         }
@@ -687,7 +688,7 @@ impl<'a> Life<'a> {
         let Some(of) = of.filter(|_| paid.receipt.is_some()) else {
             let reason = RefundReason::ReceiptMissing;
             let given_up = settlement.give_up(row, reason, now).await.map_err(said)?;
-            let is_there = of.is_some_and(|of| self.twin.orders[of].is_there());
+            let is_there = of.is_some_and(|of| self.model.orders[of].is_there());
             self.note(format!("give up {at}"));
             if given_up == is_there {
                 return Err(format!(
@@ -695,15 +696,15 @@ impl<'a> Life<'a> {
                 ));
             }
             if given_up {
-                let payment = &mut self.twin.payments[at];
+                let payment = &mut self.model.payments[at];
                 (payment.state, payment.reason) = (PaymentState::RefundDue, Some(reason));
             }
             return Ok(());
         };
-        let TwinOrder { order, .. } = self.twin.orders[of].clone();
+        let ModelOrder { order, .. } = self.model.orders[of].clone();
         let units = order.quantity.get();
-        let is_there = self.twin.orders[of].is_there();
-        let free = self.twin.free();
+        let is_there = self.model.orders[of].is_there();
+        let free = self.model.free();
         let late = (paid_at >= order.expires_at).then_some(RefundReason::OrderExpired);
         let reason = late
             .or_else(|| fault(&order, &paid))
@@ -726,7 +727,7 @@ impl<'a> Life<'a> {
             (false, _) => {}
         }
         if recovered {
-            let (order, payment) = (&mut self.twin.orders[of], &mut self.twin.payments[at]);
+            let (order, payment) = (&mut self.model.orders[of], &mut self.model.payments[at]);
             let (status, state) = match reason {
                 None => (OrderStatus::Paid, PaymentState::Matched),
                 Some(_) => (OrderStatus::RefundDue, PaymentState::RefundDue),
@@ -743,7 +744,7 @@ impl<'a> Life<'a> {
             return Ok(());
         };
         let restock = self.random.random_bool(0.5);
-        let order = &self.twin.orders[at];
+        let order = &self.model.orders[at];
         // Now and then a request whose answer was lost comes again.
         let again = order.references.last().copied();
         let again = again.filter(|_| self.random.random_bool(0.5));
@@ -754,9 +755,9 @@ impl<'a> Life<'a> {
         let told = settlement.record_refund(id, &note, self.now);
         let told = told.await.map_err(said)?;
         self.note(format!("refund {at} restock={restock}: {told:?}"));
-        let before = self.twin.orders[at].place;
+        let before = self.model.orders[at].place;
         // What is due for an order that is not there is closed, payment by payment.
-        let done = self.twin.orders[at].is_there() && self.twin.refund(at, reference, restock);
+        let done = self.model.orders[at].is_there() && self.model.refund(at, reference, restock);
         let is_right = match told {
             Recorded::Done(moved) => {
                 self.move_memory(moved.as_slice());
@@ -764,7 +765,7 @@ impl<'a> Life<'a> {
             }
             Recorded::Already => !done && (known || before == Place::There(OrderStatus::Refunded)),
             Recorded::StandsAt(status) => !done && before == Place::There(status),
-            Recorded::Unknown => !self.twin.orders[at].is_there(),
+            Recorded::Unknown => !self.model.orders[at].is_there(),
         };
         match is_right {
             true => Ok(()),
@@ -774,27 +775,27 @@ impl<'a> Life<'a> {
 
     /// A person closes a payment without an order.
     async fn close(&mut self) -> Step<()> {
-        let count = self.twin.payments.len();
+        let count = self.model.payments.len();
         if count == 0 {
             return Ok(());
         }
         let at = self.random.random_range(0..count);
-        let TwinPayment {
+        let ModelPayment {
             paid, of, state, ..
-        } = self.twin.payments[at].clone();
+        } = self.model.payments[at].clone();
         let (row, note) = (self.row_of(&paid).await, note("closed", false));
         let settlement = &mut self.writers.settlement;
         let told = settlement.close_payment(row, &note, self.now);
         let told = told.await.map_err(said)?;
         self.note(format!("close {at}: {told:?}"));
         let order = of
-            .map(|of| &self.twin.orders[of])
+            .map(|of| &self.model.orders[of])
             .filter(|one| one.is_there());
         let expected = match (state, order) {
             (PaymentState::Matched | PaymentState::Refunded, _) => Closed::Settled,
             (_, Some(order)) => Closed::HasOrder(order.order.id),
             (_, None) => {
-                self.twin.payments[at].state = PaymentState::Refunded;
+                self.model.payments[at].state = PaymentState::Refunded;
                 Closed::Done(None)
             }
         };
@@ -828,7 +829,7 @@ impl<'a> Life<'a> {
         }
     }
 
-    /// Everything is as the twin says.
+    /// Everything is as the model says.
     async fn compare(&self) -> Step<()> {
         let client = self.sale.admin();
         let sku = self.sku.number.0;
@@ -851,7 +852,7 @@ impl<'a> Life<'a> {
             .collect();
         let word = |reason: Option<RefundReason>| reason.map(|reason| reason.as_str().to_owned());
         let expected: Vec<_> = self
-            .twin
+            .model
             .orders
             .iter()
             .filter_map(|one| match one.place {
@@ -867,7 +868,7 @@ impl<'a> Life<'a> {
             .map(|row| (row.get(0), row.get(1), row.get(2)))
             .collect();
         let expected: Vec<_> = self
-            .twin
+            .model
             .payments
             .iter()
             .map(|one| {
@@ -879,7 +880,7 @@ impl<'a> Life<'a> {
             })
             .collect();
         same("payments", &found, &expected)?;
-        let (held, sold, total) = (self.twin.held(), self.twin.sold(), self.twin.total);
+        let (held, sold, total) = (self.model.held(), self.model.sold(), self.model.total);
         let found: [i64; 3] = [counters.get(0), counters.get(1), counters.get(2)];
         same("counters", &found, &[total, held, sold].map(i64::from))?;
         let StockSnapshot {
@@ -888,7 +889,7 @@ impl<'a> Life<'a> {
             sold: live_sold,
             ..
         } = self.sku.counter().snapshot();
-        let in_flight = self.twin.units(Place::InFlight);
+        let in_flight = self.model.units(Place::InFlight);
         same(
             "live counters",
             &[live_total, live_held, live_sold],

@@ -5,7 +5,7 @@ use millrace::http::data_plane::payments::CallbackError;
 use millrace::order::payment::Provider;
 use serde_json::Value;
 
-use crate::rig::PROVIDERS;
+use crate::fixture::PROVIDERS;
 
 fn errors() -> Vec<(CallbackError, u16)> {
     vec![

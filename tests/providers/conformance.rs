@@ -5,7 +5,7 @@ use millrace::order::payment::{Notice, Payment, Provider, REFERENCE_BYTES_MAX};
 use millrace::order::{Currency, UnixMillis};
 use serde_json::{Value, json};
 
-use crate::rig::{
+use crate::fixture::{
     self, APP_ID, Callback, NOW, SELLER_ID, Told, alipay, on_a_small_stack, standard, stripe,
 };
 use crate::vectors::a_payment;
@@ -140,7 +140,7 @@ fn a_dated_message_is_taken_for_five_minutes_in_both_directions() {
             (i64::MAX, false),
             (i64::MIN, false),
         ] {
-            let at = UnixMillis(rig::NOW.0.saturating_add(off_ms));
+            let at = UnixMillis(fixture::NOW.0.saturating_add(off_ms));
             let read = good.with(|callback| callback.at = at).read();
             match read {
                 Ok(_) => assert!(taken, "{provider}: {off_ms} ms"),
@@ -150,7 +150,7 @@ fn a_dated_message_is_taken_for_five_minutes_in_both_directions() {
         }
     }
     let old = Told::new().by(Provider::Alipay);
-    let later = UnixMillis(rig::NOW.0 + 25 * 3_600_000);
+    let later = UnixMillis(fixture::NOW.0 + 25 * 3_600_000);
     assert!(old.with(|callback| callback.at = later).read().is_ok());
 }
 
@@ -347,9 +347,9 @@ fn an_integer_beyond_64_bits_is_a_name_too() {
 
 fn by_hand(provider: Provider, body: &str) -> Callback {
     match provider {
-        Provider::Standard => rig::standard("event-1", body),
-        Provider::Stripe => rig::stripe(body),
-        Provider::Wechatpay => rig::wechatpay_raw(body),
+        Provider::Standard => fixture::standard("event-1", body),
+        Provider::Stripe => fixture::stripe(body),
+        Provider::Wechatpay => fixture::wechatpay_raw(body),
         Provider::Alipay => unreachable!("sends no JSON"),
     }
 }
@@ -396,10 +396,10 @@ fn deep_and_long_messages_fit_a_coroutines_stack() {
             }
         }
         let (name, value) = ("x".repeat(1_000), "y".repeat(100_000));
-        let callback = rig::alipay(&[
-            ("app_id", rig::APP_ID),
+        let callback = fixture::alipay(&[
+            ("app_id", fixture::APP_ID),
             ("notify_id", "1"),
-            ("seller_id", rig::SELLER_ID),
+            ("seller_id", fixture::SELLER_ID),
             (&name, &value),
         ]);
         assert_eq!(callback.read().unwrap().payment, None);
@@ -430,11 +430,11 @@ fn only_so_many_signatures_are_tried() {
 #[test]
 fn alipays_parameters_cannot_be_cut_elsewhere() {
     let form = |subject: &str, amount: &str| {
-        rig::alipay(&[
-            ("app_id", rig::APP_ID),
+        fixture::alipay(&[
+            ("app_id", fixture::APP_ID),
             ("notify_id", "n"),
             ("out_trade_no", "1"),
-            ("seller_id", rig::SELLER_ID),
+            ("seller_id", fixture::SELLER_ID),
             ("subject", subject),
             ("total_amount", amount),
             ("trade_no", "t"),
@@ -466,11 +466,11 @@ fn alipays_parameters_cannot_be_cut_elsewhere() {
         &planned,
         &format!(
             "subject={}&total_amount=1%2E00",
-            rig::encoded("x&total_amount=9.00&total_amounu=")
+            fixture::encoded("x&total_amount=9.00&total_amounu=")
         ),
         &format!(
             "subject=x&total_amount=9.00&total_amounu={}",
-            rig::encoded("&total_amount=1.00")
+            fixture::encoded("&total_amount=1.00")
         ),
     );
     assert!(unbookable(&split));

@@ -4,7 +4,7 @@ use millrace::config::{OneOrMany, Payments};
 use millrace::http::data_plane::payments::Providers;
 use millrace::order::payment::Provider;
 
-use crate::rig::{KEYS, config, key};
+use crate::fixture::{KEYS, config, key};
 
 fn mistake(change: impl FnOnce(&mut Payments)) -> String {
     let mut config = config();

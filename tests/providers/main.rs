@@ -4,6 +4,6 @@
 
 mod answers;
 mod conformance;
+mod fixture;
 mod keys;
-mod rig;
 mod vectors;

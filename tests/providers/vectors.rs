@@ -6,7 +6,7 @@ use millrace::order::UnixMillis;
 use millrace::order::payment::{Notice, Provider};
 use serde::Deserialize;
 
-use crate::rig::Callback;
+use crate::fixture::Callback;
 
 #[derive(Deserialize)]
 struct File {

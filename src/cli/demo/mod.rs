@@ -1,9 +1,8 @@
 //! `millrace demo`: a flash sale on real parts, shown live, then audited.
 
-mod money;
+mod checks;
 mod settings;
 mod status;
-mod verdict;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -20,8 +19,8 @@ use super::signals::Signals;
 use super::{ConfigArgs, logging};
 use crate::app::Millrace;
 use crate::loadgen::{
-    LoadPlan, LoadReport, OrderMode, PageOptions, PaymentKind, Promise, RateProfile,
-    StderrProgress, Token, WebhookSecret, render_page, render_table, run_until,
+    Check, LoadPlan, LoadReport, OrderMode, PageOptions, PaymentKind, RateProfile, StderrProgress,
+    Token, WebhookSecret, render_page, render_table, run_until,
 };
 use crate::logging::{hold, release, say};
 
@@ -50,7 +49,7 @@ const TABLE_COLUMNS: u16 = 100;
 const CURRENCY: &str = "EUR";
 
 /// What is on sale: id, title, price in minor units, share of the stock, share of the clicks.
-const SHELF: [(&str, &str, i64, f64, f64); 4] = [
+const CATALOGUE: [(&str, &str, i64, f64, f64); 4] = [
     ("IPHONE-15", "iPhone 15", 199_900, 0.50, 90.0),
     ("AIRPODS-PRO", "AirPods Pro", 29_900, 0.25, 5.0),
     ("WATCH-9", "Watch 9", 49_900, 0.15, 3.0),
@@ -149,7 +148,7 @@ impl Sale<'_> {
         };
         let clean = millrace.drain().await;
         let (report, mut promises) = held?;
-        promises.push(Promise {
+        promises.push(Check {
             name: "The service stopped with nothing left over".into(),
             ok: clean,
             detail: if clean {
@@ -169,11 +168,11 @@ impl Sale<'_> {
         &self,
         millrace: &Millrace,
         signals: &mut Signals,
-    ) -> anyhow::Result<(LoadReport, Vec<Promise>)> {
+    ) -> anyhow::Result<(LoadReport, Vec<Check>)> {
         let args = self.args;
         let control = millrace.control_plane.to_string();
         let (opened, buyers) = (Instant::now(), buyers(args));
-        for (sku_id, title, unit_price, share, _) in SHELF {
+        for (sku_id, title, unit_price, share, _) in CATALOGUE {
             let body = json!({
                 "title": title, "unit_price": unit_price, "currency": CURRENCY,
                 "total": (f64::from(args.stock) * share) as u32, "per_user_limit": 1,
@@ -185,7 +184,7 @@ impl Sale<'_> {
             "On sale at http://{control}: {} units of {} SKUs, one to a buyer; {buyers} buyers within {} s, {} clicks a second at the peak, \
          3 of 10 double clicks; 7 of 10 orders are paid, the others expire after {} s",
             args.stock,
-            SHELF.len(),
+            CATALOGUE.len(),
             args.duration,
             args.rate,
             PAYMENT_TTL_MS / 1_000
@@ -211,7 +210,7 @@ impl Sale<'_> {
             user_prefix: format!("u{}-", millrace_epoch()),
             ..LoadPlan::default()
         };
-        for (sku_id, _, _, _, weight) in SHELF {
+        for (sku_id, _, _, _, weight) in CATALOGUE {
             plan = plan.with_sku(sku_id, weight);
         }
         let prefix = plan.user_prefix.clone();
@@ -226,7 +225,7 @@ impl Sale<'_> {
         status("Auditing: what every buyer was told and paid against every row ...");
         self.wait_until_quiet(&control).await?;
         let audit = self.wait_until_settled(&control, &before, &report).await?;
-        let promises = verdict::judge(
+        let promises = checks::orders::judge(
             millrace.database(),
             &report,
             &prefix,
@@ -320,10 +319,10 @@ fn is_settled(before: &Value, audit: &Value, report: &LoadReport) -> bool {
     without_order(audit) <= without_order(before) + lost
         && (skus.unwrap_or_default().iter()).all(|sku| sku["held_by_orders"] == 0)
         && audit["orders_in_flight"] == 0
-        && verdict::live_compared(audit)
+        && checks::orders::live_compared(audit)
 }
 
-fn publish(args: &DemoArgs, report: &LoadReport, promises: &[Promise]) -> anyhow::Result<()> {
+fn publish(args: &DemoArgs, report: &LoadReport, promises: &[Check]) -> anyhow::Result<()> {
     let options = PageOptions {
         title: "Millrace: a flash sale".into(),
         subtitle: Some(format!(
@@ -336,7 +335,7 @@ fn publish(args: &DemoArgs, report: &LoadReport, promises: &[Promise]) -> anyhow
                 "its own"
             }
         )),
-        promises: promises.to_vec(),
+        checks: promises.to_vec(),
     };
     write_file(&args.page, &render_page(report, &options))?;
     print_line(&if args.json {
@@ -353,7 +352,7 @@ fn publish(args: &DemoArgs, report: &LoadReport, promises: &[Promise]) -> anyhow
     })
 }
 
-fn promise_table(promises: &[Promise]) -> String {
+fn promise_table(promises: &[Check]) -> String {
     let mut table = comfy_table::Table::new();
     table
         .load_preset(comfy_table::presets::UTF8_HORIZONTAL_ONLY)

@@ -8,7 +8,7 @@ use rand::rngs::StdRng;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-use super::rig::{Rig, runtime};
+use super::fixture::{Fixture, runtime};
 use super::{Figures, LONG, STEP, Terms};
 use crate::outcome::Why;
 use crate::support::postgres::test_dir;
@@ -18,7 +18,7 @@ use crate::support::standby::Server;
 /// Millrace on a server of its own, which is mistreated under load.
 fn alone(
     terms: Terms<'_>,
-    mistreat: impl FnOnce(&Rig, &mut Server, &mut StdRng) -> Result<(), Why>,
+    mistreat: impl FnOnce(&Fixture, &mut Server, &mut StdRng) -> Result<(), Why>,
 ) -> Result<Figures, Why> {
     alone_with(terms, &[], mistreat)
 }
@@ -27,21 +27,21 @@ fn alone(
 fn alone_with(
     terms: Terms<'_>,
     settings: &[(&str, &str)],
-    mistreat: impl FnOnce(&Rig, &mut Server, &mut StdRng) -> Result<(), Why>,
+    mistreat: impl FnOnce(&Fixture, &mut Server, &mut StdRng) -> Result<(), Why>,
 ) -> Result<Figures, Why> {
     let (runtime, dir): (_, TempDir) = (runtime(), test_dir());
     let mut server = runtime.block_on(Server::start_in(dir.path(), &[]));
-    let rig = Rig::start_with(runtime, &server, terms, settings)?;
-    under_load(rig, &mut server, mistreat)
+    let fixture = Fixture::start_with(runtime, &server, terms, settings)?;
+    under_load(fixture, &mut server, mistreat)
 }
 
 fn under_load(
-    mut rig: Rig,
+    mut fixture: Fixture,
     server: &mut Server,
-    mistreat: impl FnOnce(&Rig, &mut Server, &mut StdRng) -> Result<(), Why>,
+    mistreat: impl FnOnce(&Fixture, &mut Server, &mut StdRng) -> Result<(), Why>,
 ) -> Result<Figures, Why> {
-    rig.under_load(|rig, random| mistreat(rig, server, random))?;
-    let verdict = rig.finish(server)?;
+    fixture.under_load(|fixture, random| mistreat(fixture, server, random))?;
+    let verdict = fixture.finish(server)?;
     Ok(Figures {
         verdict,
         ..Figures::default()
@@ -51,22 +51,22 @@ fn under_load(
 /// The same with buyers who pay.
 fn paying(
     terms: Terms<'_>,
-    mistreat: impl FnOnce(&Rig, &mut Server, &mut StdRng) -> Result<(), Why>,
+    mistreat: impl FnOnce(&Fixture, &mut Server, &mut StdRng) -> Result<(), Why>,
 ) -> Result<Figures, Why> {
     let (runtime, dir): (_, TempDir) = (runtime(), test_dir());
     let mut server = runtime.block_on(Server::start_in(dir.path(), &[]));
-    let rig = Rig::start_paying(runtime, &server, terms)?;
-    under_load(rig, &mut server, mistreat)
+    let fixture = Fixture::start_paying(runtime, &server, terms)?;
+    under_load(fixture, &mut server, mistreat)
 }
 
 /// Stopped without a warning and started again, once at once and once after a while.
 pub fn restarted(terms: Terms<'_>) -> Result<Figures, Why> {
-    alone(terms, |rig, server, _| {
+    alone(terms, |fixture, server, _| {
         for away in [Duration::ZERO, LONG] {
             server.stop_immediately();
             sleep(away);
-            rig.runtime.block_on(server.start());
-            rig.until_written(50)?;
+            fixture.runtime.block_on(server.start());
+            fixture.until_written(50)?;
         }
         Ok(())
     })
@@ -74,10 +74,10 @@ pub fn restarted(terms: Terms<'_>) -> Result<Figures, Why> {
 
 /// The backends of the workers stop in the middle of what they do, one of them after the other.
 pub fn stopped_worker_backends(terms: Terms<'_>) -> Result<Figures, Why> {
-    alone(terms, |rig, server, _| {
+    alone(terms, |fixture, server, _| {
         for _ in 0..2 {
-            stop_for_long(&rig.runtime.block_on(server.worker_backends()));
-            rig.until_written(50)?;
+            stop_for_long(&fixture.runtime.block_on(server.worker_backends()));
+            fixture.until_written(50)?;
         }
         Ok(())
     })
@@ -85,10 +85,10 @@ pub fn stopped_worker_backends(terms: Terms<'_>) -> Result<Figures, Why> {
 
 /// The whole server stops, the postmaster too, and goes on later as if nothing had been.
 pub fn stopped_server(terms: Terms<'_>) -> Result<Figures, Why> {
-    alone(terms, |rig, server, _| {
+    alone(terms, |fixture, server, _| {
         for _ in 0..2 {
             stop_for_long(&server.processes());
-            rig.until_written(50)?;
+            fixture.until_written(50)?;
         }
         Ok(())
     })
@@ -114,13 +114,13 @@ pub fn paid_terminated_backends(terms: Terms<'_>) -> Result<Figures, Why> {
     paying(terms, terminate)
 }
 
-fn terminate(rig: &Rig, server: &mut Server, random: &mut StdRng) -> Result<(), Why> {
+fn terminate(fixture: &Fixture, server: &mut Server, random: &mut StdRng) -> Result<(), Why> {
     for _ in 0..20 {
-        rig.runtime.block_on(server.sql(
+        fixture.runtime.block_on(server.sql(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
               WHERE datname = current_database() AND pid <> pg_backend_pid()",
         ));
-        rig.until_written(random.random_range(1..30))?;
+        fixture.until_written(random.random_range(1..30))?;
     }
     Ok(())
 }
@@ -139,11 +139,11 @@ pub fn cut_in_silence(terms: Terms<'_>) -> Result<Figures, Why> {
 
 /// Connections are cut around their commits, one after the other.
 fn cut(terms: Terms<'_>, cut: Cut, times: u64) -> Result<Figures, Why> {
-    alone(terms, |rig, _, random| {
+    alone(terms, |fixture, _, random| {
         for _ in 0..times {
-            rig.proxy.cut(cut);
-            rig.until("a cut", || Ok(rig.proxy.has_cut()))?;
-            rig.until_written(random.random_range(1..30))?;
+            fixture.proxy.cut(cut);
+            fixture.until("a cut", || Ok(fixture.proxy.has_cut()))?;
+            fixture.until_written(random.random_range(1..30))?;
         }
         Ok(())
     })
@@ -167,18 +167,18 @@ pub fn paid_late_commits(terms: Terms<'_>) -> Result<Figures, Why> {
 
 /// The connection of the settlement is cut around its commits, and now and then a worker's.
 fn cut_settlement(terms: Terms<'_>, cut: Cut) -> Result<Figures, Why> {
-    paying(terms, |rig, _, random| {
-        while rig.has_bitten().is_err() {
-            rig.proxy.cut(cut);
-            rig.until("a cut", || Ok(rig.proxy.has_cut()))?;
-            rig.until("its end", || Ok(rig.proxy.late() == 0))?;
-            rig.until_written(random.random_range(1..30))?;
+    paying(terms, |fixture, _, random| {
+        while fixture.has_bitten().is_err() {
+            fixture.proxy.cut(cut);
+            fixture.until("a cut", || Ok(fixture.proxy.has_cut()))?;
+            fixture.until("its end", || Ok(fixture.proxy.late() == 0))?;
+            fixture.until_written(random.random_range(1..30))?;
         }
         for _ in 0..8 {
-            rig.proxy.cut_beside_workers(cut);
-            rig.until("a cut", || Ok(rig.proxy.has_cut()))?;
-            rig.until("its end", || Ok(rig.proxy.late() == 0))?;
-            rig.until_written(random.random_range(1..30))?;
+            fixture.proxy.cut_beside_workers(cut);
+            fixture.until("a cut", || Ok(fixture.proxy.has_cut()))?;
+            fixture.until("its end", || Ok(fixture.proxy.late() == 0))?;
+            fixture.until_written(random.random_range(1..30))?;
         }
         Ok(())
     })
@@ -186,12 +186,12 @@ fn cut_settlement(terms: Terms<'_>, cut: Cut) -> Result<Figures, Why> {
 
 /// Commits of workers, and of others, reach the server only after everybody has given them up.
 pub fn late_commits(terms: Terms<'_>) -> Result<Figures, Why> {
-    alone(terms, |rig, _, _| {
+    alone(terms, |fixture, _, _| {
         for _ in 0..3 {
-            rig.proxy.cut(Cut::Late(STEP + STEP / 2));
-            rig.until("a late commit", || Ok(rig.proxy.has_cut()))?;
-            rig.until("its arrival", || Ok(rig.proxy.late() == 0))?;
-            rig.until_written(50)?;
+            fixture.proxy.cut(Cut::Late(STEP + STEP / 2));
+            fixture.until("a late commit", || Ok(fixture.proxy.has_cut()))?;
+            fixture.until("its arrival", || Ok(fixture.proxy.late() == 0))?;
+            fixture.until_written(50)?;
         }
         Ok(())
     })
@@ -203,24 +203,25 @@ pub fn late_cancellations(terms: Terms<'_>) -> Result<Figures, Why> {
     // As patient as the default in proportion to what else happens: given up after 2 s, looked at
     // a second later, ended by the server after 4 s.
     let settings = [("DATABASE__STEP_TIMEOUT_MS", "2000")];
-    alone_with(terms, &settings, |rig, _, _| {
+    alone_with(terms, &settings, |fixture, _, _| {
         for _ in 0..3 {
-            rig.proxy
+            fixture
+                .proxy
                 .cut_beside_workers(Cut::Late(Duration::from_millis(3_500)));
-            rig.until("a late commit", || Ok(rig.proxy.has_cut()))?;
+            fixture.until("a late commit", || Ok(fixture.proxy.has_cut()))?;
         }
-        rig.until("its arrival", || Ok(rig.proxy.late() == 0))
+        fixture.until("its arrival", || Ok(fixture.proxy.late() == 0))
     })
 }
 
 /// Nothing comes through in either direction for a while; what was sent meanwhile arrives then.
 pub fn silent_network(terms: Terms<'_>) -> Result<Figures, Why> {
-    alone(terms, |rig, _, _| {
+    alone(terms, |fixture, _, _| {
         for _ in 0..2 {
-            rig.proxy.freeze(true);
+            fixture.proxy.freeze(true);
             sleep(LONG);
-            rig.proxy.freeze(false);
-            rig.until_written(50)?;
+            fixture.proxy.freeze(false);
+            fixture.until_written(50)?;
         }
         Ok(())
     })
@@ -237,18 +238,20 @@ pub fn locked_orders(terms: Terms<'_>) -> Result<Figures, Why> {
 }
 
 fn locked(terms: Terms<'_>, lock: &str) -> Result<Figures, Why> {
-    alone(terms, |rig, server, _| {
-        let holder = rig.runtime.block_on(server.session());
+    alone(terms, |fixture, server, _| {
+        let holder = fixture.runtime.block_on(server.session());
         for _ in 0..2 {
             let statements = format!("BEGIN; {lock}");
-            rig.runtime
+            fixture
+                .runtime
                 .block_on(holder.batch_execute(&statements))
                 .expect("take the lock");
             sleep(LONG);
-            rig.runtime
+            fixture
+                .runtime
                 .block_on(holder.batch_execute("ROLLBACK"))
                 .expect("let it go");
-            rig.until_written(50)?;
+            fixture.until_written(50)?;
         }
         Ok(())
     })

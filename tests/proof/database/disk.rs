@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread::sleep;
 
-use super::rig::{PATIENCE, Rig, runtime};
+use super::fixture::{Fixture, PATIENCE, runtime};
 use super::{Figures, LONG, Terms};
 use crate::outcome::Why;
 use crate::support::postgres::test_dir;
@@ -78,18 +78,18 @@ pub fn full_for_data(terms: Terms<'_>) -> Result<Figures, Why> {
     )));
     // Whatever Millrace makes is made there.
     runtime.block_on(server.sql("ALTER DATABASE millrace SET default_tablespace = small"));
-    let mut rig = Rig::start(runtime, &server, terms)?;
-    rig.under_load(|rig, _| {
+    let mut fixture = Fixture::start(runtime, &server, terms)?;
+    fixture.under_load(|fixture, _| {
         disk.fill();
         // What is left of the last pages is used up first.
-        rig.until("the disk to be full", || {
+        fixture.until("the disk to be full", || {
             Ok(server.has_logged("No space left on device"))
         })?;
         sleep(LONG);
         disk.empty();
         Ok(())
     })?;
-    let verdict = rig.finish(&server)?;
+    let verdict = fixture.finish(&server)?;
     Ok(Figures {
         verdict,
         ..Figures::default()
@@ -106,15 +106,15 @@ pub fn full_for_wal(terms: Terms<'_>) -> Result<Figures, Why> {
     server.stop_immediately();
     move_wal(&server, &disk.path.join("wal"));
     runtime.block_on(server.start());
-    let mut rig = Rig::start(runtime, &server, terms)?;
-    rig.under_load(|rig, _| {
+    let mut fixture = Fixture::start(runtime, &server, terms)?;
+    fixture.under_load(|fixture, _| {
         disk.fill();
         let deadline = std::time::Instant::now() + PATIENCE;
         while !server.has_logged("No space left on device") {
             if std::time::Instant::now() > deadline {
                 return Err(Why::Failed("the WAL does not fill its disk".into()));
             }
-            rig.runtime.block_on(async {
+            fixture.runtime.block_on(async {
                 let config = server.config("postgres");
                 if let Ok((client, connection)) = config.connect(tokio_postgres::NoTls).await {
                     let connection = tokio::spawn(connection);
@@ -128,11 +128,11 @@ pub fn full_for_wal(terms: Terms<'_>) -> Result<Figures, Why> {
         disk.empty();
         // It may have given up, as an administrator would find it.
         if !server.is_running() {
-            rig.runtime.block_on(server.start());
+            fixture.runtime.block_on(server.start());
         }
         Ok(())
     })?;
-    let verdict = rig.finish(&server)?;
+    let verdict = fixture.finish(&server)?;
     Ok(Figures {
         verdict,
         ..Figures::default()

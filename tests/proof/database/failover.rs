@@ -7,7 +7,7 @@ use std::time::Instant;
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::runtime::Runtime;
 
-use super::rig::{Rig, runtime, socket};
+use super::fixture::{Fixture, runtime, socket};
 use super::{Figures, LONG, Terms};
 use crate::checker::{Found, Verdict};
 use crate::load::{has_journal, retry_some};
@@ -16,27 +16,27 @@ use crate::support::standby::{Pair, SLOT, Server};
 
 /// The standby has every commit that was acknowledged: nothing is lost.
 pub fn synchronous(terms: Terms<'_>) -> Result<Figures, Why> {
-    to_synchronous(terms, Rig::start)
+    to_synchronous(terms, Fixture::start)
 }
 
 /// The same with buyers who pay.
 pub fn paid_synchronous(terms: Terms<'_>) -> Result<Figures, Why> {
-    to_synchronous(terms, Rig::start_paying)
+    to_synchronous(terms, Fixture::start_paying)
 }
 
 fn to_synchronous(
     terms: Terms<'_>,
-    start: fn(Runtime, &Server, Terms<'_>) -> Result<Rig, Why>,
+    start: fn(Runtime, &Server, Terms<'_>) -> Result<Fixture, Why>,
 ) -> Result<Figures, Why> {
     let runtime = runtime();
     let mut pair = runtime.block_on(Pair::start());
     runtime.block_on(pair.synchronous(true));
-    let mut rig = start(runtime, &pair.primary, terms)?;
-    rig.under_load(|rig, _| {
-        fail_over(rig, &mut pair);
+    let mut fixture = start(runtime, &pair.primary, terms)?;
+    fixture.under_load(|fixture, _| {
+        fail_over(fixture, &mut pair);
         Ok(())
     })?;
-    let verdict = rig.finish(&pair.standby)?;
+    let verdict = fixture.finish(&pair.standby)?;
     Ok(Figures {
         verdict,
         ..Figures::default()
@@ -50,22 +50,22 @@ pub fn while_commits_wait(terms: Terms<'_>) -> Result<Figures, Why> {
     let runtime = runtime();
     let mut pair = runtime.block_on(Pair::start());
     runtime.block_on(pair.synchronous(true));
-    let mut rig = Rig::start(runtime, &pair.primary, terms)?;
-    rig.under_load(|rig, _| {
-        rig.runtime.block_on(pair.part());
+    let mut fixture = Fixture::start(runtime, &pair.primary, terms)?;
+    fixture.under_load(|fixture, _| {
+        fixture.runtime.block_on(pair.part());
         let until = Instant::now() + LONG;
         while Instant::now() < until {
-            rig.runtime.block_on(pair.primary.sql(END_WAITS));
+            fixture.runtime.block_on(pair.primary.sql(END_WAITS));
             sleep(LONG / 20);
         }
-        fail_over(rig, &mut pair);
+        fail_over(fixture, &mut pair);
         let words = "canceling the wait for synchronous replication";
         match pair.primary.has_logged(words) {
             true => Ok(()),
             false => Err(Why::Failed("no wait for the standby was given up".into())),
         }
     })?;
-    let verdict = rig.finish(&pair.standby)?;
+    let verdict = fixture.finish(&pair.standby)?;
     Ok(Figures {
         verdict,
         ..Figures::default()
@@ -105,50 +105,54 @@ fn to_lagging(terms: Terms<'_>, cancels: bool, killed: bool) -> Result<Figures, 
         ("QUEUE__JOURNAL__BYTES_MAX", "1048576"),
         ("QUEUE__JOURNAL__RETAIN_FOR_SLOTS", SLOT),
     ];
-    let mut rig = Rig::start_apart(runtime, &pair, terms, cancels, &settings)?;
+    let mut fixture = Fixture::start_apart(runtime, &pair, terms, cancels, &settings)?;
     let (mut before, mut after) = (Found::default(), Found::default());
-    rig.load_while(|rig, _| {
-        rig.runtime.block_on(pair.part());
-        rig.until_written(1_000)?;
+    fixture.load_while(|fixture, _| {
+        fixture.runtime.block_on(pair.part());
+        fixture.until_written(1_000)?;
         // The primary's last word, or almost.
-        before = rig.read(&pair.primary);
+        before = fixture.read(&pair.primary);
         pair.primary.stop_immediately();
         if killed {
-            kill_process(Pid::from_child(&rig.served.child), Signal::KILL).expect("kill -9");
+            kill_process(Pid::from_child(&fixture.served.child), Signal::KILL).expect("kill -9");
         }
-        rig.runtime.block_on(pair.promote());
-        after = rig.read(&pair.standby);
-        rig.proxy.lead_to(&socket(&pair.standby));
+        fixture.runtime.block_on(pair.promote());
+        after = fixture.read(&pair.standby);
+        fixture.proxy.lead_to(&socket(&pair.standby));
         if killed {
             return Ok(());
         }
-        rig.until_written(200)
+        fixture.until_written(200)
     })?;
     if killed {
-        rig.start_again()?;
-        rig.under_load(|_, _| Ok(()))?;
+        fixture.start_again()?;
+        fixture.under_load(|_, _| Ok(()))?;
     }
-    let applied_again = missing(&rig.crowds[1].own(&before), &rig.crowds[1].own(&after));
+    let applied_again = missing(
+        &fixture.crowds[1].own(&before),
+        &fixture.crowds[1].own(&after),
+    );
     if missing(&before, &after) == 0 {
         return Err(Why::Failed("the standby did not lag".into()));
     }
-    rig.until_quiet()?;
+    fixture.until_quiet()?;
     // Only those who did not wait: the others' orders may be gone.
     let mut said = Verdict::default();
-    let one = &rig.crowds[1];
-    retry_some(rig.served.data, &one.checker, 30, terms.seed, &mut said);
-    let judge_both = |rig: &Rig, found: &Found| judge(rig, found).0;
-    rig.compare(&pair.standby, said, judge_both)?;
+    let one = &fixture.crowds[1];
+    retry_some(fixture.served.data, &one.checker, 30, terms.seed, &mut said);
+    let judge_both = |fixture: &Fixture, found: &Found| judge(fixture, found).0;
+    fixture.compare(&pair.standby, said, judge_both)?;
     // A process that knows only what is in the database and in the journal sees the same.
-    rig.start_again()?;
-    rig.compare(&pair.standby, Verdict::default(), judge_both)
+    fixture.start_again()?;
+    fixture
+        .compare(&pair.standby, Verdict::default(), judge_both)
         .map_err(|why| match why {
             Why::Failed(why) => Why::Failed(format!("{why} (started again)")),
             not_run @ Why::NotRun(_) => not_run,
         })?;
     let mut lost_waiting = 0;
-    let verdict = rig.finish_orderly(&pair.standby, |rig, found| {
-        let (verdict, lost) = judge(rig, found);
+    let verdict = fixture.finish_orderly(&pair.standby, |fixture, found| {
+        let (verdict, lost) = judge(fixture, found);
         lost_waiting = lost;
         verdict
     })?;
@@ -160,10 +164,10 @@ fn to_lagging(terms: Terms<'_>, cancels: bool, killed: bool) -> Result<Figures, 
 }
 
 /// Loses the primary, makes the standby one, and leads everybody there.
-fn fail_over(rig: &Rig, pair: &mut Pair) {
+fn fail_over(fixture: &Fixture, pair: &mut Pair) {
     pair.primary.stop_immediately();
-    rig.runtime.block_on(pair.promote());
-    rig.proxy.lead_to(&socket(&pair.standby));
+    fixture.runtime.block_on(pair.promote());
+    fixture.proxy.lead_to(&socket(&pair.standby));
 }
 
 /// How many orders of `before` are not in `after`.
@@ -176,8 +180,8 @@ fn missing(before: &Found, after: &Found) -> u64 {
 
 /// The verdict, and how many of those who waited have lost their order, which a lagging standby
 /// may do to them. What else it may take: a cancellation, which is not in the journal.
-fn judge(rig: &Rig, found: &Found) -> (Verdict, u64) {
-    let (waiting, respond_async) = (&rig.crowds[0], &rig.crowds[1]);
+fn judge(fixture: &Fixture, found: &Found) -> (Verdict, u64) {
+    let (waiting, respond_async) = (&fixture.crowds[0], &fixture.crowds[1]);
     let own = waiting.own(found);
     let mut all = waiting.checker.judge(&own);
     let lost = all.acked - all.present;

@@ -1,19 +1,19 @@
-//! What the merchant sent and was told.
+//! Payments sent and how they were answered.
 
 use std::collections::BTreeMap;
 
 use serde::Serialize;
 use smol_str::SmolStr;
 
-use super::histogram::Latencies;
-use super::outcome::Fault;
 use super::payment::PaymentKind;
-use super::report::Percentiles;
+use crate::loadgen::histogram::Latencies;
+use crate::loadgen::outcome::Fault;
+use crate::loadgen::report::Percentiles;
 
 /// The payments of a load: the member `payments` of `--json`.
 ///
-/// A payment counts once, in however many deliveries it came. What was sent and not acknowledged,
-/// the server may have or not: an answer can get lost on its way.
+/// A payment counts once, whatever the number of its deliveries. The server may have a payment that was
+/// sent and not acknowledged, for an answer can get lost.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct PaymentReport {
     /// Payments of which a delivery was sent.
@@ -40,9 +40,9 @@ pub struct PaymentReport {
     pub latency: Percentiles,
     /// Deliveries with a false signature.
     pub false_signatures: FalseSignatures,
-    /// Each payment with what became of it, where the plan asked to keep outcomes.
+    /// Each payment with its outcome, if the plan keeps outcomes.
     #[serde(skip)]
-    pub told: Option<Vec<PaymentTold>>,
+    pub outcomes: Option<Vec<PaymentOutcome>>,
 }
 
 /// How many payments there were of one kind.
@@ -82,7 +82,7 @@ pub struct FalseSignatures {
 
 /// One payment that was sent, for a comparison with the database.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PaymentTold {
+pub struct PaymentOutcome {
     /// The order that it names; of [`PaymentKind::Lost`], one that never existed.
     pub order_id: u64,
     /// The platform's name for it.
@@ -99,23 +99,23 @@ pub struct PaymentTold {
     pub expires_at_ms: Option<i64>,
 }
 
-/// What a delivery came to.
-pub(super) type DeliveryResult = Result<u16, Fault>;
+/// The result of a delivery: the status of its answer, or why there is none.
+pub(in crate::loadgen) type DeliveryResult = Result<u16, Fault>;
 
-/// The merchant's records while it works.
+/// Counts payments and deliveries while they are made.
 #[derive(Debug)]
-pub(super) struct Books {
+pub(in crate::loadgen) struct PaymentStats {
     report: PaymentReport,
     sent: [u64; PaymentKind::ALL.len()],
     acknowledged: [u64; PaymentKind::ALL.len()],
     latencies: Latencies<u64>,
 }
 
-impl Books {
-    pub(super) fn new(keep: bool) -> Self {
+impl PaymentStats {
+    pub(in crate::loadgen) fn new(keep: bool) -> Self {
         Self {
             report: PaymentReport {
-                told: keep.then(Vec::new),
+                outcomes: keep.then(Vec::new),
                 ..PaymentReport::default()
             },
             sent: [0; PaymentKind::ALL.len()],
@@ -124,21 +124,21 @@ impl Books {
         }
     }
 
-    /// Notes the first delivery of a payment, and returns its place among those that are kept.
-    pub(super) fn first_sent(&mut self, payment: PaymentTold) -> usize {
+    /// Notes the first delivery of a payment, and returns its place among the kept outcomes.
+    pub(in crate::loadgen) fn first_sent(&mut self, payment: PaymentOutcome) -> usize {
         self.sent[payment.kind.place()] += 1;
         self.money(&payment.currency).sent += payment.amount;
-        match &mut self.report.told {
-            Some(told) => {
-                told.push(payment);
-                told.len() - 1
+        match &mut self.report.outcomes {
+            Some(outcomes) => {
+                outcomes.push(payment);
+                outcomes.len() - 1
             }
             None => 0,
         }
     }
 
     /// Notes the first `2xx` for a payment.
-    pub(super) fn acknowledged(
+    pub(in crate::loadgen) fn acknowledged(
         &mut self,
         kind: PaymentKind,
         amount: i64,
@@ -148,13 +148,23 @@ impl Books {
     ) {
         self.acknowledged[kind.place()] += 1;
         self.money(currency).acknowledged += amount;
-        if let Some(told) = self.report.told.as_mut().and_then(|all| all.get_mut(place)) {
-            told.acknowledged_at_ms = Some(at_ms);
+        if let Some(payment) = self
+            .report
+            .outcomes
+            .as_mut()
+            .and_then(|all| all.get_mut(place))
+        {
+            payment.acknowledged_at_ms = Some(at_ms);
         }
     }
 
     /// Notes a delivery with a true signature.
-    pub(super) fn delivered(&mut self, result: DeliveryResult, latency_ns: u64, retry: bool) {
+    pub(in crate::loadgen) fn delivered(
+        &mut self,
+        result: DeliveryResult,
+        latency_ns: u64,
+        retry: bool,
+    ) {
         let report = &mut self.report;
         report.deliveries += 1;
         report.retried += u64::from(retry);
@@ -175,7 +185,7 @@ impl Books {
     }
 
     /// Notes a delivery with a false signature.
-    pub(super) fn forged(&mut self, result: DeliveryResult) {
+    pub(in crate::loadgen) fn forged(&mut self, result: DeliveryResult) {
         let forged = &mut self.report.false_signatures;
         forged.sent += 1;
         match result {
@@ -186,7 +196,7 @@ impl Books {
     }
 
     /// The report, once nothing more is sent.
-    pub(super) fn close(self) -> PaymentReport {
+    pub(in crate::loadgen) fn close(self) -> PaymentReport {
         let sent = self.sent.iter().sum();
         let acknowledged = self.acknowledged.iter().sum();
         PaymentReport {

@@ -19,14 +19,13 @@ use hyper::header::{HeaderName, HeaderValue};
 use tokio::sync::Notify;
 use tokio::task::LocalSet;
 
-use super::click::{Click, Script};
-use super::client::{Link, request, send};
+use super::connection::{Connection, request, send};
 use super::error::LoadError;
-use super::merchant::Till;
 use super::outcome::{Answer, Fault};
-use super::payment::Bill;
+use super::platform::{PaymentsTx, PlacedOrder};
 use super::recorder::{Live, Recorder};
-use super::schedule::Cursor;
+use super::request_template::RequestTemplate;
+use super::schedule::{Arrival, Cursor};
 use super::target::Target;
 
 /// The dispatcher looks at the schedule no more often than this: what falls due in between goes
@@ -41,10 +40,10 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Second digits of the p99 on the progress line are worth no more than this.
 const SHOW_P99_EVERY: Duration = Duration::from_millis(500);
 
-/// What all threads of a run have in common.
-pub(super) struct Common {
+/// What all threads of a run share.
+pub(super) struct RunShared {
     pub target: Target,
-    pub script: Arc<Script>,
+    pub template: Arc<RequestTemplate>,
     pub request_timeout: Duration,
     pub interval_ms: u64,
     pub keep_outcomes: bool,
@@ -58,11 +57,11 @@ pub(super) struct Common {
 
 /// Starts a thread; joining it gives its records.
 pub(super) fn spawn(
-    common: Arc<Common>,
+    common: Arc<RunShared>,
     cursor: Cursor,
     connections: usize,
     live: Arc<Live>,
-    till: Option<Till>,
+    payments_tx: Option<PaymentsTx>,
 ) -> Result<JoinHandle<Recorder>, LoadError> {
     let failed = |e: std::io::Error| LoadError::Thread {
         what: "sending thread",
@@ -74,20 +73,20 @@ pub(super) fn spawn(
         .map_err(failed)?;
     std::thread::Builder::new()
         .name("loadgen".to_owned())
-        .spawn(move || runtime.block_on(drive(common, cursor, connections, live, till)))
+        .spawn(move || runtime.block_on(drive(common, cursor, connections, live, payments_tx)))
         .map_err(failed)
 }
 
 /// What the tasks of one thread share.
-struct Lane {
-    common: Arc<Common>,
+struct SenderShared {
+    common: Arc<RunShared>,
     live: Arc<Live>,
-    /// Where orders are told to be paid; none where nobody pays.
-    till: Option<Till>,
+    /// Takes placed orders to the payment platform; none without payments.
+    payments_tx: Option<PaymentsTx>,
     cursor: RefCell<Cursor>,
     recorder: RefCell<Recorder>,
     /// Connections with nothing to do, the most recently used last.
-    idle: RefCell<Vec<Rc<Seat>>>,
+    idle: RefCell<Vec<Rc<Idle>>>,
     /// Wakes the dispatcher when a connection goes idle while it waits for one.
     went_idle: Notify,
     start: Cell<Instant>,
@@ -97,21 +96,21 @@ struct Lane {
     changed: Notify,
 }
 
-/// Where a connection is handed its next click.
+/// Hands an idle connection its next arrival.
 #[derive(Default)]
-struct Seat {
-    click: Cell<Option<Click>>,
+struct Idle {
+    arrival: Cell<Option<Arrival>>,
     waker: RefCell<Option<Waker>>,
 }
 
 async fn drive(
-    common: Arc<Common>,
+    common: Arc<RunShared>,
     cursor: Cursor,
     connections: usize,
     live: Arc<Live>,
-    till: Option<Till>,
+    payments_tx: Option<PaymentsTx>,
 ) -> Recorder {
-    let lane = Rc::new(Lane {
+    let shared = Rc::new(SenderShared {
         cursor: RefCell::new(cursor),
         recorder: RefCell::new(Recorder::new(common.interval_ms, common.keep_outcomes)),
         idle: RefCell::new(Vec::with_capacity(connections)),
@@ -123,23 +122,23 @@ async fn drive(
         changed: Notify::new(),
         common,
         live,
-        till,
+        payments_tx,
     });
     let tasks = LocalSet::new();
     let work = async {
         let connections: Vec<_> = (0..connections)
-            .map(|_| tokio::task::spawn_local(connection(Rc::clone(&lane))))
+            .map(|_| tokio::task::spawn_local(connection(Rc::clone(&shared))))
             .collect();
-        while lane.unconnected.get() > 0 {
-            lane.changed.notified().await;
+        while shared.unconnected.get() > 0 {
+            shared.changed.notified().await;
         }
         // Blocking is right here: nothing in this thread has anything to do before all are ready.
-        lane.common.ready.wait();
-        let start = *lane.common.start.get_or_init(Instant::now);
-        lane.start.set(start);
-        lane.running.set(true);
-        lane.changed.notify_waiters();
-        dispatch(&lane).await;
+        shared.common.ready.wait();
+        let start = *shared.common.start.get_or_init(Instant::now);
+        shared.start.set(start);
+        shared.running.set(true);
+        shared.changed.notify_waiters();
+        dispatch(&shared).await;
         for connection in connections {
             // A task that panicked has printed so; the others still finish.
             let _ = connection.await;
@@ -147,42 +146,43 @@ async fn drive(
     };
     tasks.run_until(work).await;
     drop(tasks);
-    lane.recorder
-        .replace(Recorder::new(lane.common.interval_ms, false))
+    shared
+        .recorder
+        .replace(Recorder::new(shared.common.interval_ms, false))
 }
 
-/// Hands due clicks to idle connections until the schedule is at its end.
-async fn dispatch(lane: &Lane) {
+/// Hands due arrivals to idle connections until the end of the schedule.
+async fn dispatch(shared: &SenderShared) {
     let alarm = Arc::new(Notify::new());
     let pacer = pacer(Arc::clone(&alarm));
     let mut shown_at = Instant::now();
     loop {
-        if lane.common.stop.load(Ordering::Relaxed) {
-            lane.cursor.borrow_mut().end();
+        if shared.common.stop.load(Ordering::Relaxed) {
+            shared.cursor.borrow_mut().end();
         }
-        while let Some(seat) = lane.next_idle() {
-            match lane.cursor.borrow_mut().take_due(lane.now_ns()) {
-                Some(click) => seat.hand(click),
+        while let Some(idle) = shared.next_idle() {
+            match shared.cursor.borrow_mut().take_due(shared.now_ns()) {
+                Some(arrival) => idle.hand(arrival),
                 None => {
-                    lane.idle.borrow_mut().push(seat);
+                    shared.idle.borrow_mut().push(idle);
                     break;
                 }
             }
         }
-        let Some(due_ns) = lane.cursor.borrow().due_ns() else {
+        let Some(due_ns) = shared.cursor.borrow().due_ns() else {
             break;
         };
         if shown_at.elapsed() >= SHOW_P99_EVERY {
             shown_at = Instant::now();
-            if let Some(p99_ms) = lane.recorder.borrow().p99_ms() {
-                lane.live.show_p99(p99_ms);
+            if let Some(p99_ms) = shared.recorder.borrow().p99_ms() {
+                shared.live.show_p99(p99_ms);
             }
         }
         let now = Instant::now();
-        let due = lane.start.get() + Duration::from_nanos(due_ns);
-        if lane.idle.borrow().is_empty() {
+        let due = shared.start.get() + Duration::from_nanos(due_ns);
+        if shared.idle.borrow().is_empty() {
             // Connections help themselves as they come free; the timeout is for `stop`.
-            let _ = tokio::time::timeout(LOOK_UP, lane.went_idle.notified()).await;
+            let _ = tokio::time::timeout(LOOK_UP, shared.went_idle.notified()).await;
         } else {
             let until = due.clamp(now + TICK, now + LOOK_UP);
             match &pacer {
@@ -191,9 +191,9 @@ async fn dispatch(lane: &Lane) {
             }
         }
     }
-    lane.finished.set(true);
-    for seat in lane.idle.borrow_mut().drain(..) {
-        seat.wake();
+    shared.finished.set(true);
+    for idle in shared.idle.borrow_mut().drain(..) {
+        idle.wake();
     }
 }
 
@@ -213,92 +213,97 @@ pub(super) fn pacer(alarm: Arc<Notify>) -> Option<mpsc::Sender<Instant>> {
         .map(|_| sender)
 }
 
-/// The life of one connection: take a click, send it, write down the answer.
-async fn connection(lane: Rc<Lane>) {
-    let address = &lane.common.target.address;
-    let mut link = tokio::time::timeout(CONNECT_TIMEOUT, Link::connect(address))
+/// The life of one connection: take an arrival, send it, record the answer.
+async fn connection(shared: Rc<SenderShared>) {
+    let address = &shared.common.target.address;
+    let mut connection = tokio::time::timeout(CONNECT_TIMEOUT, Connection::connect(address))
         .await
         .ok()
         .and_then(Result::ok);
-    lane.unconnected.set(lane.unconnected.get() - 1);
-    lane.changed.notify_waiters();
-    while !lane.running.get() {
-        lane.changed.notified().await;
+    shared.unconnected.set(shared.unconnected.get() - 1);
+    shared.changed.notify_waiters();
+    while !shared.running.get() {
+        shared.changed.notified().await;
     }
-    let seat = Rc::new(Seat::default());
-    while let Some(click) = lane.next_click(&seat).await {
-        let sent_ns = lane.now_ns();
-        lane.recorder.borrow_mut().sent(&click, sent_ns);
-        lane.live.count_sent();
-        let late = Duration::from_nanos(sent_ns.saturating_sub(click.scheduled_ns));
-        let answer = if late > lane.common.request_timeout {
+    let idle = Rc::new(Idle::default());
+    while let Some(arrival) = shared.next_click(&idle).await {
+        let sent_ns = shared.now_ns();
+        shared.recorder.borrow_mut().sent(&arrival, sent_ns);
+        shared.live.count_sent();
+        let late = Duration::from_nanos(sent_ns.saturating_sub(arrival.scheduled_ns));
+        let answer = if late > shared.common.request_timeout {
             Answer::fault(Fault::NotSent)
         } else {
-            lane.ask(&mut link, &click).await
+            shared.ask(&mut connection, &arrival).await
         };
-        lane.recorder
+        shared
+            .recorder
             .borrow_mut()
-            .told(&click, lane.now_ns(), &answer);
-        lane.live.count_answer(answer.kind);
+            .answered(&arrival, shared.now_ns(), &answer);
+        shared.live.count_answer(answer.kind);
         if answer.code == Fault::Connect.name() {
             tokio::time::sleep(RECONNECT_PAUSE).await;
         }
     }
 }
 
-impl Lane {
+impl SenderShared {
     fn now_ns(&self) -> u64 {
         self.start.get().elapsed().as_nanos() as u64
     }
 
-    fn next_idle(&self) -> Option<Rc<Seat>> {
+    fn next_idle(&self) -> Option<Rc<Idle>> {
         self.idle.borrow_mut().pop()
     }
 
-    /// The click that this connection is to send next; none at the end of the schedule.
-    async fn next_click(&self, seat: &Rc<Seat>) -> Option<Click> {
-        if let Some(click) = self.cursor.borrow_mut().take_due(self.now_ns()) {
-            return Some(click);
+    /// The next arrival of this connection; none at the end of the schedule.
+    async fn next_click(&self, idle: &Rc<Idle>) -> Option<Arrival> {
+        if let Some(arrival) = self.cursor.borrow_mut().take_due(self.now_ns()) {
+            return Some(arrival);
         }
         if self.finished.get() {
             return None;
         }
-        self.idle.borrow_mut().push(Rc::clone(seat));
+        self.idle.borrow_mut().push(Rc::clone(idle));
         self.went_idle.notify_one();
         std::future::poll_fn(|cx| {
-            if let Some(click) = seat.click.take() {
-                return Poll::Ready(Some(click));
+            if let Some(arrival) = idle.arrival.take() {
+                return Poll::Ready(Some(arrival));
             }
             if self.finished.get() {
                 return Poll::Ready(None);
             }
-            *seat.waker.borrow_mut() = Some(cx.waker().clone());
+            *idle.waker.borrow_mut() = Some(cx.waker().clone());
             Poll::Pending
         })
         .await
     }
 
-    /// Sends a click and reads the answer, on a new connection if the old one is gone.
-    async fn ask(&self, link: &mut Option<Link>, click: &Click) -> Answer {
-        let exchange = self.exchange(link, click);
+    /// Sends an arrival's request and reads the answer, on a new connection if the old one is gone.
+    async fn ask(&self, connection: &mut Option<Connection>, arrival: &Arrival) -> Answer {
+        let exchange = self.exchange(connection, arrival);
         match tokio::time::timeout(self.common.request_timeout, exchange).await {
             Ok(Ok(answer)) => answer,
             Ok(Err(fault)) => {
-                *link = None;
+                *connection = None;
                 Answer::fault(fault)
             }
             Err(_) => {
                 // The answer may still come, and must not be read as the next one's.
-                *link = None;
+                *connection = None;
                 Answer::fault(Fault::Timeout)
             }
         }
     }
 
-    async fn exchange(&self, link: &mut Option<Link>, click: &Click) -> Result<Answer, Fault> {
+    async fn exchange(
+        &self,
+        connection: &mut Option<Connection>,
+        arrival: &Arrival,
+    ) -> Result<Answer, Fault> {
         let common = &self.common;
-        let mut headers = common.target.order_headers(click.buyer);
-        if let Some(key) = common.script.key(click.buyer, click.sku)
+        let mut headers = common.target.order_headers(arrival.buyer);
+        if let Some(key) = common.template.key(arrival.buyer, arrival.sku)
             && let Ok(value) = HeaderValue::from_str(&key)
         {
             headers.insert(HeaderName::from_static("idempotency-key"), value);
@@ -307,25 +312,25 @@ impl Lane {
             Method::POST,
             common.target.orders.clone(),
             headers,
-            common.script.body(click),
+            common.template.body(arrival),
         );
-        let reply = send(link, &common.target.address, order).await?;
+        let reply = send(connection, &common.target.address, order).await?;
         let replayed = reply.headers.contains_key("idempotency-replayed");
         let answer = Answer::read(reply.status, replayed, &reply.body);
-        if let Some(till) = &self.till
+        if let Some(payments_tx) = &self.payments_tx
             && answer.kind.is_placed()
-            && let Some(bill) = Bill::read(click, &reply.body)
+            && let Some(order) = PlacedOrder::read(arrival, &reply.body)
         {
-            // A merchant that has given up takes no more bills.
-            let _ = till.send(bill);
+            // A platform that has given up takes no more orders.
+            let _ = payments_tx.send(order);
         }
         Ok(answer)
     }
 }
 
-impl Seat {
-    fn hand(&self, click: Click) {
-        self.click.set(Some(click));
+impl Idle {
+    fn hand(&self, arrival: Arrival) {
+        self.arrival.set(Some(arrival));
         self.wake();
     }
 

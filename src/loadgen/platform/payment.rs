@@ -1,11 +1,11 @@
-//! What is to be paid, and the ways in which it is paid.
+//! Orders to be paid, and the ways in which buyers pay them.
 
 use std::borrow::Cow;
 
 use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
 
-use super::click::Click;
+use crate::loadgen::schedule::Arrival;
 
 /// The ways in which buyers pay. The names are stable, as `--json` shows them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -45,7 +45,7 @@ impl PaymentKind {
     }
 
     /// Begins the part of the `payment_id` that tells an order's payments apart.
-    pub(super) fn mark(self) -> &'static str {
+    pub(in crate::loadgen) fn mark(self) -> &'static str {
         match self {
             Self::Regular | Self::Late => "a",
             Self::WrongAmount => "w",
@@ -54,14 +54,14 @@ impl PaymentKind {
         }
     }
 
-    pub(super) fn place(self) -> usize {
+    pub(in crate::loadgen) fn place(self) -> usize {
         self as usize
     }
 }
 
 /// How a false signature is false.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Forgery {
+pub(in crate::loadgen) enum Forgery {
     /// Signed with a key that is not the platform's.
     ForeignKey,
     /// One byte of the body altered after it was signed.
@@ -70,10 +70,10 @@ pub(super) enum Forgery {
     AlteredSignature,
 }
 
-/// An order as its answer told it: what its buyer owes.
+/// An order as its answer describes it to the buyer, who may pay it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Bill {
-    /// The click's buyer and SKU, which decide whether and how it is paid.
+pub(in crate::loadgen) struct PlacedOrder {
+    /// The arrival's buyer and SKU, which decide whether and how it is paid.
     pub buyer: u32,
     pub sku: u16,
     pub order_id: u64,
@@ -98,14 +98,14 @@ struct OrderBody<'a> {
     expires_at: Option<Cow<'a, str>>,
 }
 
-impl Bill {
-    /// Reads the answer that placed an order; none where nothing can be paid by it.
-    pub(super) fn read(click: &Click, body: &[u8]) -> Option<Self> {
+impl PlacedOrder {
+    /// Reads the answer that placed an order; none if there is nothing to pay.
+    pub(in crate::loadgen) fn read(arrival: &Arrival, body: &[u8]) -> Option<Self> {
         let order: OrderBody<'_> = serde_json::from_slice(body).ok()?;
         (order.amount > 0).then_some(())?;
         Some(Self {
-            buyer: click.buyer,
-            sku: click.sku,
+            buyer: arrival.buyer,
+            sku: arrival.sku,
             order_id: order.order_id.parse().ok()?,
             amount: order.amount,
             currency: SmolStr::from(order.currency),
@@ -123,8 +123,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_bill_is_read_from_the_answer_with_and_without_a_receipt() {
-        let click = Click {
+    fn a_placed_order_is_read_from_the_answer_with_and_without_a_receipt() {
+        let arrival = Arrival {
             scheduled_ns: 0,
             buyer: 3,
             sku: 1,
@@ -132,20 +132,20 @@ mod tests {
         };
         let body = br#"{"order_id":"7","status":"accepted","amount":100,"currency":"EUR",
             "receipt":"r-7","expires_at":"2026-01-02T03:04:05.678Z","new":[1]}"#;
-        let bill = Bill::read(&click, body).unwrap();
-        assert_eq!((bill.buyer, bill.sku, bill.order_id), (3, 1, 7));
-        assert_eq!((bill.amount, bill.currency.as_str()), (100, "EUR"));
-        assert_eq!(bill.receipt.as_deref(), Some("r-7"));
-        assert_eq!(bill.expires_at_ms, Some(1_767_323_045_678));
+        let order = PlacedOrder::read(&arrival, body).unwrap();
+        assert_eq!((order.buyer, order.sku, order.order_id), (3, 1, 7));
+        assert_eq!((order.amount, order.currency.as_str()), (100, "EUR"));
+        assert_eq!(order.receipt.as_deref(), Some("r-7"));
+        assert_eq!(order.expires_at_ms, Some(1_767_323_045_678));
         let body = br#"{"order_id":"7","amount":100,"currency":"EUR"}"#;
-        let bill = Bill::read(&click, body).unwrap();
-        assert_eq!((bill.receipt, bill.expires_at_ms), (None, None));
+        let order = PlacedOrder::read(&arrival, body).unwrap();
+        assert_eq!((order.receipt, order.expires_at_ms), (None, None));
         for body in [
             r#"{"order_id":"7","status":"accepted"}"#,
             r#"{"order_id":"7","amount":0,"currency":"EUR"}"#,
             "nothing",
         ] {
-            assert_eq!(Bill::read(&click, body.as_bytes()), None, "{body}");
+            assert_eq!(PlacedOrder::read(&arrival, body.as_bytes()), None, "{body}");
         }
     }
 

@@ -1,22 +1,22 @@
-//! Which orders are paid, how, and when: a pure function of the seed and the click.
+//! Decides which orders are paid, how and when: a pure function of the seed, the buyer and the SKU.
 //!
-//! Fates hang on the buyer and the SKU, never on the order's id or on when it was placed, so that
-//! two runs of one plan pay alike whatever the server's timing was.
+//! Neither the order's id nor its moment matters, so that two runs of one plan pay alike whatever the
+//! server's timing was.
 
 use super::payment::{Forgery, PaymentKind};
-use super::schedule::{fraction, mix};
+use crate::loadgen::schedule::{fraction, mix};
 
-/// Keeps these draws apart from those of the clicks.
+/// Keeps these draws apart from those of the schedule.
 const SALT: u64 = 0x7061_7965_7200_0005;
 
 const MS: f64 = 1e6;
 const S: f64 = 1e9;
 
-/// Of the payments: those at once, before the row of an order that was only acknowledged is there.
+/// Share of payments made at once, before an acknowledged order has its row.
 const AT_ONCE_SHARE: f64 = 0.15;
-/// Of the payments: those that come too late, where the run is long enough for it.
+/// Share of payments made too late, if the run is long enough for them.
 const LATE_SHARE: f64 = 0.02;
-/// Of the payments, each.
+/// Shares of the other kinds.
 const WRONG_AMOUNT_SHARE: f64 = 0.005;
 const SECOND_SHARE: f64 = 0.005;
 const LOST_SHARE: f64 = 0.005;
@@ -29,39 +29,44 @@ const SPREAD_NS: f64 = 2.0 * S;
 const LATE_NS_MAX: f64 = S;
 
 /// From an order's expiry to the last planned delivery of a payment that is late for it.
-pub(super) const LATE_TAIL_NS: u64 = (LATE_NS_MAX + SPREAD_NS) as u64;
+pub(in crate::loadgen) const LATE_TAIL_NS: u64 = (LATE_NS_MAX + SPREAD_NS) as u64;
 
-/// One payment to come.
+/// One payment that will be made.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Planned {
+pub(in crate::loadgen) struct PlannedPayment {
     pub kind: PaymentKind,
     /// A payment that nobody made: each of its deliveries has a false signature.
     pub forgery: Option<Forgery>,
     /// When each delivery is due, in nanoseconds after the order's answer; the first comes first.
     pub deliveries_ns: Vec<u64>,
-    /// One more draw, for what is made up.
+    /// One more draw, for made-up ids and amounts.
     pub lot: u64,
 }
 
-/// Decides what becomes of each order.
+/// Decides how each order is paid.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Fates {
+pub(in crate::loadgen) struct PaymentScenario {
     seed: u64,
     /// The share of orders that are paid, 0 to 1.
     share: f64,
 }
 
-impl Fates {
-    pub(super) fn new(seed: u64, share: f64) -> Self {
+impl PaymentScenario {
+    pub(in crate::loadgen) fn new(seed: u64, share: f64) -> Self {
         Self {
             seed: mix(seed ^ SALT),
             share,
         }
     }
 
-    /// The payments for the order of a click. `expires_in_ns`: when it expires, if a payment after
-    /// that still lies within the run.
-    pub(super) fn of(&self, buyer: u32, sku: u16, expires_in_ns: Option<u64>) -> Vec<Planned> {
+    /// The payments for an order. `expires_in_ns`: when the order expires; none if a payment after that
+    /// would lie beyond the run.
+    pub(in crate::loadgen) fn of(
+        &self,
+        buyer: u32,
+        sku: u16,
+        expires_in_ns: Option<u64>,
+    ) -> Vec<PlannedPayment> {
         let mut dice = Dice(self.seed ^ mix(u64::from(buyer) << 16 | u64::from(sku)));
         let mut planned = Vec::new();
         let mut true_deliveries = 1;
@@ -93,7 +98,7 @@ impl Fates {
                 }
             }
         }
-        // For orders that nobody pays too: a forgery that is believed would pay them.
+        // For unpaid orders too: a forgery that is believed would pay them.
         for _ in 0..true_deliveries {
             if dice.fraction() < FORGED_SHARE {
                 planned.push(dice.forged());
@@ -140,7 +145,7 @@ impl Dice {
         }
     }
 
-    fn payment(&mut self, kind: PaymentKind, first_ns: u64) -> Planned {
+    fn payment(&mut self, kind: PaymentKind, first_ns: u64) -> PlannedPayment {
         let mut deliveries_ns = vec![first_ns];
         for _ in 1..self.deliveries() {
             // Half of them almost at once, over another connection.
@@ -151,7 +156,7 @@ impl Dice {
             };
             deliveries_ns.push(first_ns + self.between(0.0, spread));
         }
-        Planned {
+        PlannedPayment {
             kind,
             forgery: None,
             deliveries_ns,
@@ -159,13 +164,13 @@ impl Dice {
         }
     }
 
-    fn forged(&mut self) -> Planned {
+    fn forged(&mut self) -> PlannedPayment {
         let forgery = match self.next() % 3 {
             0 => Forgery::ForeignKey,
             1 => Forgery::AlteredBody,
             _ => Forgery::AlteredSignature,
         };
-        Planned {
+        PlannedPayment {
             kind: PaymentKind::Regular,
             forgery: Some(forgery),
             deliveries_ns: vec![self.soon()],
@@ -181,14 +186,14 @@ mod tests {
     const ORDERS: u32 = 100_000;
     const EXPIRES_IN_NS: u64 = 10_000_000_000;
 
-    fn all(seed: u64, share: f64, expires_in_ns: Option<u64>) -> Vec<Vec<Planned>> {
-        let fates = Fates::new(seed, share);
+    fn all(seed: u64, share: f64, expires_in_ns: Option<u64>) -> Vec<Vec<PlannedPayment>> {
+        let scenario = PaymentScenario::new(seed, share);
         (0..ORDERS)
-            .map(|buyer| fates.of(buyer, (buyer % 3) as u16, expires_in_ns))
+            .map(|buyer| scenario.of(buyer, (buyer % 3) as u16, expires_in_ns))
             .collect()
     }
 
-    fn share_of(orders: &[Vec<Planned>], keep: impl Fn(&Planned) -> bool) -> f64 {
+    fn share_of(orders: &[Vec<PlannedPayment>], keep: impl Fn(&PlannedPayment) -> bool) -> f64 {
         let count = orders.iter().flatten().filter(|p| keep(p)).count();
         count as f64 / f64::from(ORDERS)
     }
@@ -211,7 +216,8 @@ mod tests {
     fn shares_are_those_of_the_plan() {
         use PaymentKind::*;
         let orders = all(1, 0.7, Some(EXPIRES_IN_NS));
-        let is = |kind: PaymentKind| move |p: &Planned| p.forgery.is_none() && p.kind == kind;
+        let is =
+            |kind: PaymentKind| move |p: &PlannedPayment| p.forgery.is_none() && p.kind == kind;
         assert_near(share_of(&orders, is(Regular)), 0.7 * 0.975);
         assert_near(share_of(&orders, is(Late)), 0.7 * LATE_SHARE);
         assert_near(share_of(&orders, is(WrongAmount)), 0.7 * WRONG_AMOUNT_SHARE);

@@ -1,10 +1,10 @@
-//! Intake, stock and buyers beside a twin that is obviously right: plain maps and one thread. Both
+//! Intake, stock and buyers beside a model that is obviously right: plain maps and one thread. Both
 //! are driven by the same random operations and asked the same questions after each.
 //!
-//! A failure prints its seed: `MILLRACE_SEED=<seed> cargo test --test twin` runs that round alone,
+//! A failure prints its seed: `MILLRACE_SEED=<seed> cargo test --test model` runs that round alone,
 //! and the seed then joins `PAST_SEEDS`. `MILLRACE_ROUNDS` says how many rounds are run.
 //!
-//! Below the twin: what only threads can show, the counts that no interleaving may change.
+//! Below the model: what only threads can show, the counts that no interleaving may change.
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::future::Future;
@@ -166,7 +166,7 @@ impl Woken {
     }
 }
 
-// --- The twin -------------------------------------------------------------------------------
+// --- The model -------------------------------------------------------------------------------
 
 /// A request in words that both sides understand.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -208,7 +208,7 @@ fn key_hash(text: &str) -> KeyHash {
 }
 
 #[derive(Clone, Debug)]
-struct TwinSku {
+struct ModelSku {
     total: u32,
     held: u32,
     sold: u32,
@@ -219,7 +219,7 @@ struct TwinSku {
     paused: bool,
 }
 
-impl TwinSku {
+impl ModelSku {
     fn free(&self) -> u32 {
         self.total - self.held - self.sold
     }
@@ -264,10 +264,10 @@ impl Known {
     }
 }
 
-struct Twin {
+struct Model {
     gate: Gate,
     paused: bool,
-    skus: Vec<TwinSku>,
+    skus: Vec<ModelSku>,
     /// By id: what is remembered of the window.
     remembered: BTreeMap<u64, Known>,
     /// Live orders that have left the window, of SKUs with a limit.
@@ -286,7 +286,7 @@ struct Twin {
     hour: u32,
 }
 
-impl Twin {
+impl Model {
     /// What API.md says the answer is. Nothing changes yet.
     fn judge(&self, ask: &Ask, now: i64) -> Answer {
         use Answer::Refused;
@@ -429,7 +429,7 @@ impl Twin {
     /// `early`, live orders of it below `payable`. Returns how many orders were forgotten.
     fn evict(&mut self, floor: u64, early: u64, payable: u64) -> usize {
         let before = self.remembered.len() + self.aged.len();
-        let limited = |skus: &[TwinSku], ask: &Ask| skus[ask.sku].limit.is_some();
+        let limited = |skus: &[ModelSku], ask: &Ask| skus[ask.sku].limit.is_some();
         for (id, known) in std::mem::take(&mut self.remembered) {
             let needed = known.live && limited(&self.skus, &known.ask);
             let early = id < early && known.ask.key.is_none() && !(known.live && id >= payable);
@@ -459,7 +459,7 @@ const USERS: usize = 4;
 struct Round {
     random: StdRng,
     real: Real,
-    twin: Twin,
+    model: Model,
     claimed: Vec<Arc<PendingOrder>>,
     /// Persisted and not paid: id, SKU and units.
     unpaid: Vec<(u64, usize, u32)>,
@@ -484,13 +484,13 @@ impl Round {
         let remembered_max = random.random_range(5..if many { 300 } else { 60 });
         Round {
             real: Real::new(&totals, limit, capacity, remembered_max),
-            twin: Twin {
+            model: Model {
                 gate: Gate::NotReady,
                 paused: false,
                 told: HashMap::new(),
                 skus: totals
                     .iter()
-                    .map(|total| TwinSku {
+                    .map(|total| ModelSku {
                         total: *total,
                         held: 0,
                         sold: 0,
@@ -553,7 +553,7 @@ impl Round {
     }
 
     fn set_gate(&mut self, gate: Gate) {
-        self.twin.gate = gate;
+        self.model.gate = gate;
         match gate {
             Gate::Open => self.real.intake.open(),
             Gate::Draining => self.real.intake.drain(),
@@ -562,15 +562,15 @@ impl Round {
     }
 
     fn any_sku(&mut self) -> usize {
-        self.random.random_range(0..self.twin.skus.len())
+        self.random.random_range(0..self.model.skus.len())
     }
 
     fn ask(&mut self) -> Ask {
         // Now and then exactly what somebody asked before.
-        if self.random.random_bool(0.2) && !self.twin.remembered.is_empty() {
-            let at = self.random.random_range(0..self.twin.remembered.len());
+        if self.random.random_bool(0.2) && !self.model.remembered.is_empty() {
+            let at = self.random.random_range(0..self.model.remembered.len());
             return self
-                .twin
+                .model
                 .remembered
                 .values()
                 .nth(at)
@@ -582,7 +582,7 @@ impl Round {
         Ask {
             user: random.random_range(0..USERS * 2) % (USERS + 1) % USERS,
             // One beyond the last is unknown.
-            sku: random.random_range(0..self.twin.skus.len() * 8 + 1) / 8,
+            sku: random.random_range(0..self.model.skus.len() * 8 + 1) / 8,
             units: random.random_range(1..5),
             adjustment: *[0, 0, 0, 7, -50, -350, i64::MAX, i64::MIN]
                 .get(random.random_range(0..8))
@@ -594,8 +594,8 @@ impl Round {
 
     fn admit(&mut self) {
         let ask = self.ask();
-        let expected = self.twin.judge(&ask, UnixMillis::now().0);
-        let deadline_hour = self.twin.hour + self.random.random_range(1..6);
+        let expected = self.model.judge(&ask, UnixMillis::now().0);
+        let deadline_hour = self.model.hour + self.random.random_range(1..6);
         let woken = Arc::new(Woken::default());
         let waker = Arc::new(Waker::from(Arc::clone(&woken)));
         let admitted = self
@@ -618,7 +618,7 @@ impl Round {
             Some(key),
         ) = (&answer, ask.key)
         {
-            let told = &mut self.twin.told;
+            let told = &mut self.model.told;
             told.entry((ask.user, key))
                 .or_insert((ask.clone(), *refusal));
         }
@@ -634,7 +634,7 @@ impl Round {
             );
             assert_eq!(order.attributes.as_deref(), ask.attributes);
             assert_eq!(order.expires_at, order.created_at.plus_ms(PAYMENT_TTL_MS));
-            self.twin.place(id, &ask, deadline_hour, woken);
+            self.model.place(id, &ask, deadline_hour, woken);
         }
     }
 
@@ -643,12 +643,12 @@ impl Round {
         let max = self.random.random_range(1..6);
         let Some(taken) = self.real.take_now(max) else {
             assert!(
-                self.twin.queue.is_empty(),
+                self.model.queue.is_empty(),
                 "the queue kept orders for itself"
             );
             return;
         };
-        let expected: Vec<u64> = self.twin.queue.iter().take(max).copied().collect();
+        let expected: Vec<u64> = self.model.queue.iter().take(max).copied().collect();
         let ids: Vec<u64> = taken
             .orders()
             .iter()
@@ -664,8 +664,8 @@ impl Round {
         }
         for order in taken.orders() {
             let id = order.order.id.get();
-            self.twin.queue.pop_front();
-            let waiting = self.twin.in_flight.get_mut(&id);
+            self.model.queue.pop_front();
+            let waiting = self.model.in_flight.get_mut(&id);
             assert_eq!(
                 order.slot.claim(),
                 waiting.is_some(),
@@ -682,20 +682,24 @@ impl Round {
         taken.ack();
     }
 
-    /// What was put back stands beside the ring, whose room is then not the twin's: take it all.
+    /// What was put back stands beside the ring, whose room is then not the model's: take it all.
     fn forget_put_back(&mut self) {
         while let Some(taken) = self.real.take_now(usize::MAX) {
             for order in taken.orders() {
                 let id = order.order.id.get();
-                assert_eq!(self.twin.queue.pop_front(), Some(id));
+                assert_eq!(self.model.queue.pop_front(), Some(id));
                 if order.slot.claim() {
-                    self.twin.in_flight.get_mut(&id).expect("in flight").claimed = true;
+                    self.model
+                        .in_flight
+                        .get_mut(&id)
+                        .expect("in flight")
+                        .claimed = true;
                     self.claimed.push(Arc::clone(order));
                 }
             }
             taken.ack();
         }
-        assert!(self.twin.queue.is_empty());
+        assert!(self.model.queue.is_empty());
     }
 
     fn settle(&mut self) {
@@ -710,7 +714,7 @@ impl Round {
 
     fn settle_as(&mut self, order: &Arc<PendingOrder>, as_what: End) {
         self.real.end(order, as_what);
-        let ended = self.twin.end(order.order.id.get(), as_what);
+        let ended = self.model.end(order.order.id.get(), as_what);
         assert!(ended.woken.count() > 0, "the buyer sleeps on");
         let (state, unpaid) = match as_what {
             End::Persisted => {
@@ -726,22 +730,22 @@ impl Round {
 
     /// Time passes; whoever nobody claimed in time is given up.
     fn expire(&mut self) {
-        self.twin.hour += self.random.random_range(0..4);
-        let hour = self.twin.hour;
+        self.model.hour += self.random.random_range(0..4);
+        let hour = self.model.hour;
         // Half an hour beyond, so that the seconds that the test itself takes decide nothing.
         self.real.expire(self.started + HOUR * hour + HOUR / 2);
         let due: Vec<u64> = self
-            .twin
+            .model
             .in_flight
             .iter()
             .filter(|(_, order)| !order.claimed && order.deadline_hour <= hour)
             .map(|(id, _)| *id)
             .collect();
         for id in due {
-            let order = self.twin.abandon(id);
+            let order = self.model.abandon(id);
             assert!(order.woken.count() > 0, "the buyer sleeps on");
         }
-        for order in self.twin.in_flight.values() {
+        for order in self.model.in_flight.values() {
             let overdue = order.deadline_hour <= hour;
             assert!(overdue || order.woken.count() == 0, "woken before its time");
         }
@@ -754,13 +758,13 @@ impl Round {
         let at = self.random.random_range(0..self.unpaid.len());
         let (id, sku, units) = self.unpaid.swap_remove(at);
         self.real.sku(sku).counter().sell(units);
-        self.twin.skus[sku].held -= units;
-        self.twin.skus[sku].sold += units;
+        self.model.skus[sku].held -= units;
+        self.model.skus[sku].sold += units;
         if self.random.random_bool(0.3) {
             // A refund that puts the units back on sale.
             self.end_once(id);
             self.real.sku(sku).counter().unsell(units);
-            self.twin.skus[sku].sold -= units;
+            self.model.skus[sku].sold -= units;
         }
     }
 
@@ -774,30 +778,30 @@ impl Round {
         if self.end_once(id).unwrap_or(true) {
             self.real.sku(sku).counter().release(units);
         }
-        self.twin.skus[sku].held -= units;
+        self.model.skus[sku].held -= units;
     }
 
     /// A row's order is over, and its units no longer count; asking again changes nothing.
     fn end_once(&mut self, id: u64) -> Option<bool> {
-        let user = user_id(self.twin.rows[&id].0.user);
+        let user = user_id(self.model.rows[&id].0.user);
         let order_id = OrderId::new(id).unwrap();
         let buyers = &self.real.state.buyers;
         let turned = buyers.deactivate(&user, order_id, Ended::Expired);
-        let is_known = self.twin.remembered.contains_key(&id) || self.twin.aged.contains_key(&id);
+        let is_known = self.model.remembered.contains_key(&id) || self.model.aged.contains_key(&id);
         assert_eq!(turned, is_known.then_some(true));
         let again = buyers.deactivate(&user, order_id, Ended::Expired);
         assert_eq!(
             again,
-            self.twin.remembered.contains_key(&id).then_some(false)
+            self.model.remembered.contains_key(&id).then_some(false)
         );
-        self.twin.end_row(id);
+        self.model.end_row(id);
         turned
     }
 
     fn set_total(&mut self) {
         let at = self.any_sku();
         let total = self.random.random_range(0..40);
-        let sku = &mut self.twin.skus[at];
+        let sku = &mut self.model.skus[at];
         let answer = self.real.sku(at).counter().set_total(total);
         if total < sku.held + sku.sold {
             assert_eq!(answer.unwrap_err().committed, sku.held + sku.sold);
@@ -815,7 +819,7 @@ impl Round {
             let away = if random.random_bool(0.8) { hour } else { -hour };
             random.random_bool(0.4).then(|| UnixMillis::now().0 + away)
         };
-        let sku = &mut self.twin.skus[at];
+        let sku = &mut self.model.skus[at];
         sku.opens_at = moment(random)
             .map(|at| at - 2 * HOUR.as_millis() as i64)
             .filter(|_| random.random_bool(0.7));
@@ -831,10 +835,10 @@ impl Round {
         let number = SkuNumber(at as i32 + 1);
         let counting = sku.limit.map(|_| state.buyers.counting(number));
         if let Some(counting) = &counting {
-            let is_incomplete = self.twin.incomplete.remove(&at);
+            let is_incomplete = self.model.incomplete.remove(&at);
             assert_eq!(counting.is_complete(), !is_incomplete);
             if is_incomplete {
-                let rows = self.twin.rows.iter();
+                let rows = self.model.rows.iter();
                 let of_sku = rows.filter(|(_, (ask, live))| ask.sku == at && *live);
                 let read: Vec<_> = of_sku.map(|(id, (ask, _))| (*id, ask.clone())).collect();
                 // What ends while they are being read.
@@ -846,8 +850,8 @@ impl Round {
                         quantity: Quantity::new(ask.units).unwrap(),
                     };
                     counting.add(user_id(ask.user), order);
-                    if self.twin.rows[&id].1 && !self.twin.remembered.contains_key(&id) {
-                        self.twin.aged.insert(id, ask);
+                    if self.model.rows[&id].1 && !self.model.remembered.contains_key(&id) {
+                        self.model.aged.insert(id, ask);
                     }
                 }
                 counting.complete();
@@ -864,24 +868,24 @@ impl Round {
     fn pause(&mut self) {
         let paused = self.random.random_bool(0.4);
         if self.random.random_bool(0.3) {
-            self.twin.paused = paused;
+            self.model.paused = paused;
             self.real.state.catalogue.set_paused(paused);
         } else {
             let at = self.any_sku();
-            self.twin.skus[at].paused = paused;
+            self.model.skus[at].paused = paused;
             self.real.sku(at).set_paused(paused);
         }
     }
 
     /// The window of idempotency moves on.
     fn evict(&mut self) {
-        if self.twin.remembered.is_empty() {
+        if self.model.remembered.is_empty() {
             return;
         }
-        let at = self.random.random_range(0..self.twin.remembered.len());
-        let floor = *self.twin.remembered.keys().nth(at).expect("within");
+        let at = self.random.random_range(0..self.model.remembered.len());
+        let floor = *self.model.remembered.keys().nth(at).expect("within");
         // What is on its way is not let go.
-        let flying = self.twin.in_flight.keys().min().copied();
+        let flying = self.model.in_flight.keys().min().copied();
         let floor = floor.min(flying.unwrap_or(u64::MAX));
         let early = if self.random.random_bool(0.3) {
             floor + self.random.random_range(0..1 << 20)
@@ -897,11 +901,11 @@ impl Round {
         };
         let state = &self.real.state;
         let evicted = state.buyers.evict(eviction, |sku| state.is_limited(sku));
-        assert_eq!(evicted, self.twin.evict(floor, early, payable));
+        assert_eq!(evicted, self.model.evict(floor, early, payable));
     }
 
     fn compare(&self) {
-        for (at, sku) in self.twin.skus.iter().enumerate() {
+        for (at, sku) in self.model.skus.iter().enumerate() {
             let expected = StockSnapshot {
                 total: sku.total,
                 free: sku.free(),
@@ -911,11 +915,11 @@ impl Round {
             assert_eq!(self.real.sku(at).counter().snapshot(), expected, "SKU {at}");
         }
         let buyers = &self.real.state.buyers;
-        let aged = &self.twin.aged;
-        assert_eq!(buyers.len(), self.twin.remembered.len() + aged.len());
-        for (id, (ask, live)) in &self.twin.rows {
+        let aged = &self.model.aged;
+        assert_eq!(buyers.len(), self.model.remembered.len() + aged.len());
+        for (id, (ask, live)) in &self.model.rows {
             let known = buyers.find(&user_id(ask.user), OrderId::new(*id).unwrap());
-            let is_known = aged.contains_key(id) || self.twin.remembered.contains_key(id);
+            let is_known = aged.contains_key(id) || self.model.remembered.contains_key(id);
             assert_eq!(
                 known.map(|known| known.is_live()),
                 is_known.then_some(*live)
@@ -936,7 +940,7 @@ impl Round {
                 })
                 .collect();
             let expected: Vec<_> = self
-                .twin
+                .model
                 .remembered
                 .iter()
                 .filter(|(_, known)| known.ask.user == user)
@@ -944,9 +948,9 @@ impl Round {
                 .collect();
             assert_eq!(known, expected, "user {user}");
         }
-        assert_eq!(self.real.queue.depth(), self.twin.queue.len());
-        assert_eq!(self.real.state.pending.len(), self.twin.in_flight.len());
-        for id in self.twin.in_flight.keys() {
+        assert_eq!(self.real.queue.depth(), self.model.queue.len());
+        assert_eq!(self.real.state.pending.len(), self.model.in_flight.len());
+        for id in self.model.in_flight.keys() {
             assert!(
                 self.real
                     .state
@@ -962,7 +966,7 @@ impl Round {
         self.set_gate(Gate::Open);
         self.real.queue.close();
         let ask = self.ask();
-        if let Answer::Placed { .. } = self.twin.judge(&ask, UnixMillis::now().0) {
+        if let Answer::Placed { .. } = self.model.judge(&ask, UnixMillis::now().0) {
             let refusal = self
                 .real
                 .intake
@@ -979,7 +983,7 @@ impl Round {
         self.compare();
         assert!(self.real.state.pending.is_empty());
         assert_eq!(self.real.queue.depth(), 0);
-        for (at, sku) in self.twin.skus.iter().enumerate() {
+        for (at, sku) in self.model.skus.iter().enumerate() {
             let unpaid: u32 = self
                 .unpaid
                 .iter()

@@ -5,8 +5,8 @@ use std::collections::HashMap;
 
 use serde_json::Value;
 
-use super::money::{self, OrderRow};
-use crate::loadgen::{AnswerKind, LoadReport, Promise, Told};
+use super::payments::{self, OrderRow};
+use crate::loadgen::{AnswerKind, Check, LoadReport, Outcome};
 use crate::order::OrderStatus;
 use crate::pipeline::admin::audit::LIVE_CHECK;
 use crate::store::postgres::Database;
@@ -16,7 +16,7 @@ type Buyer = (String, String);
 
 /// What a buyer's clicks add up to.
 #[derive(Default)]
-struct Heard {
+struct BuyerView {
     /// An order that an answer named as placed.
     placed: Option<u64>,
     /// Two answers named different orders.
@@ -33,8 +33,8 @@ struct Heard {
     told_no: bool,
 }
 
-impl Heard {
-    fn hear(&mut self, told: &Told<'_>) {
+impl BuyerView {
+    fn hear(&mut self, told: &Outcome<'_>) {
         match told.kind {
             AnswerKind::Created | AnswerKind::Accepted | AnswerKind::Replayed => {
                 self.name(told.order_id)
@@ -71,8 +71,8 @@ pub async fn judge(
     audit_before: &Value,
     audit: &Value,
     answer_ms_max: f64,
-) -> anyhow::Result<Vec<Promise>> {
-    let mut heard: HashMap<Buyer, Heard> = HashMap::new();
+) -> anyhow::Result<Vec<Check>> {
+    let mut heard: HashMap<Buyer, BuyerView> = HashMap::new();
     for told in report.outcomes.iter().flat_map(|outcomes| outcomes.iter()) {
         heard
             .entry((told.user.to_string(), told.sku.to_owned()))
@@ -118,7 +118,7 @@ pub async fn judge(
         .await?;
 
     let count =
-        |condition: fn(&Heard) -> bool| heard.values().filter(|told| condition(told)).count();
+        |condition: fn(&BuyerView) -> bool| heard.values().filter(|told| condition(told)).count();
     let placed = count(|told| told.placed.is_some());
     let missing: Vec<u64> = heard
         .iter()
@@ -138,7 +138,7 @@ pub async fn judge(
             units("held_by_orders").saturating_add(units("sold_by_orders")) > units("total")
         });
     let oversold = oversold.count();
-    let promise = |name: &str, ok: bool, detail: String| Promise {
+    let promise = |name: &str, ok: bool, detail: String| Check {
         name: name.to_owned(),
         ok,
         detail,
@@ -206,7 +206,7 @@ pub async fn judge(
         ),
     ];
     if let Some(payments) = &report.payments {
-        promises.extend(money::judge(payments, &order_rows, audit_before, audit));
+        promises.extend(payments::judge(payments, &order_rows, audit_before, audit));
     }
     promises.push(promise(
         "The audit of the database agrees",
@@ -224,7 +224,7 @@ pub fn live_compared(audit: &Value) -> bool {
 }
 
 /// Whether an order that was placed can stand here at the end of a sale in which nobody cancels and
-/// no row is refused; `money` says whether it should.
+/// no row is refused; `payments` says whether it should.
 fn is_of_a_sale(status: OrderStatus) -> bool {
     match status {
         OrderStatus::PendingPayment
@@ -243,7 +243,7 @@ fn is_of_a_sale(status: OrderStatus) -> bool {
 /// order that has meanwhile expired counts: its buyer had the unit and did not pay.
 fn unsold(
     report: &LoadReport,
-    heard: &HashMap<Buyer, Heard>,
+    heard: &HashMap<Buyer, BuyerView>,
     found: &HashMap<Buyer, u64>,
 ) -> usize {
     let stock = report

@@ -2,7 +2,8 @@
 //!
 //! <https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md>:
 //! the signed text is `id.timestamp.body`, the signature `v1,` and the base64 of its HMAC-SHA256.
-//! Written anew here, from the specification, so that it can judge the server's reading of it.
+//! Implemented here from the specification and not shared with the server, so that it tests the server's
+//! implementation.
 
 use std::fmt;
 
@@ -12,7 +13,7 @@ use bytes::Bytes;
 use ring::hmac;
 use serde::{Deserialize, Serialize};
 
-/// What every secret begins with.
+/// The prefix of every secret.
 const PREFIX: &str = "whsec_";
 /// Bytes that a key has by the specification.
 const KEY_BYTES: std::ops::RangeInclusive<usize> = 24..=64;
@@ -23,7 +24,7 @@ const KEY_BYTES: std::ops::RangeInclusive<usize> = 24..=64;
 pub struct WebhookSecret(String);
 
 impl WebhookSecret {
-    /// Wraps the secret's text; [`LoadPlan::check`](super::LoadPlan::check) says whether it is one.
+    /// Wraps the secret's text; [`LoadPlan::check`](crate::loadgen::LoadPlan::check) says whether it is one.
     pub fn new(text: impl Into<String>) -> Self {
         Self(text.into())
     }
@@ -38,8 +39,8 @@ impl WebhookSecret {
         &self.0
     }
 
-    /// The key, or what is wrong with the text.
-    pub(super) fn signer(&self) -> Result<Signer, &'static str> {
+    /// The signer with this secret, or the fault of the text.
+    pub(in crate::loadgen) fn signer(&self) -> Result<Signer, &'static str> {
         let encoded = self.0.trim();
         let encoded = encoded.strip_prefix(PREFIX).unwrap_or(encoded);
         let key = STANDARD
@@ -60,15 +61,15 @@ impl fmt::Debug for WebhookSecret {
 }
 
 /// Signs messages.
-pub(super) struct Signer(hmac::Key);
+pub(in crate::loadgen) struct Signer(hmac::Key);
 
 impl Signer {
-    pub(super) fn of_key(key: &[u8]) -> Self {
+    pub(in crate::loadgen) fn of_key(key: &[u8]) -> Self {
         Self(hmac::Key::new(hmac::HMAC_SHA256, key))
     }
 
     /// The value of `webhook-signature`.
-    pub(super) fn sign(&self, id: &str, timestamp_s: i64, body: &[u8]) -> String {
+    pub(in crate::loadgen) fn sign(&self, id: &str, timestamp_s: i64, body: &[u8]) -> String {
         let mut context = hmac::Context::with_key(&self.0);
         context.update(format!("{id}.{timestamp_s}.").as_bytes());
         context.update(body);
@@ -76,9 +77,9 @@ impl Signer {
     }
 }
 
-/// What a callback reports.
+/// The data of a `payment.succeeded` callback.
 #[derive(Debug, Clone, Copy, Serialize)]
-pub(super) struct Succeeded<'a> {
+pub(in crate::loadgen) struct Succeeded<'a> {
     pub order_id: &'a str,
     pub payment_id: &'a str,
     /// In minor units.
@@ -90,7 +91,7 @@ pub(super) struct Succeeded<'a> {
 
 impl Succeeded<'_> {
     /// The body of the callback.
-    pub(super) fn body(&self) -> Bytes {
+    pub(in crate::loadgen) fn body(&self) -> Bytes {
         #[derive(Serialize)]
         struct Message<'a> {
             r#type: &'static str,

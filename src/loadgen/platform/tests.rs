@@ -1,10 +1,10 @@
-//! The merchant against a server that answers by rule.
+//! The payment platform against a server that answers by rule.
 
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
-use super::test_server::{AMOUNT, Callback, Rules, TestServer};
-use super::*;
+use crate::loadgen::test_server::{AMOUNT, Callback, Rules, TestServer};
+use crate::loadgen::*;
 
 fn secret() -> WebhookSecret {
     WebhookSecret::of_key(&[42; 32])
@@ -65,7 +65,7 @@ async fn without_a_share_of_payers_nothing_is_sent_and_nothing_reported() {
 }
 
 #[tokio::test]
-async fn what_the_merchant_reports_is_what_the_server_received() {
+async fn the_platform_reports_what_the_server_received() {
     let server = TestServer::start(rules()).await;
     let (report, payments) = load(plan(&server, 2000)).await;
     assert_eq!(report.placed, 2000);
@@ -108,7 +108,7 @@ async fn what_the_merchant_reports_is_what_the_server_received() {
     assert_eq!(regular + wrong, 2000);
     assert!(wrong > 0 && kind(&payments, PaymentKind::Second) > 0);
     assert!(kind(&payments, PaymentKind::Lost) > 0);
-    let told = payments.told.unwrap();
+    let told = payments.outcomes.unwrap();
     assert_eq!(told.len() as u64, payments.sent);
     for payment in told {
         assert!(payment.acknowledged_at_ms.is_some());
@@ -214,7 +214,7 @@ async fn a_false_signature_that_is_believed_is_reported() {
         .filter(|callback| !callback.signed)
         .map(|callback| text(&callback, "payment_id").to_owned())
         .collect();
-    let told = payments.told.unwrap();
+    let told = payments.outcomes.unwrap();
     assert!(
         told.iter()
             .all(|p| !believed.contains(p.payment_id.as_str()))
@@ -231,7 +231,7 @@ async fn some_pay_after_their_order_has_expired() {
     let (_, payments) = load(plan(&server, 1000)).await;
     assert!(kind(&payments, PaymentKind::Late) > 0);
     let callbacks = server.callbacks();
-    for payment in payments.told.unwrap() {
+    for payment in payments.outcomes.unwrap() {
         let mut deliveries = callbacks.iter();
         let first = deliveries
             .find(|c| text(c, "payment_id") == payment.payment_id)
@@ -243,7 +243,7 @@ async fn some_pay_after_their_order_has_expired() {
 }
 
 #[tokio::test]
-async fn a_stop_ends_the_merchant_too() {
+async fn a_stop_ends_the_platform_too() {
     let server = TestServer::start(Rules {
         callbacks_refused: usize::MAX,
         ..rules()

@@ -1,4 +1,4 @@
-//! One request of the schedule, and what it says.
+//! The texts of an order's request: user, key and body.
 
 use std::fmt::Write as _;
 
@@ -7,24 +7,11 @@ use smol_str::{SmolStr, format_smolstr};
 
 use super::orders_file::OrderLine;
 use super::plan::LoadPlan;
+use super::schedule::Arrival;
 
-/// One request that is due at a moment. Small, because it is made and dropped for each request;
-/// its texts are written out by the [`Script`] when they are needed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Click {
-    /// Nanoseconds after the start at which the request is due.
-    pub scheduled_ns: u64,
-    /// The buyer's number, or the line of the orders file.
-    pub buyer: u32,
-    /// The SKU's place in [`Script::skus`].
-    pub sku: u16,
-    /// The second request of a double click.
-    pub double: bool,
-}
-
-/// Turns clicks into the texts of their requests.
+/// Writes the requests of arrivals: made up from prefixes and numbers, or replayed from a file.
 #[derive(Debug)]
-pub(super) struct Script {
+pub(super) struct RequestTemplate {
     skus: Vec<String>,
     quantity: u32,
     user_prefix: String,
@@ -32,8 +19,8 @@ pub(super) struct Script {
     lines: Option<Vec<OrderLine>>,
 }
 
-impl Script {
-    /// The script of made-up clicks.
+impl RequestTemplate {
+    /// A template for made-up orders.
     pub(super) fn made_up(plan: &LoadPlan) -> Self {
         Self {
             skus: plan.skus.iter().map(|s| s.sku_id.clone()).collect(),
@@ -44,7 +31,7 @@ impl Script {
         }
     }
 
-    /// The script of a replayed file, whose lines refer to `skus`.
+    /// A template that replays a file, whose lines refer to `skus` by place.
     pub(super) fn replay(skus: Vec<String>, lines: Vec<OrderLine>) -> Self {
         Self {
             skus,
@@ -55,22 +42,22 @@ impl Script {
         }
     }
 
-    /// Every SKU that a click can name.
+    /// Every SKU that an arrival can name.
     pub(super) fn skus(&self) -> &[String] {
         &self.skus
     }
 
-    /// The lines of the replayed file, if there is one.
+    /// The lines of the replayed file; none for made-up orders.
     pub(super) fn lines(&self) -> Option<&[OrderLine]> {
         self.lines.as_deref()
     }
 
-    /// The SKU's name; empty where a replayed line names none.
+    /// The SKU's id; empty if the replayed line names none.
     pub(super) fn sku(&self, sku: u16) -> &str {
         self.skus.get(usize::from(sku)).map_or("", String::as_str)
     }
 
-    /// The `user_id`; empty where a replayed line names none.
+    /// The `user_id`; empty if the replayed line names none.
     pub(super) fn user(&self, buyer: u32) -> SmolStr {
         match &self.lines {
             Some(lines) => lines
@@ -80,7 +67,7 @@ impl Script {
         }
     }
 
-    /// The `Idempotency-Key`: one for each buyer and SKU, or what the replayed line says.
+    /// The `Idempotency-Key`: one for each buyer and SKU, or that of the replayed line.
     pub(super) fn key(&self, buyer: u32, sku: u16) -> Option<SmolStr> {
         match &self.lines {
             Some(lines) => lines.get(buyer as usize).and_then(|line| line.key.clone()),
@@ -93,20 +80,20 @@ impl Script {
     }
 
     /// The body of `POST /v1/orders`.
-    pub(super) fn body(&self, click: &Click) -> Bytes {
+    pub(super) fn body(&self, arrival: &Arrival) -> Bytes {
         match &self.lines {
             Some(lines) => lines
-                .get(click.buyer as usize)
+                .get(arrival.buyer as usize)
                 .map_or_else(Bytes::new, |line| line.body.clone()),
             None => {
                 let mut body = String::with_capacity(128);
                 // Prefixes may hold a quote or a backslash, which are visible ASCII too.
-                let user = self.user(click.buyer);
+                let user = self.user(arrival.buyer);
                 let _ = write!(
                     body,
                     r#"{{"user_id":{},"sku_id":{},"quantity":{}}}"#,
                     Quoted(&user),
-                    Quoted(self.sku(click.sku)),
+                    Quoted(self.sku(arrival.sku)),
                     self.quantity
                 );
                 Bytes::from(body)

@@ -56,8 +56,8 @@ impl Known {
     }
 }
 
-/// The rig.
-pub struct Rig {
+/// The fixture.
+pub struct Fixture {
     pub disk: SimDisk,
     pub queue: JournalQueue,
     pub known: HashMap<OrderId, Known>,
@@ -68,7 +68,7 @@ pub fn open(disk: &SimDisk) -> Result<Opened, JournalError> {
     Opened::on(Arc::new(disk.clone()), BYTES_MAX, [9; 16], |_, _| {})
 }
 
-impl Rig {
+impl Fixture {
     /// A journal that goes on from what is on `disk`; ids from `next_id`.
     pub fn start(disk: SimDisk, next_id: u64, capacity: usize) -> Result<Self, JournalError> {
         let parts = JournalParts {
@@ -82,7 +82,7 @@ impl Rig {
             on_end: Arc::new(|reason| panic!("{reason}")),
             metrics: Metrics::new().unwrap(),
         };
-        Ok(Rig {
+        Ok(Fixture {
             queue: JournalQueue::start(open(&disk)?, parts)?,
             disk,
             known: HashMap::new(),

@@ -1,9 +1,9 @@
-//! The merchant: hears of every order that was placed and has the platform's callbacks delivered.
+//! Delivers the callbacks of payments, and retries them as a payment platform does.
 //!
-//! A thread of its own with connections of its own, so that a data plane that is busy with orders
-//! delays callbacks only by what it does to them. Open-loop like the clicks: each delivery has a
-//! moment at which it is due and its latency counts from there. What fails is delivered again
-//! after a growing pause, as a platform does it, until the grace after the last order is over.
+//! It is a thread with connections of its own, so that a data plane busy with orders delays callbacks
+//! only by its own work on them. It is open-loop like the orders: each delivery is due at a moment, and
+//! its latency counts from there. A failed delivery is retried with exponential backoff until the grace
+//! period after the last order is over.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -20,21 +20,21 @@ use smol_str::{SmolStr, format_smolstr};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::LocalSet;
 
-use super::client::{Link, request, send};
-use super::error::LoadError;
-use super::fate::{Fates, LATE_TAIL_NS, Planned};
-use super::outcome::Fault;
-use super::payment::{Bill, Forgery, PaymentKind};
-use super::payment_report::{Books, DeliveryResult, PaymentReport, PaymentTold};
-use super::plan::LoadPlan;
+use super::payment::{Forgery, PaymentKind, PlacedOrder};
+use super::payment_scenario::{LATE_TAIL_NS, PaymentScenario, PlannedPayment};
+use super::payment_stats::{DeliveryResult, PaymentOutcome, PaymentReport, PaymentStats};
 use super::webhook::{Signer, Succeeded};
-use super::worker::{Common, pacer};
+use crate::loadgen::connection::{Connection, request, send};
+use crate::loadgen::error::LoadError;
+use crate::loadgen::outcome::Fault;
+use crate::loadgen::plan::LoadPlan;
+use crate::loadgen::sender::{RunShared, pacer};
 
-/// Where the sending threads hand over what is to be paid. The merchant closes once all of them
-/// are dropped and nothing is left to be sent.
-pub(super) type Till = mpsc::UnboundedSender<Bill>;
+/// Takes placed orders from the sending threads. The delivery ends once all senders are dropped and
+/// every payment is delivered or given up.
+pub(in crate::loadgen) type PaymentsTx = mpsc::UnboundedSender<PlacedOrder>;
 
-/// Platforms give up about here.
+/// Payment platforms time out at about this.
 const CALLBACK_TIMEOUT_MAX: Duration = Duration::from_secs(5);
 /// The pause after the first failure; it doubles with each further one, up to the longest.
 const BACKOFF_NS: u64 = 250_000_000;
@@ -46,32 +46,32 @@ const TICK_MAX: Duration = Duration::from_millis(1);
 /// It looks up at least this often, to hear of a stop and of the end.
 const LOOK_UP: Duration = Duration::from_millis(50);
 
-/// The merchant's thread.
-pub(super) struct Merchant {
+/// The thread that delivers callbacks.
+pub(in crate::loadgen) struct WebhookDelivery {
     thread: JoinHandle<PaymentReport>,
     acknowledged: Arc<AtomicU64>,
 }
 
-impl Merchant {
-    /// Opens the merchant of a plan that passed its check, and its till. `end`: about when the
-    /// last click is due, after the start.
-    pub(super) fn open(
+impl WebhookDelivery {
+    /// Starts the thread of a plan that passed its check. `end`: about when the last request is due,
+    /// after the start.
+    pub(in crate::loadgen) fn open(
         plan: &LoadPlan,
-        common: &Arc<Common>,
+        common: &Arc<RunShared>,
         end: Duration,
-    ) -> Result<(Self, Till), LoadError> {
+    ) -> Result<(Self, PaymentsTx), LoadError> {
         let failed = |reason: String| LoadError::Thread {
-            what: "merchant's thread",
+            what: "payment platform's thread",
             reason,
         };
         let signer = plan.signer()?;
-        let (till, bills) = mpsc::unbounded_channel();
+        let (payments_tx, placed_orders) = mpsc::unbounded_channel();
         let acknowledged = Arc::new(AtomicU64::new(0));
         let grace_ns = plan.pay_grace_ms.saturating_mul(1_000_000);
-        let terms = Terms {
+        let settings = Settings {
             common: Arc::clone(common),
             signer,
-            fates: Fates::new(plan.seed, plan.pay_share),
+            scenario: PaymentScenario::new(plan.seed, plan.pay_share),
             connections: plan.pay_connections,
             grace_ns,
             horizon_ns: u64::try_from(end.as_nanos())
@@ -86,39 +86,39 @@ impl Merchant {
             .map_err(|e| failed(e.to_string()))?;
         let thread = std::thread::Builder::new()
             .name("loadgen-pay".to_owned())
-            .spawn(move || runtime.block_on(drive(terms, bills)))
+            .spawn(move || runtime.block_on(drive(settings, placed_orders)))
             .map_err(|e| failed(e.to_string()))?;
         Ok((
             Self {
                 thread,
                 acknowledged,
             },
-            till,
+            payments_tx,
         ))
     }
 
-    pub(super) fn is_finished(&self) -> bool {
+    pub(in crate::loadgen) fn is_finished(&self) -> bool {
         self.thread.is_finished()
     }
 
     /// Payments acknowledged so far.
-    pub(super) fn acknowledged(&self) -> u64 {
+    pub(in crate::loadgen) fn acknowledged(&self) -> u64 {
         self.acknowledged.load(Ordering::Relaxed)
     }
 
-    pub(super) fn close(self) -> Result<PaymentReport, LoadError> {
+    pub(in crate::loadgen) fn close(self) -> Result<PaymentReport, LoadError> {
         self.thread.join().map_err(|_| LoadError::Thread {
-            what: "merchant's thread",
+            what: "payment platform's thread",
             reason: "it panicked, as printed above".to_owned(),
         })
     }
 }
 
-/// What the merchant goes by.
-struct Terms {
-    common: Arc<Common>,
+/// Settings of the thread.
+struct Settings {
+    common: Arc<RunShared>,
     signer: Signer,
-    fates: Fates,
+    scenario: PaymentScenario,
     connections: usize,
     grace_ns: u64,
     /// Until when a payment may fall due, in nanoseconds after the start.
@@ -127,89 +127,92 @@ struct Terms {
     acknowledged: Arc<AtomicU64>,
 }
 
-/// What the tasks of the thread share.
-struct Desk {
-    terms: Terms,
+/// Shared by the tasks of the thread.
+struct Shared {
+    settings: Settings,
     forger: Signer,
-    /// By the moment at which they are due, then as they came.
+    /// By the moment at which they are due, then by their number.
     due: RefCell<BTreeMap<(u64, u64), Delivery>>,
     number: Cell<u64>,
-    /// Connections with nothing to do.
-    links: RefCell<Vec<Link>>,
+    /// Idle connections.
+    connections: RefCell<Vec<Connection>>,
     in_flight: Cell<usize>,
     /// A delivery is over.
     changed: Notify,
-    books: RefCell<Books>,
+    stats: RefCell<PaymentStats>,
 }
 
 /// One attempt to deliver a payment.
 struct Delivery {
-    case: Rc<Case>,
+    payment: Rc<Payment>,
     failures: u32,
 }
 
-/// A payment, in however many deliveries.
-struct Case {
-    payment: PaymentTold,
+/// A payment with all of its deliveries.
+struct Payment {
+    outcome: PaymentOutcome,
     forgery: Option<Forgery>,
     webhook_id: SmolStr,
-    /// What is signed, which is what is sent, but for a forgery.
+    /// The signed text; only a forgery sends another one.
     signed: Bytes,
     body: Bytes,
     place: Cell<Option<usize>>,
     acknowledged: Cell<bool>,
 }
 
-async fn drive(terms: Terms, bills: mpsc::UnboundedReceiver<Bill>) -> PaymentReport {
-    let keep = terms.keep;
-    let desk = Rc::new(Desk {
-        terms,
+async fn drive(
+    settings: Settings,
+    placed_orders: mpsc::UnboundedReceiver<PlacedOrder>,
+) -> PaymentReport {
+    let keep = settings.keep;
+    let shared = Rc::new(Shared {
+        settings,
         forger: Signer::of_key(b"another key, not the platform's."),
         due: RefCell::default(),
         number: Cell::new(0),
-        links: RefCell::default(),
+        connections: RefCell::default(),
         in_flight: Cell::new(0),
         changed: Notify::new(),
-        books: RefCell::new(Books::new(keep)),
+        stats: RefCell::new(PaymentStats::new(keep)),
     });
     LocalSet::new()
-        .run_until(dispatch(Rc::clone(&desk), bills))
+        .run_until(dispatch(Rc::clone(&shared), placed_orders))
         .await;
-    desk.books.replace(Books::new(false)).close()
+    shared.stats.replace(PaymentStats::new(false)).close()
 }
 
-/// Takes bills and sends what is due, until no more can come.
-async fn dispatch(desk: Rc<Desk>, mut bills: mpsc::UnboundedReceiver<Bill>) {
+/// Takes placed orders and sends due deliveries, until no more can come.
+async fn dispatch(shared: Rc<Shared>, mut placed_orders: mpsc::UnboundedReceiver<PlacedOrder>) {
     let alarm = Arc::new(Notify::new());
     let pacer = pacer(Arc::clone(&alarm));
     let mut asked = false;
     let mut deadline_ns = None;
     loop {
-        while let Ok(bill) = bills.try_recv() {
-            desk.take(&bill);
+        while let Ok(order) = placed_orders.try_recv() {
+            shared.take(&order);
         }
-        if deadline_ns.is_none() && bills.is_closed() && bills.is_empty() {
-            deadline_ns = Some(desk.now_ns().saturating_add(desk.terms.grace_ns));
+        if deadline_ns.is_none() && placed_orders.is_closed() && placed_orders.is_empty() {
+            deadline_ns = Some(shared.now_ns().saturating_add(shared.settings.grace_ns));
         }
-        let over = deadline_ns.is_some_and(|deadline| desk.now_ns() >= deadline);
-        if over || desk.terms.common.stop.load(Ordering::Relaxed) {
-            desk.due.borrow_mut().clear();
+        let over = deadline_ns.is_some_and(|deadline| shared.now_ns() >= deadline);
+        if over || shared.settings.common.stop.load(Ordering::Relaxed) {
+            shared.due.borrow_mut().clear();
         }
-        while desk.in_flight.get() < desk.terms.connections
-            && let Some((at_ns, delivery)) = desk.next_due()
+        while shared.in_flight.get() < shared.settings.connections
+            && let Some((at_ns, delivery)) = shared.next_due()
         {
-            desk.in_flight.set(desk.in_flight.get() + 1);
-            tokio::task::spawn_local(deliver(Rc::clone(&desk), at_ns, delivery));
+            shared.in_flight.set(shared.in_flight.get() + 1);
+            tokio::task::spawn_local(deliver(Rc::clone(&shared), at_ns, delivery));
         }
-        let next_ns = desk.due.borrow().keys().next().map(|(at_ns, _)| *at_ns);
-        if deadline_ns.is_some() && next_ns.is_none() && desk.in_flight.get() == 0 {
+        let next_ns = shared.due.borrow().keys().next().map(|(at_ns, _)| *at_ns);
+        if deadline_ns.is_some() && next_ns.is_none() && shared.in_flight.get() == 0 {
             break;
         }
         let now = Instant::now();
         let wait = match next_ns {
-            // All connections are busy; the first that is done rings.
-            _ if desk.in_flight.get() >= desk.terms.connections => LOOK_UP,
-            Some(next_ns) => Duration::from_nanos(next_ns.saturating_sub(desk.now_ns())),
+            // All connections are busy; the first one that is done notifies.
+            _ if shared.in_flight.get() >= shared.settings.connections => LOOK_UP,
+            Some(next_ns) => Duration::from_nanos(next_ns.saturating_sub(shared.now_ns())),
             None => LOOK_UP,
         };
         if wait < LOOK_UP && !asked {
@@ -217,29 +220,29 @@ async fn dispatch(desk: Rc<Desk>, mut bills: mpsc::UnboundedReceiver<Bill>) {
             asked = pacer.as_ref().is_some_and(|p| p.send(moment).is_ok());
         }
         tokio::select! {
-            bill = bills.recv(), if deadline_ns.is_none() => {
-                if let Some(bill) = bill {
-                    desk.take(&bill);
+            order = placed_orders.recv(), if deadline_ns.is_none() => {
+                if let Some(order) = order {
+                    shared.take(&order);
                 }
             }
-            () = desk.changed.notified() => {}
+            () = shared.changed.notified() => {}
             () = alarm.notified(), if asked => asked = false,
             () = tokio::time::sleep(wait.clamp(TICK_MAX, LOOK_UP)) => {}
         }
     }
 }
 
-/// Sends one delivery, and notes what it came to.
-async fn deliver(desk: Rc<Desk>, at_ns: u64, delivery: Delivery) {
-    let case = &delivery.case;
-    desk.note_sent(case);
-    let mut link = desk.links.borrow_mut().pop();
-    let result = match desk.request(case) {
+/// Sends one delivery and records its result.
+async fn deliver(shared: Rc<Shared>, at_ns: u64, delivery: Delivery) {
+    let payment = &delivery.payment;
+    shared.note_sent(payment);
+    let mut connection = shared.connections.borrow_mut().pop();
+    let result = match shared.request(payment) {
         Err(fault) => Err(fault),
         Ok(callback) => {
-            let address = &desk.terms.common.target.address;
-            let timeout = CALLBACK_TIMEOUT_MAX.min(desk.terms.common.request_timeout);
-            let sending = send(&mut link, address, callback);
+            let address = &shared.settings.common.target.address;
+            let timeout = CALLBACK_TIMEOUT_MAX.min(shared.settings.common.request_timeout);
+            let sending = send(&mut connection, address, callback);
             match tokio::time::timeout(timeout, sending).await {
                 Ok(Ok(reply)) => Ok(reply.status.as_u16()),
                 Ok(Err(fault)) => Err(fault),
@@ -248,17 +251,18 @@ async fn deliver(desk: Rc<Desk>, at_ns: u64, delivery: Delivery) {
         }
     };
     // After a fault the answer may still come, and must not be read as the next one's.
-    if let Some(link) = link.filter(|link| result.is_ok() && link.is_open()) {
-        desk.links.borrow_mut().push(link);
+    if let Some(connection) = connection.filter(|connection| result.is_ok() && connection.is_open())
+    {
+        shared.connections.borrow_mut().push(connection);
     }
-    desk.note_result(at_ns, delivery, result);
-    desk.in_flight.set(desk.in_flight.get() - 1);
-    desk.changed.notify_one();
+    shared.note_result(at_ns, delivery, result);
+    shared.in_flight.set(shared.in_flight.get() - 1);
+    shared.changed.notify_one();
 }
 
-impl Desk {
+impl Shared {
     fn now_ns(&self) -> u64 {
-        let start = self.terms.common.start.get();
+        let start = self.settings.common.start.get();
         start.map_or(0, |start| start.elapsed().as_nanos() as u64)
     }
 
@@ -275,35 +279,44 @@ impl Desk {
         self.due.borrow_mut().insert((at_ns, number), delivery);
     }
 
-    /// Decides how an order is paid.
-    fn take(&self, bill: &Bill) {
+    /// Plans the payments of an order.
+    fn take(&self, order: &PlacedOrder) {
         let now_ns = self.now_ns();
-        let expires_in_ns = bill.expires_at_ms.and_then(|at_ms| {
+        let expires_in_ns = order.expires_at_ms.and_then(|at_ms| {
             let left_ms = u64::try_from(at_ms.saturating_sub(unix_ms())).ok()?;
             let left_ns = left_ms.saturating_mul(1_000_000);
             let last_ns = now_ns.saturating_add(left_ns).saturating_add(LATE_TAIL_NS);
-            (last_ns <= self.terms.horizon_ns).then_some(left_ns)
+            (last_ns <= self.settings.horizon_ns).then_some(left_ns)
         });
-        let planned = self.terms.fates.of(bill.buyer, bill.sku, expires_in_ns);
+        let planned = self
+            .settings
+            .scenario
+            .of(order.buyer, order.sku, expires_in_ns);
         for (number, planned) in planned.iter().enumerate() {
-            let case = Rc::new(Case::new(bill, planned, number));
+            let payment = Rc::new(Payment::new(order, planned, number));
             for after_ns in &planned.deliveries_ns {
-                let case = Rc::clone(&case);
-                self.plan(now_ns + after_ns, Delivery { case, failures: 0 });
+                let payment = Rc::clone(&payment);
+                self.plan(
+                    now_ns + after_ns,
+                    Delivery {
+                        payment,
+                        failures: 0,
+                    },
+                );
             }
         }
     }
 
     /// The callback, signed at this moment.
-    fn request(&self, case: &Case) -> Result<Request<http_body_util::Full<Bytes>>, Fault> {
-        let target = &self.terms.common.target;
+    fn request(&self, payment: &Payment) -> Result<Request<http_body_util::Full<Bytes>>, Fault> {
+        let target = &self.settings.common.target;
         let timestamp_s = unix_ms() / 1000;
-        let signer = match case.forgery {
+        let signer = match payment.forgery {
             Some(Forgery::ForeignKey) => &self.forger,
-            Some(Forgery::AlteredBody | Forgery::AlteredSignature) | None => &self.terms.signer,
+            Some(Forgery::AlteredBody | Forgery::AlteredSignature) | None => &self.settings.signer,
         };
-        let mut signature = signer.sign(&case.webhook_id, timestamp_s, &case.signed);
-        if case.forgery == Some(Forgery::AlteredSignature) {
+        let mut signature = signer.sign(&payment.webhook_id, timestamp_s, &payment.signed);
+        if payment.forgery == Some(Forgery::AlteredSignature) {
             let first = if signature[3..].starts_with('A') {
                 "B"
             } else {
@@ -313,7 +326,7 @@ impl Desk {
         }
         let mut headers = target.callback_headers();
         for (name, value) in [
-            ("webhook-id", case.webhook_id.as_str()),
+            ("webhook-id", payment.webhook_id.as_str()),
             ("webhook-timestamp", &timestamp_s.to_string()),
             ("webhook-signature", &signature),
         ] {
@@ -321,60 +334,63 @@ impl Desk {
             headers.insert(name, value);
         }
         let path = target.callbacks.clone();
-        Ok(request(Method::POST, path, headers, case.body.clone()))
+        Ok(request(Method::POST, path, headers, payment.body.clone()))
     }
 
-    fn note_sent(&self, case: &Case) {
-        if case.forgery.is_none() && case.place.get().is_none() {
-            let place = self.books.borrow_mut().first_sent(case.payment.clone());
-            case.place.set(Some(place));
+    fn note_sent(&self, payment: &Payment) {
+        if payment.forgery.is_none() && payment.place.get().is_none() {
+            let place = self.stats.borrow_mut().first_sent(payment.outcome.clone());
+            payment.place.set(Some(place));
         }
     }
 
     fn note_result(&self, at_ns: u64, delivery: Delivery, result: DeliveryResult) {
-        let Delivery { case, failures } = delivery;
+        let Delivery { payment, failures } = delivery;
         let now_ns = self.now_ns();
         let taken = matches!(result, Ok(200..=299));
         let done = {
-            let mut books = self.books.borrow_mut();
-            if case.forgery.is_some() {
-                books.forged(result);
+            let mut stats = self.stats.borrow_mut();
+            if payment.forgery.is_some() {
+                stats.forged(result);
                 taken || result == Ok(401)
             } else {
                 let latency_ns = now_ns.saturating_sub(at_ns);
-                books.delivered(result, latency_ns, failures > 0);
-                if taken && !case.acknowledged.replace(true) {
-                    self.terms.acknowledged.fetch_add(1, Ordering::Relaxed);
-                    let PaymentTold {
+                stats.delivered(result, latency_ns, failures > 0);
+                if taken && !payment.acknowledged.replace(true) {
+                    self.settings.acknowledged.fetch_add(1, Ordering::Relaxed);
+                    let PaymentOutcome {
                         kind,
                         amount,
                         ref currency,
                         ..
-                    } = case.payment;
-                    let place = case.place.get().unwrap_or(usize::MAX);
-                    books.acknowledged(kind, amount, currency, place, unix_ms());
+                    } = payment.outcome;
+                    let place = payment.place.get().unwrap_or(usize::MAX);
+                    stats.acknowledged(kind, amount, currency, place, unix_ms());
                 }
-                case.acknowledged.get()
+                payment.acknowledged.get()
             }
         };
         if !done {
             let backoff_ns = (BACKOFF_NS << failures.min(8)).min(BACKOFF_NS_MAX);
-            // Apart from one another by their order, so that they do not come back as one wave.
+            // Jitter by number, so that retries do not come back as one wave.
             let jitter_ns = backoff_ns / 16 * (self.number.get() % 5);
             let failures = failures + 1;
-            self.plan(now_ns + backoff_ns + jitter_ns, Delivery { case, failures });
+            self.plan(
+                now_ns + backoff_ns + jitter_ns,
+                Delivery { payment, failures },
+            );
         }
     }
 }
 
-impl Case {
-    /// Payment number `number` of a bill. Its ids hang on the order's, so that another run with
-    /// the same seed on the same server pays anew.
-    fn new(bill: &Bill, planned: &Planned, number: usize) -> Self {
-        let Bill {
+impl Payment {
+    /// Payment number `number` of an order. Its ids contain the order's, so that another run with the same
+    /// seed on the same server makes new payments.
+    fn new(order: &PlacedOrder, planned: &PlannedPayment, number: usize) -> Self {
+        let PlacedOrder {
             order_id, amount, ..
-        } = *bill;
-        let (mut paid_id, mut paid, mut receipt) = (order_id, amount, bill.receipt.clone());
+        } = *order;
+        let (mut paid_id, mut paid, mut receipt) = (order_id, amount, order.receipt.clone());
         match planned.kind {
             PaymentKind::Regular | PaymentKind::Late | PaymentKind::Second => {}
             PaymentKind::WrongAmount if planned.lot.is_multiple_of(2) && amount > 1 => paid -= 1,
@@ -397,7 +413,7 @@ impl Case {
                 order_id: &order_text,
                 payment_id,
                 amount: paid,
-                currency: &bill.currency,
+                currency: &order.currency,
                 receipt: receipt.as_deref(),
             };
             message.body()
@@ -409,14 +425,14 @@ impl Case {
         };
         Self {
             webhook_id: format_smolstr!("msg-{payment_id}"),
-            payment: PaymentTold {
+            outcome: PaymentOutcome {
                 order_id: paid_id,
                 payment_id,
                 kind: planned.kind,
                 amount: paid,
-                currency: bill.currency.clone(),
+                currency: order.currency.clone(),
                 acknowledged_at_ms: None,
-                expires_at_ms: bill.expires_at_ms,
+                expires_at_ms: order.expires_at_ms,
             },
             forgery: planned.forgery,
             signed,

@@ -27,7 +27,7 @@ type Driver = http1::Connection<TokioIo<TcpStream>, Full<Bytes>>;
 
 /// A connection and the future that moves its bytes. Both run in the caller's task, which spares
 /// two wake-ups a request.
-pub(super) struct Link {
+pub(super) struct Connection {
     sender: http1::SendRequest<Full<Bytes>>,
     /// None once the connection has ended.
     driver: Option<Pin<Box<Driver>>>,
@@ -44,14 +44,14 @@ pub(super) struct Reply {
 
 /// Why an exchange gave no answer.
 #[derive(Debug)]
-pub(super) enum Broken {
+pub(super) enum ExchangeError {
     /// The server never saw the request, which is handed back to be sent elsewhere.
     Unsent(Box<Request<Full<Bytes>>>),
     /// It may have seen it.
     Failed(Fault),
 }
 
-impl Link {
+impl Connection {
     /// Connects to `host:port`.
     pub(super) async fn connect(address: &str) -> std::io::Result<Self> {
         let stream = TcpStream::connect(address).await?;
@@ -70,12 +70,12 @@ impl Link {
     pub(super) async fn exchange(
         &mut self,
         request: Request<Full<Bytes>>,
-    ) -> Result<Reply, Broken> {
+    ) -> Result<Reply, ExchangeError> {
         if self.used_at.elapsed() > IDLE_LOOK {
             self.look().await;
         }
         let Some(driver) = &mut self.driver else {
-            return Err(Broken::Unsent(Box::new(request)));
+            return Err(ExchangeError::Unsent(Box::new(request)));
         };
         let sender = &mut self.sender;
         let work = async {
@@ -83,9 +83,9 @@ impl Link {
                 Ok(response) => response,
                 Err(mut e) => {
                     return Err(match e.take_message() {
-                        Some(request) => Broken::Unsent(Box::new(request)),
-                        None if e.error().is_parse() => Broken::Failed(Fault::BadAnswer),
-                        None => Broken::Failed(Fault::Closed),
+                        Some(request) => ExchangeError::Unsent(Box::new(request)),
+                        None if e.error().is_parse() => ExchangeError::Failed(Fault::BadAnswer),
+                        None => ExchangeError::Failed(Fault::Closed),
                     });
                 }
             };
@@ -133,28 +133,32 @@ impl Link {
 
 /// Sends a request over `link`, or over a new one where it is gone.
 pub(super) async fn send(
-    link: &mut Option<Link>,
+    connection: &mut Option<Connection>,
     address: &str,
     mut request: Request<Full<Bytes>>,
 ) -> Result<Reply, Fault> {
     loop {
-        let fresh = !link.as_ref().is_some_and(Link::is_open);
+        let fresh = !connection.as_ref().is_some_and(Connection::is_open);
         if fresh {
-            *link = Some(Link::connect(address).await.map_err(|_| Fault::Connect)?);
+            *connection = Some(
+                Connection::connect(address)
+                    .await
+                    .map_err(|_| Fault::Connect)?,
+            );
         }
-        let Some(open) = link.as_mut() else {
+        let Some(open) = connection.as_mut() else {
             return Err(Fault::Connect);
         };
         match open.exchange(request).await {
             Ok(reply) => return Ok(reply),
             // Never seen by the server: another connection may carry it, unless this one was
             // made for it, in which case the server hangs up on everybody.
-            Err(Broken::Unsent(unsent)) if !fresh => {
-                *link = None;
+            Err(ExchangeError::Unsent(unsent)) if !fresh => {
+                *connection = None;
                 request = *unsent;
             }
-            Err(Broken::Unsent(_)) => return Err(Fault::Closed),
-            Err(Broken::Failed(fault)) => return Err(fault),
+            Err(ExchangeError::Unsent(_)) => return Err(Fault::Closed),
+            Err(ExchangeError::Failed(fault)) => return Err(fault),
         }
     }
 }
@@ -180,12 +184,12 @@ pub(super) fn request(
 }
 
 /// Answers nearly always fit one frame, which is then taken as it is.
-async fn read_body(mut body: Incoming) -> Result<Bytes, Broken> {
+async fn read_body(mut body: Incoming) -> Result<Bytes, ExchangeError> {
     let mut first = Bytes::new();
     let mut more: Option<BytesMut> = None;
     while let Some(frame) = body.frame().await {
         let Ok(data) = frame
-            .map_err(|_| Broken::Failed(Fault::Closed))?
+            .map_err(|_| ExchangeError::Failed(Fault::Closed))?
             .into_data()
         else {
             continue;
@@ -197,7 +201,7 @@ async fn read_body(mut body: Incoming) -> Result<Bytes, Broken> {
                 .extend_from_slice(&data);
         }
         if more.as_ref().map_or(first.len(), BytesMut::len) > ANSWER_BYTES_MAX {
-            return Err(Broken::Failed(Fault::BadAnswer));
+            return Err(ExchangeError::Failed(Fault::BadAnswer));
         }
     }
     Ok(more.map_or(first, BytesMut::freeze))
@@ -208,7 +212,7 @@ pub(super) struct Getter {
     address: String,
     headers: HeaderMap,
     timeout: Duration,
-    link: Option<Link>,
+    connection: Option<Connection>,
 }
 
 impl Getter {
@@ -217,14 +221,14 @@ impl Getter {
             address: address.to_owned(),
             headers,
             timeout,
-            link: None,
+            connection: None,
         }
     }
 
     /// Connects if there is no open connection.
     pub(super) async fn connect(&mut self) -> std::io::Result<()> {
-        let link = self.take_or_connect().await?;
-        self.link = Some(link);
+        let connection = self.take_or_connect().await?;
+        self.connection = Some(connection);
         Ok(())
     }
 
@@ -234,25 +238,25 @@ impl Getter {
         for _ in 0..2 {
             // Out of its place while in use: a call that is dropped half-way takes the connection,
             // with the answer still to come on it, along.
-            let mut link = self.take_or_connect().await.map_err(|_| Fault::Connect)?;
+            let mut connection = self.take_or_connect().await.map_err(|_| Fault::Connect)?;
             let request = get(path, self.headers.clone())?;
-            match tokio::time::timeout(self.timeout, link.exchange(request)).await {
+            match tokio::time::timeout(self.timeout, connection.exchange(request)).await {
                 Ok(Ok(reply)) => {
-                    self.link = Some(link);
+                    self.connection = Some(connection);
                     return Ok(reply);
                 }
-                Ok(Err(Broken::Failed(fault))) => last = fault,
-                Ok(Err(Broken::Unsent(_))) => last = Fault::Closed,
+                Ok(Err(ExchangeError::Failed(fault))) => last = fault,
+                Ok(Err(ExchangeError::Unsent(_))) => last = Fault::Closed,
                 Err(_) => return Err(Fault::Timeout),
             }
         }
         Err(last)
     }
 
-    async fn take_or_connect(&mut self) -> std::io::Result<Link> {
-        match self.link.take().filter(Link::is_open) {
-            Some(link) => Ok(link),
-            None => tokio::time::timeout(self.timeout, Link::connect(&self.address))
+    async fn take_or_connect(&mut self) -> std::io::Result<Connection> {
+        match self.connection.take().filter(Connection::is_open) {
+            Some(connection) => Ok(connection),
+            None => tokio::time::timeout(self.timeout, Connection::connect(&self.address))
                 .await
                 .map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))?,
         }

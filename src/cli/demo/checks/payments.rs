@@ -1,11 +1,11 @@
-//! What the merchant sent, against what the server booked and against every row: promise I7.
+//! Payments sent, against what the server booked and against every row: promise I7.
 
 use std::collections::HashMap;
 
 use serde_json::Value;
 
 use super::CURRENCY;
-use crate::loadgen::{PaymentKind, PaymentReport, PaymentTold, Promise};
+use crate::loadgen::{Check, PaymentKind, PaymentOutcome, PaymentReport};
 use crate::order::OrderStatus;
 
 /// An order of the sale as its row has it.
@@ -48,7 +48,7 @@ impl Sum {
         }
     }
 
-    fn add_payment(&mut self, payment: &PaymentTold) {
+    fn add_payment(&mut self, payment: &PaymentOutcome) {
         *self = self.plus(Self {
             count: 1,
             amount: payment.amount,
@@ -94,7 +94,7 @@ pub fn judge(
     rows: &[OrderRow],
     before: &Value,
     after: &Value,
-) -> Vec<Promise> {
+) -> Vec<Check> {
     vec![
         every_callback_taken(payments),
         accounted_for(payments, before, after),
@@ -104,8 +104,8 @@ pub fn judge(
     ]
 }
 
-fn every_callback_taken(payments: &PaymentReport) -> Promise {
-    Promise {
+fn every_callback_taken(payments: &PaymentReport) -> Check {
+    Check {
         name: "Every payment was taken from its platform".to_owned(),
         ok: payments.sent > 0 && payments.unacknowledged == 0,
         detail: format!(
@@ -122,9 +122,9 @@ fn every_callback_taken(payments: &PaymentReport) -> Promise {
 
 /// In = matched + orphan + refund due + refunded, and in is what was sent and acknowledged. What
 /// was sent and never acknowledged may be there or not.
-fn accounted_for(payments: &PaymentReport, before: &Value, after: &Value) -> Promise {
+fn accounted_for(payments: &PaymentReport, before: &Value, after: &Value) -> Check {
     let (mut acknowledged, mut in_doubt) = (Sum::default(), Sum::default());
-    for payment in payments.told.iter().flatten() {
+    for payment in payments.outcomes.iter().flatten() {
         match payment.acknowledged_at_ms {
             Some(_) => acknowledged.add_payment(payment),
             None => in_doubt.add_payment(payment),
@@ -173,7 +173,7 @@ fn accounted_for(payments: &PaymentReport, before: &Value, after: &Value) -> Pro
     for fault in &broken {
         detail.push_str(&format!("; {fault}"));
     }
-    Promise {
+    Check {
         name: "Every payment is accounted for, to the cent".to_owned(),
         ok: !after["payments"].is_null()
             && as_sent
@@ -183,9 +183,9 @@ fn accounted_for(payments: &PaymentReport, before: &Value, after: &Value) -> Pro
     }
 }
 
-fn no_false_signature(payments: &PaymentReport) -> Promise {
+fn no_false_signature(payments: &PaymentReport) -> Check {
     let forged = payments.false_signatures;
-    Promise {
+    Check {
         name: "No false signature was believed".to_owned(),
         ok: forged.taken == 0,
         detail: format!(
@@ -195,7 +195,7 @@ fn no_false_signature(payments: &PaymentReport) -> Promise {
     }
 }
 
-/// The merchant's payments for one order.
+/// The payments for one order.
 #[derive(Default)]
 struct Paid {
     /// One of the order's amount may have been received.
@@ -211,9 +211,9 @@ fn one_payment_an_order(
     rows: &[OrderRow],
     before: &Value,
     after: &Value,
-) -> Promise {
+) -> Check {
     let mut paid: HashMap<u64, Paid> = HashMap::new();
-    for payment in payments.told.iter().flatten() {
+    for payment in payments.outcomes.iter().flatten() {
         let order = paid.entry(payment.order_id).or_default();
         match payment.kind {
             PaymentKind::Regular | PaymentKind::Late | PaymentKind::Second => {
@@ -254,7 +254,7 @@ fn one_payment_an_order(
         }
     }
     let matched = Sum::read(after, "matched").minus(Sum::read(before, "matched"));
-    Promise {
+    Check {
         name: "Every order paid in time is paid, once, and no other is".to_owned(),
         ok: sum == matched && unexplained == 0 && ignored == 0,
         detail: format!(
@@ -268,7 +268,7 @@ fn one_payment_an_order(
     }
 }
 
-fn unpaid_units_are_back(rows: &[OrderRow], after: &Value) -> Promise {
+fn unpaid_units_are_back(rows: &[OrderRow], after: &Value) -> Check {
     let of = |wanted: OrderStatus| rows.iter().filter(|row| row.status == wanted).count();
     let waiting = of(OrderStatus::PendingPayment) + of(OrderStatus::Accepted);
     let (mut total, mut held, mut sold, mut free) = (0, 0, 0, 0);
@@ -279,7 +279,7 @@ fn unpaid_units_are_back(rows: &[OrderRow], after: &Value) -> Promise {
         sold += units(&sku["sold_by_orders"]);
         free += units(&sku["live"]["free"]);
     }
-    Promise {
+    Check {
         name: "Every unpaid order expired and its unit is back".to_owned(),
         ok: waiting == 0 && held == 0 && sold + free == total,
         detail: format!(
@@ -307,8 +307,8 @@ mod tests {
     const PRICE: i64 = 1000;
     const EXPIRES_MS: i64 = 5000;
 
-    fn payment(order_id: u64, kind: PaymentKind, at_ms: Option<i64>) -> PaymentTold {
-        PaymentTold {
+    fn payment(order_id: u64, kind: PaymentKind, at_ms: Option<i64>) -> PaymentOutcome {
+        PaymentOutcome {
             order_id,
             payment_id: format!("{order_id}-{kind:?}").into(),
             kind,
@@ -358,7 +358,7 @@ mod tests {
             payments: PaymentReport {
                 sent: 6,
                 acknowledged: 6,
-                told: Some(told),
+                outcomes: Some(told),
                 false_signatures: FalseSignatures {
                     sent: 2,
                     refused: 2,
@@ -395,8 +395,8 @@ mod tests {
         broken.map(|(place, _)| place).collect()
     }
 
-    fn told(sale: &mut Sale) -> &mut Vec<PaymentTold> {
-        sale.payments.told.as_mut().unwrap()
+    fn told(sale: &mut Sale) -> &mut Vec<PaymentOutcome> {
+        sale.payments.outcomes.as_mut().unwrap()
     }
 
     #[test]

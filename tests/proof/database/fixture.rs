@@ -60,7 +60,7 @@ impl Crowd {
 }
 
 /// A running Millrace whose database is at the mercy of a case.
-pub struct Rig {
+pub struct Fixture {
     pub served: Served,
     pub proxy: Proxy,
     pub runtime: Runtime,
@@ -85,7 +85,7 @@ pub fn socket(server: &Server) -> PathBuf {
     server.place.join(".s.PGSQL.5432")
 }
 
-impl Rig {
+impl Fixture {
     /// One with buyers of both kinds in one crowd.
     pub fn start(runtime: Runtime, server: &Server, terms: Terms<'_>) -> Result<Self, Why> {
         Self::start_with(runtime, server, terms, &[])
@@ -170,7 +170,7 @@ impl Rig {
         let log = data_dir.path().join("serve.log");
         let served = start(data_dir.path(), &settings, &log)
             .map_err(|ended| format!("it does not start: {}: {}", ended.status, ended.log))?;
-        let rig = Rig {
+        let fixture = Fixture {
             served,
             proxy,
             runtime,
@@ -180,43 +180,43 @@ impl Rig {
             settings,
             data_dir,
         };
-        for crowd in &rig.crowds {
+        for crowd in &fixture.crowds {
             let offers: Vec<(String, u32)> = crowd
                 .skus
                 .iter()
                 .cloned()
                 .zip([300, 1_000_000, 1_000_000])
                 .collect();
-            put_skus(rig.served.control, &crowd.checker, &offers)
+            put_skus(fixture.served.control, &crowd.checker, &offers)
                 .map_err(|error| format!("cannot put SKUs on sale: {error}"))?;
         }
-        Ok(rig)
+        Ok(fixture)
     }
 
     /// Has the crowds buy while `mistreat` is at work, and until they have bought again
     /// afterwards.
     pub fn under_load(
         &mut self,
-        mistreat: impl FnOnce(&Rig, &mut StdRng) -> Result<(), Why>,
+        mistreat: impl FnOnce(&Fixture, &mut StdRng) -> Result<(), Why>,
     ) -> Result<(), Why> {
-        self.load_while(|rig, random| {
-            mistreat(rig, random)?;
-            rig.until_written(200)
+        self.load_while(|fixture, random| {
+            mistreat(fixture, random)?;
+            fixture.until_written(200)
         })
     }
 
     /// Has the crowds buy while `mistreat` is at work.
     pub fn load_while(
         &mut self,
-        mistreat: impl FnOnce(&Rig, &mut StdRng) -> Result<(), Why>,
+        mistreat: impl FnOnce(&Fixture, &mut StdRng) -> Result<(), Why>,
     ) -> Result<(), Why> {
         let mut random = StdRng::seed_from_u64(self.random.random());
         let seeds: Vec<u64> = self.crowds.iter().map(|_| self.random.random()).collect();
-        let (rig, stop) = (&*self, AtomicBool::new(false));
+        let (fixture, stop) = (&*self, AtomicBool::new(false));
         std::thread::scope(|scope| {
-            for (crowd, seed) in rig.crowds.iter().zip(seeds) {
+            for (crowd, seed) in fixture.crowds.iter().zip(seeds) {
                 let load = Load {
-                    data: rig.served.data,
+                    data: fixture.served.data,
                     checker: &crowd.checker,
                     skus: crowd.skus.clone(),
                     seed,
@@ -229,13 +229,13 @@ impl Rig {
                 let stop = &stop;
                 scope.spawn(move || load.run(stop));
                 if let Some(platform) = &crowd.platform {
-                    scope.spawn(move || platform.run(rig.served.data, stop));
+                    scope.spawn(move || platform.run(fixture.served.data, stop));
                 }
             }
             // The threads end also where this panics.
             let _stop = StopAtEnd(&stop);
-            rig.until_written(100)?;
-            mistreat(rig, &mut random)
+            fixture.until_written(100)?;
+            mistreat(fixture, &mut random)
         })
     }
 
@@ -299,8 +299,8 @@ impl Rig {
         for crowd in &self.crowds {
             retry_some(self.served.data, &crowd.checker, 30, self.seed, &mut said);
         }
-        self.compare(server, said, Rig::judge)?;
-        self.finish_orderly(server, Rig::judge)
+        self.compare(server, said, Fixture::judge)?;
+        self.finish_orderly(server, Fixture::judge)
     }
 
     /// Compares what clients were told, what is in the database, and what Millrace has in memory,
@@ -310,7 +310,7 @@ impl Rig {
         &self,
         server: &Server,
         said: Verdict,
-        judge: impl Fn(&Rig, &Found) -> Verdict,
+        judge: impl Fn(&Fixture, &Found) -> Verdict,
     ) -> Result<(), Why> {
         // What nobody has paid has to expire first.
         let pays = self.platforms().next().is_some();
@@ -337,7 +337,7 @@ impl Rig {
     pub fn finish_orderly(
         mut self,
         server: &Server,
-        judge: impl FnOnce(&Rig, &Found) -> Verdict,
+        judge: impl FnOnce(&Fixture, &Found) -> Verdict,
     ) -> Result<Verdict, Why> {
         self.served.terminate();
         let ended = self.served.ended_by(Instant::now() + PATIENCE);
