@@ -79,7 +79,7 @@ struct RunArgs {
     /// Print the targets as JSON.
     #[arg(long)]
     json: bool,
-    /// Write each case's result to its folder, and the tables of all to perf/README.md and README.md.
+    /// Write each case's result to its folder, and the table of all targets to perf/README.md.
     #[arg(long)]
     record: bool,
     /// Minutes that the soak lasts; 10, or half a minute with --quick.
@@ -216,7 +216,7 @@ async fn run(arguments: RunArgs) -> anyhow::Result<std::process::ExitCode> {
     }
     if arguments.record {
         let names: Vec<&str> = CASES.iter().map(|case| case.name).collect();
-        report::write_tables(&names)?;
+        report::write_targets(&names)?;
     }
     report.print(arguments.json)?;
     Ok(report.exit_code())

@@ -178,7 +178,7 @@ fn row(finding: &Finding) -> Value {
     })
 }
 
-/// A row of the tables, from what is recorded of a case.
+/// A row of the table of targets, from the record of a case.
 struct TableRow {
     id: String,
     case: String,
@@ -217,49 +217,24 @@ impl TableRow {
         })
     }
 
-    /// `least` to `greatest` in these words, or nothing where there is but one value.
-    fn spread(&self, before: &str, between: &str, after: &str) -> String {
-        match self.least.as_str() {
+    /// The row in Markdown. A single value has no spread.
+    fn markdown(&self) -> String {
+        let spread = match self.least.as_str() {
             "" => String::new(),
-            least => format!("{before}{least}{between}{}{after}", self.greatest),
-        }
-    }
-
-    /// As in `perf/README.md`.
-    fn whole(&self) -> String {
+            least => format!("{least} to {}", self.greatest),
+        };
         format!(
-            "| {} | {} | {} | {} | {} | {} | `./x perf {}` | {} |\n",
-            self.id,
-            self.what,
-            self.value,
-            self.spread("", " to ", ""),
-            self.target,
-            self.met,
-            self.case,
-            self.commit,
-        )
-    }
-
-    /// As in `README.md`.
-    fn short(&self) -> String {
-        format!(
-            "| {} | {}{} | {} | {} | `./x perf {}` |\n",
-            self.what,
-            self.value,
-            self.spread(" (", " to ", ")"),
-            self.target,
-            self.met,
-            self.case,
+            "| {} | {} | {} | {spread} | {} | {} | `./x perf {}` | {} |\n",
+            self.id, self.what, self.value, self.target, self.met, self.case, self.commit,
         )
     }
 }
 
-/// Writes the table of targets into `perf/README.md` and the short one into `README.md`, from what is
-/// recorded of each of these cases.
+/// Writes the table of targets into `perf/README.md`, from the records of these cases.
 ///
 /// # Errors
-/// Where a file, or a mark, is not there.
-pub fn write_tables(cases: &[&str]) -> anyhow::Result<()> {
+/// If the file cannot be read or written, or has no marks.
+pub fn write_targets(cases: &[&str]) -> anyhow::Result<()> {
     let mut rows = Vec::new();
     for case in cases {
         let Ok(text) = std::fs::read_to_string(folder().join(case).join(RESULT)) else {
@@ -270,20 +245,13 @@ pub fn write_tables(cases: &[&str]) -> anyhow::Result<()> {
         rows.extend(findings.filter_map(|row| TableRow::read(case, &recorded["commit"], row)));
     }
     rows.sort_by(|one, other| one.id.cmp(&other.id));
-    let whole: String = rows.iter().map(TableRow::whole).collect();
+    let rows: String = rows.iter().map(TableRow::markdown).collect();
     put_between(
         &folder().join("README.md"),
         "targets",
         "| | measured | value | least to greatest | target | | command | commit |\n\
          |---|---|---|---|---|---|---|---|\n",
-        &whole,
-    )?;
-    let short: String = rows.iter().map(TableRow::short).collect();
-    put_between(
-        &Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md"),
-        "speed",
-        "| measured | | target | | command |\n|---|---|---|---|---|\n",
-        &short,
+        &rows,
     )
 }
 
