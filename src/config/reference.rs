@@ -170,7 +170,7 @@ fn grouped(number: i64) -> String {
 const HEAD: &str = "\
 # Configuration
 
-<!-- Generated from src/config.rs: millrace config reference > docs/CONFIGURATION.md -->
+<!-- Generated from src/config: millrace config reference > docs/CONFIGURATION.md -->
 
 One TOML file (`--config FILE`, else `./millrace.toml` if there is one), each field overridable by its
 environment variable. With `_FILE` appended to the variable's name, the value is read from the file
