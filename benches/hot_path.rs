@@ -15,9 +15,11 @@ use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
-use millrace::http::data_plane::hardened::framing;
-use millrace::http::data_plane::message::Response;
+use millrace::http::data_plane::router::BODY_RULES;
+use millrace::http::message::Response;
 use millrace::http::problem::Problem;
+use millrace::http::server::hardened::framing;
+use millrace::http::server::limits::BodyLimits;
 use millrace::http::wire::{OrderBody, OrderView};
 use millrace::order::receipt::{Issuer, ReceiptKeys, SignedParts};
 use millrace::order::{
@@ -196,7 +198,7 @@ fn buyers(c: &mut Criterion) {
         .claim(&known, entry(), Some(1), Ok(()), &NothingSticky)
         .unwrap()
     {
-        Claimed::Fresh(claim) => claim.keep(),
+        Claimed::Fresh(claim) => claim.commit(),
         Claimed::Duplicate(_) => unreachable!("nobody was there"),
     }
     c.bench_function("buyers/claim_duplicate", |b| {
@@ -386,14 +388,16 @@ fn wire(c: &mut Criterion) {
         Authorization: Bearer 0123456789abcdef\r\nContent-Length: 87\r\n\r\n";
     let sizes = framing::Sizes {
         head_bytes_max: 16_384,
-        body_bytes_max: 16_384,
-        batch_body_bytes_max: 2 << 20,
+        bodies: BodyLimits {
+            bytes_max: 16_384,
+            rules: BODY_RULES,
+        },
     };
     c.bench_function("wire/parse_head", |b| {
         b.iter(|| {
             let mut slots = framing::header_slots();
             match framing::parse(black_box(head), &mut slots, &sizes) {
-                framing::Verdict::Complete(head) => head.head_bytes,
+                framing::Parsed::Complete(head) => head.head_bytes,
                 other => panic!("not complete: {other:?}"),
             }
         });

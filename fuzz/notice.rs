@@ -1,6 +1,6 @@
 //! What every notice keeps, whatever it was read from.
 
-use millrace::http::data_plane::payments::CallbackError;
+use millrace::http::data_plane::payments::providers::CallbackError;
 use millrace::order::payment::{Notice, Provider, REFERENCE_BYTES_MAX};
 
 /// A public key of the tests.

@@ -27,12 +27,15 @@ use self::background::{Background, evict, keep_running};
 pub use self::clock::ClockError;
 use crate::config::{Config, ConfigError, Engine, Migrate, Retention};
 use crate::http::control_plane::{ControlPlane, Parts, Refresh};
-use crate::http::data_plane::dispatcher::Dispatcher;
-use crate::http::data_plane::hardened::{self, CloseReason, Limits};
-use crate::http::data_plane::message::{Request, Response, Service};
-use crate::http::data_plane::service::{DataPlane, DataPlaneParts};
-use crate::http::data_plane::{minihttp, runtime};
+use crate::http::data_plane::context::Context;
+use crate::http::data_plane::router::{BODY_RULES, Router};
+use crate::http::message::{Request, Response};
 use crate::http::problem::Problem;
+use crate::http::server::Service;
+use crate::http::server::dispatcher::Dispatcher;
+use crate::http::server::hardened::{self, CloseReason};
+use crate::http::server::limits::{BodyLimits, Limits};
+use crate::http::server::{minihttp, runtime};
 use crate::http::tokens::Tokens;
 use crate::metrics::Metrics;
 use crate::order::receipt::ReceiptKeys;
@@ -240,7 +243,7 @@ pub struct Millrace {
     queue: Arc<dyn OrderQueue>,
     /// The same, where it is a journal, and the name of that.
     journal: Option<(Arc<JournalQueue>, String)>,
-    service: Arc<DataPlane>,
+    service: Arc<Router>,
     front: Front,
     workers: JoinHandle<Option<bool>>,
     cut: watch::Sender<bool>,
@@ -261,13 +264,13 @@ enum Front {
     Minihttp,
 }
 
-/// Answers `503` until recovery has put the real service in its place.
+/// Answers `503` until recovery has set the service.
 #[derive(Default)]
-struct Doorway {
-    service: OnceLock<Arc<DataPlane>>,
+struct NotReadyGate {
+    service: OnceLock<Arc<Router>>,
 }
 
-impl Service for Doorway {
+impl Service for NotReadyGate {
     fn authorize(&self, head: &Request<'_>) -> Result<(), Problem> {
         match self.service.get() {
             Some(service) => service.authorize(head),
@@ -278,7 +281,7 @@ impl Service for Doorway {
     fn call(&self, request: &Request<'_>, response: &mut Response) {
         match self.service.get() {
             Some(service) => service.call(request, response),
-            None => DataPlane::answer_not_ready(response),
+            None => Problem::from(Refusal::NotReady).write_to(response),
         }
     }
 }
@@ -314,9 +317,8 @@ impl Millrace {
         let supervisor = Supervisor::new(Arc::new(move |reason| poisoning.set(reason)));
         let control_task =
             serve_control(&control, control_listener, &supervisor).map_err(StartError::Engine)?;
-        let doorway = Arc::new(Doorway::default());
-        let (front, refresh) =
-            serve_data(&config, data_listener, Arc::clone(&doorway), &supervisor)?;
+        let gate = Arc::new(NotReadyGate::default());
+        let (front, refresh) = serve_data(&config, data_listener, Arc::clone(&gate), &supervisor)?;
         let dispatcher = Dispatcher::start_supervised(&supervisor);
         let wake_all: WakeAll = Arc::new(move |wakers| dispatcher.wake_all(wakers));
 
@@ -563,23 +565,27 @@ impl Millrace {
             "the settling of cancellations",
             canceller.clone().settle_lost(),
         );
-        let service = Arc::new(DataPlane::new(DataPlaneParts {
+        let context = Context {
             intake: Arc::clone(&intake),
             state: Arc::clone(&state),
             queue: Arc::clone(&queue),
             database: database.clone(),
             canceller,
             callbacks: callbacks_handle,
-            providers,
             receipts: Arc::clone(&receipts),
             user_index: config.database.user_index,
             runtime: Handle::current(),
             metrics,
             order_timeout: Duration::from_millis(config.orders.timeout_ms),
-            tokens: Tokens::new(&config.data_plane.token.0),
-            trust_network: config.data_plane.trust_network,
-        }));
-        let _ = doorway.service.set(Arc::clone(&service));
+            stopping: Default::default(),
+        };
+        let service = Arc::new(Router::new(
+            context,
+            providers,
+            Tokens::new(&config.data_plane.token.0),
+            config.data_plane.trust_network,
+        ));
+        let _ = gate.service.set(Arc::clone(&service));
         let health = Arc::<Health>::default();
         let mut looker = Looker::new(database.with_own_pool(1)?, Arc::clone(&health));
         // So that whoever is told that orders are taken finds it ready.
@@ -829,7 +835,7 @@ fn serve_control(
 fn serve_data(
     config: &Config,
     listener: TcpListener,
-    service: Arc<Doorway>,
+    service: Arc<NotReadyGate>,
     supervisor: &Supervisor,
 ) -> Result<(Front, Refresh), StartError> {
     let settings = &config.data_plane;
@@ -837,11 +843,13 @@ fn serve_data(
     let limits = Limits {
         connections_max: settings.connections_max,
         head_bytes_max: settings.head_bytes_max,
-        body_bytes_max: settings.body_bytes_max,
+        bodies: BodyLimits {
+            bytes_max: settings.body_bytes_max,
+            rules: BODY_RULES,
+        },
         body_bytes_total_max: settings.body_bytes_total_max,
         request_timeout: Duration::from_millis(settings.request_timeout_ms),
         idle_timeout: Duration::from_millis(settings.idle_timeout_ms),
-        ..Limits::default()
     };
     match settings.engine {
         Engine::Hardened => {

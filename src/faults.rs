@@ -83,7 +83,7 @@ pub const SUPERVISED: [&str; 24] = [
     "the control plane",
     "a dispatcher",
     "http-acceptor",
-    "http-janitor",
+    "http-reaper",
     "minihttp",
     "journal-keeper",
     "journal-reader",

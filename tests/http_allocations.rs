@@ -7,8 +7,10 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
 
-use millrace::http::data_plane::hardened::{self, Limits};
-use millrace::http::data_plane::message::{Request, Response, Service};
+use millrace::http::message::{Request, Response};
+use millrace::http::server::Service;
+use millrace::http::server::hardened;
+use millrace::http::server::limits::Limits;
 
 #[global_allocator]
 static ALLOCATOR: allocations::Counting = allocations::Counting;

@@ -8,8 +8,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use millrace::http::data_plane::hardened::{self, CloseReason, Limits};
-use millrace::http::data_plane::message::{Request, Response, Service};
+use millrace::http::message::{Request, Response};
+use millrace::http::server::Service;
+use millrace::http::server::hardened::{self, CloseReason};
+use millrace::http::server::limits::{BodyLimits, Limits};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -67,11 +69,15 @@ fn connections_hold_little_when_idle_and_no_more_than_their_bound_when_unread() 
     const PIPELINED: usize = 100_000;
     let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
     let limits = Limits {
+        bodies: BodyLimits {
+            bytes_max: BODY_BYTES,
+            rules: &[],
+        },
         request_timeout: Duration::from_secs(4),
         ..Limits::default()
     };
     let server = hardened::serve(listener, Arc::new(Echo), limits).expect("a server");
-    let head = "POST /v1/orders:batch HTTP/1.1\r\nHost: h\r\nContent-Length: 500000\r\n\r\n";
+    let head = "POST /large HTTP/1.1\r\nHost: h\r\nContent-Length: 500000\r\n\r\n";
     let request = [head.as_bytes(), &vec![b'y'; BODY_BYTES]].concat();
     let mut answer = vec![0; BODY_BYTES];
     let pipeline = "GET / HTTP/1.1\r\nHost: h\r\n\r\n".repeat(PIPELINED);

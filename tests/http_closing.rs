@@ -8,9 +8,11 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::task::Waker;
 
-use millrace::http::data_plane::hardened::{self, Limits};
-use millrace::http::data_plane::message::{Request, Response, Service};
-use millrace::http::data_plane::wake;
+use millrace::http::message::{Request, Response};
+use millrace::http::server::Service;
+use millrace::http::server::hardened;
+use millrace::http::server::limits::Limits;
+use millrace::http::server::wake;
 use support::http::try_call;
 
 /// Connections in all.

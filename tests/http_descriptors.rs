@@ -8,8 +8,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use millrace::http::data_plane::hardened::{self, Limits};
-use millrace::http::data_plane::message::{Request, Response, Service};
+use millrace::http::message::{Request, Response};
+use millrace::http::server::Service;
+use millrace::http::server::hardened;
+use millrace::http::server::limits::Limits;
 use rustix::process::{Resource, getrlimit, setrlimit};
 
 const PATIENCE: Duration = Duration::from_secs(20);

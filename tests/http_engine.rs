@@ -7,10 +7,12 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::Waker;
 use std::time::{Duration, Instant};
 
-use millrace::http::data_plane::hardened::{self, CloseReason, Limits, Server};
-use millrace::http::data_plane::message::{Request, Response, Service};
-use millrace::http::data_plane::{minihttp, wake};
+use millrace::http::message::{Request, Response};
 use millrace::http::problem::Problem;
+use millrace::http::server::Service;
+use millrace::http::server::hardened::{self, CloseReason, Server};
+use millrace::http::server::limits::{BodyLimits, BodyRule, Limits, Targets};
+use millrace::http::server::{minihttp, wake};
 use parking_lot::Mutex;
 use support::rules::{AFTER, Then, rules};
 
@@ -87,11 +89,30 @@ impl Service for Echo {
     }
 }
 
+const BATCH: &str = "/v1/orders:batch";
+const CALLBACK: &str = "/v1/payments/standard/notify";
+
+/// As those of the data plane, but with smaller batches.
+const BODY_RULES: &[BodyRule] = &[
+    BodyRule {
+        targets: Targets::Exactly(BATCH),
+        bytes_max_least: 100_000,
+        is_anonymous: false,
+    },
+    BodyRule {
+        targets: Targets::Below("/v1/payments/"),
+        bytes_max_least: 65_536,
+        is_anonymous: true,
+    },
+];
+
 fn quick() -> Limits {
     Limits {
         head_bytes_max: 2048,
-        body_bytes_max: 1000,
-        batch_body_bytes_max: 100_000,
+        bodies: BodyLimits {
+            bytes_max: 1000,
+            rules: BODY_RULES,
+        },
         ..Limits::default()
     }
 }
@@ -465,8 +486,6 @@ fn announce(address: SocketAddr, path: &str, bytes: usize) -> (TcpStream, Answer
 
 #[test]
 fn the_bodies_of_all_connections_together_are_bounded() {
-    const BATCH: &str = "/v1/orders:batch";
-    const CALLBACK: &str = "/v1/payments/standard/notify";
     let (server, _) = start(Limits {
         // 210,000 for orders, 70,000 for callbacks.
         body_bytes_total_max: 280_000,

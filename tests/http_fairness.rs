@@ -7,9 +7,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use millrace::http::data_plane::hardened::{self, Limits};
-use millrace::http::data_plane::message::{Request, Response, Service};
-use millrace::http::data_plane::runtime;
+use millrace::http::message::{Request, Response};
+use millrace::http::server::Service;
+use millrace::http::server::hardened;
+use millrace::http::server::limits::Limits;
+use millrace::http::server::runtime;
 
 /// Slow enough for one client to keep it busy for good.
 struct Slow;

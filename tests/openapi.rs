@@ -13,7 +13,7 @@ use std::collections::BTreeSet;
 use jsonschema::Validator;
 use millrace::http::OPENAPI;
 use millrace::http::control_plane::ControlPlane;
-use millrace::http::data_plane::service::ROUTES;
+use millrace::http::data_plane::router::ROUTES;
 use serde_json::{Value, json};
 use support::block_on;
 use support::http::Answer;

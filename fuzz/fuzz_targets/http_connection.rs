@@ -10,26 +10,33 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use libfuzzer_sys::fuzz_target;
-use millrace::http::data_plane::hardened::framing::{Sizes, Verdict, header_slots, parse};
-use millrace::http::data_plane::hardened::rehearsal::{Ending, rehearse};
-use millrace::http::data_plane::hardened::{CloseReason, Limits};
-use millrace::http::data_plane::message::{Request, Response, Service};
+use millrace::http::server::hardened::framing::{Parsed, Sizes, header_slots, parse};
+use millrace::http::server::hardened::scripted::{self, Ending};
+use millrace::http::server::hardened::CloseReason;
+use millrace::http::server::limits::{BodyLimits, BodyRule, Limits, Targets};
+use millrace::http::message::{Request, Response};
+use millrace::http::server::Service;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
 /// Small, so that the fuzzer finds the limits.
 const SIZES: Sizes = Sizes {
     head_bytes_max: 512,
-    body_bytes_max: 100,
-    batch_body_bytes_max: 3_000,
+    bodies: BodyLimits {
+        bytes_max: 100,
+        rules: &[BodyRule {
+            targets: Targets::Exactly("/v1/orders:batch"),
+            bytes_max_least: 3_000,
+            is_anonymous: false,
+        }],
+    },
 };
 
 fn limits() -> Limits {
     Limits {
         connections_max: 1,
         head_bytes_max: SIZES.head_bytes_max,
-        body_bytes_max: SIZES.body_bytes_max,
-        batch_body_bytes_max: SIZES.batch_body_bytes_max,
+        bodies: SIZES.bodies,
         body_bytes_total_max: 1 << 20,
         request_timeout: Duration::from_secs(1),
         idle_timeout: Duration::from_secs(1),
@@ -80,12 +87,12 @@ fn expected(mut rest: &[u8]) -> (Vec<Answer>, bool) {
     while !rest.is_empty() {
         let mut slots = header_slots();
         match parse(rest, &mut slots, &SIZES) {
-            Verdict::Incomplete => return (answers, true),
-            Verdict::Refused(error) => {
+            Parsed::Incomplete => return (answers, true),
+            Parsed::Refused(error) => {
                 answers.push(refusal(error.status()));
                 return (answers, false);
             }
-            Verdict::Complete(head) => {
+            Parsed::Complete(head) => {
                 let total = head.head_bytes + head.body_bytes;
                 let Some(body) = rest.get(head.head_bytes..total) else {
                     return (answers, true);
@@ -182,9 +189,9 @@ fn answers(mut output: &[u8], to_head: &[bool]) -> Vec<Answer> {
 
 fn check(pieces: &[&[u8]], takes: &[usize], ending: Ending, due: &[Answer], partial: bool) {
     let service = Echo::default();
-    let rehearsed = rehearse(&service, limits(), pieces, takes, ending);
+    let scripted = scripted::run(&service, limits(), pieces, takes, ending);
     let to_head: Vec<bool> = due.iter().map(|answer| answer.to_head).collect();
-    let got = answers(&rehearsed.output, &to_head);
+    let got = answers(&scripted.output, &to_head);
     let served = got.iter().filter(|answer| answer.status == 200).count();
     assert_eq!(
         service.0.load(Ordering::Relaxed),
@@ -212,7 +219,7 @@ fn check(pieces: &[&[u8]], takes: &[usize], ending: Ending, due: &[Answer], part
         closing.is_none_or(|at| at + 1 == got.len()),
         "said more after the end"
     );
-    match rehearsed.reason {
+    match scripted.reason {
         CloseReason::Refused => assert!(got.last().is_some_and(|last| last.status >= 400)),
         CloseReason::RequestTimeout => assert!(got.last().is_some_and(|last| last.status == 408)),
         CloseReason::Finished => assert!(got.last().is_some_and(|last| last.closes)),

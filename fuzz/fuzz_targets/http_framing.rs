@@ -1,21 +1,28 @@
 //! The head parser on any bytes: it never panics; a head that it accepts is framed beyond doubt,
-//! judged by a second, naive reader; and however the bytes arrive, the verdict is the same.
+//! as a second, naive reader confirms; and however the bytes arrive, the outcome is the same.
 
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use millrace::http::data_plane::hardened::framing::{
-    FramingError, HEADERS_MAX, Sizes, Verdict, body_limit, header_slots, may_be_complete, parse,
+use millrace::http::server::hardened::framing::{
+    FramingError, HEADERS_MAX, Parsed, Sizes, header_slots, may_be_complete, parse,
 };
+use millrace::http::server::limits::{BodyLimits, BodyRule, Targets};
 
 /// Small, so that the fuzzer finds the limits.
 const SIZES: Sizes = Sizes {
     head_bytes_max: 512,
-    body_bytes_max: 100,
-    batch_body_bytes_max: 1_000,
+    bodies: BodyLimits {
+        bytes_max: 100,
+        rules: &[BodyRule {
+            targets: Targets::Exactly("/v1/orders:batch"),
+            bytes_max_least: 1_000,
+            is_anonymous: false,
+        }],
+    },
 };
 
-/// A verdict without its borrows.
+/// The outcome of a parse without its borrows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Told {
     Incomplete,
@@ -29,23 +36,18 @@ enum Told {
     Refused(FramingError),
 }
 
-fn judge(input: &[u8]) -> Told {
+fn outcome(input: &[u8]) -> Told {
     let mut slots = header_slots();
     match parse(input, &mut slots, &SIZES) {
-        Verdict::Incomplete => Told::Incomplete,
-        Verdict::Refused(error) => {
+        Parsed::Incomplete => Told::Incomplete,
+        Parsed::Refused(error) => {
             assert!((400..600).contains(&error.status()));
             assert!(!error.code().is_empty());
             Told::Refused(error)
         }
-        Verdict::Complete(head) => {
+        Parsed::Complete(head) => {
             assert!(head.headers.len() <= HEADERS_MAX);
-            let limit = body_limit(
-                &head.target,
-                SIZES.body_bytes_max,
-                SIZES.batch_body_bytes_max,
-            );
-            assert!(head.body_bytes <= limit);
+            assert!(head.body_bytes <= SIZES.bodies.bytes_max(&head.target));
             assert!(head.target.starts_with('/') || head.target == "*");
             assert!(!head.expects_continue || head.body_bytes > 0);
             check_naively(
@@ -126,11 +128,11 @@ fn check_naively(head: &[u8], method: &str, body_bytes: usize, http_1_0: bool) {
 }
 
 fuzz_target!(|input: &[u8]| {
-    let whole = judge(input);
+    let whole = outcome(input);
     // Every prefix is as good a place to split as any; beyond the limit nothing new happens.
     let mut refused_at = None;
     for length in 0..=input.len().min(SIZES.head_bytes_max + 64) {
-        let told = judge(&input[..length]);
+        let told = outcome(&input[..length]);
         match (&told, &whole) {
             (Told::Complete { head_bytes, .. }, _) => {
                 assert!(*head_bytes <= length);

@@ -7,7 +7,7 @@ use std::sync::LazyLock;
 
 use libfuzzer_sys::fuzz_target;
 use millrace::config::AlipayPayments;
-use millrace::http::data_plane::payments::alipay::Alipay;
+use millrace::http::data_plane::payments::providers::alipay::Alipay;
 use millrace::order::payment::Provider;
 
 #[path = "../notice.rs"]

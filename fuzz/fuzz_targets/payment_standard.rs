@@ -4,7 +4,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use millrace::http::data_plane::payments::standard::Standard;
+use millrace::http::data_plane::payments::providers::standard::Standard;
 use millrace::order::payment::Provider;
 
 #[path = "../notice.rs"]

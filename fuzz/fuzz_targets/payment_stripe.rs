@@ -3,7 +3,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use millrace::http::data_plane::payments::stripe::Stripe;
+use millrace::http::data_plane::payments::providers::stripe::Stripe;
 use millrace::order::payment::Provider;
 
 #[path = "../notice.rs"]

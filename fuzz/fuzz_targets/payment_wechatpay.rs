@@ -9,7 +9,7 @@ use std::sync::LazyLock;
 
 use libfuzzer_sys::fuzz_target;
 use millrace::config::{Secret, WechatpayPayments};
-use millrace::http::data_plane::payments::wechatpay::Wechatpay;
+use millrace::http::data_plane::payments::providers::wechatpay::Wechatpay;
 use millrace::order::payment::Provider;
 
 #[path = "../notice.rs"]

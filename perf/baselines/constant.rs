@@ -3,7 +3,8 @@
 use std::net::SocketAddr;
 
 use may_minihttp::{HttpServer, HttpService};
-use millrace::http::data_plane::message::{Request, Response, Service};
+use millrace::http::message::{Request, Response};
+use millrace::http::server::Service;
 
 /// The same 13 bytes for everything, from our own engine.
 pub struct Constant;

@@ -14,9 +14,11 @@ use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 
 use anyhow::Context;
-use millrace::http::data_plane::hardened::{self, Limits};
-use millrace::http::data_plane::message::{Response, Service};
-use millrace::http::data_plane::runtime;
+use millrace::http::message::Response;
+use millrace::http::server::Service;
+use millrace::http::server::hardened;
+use millrace::http::server::limits::Limits;
+use millrace::http::server::runtime;
 use serde::{Deserialize, Serialize};
 
 pub use rows::TABLES;

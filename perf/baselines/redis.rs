@@ -6,8 +6,9 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use millrace::http::data_plane::bridge;
-use millrace::http::data_plane::message::{Request, Response, Service};
+use millrace::http::message::{Request, Response};
+use millrace::http::server::Service;
+use millrace::http::server::tokio_bridge;
 use millrace::order::{IdClock, UnixMillis};
 use redis::aio::MultiplexedConnection;
 use redis::streams::{StreamReadOptions, StreamReadReply};
@@ -143,7 +144,7 @@ impl Service for Stream {
             body.sku_id.to_owned(),
             body.quantity,
         );
-        let taken = bridge::run(request, &self.runtime, async move {
+        let taken = tokio_bridge::run(request, &self.runtime, async move {
             let mut call = script.key(format!("stock:{sku}"));
             call.key(STREAM)
                 .arg(id.as_i64())

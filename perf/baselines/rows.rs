@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use deadpool_postgres::{Manager, ManagerConfig, Pool, RecyclingMethod};
-use millrace::http::data_plane::bridge;
-use millrace::http::data_plane::message::{Request, Response, Service};
+use millrace::http::message::{Request, Response};
+use millrace::http::server::Service;
+use millrace::http::server::tokio_bridge;
 use millrace::order::{IdClock, UnixMillis};
 use tokio::runtime::Handle;
 use tokio_postgres::NoTls;
@@ -84,7 +85,7 @@ impl Service for Rows {
             body.sku_id.to_owned(),
             body.quantity,
         );
-        let placed = bridge::run(request, &self.runtime, async move {
+        let placed = tokio_bridge::run(request, &self.runtime, async move {
             let work = async {
                 let client = pool.get().await.map_err(|e| e.to_string())?;
                 let statement = client

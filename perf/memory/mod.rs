@@ -80,7 +80,7 @@ pub fn memory_of(what: &str) -> anyhow::Result<()> {
                         Ok(()),
                         &NothingSticky,
                     ) {
-                        Ok(Claimed::Fresh(claim)) => claim.keep(),
+                        Ok(Claimed::Fresh(claim)) => claim.commit(),
                         other => anyhow::bail!("a buyer was there already: {other:?}"),
                     }
                 }

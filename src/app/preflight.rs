@@ -10,7 +10,7 @@ use rustix::fs::{Access, access};
 
 use super::{StartError, open_database, receipt_keys};
 use crate::config::{Backend, Config, Migrate};
-use crate::http::data_plane::payments::Providers;
+use crate::http::data_plane::payments::providers::Providers;
 use crate::store::embedded::Embedded;
 use crate::store::postgres::Database;
 use crate::store::schema;

@@ -173,7 +173,7 @@ fn needed(field: &'static str, text: &str) -> Result<(), ConfigError> {
 }
 
 /// Checks the fields of both sections against one another. What a key says is read where keys are
-/// used (`http::data_plane::payments`).
+/// used (`http::data_plane::payments::providers`).
 pub(super) fn check(payments: &Payments, receipt: &Receipt) -> Result<(), ConfigError> {
     payments.alipay.check()?;
     payments.wechatpay.check()?;

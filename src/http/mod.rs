@@ -1,9 +1,20 @@
-//! Wire types and the two planes: data (for the shop's backend) and control (for operators).
+//! HTTP: a server that knows no route, the JSON of requests and answers, and the two planes.
+//!
+//! | module | content |
+//! |---|---|
+//! | [`server`] | the server on coroutines that carries the data plane |
+//! | [`message`], [`problem`] | requests and responses; errors as RFC 9457 documents |
+//! | [`wire`] | the JSON of both planes |
+//! | [`tokens`], [`origin`] | who may ask: bearer tokens, and requests that other sites make a browser send |
+//! | [`data_plane`] | for the shop's backend and payment platforms |
+//! | [`control_plane`] | for operators |
 
 pub mod control_plane;
 pub mod data_plane;
+pub mod message;
 pub mod origin;
 pub mod problem;
+pub mod server;
 pub mod tokens;
 pub mod wire;
 

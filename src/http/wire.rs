@@ -4,6 +4,7 @@ pub mod json;
 pub mod payments;
 mod text;
 mod time;
+pub mod write;
 
 use std::fmt;
 
@@ -132,20 +133,6 @@ impl<'a> BatchLine<'a> {
             key: key.map(KeyHash::of),
         })
     }
-}
-
-/// Appends one line of a batch's answer: `http_status`, and the members of `body`.
-pub fn ndjson_line(out: &mut Vec<u8>, http_status: u16, body: &impl Serialize) {
-    out.extend_from_slice(b"{\"http_status\":");
-    out.extend_from_slice(itoa::Buffer::new().format(http_status).as_bytes());
-    out.push(b',');
-    let start = out.len();
-    // Our own types serialize to an object with members, and writing to a vector cannot fail.
-    let _ = serde_json::to_writer(&mut *out, body);
-    if out.get(start) == Some(&b'{') {
-        out.remove(start);
-    }
-    out.push(b'\n');
 }
 
 /// A page of a user's orders.

@@ -1,4 +1,4 @@
-//! StickyRefusals that stay under their keys: a retry of what was `sold_out` is told the same, even if a
+//! Refusals that stay under their keys: a retry of what was `sold_out` is told the same, even if a
 //! unit has come free meanwhile. Bounded, and gone with a restart.
 //!
 //! Once the stock is gone this is written for every click, hundreds of times for each order, and

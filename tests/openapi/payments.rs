@@ -1,7 +1,7 @@
 //! Answers about payments, to platforms and to operators, held against the document.
 
-use millrace::http::data_plane::message::Response;
-use millrace::http::data_plane::payments::CallbackError;
+use millrace::http::data_plane::payments::providers::CallbackError;
+use millrace::http::message::Response;
 use millrace::order::payment::{PaymentState, Provider, RefundReason};
 use millrace::order::{OrderId, OrderStatus};
 use serde_json::{Value, json};

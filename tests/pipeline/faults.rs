@@ -46,7 +46,7 @@ fn accepted(line: &Line, user: &str, sku: &str) -> Arc<PendingOrder> {
         user_id: UserId::new(user).unwrap(),
         ..order(&sku, 1)
     };
-    sku.hold(order.quantity).unwrap().keep();
+    sku.hold(order.quantity).unwrap().commit();
     let buyers = &line.state.buyers;
     buyers.restore(order.user_id.clone(), BuyerOrder::of(&order), false);
     let pending = Arc::new(PendingOrder::recovered(order, 1));

@@ -42,7 +42,7 @@ async fn no_unit_and_no_key_is_held_by_an_order_that_is_nowhere() {
             user_id: UserId::new(user).unwrap(),
             ..order(&sku, 3)
         };
-        sku.hold(order.quantity).unwrap().keep();
+        sku.hold(order.quantity).unwrap().commit();
         let buyers = &line.state.buyers;
         buyers.restore(order.user_id.clone(), BuyerOrder::of(&order), false);
         order

@@ -1,7 +1,7 @@
 //! What a platform is told, in its own dialect.
 
-use millrace::http::data_plane::message::Response;
-use millrace::http::data_plane::payments::CallbackError;
+use millrace::http::data_plane::payments::providers::CallbackError;
+use millrace::http::message::Response;
 use millrace::order::payment::Provider;
 use serde_json::Value;
 

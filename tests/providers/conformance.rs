@@ -1,6 +1,6 @@
 //! What holds for every provider.
 
-use millrace::http::data_plane::payments::CallbackError;
+use millrace::http::data_plane::payments::providers::CallbackError;
 use millrace::order::payment::{Notice, Payment, Provider, REFERENCE_BYTES_MAX};
 use millrace::order::{Currency, UnixMillis};
 use serde_json::{Value, json};

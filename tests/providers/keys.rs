@@ -1,7 +1,7 @@
 //! What providers are configured with.
 
 use millrace::config::{OneOrMany, Payments};
-use millrace::http::data_plane::payments::Providers;
+use millrace::http::data_plane::payments::providers::Providers;
 use millrace::order::payment::Provider;
 
 use crate::fixture::{KEYS, config, key};

@@ -10,9 +10,11 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
-use millrace::http::data_plane::hardened::{self, Limits};
-use millrace::http::data_plane::message::{Request, Response, Service};
-use millrace::http::data_plane::{minihttp, wake};
+use millrace::http::message::{Request, Response};
+use millrace::http::server::Service;
+use millrace::http::server::hardened;
+use millrace::http::server::limits::{BodyLimits, Limits};
+use millrace::http::server::{minihttp, wake};
 
 const ENGINE: &str = "MILLRACE_TEST_ENGINE";
 const TIMEOUT_MS: &str = "MILLRACE_TEST_REQUEST_TIMEOUT_MS";
@@ -49,8 +51,10 @@ pub fn child() {
     let timeout_ms = std::env::var(TIMEOUT_MS).expect("a timeout");
     let limits = Limits {
         head_bytes_max: 2048,
-        body_bytes_max: 1000,
-        batch_body_bytes_max: 100_000,
+        bodies: BodyLimits {
+            bytes_max: 1000,
+            rules: &[],
+        },
         request_timeout: Duration::from_millis(timeout_ms.parse().expect("milliseconds")),
         ..Limits::default()
     };

@@ -1,16 +1,18 @@
-//! The data plane, for the shop's backend: one plain function from a parsed request to a response
-//! ([`service`]), and the two engines that it mounts on ([`hardened`], [`minihttp`]).
+//! The data plane, for the shop's backend and for payment platforms.
+//!
+//! ```text
+//!   server ──► router ──┬─► orders   (create, read, cancel)
+//!                       ├─► payments (notify, providers)
+//!                       └─► skus
+//!              each handler: fn(&Context, &Request, &mut Response) -> Result<(), Problem>
+//! ```
+//!
+//! The [`router`] authorizes a request, finds its handler and writes the problem that the handler
+//! returns. A handler reads its request with [`wire`](super::wire), calls the pipeline, and waits,
+//! if it must, by parking its coroutine ([`wake`](super::server::wake)).
 
-pub mod bridge;
-mod callbacks;
-pub mod dispatcher;
-pub mod hardened;
-pub mod message;
-pub mod minihttp;
+pub mod context;
 mod orders;
 pub mod payments;
-mod placing;
-mod preference;
-pub mod runtime;
-pub mod service;
-pub mod wake;
+pub mod router;
+mod skus;

@@ -114,7 +114,7 @@ pub(super) struct Retried {
 impl Retried {
     /// A dead letter's order is a row, to be paid: its units stay held, and it counts again.
     pub(super) fn revived(self, state: &State) {
-        self.hold.keep();
+        self.hold.commit();
         let until = (self.order.order_id, self.expires_at);
         state.expiry_index.note([until]);
         if let Ok(user_id) = UserId::new(&self.user_id) {

@@ -237,7 +237,7 @@ impl Intake {
             // Most of a sale is this: it costs a look at the buyer's record, writes nothing and
             // holds nothing, not even for a moment.
             return buyers
-                .look(&request.user_id, &remembered, limit, gate, refusal, &sticky)
+                .peek(&request.user_id, &remembered, limit, gate, refusal, &sticky)
                 .map(duplicate);
         }
         let claim = match buyers.claim(&request.user_id, remembered, limit, gate, &sticky)? {
@@ -277,8 +277,8 @@ impl Intake {
         self.state.pending.wake_by(&pending, deadline);
         // From here on whoever settles the order accounts for both: being registered, it may be
         // past its deadline and given up already.
-        hold.keep();
-        claim.keep();
+        hold.commit();
+        claim.commit();
         let handed_over = match (durable, permit) {
             (Some(queue), Some(permit)) => queue.append(Arc::clone(&pending), permit),
             _ => self.queue.push(Arc::clone(&pending)),

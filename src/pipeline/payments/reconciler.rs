@@ -343,7 +343,7 @@ impl PaymentProcessor {
         {
             return Ok(());
         }
-        claim.into_iter().for_each(BuyerClaim::keep);
+        claim.into_iter().for_each(BuyerClaim::commit);
         if buyers.deactivate(user_id, order.id, Ended::Cancelled) == Some(true)
             && !is_claimed
             && let Some(sku) = state.catalogue.by_number(order.sku)
@@ -456,9 +456,9 @@ impl PaymentProcessor {
             return Ok(());
         }
         if let Some((claim, hold)) = taken {
-            claim.keep();
+            claim.commit();
             if !bug("recover_without_holding") {
-                hold.keep();
+                hold.commit();
             }
         }
         if !bug("recover_without_holding") {

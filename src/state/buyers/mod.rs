@@ -207,7 +207,7 @@ impl Buyers {
             Place::Occupied(occupied) => Some(occupied.get()),
             Place::Vacant(_) => None,
         };
-        match judge(known, &order, limit, gate) {
+        match check(known, &order, limit, gate) {
             Ok(Some(earlier)) => return Ok(Claimed::Duplicate(earlier)),
             Ok(None) => sticky.judgment(Ok(()))?,
             Err(refusal) => {
@@ -233,7 +233,7 @@ impl Buyers {
             buyers: self,
             user_id,
             order_id: order.order_id,
-            kept: false,
+            committed: false,
         }))
     }
 
@@ -253,7 +253,7 @@ impl Buyers {
     /// # Errors
     /// As [`Buyers::claim`], but for the memory being full; else the judgment of `sticky` on
     /// `otherwise`.
-    pub fn look(
+    pub fn peek(
         &self,
         user_id: &UserId,
         order: &BuyerOrder,
@@ -262,8 +262,8 @@ impl Buyers {
         otherwise: Refusal,
         sticky: &impl Sticky,
     ) -> Result<OrderId, Refusal> {
-        let judged = judge(self.records.get(user_id).as_deref(), order, limit, gate);
-        let refusal = match judged {
+        let checked = check(self.records.get(user_id).as_deref(), order, limit, gate);
+        let refusal = match checked {
             Ok(Some(earlier)) => return Ok(earlier),
             Ok(None) => otherwise,
             Err(refusal) => refusal,
@@ -276,7 +276,7 @@ impl Buyers {
         // Then its order is here, and it stays here as long as the record is locked. Who enters an
         // order after this look finds the refusal: locks order both, so that neither is missed.
         let record = self.records.get(user_id);
-        match judge_key(record.as_deref(), order) {
+        match check_key(record.as_deref(), order) {
             Ok(None) => Err(refusal),
             Ok(Some(earlier)) => {
                 sticky.withdraw();
@@ -298,7 +298,7 @@ impl Buyers {
         user_id: &UserId,
         order: &BuyerOrder,
     ) -> Result<Option<OrderId>, Refusal> {
-        judge_key(self.records.get(user_id).as_deref(), order)
+        check_key(self.records.get(user_id).as_deref(), order)
     }
 
     /// Enters an order that is known to stand, at start; `limited`: its SKU has a limit.
@@ -566,7 +566,7 @@ impl Buyers {
 }
 
 /// The order under an order's key, where there is one.
-fn judge_key(known: Option<&Record>, order: &BuyerOrder) -> Result<Option<OrderId>, Refusal> {
+fn check_key(known: Option<&Record>, order: &BuyerOrder) -> Result<Option<OrderId>, Refusal> {
     match known.and_then(|known| known.under(order.key?)) {
         Some((id, payload)) if payload.matches(order.payload) => Ok(Some(id)),
         Some(_) => Err(Refusal::IdempotencyKeyReused),
@@ -576,13 +576,13 @@ fn judge_key(known: Option<&Record>, order: &BuyerOrder) -> Result<Option<OrderI
 
 /// Holds `order` against what is known of its buyer: the earlier order under its key, or nothing
 /// where it is fresh and allowed.
-fn judge(
+fn check(
     known: Option<&Record>,
     order: &BuyerOrder,
     limit: Option<u32>,
     gate: Result<(), Refusal>,
 ) -> Result<Option<OrderId>, Refusal> {
-    if let Some(earlier) = judge_key(known, order)? {
+    if let Some(earlier) = check_key(known, order)? {
         return Ok(Some(earlier));
     }
     gate?;
@@ -632,7 +632,7 @@ impl Drop for Counting<'_> {
     }
 }
 
-/// A fresh order in its buyer's record. Dropping it forgets the order; [`BuyerClaim::keep`] hands
+/// A fresh order in its buyer's record. Dropping it forgets the order; [`BuyerClaim::commit`] hands
 /// it over to whoever settles the order.
 #[derive(Debug)]
 #[must_use = "dropping a claim forgets the order"]
@@ -640,18 +640,18 @@ pub struct BuyerClaim<'a> {
     buyers: &'a Buyers,
     user_id: &'a UserId,
     order_id: OrderId,
-    kept: bool,
+    committed: bool,
 }
 
 impl BuyerClaim<'_> {
     /// Hands the entry over.
-    pub fn keep(mut self) {
-        self.kept = true;
+    pub fn commit(mut self) {
+        self.committed = true;
     }
 
     /// Forgets the order, and lets `refusal` stand under its key in the same step.
     pub fn refuse(mut self, refusal: Refusal, sticky: &impl Sticky) -> Refusal {
-        self.kept = true;
+        self.committed = true;
         let id = self.order_id;
         let refused = self.buyers.with_record(self.user_id, id, |record| {
             let tally = record.remove(id);
@@ -664,7 +664,7 @@ impl BuyerClaim<'_> {
 
 impl Drop for BuyerClaim<'_> {
     fn drop(&mut self) {
-        if !self.kept {
+        if !self.committed {
             self.buyers.forget(self.user_id, self.order_id);
         }
     }
@@ -701,9 +701,9 @@ mod tests {
         }
     }
 
-    fn keep(claimed: Result<Claimed<'_>, Refusal>) {
+    fn commit(claimed: Result<Claimed<'_>, Refusal>) {
         match claimed {
-            Ok(Claimed::Fresh(claim)) => claim.keep(),
+            Ok(Claimed::Fresh(claim)) => claim.commit(),
             other => panic!("not fresh: {other:?}"),
         }
     }
@@ -712,7 +712,7 @@ mod tests {
     fn a_key_has_one_order_and_another_body_is_refused() {
         let buyers = Buyers::new(10, 10);
         let user = UserId::new("u").unwrap();
-        keep(buyers.claim(&user, entry(1, 7, 1, 1), None, Ok(()), &NothingSticky));
+        commit(buyers.claim(&user, entry(1, 7, 1, 1), None, Ok(()), &NothingSticky));
         let paused = Err(Refusal::SalePaused);
         assert!(matches!(
             buyers.claim(&user, entry(2, 7, 1, 1), None, paused, &NothingSticky),
@@ -725,7 +725,7 @@ mod tests {
             Refusal::IdempotencyKeyReused
         );
         // The key is the user's own: another user's is another key.
-        keep(buyers.claim(
+        commit(buyers.claim(
             &UserId::new("v").unwrap(),
             entry(4, 7, 2, 1),
             None,
@@ -766,14 +766,14 @@ mod tests {
         drop(buyers.claim(&user, entry(1, 7, 1, 1), None, Ok(()), &NothingSticky));
         assert!(buyers.is_empty());
         assert!(buyers.records.is_empty());
-        keep(buyers.claim(&user, entry(2, 7, 9, 1), None, Ok(()), &NothingSticky));
+        commit(buyers.claim(&user, entry(2, 7, 9, 1), None, Ok(()), &NothingSticky));
     }
 
     #[test]
     fn the_limit_counts_units_of_live_orders() {
         let buyers = Buyers::new(10, 10);
         let user = UserId::new("u").unwrap();
-        keep(buyers.claim(&user, entry(1, 0, 1, 2), Some(3), Ok(()), &NothingSticky));
+        commit(buyers.claim(&user, entry(1, 0, 1, 2), Some(3), Ok(()), &NothingSticky));
         assert_eq!(
             buyers
                 .claim(&user, entry(2, 0, 1, 2), Some(3), Ok(()), &NothingSticky)
@@ -781,14 +781,14 @@ mod tests {
             Refusal::PurchaseLimit { limit: 3, taken: 2 }
         );
         buyers.deactivate(&user, OrderId::new(1).unwrap(), Ended::Cancelled);
-        keep(buyers.claim(&user, entry(2, 0, 1, 3), Some(3), Ok(()), &NothingSticky));
+        commit(buyers.claim(&user, entry(2, 0, 1, 3), Some(3), Ok(()), &NothingSticky));
     }
 
     #[test]
     fn a_full_memory_refuses_and_eviction_makes_room() {
         let buyers = Buyers::new(1, 1);
         let user = UserId::new("u").unwrap();
-        keep(buyers.claim(&user, entry(1, 1, 1, 1), None, Ok(()), &NothingSticky));
+        commit(buyers.claim(&user, entry(1, 1, 1, 1), None, Ok(()), &NothingSticky));
         let other = UserId::new("v").unwrap();
         assert_eq!(
             buyers
@@ -797,15 +797,15 @@ mod tests {
             Refusal::MemoryFull
         );
         assert_eq!(buyers.evict(Eviction::before(id(2)), |_| false), 1);
-        keep(buyers.claim(&other, entry(2, 1, 1, 1), None, Ok(()), &NothingSticky));
+        commit(buyers.claim(&other, entry(2, 1, 1, 1), None, Ok(()), &NothingSticky));
         assert_eq!(buyers.len(), 1);
     }
 
     #[test]
     fn units_of_live_orders_count_after_the_window_until_the_order_ends_once() {
         let (buyers, user) = (Buyers::new(10, 10), user("u"));
-        keep(buyers.claim(&user, entry(1, 7, 1, 2), Some(3), Ok(()), &NothingSticky));
-        keep(buyers.claim(&user, entry(2, 8, 1, 1), Some(3), Ok(()), &NothingSticky));
+        commit(buyers.claim(&user, entry(1, 7, 1, 2), Some(3), Ok(()), &NothingSticky));
+        commit(buyers.claim(&user, entry(2, 8, 1, 1), Some(3), Ok(()), &NothingSticky));
         assert_eq!(buyers.evict(Eviction::before(id(3)), |_| true), 0);
         assert_eq!(taken(&buyers, &user), 3);
         assert_eq!(
@@ -838,13 +838,13 @@ mod tests {
     fn a_limit_that_is_set_later_waits_for_the_orders_that_memory_has_let_go() {
         let (buyers, user) = (Buyers::new(10, 10), user("u"));
         let live = |of: u64| LiveOrder::of(&entry(of, 0, 0, 1));
-        keep(buyers.claim(&user, entry(1, 7, 1, 1), None, Ok(()), &NothingSticky));
+        commit(buyers.claim(&user, entry(1, 7, 1, 1), None, Ok(()), &NothingSticky));
         assert!(
             buyers.counting(SkuNumber(1)).is_complete(),
             "nothing was let go"
         );
         buyers.evict(Eviction::before(id(2)), |_| false);
-        keep(buyers.claim(&user, entry(2, 7, 1, 1), None, Ok(()), &NothingSticky));
+        commit(buyers.claim(&user, entry(2, 7, 1, 1), None, Ok(()), &NothingSticky));
         let counting = buyers.counting(SkuNumber(1));
         assert!(!counting.is_complete());
         // What leaves the window meanwhile stays, and what ends meanwhile is not counted, also
@@ -880,7 +880,7 @@ mod tests {
         let claim = |of, key, limit| {
             let order = entry(of, key, 1, 1);
             let claimed = buyers.claim(&user, order, limit, Ok(()), &NothingSticky);
-            claimed.map(|claimed| keep(Ok(claimed)))
+            claimed.map(|claimed| commit(Ok(claimed)))
         };
         claim(1, 1, None).unwrap();
         claim(2, 0, Some(9)).unwrap();
@@ -926,7 +926,7 @@ mod tests {
         let refused = loop {
             let order = entry(placed + 1, 0, 1, 1);
             match buyers.claim(&user, order, None, Ok(()), &NothingSticky) {
-                Ok(Claimed::Fresh(claim)) => claim.keep(),
+                Ok(Claimed::Fresh(claim)) => claim.commit(),
                 refused => break refused.unwrap_err(),
             }
             placed += 1;
@@ -956,7 +956,7 @@ mod tests {
         let each = |of: u64| user(&format!("u-{of}"));
         for of in 1..=ORDERS {
             let claimed = long.claim(&one, order(of), Some(u32::MAX), Ok(()), &NothingSticky);
-            keep(claimed);
+            commit(claimed);
             short.restore(each(of), order(of), true);
         }
         for of in (1..=ORDERS).filter(|of| of % 4 == 0) {
@@ -1043,7 +1043,7 @@ mod tests {
         (1..=10).for_each(|of| buyers.restore(short.clone(), order(of), true));
         let work = |user: &UserId, of: u64, at: u64| {
             let started = std::time::Instant::now();
-            keep(buyers.claim(user, order(of), Some(u32::MAX), Ok(()), &NothingSticky));
+            commit(buyers.claim(user, order(of), Some(u32::MAX), Ok(()), &NothingSticky));
             let again = buyers.claim(user, order(at), None, Ok(()), &NothingSticky);
             assert!(matches!(again, Ok(Claimed::Duplicate(_))));
             assert_eq!(buyers.page(user, id(of), 5).len(), 5);

@@ -232,7 +232,7 @@ impl Sku {
     }
 }
 
-/// Units taken from the free stock. Dropping it gives them back; [`Hold::keep`] hands them over
+/// Units taken from the free stock. Dropping it gives them back; [`Hold::commit`] hands them over
 /// to the order that now accounts for them.
 #[derive(Debug)]
 #[must_use = "dropping a hold gives its units back"]
@@ -243,7 +243,7 @@ pub struct Hold {
 
 impl Hold {
     /// Hands the units over: whoever settles the order gives them back, or the row keeps them.
-    pub fn keep(mut self) {
+    pub fn commit(mut self) {
         self.units = 0;
     }
 }
@@ -393,7 +393,7 @@ mod tests {
         );
         drop(hold);
         assert_eq!(sku.counter().free(), 3);
-        sku.hold(two).unwrap().keep();
+        sku.hold(two).unwrap().commit();
         assert_eq!(sku.counter().free(), 1);
     }
 
@@ -462,7 +462,7 @@ mod tests {
             let sku = sku(1);
             let won: usize = std::thread::scope(|scope| {
                 let threads: Vec<_> = (0..4)
-                    .map(|_| scope.spawn(|| sku.hold(Quantity::ONE).map(Hold::keep).is_ok()))
+                    .map(|_| scope.spawn(|| sku.hold(Quantity::ONE).map(Hold::commit).is_ok()))
                     .collect();
                 threads
                     .into_iter()

@@ -1,0 +1,168 @@
+//! The context of every handler of the data plane: the parts that it calls, and the look-ups that
+//! handlers share.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use tokio::runtime::Handle;
+
+use crate::http::message::Request;
+use crate::http::problem::Problem;
+use crate::http::server::tokio_bridge::{self, TaskLost};
+use crate::http::wire::OrderView;
+use crate::metrics::Metrics;
+use crate::order::receipt::ReceiptKeys;
+use crate::order::{Order, OrderId, OrderStatus};
+use crate::pipeline::orders::cancel::Canceller;
+use crate::pipeline::orders::intake::Intake;
+use crate::pipeline::payments::callbacks::CallbacksHandle;
+use crate::queue::OrderQueue;
+use crate::state::State;
+use crate::state::pending::PendingOrder;
+use crate::store::StoreError;
+use crate::store::postgres::Database;
+use crate::store::postgres::orders::StoredOrder;
+
+/// The context of every handler.
+pub struct Context {
+    /// Admits new orders.
+    pub intake: Arc<Intake>,
+    /// The in-memory state.
+    pub state: Arc<State>,
+    /// The queue of admitted orders.
+    pub queue: Arc<dyn OrderQueue>,
+    /// For look-ups.
+    pub database: Database,
+    /// Cancels orders.
+    pub canceller: Canceller,
+    /// Stores payment callbacks.
+    pub callbacks: CallbacksHandle,
+    /// Signs and reads receipts.
+    pub receipts: Arc<ReceiptKeys>,
+    /// Whether the database has the index by user, so that a whole history can be listed.
+    pub user_index: bool,
+    /// Runs the futures of handlers.
+    pub runtime: Handle,
+    /// The metrics.
+    pub metrics: Metrics,
+    /// Longest wait for persistence.
+    pub order_timeout: Duration,
+    /// Set at shutdown: requests that wait for an undecided order are answered at once.
+    pub stopping: AtomicBool,
+}
+
+impl Context {
+    /// Whether requests should stop waiting for undecided orders.
+    pub(super) fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire)
+    }
+
+    /// Runs a future on tokio while the request's coroutine is parked, until `deadline` at most.
+    /// The future runs to its end even after that, and after the client has gone away.
+    pub(super) fn on_tokio<T: Send + 'static>(
+        &self,
+        request: &Request<'_>,
+        deadline: Instant,
+        future: impl Future<Output = T> + Send + 'static,
+    ) -> Result<T, Problem> {
+        let limit = deadline.saturating_duration_since(Instant::now());
+        // After its deadline a request starts nothing more; its earlier futures go on by themselves.
+        if limit.is_zero() {
+            return Err(out_of_time());
+        }
+        let task = async move { tokio::time::timeout(limit, tokio::spawn(future)).await };
+        match tokio_bridge::run(request, &self.runtime, task) {
+            Ok(Ok(Ok(done))) => Ok(done),
+            Ok(Err(_)) => Err(out_of_time()),
+            Ok(Ok(Err(_))) | Err(TaskLost) => Err(Problem::internal()),
+        }
+    }
+
+    /// An order whose row was written a moment ago and that awaits its payment.
+    pub(super) fn recent(&self, id: OrderId) -> Option<Arc<PendingOrder>> {
+        self.state.recent_orders.get(id, self.state.ids.real_now())
+    }
+
+    /// The view of a row. An order past its payment deadline is shown as expired, even if its row
+    /// still says `pending_payment`.
+    pub(super) fn stored_view<'a>(&self, order: &'a StoredOrder) -> OrderView<'a> {
+        let past = order.status == OrderStatus::PendingPayment
+            && order.expires_at <= self.state.ids.real_now()
+            && !self.state.orphans.paid_in_time(order.id, order.expires_at);
+        let status = if past {
+            OrderStatus::Expired
+        } else {
+            order.status
+        };
+        OrderView::stored(order, status, &self.receipts)
+    }
+
+    /// Looks an order up in the database, until `deadline` at most.
+    pub(super) fn find_stored(
+        &self,
+        request: &Request<'_>,
+        deadline: Instant,
+        id: OrderId,
+    ) -> Result<Option<StoredOrder>, Problem> {
+        let database = self.database.clone();
+        self.on_tokio(
+            request,
+            deadline,
+            async move { database.find_order(id).await },
+        )?
+        .map_err(|error| database_problem(&error))
+    }
+
+    /// Looks an order up among those that wait on the disk, until `deadline` at most. Costs nothing
+    /// if none do.
+    pub(super) fn find_on_disk(
+        &self,
+        request: &Request<'_>,
+        deadline: Instant,
+        id: OrderId,
+    ) -> Result<Option<Order>, Problem> {
+        if !self.queue.durable().is_some_and(|queue| queue.may_hold(id)) {
+            return Ok(None);
+        }
+        let queue = Arc::clone(&self.queue);
+        let found = self.on_tokio(request, deadline, async move {
+            tokio::task::spawn_blocking(move || queue.durable().map(|queue| queue.find(id))).await
+        })?;
+        match found {
+            Ok(Some(Ok(found))) => Ok(found),
+            Ok(None) => Ok(None),
+            Ok(Some(Err(error))) => {
+                tracing::error!(order_id = %id, reason = %error, "the journal cannot be read");
+                Err(Problem::internal())
+            }
+            Err(_) => Err(Problem::internal()),
+        }
+    }
+
+    /// The expected time until an order that is queued now becomes a row, in milliseconds, by the
+    /// recent rate of writing.
+    pub(super) fn estimated_wait_ms(&self) -> u64 {
+        self.state.throughput.wait_ms(self.queue.depth())
+    }
+}
+
+/// The answer to a request whose access to the database failed.
+pub(super) fn database_problem(error: &StoreError) -> Problem {
+    tracing::warn!(reason = %error, "a request to the database failed");
+    if error.is_transient() {
+        Problem::new(503, "not_ready", "the database does not answer; try again").retry_after(1)
+    } else {
+        Problem::internal()
+    }
+}
+
+/// The answer to a request for an order that does not exist.
+pub(super) fn unknown_order(id: OrderId) -> Problem {
+    Problem::new(404, "unknown_order", format!("there is no order {id}"))
+}
+
+fn out_of_time() -> Problem {
+    let detail = "the look-up took longer than orders.timeout_ms; try again";
+    Problem::new(503, "not_ready", detail).retry_after(1)
+}

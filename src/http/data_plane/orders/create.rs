@@ -1,0 +1,524 @@
+//! Placing orders: one (`POST /v1/orders`) or a batch (`POST /v1/orders:batch`). Both admit first and
+//! wait afterwards, and both give each order the same answer.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::follow::wait_for_other;
+use super::preference::Preference;
+use crate::http::data_plane::context::Context;
+use crate::http::message::{Request, Response};
+use crate::http::problem::Problem;
+use crate::http::server::wake::wait;
+use crate::http::wire::{BatchLine, OrderBody, OrderView, idempotency_key, no_batch_key, write};
+use crate::order::{KeyHash, Order, OrderStatus, Refusal};
+use crate::pipeline::orders::intake::{Admission, OrderRequest};
+use crate::state::pending::{PendingOrder, SlotState};
+use crate::store::postgres::orders::StoredOrder;
+
+/// Most orders in one batch.
+const BATCH_ORDERS_MAX: usize = 1_000;
+/// Bytes of an answer with its order and its receipt. A refusal is shorter.
+const LINE_BYTES_TYPICAL: usize = 416;
+
+/// Pause before a retried order that is nowhere to be found is looked up again: doubled each time,
+/// up to the maximum.
+const LOOK_AGAIN_MIN: Duration = Duration::from_millis(1);
+const LOOK_AGAIN_MAX: Duration = Duration::from_millis(250);
+
+/// An admitted order. All but the first were placed by an earlier request under the same key.
+enum Admitted {
+    /// Placed by this request.
+    Placed(Arc<PendingOrder>),
+    /// In flight.
+    Joined(Arc<PendingOrder>),
+    /// Written a moment ago.
+    Recent(Arc<PendingOrder>),
+    /// A row.
+    Stored(Box<StoredOrder>),
+    /// Waiting on the disk.
+    OnDisk(Box<Order>),
+}
+
+/// The client's preferences, as far as they can be honoured.
+#[derive(Clone, Copy)]
+struct Wanted {
+    /// Answer as soon as the order is durable.
+    respond_async: bool,
+    /// The wait that the client named, at most the order timeout.
+    asked: Option<Duration>,
+    /// The longest wait.
+    wait: Duration,
+}
+
+impl Wanted {
+    /// The preferences in a request. `respond-async` needs a queue that survives the process.
+    fn of(context: &Context, request: &Request<'_>) -> Self {
+        let preference = Preference::parse(request.header_values("prefer"));
+        let respond_async = preference.respond_async && context.queue.durable().is_some();
+        let asked = preference.wait.filter(|_| !respond_async);
+        let wait = asked.map(|wait| wait.min(context.order_timeout));
+        Wanted {
+            respond_async,
+            asked: wait,
+            wait: wait.unwrap_or(context.order_timeout),
+        }
+    }
+
+    /// Names the preference that was honoured. `accepted`: an order was acknowledged as durable.
+    fn say_applied(self, response: &mut Response, accepted: bool) {
+        if accepted {
+            response.header("Preference-Applied", "respond-async");
+        } else if let Some(wait) = self.asked {
+            response.header(
+                "Preference-Applied",
+                format_args!("wait={}", wait.as_secs()),
+            );
+        }
+    }
+}
+
+/// The answer about one order.
+enum Answer {
+    /// The order exists, or may exist.
+    Order {
+        http_status: u16,
+        replayed: bool,
+        order: Standing,
+    },
+    /// The order does not exist.
+    Problem(Problem),
+}
+
+impl Answer {
+    /// Whether it acknowledges an order as durable that this request has placed.
+    fn was_accepted(&self) -> bool {
+        matches!(
+            self,
+            Answer::Order {
+                order: Standing::Accepted { .. },
+                replayed: false,
+                ..
+            }
+        )
+    }
+}
+
+enum Standing {
+    InFlight(Arc<PendingOrder>, OrderStatus),
+    Accepted {
+        order: Durable,
+        estimated_wait_ms: u64,
+    },
+    Stored(Box<StoredOrder>),
+}
+
+/// An order that is durable in the queue.
+enum Durable {
+    InMemory(Arc<PendingOrder>),
+    OnDisk(Box<Order>),
+}
+
+impl Durable {
+    fn order(&self) -> &Order {
+        match self {
+            Durable::InMemory(pending) => &pending.order,
+            Durable::OnDisk(order) => order,
+        }
+    }
+}
+
+impl Standing {
+    fn view<'a>(&'a self, context: &Context) -> OrderView<'a> {
+        match self {
+            Standing::InFlight(pending, status) => {
+                OrderView::of(&pending.order, *status, &context.receipts)
+            }
+            Standing::Accepted {
+                order,
+                estimated_wait_ms,
+            } => OrderView::accepted(order.order(), *estimated_wait_ms, &context.receipts),
+            Standing::Stored(stored) => context.stored_view(stored),
+        }
+    }
+}
+
+/// `POST /v1/orders`.
+pub(in crate::http::data_plane) fn one(
+    context: &Context,
+    request: &Request<'_>,
+    response: &mut Response,
+) -> Result<(), Problem> {
+    check_open(context)?;
+    require_media_type(request, &["application/json"])?;
+    let key = idempotency_key(request.header_values("idempotency-key"))?.map(KeyHash::of);
+    let body = OrderBody::parse(request.body)?;
+    let creation = Creation::begin(context, request);
+    let answer = match creation.admit(body, key) {
+        Ok(admitted) => creation.wait(admitted),
+        Err(problem) => Answer::Problem(problem),
+    };
+    creation.wanted.say_applied(response, answer.was_accepted());
+    let (http_status, replayed, order) = match answer {
+        Answer::Problem(problem) => return Err(problem),
+        Answer::Order {
+            http_status,
+            replayed,
+            order,
+        } => (http_status, replayed, order),
+    };
+    if http_status == 201 {
+        let waited = creation.started.elapsed();
+        context.metrics.wait_seconds.observe(waited.as_secs_f64());
+    }
+    let view = order.view(context);
+    response.header("Location", format_args!("/v1/orders/{}", view.order_id()));
+    if replayed {
+        response.header("Idempotency-Replayed", "true");
+    }
+    write::json(response, http_status, &view);
+    Ok(())
+}
+
+/// `POST /v1/orders:batch`: one order a line, one answer a line, in the same sequence. All lines
+/// are admitted before any is waited for.
+pub(in crate::http::data_plane) fn batch(
+    context: &Context,
+    request: &Request<'_>,
+    response: &mut Response,
+) -> Result<(), Problem> {
+    check_open(context)?;
+    require_media_type(
+        request,
+        &[
+            "application/x-ndjson",
+            "application/jsonl",
+            "application/json",
+        ],
+    )?;
+    no_batch_key(request.header("idempotency-key").is_some())?;
+    let body = request.body.strip_suffix(b"\n").unwrap_or(request.body);
+    if body.is_empty() {
+        return Err(Problem::new(
+            400,
+            "malformed_json",
+            "a batch has one order on each line, and this has none",
+        ));
+    }
+    let lines = || body.split(|byte| *byte == b'\n');
+    if lines().nth(BATCH_ORDERS_MAX).is_some() {
+        let detail = format!("a batch has at most {BATCH_ORDERS_MAX} orders");
+        return Err(Problem::new(413, "body_too_large", detail));
+    }
+    let creation = Creation::begin(context, request);
+    let admitted: Vec<Result<Admitted, Problem>> = lines()
+        .map(|line| {
+            let BatchLine { body, key } = BatchLine::parse(line)?;
+            creation.admit(body, key)
+        })
+        .collect();
+    let answers: Vec<Answer> = admitted
+        .into_iter()
+        .map(|admitted| match admitted {
+            Ok(admitted) => creation.wait(admitted),
+            Err(problem) => Answer::Problem(problem),
+        })
+        .collect();
+    response.set_status(200);
+    response.header("Content-Type", "application/x-ndjson");
+    let accepted = answers.iter().any(Answer::was_accepted);
+    creation.wanted.say_applied(response, accepted);
+    let out = response.body_mut();
+    // Reserved at once: growing in steps copies all earlier lines each time.
+    out.reserve(answers.len() * LINE_BYTES_TYPICAL);
+    for answer in &answers {
+        match answer {
+            Answer::Problem(problem) => write::ndjson_line(out, problem.status, problem),
+            Answer::Order {
+                http_status, order, ..
+            } => write::ndjson_line(out, *http_status, &order.view(context)),
+        }
+    }
+    Ok(())
+}
+
+/// A request that creates orders.
+struct Creation<'r> {
+    context: &'r Context,
+    request: &'r Request<'r>,
+    wanted: Wanted,
+    started: Instant,
+}
+
+impl<'r> Creation<'r> {
+    fn begin(context: &'r Context, request: &'r Request<'r>) -> Self {
+        Creation {
+            context,
+            request,
+            wanted: Wanted::of(context, request),
+            started: Instant::now(),
+        }
+    }
+
+    fn admit(&self, body: OrderBody<'_>, key: Option<KeyHash>) -> Result<Admitted, Problem> {
+        let Creation {
+            context, request, ..
+        } = *self;
+        let order = OrderRequest {
+            user_id: body.user_id,
+            sku_id: body.sku_id,
+            quantity: body.quantity,
+            adjustment: body.adjustment,
+            attributes: body.attributes,
+            key,
+            wait: self.wanted.wait,
+            respond_async: self.wanted.respond_async,
+        };
+        context
+            .intake
+            .check_rate(&order.user_id)
+            .map_err(|refusal| refuse(context, refusal))?;
+        let mut pause = LOOK_AGAIN_MIN;
+        loop {
+            let admission = context
+                .intake
+                .admit(&order, Some(request.waker))
+                .map_err(|refusal| refuse(context, refusal))?;
+            let id = match admission {
+                Admission::Placed(pending) => return Ok(Admitted::Placed(pending)),
+                Admission::Duplicate {
+                    pending: Some(pending),
+                    ..
+                } => return Ok(Admitted::Joined(pending)),
+                Admission::Duplicate { id, pending: None } => id,
+            };
+            // One deadline for all orders of a batch: no request waits beyond the order timeout.
+            let deadline = self.started + context.order_timeout;
+            if let Some(order) = context.find_on_disk(request, deadline, id)? {
+                return Ok(Admitted::OnDisk(Box::new(order)));
+            }
+            if let Some(pending) = context.state.pending.get(id) {
+                return Ok(Admitted::Joined(pending));
+            }
+            if let Some(recent) = context.recent(id) {
+                return Ok(Admitted::Recent(recent));
+            }
+            if let Some(stored) = context.find_stored(request, deadline, id)? {
+                return Ok(Admitted::Stored(Box::new(stored)));
+            }
+            // The first request is between claiming the key and registering its order, or is
+            // undoing that. Either takes microseconds; afterwards this request finds the order or
+            // places it. After a failover the order may also be lost, until that is found out.
+            if self.started.elapsed() > context.order_timeout {
+                return Err(refuse(context, Refusal::Overloaded));
+            }
+            may::coroutine::yield_now();
+            context.on_tokio(request, deadline, async move {
+                tokio::time::sleep(pause).await;
+            })?;
+            pause = (pause * 2).min(LOOK_AGAIN_MAX);
+        }
+    }
+
+    /// Waits for an admitted order as long as the client wants, and answers.
+    fn wait(&self, admitted: Admitted) -> Answer {
+        let Creation {
+            context, request, ..
+        } = *self;
+        let deadline = self.started + self.wanted.wait;
+        match admitted {
+            Admitted::Placed(pending) => {
+                let state = wait_for_own(context, request, &pending, deadline);
+                answer_by_slot(context, pending, state, false)
+            }
+            Admitted::Joined(pending) => {
+                let is_enough =
+                    |pending: &PendingOrder| self.wanted.respond_async && pending.slot.is_durable();
+                let state = wait_for_other(context, request, &pending, deadline, is_enough);
+                answer_by_slot(context, pending, state, true)
+            }
+            Admitted::Recent(pending) => {
+                answer_by_slot(context, pending, SlotState::Persisted, true)
+            }
+            // Another process may have abandoned it.
+            Admitted::OnDisk(_) if !may_acknowledge(context) => {
+                Answer::Problem(refuse(context, Refusal::NotReady))
+            }
+            Admitted::OnDisk(order) => accepted(context, Durable::OnDisk(order), true),
+            Admitted::Stored(stored) => {
+                count(context, "replayed");
+                Answer::Order {
+                    http_status: 200,
+                    replayed: true,
+                    order: Standing::Stored(stored),
+                }
+            }
+        }
+    }
+}
+
+/// Whether this process may still acknowledge durable orders. Checked again for each answer: the
+/// check before the wake-up may be old by now.
+fn may_acknowledge(context: &Context) -> bool {
+    let durable = context.queue.durable();
+    durable.is_some_and(|queue| queue.may_acknowledge())
+}
+
+fn accepted(context: &Context, order: Durable, replayed: bool) -> Answer {
+    let (http_status, outcome) = if replayed {
+        (200, "replayed")
+    } else {
+        (202, "accepted")
+    };
+    count(context, outcome);
+    Answer::Order {
+        http_status,
+        replayed,
+        order: Standing::Accepted {
+            order,
+            estimated_wait_ms: context.estimated_wait_ms(),
+        },
+    }
+}
+
+/// The answer about an order in flight, by the `state` of its slot.
+fn answer_by_slot(
+    context: &Context,
+    pending: Arc<PendingOrder>,
+    state: SlotState,
+    replayed: bool,
+) -> Answer {
+    // With respond-async the answer is `accepted`, even if the row was written first.
+    let written = matches!(state, SlotState::Persisted | SlotState::Failed);
+    if pending.slot.is_durable() && !(replayed && written) && may_acknowledge(context) {
+        return accepted(context, Durable::InMemory(pending), replayed);
+    }
+    match state {
+        SlotState::Persisted => {
+            let (http_status, outcome) = if replayed {
+                (200, "replayed")
+            } else {
+                (201, "created")
+            };
+            count(context, outcome);
+            // An order of the journal may have waited past its payment deadline.
+            let state = &context.state;
+            let late =
+                pending.slot.is_recorded() && state.is_late(&pending.order, state.ids.real_now());
+            let status = if late {
+                OrderStatus::Expired
+            } else {
+                OrderStatus::PendingPayment
+            };
+            let order = Standing::InFlight(pending, status);
+            Answer::Order {
+                http_status,
+                replayed,
+                order,
+            }
+        }
+        SlotState::Appending | SlotState::Waiting | SlotState::Claimed | SlotState::OnDisk => {
+            count(context, "undecided");
+            let order = Standing::InFlight(pending, OrderStatus::Undecided);
+            Answer::Order {
+                http_status: 202,
+                replayed: false,
+                order,
+            }
+        }
+        SlotState::Abandoned => {
+            count(context, "timed_out");
+            let detail =
+                "the order was not written within its wait: it is not placed and nothing is held";
+            Answer::Problem(Problem::new(504, "timed_out", detail))
+        }
+        SlotState::Unwritten => {
+            count(context, "unwritten");
+            // A service that goes on leaves an order unwritten only if its SKU's counters are
+            // refused.
+            let refusal = match context.intake.check_open() {
+                Ok(()) => Refusal::SalePaused,
+                Err(_) => Refusal::Draining,
+            };
+            Answer::Problem(Problem::from(refusal))
+        }
+        SlotState::Failed if replayed => {
+            count(context, "replayed");
+            let order = Standing::InFlight(pending, OrderStatus::Failed);
+            Answer::Order {
+                http_status: 200,
+                replayed,
+                order,
+            }
+        }
+        SlotState::Failed => {
+            count(context, "failed");
+            let detail = format!(
+                "the database refused order {}: it is not placed and nothing is held; a dead letter keeps it, \
+                 and GET tells if a person places it after all",
+                pending.order.id
+            );
+            Answer::Problem(Problem::new(500, "internal", detail))
+        }
+    }
+}
+
+/// Waits for an order that this request placed. At the deadline either the deadline task abandons
+/// an unacknowledged order or a worker has claimed it; keep waiting while the slot is still
+/// `Waiting`.
+fn wait_for_own(
+    context: &Context,
+    request: &Request<'_>,
+    pending: &PendingOrder,
+    deadline: Instant,
+) -> SlotState {
+    wait(request, || match pending.slot.state() {
+        _ if pending.slot.is_durable() => true,
+        SlotState::Waiting if !pending.slot.is_recorded() => false,
+        SlotState::Appending | SlotState::Waiting | SlotState::Claimed => {
+            Instant::now() >= deadline || context.is_stopping()
+        }
+        SlotState::Abandoned
+        | SlotState::Persisted
+        | SlotState::Failed
+        | SlotState::Unwritten
+        | SlotState::OnDisk => true,
+    });
+    pending.slot.state()
+}
+
+fn refuse(context: &Context, refusal: Refusal) -> Problem {
+    count(context, refusal.code());
+    Problem::from(refusal)
+}
+
+fn count(context: &Context, outcome: &'static str) {
+    context.metrics.orders.count(outcome);
+}
+
+fn check_open(context: &Context) -> Result<(), Problem> {
+    context
+        .intake
+        .check_open()
+        .map_err(|refusal| refuse(context, refusal))
+}
+
+fn require_media_type(request: &Request<'_>, allowed: &[&str]) -> Result<(), Problem> {
+    let media_type = request.header("content-type").map(|value| {
+        let media_type = value.split(|byte| *byte == b';').next().unwrap_or_default();
+        media_type.trim_ascii()
+    });
+    let is_allowed = |media_type: &[u8]| {
+        allowed
+            .iter()
+            .any(|allowed| media_type.eq_ignore_ascii_case(allowed.as_bytes()))
+    };
+    if media_type.is_some_and(is_allowed) {
+        return Ok(());
+    }
+    let detail = format!(
+        "Content-Type: must be {}",
+        allowed.first().copied().unwrap_or_default()
+    );
+    Err(Problem::new(415, "unsupported_media_type", detail))
+}

@@ -1,0 +1,70 @@
+//! `POST /v1/payments/{provider}/notify`: the callback of a payment platform.
+//!
+//! Success is answered only after the message and its effect are committed. Any other answer makes
+//! the platform deliver again, which is harmless however often it happens.
+
+use std::time::{Duration, Instant};
+
+use super::providers::{CallbackError, PaymentProvider};
+use crate::http::data_plane::context::Context;
+use crate::http::message::{Request, Response};
+use crate::order::UnixMillis;
+use crate::order::payment::Delivery;
+use crate::pipeline::payments::callbacks::NotStored;
+
+/// Longest time until a platform is told to deliver again. Platforms time out after about five
+/// seconds.
+const ANSWER_WITHIN: Duration = Duration::from_secs(4);
+
+/// Verifies a callback, stores it, and answers in the platform's own dialect.
+pub(in crate::http::data_plane) fn notify(
+    context: &Context,
+    request: &Request<'_>,
+    response: &mut Response,
+    provider: &dyn PaymentProvider,
+) {
+    // Read first: it decides whether the payment came in time.
+    let (started, received_at) = (Instant::now(), context.callbacks.now());
+    let outcome = provider
+        .read(request, UnixMillis::now())
+        .and_then(|notice| {
+            let callbacks = context.callbacks.clone();
+            let delivery = Delivery {
+                notice,
+                received_at,
+            };
+            let storing = async move { callbacks.take_in(delivery).await };
+            match context.on_tokio(request, started + ANSWER_WITHIN, storing) {
+                Ok(Ok(())) => Ok(()),
+                Ok(Err(NotStored::Busy | NotStored::Stopped | NotStored::Store(_))) | Err(_) => {
+                    Err(CallbackError::NotStored)
+                }
+            }
+        });
+    match outcome {
+        Ok(()) => {
+            context.metrics.payments.callbacks.count("stored");
+            context
+                .metrics
+                .payments
+                .callback_seconds
+                .observe(started.elapsed().as_secs_f64());
+            provider.accept(response);
+        }
+        Err(error) => {
+            context.metrics.payments.callbacks.count(outcome_of(&error));
+            provider.refuse(response, &error);
+        }
+    }
+}
+
+/// The value of the metric's label.
+fn outcome_of(error: &CallbackError) -> &'static str {
+    match error {
+        CallbackError::BadSignature(_) | CallbackError::SignatureProbe => "bad_signature",
+        CallbackError::Stale { .. } => "stale",
+        CallbackError::NotForUs(_) => "not_ours",
+        CallbackError::Malformed(_) | CallbackError::Unbookable(_) => "malformed",
+        CallbackError::NotStored => "not_stored",
+    }
+}

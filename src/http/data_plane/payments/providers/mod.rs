@@ -1,0 +1,202 @@
+//! The providers' half of a payment callback: from the request of a payment platform to a
+//! [`Notice`], and back to an answer in its own dialect.
+//!
+//! ```text
+//!   request ──► signature over the raw bytes ──► fresh? ──► for us? ──► parsed ──► Notice
+//!                       │                           │          │          │
+//!                       └───────────────────────────┴──────────┴──────────┴──► CallbackError
+//! ```
+//!
+//! Nothing of a message is believed before its signature holds, and what follows knows the members
+//! that it needs and no others: platforms add new ones without asking. Whoever stores a [`Notice`]
+//! answers with [`PaymentProvider::accept`] once it is committed and with
+//! [`PaymentProvider::refuse`] otherwise; the platform then delivers again. Nothing here waits,
+//! does I/O, or keeps anything between two calls.
+//!
+//! What a payment cannot be booked without (its name, its amount) has to be there, else the
+//! message is [`CallbackError::Unbookable`] and the log says so as an error. Nothing else may cost
+//! a payment: an order reference that is too long is cut, a receipt that cannot be one is left out.
+
+pub mod alipay;
+mod keys;
+mod message;
+pub mod standard;
+pub mod stripe;
+pub mod wechatpay;
+
+use crate::config::{ConfigError, Payments};
+use crate::http::message::{Request, Response};
+use crate::http::problem::Problem;
+use crate::order::UnixMillis;
+use crate::order::payment::{Notice, Provider};
+
+use alipay::Alipay;
+use standard::Standard;
+use stripe::Stripe;
+use wechatpay::Wechatpay;
+
+/// Seconds by which a message may be older or younger than our clock, where its scheme dates it:
+/// what Standard Webhooks, Stripe and WeChat Pay name. A stolen delivery is worth nothing later.
+pub const FRESHNESS_S: i64 = 300;
+
+/// A payment platform, as far as its callbacks go.
+pub trait PaymentProvider: Send + Sync {
+    /// Which one.
+    fn provider(&self) -> Provider;
+
+    /// Verifies the message that `request` brings at `now` and reads it.
+    ///
+    /// # Errors
+    /// [`CallbackError`], to be answered with [`PaymentProvider::refuse`].
+    fn read(&self, request: &Request<'_>, now: UnixMillis) -> Result<Notice, CallbackError>;
+
+    /// Makes `response`, which is clear, the answer that ends the platform's deliveries.
+    fn accept(&self, response: &mut Response) {
+        response.set_status(200);
+    }
+
+    /// Makes `response`, which is clear, the answer after which the platform delivers again, and
+    /// logs why.
+    fn refuse(&self, response: &mut Response, error: &CallbackError) {
+        error.log(self.provider());
+        let problem = error.problem();
+        challenge(response, &problem);
+        problem.write_to(response);
+    }
+}
+
+/// RFC 9110 15.5.2 asks for a challenge with each `401`; a bearer token would not help.
+fn challenge(response: &mut Response, problem: &Problem) {
+    if problem.status == 401 {
+        response.header("WWW-Authenticate", "Signature");
+    }
+}
+
+/// Why a callback is not answered with success.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CallbackError {
+    /// It is not proven to come from the platform.
+    #[error("the signature does not hold: {0}")]
+    BadSignature(&'static str),
+    /// WeChat Pay looks whether false signatures are refused. All is well.
+    #[error("a probe with a false signature")]
+    SignatureProbe,
+    /// It is authentic and too old or too young.
+    #[error(
+        "it is dated {off_s} s from our clock, {FRESHNESS_S} at most are allowed: a replay, or a clock is wrong"
+    )]
+    Stale {
+        /// Seconds by which our clock is ahead of it.
+        off_s: i64,
+    },
+    /// It is authentic and about somebody else's account.
+    #[error("{0} is not the configured one")]
+    NotForUs(&'static str),
+    /// It is authentic and cannot be read.
+    #[error("it cannot be read: {0}")]
+    Malformed(String),
+    /// It is authentic, tells of a payment or may do so, and nothing can be booked by it.
+    #[error("a payment that cannot be booked: {0}")]
+    Unbookable(String),
+    /// It is authentic, and could not be stored now.
+    #[error("it could not be stored now")]
+    NotStored,
+}
+
+impl CallbackError {
+    /// What the caller is told: which of these it is, and none of the values.
+    pub fn problem(&self) -> Problem {
+        let problem = |status, code, detail| Problem::new(status, code, detail);
+        match self {
+            CallbackError::BadSignature(_) | CallbackError::SignatureProbe => {
+                problem(401, "invalid_signature", "the signature does not hold")
+            }
+            CallbackError::Stale { .. } => problem(
+                400,
+                "stale_callback",
+                "the timestamp is more than 300 seconds from the server's clock",
+            ),
+            CallbackError::NotForUs(_) => problem(
+                400,
+                "wrong_account",
+                "the message is about an account that is not configured here",
+            ),
+            CallbackError::Malformed(_) => {
+                problem(400, "malformed_callback", "the message cannot be read")
+            }
+            CallbackError::Unbookable(_) => problem(
+                400,
+                "unbookable_payment",
+                "the payment has no usable id or amount",
+            ),
+            CallbackError::NotStored => problem(
+                503,
+                "not_stored",
+                "the message could not be stored; send it again",
+            )
+            .retry_after(1),
+        }
+    }
+
+    /// Says it in the log, without a byte of the message but the names of its members. What
+    /// strangers can send stands by itself: the log limits lines by kind, and a flood of theirs must
+    /// not hide what happens to authentic callbacks.
+    pub fn log(&self, provider: Provider) {
+        match self {
+            CallbackError::SignatureProbe => {
+                tracing::info!(%provider, reason = %self, "a payment callback was refused");
+            }
+            CallbackError::Unbookable(_) => {
+                tracing::error!(%provider, reason = %self, "a payment callback was refused: look the payment up at the provider");
+            }
+            CallbackError::BadSignature(_) => {
+                tracing::warn!(%provider, reason = %self, "a payment callback with a false signature was refused");
+            }
+            CallbackError::Stale { .. }
+            | CallbackError::NotForUs(_)
+            | CallbackError::Malformed(_) => {
+                tracing::warn!(%provider, reason = %self, "a payment callback was refused");
+            }
+            CallbackError::NotStored => {
+                tracing::warn!(%provider, "a payment callback could not be stored; the provider was told to send it again");
+            }
+        }
+    }
+}
+
+/// The providers that are configured.
+#[derive(Debug)]
+pub struct Providers {
+    standard: Option<Standard>,
+    stripe: Option<Stripe>,
+    alipay: Option<Alipay>,
+    wechatpay: Option<Wechatpay>,
+}
+
+impl Providers {
+    /// Reads their keys.
+    ///
+    /// # Errors
+    /// [`ConfigError`] that names the field whose key is none.
+    pub fn new(config: &Payments) -> Result<Self, ConfigError> {
+        Ok(Providers {
+            standard: Standard::new(&config.standard)?,
+            stripe: Stripe::new(&config.stripe),
+            alipay: Alipay::new(&config.alipay)?,
+            wechatpay: Wechatpay::new(&config.wechatpay)?,
+        })
+    }
+
+    /// The provider, where it is configured.
+    pub fn get(&self, provider: Provider) -> Option<&dyn PaymentProvider> {
+        fn known<P: PaymentProvider>(provider: &Option<P>) -> Option<&dyn PaymentProvider> {
+            provider.as_ref().map(|provider| provider as _)
+        }
+        match provider {
+            Provider::Standard => known(&self.standard),
+            Provider::Stripe => known(&self.stripe),
+            Provider::Alipay => known(&self.alipay),
+            Provider::Wechatpay => known(&self.wechatpay),
+        }
+    }
+}

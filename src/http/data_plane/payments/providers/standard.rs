@@ -1,0 +1,152 @@
+//! Standard Webhooks (version 1): HMAC-SHA256 over `id.timestamp.body`.
+//!
+//! The three parts cannot be cut in another way under the same signature: a timestamp is digits,
+//! and a body that can be read begins with a brace.
+
+use base64::Engine;
+use base64::alphabet;
+use base64::engine::general_purpose::STANDARD;
+use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+use super::keys::HmacKeys;
+use super::message::{
+    Loose, Whole, amount, check_fresh, currency, cut, event_id, field, json, name, payment_json,
+    receipt, rfc3339,
+};
+use super::{CallbackError, PaymentProvider};
+use crate::config::{ConfigError, StandardPayments};
+use crate::http::message::Request;
+use crate::order::UnixMillis;
+use crate::order::payment::{Notice, Payment, Provider};
+
+/// The type of a message that tells of a payment.
+const PAID: &str = "payment.succeeded";
+
+/// Secrets come with and without their padding.
+const SECRET: GeneralPurpose = GeneralPurpose::new(
+    &alphabet::STANDARD,
+    GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
+);
+
+/// The provider.
+#[derive(Debug)]
+pub struct Standard {
+    keys: HmacKeys,
+}
+
+#[derive(Deserialize)]
+struct Event<'a> {
+    #[serde(borrow, default)]
+    r#type: Loose<'a>,
+    #[serde(borrow, default)]
+    timestamp: Loose<'a>,
+    /// Of a shape that its type tells.
+    #[serde(borrow, default)]
+    data: Option<&'a RawValue>,
+}
+
+#[derive(Deserialize)]
+struct Data<'a> {
+    #[serde(borrow, default)]
+    order_id: Loose<'a>,
+    #[serde(borrow, default)]
+    payment_id: Loose<'a>,
+    #[serde(default)]
+    amount: Whole,
+    #[serde(borrow, default)]
+    currency: Loose<'a>,
+    #[serde(borrow, default)]
+    receipt: Loose<'a>,
+}
+
+impl Standard {
+    /// The provider, where it has secrets.
+    ///
+    /// # Errors
+    /// [`ConfigError`] where a secret is not base64.
+    pub fn new(config: &StandardPayments) -> Result<Option<Self>, ConfigError> {
+        let mut secrets = Vec::new();
+        for secret in &config.secret.0 {
+            let text = secret.strip_prefix("whsec_").unwrap_or(secret);
+            match SECRET.decode(text) {
+                Ok(bytes) if !bytes.is_empty() => secrets.push(bytes),
+                _ => {
+                    return Err(ConfigError::Field {
+                        field: "payments.standard.secret",
+                        message: "is not base64, with or without whsec_ before it".into(),
+                    });
+                }
+            }
+        }
+        Ok((!secrets.is_empty()).then(|| Standard {
+            keys: HmacKeys::new(secrets),
+        }))
+    }
+
+    /// Reads a body that is verified, of the message with this id.
+    ///
+    /// # Errors
+    /// [`CallbackError::Malformed`] and [`CallbackError::Unbookable`].
+    pub fn parse(id: &str, body: &[u8]) -> Result<Notice, CallbackError> {
+        let event: Event<'_> = json(body)?;
+        let payment = match (event.r#type.text(), event.data) {
+            ("", _) => return Err(CallbackError::Malformed("it has no type".into())),
+            (PAID, Some(data)) => {
+                let data: Data<'_> = payment_json(data.get().as_bytes())?;
+                Some(Payment {
+                    payment_id: name(data.payment_id.text(), "payment_id")?,
+                    order_ref: cut(data.order_id.text()),
+                    amount: amount(data.amount.0)?,
+                    currency: currency(data.currency.text())?,
+                    receipt: receipt(data.receipt.get()),
+                    made_at: rfc3339(event.timestamp.text()),
+                })
+            }
+            (PAID, None) => return Err(CallbackError::Unbookable("it has no data".into())),
+            _ => None,
+        };
+        Ok(Notice {
+            provider: Provider::Standard,
+            event_id: event_id(id, "webhook-id", payment.as_ref())?,
+            kind: cut(event.r#type.text()),
+            body: body.into(),
+            payment,
+        })
+    }
+}
+
+impl PaymentProvider for Standard {
+    fn provider(&self) -> Provider {
+        Provider::Standard
+    }
+
+    fn read(&self, request: &Request<'_>, now: UnixMillis) -> Result<Notice, CallbackError> {
+        let id = field(request, "webhook-id")?;
+        let timestamp = field(request, "webhook-timestamp")?;
+        let signatures = field(request, "webhook-signature")?;
+        let signed = [
+            id.as_bytes(),
+            b".",
+            timestamp.as_bytes(),
+            b".",
+            request.body,
+        ]
+        .concat();
+        // Other versions stand beside `v1` and are for others.
+        let signatures = signatures
+            .split(' ')
+            .filter_map(|signature| STANDARD.decode(signature.strip_prefix("v1,")?).ok());
+        if !self.keys.verify(&signed, signatures) {
+            return Err(CallbackError::BadSignature("no secret made any of them"));
+        }
+        let signed_at = check_fresh(timestamp, now)?;
+        let mut notice = Self::parse(id, request.body)?;
+        if let Some(payment) = &mut notice.payment {
+            // Each attempt is dated anew; what happened was no later.
+            payment.made_at = payment.made_at.or(Some(signed_at)).min(Some(signed_at));
+        }
+        Ok(notice)
+    }
+}
