@@ -26,18 +26,67 @@ const LINE_BYTES_TYPICAL: usize = 416;
 const LOOK_AGAIN_MIN: Duration = Duration::from_millis(1);
 const LOOK_AGAIN_MAX: Duration = Duration::from_millis(250);
 
-/// An admitted order. All but the first were placed by an earlier request under the same key.
-enum Admitted {
-    /// Placed by this request.
+/// The location of an admitted order. Every order but a placed one came from an earlier request
+/// under the same key.
+enum Found {
+    /// In flight, placed by this request.
     Placed(Arc<PendingOrder>),
     /// In flight.
-    Joined(Arc<PendingOrder>),
+    InFlight(Arc<PendingOrder>),
+    /// Durable, on the disk.
+    OnDisk(Box<Order>),
     /// Written a moment ago.
     Recent(Arc<PendingOrder>),
-    /// A row.
+    /// In the database.
     Stored(Box<StoredOrder>),
-    /// Waiting on the disk.
-    OnDisk(Box<Order>),
+}
+
+/// The answer about one order.
+enum Answer {
+    /// The order exists, or may exist.
+    Order {
+        found: Found,
+        status: OrderStatus,
+        http_status: u16,
+        replayed: bool,
+    },
+    /// The order does not exist.
+    Problem(Problem),
+}
+
+impl Answer {
+    fn order(found: Found, status: OrderStatus, http_status: u16, replayed: bool) -> Self {
+        Answer::Order {
+            found,
+            status,
+            http_status,
+            replayed,
+        }
+    }
+
+    /// Whether it acknowledges an order as durable that this request has placed.
+    fn is_acknowledgement(&self) -> bool {
+        let accepted = OrderStatus::Accepted;
+        matches!(self, Answer::Order { status, replayed: false, .. } if *status == accepted)
+    }
+}
+
+impl Found {
+    fn view<'a>(&'a self, context: &Context, status: OrderStatus) -> OrderView<'a> {
+        let order = match self {
+            Found::Placed(pending) | Found::InFlight(pending) | Found::Recent(pending) => {
+                &pending.order
+            }
+            Found::OnDisk(order) => order,
+            Found::Stored(stored) => return context.stored_view(stored),
+        };
+        match status {
+            OrderStatus::Accepted => {
+                OrderView::accepted(order, context.estimated_wait_ms(), &context.receipts)
+            }
+            status => OrderView::of(order, status, &context.receipts),
+        }
+    }
 }
 
 /// The client's preferences, as far as they can be honoured.
@@ -78,71 +127,6 @@ impl Wanted {
     }
 }
 
-/// The answer about one order.
-enum Answer {
-    /// The order exists, or may exist.
-    Order {
-        http_status: u16,
-        replayed: bool,
-        order: Standing,
-    },
-    /// The order does not exist.
-    Problem(Problem),
-}
-
-impl Answer {
-    /// Whether it acknowledges an order as durable that this request has placed.
-    fn was_accepted(&self) -> bool {
-        matches!(
-            self,
-            Answer::Order {
-                order: Standing::Accepted { .. },
-                replayed: false,
-                ..
-            }
-        )
-    }
-}
-
-enum Standing {
-    InFlight(Arc<PendingOrder>, OrderStatus),
-    Accepted {
-        order: Durable,
-        estimated_wait_ms: u64,
-    },
-    Stored(Box<StoredOrder>),
-}
-
-/// An order that is durable in the queue.
-enum Durable {
-    InMemory(Arc<PendingOrder>),
-    OnDisk(Box<Order>),
-}
-
-impl Durable {
-    fn order(&self) -> &Order {
-        match self {
-            Durable::InMemory(pending) => &pending.order,
-            Durable::OnDisk(order) => order,
-        }
-    }
-}
-
-impl Standing {
-    fn view<'a>(&'a self, context: &Context) -> OrderView<'a> {
-        match self {
-            Standing::InFlight(pending, status) => {
-                OrderView::of(&pending.order, *status, &context.receipts)
-            }
-            Standing::Accepted {
-                order,
-                estimated_wait_ms,
-            } => OrderView::accepted(order.order(), *estimated_wait_ms, &context.receipts),
-            Standing::Stored(stored) => context.stored_view(stored),
-        }
-    }
-}
-
 /// `POST /v1/orders`.
 pub(in crate::http::data_plane) fn one(
     context: &Context,
@@ -158,20 +142,23 @@ pub(in crate::http::data_plane) fn one(
         Ok(admitted) => creation.wait(admitted),
         Err(problem) => Answer::Problem(problem),
     };
-    creation.wanted.say_applied(response, answer.was_accepted());
-    let (http_status, replayed, order) = match answer {
+    creation
+        .wanted
+        .say_applied(response, answer.is_acknowledgement());
+    let (found, status, http_status, replayed) = match answer {
         Answer::Problem(problem) => return Err(problem),
         Answer::Order {
+            found,
+            status,
             http_status,
             replayed,
-            order,
-        } => (http_status, replayed, order),
+        } => (found, status, http_status, replayed),
     };
     if http_status == 201 {
         let waited = creation.started.elapsed();
         context.metrics.wait_seconds.observe(waited.as_secs_f64());
     }
-    let view = order.view(context);
+    let view = found.view(context, status);
     response.header("Location", format_args!("/v1/orders/{}", view.order_id()));
     if replayed {
         response.header("Idempotency-Replayed", "true");
@@ -211,7 +198,7 @@ pub(in crate::http::data_plane) fn batch(
         return Err(Problem::new(413, "body_too_large", detail));
     }
     let creation = Creation::begin(context, request);
-    let admitted: Vec<Result<Admitted, Problem>> = lines()
+    let admitted: Vec<Result<Found, Problem>> = lines()
         .map(|line| {
             let BatchLine { body, key } = BatchLine::parse(line)?;
             creation.admit(body, key)
@@ -226,7 +213,7 @@ pub(in crate::http::data_plane) fn batch(
         .collect();
     response.set_status(200);
     response.header("Content-Type", "application/x-ndjson");
-    let accepted = answers.iter().any(Answer::was_accepted);
+    let accepted = answers.iter().any(Answer::is_acknowledgement);
     creation.wanted.say_applied(response, accepted);
     let out = response.body_mut();
     // Reserved at once: growing in steps copies all earlier lines each time.
@@ -235,8 +222,11 @@ pub(in crate::http::data_plane) fn batch(
         match answer {
             Answer::Problem(problem) => write::ndjson_line(out, problem.status, problem),
             Answer::Order {
-                http_status, order, ..
-            } => write::ndjson_line(out, *http_status, &order.view(context)),
+                found,
+                status,
+                http_status,
+                ..
+            } => write::ndjson_line(out, *http_status, &found.view(context, *status)),
         }
     }
     Ok(())
@@ -260,7 +250,7 @@ impl<'r> Creation<'r> {
         }
     }
 
-    fn admit(&self, body: OrderBody<'_>, key: Option<KeyHash>) -> Result<Admitted, Problem> {
+    fn admit(&self, body: OrderBody<'_>, key: Option<KeyHash>) -> Result<Found, Problem> {
         let Creation {
             context, request, ..
         } = *self;
@@ -285,26 +275,26 @@ impl<'r> Creation<'r> {
                 .admit(&order, Some(request.waker))
                 .map_err(|refusal| refuse(context, refusal))?;
             let id = match admission {
-                Admission::Placed(pending) => return Ok(Admitted::Placed(pending)),
+                Admission::Placed(pending) => return Ok(Found::Placed(pending)),
                 Admission::Duplicate {
                     pending: Some(pending),
                     ..
-                } => return Ok(Admitted::Joined(pending)),
+                } => return Ok(Found::InFlight(pending)),
                 Admission::Duplicate { id, pending: None } => id,
             };
             // One deadline for all orders of a batch: no request waits beyond the order timeout.
             let deadline = self.started + context.order_timeout;
             if let Some(order) = context.find_on_disk(request, deadline, id)? {
-                return Ok(Admitted::OnDisk(Box::new(order)));
+                return Ok(Found::OnDisk(Box::new(order)));
             }
             if let Some(pending) = context.state.pending.get(id) {
-                return Ok(Admitted::Joined(pending));
+                return Ok(Found::InFlight(pending));
             }
             if let Some(recent) = context.recent(id) {
-                return Ok(Admitted::Recent(recent));
+                return Ok(Found::Recent(recent));
             }
             if let Some(stored) = context.find_stored(request, deadline, id)? {
-                return Ok(Admitted::Stored(Box::new(stored)));
+                return Ok(Found::Stored(Box::new(stored)));
             }
             // The first request is between claiming the key and registering its order, or is
             // undoing that. Either takes microseconds; afterwards this request finds the order or
@@ -321,37 +311,32 @@ impl<'r> Creation<'r> {
     }
 
     /// Waits for an admitted order as long as the client wants, and answers.
-    fn wait(&self, admitted: Admitted) -> Answer {
+    fn wait(&self, admitted: Found) -> Answer {
         let Creation {
             context, request, ..
         } = *self;
         let deadline = self.started + self.wanted.wait;
         match admitted {
-            Admitted::Placed(pending) => {
+            Found::Placed(pending) => {
                 let state = wait_for_own(context, request, &pending, deadline);
                 answer_by_slot(context, pending, state, false)
             }
-            Admitted::Joined(pending) => {
+            Found::InFlight(pending) => {
                 let is_enough =
                     |pending: &PendingOrder| self.wanted.respond_async && pending.slot.is_durable();
                 let state = wait_for_other(context, request, &pending, deadline, is_enough);
                 answer_by_slot(context, pending, state, true)
             }
-            Admitted::Recent(pending) => {
-                answer_by_slot(context, pending, SlotState::Persisted, true)
-            }
+            Found::Recent(pending) => answer_by_slot(context, pending, SlotState::Persisted, true),
             // Another process may have abandoned it.
-            Admitted::OnDisk(_) if !may_acknowledge(context) => {
+            Found::OnDisk(_) if !may_acknowledge(context) => {
                 Answer::Problem(refuse(context, Refusal::NotReady))
             }
-            Admitted::OnDisk(order) => accepted(context, Durable::OnDisk(order), true),
-            Admitted::Stored(stored) => {
+            Found::OnDisk(_) => accepted(context, admitted, true),
+            Found::Stored(ref stored) => {
                 count(context, "replayed");
-                Answer::Order {
-                    http_status: 200,
-                    replayed: true,
-                    order: Standing::Stored(stored),
-                }
+                let status = stored.status;
+                Answer::order(admitted, status, 200, true)
             }
         }
     }
@@ -364,21 +349,14 @@ fn may_acknowledge(context: &Context) -> bool {
     durable.is_some_and(|queue| queue.may_acknowledge())
 }
 
-fn accepted(context: &Context, order: Durable, replayed: bool) -> Answer {
+fn accepted(context: &Context, found: Found, replayed: bool) -> Answer {
     let (http_status, outcome) = if replayed {
         (200, "replayed")
     } else {
         (202, "accepted")
     };
     count(context, outcome);
-    Answer::Order {
-        http_status,
-        replayed,
-        order: Standing::Accepted {
-            order,
-            estimated_wait_ms: context.estimated_wait_ms(),
-        },
-    }
+    Answer::order(found, OrderStatus::Accepted, http_status, replayed)
 }
 
 /// The answer about an order in flight, by the `state` of its slot.
@@ -391,7 +369,7 @@ fn answer_by_slot(
     // With respond-async the answer is `accepted`, even if the row was written first.
     let written = matches!(state, SlotState::Persisted | SlotState::Failed);
     if pending.slot.is_durable() && !(replayed && written) && may_acknowledge(context) {
-        return accepted(context, Durable::InMemory(pending), replayed);
+        return accepted(context, Found::InFlight(pending), replayed);
     }
     match state {
         SlotState::Persisted => {
@@ -410,21 +388,11 @@ fn answer_by_slot(
             } else {
                 OrderStatus::PendingPayment
             };
-            let order = Standing::InFlight(pending, status);
-            Answer::Order {
-                http_status,
-                replayed,
-                order,
-            }
+            Answer::order(Found::InFlight(pending), status, http_status, replayed)
         }
         SlotState::Appending | SlotState::Waiting | SlotState::Claimed | SlotState::OnDisk => {
             count(context, "undecided");
-            let order = Standing::InFlight(pending, OrderStatus::Undecided);
-            Answer::Order {
-                http_status: 202,
-                replayed: false,
-                order,
-            }
+            Answer::order(Found::InFlight(pending), OrderStatus::Undecided, 202, false)
         }
         SlotState::Abandoned => {
             count(context, "timed_out");
@@ -444,12 +412,7 @@ fn answer_by_slot(
         }
         SlotState::Failed if replayed => {
             count(context, "replayed");
-            let order = Standing::InFlight(pending, OrderStatus::Failed);
-            Answer::Order {
-                http_status: 200,
-                replayed,
-                order,
-            }
+            Answer::order(Found::InFlight(pending), OrderStatus::Failed, 200, replayed)
         }
         SlotState::Failed => {
             count(context, "failed");
