@@ -26,7 +26,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use self::background::{Background, evict, keep_running};
 pub use self::clock::ClockError;
 use crate::config::{Config, ConfigError, Engine, Migrate, Retention};
-use crate::http::control_plane::{ControlPlane, Parts, Refresh};
+use crate::http::control_plane::{self, ControlPlane, Parts, Refresh};
 use crate::http::data_plane::context::Context;
 use crate::http::data_plane::router::{BODY_RULES, Router};
 use crate::http::message::{Request, Response};
@@ -819,7 +819,7 @@ fn serve_control(
     listener.set_nonblocking(true)?;
     let listener = tokio::net::TcpListener::from_std(listener)?;
     let (stop, stopped) = oneshot::channel::<()>();
-    let router = control.router();
+    let router = control_plane::router::router(control);
     let task = supervisor.task("the control plane", async move {
         let serving = axum::serve(listener, router).with_graceful_shutdown(async move {
             let _ = stopped.await;

@@ -136,7 +136,7 @@ const UNSUPERVISED: &[(&str, usize, &str)] = &[
         "a part of a request, which waits for it",
     ),
     (
-        "src/http/control_plane/mod.rs",
+        "src/http/control_plane/router.rs",
         1,
         "a request, which answers that it failed",
     ),

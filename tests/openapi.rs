@@ -12,7 +12,7 @@ use std::collections::BTreeSet;
 
 use jsonschema::Validator;
 use millrace::http::OPENAPI;
-use millrace::http::control_plane::ControlPlane;
+use millrace::http::control_plane;
 use millrace::http::data_plane::router::ROUTES;
 use serde_json::{Value, json};
 use support::block_on;
@@ -82,7 +82,7 @@ fn it_is_valid_openapi_3_1_with_valid_schemas() {
 
 #[test]
 fn it_names_every_route_of_both_planes_and_no_other() {
-    let routes = ROUTES.into_iter().chain(ControlPlane::routes());
+    let routes = ROUTES.into_iter().chain(control_plane::router::routes());
     let served: BTreeSet<(String, String)> = routes
         .map(|(method, path)| (method.to_owned(), path.to_owned()))
         .collect();

@@ -9,8 +9,9 @@ use rand::Rng;
 use serde::Deserialize;
 
 use super::ControlPlane;
-use super::access::{COOKIE, SESSION_LASTS, site};
+use super::access::site;
 use super::failure::Failure;
+use super::sessions::{COOKIE, SESSION_LASTS};
 use crate::http::problem::Problem;
 
 const DASHBOARD: &str = include_str!("dashboard.html");

@@ -1,17 +1,17 @@
-//! Parts of a request, with a problem where they cannot be had: axum's own rejections are plain
-//! text.
+//! Parts of a request, or a problem if they are invalid: axum's own rejections are plain text.
 
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
 use axum::extract::{FromRequest, FromRequestParts, Path, Request, State};
+use axum::http::HeaderMap;
 use axum::http::request::Parts;
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
 use super::failure::Failure;
-use super::routes::Takes;
 use crate::http::problem::Problem;
-use crate::http::wire::{no_members, query};
+use crate::http::wire::{self, no_members, query};
+use crate::order::IdempotencyKey;
 
 /// The whole body.
 pub(super) struct Body(pub(super) Bytes);
@@ -27,7 +27,7 @@ impl<S: Send + Sync> FromRequest<S> for Body {
     }
 }
 
-/// What a client is told whose body cannot be read.
+/// The answer to a request whose body cannot be read.
 pub(super) fn unreadable(rejection: BytesRejection) -> Failure {
     let detail = rejection.body_text();
     Failure(match rejection.into_response().status().as_u16() {
@@ -50,15 +50,23 @@ impl<S: Send + Sync> FromRequestParts<S> for Segment {
     }
 }
 
-/// Refuses what a request brings along and its handler would not look at: other query parameters,
-/// a body where none is read.
+/// The query fields and the body that a route accepts; everything else is refused.
+#[derive(Clone, Copy)]
+pub(super) struct Accepts {
+    /// The names of its query fields.
+    pub(super) query: &'static [&'static str],
+    /// Whether its handler reads a body. If not, only `{}` passes.
+    pub(super) body: bool,
+}
+
+/// Refuses input that the handler would ignore: other query fields, or a body that is not read.
 pub(super) async fn only(
-    State(takes): State<Takes>,
+    State(accepts): State<Accepts>,
     request: Request,
     next: Next,
 ) -> Result<Response, Failure> {
-    query::only(request.uri().query().unwrap_or_default(), takes.query)?;
-    if takes.body {
+    query::only(request.uri().query().unwrap_or_default(), accepts.query)?;
+    if accepts.body {
         return Ok(next.run(request).await);
     }
     let (parts, body) = request.into_parts();
@@ -67,4 +75,10 @@ pub(super) async fn only(
     no_members(&body)?;
     let request = Request::from_parts(parts, axum::body::Body::empty());
     Ok(next.run(request).await)
+}
+
+/// The idempotency key of a request, if it has one.
+pub(super) fn idempotency_key(headers: &HeaderMap) -> Result<Option<IdempotencyKey<'_>>, Problem> {
+    let values = headers.get_all("idempotency-key").iter();
+    wire::idempotency_key(values.map(|value| value.as_bytes()))
 }

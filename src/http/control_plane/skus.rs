@@ -5,9 +5,9 @@ use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde_json::json;
 
-use super::extract::{Body, Segment};
+use super::extract::{Body, Segment, idempotency_key};
 use super::failure::Failure;
-use super::{ControlPlane, Parts, idempotency_key};
+use super::{ControlPlane, Parts};
 use crate::http::problem::Problem;
 use crate::http::wire::{PutSkuView, RestockBody, SkuBody, SkuView};
 use crate::order::{IdempotencyKey, SkuId};
