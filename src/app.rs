@@ -50,11 +50,12 @@ use crate::pipeline::failover::restore::{Restorer, Watermarks};
 use crate::pipeline::orders::cancel::Canceller;
 use crate::pipeline::orders::intake::Intake;
 use crate::pipeline::orders::parking::Parking;
-use crate::pipeline::orders::worker::{Place, Worker, WorkerError};
+use crate::pipeline::orders::worker::{Worker, WorkerError, WorkerSlot};
 use crate::pipeline::orders::worker_pool::WorkerPool;
 use crate::pipeline::payments::callbacks::Callbacks;
 use crate::pipeline::payments::expiry::Expiry;
-use crate::pipeline::payments::processor::{OrphanChecks, PaymentProcessor, ProcessorParts};
+use crate::pipeline::payments::processor::PaymentProcessor;
+use crate::pipeline::payments::reconciler::{OrphanChecks, Reconciler};
 use crate::pipeline::payments::settler::{Settler, SettlerParts, Signals};
 use crate::pipeline::{WakeAll, failover::wal_retention, orders::deadlines};
 use crate::queue::journal::disk::make_directory;
@@ -443,7 +444,7 @@ impl Millrace {
             let number = i16::try_from(shard).unwrap_or(i16::MAX);
             let worker = Worker::new(
                 BatchWriter::new(database.clone(), lease, number),
-                Place {
+                WorkerSlot {
                     shard,
                     watermarks: Arc::clone(&watermarks),
                     pool: Arc::clone(&pool),
@@ -479,6 +480,7 @@ impl Millrace {
         let pruned_below = PrunedBelow::default();
         let restorer = Restorer {
             state: Arc::clone(&state),
+            queue: Arc::clone(&queue),
             journal: journal.clone(),
             database: watching.clone(),
             lease,
@@ -512,12 +514,12 @@ impl Millrace {
         let (callbacks_handle, callbacks) =
             Callbacks::new(settler(writers - 1)?, config.payments.orphan_check_ms);
         background.run("callbacks", callbacks.run());
-        let (payments_handle, processor) = PaymentProcessor::new(ProcessorParts {
-            settler: settler(writers - 2)?,
-            queue: Arc::clone(&queue),
-            receipts: Arc::clone(&receipts),
+        let (payments_handle, processor) = PaymentProcessor::new(Reconciler::new(
+            settler(writers - 2)?,
+            Arc::clone(&queue),
+            Arc::clone(&receipts),
             orphan_checks,
-        });
+        ));
         background.run("the payment processor", processor.run());
         background.run(
             "expiry",

@@ -117,6 +117,11 @@ macro_rules! opaque_text {
                 visible_ascii(text, $max).map(|text| Self(SmolStr::new(text)))
             }
 
+            /// Takes `text` from a row of ours, without a check: it was made when the row was.
+            pub fn from_row(text: &str) -> Self {
+                Self(SmolStr::new(text))
+            }
+
             /// The text.
             pub fn as_str(&self) -> &str {
                 &self.0
@@ -330,6 +335,31 @@ pub struct Order {
     pub payload: PayloadHash,
     /// The shop's own JSON object as it came, at most 1 KiB.
     pub attributes: Option<Box<str>>,
+}
+
+/// The units that an order takes, and whose they are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OrderUnits {
+    /// The order.
+    pub order_id: OrderId,
+    /// Its buyer.
+    pub user_id: UserId,
+    /// Its SKU.
+    pub sku: SkuNumber,
+    /// How many units, from 1 on.
+    pub quantity: u32,
+}
+
+impl OrderUnits {
+    /// The units of `order`.
+    pub fn of(order: &Order) -> Self {
+        OrderUnits {
+            order_id: order.id,
+            user_id: order.user_id.clone(),
+            sku: order.sku,
+            quantity: order.quantity.get(),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use millrace::order::{
 };
 use millrace::pipeline::failover::restore::Watermarks;
 use millrace::pipeline::orders::intake::{Admission, Intake, OrderRequest};
-use millrace::pipeline::orders::worker::{Place, Worker, WorkerError};
+use millrace::pipeline::orders::worker::{Worker, WorkerError, WorkerSlot};
 use millrace::pipeline::orders::worker_pool::WorkerPool;
 use millrace::pipeline::{orders::deadlines, wake_directly};
 use millrace::queue::{OrderQueue, RingQueue};
@@ -93,7 +93,7 @@ impl Line {
         let shard = self.workers.len();
         let worker = Worker::new(
             BatchWriter::new(database, self.sale.lease(), shard as i16),
-            Place {
+            WorkerSlot {
                 shard,
                 watermarks: Arc::clone(&self.watermarks),
                 pool: Arc::clone(&self.pool),

@@ -15,6 +15,7 @@ fn restorer(line: &Line) -> (Restorer, Arc<Watermarks>) {
     let watermarks = Arc::new(Watermarks::new(1));
     let restorer = Restorer {
         state: Arc::clone(&line.state),
+        queue: Arc::clone(&line.queue) as _,
         journal: None,
         database: line.sale.database.clone(),
         lease: line.sale.lease(),

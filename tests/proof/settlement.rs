@@ -817,7 +817,8 @@ impl<'a> Life<'a> {
 
     /// As the payment processor moves the counters in memory.
     fn move_memory(&self, moved: &[UnitMove]) {
-        for UnitMove { quantity, to, .. } in moved {
+        for UnitMove { units, to } in moved {
+            let quantity = &units.quantity;
             let counter = self.sku.counter();
             match to {
                 Destination::Sold => counter.sell(*quantity),

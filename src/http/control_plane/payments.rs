@@ -161,7 +161,7 @@ pub(super) async fn refunded(
         Recorded::Done(moved) => {
             tracing::info!(%order_id, "an operator has recorded a refund");
             moved.map_or(0, |moved| match moved.to {
-                crate::store::settlement::Destination::Restocked => moved.quantity,
+                crate::store::settlement::Destination::Restocked => moved.units.quantity,
                 _ => 0,
             })
         }

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use crate::faults::bug;
 use crate::order::{Order, OrderStatus, SkuNumber};
+use crate::pipeline::orders::apply::{How, Isolated, Parts, Refusal};
 use crate::store::StoreError;
 use crate::store::batch::{BatchWriter, Refused, WriteError};
 use crate::store::postgres::Database;
@@ -105,87 +106,78 @@ impl Replayer {
         let (parked, written): (Vec<_>, Vec<_>) = missing
             .into_iter()
             .partition(|(order, status)| status.is_live() && self.faulted.contains(&order.sku));
-        for part in written.chunks(self.rows_max) {
-            self.write(part.to_vec()).await?;
-        }
-        for part in parked.chunks(self.rows_max) {
-            self.park(part.iter().map(|(order, _)| *order).collect())
-                .await?;
+        for (how, orders) in [(How::Write, written), (How::Park, parked)] {
+            for part in orders.chunks(self.rows_max) {
+                self.store(how, part.to_vec()).await?;
+            }
         }
         Ok(())
     }
 
-    async fn write(&mut self, part: Vec<(&Order, OrderStatus)>) -> Result<(), StoreError> {
-        let mut parts = vec![part];
-        while let Some(mut part) = parts.pop() {
-            let refused = match self.writer.write_as(&part).await {
-                Ok(()) => {
-                    self.applied.written += part.len() as u64;
-                    continue;
+    /// Stores a part of the orders, in smaller parts where something of it is refused.
+    async fn store(
+        &mut self,
+        how: How,
+        part: Vec<(&Order, OrderStatus)>,
+    ) -> Result<(), StoreError> {
+        let mut parts = Parts::default();
+        parts.push(how, part);
+        while let Some((how, part)) = parts.pop() {
+            let attempted = match how {
+                How::Write => self.writer.write_as(&part).await,
+                How::Park => {
+                    let orders: Vec<&Order> = part.iter().map(|(order, _)| *order).collect();
+                    self.writer.park(&orders).await
                 }
-                Err(WriteError::Retry(error)) => {
-                    pause(error).await?;
-                    parts.push(part);
-                    continue;
-                }
-                Err(WriteError::Fatal(error)) => return Err(error),
-                Err(refused) => refused,
             };
-            match (refused, part.as_slice()) {
-                (WriteError::Row { sqlstate, reason }, [(order, _)]) => {
-                    self.dead_letter(order, &sqlstate, &reason).await?;
+            let refusal = match attempted {
+                Ok(()) => {
+                    let count = match how {
+                        How::Write => &mut self.applied.written,
+                        How::Park => &mut self.applied.parked,
+                    };
+                    *count += part.len() as u64;
+                    continue;
                 }
-                (WriteError::Counter { reason, .. }, [(first, _), ..]) => {
-                    let sku = first.sku;
-                    let (same, others): (Vec<_>, Vec<_>) = part
-                        .iter()
-                        .copied()
-                        .partition(|(order, _)| order.sku == sku);
-                    if !others.is_empty() {
-                        parts.extend([others, same]);
-                        continue;
-                    }
-                    tracing::error!(sku_id = %first.sku_id, reason, "the database refuses this SKU's counters: its orders of the journal are parked");
-                    self.faulted.insert(sku);
-                    let (live, ended): (Vec<_>, Vec<_>) =
-                        same.into_iter().partition(|(_, status)| status.is_live());
-                    self.park(live.into_iter().map(|(order, _)| order).collect())
-                        .await?;
-                    if !ended.is_empty() {
-                        parts.push(ended);
-                    }
-                }
-                (_, _) => {
-                    let newer = part.split_off(part.len() / 2);
-                    parts.extend([newer, part]);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    async fn park(&mut self, part: Vec<&Order>) -> Result<(), StoreError> {
-        let mut parts = vec![part];
-        while let Some(mut part) = parts.pop() {
-            if part.is_empty() {
-                continue;
-            }
-            match self.writer.park(&part).await {
-                Ok(()) => self.applied.parked += part.len() as u64,
                 Err(WriteError::Retry(error)) => {
                     pause(error).await?;
-                    parts.push(part);
+                    parts.push(how, part);
+                    continue;
                 }
                 Err(WriteError::Fatal(error)) => return Err(error),
+                Err(WriteError::Counter { reason, .. }) if how == How::Write => {
+                    Refusal::Counter { reason }
+                }
                 Err(
                     WriteError::Row { sqlstate, reason } | WriteError::Counter { sqlstate, reason },
-                ) => match part.as_slice() {
-                    [order] => self.dead_letter(order, &sqlstate, &reason).await?,
-                    _ => {
-                        let newer = part.split_off(part.len() / 2);
-                        parts.extend([newer, part]);
-                    }
-                },
+                ) => Refusal::Row { sqlstate, reason },
+            };
+            match parts.isolate(how, part, refusal) {
+                None => {}
+                Some(Isolated::Order {
+                    order: (order, _),
+                    sqlstate,
+                    reason,
+                    ..
+                }) => self.dead_letter(order, &sqlstate, &reason).await?,
+                Some(Isolated::Sku {
+                    sku,
+                    orders,
+                    reason,
+                }) => {
+                    let sku_id = orders.first().map(|(order, _)| order.sku_id.as_str());
+                    tracing::error!(
+                        sku_id,
+                        reason,
+                        "the database refuses this SKU's counters: its orders of the journal are parked"
+                    );
+                    self.faulted.insert(sku);
+                    // No counter moves for those that have ended.
+                    let (live, ended): (Vec<_>, Vec<_>) =
+                        orders.into_iter().partition(|(_, status)| status.is_live());
+                    parts.push(How::Write, ended);
+                    parts.push(How::Park, live);
+                }
             }
         }
         Ok(())

@@ -16,12 +16,14 @@ use tokio::sync::{Notify, mpsc};
 
 use super::replay::Replayer;
 use crate::metrics::Metrics;
-use crate::order::{Ended, Order, OrderId, OrderStatus};
+use crate::order::{Ended, Order, OrderId, OrderStatus, OrderUnits};
 use crate::pipeline::admin::pruning::PrunedBelow;
+use crate::pipeline::orders::lookup::{self, LookupError};
 use crate::pipeline::orders::parking;
-use crate::queue::DurableQueue;
+use crate::queue::OrderQueue;
 use crate::queue::journal::JournalQueue;
 use crate::state::State;
+use crate::state::effects::Row;
 use crate::store::StoreError;
 use crate::store::batch::BatchWriter;
 use crate::store::postgres::{Database, NodeLease};
@@ -95,7 +97,9 @@ impl Watermarks {
 pub struct Restorer {
     /// The state in memory.
     pub state: Arc<State>,
-    /// The queue, where it is a journal.
+    /// Where orders wait.
+    pub queue: Arc<dyn OrderQueue>,
+    /// The same, if it is a journal.
     pub journal: Option<Arc<JournalQueue>>,
     /// The database.
     pub database: Database,
@@ -268,7 +272,9 @@ impl Restorer {
             let until = payable.map(|(order, _)| (order.id, order.expires_at));
             self.state.expiry_index.note(until);
             for order in replayer.take_refused() {
-                self.give_back(&order);
+                // A dead letter now, which holds nothing.
+                let units = OrderUnits::of(&order);
+                self.state.end_unpaid(&units, Ended::Failed, Row::Found);
             }
         }
         // Orders that ended while their rows were being brought back.
@@ -297,24 +303,13 @@ impl Restorer {
             return Ok(());
         }
         tokio::time::sleep(SECOND_LOOK).await;
-        let (state, journal) = (Arc::clone(&self.state), self.journal.clone());
-        let settled = tokio::task::spawn_blocking(move || -> std::io::Result<Vec<OrderId>> {
-            let mut settled = Vec::new();
-            for id in absent {
-                // In this sequence: it goes from memory to the disk at most once, and back at most once.
-                let in_memory = || state.pending.get(id).is_some();
-                let on_disk = match &journal {
-                    Some(journal) if !in_memory() => journal.find(id)?.is_some(),
-                    _ => false,
-                };
-                if !on_disk && !in_memory() {
-                    settled.push(id);
-                }
-            }
-            Ok(settled)
-        });
-        let settled = settled.await.map_err(panicked)?;
-        let settled = settled.map_err(|error| StoreError::Data(format!("the journal: {error}")))?;
+        let (state, queue) = (Arc::clone(&self.state), Arc::clone(&self.queue));
+        let settled =
+            tokio::task::spawn_blocking(move || lookup::not_in_flight(&state, &*queue, absent));
+        let settled = settled
+            .await
+            .map_err(panicked)?
+            .map_err(LookupError::from)?;
         // Whatever has left memory since the first look is a row by now, or was given up.
         let nowhere: HashSet<OrderId> = self
             .database
@@ -329,16 +324,12 @@ impl Restorer {
             if self.state.orphans.waits_for(order.order_id) {
                 continue;
             }
-            let turned = self
-                .state
-                .buyers
-                .deactivate(&user_id, order.order_id, Ended::Cancelled);
-            if turned == Some(true)
-                && let Some(sku) = self.state.catalogue.by_number(order.sku)
-            {
-                sku.counter().release(order.quantity.get());
-            }
-            self.state.buyers.forget(&user_id, order.order_id);
+            self.state.lost(&OrderUnits {
+                order_id: order.order_id,
+                user_id,
+                sku: order.sku,
+                quantity: order.quantity.get(),
+            });
             released += 1;
         }
         if released > 0 {
@@ -348,19 +339,6 @@ impl Restorer {
             );
         }
         Ok(())
-    }
-
-    /// A restored order that the database refuses is a dead letter, and holds nothing.
-    fn give_back(&self, order: &Order) {
-        let turned = self
-            .state
-            .buyers
-            .deactivate(&order.user_id, order.id, Ended::Failed);
-        if turned == Some(true)
-            && let Some(sku) = self.state.catalogue.by_number(order.sku)
-        {
-            sku.counter().release(order.quantity.get());
-        }
     }
 
     /// With which status an order has to be there; `None`: it is on its way, and its worker

@@ -10,12 +10,13 @@ use std::time::Duration;
 
 use tokio::sync::Notify;
 
-use crate::order::{Ended, OrderId, OrderStatus, SkuId, UserId};
+use crate::order::{Ended, OrderId, OrderStatus, OrderUnits, UserId};
 use crate::state::State;
+use crate::state::effects::Row;
 use crate::state::pending::PendingOrder;
 use crate::store::StoreError;
 use crate::store::postgres::orders::StoredOrder;
-use crate::store::postgres::transitions::{Transition, Units};
+use crate::store::postgres::transitions::Transition;
 use crate::store::postgres::{Database, NodeLease};
 use crate::sync::Guarded;
 
@@ -206,14 +207,14 @@ impl Canceller {
         }
         match moved {
             Ok(Transition::Unknown) => {
-                self.give_back_lost(id, recent.as_deref());
+                self.give_back_lost(recent.as_deref());
                 return Err(CancelError::Unknown(id));
             }
             Ok(Transition::StandsAt(OrderStatus::Cancelled)) => {}
             Ok(Transition::StandsAt(status)) => {
                 return Err(CancelError::NotCancellable(id, status));
             }
-            Ok(Transition::Now(units)) => self.give_back(id, &units, true),
+            Ok(Transition::Now(units)) => self.cancelled(&units, Row::Moved),
             Err(error) => return Err(error.into()),
         }
         let order = self.database.find_order(id).await?;
@@ -270,14 +271,14 @@ impl Canceller {
     async fn settle(&self, id: OrderId, recent: Option<Arc<PendingOrder>>) -> bool {
         // Past its time too: the first attempt was not.
         match self.database.cancel_order(self.lease, id, None).await {
-            Ok(Transition::Now(units)) => self.give_back(id, &units, true),
+            Ok(Transition::Now(units)) => self.cancelled(&units, Row::Moved),
             Ok(Transition::StandsAt(OrderStatus::Cancelled)) => {
                 match self.database.find_order(id).await {
                     Ok(Some(order)) => self.give_back_stored(&order),
                     Ok(None) | Err(_) => return false,
                 }
             }
-            Ok(Transition::Unknown) => self.give_back_lost(id, recent.as_deref()),
+            Ok(Transition::Unknown) => self.give_back_lost(recent.as_deref()),
             Ok(Transition::StandsAt(_)) => {}
             // Another process goes on from what the database says.
             Err(error) => return error.is_final(),
@@ -286,47 +287,26 @@ impl Canceller {
     }
 
     /// Frees the units of an order whose row was written a moment ago and is not there any more: a
-    /// failover has lost it, and nobody wants it back. Where it is restored yet, that is as
-    /// cancelled.
-    fn give_back_lost(&self, id: OrderId, recent: Option<&PendingOrder>) {
+    /// failover has lost it, and nobody wants it back. If it is restored yet, that is as cancelled.
+    fn give_back_lost(&self, recent: Option<&PendingOrder>) {
         if let Some(PendingOrder { order, .. }) = recent {
-            let units = Units {
-                user_id: order.user_id.to_string(),
-                sku: order.sku,
-                quantity: order.quantity.get(),
-            };
-            self.give_back(id, &units, false);
+            self.cancelled(&OrderUnits::of(order), Row::Found);
         }
     }
 
     fn give_back_stored(&self, order: &StoredOrder) {
         if order.status == OrderStatus::Cancelled {
-            let sku = SkuId::new(&order.sku_id)
-                .ok()
-                .and_then(|id| self.state.catalogue.get(&id));
-            if let Some(sku) = sku {
-                let units = Units {
-                    user_id: order.user_id.clone(),
-                    sku: sku.number,
-                    quantity: order.quantity,
-                };
-                self.give_back(order.id, &units, false);
-            }
+            let units = OrderUnits {
+                order_id: order.id,
+                user_id: UserId::from_row(&order.user_id),
+                sku: order.sku,
+                quantity: order.quantity,
+            };
+            self.cancelled(&units, Row::Found);
         }
     }
 
-    /// Frees a cancelled order's units in memory, once: whoever turns the buyer's record over
-    /// does it. An order that has left the window has no record; then it is the call that moved
-    /// the row.
-    fn give_back(&self, id: OrderId, units: &Units, moved_the_row: bool) {
-        let Ok(user_id) = UserId::new(&units.user_id) else {
-            return;
-        };
-        let turned = self.state.buyers.deactivate(&user_id, id, Ended::Cancelled);
-        if turned.unwrap_or(moved_the_row)
-            && let Some(sku) = self.state.catalogue.by_number(units.sku)
-        {
-            sku.counter().release(units.quantity);
-        }
+    fn cancelled(&self, units: &OrderUnits, row: Row) {
+        self.state.end_unpaid(units, Ended::Cancelled, row);
     }
 }

@@ -19,6 +19,7 @@ use std::time::Instant;
 
 use tokio::sync::watch;
 
+use super::apply::{How, Isolated, Parts, Refusal};
 use super::backoff::Backoff;
 use super::worker_pool::{PrimaryGuard, WorkerPool, has_enough_for_two};
 use crate::faults::crash_point;
@@ -46,8 +47,8 @@ pub enum WorkerError {
     Cut(usize),
 }
 
-/// Where a worker stands among the others of its queue.
-pub struct Place {
+/// A worker's slot among the others of its queue.
+pub struct WorkerSlot {
     /// Its number; 0 is the first, the primary, which never waits for a request.
     pub shard: usize,
     /// Where it notes what it has committed.
@@ -67,36 +68,23 @@ pub struct Worker {
     /// Turns true when the worker has to stop even if the database does not answer.
     cut: watch::Receiver<bool>,
     commits_lost: u64,
-    place: Place,
+    slot: WorkerSlot,
     /// Of the first worker: however it ends, the others need no call from then on.
     _primary: Option<PrimaryGuard>,
 }
 
-/// What is done with a part of a batch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum How {
-    /// It becomes rows.
-    Write,
-    /// Its SKU's counters are refused, so it is parked.
-    Park,
-}
-
-/// How an attempt to write a batch, tried until it is decided, came out.
+/// How the database has decided on a part of a batch.
 enum Decided {
-    /// The part is written; these of its orders as expired.
+    /// It is written; these of its orders as expired.
     Written(Vec<bool>),
+    /// It is parked.
     Parked,
-    Row {
-        sqlstate: String,
-        reason: String,
-    },
-    Counter {
-        reason: String,
-    },
+    /// Something of it is refused.
+    Refused(Refusal),
 }
 
 impl Worker {
-    /// The worker at `place` on `queue` that writes through `writer`, at most `rows_max` orders at
+    /// The worker in `slot` of `queue` that writes through `writer`, at most `rows_max` orders at
     /// once.
     #[allow(
         clippy::too_many_arguments,
@@ -104,7 +92,7 @@ impl Worker {
     )]
     pub fn new(
         writer: BatchWriter,
-        place: Place,
+        slot: WorkerSlot,
         queue: Arc<dyn OrderQueue>,
         state: Arc<State>,
         wake_all: WakeAll,
@@ -121,8 +109,8 @@ impl Worker {
             rows_max,
             cut,
             commits_lost: 0,
-            _primary: (place.shard == 0).then(|| PrimaryGuard::of(&place.pool)),
-            place,
+            _primary: (slot.shard == 0).then(|| PrimaryGuard::of(&slot.pool)),
+            slot,
         }
     }
 
@@ -137,7 +125,7 @@ impl Worker {
 
     async fn work(&mut self) -> Result<(), WorkerError> {
         let queue = Arc::clone(&self.queue);
-        let pool = Arc::clone(&self.place.pool);
+        let pool = Arc::clone(&self.slot.pool);
         let mut cut = self.cut.clone();
         tokio::select! {
             biased;
@@ -183,32 +171,28 @@ impl Worker {
 
     /// Waits for its turn and for the first order, then takes what is there.
     async fn take(&self, queue: &dyn OrderQueue, rows_max: usize) -> Option<Batch> {
-        if self.place.shard > 0 && !has_enough_for_two(queue, rows_max) {
-            self.place.pool.help_requested().await;
+        if self.slot.shard > 0 && !has_enough_for_two(queue, rows_max) {
+            self.slot.pool.help_requested().await;
         }
         queue.take(rows_max).await
     }
 
     /// Writes and settles every order in `batch`, or parks it.
     async fn write(&mut self, batch: Orders) -> Result<(), WorkerError> {
-        // A stack of parts, the oldest orders on top.
-        let mut parts = Vec::new();
+        let mut parts = Parts::default();
         if self.state.catalogue.has_faults() {
             self.set_faulted_aside(batch, &mut parts);
         } else {
-            parts.push((How::Write, batch));
+            parts.push(How::Write, batch);
         }
         while let Some((how, part)) = parts.pop() {
-            if part.is_empty() {
-                continue;
-            }
             let parking = match how {
                 How::Write => None,
                 How::Park => match self.begin_parking(&part) {
                     Some(parking) => Some(parking),
                     // Its counters are taken again.
                     None => {
-                        parts.push((How::Write, part));
+                        parts.push(How::Write, part);
                         continue;
                     }
                 },
@@ -223,9 +207,9 @@ impl Worker {
                     // What may have been committed stays claimed: those who wait for it are told
                     // `undecided`, which is the truth.
                     if !self.writer.outcome_unknown() {
-                        parts.push((how, part));
+                        parts.push(how, part);
                     }
-                    parts.into_iter().for_each(|(_, part)| self.give_up(part));
+                    parts.into_rest().for_each(|part| self.give_up(part));
                     return Err(error);
                 }
             };
@@ -234,7 +218,7 @@ impl Worker {
                 .await
             {
                 self.give_up(rest);
-                parts.into_iter().for_each(|(_, part)| self.give_up(part));
+                parts.into_rest().for_each(|part| self.give_up(part));
                 return Err(error);
             }
         }
@@ -245,10 +229,10 @@ impl Worker {
     async fn settle_decided(
         &mut self,
         how: How,
-        mut part: Orders,
+        part: Orders,
         decided: Decided,
         parking: Option<Parking>,
-        parts: &mut Vec<(How, Orders)>,
+        parts: &mut Parts<Arc<PendingOrder>>,
     ) -> Result<(), (Orders, WorkerError)> {
         match decided {
             Decided::Written(expired) => {
@@ -261,18 +245,21 @@ impl Worker {
                 }
                 self.settle_parked(&part);
             }
-            Decided::Row { sqlstate, reason } if part.len() == 1 => {
-                self.dead_letter(how, part, &sqlstate, &reason).await?;
-            }
-            Decided::Row { .. } => {
-                let newer = part.split_off(part.len() / 2);
-                parts.extend([(how, newer), (how, part)]);
-            }
-            Decided::Counter { reason } => match split_by_sku(part) {
-                Ok(by_sku) => parts.extend(by_sku.into_iter().map(|part| (How::Write, part))),
-                Err((sku, part)) => {
-                    self.note_fault(sku, &part, &reason);
-                    self.set_aside(part, parts);
+            Decided::Refused(refusal) => match parts.isolate(how, part, refusal) {
+                None => {}
+                Some(Isolated::Order {
+                    order,
+                    how,
+                    sqlstate,
+                    reason,
+                }) => self.dead_letter(how, order, &sqlstate, &reason).await?,
+                Some(Isolated::Sku {
+                    sku,
+                    orders,
+                    reason,
+                }) => {
+                    self.note_fault(sku, &orders, &reason);
+                    self.set_aside(orders, parts);
                 }
             },
         }
@@ -280,7 +267,7 @@ impl Worker {
     }
 
     /// Takes the orders of SKUs that are faulted out of a batch, so that they cost the others nothing.
-    fn set_faulted_aside(&self, batch: Orders, parts: &mut Vec<(How, Orders)>) {
+    fn set_faulted_aside(&self, batch: Orders, parts: &mut Parts<Arc<PendingOrder>>) {
         let mut faulted: BTreeMap<SkuNumber, Orders> = BTreeMap::new();
         let mut sound = Orders::with_capacity(batch.len());
         for pending in batch {
@@ -294,13 +281,13 @@ impl Worker {
         for part in faulted.into_values() {
             self.set_aside(part, parts);
         }
-        parts.push((How::Write, sound));
+        parts.push(How::Write, sound);
     }
 
     /// Orders of one SKU whose counters are refused: gives back those that nobody was promised
     /// anything of, and leaves the others to be parked, or to be written as expired, for which no
     /// counter moves.
-    fn set_aside(&self, part: Orders, parts: &mut Vec<(How, Orders)>) {
+    fn set_aside(&self, part: Orders, parts: &mut Parts<Arc<PendingOrder>>) {
         let now = self.state.ids.real_now();
         let (recorded, waiting): (Orders, Orders) = part
             .into_iter()
@@ -311,7 +298,8 @@ impl Worker {
         let (late, payable) = recorded
             .into_iter()
             .partition(|pending| self.state.is_late(&pending.order, now));
-        parts.extend([(How::Park, payable), (How::Write, late)]);
+        parts.push(How::Park, payable);
+        parts.push(How::Write, late);
     }
 
     fn note_fault(&self, sku: SkuNumber, part: &Orders, reason: &str) {
@@ -348,7 +336,7 @@ impl Worker {
                 }
                 Err(
                     WriteError::Row { sqlstate, reason } | WriteError::Counter { sqlstate, reason },
-                ) => return Ok(Decided::Row { sqlstate, reason }),
+                ) => return Ok(Decided::Refused(Refusal::Row { sqlstate, reason })),
                 Err(WriteError::Fatal(error)) => return Err(error.into()),
                 Err(WriteError::Retry(error)) => {
                     self.pause(&mut backoff, orders.len(), &error).await?;
@@ -359,7 +347,7 @@ impl Worker {
 
     /// Tries the same orders again and again until the database has judged them.
     async fn write_until_decided(&mut self, part: &Orders) -> Result<Decided, WorkerError> {
-        let (worker, workers) = (self.place.shard, self.place.watermarks.workers());
+        let (worker, workers) = (self.slot.shard, self.slot.watermarks.workers());
         self.state.throughput.begin(worker, workers, part.len());
         let decided = self.try_until_decided(part).await;
         self.state.throughput.end(worker);
@@ -414,9 +402,11 @@ impl Worker {
                     return Ok(Decided::Written(expired));
                 }
                 Err(WriteError::Row { sqlstate, reason }) => {
-                    return Ok(Decided::Row { sqlstate, reason });
+                    return Ok(Decided::Refused(Refusal::Row { sqlstate, reason }));
                 }
-                Err(WriteError::Counter { reason, .. }) => return Ok(Decided::Counter { reason }),
+                Err(WriteError::Counter { reason, .. }) => {
+                    return Ok(Decided::Refused(Refusal::Counter { reason }));
+                }
                 Err(WriteError::Fatal(error)) => return Err(error.into()),
                 Err(WriteError::Retry(error)) => {
                     let reason = if matches!(error, StoreError::Timeout { .. }) {
@@ -431,19 +421,17 @@ impl Worker {
         }
     }
 
-    /// Turns the one order in `part` into a dead letter.
+    /// Turns an order into a dead letter, unless it is a row after all.
     async fn dead_letter(
         &mut self,
         how: How,
-        part: Orders,
+        order: Arc<PendingOrder>,
         sqlstate: &str,
         reason: &str,
     ) -> Result<(), (Orders, WorkerError)> {
         let mut backoff = Backoff::new();
-        let Some(order) = part.first().map(Arc::clone) else {
-            return Ok(());
-        };
-        let buried = loop {
+        let part = vec![Arc::clone(&order)];
+        let refused = loop {
             match self.writer.refuse(&order.order, sqlstate, reason).await {
                 Ok(refused) => break refused,
                 Err(error) if error.is_final() => return Err((part, error.into())),
@@ -454,7 +442,7 @@ impl Worker {
                 }
             }
         };
-        match buried {
+        match refused {
             Refused::AlreadyPresent if how == How::Park => self.settle_parked(&part),
             Refused::AlreadyPresent => self.settle_written(part, &[false]),
             Refused::DeadLettered => {
@@ -534,7 +522,7 @@ impl Worker {
 
     fn note_committed(&self) {
         if let Some(batch) = self.writer.committed() {
-            self.place.watermarks.note(self.place.shard, batch);
+            self.slot.watermarks.note(self.slot.shard, batch);
         }
     }
 
@@ -544,7 +532,7 @@ impl Worker {
             self.metrics.commits_lost.inc_by(lost - self.commits_lost);
             self.commits_lost = lost;
             self.note_committed();
-            self.place.watermarks.report_lost();
+            self.slot.watermarks.report_lost();
         }
     }
 
@@ -565,21 +553,5 @@ impl Worker {
             () = tokio::time::sleep(wait) => Ok(()),
             _ = self.cut.wait_for(|cut| *cut) => Err(WorkerError::Cut(rows)),
         }
-    }
-}
-
-/// The orders of each SKU on their own, or the whole where it is of one SKU only.
-fn split_by_sku(part: Orders) -> Result<Vec<Orders>, (SkuNumber, Orders)> {
-    let mut by_sku: BTreeMap<SkuNumber, Orders> = BTreeMap::new();
-    for pending in part {
-        by_sku.entry(pending.order.sku).or_default().push(pending);
-    }
-    match by_sku.pop_first() {
-        Some(only) if by_sku.is_empty() => Err(only),
-        first => Ok(first
-            .into_iter()
-            .chain(by_sku)
-            .map(|(_, part)| part)
-            .collect()),
     }
 }

@@ -336,7 +336,7 @@ impl Expiry {
             }
         }
         drop(moving);
-        let mut done = expired.iter().map(|one| one.order_id).peekable();
+        let mut done = expired.iter().map(|one| one.units.order_id).peekable();
         let mut left: Vec<OrderId> = part.iter().map(|one| one.order_id).collect();
         left.sort_unstable();
         left.retain(|id| done.next_if_eq(id).is_none());

@@ -8,12 +8,12 @@
 //! ```
 //!
 //! * [`callbacks`]: messages of payment providers are stored, and payments matched to orders;
-//! * [`processor`]: refunds and decisions of operators; `reconciler`: payments without an order;
+//! * [`processor`]: refunds and decisions of operators; [`reconciler`]: payments without an order;
 //! * [`expiry`]: orders that were not paid in time;
 //! * [`settler`]: the parts that all three share.
 
 pub mod callbacks;
 pub mod expiry;
 pub mod processor;
-mod reconciler;
+pub mod reconciler;
 pub mod settler;

@@ -11,15 +11,12 @@
 //! * `reconciler`: orphans; `callbacks` and `expiry` are tasks of their own; `settler` is what all
 //!   three have in common.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
 
-use super::settler::Settler;
+use super::reconciler::Reconciler;
 use crate::order::OrderId;
-use crate::order::receipt::ReceiptKeys;
-use crate::queue::OrderQueue;
 use crate::store::StoreError;
 use crate::store::settlement::refunds::{Closed, Recorded, RefundNote};
 
@@ -90,57 +87,19 @@ impl PaymentsHandle {
     }
 }
 
-/// How long a payment looks for its order.
-#[derive(Clone, Copy, Debug)]
-pub struct OrphanChecks {
-    /// So many times; then the order is recovered from the receipt.
-    pub count: u32,
-    /// Pause before the first, doubled each time.
-    pub first: Duration,
-}
-
-impl OrphanChecks {
-    /// How long all of them take, where nothing holds them up.
-    pub fn take(self) -> Duration {
-        let pauses = 1_u32.checked_shl(self.count).unwrap_or(0).wrapping_sub(1);
-        self.first.saturating_mul(pauses)
-    }
-}
-
-/// The parts of a processor.
-pub struct ProcessorParts {
-    /// For settling.
-    pub settler: Settler,
-    /// Where orders may still be on their way.
-    pub queue: Arc<dyn OrderQueue>,
-    /// The keys that receipts are signed with.
-    pub receipts: Arc<ReceiptKeys>,
-    /// How long a payment looks for its order.
-    pub orphan_checks: OrphanChecks,
-}
-
 /// The task.
 pub struct PaymentProcessor {
-    pub(super) parts: ProcessorParts,
+    reconciler: Reconciler,
     requests: mpsc::Receiver<Request>,
-    /// When orphans are matched next, and due ones looked at.
-    pub(super) next_match: Instant,
-    pub(super) next_count: Instant,
-    /// The payment up to which they are matched one by one, while they are.
-    pub(super) matched_up_to: i64,
 }
 
 impl PaymentProcessor {
     /// A processor, and the way to it.
-    pub fn new(parts: ProcessorParts) -> (PaymentsHandle, PaymentProcessor) {
+    pub fn new(reconciler: Reconciler) -> (PaymentsHandle, PaymentProcessor) {
         let (sender, requests) = mpsc::channel(REQUESTS_MAX);
-        let now = Instant::now();
         let processor = PaymentProcessor {
-            parts,
+            reconciler,
             requests,
-            next_match: now,
-            next_count: now,
-            matched_up_to: 0,
         };
         (PaymentsHandle { requests: sender }, processor)
     }
@@ -160,13 +119,13 @@ impl PaymentProcessor {
                         Ok(true) => Instant::now(),
                         Ok(false) => Instant::now() + LOOK,
                         Err(error) => {
-                            self.parts.settler.note_failure(&error);
+                            self.reconciler.settler.note_failure(&error);
                             Instant::now() + PAUSE
                         }
                     };
                 }
             }
-            if self.parts.settler.parts.state.poison.is_set() {
+            if self.reconciler.settler.parts.state.poison.is_set() {
                 return;
             }
         }
@@ -174,30 +133,35 @@ impl PaymentProcessor {
 
     /// One part of the work on orphans that is due. True: there is more of it.
     async fn look(&mut self) -> Result<bool, StoreError> {
-        self.parts.settler.forget_landed();
-        let state = &self.parts.settler.parts.state;
+        self.reconciler.settler.forget_landed();
+        let state = &self.reconciler.settler.parts.state;
         state.orphans.forget_expected(state.ids.real_now());
-        self.look_at_orphans().await
+        self.reconciler.look_at_orphans().await
     }
 
     async fn serve(&mut self, request: Request) {
-        let now = self.parts.settler.parts.state.ids.real_now();
+        let now = self.reconciler.settler.parts.state.ids.real_now();
         match request {
             Request::Refund(order_id, note, answer) => {
                 let _ = answer.send(self.refund(order_id, &note).await);
             }
             Request::Close(payment, note, answer) => {
-                let closed = match self.parts.settler.writer().await {
+                let closed = match self.reconciler.settler.writer().await {
                     Ok((_moving, writer)) => writer.close_payment(payment, &note, now).await,
                     Err(error) => Err(error),
                 };
                 if let Ok(Closed::Done(Some(order_id))) = &closed {
-                    self.parts.settler.parts.state.orphans.remove(*order_id);
+                    self.reconciler
+                        .settler
+                        .parts
+                        .state
+                        .orphans
+                        .remove(*order_id);
                 }
                 let _ = answer.send(closed);
             }
             Request::Retry(payment, answer) => {
-                let _ = answer.send(self.retry(payment).await);
+                let _ = answer.send(self.reconciler.retry(payment).await);
             }
         }
     }
@@ -207,7 +171,7 @@ impl PaymentProcessor {
         order_id: OrderId,
         note: &RefundNote,
     ) -> Result<Recorded, StoreError> {
-        let settler = &mut self.parts.settler;
+        let settler = &mut self.reconciler.settler;
         let now = settler.parts.state.ids.real_now();
         settler.parts.state.recent_orders.forget(order_id);
         let (moving, writer) = settler.writer().await?;

@@ -15,12 +15,13 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::processor::PaymentProcessor;
-use super::settler::Signals;
+use super::settler::{Settler, Signals};
 use crate::faults::bug;
 use crate::order::payment::{PaymentState, RefundReason};
-use crate::order::receipt::ReceiptOrder;
-use crate::order::{Ended, Order, OrderId, Refusal, UnixMillis};
+use crate::order::receipt::{ReceiptKeys, ReceiptOrder};
+use crate::order::{Order, OrderId, OrderUnits, Refusal, UnixMillis};
+use crate::pipeline::orders::lookup::OrderLookup;
+use crate::queue::OrderQueue;
 use crate::state::buyers::{BuyerClaim, BuyerOrder, Claimed, NothingSticky};
 use crate::store::StoreError;
 use crate::store::postgres::payments::StoredPayment;
@@ -52,7 +53,59 @@ enum Decision {
     Later,
 }
 
-impl PaymentProcessor {
+/// How long a payment looks for its order.
+#[derive(Clone, Copy, Debug)]
+pub struct OrphanChecks {
+    /// So many times; then the order is recovered from the receipt.
+    pub count: u32,
+    /// Pause before the first, doubled each time.
+    pub first: Duration,
+}
+
+impl OrphanChecks {
+    /// The time that all of them take if nothing holds them up.
+    pub fn take(self) -> Duration {
+        let pauses = 1_u32.checked_shl(self.count).unwrap_or(0).wrapping_sub(1);
+        self.first.saturating_mul(pauses)
+    }
+}
+
+/// Finds the orders of orphan payments, or decides what becomes of their money.
+pub struct Reconciler {
+    pub(super) settler: Settler,
+    lookup: OrderLookup,
+    receipts: Arc<ReceiptKeys>,
+    orphan_checks: OrphanChecks,
+    /// When orphans are matched next, and due ones looked at.
+    next_match: Instant,
+    next_count: Instant,
+    /// The payment up to which they are matched one by one, while they are.
+    matched_up_to: i64,
+}
+
+impl Reconciler {
+    /// One that settles through `settler`, knows the orders that wait in `queue` and opens receipts
+    /// with `receipts`.
+    pub fn new(
+        settler: Settler,
+        queue: Arc<dyn OrderQueue>,
+        receipts: Arc<ReceiptKeys>,
+        orphan_checks: OrphanChecks,
+    ) -> Self {
+        let now = Instant::now();
+        let (state, database) = (&settler.parts.state, &settler.parts.database);
+        let lookup = OrderLookup::new(Arc::clone(state), queue, database.clone());
+        Reconciler {
+            settler,
+            lookup,
+            receipts,
+            orphan_checks,
+            next_match: now,
+            next_count: now,
+            matched_up_to: 0,
+        }
+    }
+
     /// Looks at orphans, where there may be any. True: there are more that are due.
     pub(super) async fn look_at_orphans(&mut self) -> Result<bool, StoreError> {
         self.count_open().await?;
@@ -78,13 +131,13 @@ impl PaymentProcessor {
         self.next_count = Instant::now() + COUNT;
         // Before they are counted: what comes meanwhile says so again.
         self.signals().set_may_have_orphans(false);
-        let counted = self.parts.settler.parts.database.open_payments().await;
+        let counted = self.settler.parts.database.open_payments().await;
         let open = counted.inspect_err(|_| self.signals().set_may_have_orphans(true))?;
-        let now = self.parts.settler.parts.state.ids.real_now();
+        let now = self.settler.parts.state.ids.real_now();
         let age = |since: Option<UnixMillis>| {
             since.map_or(0.0, |since| (now.0 - since.0).max(0) as f64 / 1_000.0)
         };
-        let metrics = &self.parts.settler.parts.metrics;
+        let metrics = &self.settler.parts.metrics;
         metrics.payments.orphan_payments.set(open.orphans);
         metrics
             .payments
@@ -102,7 +155,7 @@ impl PaymentProcessor {
     }
 
     fn signals(&self) -> &Signals {
-        &self.parts.settler.parts.signals
+        &self.settler.parts.signals
     }
 
     /// Lets orphans meet orders that have appeared. Where rows of one of them cannot be had, they
@@ -110,10 +163,10 @@ impl PaymentProcessor {
     async fn match_orphans(&mut self) -> Result<bool, StoreError> {
         let one_by_one = self.signals().rows_are_held();
         let after = if one_by_one { self.matched_up_to } else { 0 };
-        let database = &self.parts.settler.parts.database;
+        let database = &self.settler.parts.database;
         let found = database.orphans_with_order(after, MATCH_MAX).await?;
         let full = found.len() as i64 == MATCH_MAX;
-        let pending = &self.parts.settler.parts.state.pending;
+        let pending = &self.settler.parts.state.pending;
         let orders = found
             .iter()
             .filter_map(|one| Some((one.id, one.order_id?)))
@@ -159,7 +212,7 @@ impl PaymentProcessor {
         if orders.is_empty() {
             return Ok(false);
         }
-        let settler = &mut self.parts.settler;
+        let settler = &mut self.settler;
         let now = settler.parts.state.ids.real_now();
         for order_id in orders {
             settler.parts.state.recent_orders.forget(*order_id);
@@ -173,19 +226,18 @@ impl PaymentProcessor {
 
     /// Looks for the orders of orphans that are due. True: more are due.
     async fn check_orphans(&mut self) -> Result<bool, StoreError> {
-        let now = self.parts.settler.parts.state.ids.real_now();
+        let now = self.settler.parts.state.ids.real_now();
         let started = Instant::now();
         let due = self
-            .parts
             .settler
             .parts
             .database
             .orphans_due(now, CHECKS_MAX)
             .await?;
         let full = due.len() as i64 == CHECKS_MAX;
-        let checks = self.parts.orphan_checks;
+        let checks = self.orphan_checks;
         for payment in due {
-            if payment.has_order || self.is_in_flight(payment.order_id).await? {
+            if payment.has_order || self.is_under_way(payment.order_id).await? {
                 // Matched at the next look, or once it is a row.
                 self.put_off(&payment, payment.checks, IN_FLIGHT_MS).await?;
             } else if u32::try_from(payment.checks).unwrap_or(0) + 1 < checks.count {
@@ -214,55 +266,31 @@ impl PaymentProcessor {
         checks: i32,
         pause_ms: u64,
     ) -> Result<(), StoreError> {
-        let at = self
-            .parts
-            .settler
-            .parts
-            .state
-            .ids
-            .real_now()
-            .plus_ms(pause_ms);
-        self.parts
-            .settler
+        let at = self.settler.parts.state.ids.real_now().plus_ms(pause_ms);
+        self.settler
             .parts
             .database
             .note_check(payment.id, checks, at)
             .await
     }
 
-    /// Whether an order is on its way: queued, being written, in the journal, or parked.
-    async fn is_in_flight(&self, id: Option<OrderId>) -> Result<bool, StoreError> {
-        let Some(id) = id else { return Ok(false) };
-        if self.parts.settler.parts.state.pending.get(id).is_some() {
-            return Ok(true);
-        }
-        let queue = Arc::clone(&self.parts.queue);
-        if !queue.durable().is_some_and(|queue| queue.may_hold(id)) {
-            return self.parts.settler.parts.database.is_parked(id).await;
-        }
-        let found =
-            tokio::task::spawn_blocking(move || queue.durable().map(|queue| queue.find(id)));
-        match found.await {
-            Ok(None | Some(Ok(None))) => {
-                let parts = &self.parts.settler.parts;
-                Ok(parts.state.pending.get(id).is_some() || parts.database.is_parked(id).await?)
-            }
-            Ok(Some(Ok(Some(_)))) => Ok(true),
-            Ok(Some(Err(error))) => Err(StoreError::Data(format!("the journal: {error}"))),
-            Err(panic) => Err(StoreError::Data(panic.to_string())),
+    async fn is_under_way(&self, id: Option<OrderId>) -> Result<bool, StoreError> {
+        match id {
+            Some(id) => Ok(self.lookup.is_under_way(id).await?),
+            None => Ok(false),
         }
     }
 
     /// An operator does not want to wait any longer. False: there is no such orphan.
     pub(super) async fn retry(&mut self, id: i64) -> Result<bool, StoreError> {
-        let payment = self.parts.settler.parts.database.payment(id).await?;
+        let payment = self.settler.parts.database.payment(id).await?;
         let Some(payment) = payment.filter(|one| one.state == PaymentState::Orphan) else {
             return Ok(false);
         };
         if payment.has_order {
             let orders: Vec<OrderId> = payment.order_id.into_iter().collect();
             self.match_orders(&orders).await?;
-        } else if !self.is_in_flight(payment.order_id).await? {
+        } else if !self.is_under_way(payment.order_id).await? {
             self.decide(&payment).await?;
         }
         Ok(true)
@@ -270,11 +298,10 @@ impl PaymentProcessor {
 
     /// Its order was not found: recovers it, or leaves the payment for a refund.
     async fn decide(&mut self, payment: &StoredPayment) -> Result<(), StoreError> {
-        let now = self.parts.settler.parts.state.ids.real_now();
-        let state = Arc::clone(&self.parts.settler.parts.state);
+        let now = self.settler.parts.state.ids.real_now();
+        let state = Arc::clone(&self.settler.parts.state);
         let opened = payment.receipt.as_deref().map(|receipt| {
-            self.parts
-                .receipts
+            self.receipts
                 .open(receipt, payment.order_id, payment.amount)
         });
         let decision = match opened {
@@ -286,7 +313,7 @@ impl PaymentProcessor {
             // Its provider has garbled the order's id. Now it looks for its order as any other does.
             Some(Ok(receipt)) if payment.order_id.is_none() => {
                 state.orphans.insert(receipt.id, payment.paid_at);
-                let database = &self.parts.settler.parts.database;
+                let database = &self.settler.parts.database;
                 return database.note_order(payment.id, receipt.id).await;
             }
             Some(Ok(receipt)) => self.decide_on(payment, receipt),
@@ -294,7 +321,7 @@ impl PaymentProcessor {
         match decision {
             Decision::Later => return self.put_off(payment, payment.checks, IN_FLIGHT_MS).await,
             Decision::GiveUp(reason) => {
-                let (_moving, writer) = self.parts.settler.writer().await?;
+                let (_moving, writer) = self.settler.writer().await?;
                 if !writer.give_up(payment.id, reason, now).await? {
                     return Ok(());
                 }
@@ -322,7 +349,7 @@ impl PaymentProcessor {
         reason: RefundReason,
         now: UnixMillis,
     ) -> Result<(), StoreError> {
-        let state = Arc::clone(&self.parts.settler.parts.state);
+        let state = Arc::clone(&self.settler.parts.state);
         let (buyers, user_id) = (&state.buyers, &order.user_id);
         let mut claim = None;
         if buyers.find(user_id, order.id).is_none() {
@@ -335,8 +362,9 @@ impl PaymentProcessor {
                 }
             }
         }
-        let is_claimed = claim.is_some();
-        let (_moving, writer) = self.parts.settler.writer().await?;
+        // Units of a claim that was made here were never held.
+        let held = claim.is_none();
+        let (_moving, writer) = self.settler.writer().await?;
         if !writer
             .recover(payment.id, &order, Some(reason), now)
             .await?
@@ -344,12 +372,7 @@ impl PaymentProcessor {
             return Ok(());
         }
         claim.into_iter().for_each(BuyerClaim::commit);
-        if buyers.deactivate(user_id, order.id, Ended::Cancelled) == Some(true)
-            && !is_claimed
-            && let Some(sku) = state.catalogue.by_number(order.sku)
-        {
-            sku.counter().release(order.quantity.get());
-        }
+        state.recovered_for_refund(&OrderUnits::of(&order), held);
         state.recent_orders.forget(order.id);
         state.orphans.remove(order.id);
         self.note_refund(payment, reason);
@@ -357,15 +380,13 @@ impl PaymentProcessor {
     }
 
     fn note_refund(&self, payment: &StoredPayment, reason: RefundReason) {
-        self.parts
-            .settler
+        self.settler
             .parts
             .metrics
             .payments
             .verdicts
             .count("refund_due");
-        self.parts
-            .settler
+        self.settler
             .parts
             .metrics
             .payments
@@ -376,7 +397,7 @@ impl PaymentProcessor {
 
     /// Holds what a receipt says against the payment and against what is known.
     fn decide_on(&self, payment: &StoredPayment, receipt: ReceiptOrder) -> Decision {
-        let state = &self.parts.settler.parts.state;
+        let state = &self.settler.parts.state;
         let Some(sku) = state.catalogue.in_receipt(receipt.sku) else {
             return Decision::GiveUp(RefundReason::UnknownSku);
         };
@@ -436,7 +457,7 @@ impl PaymentProcessor {
         held: bool,
         now: UnixMillis,
     ) -> Result<(), StoreError> {
-        let state = Arc::clone(&self.parts.settler.parts.state);
+        let state = Arc::clone(&self.settler.parts.state);
         let Some(sku) = state.catalogue.by_number(order.sku) else {
             return Ok(());
         };
@@ -451,7 +472,7 @@ impl PaymentProcessor {
             };
             taken = Some((claim, hold));
         }
-        let (_moving, writer) = self.parts.settler.writer().await?;
+        let (_moving, writer) = self.settler.writer().await?;
         if !writer.recover(payment.id, &order, None, now).await? {
             return Ok(());
         }
@@ -462,12 +483,11 @@ impl PaymentProcessor {
             }
         }
         if !bug("recover_without_holding") {
-            sku.counter().sell(order.quantity.get());
+            state.paid(&OrderUnits::of(&order));
         }
         state.recent_orders.forget(order.id);
         state.orphans.remove(order.id);
-        self.parts
-            .settler
+        self.settler
             .parts
             .metrics
             .payments

@@ -13,8 +13,9 @@ use tokio::sync::{OwnedRwLockReadGuard, RwLock};
 
 use crate::metrics::Metrics;
 use crate::order::payment::Verdict;
-use crate::order::{Ended, OrderId, UserId};
+use crate::order::{OrderId, OrderUnits};
 use crate::state::State;
+use crate::state::effects::Row;
 use crate::store::StoreError;
 use crate::store::postgres::{Database, NodeLease};
 use crate::store::settlement::payments::Settlement;
@@ -187,44 +188,38 @@ impl Settler {
     pub(super) async fn settle_memory(&mut self, moved: &[UnitMove]) {
         let state = Arc::clone(&self.parts.state);
         for moved in moved {
-            if state.pending.get(moved.order_id).is_some() {
-                self.landing.push(moved.order_id);
+            let units = &moved.units;
+            if state.pending.get(units.order_id).is_some() {
+                self.landing.push(units.order_id);
             }
-            state.recent_orders.forget(moved.order_id);
-            let Some(sku) = state.catalogue.by_number(moved.sku) else {
-                continue;
-            };
-            let ended = |ended| {
-                let user_id = UserId::new(&moved.user_id).ok()?;
-                state.buyers.deactivate(&user_id, moved.order_id, ended)
-            };
-            let counter = sku.counter();
-            if let Destination::Restocked | Destination::Withdrawn = moved.to {
-                // Its payment was committed before, by another settler, which may not have told
-                // memory yet.
-                for _ in 0..COUNTER_LOOKS {
-                    if counter.snapshot().sold >= moved.quantity {
-                        break;
-                    }
-                    tokio::time::sleep(COUNTER_LOOK).await;
-                }
-            }
+            state.recent_orders.forget(units.order_id);
             match moved.to {
-                Destination::Sold => counter.sell(moved.quantity),
-                // Whoever turns the buyer's record over gives the units back, once.
-                Destination::Free(how) if ended(how).unwrap_or(true) => {
-                    counter.release(moved.quantity);
-                }
-                Destination::Free(_) | Destination::Nowhere => {}
+                Destination::Sold => state.paid(units),
+                Destination::Free(how) => state.end_unpaid(units, how, Row::Moved),
+                Destination::Nowhere => {}
                 Destination::Restocked => {
-                    ended(Ended::Cancelled);
-                    counter.unsell(moved.quantity);
+                    wait_until_sold(&state, units).await;
+                    state.restocked(units);
                 }
                 Destination::Withdrawn => {
-                    ended(Ended::Cancelled);
-                    counter.withdraw(moved.quantity);
+                    wait_until_sold(&state, units).await;
+                    state.withdrawn(units);
                 }
             }
         }
+    }
+}
+
+/// The payment of refunded units was committed before, by another settler, which may not have told
+/// memory yet.
+async fn wait_until_sold(state: &State, units: &OrderUnits) {
+    let Some(sku) = state.catalogue.by_number(units.sku) else {
+        return;
+    };
+    for _ in 0..COUNTER_LOOKS {
+        if sku.counter().snapshot().sold >= units.quantity {
+            return;
+        }
+        tokio::time::sleep(COUNTER_LOOK).await;
     }
 }

@@ -4,39 +4,27 @@
 use tokio_postgres::Transaction;
 
 use super::{Database, NodeLease};
-use crate::order::{Ended, OrderId, OrderStatus, SkuNumber, UnixMillis};
+use crate::order::{Ended, OrderId, OrderStatus, OrderUnits, SkuNumber, UnixMillis, UserId};
 use crate::store::StoreError;
 
 /// What came of asking an order to move on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Transition {
     /// It did, and its units are back in the database.
-    Now(Units),
+    Now(OrderUnits),
     /// It stands elsewhere; nothing was changed.
     StandsAt(OrderStatus),
     /// There is no such order.
     Unknown,
 }
 
-/// Whose units, and how many, came back.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Units {
-    /// The buyer.
-    pub user_id: String,
-    /// The SKU.
-    pub sku: SkuNumber,
-    /// How many.
-    pub quantity: u32,
-}
-
-impl Units {
-    /// From a row of buyer, SKU and quantity.
-    fn of(row: &tokio_postgres::Row) -> Self {
-        Units {
-            user_id: row.get(0),
-            sku: SkuNumber(row.get(1)),
-            quantity: u32::try_from(row.get::<_, i32>(2)).unwrap_or(0),
-        }
+/// From a row of buyer, SKU and quantity.
+fn units_of(order_id: OrderId, row: &tokio_postgres::Row) -> OrderUnits {
+    OrderUnits {
+        order_id,
+        user_id: UserId::from_row(row.get(0)),
+        sku: SkuNumber(row.get(1)),
+        quantity: u32::try_from(row.get::<_, i32>(2)).unwrap_or(0),
     }
 }
 
@@ -131,7 +119,7 @@ impl Database {
                     .await?;
                 if let Some(row) = parked {
                     transaction.commit().await?;
-                    return Ok(Some(Transition::Now(Units::of(&row))));
+                    return Ok(Some(Transition::Now(units_of(id, &row))));
                 }
                 let word = transaction
                     .query_opt(
@@ -170,7 +158,7 @@ impl Database {
                 )
                 .await?;
             transaction.commit().await?;
-            Ok(Some(Transition::Now(Units::of(&row))))
+            Ok(Some(Transition::Now(units_of(id, &row))))
         };
         self.timed("cancelling an order", work)
             .await?

@@ -6,7 +6,7 @@ use futures_util::future::join_all;
 use super::statements::{Change, Changes, Closing, Sql};
 use super::{Destination, SettlementWriter, UnitMove};
 use crate::faults::bug;
-use crate::order::{Ended, IdRange, OrderId, SkuNumber, UnixMillis};
+use crate::order::{Ended, IdRange, OrderId, OrderUnits, SkuNumber, UnixMillis, UserId};
 use crate::store::StoreError;
 
 /// An unpaid order that is past its time.
@@ -122,17 +122,18 @@ impl SettlementWriter {
                     },
                 );
                 if let Some(order_id) = OrderId::from_i64(row.get(0)) {
-                    moved.push(UnitMove {
+                    let units = OrderUnits {
                         order_id,
-                        user_id: row.get(1),
+                        user_id: UserId::from_row(row.get(1)),
                         sku,
                         quantity: u32::try_from(quantity).unwrap_or(0),
-                        to: Destination::Free(Ended::Expired),
-                    });
+                    };
+                    let to = Destination::Free(Ended::Expired);
+                    moved.push(UnitMove { units, to });
                 }
             }
-            moved.sort_unstable_by_key(|moved| moved.order_id);
-            let from = moved.first().map_or(0, |first| first.order_id.get());
+            moved.sort_unstable_by_key(|moved| moved.units.order_id);
+            let from = moved.first().map_or(0, |first| first.units.order_id.get());
             let mut closing = Closing::default();
             let reference = format!("{} orders from {from}", moved.len());
             closing.move_counters(&[("expired", changes)], &reference);

@@ -11,7 +11,9 @@ use super::statements::{Change, Changes, Closing, Sql, Statements};
 use super::{Destination, UnitMove};
 use crate::faults::bug;
 use crate::order::payment::{OrderFacts, PaymentState, RefundReason, Verdict, judge};
-use crate::order::{Currency, Ended, OrderId, OrderStatus, SkuNumber, UnixMillis};
+use crate::order::{
+    Currency, Ended, OrderId, OrderStatus, OrderUnits, SkuNumber, UnixMillis, UserId,
+};
 use crate::store::postgres::Connected;
 
 /// A payment that meets its order.
@@ -27,7 +29,7 @@ struct Locked {
     facts: OrderFacts,
     sku: SkuNumber,
     quantity: u32,
-    user_id: String,
+    user_id: UserId,
     is_dead_letter: bool,
 }
 
@@ -183,13 +185,13 @@ impl Matcher {
                 // Its units are back since it was cancelled, expired or refused.
                 _ => Destination::Nowhere,
             };
-            done.moved.push(UnitMove {
+            let units = OrderUnits {
                 order_id: *id,
                 user_id: order.user_id.clone(),
                 sku: order.sku,
                 quantity: order.quantity,
-                to,
-            });
+            };
+            done.moved.push(UnitMove { units, to });
         }
         let is_dead = |id: &OrderId| self.orders.get(id).is_some_and(|one| one.is_dead_letter);
         let (dead, alive): (Vec<_>, Vec<_>) = self.steps.iter().partition(|(id, _)| is_dead(id));
@@ -277,7 +279,7 @@ fn locked_from_row(row: &Row, is_dead_letter: bool) -> Option<(OrderId, Locked)>
             },
             sku: SkuNumber(row.get(4)),
             quantity: u32::try_from(row.get::<_, i32>(5)).ok()?,
-            user_id: row.get(6),
+            user_id: UserId::from_row(row.get(6)),
             is_dead_letter,
         },
     ))

@@ -40,7 +40,7 @@ use super::batch::WriteError;
 use super::fenced::{FencedWriter, timed};
 use super::postgres::{Connected, Database, NodeLease};
 use crate::faults::crash_point;
-use crate::order::{Ended, OrderId, SkuNumber};
+use crate::order::{Ended, OrderUnits};
 
 /// Longest wait for a row that somebody else holds, in milliseconds. A callback is answered within
 /// a second, so a payment that cannot be matched by then is stored as an orphan and matched later.
@@ -51,14 +51,8 @@ const SETTLE_PAUSE: Duration = Duration::from_millis(200);
 /// Units of one order that have moved in the database and have to move in memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UnitMove {
-    /// The order.
-    pub order_id: OrderId,
-    /// Its buyer.
-    pub user_id: String,
-    /// The SKU.
-    pub sku: SkuNumber,
-    /// How many units.
-    pub quantity: u32,
+    /// Whose, and how many.
+    pub units: OrderUnits,
     /// Where they went.
     pub to: Destination,
 }

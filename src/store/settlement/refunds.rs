@@ -3,7 +3,7 @@
 
 use super::statements::{Change, Changes, Closing, Sql};
 use super::{Destination, SettlementWriter, UnitMove};
-use crate::order::{OrderId, OrderStatus, SkuNumber, UnixMillis};
+use crate::order::{OrderId, OrderStatus, OrderUnits, SkuNumber, UnixMillis, UserId};
 use crate::store::StoreError;
 
 /// What a person says about a refund.
@@ -135,13 +135,13 @@ impl SettlementWriter {
                     );
                     let mut closing = Closing::default();
                     closing.move_counters(&[(cause, changes)], &order_id.to_string());
-                    let moved = UnitMove {
+                    let units = OrderUnits {
                         order_id,
-                        user_id: row.get(6),
+                        user_id: UserId::from_row(row.get(6)),
                         sku,
                         quantity: u32::try_from(quantity).unwrap_or(0),
-                        to,
                     };
+                    let moved = UnitMove { units, to };
                     Ok((Recorded::Done(Some(moved)), closing))
                 }
                 OrderStatus::Refunded => nothing(Recorded::Already),

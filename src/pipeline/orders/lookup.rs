@@ -1,0 +1,172 @@
+//! Where an order is now.
+//!
+//! ```text
+//!                    spill
+//!   in flight ◄──────────────────► on the disk
+//!   (state::pending)  read back    (the journal)
+//!       │ written
+//!       ├──────────► recent (state::recent_orders), for a moment
+//!       └──────────► stored: a row, a parked order or a dead letter
+//! ```
+//!
+//! An order goes from memory to the disk at most once, and back at most once. So one that is in neither
+//! when memory, the disk and memory again are asked, in this sequence, is not in flight. It is noted as
+//! recent before it leaves memory, and stored before that.
+
+use std::io;
+use std::sync::Arc;
+
+use crate::order::{Order, OrderId};
+use crate::queue::OrderQueue;
+use crate::state::State;
+use crate::state::pending::PendingOrder;
+use crate::store::StoreError;
+use crate::store::postgres::Database;
+use crate::store::postgres::orders::StoredOrder;
+
+/// An order, where it was found.
+#[derive(Debug)]
+pub enum Found {
+    /// On its way, in memory; its slot tells how far.
+    InFlight(Arc<PendingOrder>),
+    /// On its way, on the disk: it is durable.
+    OnDisk(Box<Order>),
+    /// Written a moment ago, and still to be paid.
+    Recent(Arc<PendingOrder>),
+    /// In the database.
+    Stored(Box<StoredOrder>),
+}
+
+/// Why an order could not be looked for.
+#[derive(Debug, thiserror::Error)]
+pub enum LookupError {
+    /// The database did not answer.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The journal could not be read.
+    #[error("the journal: {0}")]
+    Journal(#[from] io::Error),
+}
+
+impl From<LookupError> for StoreError {
+    fn from(error: LookupError) -> Self {
+        match error {
+            LookupError::Store(error) => error,
+            LookupError::Journal(_) => StoreError::Data(error.to_string()),
+        }
+    }
+}
+
+/// Looks orders up. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct OrderLookup {
+    state: Arc<State>,
+    queue: Arc<dyn OrderQueue>,
+    database: Database,
+}
+
+impl OrderLookup {
+    /// A look-up in all three.
+    pub fn new(state: Arc<State>, queue: Arc<dyn OrderQueue>, database: Database) -> Self {
+        OrderLookup {
+            state,
+            queue,
+            database,
+        }
+    }
+
+    /// An order in memory, in flight or recent. Does no I/O.
+    pub fn in_memory(&self, id: OrderId) -> Option<Found> {
+        if let Some(pending) = self.state.pending.get(id) {
+            return Some(Found::InFlight(pending));
+        }
+        self.recent(id).map(Found::Recent)
+    }
+
+    /// An order that was written a moment ago and is still to be paid. Does no I/O.
+    pub fn recent(&self, id: OrderId) -> Option<Arc<PendingOrder>> {
+        self.state.recent_orders.get(id, self.state.ids.real_now())
+    }
+
+    /// Whether an order may be on the disk. Does no I/O.
+    pub fn may_be_on_disk(&self, id: OrderId) -> bool {
+        let durable = self.queue.durable();
+        durable.is_some_and(|queue| queue.may_hold(id))
+    }
+
+    /// An order on the disk. Costs nothing if none is there.
+    ///
+    /// # Errors
+    /// [`LookupError::Journal`].
+    pub async fn on_disk(&self, id: OrderId) -> Result<Option<Order>, LookupError> {
+        if !self.may_be_on_disk(id) {
+            return Ok(None);
+        }
+        let queue = Arc::clone(&self.queue);
+        let found = tokio::task::spawn_blocking(move || find_on_disk(&*queue, id)).await;
+        Ok(found.map_err(io::Error::other)??)
+    }
+
+    /// An order in the database.
+    ///
+    /// # Errors
+    /// [`LookupError::Store`].
+    pub async fn stored(&self, id: OrderId) -> Result<Option<StoredOrder>, LookupError> {
+        Ok(self.database.find_order(id).await?)
+    }
+
+    /// An order, wherever it is. `None`: it is nowhere, or is being admitted or given up in this
+    /// moment.
+    ///
+    /// # Errors
+    /// [`LookupError`].
+    pub async fn find(&self, id: OrderId) -> Result<Option<Found>, LookupError> {
+        if let Some(found) = self.in_memory(id) {
+            return Ok(Some(found));
+        }
+        if let Some(order) = self.on_disk(id).await? {
+            return Ok(Some(Found::OnDisk(Box::new(order))));
+        }
+        if let Some(found) = self.in_memory(id) {
+            return Ok(Some(found));
+        }
+        let stored = self.stored(id).await?;
+        Ok(stored.map(|stored| Found::Stored(Box::new(stored))))
+    }
+
+    /// Whether an order is on its way to be a row: in memory, on the disk or parked.
+    ///
+    /// # Errors
+    /// [`LookupError`].
+    pub async fn is_under_way(&self, id: OrderId) -> Result<bool, LookupError> {
+        let in_memory = || self.state.pending.get(id).is_some();
+        Ok(in_memory()
+            || self.on_disk(id).await?.is_some()
+            || in_memory()
+            || self.database.is_parked(id).await?)
+    }
+}
+
+/// Those of `ids` that are neither in memory nor on the disk. Reads from the disk: not for an async
+/// task.
+///
+/// # Errors
+/// Where the disk fails.
+pub fn not_in_flight(
+    state: &State,
+    queue: &dyn OrderQueue,
+    ids: Vec<OrderId>,
+) -> io::Result<Vec<OrderId>> {
+    let in_memory = |id| state.pending.get(id).is_some();
+    let mut absent = Vec::new();
+    for id in ids {
+        if !in_memory(id) && find_on_disk(queue, id)?.is_none() && !in_memory(id) {
+            absent.push(id);
+        }
+    }
+    Ok(absent)
+}
+
+fn find_on_disk(queue: &dyn OrderQueue, id: OrderId) -> io::Result<Option<Order>> {
+    queue.durable().map_or(Ok(None), |queue| queue.find(id))
+}
