@@ -13,6 +13,7 @@
 //! lies below both ends. `ARCHITECTURE.md` has the map and the promises.
 
 pub mod app;
+pub mod backoff;
 pub mod cli;
 pub mod config;
 pub mod faults;

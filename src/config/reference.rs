@@ -1,8 +1,9 @@
 //! The reference page, `docs/CONFIGURATION.md`, out of the types in [`super`]: doc comments are
-//! the words, `Default` the defaults, and `#[schemars(range)]` the ranges, which a test holds
-//! against what is accepted.
+//! the words, `Default` the defaults, and `#[schemars(range)]` the ranges, which `check` holds
+//! values against.
 
 use std::fmt::Write as _;
+use std::sync::LazyLock;
 
 use serde_json::Value;
 
@@ -38,7 +39,12 @@ impl Field {
 }
 
 /// Every setting, by section and name.
-pub fn fields() -> Vec<Field> {
+pub fn fields() -> &'static [Field] {
+    static FIELDS: LazyLock<Vec<Field>> = LazyLock::new(read_fields);
+    &FIELDS
+}
+
+fn read_fields() -> Vec<Field> {
     let schema = schemars::schema_for!(Config).to_value();
     let defaults = toml::Table::try_from(Config::default()).unwrap_or_default();
     let mut fields = Vec::new();
@@ -219,9 +225,9 @@ mod tests {
     #[test]
     fn every_number_has_a_range() {
         let without = fields()
-            .into_iter()
+            .iter()
             .filter(|f| f.kind == "whole number" && f.range.is_none());
-        assert_eq!(without.map(|f| f.path).collect::<Vec<_>>(), [""; 0]);
+        assert_eq!(without.map(|f| &*f.path).collect::<Vec<_>>(), [""; 0]);
     }
 
     #[test]

@@ -252,11 +252,17 @@ async fn a_batch_that_a_deadlock_takes_back_is_tried_again_whole() {
     }
     let database = sale.database.clone();
     let mut line = Line::open(sale, 1_024).await;
-    // Another session takes the rows of the SKUs in the other order. Who waited first looks for a
-    // deadlock first, and is the one that gives in: the worker.
+    // Another session takes the rows of the SKUs in the other order. The worker is the one that looks for
+    // a deadlock and gives in: it looks after 5 s of waiting, the other session not at all.
     let session = line.sale.session().await;
     let lock = |name: &str| format!("SELECT FROM millrace.sku WHERE sku_id = '{name}' FOR UPDATE");
-    session.batch_execute("BEGIN").await.unwrap();
+    session
+        .batch_execute(
+            "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET deadlock_timeout = 5000', current_database()); END $$;
+             SET deadlock_timeout = '1h'; BEGIN",
+        )
+        .await
+        .unwrap();
     session.batch_execute(&lock("B")).await.unwrap();
     let placed = ["A", "B"].map(|sku| line.place(&format!("u-{sku}"), sku, 1, LONG).unwrap());
     line.start_worker(database, 8);

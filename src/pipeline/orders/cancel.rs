@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use tokio::sync::Notify;
 
+use crate::backoff::Backoff;
 use crate::order::{Ended, OrderId, OrderStatus, OrderUnits, UserId};
 use crate::state::State;
 use crate::state::effects::Row;
@@ -22,9 +23,8 @@ use crate::sync::Guarded;
 
 /// Cancellations under way and of unknown outcome together.
 const UNSETTLED_MAX: usize = 10_000;
-/// Pause between two rounds through the list: doubled while none of it is settled, up to the latter.
-const SETTLE_MIN: Duration = Duration::from_secs(1);
-const SETTLE_MAX: Duration = Duration::from_secs(30);
+/// Pauses between two rounds through the list in which none of it is settled.
+const SETTLE: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(30));
 /// Failures in a row after which a round ends: the database is away.
 const FAILURES_MAX: u32 = 3;
 
@@ -231,19 +231,18 @@ impl Canceller {
 
     /// Sees cancellations through whose answers were lost, until the future is dropped.
     pub async fn settle_lost(self) {
-        let mut pause = SETTLE_MIN;
+        let mut backoff = SETTLE;
+        let mut pause = backoff.pause();
         loop {
             let has_any = self.unsettled.next(None).is_some();
             tokio::select! {
                 () = tokio::time::sleep(pause), if has_any => {}
                 () = self.unsettled.changed.notified(), if !has_any => continue,
             }
-            let settled = self.settle_round().await;
-            pause = if settled > 0 {
-                SETTLE_MIN
-            } else {
-                (pause * 2).min(SETTLE_MAX)
-            };
+            if self.settle_round().await > 0 {
+                backoff.reset();
+            }
+            pause = backoff.pause();
         }
     }
 

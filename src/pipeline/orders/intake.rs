@@ -1,12 +1,15 @@
 //! From a request to an order in the queue.
 //!
 //! ```text
-//!   claim the key ─► sale window ─► purchase limit ─► hold stock ─► register ─► enqueue
+//!   quote ───────────────┬─ there is stock and room ─► place: claim the key ─► hold stock ─► register ─► enqueue
+//!   price, sale window,  │                             (key, sale window and
+//!   id, stock, room      │                              purchase limit decide)
+//!                        └─ there is none ───────────► screen: the order under the key, or the refusal
 //! ```
 //!
-//! Each step leaves a guard; when a later step refuses, dropping the guards undoes the earlier
-//! ones. No lock is held from one step to the next, nothing here blocks, and nothing is allocated
-//! but the order itself.
+//! Most requests of a sale end in `screen`, which writes nothing and holds nothing. In `place` each step
+//! leaves a guard; if a later step refuses, dropping the guards undoes the earlier ones. No lock is held
+//! from one step to the next, nothing here blocks, and nothing is allocated but the order itself.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -16,12 +19,15 @@ use std::time::{Duration, Instant};
 use super::rate_limit::RateLimits;
 use crate::config::RateLimit;
 use crate::faults::bug;
-use crate::order::{KeyHash, Order, OrderId, PayloadHash, Quantity, Refusal, SkuId, UserId};
-use crate::queue::{NotDurable, OrderQueue};
+use crate::order::{
+    Currency, KeyHash, Order, OrderId, PayloadHash, Quantity, Refusal, SkuId, UserId,
+};
+use crate::queue::{DurableQueue, NotDurable, OrderQueue, Permit};
 use crate::state::State;
 use crate::state::buyers::{BuyerOrder, Claimed, Sticky};
 use crate::state::pending::PendingOrder;
 use crate::state::sticky_refusals::StickyRefusals;
+use crate::state::stock::{SaleTerms, Sku};
 
 /// What a client asks for, every member checked on its own.
 #[derive(Clone, Debug)]
@@ -161,132 +167,139 @@ impl Intake {
         waker: Option<&Arc<Waker>>,
     ) -> Result<Admission, Refusal> {
         self.check_open()?;
+        let (quote, room) = self.quote(request)?;
+        match room {
+            Ok(room) => self.place(request, waker, quote, room),
+            Err(refusal) => self.screen(request, &quote, refusal),
+        }
+    }
+
+    /// The order as it would be, and room for it in the queue; or the refusal if stock or room are
+    /// lacking.
+    fn quote(
+        &self,
+        request: &OrderRequest<'_>,
+    ) -> Result<(Quote, Result<Room<'_>, Refusal>), Refusal> {
         // Once: a clock costs as much as a look at the stock.
         let now = Instant::now();
-        let durable = self.queue.durable().filter(|_| request.respond_async);
-        let room = match durable {
+        let state = &self.state;
+        let sku = state.catalogue.get(&request.sku_id);
+        let sku = sku.ok_or(Refusal::UnknownSku)?;
+        let terms = sku.terms();
+        let window = if state.catalogue.is_paused() {
+            Err(Refusal::SalePaused)
+        } else {
+            sku.window_now()
+        };
+        let amount = amount(&terms, request).and_then(|amount| window.map(|()| amount));
+        // A request under a key that is known is answered even without a new id.
+        let (order_id, id) = match state.ids.next_at(now) {
+            Ok(id) => (id, Ok(())),
+            Err(_) => (OrderId::MAX, Err(Refusal::NotReady)),
+        };
+        let available = sku.counter().free();
+        let room = if available < request.quantity.get() && !bug("hold_without_checking") {
+            Err(Refusal::SoldOut { available })
+        } else {
+            id.and_then(|()| self.room(request))
+        };
+        let (sku_id, quantity) = (&request.sku_id, request.quantity);
+        let entry = BuyerOrder {
+            order_id,
+            key: request.key,
+            payload: PayloadHash::of(sku_id, quantity, request.adjustment, request.attributes),
+            sku: sku.number,
+            quantity,
+            ended: None,
+        };
+        let quote = Quote {
+            now,
+            entry,
+            amount,
+            limit: terms.per_user_limit,
+            currency: terms.currency,
+            sku,
+        };
+        Ok((quote, room))
+    }
+
+    /// Room for one more order in the queue, before its stock is held.
+    fn room(&self, request: &OrderRequest<'_>) -> Result<Room<'_>, Refusal> {
+        match self.queue.durable().filter(|_| request.respond_async) {
             Some(queue) => match queue.reserve(request.attributes) {
-                Ok(permit) => Ok(Some(permit)),
+                Ok(permit) => Ok(Room::Durable(queue, permit)),
                 Err(NotDurable::NoLease) => Err(Refusal::NotReady),
                 Err(NotDurable::Busy) => Err(Refusal::Overloaded),
                 Err(NotDurable::Full) => Err(Refusal::JournalFull),
                 Err(NotDurable::Failed) => Err(Refusal::JournalFailed),
             },
             None if self.queue.is_full() => Err(Refusal::Overloaded),
-            None => self.check_wait(request.wait).map(|()| None),
-        };
-        // Whoever comes again under the same key is answered also without a new id.
-        let (id, room) = match self.state.ids.next_at(now) {
-            Ok(id) => (id, room),
-            Err(_) => (OrderId::MAX, Err(Refusal::NotReady)),
-        };
-        let sku = self
-            .state
-            .catalogue
-            .get(&request.sku_id)
-            .ok_or(Refusal::UnknownSku)?;
-        let terms = sku.terms();
-        // Wide, so that only the sum decides, not a step on the way to it.
-        let amount = i128::from(terms.unit_price) * i128::from(request.quantity.get())
-            + i128::from(request.adjustment);
-        let amount = i64::try_from(amount)
-            .ok()
-            .filter(|amount| *amount >= 0)
-            .ok_or(Refusal::AmountOutOfRange);
-        let key = request.key;
-        let payload = PayloadHash::of(
-            &request.sku_id,
-            request.quantity,
-            request.adjustment,
-            request.attributes,
-        );
-        let remembered = BuyerOrder {
-            order_id: id,
-            key,
-            payload,
-            sku: sku.number,
-            quantity: request.quantity,
-            ended: None,
-        };
-        let window = if self.state.catalogue.is_paused() {
-            Err(Refusal::SalePaused)
-        } else {
-            sku.window_now()
-        };
-        // What a fresh order has to pass; one that is there already is answered all the same.
-        let gate = amount.and(window);
-
-        let duplicate = |id| Admission::Duplicate {
-            id,
-            pending: self.state.pending.get(id),
-        };
-        let sticky = UnderKey {
-            refusals: &self.state.sticky_refusals,
-            user_id: &request.user_id,
-            key,
-            payload,
-        };
-        let buyers = &self.state.buyers;
-        let (limit, available) = (terms.per_user_limit, sku.counter().free());
-        let possible = if available < request.quantity.get() && !bug("hold_without_checking") {
-            Err(Refusal::SoldOut { available })
-        } else {
-            room
-        };
-        if let Err(refusal) = possible {
-            // Most of a sale is this: it costs a look at the buyer's record, writes nothing and
-            // holds nothing, not even for a moment.
-            return buyers
-                .peek(&request.user_id, &remembered, limit, gate, refusal, &sticky)
-                .map(duplicate);
+            None => self.check_wait(request.wait).map(|()| Room::InMemory),
         }
-        let claim = match buyers.claim(&request.user_id, remembered, limit, gate, &sticky)? {
+    }
+
+    /// An order that cannot be placed now: the earlier one under its key, or the refusal of highest
+    /// precedence. Costs a look at the buyer's record, and holds nothing, not even for a moment.
+    fn screen(
+        &self,
+        request: &OrderRequest<'_>,
+        quote: &Quote,
+        refusal: Refusal,
+    ) -> Result<Admission, Refusal> {
+        let (user_id, entry) = (&request.user_id, &quote.entry);
+        let sticky = self.under_key(request, quote);
+        let gate = quote.amount.map(drop);
+        let earlier =
+            self.state
+                .buyers
+                .peek(user_id, entry, quote.limit, gate, refusal, &sticky)?;
+        Ok(self.duplicate(earlier))
+    }
+
+    /// Claims the key, holds the units and queues the order.
+    fn place(
+        &self,
+        request: &OrderRequest<'_>,
+        waker: Option<&Arc<Waker>>,
+        quote: Quote,
+        room: Room<'_>,
+    ) -> Result<Admission, Refusal> {
+        let state = &self.state;
+        let sticky = self.under_key(request, &quote);
+        let gate = quote.amount.map(drop);
+        let claimed =
+            state
+                .buyers
+                .claim(&request.user_id, quote.entry, quote.limit, gate, &sticky)?;
+        let claim = match claimed {
             Claimed::Fresh(claim) => claim,
-            Claimed::Duplicate(id) => return Ok(duplicate(id)),
+            Claimed::Duplicate(id) => return Ok(self.duplicate(id)),
         };
-        let amount = amount?;
-        let hold = match sku.hold(request.quantity) {
+        let hold = match quote.sku.hold(request.quantity) {
             Ok(hold) => hold,
             Err(refusal) => return Err(claim.refuse(refusal, &sticky)),
         };
-        // By the clock that judges whether it is late.
-        let created_at = self.state.ids.real_at(now);
-        let order = Order {
-            id,
-            sku: sku.number,
-            quantity: request.quantity,
-            adjustment: request.adjustment,
-            amount,
-            currency: terms.currency,
-            created_at,
-            expires_at: created_at.plus_ms(self.payment_ttl_ms),
-            key,
-            payload,
-            attributes: request.attributes.map(Box::from),
-            user_id: request.user_id.clone(),
-            sku_id: Arc::clone(&sku.id),
-        };
-        let deadline = now + request.wait;
-        let permit = possible?;
-        let pending = Arc::new(match permit {
-            Some(_) => PendingOrder::appending(order, waker.cloned()),
-            None => PendingOrder::new(order, deadline, waker.cloned()),
+        let deadline = quote.now + request.wait;
+        let order = self.order(request, quote)?;
+        let pending = Arc::new(match room {
+            Room::InMemory => PendingOrder::new(order, deadline, waker.cloned()),
+            Room::Durable(..) => PendingOrder::appending(order, waker.cloned()),
         });
         // Registered before a worker can see it, so that it is settled in the map it is in.
-        self.state.pending.insert(&pending);
-        self.state.pending.wake_by(&pending, deadline);
+        state.pending.insert(&pending);
+        state.pending.wake_by(&pending, deadline);
         // From here on whoever settles the order accounts for both: being registered, it may be
         // past its deadline and given up already.
         hold.commit();
         claim.commit();
-        let handed_over = match (durable, permit) {
-            (Some(queue), Some(permit)) => queue.append(Arc::clone(&pending), permit),
-            _ => self.queue.push(Arc::clone(&pending)),
+        let enqueued = match room {
+            Room::InMemory => self.queue.push(Arc::clone(&pending)),
+            Room::Durable(queue, permit) => queue.append(Arc::clone(&pending), permit),
         };
-        if let Err(rejected) = handed_over {
+        if let Err(rejected) = enqueued {
             // The slot decides who undoes it, so that its units come back once; and a duplicate
             // that waits for it already is told.
-            let _ = self.state.abandon(&pending) || self.state.refuse(&pending);
+            let _ = state.abandon(&pending) || state.refuse(&pending);
             pending.slot.take_wakers(Waker::wake);
             return Err(if rejected.closed {
                 Refusal::Draining
@@ -296,6 +309,71 @@ impl Intake {
         }
         Ok(Admission::Placed(pending))
     }
+
+    fn order(&self, request: &OrderRequest<'_>, quote: Quote) -> Result<Order, Refusal> {
+        // By the clock that judges whether it is late.
+        let created_at = self.state.ids.real_at(quote.now);
+        Ok(Order {
+            id: quote.entry.order_id,
+            sku: quote.sku.number,
+            quantity: request.quantity,
+            adjustment: request.adjustment,
+            amount: quote.amount?,
+            currency: quote.currency,
+            created_at,
+            expires_at: created_at.plus_ms(self.payment_ttl_ms),
+            key: request.key,
+            payload: quote.entry.payload,
+            attributes: request.attributes.map(Box::from),
+            user_id: request.user_id.clone(),
+            sku_id: Arc::clone(&quote.sku.id),
+        })
+    }
+
+    fn duplicate(&self, id: OrderId) -> Admission {
+        Admission::Duplicate {
+            id,
+            pending: self.state.pending.get(id),
+        }
+    }
+
+    fn under_key<'a>(&'a self, request: &'a OrderRequest<'_>, quote: &Quote) -> UnderKey<'a> {
+        UnderKey {
+            refusals: &self.state.sticky_refusals,
+            user_id: &request.user_id,
+            key: request.key,
+            payload: quote.entry.payload,
+        }
+    }
+}
+
+/// An order as it would be placed.
+struct Quote {
+    now: Instant,
+    sku: Arc<Sku>,
+    entry: BuyerOrder,
+    /// Its amount in minor units; or why a fresh order is refused, though one that is there already
+    /// is answered.
+    amount: Result<i64, Refusal>,
+    limit: Option<u32>,
+    currency: Currency,
+}
+
+/// Room for one order, in memory or in a durable queue.
+enum Room<'a> {
+    InMemory,
+    Durable(&'a dyn DurableQueue, Permit),
+}
+
+/// `unit_price × quantity + adjustment`, in minor units.
+fn amount(terms: &SaleTerms, request: &OrderRequest<'_>) -> Result<i64, Refusal> {
+    // Wide, so that only the sum decides, not a step on the way to it.
+    let amount = i128::from(terms.unit_price) * i128::from(request.quantity.get())
+        + i128::from(request.adjustment);
+    let amount = i64::try_from(amount).ok();
+    amount
+        .filter(|amount| *amount >= 0)
+        .ok_or(Refusal::AmountOutOfRange)
 }
 
 /// What was refused for good under a request's key.

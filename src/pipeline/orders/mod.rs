@@ -8,7 +8,6 @@
 //! * [`parking`]: orders of a SKU whose counters the database refuses.
 
 pub mod apply;
-mod backoff;
 pub mod cancel;
 pub mod deadlines;
 pub mod intake;

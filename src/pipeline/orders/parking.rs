@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
 
+use crate::backoff::Backoff;
 use crate::metrics::Metrics;
 use crate::order::{Ended, Order, OrderStatus, SkuNumber, UnixMillis};
 use crate::state::State;
@@ -29,9 +30,8 @@ use crate::store::postgres::{Database, NodeLease};
 
 /// How often it is looked whether any SKU is due.
 const LOOK: Duration = Duration::from_millis(250);
-/// Pause between attempts with one SKU: doubled each time, up to the latter.
-const RETRY_MIN: Duration = Duration::from_secs(2);
-const RETRY_MAX: Duration = Duration::from_secs(16);
+/// Pauses between attempts with one SKU.
+const RETRY: Backoff = Backoff::new(Duration::from_secs(2), Duration::from_secs(16));
 /// How often parked orders are looked through for those that are too late.
 const EXPIRE: Duration = Duration::from_secs(1);
 /// Orders in one transaction, and transactions of one SKU before the others have their turn.
@@ -73,8 +73,8 @@ pub struct Parking {
     writer: BatchWriter,
     metrics: Metrics,
     requests: mpsc::Receiver<(SkuNumber, Answer)>,
-    /// When each faulted SKU is tried next, and after which pause again.
-    due: BTreeMap<SkuNumber, (Instant, Duration)>,
+    /// When each faulted SKU is tried next, and the pauses after that.
+    due: BTreeMap<SkuNumber, (Instant, Backoff)>,
     next_expiry: Instant,
     /// Up to which parked orders have been looked through for those that are too late.
     expiry_at: (UnixMillis, i64),
@@ -189,17 +189,17 @@ impl Parking {
         let skus = self.state.catalogue.all();
         for sku in skus.iter().filter(|sku| sku.is_faulted()) {
             let now = Instant::now();
-            let (at, pause) = *self.due.entry(sku.number).or_insert((now, RETRY_MIN));
+            let (at, mut backoff) = *self.due.entry(sku.number).or_insert((now, RETRY));
             if now < at {
                 continue;
             }
             match self.attempt(sku).await? {
                 Tried::Sound => {}
                 // The others have their turn first.
-                Tried::More => drop(self.due.insert(sku.number, (now, RETRY_MIN))),
+                Tried::More => drop(self.due.insert(sku.number, (now, RETRY))),
                 Tried::Refused => {
-                    let next = (Instant::now() + pause, (pause * 2).min(RETRY_MAX));
-                    self.due.insert(sku.number, next);
+                    let next = Instant::now() + backoff.pause();
+                    self.due.insert(sku.number, (next, backoff));
                 }
             }
         }

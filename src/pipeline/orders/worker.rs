@@ -15,13 +15,13 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
 use super::apply::{How, Isolated, Parts, Refusal};
-use super::backoff::Backoff;
 use super::worker_pool::{PrimaryGuard, WorkerPool, has_enough_for_two};
+use crate::backoff::Backoff;
 use crate::faults::crash_point;
 use crate::metrics::Metrics;
 use crate::order::{Order, OrderStatus, SkuNumber, UnixMillis};
@@ -35,6 +35,9 @@ use crate::store::StoreError;
 use crate::store::batch::{BatchWriter, Refused, WriteError};
 
 type Orders = Vec<Arc<PendingOrder>>;
+
+/// Pauses between attempts to write a batch.
+const RETRY: Backoff = Backoff::new(Duration::from_millis(10), Duration::from_secs(1));
 
 /// Why a worker ended before its queue did.
 #[derive(Debug, thiserror::Error)]
@@ -325,7 +328,7 @@ impl Worker {
 
     async fn park_until_decided(&mut self, part: &Orders) -> Result<Decided, WorkerError> {
         let orders: Vec<&Order> = part.iter().map(|pending| &pending.order).collect();
-        let mut backoff = Backoff::new();
+        let mut backoff = RETRY;
         loop {
             let parked = self.writer.park(&orders).await;
             self.note_lost_commits();
@@ -374,7 +377,7 @@ impl Worker {
             })
             .collect();
         let started = Instant::now();
-        let mut backoff = Backoff::new();
+        let mut backoff = RETRY;
         loop {
             let attempted = Instant::now();
             let result = self.writer.write_as(&orders).await;
@@ -429,7 +432,7 @@ impl Worker {
         sqlstate: &str,
         reason: &str,
     ) -> Result<(), (Orders, WorkerError)> {
-        let mut backoff = Backoff::new();
+        let mut backoff = RETRY;
         let part = vec![Arc::clone(&order)];
         let refused = loop {
             match self.writer.refuse(&order.order, sqlstate, reason).await {
@@ -543,7 +546,7 @@ impl Worker {
         rows: usize,
         error: &StoreError,
     ) -> Result<(), WorkerError> {
-        let wait = backoff.next();
+        let wait = backoff.jittered_pause();
         self.state.progress.failed(&error.to_string());
         // The first and then every tenth: an outage is not a line a retry.
         if backoff.attempts() % 10 == 1 {

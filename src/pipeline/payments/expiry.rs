@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use super::processor::PAUSE;
 use super::settler::Settler;
+use crate::backoff::Backoff;
 use crate::faults::bug;
 use crate::order::{IdRange, OrderId, SkuNumber, UnixMillis};
 use crate::state::expiry_index::{Due, Nearness, Ranges};
@@ -48,8 +49,7 @@ const NOTE: Duration = Duration::from_secs(10);
 /// When an order is looked at again that somebody holds, or that was paid in time, in milliseconds.
 const AGAIN_MS: u64 = 1_000;
 /// When a SKU is tried again that could not be had: first, and at most.
-const DEFER: Duration = Duration::from_millis(100);
-const DEFER_MAX: Duration = Duration::from_secs(5);
+const DEFER: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
 /// Orders that are put off with their SKU are looked for one by one, until they are many.
 const DEFERRED: Nearness = Nearness {
     apart: 0,
@@ -81,7 +81,7 @@ impl Work {
 struct Deferred {
     work: Work,
     retry_at: Instant,
-    pause: Duration,
+    backoff: Backoff,
 }
 
 /// The task.
@@ -368,11 +368,10 @@ impl Expiry {
         let deferred = self.deferred.entry(sku).or_insert_with(|| Deferred {
             work: Work::default(),
             retry_at: Instant::now(),
-            pause: DEFER,
+            backoff: DEFER,
         });
-        deferred.retry_at = Instant::now() + deferred.pause;
-        deferred.pause = (deferred.pause * 2).min(DEFER_MAX);
-        let is_long = deferred.pause == DEFER_MAX;
+        deferred.retry_at = Instant::now() + deferred.backoff.pause();
+        let is_long = deferred.backoff.is_at_longest();
         for one in std::mem::take(&mut deferred.work.overdue) {
             deferred.work.ranges.insert(one.order_id, DEFERRED);
         }
@@ -410,7 +409,7 @@ impl Expiry {
                 Ok(()) => {
                     if let Some(deferred) = self.deferred.get_mut(&sku) {
                         deferred.work.overdue.drain(..part.len());
-                        deferred.pause = DEFER;
+                        deferred.backoff.reset();
                     }
                 }
                 Err(error) if error.is_about_rows() => self.defer(sku, &error),

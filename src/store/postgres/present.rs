@@ -3,7 +3,9 @@
 //! rows.
 
 use std::collections::HashSet;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use futures_util::future::try_join;
 use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
 
@@ -36,6 +38,30 @@ const IDS: &str = "
     UNION ALL SELECT order_id, user_id, payload_hash FROM dead_letters WHERE order_id = ANY ($1)
     UNION ALL SELECT order_id, user_id, payload_hash FROM parked_orders WHERE order_id = ANY ($1)";
 
+/// How one call looks orders up, as it has learned so far.
+#[derive(Debug)]
+struct LookUpSize {
+    /// Orders in one statement.
+    orders: AtomicUsize,
+    /// Whether ranges of ids hold too many other rows.
+    is_sparse: AtomicBool,
+}
+
+impl Default for LookUpSize {
+    fn default() -> Self {
+        LookUpSize {
+            orders: AtomicUsize::new(LOOK_UP_MAX),
+            is_sparse: AtomicBool::new(false),
+        }
+    }
+}
+
+/// Whether the row with an order's id is that order.
+fn is_row_of(row: &Row, order: &Order) -> bool {
+    let payload = PayloadHash(row.get::<_, i64>(2) as u64);
+    row.get::<_, &str>(1) == order.user_id.as_str() && payload.matches(order.payload)
+}
+
 impl Database {
     /// Which of `orders` are here, as rows, as dead letters or parked. An order is known by its id, its
     /// buyer and the hash of what it asked for.
@@ -44,50 +70,28 @@ impl Database {
     /// [`StoreError::OtherOrders`] where a row has the id of one and is another order; otherwise
     /// where the database does not answer.
     pub async fn present_among(&self, orders: &[&Order]) -> Result<HashSet<OrderId>, StoreError> {
-        let mut left: &[&Order] = &{
-            let mut sorted = orders.to_vec();
-            sorted.sort_unstable_by_key(|order| order.id);
-            sorted
-        };
+        let mut sorted = orders.to_vec();
+        sorted.sort_unstable_by_key(|order| order.id);
         let mut present = HashSet::with_capacity(orders.len());
         let mut others: Vec<OrderId> = Vec::new();
-        let (mut at_once, mut is_dense) = (LOOK_UP_MAX, true);
-        while !left.is_empty() {
-            let (part, rest) = left.split_at(at_once.min(left.len()));
-            let found = match self.look_up(part, is_dense).await {
-                Ok(Some(found)) => found,
-                // Each call reads one such range at most in vain.
-                Ok(None) => {
-                    is_dense = false;
-                    continue;
-                }
-                Err(StoreError::Timeout { after, .. }) if at_once > LOOK_UP_MIN => {
-                    at_once = (at_once / 4).max(LOOK_UP_MIN);
-                    tracing::warn!(
-                        orders = part.len(),
-                        at_once,
-                        after_ms = after.as_millis() as u64,
-                        "looking up which orders are rows already took too long; asking for fewer at once"
-                    );
-                    continue;
-                }
-                Err(error) => return Err(error),
-            };
-            for row in &found {
-                let id: i64 = row.get(0);
-                let Ok(at) = part.binary_search_by_key(&id, |order| order.id.as_i64()) else {
-                    continue;
-                };
-                let order = part[at];
-                let payload = PayloadHash(row.get::<_, i64>(2) as u64);
-                if row.get::<_, &str>(1) == order.user_id.as_str() && payload.matches(order.payload)
-                {
-                    present.insert(order.id);
-                } else {
-                    others.push(order.id);
+        let size = LookUpSize::default();
+        for pair in sorted.chunks(2 * LOOK_UP_MAX) {
+            let (first, second) = pair.split_at(pair.len().min(LOOK_UP_MAX));
+            // Two at a time: one is read from the tables while the other is compared.
+            let found = try_join(self.rows_of(first, &size), self.rows_of(second, &size)).await?;
+            for (part, rows) in [(first, found.0), (second, found.1)] {
+                for row in &rows {
+                    let id: i64 = row.get(0);
+                    let Ok(at) = part.binary_search_by_key(&id, |order| order.id.as_i64()) else {
+                        continue;
+                    };
+                    if is_row_of(row, part[at]) {
+                        present.insert(part[at].id);
+                    } else {
+                        others.push(part[at].id);
+                    }
                 }
             }
-            left = rest;
         }
         if others.is_empty() {
             return Ok(present);
@@ -128,6 +132,38 @@ impl Database {
             absent.extend(rows.iter().filter_map(|row| OrderId::from_i64(row.get(0))));
         }
         Ok(absent)
+    }
+
+    /// The rows of these orders, which are sorted, looked up in as many steps as it takes.
+    async fn rows_of(&self, orders: &[&Order], size: &LookUpSize) -> Result<Vec<Row>, StoreError> {
+        let (mut left, mut found) = (orders, Vec::with_capacity(orders.len()));
+        while !left.is_empty() {
+            let at_once = size.orders.load(Ordering::Relaxed);
+            let (part, rest) = left.split_at(at_once.min(left.len()));
+            match self
+                .look_up(part, !size.is_sparse.load(Ordering::Relaxed))
+                .await
+            {
+                Ok(Some(rows)) => {
+                    found.extend(rows);
+                    left = rest;
+                }
+                // Each call reads two such ranges at most in vain.
+                Ok(None) => size.is_sparse.store(true, Ordering::Relaxed),
+                Err(StoreError::Timeout { after, .. }) if at_once > LOOK_UP_MIN => {
+                    let at_once = (at_once / 4).max(LOOK_UP_MIN);
+                    size.orders.store(at_once, Ordering::Relaxed);
+                    tracing::warn!(
+                        orders = part.len(),
+                        at_once,
+                        after_ms = after.as_millis() as u64,
+                        "looking up which orders are rows already took too long; asking for fewer at once"
+                    );
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(found)
     }
 
     /// The rows of these orders, which are sorted; with `as_range` those between them too, or `None`
