@@ -30,7 +30,7 @@ use tokio_postgres::types::ToSql;
 use super::error::{refuses_row, sqlstate};
 use super::fenced::{FENCE, FencedWriter, Settled, timed};
 use super::postgres::{Connected, Database, NodeLease};
-use super::{StoreError, copy};
+use super::{StoreError, WriteError, copy};
 use crate::faults::{bug, crash_point};
 use crate::order::{Order, OrderStatus};
 
@@ -82,33 +82,6 @@ const DEAD_LETTER: &str = "
     ON CONFLICT (order_id) DO NOTHING";
 
 const EPOCH: &str = "SELECT epoch FROM node WHERE node = $1";
-
-/// Why a batch was not written.
-#[derive(Debug, thiserror::Error)]
-pub enum WriteError {
-    /// Nothing was written, or it is not known: try the same batch again.
-    #[error("{0}")]
-    Retry(#[source] StoreError),
-    /// A row in it was refused; nothing was written.
-    #[error("the database refused a row ({sqlstate}): {reason}")]
-    Row {
-        /// The five characters of PostgreSQL's code.
-        sqlstate: String,
-        /// PostgreSQL's own words.
-        reason: String,
-    },
-    /// The counters of a SKU in it were refused; nothing was written.
-    #[error("the database refused a stock counter ({sqlstate}): {reason}")]
-    Counter {
-        /// The five characters of PostgreSQL's code.
-        sqlstate: String,
-        /// PostgreSQL's own words.
-        reason: String,
-    },
-    /// This process may not write any more.
-    #[error("{0}")]
-    Fatal(#[source] StoreError),
-}
 
 /// What became of an order whose row was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

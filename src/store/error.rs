@@ -160,6 +160,33 @@ const NO_TLS: &str = "server does not support TLS";
 const NO_PASSWORD: &str = "password missing";
 const OLD_CERTIFICATE: &str = "UnsupportedCertVersion";
 
+/// Why a batch was not written.
+#[derive(Debug, thiserror::Error)]
+pub enum WriteError {
+    /// Nothing was written, or it is not known: try the same batch again.
+    #[error("{0}")]
+    Retry(#[source] StoreError),
+    /// A row in it was refused; nothing was written.
+    #[error("the database refused a row ({sqlstate}): {reason}")]
+    Row {
+        /// The five characters of PostgreSQL's code.
+        sqlstate: String,
+        /// PostgreSQL's own words.
+        reason: String,
+    },
+    /// The counters of a SKU in it were refused; nothing was written.
+    #[error("the database refused a stock counter ({sqlstate}): {reason}")]
+    Counter {
+        /// The five characters of PostgreSQL's code.
+        sqlstate: String,
+        /// PostgreSQL's own words.
+        reason: String,
+    },
+    /// This process may not write any more.
+    #[error("{0}")]
+    Fatal(#[source] StoreError),
+}
+
 impl StoreError {
     /// Wraps a statement's error with what was tried.
     pub fn statement(doing: &'static str) -> impl FnOnce(tokio_postgres::Error) -> StoreError {

@@ -8,9 +8,8 @@
 
 use std::time::Duration;
 
-use super::StoreError;
-use super::batch::WriteError;
 use super::postgres::{Connected, Database, NodeLease};
+use super::{StoreError, WriteError};
 
 /// The statement that moves the number: node, shard, epoch, the new number. It changes no row
 /// where this process was replaced.

@@ -18,4 +18,4 @@ pub mod postgres;
 pub mod schema;
 pub mod settlement;
 
-pub use error::StoreError;
+pub use error::{StoreError, WriteError};

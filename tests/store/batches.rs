@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use millrace::order::Order;
-use millrace::store::batch::{BatchWriter, WriteError};
+use millrace::store::WriteError;
+use millrace::store::batch::BatchWriter;
 use rand::seq::SliceRandom;
 
 use crate::support::sale::{NO_SKU, Sale, count, order, orders, refs};

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use millrace::order::{IdClock, UnixMillis};
 use millrace::store::StoreError;
-use millrace::store::batch::WriteError;
+use millrace::store::WriteError;
 use millrace::store::postgres::Database;
 use millrace::store::postgres::lease::{ID_LEASE_MS, NodeGuard};
 use millrace::store::schema;

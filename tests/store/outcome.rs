@@ -4,7 +4,8 @@ use std::time::{Duration, Instant};
 
 use millrace::order::Order;
 use millrace::store::StoreError;
-use millrace::store::batch::{BatchWriter, WriteError};
+use millrace::store::WriteError;
+use millrace::store::batch::BatchWriter;
 use rand::Rng;
 use rustix::process::{Pid, Signal, kill_process};
 

@@ -4,7 +4,7 @@ use millrace::order::{
     Currency, KeyHash, Order, OrderId, OrderStatus, PayloadHash, Quantity, UnixMillis, UserId,
 };
 use millrace::state::stock::Sku;
-use millrace::store::batch::WriteError;
+use millrace::store::WriteError;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 

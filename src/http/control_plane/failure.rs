@@ -39,7 +39,7 @@ impl From<OperatorError> for Failure {
         Failure(match error {
             OperatorError::UnknownSku(_) => Problem::new(404, "unknown_sku", detail),
             OperatorError::UnknownDeadLetter(_) => Problem::new(404, "unknown_dead_letter", detail),
-            OperatorError::TotalBelowCommitted { .. } => {
+            OperatorError::TotalBelowCommitted(_) => {
                 Problem::new(409, "total_below_committed", detail)
             }
             OperatorError::TotalOutOfRange => Problem::new(400, "invalid_field", detail),

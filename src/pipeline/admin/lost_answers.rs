@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use tokio::sync::Mutex;
 
+use super::changes::{Retried, check_number};
 use super::limits;
-use super::operator::{Retried, check_number, set_total};
 use crate::order::SkuId;
 use crate::state::State;
 use crate::state::stock::SaleTerms;
@@ -151,7 +151,8 @@ impl LostAnswers {
                     }
                     (Some(sku), Some(row)) => {
                         sku.set_terms(SaleTerms::clone(&row.terms()));
-                        if let Err(error) = set_total(&sku, row.counter().snapshot().total) {
+                        let total = row.counter().snapshot().total;
+                        if let Err(error) = sku.counter().set_total(total) {
                             tracing::error!(sku_id = %id, reason = %error, "the total in the database is not that in force");
                         }
                     }

@@ -7,15 +7,16 @@ use std::sync::Arc;
 
 use tokio::sync::Mutex;
 
+use super::changes::{Retried, check_number};
 use super::limits;
 use super::lost_answers::{LostAnswer, LostAnswers};
 use super::pauses::Pauses;
-use crate::order::{OrderId, Quantity, Refusal, SkuId, UnixMillis, UserId};
+use crate::order::{OrderId, Quantity, Refusal, SkuId};
 use crate::pipeline::orders::parking::ParkingDesk;
 use crate::pipeline::payments::processor::PaymentsHandle;
 use crate::state::State;
 use crate::state::buyers::LiveOrder;
-use crate::state::stock::{BelowCommitted, Hold, SaleTerms, Sku};
+use crate::state::stock::{BelowCommitted, SaleTerms, Sku};
 use crate::store::StoreError;
 use crate::store::postgres::dead_letters::DeadLetter;
 use crate::store::postgres::{Database, NodeLease};
@@ -31,11 +32,8 @@ pub enum OperatorError {
     #[error("there is no open dead letter {0}")]
     UnknownDeadLetter(i64),
     /// The new total is less than what orders have taken.
-    #[error("total: {committed} units are held or sold already; the total cannot be less")]
-    TotalBelowCommitted {
-        /// Units that orders hold or have bought.
-        committed: u32,
-    },
+    #[error(transparent)]
+    TotalBelowCommitted(#[from] BelowCommitted),
     /// The new total does not fit.
     #[error("total: must be 0 to 4294967295")]
     TotalOutOfRange,
@@ -100,28 +98,6 @@ pub struct Operator {
     /// One request at a time; and retries of unknown outcome, by dead letter.
     one_at_a_time: Arc<Mutex<HashMap<i64, Retried>>>,
     lost: LostAnswers,
-}
-
-/// A dead letter that was retried, until it is known what came of it.
-#[derive(Debug)]
-pub(super) struct Retried {
-    hold: Hold,
-    user_id: String,
-    order: LiveOrder,
-    expires_at: UnixMillis,
-}
-
-impl Retried {
-    /// A dead letter's order is a row, to be paid: its units stay held, and it counts again.
-    pub(super) fn revived(self, state: &State) {
-        self.hold.commit();
-        let until = (self.order.order_id, self.expires_at);
-        state.expiry_index.note([until]);
-        if let Ok(user_id) = UserId::new(&self.user_id) {
-            let is_limited = |sku| state.is_limited(sku);
-            state.buyers.reactivate(&user_id, self.order, is_limited);
-        }
-    }
 }
 
 /// What a `PUT` of a SKU did.
@@ -260,7 +236,7 @@ impl Operator {
     ) -> Result<(), OperatorError> {
         if total < sku.counter().snapshot().total {
             // From here on no buyer can take what is about to go away.
-            set_total(sku, total)?;
+            sku.counter().set_total(total)?;
         }
         let stored = storing.await;
         // Whether it was stored may be unknown. The lesser total is safe with either until then.
@@ -272,13 +248,13 @@ impl Operator {
             }
             return Err(error.into());
         }
-        set_total(sku, total)
+        Ok(sku.counter().set_total(total)?)
     }
 
     /// Takes the database's total over into memory.
     async fn adopt_total(&self, sku: &Sku) -> Result<(), OperatorError> {
         match self.database.total_of(&sku.id).await? {
-            Some(total) => set_total(sku, total),
+            Some(total) => Ok(sku.counter().set_total(total)?),
             None => Err(OperatorError::UnknownSku(SkuId::clone(&sku.id))),
         }
     }
@@ -457,33 +433,4 @@ impl Operator {
         let sku = self.state.catalogue.get(id);
         sku.ok_or_else(|| OperatorError::UnknownSku(id.clone()))
     }
-}
-
-/// Sets the total in memory, where orders have not taken more.
-pub(super) fn set_total(sku: &Sku, total: u32) -> Result<(), OperatorError> {
-    sku.counter()
-        .set_total(total)
-        .map_err(|BelowCommitted { committed }| OperatorError::TotalBelowCommitted { committed })
-}
-
-/// Stops the process where the database knows a SKU by another number than memory: it has
-/// forgotten SKUs since the start, in a failover, and whatever is written by number from now on
-/// would be of another SKU.
-pub(super) fn check_number(state: &State, made: &Sku) -> Result<(), StoreError> {
-    let catalogue = &state.catalogue;
-    let known = catalogue.get(&made.id);
-    let is_another = |known: &Arc<Sku>| known.id != made.id;
-    if known.is_none_or(|known| known.number == made.number)
-        && !catalogue
-            .by_number(made.number)
-            .is_some_and(|known| is_another(&known))
-    {
-        return Ok(());
-    }
-    let reason = format!(
-        "the database knows {} by number {}, which is not its number in memory: it has lost SKUs; start again",
-        made.id, made.number.0
-    );
-    state.poison.set(reason.clone());
-    Err(StoreError::Data(reason))
 }

@@ -13,7 +13,8 @@ use crate::faults::bug;
 use crate::order::{Order, OrderStatus, SkuNumber};
 use crate::pipeline::orders::apply::{How, Isolated, Parts, Refusal};
 use crate::store::StoreError;
-use crate::store::batch::{BatchWriter, Refused, WriteError};
+use crate::store::WriteError;
+use crate::store::batch::{BatchWriter, Refused};
 use crate::store::postgres::Database;
 
 const RETRY: Duration = Duration::from_millis(200);

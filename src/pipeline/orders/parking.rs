@@ -25,7 +25,8 @@ use crate::order::{Ended, Order, OrderStatus, SkuNumber, UnixMillis};
 use crate::state::State;
 use crate::state::stock::{Refused, Sku};
 use crate::store::StoreError;
-use crate::store::batch::{BatchWriter, WriteError};
+use crate::store::WriteError;
+use crate::store::batch::BatchWriter;
 use crate::store::postgres::{Database, NodeLease};
 
 /// How often it is looked whether any SKU is due.

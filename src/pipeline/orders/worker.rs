@@ -32,7 +32,8 @@ use crate::state::State;
 use crate::state::pending::PendingOrder;
 use crate::state::stock::Parking;
 use crate::store::StoreError;
-use crate::store::batch::{BatchWriter, Refused, WriteError};
+use crate::store::WriteError;
+use crate::store::batch::{BatchWriter, Refused};
 
 type Orders = Vec<Arc<PendingOrder>>;
 

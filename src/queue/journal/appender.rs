@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::queue::{Incoming, Shared};
 use super::record::order_bytes;
 use super::segment::GroupAt;
+use super::shared::{Incoming, Shared};
 use super::spill::Waiting;
 use super::writer::Writer;
 use crate::faults::{bug, crash_point};

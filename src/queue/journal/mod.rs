@@ -9,8 +9,8 @@
 //! * [`recovery`]: reading a journal back, and what counts as damage;
 //! * `writer`: one group, one write, one sync; `appender`: the thread that does it; `segments`: making and deleting segments;
 //! * `space`: what records may still take; `tally`: when a segment is not needed any more;
-//! * `spill`: what waits on the disk; `mpsc`: what the appender is asked to write, and `parker`: how it is woken;
-//! * `queue`: how all that is one [`crate::queue::OrderQueue`].
+//! * `spill`: what waits on the disk; `reader`: the thread that reads it back; `mpsc`: what the appender is asked to write, and `parker`: how it is woken;
+//! * `queue`: how all that is one [`crate::queue::OrderQueue`]; `shared`: what the queue and both threads share.
 //!
 //! Rules that recovery relies on:
 //!
@@ -27,11 +27,13 @@ pub mod disk;
 mod mpsc;
 mod parker;
 mod queue;
+mod reader;
 pub mod record;
 pub mod recovery;
 pub mod sector;
 pub mod segment;
 mod segments;
+mod shared;
 mod space;
 mod spill;
 mod tally;
@@ -42,11 +44,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use disk::{Disk, RealDisk};
-pub use queue::{JournalParts, JournalQueue};
+pub use queue::JournalQueue;
 use record::{GROUP_HEAD, RECORD_MAX};
 use recovery::Scanned;
 use sector::{PAYLOAD, SECTOR};
 pub use segment::{GroupAt, Identity, prepare};
+pub use shared::JournalParts;
 pub use space::Permit;
 pub use writer::Writer;
 

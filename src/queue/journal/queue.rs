@@ -24,9 +24,11 @@ use std::time::Duration;
 
 use super::appender::Appender;
 use super::mpsc::MpscQueue;
+use super::reader::read_back;
 use super::record::{GROUP_HEAD, Record, order_bytes};
 use super::sector::sectors_of;
 use super::segments::Segments;
+use super::shared::{Incoming, JournalParts, Shared};
 use super::space::Permit;
 use super::spill::Spill;
 use super::writer::Writer;
@@ -39,62 +41,12 @@ use crate::state::pending::{Pending, PendingOrder};
 use crate::sync::thread::{self, JoinHandle, Thread};
 use crate::sync::{AtomicBool, Mutex, OnceLock, Ordering, Waker};
 
-/// How often the reader looks whether there is room in memory, while orders wait on the disk.
-const READER_TICK: Duration = Duration::from_millis(2);
 /// How long a lease on order ids may take to be written.
 const LEASE_PATIENCE: Duration = Duration::from_secs(3);
-/// How often reading is tried again where the disk failed.
-const READ_RETRY: Duration = Duration::from_secs(1);
-
-/// What a journal needs to run.
-pub struct JournalParts {
-    /// Orders that wait in memory at most.
-    pub capacity: usize,
-    /// Bytes on the disk at most.
-    pub bytes_max: u64,
-    /// The epoch of this process.
-    pub epoch: i64,
-    /// Whether segments wait for [`JournalQueue::confirm`] before they are deleted.
-    pub retain: bool,
-    /// Orders in flight: what goes to the disk leaves it, what is read back enters it.
-    pub pending: Arc<Pending>,
-    /// Wakes those who wait for an acknowledgement.
-    pub wake_all: Arc<dyn Fn(Vec<Waker>) + Send + Sync>,
-    /// Whether this process still holds the right to acknowledge.
-    pub may_acknowledge: Arc<dyn Fn() -> bool + Send + Sync>,
-    /// Hears why, where a thread of the journal ends before it is asked to: the process has to stop.
-    pub on_end: Arc<dyn Fn(String) + Send + Sync>,
-    /// What is counted.
-    pub metrics: Metrics,
-}
-
 /// `queue.backend = "journal"`.
 pub struct JournalQueue {
     shared: Arc<Shared>,
     threads: Mutex<Vec<JoinHandle<()>>>,
-}
-
-pub(super) struct Shared {
-    pub(super) ring: RingQueue,
-    capacity: usize,
-    pub(super) incoming: MpscQueue<Incoming>,
-    pub(super) spill: Spill,
-    /// Wakes the reader.
-    reader: OnceLock<Thread>,
-    pub(super) segments: Segments,
-    pub(super) parts: JournalParts,
-    pub(super) appender_ended: AtomicBool,
-    /// Leaves what is on the disk to the next process.
-    cut: AtomicBool,
-    /// What the appender had in hand when it ended.
-    pub(super) never_written: Mutex<Vec<Arc<PendingOrder>>>,
-    pub(super) failure: OnceLock<String>,
-}
-
-/// What the appender is asked to write.
-pub(super) enum Incoming {
-    Order(Arc<PendingOrder>, Permit),
-    Lease(UnixMillis, Permit, tokio::sync::oneshot::Sender<bool>),
 }
 
 impl JournalQueue {
@@ -169,7 +121,7 @@ impl JournalQueue {
         let keeping = Arc::clone(&shared);
         spawn("journal-keeper", Box::new(move || keeping.segments.run()))?;
         let reading = Arc::clone(&shared);
-        spawn("journal-reader", Box::new(move || reading.read_back()))?;
+        spawn("journal-reader", Box::new(move || read_back(&reading)))?;
         let appending = Arc::clone(&shared);
         spawn(
             "journal-append",
@@ -287,84 +239,6 @@ impl JournalQueue {
             }
         }
         left
-    }
-}
-
-impl Shared {
-    pub(super) fn wake_reader(&self) {
-        if let Some(thread) = self.reader.get() {
-            thread.unpark();
-        }
-    }
-
-    pub(super) fn fail(&self, reason: String) {
-        let _ = self.failure.set(reason.clone());
-        self.parts.metrics.journal_failed.set(1);
-        tracing::error!(%reason, "the journal has failed: respond-async is refused until a restart; waiting orders go on");
-    }
-
-    /// The reader's work: brings back from the disk what there is room for in memory.
-    fn read_back(&self) {
-        let _ = self.reader.set(thread::current());
-        loop {
-            let ended = self.appender_ended.load(Ordering::Acquire);
-            let Some(waiting) = self.spill.oldest() else {
-                if ended || self.cut.load(Ordering::Acquire) {
-                    return self.ring.close();
-                }
-                // Woken by the appender, or by the end; the tick is for the moment before it
-                // knows this thread.
-                thread::park_timeout(Duration::from_millis(100));
-                continue;
-            };
-            if self.cut.load(Ordering::Acquire) {
-                return self.ring.close();
-            }
-            // Half of the memory stays free for orders that wait.
-            if self.ring.depth() >= (self.capacity / 2).max(1) {
-                thread::park_timeout(READER_TICK);
-                continue;
-            }
-            match waiting.read() {
-                Ok(orders) => {
-                    crash_point("journal.read_back");
-                    let segment = waiting.at.segment.number;
-                    for order in orders {
-                        let order = Arc::new(PendingOrder::recovered(order, segment));
-                        self.parts.pending.insert(&order);
-                        if !self.push_or_wait(order) {
-                            return self.ring.close();
-                        }
-                        self.spill.advance();
-                        self.parts.pending.read_back(1);
-                    }
-                    self.spill.pop();
-                }
-                Err(error) => {
-                    if self.failure.get().is_none() {
-                        self.fail(format!("cannot read acknowledged orders back: {error}"));
-                    }
-                    thread::park_timeout(READ_RETRY);
-                }
-            }
-        }
-    }
-
-    /// Puts an order into the ring, waiting for room. False: the queue ends first.
-    pub(super) fn push_or_wait(&self, mut order: Arc<PendingOrder>) -> bool {
-        loop {
-            match self.ring.push(order) {
-                Ok(()) => return true,
-                Err(Rejected { closed: true, .. }) => return false,
-                Err(Rejected {
-                    order: rejected, ..
-                }) => order = rejected,
-            }
-            if self.cut.load(Ordering::Acquire) {
-                return false;
-            }
-            thread::park_timeout(READER_TICK);
-        }
     }
 }
 

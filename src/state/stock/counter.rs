@@ -30,7 +30,8 @@ pub struct NotEnough {
 }
 
 /// `total` would fall below what orders have taken.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("total: {committed} units are held or sold already; the total cannot be less")]
 pub struct BelowCommitted {
     /// Units that orders hold or have bought.
     pub committed: u32,

@@ -35,10 +35,9 @@ use futures_util::future::{join, join_all};
 use tokio_postgres::types::ToSql;
 
 use self::statements::{Closing, Sql, Statements};
-use super::StoreError;
-use super::batch::WriteError;
 use super::fenced::{FencedWriter, timed};
 use super::postgres::{Connected, Database, NodeLease};
+use super::{StoreError, WriteError};
 use crate::faults::crash_point;
 use crate::order::{Ended, OrderUnits};
 
