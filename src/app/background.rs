@@ -6,11 +6,42 @@ use std::time::{Duration, Instant};
 use tokio::sync::Mutex;
 use tokio::task::AbortHandle;
 
+use super::StartError;
+use super::order_path::OrderPath;
+use super::ownership::Ownership;
+use crate::config::{Config, Retention};
+use crate::metrics::Metrics;
+use crate::pipeline::WakeAll;
+use crate::pipeline::admin::pauses::Pauses;
+use crate::pipeline::admin::pruning::{PrunedBelow, Pruning};
+use crate::pipeline::failover::health::{self, Health, Looker};
+use crate::pipeline::failover::lease::{self, Leases};
+use crate::pipeline::failover::restore::Restorer;
+use crate::pipeline::failover::wal_retention;
+use crate::pipeline::orders::cancel::Canceller;
+use crate::pipeline::orders::deadlines;
 use crate::pipeline::orders::intake::Intake;
+use crate::pipeline::orders::parking::{Parking, ParkingDesk};
+use crate::pipeline::payments::callbacks::{Callbacks, CallbacksHandle};
+use crate::pipeline::payments::expiry::Expiry;
+use crate::pipeline::payments::processor::{PaymentProcessor, PaymentsHandle};
+use crate::pipeline::payments::reconciler::{OrphanChecks, Reconciler};
+use crate::pipeline::payments::settler::{Settler, SettlerParts, Signals};
 use crate::state::State;
 use crate::state::buyers::Eviction;
+use crate::store::StoreError;
+use crate::store::batch::BatchWriter;
 use crate::store::embedded::Embedded;
+use crate::store::postgres::Database;
+use crate::store::settlement::SettlementWriter;
 use crate::supervise::Supervisor;
+
+/// Connections for operators.
+const OPERATORS_POOL: usize = 4;
+/// Connections for what watches a failover: lost commits, and how far standbys are.
+const WATCH_POOL: usize = 2;
+/// Connections of each settler, for reading.
+const SETTLER_POOL: usize = 1;
 
 /// How often what has left the idempotency window, and rate limits that are whole again, are
 /// forgotten.
@@ -28,17 +59,218 @@ pub(super) struct Background {
     tasks: Vec<AbortHandle>,
 }
 
+/// What the tasks work on.
+pub(super) struct Parts<'a> {
+    pub(super) config: &'a Config,
+    pub(super) state: &'a Arc<State>,
+    pub(super) path: &'a OrderPath,
+    pub(super) ownership: &'a Ownership,
+    pub(super) wake_all: &'a WakeAll,
+    pub(super) metrics: &'a Metrics,
+}
+
+impl Parts<'_> {
+    fn database(&self) -> &Database {
+        &self.ownership.database
+    }
+}
+
+/// The ways to the tasks that others ask.
+pub(super) struct Handles {
+    pub(super) callbacks: CallbacksHandle,
+    pub(super) payments: PaymentsHandle,
+    pub(super) parking: ParkingDesk,
+    pub(super) pauses: Arc<Pauses>,
+    pub(super) canceller: Canceller,
+    pub(super) health: Arc<Health>,
+    pub(super) orphan_checks: OrphanChecks,
+    /// For operators: they never wait behind buyers' look-ups.
+    pub(super) operators: Database,
+}
+
 impl Background {
-    pub(super) fn new(supervisor: Supervisor) -> Self {
-        let tasks = Vec::new();
-        Background { supervisor, tasks }
+    /// Starts every task. The leases are renewed, and the database is looked at, when this returns.
+    pub(super) async fn start(
+        parts: &Parts<'_>,
+        supervisor: Supervisor,
+    ) -> Result<(Background, Handles), StartError> {
+        let mut background = Background {
+            supervisor,
+            tasks: Vec::new(),
+        };
+        background.watch_orders(parts);
+        background.keep_ownership(parts).await?;
+        let (callbacks, payments, orphan_checks) = background.settle_payments(parts)?;
+        let operators = parts.database().with_own_pool(OPERATORS_POOL)?;
+        let (parking, pauses) = background.serve_operators(parts, &operators)?;
+        let canceller = Canceller::new(
+            Arc::clone(parts.state),
+            parts.database().clone(),
+            parts.ownership.lease,
+        );
+        background.run(
+            "the settling of cancellations",
+            canceller.clone().settle_lost(),
+        );
+        let health = Arc::<Health>::default();
+        let mut looker = Looker::new(parts.database().with_own_pool(1)?, Arc::clone(&health));
+        // So that whoever is told that orders are taken finds it ready.
+        looker.look().await;
+        background.run("the look at the database", health::keep(looker));
+        let handles = Handles {
+            callbacks,
+            payments,
+            parking,
+            pauses,
+            canceller,
+            health,
+            orphan_checks,
+            operators,
+        };
+        Ok((background, handles))
     }
 
-    pub(super) fn run(
+    /// Orders in flight, and what memory need no longer remember.
+    fn watch_orders(&mut self, parts: &Parts<'_>) {
+        let Parts { config, state, .. } = parts;
+        let wake_all = Arc::clone(parts.wake_all);
+        self.run(
+            "the deadline keeper",
+            deadlines::keep(Arc::clone(state), wake_all, parts.metrics.clone()),
+        );
+        let evicting = evict(
+            Arc::clone(state),
+            Arc::clone(&parts.path.intake),
+            config.orders.idempotency_window_ms,
+            config.orders.payment_ttl_ms,
+        );
+        self.run("the eviction of old orders", evicting);
+    }
+
+    /// The right to go on, and the database's own condition: leases, lost commits, our own server.
+    async fn keep_ownership(&mut self, parts: &Parts<'_>) -> Result<(), StartError> {
+        let Parts {
+            config,
+            state,
+            path,
+            ownership,
+            ..
+        } = parts;
+        let journal = path.journal.as_ref().map(|(journal, _)| journal);
+        let leases = Leases {
+            guard: Arc::clone(&ownership.guard),
+            lease: ownership.lease,
+            state: Arc::clone(state),
+            acknowledge: Arc::clone(&path.acknowledge),
+            journal: journal.cloned(),
+        };
+        leases.renew().await?;
+        self.run("the leases", lease::keep(leases));
+        let watching = parts.database().with_own_pool(WATCH_POOL)?;
+        let pruned_below = PrunedBelow::default();
+        let restorer = Restorer {
+            state: Arc::clone(state),
+            queue: Arc::clone(&path.queue),
+            journal: journal.cloned(),
+            database: watching.clone(),
+            lease: ownership.lease,
+            watermarks: Arc::clone(&path.watermarks),
+            pruned_below: Arc::clone(&pruned_below),
+            metrics: parts.metrics.clone(),
+            rows_max: config.workers.batch_rows_max,
+        };
+        self.run("the watch for lost commits", restorer.watch());
+        let slots = &config.queue.journal.retain_for_slots.0;
+        if let Some(journal) = journal.filter(|_| !slots.is_empty()) {
+            let (journal, watermarks) = (Arc::clone(journal), Arc::clone(&path.watermarks));
+            let keeping = wal_retention::keep(journal, watching, slots.clone(), watermarks);
+            self.run("the retention of the journal", keeping);
+        }
+        if config.retention != Retention::default() {
+            let pruning = Pruning {
+                database: parts.database().clone(),
+                lease: ownership.lease,
+                state: Arc::clone(state),
+                settings: config.retention,
+                pruned_below,
+                metrics: parts.metrics.clone(),
+            };
+            self.run("the deletion of old rows", pruning.keep());
+        }
+        if let Some(embedded) = &ownership.embedded {
+            self.run(
+                "the keeper of our own PostgreSQL",
+                keep_running(Arc::clone(embedded)),
+            );
+        }
+        Ok(())
+    }
+
+    /// Callbacks, the payment processor and expiry, each with a connection of its own.
+    fn settle_payments(
         &mut self,
-        name: &'static str,
-        work: impl Future<Output = ()> + Send + 'static,
-    ) {
+        parts: &Parts<'_>,
+    ) -> Result<(CallbacksHandle, PaymentsHandle, OrphanChecks), StartError> {
+        let Parts {
+            config, ownership, ..
+        } = parts;
+        let signals = Arc::new(Signals::default());
+        let settler = |writer: i16| -> Result<Settler, StoreError> {
+            let database = parts.database();
+            Ok(Settler::new(SettlerParts {
+                state: Arc::clone(parts.state),
+                database: database.with_own_pool(SETTLER_POOL)?,
+                lease: ownership.lease,
+                writer: SettlementWriter::new(database.clone(), ownership.lease, writer),
+                signals: Arc::clone(&signals),
+                metrics: parts.metrics.clone(),
+            }))
+        };
+        let writers = ownership.writers;
+        let first_check_ms = config.payments.orphan_check_ms;
+        let (callbacks_handle, callbacks) =
+            Callbacks::new(settler(writers.callbacks())?, first_check_ms);
+        self.run("callbacks", callbacks.run());
+        let orphan_checks = OrphanChecks {
+            count: config.payments.orphan_checks,
+            first: Duration::from_millis(first_check_ms),
+        };
+        let (payments_handle, processor) = PaymentProcessor::new(Reconciler::new(
+            settler(writers.processor())?,
+            Arc::clone(&parts.path.queue),
+            Arc::clone(&ownership.receipts),
+            orphan_checks,
+        ));
+        self.run("the payment processor", processor.run());
+        let window_ms = config.orders.idempotency_window_ms;
+        let expiry = Expiry::new(settler(writers.expiry())?, window_ms);
+        self.run("expiry", expiry.run());
+        Ok((callbacks_handle, payments_handle, orphan_checks))
+    }
+
+    /// Parked orders and pauses.
+    fn serve_operators(
+        &mut self,
+        parts: &Parts<'_>,
+        operators: &Database,
+    ) -> Result<(ParkingDesk, Arc<Pauses>), StartError> {
+        let (database, lease) = (parts.database(), parts.ownership.lease);
+        let (parking_desk, parking) = Parking::new(
+            Arc::clone(parts.state),
+            operators.clone(),
+            lease,
+            BatchWriter::new(database.clone(), lease, parts.ownership.writers.parking()),
+            parts.metrics.clone(),
+        );
+        self.run("the keeper of parked orders", parking.run());
+        // On a connection of its own: an emergency waits behind nobody.
+        let own = database.with_own_pool(1)?;
+        let pauses = Arc::new(Pauses::new(Arc::clone(parts.state), own, lease));
+        self.run("the keeper of pauses", Arc::clone(&pauses).keep_storing());
+        Ok((parking_desk, pauses))
+    }
+
+    fn run(&mut self, name: &'static str, work: impl Future<Output = ()> + Send + 'static) {
         let task = self.supervisor.task(name, work);
         self.tasks.push(task.abort_handle());
     }

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
 use super::StartError;
+use super::ownership::Ownership;
 use crate::config::{Backend, Config};
 use crate::faults::{bug, crash_point};
 use crate::http::control_plane::ControlPlane;
@@ -45,6 +46,35 @@ const RECENT_ORDERS: usize = 65_536;
 const PART: usize = 20_000;
 /// How often progress is told.
 const PROGRESS: Duration = Duration::from_secs(1);
+
+/// Writes to the database what the journal has and the database has not, and rebuilds memory from the
+/// database.
+pub(super) async fn state(
+    config: &Config,
+    ownership: &mut Ownership,
+    poison: Arc<Poison>,
+    control: &ControlPlane,
+) -> Result<Arc<State>, StartError> {
+    let (database, lease, clock) = (&ownership.database, ownership.lease, ownership.clock);
+    let orphans = orphans(database).await?;
+    if let Some(journal) = ownership.journal.take() {
+        let replayed = replay(config, database, lease, journal, &orphans, clock, control).await?;
+        ownership.journal = Some(replayed);
+    }
+    control.progress("reading the database".to_owned());
+    let (high_water, leased_until) = (ownership.id_high_water, ownership.ids_leased_until);
+    let ids = IdClock::going_on(clock, lease.node as u8, high_water, leased_until);
+    // From here on a key is known for this long. What the journal brought is of an earlier window.
+    let window_from = OrderId::floor_of(ids.now());
+    let window_ms = config.orders.idempotency_window_ms;
+    database.note_window(lease, window_from, window_ms).await?;
+    let state = recover(config, database, lease, ids, orphans, poison, control).await?;
+    state.catalogue.set_paused(ownership.paused);
+    let metrics = control.metrics();
+    metrics.recovered_orders.set(state.buyers.len() as i64);
+    metrics.queue_capacity.set(config.queue.capacity as i64);
+    Ok(Arc::new(state))
+}
 
 /// Opens, reads and checks the journal; `None` where the queue is another.
 pub(super) async fn open_journal(
@@ -145,7 +175,7 @@ impl Numbers {
 }
 
 /// Writes to the database what the journal has and the database has not.
-pub(super) async fn replay(
+async fn replay(
     config: &Config,
     database: &Database,
     lease: NodeLease,
@@ -244,7 +274,7 @@ pub(super) async fn replay(
 
 /// The orders that payments wait for. Known before the journal is replayed, so that an order that
 /// is written late and was paid in time is payable.
-pub(super) async fn orphans(database: &Database) -> Result<Orphans, StoreError> {
+async fn orphans(database: &Database) -> Result<Orphans, StoreError> {
     let orphans = Orphans::default();
     for (id, received_at) in database.orphaned_orders().await? {
         orphans.insert(id, received_at);
@@ -253,7 +283,7 @@ pub(super) async fn orphans(database: &Database) -> Result<Orphans, StoreError> 
 }
 
 /// Rebuilds the in-memory state from the database.
-pub(super) async fn recover(
+async fn recover(
     config: &Config,
     database: &Database,
     lease: NodeLease,

@@ -33,13 +33,12 @@ use super::space::Permit;
 use super::spill::Spill;
 use super::writer::Writer;
 use super::{JournalError, Opened};
-use crate::faults::{self, Fate, crash_point};
-use crate::metrics::Metrics;
+use crate::faults::{self, Fate};
 use crate::order::{Order, OrderId, UnixMillis};
 use crate::queue::{Batch, Durability, DurableQueue, NotDurable, OrderQueue, Rejected, RingQueue};
-use crate::state::pending::{Pending, PendingOrder};
-use crate::sync::thread::{self, JoinHandle, Thread};
-use crate::sync::{AtomicBool, Mutex, OnceLock, Ordering, Waker};
+use crate::state::pending::PendingOrder;
+use crate::sync::thread::{self, JoinHandle};
+use crate::sync::{AtomicBool, Mutex, OnceLock, Ordering};
 
 /// How long a lease on order ids may take to be written.
 const LEASE_PATIENCE: Duration = Duration::from_secs(3);

@@ -1,0 +1,170 @@
+//! The drain: what is queued is written, everybody is answered, and the database is let go of.
+//!
+//! ```text
+//!   close the intake ─► run the queue empty ─► settle what is left ─► answer what is in flight
+//!     ─► stop the control plane and the tasks ─► let go of leases and journal ─► PostgreSQL
+//! ```
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::Millrace;
+use super::order_path::OrderPath;
+use super::ownership::Ownership;
+use super::planes::{RunningEngine, remove_addresses};
+use crate::config::Config;
+use crate::state::State;
+use crate::state::pending::SlotState;
+
+/// Time that a drain may take beyond the order timeout.
+const MARGIN: Duration = Duration::from_secs(3);
+
+/// Drains. True: nothing was left unwritten and nothing was wrong.
+pub(super) async fn drain(millrace: Millrace) -> bool {
+    let Millrace {
+        config,
+        state,
+        mut path,
+        planes,
+        service,
+        background,
+        ownership,
+        supervisor,
+        ..
+    } = millrace;
+    tracing::info!(in_flight = state.pending.len(), "draining");
+    supervisor.stop();
+    path.intake.drain();
+    if let RunningEngine::Hardened(server) = &planes.engine {
+        server.stop_accepting();
+    }
+    path.queue.close();
+    let mut clean = run_empty(&config, &mut path).await;
+    service.stop_waiting();
+    clean &= settle_rest(&state, &path, &planes.wake_all).await;
+    close_connections(&planes.engine).await;
+    planes.stop_control(MARGIN).await;
+    background.stop();
+    clean &= let_go(&config, &state, &path, ownership).await;
+    remove_addresses(&config.data_dir);
+    clean &= !state.poison.is_set();
+    tracing::info!(clean, "stopped");
+    clean
+}
+
+/// Lets the workers run the queue empty, as long as the order timeout and the margin last. True: they
+/// have finished.
+async fn run_empty(config: &Config, path: &mut OrderPath) -> bool {
+    let limit = Duration::from_millis(config.orders.timeout_ms) + MARGIN;
+    let ended = match tokio::time::timeout(limit, &mut path.workers).await {
+        Ok(ended) => ended,
+        Err(_) => {
+            tracing::warn!(
+                "the database did not take every order in time; giving up what is not written"
+            );
+            if let Some((journal, _)) = &path.journal {
+                journal.leave_backlog();
+            }
+            let _ = path.cut.send(true);
+            (&mut path.workers).await
+        }
+    };
+    matches!(ended, Ok(Some(true)))
+}
+
+/// Tells those who still wait: what nobody claimed is not placed; what may or may not be written is
+/// undecided. True: there was nothing of either.
+async fn settle_rest(state: &State, path: &OrderPath, wake_all: &crate::pipeline::WakeAll) -> bool {
+    let mut clean = true;
+    let mut wakers = Vec::new();
+    if let Some((journal, _)) = &path.journal {
+        let stopping = Arc::clone(journal);
+        let never_written = tokio::task::spawn_blocking(move || stopping.stop()).await;
+        for pending in never_written.unwrap_or_default() {
+            state.refuse(&pending);
+            pending.slot.take_wakers(|waker| wakers.push(waker));
+        }
+    }
+    for pending in state.pending.all() {
+        clean &= !state.abandon(&pending);
+        clean &= pending.slot.state() != SlotState::Claimed;
+        pending.slot.take_wakers(|waker| wakers.push(waker));
+    }
+    wake_all(wakers);
+    clean
+}
+
+async fn close_connections(engine: &RunningEngine) {
+    match engine {
+        RunningEngine::Hardened(server) => {
+            let server = Arc::clone(server);
+            let cut = tokio::task::spawn_blocking(move || server.drain(MARGIN)).await;
+            let cut = cut.unwrap_or_default();
+            if cut > 0 {
+                tracing::warn!(
+                    connections = cut,
+                    "cut connections that did not take their answer"
+                );
+            }
+        }
+        // It has no drain: its connections end with the process.
+        RunningEngine::Minihttp => {}
+    }
+}
+
+/// Gives back the leases and the journal, and stops our own PostgreSQL. True: no acknowledged order is
+/// left in the journal.
+async fn let_go(config: &Config, state: &State, path: &OrderPath, ownership: Ownership) -> bool {
+    let Ownership {
+        database,
+        embedded,
+        lease,
+        guard,
+        ..
+    } = ownership;
+    if let Err(error) = database.return_lease(lease, state.ids.now()).await {
+        tracing::debug!(reason = %error, "could not give the lease on order ids back");
+    }
+    let mut clean = true;
+    if let Some((journal, name)) = &path.journal {
+        match journal.outstanding() {
+            0 => {
+                // Another process may go on without it.
+                if let Err(error) = database.release_journal(lease, name).await {
+                    tracing::debug!(reason = %error, "could not note that the journal is empty");
+                } else if config.queue.journal.retain_for_slots.0.is_empty()
+                    && let Err(error) = journal.erase()
+                {
+                    tracing::warn!(reason = %error, "could not delete the journal's segments");
+                }
+            }
+            left => {
+                clean = false;
+                tracing::warn!(
+                    orders = left,
+                    "acknowledged orders stay in the journal; the next start writes them"
+                );
+            }
+        }
+    }
+    // Its task was aborted and lets go at its next await.
+    drop(wait_for_sole_owner(guard).await);
+    database.close();
+    if let Some(embedded) = embedded {
+        // Likewise.
+        let embedded = Arc::into_inner(wait_for_sole_owner(embedded).await);
+        if let Some(embedded) = embedded
+            && let Err(error) = embedded.into_inner().stop().await
+        {
+            tracing::warn!(reason = %error, "our own PostgreSQL did not stop as it should");
+        }
+    }
+    clean
+}
+
+async fn wait_for_sole_owner<T>(shared: Arc<T>) -> Arc<T> {
+    while Arc::strong_count(&shared) > 1 {
+        tokio::task::yield_now().await;
+    }
+    shared
+}

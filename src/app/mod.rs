@@ -1,0 +1,232 @@
+//! All wiring: the order in which things start and stop.
+//!
+//! ```text
+//!   start:  preflight ─► listeners, planes ─► ownership: journal read, PostgreSQL, schema, clocks, take over
+//!           ─► recovery: journal replayed, memory rebuilt ─► order path: queue, workers
+//!           ─► background tasks ─► the data plane's service, the intake opens
+//!   drain:  the same from the end, see `drain`
+//! ```
+
+mod background;
+mod clock;
+mod drain;
+mod error;
+mod open;
+mod order_path;
+mod ownership;
+mod planes;
+pub mod preflight;
+mod receipt_keys;
+mod recovery;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::runtime::Handle;
+
+use self::background::{Background, Handles};
+pub use self::clock::ClockError;
+pub use self::error::StartError;
+pub use self::open::{OpenDatabase, open_database, prepare_schema};
+use self::order_path::OrderPath;
+use self::ownership::Ownership;
+use self::planes::{Listeners, Planes};
+use crate::config::Config;
+use crate::http::control_plane;
+use crate::http::data_plane::context::Context;
+use crate::http::data_plane::payments::providers::Providers;
+use crate::http::data_plane::router::Router;
+use crate::http::tokens::Tokens;
+use crate::metrics::Metrics;
+use crate::pipeline::admin::audit::Auditor;
+use crate::pipeline::admin::operator::Operator;
+use crate::pipeline::orders::intake::Intake;
+use crate::queue::journal::disk::make_directory;
+use crate::state::State;
+use crate::state::poison::Poison;
+use crate::store::postgres::Database;
+use crate::supervise::Supervisor;
+
+/// A running Millrace.
+pub struct Millrace {
+    /// Where the data plane listens.
+    pub data_plane: SocketAddr,
+    /// Where the control plane listens.
+    pub control_plane: SocketAddr,
+    config: Config,
+    state: Arc<State>,
+    path: OrderPath,
+    planes: Planes,
+    service: Arc<Router>,
+    background: Background,
+    ownership: Ownership,
+    supervisor: Supervisor,
+}
+
+impl Millrace {
+    /// Starts everything, in the order of this module's text. Returns once orders are taken.
+    ///
+    /// # Errors
+    /// [`StartError`]; what was started is stopped again.
+    pub async fn start(config: Config) -> Result<Self, StartError> {
+        let started = Instant::now();
+        let providers = preflight::look(&config)?;
+        make_directory(&config.data_dir).map_err(|source| StartError::data_dir(&config, source))?;
+        let listeners = Listeners::bind(&config)?;
+        let metrics = Metrics::new()?;
+        let receipt_secrets = receipt_keys::load(&config)?;
+        // What ends by itself, from here on, stops the process.
+        let poison = Arc::<Poison>::default();
+        let poisoning = Arc::clone(&poison);
+        let supervisor = Supervisor::new(Arc::new(move |reason| poisoning.set(reason)));
+        let planes = Planes::serve(&config, listeners, &metrics, &supervisor)?;
+        let mut ownership = Ownership::take(&config, &planes, &receipt_secrets).await?;
+        let state = recovery::state(&config, &mut ownership, poison, &planes.control).await?;
+        let seconds = started.elapsed().as_secs_f64();
+        metrics.recovery_seconds.set(seconds);
+        let path = OrderPath::start(
+            &config,
+            &planes,
+            &mut ownership,
+            &state,
+            &metrics,
+            &supervisor,
+        );
+        let path = path.await?;
+        let parts = background::Parts {
+            config: &config,
+            state: &state,
+            path: &path,
+            ownership: &ownership,
+            wake_all: &planes.wake_all,
+            metrics: &metrics,
+        };
+        let (background, handles) = Background::start(&parts, supervisor.clone()).await?;
+        let service = data_plane_service(&parts, &handles, providers);
+        planes.gate.open(Arc::clone(&service));
+        planes
+            .control
+            .recovered(control_plane_parts(&parts, handles, &planes));
+        path.intake.open();
+        tracing::info!(
+            workers = config.worker_count(),
+            skus = state.catalogue.all().len(),
+            remembered = state.buyers.len(),
+            epoch = ownership.lease.epoch,
+            ms = started.elapsed().as_millis() as u64,
+            "taking orders"
+        );
+        Ok(Millrace {
+            data_plane: planes.data_plane,
+            control_plane: planes.control_plane,
+            config,
+            state,
+            path,
+            planes,
+            service,
+            background,
+            ownership,
+            supervisor,
+        })
+    }
+
+    /// The in-memory state.
+    pub fn state(&self) -> &Arc<State> {
+        &self.state
+    }
+
+    /// The way in, beside HTTP.
+    pub fn intake(&self) -> &Arc<Intake> {
+        &self.path.intake
+    }
+
+    /// The database behind it.
+    pub fn database(&self) -> &Database {
+        &self.ownership.database
+    }
+
+    /// Waits until an internal fault stops the process from taking orders.
+    pub async fn poisoned(&self) -> String {
+        let mut tick = tokio::time::interval(Duration::from_millis(50));
+        loop {
+            tick.tick().await;
+            if let Some(reason) = self.state.poison.reason() {
+                return reason.to_owned();
+            }
+        }
+    }
+
+    /// Stops taking orders, writes and answers what is held, and stops. True: nothing was left
+    /// unwritten and nothing was wrong.
+    pub async fn drain(self) -> bool {
+        drain::drain(self).await
+    }
+}
+
+/// What answers the data plane's requests.
+fn data_plane_service(
+    parts: &background::Parts<'_>,
+    handles: &Handles,
+    providers: Providers,
+) -> Arc<Router> {
+    let config = parts.config;
+    let context = Context {
+        intake: Arc::clone(&parts.path.intake),
+        state: Arc::clone(parts.state),
+        queue: Arc::clone(&parts.path.queue),
+        database: parts.ownership.database.clone(),
+        canceller: handles.canceller.clone(),
+        callbacks: handles.callbacks.clone(),
+        receipts: Arc::clone(&parts.ownership.receipts),
+        user_index: config.database.user_index,
+        runtime: Handle::current(),
+        metrics: parts.metrics.clone(),
+        order_timeout: Duration::from_millis(config.orders.timeout_ms),
+        stopping: Default::default(),
+    };
+    let tokens = Tokens::new(&config.data_plane.token.0);
+    let trust_network = config.data_plane.trust_network;
+    Arc::new(Router::new(context, providers, tokens, trust_network))
+}
+
+/// What the control plane shows and does, once there is something to show.
+fn control_plane_parts(
+    parts: &background::Parts<'_>,
+    handles: Handles,
+    planes: &Planes,
+) -> control_plane::Parts {
+    let (config, state, path) = (parts.config, parts.state, parts.path);
+    let operators = handles.operators;
+    control_plane::Parts {
+        state: Arc::clone(state),
+        intake: Arc::clone(&path.intake),
+        queue: Arc::clone(&path.queue),
+        journal: path
+            .journal
+            .as_ref()
+            .map(|(journal, _)| Arc::clone(journal)),
+        acknowledge: Arc::clone(&path.acknowledge),
+        health: handles.health,
+        order_timeout: Duration::from_millis(config.orders.timeout_ms),
+        database: operators.clone(),
+        payments: handles.payments.clone(),
+        orphan_checks: handles.orphan_checks,
+        receipts: Arc::clone(&parts.ownership.receipts),
+        auditor: Auditor::new(
+            operators.clone(),
+            Arc::clone(state),
+            Duration::from_millis(config.control_plane.audit_timeout_ms),
+        ),
+        operator: Operator::new(
+            Arc::clone(state),
+            operators,
+            parts.ownership.lease,
+            handles.payments,
+            handles.pauses,
+            handles.parking,
+            config.orders.payment_ttl_ms,
+        ),
+        refresh: Arc::clone(&planes.refresh),
+    }
+}

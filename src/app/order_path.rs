@@ -1,0 +1,156 @@
+//! The path of an order: intake, queue, workers.
+
+use std::sync::Arc;
+
+use tokio::sync::watch;
+use tokio::task::{JoinHandle, JoinSet};
+
+use super::StartError;
+use super::ownership::Ownership;
+use super::planes::Planes;
+use crate::config::Config;
+use crate::metrics::Metrics;
+use crate::pipeline::failover::lease::AcknowledgeLease;
+use crate::pipeline::failover::restore::Watermarks;
+use crate::pipeline::orders::intake::Intake;
+use crate::pipeline::orders::worker::{Worker, WorkerError, WorkerSlot};
+use crate::pipeline::orders::worker_pool::WorkerPool;
+use crate::queue::journal::{JournalParts, JournalQueue};
+use crate::queue::{OrderQueue, RingQueue};
+use crate::state::State;
+use crate::store::batch::BatchWriter;
+use crate::supervise::Supervisor;
+
+/// Intake, queue and workers. The intake is not open yet.
+pub(super) struct OrderPath {
+    pub(super) intake: Arc<Intake>,
+    pub(super) queue: Arc<dyn OrderQueue>,
+    /// The same queue if it is a journal, and the name of that.
+    pub(super) journal: Option<(Arc<JournalQueue>, String)>,
+    /// Until when durable orders may be called accepted.
+    pub(super) acknowledge: Arc<AcknowledgeLease>,
+    pub(super) watermarks: Arc<Watermarks>,
+    /// Ends with whether every worker has finished what it had.
+    pub(super) workers: JoinHandle<Option<bool>>,
+    /// Turns true when workers have to stop even if the database does not answer.
+    pub(super) cut: watch::Sender<bool>,
+}
+
+impl OrderPath {
+    /// Starts the queue and the workers on it.
+    pub(super) async fn start(
+        config: &Config,
+        planes: &Planes,
+        ownership: &mut Ownership,
+        state: &Arc<State>,
+        metrics: &Metrics,
+        supervisor: &Supervisor,
+    ) -> Result<Self, StartError> {
+        let acknowledge = Arc::new(AcknowledgeLease::new(config.queue.journal.lease_ms));
+        let journal =
+            start_journal(config, planes, ownership, state, &acknowledge, metrics).await?;
+        let queue: Arc<dyn OrderQueue> = match &journal {
+            Some((journal, _)) => Arc::clone(journal) as Arc<dyn OrderQueue>,
+            None => Arc::new(RingQueue::new(config.queue.capacity)),
+        };
+        let intake = Intake::new(
+            Arc::clone(state),
+            Arc::clone(&queue),
+            config.orders.payment_ttl_ms,
+        );
+        let (cut, cut_seen) = watch::channel(false);
+        let worker_count = config.worker_count();
+        let watermarks = Arc::new(Watermarks::new(worker_count));
+        let pool = Arc::<WorkerPool>::default();
+        let mut workers = JoinSet::new();
+        for shard in 0..worker_count {
+            let number = i16::try_from(shard).unwrap_or(i16::MAX);
+            let worker = Worker::new(
+                BatchWriter::new(ownership.database.clone(), ownership.lease, number),
+                WorkerSlot {
+                    shard,
+                    watermarks: Arc::clone(&watermarks),
+                    pool: Arc::clone(&pool),
+                },
+                Arc::clone(&queue),
+                Arc::clone(state),
+                Arc::clone(&planes.wake_all),
+                metrics.clone(),
+                config.workers.batch_rows_max,
+                cut_seen.clone(),
+            );
+            supervisor.task_of(&mut workers, "a worker", work(worker, Arc::clone(state)));
+        }
+        Ok(OrderPath {
+            intake: Arc::new(intake.with_rate_limits(&config.rate_limit)),
+            queue,
+            journal,
+            acknowledge,
+            watermarks,
+            workers: supervisor.task("the wait for the workers", all_end(workers)),
+            cut,
+        })
+    }
+}
+
+/// Starts the journal that was read and replayed, and notes in the database that it is in use.
+async fn start_journal(
+    config: &Config,
+    planes: &Planes,
+    ownership: &mut Ownership,
+    state: &Arc<State>,
+    acknowledge: &Arc<AcknowledgeLease>,
+    metrics: &Metrics,
+) -> Result<Option<(Arc<JournalQueue>, String)>, StartError> {
+    let Some(opened) = ownership.journal.take() else {
+        return Ok(None);
+    };
+    let settings = &config.queue.journal;
+    let name = opened.identity.name();
+    metrics.journal_bytes_max.set(settings.bytes_max as i64);
+    let (may_acknowledge, poison) = (Arc::clone(acknowledge), Arc::clone(&state.poison));
+    let parts = JournalParts {
+        capacity: config.queue.capacity,
+        bytes_max: settings.bytes_max,
+        epoch: ownership.lease.epoch,
+        retain: !settings.retain_for_slots.0.is_empty(),
+        pending: Arc::clone(&state.pending),
+        wake_all: Arc::clone(&planes.wake_all),
+        may_acknowledge: Arc::new(move || may_acknowledge.holds()),
+        on_end: Arc::new(move |reason| poison.set(reason)),
+        metrics: metrics.clone(),
+    };
+    // Makes its first segment, which waits for the disk.
+    let started = tokio::task::spawn_blocking(move || JournalQueue::start(opened, parts)).await;
+    let journal = started.map_err(|panic| StartError::Engine(std::io::Error::other(panic)))??;
+    // After its first segment is there, which keeps its name, and before it acknowledges.
+    let database = &ownership.database;
+    database.note_journal(ownership.lease, &name).await?;
+    Ok(Some((Arc::new(journal), name)))
+}
+
+/// A worker's whole life. One that may not go on poisons the process with its reason.
+async fn work(worker: Worker, state: Arc<State>) -> Result<(), WorkerError> {
+    let ended = worker.run().await;
+    if let Err(error @ WorkerError::Fatal(_)) = &ended {
+        state.poison.set(error.to_string());
+    }
+    ended
+}
+
+/// Waits for every worker. False: one did not finish what it had.
+async fn all_end(mut workers: JoinSet<Option<Result<(), WorkerError>>>) -> bool {
+    let mut finished = true;
+    while let Some(ended) = workers.join_next().await {
+        match ended {
+            Ok(Some(Ok(()))) => {}
+            Ok(Some(Err(error))) => {
+                tracing::error!(reason = %error, "a worker did not finish");
+                finished = false;
+            }
+            // Reported by its supervisor.
+            Ok(None) | Err(_) => finished = false,
+        }
+    }
+    finished
+}

@@ -1,0 +1,116 @@
+//! Taking the database over: from a journal that was read and a schema that fits to the right to write.
+
+use std::sync::Arc;
+
+use tokio::sync::Mutex;
+
+use super::open::{OpenDatabase, open_database, prepare_schema};
+use super::planes::Planes;
+use super::{StartError, clock, recovery};
+use crate::config::Config;
+use crate::order::receipt::ReceiptKeys;
+use crate::order::{ClockReading, UnixMillis};
+use crate::queue::journal::Opened;
+use crate::store::embedded::Embedded;
+use crate::store::postgres::lease::{NodeGuard, Taken};
+use crate::store::postgres::{Database, NodeLease};
+
+/// What one process at a time has of a database.
+pub(super) struct Ownership {
+    pub(super) database: Database,
+    pub(super) embedded: Option<Arc<Mutex<Embedded>>>,
+    pub(super) lease: NodeLease,
+    /// Keeps other processes away from this database.
+    pub(super) guard: Arc<Mutex<NodeGuard>>,
+    /// The journal, if the queue is one, read and checked.
+    pub(super) journal: Option<Opened>,
+    pub(super) clock: ClockReading,
+    pub(super) receipts: Arc<ReceiptKeys>,
+    pub(super) writers: Writers,
+    /// No id of a predecessor lies beyond this moment.
+    pub(super) id_high_water: UnixMillis,
+    /// Order ids up to here are ours.
+    pub(super) ids_leased_until: UnixMillis,
+    /// Whether an operator has paused every sale.
+    pub(super) paused: bool,
+}
+
+impl Ownership {
+    /// Reads the journal, opens the database, brings its schema up to date, compares the clocks and
+    /// takes over.
+    pub(super) async fn take(
+        config: &Config,
+        planes: &Planes,
+        receipt_secrets: &[String],
+    ) -> Result<Self, StartError> {
+        let journal = recovery::open_journal(config, &planes.control).await?;
+        planes.control.progress("opening the database".to_owned());
+        let OpenDatabase { database, embedded } = open_database(config).await?;
+        let guard = database.claim().await?;
+        // Only now: another process may run on this `data_dir`, and its file is not ours to replace.
+        let noted = planes.write_addresses(&config.data_dir);
+        noted.map_err(|source| StartError::data_dir(config, source))?;
+        prepare_schema(config, &database).await?;
+        let noted = database.noted_journal(&guard).await?;
+        recovery::check_journal(config, journal.as_ref(), noted.as_ref())?;
+        let clock = clock::check(config, &database, &guard, embedded.is_some()).await?;
+        let ids_from = recovery::id_high_water(journal.as_ref()).max(clock.now());
+        let writers = Writers::beside(config.worker_count());
+        let Taken {
+            lease,
+            id_high_water,
+            ids_leased_until,
+            paused,
+            receipts: issuer,
+            guard,
+        } = database.take_over(guard, writers.count(), ids_from).await?;
+        let guard = NodeGuard::keep(database.clone(), guard).await?;
+        Ok(Ownership {
+            database,
+            embedded: embedded.map(|embedded| Arc::new(Mutex::new(embedded))),
+            lease,
+            guard: Arc::new(Mutex::new(guard)),
+            journal,
+            clock,
+            receipts: Arc::new(ReceiptKeys::new(receipt_secrets, &issuer)),
+            writers,
+            id_high_water,
+            ids_leased_until,
+            paused,
+        })
+    }
+}
+
+/// The numbers of the rows of `writer`: the workers have the first, the replay and what restores lost
+/// commits the one after them.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Writers {
+    workers: i16,
+}
+
+impl Writers {
+    fn beside(workers: usize) -> Self {
+        let workers = i16::try_from(workers).unwrap_or(i16::MAX - 5);
+        Writers { workers }
+    }
+
+    fn count(self) -> i16 {
+        self.workers + 5
+    }
+
+    pub(super) fn parking(self) -> i16 {
+        self.workers + 1
+    }
+
+    pub(super) fn expiry(self) -> i16 {
+        self.workers + 2
+    }
+
+    pub(super) fn processor(self) -> i16 {
+        self.workers + 3
+    }
+
+    pub(super) fn callbacks(self) -> i16 {
+        self.workers + 4
+    }
+}
