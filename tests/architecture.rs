@@ -151,13 +151,13 @@ const UNSUPERVISED: &[(&str, usize, &str)] = &[
     ),
     (
         "src/store/embedded/mod.rs",
-        3,
-        "a connection; the bound on a log file, which is begun anew with the server; a test's tool",
+        2,
+        "a connection; the bound on a log file, which is begun anew with the server",
     ),
     (
         "src/store/embedded/server.rs",
         1,
-        "the process of PostgreSQL, which is looked after by its keeper",
+        "`pg_ctl`, whose end the start waits for",
     ),
 ];
 

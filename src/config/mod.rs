@@ -106,7 +106,7 @@ pub struct Database {
     /// Keeps an index on `(user_id, order_id)`, so that a user's whole history can be listed; it
     /// costs COPY more than half of its rate.
     pub user_index: bool,
-    /// Directory with `postgres` and `initdb` for Millrace's own PostgreSQL; empty: searched.
+    /// Directory with `postgres`, `initdb` and `pg_ctl` for Millrace's own PostgreSQL; empty: searched.
     pub embedded_bin_dir: String,
     /// Connections beside those of the workers: look-ups, administration, health.
     #[schemars(range(min = 1, max = 100))]

@@ -1,6 +1,6 @@
 //! Finding an installed PostgreSQL server.
 //!
-//! Distributions keep `postgres` and `initdb` out of `PATH` (Debian) or under one directory a
+//! Distributions keep the server's programs out of `PATH` (Debian) or under one directory a
 //! version (Homebrew, Postgres.app, PGDG on RHEL), so all of these are asked for `--version` and
 //! the newest wins. A cluster that exists already runs only with its own major version.
 
@@ -33,7 +33,7 @@ const PLACES: &[&str] = &[
 /// One installed server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Installation {
-    /// The directory of `postgres` and `initdb`, links resolved.
+    /// The directory of `postgres`, `initdb` and `pg_ctl`, links resolved.
     pub bin: PathBuf,
     /// Its version.
     pub version: Version,
@@ -137,7 +137,10 @@ fn installed(dirs: Vec<PathBuf>, user: &ServerUser) -> Vec<Installation> {
             continue;
         }
         seen.push(bin.clone());
-        if !bin.join("initdb").is_file() {
+        let complete = ["initdb", "pg_ctl"]
+            .iter()
+            .all(|program| bin.join(program).is_file());
+        if !complete {
             continue;
         }
         if let Some(version) = ask(&postgres, user) {

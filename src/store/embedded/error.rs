@@ -19,8 +19,8 @@ pub enum EmbeddedError {
     },
     /// `database.embedded_bin_dir` names a directory without a usable server.
     #[error(
-        "database.embedded_bin_dir is {}, but there is no working `postgres` and `initdb` of \
-         PostgreSQL 15 or newer in it; correct it, or remove it to let Millrace search",
+        "database.embedded_bin_dir is {}, but `postgres`, `initdb` and `pg_ctl` of \
+         PostgreSQL 15 or newer do not all work in it; correct it, or remove it to let Millrace search",
         .dir.display()
     )]
     BinDir {
@@ -149,10 +149,8 @@ pub enum EmbeddedError {
         output: String,
     },
     /// The server ended while starting.
-    #[error("PostgreSQL ended while starting ({status}); the end of {}: {tail}", .log.display())]
+    #[error("PostgreSQL ended while starting; the end of {}: {tail}", .log.display())]
     Exited {
-        /// Its exit status.
-        status: String,
         /// The log file.
         log: PathBuf,
         /// The log's end.

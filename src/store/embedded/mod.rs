@@ -28,6 +28,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use rustix::process::Pid;
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio_postgres::{Client, NoTls, error::SqlState};
 
@@ -46,29 +47,26 @@ pub const DATABASE: &str = "millrace";
 /// How long a dropped [`Embedded`] waits for a checkpoint; dropping blocks.
 const PATIENCE_IN_DROP: Duration = Duration::from_secs(5);
 
-/// How long crash recovery may take. The server says that it is at it, and ending it would only
-/// make the next start begin again.
-const RECOVERY_MAX: Duration = Duration::from_secs(30 * 60);
+/// When, and from then on how often, a start that lasts is reported.
+const START_REPORT: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(30));
 
 /// How to run the embedded server.
 #[derive(Debug, Clone)]
 pub struct EmbeddedOptions {
     /// `data_dir`: the cluster lives in `postgres` below it. Made if missing.
     pub data_dir: PathBuf,
-    /// `database.embedded_bin_dir`: where `postgres` and `initdb` are. `None` searches.
+    /// `database.embedded_bin_dir`: where `postgres`, `initdb` and `pg_ctl` are. `None` searches.
     pub bin_dir: Option<PathBuf>,
     /// More settings, which win over Millrace's own, as `(name, value)`.
     pub settings: Vec<(String, String)>,
     /// Where the cluster goes when, as root, the server's user may not enter `data_dir`.
     pub fallback_root: PathBuf,
-    /// How long the server may take until it answers, crash recovery not counted.
-    pub ready_timeout: Duration,
     /// How long a shutdown may take before it becomes an immediate one.
     pub stop_timeout: Duration,
 }
 
 impl EmbeddedOptions {
-    /// Defaults: search for the binaries, 60 s to start, 30 s to stop.
+    /// Defaults: search for the binaries, 30 s to stop.
     #[must_use]
     pub fn new(data_dir: impl Into<PathBuf>) -> Self {
         Self {
@@ -76,7 +74,6 @@ impl EmbeddedOptions {
             bin_dir: None,
             settings: Vec::new(),
             fallback_root: PathBuf::from("/var/lib/millrace"),
-            ready_timeout: Duration::from_secs(60),
             stop_timeout: Duration::from_secs(30),
         }
     }
@@ -90,7 +87,10 @@ pub struct Embedded {
     home: Home,
     installation: Installation,
     socket_dir: SocketDir,
-    server: Option<Child>,
+    /// A `pg_ctl` that is starting the server.
+    starting: Option<Child>,
+    /// The postmaster, which `pg_ctl` has left to run by itself.
+    server: Option<Pid>,
     log_keeper: Option<JoinHandle<()>>,
     /// Last, so that it is released when everything else is done.
     _lock: File,
@@ -147,6 +147,7 @@ impl Embedded {
             options,
             home,
             installation,
+            starting: None,
             server: None,
             log_keeper: None,
             _lock: lock,
@@ -190,16 +191,17 @@ impl Embedded {
     /// The server's process, while it has been started and not stopped. It may have died.
     #[must_use]
     pub fn postmaster_pid(&self) -> Option<u32> {
-        self.server.as_ref().map(Child::id)
+        self.server
+            .map(|pid| pid.as_raw_nonzero().get().cast_unsigned())
     }
 
     /// Whether the server's process is alive. Its backends may be restarting after a crash; the
     /// postmaster does that itself. Where this turns false unasked, [`Embedded::start_again`]
     /// recovers.
-    pub fn is_running(&mut self) -> bool {
+    #[must_use]
+    pub fn is_running(&self) -> bool {
         self.server
-            .as_mut()
-            .is_some_and(|server| matches!(server.try_wait(), Ok(None)))
+            .is_some_and(|pid| server::runs_on(pid, &self.home.data()))
     }
 
     /// Makes a database if it is missing.
@@ -271,18 +273,19 @@ impl Embedded {
     /// As [`Embedded::start`].
     pub async fn start_again(&mut self) -> Result<(), EmbeddedError> {
         self.stop_immediate().await?;
-        let (data, patience) = (self.home.data(), self.options.stop_timeout);
+        let (home, installation) = (self.home.clone(), self.installation.clone());
         let socket_lock = self.socket_dir.lock_file();
-        spawn_blocking(move || server::take_over(&data, &socket_lock, patience)).await??;
+        let patience = self.options.stop_timeout;
+        spawn_blocking(move || server::take_over(&home, &installation, &socket_lock, patience))
+            .await??;
         let log = self.home.log();
-        let server = server::spawn(
+        let (starting, from) = server::start(
             &self.home,
             &self.installation,
             &self.socket_dir.path,
             &self.options.settings,
         )?;
-        let from = std::fs::metadata(&log).map_or(0, |meta| meta.len());
-        self.server = Some(server);
+        self.starting = Some(starting);
         self.wait_until_ready(&log, from).await?;
         self.log_keeper = Some(tokio::spawn(keep_log_bounded(log)));
         Ok(())
@@ -290,49 +293,39 @@ impl Embedded {
 
     async fn wait_until_ready(&mut self, log: &Path, from: u64) -> Result<(), EmbeddedError> {
         let started = Instant::now();
-        let mut last_sign = started;
-        let mut told = false;
-        loop {
-            if let Some(server) = &mut self.server
-                && let Ok(Some(status)) = server.try_wait()
-            {
-                self.server = None;
-                return Err(EmbeddedError::Exited {
-                    status: status.to_string(),
-                    log: log.to_owned(),
-                    tail: server::tail(log, from),
-                });
+        let (mut report_at, report_every) = START_REPORT;
+        let mut ready = false;
+        while let Some(starting) = &mut self.starting {
+            match starting.try_wait() {
+                Ok(None) => tokio::time::sleep(Duration::from_millis(10)).await,
+                Ok(Some(status)) => (ready, self.starting) = (status.success(), None),
+                Err(_) => self.starting = None,
             }
-            match tokio::time::timeout(Duration::from_secs(2), self.connect()).await {
-                Ok(Ok(_)) => return Ok(()),
-                // It starts or recovers, and says so.
-                Ok(Err(error)) if error.code() == Some(&SqlState::CANNOT_CONNECT_NOW) => {
-                    last_sign = Instant::now();
-                    if !told && started.elapsed() > Duration::from_secs(2) {
-                        tracing::info!("PostgreSQL recovers from a crash");
-                        told = true;
-                    }
-                }
-                Ok(Err(_)) | Err(_) => {}
+            if started.elapsed() > report_at {
+                report_at += report_every;
+                tracing::info!(
+                    last = server::tail(log, from),
+                    "PostgreSQL is still starting, usually because it recovers from a crash"
+                );
             }
-            if last_sign.elapsed() > self.options.ready_timeout || started.elapsed() > RECOVERY_MAX
-            {
-                let error = EmbeddedError::NotReady {
-                    seconds: started.elapsed().as_secs(),
-                    log: log.to_owned(),
-                    tail: server::tail(log, from),
-                };
-                self.stop_immediate().await?;
-                return Err(error);
-            }
-            tokio::time::sleep(Duration::from_millis(10)).await;
         }
+        self.server = server::running(&self.home.data());
+        if ready && self.server.is_some() {
+            return Ok(());
+        }
+        let (seconds, tail) = (started.elapsed().as_secs(), server::tail(log, from));
+        let log = log.to_owned();
+        if self.server.is_none() {
+            return Err(EmbeddedError::Exited { log, tail });
+        }
+        self.stop_immediate().await?;
+        Err(EmbeddedError::NotReady { seconds, log, tail })
     }
 
     /// Stops the server: fast shutdown, and after `stop_timeout` an immediate one.
     ///
     /// # Errors
-    /// Only where the runtime itself is ending.
+    /// [`EmbeddedError::WouldNotStop`].
     pub async fn stop(mut self) -> Result<(), EmbeddedError> {
         let how = Shutdown::Fast(self.options.stop_timeout);
         self.end(how).await
@@ -342,7 +335,7 @@ impl Embedded {
     /// one demonstration or one test.
     ///
     /// # Errors
-    /// [`EmbeddedError::Io`] where something could not be removed.
+    /// [`EmbeddedError::Io`] if something could not be removed, and [`EmbeddedError::WouldNotStop`].
     pub async fn stop_and_erase(mut self) -> Result<(), EmbeddedError> {
         self.end(Shutdown::Immediate).await?;
         self.socket_dir.tidy();
@@ -354,7 +347,7 @@ impl Embedded {
     /// faults; [`Embedded::start_again`] is its counterpart.
     ///
     /// # Errors
-    /// Only where the runtime itself is ending.
+    /// [`EmbeddedError::WouldNotStop`].
     pub async fn stop_immediate(&mut self) -> Result<(), EmbeddedError> {
         self.end(Shutdown::Immediate).await
     }
@@ -362,10 +355,7 @@ impl Embedded {
     /// Lets go of the running server as a `kill -9` of this process would: the server goes on,
     /// the lock is free. For tests of faults.
     pub fn abandon(mut self) {
-        if let Some(mut server) = self.server.take() {
-            // After a real kill, init would collect it.
-            std::thread::spawn(move || server.wait());
-        }
+        self.server = None;
         self.socket_dir.keep();
     }
 
@@ -373,8 +363,9 @@ impl Embedded {
         if let Some(keeper) = self.log_keeper.take() {
             keeper.abort();
         }
-        if let Some(mut server) = self.server.take() {
-            spawn_blocking(move || server::stop(&mut server, how)).await?;
+        if self.server.take().is_some() {
+            let (home, installation) = (self.home.clone(), self.installation.clone());
+            spawn_blocking(move || server::stop(&home, &installation, how)).await??;
         }
         Ok(())
     }
@@ -385,8 +376,19 @@ impl Drop for Embedded {
         if let Some(keeper) = self.log_keeper.take() {
             keeper.abort();
         }
-        if let Some(mut server) = self.server.take() {
-            server::stop(&mut server, Shutdown::Fast(PATIENCE_IN_DROP));
+        let mut starting = self.starting.take();
+        if let Some(starting) = &mut starting {
+            server::wait_for_process(starting, &self.home.data());
+        }
+        if self.server.take().is_some() || starting.is_some() {
+            let how = Shutdown::Fast(PATIENCE_IN_DROP);
+            if let Err(error) = server::stop(&self.home, &self.installation, how) {
+                tracing::error!(%error, "PostgreSQL is left running");
+            }
+        }
+        if let Some(mut starting) = starting {
+            // It ends with the server that it waits for.
+            let _ = starting.wait();
         }
         self.socket_dir.tidy();
     }

@@ -1,4 +1,8 @@
-//! The server's process: starting it, ending it, and ending one that an earlier Millrace left.
+//! The server's process, started and stopped by `pg_ctl`, and one that an earlier Millrace left.
+//!
+//! `pg_ctl` daemonizes the server, waits until it is ready, and waits until it has stopped. It
+//! trusts the number in `postmaster.pid`, so this module checks whose process that is; the reasons
+//! are in `docs/DECISIONS.md`.
 
 use std::{
     ffi::{OsStr, OsString},
@@ -6,7 +10,7 @@ use std::{
     io::{Read, Seek, SeekFrom},
     os::unix::{ffi::OsStrExt, ffi::OsStringExt, process::CommandExt},
     path::{Path, PathBuf},
-    process::{Child, Stdio},
+    process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 
@@ -52,55 +56,96 @@ const SETTINGS: &[(&str, &str)] = &[
     ("cluster_name", "millrace"),
 ];
 
-/// Starts `postgres`; later entries of `settings` win.
-pub(super) fn spawn(
+/// How long a start may take. Nearly all of it is crash recovery, and ending it would only make the
+/// next start begin again.
+const START_MAX: Duration = Duration::from_secs(30 * 60);
+
+/// How long the processes of a killed postmaster may take to end by themselves.
+const CHILDREN_END: Duration = Duration::from_secs(10);
+
+/// `pg_ctl` for the cluster of a home, in a process group of its own: a Ctrl-C in the terminal
+/// reaches the foreground group, and Millrace drains first and then stops PostgreSQL itself.
+fn pg_ctl(home: &Home, installation: &Installation, mode: &str) -> Command {
+    let mut command = home.user.command(installation.bin.join("pg_ctl"));
+    // The name of PGDATA is relative, because `pg_ctl` gives it to a shell in double quotes.
+    command
+        .args([mode, "--wait", "--silent", "--pgdata", "data"])
+        .current_dir(&home.dir)
+        .stdin(Stdio::null())
+        .process_group(0);
+    command
+}
+
+/// Begins to start the server; later entries of `settings` win. Returns a `pg_ctl` that ends once
+/// the server takes connections or has ended, and the length of the log before the start.
+pub(super) fn start(
     home: &Home,
     installation: &Installation,
     socket_dir: &Path,
     settings: &[(String, String)],
-) -> Result<Child, EmbeddedError> {
+) -> Result<(Child, u64), EmbeddedError> {
     let log = home.log();
     bound_log(&log)?;
+    // Opened here and inherited by the server: `pg_ctl --log` would follow a link, and the server's
+    // user may not write in a home of root's.
     let output = open_options()
         .create(true)
         .append(true)
         .open(&log)
         .map_err(io("open", &log))?;
     let errors = output.try_clone().map_err(io("open", &log))?;
-    let mut command = home.user.command(installation.bin.join("postgres"));
-    command.arg("-D").arg(home.data());
+    let from = output.metadata().map_err(io("look at", &log))?.len();
+
+    let mut options = OsString::new();
+    let mut set = |name: &str, value: &OsStr| {
+        options.push(" -c ");
+        options.push(shell_quoted(OsStr::new(name)));
+        options.push("=");
+        options.push(shell_quoted(value));
+    };
+    // Also the mark by which a system without `/proc` tells the process.
+    set("data_directory", home.data().as_os_str());
     for (name, value) in SETTINGS {
-        command.arg("-c").arg(format!("{name}={value}"));
+        set(name, OsStr::new(value));
     }
-    command
-        .arg("-c")
-        .arg(socket_setting(socket_dir.as_os_str()));
+    set(
+        "unix_socket_directories",
+        &quoted_name(socket_dir.as_os_str()),
+    );
     for (name, value) in settings {
-        command.arg("-c").arg(format!("{name}={value}"));
+        set(name, OsStr::new(value));
     }
-    command
-        .current_dir(&home.dir)
-        .stdin(Stdio::null())
+    let starting = pg_ctl(home, installation, "start")
+        .arg(format!("--timeout={}", START_MAX.as_secs()))
+        .arg("--options")
+        .arg(options)
         .stdout(output)
         .stderr(errors)
-        // A Ctrl-C in the terminal reaches the foreground group: Millrace drains first and then
-        // stops PostgreSQL itself.
-        .process_group(0)
         .spawn()
-        .map_err(io("start PostgreSQL in", &home.dir))
+        .map_err(io("start PostgreSQL in", &home.dir))?;
+    Ok((starting, from))
 }
 
-/// The setting is a list of quoted names.
-fn socket_setting(dir: &OsStr) -> OsString {
-    let mut setting = b"unix_socket_directories=\"".to_vec();
-    for &byte in dir.as_bytes() {
-        if byte == b'"' {
-            setting.push(b'"');
+/// A word of a shell's command.
+fn shell_quoted(text: &OsStr) -> OsString {
+    surrounded(text, b'\'', b"'\\''")
+}
+
+/// An entry of a setting that is a list of names.
+fn quoted_name(text: &OsStr) -> OsString {
+    surrounded(text, b'"', b"\"\"")
+}
+
+fn surrounded(text: &OsStr, quote: u8, escaped: &[u8]) -> OsString {
+    let mut word = vec![quote];
+    for &byte in text.as_bytes() {
+        match byte == quote {
+            true => word.extend_from_slice(escaped),
+            false => word.push(byte),
         }
-        setting.push(byte);
     }
-    setting.push(b'"');
-    OsString::from_vec(setting)
+    word.push(quote);
+    OsString::from_vec(word)
 }
 
 /// How a server is ended.
@@ -112,75 +157,87 @@ pub(super) enum Shutdown {
     Immediate,
 }
 
-/// Ends our own server and collects it. Blocks.
-pub(super) fn stop(child: &mut Child, how: Shutdown) {
-    let ended = |child: &mut Child| !matches!(child.try_wait(), Ok(None));
-    if ended(child) {
-        return;
-    }
-    let pid = Pid::from_child(child);
+/// Ends the server of the cluster, if one runs. Blocks.
+///
+/// The process is looked at first: `pg_ctl` signals whatever process has the number in
+/// `postmaster.pid`.
+pub(super) fn stop(
+    home: &Home,
+    installation: &Installation,
+    how: Shutdown,
+) -> Result<(), EmbeddedError> {
+    let data = home.data();
+    let Some(pid) = running(&data) else {
+        return Ok(());
+    };
+    // Somebody may have stopped it. It may also be gone meanwhile, as desired.
+    let _ = rustix::process::kill_process(pid, Signal::CONT);
+    let ended = |mode: &str, patience: Duration| {
+        let outcome = pg_ctl(home, installation, "stop")
+            .arg(format!("--mode={mode}"))
+            .arg(format!("--timeout={}", patience.as_secs()))
+            .output();
+        // `pg_ctl` waits for the end of `postmaster.pid`, a moment before that of the process.
+        let stopped = outcome.is_ok_and(|output| output.status.success());
+        let patience = if stopped { IMMEDIATE } else { Duration::ZERO };
+        wait_until(patience, || !runs_on(pid, &data))
+    };
     if let Shutdown::Fast(patience) = how {
-        ask_to_end(pid, Signal::INT);
-        if wait_until(patience, || ended(child)) {
-            return;
+        if ended("fast", patience) {
+            return Ok(());
         }
         tracing::warn!("PostgreSQL did not stop in time and is ended without a checkpoint");
     }
-    ask_to_end(pid, Signal::QUIT);
-    if !wait_until(IMMEDIATE, || ended(child)) {
-        let _ = child.kill();
-        let _ = child.wait();
+    if ended("immediate", IMMEDIATE) {
+        return Ok(());
+    }
+    Err(would_not_stop(pid, &data))
+}
+
+fn would_not_stop(pid: Pid, data: &Path) -> EmbeddedError {
+    EmbeddedError::WouldNotStop {
+        pid: pid.as_raw_nonzero().get(),
+        data: data.to_owned(),
     }
 }
 
-/// Ends whatever an earlier, killed Millrace left running on `data`. Blocks.
+/// Ends whatever an earlier, killed Millrace left running on the cluster. Blocks.
 ///
 /// The caller holds the cluster's lock, so no living Millrace manages that server.
 /// `socket_lock` is the file that PostgreSQL keeps beside its socket.
 pub(super) fn take_over(
-    data: &Path,
+    home: &Home,
+    installation: &Installation,
     socket_lock: &Path,
     patience: Duration,
 ) -> Result<(), EmbeddedError> {
-    let postmaster_pid = data.join("postmaster.pid");
-    let named = named_in(&postmaster_pid);
-    if let Some(pid) = named
-        && runs_on(pid, data)
-    {
+    let data = home.data();
+    if let Some(pid) = running(&data) {
         tracing::info!(
             pid = pid.as_raw_nonzero().get(),
             "stopping the PostgreSQL that an earlier, killed Millrace left running"
         );
-        let gone = || !runs_on(pid, data);
-        ask_to_end(pid, Signal::INT);
-        if !wait_until(patience, gone) {
-            ask_to_end(pid, Signal::QUIT);
-            if !wait_until(IMMEDIATE, gone) {
-                return Err(EmbeddedError::WouldNotStop {
-                    pid: pid.as_raw_nonzero().get(),
-                    data: data.to_owned(),
-                });
-            }
-        }
+        stop(home, installation, Shutdown::Fast(patience))?;
     }
     // The children of a killed postmaster end by themselves, mostly at once. One that cannot
-    // (stopped, or deep in a system call) would share memory with the next server.
-    if !wait_until(IMMEDIATE, || processes_on(data).is_empty()) {
-        for pid in processes_on(data) {
+    // (stopped, or deep in a system call) would share memory with the next server, and PostgreSQL
+    // refuses to start beside it.
+    let none_left = || processes_on(&data).is_empty();
+    if !wait_until(CHILDREN_END, none_left) {
+        for pid in processes_on(&data) {
             let _ = rustix::process::kill_process(pid, Signal::KILL);
         }
-        if let Some(pid) = wait_for_none(data) {
-            return Err(EmbeddedError::WouldNotStop {
-                pid: pid.as_raw_nonzero().get(),
-                data: data.to_owned(),
-            });
+        wait_until(CHILDREN_END, none_left);
+        if let Some(pid) = processes_on(&data).first() {
+            return Err(would_not_stop(*pid, &data));
         }
     }
-    // After a reboot the number in a stale file, that of the cluster or that of its socket, can belong to any other process, and PostgreSQL
-    // would then refuse to start. Where every process was looked at, the file is known to be
-    // stale; with a number that belongs to nobody it is left for PostgreSQL's own checks.
+    // After a reboot the number in a stale file, that of the cluster or that of its socket, can
+    // belong to any other process, and PostgreSQL would then refuse to start. Where every process
+    // was looked at, the file is known to be stale; with a number that belongs to nobody it is left
+    // for PostgreSQL's own checks.
     if cfg!(target_os = "linux") {
-        for path in [postmaster_pid.as_path(), socket_lock] {
+        for path in [data.join("postmaster.pid").as_path(), socket_lock] {
             let alive = |pid| rustix::process::test_kill_process(pid).is_ok();
             if !named_in(path).is_some_and(alive) {
                 continue;
@@ -195,16 +252,11 @@ pub(super) fn take_over(
     Ok(())
 }
 
-fn wait_for_none(data: &Path) -> Option<Pid> {
-    wait_until(IMMEDIATE, || processes_on(data).is_empty());
-    processes_on(data).first().copied()
-}
-
-/// Signals, and wakes the process up if somebody had stopped it.
-fn ask_to_end(pid: Pid, signal: Signal) {
-    // It may be gone meanwhile, which is what is wanted.
-    let _ = rustix::process::kill_process(pid, signal);
-    let _ = rustix::process::kill_process(pid, Signal::CONT);
+/// Waits until [`stop`] can see the server that `starting` has begun to start, or it has ended.
+pub(super) fn wait_for_process(starting: &mut Child, data: &Path) {
+    wait_until(IMMEDIATE, || {
+        running(data).is_some() || !matches!(starting.try_wait(), Ok(None))
+    });
 }
 
 fn wait_until(patience: Duration, mut condition: impl FnMut() -> bool) -> bool {
@@ -222,6 +274,11 @@ fn wait_until(patience: Duration, mut condition: impl FnMut() -> bool) -> bool {
     }
 }
 
+/// The postmaster of the cluster, if it lives.
+pub(super) fn running(data: &Path) -> Option<Pid> {
+    named_in(&data.join("postmaster.pid")).filter(|&pid| runs_on(pid, data))
+}
+
 /// The process named by `postmaster.pid`, alive or not.
 fn named_in(path: &Path) -> Option<Pid> {
     let text = std::fs::read_to_string(path).ok()?;
@@ -233,7 +290,7 @@ fn named_in(path: &Path) -> Option<Pid> {
 /// Whether `pid` is a living PostgreSQL process of this very cluster: all of them have PGDATA as
 /// their working directory. A zombie has none.
 #[cfg(target_os = "linux")]
-fn runs_on(pid: Pid, data: &Path) -> bool {
+pub(super) fn runs_on(pid: Pid, data: &Path) -> bool {
     let process = PathBuf::from(format!("/proc/{}", pid.as_raw_nonzero()));
     let named = std::fs::read(process.join("comm"))
         .is_ok_and(|name| name.starts_with(b"postgres") || name.starts_with(b"postmaster"));
@@ -254,16 +311,17 @@ fn processes_on(data: &Path) -> Vec<Pid> {
         .collect()
 }
 
-/// Elsewhere the command line of the postmaster has to do: Millrace starts it with `-D`.
+/// Elsewhere the command line of the postmaster has to do: [`start`] names the cluster in it.
 #[cfg(not(target_os = "linux"))]
-fn runs_on(pid: Pid, data: &Path) -> bool {
+pub(super) fn runs_on(pid: Pid, data: &Path) -> bool {
     std::process::Command::new("ps")
         .args(["-ww", "-o", "command=", "-p"])
         .arg(pid.as_raw_nonzero().to_string())
         .output()
         .is_ok_and(|output| {
             let line = String::from_utf8_lossy(&output.stdout);
-            line.contains("postgres") && line.contains(&format!("-D {}", data.display()))
+            line.contains("postgres")
+                && line.contains(&format!("data_directory={}", data.display()))
         })
 }
 
@@ -313,7 +371,8 @@ pub(super) fn last_lines(text: &str) -> String {
     let lines = text
         .lines()
         .map(str::trim)
-        .filter(|line| !line.is_empty())
+        .filter(|line| !line.is_empty() && !line.starts_with("pg_ctl: "))
+        .filter(|line| *line != "Examine the log output.")
         .collect::<Vec<_>>();
     let start = lines.len().saturating_sub(6);
     match lines.get(start..) {
@@ -346,10 +405,23 @@ mod tests {
 
     #[test]
     fn a_socket_directory_with_commas_and_quotes_stays_one_directory() {
-        assert_eq!(
-            socket_setting(OsStr::new("/a,b/\"c\"")),
-            "unix_socket_directories=\"/a,b/\"\"c\"\"\""
-        );
+        let name = quoted_name(OsStr::new("/a,b/\"c\""));
+        assert_eq!(name, "\"/a,b/\"\"c\"\"\"");
+    }
+
+    #[test]
+    fn a_setting_reaches_the_server_through_a_shell_as_it_is() {
+        let text = "a 'b' \"c\" $d `e` \\f";
+        let output = Command::new("/bin/sh")
+            .arg("-c")
+            .arg({
+                let mut line = OsString::from("printf %s ");
+                line.push(shell_quoted(OsStr::new(text)));
+                line
+            })
+            .output()
+            .unwrap();
+        assert_eq!(output.stdout, text.as_bytes());
     }
 
     #[test]
