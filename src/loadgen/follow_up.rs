@@ -7,7 +7,7 @@ use futures_util::future::join_all;
 use hyper::StatusCode;
 use serde::Deserialize;
 
-use super::connection::Getter;
+use super::get::GetClient;
 use super::target::Target;
 
 /// Seconds that one `GET` may wait for its order.
@@ -39,7 +39,7 @@ pub(super) async fn resolve(
     let open = parking_lot::Mutex::new(order_ids);
     let finals = parking_lot::Mutex::new(HashMap::new());
     let askers = (0..connections).map(|_| async {
-        let mut getter = Getter::new(
+        let mut client = GetClient::new(
             &target.address,
             target.get_headers(),
             Duration::from_secs(WAIT_S + 5),
@@ -48,7 +48,7 @@ pub(super) async fn resolve(
             let Some(order_id) = open.lock().pop() else {
                 break;
             };
-            if let Some(status) = final_status(&mut getter, target, order_id, deadline).await {
+            if let Some(status) = final_status(&mut client, target, order_id, deadline).await {
                 finals.lock().insert(order_id, status);
             }
         }
@@ -58,7 +58,7 @@ pub(super) async fn resolve(
 }
 
 async fn final_status(
-    getter: &mut Getter,
+    client: &mut GetClient,
     target: &Target,
     order_id: u64,
     deadline: Instant,
@@ -66,7 +66,7 @@ async fn final_status(
     loop {
         let left = deadline.checked_duration_since(Instant::now())?;
         let path = target.order_path(order_id, left.as_secs().clamp(1, WAIT_S));
-        let answer = tokio::time::timeout(left, getter.get(&path)).await.ok()?;
+        let answer = tokio::time::timeout(left, client.get(&path)).await.ok()?;
         if let Ok(reply) = answer {
             match reply.status {
                 StatusCode::NOT_FOUND => return Some(NO_ROW.to_owned()),

@@ -7,7 +7,7 @@
 //! ("coordinated omission", Gil Tene).
 //!
 //! ```text
-//! plan ─► schedule (a cursor, never a list) ─► sender (a thread: N connections) ─► recorder
+//! plan ─► schedule (a cursor, never a list) ─► buyers (a thread: N connections) ─► recorder
 //!                                                │ placed orders                     │
 //!                                                ▼                                   │
 //!                                              platform (a thread of its own) ───────┤
@@ -22,10 +22,10 @@
 //! The module imports nothing else of this crate: it knows only the public contract of the server,
 //! so that it can also check the server against it.
 
-mod connection;
+mod buyers;
 mod error;
 mod follow_up;
-mod histogram;
+mod get;
 mod orders_file;
 mod outcome;
 mod page;
@@ -38,7 +38,7 @@ mod report;
 mod request_template;
 mod run;
 mod schedule;
-mod sender;
+pub mod sender;
 mod stock;
 mod table;
 mod target;

@@ -4,12 +4,12 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use hyper::StatusCode;
 use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
 
 use super::request_template::RequestTemplate;
 use super::schedule::Arrival;
+use super::sender::Fault;
 
 /// The answers of the contract, as a buyer sees them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -121,34 +121,7 @@ impl AnswerKind {
     }
 }
 
-/// Why there was no answer. The names are stable, as `--json` shows them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Fault {
-    /// No connection could be made.
-    Connect,
-    /// No connection was free for as long as the request's timeout.
-    NotSent,
-    /// Sent, and no answer within the timeout.
-    Timeout,
-    /// The connection broke before the answer was complete.
-    Closed,
-    /// An answer that the contract does not know.
-    BadAnswer,
-}
-
-impl Fault {
-    pub(super) fn name(self) -> &'static str {
-        match self {
-            Self::Connect => "connect",
-            Self::NotSent => "not_sent",
-            Self::Timeout => "timeout",
-            Self::Closed => "closed",
-            Self::BadAnswer => "bad_answer",
-        }
-    }
-}
-
-/// One answer, read.
+/// An answer to `POST /v1/orders`, or the fault in place of one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Answer {
     pub http_status: u16,
@@ -174,7 +147,7 @@ struct ProblemBody<'a> {
 }
 
 impl Answer {
-    /// What stands in for an answer that never came.
+    /// Stands for an answer that never came.
     pub(super) fn fault(fault: Fault) -> Self {
         Self {
             http_status: 0,
@@ -186,8 +159,7 @@ impl Answer {
     }
 
     /// Reads an answer to `POST /v1/orders` by the contract.
-    pub(super) fn read(status: StatusCode, replayed: bool, body: &[u8]) -> Self {
-        let http_status = status.as_u16();
+    pub(super) fn read(http_status: u16, replayed: bool, body: &[u8]) -> Self {
         if matches!(http_status, 200..=202) {
             let order = serde_json::from_slice::<OrderBody>(body)
                 .ok()
@@ -416,11 +388,7 @@ mod tests {
     use super::*;
 
     fn read(status: u16, body: &str) -> Answer {
-        Answer::read(
-            StatusCode::from_u16(status).unwrap(),
-            false,
-            body.as_bytes(),
-        )
+        Answer::read(status, false, body.as_bytes())
     }
 
     #[test]

@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use hdrhistogram::{Counter, Histogram};
 use smol_str::SmolStr;
 
-use super::histogram::Latencies;
 use super::outcome::{Answer, AnswerKind, Codes, Row};
 use super::schedule::Arrival;
 
@@ -21,9 +21,9 @@ pub(super) struct Recorder {
     interval_ns: u64,
     keep_outcomes: bool,
     /// Latencies by kind of answer.
-    pub by_kind: Vec<Latencies<u64>>,
+    pub by_kind: Vec<Histogram<u64>>,
     /// From the scheduled moment to the moment at which the request was written to its connection.
-    pub send_lag: Latencies<u64>,
+    pub send_lag: Histogram<u64>,
     /// Figures by interval.
     pub intervals: Vec<Interval>,
     /// Answers by the code of the problem, or by the fault.
@@ -48,7 +48,7 @@ pub(super) struct Interval {
     /// Answers that came in it, by kind.
     pub answers: [u64; AnswerKind::COUNT],
     /// Latencies of the requests that fell due in it.
-    pub latencies: Latencies<u32>,
+    pub latencies: Histogram<u32>,
 }
 
 impl Interval {
@@ -57,7 +57,7 @@ impl Interval {
             offered: 0,
             answers: [0; AnswerKind::COUNT],
             // Two digits: a line in a chart shows no third, and there are many of these.
-            latencies: Latencies::new(2),
+            latencies: microseconds(2),
         }
     }
 }
@@ -68,8 +68,8 @@ impl Recorder {
         Self {
             interval_ns: interval_ms.max(1) * 1_000_000,
             keep_outcomes,
-            by_kind: vec![Latencies::new(3); AnswerKind::COUNT],
-            send_lag: Latencies::new(3),
+            by_kind: vec![microseconds(3); AnswerKind::COUNT],
+            send_lag: microseconds(3),
             intervals: Vec::new(),
             codes: BTreeMap::new(),
             rows: Vec::new(),
@@ -82,8 +82,10 @@ impl Recorder {
 
     /// Notes that a request was sent (or given up) at this moment.
     pub(super) fn sent(&mut self, arrival: &Arrival, now_ns: u64) {
-        self.send_lag
-            .record(now_ns.saturating_sub(arrival.scheduled_ns));
+        record(
+            &mut self.send_lag,
+            now_ns.saturating_sub(arrival.scheduled_ns),
+        );
         self.double_clicks += u64::from(arrival.double);
         self.interval(arrival.scheduled_ns).offered += 1;
     }
@@ -95,10 +97,11 @@ impl Recorder {
         self.last_answer_ns = self.last_answer_ns.max(now_ns);
         self.interval(now_ns).answers[place] += 1;
         if is_timed(answer) {
-            self.by_kind[place].record(latency_ns);
-            self.interval(arrival.scheduled_ns)
-                .latencies
-                .record(latency_ns);
+            record(&mut self.by_kind[place], latency_ns);
+            record(
+                &mut self.interval(arrival.scheduled_ns).latencies,
+                latency_ns,
+            );
         }
         // The code of an order is its status, which the kind implies.
         if answer.order_id.is_none() && !answer.code.is_empty() {
@@ -121,26 +124,26 @@ impl Recorder {
 
     /// The 99th percentile so far, in milliseconds.
     pub(super) fn p99_ms(&self) -> Option<f64> {
-        let mut all = Latencies::new(3);
+        let mut all = microseconds(3);
         for latencies in &self.by_kind {
-            all.add(latencies);
+            add(&mut all, latencies);
         }
-        all.quantile_ms(0.99)
+        (!all.is_empty()).then(|| ms(all.value_at_quantile(0.99)))
     }
 
     /// Adds another thread's records, except the outcomes, which [`Outcomes`](super::Outcomes) joins.
     pub(super) fn add(&mut self, other: &mut Self) {
         for (own, others) in self.by_kind.iter_mut().zip(&other.by_kind) {
-            own.add(others);
+            add(own, others);
         }
-        self.send_lag.add(&other.send_lag);
+        add(&mut self.send_lag, &other.send_lag);
         if self.intervals.len() < other.intervals.len() {
             self.intervals
                 .resize_with(other.intervals.len(), Interval::new);
         }
         for (own, others) in self.intervals.iter_mut().zip(&other.intervals) {
             own.offered += others.offered;
-            own.latencies.add(&others.latencies);
+            add(&mut own.latencies, &others.latencies);
             for (count, more) in own.answers.iter_mut().zip(others.answers) {
                 *count += more;
             }
@@ -162,6 +165,27 @@ impl Recorder {
     }
 }
 
+/// An empty histogram of microseconds with this many significant decimal digits, 1 to 5.
+pub(super) fn microseconds<C: Counter>(digits: u8) -> Histogram<C> {
+    Histogram::new(digits).expect("the digits are constants")
+}
+
+/// Records a latency.
+pub(super) fn record<C: Counter>(histogram: &mut Histogram<C>, latency_ns: u64) {
+    // The range grows with its values, so none is refused.
+    let _ = histogram.record((latency_ns / 1000).max(1));
+}
+
+/// Adds the counts of another histogram.
+pub(super) fn add<C: Counter>(histogram: &mut Histogram<C>, other: &Histogram<C>) {
+    let _ = histogram.add(other);
+}
+
+/// A value of a histogram in milliseconds.
+pub(super) fn ms(us: u64) -> f64 {
+    us as f64 / 1000.0
+}
+
 /// Whether the duration of a request says something about the server. A refused connection is over at
 /// once, and would only flatter; a wait that was given up counts with its duration.
 fn is_timed(answer: &Answer) -> bool {
@@ -172,13 +196,13 @@ fn is_timed(answer: &Answer) -> bool {
 /// never meet; readers want a recent figure, not an exact one.
 #[derive(Debug, Default)]
 #[repr(align(128))]
-pub(super) struct Live {
+pub(super) struct LiveCounters {
     sent: AtomicU64,
     answers: [AtomicU64; AnswerKind::COUNT],
     p99_us: AtomicU64,
 }
 
-impl Live {
+impl LiveCounters {
     pub(super) fn count_sent(&self) {
         self.sent.fetch_add(1, Ordering::Relaxed);
     }

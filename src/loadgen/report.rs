@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 
+use hdrhistogram::{Counter, Histogram};
 use serde::Serialize;
 
-use super::histogram::Latencies;
 use super::outcome::{AnswerKind, Outcomes};
 use super::plan::LoadPlan;
 use super::platform::PaymentReport;
-use super::recorder::Recorder;
+use super::recorder::{Recorder, add, microseconds, ms};
 
 /// Quantile points of a distribution: nine a decade of `1 - p`, down to one in a million.
 const DECADES: i32 = 6;
@@ -183,9 +183,9 @@ impl LoadReport {
     /// Computes the figures from the joined records.
     pub(super) fn draw(plan: &LoadPlan, recorder: &Recorder, interval_ms: u64) -> Self {
         let all_kinds = |keep: fn(AnswerKind) -> bool| {
-            let mut sum = Latencies::new(3);
+            let mut sum = microseconds(3);
             for kind in AnswerKind::ALL.into_iter().filter(|&kind| keep(kind)) {
-                sum.add(&recorder.by_kind[kind.place()]);
+                add(&mut sum, &recorder.by_kind[kind.place()]);
             }
             sum
         };
@@ -256,7 +256,7 @@ impl LoadReport {
             send_lag: Percentiles::of(&recorder.send_lag),
             distributions: [("all", &all), ("placed", &placed), ("refused", &refused)]
                 .into_iter()
-                .filter(|(_, latencies)| latencies.count() > 0)
+                .filter(|(_, latencies)| !latencies.is_empty())
                 .map(|(name, latencies)| Distribution {
                     name,
                     points: distribution(latencies),
@@ -280,15 +280,15 @@ impl LoadReport {
 }
 
 impl Percentiles {
-    pub(super) fn of(latencies: &Latencies<u64>) -> Self {
+    pub(super) fn of(latencies: &Histogram<u64>) -> Self {
         Self {
-            count: latencies.count(),
-            mean_ms: latencies.mean_ms(),
-            p50_ms: latencies.quantile_ms(0.5),
-            p90_ms: latencies.quantile_ms(0.9),
-            p99_ms: latencies.quantile_ms(0.99),
-            p999_ms: latencies.quantile_ms(0.999),
-            max_ms: latencies.max_ms(),
+            count: latencies.len(),
+            mean_ms: (!latencies.is_empty()).then(|| latencies.mean().round() / 1000.0),
+            p50_ms: quantile_ms(latencies, 0.5),
+            p90_ms: quantile_ms(latencies, 0.9),
+            p99_ms: quantile_ms(latencies, 0.99),
+            p999_ms: quantile_ms(latencies, 0.999),
+            max_ms: max_ms(latencies),
         }
     }
 }
@@ -296,7 +296,7 @@ impl Percentiles {
 impl Series {
     fn draw(recorder: &Recorder, interval_ms: u64, counts: &[u64; AnswerKind::COUNT]) -> Self {
         let intervals = &recorder.intervals;
-        let latency = |pick: fn(&Latencies<u32>) -> Option<f64>| {
+        let latency = |pick: fn(&Histogram<u32>) -> Option<f64>| {
             intervals.iter().map(|i| pick(&i.latencies)).collect()
         };
         Self {
@@ -310,9 +310,9 @@ impl Series {
                     (kind.name(), counts.collect())
                 })
                 .collect(),
-            p50_ms: latency(|l| l.quantile_ms(0.5)),
-            p99_ms: latency(|l| l.quantile_ms(0.99)),
-            max_ms: latency(Latencies::max_ms),
+            p50_ms: latency(|l| quantile_ms(l, 0.5)),
+            p99_ms: latency(|l| quantile_ms(l, 0.99)),
+            max_ms: latency(max_ms),
         }
     }
 
@@ -343,18 +343,28 @@ fn per_second(count: u64, seconds: f64) -> f64 {
     }
 }
 
-fn distribution(latencies: &Latencies<u64>) -> Vec<(f64, f64)> {
-    let finest = 1.0 / latencies.count().max(1) as f64;
-    let mut points = vec![(0.0, latencies.quantile_ms(0.0).unwrap_or(0.0))];
+/// The latency at a quantile (0 to 1); none of an empty histogram.
+fn quantile_ms<C: Counter>(latencies: &Histogram<C>, quantile: f64) -> Option<f64> {
+    (!latencies.is_empty()).then(|| ms(latencies.value_at_quantile(quantile)))
+}
+
+fn max_ms<C: Counter>(latencies: &Histogram<C>) -> Option<f64> {
+    (!latencies.is_empty()).then(|| ms(latencies.max()))
+}
+
+fn distribution(latencies: &Histogram<u64>) -> Vec<(f64, f64)> {
+    let finest = 1.0 / latencies.len().max(1) as f64;
+    let at = |quantile| quantile_ms(latencies, quantile).unwrap_or(0.0);
+    let mut points = vec![(0.0, at(0.0))];
     for decade in 0..DECADES {
         for ninth in 0..18 {
             let above = 10f64.powi(-decade) * (1.0 - f64::from(ninth) * 0.05);
             if above < 1.0 && above >= finest {
                 let quantile = 1.0 - above;
-                points.push((quantile, latencies.quantile_ms(quantile).unwrap_or(0.0)));
+                points.push((quantile, at(quantile)));
             }
         }
     }
-    points.push((1.0, latencies.max_ms().unwrap_or(0.0)));
+    points.push((1.0, max_ms(latencies).unwrap_or(0.0)));
     points
 }

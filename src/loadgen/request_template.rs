@@ -1,6 +1,7 @@
 //! The texts of an order's request: user, key and body.
 
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
+use std::io::Write as _;
 
 use bytes::Bytes;
 use smol_str::{SmolStr, format_smolstr};
@@ -79,8 +80,20 @@ impl RequestTemplate {
         }
     }
 
+    /// Writes the request of an arrival. `head`: the request line and the fields that all of them share.
+    pub(super) fn write(&self, arrival: &Arrival, head: &[u8], out: &mut Vec<u8>) {
+        let body = self.body(arrival);
+        out.extend_from_slice(head);
+        // Writing to memory cannot fail.
+        if let Some(key) = self.key(arrival.buyer, arrival.sku) {
+            let _ = write!(out, "idempotency-key: {key}\r\n");
+        }
+        let _ = write!(out, "content-length: {}\r\n\r\n", body.len());
+        out.extend_from_slice(&body);
+    }
+
     /// The body of `POST /v1/orders`.
-    pub(super) fn body(&self, arrival: &Arrival) -> Bytes {
+    fn body(&self, arrival: &Arrival) -> Bytes {
         match &self.lines {
             Some(lines) => lines
                 .get(arrival.buyer as usize)
@@ -105,8 +118,8 @@ impl RequestTemplate {
 /// Visible ASCII as a JSON string.
 struct Quoted<'a>(&'a str);
 
-impl std::fmt::Display for Quoted<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Display for Quoted<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_char('"')?;
         if self.0.bytes().any(|b| b == b'"' || b == b'\\') {
             for c in self.0.chars() {

@@ -1,11 +1,16 @@
 //! A load from its plan to its report.
 
 use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Barrier, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use tokio::net::TcpStream;
+
+use super::buyers::{self, RunShared};
 use super::error::LoadError;
 use super::follow_up;
 use super::orders_file;
@@ -13,11 +18,10 @@ use super::outcome::{AnswerKind, Outcomes};
 use super::plan::LoadPlan;
 use super::platform::WebhookDelivery;
 use super::progress::{Phase, Progress, RateMeter, Snapshot};
-use super::recorder::{Live, Recorder};
+use super::recorder::{LiveCounters, Recorder};
 use super::report::{LoadReport, UndecidedReport};
 use super::request_template::RequestTemplate;
 use super::schedule::{Cursor, Schedule};
-use super::sender::{self, RunShared};
 use super::stock::StockWatch;
 use super::target::Target;
 
@@ -50,8 +54,18 @@ pub async fn run_until(
 
     let schedule = Arc::new(Schedule::new(&plan, &template));
     let interval_ms = interval_ms(schedule.seconds_expected());
-    let (mut sending, delivery) =
-        Sending::start(&plan, &target, &template, &schedule, interval_ms)?;
+    let shared = Arc::new(RunShared {
+        address: address_of(&target).await?,
+        target: target.clone(),
+        template: Arc::clone(&template),
+        request_timeout: Duration::from_millis(plan.request_timeout_ms),
+        interval_ms,
+        keep_outcomes: plan.keep_outcomes,
+        stop: AtomicBool::new(false),
+        ready: Barrier::new(plan.threads_here()),
+        start: OnceLock::new(),
+    });
+    let (mut sending, delivery) = Sending::start(&plan, shared, &schedule)?;
     let begun = sending.begun().await?;
     let started_at = jiff::Timestamp::now();
 
@@ -75,7 +89,7 @@ pub async fn run_until(
                 () = tokio::time::sleep(TICK) => {}
                 () = &mut stop, if !interrupted => {
                     interrupted = true;
-                    sending.common.stop.store(true, Ordering::Relaxed);
+                    sending.shared.stop.store(true, Ordering::Relaxed);
                 }
             }
             let mut snapshot = sending.snapshot(begun, planned, &schedule, &mut speed);
@@ -115,37 +129,35 @@ pub async fn run_until(
     Ok(report)
 }
 
-/// The sending threads; dropped, they stop.
+/// The address that a connection to the target reaches.
+async fn address_of(target: &Target) -> Result<SocketAddr, LoadError> {
+    let connected = TcpStream::connect(&target.address).await;
+    let address = connected.and_then(|stream| stream.peer_addr());
+    address.map_err(|source| LoadError::Unreachable {
+        target: target.url.clone(),
+        source,
+    })
+}
+
+/// The sending threads; dropping it stops them.
 struct Sending {
-    common: Arc<RunShared>,
-    lives: Vec<Arc<Live>>,
-    threads: Vec<JoinHandle<Recorder>>,
+    shared: Arc<RunShared>,
+    lives: Vec<Arc<LiveCounters>>,
+    threads: Vec<JoinHandle<io::Result<Recorder>>>,
 }
 
 impl Sending {
     fn start(
         plan: &LoadPlan,
-        target: &Target,
-        template: &Arc<RequestTemplate>,
+        shared: Arc<RunShared>,
         schedule: &Arc<Schedule>,
-        interval_ms: u64,
     ) -> Result<(Self, Option<WebhookDelivery>), LoadError> {
         let count = plan.threads_here();
-        let common = Arc::new(RunShared {
-            target: target.clone(),
-            template: Arc::clone(template),
-            request_timeout: Duration::from_millis(plan.request_timeout_ms),
-            interval_ms,
-            keep_outcomes: plan.keep_outcomes,
-            stop: AtomicBool::new(false),
-            ready: Barrier::new(count),
-            start: OnceLock::new(),
-        });
         let opened = if plan.pay_share > 0.0 {
             let end = Duration::try_from_secs_f64(schedule.seconds_expected());
             Some(WebhookDelivery::open(
                 plan,
-                &common,
+                &shared,
                 end.unwrap_or(Duration::MAX),
             )?)
         } else {
@@ -153,18 +165,18 @@ impl Sending {
         };
         let (delivery, payments_tx) = opened.unzip();
         let mut sending = Self {
-            common,
+            shared,
             lives: Vec::new(),
             threads: Vec::new(),
         };
         for part in 0..count {
-            let live = Arc::new(Live::default());
+            let live = Arc::new(LiveCounters::default());
             let cursor = Cursor::new(Arc::clone(schedule), part, count);
             let connections =
                 plan.connections / count + usize::from(part < plan.connections % count);
             sending.lives.push(Arc::clone(&live));
-            sending.threads.push(sender::spawn(
-                Arc::clone(&sending.common),
+            sending.threads.push(buyers::spawn(
+                Arc::clone(&sending.shared),
                 cursor,
                 connections,
                 live,
@@ -177,11 +189,11 @@ impl Sending {
     /// Moment zero, once all threads are connected.
     async fn begun(&self) -> Result<Instant, LoadError> {
         loop {
-            if let Some(start) = self.common.start.get() {
+            if let Some(start) = self.shared.start.get() {
                 return Ok(*start);
             }
             if self.threads.iter().any(JoinHandle::is_finished) {
-                return Err(dead());
+                return Err(dead(&"it ended before the load began"));
             }
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
@@ -233,21 +245,24 @@ impl Sending {
     fn join(&mut self) -> Result<Vec<Recorder>, LoadError> {
         self.threads
             .drain(..)
-            .map(|thread| thread.join().map_err(|_| dead()))
+            .map(|thread| match thread.join() {
+                Ok(recorder) => recorder.map_err(|e| dead(&e)),
+                Err(_) => Err(dead(&"it panicked, as printed above")),
+            })
             .collect()
     }
 }
 
 impl Drop for Sending {
     fn drop(&mut self) {
-        self.common.stop.store(true, Ordering::Relaxed);
+        self.shared.stop.store(true, Ordering::Relaxed);
     }
 }
 
-fn dead() -> LoadError {
+fn dead(reason: &dyn std::fmt::Display) -> LoadError {
     LoadError::Thread {
         what: "sending thread",
-        reason: "it panicked, as printed above".to_owned(),
+        reason: reason.to_string(),
     }
 }
 

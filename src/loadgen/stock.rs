@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 use serde::Deserialize;
 use tokio::time::MissedTickBehavior;
 
-use super::connection::Getter;
 use super::error::LoadError;
+use super::get::GetClient;
 use super::report::{StockSample, StockSeries};
 use super::target::Target;
 
@@ -41,7 +41,7 @@ impl Sku {
 /// Samples SKUs over a connection of its own.
 pub(super) struct StockWatch {
     target: Target,
-    getter: Getter,
+    client: GetClient,
     series: Vec<StockSeries>,
 }
 
@@ -56,10 +56,10 @@ impl StockWatch {
     ) -> Result<Self, LoadError> {
         let mut own = Self {
             target: target.clone(),
-            getter: Getter::new(&target.address, target.get_headers(), TIMEOUT),
+            client: GetClient::new(&target.address, target.get_headers(), TIMEOUT),
             series: Vec::new(),
         };
-        own.getter
+        own.client
             .connect()
             .await
             .map_err(|source| LoadError::Unreachable {
@@ -71,7 +71,7 @@ impl StockWatch {
         }
         for sku in skus.iter().take(WATCHED_MAX) {
             let reply = own
-                .getter
+                .client
                 .get(&target.sku_path(sku))
                 .await
                 .map_err(|fault| LoadError::NoAnswer {
@@ -123,7 +123,7 @@ impl StockWatch {
     /// Samples every SKU once. A failed sample leaves a gap and does not end the load.
     pub(super) async fn sample(&mut self, start: Instant) {
         for series in &mut self.series {
-            let Ok(reply) = self.getter.get(&self.target.sku_path(&series.sku_id)).await else {
+            let Ok(reply) = self.client.get(&self.target.sku_path(&series.sku_id)).await else {
                 continue;
             };
             let Ok(sku) = serde_json::from_slice::<Sku>(&reply.body) else {

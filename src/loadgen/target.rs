@@ -1,7 +1,7 @@
 //! The target of requests: its address, paths and headers.
 
 use hyper::Uri;
-use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HOST, HeaderMap, HeaderName, HeaderValue};
+use hyper::header::{AUTHORIZATION, HOST, HeaderMap, HeaderValue};
 
 use super::error::LoadError;
 use super::plan::{LoadPlan, OrderMode, Token};
@@ -15,13 +15,11 @@ pub(super) struct Target {
     pub address: String,
     prefix: String,
     get_headers: HeaderMap,
-    /// Headers of buyers with even numbers, then of buyers with odd ones.
-    order_headers: [HeaderMap; 2],
-    callback_headers: HeaderMap,
-    /// The path of `POST /v1/orders`, parsed once.
-    pub orders: Uri,
-    /// The path of the payment platform's callbacks.
-    pub callbacks: Uri,
+    /// `POST /v1/orders` of buyers with even numbers, then of buyers with odd ones: the request line and all
+    /// fields but the key and the length.
+    order_heads: [Vec<u8>; 2],
+    /// The same of the payment platform's callbacks.
+    callback_head: Vec<u8>,
 }
 
 impl Target {
@@ -59,42 +57,38 @@ impl Target {
             HOST,
             HeaderValue::from_str(&host_header).map_err(|e| bad(format!("{e}")))?,
         );
-        let json = HeaderValue::from_static("application/json");
-        // The platform has no token of ours; its signature authenticates it.
-        let mut callback_headers = get_headers.clone();
-        callback_headers.insert(CONTENT_TYPE, json.clone());
         if let Some(token) = &plan.token {
             get_headers.insert(AUTHORIZATION, authorization(token)?);
         }
-        let mut order_headers = get_headers.clone();
-        order_headers.insert(CONTENT_TYPE, json);
-        let order_headers = |mode| {
-            let mut headers = order_headers.clone();
-            let prefer = plan.prefer(mode);
-            if let Some(prefer) = prefer.and_then(|text| HeaderValue::from_str(&text).ok()) {
-                headers.insert(HeaderName::from_static("prefer"), prefer);
+        let head = |path: &str, token: Option<&Token>, prefer: Option<String>| {
+            let mut head = format!(
+                "POST {prefix}{path} HTTP/1.1\r\nhost: {host_header}\r\ncontent-type: application/json\r\n"
+            );
+            for (name, value) in [
+                ("authorization", token.map(Token::header)),
+                ("prefer", prefer),
+            ] {
+                if let Some(value) = value {
+                    head.push_str(&format!("{name}: {value}\r\n"));
+                }
             }
-            headers
+            head.into_bytes()
         };
-        let order_headers = match plan.mode {
-            OrderMode::Mixed => [OrderMode::Wait, OrderMode::RespondAsync].map(order_headers),
-            mode => [mode, mode].map(order_headers),
+        let modes = match plan.mode {
+            OrderMode::Mixed => [OrderMode::Wait, OrderMode::RespondAsync],
+            mode => [mode, mode],
         };
-        let path = |path: &str| {
-            let path = format!("{prefix}{path}").parse();
-            path.map_err(|e: hyper::http::uri::InvalidUri| bad(format!("{e}")))
-        };
-        let orders = path("/v1/orders")?;
-        let callbacks = path("/v1/payments/standard/notify")?;
+        let order_heads =
+            modes.map(|mode| head("/v1/orders", plan.token.as_ref(), plan.prefer(mode)));
+        // The platform has no token of ours; its signature authenticates it.
+        let callback_head = head("/v1/payments/standard/notify", None, None);
         Ok(Self {
             url: plan.target.clone(),
             address: format!("{host}:{port}"),
             prefix,
             get_headers,
-            order_headers,
-            callback_headers,
-            orders,
-            callbacks,
+            order_heads,
+            callback_head,
         })
     }
 
@@ -103,15 +97,15 @@ impl Target {
         self.get_headers.clone()
     }
 
-    /// The headers of a buyer's `POST /v1/orders`, all but the key.
-    pub(super) fn order_headers(&self, buyer: u32) -> HeaderMap {
-        let [even, odd] = &self.order_headers;
-        if buyer.is_multiple_of(2) { even } else { odd }.clone()
+    /// The head of a buyer's `POST /v1/orders` without the key and the length.
+    pub(super) fn order_head(&self, buyer: u32) -> &[u8] {
+        let [even, odd] = &self.order_heads;
+        if buyer.is_multiple_of(2) { even } else { odd }
     }
 
-    /// The headers of a callback, all but those of its message.
-    pub(super) fn callback_headers(&self) -> HeaderMap {
-        self.callback_headers.clone()
+    /// The head of a callback without the fields of its message.
+    pub(super) fn callback_head(&self) -> &[u8] {
+        &self.callback_head
     }
 
     /// The path of a SKU. Ids are visible ASCII, so some of them need escaping.
@@ -159,8 +153,15 @@ mod tests {
         }
         let target = Target::of(&LoadPlan::new("http://[::1]:8080/shop/")).unwrap();
         assert_eq!(target.address, "[::1]:8080");
-        assert_eq!(target.orders.path(), "/shop/v1/orders");
-        assert_eq!(target.callbacks.path(), "/shop/v1/payments/standard/notify");
+        let starts = |head: &[u8], with: &str| head.starts_with(with.as_bytes());
+        assert!(starts(
+            target.order_head(1),
+            "POST /shop/v1/orders HTTP/1.1\r\nhost: [::1]:8080\r\n"
+        ));
+        assert!(starts(
+            target.callback_head(),
+            "POST /shop/v1/payments/standard/notify HTTP/1.1\r\n"
+        ));
         assert_eq!(target.sku_path("A/1"), "/shop/v1/skus/A%2F1");
     }
 }

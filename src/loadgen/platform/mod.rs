@@ -22,4 +22,4 @@ pub(super) use payment::PlacedOrder;
 pub use payment_stats::{FalseSignatures, Money, PaymentKindCount, PaymentOutcome, PaymentReport};
 pub(super) use webhook::Signer;
 pub use webhook::WebhookSecret;
-pub(super) use webhook_delivery::{PaymentsTx, WebhookDelivery};
+pub(super) use webhook_delivery::WebhookDelivery;

@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 
+use hdrhistogram::Histogram;
 use serde::Serialize;
 use smol_str::SmolStr;
 
 use super::payment::PaymentKind;
-use crate::loadgen::histogram::Latencies;
-use crate::loadgen::outcome::Fault;
+use crate::loadgen::recorder::{microseconds, record};
 use crate::loadgen::report::Percentiles;
+use crate::loadgen::sender::Fault;
 
 /// The payments of a load: the member `payments` of `--json`.
 ///
@@ -108,7 +109,7 @@ pub(in crate::loadgen) struct PaymentStats {
     report: PaymentReport,
     sent: [u64; PaymentKind::ALL.len()],
     acknowledged: [u64; PaymentKind::ALL.len()],
-    latencies: Latencies<u64>,
+    latencies: Histogram<u64>,
 }
 
 impl PaymentStats {
@@ -120,7 +121,7 @@ impl PaymentStats {
             },
             sent: [0; PaymentKind::ALL.len()],
             acknowledged: [0; PaymentKind::ALL.len()],
-            latencies: Latencies::new(3),
+            latencies: microseconds(3),
         }
     }
 
@@ -140,14 +141,12 @@ impl PaymentStats {
     /// Notes the first `2xx` for a payment.
     pub(in crate::loadgen) fn acknowledged(
         &mut self,
-        kind: PaymentKind,
-        amount: i64,
-        currency: &str,
+        payment: &PaymentOutcome,
         place: usize,
         at_ms: i64,
     ) {
-        self.acknowledged[kind.place()] += 1;
-        self.money(currency).acknowledged += amount;
+        self.acknowledged[payment.kind.place()] += 1;
+        self.money(&payment.currency).acknowledged += payment.amount;
         if let Some(payment) = self
             .report
             .outcomes
@@ -180,7 +179,7 @@ impl PaymentStats {
         }
         // A refused connection is over at once, and would only flatter.
         if matches!(result, Ok(_) | Err(Fault::Timeout)) {
-            self.latencies.record(latency_ns);
+            record(&mut self.latencies, latency_ns);
         }
     }
 

@@ -5,89 +5,85 @@
 //! its latency counts from there. A failed delivery is retried with exponential backoff until the grace
 //! period after the last order is over.
 
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
 use std::collections::BTreeMap;
+use std::io::Write as _;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{self, TryRecvError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use hyper::header::HeaderValue;
-use hyper::{Method, Request};
 use smol_str::{SmolStr, format_smolstr};
-use tokio::sync::{Notify, mpsc};
-use tokio::task::LocalSet;
 
 use super::payment::{Forgery, PaymentKind, PlacedOrder};
 use super::payment_scenario::{LATE_TAIL_NS, PaymentScenario, PlannedPayment};
 use super::payment_stats::{DeliveryResult, PaymentOutcome, PaymentReport, PaymentStats};
 use super::webhook::{Signer, Succeeded};
-use crate::loadgen::connection::{Connection, request, send};
+use crate::loadgen::buyers::RunShared;
 use crate::loadgen::error::LoadError;
-use crate::loadgen::outcome::Fault;
 use crate::loadgen::plan::LoadPlan;
-use crate::loadgen::sender::{RunShared, pacer};
-
-/// Takes placed orders from the sending threads. The delivery ends once all senders are dropped and
-/// every payment is delivered or given up.
-pub(in crate::loadgen) type PaymentsTx = mpsc::UnboundedSender<PlacedOrder>;
+use crate::loadgen::sender::{Fault, Reply, Sender, Traffic};
 
 /// Payment platforms time out at about this.
 const CALLBACK_TIMEOUT_MAX: Duration = Duration::from_secs(5);
 /// The pause after the first failure; it doubles with each further one, up to the longest.
 const BACKOFF_NS: u64 = 250_000_000;
 const BACKOFF_NS_MAX: u64 = 4_000_000_000;
-/// The dispatcher looks at what is due no more often and, while anything is to come, no more
-/// rarely than this; the timer of tokio would be late by up to a millisecond more.
-const TICK: Duration = Duration::from_micros(200);
-const TICK_MAX: Duration = Duration::from_millis(1);
-/// It looks up at least this often, to hear of a stop and of the end.
-const LOOK_UP: Duration = Duration::from_millis(50);
+/// Placed orders are looked for this often.
+const TICK: Duration = Duration::from_millis(1);
 
 /// The thread that delivers callbacks.
 pub(in crate::loadgen) struct WebhookDelivery {
-    thread: JoinHandle<PaymentReport>,
+    thread: JoinHandle<std::io::Result<PaymentReport>>,
     acknowledged: Arc<AtomicU64>,
 }
 
 impl WebhookDelivery {
-    /// Starts the thread of a plan that passed its check. `end`: about when the last request is due,
+    /// Starts the thread of a plan that passed its check. It ends once all senders of placed orders are
+    /// dropped and every payment is delivered or given up. `end`: about when the last request is due,
     /// after the start.
     pub(in crate::loadgen) fn open(
         plan: &LoadPlan,
-        common: &Arc<RunShared>,
+        shared: &Arc<RunShared>,
         end: Duration,
-    ) -> Result<(Self, PaymentsTx), LoadError> {
-        let failed = |reason: String| LoadError::Thread {
-            what: "payment platform's thread",
-            reason,
-        };
+    ) -> Result<(Self, mpsc::Sender<PlacedOrder>), LoadError> {
         let signer = plan.signer()?;
-        let (payments_tx, placed_orders) = mpsc::unbounded_channel();
+        let (payments_tx, placed_orders) = mpsc::channel();
         let acknowledged = Arc::new(AtomicU64::new(0));
         let grace_ns = plan.pay_grace_ms.saturating_mul(1_000_000);
+        let timeout = CALLBACK_TIMEOUT_MAX.min(shared.request_timeout);
+        let mut sender =
+            Sender::new(shared.address, plan.pay_connections, timeout).map_err(|e| failed(&e))?;
         let settings = Settings {
-            common: Arc::clone(common),
+            shared: Arc::clone(shared),
             signer,
+            forger: Signer::of_key(b"another key, not the platform's."),
             scenario: PaymentScenario::new(plan.seed, plan.pay_share),
-            connections: plan.pay_connections,
             grace_ns,
             horizon_ns: u64::try_from(end.as_nanos())
                 .unwrap_or(u64::MAX)
                 .saturating_add(grace_ns),
-            keep: plan.keep_outcomes,
             acknowledged: Arc::clone(&acknowledged),
         };
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .map_err(|e| failed(e.to_string()))?;
+        let keep_outcomes = plan.keep_outcomes;
         let thread = std::thread::Builder::new()
             .name("loadgen-pay".to_owned())
-            .spawn(move || runtime.block_on(drive(settings, placed_orders)))
-            .map_err(|e| failed(e.to_string()))?;
+            .spawn(move || {
+                let mut deliveries = Deliveries {
+                    settings,
+                    placed_orders,
+                    due: BTreeMap::new(),
+                    next_number: 0,
+                    deadline_ns: None,
+                    stats: PaymentStats::new(keep_outcomes),
+                };
+                sender.run(&mut deliveries)?;
+                Ok(deliveries.stats.close())
+            })
+            .map_err(|e| failed(&e))?;
         Ok((
             Self {
                 thread,
@@ -107,43 +103,47 @@ impl WebhookDelivery {
     }
 
     pub(in crate::loadgen) fn close(self) -> Result<PaymentReport, LoadError> {
-        self.thread.join().map_err(|_| LoadError::Thread {
-            what: "payment platform's thread",
-            reason: "it panicked, as printed above".to_owned(),
-        })
+        match self.thread.join() {
+            Ok(report) => report.map_err(|e| failed(&e)),
+            Err(_) => Err(failed(&"it panicked, as printed above")),
+        }
+    }
+}
+
+fn failed(reason: &dyn std::fmt::Display) -> LoadError {
+    LoadError::Thread {
+        what: "payment platform's thread",
+        reason: reason.to_string(),
     }
 }
 
 /// Settings of the thread.
 struct Settings {
-    common: Arc<RunShared>,
+    shared: Arc<RunShared>,
     signer: Signer,
+    forger: Signer,
     scenario: PaymentScenario,
-    connections: usize,
     grace_ns: u64,
     /// Until when a payment may fall due, in nanoseconds after the start.
     horizon_ns: u64,
-    keep: bool,
     acknowledged: Arc<AtomicU64>,
 }
 
-/// Shared by the tasks of the thread.
-struct Shared {
+/// The deliveries to come, and the statistics of those that were made.
+struct Deliveries {
     settings: Settings,
-    forger: Signer,
+    placed_orders: mpsc::Receiver<PlacedOrder>,
     /// By the moment at which they are due, then by their number.
-    due: RefCell<BTreeMap<(u64, u64), Delivery>>,
-    number: Cell<u64>,
-    /// Idle connections.
-    connections: RefCell<Vec<Connection>>,
-    in_flight: Cell<usize>,
-    /// A delivery is over.
-    changed: Notify,
-    stats: RefCell<PaymentStats>,
+    due: BTreeMap<(u64, u64), Delivery>,
+    next_number: u64,
+    /// When the grace period ends; none while orders may still come.
+    deadline_ns: Option<u64>,
+    stats: PaymentStats,
 }
 
 /// One attempt to deliver a payment.
 struct Delivery {
+    due_ns: u64,
     payment: Rc<Payment>,
     failures: u32,
 }
@@ -160,160 +160,148 @@ struct Payment {
     acknowledged: Cell<bool>,
 }
 
-async fn drive(
-    settings: Settings,
-    placed_orders: mpsc::UnboundedReceiver<PlacedOrder>,
-) -> PaymentReport {
-    let keep = settings.keep;
-    let shared = Rc::new(Shared {
-        settings,
-        forger: Signer::of_key(b"another key, not the platform's."),
-        due: RefCell::default(),
-        number: Cell::new(0),
-        connections: RefCell::default(),
-        in_flight: Cell::new(0),
-        changed: Notify::new(),
-        stats: RefCell::new(PaymentStats::new(keep)),
-    });
-    LocalSet::new()
-        .run_until(dispatch(Rc::clone(&shared), placed_orders))
-        .await;
-    shared.stats.replace(PaymentStats::new(false)).close()
-}
+impl Traffic for Deliveries {
+    type Request = Delivery;
 
-/// Takes placed orders and sends due deliveries, until no more can come.
-async fn dispatch(shared: Rc<Shared>, mut placed_orders: mpsc::UnboundedReceiver<PlacedOrder>) {
-    let alarm = Arc::new(Notify::new());
-    let pacer = pacer(Arc::clone(&alarm));
-    let mut asked = false;
-    let mut deadline_ns = None;
-    loop {
-        while let Ok(order) = placed_orders.try_recv() {
-            shared.take(&order);
+    fn take_due(&mut self, _: Instant, out: &mut Vec<u8>) -> Option<Delivery> {
+        let first = self.due.first_entry()?;
+        if first.key().0 > self.settings.now_ns() {
+            return None;
         }
-        if deadline_ns.is_none() && placed_orders.is_closed() && placed_orders.is_empty() {
-            deadline_ns = Some(shared.now_ns().saturating_add(shared.settings.grace_ns));
+        let delivery = first.remove();
+        let payment = &delivery.payment;
+        if payment.forgery.is_none() && payment.place.get().is_none() {
+            let place = self.stats.first_sent(payment.outcome.clone());
+            payment.place.set(Some(place));
         }
-        let over = deadline_ns.is_some_and(|deadline| shared.now_ns() >= deadline);
-        if over || shared.settings.common.stop.load(Ordering::Relaxed) {
-            shared.due.borrow_mut().clear();
+        self.settings.write(payment, out);
+        Some(delivery)
+    }
+
+    fn next_due(&self) -> Option<Instant> {
+        let start = self.settings.shared.start.get()?;
+        let due = self.due.keys().next();
+        let due = due.map(|(due_ns, _)| *start + Duration::from_nanos(*due_ns));
+        // Orders come without a wake-up.
+        let look = self.deadline_ns.is_none().then(|| Instant::now() + TICK);
+        match (due, look) {
+            (Some(due), Some(look)) => Some(due.min(look)),
+            (due, look) => due.or(look),
         }
-        while shared.in_flight.get() < shared.settings.connections
-            && let Some((at_ns, delivery)) = shared.next_due()
-        {
-            shared.in_flight.set(shared.in_flight.get() + 1);
-            tokio::task::spawn_local(deliver(Rc::clone(&shared), at_ns, delivery));
+    }
+
+    fn answered(&mut self, delivery: Delivery, _: Instant, answer: Result<Reply<'_>, Fault>) {
+        let Delivery {
+            due_ns,
+            payment,
+            failures,
+        } = delivery;
+        let result = answer.map(|reply| reply.status);
+        let now_ns = self.settings.now_ns();
+        if self.is_done(
+            &payment,
+            result,
+            now_ns.saturating_sub(due_ns),
+            failures > 0,
+        ) {
+            return;
         }
-        let next_ns = shared.due.borrow().keys().next().map(|(at_ns, _)| *at_ns);
-        if deadline_ns.is_some() && next_ns.is_none() && shared.in_flight.get() == 0 {
-            break;
-        }
-        let now = Instant::now();
-        let wait = match next_ns {
-            // All connections are busy; the first one that is done notifies.
-            _ if shared.in_flight.get() >= shared.settings.connections => LOOK_UP,
-            Some(next_ns) => Duration::from_nanos(next_ns.saturating_sub(shared.now_ns())),
-            None => LOOK_UP,
-        };
-        if wait < LOOK_UP && !asked {
-            let moment = now + wait.clamp(TICK, TICK_MAX);
-            asked = pacer.as_ref().is_some_and(|p| p.send(moment).is_ok());
-        }
-        tokio::select! {
-            order = placed_orders.recv(), if deadline_ns.is_none() => {
-                if let Some(order) = order {
-                    shared.take(&order);
+        let backoff_ns = (BACKOFF_NS << failures.min(8)).min(BACKOFF_NS_MAX);
+        // Jitter by number, so that retries do not come back as one wave.
+        let jitter_ns = backoff_ns / 16 * (self.next_number % 5);
+        self.plan(Delivery {
+            due_ns: now_ns + backoff_ns + jitter_ns,
+            payment,
+            failures: failures + 1,
+        });
+    }
+
+    fn go_on(&mut self, _: Instant, busy: usize) -> bool {
+        while self.deadline_ns.is_none() {
+            match self.placed_orders.try_recv() {
+                Ok(order) => self.plan_payments(&order),
+                Err(TryRecvError::Empty) => break,
+                Err(TryRecvError::Disconnected) => {
+                    let now_ns = self.settings.now_ns();
+                    self.deadline_ns = Some(now_ns.saturating_add(self.settings.grace_ns));
                 }
             }
-            () = shared.changed.notified() => {}
-            () = alarm.notified(), if asked => asked = false,
-            () = tokio::time::sleep(wait.clamp(TICK_MAX, LOOK_UP)) => {}
         }
+        let is_over = self
+            .deadline_ns
+            .is_some_and(|deadline_ns| self.settings.now_ns() >= deadline_ns);
+        if is_over || self.settings.shared.stop.load(Ordering::Relaxed) {
+            self.due.clear();
+        }
+        busy > 0 || !self.due.is_empty() || self.deadline_ns.is_none()
     }
 }
 
-/// Sends one delivery and records its result.
-async fn deliver(shared: Rc<Shared>, at_ns: u64, delivery: Delivery) {
-    let payment = &delivery.payment;
-    shared.note_sent(payment);
-    let mut connection = shared.connections.borrow_mut().pop();
-    let result = match shared.request(payment) {
-        Err(fault) => Err(fault),
-        Ok(callback) => {
-            let address = &shared.settings.common.target.address;
-            let timeout = CALLBACK_TIMEOUT_MAX.min(shared.settings.common.request_timeout);
-            let sending = send(&mut connection, address, callback);
-            match tokio::time::timeout(timeout, sending).await {
-                Ok(Ok(reply)) => Ok(reply.status.as_u16()),
-                Ok(Err(fault)) => Err(fault),
-                Err(_) => Err(Fault::Timeout),
-            }
-        }
-    };
-    // After a fault the answer may still come, and must not be read as the next one's.
-    if let Some(connection) = connection.filter(|connection| result.is_ok() && connection.is_open())
-    {
-        shared.connections.borrow_mut().push(connection);
-    }
-    shared.note_result(at_ns, delivery, result);
-    shared.in_flight.set(shared.in_flight.get() - 1);
-    shared.changed.notify_one();
-}
-
-impl Shared {
-    fn now_ns(&self) -> u64 {
-        let start = self.settings.common.start.get();
-        start.map_or(0, |start| start.elapsed().as_nanos() as u64)
-    }
-
-    fn next_due(&self) -> Option<(u64, Delivery)> {
-        let mut due = self.due.borrow_mut();
-        let first = due.first_entry()?;
-        let at_ns = first.key().0;
-        (at_ns <= self.now_ns()).then(|| (at_ns, first.remove()))
-    }
-
-    fn plan(&self, at_ns: u64, delivery: Delivery) {
-        let number = self.number.get();
-        self.number.set(number + 1);
-        self.due.borrow_mut().insert((at_ns, number), delivery);
+impl Deliveries {
+    fn plan(&mut self, delivery: Delivery) {
+        self.due
+            .insert((delivery.due_ns, self.next_number), delivery);
+        self.next_number += 1;
     }
 
     /// Plans the payments of an order.
-    fn take(&self, order: &PlacedOrder) {
-        let now_ns = self.now_ns();
+    fn plan_payments(&mut self, order: &PlacedOrder) {
+        let now_ns = self.settings.now_ns();
         let expires_in_ns = order.expires_at_ms.and_then(|at_ms| {
             let left_ms = u64::try_from(at_ms.saturating_sub(unix_ms())).ok()?;
             let left_ns = left_ms.saturating_mul(1_000_000);
             let last_ns = now_ns.saturating_add(left_ns).saturating_add(LATE_TAIL_NS);
             (last_ns <= self.settings.horizon_ns).then_some(left_ns)
         });
-        let planned = self
-            .settings
-            .scenario
-            .of(order.buyer, order.sku, expires_in_ns);
+        let scenario = self.settings.scenario;
+        let planned = scenario.of(order.buyer, order.sku, expires_in_ns);
         for (number, planned) in planned.iter().enumerate() {
             let payment = Rc::new(Payment::new(order, planned, number));
             for after_ns in &planned.deliveries_ns {
-                let payment = Rc::clone(&payment);
-                self.plan(
-                    now_ns + after_ns,
-                    Delivery {
-                        payment,
-                        failures: 0,
-                    },
-                );
+                self.plan(Delivery {
+                    due_ns: now_ns + after_ns,
+                    payment: Rc::clone(&payment),
+                    failures: 0,
+                });
             }
         }
     }
 
-    /// The callback, signed at this moment.
-    fn request(&self, payment: &Payment) -> Result<Request<http_body_util::Full<Bytes>>, Fault> {
-        let target = &self.settings.common.target;
+    /// Records the result of a delivery. True: no retry is needed.
+    fn is_done(
+        &mut self,
+        payment: &Payment,
+        result: DeliveryResult,
+        latency_ns: u64,
+        is_retry: bool,
+    ) -> bool {
+        let taken = matches!(result, Ok(200..=299));
+        if payment.forgery.is_some() {
+            self.stats.forged(result);
+            return taken || result == Ok(401);
+        }
+        self.stats.delivered(result, latency_ns, is_retry);
+        if taken && !payment.acknowledged.replace(true) {
+            self.settings.acknowledged.fetch_add(1, Ordering::Relaxed);
+            let place = payment.place.get().unwrap_or(usize::MAX);
+            self.stats.acknowledged(&payment.outcome, place, unix_ms());
+        }
+        payment.acknowledged.get()
+    }
+}
+
+impl Settings {
+    fn now_ns(&self) -> u64 {
+        let start = self.shared.start.get();
+        start.map_or(0, |start| start.elapsed().as_nanos() as u64)
+    }
+
+    /// Writes the callback, signed at this moment.
+    fn write(&self, payment: &Payment, out: &mut Vec<u8>) {
         let timestamp_s = unix_ms() / 1000;
         let signer = match payment.forgery {
             Some(Forgery::ForeignKey) => &self.forger,
-            Some(Forgery::AlteredBody | Forgery::AlteredSignature) | None => &self.settings.signer,
+            Some(Forgery::AlteredBody | Forgery::AlteredSignature) | None => &self.signer,
         };
         let mut signature = signer.sign(&payment.webhook_id, timestamp_s, &payment.signed);
         if payment.forgery == Some(Forgery::AlteredSignature) {
@@ -324,62 +312,16 @@ impl Shared {
             };
             signature.replace_range(3..4, first);
         }
-        let mut headers = target.callback_headers();
-        for (name, value) in [
-            ("webhook-id", payment.webhook_id.as_str()),
-            ("webhook-timestamp", &timestamp_s.to_string()),
-            ("webhook-signature", &signature),
-        ] {
-            let value = HeaderValue::from_str(value).map_err(|_| Fault::NotSent)?;
-            headers.insert(name, value);
-        }
-        let path = target.callbacks.clone();
-        Ok(request(Method::POST, path, headers, payment.body.clone()))
-    }
-
-    fn note_sent(&self, payment: &Payment) {
-        if payment.forgery.is_none() && payment.place.get().is_none() {
-            let place = self.stats.borrow_mut().first_sent(payment.outcome.clone());
-            payment.place.set(Some(place));
-        }
-    }
-
-    fn note_result(&self, at_ns: u64, delivery: Delivery, result: DeliveryResult) {
-        let Delivery { payment, failures } = delivery;
-        let now_ns = self.now_ns();
-        let taken = matches!(result, Ok(200..=299));
-        let done = {
-            let mut stats = self.stats.borrow_mut();
-            if payment.forgery.is_some() {
-                stats.forged(result);
-                taken || result == Ok(401)
-            } else {
-                let latency_ns = now_ns.saturating_sub(at_ns);
-                stats.delivered(result, latency_ns, failures > 0);
-                if taken && !payment.acknowledged.replace(true) {
-                    self.settings.acknowledged.fetch_add(1, Ordering::Relaxed);
-                    let PaymentOutcome {
-                        kind,
-                        amount,
-                        ref currency,
-                        ..
-                    } = payment.outcome;
-                    let place = payment.place.get().unwrap_or(usize::MAX);
-                    stats.acknowledged(kind, amount, currency, place, unix_ms());
-                }
-                payment.acknowledged.get()
-            }
-        };
-        if !done {
-            let backoff_ns = (BACKOFF_NS << failures.min(8)).min(BACKOFF_NS_MAX);
-            // Jitter by number, so that retries do not come back as one wave.
-            let jitter_ns = backoff_ns / 16 * (self.number.get() % 5);
-            let failures = failures + 1;
-            self.plan(
-                now_ns + backoff_ns + jitter_ns,
-                Delivery { payment, failures },
-            );
-        }
+        let (id, body) = (&payment.webhook_id, &payment.body);
+        out.extend_from_slice(self.shared.target.callback_head());
+        // Writing to memory cannot fail.
+        let _ = write!(
+            out,
+            "webhook-id: {id}\r\nwebhook-timestamp: {timestamp_s}\r\nwebhook-signature: {signature}\r\n\
+             content-length: {}\r\n\r\n",
+            body.len()
+        );
+        out.extend_from_slice(body);
     }
 }
 

@@ -1,0 +1,156 @@
+//! A thread of buyers: its share of the schedule, its connections, its records.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Barrier, OnceLock, mpsc};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::error::LoadError;
+use super::outcome::Answer;
+use super::platform::PlacedOrder;
+use super::recorder::{LiveCounters, Recorder};
+use super::request_template::RequestTemplate;
+use super::schedule::{Arrival, Cursor};
+use super::sender::{Fault, Reply, Sender, Traffic};
+use super::target::Target;
+
+/// How long connections may take to be made before the load begins.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
+/// Pause between two updates of the p99 on the progress line.
+const SHOW_P99_EVERY: Duration = Duration::from_millis(500);
+
+/// What all threads of a run share.
+pub(super) struct RunShared {
+    pub target: Target,
+    /// The address behind the target.
+    pub address: SocketAddr,
+    pub template: Arc<RequestTemplate>,
+    pub request_timeout: Duration,
+    pub interval_ms: u64,
+    pub keep_outcomes: bool,
+    /// Set to end the load early; answers to requests under way are still awaited.
+    pub stop: AtomicBool,
+    /// Passed once all threads are connected.
+    pub ready: Barrier,
+    /// Moment zero of the schedule, set by the first thread that passes `ready`.
+    pub start: OnceLock<Instant>,
+}
+
+/// Starts a thread; joining it gives its records.
+pub(super) fn spawn(
+    shared: Arc<RunShared>,
+    cursor: Cursor,
+    connections: usize,
+    live: Arc<LiveCounters>,
+    payments_tx: Option<mpsc::Sender<PlacedOrder>>,
+) -> Result<JoinHandle<io::Result<Recorder>>, LoadError> {
+    let failed = |e: io::Error| LoadError::Thread {
+        what: "sending thread",
+        reason: e.to_string(),
+    };
+    let mut sender =
+        Sender::new(shared.address, connections, shared.request_timeout).map_err(failed)?;
+    let mut buyers = Buyers {
+        recorder: Recorder::new(shared.interval_ms, shared.keep_outcomes),
+        start: Instant::now(),
+        shown_at: Instant::now(),
+        shared,
+        cursor,
+        live,
+        payments_tx,
+    };
+    std::thread::Builder::new()
+        .name("loadgen".to_owned())
+        .spawn(move || {
+            // Connections that are missing are tried again with their first request.
+            sender.connect(CONNECT_PATIENCE)?;
+            buyers.shared.ready.wait();
+            buyers.start = *buyers.shared.start.get_or_init(Instant::now);
+            sender.run(&mut buyers)?;
+            Ok(buyers.recorder)
+        })
+        .map_err(failed)
+}
+
+/// The traffic of one thread.
+struct Buyers {
+    shared: Arc<RunShared>,
+    cursor: Cursor,
+    start: Instant,
+    recorder: Recorder,
+    live: Arc<LiveCounters>,
+    shown_at: Instant,
+    /// Takes placed orders to the payment platform; none without payments.
+    payments_tx: Option<mpsc::Sender<PlacedOrder>>,
+}
+
+impl Traffic for Buyers {
+    type Request = Arrival;
+
+    fn take_due(&mut self, now: Instant, out: &mut Vec<u8>) -> Option<Arrival> {
+        loop {
+            let now_ns = self.since_start_ns(now);
+            let arrival = self.cursor.take_due(now_ns)?;
+            self.recorder.sent(&arrival, now_ns);
+            self.live.count_sent();
+            let late = Duration::from_nanos(now_ns.saturating_sub(arrival.scheduled_ns));
+            if late <= self.shared.request_timeout {
+                let RunShared {
+                    target, template, ..
+                } = &*self.shared;
+                template.write(&arrival, target.order_head(arrival.buyer), out);
+                return Some(arrival);
+            }
+            self.record(&arrival, now, &Answer::fault(Fault::NotSent));
+        }
+    }
+
+    fn next_due(&self) -> Option<Instant> {
+        let due_ns = self.cursor.due_ns()?;
+        Some(self.start + Duration::from_nanos(due_ns))
+    }
+
+    fn answered(&mut self, arrival: Arrival, now: Instant, answer: Result<Reply<'_>, Fault>) {
+        let reply = match answer {
+            Ok(reply) => reply,
+            Err(fault) => return self.record(&arrival, now, &Answer::fault(fault)),
+        };
+        let replayed = reply.field("idempotency-replayed").is_some();
+        let answer = Answer::read(reply.status, replayed, reply.body);
+        if let Some(payments_tx) = &self.payments_tx
+            && answer.kind.is_placed()
+            && let Some(order) = PlacedOrder::read(&arrival, reply.body)
+        {
+            // A platform that has given up takes no more orders.
+            let _ = payments_tx.send(order);
+        }
+        self.record(&arrival, now, &answer);
+    }
+
+    fn go_on(&mut self, now: Instant, busy: usize) -> bool {
+        if self.shared.stop.load(Ordering::Relaxed) {
+            self.cursor.end();
+        }
+        if now.saturating_duration_since(self.shown_at) >= SHOW_P99_EVERY {
+            self.shown_at = now;
+            if let Some(p99_ms) = self.recorder.p99_ms() {
+                self.live.show_p99(p99_ms);
+            }
+        }
+        busy > 0 || self.cursor.due_ns().is_some()
+    }
+}
+
+impl Buyers {
+    fn since_start_ns(&self, now: Instant) -> u64 {
+        now.saturating_duration_since(self.start).as_nanos() as u64
+    }
+
+    fn record(&mut self, arrival: &Arrival, now: Instant, answer: &Answer) {
+        let now_ns = self.since_start_ns(now);
+        self.recorder.answered(arrival, now_ns, answer);
+        self.live.count_answer(answer.kind);
+    }
+}
