@@ -23,6 +23,7 @@
 //! so that it can also check the server against it.
 
 mod buyers;
+pub mod checker;
 mod error;
 mod follow_up;
 mod get;

@@ -15,7 +15,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use super::checker::Verdict;
+use super::checker::Findings;
 use super::outcome::{Why, seed};
 
 /// One way of mistreating PostgreSQL.
@@ -139,7 +139,7 @@ const CASES: &[Case] = &[
 /// What cases have shown; they add up.
 #[derive(Default)]
 struct Figures {
-    verdict: Verdict,
+    findings: Findings,
     /// Orders told `201` that a lagging standby did not have: the one loss that is allowed.
     lost_waiting: u64,
     /// Orders told `202 accepted` whose rows the standby did not have.
@@ -148,7 +148,7 @@ struct Figures {
 
 impl Figures {
     fn add(&mut self, other: Figures) {
-        self.verdict.add(&other.verdict);
+        self.findings.add(&other.findings);
         self.lost_waiting += other.lost_waiting;
         self.applied_again += other.applied_again;
     }
@@ -157,13 +157,13 @@ impl Figures {
 impl fmt::Display for Figures {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Figures {
-            verdict,
+            findings,
             lost_waiting,
             applied_again,
         } = self;
         write!(
             f,
-            "{verdict} lost_waiting={lost_waiting} applied_again={applied_again}"
+            "{findings} lost_waiting={lost_waiting} applied_again={applied_again}"
         )
     }
 }

@@ -16,7 +16,7 @@ use rand::rngs::StdRng;
 use rand::seq::SliceRandom as _;
 use rand::{Rng as _, SeedableRng as _};
 
-use super::checker::{Checker, Found, Verdict};
+use super::checker::{Checker, Findings, compare_until, read_rows};
 use super::load::{Load, Settings, audit, check, compare_counters, retry_some};
 use super::outcome::{Why, block_on, in_series};
 use super::platform::Platform;
@@ -188,20 +188,20 @@ impl Proof {
         all
     }
 
-    fn run(&mut self, cycles: u64, done: &dyn Fn(u64)) -> Result<Verdict, String> {
+    fn run(&mut self, cycles: u64, done: &dyn Fn(u64)) -> Result<Findings, String> {
         for cycle in 0..cycles {
             done(cycle);
-            let verdict = self.cycle(cycle);
-            let verdict = verdict.map_err(|why| format!("cycle={cycle} {why}"))?;
-            if !verdict.holds() {
-                return Ok(verdict);
+            let findings = self.cycle(cycle);
+            let findings = findings.map_err(|why| format!("cycle={cycle} {why}"))?;
+            if !findings.holds() {
+                return Ok(findings);
             }
         }
         self.finish()
     }
 
     /// Load, a kill, a start and a comparison.
-    fn cycle(&mut self, cycle: u64) -> Result<Verdict, String> {
+    fn cycle(&mut self, cycle: u64) -> Result<Findings, String> {
         // A defect is put in alone.
         let point = (cycle % 2 == 1 && self.bug.is_none()).then(|| self.points.next());
         let mut settings = Settings::choose(&mut self.random);
@@ -238,12 +238,12 @@ impl Proof {
         self.lose_some()?;
         let served = self.start(&settings)?;
         let all = self.random.random_bool(0.3);
-        let verdict = self.check(&served, all)?;
+        let findings = self.check(&served, all)?;
         // Its own death is one more.
         served.kill();
         self.checker.server_is_gone();
         self.lose_some()?;
-        Ok(verdict)
+        Ok(findings)
     }
 
     /// The database loses a few rows that nobody has paid, as a failover to a standby that lagged
@@ -254,7 +254,7 @@ impl Proof {
         };
         let config = OwnPostgres::of(self.dir()).config();
         let config = config.ok_or("PostgreSQL does not run")?;
-        let mut unpaid = block_on(async { platform.unpaid_among(&Found::read(&config).await) });
+        let mut unpaid = block_on(async { platform.unpaid_among(&read_rows(&config).await) });
         unpaid.shuffle(&mut self.random);
         unpaid.truncate(LOST_MAX);
         let lost = block_on(lose(&config, &unpaid)).map_err(|error| format!("to lose: {error}"))?;
@@ -344,7 +344,7 @@ impl Proof {
 
     /// Compares what a process that has just recovered knows. `all`: every order is to be paid or
     /// over first, where there are payments.
-    fn check(&mut self, served: &Served, all: bool) -> Result<Verdict, String> {
+    fn check(&mut self, served: &Served, all: bool) -> Result<Findings, String> {
         let postgres = OwnPostgres::of(self.dir());
         let config = postgres.config().ok_or("PostgreSQL does not run")?;
         let seed = self.random.random();
@@ -352,24 +352,24 @@ impl Proof {
             return Ok(check(served.data, &self.checker, &config, seed));
         };
         platform.deliver_all(served.data, all)?;
-        let mut said = Verdict::default();
+        let mut said = Findings::default();
         self.until_settled(|| {
-            let found = block_on(Found::read(&config));
+            let found = block_on(read_rows(&config));
             found.payments.iter().all(|one| one.state != "orphan")
         });
         retry_some(served.data, &self.checker, 30, seed, &mut said);
-        let mut verdict = Verdict::default();
+        let mut findings = Findings::default();
         self.until_settled(|| {
-            let found = block_on(Found::read(&config));
-            verdict = self.checker.judge(&found);
-            compare_counters(served.data, &found, &mut verdict);
+            let found = block_on(read_rows(&config));
+            findings = self.checker.check(&found);
+            compare_counters(served.data, &found, &mut findings);
             let is_cancel_asked = |user: &str| self.checker.is_cancel_asked(user);
-            platform.judge(&found, is_cancel_asked, all, &mut verdict);
-            verdict.faults.extend(said.faults.clone());
-            audit(served.control, &mut verdict);
-            verdict.holds()
+            platform.check(&found, is_cancel_asked, all, &mut findings);
+            findings.faults.extend(said.faults.clone());
+            audit(served.control, &mut findings);
+            findings.holds()
         });
-        Ok(verdict)
+        Ok(findings)
     }
 
     /// Looks until `condition` holds, or for as long as it may take: what is due expires, and
@@ -382,7 +382,7 @@ impl Proof {
     }
 
     /// Everything once more: after a load that ends by itself, and after an orderly end.
-    fn finish(&mut self) -> Result<Verdict, String> {
+    fn finish(&mut self) -> Result<Findings, String> {
         let settings = Settings::default();
         let served = self.start(&settings)?;
         let mut load = Load::prepare(&served, &self.checker, u64::MAX, &mut self.random)
@@ -399,15 +399,15 @@ impl Proof {
         });
         let config = OwnPostgres::of(self.dir()).config();
         let config = config.ok_or("PostgreSQL does not run")?;
-        let verdict = match &self.platform {
+        let findings = match &self.platform {
             Some(_) => self.check(&served, true)?,
-            None => block_on(self.checker.compare_until(&config, PATIENCE)),
+            None => block_on(compare_until(&self.checker, &config, PATIENCE)),
         };
-        if !verdict.holds() {
-            return Ok(verdict);
+        if !findings.holds() {
+            return Ok(findings);
         }
         if let Some(platform) = &self.platform {
-            platform.refunds_some(served.control, &block_on(Found::read(&config)))?;
+            platform.refunds_some(served.control, &block_on(read_rows(&config)))?;
         }
         served.terminate();
         let code = served.wait();
@@ -417,10 +417,10 @@ impl Proof {
         }
         self.checker.server_is_gone();
         let served = self.start(&settings)?;
-        let verdict = self.check(&served, true)?;
+        let findings = self.check(&served, true)?;
         served.terminate();
         served.wait();
-        Ok(verdict)
+        Ok(findings)
     }
 }
 

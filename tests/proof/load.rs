@@ -9,7 +9,9 @@ use rand::seq::IndexedRandom as _;
 use rand::{Rng as _, SeedableRng as _};
 use serde_json::{Value, json};
 
-use super::checker::{Attempt, Checker, Found, Told, Verdict, Wish};
+use super::checker::{
+    Attempt, Checker, Findings, OrderAnswer, OrderRequest, StoredRows, read_rows,
+};
 use super::outcome::block_on;
 use super::platform::Platform;
 use crate::support::http::{Answer, Connection, try_call};
@@ -68,7 +70,7 @@ impl<'a> Load<'a> {
     /// Buys until told to stop, or until nobody answers any more. Returns how many orders were
     /// accepted.
     pub fn run(&self, stop: &AtomicBool) -> u64 {
-        let open = self.checker.open_wishes(self.threads as usize * 8);
+        let open = self.checker.open_requests(self.threads as usize * 8);
         let accepted = AtomicU64::new(0);
         std::thread::scope(|scope| {
             for number in 0..self.threads {
@@ -108,7 +110,7 @@ struct Shop<'a> {
     name: String,
     next: u64,
     /// What may be asked for again, under the same key.
-    again: Vec<Wish>,
+    again: Vec<OrderRequest>,
     /// Users with an order.
     bought: Vec<String>,
     connection: Option<Connection>,
@@ -143,12 +145,12 @@ impl Shop<'_> {
         let respond_async = self.random.random_range(0..100) < self.load.respond_async;
         match self.random.random_range(0..100) {
             0..60 => {
-                let wish = self.wish();
-                self.place(wish, respond_async)
+                let request = self.request();
+                self.place(request, respond_async)
             }
             60..75 => self.place_batch(respond_async),
             75..90 => match self.again.choose(&mut self.random).cloned() {
-                Some(wish) => self.place(wish, respond_async),
+                Some(request) => self.place(request, respond_async),
                 None => Ok(0),
             },
             _ if self.load.cancels => self.cancel(),
@@ -156,7 +158,7 @@ impl Shop<'_> {
         }
     }
 
-    fn wish(&mut self) -> Wish {
+    fn request(&mut self) -> OrderRequest {
         self.next += 1;
         let user = format!("{}-{}", self.name, self.next);
         let random = &mut self.random;
@@ -173,7 +175,7 @@ impl Shop<'_> {
         };
         let unit_price = self.load.checker.unit_price(&sku).expect("on sale");
         let amount = unit_price * i64::from(quantity) + adjustment;
-        Wish {
+        OrderRequest {
             key: random
                 .random_bool(0.9)
                 .then(|| format!("k-{:x}", random.random::<u64>())),
@@ -188,62 +190,65 @@ impl Shop<'_> {
         }
     }
 
-    fn place(&mut self, wish: Wish, respond_async: bool) -> std::io::Result<u64> {
-        let (fields, body) = (fields(&wish, respond_async), body(&wish).to_string());
-        let attempt = self.load.checker.asks(&wish);
+    fn place(&mut self, request: OrderRequest, respond_async: bool) -> std::io::Result<u64> {
+        let (fields, body) = (fields(&request, respond_async), body(&request).to_string());
+        let attempt = self.load.checker.asks(&request);
         let answer = self.send("POST", "/v1/orders", &fields, &body);
         let accepted = match &answer {
             Ok(answer) => {
                 let told = whole(answer);
-                self.ended(attempt, &wish, told)
+                self.ended(attempt, &request, Some(told))
             }
-            Err(_) => self.ended(attempt, &wish, Told::Nothing),
+            Err(_) => self.ended(attempt, &request, None),
         };
         answer.map(|_| u64::from(accepted))
     }
 
     fn place_batch(&mut self, respond_async: bool) -> std::io::Result<u64> {
         let count = self.random.random_range(2..=self.load.batch_max);
-        let mut wishes: Vec<Wish> = (0..count).map(|_| self.wish()).collect();
+        let mut requests: Vec<OrderRequest> = (0..count).map(|_| self.request()).collect();
         // One of them twice in the same request.
-        if wishes[0].key.is_some() && self.random.random_bool(0.3) {
-            wishes.push(wishes[0].clone());
+        if requests[0].key.is_some() && self.random.random_bool(0.3) {
+            requests.push(requests[0].clone());
         }
-        let (fields, lines) = (batch_fields(respond_async), batch_lines(&wishes));
-        let attempts: Vec<Attempt> = wishes
+        let (fields, lines) = (batch_fields(respond_async), batch_lines(&requests));
+        let attempts: Vec<Attempt> = requests
             .iter()
-            .map(|wish| self.load.checker.asks(wish))
+            .map(|request| self.load.checker.asks(request))
             .collect();
         let answer = self.send("POST", "/v1/orders:batch", &fields, &lines);
         let told = match &answer {
-            Ok(answer) => told_of_batch(answer, wishes.len()),
-            Err(_) => vec![Told::Nothing; wishes.len()],
+            Ok(answer) => told_of_batch(answer, requests.len()),
+            Err(_) => vec![None; requests.len()],
         };
         let mut accepted = 0;
-        for ((attempt, wish), told) in attempts.into_iter().zip(&wishes).zip(told) {
-            accepted += u64::from(self.ended(attempt, wish, told));
+        for ((attempt, request), told) in attempts.into_iter().zip(&requests).zip(told) {
+            accepted += u64::from(self.ended(attempt, request, told));
         }
         answer.map(|_| accepted)
     }
 
-    fn ended(&mut self, attempt: Attempt, wish: &Wish, told: Told) -> bool {
-        // Who is refused for a moment comes back a moment later, not at once.
-        if let Told::Answer { status: 503, .. } = told {
+    fn ended(
+        &mut self,
+        attempt: Attempt,
+        request: &OrderRequest,
+        told: Option<OrderAnswer>,
+    ) -> bool {
+        // A client that is pushed back retries a moment later, not at once.
+        if told.as_ref().is_some_and(|told| told.status == 503) {
             std::thread::sleep(Duration::from_millis(1));
         }
-        let order = match (self.load.platform, &told) {
-            (Some(platform), Told::Answer { body, .. }) => Some((platform, body.clone())),
-            _ => None,
-        };
-        let accepted = self.load.checker.told(attempt, told);
+        let body = told.as_ref().map(|told| told.body.clone());
+        let order = self.load.platform.zip(body);
+        let accepted = self.load.checker.answered(attempt, told);
         if let Some((platform, order)) = order.filter(|_| accepted) {
             platform.orders(&order);
         }
-        if wish.key.is_some() && self.random.random_bool(0.3) {
-            self.again.push(wish.clone());
+        if request.key.is_some() && self.random.random_bool(0.3) {
+            self.again.push(request.clone());
         }
         if accepted {
-            self.bought.push(wish.user.clone());
+            self.bought.push(request.user.clone());
         }
         accepted
     }
@@ -261,7 +266,7 @@ impl Shop<'_> {
         checker.asks_to_cancel(&user);
         let answer = self.send("POST", &format!("/v1/orders/{id}/cancel"), &[], "")?;
         if answer.status == 200 {
-            checker.told_cancelled(&user);
+            checker.cancel_confirmed(&user);
         }
         Ok(0)
     }
@@ -271,14 +276,14 @@ impl Shop<'_> {
 pub fn place(
     connection: &mut Connection,
     checker: &Checker,
-    wish: &Wish,
+    request: &OrderRequest,
     respond_async: bool,
 ) -> std::io::Result<Answer> {
-    let attempt = checker.asks(wish);
-    let (fields, body) = (fields(wish, respond_async), body(wish).to_string());
+    let attempt = checker.asks(request);
+    let (fields, body) = (fields(request, respond_async), body(request).to_string());
     let answer = connection.send("POST", "/v1/orders", &fields, &body);
-    let told = answer.as_ref().map_or(Told::Nothing, whole);
-    checker.told(attempt, told);
+    let told = answer.as_ref().ok().map(whole);
+    checker.answered(attempt, told);
     answer
 }
 
@@ -287,26 +292,30 @@ pub fn place(
 pub fn place_batch_async(
     connection: &mut Connection,
     checker: &Checker,
-    wishes: &[Wish],
+    requests: &[OrderRequest],
 ) -> std::io::Result<usize> {
-    let attempts: Vec<Attempt> = wishes.iter().map(|wish| checker.asks(wish)).collect();
-    let (fields, lines) = (batch_fields(true), batch_lines(wishes));
+    let attempts: Vec<Attempt> = requests
+        .iter()
+        .map(|request| checker.asks(request))
+        .collect();
+    let (fields, lines) = (batch_fields(true), batch_lines(requests));
     let answer = connection.send("POST", "/v1/orders:batch", &fields, &lines);
     let told = match &answer {
-        Ok(answer) => told_of_batch(answer, wishes.len()),
-        Err(_) => vec![Told::Nothing; wishes.len()],
+        Ok(answer) => told_of_batch(answer, requests.len()),
+        Err(_) => vec![None; requests.len()],
     };
     let accepted = attempts.into_iter().zip(told);
-    let accepted = accepted.filter_map(|(attempt, told)| checker.told(attempt, told).then_some(()));
+    let accepted =
+        accepted.filter_map(|(attempt, told)| checker.answered(attempt, told).then_some(()));
     let accepted = accepted.count();
     answer.map(|_| accepted)
 }
 
 type Fields<'a> = Vec<(&'static str, &'a str)>;
 
-fn fields(wish: &Wish, respond_async: bool) -> Fields<'_> {
+fn fields(request: &OrderRequest, respond_async: bool) -> Fields<'_> {
     let mut fields = vec![("Content-Type", "application/json")];
-    fields.extend(wish.key.as_deref().map(|key| ("Idempotency-Key", key)));
+    fields.extend(request.key.as_deref().map(|key| ("Idempotency-Key", key)));
     fields.extend(respond_async.then_some(("Prefer", "respond-async")));
     fields
 }
@@ -317,11 +326,11 @@ fn batch_fields(respond_async: bool) -> Fields<'static> {
     fields
 }
 
-fn batch_lines(wishes: &[Wish]) -> String {
+fn batch_lines(requests: &[OrderRequest]) -> String {
     let mut lines = String::new();
-    for wish in wishes {
-        let mut body = body(wish);
-        if let Some(key) = &wish.key {
+    for request in requests {
+        let mut body = body(request);
+        if let Some(key) = &request.key {
             body["idempotency_key"] = key.as_str().into();
         }
         lines.push_str(&body.to_string());
@@ -331,39 +340,40 @@ fn batch_lines(wishes: &[Wish]) -> String {
 }
 
 /// What each line of a batch was told.
-fn told_of_batch(answer: &Answer, count: usize) -> Vec<Told> {
+fn told_of_batch(answer: &Answer, count: usize) -> Vec<Option<OrderAnswer>> {
     // Refused as a whole: no line of it was looked at.
     if answer.status != 200 {
-        return vec![whole(answer); count];
+        return vec![Some(whole(answer)); count];
     }
     let line = |line: &str| {
         let body: Value = serde_json::from_str(line).unwrap_or_default();
-        Told::Answer {
+        Some(OrderAnswer {
             status: body["http_status"].as_u64().unwrap_or_default() as u16,
             body,
             respond_async: is_async(answer),
             in_batch: true,
-        }
+        })
     };
     let text = String::from_utf8_lossy(&answer.body);
-    let told: Vec<Told> = text.lines().map(line).collect();
+    let told: Vec<Option<OrderAnswer>> = text.lines().map(line).collect();
     assert_eq!(told.len(), count, "a line an order: {answer:?}");
     told
 }
 
-fn body(wish: &Wish) -> Value {
-    let mut body = json!({ "user_id": wish.user, "sku_id": wish.sku, "quantity": wish.quantity });
-    if wish.adjustment != 0 {
-        body["adjustment"] = wish.adjustment.into();
+fn body(request: &OrderRequest) -> Value {
+    let mut body =
+        json!({ "user_id": request.user, "sku_id": request.sku, "quantity": request.quantity });
+    if request.adjustment != 0 {
+        body["adjustment"] = request.adjustment.into();
     }
-    if let Some(attributes) = &wish.attributes {
+    if let Some(attributes) = &request.attributes {
         body["attributes"] = attributes.clone();
     }
     body
 }
 
-fn whole(answer: &Answer) -> Told {
-    Told::Answer {
+fn whole(answer: &Answer) -> OrderAnswer {
+    OrderAnswer {
         status: answer.status,
         body: answer.json(),
         respond_async: is_async(answer),
@@ -404,15 +414,15 @@ pub fn check(
     checker: &Checker,
     config: &tokio_postgres::Config,
     seed: u64,
-) -> Verdict {
+) -> Findings {
     // Retries first: what they do must be right as well.
-    let mut said = Verdict::default();
+    let mut said = Findings::default();
     retry_some(data, checker, 30, seed, &mut said);
-    let found = block_on(Found::read(config));
-    let mut verdict = checker.judge(&found);
-    compare_counters(data, &found, &mut verdict);
-    verdict.faults.extend(said.faults);
-    verdict
+    let found = block_on(read_rows(config));
+    let mut findings = checker.check(&found);
+    compare_counters(data, &found, &mut findings);
+    findings.faults.extend(said.faults);
+    findings
 }
 
 /// Asks for some acknowledged orders again, under the same keys: each has to be the same order.
@@ -421,23 +431,23 @@ pub fn retry_some(
     checker: &Checker,
     count: usize,
     seed: u64,
-    verdict: &mut Verdict,
+    findings: &mut Findings,
 ) {
     let mut random = StdRng::seed_from_u64(seed);
     let mut connection = Connection::open(data).expect("connect");
-    for (wish, id) in checker.some_acknowledged(count, &mut random) {
-        let answer = place(&mut connection, checker, &wish, false).expect("an answer");
+    for (request, id) in checker.some_acknowledged(count, &mut random) {
+        let answer = place(&mut connection, checker, &request, false).expect("an answer");
         let same = answer.status == 200
             && answer.field("idempotency-replayed") == Some("true")
             && answer.json()["order_id"].as_str() == Some(&id.to_string());
         if !same {
-            verdict.fault(format!("retried, {wish:?} is not {id}: {answer:?}"));
+            findings.fault(format!("retried, {request:?} is not {id}: {answer:?}"));
         }
     }
 }
 
 /// Compares the counters that a server without load answers with those of the database.
-pub fn compare_counters(data: SocketAddr, found: &Found, verdict: &mut Verdict) {
+pub fn compare_counters(data: SocketAddr, found: &StoredRows, findings: &mut Findings) {
     let mut connection = Connection::open(data).expect("connect");
     for (sku, counters) in &found.skus {
         let answer = connection
@@ -446,12 +456,12 @@ pub fn compare_counters(data: SocketAddr, found: &Found, verdict: &mut Verdict) 
         let live = answer.json();
         let units = |name: &str| live[name].as_i64().unwrap_or(i64::MIN / 4);
         if units("total") != units("free") + units("held") + units("sold") {
-            verdict.fault(format!("{sku} does not add up: {live}"));
+            findings.fault(format!("{sku} does not add up: {live}"));
         }
         let off = (units("held") - counters.held).abs() + (units("sold") - counters.sold).abs();
         if off > 0 || units("total") != counters.total {
-            verdict.leaked += off;
-            verdict.fault(format!(
+            findings.leaked += off;
+            findings.fault(format!(
                 "{sku} is {counters:?} in the database, live {live}"
             ));
         }
@@ -459,10 +469,10 @@ pub fn compare_counters(data: SocketAddr, found: &Found, verdict: &mut Verdict) 
 }
 
 /// Adds what Millrace itself finds wrong.
-pub fn audit(control: SocketAddr, verdict: &mut Verdict) {
+pub fn audit(control: SocketAddr, findings: &mut Findings) {
     match try_call(control, "GET", "/admin/v1/audit", &[], "") {
         Ok(answer) if answer.json()["ok"] == Value::Bool(true) => {}
-        answer => verdict.fault(format!("the audit fails: {answer:?}")),
+        answer => findings.fault(format!("the audit fails: {answer:?}")),
     }
 }
 

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 
-use super::checker::{Checker, Verdict};
+use super::checker::{Checker, Findings};
 use super::load::{Load, check};
 use super::outcome::{Why, block_on, in_series};
 use crate::support::http::Connection;
@@ -59,7 +59,7 @@ fn broken(way: &str) -> Result<(Stdio, Option<PipeReader>), String> {
     }
 }
 
-fn round(seed: u64, way: &str, refused: &AtomicU64) -> Result<Verdict, String> {
+fn round(seed: u64, way: &str, refused: &AtomicU64) -> Result<Findings, String> {
     let mut random = StdRng::seed_from_u64(seed);
     let data_dir = block_on(DataDir::fresh());
     let checker = Checker::new();
@@ -114,10 +114,10 @@ fn round(seed: u64, way: &str, refused: &AtomicU64) -> Result<Verdict, String> {
     checker.server_is_gone();
     let served = Served::start(data_dir.path());
     let config = postgres.config().ok_or("PostgreSQL does not run")?;
-    let verdict = check(served.data, &checker, &config, seed);
+    let findings = check(served.data, &checker, &config, seed);
     served.terminate();
     served.wait();
-    Ok(verdict)
+    Ok(findings)
 }
 
 /// Unsigned callbacks, one after the other, each of which has to be refused.

@@ -17,7 +17,6 @@ mod journal_fixture;
 mod kill9;
 mod load;
 mod log;
-mod money;
 mod nth_call;
 mod outcome;
 mod platform;

@@ -5,7 +5,7 @@ use std::io::IsTerminal as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant, SystemTime};
 
-use super::checker::Verdict;
+use super::checker::Findings;
 
 /// A program that shows a promise to hold, as often as its count says.
 pub struct Proof {
@@ -70,20 +70,20 @@ pub fn in_series(
     name: &str,
     cycles: u64,
     length: u64,
-    mut series: impl FnMut(u64, u64, &dyn Fn(u64)) -> Result<Verdict, String>,
+    mut series: impl FnMut(u64, u64, &dyn Fn(u64)) -> Result<Findings, String>,
 ) -> Result<String, String> {
     let (started, seed) = (Instant::now(), seed());
-    let mut sum = Verdict::default();
+    let mut sum = Findings::default();
     for (number, first) in (0..cycles).step_by(length.max(1) as usize).enumerate() {
         let seed = seed.wrapping_add(number as u64);
         let length = length.min(cycles - first);
         let done = |cycle| progress(name, first + cycle, cycles, started.elapsed());
         let repeat = |why| format!("cycles={first}+{length} seed={seed} {why}");
-        let verdict = series(seed, length, &done).map_err(repeat)?;
-        if !verdict.holds() {
-            return Err(repeat(verdict.into_words()));
+        let findings = series(seed, length, &done).map_err(repeat)?;
+        if !findings.holds() {
+            return Err(repeat(findings.into_words()));
         }
-        sum.add(&verdict);
+        sum.add(&findings);
     }
     let seconds = started.elapsed().as_secs();
     Ok(format!(

@@ -1,5 +1,8 @@
-//! A payment platform: some buyers pay through it, in every way that buyers do, and it tells
-//! Millrace of it, again and again until it is answered with success.
+//! A payment platform for servers that are killed: buyers pay in many ways, and it delivers the callbacks
+//! until they are answered with success, to one process of Millrace after the other.
+//!
+//! `millrace::loadgen` plays a platform too. Messages, signatures and the checker are the same; that one sends
+//! each callback at a planned moment and measures it, which a server that is killed leaves no sense in.
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
@@ -11,12 +14,16 @@ use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 use serde_json::{Value, json};
 
-use super::checker::{Found, PaymentRow};
+use super::checker::{
+    Expected, Findings, KnownOrder, PaymentHistory, PaymentRow, SentPayment, StoredRows,
+};
 use crate::support::http::{Connection, try_call};
 use crate::support::served::PATIENCE;
 use crate::support::webhook::{Paid, SECRET, send};
 
-/// Who signs with it is not the platform.
+/// Tolerance of the checker between clocks, in milliseconds.
+const MARGIN_MS: i64 = 100;
+/// A secret that is not the platform's.
 const FALSE_SECRET: &str = "whsec_b3RoZXItc2VjcmV0LW9mLTI0LWJ5dGVzIQ==";
 /// Deliveries at the same time.
 const THREADS: usize = 4;
@@ -25,39 +32,16 @@ const QUEUE_MAX: usize = 300;
 /// Pause after a delivery that was not answered with success. Real ones wait longer.
 const AGAIN: Duration = Duration::from_millis(30);
 
-/// A message about a payment, as the platform remembers it. Times are of this machine's clock, as
-/// Millrace's are.
-#[derive(Debug)]
-pub struct Bill {
-    pub paid: Paid,
-    /// Signed by the platform. Another is sent by somebody who wants goods for nothing.
-    pub is_genuine: bool,
-    /// When it was sent first, in milliseconds.
-    pub sent: Option<i64>,
-    /// When it was first answered with success.
-    pub acknowledged: Option<i64>,
-}
-
-/// An order as its buyer was told of it.
-#[derive(Debug)]
-pub struct Ordered {
-    pub amount: i64,
-    pub expires_at: i64,
-    /// Its row was taken away.
-    pub is_lost: bool,
-    answer: Value,
-}
-
-/// What buyers and the platform know.
-pub struct Book {
+/// Records of buyers and of the platform.
+pub struct Records {
     random: StdRng,
-    pub orders: HashMap<i64, Ordered>,
-    pub bills: Vec<Bill>,
-    /// Orders and payments without one that an operator has settled, by what was told of it.
-    pub refunded: BTreeSet<String>,
-    /// Answers that are false by themselves.
-    pub lies: Vec<String>,
-    /// Deliveries to be made: when, a number that tells them apart, the bill.
+    /// For the checker.
+    pub history: PaymentHistory,
+    /// The messages of `history.sent`, at the same places.
+    messages: Vec<Paid>,
+    /// The answers that told buyers of their orders, by id.
+    answers: HashMap<i64, Value>,
+    /// Deliveries to be made: when, a number that tells them apart, the message.
     queue: BTreeSet<(Instant, u64, usize)>,
     queued: u64,
     on_their_way: usize,
@@ -65,19 +49,21 @@ pub struct Book {
 
 /// The platform.
 pub struct Platform {
-    book: Mutex<Book>,
+    records: Mutex<Records>,
 }
 
 impl Platform {
     /// One without customers.
     pub fn new(seed: u64) -> Self {
         Platform {
-            book: Mutex::new(Book {
+            records: Mutex::new(Records {
                 random: StdRng::seed_from_u64(seed),
-                orders: HashMap::new(),
-                bills: Vec::new(),
-                refunded: BTreeSet::new(),
-                lies: Vec::new(),
+                history: PaymentHistory {
+                    currency: "EUR".to_owned(),
+                    ..PaymentHistory::default()
+                },
+                messages: Vec::new(),
+                answers: HashMap::new(),
                 queue: BTreeSet::new(),
                 queued: 0,
                 on_their_way: 0,
@@ -85,18 +71,38 @@ impl Platform {
         }
     }
 
-    pub fn book(&self) -> MutexGuard<'_, Book> {
-        self.book.lock().expect("the book")
+    pub fn records(&self) -> MutexGuard<'_, Records> {
+        self.records.lock().expect("the records")
+    }
+
+    /// Adds to `findings` what the database has done with the money. `orders_over`: the last order expired
+    /// long enough ago.
+    pub fn check(
+        &self,
+        rows: &StoredRows,
+        is_cancel_asked: impl Fn(&str) -> bool,
+        orders_over: bool,
+        findings: &mut Findings,
+    ) {
+        let expected = Expected {
+            orders_over,
+            orphans_over: true,
+            margin_ms: MARGIN_MS,
+        };
+        let records = self.records();
+        records
+            .history
+            .check(rows, expected, is_cancel_asked, findings);
     }
 
     /// A buyer was told of this order, perhaps not for the first time, and may pay it.
     pub fn orders(&self, answer: &Value) {
-        let mut book = self.book();
-        if let Some(id) = book.is_told(answer)
-            && book.queue.len() < QUEUE_MAX
-            && book.random.random_bool(0.7)
+        let mut records = self.records();
+        if let Some(id) = records.is_told(answer)
+            && records.queue.len() < QUEUE_MAX
+            && records.random.random_bool(0.7)
         {
-            book.pays(id);
+            records.pays(id);
         }
     }
 
@@ -110,14 +116,14 @@ impl Platform {
         let until = Instant::now() + if all { PATIENCE * 60 } else { Duration::ZERO };
         let deadline = Instant::now() + PATIENCE;
         let is_done = || {
-            let book = self.book();
-            book.on_their_way == 0 && book.queue.first().is_none_or(|(due, ..)| *due > until)
+            let records = self.records();
+            records.on_their_way == 0 && records.queue.first().is_none_or(|(due, ..)| *due > until)
         };
         self.deliver(data, || until, || is_done() || Instant::now() >= deadline);
         if is_done() {
             return Ok(());
         }
-        let left = self.book().queue.len();
+        let left = self.records().queue.len();
         Err(format!("{left} callbacks are not answered with success"))
     }
 
@@ -133,7 +139,7 @@ impl Platform {
                     let mut connection = None;
                     while !stop() {
                         match self.take(horizon()) {
-                            Some(bill) if !self.deliver_one(data, &mut connection, bill) => break,
+                            Some(at) if !self.deliver_one(data, &mut connection, at) => break,
                             Some(_) => {}
                             None => std::thread::sleep(Duration::from_millis(1)),
                         }
@@ -144,11 +150,13 @@ impl Platform {
     }
 
     fn take(&self, horizon: Instant) -> Option<usize> {
-        let mut book = self.book();
-        let first = *book.queue.first().filter(|(due, ..)| *due <= horizon)?;
-        book.queue.remove(&first);
-        book.on_their_way += 1;
-        book.bills[first.2].sent.get_or_insert_with(now_ms);
+        let mut records = self.records();
+        let first = *records.queue.first().filter(|(due, ..)| *due <= horizon)?;
+        records.queue.remove(&first);
+        records.on_their_way += 1;
+        records.history.sent[first.2]
+            .sent
+            .get_or_insert_with(now_ms);
         Some(first.2)
     }
 
@@ -157,13 +165,13 @@ impl Platform {
         &self,
         data: SocketAddr,
         connection: &mut Option<Connection>,
-        bill: usize,
+        at: usize,
     ) -> bool {
         let (event, body, is_genuine) = {
-            let Bill {
-                paid, is_genuine, ..
-            } = &self.book().bills[bill];
-            (paid.event.clone(), paid.body(), *is_genuine)
+            let records = self.records();
+            let message = &records.messages[at];
+            let is_genuine = records.history.sent[at].is_genuine;
+            (message.event.clone(), message.body(), is_genuine)
         };
         let secret = if is_genuine { SECRET } else { FALSE_SECRET };
         if connection.is_none() {
@@ -172,22 +180,23 @@ impl Platform {
         let answer = connection
             .as_mut()
             .map(|connection| send(connection, &event, &body, secret));
-        let mut book = self.book();
-        book.on_their_way -= 1;
+        let mut records = self.records();
+        records.on_their_way -= 1;
         match &answer {
             Some(Ok(answer)) if is_genuine && (200..300).contains(&answer.status) => {
-                book.bills[bill].acknowledged.get_or_insert_with(now_ms);
+                let sent = &mut records.history.sent[at];
+                sent.acknowledged.get_or_insert_with(now_ms);
             }
             Some(Ok(answer)) if !is_genuine && answer.status == 401 => {}
             Some(Ok(answer)) if answer.status == 503 => {
-                book.queue_for(bill, Instant::now() + AGAIN)
+                records.queue_for(at, Instant::now() + AGAIN)
             }
             Some(Ok(answer)) => {
-                let lie = format!("{body} (genuine: {is_genuine}) is answered {answer:?}");
-                book.lies.push(lie);
+                let false_answer = format!("{body} (genuine: {is_genuine}) is answered {answer:?}");
+                records.history.false_answers.push(false_answer);
             }
             // It may or may not have been taken.
-            Some(Err(_)) | None => book.queue_for(bill, Instant::now()),
+            Some(Err(_)) | None => records.queue_for(at, Instant::now()),
         }
         if !matches!(answer, Some(Ok(_))) {
             *connection = Connection::open(data).ok();
@@ -198,49 +207,50 @@ impl Platform {
     /// The rows of these orders are taken away, whose buyers have not paid yet. They do it now, and
     /// what the platform passes back is all that is left of them.
     pub fn loses(&self, orders: &[i64]) {
-        let mut book = self.book();
+        let mut records = self.records();
         for id in orders {
-            let order = book.orders.get_mut(id).expect("it was told of");
-            order.is_lost = true;
-            let paid = Paid::of(&order.answer);
-            book.bill(paid, true, 1, Instant::now());
+            let order = records.history.orders.get_mut(id);
+            order.expect("it was told of").is_lost = true;
+            let paid = Paid::of(&records.answers[id]);
+            records.send(paid, true, 1, Instant::now());
         }
     }
 
     /// Orders that can be lost: told of, of these rows, and nobody has paid them.
-    pub fn unpaid_among(&self, found: &Found) -> Vec<i64> {
-        let book = self.book();
-        let billed: BTreeSet<&str> = book.bills.iter().map(|b| b.paid.order.as_str()).collect();
-        let rows = found.rows.iter().filter(|row| {
+    pub fn unpaid_among(&self, found: &StoredRows) -> Vec<i64> {
+        let records = self.records();
+        let sent = records.history.sent.iter();
+        let paid: BTreeSet<&str> = sent.map(|one| one.order.as_str()).collect();
+        let rows = found.orders.iter().filter(|row| {
             row.status == "pending_payment"
                 // A receipt does not carry them.
                 && row.attributes.is_none()
-                && book.orders.get(&row.order_id).is_some_and(|order| order.answer["receipt"].is_string())
-                && !billed.contains(row.order_id.to_string().as_str())
+                && records.answers.get(&row.order_id).is_some_and(|answer| answer["receipt"].is_string())
+                && !paid.contains(row.order_id.to_string().as_str())
         });
         rows.map(|row| row.order_id).collect()
     }
 
     /// An operator sends money back, and tells Millrace: half of what has to go back, and what a
     /// few of the paid orders have brought in.
-    pub fn refunds_some(&self, control: SocketAddr, found: &Found) -> Result<(), String> {
-        let mut book = self.book();
+    pub fn refunds_some(&self, control: SocketAddr, found: &StoredRows) -> Result<(), String> {
+        let mut records = self.records();
         let mut matched = 5;
         for payment in &found.payments {
             let wanted = match payment.state.as_str() {
-                "refund_due" => book.random.random_bool(0.5),
+                "refund_due" => records.random.random_bool(0.5),
                 "matched" => {
                     matched -= 1;
                     matched >= 0
                 }
                 _ => false,
             };
-            if !wanted || book.refunded.contains(&payment.order) {
+            if !wanted || records.history.refunded.contains(&payment.order) {
                 continue;
             }
             let PaymentRow { id, order, .. } = payment;
             let has_row = found
-                .rows
+                .orders
                 .iter()
                 .any(|row| row.order_id.to_string() == *order);
             let (target, body) = if has_row {
@@ -255,7 +265,7 @@ impl Platform {
             if answer.status != 200 {
                 return Err(format!("{target}: {answer:?}"));
             }
-            book.refunded.insert(if has_row {
+            records.history.refunded.insert(if has_row {
                 order.clone()
             } else {
                 payment.payment.clone()
@@ -265,27 +275,27 @@ impl Platform {
     }
 }
 
-impl Book {
+impl Records {
     /// Notes an order as a buyer was told of it, the first time.
     pub fn is_told(&mut self, answer: &Value) -> Option<i64> {
         let id = answer["order_id"].as_str().and_then(|id| id.parse().ok());
-        let (Some(id), Some(order)) = (id, Ordered::of(answer)) else {
-            self.lies.push(format!("no order to pay: {answer}"));
+        let (Some(id), Some(order)) = (id, known(answer)) else {
+            let false_answer = format!("no order to pay: {answer}");
+            self.history.false_answers.push(false_answer);
             return None;
         };
-        if self.orders.contains_key(&id) {
+        if self.answers.contains_key(&id) {
             return None;
         }
-        self.orders.insert(id, order);
+        self.history.orders.insert(id, order);
+        self.answers.insert(id, answer.clone());
         Some(id)
     }
 
     /// A buyer pays, in one of the ways in which buyers do.
     fn pays(&mut self, id: i64) {
-        let Ordered {
-            expires_at, answer, ..
-        } = &self.orders[&id];
-        let mut paid = Paid::of(answer);
+        let mut paid = Paid::of(&self.answers[&id]);
+        let expires_at = self.history.orders[&id].expires_at;
         let left = u64::try_from(expires_at - now_ms()).unwrap_or(0);
         let random = &mut self.random;
         // At once, perhaps before the row is there; in time; around and after the end of it.
@@ -304,14 +314,14 @@ impl Book {
             6..9 => paid.currency = "USD".to_owned(),
             9..17 => {
                 let later = Duration::from_millis(random.random_range(0..300));
-                self.bill(paid.again("second"), true, 1, due + later);
+                self.send(paid.again("second"), true, 1, due + later);
             }
             17..22 => {
                 let finished = Paid {
                     event: format!("{}-finished", paid.event),
                     ..paid.clone()
                 };
-                self.bill(finished, true, 2, due);
+                self.send(finished, true, 2, due);
             }
             22..28 => {
                 // Money for an order that nobody has, with another one's receipt or garbage.
@@ -325,43 +335,51 @@ impl Book {
                     receipt,
                     ..paid.again("nobody")
                 };
-                self.bill(nobody, true, copies, due);
+                self.send(nobody, true, copies, due);
             }
-            28..32 => self.bill(paid.again("forged"), false, copies, due),
+            28..32 => self.send(paid.again("forged"), false, copies, due),
             _ => {}
         }
-        self.bill(paid, true, copies, due);
+        self.send(paid, true, copies, due);
     }
 
-    fn bill(&mut self, paid: Paid, is_genuine: bool, copies: u32, due: Instant) {
-        self.bills.push(Bill {
-            paid,
-            is_genuine,
-            sent: None,
-            acknowledged: None,
-        });
+    fn send(&mut self, paid: Paid, is_genuine: bool, copies: u32, due: Instant) {
+        self.history.sent.push(sent(&paid, is_genuine));
+        self.messages.push(paid);
         for _ in 0..copies {
             // Some of them at the same time.
             let later = self.random.random_range(0..4) / 2 * 100;
-            self.queue_for(self.bills.len() - 1, due + Duration::from_millis(later));
+            self.queue_for(self.messages.len() - 1, due + Duration::from_millis(later));
         }
     }
 
-    fn queue_for(&mut self, bill: usize, due: Instant) {
+    fn queue_for(&mut self, message: usize, due: Instant) {
         self.queued += 1;
-        self.queue.insert((due, self.queued, bill));
+        self.queue.insert((due, self.queued, message));
     }
 }
 
-impl Ordered {
-    fn of(answer: &Value) -> Option<Self> {
-        let expires_at: jiff::Timestamp = answer["expires_at"].as_str()?.parse().ok()?;
-        Some(Ordered {
-            amount: answer["amount"].as_i64()?,
-            expires_at: expires_at.as_millisecond(),
-            is_lost: false,
-            answer: answer.clone(),
-        })
+/// An order as its answer describes it.
+fn known(answer: &Value) -> Option<KnownOrder> {
+    let expires_at: jiff::Timestamp = answer["expires_at"].as_str()?.parse().ok()?;
+    Some(KnownOrder {
+        amount: answer["amount"].as_i64()?,
+        expires_at: expires_at.as_millisecond(),
+        is_lost: false,
+    })
+}
+
+/// A message as the checker knows it, before it is sent.
+pub fn sent(paid: &Paid, is_genuine: bool) -> SentPayment {
+    SentPayment {
+        payment: paid.payment.clone(),
+        order: paid.order.clone(),
+        amount: paid.amount,
+        currency: paid.currency.clone(),
+        has_receipt: paid.receipt.is_some(),
+        is_genuine,
+        sent: None,
+        acknowledged: None,
     }
 }
 

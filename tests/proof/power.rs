@@ -10,7 +10,7 @@ use rand::{Rng as _, SeedableRng as _};
 use rustix::process::WaitOptions;
 use tempfile::TempDir;
 
-use super::checker::{Checker, Verdict};
+use super::checker::{Checker, Findings};
 use super::disk::Disk;
 use super::load::{Load, Settings, check};
 use super::outcome::{Why, block_on, in_series};
@@ -87,9 +87,9 @@ impl Proof {
         })
     }
 
-    fn run(&mut self, cycles: u64, done: &dyn Fn(u64)) -> Result<Verdict, String> {
+    fn run(&mut self, cycles: u64, done: &dyn Fn(u64)) -> Result<Findings, String> {
         let mut served = self.start()?;
-        let mut verdict = Verdict::default();
+        let mut findings = Findings::default();
         for cycle in 0..cycles {
             done(cycle);
             let cut = self.load_and_cut(cycle, served);
@@ -99,15 +99,15 @@ impl Proof {
                 cut.map_err(|why| format!("cycle={cycle} {why}"))?;
             }
             served = self.start()?;
-            verdict = self.check(&served);
-            if !verdict.holds() {
+            findings = self.check(&served);
+            if !findings.holds() {
                 break;
             }
         }
         // An orderly end takes PostgreSQL with it.
         served.terminate();
         served.wait();
-        Ok(verdict)
+        Ok(findings)
     }
 
     fn start(&mut self) -> Result<Served, String> {
@@ -184,7 +184,7 @@ impl Proof {
         self.disk.mount()
     }
 
-    fn check(&mut self, served: &Served) -> Verdict {
+    fn check(&mut self, served: &Served) -> Findings {
         let config = self.postgres().config().expect("its PostgreSQL runs");
         check(served.data, &self.checker, &config, self.random.random())
     }

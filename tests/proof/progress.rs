@@ -6,7 +6,7 @@ use rand::Rng as _;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
-use super::checker::Verdict;
+use super::checker::Findings;
 use super::database::Terms;
 use super::database::fixture::{Crowd, Fixture, runtime};
 use super::outcome::{Why, in_series};
@@ -54,7 +54,7 @@ pub fn with_bug(rounds: u64, bug: Option<&str>) -> Result<String, String> {
     })
 }
 
-fn series(terms: Terms<'_>, rounds: u64, done: &dyn Fn(u64)) -> Result<Verdict, Why> {
+fn series(terms: Terms<'_>, rounds: u64, done: &dyn Fn(u64)) -> Result<Findings, Why> {
     let (runtime, dir) = (runtime(), test_dir());
     let server = runtime.block_on(Server::start_in(dir.path(), &[]));
     let mut crowd = Crowd::new("ALL", 50, true);
@@ -71,11 +71,11 @@ fn series(terms: Terms<'_>, rounds: u64, done: &dyn Fn(u64)) -> Result<Verdict, 
                 not_run @ Why::NotRun(_) => not_run,
             })?;
     }
-    let mut verdict = fixture.finish(&server)?;
-    if verdict.unanswered > 0 {
-        verdict.fault(format!("{} buyers got no answer", verdict.unanswered));
+    let mut findings = fixture.finish(&server)?;
+    if findings.unanswered > 0 {
+        findings.fault(format!("{} buyers got no answer", findings.unanswered));
     }
-    Ok(verdict)
+    Ok(findings)
 }
 
 fn round(fixture: &Fixture, server: &Server, way: Way) -> Result<(), Why> {

@@ -15,7 +15,7 @@ use serde_json::Value;
 use tokio::runtime::Runtime;
 use tokio_postgres::Client;
 
-use super::checker::{Checker, Found, Verdict, Wish};
+use super::checker::{Checker, Findings, OrderRequest, read_rows};
 use super::load::{audit, compare_counters, place, place_batch_async, put_skus, retry_some};
 use super::outcome::{Why, in_series};
 use crate::support::http::{Connection, call};
@@ -50,14 +50,14 @@ pub fn with_bug(rounds: u64, bug: Option<&str>) -> Result<String, String> {
     let mut sum = Figures::default();
     let figures = in_series("recovery", rounds, SERIES, |seed, rounds, done| {
         let mut proof = Proof::new(seed, bug)?;
-        let verdict = proof.run(rounds, done);
+        let findings = proof.run(rounds, done);
         sum.add(&proof.figures);
-        verdict
+        findings
     })?;
     Ok(format!("{figures} {sum}"))
 }
 
-/// What rounds have shown beside the verdict.
+/// What rounds have shown beside the findings.
 #[derive(Default)]
 struct Figures {
     parked: u64,
@@ -135,21 +135,21 @@ impl Proof {
         })
     }
 
-    fn run(&mut self, rounds: u64, done: &dyn Fn(u64)) -> Result<Verdict, String> {
-        let mut verdict = Verdict::default();
+    fn run(&mut self, rounds: u64, done: &dyn Fn(u64)) -> Result<Findings, String> {
+        let mut findings = Findings::default();
         for number in 0..rounds {
             done(number);
-            verdict = self
+            findings = self
                 .round(number)
                 .map_err(|why| format!("round {number}: {why}"))?;
-            if !verdict.holds() {
+            if !findings.holds() {
                 break;
             }
         }
-        Ok(verdict)
+        Ok(findings)
     }
 
-    fn round(&mut self, number: u64) -> Result<Verdict, String> {
+    fn round(&mut self, number: u64) -> Result<Findings, String> {
         let skus = Skus {
             parked: format!("PARKED-{number}"),
             others: ["A", "B", "C"].map(|name| format!("{name}-{number}")),
@@ -222,7 +222,7 @@ impl Proof {
         }
         self.figures.parked += parked;
         self.figures.grown = self.figures.grown.max(most);
-        let verdict = self.judge(&served)?;
+        let findings = self.judge(&served)?;
         served.terminate();
         match served.wait() {
             Some(0) => {
@@ -232,7 +232,7 @@ impl Proof {
             }
             code => return Err(format!("SIGTERM ended it with {code:?}: {}", self.log())),
         }
-        Ok(verdict)
+        Ok(findings)
     }
 
     fn start(&self) -> Result<Served, String> {
@@ -312,9 +312,9 @@ impl Proof {
         })
     }
 
-    fn wish(&mut self, sku: &str) -> Wish {
+    fn request(&mut self, sku: &str) -> OrderRequest {
         self.next += 1;
-        Wish {
+        OrderRequest {
             user: format!("u-{}", self.next),
             key: Some(format!("k-{:x}", self.random.random::<u64>())),
             sku: sku.to_owned(),
@@ -330,10 +330,10 @@ impl Proof {
         let mut connection = open(served.data)?;
         let mut ids = Vec::with_capacity(APART);
         for number in 0..APART {
-            let wish = self.wish(&skus[number % skus.len()]);
-            let answer = place(&mut connection, &self.checker, &wish, true);
+            let request = self.request(&skus[number % skus.len()]);
+            let answer = place(&mut connection, &self.checker, &request, true);
             let answer = answer.map_err(|e| format!("an order: {e}"))?;
-            let id = self.checker.order_id(&wish.user);
+            let id = self.checker.order_id(&request.user);
             ids.push(id.ok_or_else(|| format!("not accepted: {answer:?}"))?);
             self.journalled += 1;
             // The next id is of another millisecond.
@@ -346,11 +346,12 @@ impl Proof {
         let mut connection = open(served.data)?;
         let mut left = count as usize;
         while left > 0 {
-            let wishes: Vec<Wish> = (0..left.min(BATCH)).map(|_| self.wish(sku)).collect();
-            let accepted = place_batch_async(&mut connection, &self.checker, &wishes);
+            let requests: Vec<OrderRequest> =
+                (0..left.min(BATCH)).map(|_| self.request(sku)).collect();
+            let accepted = place_batch_async(&mut connection, &self.checker, &requests);
             let accepted = accepted.map_err(|e| format!("a batch: {e}"))?;
-            if accepted < wishes.len() {
-                return Err(format!("{accepted} of {} are accepted", wishes.len()));
+            if accepted < requests.len() {
+                return Err(format!("{accepted} of {} are accepted", requests.len()));
             }
             left -= accepted;
         }
@@ -459,7 +460,7 @@ impl Proof {
             return Err(format!("not ready: {failing:?}"));
         }
         let mut connection = open(served.data)?;
-        let refused = self.wish(&skus.parked);
+        let refused = self.request(&skus.parked);
         let answer = place(&mut connection, &self.checker, &refused, false);
         let answer = answer.map_err(|e| format!("an order: {e}"))?;
         if answer.code() != "sale_paused" {
@@ -467,8 +468,8 @@ impl Proof {
         }
         for sku in &skus.others {
             self.sells(&mut connection, sku)?;
-            let wish = self.wish(sku);
-            let answer = place(&mut connection, &self.checker, &wish, true);
+            let request = self.request(sku);
+            let answer = place(&mut connection, &self.checker, &request, true);
             let answer = answer.map_err(|e| format!("an order: {e}"))?;
             if answer.status != 202 {
                 return Err(format!("not accepted: {answer:?}"));
@@ -479,8 +480,8 @@ impl Proof {
     }
 
     fn sells(&mut self, connection: &mut Connection, sku: &str) -> Result<(), String> {
-        let wish = self.wish(sku);
-        let answer = place(connection, &self.checker, &wish, false);
+        let request = self.request(sku);
+        let answer = place(connection, &self.checker, &request, false);
         let answer = answer.map_err(|e| format!("an order: {e}"))?;
         match answer.status {
             201 => Ok(()),
@@ -512,22 +513,22 @@ impl Proof {
     }
 
     /// Holds everything that buyers were told against the database, once it is quiet.
-    fn judge(&mut self, served: &Served) -> Result<Verdict, String> {
-        let mut said = Verdict::default();
+    fn judge(&mut self, served: &Served) -> Result<Findings, String> {
+        let mut said = Findings::default();
         let seed = self.random.random();
         retry_some(served.data, &self.checker, 30, seed, &mut said);
         let config = self.config();
-        let mut verdict = Verdict::default();
-        let _ = wait(PATIENCE, "a verdict that holds", || {
-            let mut found = self.runtime.block_on(Found::read(&config));
-            found.rows.retain(|row| !row.user.starts_with(BETWEEN));
-            verdict = self.checker.judge(&found);
-            compare_counters(served.data, &found, &mut verdict);
-            audit(served.control, &mut verdict);
-            verdict.faults.extend(said.faults.clone());
-            Ok(verdict.holds())
+        let mut findings = Findings::default();
+        let _ = wait(PATIENCE, "a findings that holds", || {
+            let mut found = self.runtime.block_on(read_rows(&config));
+            found.orders.retain(|row| !row.user.starts_with(BETWEEN));
+            findings = self.checker.check(&found);
+            compare_counters(served.data, &found, &mut findings);
+            audit(served.control, &mut findings);
+            findings.faults.extend(said.faults.clone());
+            Ok(findings.holds())
         });
-        Ok(verdict)
+        Ok(findings)
     }
 }
 

@@ -94,6 +94,10 @@ pub struct PaymentOutcome {
     pub amount: i64,
     /// Its currency.
     pub currency: SmolStr,
+    /// Whether a receipt was passed back with it.
+    pub has_receipt: bool,
+    /// When its first delivery was sent, in milliseconds of Unix time.
+    pub sent_at_ms: i64,
     /// When a delivery was first answered `2xx`, in milliseconds of Unix time.
     pub acknowledged_at_ms: Option<i64>,
     /// When the order expires, in milliseconds of Unix time, if its answer said so.

@@ -171,7 +171,10 @@ impl Traffic for Deliveries {
         let delivery = first.remove();
         let payment = &delivery.payment;
         if payment.forgery.is_none() && payment.place.get().is_none() {
-            let place = self.stats.first_sent(payment.outcome.clone());
+            let place = self.stats.first_sent(PaymentOutcome {
+                sent_at_ms: unix_ms(),
+                ..payment.outcome.clone()
+            });
             payment.place.set(Some(place));
         }
         self.settings.write(payment, out);
@@ -373,6 +376,8 @@ impl Payment {
                 kind: planned.kind,
                 amount: paid,
                 currency: order.currency.clone(),
+                has_receipt: receipt.is_some(),
+                sent_at_ms: 0,
                 acknowledged_at_ms: None,
                 expires_at_ms: order.expires_at_ms,
             },

@@ -41,9 +41,9 @@ fn under_load(
     mistreat: impl FnOnce(&Fixture, &mut Server, &mut StdRng) -> Result<(), Why>,
 ) -> Result<Figures, Why> {
     fixture.under_load(|fixture, random| mistreat(fixture, server, random))?;
-    let verdict = fixture.finish(server)?;
+    let findings = fixture.finish(server)?;
     Ok(Figures {
-        verdict,
+        findings,
         ..Figures::default()
     })
 }

@@ -89,9 +89,9 @@ pub fn full_for_data(terms: Terms<'_>) -> Result<Figures, Why> {
         disk.empty();
         Ok(())
     })?;
-    let verdict = fixture.finish(&server)?;
+    let findings = fixture.finish(&server)?;
     Ok(Figures {
-        verdict,
+        findings,
         ..Figures::default()
     })
 }
@@ -132,9 +132,9 @@ pub fn full_for_wal(terms: Terms<'_>) -> Result<Figures, Why> {
         }
         Ok(())
     })?;
-    let verdict = fixture.finish(&server)?;
+    let findings = fixture.finish(&server)?;
     Ok(Figures {
-        verdict,
+        findings,
         ..Figures::default()
     })
 }

@@ -9,7 +9,7 @@ use tokio::runtime::Runtime;
 
 use super::fixture::{Fixture, runtime, socket};
 use super::{Figures, LONG, Terms};
-use crate::checker::{Found, Verdict};
+use crate::checker::{Findings, StoredRows};
 use crate::load::{has_journal, retry_some};
 use crate::outcome::Why;
 use crate::support::standby::{Pair, SLOT, Server};
@@ -36,9 +36,9 @@ fn to_synchronous(
         fail_over(fixture, &mut pair);
         Ok(())
     })?;
-    let verdict = fixture.finish(&pair.standby)?;
+    let findings = fixture.finish(&pair.standby)?;
     Ok(Figures {
-        verdict,
+        findings,
         ..Figures::default()
     })
 }
@@ -65,9 +65,9 @@ pub fn while_commits_wait(terms: Terms<'_>) -> Result<Figures, Why> {
             false => Err(Why::Failed("no wait for the standby was given up".into())),
         }
     })?;
-    let verdict = fixture.finish(&pair.standby)?;
+    let findings = fixture.finish(&pair.standby)?;
     Ok(Figures {
-        verdict,
+        findings,
         ..Figures::default()
     })
 }
@@ -106,7 +106,7 @@ fn to_lagging(terms: Terms<'_>, cancels: bool, killed: bool) -> Result<Figures, 
         ("QUEUE__JOURNAL__RETAIN_FOR_SLOTS", SLOT),
     ];
     let mut fixture = Fixture::start_apart(runtime, &pair, terms, cancels, &settings)?;
-    let (mut before, mut after) = (Found::default(), Found::default());
+    let (mut before, mut after) = (StoredRows::default(), StoredRows::default());
     fixture.load_while(|fixture, _| {
         fixture.runtime.block_on(pair.part());
         fixture.until_written(1_000)?;
@@ -137,27 +137,27 @@ fn to_lagging(terms: Terms<'_>, cancels: bool, killed: bool) -> Result<Figures, 
     }
     fixture.until_quiet()?;
     // Only those who did not wait: the others' orders may be gone.
-    let mut said = Verdict::default();
+    let mut said = Findings::default();
     let one = &fixture.crowds[1];
     retry_some(fixture.served.data, &one.checker, 30, terms.seed, &mut said);
-    let judge_both = |fixture: &Fixture, found: &Found| judge(fixture, found).0;
+    let judge_both = |fixture: &Fixture, found: &StoredRows| judge(fixture, found).0;
     fixture.compare(&pair.standby, said, judge_both)?;
     // A process that knows only what is in the database and in the journal sees the same.
     fixture.start_again()?;
     fixture
-        .compare(&pair.standby, Verdict::default(), judge_both)
+        .compare(&pair.standby, Findings::default(), judge_both)
         .map_err(|why| match why {
             Why::Failed(why) => Why::Failed(format!("{why} (started again)")),
             not_run @ Why::NotRun(_) => not_run,
         })?;
     let mut lost_waiting = 0;
-    let verdict = fixture.finish_orderly(&pair.standby, |fixture, found| {
-        let (verdict, lost) = judge(fixture, found);
+    let findings = fixture.finish_orderly(&pair.standby, |fixture, found| {
+        let (findings, lost) = judge(fixture, found);
         lost_waiting = lost;
-        verdict
+        findings
     })?;
     Ok(Figures {
-        verdict,
+        findings,
         lost_waiting,
         applied_again,
     })
@@ -171,24 +171,24 @@ fn fail_over(fixture: &Fixture, pair: &mut Pair) {
 }
 
 /// How many orders of `before` are not in `after`.
-fn missing(before: &Found, after: &Found) -> u64 {
-    let there: HashMap<i64, ()> = after.rows.iter().map(|row| (row.order_id, ())).collect();
-    let gone = before.rows.iter();
+fn missing(before: &StoredRows, after: &StoredRows) -> u64 {
+    let there: HashMap<i64, ()> = after.orders.iter().map(|row| (row.order_id, ())).collect();
+    let gone = before.orders.iter();
     gone.filter(|row| !there.contains_key(&row.order_id))
         .count() as u64
 }
 
-/// The verdict, and how many of those who waited have lost their order, which a lagging standby
+/// The findings, and how many of those who waited have lost their order, which a lagging standby
 /// may do to them. What else it may take: a cancellation, which is not in the journal.
-fn judge(fixture: &Fixture, found: &Found) -> (Verdict, u64) {
+fn judge(fixture: &Fixture, found: &StoredRows) -> (Findings, u64) {
     let (waiting, respond_async) = (&fixture.crowds[0], &fixture.crowds[1]);
     let own = waiting.own(found);
-    let mut all = waiting.checker.judge(&own);
+    let mut all = waiting.checker.check(&own);
     let lost = all.acked - all.present;
     all.acked = all.present;
     // An order that was lost may have been placed anew under its key: two ids, one row.
     let mut rows: HashMap<&str, u64> = HashMap::new();
-    for row in &own.rows {
+    for row in &own.orders {
         *rows.entry(&row.user).or_default() += 1;
     }
     all.duplicated = rows.values().map(|count| count - 1).sum();
@@ -198,8 +198,12 @@ fn judge(fixture: &Fixture, found: &Found) -> (Verdict, u64) {
             && (duplicated || !fault.starts_with("more than one order"))
     });
     let one = respond_async.own(found);
-    all.add(&respond_async.checker.judge(&one));
-    let failed = one.rows.iter().filter(|row| row.status == "failed").count();
+    all.add(&respond_async.checker.check(&one));
+    let failed = one
+        .orders
+        .iter()
+        .filter(|row| row.status == "failed")
+        .count();
     if failed > 0 {
         all.fault(format!(
             "{failed} orders that were told `accepted` have become dead letters"

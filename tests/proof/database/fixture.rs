@@ -11,7 +11,7 @@ use tempfile::TempDir;
 use tokio::runtime::Runtime;
 
 use super::{STEP, Terms};
-use crate::checker::{Checker, Found, Verdict};
+use crate::checker::{Checker, Findings, StoredRows, read_rows};
 use crate::load::{Load, audit, compare_counters, has_journal, put_skus, retry_some};
 use crate::outcome::Why;
 use crate::platform::Platform;
@@ -51,9 +51,9 @@ impl Crowd {
     }
 
     /// What of this is its own.
-    pub fn own(&self, found: &Found) -> Found {
+    pub fn own(&self, found: &StoredRows) -> StoredRows {
         let mut own = found.clone();
-        own.rows.retain(|row| self.skus.contains(&row.sku));
+        own.orders.retain(|row| self.skus.contains(&row.sku));
         own.skus.retain(|sku, _| self.skus.contains(sku));
         own
     }
@@ -289,18 +289,18 @@ impl Fixture {
 
     /// Compares, stops Millrace in good order, and compares once more. `server` is who takes
     /// writes now.
-    pub fn finish(self, server: &Server) -> Result<Verdict, Why> {
+    pub fn finish(self, server: &Server) -> Result<Findings, Why> {
         self.until_quiet()?;
         self.has_bitten()?;
         for platform in self.platforms() {
             platform.deliver_all(self.served.data, true)?;
         }
-        let mut said = Verdict::default();
+        let mut said = Findings::default();
         for crowd in &self.crowds {
             retry_some(self.served.data, &crowd.checker, 30, self.seed, &mut said);
         }
-        self.compare(server, said, Fixture::judge)?;
-        self.finish_orderly(server, Fixture::judge)
+        self.compare(server, said, Fixture::check)?;
+        self.finish_orderly(server, Fixture::check)
     }
 
     /// Compares what clients were told, what is in the database, and what Millrace has in memory,
@@ -309,8 +309,8 @@ impl Fixture {
     pub fn compare(
         &self,
         server: &Server,
-        said: Verdict,
-        judge: impl Fn(&Fixture, &Found) -> Verdict,
+        said: Findings,
+        judge: impl Fn(&Fixture, &StoredRows) -> Findings,
     ) -> Result<(), Why> {
         // What nobody has paid has to expire first.
         let pays = self.platforms().next().is_some();
@@ -318,16 +318,16 @@ impl Fixture {
         loop {
             self.until_quiet()?;
             let found = self.read(server);
-            let mut verdict = judge(self, &found);
-            compare_counters(self.served.data, &found, &mut verdict);
-            verdict.faults.extend(said.faults.clone());
-            audit(self.served.control, &mut verdict);
-            if verdict.holds() {
+            let mut findings = judge(self, &found);
+            compare_counters(self.served.data, &found, &mut findings);
+            findings.faults.extend(said.faults.clone());
+            audit(self.served.control, &mut findings);
+            if findings.holds() {
                 return Ok(());
             }
             if Instant::now() >= deadline {
                 let dead = self.dead_letters(server);
-                return Err(Why::Failed(format!("{}{dead}", verdict.into_words())));
+                return Err(Why::Failed(format!("{}{dead}", findings.into_words())));
             }
             std::thread::sleep(LOOK);
         }
@@ -337,8 +337,8 @@ impl Fixture {
     pub fn finish_orderly(
         mut self,
         server: &Server,
-        judge: impl FnOnce(&Fixture, &Found) -> Verdict,
-    ) -> Result<Verdict, Why> {
+        judge: impl FnOnce(&Fixture, &StoredRows) -> Findings,
+    ) -> Result<Findings, Why> {
         self.served.terminate();
         let ended = self.served.ended_by(Instant::now() + PATIENCE);
         if ended.and_then(|status| status.code()) != Some(0) {
@@ -347,12 +347,12 @@ impl Fixture {
                 "SIGTERM ended it with {ended:?}: {log}"
             )));
         }
-        let verdict = judge(&self, &self.read(server));
-        match verdict.holds() {
-            true => Ok(verdict),
+        let findings = judge(&self, &self.read(server));
+        match findings.holds() {
+            true => Ok(findings),
             false => Err(Why::Failed(format!(
                 "{} (after an orderly end)",
-                verdict.into_words()
+                findings.into_words()
             ))),
         }
     }
@@ -373,24 +373,24 @@ impl Fixture {
     }
 
     /// What the database says.
-    pub fn read(&self, server: &Server) -> Found {
-        self.runtime.block_on(Found::read(&server.config(DATABASE)))
+    pub fn read(&self, server: &Server) -> StoredRows {
+        self.runtime.block_on(read_rows(&server.config(DATABASE)))
     }
 
-    /// Every crowd's part of it, added up.
-    pub fn judge(&self, found: &Found) -> Verdict {
-        let mut all = Verdict::default();
+    /// Checks every crowd's part, and adds the findings up.
+    pub fn check(&self, found: &StoredRows) -> Findings {
+        let mut all = Findings::default();
         // No case makes a row that a database could object to.
-        let mut failed = found.rows.iter().filter(|row| row.status == "failed");
+        let mut failed = found.orders.iter().filter(|row| row.status == "failed");
         if let Some(row) = failed.next() {
             all.fault(format!("a dead letter: {row:?}"));
         }
         for crowd in &self.crowds {
             let own = crowd.own(found);
-            all.add(&crowd.checker.judge(&own));
+            all.add(&crowd.checker.check(&own));
             if let Some(platform) = &crowd.platform {
                 let is_cancel_asked = |user: &str| crowd.checker.is_cancel_asked(user);
-                platform.judge(&own, is_cancel_asked, true, &mut all);
+                platform.check(&own, is_cancel_asked, true, &mut all);
             }
         }
         all

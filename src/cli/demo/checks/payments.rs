@@ -1,21 +1,11 @@
-//! Payments sent, against what the server booked and against every row: promise I7.
-
-use std::collections::HashMap;
+//! Payments sent against the server's sums and against the rows: promise I7.
 
 use serde_json::Value;
 
-use super::CURRENCY;
-use crate::loadgen::{Check, PaymentKind, PaymentOutcome, PaymentReport};
-use crate::order::OrderStatus;
-
-/// An order of the sale as its row has it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct OrderRow {
-    pub order_id: u64,
-    /// In minor units.
-    pub amount: i64,
-    pub status: OrderStatus,
-}
+use super::super::sale::CURRENCY;
+use super::check;
+use crate::loadgen::checker::{Findings, StoredRows};
+use crate::loadgen::{Check, PaymentOutcome, PaymentReport};
 
 /// Payments and their sum in minor units.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -56,8 +46,8 @@ impl Sum {
     }
 }
 
-/// The server's books. Those of an earlier sale in the same database are in `before` too.
-struct BookedSums {
+/// The sums of an audit. Those of an earlier sale in the same database are in `before` too.
+struct Sums {
     received: Sum,
     matched: Sum,
     orphan: Sum,
@@ -65,7 +55,7 @@ struct BookedSums {
     refunded: Sum,
 }
 
-impl BookedSums {
+impl Sums {
     fn read(audit: &Value) -> Self {
         Self {
             received: Sum::read(audit, "received"),
@@ -88,27 +78,28 @@ impl BookedSums {
     }
 }
 
-/// Judges the money of a sale. `before` and `after` are what the audit said then.
-pub fn judge(
+/// The checks of payments. `before` and `after` are the audits of before the sale and after it.
+pub fn checks(
     payments: &PaymentReport,
-    rows: &[OrderRow],
+    rows: &StoredRows,
+    findings: &Findings,
     before: &Value,
     after: &Value,
 ) -> Vec<Check> {
     vec![
         every_callback_taken(payments),
-        accounted_for(payments, before, after),
+        accounted_for(payments, findings, before, after),
         no_false_signature(payments),
-        one_payment_an_order(payments, rows, before, after),
+        one_payment_an_order(rows, findings, before, after),
         unpaid_units_are_back(rows, after),
     ]
 }
 
 fn every_callback_taken(payments: &PaymentReport) -> Check {
-    Check {
-        name: "Every payment was taken from its platform".to_owned(),
-        ok: payments.sent > 0 && payments.unacknowledged == 0,
-        detail: format!(
+    check(
+        "Every payment was taken from its platform",
+        payments.sent > 0 && payments.unacknowledged == 0,
+        format!(
             "{} payments in {} deliveries, {} without a yes; 99 of 100 callbacks were answered within {:.1} ms, the \
              slowest after {:.0} ms",
             payments.sent,
@@ -117,12 +108,17 @@ fn every_callback_taken(payments: &PaymentReport) -> Check {
             payments.latency.p99_ms.unwrap_or(0.0),
             payments.latency.max_ms.unwrap_or(0.0),
         ),
-    }
+    )
 }
 
-/// In = matched + orphan + refund due + refunded, and in is what was sent and acknowledged. What
-/// was sent and never acknowledged may be there or not.
-fn accounted_for(payments: &PaymentReport, before: &Value, after: &Value) -> Check {
+/// In = matched + orphan + refund due + refunded, where in is the sum of acknowledged payments. A payment
+/// that was sent and never acknowledged may be there or not. Each is there as it was sent.
+fn accounted_for(
+    payments: &PaymentReport,
+    findings: &Findings,
+    before: &Value,
+    after: &Value,
+) -> Check {
     let (mut acknowledged, mut in_doubt) = (Sum::default(), Sum::default());
     for payment in payments.outcomes.iter().flatten() {
         match payment.acknowledged_at_ms {
@@ -130,7 +126,7 @@ fn accounted_for(payments: &PaymentReport, before: &Value, after: &Value) -> Che
             None => in_doubt.add_payment(payment),
         }
     }
-    let (earlier, booked) = (BookedSums::read(before), BookedSums::read(after));
+    let (earlier, booked) = (Sums::read(before), Sums::read(after));
     let received = booked.received.minus(earlier.received);
     let most = acknowledged.plus(in_doubt);
     let as_sent = (acknowledged.count..=most.count).contains(&received.count)
@@ -173,104 +169,72 @@ fn accounted_for(payments: &PaymentReport, before: &Value, after: &Value) -> Che
     for fault in &broken {
         detail.push_str(&format!("; {fault}"));
     }
-    Check {
-        name: "Every payment is accounted for, to the cent".to_owned(),
-        ok: !after["payments"].is_null()
+    // The others are about orders, and another check's.
+    let of_orders = findings.payments.disagree + findings.payments.without_effect;
+    let faults = findings.faults.len() as u64 - of_orders;
+    if faults > 0 {
+        detail.push_str(&format!("; {faults} payments not as they were sent"));
+    }
+    check(
+        "Every payment is accounted for, to the cent",
+        !after["payments"].is_null()
             && as_sent
             && booked.received == booked.accounted()
-            && broken.is_empty(),
+            && broken.is_empty()
+            && faults == 0,
         detail,
-    }
+    )
 }
 
 fn no_false_signature(payments: &PaymentReport) -> Check {
     let forged = payments.false_signatures;
-    Check {
-        name: "No false signature was believed".to_owned(),
-        ok: forged.taken == 0,
-        detail: format!(
+    check(
+        "No false signature was believed",
+        forged.taken == 0,
+        format!(
             "{} deliveries with a false signature, {} refused, {} believed",
             forged.sent, forged.refused, forged.taken
         ),
-    }
-}
-
-/// The payments for one order.
-#[derive(Default)]
-struct Paid {
-    /// One of the order's amount may have been received.
-    fitting: bool,
-    /// One of the order's amount was received for certain, and in time.
-    in_time: bool,
-    /// One of another amount may have been received.
-    wrong_amount: bool,
+    )
 }
 
 fn one_payment_an_order(
-    payments: &PaymentReport,
-    rows: &[OrderRow],
+    rows: &StoredRows,
+    findings: &Findings,
     before: &Value,
     after: &Value,
 ) -> Check {
-    let mut paid: HashMap<u64, Paid> = HashMap::new();
-    for payment in payments.outcomes.iter().flatten() {
-        let order = paid.entry(payment.order_id).or_default();
-        match payment.kind {
-            PaymentKind::Regular | PaymentKind::Late | PaymentKind::Second => {
-                order.fitting = true;
-                order.in_time |= payment
-                    .acknowledged_at_ms
-                    .zip(payment.expires_at_ms)
-                    .is_some_and(|(received, expires)| received < expires);
-            }
-            PaymentKind::WrongAmount => order.wrong_amount = true,
-            PaymentKind::Lost => {}
-        }
-    }
-    let nothing = Paid::default();
     let mut sum = Sum::default();
-    let (mut unexplained, mut ignored) = (0, 0);
-    for row in rows {
-        let paid = paid.get(&row.order_id).unwrap_or(&nothing);
-        match row.status {
-            OrderStatus::Paid => {
-                sum = sum.plus(Sum {
-                    count: 1,
-                    amount: row.amount,
-                });
-                unexplained += usize::from(!paid.fitting);
-            }
-            OrderStatus::RefundDue | OrderStatus::Refunded => {
-                unexplained += usize::from(!paid.fitting && !paid.wrong_amount);
-                // The wrong amount came first, and the order stands for its refund.
-                ignored += usize::from(paid.in_time && !paid.wrong_amount);
-            }
-            OrderStatus::Accepted
-            | OrderStatus::Undecided
-            | OrderStatus::PendingPayment
-            | OrderStatus::Cancelled
-            | OrderStatus::Expired
-            | OrderStatus::Failed => ignored += usize::from(paid.in_time),
-        }
+    for row in rows.orders.iter().filter(|row| row.status == "paid") {
+        sum = sum.plus(Sum {
+            count: 1,
+            amount: row.amount,
+        });
     }
     let matched = Sum::read(after, "matched").minus(Sum::read(before, "matched"));
-    Check {
-        name: "Every order paid in time is paid, once, and no other is".to_owned(),
-        ok: sum == matched && unexplained == 0 && ignored == 0,
-        detail: format!(
-            "{} orders of {} paid, {} payments of {} matched; {ignored} paid in time without effect, \
-             {unexplained} that nobody paid",
+    let found = &findings.payments;
+    check(
+        "Every order paid in time is paid, once, and no other is",
+        sum == matched && found.disagree == 0 && found.without_effect == 0 && found.twice == 0,
+        format!(
+            "{} orders of {} paid, {} payments of {} matched; {} paid in time without effect, \
+             {} that nobody paid",
             sum.count,
             money(sum.amount),
             matched.count,
-            money(matched.amount)
+            money(matched.amount),
+            found.without_effect,
+            found.disagree
         ),
-    }
+    )
 }
 
-fn unpaid_units_are_back(rows: &[OrderRow], after: &Value) -> Check {
-    let of = |wanted: OrderStatus| rows.iter().filter(|row| row.status == wanted).count();
-    let waiting = of(OrderStatus::PendingPayment) + of(OrderStatus::Accepted);
+fn unpaid_units_are_back(rows: &StoredRows, after: &Value) -> Check {
+    let of = |status: &str| {
+        let rows = rows.orders.iter();
+        rows.filter(|row| row.status == status).count()
+    };
+    let waiting = of("pending_payment");
     let (mut total, mut held, mut sold, mut free) = (0, 0, 0, 0);
     for sku in after["skus"].as_array().into_iter().flatten() {
         let units = |value: &Value| value.as_i64().unwrap_or(i64::MAX / 4096);
@@ -279,15 +243,15 @@ fn unpaid_units_are_back(rows: &[OrderRow], after: &Value) -> Check {
         sold += units(&sku["sold_by_orders"]);
         free += units(&sku["live"]["free"]);
     }
-    Check {
-        name: "Every unpaid order expired and its unit is back".to_owned(),
-        ok: waiting == 0 && held == 0 && sold + free == total,
-        detail: format!(
+    check(
+        "Every unpaid order expired and its unit is back",
+        waiting == 0 && held == 0 && sold + free == total,
+        format!(
             "{} orders expired, {waiting} still wait; {sold} units paid + {held} held + {free} free again or never wanted \
              = {total} in stock",
-            of(OrderStatus::Expired)
+            of("expired")
         ),
-    }
+    )
 }
 
 /// Minor units of the sale's currency, which has two decimals, for people.
@@ -301,8 +265,10 @@ fn money(amount: i64) -> String {
 mod tests {
     use serde_json::json;
 
+    use super::super::history::payment_findings;
     use super::*;
-    use crate::loadgen::FalseSignatures;
+    use crate::loadgen::checker::{OrderRow, PaymentRow};
+    use crate::loadgen::{FalseSignatures, PaymentKind};
 
     const PRICE: i64 = 1000;
     const EXPIRES_MS: i64 = 5000;
@@ -317,16 +283,36 @@ mod tests {
                 _ => PRICE,
             },
             currency: CURRENCY.into(),
+            has_receipt: kind != PaymentKind::Lost,
+            sent_at_ms: 50,
             acknowledged_at_ms: at_ms,
             expires_at_ms: Some(EXPIRES_MS),
         }
     }
 
-    fn row(order_id: u64, status: OrderStatus) -> OrderRow {
+    fn row(order_id: i64, status: &str) -> OrderRow {
         OrderRow {
             order_id,
+            user: format!("u-{order_id}"),
+            sku: "A".to_owned(),
+            quantity: 1,
+            adjustment: 0,
             amount: PRICE,
-            status,
+            status: status.to_owned(),
+            refund_reason: None,
+            attributes: None,
+        }
+    }
+
+    fn payment_row(payment: &PaymentOutcome, state: &str, reason: &str) -> PaymentRow {
+        PaymentRow {
+            id: 1,
+            payment: payment.payment_id.to_string(),
+            order: payment.order_id.to_string(),
+            amount: payment.amount,
+            currency: payment.currency.to_string(),
+            state: state.to_owned(),
+            refund_reason: Some(reason.to_owned()),
         }
     }
 
@@ -338,7 +324,7 @@ mod tests {
     /// not at all; one payment was for no order.
     struct Sale {
         payments: PaymentReport,
-        rows: Vec<OrderRow>,
+        rows: StoredRows,
         before: Value,
         after: Value,
     }
@@ -353,6 +339,27 @@ mod tests {
             payment(4, WrongAmount, Some(400)),
             payment(77, Lost, Some(500)),
         ];
+        let states = [
+            ("matched", ""),
+            ("matched", ""),
+            ("refund_due", "already_paid"),
+            ("refund_due", "order_expired"),
+            ("refund_due", "amount_mismatch"),
+            ("orphan", ""),
+        ];
+        let payments = told.iter().zip(states);
+        let payments = payments.map(|(one, (state, reason))| payment_row(one, state, reason));
+        let rows = StoredRows {
+            payments: payments.collect(),
+            orders: vec![
+                row(1, "paid"),
+                row(2, "paid"),
+                row(3, "refund_due"),
+                row(4, "refund_due"),
+                row(5, "expired"),
+            ],
+            ..StoredRows::default()
+        };
         let none = sum(0, 0);
         Sale {
             payments: PaymentReport {
@@ -366,13 +373,7 @@ mod tests {
                 },
                 ..PaymentReport::default()
             },
-            rows: vec![
-                row(1, OrderStatus::Paid),
-                row(2, OrderStatus::Paid),
-                row(3, OrderStatus::RefundDue),
-                row(4, OrderStatus::RefundDue),
-                row(5, OrderStatus::Expired),
-            ],
+            rows,
             before: json!({ "payments": { "received": none, "matched": none, "orphan": none,
                 "refund_due": none, "refunded": none, "refund_reasons": {} } }),
             after: json!({
@@ -386,12 +387,19 @@ mod tests {
         }
     }
 
-    /// The places of the broken promises after a change.
+    /// The places of the failed checks after a change.
     fn broken_by(change: impl FnOnce(&mut Sale)) -> Vec<usize> {
         let mut sale = sale();
         change(&mut sale);
-        let promises = judge(&sale.payments, &sale.rows, &sale.before, &sale.after);
-        let broken = promises.iter().enumerate().filter(|(_, p)| !p.ok);
+        let Sale {
+            payments,
+            rows,
+            before,
+            after,
+        } = sale;
+        let findings = payment_findings(&payments, &rows);
+        let checks = checks(&payments, &rows, &findings, &before, &after);
+        let broken = checks.iter().enumerate().filter(|(_, p)| !p.ok);
         broken.map(|(place, _)| place).collect()
     }
 
@@ -455,6 +463,27 @@ mod tests {
     }
 
     #[test]
+    fn a_payment_whose_row_differs_or_is_there_twice_is_found() {
+        // The sums agree, and two payments have changed their amounts between them.
+        assert_eq!(
+            broken_by(|sale| {
+                sale.rows.payments[5].amount += 1;
+                sale.rows.payments[3].amount -= 1;
+            }),
+            [1]
+        );
+        assert_eq!(
+            broken_by(|sale| sale.rows.payments[3].refund_reason = Some("sold_out".to_owned())),
+            [1]
+        );
+        // Also matched to an order that is paid already.
+        assert_eq!(
+            broken_by(|sale| sale.rows.payments[2].state = "matched".to_owned()),
+            [3]
+        );
+    }
+
+    #[test]
     fn a_payment_that_was_never_taken_is_told() {
         assert_eq!(broken_by(|sale| sale.payments.unacknowledged = 1), [0]);
         assert_eq!(broken_by(|sale| sale.payments.sent = 0), [0]);
@@ -469,6 +498,8 @@ mod tests {
                 unanswered(sale);
                 sale.after["payments"]["received"] = sum(7, 6999);
                 sale.after["payments"]["orphan"] = sum(2, 2000);
+                let payment = told(sale).last().cloned().unwrap();
+                sale.rows.payments.push(payment_row(&payment, "orphan", ""));
             }),
             Vec::<usize>::new()
         );
@@ -487,21 +518,23 @@ mod tests {
         // Nobody paid order 5; the payment that is matched instead was for another.
         assert_eq!(
             broken_by(|sale| {
-                sale.rows[4].status = OrderStatus::Paid;
-                sale.rows[0].status = OrderStatus::Expired;
+                sale.rows.orders[4].status = "paid".to_owned();
+                sale.rows.orders[0].status = "expired".to_owned();
             }),
             [3]
         );
         // Paid in time, and expired nevertheless.
         assert_eq!(
-            broken_by(|sale| sale.rows[0].status = OrderStatus::Expired),
+            broken_by(|sale| sale.rows.orders[0].status = "expired".to_owned()),
             [3]
         );
         // Its first payment came after it expired: nothing was owed.
         assert_eq!(
             broken_by(|sale| {
                 told(sale)[0].acknowledged_at_ms = Some(EXPIRES_MS);
-                sale.rows[0].status = OrderStatus::RefundDue;
+                sale.rows.orders[0].status = "refund_due".to_owned();
+                let late = told(sale)[0].clone();
+                sale.rows.payments[0] = payment_row(&late, "refund_due", "order_expired");
                 sale.after["payments"]["matched"] = sum(1, 1000);
                 sale.after["payments"]["refund_due"] = sum(4, 3999);
             }),
@@ -512,7 +545,7 @@ mod tests {
     #[test]
     fn an_order_that_still_waits_and_a_unit_that_is_not_back_are_found() {
         assert_eq!(
-            broken_by(|sale| sale.rows[4].status = OrderStatus::PendingPayment),
+            broken_by(|sale| sale.rows.orders[4].status = "pending_payment".to_owned()),
             [4]
         );
         assert_eq!(

@@ -1,0 +1,263 @@
+//! The sale: a catalogue, a rush of buyers who pay or do not, and the wait until all is settled.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::result::publish;
+use super::status::{LINE_EVERY, clear, status};
+use super::{DemoArgs, PAYMENT_TTL_MS, checks};
+use crate::app::Millrace;
+use crate::cli::client::call_with_token;
+use crate::cli::signals::Signals;
+use crate::loadgen::{
+    Check, LoadPlan, LoadReport, OrderMode, PaymentKind, RateProfile, StderrProgress, Token,
+    WebhookSecret, run_until,
+};
+use crate::logging::say;
+use crate::order::UnixMillis;
+
+/// The share of orders that are paid.
+const PAY_SHARE: f64 = 0.7;
+
+/// How long payments that are too late come after an order's expiry, and its units may take to be back.
+const TOO_LATE_MS: u64 = 3_000;
+
+/// How long the server may take after that to find the orders of early payments and to return the
+/// units of expired orders.
+const SETTLING: Duration = Duration::from_secs(30);
+
+/// The currency of the catalogue; it has two decimals.
+pub const CURRENCY: &str = "EUR";
+
+/// A SKU on sale.
+pub struct Item {
+    pub sku_id: &'static str,
+    title: &'static str,
+    /// In minor units.
+    pub unit_price: i64,
+    /// Shares of all units and of all clicks.
+    stock_share: f64,
+    click_share: f64,
+}
+
+/// Everything on sale.
+pub const CATALOGUE: [Item; 4] = [
+    item("IPHONE-15", "iPhone 15", 199_900, 0.50, 90.0),
+    item("AIRPODS-PRO", "AirPods Pro", 29_900, 0.25, 5.0),
+    item("WATCH-9", "Watch 9", 49_900, 0.15, 3.0),
+    item("HOMEPOD-MINI", "HomePod mini", 9_900, 0.10, 2.0),
+];
+
+const fn item(
+    sku_id: &'static str,
+    title: &'static str,
+    unit_price: i64,
+    stock_share: f64,
+    click_share: f64,
+) -> Item {
+    Item {
+        sku_id,
+        title,
+        unit_price,
+        stock_share,
+        click_share,
+    }
+}
+
+/// A sale, and how to speak to the server that it is held on.
+pub struct Sale<'a> {
+    pub args: &'a DemoArgs,
+    /// Signs the callbacks of payments.
+    pub secret: WebhookSecret,
+    pub data_token: Option<String>,
+    pub control_token: Option<String>,
+    /// How long an answer may take, in milliseconds.
+    pub answer_ms_max: f64,
+}
+
+impl Sale<'_> {
+    /// Holds the sale, stops the server in any case, and publishes the result. True: every check passed.
+    pub async fn run(self, millrace: Millrace, signals: &mut Signals) -> anyhow::Result<bool> {
+        let held = tokio::select! {
+            held = self.hold(&millrace, signals) => held,
+            reason = millrace.poisoned() => Err(anyhow::anyhow!("Millrace stopped itself: {reason}")),
+        };
+        let clean = millrace.drain().await;
+        let (report, mut checks) = held?;
+        checks.push(Check {
+            name: "The service stopped with nothing left over".into(),
+            ok: clean,
+            detail: if clean {
+                "drained".into()
+            } else {
+                "see the log".into()
+            },
+        });
+        clear();
+        publish(self.args, &report, &checks)?;
+        Ok(checks.iter().all(|check| check.ok))
+    }
+
+    /// Puts the catalogue on sale, runs the rush, waits until payments and expiry are over, and checks.
+    async fn hold(
+        &self,
+        millrace: &Millrace,
+        signals: &mut Signals,
+    ) -> anyhow::Result<(LoadReport, Vec<Check>)> {
+        let control = millrace.control_plane.to_string();
+        let opened = Instant::now();
+        self.put_catalogue(&control).await?;
+        let plan = self.plan(millrace);
+        let terms = checks::Terms {
+            user_prefix: plan.user_prefix.clone(),
+            began_at: UnixMillis::now(),
+            answer_ms_max: self.answer_ms_max,
+            audit_before: self.audit(&control).await?,
+        };
+        clear();
+        let mut progress =
+            StderrProgress::new(LINE_EVERY, say).titled(&format!("http://{control}"));
+        let interrupted = async {
+            signals.recv().await;
+        };
+        let report = run_until(plan, &mut progress, interrupted).await?;
+        status("Auditing: what every buyer was told and paid against every row ...");
+        self.wait_until_quiet(&control).await?;
+        let audit = self
+            .wait_until_settled(&control, &terms.audit_before, &report)
+            .await?;
+        let checks = checks::run(millrace.database(), &report, &terms, &audit).await?;
+        tracing::debug!(seconds = opened.elapsed().as_secs_f64(), "the sale is over");
+        Ok((report, checks))
+    }
+
+    async fn put_catalogue(&self, control: &str) -> anyhow::Result<()> {
+        let args = self.args;
+        for item in &CATALOGUE {
+            let body = json!({
+                "title": item.title, "unit_price": item.unit_price, "currency": CURRENCY,
+                "total": (f64::from(args.stock) * item.stock_share) as u32, "per_user_limit": 1,
+            });
+            let path = format!("/admin/v1/skus/{}", item.sku_id);
+            self.call(control, "PUT", &path, Some(&body)).await?;
+        }
+        status(&format!(
+            "On sale at http://{control}: {} units of {} SKUs, one to a buyer; {} buyers within {} s, {} clicks a second at the peak, \
+         3 of 10 double clicks; 7 of 10 orders are paid, the others expire after {} s",
+            args.stock,
+            CATALOGUE.len(),
+            buyers(args),
+            args.duration,
+            args.rate,
+            PAYMENT_TTL_MS / 1_000
+        ));
+        Ok(())
+    }
+
+    fn plan(&self, millrace: &Millrace) -> LoadPlan {
+        let args = self.args;
+        let plan = LoadPlan {
+            target: format!("http://{}", millrace.data_plane),
+            rate: RateProfile::Step {
+                peak_per_second: f64::from(args.rate),
+            },
+            duration_ms: Some(u64::from(args.duration) * 1_000),
+            buyers: buyers(args),
+            one_order_per_buyer: true,
+            double_click_share: 0.3,
+            mode: OrderMode::Mixed,
+            seed: args.seed,
+            keep_outcomes: true,
+            pay_share: PAY_SHARE,
+            payment_secret: Some(self.secret.clone()),
+            token: self.data_token.clone().map(Token::new),
+            pay_grace_ms: PAYMENT_TTL_MS + TOO_LATE_MS,
+            watch_after_ms: PAYMENT_TTL_MS + 1_000,
+            // Buyers of their own, so that the demo can run again on a database that is kept.
+            user_prefix: format!("u{}-", UnixMillis::now().0 / 1_000),
+            ..LoadPlan::default()
+        };
+        let items = CATALOGUE.iter();
+        items.fold(plan, |plan, item| {
+            plan.with_sku(item.sku_id, item.click_share)
+        })
+    }
+
+    /// Waits until nothing is in flight, so that memory and rows can be compared.
+    async fn wait_until_quiet(&self, control: &str) -> anyhow::Result<()> {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        loop {
+            let audit = self.audit(control).await?;
+            if audit["orders_in_flight"] == 0 {
+                return Ok(());
+            }
+            anyhow::ensure!(
+                Instant::now() < deadline,
+                "{} orders are still in flight 30 s after the last click",
+                audit["orders_in_flight"]
+            );
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// Waits until payments that came before their order have found it and units of expired orders are
+    /// back, and returns the audit. The checks report whatever is late.
+    async fn wait_until_settled(
+        &self,
+        control: &str,
+        before: &Value,
+        report: &LoadReport,
+    ) -> anyhow::Result<Value> {
+        let deadline = Instant::now() + SETTLING;
+        loop {
+            let audit = self.audit(control).await?;
+            if is_settled(before, &audit, report) || Instant::now() >= deadline {
+                return Ok(audit);
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+
+    async fn audit(&self, control: &str) -> anyhow::Result<Value> {
+        self.call(control, "GET", "/admin/v1/audit", None).await
+    }
+
+    async fn call(
+        &self,
+        control: &str,
+        method: &str,
+        path: &str,
+        body: Option<&Value>,
+    ) -> anyhow::Result<Value> {
+        call_with_token(control, method, path, body, self.control_token.as_deref()).await
+    }
+}
+
+/// Enough that fresh buyers keep coming throughout the rush.
+fn buyers(args: &DemoArgs) -> u32 {
+    args.rate
+        .saturating_mul(args.duration)
+        .max(args.stock.saturating_mul(2))
+}
+
+/// Whether no payment waits but those for orders that never existed, no unit is held, and the audit is of a
+/// quiet moment.
+fn is_settled(before: &Value, audit: &Value, report: &LoadReport) -> bool {
+    let kinds = report.payments.iter().flat_map(|payments| &payments.kinds);
+    let lost = kinds.filter(|kind| kind.kind == PaymentKind::Lost);
+    let lost: u64 = lost.map(|kind| kind.sent).sum();
+    // Payments that wait, and payments that the server has given up.
+    let without_order = |audit: &Value| {
+        let payments = &audit["payments"];
+        let count = |value: &Value| value.as_u64().unwrap_or(0);
+        count(&payments["orphan"]["count"])
+            + count(&payments["refund_reasons"]["receipt_missing"])
+            + count(&payments["refund_reasons"]["receipt_invalid"])
+    };
+    let skus = audit["skus"].as_array().map(Vec::as_slice);
+    without_order(audit) <= without_order(before) + lost
+        && (skus.unwrap_or_default().iter()).all(|sku| sku["held_by_orders"] == 0)
+        && audit["orders_in_flight"] == 0
+        && checks::live_compared(audit)
+}
