@@ -42,6 +42,7 @@ use crate::metrics::Metrics;
 use crate::pipeline::admin::audit::Auditor;
 use crate::pipeline::admin::operator::Operator;
 use crate::pipeline::orders::intake::Intake;
+use crate::pipeline::orders::lookup::OrderLookup;
 use crate::queue::journal::disk::make_directory;
 use crate::state::State;
 use crate::state::poison::Poison;
@@ -175,6 +176,11 @@ fn data_plane_service(
         intake: Arc::clone(&parts.path.intake),
         state: Arc::clone(parts.state),
         queue: Arc::clone(&parts.path.queue),
+        lookup: OrderLookup::new(
+            Arc::clone(parts.state),
+            Arc::clone(&parts.path.queue),
+            parts.ownership.database.clone(),
+        ),
         database: parts.ownership.database.clone(),
         canceller: handles.canceller.clone(),
         callbacks: handles.callbacks.clone(),

@@ -16,10 +16,10 @@ use crate::order::receipt::ReceiptKeys;
 use crate::order::{Order, OrderId, OrderStatus};
 use crate::pipeline::orders::cancel::Canceller;
 use crate::pipeline::orders::intake::Intake;
+use crate::pipeline::orders::lookup::{Found, LookupError, OrderLookup};
 use crate::pipeline::payments::callbacks::CallbacksHandle;
 use crate::queue::OrderQueue;
 use crate::state::State;
-use crate::state::pending::PendingOrder;
 use crate::store::StoreError;
 use crate::store::postgres::Database;
 use crate::store::postgres::orders::StoredOrder;
@@ -32,7 +32,9 @@ pub struct Context {
     pub state: Arc<State>,
     /// The queue of admitted orders.
     pub queue: Arc<dyn OrderQueue>,
-    /// For look-ups.
+    /// Finds orders wherever they are.
+    pub lookup: OrderLookup,
+    /// For lists of orders.
     pub database: Database,
     /// Cancels orders.
     pub canceller: Canceller,
@@ -79,11 +81,6 @@ impl Context {
         }
     }
 
-    /// An order whose row was written a moment ago and that awaits its payment.
-    pub(super) fn recent(&self, id: OrderId) -> Option<Arc<PendingOrder>> {
-        self.state.recent_orders.get(id, self.state.ids.real_now())
-    }
-
     /// The view of a row. An order past its payment deadline is shown as expired, even if its row
     /// still says `pending_payment`.
     pub(super) fn stored_view<'a>(&self, order: &'a StoredOrder) -> OrderView<'a> {
@@ -98,52 +95,63 @@ impl Context {
         OrderView::stored(order, status, &self.receipts)
     }
 
-    /// Looks an order up in the database, until `deadline` at most.
+    /// Looks for an order wherever it may be, until `deadline` at most. Costs no task if it is in memory.
+    pub(super) fn find(
+        &self,
+        request: &Request<'_>,
+        deadline: Instant,
+        id: OrderId,
+    ) -> Result<Option<Found>, Problem> {
+        if let Some(found) = self.lookup.in_memory(id) {
+            return Ok(Some(found));
+        }
+        let lookup = self.lookup.clone();
+        let found = self.on_tokio(request, deadline, async move { lookup.find(id).await })?;
+        found.map_err(|error| lookup_problem(id, &error))
+    }
+
+    /// Looks for an order in the database, until `deadline` at most.
     pub(super) fn find_stored(
         &self,
         request: &Request<'_>,
         deadline: Instant,
         id: OrderId,
     ) -> Result<Option<StoredOrder>, Problem> {
-        let database = self.database.clone();
-        self.on_tokio(
-            request,
-            deadline,
-            async move { database.find_order(id).await },
-        )?
-        .map_err(|error| database_problem(&error))
+        let lookup = self.lookup.clone();
+        let found = self.on_tokio(request, deadline, async move { lookup.stored(id).await })?;
+        found.map_err(|error| lookup_problem(id, &error))
     }
 
-    /// Looks an order up among those that wait on the disk, until `deadline` at most. Costs nothing
-    /// if none do.
+    /// Looks for an order on the disk, until `deadline` at most. Costs nothing if none are there.
     pub(super) fn find_on_disk(
         &self,
         request: &Request<'_>,
         deadline: Instant,
         id: OrderId,
     ) -> Result<Option<Order>, Problem> {
-        if !self.queue.durable().is_some_and(|queue| queue.may_hold(id)) {
+        if !self.lookup.may_be_on_disk(id) {
             return Ok(None);
         }
-        let queue = Arc::clone(&self.queue);
-        let found = self.on_tokio(request, deadline, async move {
-            tokio::task::spawn_blocking(move || queue.durable().map(|queue| queue.find(id))).await
-        })?;
-        match found {
-            Ok(Some(Ok(found))) => Ok(found),
-            Ok(None) => Ok(None),
-            Ok(Some(Err(error))) => {
-                tracing::error!(order_id = %id, reason = %error, "the journal cannot be read");
-                Err(Problem::internal())
-            }
-            Err(_) => Err(Problem::internal()),
-        }
+        let lookup = self.lookup.clone();
+        let found = self.on_tokio(request, deadline, async move { lookup.on_disk(id).await })?;
+        found.map_err(|error| lookup_problem(id, &error))
     }
 
     /// The expected time until an order that is queued now becomes a row, in milliseconds, by the
     /// recent rate of writing.
     pub(super) fn estimated_wait_ms(&self) -> u64 {
         self.state.throughput.wait_ms(self.queue.depth())
+    }
+}
+
+/// The answer to a request whose order could not be looked for.
+fn lookup_problem(id: OrderId, error: &LookupError) -> Problem {
+    match error {
+        LookupError::Store(error) => database_problem(error),
+        LookupError::Journal(error) => {
+            tracing::error!(order_id = %id, reason = %error, "the journal cannot be read");
+            Problem::internal()
+        }
     }
 }
 

@@ -6,39 +6,31 @@ use std::time::{Duration, Instant};
 
 use super::follow::wait_for_other;
 use super::preference::Preference;
+use crate::backoff::Backoff;
 use crate::http::data_plane::context::Context;
 use crate::http::message::{Request, Response};
 use crate::http::problem::Problem;
 use crate::http::server::wake::wait;
 use crate::http::wire::{BatchLine, OrderBody, OrderView, idempotency_key, no_batch_key, write};
-use crate::order::{KeyHash, Order, OrderStatus, Refusal};
+use crate::order::{KeyHash, OrderStatus, Refusal};
 use crate::pipeline::orders::intake::{Admission, OrderRequest};
+use crate::pipeline::orders::lookup::Found;
 use crate::state::pending::{PendingOrder, SlotState};
-use crate::store::postgres::orders::StoredOrder;
 
 /// Most orders in one batch.
 const BATCH_ORDERS_MAX: usize = 1_000;
 /// Bytes of an answer with its order and its receipt. A refusal is shorter.
 const LINE_BYTES_TYPICAL: usize = 416;
 
-/// Pause before a retried order that is nowhere to be found is looked up again: doubled each time,
-/// up to the maximum.
-const LOOK_AGAIN_MIN: Duration = Duration::from_millis(1);
-const LOOK_AGAIN_MAX: Duration = Duration::from_millis(250);
+/// Pauses before a retried order that is nowhere to be found is looked for again.
+const LOOK_AGAIN: Backoff = Backoff::new(Duration::from_millis(1), Duration::from_millis(250));
 
-/// The location of an admitted order. Every order but a placed one came from an earlier request
-/// under the same key.
-enum Found {
-    /// In flight, placed by this request.
+/// An order that was admitted.
+enum Admitted {
+    /// By this request.
     Placed(Arc<PendingOrder>),
-    /// In flight.
-    InFlight(Arc<PendingOrder>),
-    /// Durable, on the disk.
-    OnDisk(Box<Order>),
-    /// Written a moment ago.
-    Recent(Arc<PendingOrder>),
-    /// In the database.
-    Stored(Box<StoredOrder>),
+    /// By an earlier request under the same key; and where it is now.
+    Earlier(Found),
 }
 
 /// The answer about one order.
@@ -71,21 +63,18 @@ impl Answer {
     }
 }
 
-impl Found {
-    fn view<'a>(&'a self, context: &Context, status: OrderStatus) -> OrderView<'a> {
-        let order = match self {
-            Found::Placed(pending) | Found::InFlight(pending) | Found::Recent(pending) => {
-                &pending.order
-            }
-            Found::OnDisk(order) => order,
-            Found::Stored(stored) => return context.stored_view(stored),
-        };
-        match status {
-            OrderStatus::Accepted => {
-                OrderView::accepted(order, context.estimated_wait_ms(), &context.receipts)
-            }
-            status => OrderView::of(order, status, &context.receipts),
+/// The view of an order, wherever it was found.
+fn view<'a>(context: &Context, found: &'a Found, status: OrderStatus) -> OrderView<'a> {
+    let order = match found {
+        Found::InFlight(pending) | Found::Recent(pending) => &pending.order,
+        Found::OnDisk(order) => order,
+        Found::Stored(stored) => return context.stored_view(stored),
+    };
+    match status {
+        OrderStatus::Accepted => {
+            OrderView::accepted(order, context.estimated_wait_ms(), &context.receipts)
         }
+        status => OrderView::of(order, status, &context.receipts),
     }
 }
 
@@ -158,7 +147,7 @@ pub(in crate::http::data_plane) fn one(
         let waited = creation.started.elapsed();
         context.metrics.wait_seconds.observe(waited.as_secs_f64());
     }
-    let view = found.view(context, status);
+    let view = view(context, &found, status);
     response.header("Location", format_args!("/v1/orders/{}", view.order_id()));
     if replayed {
         response.header("Idempotency-Replayed", "true");
@@ -198,7 +187,7 @@ pub(in crate::http::data_plane) fn batch(
         return Err(Problem::new(413, "body_too_large", detail));
     }
     let creation = Creation::begin(context, request);
-    let admitted: Vec<Result<Found, Problem>> = lines()
+    let admitted: Vec<Result<Admitted, Problem>> = lines()
         .map(|line| {
             let BatchLine { body, key } = BatchLine::parse(line)?;
             creation.admit(body, key)
@@ -226,7 +215,7 @@ pub(in crate::http::data_plane) fn batch(
                 status,
                 http_status,
                 ..
-            } => write::ndjson_line(out, *http_status, &found.view(context, *status)),
+            } => write::ndjson_line(out, *http_status, &view(context, found, *status)),
         }
     }
     Ok(())
@@ -250,7 +239,7 @@ impl<'r> Creation<'r> {
         }
     }
 
-    fn admit(&self, body: OrderBody<'_>, key: Option<KeyHash>) -> Result<Found, Problem> {
+    fn admit(&self, body: OrderBody<'_>, key: Option<KeyHash>) -> Result<Admitted, Problem> {
         let Creation {
             context, request, ..
         } = *self;
@@ -268,33 +257,24 @@ impl<'r> Creation<'r> {
             .intake
             .check_rate(&order.user_id)
             .map_err(|refusal| refuse(context, refusal))?;
-        let mut pause = LOOK_AGAIN_MIN;
+        let mut backoff = LOOK_AGAIN;
         loop {
             let admission = context
                 .intake
                 .admit(&order, Some(request.waker))
                 .map_err(|refusal| refuse(context, refusal))?;
             let id = match admission {
-                Admission::Placed(pending) => return Ok(Found::Placed(pending)),
+                Admission::Placed(pending) => return Ok(Admitted::Placed(pending)),
                 Admission::Duplicate {
                     pending: Some(pending),
                     ..
-                } => return Ok(Found::InFlight(pending)),
+                } => return Ok(Admitted::Earlier(Found::InFlight(pending))),
                 Admission::Duplicate { id, pending: None } => id,
             };
             // One deadline for all orders of a batch: no request waits beyond the order timeout.
             let deadline = self.started + context.order_timeout;
-            if let Some(order) = context.find_on_disk(request, deadline, id)? {
-                return Ok(Found::OnDisk(Box::new(order)));
-            }
-            if let Some(pending) = context.state.pending.get(id) {
-                return Ok(Found::InFlight(pending));
-            }
-            if let Some(recent) = context.recent(id) {
-                return Ok(Found::Recent(recent));
-            }
-            if let Some(stored) = context.find_stored(request, deadline, id)? {
-                return Ok(Found::Stored(Box::new(stored)));
+            if let Some(found) = context.find(request, deadline, id)? {
+                return Ok(Admitted::Earlier(found));
             }
             // The first request is between claiming the key and registering its order, or is
             // undoing that. Either takes microseconds; afterwards this request finds the order or
@@ -303,24 +283,27 @@ impl<'r> Creation<'r> {
                 return Err(refuse(context, Refusal::Overloaded));
             }
             may::coroutine::yield_now();
+            let pause = backoff.pause();
             context.on_tokio(request, deadline, async move {
                 tokio::time::sleep(pause).await;
             })?;
-            pause = (pause * 2).min(LOOK_AGAIN_MAX);
         }
     }
 
     /// Waits for an admitted order as long as the client wants, and answers.
-    fn wait(&self, admitted: Found) -> Answer {
+    fn wait(&self, admitted: Admitted) -> Answer {
         let Creation {
             context, request, ..
         } = *self;
         let deadline = self.started + self.wanted.wait;
-        match admitted {
-            Found::Placed(pending) => {
+        let found = match admitted {
+            Admitted::Placed(pending) => {
                 let state = wait_for_own(context, request, &pending, deadline);
-                answer_by_slot(context, pending, state, false)
+                return answer_by_slot(context, pending, state, false);
             }
+            Admitted::Earlier(found) => found,
+        };
+        match found {
             Found::InFlight(pending) => {
                 let is_enough =
                     |pending: &PendingOrder| self.wanted.respond_async && pending.slot.is_durable();
@@ -332,11 +315,11 @@ impl<'r> Creation<'r> {
             Found::OnDisk(_) if !may_acknowledge(context) => {
                 Answer::Problem(refuse(context, Refusal::NotReady))
             }
-            Found::OnDisk(_) => accepted(context, admitted, true),
+            Found::OnDisk(_) => accepted(context, found, true),
             Found::Stored(ref stored) => {
                 count(context, "replayed");
                 let status = stored.status;
-                Answer::order(admitted, status, 200, true)
+                Answer::order(found, status, 200, true)
             }
         }
     }

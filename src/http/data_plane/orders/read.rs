@@ -53,7 +53,7 @@ pub(in crate::http::data_plane) fn one(
         Followed::Never => return Err(unknown_order(id)),
         Followed::Elsewhere => {}
     }
-    if let Some(recent) = context.recent(id) {
+    if let Some(recent) = context.lookup.recent(id) {
         write::json(
             response,
             200,

@@ -18,11 +18,14 @@ use super::conn_state::ConnState;
 use super::reaper::TICK;
 use super::shared::Shared;
 use super::{connection, encode};
+use crate::backoff::Backoff;
 use crate::http::server::Service;
 use crate::supervise::Supervisor;
 
-const BACKOFF_MIN: Duration = Duration::from_millis(5);
-const BACKOFF_MAX: Duration = Duration::from_millis(500);
+/// Shortest pause after a connection could not be accepted.
+const PAUSE: Duration = Duration::from_millis(5);
+/// Pauses while none can be accepted.
+const ACCEPT_AGAIN: Backoff = Backoff::new(PAUSE, Duration::from_millis(500));
 
 /// Descriptors that may be held beyond the limit by connections that have just ended.
 const ENDED_MAX: usize = 1024;
@@ -50,13 +53,13 @@ pub(super) fn start<S: Service>(
 }
 
 fn run<S: Service>(listener: &TcpListener, service: &Arc<S>, shared: &Arc<Shared>) {
-    let mut backoff = BACKOFF_MIN;
+    let mut backoff = ACCEPT_AGAIN;
     loop {
         // Read before accepting: what the kernel has queued by the time of the stop is still taken.
         let stopping = shared.stopping.load(Ordering::Acquire);
         match listener.accept() {
             Ok((socket, _)) => {
-                backoff = BACKOFF_MIN;
+                backoff.reset();
                 admit(socket, service, shared);
             }
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
@@ -78,14 +81,14 @@ fn run<S: Service>(listener: &TcpListener, service: &Arc<S>, shared: &Arc<Shared
                     .counters
                     .accept_errors
                     .fetch_add(1, Ordering::Relaxed);
-                tracing::warn!(%error, ?backoff, "cannot accept a connection, waiting");
+                let pause = backoff.pause();
+                tracing::warn!(%error, ?pause, "cannot accept a connection, waiting");
                 if stopping {
                     return;
                 }
                 // An idle connection gives its descriptor back in a moment.
                 shared.registry.make_room(shared.clock.now_ms());
-                thread::sleep(backoff);
-                backoff = (backoff * 2).min(BACKOFF_MAX);
+                thread::sleep(pause);
             }
         }
     }
@@ -110,7 +113,7 @@ fn admit<S: Service>(socket: TcpStream, service: &Arc<S>, shared: &Arc<Shared>) 
     // Evicted and ended connections hold a descriptor for a tick or two. Where they come faster
     // than that, new ones wait in the kernel's queue, so that descriptors stay bounded as well.
     while shared.registry.held() >= shared.limits.connections_max.saturating_add(ENDED_MAX) {
-        thread::sleep(BACKOFF_MIN);
+        thread::sleep(PAUSE);
     }
     let fd = socket.as_raw_fd();
     let conn = match ConnState::new(socket, now_ms) {
