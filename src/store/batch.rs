@@ -21,11 +21,11 @@
 
 use std::collections::BTreeMap;
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use futures_util::SinkExt;
 use tokio::sync::OnceCell;
-use tokio_postgres::Statement;
 use tokio_postgres::types::ToSql;
+use tokio_postgres::{CopyInSink, Statement};
 
 use super::error::{refuses_row, sqlstate};
 use super::fenced::{FENCE, FencedWriter, Settled, timed};
@@ -241,18 +241,17 @@ impl BatchWriter {
         written
     }
 
-    async fn attempt(
-        &mut self,
+    /// Opens the transaction, moves the number and opens the COPY, in one flush. Returns the COPY, and
+    /// whether its rows have to be counted before the COMMIT.
+    async fn begin(
+        &self,
         session: &Session,
         batch: i64,
         work: Work<'_>,
-    ) -> Result<(), WriteError> {
+    ) -> Result<(CopyInSink<Bytes>, bool), WriteError> {
         let NodeLease { node, epoch } = self.row.lease;
         let client = &session.client;
         let step = self.row.database.step_timeout();
-        let retry =
-            |doing| move |source| WriteError::Retry(StoreError::Statement { doing, source });
-
         let fence: [&(dyn ToSql + Sync); 4] = [&node, &self.row.shard, &epoch, &batch];
         let copy = match work {
             Work::Write(_) | Work::Unpark(_) => &session.copy,
@@ -286,7 +285,7 @@ impl BatchWriter {
             let (begun, fenced, sink) = tokio::join!(
                 client.batch_execute(BEGIN),
                 client.query_opt(&session.fence, &fence),
-                client.copy_in::<_, bytes::Bytes>(copy),
+                client.copy_in(copy),
             );
             (begun, fenced, Ok(0), sink)
         })
@@ -307,8 +306,18 @@ impl BatchWriter {
                 "parked orders were cancelled meanwhile".to_owned(),
             )));
         }
-        let counted: bool = fenced.get(0);
+        Ok((sink, fenced.get(0)))
+    }
 
+    async fn attempt(
+        &mut self,
+        session: &Session,
+        batch: i64,
+        work: Work<'_>,
+    ) -> Result<(), WriteError> {
+        let client = &session.client;
+        let step = self.row.database.step_timeout();
+        let (sink, counted) = self.begin(session, batch, work).await?;
         self.buffer.clear();
         let (skus, units) = match work {
             Work::Write(rows) | Work::Unpark(rows) => {
@@ -321,6 +330,7 @@ impl BatchWriter {
             }
         };
         let rows = self.buffer.split().freeze();
+        let node = self.row.lease.node;
         let reference = format!("batch {node}/{}/{batch}", self.row.shard);
         let (counters, skus, units): (_, &(dyn ToSql + Sync), &(dyn ToSql + Sync)) =
             match (&*skus, &*units) {
@@ -347,7 +357,7 @@ impl BatchWriter {
                     .await?
                     .map_err(retry("ROLLBACK"))?;
             }
-            let copied = copied.map_err(|source| judge("COPY orders", source, false))?;
+            let copied = copied.map_err(|source| write_error("COPY orders", source, false))?;
             if copied != work.orders() as u64 {
                 return Err(WriteError::Row {
                     sqlstate: NO_DATA.to_owned(),
@@ -360,7 +370,7 @@ impl BatchWriter {
             self.row.unknown = Some(batch);
             crash_point("worker.before_commit");
             let (moved, committed) = timed("writing a batch", step, move_and_commit).await?;
-            return judge_commit(moved, committed);
+            return commit_result(moved, committed);
         }
         // From here on a COMMIT may reach the server. Until here it cannot have.
         self.row.unknown = Some(batch);
@@ -370,9 +380,9 @@ impl BatchWriter {
         })
         .await?;
         if let Err(source) = copied {
-            return Err(judge("COPY orders", source, false));
+            return Err(write_error("COPY orders", source, false));
         }
-        judge_commit(moved, committed)
+        commit_result(moved, committed)
     }
 
     /// Makes a connection and settles what the last one left open. True: the batch of unknown
@@ -488,14 +498,14 @@ impl BatchWriter {
 /// Where the counters were moved this is a COMMIT and no disguised ROLLBACK. A deferred constraint may
 /// refuse the data only here. Any other failure says nothing: the server may have committed and then
 /// been stopped.
-fn judge_commit(
+fn commit_result(
     moved: Result<u64, tokio_postgres::Error>,
     committed: Result<(), tokio_postgres::Error>,
 ) -> Result<(), WriteError> {
     if let Err(source) = moved {
-        return Err(judge("moving the stock counters", source, true));
+        return Err(write_error("moving the stock counters", source, true));
     }
-    committed.map_err(|source| judge("COMMIT", source, false))
+    committed.map_err(|source| write_error("COMMIT", source, false))
 }
 
 /// The units of each SKU in a batch, by id, so that every transaction locks in the same order.
@@ -509,7 +519,11 @@ fn units_by_sku(rows: &[(&Order, OrderStatus)]) -> (Vec<i32>, Vec<i64>) {
 
 /// Sorts the failure of a statement within the transaction. Where the server has judged the data,
 /// it has rolled back and the session goes on.
-fn judge(doing: &'static str, source: tokio_postgres::Error, counters: bool) -> WriteError {
+fn retry(doing: &'static str) -> impl FnOnce(tokio_postgres::Error) -> WriteError {
+    move |source| WriteError::Retry(StoreError::Statement { doing, source })
+}
+
+fn write_error(doing: &'static str, source: tokio_postgres::Error, counters: bool) -> WriteError {
     if !refuses_row(&source) {
         return WriteError::Retry(StoreError::Statement { doing, source });
     }

@@ -12,7 +12,9 @@ use crate::order::payment::PaymentState;
 use crate::state::State;
 use crate::store::StoreError;
 use crate::store::postgres::Database;
-use crate::store::postgres::audit::{DatabaseAudit, Motion, PartRows, PaymentSum, SkuAudit};
+use crate::store::postgres::audit::{
+    DatabaseAudit, Motion, PartRows, PaymentFaults, PaymentSum, SkuAudit,
+};
 
 /// The name of the check that is left out while anything is in flight or moves.
 pub const LIVE_CHECK: &str = "live counters are those of the database";
@@ -209,7 +211,7 @@ pub async fn audit_in_parts(
     let (found, [before, after]) = database.audit_watching(rows, look).await?;
     let quiet = before == after && after.as_ref().is_some_and(|(in_flight, _)| *in_flight == 0);
     let (in_flight, after) = after.unzip();
-    Ok(judge(&found, after.as_deref(), in_flight, quiet))
+    Ok(result(&found, after.as_deref(), in_flight, quiet))
 }
 
 fn live(state: &State) -> Vec<(SkuId, LiveFigures)> {
@@ -227,7 +229,8 @@ fn live(state: &State) -> Vec<(SkuId, LiveFigures)> {
     .collect()
 }
 
-fn judge(
+/// The result of an audit, from what the database and memory say. `quiet`: nothing was in flight.
+fn result(
     found: &DatabaseAudit,
     live: Option<&[(SkuId, LiveFigures)]>,
     in_flight: Option<usize>,
@@ -237,6 +240,38 @@ fn judge(
         live.and_then(|all| all.iter().find(|(id, _)| id.as_str() == sku_id))
             .map(|(_, figures)| *figures)
     };
+    let mut checks = order_checks(found);
+    checks.extend(payment_checks(&found.payment_faults));
+    if quiet {
+        checks.push(live_check(found, live_of));
+    }
+    Audit {
+        ok: checks.iter().all(|check| check.ok),
+        checks,
+        skus: found
+            .skus
+            .iter()
+            .map(|sku| SkuFigures {
+                sku_id: sku.sku_id.clone(),
+                total: sku.total,
+                held: sku.held,
+                sold: sku.sold,
+                held_by_orders: sku.held_by_orders,
+                sold_by_orders: sku.sold_by_orders,
+                moved: moved(sku),
+                live: live_of(&sku.sku_id),
+            })
+            .collect(),
+        orders: found.orders,
+        orders_pruned: found.orders_pruned,
+        dead_letters: found.dead_letters,
+        payments: Money::of(&found.payments),
+        orders_in_flight: in_flight,
+    }
+}
+
+/// Orders against counters and the stock journal, and orders among themselves.
+fn order_checks(found: &DatabaseAudit) -> Vec<Check> {
     let mut checks = vec![
         over_skus(found, "I1", "no SKU is oversold", |sku| {
             // At least so many were held and sold when the first orders were read.
@@ -325,8 +360,12 @@ fn judge(
             );
         }
     }
-    let faults = &found.payment_faults;
-    checks.extend([
+    checks
+}
+
+/// Payments against the messages of their providers and against orders.
+fn payment_checks(faults: &PaymentFaults) -> [Check; 3] {
+    [
         count(
             "I7",
             "every payment that was reported is booked, and no other",
@@ -342,45 +381,24 @@ fn judge(
             "every order whose money has to go back has a payment that has to",
             faults.refund_due_without_payment,
         ),
-    ]);
-    if quiet {
-        checks.push(over_skus(found, "I2", LIVE_CHECK, |sku| {
-            let figures = live_of(&sku.sku_id)?;
-            // While orders of it are parked its row is known to be wrong.
-            let (total, held) = if sku.parked > 0 {
-                (figures.total.into(), sku.held_by_orders + sku.parked)
-            } else {
-                (sku.total, sku.held)
-            };
-            let same = i64::from(figures.total) == total
-                && i64::from(figures.held) == held
-                && i64::from(figures.sold) == sku.sold;
-            (!same).then(|| format!("{}: memory has {figures:?}", sku.sku_id))
-        }));
-    }
-    Audit {
-        ok: checks.iter().all(|check| check.ok),
-        checks,
-        skus: found
-            .skus
-            .iter()
-            .map(|sku| SkuFigures {
-                sku_id: sku.sku_id.clone(),
-                total: sku.total,
-                held: sku.held,
-                sold: sku.sold,
-                held_by_orders: sku.held_by_orders,
-                sold_by_orders: sku.sold_by_orders,
-                moved: moved(sku),
-                live: live_of(&sku.sku_id),
-            })
-            .collect(),
-        orders: found.orders,
-        orders_pruned: found.orders_pruned,
-        dead_letters: found.dead_letters,
-        payments: Money::of(&found.payments),
-        orders_in_flight: in_flight,
-    }
+    ]
+}
+
+/// Rows against memory.
+fn live_check(found: &DatabaseAudit, live_of: impl Fn(&str) -> Option<LiveFigures>) -> Check {
+    over_skus(found, "I2", LIVE_CHECK, |sku| {
+        let figures = live_of(&sku.sku_id)?;
+        // While orders of it are parked its row is known to be wrong.
+        let (total, held) = if sku.parked > 0 {
+            (figures.total.into(), sku.held_by_orders + sku.parked)
+        } else {
+            (sku.total, sku.held)
+        };
+        let same = i64::from(figures.total) == total
+            && i64::from(figures.held) == held
+            && i64::from(figures.sold) == sku.sold;
+        (!same).then(|| format!("{}: memory has {figures:?}", sku.sku_id))
+    })
 }
 
 /// Units that moved while its orders were read, in either direction.
