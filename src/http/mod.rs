@@ -18,6 +18,6 @@ pub mod server;
 pub mod tokens;
 pub mod wire;
 
-/// The OpenAPI 3.1 document of both planes. `tests/openapi.rs` holds it against the routes and
-/// against real answers.
-pub const OPENAPI: &str = include_str!("openapi.json");
+/// The OpenAPI 3.1 document of both planes as JSON, made from `openapi.yaml` by `build.rs`.
+/// `tests/openapi.rs` holds it against the routes and against real answers.
+pub const OPENAPI: &str = include_str!(concat!(env!("OUT_DIR"), "/openapi.json"));

@@ -56,7 +56,7 @@ plane() {
     echo "== $1 at $url"
     shift
     SCHEMATHESIS_HOOKS=$here/hooks.py "$schemathesis" --config-file "$here/schemathesis.toml" \
-        run "$here/../../src/http/openapi.json" --url "$url" \
+        run "$here/../../src/http/openapi.yaml" --url "$url" \
         --header "Authorization: Bearer $token" --no-color \
         "$@" || status=1
 }
