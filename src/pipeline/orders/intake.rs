@@ -385,18 +385,18 @@ struct UnderKey<'a> {
 }
 
 impl Sticky for UnderKey<'_> {
-    fn judgment(&self, judgment: Result<(), Refusal>) -> Result<(), Refusal> {
+    fn resolve(&self, outcome: Result<(), Refusal>) -> Result<(), Refusal> {
         let Some(key) = self.key else {
-            return judgment;
+            return outcome;
         };
         self.refusals.check(self.user_id, key, self.payload)?;
-        if let Err(refusal) = judgment
+        if let Err(refusal) = outcome
             && refusal.is_sticky()
         {
             self.refusals
                 .remember(self.user_id, key, self.payload, refusal);
         }
-        judgment
+        outcome
     }
 
     fn withdraw(&self) {

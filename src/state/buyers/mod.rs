@@ -1,24 +1,25 @@
-//! What is remembered of each buyer: keys, recent orders, units toward purchase limits.
+//! The memory of each buyer: idempotency keys, recent orders, units toward purchase limits.
 //!
 //! One record a `user_id`, so that one look-up under one shard's lock answers idempotency (I4),
-//! the purchase limit and the list of a buyer's orders. StickyRefusals leave nothing behind. Lifetimes
+//! the purchase limit and the list of a buyer's orders. Refusals leave nothing behind. Lifetimes
 //! differ:
 //!
 //! | remembered | until |
 //! |---|---|
-//! | a key, its order and what it asked for | the order leaves the idempotency window |
-//! | an order without a key | the same, or earlier where memory is nearly full and its units are back, or are sold without a limit |
-//! | units of a live order of a SKU with a limit | the order ends, or the limit does |
+//! | a key, its order and the hash of its body | the order leaves the idempotency window |
+//! | an order without a key | the same, or earlier if memory is nearly full and its units are released, or are sold without a limit |
+//! | units of a live order of a SKU with a limit | the order ends, or the limit is removed |
 //!
-//! An order that leaves the window while its units count stays as id, SKU and quantity. The id
-//! makes giving back exactly-once, also after an answer that was lost.
+//! An order that leaves the window while its units count stays as id, SKU and quantity. The id makes
+//! releasing its units exactly-once, even after a lost answer.
 //!
-//! A SKU without a limit keeps nothing beyond the window. Memory then lacks some of its orders, and
-//! says so: a limit that is set later comes in force after they have been read ([`Counting`]).
+//! A SKU without a limit keeps nothing beyond the window. Its record in memory is then incomplete,
+//! and marked so: a limit that is set later takes effect after the missing orders have been read
+//! ([`Counting`]).
 //!
-//! One key never has both an order and a refusal that stays ([`Sticky`]): an order is entered under
-//! the same lock under which no refusal was found, and a refusal is written before a second look
-//! finds no order.
+//! One key never has both an order and a sticky refusal ([`Sticky`]): an order is entered under the
+//! lock under which no refusal was found, and a refusal is written before a second check finds no
+//! order.
 
 mod record;
 
@@ -30,30 +31,30 @@ use dashmap::mapref::entry::Entry as Place;
 use parking_lot::RwLock;
 
 pub use self::record::LiveOrder;
-use self::record::{Entry, Record, Rule, Tally};
+use self::record::{CountDelta, Entry, Record, Rule};
 use crate::order::{
     Ended, KeyHash, Order, OrderId, PayloadHash, Quantity, Refusal, SkuNumber, UserId,
 };
 
-/// One order as a buyer's record remembers it.
+/// One order in a buyer's record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BuyerOrder {
     /// The order.
     pub order_id: OrderId,
-    /// The hash of its key, where it came with one.
+    /// The hash of its idempotency key, if it has one.
     pub key: Option<KeyHash>,
-    /// The hash of what it asked for; 0 for an order that has left the window.
+    /// The hash of its body; 0 for an order that has left the window.
     pub payload: PayloadHash,
-    /// What was bought.
+    /// Its SKU.
     pub sku: SkuNumber,
-    /// How many units.
+    /// Its units.
     pub quantity: Quantity,
-    /// How it ended; `None`: its units count toward the purchase limit.
+    /// Its end; `None`: its units count toward the purchase limit.
     pub ended: Option<Ended>,
 }
 
 impl BuyerOrder {
-    /// What is remembered of an order that holds its units.
+    /// The entry of an order that holds its units.
     pub fn of(order: &Order) -> Self {
         BuyerOrder {
             order_id: order.id,
@@ -71,55 +72,55 @@ impl BuyerOrder {
     }
 }
 
-/// What the claim of a buyer's record comes to.
+/// The result of [`Buyers::claim`].
 #[derive(Debug)]
 pub enum Claimed<'a> {
-    /// A new order. Dropping the guard forgets it again.
+    /// A new order. Dropping the guard removes it again.
     Fresh(BuyerClaim<'a>),
-    /// The same key came with the same body before; this is its order.
+    /// The order of an earlier request with the same key and body.
     Duplicate(OrderId),
 }
 
-/// StickyRefusals that stay under one key of a buyer. [`Buyers`] calls it under the lock of the buyer's
+/// The sticky refusal under one key of a buyer. [`Buyers`] calls it under the lock of the buyer's
 /// record, so it must not block.
 pub trait Sticky {
-    /// The judgment that stands under the key: an earlier refusal, else `judgment`, which stays
-    /// from now on where it is a sticky refusal.
+    /// Returns the earlier refusal under the key, if there is one, else `outcome`. If `outcome` is a
+    /// sticky refusal, it stays under the key from now on.
     ///
     /// # Errors
     /// That refusal.
-    fn judgment(&self, judgment: Result<(), Refusal>) -> Result<(), Refusal>;
+    fn resolve(&self, outcome: Result<(), Refusal>) -> Result<(), Refusal>;
 
-    /// Takes the refusal under the key back.
+    /// Removes the refusal under the key.
     fn withdraw(&self);
 }
 
-/// No refusal stays, as for an order that Millrace itself enters.
+/// No sticky refusals, for an order that Millrace itself enters.
 #[derive(Clone, Copy, Debug)]
 pub struct NothingSticky;
 
 impl Sticky for NothingSticky {
-    fn judgment(&self, judgment: Result<(), Refusal>) -> Result<(), Refusal> {
-        judgment
+    fn resolve(&self, outcome: Result<(), Refusal>) -> Result<(), Refusal> {
+        outcome
     }
 
     fn withdraw(&self) {}
 }
 
-/// What an eviction may let go.
+/// The orders that an eviction may remove.
 #[derive(Clone, Copy, Debug)]
 pub struct Eviction {
-    /// The least id of the window.
+    /// The lowest id of the window.
     pub floor: OrderId,
-    /// Orders that neither a retry nor a limit needs go below this id already.
+    /// Below this id, orders that neither a retry nor a limit needs go too.
     pub early: OrderId,
-    /// Live ones of them go below this id only: from here on an order may be unpaid yet, and a
-    /// failover that loses its row is mended by what is remembered of it.
+    /// Of these, live ones go only below this id: from it on an order may still be unpaid, and its
+    /// entry is needed to restore a row that a failover has lost.
     pub payable: OrderId,
 }
 
 impl Eviction {
-    /// Of what has left the window, and nothing else.
+    /// An eviction of the orders that have left the window, and no others.
     pub fn before(floor: OrderId) -> Self {
         Eviction {
             floor,
@@ -135,7 +136,7 @@ pub struct Buyers {
     records: DashMap<UserId, Record, foldhash::quality::RandomState>,
     remembered: AtomicUsize,
     remembered_max: usize,
-    /// Those of `remembered` that neither a retry nor a limit needs.
+    /// Orders of `remembered` that neither a retry nor a limit needs.
     dispensable: AtomicUsize,
     /// The highest [`Eviction::early`] so far; 0 for none.
     let_go_below: AtomicU64,
@@ -143,13 +144,13 @@ pub struct Buyers {
     counted: RwLock<Counted>,
 }
 
-/// Of which SKUs memory knows every live order.
+/// The SKUs of which memory may lack live orders.
 #[derive(Debug, Default)]
 struct Counted {
-    /// Not of these: orders that left the window, or went early, were let go.
+    /// SKUs of which orders were removed that left the window, or went early.
     incomplete: HashSet<SkuNumber>,
-    /// The SKU whose orders are being read, and the orders that have ended meanwhile: they may be
-    /// read as live.
+    /// The SKU whose orders are being read from the database, and the orders that have ended
+    /// meanwhile: they may be read as live.
     counting: Option<(SkuNumber, HashSet<OrderId>)>,
 }
 
@@ -161,17 +162,17 @@ impl Counted {
     }
 }
 
-/// Parts of the map, each behind a lock of its own. Many, because one that grows, or is searched
-/// for what is too old, keeps its buyers waiting: with ten million of them about a millisecond.
+/// Parts of the map, each behind a lock of its own. Many, because a part that grows, or is searched
+/// for old orders, keeps its buyers waiting: with ten million buyers about a millisecond.
 const SHARDS: usize = 1_024;
 
-/// Parts of the window that are told apart when some of it has to go early.
+/// Parts into which the window is divided to choose how much of it goes early.
 const PARTS: usize = 256;
 
 impl Buyers {
-    /// Room for `remembered_max` orders, of which `expected` buyers are sized for at once, so
-    /// that the map does not resize under load. Orders that may be let go early come on top of
-    /// `remembered_max` until they are, at most as many again.
+    /// Room for `remembered_max` orders. The map is sized for `expected` buyers at once, so that it
+    /// does not resize under load. Dispensable orders may exceed `remembered_max`, by as many again
+    /// at most.
     pub fn new(remembered_max: usize, expected: usize) -> Self {
         Buyers {
             records: DashMap::with_capacity_and_hasher_and_shard_amount(
@@ -192,8 +193,8 @@ impl Buyers {
     /// even when the sale is over. `sticky` has the last word.
     ///
     /// # Errors
-    /// The judgment of `sticky` on, in order of precedence: [`Refusal::IdempotencyKeyReused`], `gate`,
-    /// [`Refusal::PurchaseLimit`]; or [`Refusal::MemoryFull`] where the memory is full.
+    /// The first that applies, resolved by `sticky`: [`Refusal::IdempotencyKeyReused`], `gate`,
+    /// [`Refusal::PurchaseLimit`]; or [`Refusal::MemoryFull`].
     pub fn claim<'a>(
         &'a self,
         user_id: &'a UserId,
@@ -209,22 +210,22 @@ impl Buyers {
         };
         match check(known, &order, limit, gate) {
             Ok(Some(earlier)) => return Ok(Claimed::Duplicate(earlier)),
-            Ok(None) => sticky.judgment(Ok(()))?,
+            Ok(None) => sticky.resolve(Ok(()))?,
             Err(refusal) => {
-                return Err(sticky.judgment(Err(refusal)).err().unwrap_or(refusal));
+                return Err(sticky.resolve(Err(refusal)).err().unwrap_or(refusal));
             }
         }
         let entry = Entry::new(order, limit.is_some());
-        let mut tally = Tally::default();
-        tally.enter(&entry);
+        let mut delta = CountDelta::default();
+        delta.enter(&entry);
         if self.remembered.fetch_add(1, Ordering::Relaxed) >= self.remembered_max
             && !self.has_room_beyond()
         {
             self.remembered.fetch_sub(1, Ordering::Relaxed);
             return Err(Refusal::MemoryFull);
         }
-        tally.remembered = 0;
-        self.count(tally);
+        delta.remembered = 0;
+        self.count(delta);
         match record {
             Place::Occupied(mut occupied) => occupied.get_mut().insert(entry),
             Place::Vacant(vacant) => vacant.insert(Record::default()).insert(entry),
@@ -237,22 +238,21 @@ impl Buyers {
         }))
     }
 
-    /// Whether what may be let go makes up for what is too much.
+    /// Whether the dispensable orders make up for the excess.
     #[cold]
     fn has_room_beyond(&self) -> bool {
         let dispensable = self.dispensable.load(Ordering::Relaxed);
         let room = dispensable.min(self.remembered_max);
-        // The one that asks is counted already.
+        // The order that asks is counted already.
         self.len() <= self.remembered_max.saturating_add(room)
     }
 
-    /// What [`Buyers::claim`] would say now, without entering anything: an order that cannot be
-    /// placed anyway, as after the stock is gone, costs a look and no write. `otherwise` is what
-    /// a fresh order is refused with that nothing else refuses.
+    /// Checks an order as [`Buyers::claim`] does, without entering it: an order that cannot be placed
+    /// anyway, such as after the stock is gone, costs a read and no write. `otherwise` refuses a
+    /// fresh order that nothing else refuses.
     ///
     /// # Errors
-    /// As [`Buyers::claim`], but for the memory being full; else the judgment of `sticky` on
-    /// `otherwise`.
+    /// As [`Buyers::claim`], except [`Refusal::MemoryFull`]; else `otherwise`, resolved by `sticky`.
     pub fn peek(
         &self,
         user_id: &UserId,
@@ -268,13 +268,14 @@ impl Buyers {
             Ok(None) => otherwise,
             Err(refusal) => refusal,
         };
-        let refusal = sticky.judgment(Err(refusal)).err().unwrap_or(refusal);
+        let refusal = sticky.resolve(Err(refusal)).err().unwrap_or(refusal);
         if order.key.is_none() || !refusal.is_sticky() {
             return Err(refusal);
         }
         // Another request under the key may have looked for a refusal before this one was written.
-        // Then its order is here, and it stays here as long as the record is locked. Who enters an
-        // order after this look finds the refusal: locks order both, so that neither is missed.
+        // Then its order is here, and it stays here as long as the record is locked. A request that
+        // enters an order after this check finds the refusal. The lock orders the two, so that
+        // neither is missed.
         let record = self.records.get(user_id);
         match check_key(record.as_deref(), order) {
             Ok(None) => Err(refusal),
@@ -289,10 +290,10 @@ impl Buyers {
         }
     }
 
-    /// The order under a key, where there is one.
+    /// The order under a key, if there is one.
     ///
     /// # Errors
-    /// [`Refusal::IdempotencyKeyReused`] where it came with another body.
+    /// [`Refusal::IdempotencyKeyReused`] if it came with another body.
     pub fn under_key(
         &self,
         user_id: &UserId,
@@ -301,16 +302,16 @@ impl Buyers {
         check_key(self.records.get(user_id).as_deref(), order)
     }
 
-    /// Enters an order that is known to stand, at start; `limited`: its SKU has a limit.
+    /// Enters an order that was read at start. `limited`: its SKU has a limit.
     pub fn restore(&self, user_id: UserId, order: BuyerOrder, limited: bool) {
         let entry = Entry::new(order, limited);
-        let mut tally = Tally::default();
-        tally.enter(&entry);
+        let mut delta = CountDelta::default();
+        delta.enter(&entry);
         self.records.entry(user_id).or_default().insert(entry);
-        self.count(tally);
+        self.count(delta);
     }
 
-    /// Enters a live order that has left the window, at start, unless it is there.
+    /// Enters a live order that was read at start and has left the window, unless it is there.
     pub fn restore_live(&self, user_id: UserId, order: LiveOrder) {
         if self.records.entry(user_id).or_default().insert_live(order) {
             self.remembered.fetch_add(1, Ordering::Relaxed);
@@ -322,20 +323,20 @@ impl Buyers {
         self.counted.write().incomplete.extend(skus);
     }
 
-    /// Keeps the live orders of a SKU from now on, beyond the window too, until the guard is
-    /// dropped: by then its limit has to be in force. One SKU at a time.
+    /// Keeps the live orders of a SKU from now on, even beyond the window, until the guard is dropped;
+    /// its limit has to be in force by then. One SKU at a time.
     pub fn counting(&self, sku: SkuNumber) -> Counting<'_> {
         self.counted.write().counting = Some((sku, HashSet::new()));
         Counting { buyers: self, sku }
     }
 
-    /// Forgets an order that was never written: its key may be used afresh.
+    /// Removes an order that was never written: its key may be used afresh.
     pub fn forget(&self, user_id: &UserId, order_id: OrderId) {
         self.with_record(user_id, order_id, |record| ((), record.remove(order_id)));
     }
 
-    /// Frees an order's units from the purchase limit and keeps its key. True: it was live until
-    /// now; `None`: it is not remembered. One that had left the window is forgotten with it.
+    /// Releases an order's units from the purchase limit and keeps its key. `Some(true)`: it was live
+    /// until now. `None`: it is not remembered. An order that had left the window is removed.
     pub fn deactivate(&self, user_id: &UserId, order_id: OrderId, ended: Ended) -> Option<bool> {
         self.with_record(user_id, order_id, |record| {
             record.set_ended(order_id, Some(ended))
@@ -343,8 +344,8 @@ impl Buyers {
         .flatten()
     }
 
-    /// Counts an order's units toward the purchase limit again. True: it was not live until now;
-    /// `None`: it is not remembered, and `is_limited` says that its SKU needs it not.
+    /// Counts an order's units toward the purchase limit again. `Some(true)`: it was not live until
+    /// now. `None`: it is not remembered, and by `is_limited` its SKU has no limit.
     pub fn reactivate(
         &self,
         user_id: &UserId,
@@ -355,8 +356,8 @@ impl Buyers {
         if let Some((_, ended)) = &mut self.counted.write().counting {
             ended.remove(&order.order_id);
         }
-        let (turned, tally) = record.set_ended(order.order_id, None);
-        self.count(tally);
+        let (turned, delta) = record.set_ended(order.order_id, None);
+        self.count(delta);
         if turned.is_none() && self.keeps(order.sku, &is_limited) {
             record.insert_live(order);
             self.remembered.fetch_add(1, Ordering::Relaxed);
@@ -370,9 +371,9 @@ impl Buyers {
         &self,
         user_id: &UserId,
         order_id: OrderId,
-        change: impl FnOnce(&mut Record) -> (R, Tally),
+        change: impl FnOnce(&mut Record) -> (R, CountDelta),
     ) -> Option<R> {
-        // Locks the place of the record also where there is none.
+        // Locks the place of the record even if there is none.
         let place = self.records.entry(user_id.clone());
         let is_counting = self.counted.read().counting.is_some();
         if is_counting && let Some((_, ended)) = &mut self.counted.write().counting {
@@ -381,27 +382,27 @@ impl Buyers {
         let Place::Occupied(mut occupied) = place else {
             return None;
         };
-        let (result, tally) = change(occupied.get_mut());
-        self.count(tally);
+        let (result, delta) = change(occupied.get_mut());
+        self.count(delta);
         if occupied.get().is_empty() {
             occupied.remove();
         }
         Some(result)
     }
 
-    fn count(&self, tally: Tally) {
+    fn count(&self, delta: CountDelta) {
         let add = |count: &AtomicUsize, change: isize| {
             if change != 0 {
-                // Wraps around to what a subtraction would leave.
+                // Wraps around, as a subtraction would.
                 count.fetch_add(change as usize, Ordering::Relaxed);
             }
         };
-        add(&self.remembered, tally.remembered);
-        add(&self.dispensable, tally.dispensable);
+        add(&self.remembered, delta.remembered);
+        add(&self.dispensable, delta.dispensable);
     }
 
-    /// Whether the live orders of a SKU are kept beyond the window. Where they are not it is noted
-    /// that memory lacks some.
+    /// Whether the live orders of a SKU are kept beyond the window. If not, the SKU is noted as
+    /// incomplete.
     fn keeps(&self, sku: SkuNumber, is_limited: &dyn Fn(SkuNumber) -> bool) -> bool {
         if is_limited(sku) {
             return true;
@@ -414,7 +415,7 @@ impl Buyers {
             return false;
         }
         drop(counted);
-        // Its limit may have come in force meanwhile, by somebody who found that nothing is lacking.
+        // Its limit may have come in force meanwhile, by a task that found the SKU complete.
         let mut counted = self.counted.write();
         let keeps = counted.is_counting(sku) || is_limited(sku);
         if !keeps {
@@ -423,8 +424,8 @@ impl Buyers {
         keeps
     }
 
-    /// Lets go of everything that nobody needs any more; returns how many orders went.
-    /// `is_limited` says for which SKUs units of live orders stay.
+    /// Removes every order that is no longer needed. Returns how many were removed. Live orders of
+    /// SKUs that are `is_limited` stay for their units.
     pub fn evict(&self, eviction: Eviction, is_limited: impl Fn(SkuNumber) -> bool) -> usize {
         let Eviction {
             floor,
@@ -442,23 +443,23 @@ impl Buyers {
             self.let_go_below.fetch_max(early.get(), Ordering::Relaxed);
         }
         let (mut evicted, mut long) = (0, Vec::new());
-        let mut note = |tally: Tally| {
-            evicted += tally.remembered.unsigned_abs();
-            self.count(tally);
+        let mut note = |delta: CountDelta| {
+            evicted += delta.remembered.unsigned_abs();
+            self.count(delta);
         };
         self.records.retain(|user_id, record| {
-            let (tally, next) = record.evict(OrderId::MIN, &rule);
-            note(tally);
+            let (delta, next) = record.evict(OrderId::MIN, &rule);
+            note(delta);
             long.extend(next.map(|next| (user_id.clone(), next)));
             !record.is_empty()
         });
-        // Long records in steps, so that nobody waits for the whole of one.
+        // Long records in steps, so that the shard is locked for a step at a time.
         while let Some((user_id, from)) = long.pop() {
             let Place::Occupied(mut occupied) = self.records.entry(user_id.clone()) else {
                 continue;
             };
-            let (tally, next) = occupied.get_mut().evict(from, &rule);
-            note(tally);
+            let (delta, next) = occupied.get_mut().evict(from, &rule);
+            note(delta);
             if occupied.get().is_empty() {
                 occupied.remove();
             }
@@ -467,13 +468,13 @@ impl Buyers {
         evicted
     }
 
-    /// Whether nine tenths of what may be remembered are, and some may be let go.
+    /// Whether nine tenths of the capacity are used and some orders are dispensable.
     pub fn is_tight(&self) -> bool {
         self.len() > self.remembered_max / 10 * 9 && self.dispensable.load(Ordering::Relaxed) > 0
     }
 
-    /// An eviction that lets as much go before it leaves the window as is too much for eight tenths
-    /// of what may be remembered, the oldest first. Ids are given out at `now`. Walks all.
+    /// An eviction that brings the memory down to eight tenths of its capacity by removing the oldest
+    /// dispensable orders before they leave the window. Ids are given out at `now`. Walks all.
     pub fn early_eviction(&self, floor: OrderId, payable: OrderId, now: OrderId) -> Eviction {
         let too_many = self.len().saturating_sub(self.remembered_max / 10 * 8);
         let width = now.get().saturating_sub(floor.get()) / PARTS as u64 + 1;
@@ -501,13 +502,13 @@ impl Buyers {
         }
     }
 
-    /// Below this id orders without a key were let go before they left the window that begins at
-    /// `floor`.
+    /// The id below which orders without a key were removed before they left the window that begins
+    /// at `floor`.
     pub fn let_go_below(&self, floor: OrderId) -> Option<OrderId> {
         OrderId::new(self.let_go_below.load(Ordering::Relaxed)).filter(|early| *early > floor)
     }
 
-    /// What is remembered of an order.
+    /// The entry of an order.
     pub fn find(&self, user_id: &UserId, order_id: OrderId) -> Option<BuyerOrder> {
         self.records.get(user_id)?.get(order_id)
     }
@@ -518,7 +519,7 @@ impl Buyers {
         record.map_or_else(Vec::new, |record| record.page(before, count))
     }
 
-    /// Every remembered order that is no longer live, and how it ended. Walks all.
+    /// Every remembered order that is no longer live, with its end. Walks all.
     pub fn ended_orders(&self) -> Vec<(OrderId, Ended)> {
         let mut ended = Vec::new();
         for record in self.records.iter() {
@@ -536,7 +537,7 @@ impl Buyers {
         live
     }
 
-    /// What is remembered of these orders, as far as they are live, and whose they are. Walks all.
+    /// The entries of these orders, as far as they are live, with their buyers. Walks all.
     pub fn live_among(&self, ids: &HashSet<OrderId>) -> Vec<(UserId, BuyerOrder)> {
         let (mut known, mut live) = (Vec::new(), Vec::new());
         for record in self.records.iter() {
@@ -558,14 +559,14 @@ impl Buyers {
         self.len() == 0
     }
 
-    /// Of what may be remembered, the share that a key or a limit needs: 0 to 1, or a little more.
+    /// The share of the capacity that keys and limits need: 0 to 1, or a little more.
     pub fn used(&self) -> f64 {
         let dispensable = self.dispensable.load(Ordering::Relaxed);
         self.len().saturating_sub(dispensable) as f64 / self.remembered_max as f64
     }
 }
 
-/// The order under an order's key, where there is one.
+/// The earlier order under an order's key, if there is one.
 fn check_key(known: Option<&Record>, order: &BuyerOrder) -> Result<Option<OrderId>, Refusal> {
     match known.and_then(|known| known.under(order.key?)) {
         Some((id, payload)) if payload.matches(order.payload) => Ok(Some(id)),
@@ -574,8 +575,8 @@ fn check_key(known: Option<&Record>, order: &BuyerOrder) -> Result<Option<OrderI
     }
 }
 
-/// Holds `order` against what is known of its buyer: the earlier order under its key, or nothing
-/// where it is fresh and allowed.
+/// Checks `order` against its buyer's record: the earlier order under its key, or `None` if it is
+/// fresh and allowed.
 fn check(
     known: Option<&Record>,
     order: &BuyerOrder,
@@ -594,8 +595,8 @@ fn check(
     Ok(None)
 }
 
-/// A SKU whose limit is about to come in force: its live orders stay from now on. Those that memory
-/// lacks are added before.
+/// A SKU whose limit is about to take effect: its live orders stay from now on. The orders that
+/// memory lacks are added first.
 #[derive(Debug)]
 pub struct Counting<'a> {
     buyers: &'a Buyers,
@@ -620,7 +621,7 @@ impl Counting<'_> {
         }
     }
 
-    /// All were added.
+    /// Marks the SKU as complete: every missing order was added.
     pub fn complete(&self) {
         self.buyers.counted.write().incomplete.remove(&self.sku);
     }
@@ -632,10 +633,10 @@ impl Drop for Counting<'_> {
     }
 }
 
-/// A fresh order in its buyer's record. Dropping it forgets the order; [`BuyerClaim::commit`] hands
-/// it over to whoever settles the order.
+/// A fresh order in its buyer's record. Dropping it removes the order; [`BuyerClaim::commit`] leaves
+/// the order in place, for the worker that settles it.
 #[derive(Debug)]
-#[must_use = "dropping a claim forgets the order"]
+#[must_use = "dropping a claim removes the order"]
 pub struct BuyerClaim<'a> {
     buyers: &'a Buyers,
     user_id: &'a UserId,
@@ -644,19 +645,19 @@ pub struct BuyerClaim<'a> {
 }
 
 impl BuyerClaim<'_> {
-    /// Hands the entry over.
+    /// Leaves the entry in the record.
     pub fn commit(mut self) {
         self.committed = true;
     }
 
-    /// Forgets the order, and lets `refusal` stand under its key in the same step.
+    /// Removes the order, and resolves `refusal` under its key in the same step.
     pub fn refuse(mut self, refusal: Refusal, sticky: &impl Sticky) -> Refusal {
         self.committed = true;
         let id = self.order_id;
         let refused = self.buyers.with_record(self.user_id, id, |record| {
-            let tally = record.remove(id);
-            let told = sticky.judgment(Err(refusal));
-            (told.err().unwrap_or(refusal), tally)
+            let delta = record.remove(id);
+            let told = sticky.resolve(Err(refusal));
+            (told.err().unwrap_or(refusal), delta)
         });
         refused.unwrap_or(refusal)
     }

@@ -1,8 +1,8 @@
 //! One buyer's record: few orders side by side, or many with an index.
 //!
-//! Most buyers have one or two orders, which lie in the map itself and are looked through. A record
+//! Most buyers have one or two orders, which lie in the map itself and are searched linearly. A record
 //! of more than [`FEW`] orders is ordered by id, with an index of its keys and a sum of its units, so
-//! that a buyer with 100,000 orders costs the others behind the same lock no more than one with 30.
+//! that a buyer with 100,000 orders delays the others behind the same lock no more than one with 30.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
@@ -12,9 +12,9 @@ use smallvec::SmallVec;
 use super::BuyerOrder;
 use crate::order::{Ended, KeyHash, OrderId, PayloadHash, Quantity, SkuNumber};
 
-/// Most orders of a record that is looked through from end to end.
+/// Most orders of a record that is searched linearly.
 pub(super) const FEW: usize = 32;
-/// Orders of one record that an eviction looks at under the lock of its shard, at most.
+/// Most orders of one record that an eviction checks under one lock of its shard.
 pub(super) const STEP: usize = 1_000;
 
 /// A live order, as far as a purchase limit needs it.
@@ -29,7 +29,7 @@ pub struct LiveOrder {
 }
 
 impl LiveOrder {
-    /// The same of an order that is remembered.
+    /// The live part of an entry.
     pub fn of(order: &BuyerOrder) -> Self {
         LiveOrder {
             order_id: order.order_id,
@@ -48,7 +48,7 @@ pub(super) struct Entry {
     sku: SkuNumber,
     quantity: Quantity,
     ended: Option<Ended>,
-    /// It has left the window, and stays for its units alone.
+    /// It has left the window and stays only for its units.
     aged: bool,
     /// Whether its SKU had a limit when it was entered.
     limited: bool,
@@ -89,7 +89,7 @@ impl Entry {
         }
     }
 
-    fn remembered(&self) -> BuyerOrder {
+    fn to_order(self) -> BuyerOrder {
         BuyerOrder {
             order_id: self.order_id,
             key: self.key,
@@ -118,14 +118,14 @@ impl Entry {
     }
 }
 
-/// By how much the counts of all records change.
+/// A change of the counts over all records.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Tally {
+pub(super) struct CountDelta {
     pub(super) remembered: isize,
     pub(super) dispensable: isize,
 }
 
-impl Tally {
+impl CountDelta {
     pub(super) fn enter(&mut self, entry: &Entry) {
         self.remembered += 1;
         self.dispensable += isize::from(entry.is_dispensable());
@@ -137,41 +137,51 @@ impl Tally {
     }
 }
 
-/// What an eviction lets go.
+/// The rule of an eviction.
 pub(super) struct Rule<'a> {
-    /// Everything below has left the window.
+    /// Every order below has left the window.
     pub(super) floor: OrderId,
-    /// What is dispensable goes below this, which is `floor` or above.
+    /// Dispensable orders below this go; `floor` or above.
     pub(super) early: OrderId,
-    /// And below this, where it is live.
+    /// Live ones of them go only below this.
     pub(super) payable: OrderId,
-    /// Whether the live orders of a SKU are kept for its limit. Its word is final: a SKU that it
-    /// denies is noted as one whose orders are not all known.
+    /// Whether the live orders of a SKU are kept for its limit. Asking has an effect: a SKU that it
+    /// denies is noted as incomplete.
     pub(super) keeps: &'a dyn Fn(SkuNumber) -> bool,
 }
 
-enum Fate {
-    Stays,
-    Ages,
-    Goes,
+/// The effect of an eviction on one order.
+enum Action {
+    Keep,
+    /// Keep only its units.
+    Age,
+    Remove,
 }
 
 impl Rule<'_> {
-    fn fate(&self, entry: &Entry) -> Fate {
+    fn action(&self, entry: &Entry) -> Action {
         let is_needed = || entry.is_live() && (self.keeps)(entry.sku);
         if entry.aged {
-            return if is_needed() { Fate::Stays } else { Fate::Goes };
+            return if is_needed() {
+                Action::Keep
+            } else {
+                Action::Remove
+            };
         }
         if entry.order_id < self.floor {
-            return if is_needed() { Fate::Ages } else { Fate::Goes };
+            return if is_needed() {
+                Action::Age
+            } else {
+                Action::Remove
+            };
         }
         let may_go = entry.key.is_none()
             && entry.order_id < self.early
             && !(entry.is_live() && entry.order_id >= self.payable);
         if may_go && !is_needed() {
-            return Fate::Goes;
+            return Action::Remove;
         }
-        Fate::Stays
+        Action::Keep
     }
 }
 
@@ -196,7 +206,7 @@ impl Record {
         }
     }
 
-    /// The order under a key, and what it asked for.
+    /// The order under a key, and the hash of its body.
     pub(super) fn under(&self, key: KeyHash) -> Option<(OrderId, PayloadHash)> {
         // An order that was recovered from a receipt may be known by short hashes.
         let is_under = |entry: &&Entry| entry.key.is_some_and(|known| known.matches(key));
@@ -225,9 +235,9 @@ impl Record {
         match self {
             Record::Few(few) => {
                 let found = few.iter().find(|entry| entry.order_id == id);
-                found.map(Entry::remembered)
+                found.copied().map(Entry::to_order)
             }
-            Record::Many(many) => many.get(id).map(|entry| entry.remembered()),
+            Record::Many(many) => many.get(id).map(|entry| entry.to_order()),
         }
     }
 
@@ -236,7 +246,12 @@ impl Record {
         match self {
             Record::Few(few) => {
                 let below = |entry: &&Entry| !entry.aged && entry.order_id < before;
-                let mut page: Vec<_> = few.iter().filter(below).map(Entry::remembered).collect();
+                let mut page: Vec<_> = few
+                    .iter()
+                    .filter(below)
+                    .copied()
+                    .map(Entry::to_order)
+                    .collect();
                 page.sort_unstable_by_key(|entry| std::cmp::Reverse(entry.order_id));
                 page.truncate(count);
                 page
@@ -246,7 +261,7 @@ impl Record {
                 .range(..before)
                 .rev()
                 .take(count)
-                .map(|(_, entry)| entry.remembered())
+                .map(|(_, entry)| entry.to_order())
                 .collect(),
         }
     }
@@ -259,7 +274,7 @@ impl Record {
         }
     }
 
-    /// Those of the window: rows of others may have been deleted.
+    /// Appends the live orders of the window. Rows of older orders may have been deleted.
     pub(super) fn live(&self, live: &mut Vec<OrderId>) {
         let mut note = |entry: &Entry| {
             if entry.is_live() && !entry.aged {
@@ -272,7 +287,7 @@ impl Record {
         }
     }
 
-    /// What may be let go before its time: its id, and whether it is live.
+    /// Calls `each` for every order that may go early: its id, and whether it is live.
     pub(super) fn dispensable(&self, mut each: impl FnMut(OrderId, bool)) {
         let mut note = |entry: &Entry| {
             if entry.is_dispensable() {
@@ -298,7 +313,7 @@ impl Record {
         }
     }
 
-    /// Enters a live order for its units alone, unless it is there. True: it was not.
+    /// Enters a live order only for its units, unless it is there. True: it was not.
     pub(super) fn insert_live(&mut self, order: LiveOrder) -> bool {
         let is_new = self.get(order.order_id).is_none();
         if is_new {
@@ -307,7 +322,7 @@ impl Record {
         is_new
     }
 
-    pub(super) fn remove(&mut self, id: OrderId) -> Tally {
+    pub(super) fn remove(&mut self, id: OrderId) -> CountDelta {
         let removed = match self {
             Record::Few(few) => {
                 let at = few.iter().position(|entry| entry.order_id == id);
@@ -315,23 +330,27 @@ impl Record {
             }
             Record::Many(many) => many.remove(id),
         };
-        let mut tally = Tally::default();
-        removed.iter().for_each(|entry| tally.leave(entry));
-        tally
+        let mut delta = CountDelta::default();
+        removed.iter().for_each(|entry| delta.leave(entry));
+        delta
     }
 
-    /// How an order has ended, or that its units count again. True: whether they count has changed.
-    /// One that had ended before stays as it ended. An order that stays for its units alone goes when
-    /// they no longer count.
-    pub(super) fn set_ended(&mut self, id: OrderId, ended: Option<Ended>) -> (Option<bool>, Tally) {
+    /// Sets the end of an order, or (`None`) that its units count again. `Some(true)`: this has
+    /// changed whether they count. An order that had ended keeps its end. An order that stays only
+    /// for its units goes when they no longer count.
+    pub(super) fn set_ended(
+        &mut self,
+        id: OrderId,
+        ended: Option<Ended>,
+    ) -> (Option<bool>, CountDelta) {
         let live = ended.is_none();
-        let mut tally = Tally::default();
-        let turn = |entry: &mut Entry, tally: &mut Tally| {
+        let mut delta = CountDelta::default();
+        let turn = |entry: &mut Entry, delta: &mut CountDelta| {
             let turned = entry.is_live() != live;
             if turned {
-                tally.leave(entry);
+                delta.leave(entry);
                 entry.ended = ended;
-                tally.enter(entry);
+                delta.enter(entry);
             }
             turned
         };
@@ -339,56 +358,60 @@ impl Record {
             Record::Few(few) => few
                 .iter_mut()
                 .find(|entry| entry.order_id == id && (live || !entry.aged))
-                .map(|entry| turn(entry, &mut tally)),
+                .map(|entry| turn(entry, &mut delta)),
             Record::Many(many) => many.window.get_mut(&id).map(|entry| {
                 let before = entry.units();
-                let turned = turn(entry, &mut tally);
+                let turned = turn(entry, &mut delta);
                 let (sku, after) = (entry.sku, entry.units());
                 many.units.entry(sku).or_default().change(before, after);
                 turned
             }),
         };
         if turned.is_some() || live {
-            return (turned, tally);
+            return (turned, delta);
         }
-        let tally = self.remove(id);
-        ((tally.remembered != 0).then_some(true), tally)
+        let delta = self.remove(id);
+        ((delta.remembered != 0).then_some(true), delta)
     }
 
-    /// Lets go what `rule` says of the orders from `from` on. Not all of a long record at once: the
-    /// id from which to go on, where there is more.
-    pub(super) fn evict(&mut self, from: OrderId, rule: &Rule<'_>) -> (Tally, Option<OrderId>) {
-        let mut tally = Tally::default();
+    /// Applies `rule` to the orders from `from` on. Of a long record only a part at once: returns the
+    /// id to go on from, if there is more.
+    pub(super) fn evict(
+        &mut self,
+        from: OrderId,
+        rule: &Rule<'_>,
+    ) -> (CountDelta, Option<OrderId>) {
+        let mut delta = CountDelta::default();
         let next = match self {
             Record::Few(few) => {
                 few.retain(|entry| {
-                    tally.leave(entry);
-                    match rule.fate(entry) {
-                        Fate::Goes => return false,
-                        Fate::Ages => *entry = Entry::aged(LiveOrder::of(&entry.remembered())),
-                        Fate::Stays => {}
+                    delta.leave(entry);
+                    match rule.action(entry) {
+                        Action::Remove => return false,
+                        Action::Age => *entry = Entry::aged(LiveOrder::of(&entry.to_order())),
+                        Action::Keep => {}
                     }
-                    tally.enter(entry);
+                    delta.enter(entry);
                     true
                 });
                 None
             }
             Record::Many(many) => {
-                let next = many.evict(from, rule, &mut tally);
+                let next = many.evict(from, rule, &mut delta);
                 if next.is_none() && many.len() <= FEW / 2 {
                     *self = Record::Few(many.all().collect());
                 }
                 next
             }
         };
-        (tally, next)
+        (delta, next)
     }
 }
 
 /// Units of one SKU in a long record.
 #[derive(Clone, Copy, Debug, Default)]
 struct Units {
-    /// Beyond 32 bits, because nothing but the limit bounds them.
+    /// 64 bits, because only the limit bounds them.
     of_live_orders: u64,
     aged_orders: usize,
 }
@@ -400,11 +423,11 @@ impl Units {
     }
 }
 
-/// The orders of a buyer who has many.
+/// The orders of a buyer with many.
 #[derive(Debug, Default)]
 pub(super) struct Many {
     window: BTreeMap<OrderId, Entry>,
-    /// What stays for its units alone: 16 bytes and the tree's own.
+    /// Orders that stay only for their units: 16 bytes each, beside the tree's own.
     aged: BTreeMap<OrderId, (SkuNumber, Quantity)>,
     /// The first 8 bytes of each key, as short hashes have no more, and its order.
     keys: BTreeSet<(u64, OrderId)>,
@@ -480,21 +503,21 @@ impl Many {
         Some(entry)
     }
 
-    fn evict(&mut self, from: OrderId, rule: &Rule<'_>, tally: &mut Tally) -> Option<OrderId> {
+    fn evict(&mut self, from: OrderId, rule: &Rule<'_>, delta: &mut CountDelta) -> Option<OrderId> {
         let aged_of = self.units.iter().filter(|(_, units)| units.aged_orders > 0);
         let unlimited: Vec<SkuNumber> = aged_of
             .map(|(sku, _)| *sku)
             .filter(|sku| !(rule.keeps)(*sku))
             .collect();
         if !unlimited.is_empty() {
-            // Once, after a limit was taken away.
+            // Once, after a limit was removed.
             let of_them = self
                 .aged
                 .iter()
                 .filter(|(_, aged)| unlimited.contains(&aged.0));
             let gone: Vec<OrderId> = of_them.map(|(id, _)| *id).collect();
             for id in gone {
-                self.remove(id).iter().for_each(|entry| tally.leave(entry));
+                self.remove(id).iter().for_each(|entry| delta.leave(entry));
             }
         }
         let looked_at: Vec<Entry> = self
@@ -504,15 +527,15 @@ impl Many {
             .map(|(_, entry)| *entry)
             .collect();
         for entry in &looked_at {
-            let fate = rule.fate(entry);
-            if matches!(fate, Fate::Stays) {
+            let action = rule.action(entry);
+            if matches!(action, Action::Keep) {
                 continue;
             }
-            tally.leave(entry);
+            delta.leave(entry);
             self.remove(entry.order_id);
-            if matches!(fate, Fate::Ages) {
-                let aged = Entry::aged(LiveOrder::of(&entry.remembered()));
-                tally.enter(&aged);
+            if matches!(action, Action::Age) {
+                let aged = Entry::aged(LiveOrder::of(&entry.to_order()));
+                delta.enter(&aged);
                 self.insert(aged);
             }
         }
