@@ -1,12 +1,12 @@
 //! Requests that another site makes a browser send.
 //!
-//! A browser reaches loopback and whatever else its machine reaches, and so does every page that it
-//! shows. Where a token is asked for, such a page has none. Without one, these two are what is left
-//! to tell by: the name under which the server was asked, and the site that asked.
+//! A browser reaches loopback and every host that its machine reaches, and so does every page that it
+//! shows. If a token is required, such a page has none. Without a token, two fields remain to tell
+//! such requests apart: the name under which the server was asked, and the site that asked.
 
 use crate::http::problem::Problem;
 
-/// The fields of a request that tell, as they came; none where they did not.
+/// The fields of a request that name its host and its site, if they came.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct SiteFields<'a> {
     /// `Host`.
@@ -18,9 +18,10 @@ pub struct SiteFields<'a> {
 }
 
 impl SiteFields<'_> {
-    /// Refuses every name but `localhost` and the loopback addresses, with any port: any other may
-    /// be somebody's who points it at this machine (DNS rebinding), and then his page is of the same
-    /// origin as the answers. Without a `Host`, which HTTP/1.0 allows, no browser is behind it.
+    /// Refuses every name but `localhost` and the loopback addresses, with any port. The owner of any
+    /// other name may point it at this machine (DNS rebinding), and a page of that name is then of the
+    /// same origin as the answers. A request without a `Host`, which HTTP/1.0 allows, is not a
+    /// browser's.
     ///
     /// # Errors
     /// `421 misdirected`.
@@ -35,7 +36,7 @@ impl SiteFields<'_> {
         }
     }
 
-    /// Refuses what another site sent. A program sends neither field.
+    /// Refuses the requests of another site. A program sends neither field.
     ///
     /// # Errors
     /// `403 cross_origin`.

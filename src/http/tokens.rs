@@ -2,8 +2,8 @@
 
 use sha2::{Digest, Sha256};
 
-/// The tokens that open a plane; empty: it is open. Only their hashes are kept and compared, so
-/// that neither a core dump nor the time of a comparison tells a guesser anything.
+/// The tokens of a plane; without any, it is open. Only their hashes are kept and compared, so that
+/// neither a core dump nor the time of a comparison helps to guess one.
 #[derive(Clone, Debug, Default)]
 pub struct Tokens {
     hashes: Vec<[u8; 32]>,
@@ -20,7 +20,7 @@ impl Tokens {
         }
     }
 
-    /// Whether none is asked for.
+    /// Whether no token is required.
     pub fn is_open(&self) -> bool {
         self.hashes.is_empty()
     }

@@ -1,4 +1,4 @@
-//! The live dashboard: one page without anything from elsewhere, and the login to it.
+//! The live dashboard: one page that loads nothing from elsewhere, and its login.
 
 use axum::Form;
 use axum::extract::State;
@@ -16,9 +16,9 @@ use crate::http::problem::Problem;
 
 const DASHBOARD: &str = include_str!("dashboard.html");
 const LOGIN: &str = include_str!("login.html");
-/// Where the pages want the nonce of their one script and their one style sheet.
+/// Placeholder in the pages for the nonce of their one script and their one style sheet.
 const NONCE: &str = "__NONCE__";
-/// Where the login page wants what was wrong.
+/// Placeholder in the login page for its error message.
 const MESSAGE: &str = "__MESSAGE__";
 
 #[derive(Deserialize)]
@@ -26,7 +26,7 @@ pub(super) struct LoginForm {
     token: String,
 }
 
-/// `GET /`: the dashboard, or the login form where one is needed.
+/// `GET /`: the dashboard, or the login form if a login is needed.
 pub(super) async fn page(State(plane): State<ControlPlane>, headers: HeaderMap) -> Response {
     let shared = &plane.shared;
     let authorization = headers.get(header::AUTHORIZATION).map(|v| v.as_bytes());
@@ -41,7 +41,7 @@ pub(super) async fn page(State(plane): State<ControlPlane>, headers: HeaderMap) 
     html(StatusCode::OK, LOGIN.replace(MESSAGE, ""))
 }
 
-/// `POST /login`: a token for a session's cookie.
+/// `POST /login`: exchanges a token for a session's cookie.
 pub(super) async fn login(
     State(plane): State<ControlPlane>,
     headers: HeaderMap,

@@ -1,4 +1,4 @@
-//! Dead letters: rows that the database refused, for a person to decide on.
+//! Dead letters: rows that the database refused, for an operator to decide on.
 
 use axum::extract::{Query, State};
 use axum::response::{IntoResponse, Response};

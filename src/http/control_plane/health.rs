@@ -19,7 +19,7 @@ struct ReadyCheck {
     detail: String,
 }
 
-/// What may cost something later, and is no reason to take no orders.
+/// A risk for later that does not stop the intake.
 #[derive(Debug, Serialize)]
 struct Warning<'a> {
     name: &'a str,
@@ -63,10 +63,10 @@ pub(super) async fn readyz(State(plane): State<ControlPlane>) -> Response {
     (status, axum::Json(body)).into_response()
 }
 
-/// From which share of `orders.remembered_max` on a warning is due.
+/// Share of `orders.remembered_max` from which on a warning is due.
 const REMEMBERED_WARN: f64 = 0.7;
 
-/// Whether `orders.remembered_max` is going to refuse orders.
+/// The warning that `orders.remembered_max` is going to refuse orders.
 fn memory(state: &crate::state::State) -> Option<(&'static str, String)> {
     let used = state.buyers.used();
     let detail = format!(
@@ -77,7 +77,7 @@ fn memory(state: &crate::state::State) -> Option<(&'static str, String)> {
     (used >= REMEMBERED_WARN).then_some(("remembered_orders", detail))
 }
 
-/// Every check of readiness, from memory alone: whoever asks costs nobody anything.
+/// Every check of readiness, from memory alone, so that a check costs no I/O.
 fn checks(parts: &Parts) -> Vec<ReadyCheck> {
     let mut checks = Vec::with_capacity(5);
     let mut check = |name, ok, detail: String| checks.push(ReadyCheck { name, ok, detail });
@@ -116,7 +116,7 @@ fn checks(parts: &Parts) -> Vec<ReadyCheck> {
     checks
 }
 
-/// Whether orders are written while orders wait.
+/// Whether orders are written while orders wait, and the detail of the check.
 fn progress(parts: &Parts) -> (bool, String) {
     look_at_progress(&parts.state);
     let stalled = parts.state.progress.stalled_for();
@@ -134,7 +134,7 @@ fn progress(parts: &Parts) -> (bool, String) {
     (false, detail)
 }
 
-/// The first check that fails, and why.
+/// The first check that fails, with its reason.
 pub(super) fn failing(parts: &Parts) -> Option<String> {
     let failed = checks(parts).into_iter().find(|check| !check.ok);
     failed.map(|check| format!("{}: {}", check.name, check.detail))

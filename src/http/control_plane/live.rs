@@ -1,4 +1,4 @@
-//! What the dashboard shows, as JSON: the state in memory, without a look into the database.
+//! The data of the dashboard as JSON: the state in memory, without a query to the database.
 
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
@@ -16,7 +16,7 @@ struct Live {
     now: String,
     /// `recovering`, `ready`, `not_ready`, `draining` or `poisoned`.
     state: &'static str,
-    /// Why, where the state has a reason.
+    /// The reason of the state, if it has one.
     reason: Option<String>,
     /// Whether every sale is paused.
     paused: bool,

@@ -1,5 +1,5 @@
-//! Payments, for a person to look at: those without an order, those that have to go back, and
-//! what was done about them.
+//! Payments for an operator: those without an order, those that have to be refunded, and the record
+//! of what was done.
 
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State};
@@ -37,7 +37,7 @@ fn before_default() -> i64 {
     i64::MAX
 }
 
-/// `GET /admin/v1/orphan-payments`: payments whose order is not there.
+/// `GET /admin/v1/orphan-payments`: payments without an order.
 pub(super) async fn orphans(
     State(plane): State<ControlPlane>,
     query: Result<Query<ListQuery>, QueryRejection>,
@@ -45,7 +45,7 @@ pub(super) async fn orphans(
     list(plane.parts()?, query, true).await
 }
 
-/// `GET /admin/v1/payments`: payments, the open ones unless asked otherwise.
+/// `GET /admin/v1/payments`: payments; the open ones unless the query says otherwise.
 pub(super) async fn all(
     State(plane): State<ControlPlane>,
     query: Result<Query<ListQuery>, QueryRejection>,
@@ -100,8 +100,8 @@ async fn as_it_stands(parts: &Parts, id: i64) -> Result<Response, Failure> {
     Ok(axum::Json(view(parts, &payment)).into_response())
 }
 
-/// `POST /admin/v1/orphan-payments/{id}/retry`: looks for its order now, and recovers it from the
-/// receipt where it is not there.
+/// `POST /admin/v1/orphan-payments/{id}/retry`: looks for its order now, and recovers the order from
+/// the receipt if it does not exist.
 pub(super) async fn retry(
     State(plane): State<ControlPlane>,
     Segment(id): Segment,
@@ -116,7 +116,7 @@ pub(super) async fn retry(
     as_it_stands(parts, id).await
 }
 
-/// `POST /admin/v1/orphan-payments/{id}/close`: a person has dealt with the money.
+/// `POST /admin/v1/orphan-payments/{id}/close`: records that a person has dealt with the money.
 pub(super) async fn close(
     State(plane): State<ControlPlane>,
     Segment(id): Segment,
@@ -146,7 +146,7 @@ pub(super) async fn close(
     }
 }
 
-/// `POST /admin/v1/orders/{order_id}/refunded`: the money of an order went back.
+/// `POST /admin/v1/orders/{order_id}/refunded`: records that the money of an order was refunded.
 pub(super) async fn refunded(
     State(plane): State<ControlPlane>,
     Segment(id): Segment,

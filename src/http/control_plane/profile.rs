@@ -44,7 +44,7 @@ enum Format {
     Folded,
 }
 
-/// What the picture may do: its own script zooms and searches, and reaches nothing of ours.
+/// The rights of the picture: its own script zooms and searches, and reaches nothing of ours.
 const POLICY: &str = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'";
 
 /// Takes a profile. A client that goes away ends it, since this future is dropped with it.
@@ -91,7 +91,7 @@ pub(super) async fn take(
     Ok((fields, body).into_response())
 }
 
-/// Runs what blocks where it may.
+/// Runs blocking work on a thread that may block.
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, ProfileError> + Send + 'static,
 ) -> Result<T, Failure> {

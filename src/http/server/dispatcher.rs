@@ -5,9 +5,9 @@
 //! 30 ns. A worker that settles 5,000 orders at once would spend 5 ms on the former. So it hands
 //! the whole batch over: one push, one wake-up of a dispatcher coroutine, which wakes the rest.
 //!
-//! What it wakes goes on running on the dispatcher's own thread of the runtime, which steals no
-//! work from its neighbours. So there is a lane, a coroutine with a queue, for each thread, and a
-//! large batch is split among them: the runtime deals foreign wake-ups out to its threads in turn.
+//! A coroutine that it wakes runs on the dispatcher's own thread of the runtime, which steals no
+//! work from its neighbours. So each thread has a lane, a coroutine with a queue, and a large batch
+//! is split among them: the runtime distributes foreign wake-ups over its threads in turn.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -19,7 +19,7 @@ use may::coroutine::{Coroutine, JoinHandle};
 use super::wake::park_until;
 use crate::supervise::Supervisor;
 
-/// Wake-ups that are not worth another lane: what its own wake-up costs, twice over.
+/// Wake-ups that are not worth another lane: twice the cost of its own wake-up.
 const SPLIT_MIN: usize = 64;
 
 /// A handle to the dispatcher coroutines, which end when this is dropped.
@@ -71,12 +71,12 @@ impl Dispatcher {
         }
     }
 
-    /// Ends the dispatcher after what it was already handed, and waits until it has ended.
+    /// Ends the dispatcher after the batches that it has, and waits until it has ended.
     pub fn stop(mut self) {
         self.lanes.iter().for_each(Lane::close);
         for lane in &mut self.lanes {
             if let Some(handle) = lane.handle.take() {
-                // It cannot panic but by a waker that does; nothing is left to do about that here.
+                // Only a panic of a waker makes it panic; nothing is left to do about that here.
                 let _ = handle.join();
             }
         }

@@ -1,8 +1,8 @@
 //! The same [`Service`] on stock `may_minihttp`, for benchmarks and for networks where something
 //! trusted re-frames every request. Use [`super::hardened`] everywhere else.
 //!
-//! What this engine lacks, because its connection loop is closed to us (`docs/ENGINES.md` shows it
-//! input by input, and a test keeps that true):
+//! The limits of this engine, whose connection loop cannot be changed from here (`docs/ENGINES.md`
+//! shows them input by input, and a test holds that page against the engine):
 //!
 //! - **Framing.** `Transfer-Encoding` and an invalid or repeated `Content-Length` are answered
 //!   `501` and `400` here, but the connection goes on: the bytes of such a body are then parsed as
@@ -68,7 +68,7 @@ pub fn serve<S: Service>(
     Ok((handle, address))
 }
 
-/// The same, under supervision: the engine has no end but a defect's.
+/// The same, under supervision: only a defect ends the engine.
 ///
 /// # Errors
 ///
@@ -194,7 +194,7 @@ impl<S: Service> Mounted<S> {
                 .get_or_insert_with(|| Arc::new(CoroutineWaker::current())),
             before_wait: &|| {},
         };
-        // What is refused here, or is too large, is thrown away as it is read.
+        // A body that is refused, or too large, is thrown away as it is read.
         self.body.clear();
         let admitted = self.service.authorize(&head);
         let limit = self.bodies.bytes_max(target);

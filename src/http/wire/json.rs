@@ -45,6 +45,19 @@ pub fn from_object<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, Problem>
     })
 }
 
+/// Refuses every body but an empty one and `{}`.
+///
+/// # Errors
+/// As [`from_object`].
+pub fn no_members(body: &[u8]) -> Result<(), Problem> {
+    #[derive(Deserialize)]
+    struct Nothing {}
+    if body.is_empty() {
+        return Ok(());
+    }
+    from_object::<Nothing>(body).map(|Nothing {}| ())
+}
+
 /// The same for the message of a payment platform, which may add members without asking: unknown
 /// ones are skipped, and of one that comes more than once the first counts.
 ///

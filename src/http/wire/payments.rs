@@ -2,8 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::Time;
 use super::json::from_object;
+use super::time::Time;
 use crate::http::problem::Problem;
 use crate::order::receipt::{ReceiptKeys, ReceiptOrder};
 use crate::order::{Currency, OrderId};
@@ -38,7 +38,7 @@ pub struct PaymentView<'a> {
     /// When it is looked for again.
     next_check_at: Option<Time>,
     receipt: Option<&'a str>,
-    /// What its receipt says, where it is ours.
+    /// The content of its receipt, if it is ours.
     order_in_receipt: Option<ReceiptView>,
     reference: Option<&'a str>,
     note: Option<&'a str>,

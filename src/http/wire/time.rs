@@ -1,8 +1,19 @@
 //! RFC 3339 times, as strict as its grammar: a library reads more than that.
 
 use jiff::civil::{Date, date};
+use serde::Serialize;
 
 use crate::order::UnixMillis;
+
+/// A time in an answer: RFC 3339, UTC, milliseconds.
+#[derive(Debug)]
+pub(super) struct Time(pub(super) UnixMillis);
+
+impl Serialize for Time {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&self.0)
+    }
+}
 
 /// Milliseconds of a day.
 const DAY_MS: i64 = 86_400_000;

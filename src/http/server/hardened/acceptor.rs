@@ -1,4 +1,4 @@
-//! The thread that takes connections from the listener.
+//! The thread that accepts connections.
 //!
 //! A thread and not a coroutine: a flood of connections would keep a coroutine running and the
 //! sockets of its worker unpolled, while a thread is preempted; and it may sleep to back off.
@@ -31,8 +31,8 @@ const ACCEPT_AGAIN: Backoff = Backoff::new(PAUSE, Duration::from_millis(500));
 const ENDED_MAX: usize = 1024;
 
 /// Connections that the kernel may queue for us; it lowers this to its own limit. The standard
-/// library asks for 128, which a crowd fills before this thread is scheduled once, and every client
-/// beyond has to wait a second until it tries again.
+/// library asks for 128. A crowd fills these before this thread is scheduled once, and every client
+/// beyond waits a second before it retries.
 const QUEUED_MAX: i32 = 4096;
 
 /// Starts the acceptor; it ends, and closes the listener, once the server is stopping.
@@ -55,7 +55,7 @@ pub(super) fn start<S: Service>(
 fn run<S: Service>(listener: &TcpListener, service: &Arc<S>, shared: &Arc<Shared>) {
     let mut backoff = ACCEPT_AGAIN;
     loop {
-        // Read before accepting: what the kernel has queued by the time of the stop is still taken.
+        // Read before accepting: connections that the kernel has queued before the stop are accepted.
         let stopping = shared.stopping.load(Ordering::Acquire);
         match listener.accept() {
             Ok((socket, _)) => {
@@ -110,8 +110,8 @@ fn admit<S: Service>(socket: TcpStream, service: &Arc<S>, shared: &Arc<Shared>) 
     if full && !shared.registry.make_room(now_ms) {
         return refuse(socket, shared);
     }
-    // Evicted and ended connections hold a descriptor for a tick or two. Where they come faster
-    // than that, new ones wait in the kernel's queue, so that descriptors stay bounded as well.
+    // Evicted and ended connections hold a descriptor for a tick or two. If they come faster than
+    // that, new ones wait in the kernel's queue, so that descriptors stay bounded as well.
     while shared.registry.held() >= shared.limits.connections_max.saturating_add(ENDED_MAX) {
         thread::sleep(PAUSE);
     }
@@ -152,7 +152,7 @@ fn admit<S: Service>(socket: TcpStream, service: &Arc<S>, shared: &Arc<Shared>) 
     }
 }
 
-/// Says `503` and closes; best effort, because nothing here may wait for a client.
+/// Answers `503` and closes; best effort, because this thread must not wait for a client.
 fn refuse(mut socket: TcpStream, shared: &Shared) {
     shared.counters.refused.fetch_add(1, Ordering::Relaxed);
     if socket.set_nonblocking(true).is_ok() {

@@ -74,7 +74,8 @@ impl EndGuard {
 
 impl Drop for EndGuard {
     fn drop(&mut self) {
-        // The descriptor outlives this by a tick (see the registry): the client must not wait.
+        // The descriptor outlives this by a tick (see the registry), and the client must not wait for
+        // it.
         let _ = self.conn.socket().shutdown(Shutdown::Both);
         // Closing itself decides the race with a thread that is about to close it.
         let state = self.conn.state();
@@ -86,14 +87,14 @@ impl Drop for EndGuard {
         };
         self.shared.counters.count_closed(reason);
         self.shared.registry.end(self.slot, was_closed);
-        // Last, and with release: who sees no connection open sees everything about it done.
+        // Last, and with release: a thread that sees no open connection sees all of this done.
         self.shared.counters.open.fetch_sub(1, Ordering::Release);
     }
 }
 
 /// The next step after the requests at hand were served.
 enum Step {
-    /// Read on; nothing more can be served from what is here.
+    /// Read on; nothing more can be served from the bytes at hand.
     Read,
     /// Write, then serve on: the answers have reached their bound.
     WriteFirst,
@@ -108,7 +109,7 @@ pub(super) struct Connection<'c, S, T> {
     service: &'c S,
     waker: Arc<Waker>,
     state: PhaseStamp,
-    // All of it initialised; `start..end` holds what was received and not yet served.
+    // All of it initialised; `start..end` holds the bytes that are received and not yet served.
     input: Vec<u8>,
     start: usize,
     end: usize,
@@ -116,19 +117,19 @@ pub(super) struct Connection<'c, S, T> {
     needed: usize,
     // Bytes of an incomplete head that were searched for its end.
     searched: usize,
-    // Whether this request was told to continue, or needs not be.
+    // Whether this request was told to continue, or need not be.
     continued: bool,
-    // Whether the head of this request was let pass.
+    // Whether the head of this request was authorized.
     authorized: bool,
-    // What its body takes of the budget.
+    // The share of its body in the budget.
     reservation: Option<Reservation<'c>>,
-    // Shared with the hook by which a service has it written before it parks.
+    // Shared with the hook that writes it before a service parks.
     outbox: RefCell<Outbox>,
     response: Response,
     date: DateText,
-    // The last read took all there was: the next event comes before the next byte.
+    // The last read emptied the socket: the next event comes before the next byte.
     emptied: bool,
-    // The client may have shut its side down: read on until the end shows.
+    // The client may have shut its side down: read until the end shows.
     may_have_ended: bool,
     ended: bool,
     burst: u32,
@@ -173,7 +174,7 @@ impl<'c, S: Service, T: Transport> Connection<'c, S, T> {
                     return reason;
                 }
                 Step::WriteFirst => {}
-                // What is left over will never be a request.
+                // The rest will never be a request.
                 Step::Read if self.ended => return CloseReason::PeerClosed,
                 Step::Read => {
                     if let Err(reason) = self.read() {
@@ -185,6 +186,8 @@ impl<'c, S: Service, T: Transport> Connection<'c, S, T> {
     }
 
     /// Serves every complete request in the buffer and leaves the answers in the outbox.
+    ///
+    /// One long function, because the head borrows the input buffer from the parse to the answer.
     fn serve(&mut self) -> Step {
         if self.state.phase() == Phase::Late {
             return self.time_out();
@@ -249,7 +252,7 @@ impl<'c, S: Service, T: Transport> Connection<'c, S, T> {
                 return Step::Read;
             };
 
-            // From here on no deadline may cut the connection, unless one already has.
+            // From here on no deadline cuts the connection, unless one already has.
             let serving = PhaseStamp::new(Phase::Serving, self.shared.clock.now_ms());
             if self.state.phase() != Phase::Serving {
                 if !self.transport.enter(self.state, serving) {
@@ -271,11 +274,7 @@ impl<'c, S: Service, T: Transport> Connection<'c, S, T> {
             );
             let goes_on =
                 head.keep_alive && !failed && !self.shared.draining.load(Ordering::Relaxed);
-            let persistence = match (goes_on, head.http_1_0) {
-                (false, _) => Persistence::Close,
-                (true, true) => Persistence::KeepAlive,
-                (true, false) => Persistence::Implied,
-            };
+            let persistence = Persistence::of(goes_on, head.http_1_0);
             let date = self.date.at(&self.shared.clock);
             encode::response(
                 &self.response,
@@ -298,7 +297,7 @@ impl<'c, S: Service, T: Transport> Connection<'c, S, T> {
         Step::Read
     }
 
-    /// Whether the bytes at hand cannot complete a request: a look that saves a parse.
+    /// Whether the bytes at hand cannot complete a request. Cheaper than a parse.
     fn needs_more(&mut self, head_bytes_max: usize) -> bool {
         let input = self.input.get(self.start..self.end).unwrap_or_default();
         if input.is_empty() || input.len() < self.needed {
@@ -313,7 +312,7 @@ impl<'c, S: Service, T: Transport> Connection<'c, S, T> {
         needs_more
     }
 
-    /// Goes on to the bytes behind the request that was answered, which took `total`.
+    /// Goes on to the bytes behind the answered request, which took `total` bytes.
     fn go_past(&mut self, total: usize) {
         self.start += total;
         self.needed = 0;
@@ -329,8 +328,8 @@ impl<'c, S: Service, T: Transport> Connection<'c, S, T> {
         self.turn_away()
     }
 
-    /// Ends the connection with the answer at hand; where the next request would begin is unknown,
-    /// or lies behind a body that is not read.
+    /// Ends the connection with the answer at hand: the beginning of the next request is unknown, or
+    /// lies behind a body that is not read.
     fn turn_away(&mut self) -> Step {
         let date = self.date.at(&self.shared.clock);
         let out = &mut self.outbox.get_mut().bytes;
@@ -338,7 +337,7 @@ impl<'c, S: Service, T: Transport> Connection<'c, S, T> {
         Step::Close(CloseReason::Refused)
     }
 
-    /// The answer to a request that began and did not complete in time (RFC 9110 15.5.9).
+    /// Answers a request that began and did not complete in time (RFC 9110 15.5.9).
     fn time_out(&mut self) -> Step {
         encode::timed_out(&mut self.response);
         let date = self.date.at(&self.shared.clock);
@@ -347,13 +346,13 @@ impl<'c, S: Service, T: Transport> Connection<'c, S, T> {
         Step::Close(CloseReason::RequestTimeout)
     }
 
-    /// Writes every answer. While the client does not take them, nothing is read from it.
+    /// Writes every answer. Nothing is read from a client that does not take them.
     fn write(&mut self) -> Result<(), CloseReason> {
         while !self.outbox.get_mut().is_empty() {
             match self.outbox.get_mut().write_to(self.transport) {
                 Ok(true) => break,
                 Ok(false) => {
-                    // The deadline runs from the first refusal: progress does not renew it, or a
+                    // The deadline runs from the first refusal. Progress does not renew it, or a
                     // byte now and then would hold a connection forever.
                     if self.state.phase() != Phase::Writing {
                         self.enter(Phase::Writing)?;
@@ -416,8 +415,8 @@ impl<'c, S: Service, T: Transport> Connection<'c, S, T> {
         }
     }
 
-    /// Makes room behind the bytes at hand. The buffer grows with what arrives, never with what a
-    /// head merely announces.
+    /// Makes room behind the bytes at hand. The buffer grows with the bytes that arrive, never with
+    /// the length that a head announces.
     fn make_space(&mut self) {
         if self.start == self.end {
             self.start = 0;
@@ -436,14 +435,15 @@ impl<'c, S: Service, T: Transport> Connection<'c, S, T> {
         }
     }
 
-    /// The size beyond which the buffer need not grow: by then a head is refused or a body is in.
+    /// The size beyond which the buffer need not grow: by then a head is refused or a body is
+    /// complete.
     fn largest_input(&self) -> usize {
         let head = self.shared.limits.head_bytes_max.saturating_add(1);
         self.needed.max(head).max(INPUT_BYTES_MIN)
     }
 
-    /// Gives back what the body at hand took, its room in the buffer as well: what is not reserved
-    /// must not be held.
+    /// Releases the reservation of the body at hand, and its room in the buffer as well: bytes that
+    /// are not reserved must not be held.
     fn release_body(&mut self) {
         if self.reservation.take().is_none() || self.input.len() <= INPUT_BYTES_BUSY {
             return;
@@ -459,12 +459,12 @@ impl<'c, S: Service, T: Transport> Connection<'c, S, T> {
         }
     }
 
-    /// Whether the connection ever carried anything: a fresh one has no reason to grow.
+    /// Whether the connection has ever carried anything: a fresh one has no reason to grow.
     fn received_any(&self) -> bool {
         self.state.phase() != Phase::Idle || self.end > 0
     }
 
-    /// Gives back what a large request left behind, once the connection has been idle for long.
+    /// Releases the buffers of a large request, once the connection has been idle for long.
     fn shrink_if_idle(&mut self) {
         let idle_ms = self
             .shared
@@ -489,7 +489,7 @@ impl<'c, S: Service, T: Transport> Connection<'c, S, T> {
             || self.outbox.borrow().bytes.capacity() > 2 * INPUT_BYTES_MIN
     }
 
-    /// Ends our side and throws away what the client still sends, for a bounded time.
+    /// Ends our side and throws the client's further bytes away, for a bounded time.
     fn linger(&mut self) {
         if self.ended || self.transport.end_writing().is_err() {
             return;
@@ -517,7 +517,7 @@ impl<'c, S: Service, T: Transport> Connection<'c, S, T> {
 
     fn enter(&mut self, phase: Phase) -> Result<(), CloseReason> {
         let to = PhaseStamp::new(phase, self.shared.clock.now_ms());
-        // Late as it may be, it has moved on by itself.
+        // A late request that has moved on by itself is not late any more.
         let entered = self.transport.enter(self.state, to)
             || (self.is_late() && self.transport.enter(self.state, to));
         if !entered {
@@ -528,8 +528,8 @@ impl<'c, S: Service, T: Transport> Connection<'c, S, T> {
         Ok(())
     }
 
-    /// Whether the reaper has found the request at hand late; from then on only this coroutine
-    /// moves the connection on, unless it is too slow at that as well.
+    /// Whether the reaper has found the request at hand late. From then on only this coroutine moves
+    /// the connection on, unless it exceeds that deadline as well.
     fn is_late(&mut self) -> bool {
         let seen = self.transport.state();
         let late = seen.phase() == Phase::Late;

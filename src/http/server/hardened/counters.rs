@@ -1,4 +1,4 @@
-//! What the engine counts, as plain atomics for the metrics to export.
+//! The counters of the engine, as plain atomics for the metrics to export.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

@@ -1,4 +1,4 @@
-//! From a [`Response`] to bytes, and the answers that the engine gives itself.
+//! Encoding a [`Response`], and the answers of the engine itself.
 
 use super::framing::FramingError;
 use crate::http::message::{Response, reason};
@@ -28,6 +28,17 @@ pub(super) enum Persistence {
     Close,
 }
 
+impl Persistence {
+    /// The field for a connection that goes on or ends, after a request of HTTP/1.0 or HTTP/1.1.
+    pub(super) fn of(goes_on: bool, http_1_0: bool) -> Self {
+        match (goes_on, http_1_0) {
+            (false, _) => Persistence::Close,
+            (true, true) => Persistence::KeepAlive,
+            (true, false) => Persistence::Implied,
+        }
+    }
+}
+
 /// Appends the answer to `out`. `date` is an IMF-fixdate; to `HEAD`, the body is withheld.
 pub(super) fn response(
     response: &Response,
@@ -46,7 +57,7 @@ pub(super) fn response(
     out.extend_from_slice(date.as_bytes());
     out.extend_from_slice(b"\r\n");
     out.extend_from_slice(response.fields().as_bytes());
-    // RFC 9110 8.6 and RFC 9112 6.3: these two have no body, whatever they say about its length.
+    // RFC 9110 8.6 and RFC 9112 6.3: these two never have a body.
     let bodiless = matches!(status, 204 | 304);
     if !bodiless {
         out.extend_from_slice(b"Content-Length: ");
@@ -88,7 +99,7 @@ pub(super) fn timed_out(response: &mut Response) {
 
 /// Makes `response` the problem document for a service that panicked.
 pub(super) fn panicked(response: &mut Response) {
-    // What the service had begun to say goes.
+    // The beginning of an answer by the service goes.
     response.clear();
     let detail = "a defect of the server; the outcome of the request is unknown";
     Problem::new(500, "internal", detail).write_to(response);

@@ -1,8 +1,8 @@
 //! From bytes to the head of a request and the extent of its body (RFC 9112). Pure: no I/O, no
 //! state, no panic on any input, so it is what a fuzzer is pointed at.
 //!
-//! The rule behind every choice: where two readers of the same bytes could disagree on where a
-//! request ends, refuse (promise I9). `httparse` gives the grammar of a line; what it tolerates
+//! The rule behind every choice: if two readers of the same bytes could disagree on the end of a
+//! request, refuse it (promise I9). `httparse` gives the grammar of a line; what it tolerates
 //! beyond RFC 9112 is refused here.
 
 use std::borrow::Cow;
@@ -156,8 +156,8 @@ fn read_head<'h, 'b>(
     slots: &'h mut HeaderSlots<'b>,
     sizes: &Sizes,
 ) -> Result<Option<Head<'h, 'b>>, FramingError> {
-    // What lies beyond the limit must not matter, or the answer would depend on how the bytes were
-    // split on their way.
+    // Bytes beyond the limit must not matter, or the answer would depend on how the input was split
+    // on its way.
     let input = input.get(..sizes.head_bytes_max).unwrap_or(input);
     let mut request = httparse::Request::new(&mut []);
     let parsed = request.parse_with_uninit_headers(input, slots);

@@ -8,7 +8,7 @@
 //!                registry ◄── reaper (thread): clock, deadlines, release
 //! ```
 //!
-//! What holds, whatever the bytes:
+//! These hold for any input:
 //!
 //! - The service runs only for a request whose head and body are complete and framed beyond doubt
 //!   ([`framing`]); no byte of one request is ever read as part of another.

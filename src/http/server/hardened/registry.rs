@@ -1,10 +1,10 @@
-//! Every connection of a server, for the threads that watch over them.
+//! Every connection of a server, for the reaper, the acceptor and the drain.
 //!
-//! A connection that has ended stays here for one or two ticks of the reaper. That is not
-//! bookkeeping: the runtime's event loop may still look at the socket's record after it has made
-//! the coroutine runnable, on another thread, which may have run it to its end by then. Keeping
-//! the record for some time is what makes that look harmless. The client notices nothing: the
-//! connection is shut down when it ends, and only the descriptor outlives it.
+//! A connection that has ended stays here for one or two ticks of the reaper. This is a matter of
+//! memory safety: the runtime's event loop may still read the socket's record after it has made the
+//! coroutine runnable on another thread, which may have run it to its end by then. The delay keeps
+//! the record alive for that read. The client notices nothing: the connection is shut down when it
+//! ends, and only the descriptor outlives it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 use super::conn_state::{ConnState, Phase, PhaseStamp};
 use super::counters::CloseReason;
 
-/// Where a connection stands in the registry.
+/// The index of a connection in the registry.
 pub(super) type Slot = usize;
 
 /// How many candidates for eviction one pass over the connections collects, so that a flood of
@@ -116,8 +116,8 @@ impl Registry {
         }
     }
 
-    /// Evicts one connection to make room: the one that is longest at its last words, else at an
-    /// incomplete request, else idle. False when every one is being served.
+    /// Evicts one connection to make room: the one that has lingered longest, else the oldest with an
+    /// incomplete request, else the longest idle one. False if all are being served.
     pub(super) fn make_room(&self, now_ms: u64) -> bool {
         let mut table = self.table.lock();
         loop {
@@ -128,7 +128,7 @@ impl Registry {
                     return true;
                 }
             }
-            // Another pass within the same tick would find what the last one found.
+            // Another pass within the same tick would find the same.
             if table.barren_ms == Some(now_ms) {
                 return false;
             }

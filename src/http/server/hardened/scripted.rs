@@ -19,7 +19,7 @@ const READABLE: usize = 0x1;
 const WRITABLE: usize = 0x4;
 const SHUT_DOWN: usize = 0x2000;
 
-/// What follows the last piece of the input.
+/// The events after the last piece of the input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ending {
     /// The client ends its side, later.

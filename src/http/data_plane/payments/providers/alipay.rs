@@ -1,6 +1,6 @@
 //! Alipay: a form, signed with RSA2 (SHA256withRSA) over its parameters.
 //!
-//! # What is signed
+//! # The signed text
 //!
 //! All parameters but `sign` and `sign_type`, decoded, sorted by name, joined as `name=value` with
 //! `&`. Alipay's own SDKs disagree about parameters without a value: Java's and Python's keep

@@ -1,5 +1,4 @@
-//! Keys, and the one thing that they are for here: whether a signature holds. All comparisons of
-//! secrets are `ring`'s, in constant time.
+//! Keys that verify signatures. All comparisons of secrets are `ring`'s, in constant time.
 
 use std::fmt;
 
@@ -34,9 +33,9 @@ impl HmacKeys {
         )
     }
 
-    /// Whether any of `signatures` is that of any key over `signed`. Anybody may ask, with a body
-    /// as long as the limit: it is hashed once a key, however many signatures come, and not at all
-    /// where none does.
+    /// Whether any of `signatures` is that of any key over `signed`. Strangers may send bodies up to
+    /// the limit, so a body is hashed once a key, however many signatures come, and not at all
+    /// without a signature.
     pub fn verify(&self, signed: &[u8], signatures: impl Iterator<Item = Vec<u8>>) -> bool {
         let signatures: Vec<Vec<u8>> = signatures.take(SIGNATURES_MAX).collect();
         !signatures.is_empty()
@@ -49,8 +48,8 @@ impl HmacKeys {
     }
 }
 
-/// Compares in constant time, by way of the tags that `key` makes of both: `ring` compares those of
-/// a message that it hashes itself, and nothing else.
+/// Compares in constant time, by the tags of both under `key`: `ring` compares only the tag of a
+/// message that it hashes itself.
 fn are_equal(key: &hmac::Key, one: &[u8], other: &[u8]) -> bool {
     hmac::verify(key, one, hmac::sign(key, other).as_ref()).is_ok()
 }
@@ -116,7 +115,7 @@ impl RsaKey {
                 })
             })
             .map_err(none)?;
-        // What `ring` takes; told at start rather than with the first payment.
+        // The range of `ring`, checked at start rather than with the first payment.
         if !(2048..=8192).contains(&bits) {
             return Err(format!(
                 "holds a key of {bits} bits; 2048 to 8192 are taken"

@@ -1,5 +1,5 @@
-//! What the messages of all providers have in common: header fields that come once, a date, and
-//! members that may be missing, odd or too long without costing a payment.
+//! Common parts of all providers' messages: header fields that come once, a date, and members that
+//! may be missing, odd or too long without costing a payment.
 
 use std::borrow::Cow;
 
@@ -27,7 +27,7 @@ pub fn field<'a>(request: &Request<'a>, name: &'static str) -> Result<&'a str, C
         .ok_or(CallbackError::BadSignature("a header field is not ASCII"))
 }
 
-/// The moment of a message dated `timestamp` (Unix seconds, digits), where it is fresh at `now`.
+/// The time of a message dated `timestamp` (Unix seconds, digits), if it is fresh at `now`.
 pub fn check_fresh(timestamp: &str, now: UnixMillis) -> Result<UnixMillis, CallbackError> {
     let digits = !timestamp.is_empty() && timestamp.bytes().all(|byte| byte.is_ascii_digit());
     let seconds: Option<i64> = timestamp.parse().ok().filter(|_| digits);
@@ -46,19 +46,19 @@ pub fn check_fresh(timestamp: &str, now: UnixMillis) -> Result<UnixMillis, Callb
     Ok(UnixMillis(millis))
 }
 
-/// A signed time in RFC 3339; `None` where it is none, because nothing depends on it but that a
-/// payment came in time.
+/// A signed time in RFC 3339; `None` if it is invalid, because it decides only whether a payment
+/// came in time.
 pub fn rfc3339(text: &str) -> Option<UnixMillis> {
     let time: jiff::Timestamp = text.parse().ok()?;
     signed_time(time.as_millisecond())
 }
 
-/// A signed time in Unix milliseconds, where it can be one at all.
+/// A signed time in Unix milliseconds; `None` if it cannot be one.
 pub fn signed_time(millis: i64) -> Option<UnixMillis> {
     (millis > 0).then_some(UnixMillis(millis))
 }
 
-/// Reads JSON. What is wrong with it is told by its place: an error's own words may quote values.
+/// Reads JSON. An error names only its place: the parser's own words may quote values.
 pub fn json<'a, T: Deserialize<'a>>(text: &'a [u8]) -> Result<T, CallbackError> {
     from_callback(text).map_err(|error| {
         CallbackError::Malformed(format!(
@@ -78,7 +78,7 @@ pub fn payment_json<'a, T: Deserialize<'a>>(text: &'a [u8]) -> Result<T, Callbac
     })
 }
 
-/// A name that has to be there and is kept whole: 1 to [`REFERENCE_BYTES_MAX`] bytes without NUL.
+/// A name that is required and kept whole: 1 to [`REFERENCE_BYTES_MAX`] bytes without NUL.
 pub fn name(text: &str, what: &'static str) -> Result<String, CallbackError> {
     if text.is_empty() || text.len() > REFERENCE_BYTES_MAX || text.contains('\0') {
         return Err(CallbackError::Unbookable(format!(
@@ -88,7 +88,7 @@ pub fn name(text: &str, what: &'static str) -> Result<String, CallbackError> {
     Ok(text.to_owned())
 }
 
-/// The provider's name for a message that tells of a payment or does not.
+/// The provider's name for a message, with or without a payment.
 pub fn event_id(
     text: &str,
     what: &'static str,
@@ -100,7 +100,7 @@ pub fn event_id(
     })
 }
 
-/// A text for people, and order references that cannot be ours anyway: cut to
+/// A text for people, or an order reference that cannot be ours: cut to
 /// [`REFERENCE_BYTES_MAX`] bytes. A NUL, which the database would refuse, is shown as U+FFFD.
 pub fn cut(text: &str) -> String {
     let mut text = text.replace('\0', "\u{fffd}");
@@ -108,7 +108,7 @@ pub fn cut(text: &str) -> String {
     text
 }
 
-/// What came in a pass-back field, where it can be a receipt at all.
+/// The content of a pass-back field, if it can be a receipt.
 pub fn receipt(text: Option<&str>) -> Option<String> {
     text.filter(|text| {
         !text.is_empty() && text.len() <= REFERENCE_BYTES_MAX && !text.contains('\0')
@@ -139,7 +139,7 @@ impl Loose<'_> {
         self.0.as_deref()
     }
 
-    /// The text; empty where there is none.
+    /// The text; empty if there is none.
     pub fn text(&self) -> &str {
         self.get().unwrap_or_default()
     }

@@ -1,5 +1,4 @@
-//! The providers' half of a payment callback: from the request of a payment platform to a
-//! [`Notice`], and back to an answer in its own dialect.
+//! Payment providers: verify and read the callback of a payment platform, and answer in its dialect.
 //!
 //! ```text
 //!   request ──► signature over the raw bytes ──► fresh? ──► for us? ──► parsed ──► Notice
@@ -7,15 +6,15 @@
 //!                       └───────────────────────────┴──────────┴──────────┴──► CallbackError
 //! ```
 //!
-//! Nothing of a message is believed before its signature holds, and what follows knows the members
-//! that it needs and no others: platforms add new ones without asking. Whoever stores a [`Notice`]
-//! answers with [`PaymentProvider::accept`] once it is committed and with
-//! [`PaymentProvider::refuse`] otherwise; the platform then delivers again. Nothing here waits,
-//! does I/O, or keeps anything between two calls.
+//! No part of a message is trusted before its signature is verified. Only the members that are needed
+//! are read: platforms add new ones without notice. The caller stores the [`Notice`], answers with
+//! [`PaymentProvider::accept`] once it is committed, and with [`PaymentProvider::refuse`] otherwise;
+//! the platform then delivers again. This module does not wait, does no I/O, and keeps no state
+//! between two calls.
 //!
-//! What a payment cannot be booked without (its name, its amount) has to be there, else the
-//! message is [`CallbackError::Unbookable`] and the log says so as an error. Nothing else may cost
-//! a payment: an order reference that is too long is cut, a receipt that cannot be one is left out.
+//! The name and the amount of a payment are required; without them the message is
+//! [`CallbackError::Unbookable`], which the log reports as an error. No other fault costs a payment:
+//! an order reference that is too long is cut, an impossible receipt is left out.
 
 pub mod alipay;
 mod keys;
@@ -35,16 +34,16 @@ use standard::Standard;
 use stripe::Stripe;
 use wechatpay::Wechatpay;
 
-/// Seconds by which a message may be older or younger than our clock, where its scheme dates it:
-/// what Standard Webhooks, Stripe and WeChat Pay name. A stolen delivery is worth nothing later.
+/// Seconds by which a dated message may differ from our clock, as Standard Webhooks, Stripe and
+/// WeChat Pay say. A stolen delivery is worthless later.
 pub const FRESHNESS_S: i64 = 300;
 
-/// A payment platform, as far as its callbacks go.
+/// The callbacks of one payment platform.
 pub trait PaymentProvider: Send + Sync {
-    /// Which one.
+    /// The platform.
     fn provider(&self) -> Provider;
 
-    /// Verifies the message that `request` brings at `now` and reads it.
+    /// Verifies and reads the message in `request`, which came at `now`.
     ///
     /// # Errors
     /// [`CallbackError`], to be answered with [`PaymentProvider::refuse`].
@@ -72,16 +71,16 @@ fn challenge(response: &mut Response, problem: &Problem) {
     }
 }
 
-/// Why a callback is not answered with success.
+/// The reason why a callback is refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CallbackError {
-    /// It is not proven to come from the platform.
+    /// Nothing proves that it comes from the platform.
     #[error("the signature does not hold: {0}")]
     BadSignature(&'static str),
-    /// WeChat Pay looks whether false signatures are refused. All is well.
+    /// WeChat Pay checks whether false signatures are refused. This is not an attack.
     #[error("a probe with a false signature")]
     SignatureProbe,
-    /// It is authentic and too old or too young.
+    /// Authentic, but dated too far from our clock.
     #[error(
         "it is dated {off_s} s from our clock, {FRESHNESS_S} at most are allowed: a replay, or a clock is wrong"
     )]
@@ -89,22 +88,22 @@ pub enum CallbackError {
         /// Seconds by which our clock is ahead of it.
         off_s: i64,
     },
-    /// It is authentic and about somebody else's account.
+    /// Authentic, but about another account.
     #[error("{0} is not the configured one")]
     NotForUs(&'static str),
-    /// It is authentic and cannot be read.
+    /// Authentic, but malformed.
     #[error("it cannot be read: {0}")]
     Malformed(String),
-    /// It is authentic, tells of a payment or may do so, and nothing can be booked by it.
+    /// Authentic, and perhaps a payment, but without the members to book one.
     #[error("a payment that cannot be booked: {0}")]
     Unbookable(String),
-    /// It is authentic, and could not be stored now.
+    /// Authentic, but not stored now.
     #[error("it could not be stored now")]
     NotStored,
 }
 
 impl CallbackError {
-    /// What the caller is told: which of these it is, and none of the values.
+    /// The answer to the caller: the kind of error, without any of the values.
     pub fn problem(&self) -> Problem {
         let problem = |status, code, detail| Problem::new(status, code, detail);
         match self {
@@ -138,9 +137,9 @@ impl CallbackError {
         }
     }
 
-    /// Says it in the log, without a byte of the message but the names of its members. What
-    /// strangers can send stands by itself: the log limits lines by kind, and a flood of theirs must
-    /// not hide what happens to authentic callbacks.
+    /// Logs the error without any byte of the message but the names of its members. Errors that
+    /// strangers can cause have a log statement of their own: the log limits lines by kind, and a
+    /// flood of strangers' must not hide errors of authentic callbacks.
     pub fn log(&self, provider: Provider) {
         match self {
             CallbackError::SignatureProbe => {
@@ -187,7 +186,7 @@ impl Providers {
         })
     }
 
-    /// The provider, where it is configured.
+    /// The provider, if it is configured.
     pub fn get(&self, provider: Provider) -> Option<&dyn PaymentProvider> {
         fn known<P: PaymentProvider>(provider: &Option<P>) -> Option<&dyn PaymentProvider> {
             provider.as_ref().map(|provider| provider as _)

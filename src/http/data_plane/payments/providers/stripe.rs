@@ -57,7 +57,7 @@ struct PaymentIntent<'a> {
     metadata: Option<&'a RawValue>,
 }
 
-/// What the shop gave along when it made the payment intent.
+/// The metadata that the shop added to the payment intent.
 #[derive(Default, Deserialize)]
 struct Metadata<'a> {
     #[serde(borrow, default)]

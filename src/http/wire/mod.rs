@@ -1,0 +1,60 @@
+//! The JSON of both planes: bodies that are read and checked, views that are written.
+//!
+//! | module | content |
+//! |---|---|
+//! | [`json`] | the only way from JSON to a struct |
+//! | [`orders`], [`skus`], [`dead_letters`], [`payments`] | bodies and views |
+//! | [`headers`], [`query`] | header fields and query fields |
+//! | [`write`] | writing an answer |
+
+pub mod dead_letters;
+pub mod headers;
+pub mod json;
+pub mod orders;
+pub mod payments;
+pub mod query;
+pub mod skus;
+mod text;
+mod time;
+pub mod write;
+
+pub use dead_letters::{DeadLetterView, NoteBody};
+pub use headers::{idempotency_key, no_batch_key, parse_key, require_identity};
+pub use json::no_members;
+pub use orders::{ATTRIBUTES_BYTES_MAX, BatchLine, OrderBody, OrderList, OrderView};
+pub use skus::{PutSkuView, RestockBody, SkuBody, SkuView};
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::order::SkuId;
+
+    #[test]
+    fn an_array_is_no_object_in_any_body() {
+        let id = SkuId::new("A").unwrap();
+        for (body, problem) in [
+            (
+                r#"["u","A",1,0,null,"k"]"#,
+                BatchLine::parse(br#"["u","A",1,0,null,"k"]"#).err(),
+            ),
+            (
+                r#"["t",1,"CNY",7]"#,
+                SkuBody::parse(&id, br#"["t",1,"CNY",7]"#).err(),
+            ),
+            ("[5]", RestockBody::parse(b"[5]").err()),
+            (r#"["n"]"#, NoteBody::parse(br#"["n"]"#).err()),
+            (
+                r#"["r","n",true]"#,
+                payments::RefundedBody::parse(br#"["r","n",true]"#).err(),
+            ),
+            (
+                r#"["n","r"]"#,
+                payments::CloseBody::parse(br#"["n","r"]"#).err(),
+            ),
+        ] {
+            let problem = problem.unwrap_or_else(|| panic!("taken: {body}"));
+            assert_eq!((problem.status, problem.code), (400, "invalid_field"));
+            assert!(problem.detail.contains("expected an object"), "{body}");
+        }
+    }
+}

@@ -1,0 +1,53 @@
+//! The fields of a query string.
+
+use crate::http::problem::Problem;
+
+/// The value under a name, not decoded.
+pub fn value<'a>(query: &'a str, name: &str) -> Option<&'a str> {
+    query
+        .split('&')
+        .find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='))
+}
+
+/// Refuses query fields that would be ignored: those other than `names`, and a second one of the
+/// same name.
+///
+/// # Errors
+/// `400 unknown_field` and `400 invalid_field`.
+pub fn only(query: &str, names: &[&'static str]) -> Result<(), Problem> {
+    let mut seen: Vec<&str> = Vec::new();
+    for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+        let name = pair.split('=').next().unwrap_or_default();
+        if !names.contains(&name) {
+            let known = match names {
+                [] => "none is known here".to_owned(),
+                names => format!("known here: {}", names.join(", ")),
+            };
+            let detail = format!("{name}: unknown query parameter; {known}");
+            return Err(Problem::new(400, "unknown_field", detail));
+        }
+        if seen.contains(&name) {
+            let detail = format!("{name}: comes twice in the query");
+            return Err(Problem::new(400, "invalid_field", detail));
+        }
+        seen.push(name);
+    }
+    Ok(())
+}
+
+/// The value under a name as a number.
+///
+/// # Errors
+/// `400 invalid_field` if it is not a number.
+pub fn number(query: &str, name: &str) -> Result<Option<u64>, Problem> {
+    let Some(text) = value(query, name) else {
+        return Ok(None);
+    };
+    text.parse().map(Some).map_err(|_| {
+        Problem::new(
+            400,
+            "invalid_field",
+            format!("{name}: must be a whole number, 0 or more"),
+        )
+    })
+}

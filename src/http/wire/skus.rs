@@ -1,0 +1,217 @@
+//! The JSON of SKUs.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use super::json::from_object;
+use super::time::{self, Time};
+use crate::http::problem::Problem;
+use crate::order::{Currency, SkuId, UnixMillis};
+use crate::state::stock::{SaleTerms, Sku};
+
+/// The answer to a `PUT` of a SKU.
+#[derive(Debug, Serialize)]
+pub struct PutSkuView {
+    #[serde(flatten)]
+    sku: SkuView,
+    /// The terms that differ from before. A term that was left out takes its default.
+    changed: Vec<&'static str>,
+}
+
+impl PutSkuView {
+    /// A SKU after the change, with the changed terms.
+    pub fn of(sku: SkuView, changed: Vec<&'static str>) -> Self {
+        PutSkuView { sku, changed }
+    }
+}
+
+/// A SKU in an answer of either plane.
+#[derive(Debug, Serialize)]
+pub struct SkuView {
+    sku_id: SkuId,
+    title: String,
+    unit_price: i64,
+    currency: Currency,
+    total: u32,
+    free: u32,
+    held: u32,
+    sold: u32,
+    state: &'static str,
+    opens_at: Option<Time>,
+    closes_at: Option<Time>,
+    per_user_limit: Option<u32>,
+    now: Time,
+}
+
+impl SkuView {
+    /// A SKU as it is now. `all_paused`: every sale is paused.
+    pub fn of(sku: &Sku, all_paused: bool) -> Self {
+        let now = UnixMillis::now();
+        let terms = sku.terms();
+        let stock = sku.counter().snapshot();
+        SkuView {
+            sku_id: SkuId::clone(&sku.id),
+            title: terms.title.clone(),
+            unit_price: terms.unit_price,
+            currency: terms.currency,
+            total: stock.total,
+            free: stock.free,
+            held: stock.held,
+            sold: stock.sold,
+            state: if all_paused {
+                "paused"
+            } else {
+                sku.state(now).as_str()
+            },
+            opens_at: terms.opens_at.map(Time),
+            closes_at: terms.closes_at.map(Time),
+            per_user_limit: terms.per_user_limit,
+            now: Time(now),
+        }
+    }
+}
+
+#[derive(Debug, Deserialize)]
+struct SkuMembers {
+    #[serde(default)]
+    title: Option<String>,
+    unit_price: i64,
+    currency: String,
+    total: u32,
+    #[serde(default)]
+    per_user_limit: Option<u32>,
+    #[serde(default)]
+    opens_at: Option<String>,
+    #[serde(default)]
+    closes_at: Option<String>,
+}
+
+/// The body of `PUT /admin/v1/skus/{sku_id}`, checked.
+#[derive(Debug)]
+pub struct SkuBody {
+    /// The terms of the sale.
+    pub terms: SaleTerms,
+    /// Units on offer.
+    pub total: u32,
+}
+
+/// Longest title in bytes.
+const TITLE_BYTES_MAX: usize = 200;
+
+impl SkuBody {
+    /// Parses and checks a body; a missing title is the id.
+    ///
+    /// # Errors
+    /// As [`OrderBody::parse`].
+    pub fn parse(id: &SkuId, body: &[u8]) -> Result<Self, Problem> {
+        let members: SkuMembers = from_object(body)?;
+        let field = |name: &str, what: &dyn fmt::Display| {
+            Problem::new(400, "invalid_field", format!("{name}: {what}"))
+        };
+        let moment = |name: &'static str, text: Option<String>| match text {
+            None => Ok(None),
+            Some(text) => time::parse(&text).map(Some).map_err(|e| field(name, &e)),
+        };
+        let title = members.title.unwrap_or_else(|| id.to_string());
+        if title.len() > TITLE_BYTES_MAX || title.contains('\0') {
+            return Err(field(
+                "title",
+                &format!("must be at most {TITLE_BYTES_MAX} bytes, without NUL"),
+            ));
+        }
+        if members.unit_price < 0 {
+            return Err(field("unit_price", &"must be 0 or more, in minor units"));
+        }
+        if members.per_user_limit == Some(0) {
+            return Err(field(
+                "per_user_limit",
+                &"must be 1 or more; leave it out for none",
+            ));
+        }
+        let (opens_at, closes_at) = (
+            moment("opens_at", members.opens_at)?,
+            moment("closes_at", members.closes_at)?,
+        );
+        if let (Some(opens_at), Some(closes_at)) = (opens_at, closes_at)
+            && closes_at <= opens_at
+        {
+            return Err(field("closes_at", &"must be after opens_at"));
+        }
+        Ok(SkuBody {
+            terms: SaleTerms {
+                title,
+                unit_price: members.unit_price,
+                currency: Currency::new(&members.currency).map_err(|e| field("currency", &e))?,
+                per_user_limit: members.per_user_limit,
+                opens_at,
+                closes_at,
+            },
+            total: members.total,
+        })
+    }
+}
+
+/// The body of `POST /admin/v1/skus/{sku_id}/restock`.
+#[derive(Debug, Deserialize)]
+pub struct RestockBody {
+    /// Units to add; a negative number removes units.
+    pub quantity: i64,
+}
+
+impl RestockBody {
+    /// Parses and checks a body.
+    ///
+    /// # Errors
+    /// As [`OrderBody::parse`].
+    pub fn parse(body: &[u8]) -> Result<Self, Problem> {
+        let body: Self = from_object(body)?;
+        if body.quantity == 0 || body.quantity.unsigned_abs() > u64::from(u32::MAX) {
+            return Err(Problem::new(
+                400,
+                "invalid_field",
+                "quantity: must be a number of units other than 0 and within 4294967295",
+            ));
+        }
+        Ok(body)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sku_is_checked_member_by_member() {
+        let id = SkuId::new("A").unwrap();
+        let parse = |body: &str| SkuBody::parse(&id, body.as_bytes());
+        let body = parse(r#"{"unit_price":100,"currency":"EUR","total":5,"opens_at":"2026-11-11T20:00:00+08:00"}"#).unwrap();
+        assert_eq!(body.terms.title, "A");
+        assert_eq!(
+            body.terms.opens_at.unwrap().to_string(),
+            "2026-11-11T12:00:00.000Z"
+        );
+        for (bad, named) in [
+            (
+                r#"{"unit_price":-1,"currency":"EUR","total":5}"#,
+                "unit_price",
+            ),
+            (r#"{"unit_price":1,"currency":"eur","total":5}"#, "currency"),
+            (
+                r#"{"unit_price":1,"currency":"EUR","total":4294967296}"#,
+                "4294967296",
+            ),
+            (
+                r#"{"unit_price":1,"currency":"EUR","total":1,"per_user_limit":0}"#,
+                "per_user_limit",
+            ),
+            (
+                r#"{"unit_price":1,"currency":"EUR","total":1,"opens_at":"tomorrow"}"#,
+                "opens_at",
+            ),
+        ] {
+            let problem = parse(bad).unwrap_err();
+            assert!(problem.detail.contains(named), "{}", problem.detail);
+        }
+    }
+}
