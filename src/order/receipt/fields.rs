@@ -54,7 +54,7 @@ impl Writer {
     }
 
     /// Never beyond the end: up to `expires_at` an order takes 82 bytes at most, its form was
-    /// chosen so that the rest fits, and the MAC takes what is left.
+    /// chosen so that the rest fits, and the MAC takes the remaining room.
     pub(super) fn put(&mut self, bytes: &[u8]) {
         let end = self.length + bytes.len();
         self.bytes[self.length..end].copy_from_slice(bytes);
@@ -86,8 +86,8 @@ impl Writer {
     }
 }
 
-/// What has not been read yet. Whatever is there, reading never panics, and only what a
-/// [`Writer`] writes is read.
+/// The bytes that are not read yet. Reading never panics, and accepts only the output of a
+/// [`Writer`].
 pub(super) struct Reader<'a>(pub(super) &'a [u8]);
 
 impl<'a> Reader<'a> {

@@ -1,19 +1,19 @@
 //! The receipt: an order in at most 127 URL-safe characters, signed.
 //!
 //! It travels through the payment platform and comes back with the payment, so an order whose row
-//! was lost can be recovered from it: it can be trusted, and a buyer cannot forge it. It carries
-//! everything but `attributes`, and the SKU by a hash of its `sku_id`. WeChat Pay's `attach` sets
-//! the limit: 127 characters of base64url without padding are 95 bytes.
+//! was lost can be recovered from it: the signature proves it, and a buyer cannot forge it. It
+//! carries every field but `attributes`; the SKU is a hash of its `sku_id`. WeChat Pay's `attach`
+//! sets the limit: 127 characters of base64url without padding are 95 bytes.
 //!
-//! A receipt is worth something only to the database that its order was placed in ([`Issuer`]):
-//! the key that signs is derived from the secret and the database's random identity. Shops that
-//! share a secret, and a database that was lost and made anew, refuse each other's receipts as if
-//! they were forged. That costs no characters, of which a user id of 48 leaves none.
+//! A receipt is valid only for the database in which its order was placed ([`Issuer`]): the signing
+//! key is derived from the secret and the database's random identity. Shops that share a secret, and
+//! a database that was lost and made anew, refuse each other's receipts as forged. This costs no
+//! characters, of which a user id of 48 leaves none.
 //!
 //! # Layout, version 2
 //!
 //! ```text
-//!   bytes   field         form  what
+//!   bytes   field         form  content
 //!   ──────  ────────────  ────  ─────────────────────────────────────────────────────────
 //!   1       head                4 bits: version │ 0 │ 1 bit: has a key │ 2 bits: form
 //!   1       user length         1 to 48
@@ -30,31 +30,35 @@
 //!   8       key hash      1..3  its first half
 //!   8       payload hash  0..2
 //!   4       payload hash  3     its first half
-//!   8..16   MAC                 what room is left, 16 at most
+//!   8..16   MAC                 the room that is left, 16 at most
 //! ```
 //!
 //! Fixed fields are big-endian; a varint is LEB128 in its shortest form. The MAC is the start of
-//! HMAC-SHA256 over a prefix that no other use of a key has, everything before the MAC and, in
+//! HMAC-SHA256 over a prefix that no other use of a key has, every byte before the MAC and, in
 //! forms 2 and 3, the order id and the amount (8 bytes each), which the payment itself brings back.
 //! Its key is HMAC-SHA256 of the database's identity under the secret.
 //!
 //! Version 1 was signed with the secret itself and named no database. It is still read, but only
 //! for orders that were placed before this very database was migrated to version 2.
 //!
-//! Not everything fits at once. An order takes the first form that does:
+//! An order does not always fit whole. It takes the first form that fits:
 //!
-//! | form | gives up | takes, where it is the first |
+//! | form | leaves out | first form that fits |
 //! |---|---|---|
 //! | 0 | nothing | user ids of 36 characters, as UUIDs have |
 //! | 1 | the second half of the key hash | user ids of 48 characters and ordinary amounts |
 //! | 2 | order id and amount, which the verifier must know | the same and amounts of any size |
-//! | 3 | the second half of the payload hash | what has two fields at the ends of their range |
+//! | 3 | the second half of the payload hash | orders with two fields at the ends of their range |
 //!
-//! A half hash comes back with zeros behind it, see [`KeyHash::matches`]. Only if `adjustment`,
-//! `created_at` and `expires_at` together take more than 23 bytes may form 3 be too small too; such
-//! an order's receipt says that it was created in its id's own millisecond. That always fits: 85
-//! bytes at most, and a MAC of 10. No real order comes near: its `created_at` lies within its id's
-//! lease, and with an adjustment below 2^40 and a year to pay the three take 17 bytes.
+//! All four stay. Each is in receipts that shops have, so each must be read; and a form that is read
+//! costs nothing to write, since the two share every line but their lengths. Writing fewer would take
+//! the order id, the amount or half of a hash from receipts that have room for them.
+//!
+//! A half hash is read with zeros behind it, see [`KeyHash::matches`]. Form 3 may be too small only if
+//! `adjustment`, `created_at` and `expires_at` together take more than 23 bytes. The receipt of such
+//! an order then says that it was created in its id's own millisecond, which always fits: 85 bytes at
+//! most, and a MAC of 10. No real order comes near: its `created_at` lies within its id's lease, and
+//! with an adjustment below 2^40 and a year to pay the three take 17 bytes.
 
 mod fields;
 
@@ -76,62 +80,62 @@ pub const CHARACTERS_MAX: usize = 127;
 const BYTES_MAX: usize = 95;
 const MAC_BYTES_MIN: usize = 8;
 const MAC_BYTES_MAX: usize = 16;
-/// Most that is left for everything but the MAC.
+/// The longest body: all bytes but the MAC.
 const BODY_BYTES_MAX: usize = BYTES_MAX - MAC_BYTES_MIN;
 
-/// Shortest secret that is taken, in bytes.
+/// Shortest secret, in bytes.
 pub const SECRET_BYTES_MIN: usize = 16;
 
 const VERSION: u8 = 2;
 /// The version that named neither database nor `sku_id`.
 const VERSION_1: u8 = 1;
-/// What no other use of the same secret signs.
+/// Prefix of the signed bytes; no other use of the secret has it.
 const DOMAIN: &[u8] = b"millrace receipt\0";
-/// What no other key is derived from.
+/// Prefix for deriving the key; no other derivation has it.
 const KEY_DOMAIN: &[u8] = b"millrace receipt key of a database\0";
 
-/// The database whose orders receipts are made of.
+/// The database that issues receipts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Issuer {
     /// Its identity: random, given to it by the migration to schema version 4.
     pub database: [u8; 16],
-    /// Receipts of version 1 are taken for orders whose id was given out before this moment; 0 for
-    /// none, as in a database that began with version 4.
+    /// Receipts of version 1 are accepted for orders whose id is older than this moment; 0 for none,
+    /// as in a database that began with version 4.
     pub version_1_until: UnixMillis,
 }
 
-/// Why a receipt is not taken.
+/// The reason why a receipt is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ReceiptError {
-    /// It is no receipt of a known version, whoever signed it.
+    /// Not a receipt of a known version.
     #[error("the receipt is malformed: it is cut off, altered, or of a later version of Millrace")]
     Malformed,
-    /// No key has signed it, or not for this database, order id and amount.
+    /// Not signed by a configured key for this database, order id and amount.
     #[error(
         "the receipt was not signed for this database, order and amount with any configured key: \
          it is forged, altered, moved from another payment, of another database, or its key was \
          removed from `receipt.key`"
     )]
     NotOurs,
-    /// It is genuine and belongs to another order.
+    /// Genuine, but of another order.
     #[error("the receipt is genuine, but of another order than the payment names")]
     OtherOrder,
 }
 
-/// What a receipt is made of, borrowed from an order in whichever shape it is held.
+/// The signed fields, borrowed from any representation of an order.
 #[derive(Clone, Copy, Debug)]
 pub struct SignedParts<'a> {
-    /// Its id.
+    /// The order.
     pub id: OrderId,
-    /// Who buys.
+    /// The buyer.
     pub user_id: &'a str,
-    /// What is bought.
+    /// The SKU.
     pub sku: SkuTag,
-    /// How many units.
+    /// Units.
     pub quantity: u32,
-    /// What the shop adds or takes off, in minor units.
+    /// The shop's surcharge or discount, in minor units.
     pub adjustment: i64,
-    /// What it costs, in minor units.
+    /// The price, in minor units.
     pub amount: i64,
     /// The currency of both.
     pub currency: Currency,
@@ -139,9 +143,9 @@ pub struct SignedParts<'a> {
     pub created_at: UnixMillis,
     /// When it stops being payable.
     pub expires_at: UnixMillis,
-    /// The hash of its idempotency key, where it came with one.
+    /// The hash of its idempotency key, if it has one.
     pub key: Option<KeyHash>,
-    /// The hash of what it asks for.
+    /// The hash of its body.
     pub payload: PayloadHash,
 }
 
@@ -163,7 +167,7 @@ impl<'a> From<&'a Order> for SignedParts<'a> {
     }
 }
 
-/// How a receipt names its SKU.
+/// The SKU in a receipt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReceiptSku {
     /// By a hash of its `sku_id`.
@@ -172,20 +176,20 @@ pub enum ReceiptSku {
     Number(SkuNumber),
 }
 
-/// The order that a receipt was made of: everything but `attributes`. A hash may be short.
+/// The order in a receipt: every field but `attributes`. A hash may be short.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ReceiptOrder {
-    /// Its id.
+    /// The order.
     pub id: OrderId,
-    /// Who bought.
+    /// The buyer.
     pub user_id: UserId,
-    /// What was bought.
+    /// The SKU.
     pub sku: ReceiptSku,
-    /// How many units.
+    /// Units.
     pub quantity: Quantity,
-    /// What the shop added or took off, in minor units.
+    /// The shop's surcharge or discount, in minor units.
     pub adjustment: i64,
-    /// What it costs, in minor units; to be compared with what was paid.
+    /// The price, in minor units; to be compared with the payment.
     pub amount: i64,
     /// The currency of both.
     pub currency: Currency,
@@ -193,15 +197,14 @@ pub struct ReceiptOrder {
     pub created_at: UnixMillis,
     /// When it stops being payable.
     pub expires_at: UnixMillis,
-    /// The hash of its idempotency key, where it came with one; compare by [`KeyHash::matches`].
+    /// The hash of its idempotency key, if it has one; compare by [`KeyHash::matches`].
     pub key: Option<KeyHash>,
-    /// The hash of what it asked for; compare by [`PayloadHash::matches`].
+    /// The hash of its body; compare by [`PayloadHash::matches`].
     pub payload: PayloadHash,
 }
 
 impl ReceiptOrder {
-    /// What its receipt was signed over; `None` where that was of version 1, which is not signed
-    /// any more.
+    /// The fields to sign for its receipt; `None` for version 1, which is no longer signed.
     pub fn signed_parts(&self) -> Option<SignedParts<'_>> {
         let ReceiptSku::Tag(sku) = self.sku else {
             return None;
@@ -284,17 +287,17 @@ impl serde::Serialize for Receipt {
     }
 }
 
-/// The keys of receipts of one database: the first signs, any may verify. A secret is replaced by a
-/// new one put before it, and removed once no payment can come any more whose receipt it signed.
+/// The receipt keys of one database: the first signs, any may verify. To replace a secret, put a new
+/// one before it, and remove the old one when no payment with its receipts can come any more.
 pub struct ReceiptKeys {
     signing: SecretKeys,
     retired: Vec<SecretKeys>,
     version_1_until: UnixMillis,
 }
 
-/// What is made of one secret.
+/// The keys of one secret.
 struct SecretKeys {
-    /// For this database alone.
+    /// For this database only.
     bound: hmac::Key,
     /// For version 1: the secret itself.
     unbound: hmac::Key,
@@ -326,8 +329,8 @@ impl ReceiptKeys {
     /// Takes the secrets, of [`SECRET_BYTES_MIN`] bytes or more, for the orders of `issuer`.
     ///
     /// # Panics
-    /// Where there is none, or one is shorter: a short secret can be found by trying, and every
-    /// receipt then forged.
+    /// If there is none, or one is shorter: a short secret can be found by trying, and then every
+    /// receipt can be forged.
     pub fn new(secrets: &[impl AsRef<[u8]>], issuer: &Issuer) -> Self {
         let mut keys = secrets.iter().map(|secret| {
             let secret = secret.as_ref();
@@ -347,10 +350,10 @@ impl ReceiptKeys {
         }
     }
 
-    /// The receipt of an order, for which every valid order has room. The same order under the
-    /// same key has the same receipt.
+    /// The receipt of an order; every valid order fits. The same order under the same key has the
+    /// same receipt.
     ///
-    /// What is no order (a row changed by hand may have an impossible user id or quantity) has the
+    /// An invalid order (a row changed by hand may have an impossible user id or quantity) has the
     /// empty receipt, which [`ReceiptKeys::open`] refuses.
     pub fn sign(&self, order: &SignedParts<'_>) -> Receipt {
         let user = order.user_id.as_bytes();
@@ -374,15 +377,14 @@ impl ReceiptKeys {
         Receipt::of(writer.written())
     }
 
-    /// Reads a receipt that came with a payment of `amount` for the order `order_id`, where the
-    /// payment names one.
+    /// Reads a receipt that came with a payment of `amount` for the order `order_id`, if the payment
+    /// names one.
     ///
-    /// In forms 2 and 3 the receipt is bound to both without carrying them, and neither can be
-    /// told to be the wrong one. In forms 0 and 1 it carries them: another id is refused, but the
-    /// amount is left for the caller to compare.
+    /// Forms 2 and 3 are bound to both without carrying them, so a wrong one of the two cannot be
+    /// named. Forms 0 and 1 carry them: another id is refused, but the caller compares the amount.
     ///
     /// # Errors
-    /// [`ReceiptError`]; [`ReceiptError::NotOurs`] also where an id is needed and there is none.
+    /// [`ReceiptError`]; [`ReceiptError::NotOurs`] also if an id is needed and there is none.
     pub fn open(
         &self,
         text: &str,
@@ -399,7 +401,7 @@ impl ReceiptKeys {
             .map_err(|_| ReceiptError::Malformed)?;
         let bytes = buffer.get(..length).ok_or(ReceiptError::Malformed)?;
 
-        // Read first: where the MAC begins follows from what stands before it.
+        // Read first: the fields before the MAC determine where it begins.
         let mut reader = Reader(bytes);
         let (form, order) = read_body(&mut reader, order_id, amount)?;
         let is_version_1 = matches!(order.sku, ReceiptSku::Number(_));
@@ -419,8 +421,7 @@ impl ReceiptKeys {
             bool::from(mac.ct_eq(received))
         };
         let all = std::iter::once(&self.signing).chain(&self.retired);
-        // Whose order it was cannot be told from version 1: this database has given the id out, or
-        // it has not.
+        // Version 1 does not name its database: only the age of the id tells.
         let may_be_ours = !is_version_1 || order.id.millis() < self.version_1_until;
         if !may_be_ours || !all.into_iter().any(signed) {
             return Err(ReceiptError::NotOurs);
@@ -432,7 +433,7 @@ impl ReceiptKeys {
     }
 }
 
-/// The MAC's length behind a body: what room is left. At least [`MAC_BYTES_MIN`], because a body
+/// The MAC's length behind a body: the room that is left. At least [`MAC_BYTES_MIN`], because a body
 /// has at most [`BODY_BYTES_MAX`].
 fn mac_bytes(body: usize) -> usize {
     BYTES_MAX.saturating_sub(body).min(MAC_BYTES_MAX)
@@ -452,7 +453,7 @@ fn mac(key: &hmac::Key, body: &[u8], form: Form, id: OrderId, amount: i64) -> hm
 
 // --- The body: everything before the MAC ----------------------------------------------------
 
-/// What was left out so that the rest fits; see the module.
+/// The fields that are left out so that the rest fits; see the module.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Form {
     Full = 0,
@@ -543,8 +544,8 @@ fn write_body(writer: &mut Writer, order: &SignedParts<'_>) -> Form {
     unreachable!("an order created in its id's millisecond takes 85 bytes at most")
 }
 
-/// Reads what [`write_body`] wrote, up to the MAC. `order_id` and `amount` stand in for what a
-/// detached form leaves out.
+/// Reads the output of [`write_body`], up to the MAC. `order_id` and `amount` stand in for the fields
+/// that a detached form leaves out.
 fn read_body(
     reader: &mut Reader<'_>,
     order_id: Option<OrderId>,
