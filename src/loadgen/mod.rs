@@ -54,8 +54,8 @@ pub use outcome::{AnswerKind, Outcome, Outcomes};
 pub use page::{Check, PageOptions, render_page};
 pub use plan::{LoadPlan, OrderMode, SkuShare, Token};
 pub use platform::{
-    FalseSignatures, Money, PaymentKind, PaymentKindCount, PaymentOutcome, PaymentReport,
-    WebhookSecret,
+    FalseSignatures, Money, PaymentKind, PaymentKindCount, PaymentMessage, PaymentOutcome,
+    PaymentReport, WebhookSecret,
 };
 pub use progress::{Phase, Progress, Silent, Snapshot, StderrProgress};
 pub use rate::RateProfile;

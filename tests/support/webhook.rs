@@ -1,17 +1,15 @@
-//! A payment platform that speaks Standard Webhooks, as the tests play it.
+//! The payment platform of the load generator, one message at a time.
 
 use std::net::SocketAddr;
 
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
-use ring::hmac;
-use serde_json::{Value, json};
+use millrace::loadgen::{PaymentMessage, WebhookSecret};
+use serde_json::Value;
 
 use super::http::{Answer, Connection};
 use super::server::request;
 
 /// The secret that the tests configure: base64 of 24 bytes.
-pub const SECRET: &str = "whsec_dGVzdC1vbmx5LXNlY3JldC0yNC1iISE=";
+pub const SECRET: &str = "whsec_dGVzdC1vbmx5LXNlY3JldC0yNC1ieXRl";
 
 /// One payment as the platform reports it.
 #[derive(Clone, Debug)]
@@ -55,13 +53,14 @@ impl Paid {
 
     /// The body.
     pub fn body(&self) -> String {
-        let mut data = json!({
-            "order_id": self.order, "payment_id": self.payment, "amount": self.amount, "currency": self.currency,
-        });
-        if let Some(receipt) = &self.receipt {
-            data["receipt"] = json!(receipt);
-        }
-        json!({ "type": "payment.succeeded", "data": data }).to_string()
+        let message = PaymentMessage {
+            order_id: &self.order,
+            payment_id: &self.payment,
+            amount: self.amount,
+            currency: &self.currency,
+            receipt: self.receipt.as_deref(),
+        };
+        String::from_utf8(message.body().to_vec()).expect("JSON")
     }
 
     /// Delivers it to the data plane at `to`.
@@ -110,10 +109,7 @@ pub fn sign(event: &str, body: &str, secret: &str) -> (String, String) {
         .duration_since(std::time::UNIX_EPOCH)
         .expect("a clock")
         .as_secs();
-    let key = STANDARD
-        .decode(secret.trim_start_matches("whsec_"))
-        .expect("base64");
-    let key = hmac::Key::new(hmac::HMAC_SHA256, &key);
-    let tag = hmac::sign(&key, format!("{event}.{now}.{body}").as_bytes());
-    (now.to_string(), format!("v1,{}", STANDARD.encode(tag)))
+    let secret = WebhookSecret::new(secret);
+    let signature = secret.sign(event, now as i64, body.as_bytes());
+    (now.to_string(), signature.expect("a secret"))
 }

@@ -39,6 +39,14 @@ impl WebhookSecret {
         &self.0
     }
 
+    /// The value of `webhook-signature` for a message.
+    ///
+    /// # Errors
+    /// The fault of the text, if it is no secret.
+    pub fn sign(&self, id: &str, timestamp_s: i64, body: &[u8]) -> Result<String, &'static str> {
+        Ok(self.signer()?.sign(id, timestamp_s, body))
+    }
+
     /// The signer with this secret, or the fault of the text.
     pub(in crate::loadgen) fn signer(&self) -> Result<Signer, &'static str> {
         let encoded = self.0.trim();
@@ -77,25 +85,29 @@ impl Signer {
     }
 }
 
-/// The data of a `payment.succeeded` callback.
+/// The data of a `payment.succeeded` message.
 #[derive(Debug, Clone, Copy, Serialize)]
-pub(in crate::loadgen) struct Succeeded<'a> {
+pub struct PaymentMessage<'a> {
+    /// The order that was paid.
     pub order_id: &'a str,
+    /// The platform's id of the payment.
     pub payment_id: &'a str,
     /// In minor units.
     pub amount: i64,
+    /// Three capital letters.
     pub currency: &'a str,
+    /// The order's receipt, passed back.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub receipt: Option<&'a str>,
 }
 
-impl Succeeded<'_> {
+impl PaymentMessage<'_> {
     /// The body of the callback.
-    pub(in crate::loadgen) fn body(&self) -> Bytes {
+    pub fn body(&self) -> Bytes {
         #[derive(Serialize)]
         struct Message<'a> {
             r#type: &'static str,
-            data: &'a Succeeded<'a>,
+            data: &'a PaymentMessage<'a>,
         }
         let message = Message {
             r#type: "payment.succeeded",
@@ -134,7 +146,7 @@ mod tests {
 
     #[test]
     fn a_body_is_written_as_the_contract_has_it() {
-        let mut message = Succeeded {
+        let mut message = PaymentMessage {
             order_id: "734",
             payment_id: "p-1",
             amount: 199_900,

@@ -21,7 +21,7 @@ use smol_str::{SmolStr, format_smolstr};
 use super::payment::{Forgery, PaymentKind, PlacedOrder};
 use super::payment_scenario::{LATE_TAIL_NS, PaymentScenario, PlannedPayment};
 use super::payment_stats::{DeliveryResult, PaymentOutcome, PaymentReport, PaymentStats};
-use super::webhook::{Signer, Succeeded};
+use super::webhook::{PaymentMessage, Signer};
 use crate::loadgen::buyers::RunShared;
 use crate::loadgen::error::LoadError;
 use crate::loadgen::plan::LoadPlan;
@@ -354,7 +354,7 @@ impl Payment {
         let payment_id = format_smolstr!("pay-{order_id}-{mark}{number}");
         let order_text = format_smolstr!("{paid_id}");
         let body_of = |payment_id: &str| {
-            let message = Succeeded {
+            let message = PaymentMessage {
                 order_id: &order_text,
                 payment_id,
                 amount: paid,
