@@ -1,4 +1,4 @@
-//! The perf lab: what Millrace reaches, beside what one would otherwise run and beside the ceiling.
+//! The perf lab: Millrace's throughput and latency beside the usual alternatives and beside the ceiling.
 //!
 //! ```text
 //! ./x perf                      every case, one table
@@ -7,8 +7,8 @@
 //! ```
 //!
 //! Each case is a folder here: what it compares, why, and its last recorded result. `fixture` holds what they
-//! share; `baselines` is what people would run instead. Nothing is claimed from an absolute
-//! number: sides take turns within one run, and what counts is the ratio of neighbours.
+//! share; `baselines` are the usual alternatives. Nothing is claimed from an absolute
+//! number: sides take turns within one run, and only the ratio of neighbours counts.
 
 mod async_acks;
 mod baselines;
@@ -58,7 +58,7 @@ enum Command {
     /// A service that a case compares with; the lab starts it by itself.
     #[command(hide = true)]
     Serve(baselines::ServeArgs),
-    /// What an order takes in memory, in a process of its own; the lab starts it by itself.
+    /// The memory that an order takes, in a process of its own; the lab starts it by itself.
     #[command(hide = true)]
     MemoryOf {
         /// queued or remembered.
@@ -89,7 +89,7 @@ struct RunArgs {
 
 type Running<'a> = Pin<Box<dyn Future<Output = anyhow::Result<Vec<Finding>>> + 'a>>;
 
-/// A case: the name of its folder, and what runs it.
+/// A case: the name of its folder, and its function.
 struct Case {
     name: &'static str,
     run: for<'a> fn(&'a Lab) -> Running<'a>,

@@ -41,7 +41,7 @@ impl Report {
     /// Adds what a case found, or why it found nothing.
     ///
     /// # Errors
-    /// Where its record cannot be written.
+    /// If its record cannot be written.
     pub fn add(
         &mut self,
         case: &'static str,
@@ -76,7 +76,7 @@ impl Report {
     /// Prints everything on standard output.
     ///
     /// # Errors
-    /// Where nothing can be printed.
+    /// If nothing can be printed.
     pub fn print(&self, as_json: bool) -> anyhow::Result<()> {
         let mut out = std::io::stdout();
         if as_json {

@@ -36,7 +36,7 @@ impl HttpService for Stock {
 /// The same from stock `may_minihttp`.
 ///
 /// # Errors
-/// Where it cannot listen.
+/// If it cannot listen.
 pub fn serve_stock(address: SocketAddr) -> anyhow::Result<()> {
     let _ = HttpServer(Stock).start(address)?.join();
     Ok(())

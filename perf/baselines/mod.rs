@@ -1,4 +1,4 @@
-//! What people run instead, each as well as it can be written, on Millrace's own HTTP engine: only the
+//! The usual alternatives, each as well as it can be written, on Millrace's own HTTP engine: only the
 //! way of an order differs.
 //!
 //! * `row`: one statement, which is its own transaction, takes the stock and inserts the order.
@@ -44,7 +44,7 @@ pub struct ServeArgs {
 /// Serves until it is killed.
 ///
 /// # Errors
-/// Where it cannot start.
+/// If it cannot start.
 pub fn serve(arguments: ServeArgs) -> anyhow::Result<()> {
     runtime::configure(0);
     let address = arguments.address;

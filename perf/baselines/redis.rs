@@ -57,7 +57,7 @@ impl Stream {
     /// Connects to both, and starts the consumer.
     ///
     /// # Errors
-    /// Where either cannot be reached.
+    /// If either cannot be reached.
     pub async fn new(redis: SocketAddr, database: &str) -> anyhow::Result<Self> {
         let client = redis::Client::open(format!("redis://{redis}"))?;
         let mut connection = client.get_multiplexed_async_connection().await?;

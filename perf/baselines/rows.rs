@@ -1,4 +1,4 @@
-//! A row an order: what a shop does without Millrace.
+//! One row per order and transaction, as a shop does it without Millrace.
 
 use std::time::Duration;
 
@@ -54,7 +54,7 @@ impl Rows {
     /// `with_stock`: takes the stock too.
     ///
     /// # Errors
-    /// Where the database cannot be reached.
+    /// If the database cannot be reached.
     pub async fn new(database: &str, with_stock: bool) -> anyhow::Result<Self> {
         let recycling_method = RecyclingMethod::Fast;
         let manager =

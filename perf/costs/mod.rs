@@ -1,5 +1,5 @@
-//! What an order costs the service: processor time, system calls, context switches. PostgreSQL and
-//! the client are not in it.
+//! The service's cost of an order: processor time, system calls, context switches, without PostgreSQL and
+//! the client.
 
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -73,7 +73,7 @@ pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
 
 struct Counting(std::process::Child);
 
-/// Has Linux perf count them, where it may.
+/// Counts them with Linux perf, if that is permitted.
 fn count_system_calls(pid: u32, length: Duration) -> Option<Counting> {
     let seconds = (length.as_secs_f64() + 0.5).to_string();
     let child = Command::new("perf")

@@ -1,4 +1,4 @@
-//! Whether our own client tells the truth: `wrk`, which nobody here wrote, asks the same of the same
+//! A check of our own client: `wrk`, an independent one, asks the same of the same
 //! service.
 
 use std::process::{Command, Stdio};

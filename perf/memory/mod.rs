@@ -1,4 +1,4 @@
-//! P7, second part: what an order in the queue costs in memory. Each figure is from a process of its own.
+//! P7, second part: the memory of an order in the queue. Each figure is from a process of its own.
 
 use std::process::Command;
 use std::sync::Arc;
@@ -44,7 +44,7 @@ fn measure(what: &str) -> anyhow::Result<f64> {
 /// `lab memory-of`: prints the growth of this process by an order.
 ///
 /// # Errors
-/// Where it is not known what is meant.
+/// If it is not known what is meant.
 pub fn memory_of(what: &str) -> anyhow::Result<()> {
     let resident = || usage(std::process::id()).map(|usage| usage.resident_bytes);
     let deadline = Instant::now() + Duration::from_secs(600);

@@ -67,8 +67,8 @@ pub struct LoadArgs {
     /// seconds after the answer, and a few after the order's expires_at where that lies within the run;
     /// in one to eight deliveries each, shuffled among others. About 1 % of deliveries have a false
     /// signature and must be refused with 401; a few payments are of a wrong amount, second ones, or
-    /// for orders that never existed. What is not answered 2xx is delivered again after a growing
-    /// pause.
+    /// for orders that never existed. A delivery that is not answered 2xx is
+    /// retried after a growing pause.
     ///
     /// With --json the member `payments` has: `sent`, `acknowledged` (answered 2xx), `unacknowledged`
     /// (payments, each counted once); `kinds` (regular, late, wrong_amount, second, lost); `money` by
@@ -82,7 +82,7 @@ pub struct LoadArgs {
         requires = "payment_secret"
     )]
     pay: f64,
-    /// What callbacks are signed with: one of the server's payments.standard.secret, whsec_ and base64.
+    /// The secret that signs callbacks: one of the server's payments.standard.secret, whsec_ and base64.
     #[arg(
         long,
         value_name = "SECRET",
@@ -96,7 +96,7 @@ pub struct LoadArgs {
     /// Connections, kept alive.
     #[arg(long, value_name = "N", default_value_t = 256)]
     connections: usize,
-    /// Decides buyers, SKUs, double clicks and who pays how.
+    /// Decides buyers, SKUs, double clicks and payments.
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
     /// Replay orders from a file, one JSON object a line, instead of making clicks up.
@@ -143,7 +143,7 @@ pub async fn run(args: LoadArgs) -> anyhow::Result<bool> {
         ..LoadPlan::default()
     };
     let stop = async {
-        // Without a handler Ctrl-C ends the process, which is what was asked for.
+        // Without a handler Ctrl-C ends the process, as intended.
         let _ = tokio::signal::ctrl_c().await;
     };
     let report = run_until(plan, &mut StderrProgress::new(LINE_EVERY, say), stop).await?;

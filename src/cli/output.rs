@@ -1,5 +1,5 @@
-//! Results on standard output. A reader that has gone has what it wanted; anything else that goes
-//! wrong is an error, never a panic.
+//! Results on standard output. A reader that has gone ends the output without an error; any other failure is an
+//! error, never a panic.
 
 use std::io::{self, ErrorKind, Write as _};
 

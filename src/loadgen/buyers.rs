@@ -64,9 +64,11 @@ pub(super) fn spawn(
     std::thread::Builder::new()
         .name("loadgen".to_owned())
         .spawn(move || {
-            // Connections that are missing are tried again with their first request.
-            sender.connect(CONNECT_PATIENCE)?;
+            // Connections that are missing are tried again with their first request. A failure is returned only
+            // after `ready`, so that no other thread waits for this one.
+            let connected = sender.connect(CONNECT_PATIENCE);
             buyers.shared.ready.wait();
+            connected?;
             buyers.start = *buyers.shared.start.get_or_init(Instant::now);
             sender.run(&mut buyers)?;
             Ok(buyers.recorder)

@@ -5,10 +5,21 @@ use comfy_table::{Cell, CellAlignment, Table, TableComponent};
 use indicatif::HumanCount;
 
 use super::platform::PaymentReport;
-use super::report::{LoadReport, Percentiles};
+use super::report::{LoadReport, Percentiles, StockSeries, UndecidedReport};
 
-/// The report as text: a line of headlines, then what was answered and how long it took.
+/// The report as text: headlines, answers with their latencies, then payments.
 pub fn render_table(report: &LoadReport) -> String {
+    let mut text = headlines(report);
+    text.push('\n');
+    text.push_str(&answer_table(report));
+    if let Some(payments) = &report.payments {
+        text.push_str(&format!("\n{}\n", payment_table(payments)));
+    }
+    text
+}
+
+/// A line each for requests, answers, SKUs and undecided orders.
+fn headlines(report: &LoadReport) -> String {
     let mut text = String::new();
     let mut line = |name: &str, value: String| {
         text.push_str(&format!("{name:<10} {value}\n"));
@@ -37,50 +48,51 @@ pub fn render_table(report: &LoadReport) -> String {
             whole(report.peak_answered_per_second)
         ),
     );
-    for stock in &report.stock {
-        if let Some(last) = stock.samples.last() {
-            let end = match stock.sold_out_after_ms {
-                Some(ms) => format!("sold out after {}", seconds(ms)),
-                None => format!("{} left", HumanCount(last.free)),
-            };
-            let paid = match last.sold {
-                0 => String::new(),
-                sold => format!(" ({} paid)", HumanCount(sold)),
-            };
-            line(
-                "stock",
-                format!(
-                    "{}: {} of {} units taken{paid}, {end}",
-                    stock.sku_id,
-                    HumanCount(last.held + last.sold),
-                    HumanCount(last.total)
-                ),
-            );
-        }
+    for stock in report.stock.iter().filter_map(stock_line) {
+        line("stock", stock);
     }
     if report.undecided.orders > 0 {
-        let mut parts: Vec<String> = report
-            .undecided
-            .settled
-            .iter()
-            .map(|(status, count)| format!("{} {status}", HumanCount(*count)))
-            .collect();
-        if report.undecided.unsettled > 0 {
-            parts.push(format!(
-                "{} still open",
-                HumanCount(report.undecided.unsettled)
-            ));
-        }
-        line(
-            "undecided",
-            format!(
-                "{} orders: {}",
-                HumanCount(report.undecided.orders),
-                parts.join(", ")
-            ),
-        );
+        line("undecided", undecided_line(&report.undecided));
     }
+    text
+}
 
+fn stock_line(stock: &StockSeries) -> Option<String> {
+    let last = stock.samples.last()?;
+    let end = match stock.sold_out_after_ms {
+        Some(ms) => format!("sold out after {}", seconds(ms)),
+        None => format!("{} left", HumanCount(last.free)),
+    };
+    let paid = match last.sold {
+        0 => String::new(),
+        sold => format!(" ({} paid)", HumanCount(sold)),
+    };
+    Some(format!(
+        "{}: {} of {} units taken{paid}, {end}",
+        stock.sku_id,
+        HumanCount(last.held + last.sold),
+        HumanCount(last.total)
+    ))
+}
+
+fn undecided_line(undecided: &UndecidedReport) -> String {
+    let mut parts: Vec<String> = undecided
+        .settled
+        .iter()
+        .map(|(status, count)| format!("{} {status}", HumanCount(*count)))
+        .collect();
+    if undecided.unsettled > 0 {
+        parts.push(format!("{} still open", HumanCount(undecided.unsettled)));
+    }
+    format!(
+        "{} orders: {}",
+        HumanCount(undecided.orders),
+        parts.join(", ")
+    )
+}
+
+/// Answers by kind with their latencies, then codes.
+fn answer_table(report: &LoadReport) -> String {
     let mut table = plain_table(&[
         "answer", "count", "share", "p50", "p90", "p99", "p99.9", "max",
     ]);
@@ -96,9 +108,8 @@ pub fn render_table(report: &LoadReport) -> String {
     if report.answers.len() != 1 {
         add(&mut table, "all", report.offered, 1.0, &report.latency.all);
     }
-    text.push('\n');
-    text.push_str(&table.to_string());
-    text.push_str("\nLatencies in ms, counted from the moment each request was due.\n");
+    let mut text =
+        format!("{table}\nLatencies in ms, counted from the moment each request was due.\n");
     if !report.codes.is_empty() {
         let mut codes: Vec<_> = report.codes.iter().collect();
         codes.sort_by_key(|(_, count)| std::cmp::Reverse(**count));
@@ -113,9 +124,6 @@ pub fn render_table(report: &LoadReport) -> String {
             "Note: the latest 1 % of requests left {lag:.0} ms or more after they were due, mostly for want of a free connection among {}.\n",
             report.plan.connections
         ));
-    }
-    if let Some(payments) = &report.payments {
-        text.push_str(&format!("\n{}\n", payment_table(payments)));
     }
     text
 }

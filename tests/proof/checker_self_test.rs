@@ -1,5 +1,5 @@
 //! The checker checked: a small history that is true, and then the same with one thing false in it
-//! at a time. What it would not find here, no other proof could show.
+//! at a time. A falsehood that it misses here would pass in every other proof.
 
 use serde_json::{Value, json};
 
@@ -149,7 +149,7 @@ const PLANTED: &[Planted] = &[
     },
 ];
 
-/// The same for what is made of payments.
+/// The same for payments.
 struct PlantedMoney {
     what: &'static str,
     plant: fn(&mut StoredRows),
@@ -256,7 +256,7 @@ const PLANTED_MONEY: &[PlantedMoney] = &[
     },
 ];
 
-/// Orders 1 to 7 that could be paid until second 10, and what was paid.
+/// Orders 1 to 7 that could be paid until second 10, and their payments.
 fn truth_of_money() -> (Platform, StoredRows) {
     let platform = Platform::new(0);
     let mut records = platform.records();
@@ -268,7 +268,7 @@ fn truth_of_money() -> (Platform, StoredRows) {
         }));
         found.orders.push(row(&user, 1, id, "expired"));
     }
-    // The payment, its order, amount, moment, and what comes of it and of its order.
+    // The payment, its order, amount, moment, and the state of both in the end.
     let mut pays = |name: &str, order: i64, amount, at, state: &str, reason: Option<&str>| {
         let message = Paid {
             event: format!("evt-{name}"),
@@ -340,7 +340,7 @@ fn check_money(plant: fn(&mut StoredRows)) -> Findings {
     findings
 }
 
-/// Rounds of everything; there is nothing left to chance in it.
+/// Rounds of everything; nothing in it is random.
 pub fn run(rounds: u64) -> Result<String, Why> {
     for _ in 0..rounds {
         let findings = check_money(|_| {});

@@ -90,14 +90,7 @@ fn one(states: u64, rng: &mut StdRng, figures: &mut Figures) -> Result<(), Strin
             figures.restarted += 1;
         }
     }
-    damage(
-        &fixture,
-        &fixture.disk.files(),
-        done.len(),
-        states,
-        rng,
-        figures,
-    )
+    damage(&fixture.disk.files(), states, rng, figures)
 }
 
 /// Lets a journal run through rotations, a backlog on the disk and deletions.
@@ -155,89 +148,119 @@ pub fn names_the_place(error: &JournalError) -> bool {
     }
 }
 
+/// Damages a journal in many ways; a start has to refuse each of them.
 fn damage(
-    fixture: &Fixture,
     sound: &Files,
-    at: usize,
     count: u64,
     rng: &mut StdRng,
     figures: &mut Figures,
 ) -> Result<(), String> {
-    let names = segments(sound);
-    let mut judge =
-        |what: String, files: &Files, must_be_refused: bool| match open(&SimDisk::with(files)) {
-            Ok(opened) => {
-                if must_be_refused {
-                    return Err(format!("{what}: accepted"));
-                }
-                fixture
-                    .compare(&opened, at)
-                    .map_err(|why| format!("{what}: {why}"))
+    let Some(sound) = Sound::of(sound)? else {
+        // Almost everything is decided and deleted; there is nothing to damage.
+        return Ok(());
+    };
+    for _ in 0..count {
+        let (what, files) = sound.flip_a_bit(rng);
+        refused(&what, &files, figures)?;
+        figures.flips += 1;
+    }
+    for _ in 0..count / 3 {
+        let (what, files) = sound.cut_a_file(rng);
+        refused(&what, &files, figures)?;
+        figures.cuts += 1;
+    }
+    for _ in 0..count / 3 {
+        if let Some((what, files)) = sound.lose_a_sector(rng) {
+            refused(&what, &files, figures)?;
+            figures.other += 1;
+        }
+    }
+    Ok(())
+}
+
+/// A start refuses damaged files, and names the place.
+fn refused(what: &str, files: &Files, figures: &mut Figures) -> Result<(), String> {
+    match open(&SimDisk::with(files)) {
+        Ok(_) => Err(format!("{what}: accepted")),
+        Err(error) => {
+            figures.refused += 1;
+            match names_the_place(&error) {
+                true => Ok(()),
+                false => Err(format!("{what}: {error}")),
             }
-            Err(error) => {
-                figures.refused += 1;
-                if names_the_place(&error) {
-                    Ok(())
-                } else {
-                    Err(format!("{what}: {error}"))
-                }
-            }
-        };
-    // Where groups are, so that most damage hits something.
-    let scanned = open(&SimDisk::with(sound)).map_err(|error| error.to_string())?;
-    let used: Vec<(String, u64, u64)> = scanned
-        .scanned
-        .groups
-        .iter()
-        .map(|at| {
+        }
+    }
+}
+
+/// The files of a journal without damage.
+struct Sound<'a> {
+    files: &'a Files,
+    /// The segments.
+    names: Vec<String>,
+    /// Segment, first sector and sectors of each group, so that most damage hits one.
+    groups: Vec<(String, u64, u64)>,
+}
+
+/// Its description, and the files with it.
+type Damage = (String, Files);
+
+impl<'a> Sound<'a> {
+    /// None: there are too few groups.
+    fn of(files: &'a Files) -> Result<Option<Self>, String> {
+        let opened = open(&SimDisk::with(files)).map_err(|error| error.to_string())?;
+        let groups = opened.scanned.groups.iter().map(|at| {
             (
                 format!("{:016}.segment", at.segment.number),
                 at.place,
                 u64::from(at.sectors),
             )
-        })
-        .collect();
-    drop(scanned);
-    if used.len() < 3 {
-        // Almost everything is decided and deleted; there is nothing to damage.
-        return Ok(());
+        });
+        let groups: Vec<(String, u64, u64)> = groups.collect();
+        Ok((groups.len() >= 3).then(|| Sound {
+            names: segments(files),
+            files,
+            groups,
+        }))
     }
-    let pick = |rng: &mut StdRng, list: &[(String, u64, u64)]| {
-        let (name, place, sectors) = list[rng.random_range(0..list.len())].clone();
+
+    /// A sector of one of these groups, by its segment.
+    fn pick(rng: &mut StdRng, groups: &[(String, u64, u64)]) -> (String, usize) {
+        let (name, place, sectors) = groups[rng.random_range(0..groups.len())].clone();
         (name, (place + rng.random_range(0..sectors)) as usize)
-    };
-    for _ in 0..count {
-        let mut files = sound.clone();
+    }
+
+    fn flip_a_bit(&self, rng: &mut StdRng) -> Damage {
+        let mut files = self.files.clone();
         let (name, offset) = if rng.random_bool(0.8) {
-            let (name, sector) = pick(rng, &used);
+            let (name, sector) = Self::pick(rng, &self.groups);
             (name, sector * SECTOR + rng.random_range(0..SECTOR))
         } else {
-            let name = names[rng.random_range(0..names.len())].clone();
-            let length = sound[&name].len();
+            let name = self.names[rng.random_range(0..self.names.len())].clone();
+            let length = self.files[&name].len();
             (name, rng.random_range(0..length))
         };
         let bit = 1 << rng.random_range(0..8);
         files.get_mut(&name).expect("a file")[offset] ^= bit;
-        judge(
+        (
             format!("bit {bit} of byte {offset} of {name} flipped"),
-            &files,
-            true,
-        )?;
-        figures.flips += 1;
+            files,
+        )
     }
-    for _ in 0..count / 3 {
-        let mut files = sound.clone();
-        let name = &names[rng.random_range(0..names.len())];
-        let length = rng.random_range(0..sound[name].len());
+
+    fn cut_a_file(&self, rng: &mut StdRng) -> Damage {
+        let mut files = self.files.clone();
+        let name = &self.names[rng.random_range(0..self.names.len())];
+        let length = rng.random_range(0..self.files[name].len());
         files.get_mut(name).expect("a file").truncate(length);
-        judge(format!("{name} cut to {length} bytes"), &files, true)?;
-        figures.cuts += 1;
+        (format!("{name} cut to {length} bytes"), files)
     }
-    // A lost sector of the very last group is what a crash leaves, so that one is left alone.
-    let but_last = &used[..used.len() - 1];
-    for _ in 0..count / 3 {
-        let mut files = sound.clone();
-        let (name, sector) = pick(rng, but_last);
+
+    /// Zeroes a sector, exchanges two, or removes a segment; none where the choice has no such place.
+    fn lose_a_sector(&self, rng: &mut StdRng) -> Option<Damage> {
+        let mut files = self.files.clone();
+        // A crash may lose a sector of the very last group, so that one is left alone.
+        let but_last = &self.groups[..self.groups.len() - 1];
+        let (name, sector) = Self::pick(rng, but_last);
         let range = sector * SECTOR..(sector + 1) * SECTOR;
         let what = match rng.random_range(0..3) {
             0 => {
@@ -245,9 +268,9 @@ fn damage(
                 format!("sector {sector} of {name} zeroed")
             }
             1 => {
-                let (other, second) = pick(rng, but_last);
+                let (other, second) = Self::pick(rng, but_last);
                 if (&other, second) == (&name, sector) {
-                    continue;
+                    return None;
                 }
                 let second_range = second * SECTOR..(second + 1) * SECTOR;
                 let a = files[&name][range.clone()].to_vec();
@@ -257,17 +280,15 @@ fn damage(
                 format!("sectors {sector} of {name} and {second} of {other} exchanged")
             }
             _ => {
-                let inner = &names[1..names.len().max(2) - 1];
+                let inner = &self.names[1..self.names.len().max(2) - 1];
                 if inner.is_empty() {
-                    continue;
+                    return None;
                 }
                 let name = &inner[rng.random_range(0..inner.len())];
                 files.remove(name);
                 format!("{name} removed")
             }
         };
-        judge(what, &files, true)?;
-        figures.other += 1;
+        Some((what, files))
     }
-    Ok(())
 }

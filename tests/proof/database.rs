@@ -1,5 +1,5 @@
 //! PostgreSQL mistreated in every way that DESIGN.md's table of faults names, each under load, each
-//! ended by the checker: whatever the database does, nothing that a client was told is false.
+//! ended by the checker: whatever the database does, no answer to a client is false.
 //!
 //! `MILLRACE_CASES=name,name` runs only those; `MILLRACE_BUG=name` puts in one of `faults::BUGS`.
 
@@ -24,10 +24,10 @@ struct Case {
     run: fn(Terms<'_>) -> Result<Figures, Why>,
 }
 
-/// On what terms a case runs.
+/// The terms of a case.
 #[derive(Clone, Copy)]
 pub struct Terms<'a> {
-    /// What everything that is left to chance is chosen by.
+    /// The seed of all random choices.
     pub seed: u64,
     /// A deliberate defect of Millrace.
     pub bug: Option<&'a str>,
@@ -136,7 +136,7 @@ const CASES: &[Case] = &[
     },
 ];
 
-/// What cases have shown; they add up.
+/// Figures of cases; they add up.
 #[derive(Default)]
 struct Figures {
     findings: Findings,
@@ -168,7 +168,7 @@ impl fmt::Display for Figures {
     }
 }
 
-/// What came of all cases together.
+/// The outcome of all cases together.
 #[derive(Default)]
 struct Outcome {
     figures: Figures,
@@ -187,7 +187,7 @@ pub fn run(rounds: u64) -> Result<String, Why> {
     )
 }
 
-/// The same with some of the cases, all where none is named, and with a deliberate defect, to show
+/// The same with some of the cases, all if none is named, and with a deliberate defect, to show
 /// that it is found.
 pub fn with_bug(rounds: u64, chosen: &str, bug: Option<&str>) -> Result<String, Why> {
     let (seed, started) = (seed(), Instant::now());
@@ -264,7 +264,7 @@ impl Outcome {
     }
 }
 
-/// The cases of this list of names; all of them where it is empty.
+/// The cases of this list of names; all if it is empty.
 fn choose(names: &str) -> Result<Vec<&'static Case>, Why> {
     if names.is_empty() {
         return Ok(CASES.iter().collect());

@@ -24,7 +24,7 @@ pub const PATIENCE: Duration = Duration::from_secs(20);
 const BYTES_MAX: u64 = 1 << 20;
 const NEVER: usize = usize::MAX;
 
-/// What is known of one order.
+/// The known facts about one order.
 pub struct Known {
     pub order: Order,
     pending: Arc<PendingOrder>,
@@ -124,7 +124,7 @@ impl Fixture {
         Ok(id)
     }
 
-    /// Waits until the journal has said of each order what became of it.
+    /// Waits until the journal has reported the outcome of each order.
     pub fn settle(&self) -> Result<(), String> {
         let deadline = Instant::now() + PATIENCE;
         for known in self.known.values() {

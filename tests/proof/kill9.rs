@@ -1,5 +1,5 @@
 //! The real binary under mixed load, killed again and again: at random moments, and by itself at
-//! each point of `faults::CRASH_POINTS` in turn. Nothing that a client was told may turn out false.
+//! each point of `faults::CRASH_POINTS` in turn. No answer to a client may turn out false.
 //!
 //! In two forms: `kill9` is about orders and their way into the database; `payments` is about what
 //! happens to them afterwards, with a payment platform that delivers callbacks all the while, and
@@ -31,9 +31,9 @@ const POINT_PATIENCE: Duration = Duration::from_secs(2);
 /// what the first have written.
 const SERIES: u64 = 20;
 
-/// How long buyers have to pay where they do: some are late.
+/// How long buyers have to pay; some are late.
 const PAYMENT_TTL_MS: u64 = 2_000;
-/// How long the last of what is due may take after that.
+/// How long the last expiries may take after that.
 const SETTLING: Duration = Duration::from_secs(20);
 /// Orders that a database loses at once.
 const LOST_MAX: usize = 5;
@@ -207,7 +207,7 @@ impl Proof {
         let mut settings = Settings::choose(&mut self.random);
         self.checks = self.random.random_range(1..=3);
         match point.unwrap_or_default() {
-            // Passed where segments come and go, where memory is full, where much is left over.
+            // Points that are passed only if segments come and go, memory is full, or much is left over.
             "journal.segment_created"
             | "journal.segment_renamed"
             | "journal.before_retire"
@@ -246,7 +246,7 @@ impl Proof {
         Ok(findings)
     }
 
-    /// The database loses a few rows that nobody has paid, as a failover to a standby that lagged
+    /// The database loses a few unpaid rows, as a failover to a standby that lagged
     /// would; their buyers pay all the same.
     fn lose_some(&mut self) -> Result<(), String> {
         let Some(platform) = &self.platform else {

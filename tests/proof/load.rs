@@ -1,4 +1,4 @@
-//! Mixed load: what shops do, all at once, and every answer goes to the checker.
+//! Mixed load of orders, batches, retries and cancellations; every answer goes to the checker.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -19,12 +19,12 @@ use crate::support::served::Served;
 
 /// Requests one after the other, from several threads.
 pub struct Load<'a> {
-    /// Where the shop's backend calls.
+    /// The data plane.
     pub data: SocketAddr,
     pub checker: &'a Checker,
-    /// What is wanted: each SKU as often as it stands here.
+    /// The SKUs of the orders; one that stands here twice is bought twice as often.
     pub skus: Vec<String>,
-    /// What everything is chosen by; also a part of each user's name, so no two loads share one.
+    /// The seed of all random choices; also a part of each user's name, so that no two loads share one.
     pub seed: u64,
     pub threads: u64,
     /// In hundredths, how many of the orders are to be answered once they are durable.
@@ -33,7 +33,7 @@ pub struct Load<'a> {
     pub batch_max: usize,
     /// Whether some orders are cancelled again.
     pub cancels: bool,
-    /// Where buyers pay, if they do.
+    /// The payment platform, if buyers pay.
     pub platform: Option<&'a Platform>,
 }
 
@@ -74,8 +74,8 @@ impl<'a> Load<'a> {
         let accepted = AtomicU64::new(0);
         std::thread::scope(|scope| {
             for number in 0..self.threads {
-                // What a crash has left open is asked for again by everyone: the same key at once
-                // from several sides.
+                // Every thread retries the requests that a crash has left open: the same key at once from
+                // several sides.
                 let open = open.clone();
                 let accepted = &accepted;
                 scope.spawn(move || {
@@ -109,7 +109,7 @@ struct Shop<'a> {
     random: StdRng,
     name: String,
     next: u64,
-    /// What may be asked for again, under the same key.
+    /// Requests that may be retried under their key.
     again: Vec<OrderRequest>,
     /// Users with an order.
     bought: Vec<String>,
@@ -339,7 +339,7 @@ fn batch_lines(requests: &[OrderRequest]) -> String {
     lines
 }
 
-/// What each line of a batch was told.
+/// The answer to each line of a batch.
 fn told_of_batch(answer: &Answer, count: usize) -> Vec<Option<OrderAnswer>> {
     // Refused as a whole: no line of it was looked at.
     if answer.status != 200 {
@@ -415,7 +415,7 @@ pub fn check(
     config: &tokio_postgres::Config,
     seed: u64,
 ) -> Findings {
-    // Retries first: what they do must be right as well.
+    // Retries first: their effects must be right as well.
     let mut said = Findings::default();
     retry_some(data, checker, 30, seed, &mut said);
     let found = block_on(read_rows(config));
@@ -468,7 +468,7 @@ pub fn compare_counters(data: SocketAddr, found: &StoredRows, findings: &mut Fin
     }
 }
 
-/// Adds what Millrace itself finds wrong.
+/// Adds the faults that Millrace's own audit finds.
 pub fn audit(control: SocketAddr, findings: &mut Findings) {
     match try_call(control, "GET", "/admin/v1/audit", &[], "") {
         Ok(answer) if answer.json()["ok"] == Value::Bool(true) => {}
@@ -499,7 +499,7 @@ impl Settings {
         }
     }
 
-    /// Leaves out what this Millrace does not know.
+    /// Leaves out settings that this Millrace does not know.
     pub fn for_this_build(&mut self) {
         if !has_journal() {
             self.journal_bytes = None;

@@ -1,4 +1,4 @@
-//! Deliberate defects, each of which a proof has to catch. A proof that lets one pass proves nothing.
+//! Mutants: deliberate defects, each of which a proof has to catch.
 
 use std::process::Command;
 
@@ -27,7 +27,7 @@ enum Catch {
 
 use Catch::{Alone, Database, Kill9, Payments, Progress, Recovery};
 
-/// Every defect of [`BUGS`], what it is, and what catches it.
+/// Every defect of [`BUGS`], its description, and the proof that catches it.
 const CAUGHT_BY: &[(&str, &str, Catch)] = &[
     (
         "ack_before_sync",
@@ -133,7 +133,7 @@ const CAUGHT_BY: &[(&str, &str, Catch)] = &[
     ),
 ];
 
-/// Tries the first `count` of them; of one alone, where `MILLRACE_BUG` names it.
+/// Tries the first `count` of them, or the one that `MILLRACE_BUG` names.
 pub fn run(count: u64) -> Result<String, Why> {
     for bug in BUGS {
         if !CAUGHT_BY.iter().any(|(name, ..)| *name == bug) {
@@ -178,7 +178,7 @@ fn said(outcome: Result<String, Why>) -> Option<String> {
     }
 }
 
-/// The line of a proof that runs with a defect, where it has failed.
+/// The line of a proof that runs with a defect; none if it passed.
 fn alone(bug: &str, proof: &str, count: u64) -> Result<Option<String>, String> {
     let program = std::env::current_exe().map_err(|e| e.to_string())?;
     let output = Command::new(program)

@@ -1,4 +1,4 @@
-//! What a proof is, and the line that it ends with.
+//! A proof, and its last line.
 
 use std::any::Any;
 use std::io::IsTerminal as _;
@@ -11,7 +11,7 @@ use super::checker::Findings;
 pub struct Proof {
     /// Its name on the command line and in its line.
     pub name: &'static str,
-    /// What its count is a number of.
+    /// The unit of its count.
     pub counts: &'static str,
     /// The count for `cargo test`.
     pub short: u64,
@@ -54,7 +54,7 @@ fn words(panic: &(dyn Any + Send)) -> String {
     text.unwrap_or("panicked").to_owned()
 }
 
-/// The seed of what a proof leaves to chance: `MILLRACE_SEED`, or one of the moment.
+/// The seed of a proof's random choices: `MILLRACE_SEED`, or the time.
 pub fn seed() -> u64 {
     if let Ok(text) = std::env::var("MILLRACE_SEED") {
         return text.parse().expect("MILLRACE_SEED: a number");
@@ -64,8 +64,8 @@ pub fn seed() -> u64 {
 }
 
 /// Runs many cycles as series of at most `length`, each from an empty start and with a seed of its
-/// own, and adds up what they found. `series` gets its seed, its cycles, and whom to tell how
-/// many it has done; where it fails, the line says how to repeat it alone.
+/// own, and adds up their findings. `series` gets its seed, its cycles and a callback for its
+/// progress; if it fails, the line says how to repeat it alone.
 pub fn in_series(
     name: &str,
     cycles: u64,
@@ -99,7 +99,7 @@ fn progress(name: &str, done: u64, count: u64, since: Duration) {
     }
 }
 
-/// Runs what asks the database, on a runtime of its own.
+/// Runs queries to the database on a runtime of its own.
 pub fn block_on<T>(future: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()

@@ -75,8 +75,8 @@ impl Platform {
         self.records.lock().expect("the records")
     }
 
-    /// Adds to `findings` what the database has done with the money. `orders_over`: the last order expired
-    /// long enough ago.
+    /// Compares the payments with the rows, and adds to `findings`. `orders_over`: the last order expired long
+    /// enough ago.
     pub fn check(
         &self,
         rows: &StoredRows,
@@ -111,7 +111,7 @@ impl Platform {
         self.deliver(data, Instant::now, || stop.load(Ordering::Relaxed));
     }
 
-    /// Delivers what is due until all of it is acknowledged; `all`: also what is not due yet.
+    /// Delivers due messages until all are acknowledged; `all`: also those that are not due yet.
     pub fn deliver_all(&self, data: SocketAddr, all: bool) -> Result<(), String> {
         let until = Instant::now() + if all { PATIENCE * 60 } else { Duration::ZERO };
         let deadline = Instant::now() + PATIENCE;
@@ -205,7 +205,7 @@ impl Platform {
     }
 
     /// The rows of these orders are taken away, whose buyers have not paid yet. They do it now, and
-    /// what the platform passes back is all that is left of them.
+    /// only the receipt that the platform passes back is left of them.
     pub fn loses(&self, orders: &[i64]) {
         let mut records = self.records();
         for id in orders {

@@ -1,5 +1,5 @@
 //! The real binary under mixed load, its journal and its database on one disk, whose power is cut.
-//! Nothing that a client was told may turn out false after that.
+//! No answer to a client may turn out false after that.
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -32,7 +32,7 @@ const LATER_MS: u64 = 10 * 365 * 86_400_000;
 
 // --- The model -------------------------------------------------------------------------------
 
-/// Where an order is.
+/// The place of an order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Place {
     /// Admitted, on its way to the database.
@@ -120,7 +120,7 @@ impl Model {
         }
     }
 
-    /// A payment meets its order, where that is there.
+    /// Matches a payment with its order, if that is there.
     fn match_orders(&mut self, payment: usize) {
         let payment = &mut self.payments[payment];
         let Some(at) = payment.of else { return };
@@ -180,7 +180,7 @@ impl Model {
     }
 }
 
-/// What is wrong with a payment for an order that is to be paid.
+/// The fault of a payment for an order that is to be paid.
 fn fault(order: &Order, paid: &Payment) -> Option<RefundReason> {
     if paid.currency != order.currency {
         Some(RefundReason::CurrencyMismatch)
@@ -214,7 +214,7 @@ struct Writers {
     settlement: SettlementWriter,
 }
 
-/// What a step that could not be made is told with.
+/// The result of a step; the error says why it could not be made.
 type Step<T> = Result<T, String>;
 
 fn said(error: impl std::fmt::Debug) -> String {

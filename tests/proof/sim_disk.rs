@@ -257,7 +257,7 @@ fn write(file: &mut Vec<u8>, bytes: &[u8], offset: u64) {
     file[from..to].copy_from_slice(bytes);
 }
 
-/// How much of what was not synced a crash leaves.
+/// How much of the unsynced writes a crash leaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Crash {
     /// Nothing.

@@ -34,10 +34,9 @@ const ANSWER_MS_BOUND: u64 = 1_000;
 /// over. In a longer rush they are ordered again.
 const PAYMENT_TTL_MS: u64 = 10_000;
 
-/// The configuration holds for the demo as for `serve`, but for what it decides itself and refuses:
-/// directories, the database (--database-url), how long buyers have to pay, and payment platforms.
-/// Ports are free ones unless they are configured. The log is shown where `log.level` is set, or
-/// something went wrong.
+/// The demo reads the configuration as `serve` does. It decides some settings itself and refuses them there:
+/// directories, the database (--database-url), the time to pay, and payment platforms. Ports are free ones
+/// unless they are configured. The log is shown if `log.level` is set or something went wrong.
 #[derive(Debug, Args)]
 pub struct DemoArgs {
     #[command(flatten)]
@@ -51,10 +50,10 @@ pub struct DemoArgs {
     /// How long the rush lasts, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=3_600))]
     duration: u32,
-    /// Decides buyers, SKUs, double clicks and who pays how.
+    /// Decides buyers, SKUs, double clicks and payments.
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
-    /// Where the page with the pictures goes.
+    /// The file for the page with the pictures.
     #[arg(long, value_name = "FILE", default_value = "millrace-demo.html")]
     page: PathBuf,
     /// Use this PostgreSQL instead of starting one, in a schema `millrace_demo` of its own.

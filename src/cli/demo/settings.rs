@@ -1,4 +1,4 @@
-//! The configuration of the demo: the configured one, but for what the demo decides itself.
+//! The configuration of the demo: the configured one, except for settings that the demo decides itself.
 
 use std::path::PathBuf;
 
@@ -28,16 +28,16 @@ const DECIDED: [(&str, &str); 6] = [
     ("payments.", "it plays the payment platform itself"),
 ];
 
-/// What the demo runs with.
+/// The settings of the demo.
 pub(super) struct Settings {
     /// The configuration of the server.
     pub(super) config: Config,
-    /// Whether somebody asked for the log; else it is shown only where something went wrong.
+    /// Whether the log is configured; otherwise it is shown only if something went wrong.
     pub(super) show_log: bool,
 }
 
 impl Settings {
-    /// Takes the configuration, and refuses what does not make sense here.
+    /// Loads the configuration, and refuses settings that the demo decides.
     pub(super) fn load(
         args: &DemoArgs,
         data_dir: PathBuf,
@@ -48,7 +48,7 @@ impl Settings {
         refuse(&given)?;
         config.data_dir = data_dir;
         let is_given = |field: &str| given.iter().any(|given| given == field);
-        // A demo beside a server that runs gets in nobody's way.
+        // Free ports, so that the demo can run beside a server.
         if !is_given("data_plane.listen") {
             config.data_plane.listen.set_port(0);
         }

@@ -1,4 +1,5 @@
-//! The demo's progress: one line that is written over on a terminal, a few plain lines elsewhere.
+//! The demo's progress: one line that is written over on a terminal, a few plain lines elsewhere. It goes
+//! through the log's thread, so that no line of the log falls into it; `indicatif` would write beside it.
 
 use std::io::IsTerminal;
 use std::time::Duration;
@@ -11,10 +12,10 @@ const ANEW: &str = "\r\x1b[2K";
 /// As much of a line as any terminal shows on one; more could not be erased.
 const COLUMNS: usize = 79;
 
-/// Between two lines of the load where they stay.
+/// Between two lines of the load if they are not written over.
 pub(super) const LINE_EVERY: Duration = Duration::from_secs(10);
 
-/// Says what goes on until [`clear`] or the next.
+/// Shows a line until [`clear`] or the next one.
 pub(super) fn status(text: &str) {
     if std::io::stderr().is_terminal() {
         let start: String = text.chars().take(COLUMNS).collect();
@@ -24,7 +25,7 @@ pub(super) fn status(text: &str) {
     }
 }
 
-/// Makes room for a line of somebody else on the terminal.
+/// Removes the line from the terminal.
 pub(super) fn clear() {
     if std::io::stderr().is_terminal() {
         say_part(ANEW);

@@ -140,19 +140,19 @@ fn to_lagging(terms: Terms<'_>, cancels: bool, killed: bool) -> Result<Figures, 
     let mut said = Findings::default();
     let one = &fixture.crowds[1];
     retry_some(fixture.served.data, &one.checker, 30, terms.seed, &mut said);
-    let judge_both = |fixture: &Fixture, found: &StoredRows| judge(fixture, found).0;
-    fixture.compare(&pair.standby, said, judge_both)?;
+    let check_both = |fixture: &Fixture, found: &StoredRows| check(fixture, found).0;
+    fixture.compare(&pair.standby, said, check_both)?;
     // A process that knows only what is in the database and in the journal sees the same.
     fixture.start_again()?;
     fixture
-        .compare(&pair.standby, Findings::default(), judge_both)
+        .compare(&pair.standby, Findings::default(), check_both)
         .map_err(|why| match why {
             Why::Failed(why) => Why::Failed(format!("{why} (started again)")),
             not_run @ Why::NotRun(_) => not_run,
         })?;
     let mut lost_waiting = 0;
     let findings = fixture.finish_orderly(&pair.standby, |fixture, found| {
-        let (findings, lost) = judge(fixture, found);
+        let (findings, lost) = check(fixture, found);
         lost_waiting = lost;
         findings
     })?;
@@ -178,9 +178,9 @@ fn missing(before: &StoredRows, after: &StoredRows) -> u64 {
         .count() as u64
 }
 
-/// The findings, and how many of those who waited have lost their order, which a lagging standby
-/// may do to them. What else it may take: a cancellation, which is not in the journal.
-fn judge(fixture: &Fixture, found: &StoredRows) -> (Findings, u64) {
+/// The findings, and how many waiting clients have lost their order, which a lagging standby allows. It may
+/// also lose a cancellation, which is not in the journal.
+fn check(fixture: &Fixture, found: &StoredRows) -> (Findings, u64) {
     let (waiting, respond_async) = (&fixture.crowds[0], &fixture.crowds[1]);
     let own = waiting.own(found);
     let mut all = waiting.checker.check(&own);

@@ -1,4 +1,4 @@
-//! What every case needs: Millrace as a process, a switch in front of its PostgreSQL, load, and the
+//! The fixture of every case: Millrace as a process, a switch in front of its PostgreSQL, load, and the
 //! comparison at the end.
 
 use std::path::{Path, PathBuf};
@@ -22,11 +22,11 @@ use crate::support::standby::{DATABASE, Pair, Server, USER};
 use crate::support::webhook::SECRET;
 
 pub const PATIENCE: Duration = Duration::from_secs(30);
-/// How long Millrace may take to find out what came of something that is not an order.
+/// How long Millrace may take to find the outcome of anything but an order.
 const SETTLING: Duration = Duration::from_secs(6);
 const LOOK: Duration = Duration::from_millis(5);
 
-/// A kind of client: what was told to it, and what it may buy.
+/// A kind of client, with its answers and the SKUs that it buys.
 pub struct Crowd {
     pub checker: Checker,
     pub skus: Vec<String>,
@@ -34,7 +34,7 @@ pub struct Crowd {
     pub respond_async: u32,
     /// Whether some of its orders are cancelled again.
     pub cancels: bool,
-    /// Where it pays, if it does.
+    /// Its payment platform, if it pays.
     pub platform: Option<Platform>,
 }
 
@@ -50,7 +50,7 @@ impl Crowd {
         }
     }
 
-    /// What of this is its own.
+    /// The rows of its own SKUs.
     pub fn own(&self, found: &StoredRows) -> StoredRows {
         let mut own = found.clone();
         own.orders.retain(|row| self.skus.contains(&row.sku));
@@ -120,8 +120,8 @@ impl Fixture {
         Self::with(runtime, server, terms, vec![crowd], &settings)
     }
 
-    /// One in which those who wait and those who do not buy apart, so that they can be judged
-    /// apart: first those who wait.
+    /// One with two crowds, first the clients that wait and then those that do not, so that each can be
+    /// checked by itself.
     pub fn start_apart(
         runtime: Runtime,
         pair: &Pair,
@@ -279,7 +279,7 @@ impl Fixture {
         })
     }
 
-    /// Fails where the case has done nothing to any batch: then it shows nothing.
+    /// Fails if the case has hit no batch, for then it shows nothing.
     pub fn has_bitten(&self) -> Result<(), Why> {
         match self.metric("millrace_batch_retries_total")? {
             0.0 => Err(Why::Failed("no batch had to be tried again".into())),
@@ -312,7 +312,7 @@ impl Fixture {
         said: Findings,
         judge: impl Fn(&Fixture, &StoredRows) -> Findings,
     ) -> Result<(), Why> {
-        // What nobody has paid has to expire first.
+        // Unpaid orders have to expire first.
         let pays = self.platforms().next().is_some();
         let deadline = Instant::now() + if pays { PATIENCE } else { SETTLING };
         loop {
@@ -333,7 +333,7 @@ impl Fixture {
         }
     }
 
-    /// Stops Millrace in good order and judges what is in the database then.
+    /// Stops Millrace in good order and checks the rows after that.
     pub fn finish_orderly(
         mut self,
         server: &Server,
@@ -372,7 +372,7 @@ impl Fixture {
         })
     }
 
-    /// What the database says.
+    /// The rows of the database now.
     pub fn read(&self, server: &Server) -> StoredRows {
         self.runtime.block_on(read_rows(&server.config(DATABASE)))
     }
