@@ -320,3 +320,122 @@ fn wait(poll: &mut Poll, events: &mut Events, patience: Duration) -> io::Result<
         polled => polled,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read as _, Write as _};
+    use std::net::TcpListener;
+
+    use super::*;
+
+    /// Sends requests one by one, each `pause` after the last was answered.
+    struct OneByOne {
+        left: u32,
+        due: Instant,
+        pause: Duration,
+        statuses: Vec<Result<u16, Fault>>,
+    }
+
+    impl OneByOne {
+        fn new(requests: u32, pause: Duration) -> Self {
+            Self {
+                left: requests,
+                due: Instant::now(),
+                pause,
+                statuses: Vec::new(),
+            }
+        }
+    }
+
+    impl Traffic for OneByOne {
+        type Request = ();
+
+        fn take_due(&mut self, now: Instant, out: &mut Vec<u8>) -> Option<()> {
+            let due = self.next_due().filter(|due| *due <= now)?;
+            self.left -= 1;
+            self.due = due + Duration::from_secs(3600);
+            out.extend_from_slice(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n");
+            Some(())
+        }
+
+        fn next_due(&self) -> Option<Instant> {
+            (self.left > 0).then_some(self.due)
+        }
+
+        fn answered(&mut self, (): (), now: Instant, answer: Result<Reply<'_>, Fault>) {
+            self.statuses.push(answer.map(|reply| reply.status));
+            self.due = now + self.pause;
+        }
+
+        fn go_on(&mut self, _: Instant, busy: usize) -> bool {
+            busy > 0 || self.left > 0
+        }
+    }
+
+    /// Answers so many requests on each connection and closes it without a word; gives the number of
+    /// connections.
+    fn server(answers: u32) -> (SocketAddr, std::sync::mpsc::Receiver<()>) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let (accepted, connections) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.unwrap();
+                if accepted.send(()).is_err() {
+                    return;
+                }
+                let mut buffer = [0; 1024];
+                for _ in 0..answers {
+                    if stream.read(&mut buffer).unwrap_or(0) == 0 {
+                        break;
+                    }
+                    let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
+                    stream.write_all(answer).unwrap();
+                }
+            }
+        });
+        (address, connections)
+    }
+
+    #[test]
+    fn a_connection_that_the_server_closed_while_it_was_idle_is_made_anew() {
+        let (address, connections) = server(2);
+        let mut sender = Sender::new(address, 1, Duration::from_secs(10)).unwrap();
+        assert_eq!(sender.connect(Duration::from_secs(10)).unwrap(), 1);
+        let mut traffic = OneByOne::new(6, Duration::from_millis(30));
+        sender.run(&mut traffic).unwrap();
+        assert_eq!(traffic.statuses, [Ok(200); 6]);
+        assert_eq!(connections.try_iter().count(), 3);
+    }
+
+    #[test]
+    fn a_server_that_is_away_is_a_fault_of_each_request_and_of_nothing_else() {
+        let away = {
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            listener.local_addr().unwrap()
+        };
+        let mut sender = Sender::new(away, 2, Duration::from_secs(10)).unwrap();
+        assert_eq!(sender.connect(Duration::from_secs(10)).unwrap(), 0);
+        let mut traffic = OneByOne::new(3, Duration::ZERO);
+        sender.run(&mut traffic).unwrap();
+        assert_eq!(traffic.statuses, [Err(Fault::Connect); 3]);
+    }
+
+    #[test]
+    fn a_request_without_an_answer_times_out_and_its_connection_is_not_used_again() {
+        let (address, connections) = server(0);
+        let mut sender = Sender::new(address, 1, Duration::from_millis(50)).unwrap();
+        // The server closes each connection at once, before it has read anything.
+        let mut traffic = OneByOne::new(2, Duration::ZERO);
+        sender.run(&mut traffic).unwrap();
+        assert!(traffic.statuses.iter().all(Result::is_err));
+        drop(connections);
+        // One that accepts and never answers.
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut sender = Sender::new(address, 1, Duration::from_millis(50)).unwrap();
+        let mut traffic = OneByOne::new(2, Duration::ZERO);
+        sender.run(&mut traffic).unwrap();
+        assert_eq!(traffic.statuses, [Err(Fault::Timeout); 2]);
+    }
+}
