@@ -28,7 +28,7 @@ pub async fn read(
     loop {
         // Newest first.
         let page = database
-            .payments(&PaymentState::ALL, false, before, PAGE)
+            .payments(PaymentState::ALL, false, before, PAGE)
             .await?;
         let is_last = page.len() < PAGE as usize;
         for payment in page {
