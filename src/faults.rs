@@ -1,16 +1,16 @@
 //! Deliberate faults, for the programs that prove the promises. Compiled into test builds only
-//! (`--features faults`, which `cargo test` switches on by itself); elsewhere each call is nothing.
+//! (`--features faults`, which `cargo test` enables); in other builds each call does nothing.
 //!
 //! `MILLRACE_FAULT` names one fault:
 //!
 //! * `crash@POINT` or `crash@POINT:N` ends the process with SIGKILL when it passes the point for
 //!   the first or the N-th time;
-//! * `bug@NAME` puts a defect in, to show that a check catches it;
+//! * `bug@NAME` enables a defect, to show that a check catches it;
 //! * `end@NAME` and `panic@NAME` end a task, thread or coroutine that should never end;
-//! * `clock@MS` sets the wall clock that this process sees off by so many milliseconds, negative for
+//! * `clock@MS` shifts the wall clock that this process sees by so many milliseconds; negative is
 //!   behind.
 
-/// The environment variable that names a fault, where this build has any.
+/// Environment variable that names a fault; `None` if this build has no faults.
 pub const VARIABLE: Option<&str> = if cfg!(feature = "faults") {
     Some("MILLRACE_FAULT")
 } else {
@@ -37,7 +37,7 @@ pub const CRASH_POINTS: [&str; 16] = [
     "recovery.replayed",
 ];
 
-/// Every defect that can be put in.
+/// Every defect that can be enabled.
 pub const BUGS: [&str; 21] = [
     "ack_before_sync",
     "no_sync",
@@ -62,7 +62,7 @@ pub const BUGS: [&str; 21] = [
     "sell_what_is_parked",
 ];
 
-/// Everything that runs as long as the process does, under supervision.
+/// Everything that runs under supervision as long as the process does.
 pub const SUPERVISED: [&str; 24] = [
     "a worker",
     "the wait for the workers",
@@ -85,12 +85,12 @@ pub const SUPERVISED: [&str; 24] = [
     "http-acceptor",
     "http-reaper",
     "minihttp",
-    "journal-keeper",
+    "journal-segment",
     "journal-reader",
     "journal-append",
 ];
 
-/// How something that should never end is made to.
+/// How a supervised task is made to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fate {
     /// It returns.
@@ -99,7 +99,7 @@ pub enum Fate {
     Panic,
 }
 
-/// Whether what is supervised under this name was asked to end.
+/// The end chosen for this supervised task, if any.
 #[inline]
 pub fn fate(name: &'static str) -> Option<Fate> {
     #[cfg(feature = "faults")]
@@ -111,7 +111,7 @@ pub fn fate(name: &'static str) -> Option<Fate> {
     }
 }
 
-/// Ends the process with SIGKILL where this point was asked for.
+/// Ends the process with SIGKILL if this point is the chosen one.
 #[inline]
 pub fn crash_point(name: &'static str) {
     #[cfg(feature = "faults")]
@@ -120,7 +120,7 @@ pub fn crash_point(name: &'static str) {
     let _ = name;
 }
 
-/// Whether this defect was asked for.
+/// Whether this defect is enabled.
 #[inline]
 pub fn bug(name: &'static str) -> bool {
     #[cfg(feature = "faults")]
@@ -132,7 +132,7 @@ pub fn bug(name: &'static str) -> bool {
     }
 }
 
-/// By how much the wall clock that this process sees was set off, in milliseconds.
+/// Shift of the wall clock that this process sees, in milliseconds.
 #[inline]
 pub fn clock_off_ms() -> i64 {
     #[cfg(feature = "faults")]
@@ -207,7 +207,7 @@ mod chosen {
     }
 
     pub fn fate(name: &'static str) -> Option<super::Fate> {
-        // A unit test supervises what it likes.
+        // A unit test may supervise other names.
         debug_assert!(
             cfg!(test) || super::SUPERVISED.contains(&name),
             "{name} is not listed"

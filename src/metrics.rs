@@ -1,4 +1,4 @@
-//! Every metric, named once, in the table below.
+//! The table of every metric.
 //!
 //! Names follow the Prometheus conventions: a unit at the end, `_total` on counters.
 
@@ -25,7 +25,7 @@ const ROWS: [f64; 11] = [
     1.0, 2.0, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 1_000.0, 2_500.0, 5_000.0,
 ];
 
-/// The values of `outcome`: what became of an order, or the code of its refusal.
+/// Values of `outcome`: the result of an order, or the code of its refusal.
 const OUTCOMES: [&str; 22] = [
     "sold_out",
     "created",
@@ -51,18 +51,18 @@ const OUTCOMES: [&str; 22] = [
     "other",
 ];
 
-/// What was asked for and is not there.
+/// Kinds of things that a request named and that do not exist.
 const UNKNOWN: [&str; 3] = ["order", "sku", "other"];
-/// Why a batch was no larger: nothing more was in the queue, or `workers.batch_rows_max`.
+/// Reasons why a batch ended: the queue was empty, or `workers.batch_rows_max` was reached.
 const FLUSHES: [&str; 3] = ["idle", "full", "other"];
-/// Why a line of the log was dropped: the queue to its writer was full, standard error refused it, or
-/// too many of its kind came at once.
+/// Reasons for dropping a log line: the queue was full, standard error refused it, or there were
+/// too many of one kind.
 const LOG_DROPS: [&str; 3] = ["full", "sink", "limited"];
-/// Why a batch was tried again: the connection or the server failed, or a step took too long.
+/// Reasons for retrying a batch: the connection or the server failed, or a step took too long.
 const RETRIES: [&str; 3] = ["transient", "timeout", "other"];
-/// The tables that `retention` is about.
+/// Tables that `retention` prunes.
 const PRUNED: [&str; 4] = ["orders", "payment_events", "stock_journal", "other"];
-/// Why a connection ended; `CloseReason` has the story of each.
+/// Reasons for the end of a connection, documented at `CloseReason`.
 const CLOSES: [&str; 11] = [
     "peer_closed",
     "finished",
@@ -78,87 +78,87 @@ const CLOSES: [&str; 11] = [
 ];
 
 metrics! {
-    /// The metrics themselves, in the order of the reference page.
+    /// The metrics, in the order of the reference page.
     pub struct Table {
         orders = counters("millrace_orders_total", "outcome", &OUTCOMES):
-            "Answers to orders by outcome: what became of one, or the code of its refusal.";
+            "Answers to orders by outcome: the result of the order, or the code of its refusal.";
         wait_seconds = histogram("millrace_order_wait_seconds", &SECONDS):
             "Time from admission to the answer of a placed order.";
         unknown = counters("millrace_unknown_total", "what", &UNKNOWN):
             "Requests of the data plane that named an order, a SKU or a path that does not exist.";
         orders_abandoned = counter("millrace_orders_abandoned_total"):
-            "Orders given up at their deadline before a worker claimed them.";
+            "Orders abandoned at their deadline before a worker claimed them.";
         queue_depth = gauge("millrace_queue_depth"):
             "Orders in the queue.";
         queue_capacity = gauge("millrace_queue_capacity"):
-            "Orders that the queue has room for.";
+            "Capacity of the queue in orders.";
         queue_wait_seconds = histogram("millrace_queue_wait_seconds", &SECONDS):
-            "Time that the oldest order of a batch had been in the queue, by the wall clock.";
+            "Time in the queue of the oldest order of a batch, by the wall clock.";
         orders_in_flight = gauge("millrace_orders_in_flight"):
-            "Orders queued or being written.";
+            "Orders that are queued or being written.";
         orders_remembered = gauge("millrace_orders_remembered"):
-            "Orders remembered for idempotency and purchase limits.";
+            "Orders kept in memory for idempotency and purchase limits.";
         batch_flushes = counters("millrace_batch_flushes_total", "reason", &FLUSHES):
-            "Batches taken from the queue, by why they were no larger: nothing more was there, or \
-             workers.batch_rows_max.";
+            "Batches taken from the queue, by the reason for their size: idle, the queue was empty; full, \
+             workers.batch_rows_max was reached.";
         batch_rows = histogram("millrace_batch_rows", &ROWS):
-            "Rows that a committed batch had.";
+            "Rows per committed batch.";
         batch_seconds = histogram("millrace_batch_seconds", &SECONDS):
-            "Time to write and commit a batch, with every attempt.";
+            "Time to write and commit a batch, including all attempts.";
         batches = counter("millrace_batches_total"):
             "Batches committed.";
         rows_written = counter("millrace_rows_written_total"):
             "Rows committed.";
         batch_retries = counters("millrace_batch_retries_total", "reason", &RETRIES):
-            "Attempts to write a batch that failed and were tried again.";
+            "Failed attempts to write a batch, which were retried.";
         dead_letters = counter("millrace_dead_letters_total"):
             "Rows that the database refused and that became dead letters.";
         orders_parked = gauge("millrace_orders_parked"):
             "Orders parked because the database refuses their SKU's counters.";
         commits_lost = counter("millrace_commits_lost_total"):
-            "Commits that the database lost after it had acknowledged them (failover).";
+            "Acknowledged commits that the database lost in a failover.";
         journal_groups = counter("millrace_journal_groups_total"):
-            "Groups of orders synced to the journal; each cost one sync.";
+            "Groups of orders synced to the journal, one sync each.";
         journal_orders = counter("millrace_journal_orders_total"):
             "Orders synced to the journal.";
         journal_sync_seconds = histogram("millrace_journal_sync_seconds", &SECONDS):
             "Time to write and sync one group of orders to the journal.";
         journal_bytes = gauge("millrace_journal_bytes"):
-            "Bytes that the journal's segments take on the disk.";
+            "Bytes of the journal's segments on the disk.";
         journal_bytes_max = gauge("millrace_journal_bytes_max"):
-            "Bytes that they may take: queue.journal.bytes_max.";
+            "Limit of the journal's bytes: queue.journal.bytes_max.";
         journal_backlog = gauge("millrace_journal_backlog_orders"):
-            "Acknowledged orders that wait on the disk, because there is no room in memory.";
+            "Acknowledged orders that wait on the disk because the memory queue is full.";
         journal_outstanding = gauge("millrace_journal_outstanding_orders"):
-            "Orders in the journal that the database has not decided yet.";
+            "Orders in the journal that are not yet settled in the database.";
         journal_failed = gauge("millrace_journal_failed"):
             "1 once the journal has failed: respond-async is refused until a restart.";
         journal_replayed = gauge("millrace_journal_replayed_orders"):
-            "Orders that the last start found in the journal and not in the database, and wrote.";
+            "Orders that the last start found in the journal but not in the database, and wrote.";
         orders_restored = counter("millrace_orders_restored_total"):
-            "Orders written again after the database had lost them (failover).";
+            "Orders written again after the database had lost them in a failover.";
         pruned_rows = counters("millrace_pruned_rows_total", "table", &PRUNED):
-            "Rows deleted because retention keeps them no longer.";
+            "Rows deleted by retention.";
         oldest_row = gauges("millrace_oldest_row_seconds", &["table"], "`table`: `orders`, `payment_events`, `stock_journal`"):
-            "Age of the oldest row, seen when retention last deleted what was too old.";
+            "Age of the oldest row when retention last ran.";
         payments = group(Payments): "Payments, and orders that are not paid.";
         stock = gauges("millrace_stock_units", &["sku_id", "state"], "`sku_id`; `state`: `free`, `held`, `sold`"):
-            "Units of each SKU by state; held: by orders that are not paid yet.";
+            "Units of each SKU by state; held units belong to unpaid orders.";
         connections = gauge("millrace_connections"):
             "Open connections of the data plane.";
         connections_cut = counters("millrace_connections_cut_total", "reason", &CLOSES):
-            "Connections of the data plane that have ended, by who or what ended them.";
+            "Connections of the data plane that have ended, by reason.";
         log_lines_dropped = counters("millrace_log_lines_dropped_total", "reason", &LOG_DROPS):
-            "Lines of the log that were dropped: the queue to standard error was full, standard error \
-             refused them, or too many of one kind came at once (the log says how many of each).";
+            "Log lines that were dropped: the queue to standard error was full, standard error refused them, or \
+             there were too many of one kind (the log says how many of each).";
         ready = gauge("millrace_ready"):
-            "1 while every check of /readyz holds.";
+            "1 while every check of /readyz passes.";
         stalled_seconds = seconds_gauge("millrace_stalled_seconds"):
-            "Time for which orders have waited and none was written; 0 while none waits.";
+            "Time for which orders have waited without any being written; 0 while none waits.";
         poisoned = gauge("millrace_poisoned"):
             "1 once an internal fault has stopped the process from taking orders.";
         recovery_seconds = seconds_gauge("millrace_recovery_seconds"):
-            "Time that the last start took, from the first step to the recovered state.";
+            "Duration of the last start, from the first step to the recovered state.";
         recovered_orders = gauge("millrace_recovered_orders"):
             "Orders of the idempotency window that the last start read from the database.";
     }
@@ -181,10 +181,10 @@ impl Deref for Metrics {
 }
 
 impl Metrics {
-    /// A registry of its own with every metric at zero.
+    /// Creates a registry with every metric at zero.
     ///
     /// # Errors
-    /// If a name is invalid or used twice; a defect that the first test finds.
+    /// If a name is invalid or used twice, which the first test finds.
     pub fn new() -> prometheus::Result<Self> {
         let mut registrar = Registrar::default();
         let table = Table::register(&mut registrar)?;
@@ -199,12 +199,12 @@ impl Metrics {
         })
     }
 
-    /// Notes how old the oldest row of a table is.
+    /// Sets the age of the oldest row of a table, in seconds.
     pub fn set_oldest_row(&self, table: &str, seconds: i64) {
         self.oldest_row.with_label_values(&[table]).set(seconds);
     }
 
-    /// Notes the counters of a SKU.
+    /// Sets the counters of a SKU, in units.
     pub fn observe_stock(&self, sku_id: &str, free: u32, held: u32, sold: u32) {
         for (state, units) in [("free", free), ("held", held), ("sold", sold)] {
             self.stock
@@ -213,7 +213,8 @@ impl Metrics {
         }
     }
 
-    /// How many batches took at most so many seconds, for each bound of the histogram.
+    /// Batches that took at most so many seconds: each bound of the histogram with its cumulative
+    /// count.
     pub fn batch_seconds_within(&self) -> Vec<(f64, u64)> {
         let families = self.batch_seconds.collect();
         let metrics = families.iter().flat_map(|family| family.get_metric());
@@ -223,7 +224,7 @@ impl Metrics {
             .collect()
     }
 
-    /// The Prometheus text form.
+    /// All metrics in Prometheus' text format.
     pub fn render(&self) -> String {
         let mut text = Vec::new();
         // Encoding into a vector fails only for a family without metrics, which has no text.
@@ -253,9 +254,9 @@ const REFERENCE_HEAD: &str = "\
 
 <!-- Generated from src/metrics.rs: UPDATE_REFERENCE=1 cargo test --test reference -->
 
-`GET /metrics` on the control plane, in Prometheus' text form, without a token. Names are stable;
-counters count from the start of the process, and times are in seconds. On Linux the usual
-`process_*` metrics (CPU, memory, descriptors, threads, start time) come with them.
+`GET /metrics` on the control plane, in Prometheus' text format, without a token. Names are stable.
+Counters count from the start of the process; times are in seconds. On Linux the usual `process_*`
+metrics (CPU, memory, descriptors, threads, start time) are included.
 
 | name | type | labels | meaning |
 |---|---|---|---|

@@ -1,8 +1,9 @@
-//! What runs as long as the process does, under supervision: a task, thread or coroutine that ends
-//! before it is asked to, by a panic or by returning, is reported, and the report poisons the process.
-//! Nothing that a promise rests on may be gone in silence.
+//! Supervision of everything that runs as long as the process. A task, thread or coroutine that
+//! ends unasked, by a panic or by returning, is reported, and the report poisons the process. No
+//! part that a promise relies on may disappear silently.
 //!
-//! `tests/architecture.rs` lists the few places that start something without it, with their reasons.
+//! `tests/architecture.rs` lists the few places that start something unsupervised, with their
+//! reasons.
 
 use std::any::Any;
 use std::future::{Future, poll_fn};
@@ -17,10 +18,11 @@ use tokio::task::{JoinHandle, JoinSet};
 
 use crate::faults::{self, Fate};
 
-/// Hears the reason, once for each end that nobody asked for.
+/// Called with the reason, once for each unasked end.
 pub type Report = Arc<dyn Fn(String) + Send + Sync>;
 
-/// Starts what has to run until the process stops, and reports what does not. Cheap to clone.
+/// Starts tasks and threads that must run until the process stops, and reports each that does not.
+/// Cheap to clone.
 #[derive(Clone)]
 pub struct Supervisor {
     report: Report,
@@ -28,14 +30,14 @@ pub struct Supervisor {
 }
 
 impl Default for Supervisor {
-    /// One that reports to nobody, for tests of a part by itself.
+    /// A supervisor that reports to nobody, for tests of a single part.
     fn default() -> Self {
         Supervisor::new(Arc::new(|_| {}))
     }
 }
 
 impl Supervisor {
-    /// One that tells `report`, which must not block.
+    /// Creates a supervisor that calls `report`, which must not block.
     pub fn new(report: Report) -> Self {
         Supervisor {
             report,
@@ -43,12 +45,12 @@ impl Supervisor {
         }
     }
 
-    /// The process stops: from here on whatever ends was asked to.
+    /// Marks that the process is stopping: an end is no longer reported.
     pub fn stop(&self) {
         self.stopping.store(true, Ordering::Release);
     }
 
-    /// Runs `work` as a task of the current runtime. One that is aborted was asked to end.
+    /// Runs `work` as a task of the current runtime. An aborted task counts as asked to end.
     pub fn task<T: Send + 'static>(
         &self,
         name: &'static str,
@@ -57,7 +59,7 @@ impl Supervisor {
         tokio::spawn(self.clone().watch(name, work))
     }
 
-    /// The same as a part of `tasks`.
+    /// Same as [`Supervisor::task`], as a member of `tasks`.
     pub fn task_of<T: Send + 'static>(
         &self,
         tasks: &mut JoinSet<Option<T>>,
@@ -67,11 +69,11 @@ impl Supervisor {
         tasks.spawn(self.clone().watch(name, work));
     }
 
-    /// What `work` returns; `None` where it panicked.
+    /// The result of `work`; `None` if it panicked.
     async fn watch<T>(self, name: &'static str, work: impl Future<Output = T>) -> Option<T> {
         let mut work = pin!(work);
         let ended = poll_fn(|context| {
-            // Nothing that it may have left half done is looked at afterwards: the process stops.
+            // State that a panic left half done is not read afterwards: the process stops.
             let polled = catch_unwind(AssertUnwindSafe(|| match faults::fate(name) {
                 None => work.as_mut().poll(context).map(Some),
                 Some(Fate::End) => std::task::Poll::Ready(None),
@@ -83,14 +85,14 @@ impl Supervisor {
             }
         })
         .await;
-        self.judge(name, ended.as_ref().map(drop), || false);
+        self.check_end(name, ended.as_ref().map(drop), || false);
         ended.ok().flatten()
     }
 
-    /// Runs `work` on a thread of its own. It was asked to end where `asked` says so when it does.
+    /// Runs `work` on a thread of its own. `asked` tells, at its end, whether it was asked to end.
     ///
     /// # Errors
-    /// Where no thread can be had.
+    /// If the thread cannot be started.
     pub fn thread(
         &self,
         name: &'static str,
@@ -103,17 +105,22 @@ impl Supervisor {
             .spawn(move || supervisor.run(name, asked, work))
     }
 
-    /// Runs `work` here: on a thread or coroutine that the caller has started for it.
+    /// Runs `work` here, on a thread or coroutine that the caller has started for it.
     pub fn run(&self, name: &'static str, asked: impl Fn() -> bool, work: impl FnOnce()) {
         let ended = catch_unwind(AssertUnwindSafe(|| match faults::fate(name) {
             None => work(),
             Some(Fate::End) => {}
             Some(Fate::Panic) => panic!("a deliberate fault"),
         }));
-        self.judge(name, ended.as_ref().map(drop), asked);
+        self.check_end(name, ended.as_ref().map(drop), asked);
     }
 
-    fn judge(&self, name: &str, ended: Result<(), &Box<dyn Any + Send>>, asked: impl Fn() -> bool) {
+    fn check_end(
+        &self,
+        name: &str,
+        ended: Result<(), &Box<dyn Any + Send>>,
+        asked: impl Fn() -> bool,
+    ) {
         match ended {
             Err(panic) => (self.report)(format!("{name} panicked: {}", message(panic))),
             Ok(()) if self.stopping.load(Ordering::Acquire) || asked() => {}

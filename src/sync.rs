@@ -1,8 +1,7 @@
-//! What threads meet at: atomics, locks, sleep, a ring, a map.
+//! Synchronisation primitives: atomics, locks, parking, a ring, a map.
 //!
-//! The modules whose interleavings are checked take these from here and from nowhere else, so that
-//! `tests/loom.rs` and `tests/shuttle` can compile the very same source files against loom's and
-//! shuttle's.
+//! Modules whose interleavings are checked import these only from here, so that `tests/loom.rs` and
+//! `tests/shuttle` can compile the same source files against loom's and shuttle's.
 
 pub(crate) use std::hint::spin_loop as spin;
 pub(crate) use std::sync::OnceLock;
@@ -21,7 +20,7 @@ pub(crate) mod thread {
     pub(crate) use std::thread::{Builder, JoinHandle, Thread, current, park, park_timeout};
 }
 
-/// A short list behind a lock that nothing holds across a call-out.
+/// A value behind a lock that is never held across a call-out.
 #[derive(Debug, Default)]
 pub(crate) struct Guarded<T>(Mutex<T>);
 

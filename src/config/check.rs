@@ -1,13 +1,13 @@
-//! Whether the settings make sense, each on its own and together.
+//! Checks that each setting is valid, and that they are consistent with one another.
 
 use super::{Config, ConfigError, Retention, log, payments, reference};
 
 const DAY_MS: u64 = 86_400_000;
 
-/// Checks everything that can be told without the machine and the database.
+/// Checks everything that needs neither the machine nor the database.
 ///
 /// # Errors
-/// [`ConfigError::Field`] with the first field that is wrong, and the remedy.
+/// [`ConfigError::Field`] with the first invalid field and the remedy.
 pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
     ranges(config)?;
     payments::check(&config.payments, &config.receipt)?;
@@ -32,7 +32,7 @@ fn fault(field: &'static str, message: impl Into<String>) -> Result<(), ConfigEr
     })
 }
 
-/// Every number that has a range in the types of [`super`] is in it.
+/// Checks every number against the range in the types of [`super`].
 fn ranges(config: &Config) -> Result<(), ConfigError> {
     let values = toml::Table::try_from(config).map_err(|error| ConfigError::Invalid {
         origin: "configuration".to_owned(),
@@ -58,10 +58,7 @@ fn retention(config: &Config) -> Result<(), ConfigError> {
     let Retention { orders_days, .. } = config.retention;
     let days = u64::from(orders_days);
     let shortest = [
-        (
-            7 * DAY_MS,
-            "7 days, for payments may be delivered that late",
-        ),
+        (7 * DAY_MS, "7 days, because payments may arrive that late"),
         (
             config.orders.idempotency_window_ms,
             "orders.idempotency_window_ms",
@@ -70,14 +67,15 @@ fn retention(config: &Config) -> Result<(), ConfigError> {
     ];
     for (ms, what) in shortest {
         if days > 0 && days * DAY_MS < ms {
-            let message = format!("{days} days are shorter than {what}; or set 0: never");
+            let message =
+                format!("{days} days are shorter than {what}; raise it, or set 0 for never");
             return fault("retention.orders_days", message);
         }
     }
     Ok(())
 }
 
-/// An identifier that PostgreSQL takes without quotes, of at most 63 bytes (its manual, 4.1.1).
+/// An identifier that PostgreSQL accepts without quotes, of at most 63 bytes (its manual, 4.1.1).
 fn schema(name: &str) -> Result<(), ConfigError> {
     let is_allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_';
     let begins_well = name.bytes().next().is_some_and(|b| !b.is_ascii_digit());
@@ -90,7 +88,7 @@ fn schema(name: &str) -> Result<(), ConfigError> {
     if name.starts_with("pg_") || name == "information_schema" {
         return fault(
             "database.schema",
-            "is a name that PostgreSQL keeps for itself; take another",
+            "is a name that PostgreSQL reserves; choose another",
         );
     }
     Ok(())
@@ -105,7 +103,7 @@ fn tokens(config: &Config) -> Result<(), ConfigError> {
         if !tokens.0.iter().all(can_be_sent) {
             return fault(
                 field,
-                "must be visible ASCII without spaces: no header field carries another",
+                "must be visible ASCII without spaces, because a header field carries it",
             );
         }
     }
@@ -117,19 +115,20 @@ fn addresses(config: &Config) -> Result<(), ConfigError> {
     if data.port() != 0 && data == control {
         return fault(
             "control_plane.listen",
-            "is the address of data_plane.listen; each plane needs one of its own",
+            "is the address of data_plane.listen; give each plane an address of its own",
         );
     }
     Ok(())
 }
 
-/// Nobody gets at a plane from another machine by accident.
+/// Refuses a plane that other machines can reach unless it is protected.
 fn access(config: &Config) -> Result<(), ConfigError> {
     let (data, control) = (&config.data_plane, &config.control_plane);
     if !data.listen.ip().is_loopback() && data.token.0.is_empty() && !data.trust_network {
         return fault(
             "data_plane.listen",
-            "is not loopback: set data_plane.token, or data_plane.trust_network = true if only the shop's backend can reach it",
+            "is not loopback: set data_plane.token, or data_plane.trust_network = true if only \
+             the shop's backend can reach it",
         );
     }
     if !control.listen.ip().is_loopback() && control.token.0.is_empty() {

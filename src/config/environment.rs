@@ -1,22 +1,22 @@
-//! Settings from the environment: `MILLRACE_` and the path of a field in capitals, with `_FILE` from
-//! the file that it names. What cannot be meant is refused.
+//! Settings from the environment: `MILLRACE_` and the path of a field in capitals; with `_FILE`,
+//! from the named file. Ambiguous values are refused.
 
 use std::collections::HashMap;
 
 pub(super) const ENV_PREFIX: &str = "MILLRACE_";
 pub(super) const FILE_SUFFIX: &str = "_FILE";
 
-/// Tables whose fields are named by whoever writes them, without regard to capitals, and are texts.
+/// Tables with field names chosen by the operator, of any case, and text values.
 pub(super) const OPEN_TABLES: &[&str] = &["payments.wechatpay.public_keys"];
 
-/// The variables of this process that are meant for us. Others may hold any bytes.
+/// The variables of this process that begin with `MILLRACE_`. Others may hold any bytes.
 pub(super) fn read() -> Result<Vec<(String, String)>, String> {
     let mut ours = Vec::new();
     for (name, value) in std::env::vars_os() {
         let Some(name) = name.to_str().filter(|name| name.starts_with(ENV_PREFIX)) else {
             continue;
         };
-        // A release does not know it, and so refuses it like any other mistake.
+        // A release build has no such variable, and refuses it like any other mistake.
         if Some(name) == crate::faults::VARIABLE {
             continue;
         }
@@ -28,10 +28,10 @@ pub(super) fn read() -> Result<Vec<(String, String)>, String> {
     Ok(ours)
 }
 
-/// Lays variables over a table of settings.
+/// Overlays variables on a table of settings.
 ///
 /// # Errors
-/// The variable, and what is wrong with it.
+/// The variable, and the mistake in it.
 pub(super) fn lay_over(
     table: &mut toml::Table,
     defaults: &toml::Table,
@@ -42,7 +42,7 @@ pub(super) fn lay_over(
         .filter(|(name, _)| name.starts_with(ENV_PREFIX))
         .collect();
     variables.sort();
-    // Of a field, the variable that sets it.
+    // The variable that sets each field.
     let mut set_by: HashMap<String, String> = HashMap::new();
     for (name, value) in variables {
         let path = name.strip_prefix(ENV_PREFIX).unwrap_or(&name);
@@ -62,7 +62,7 @@ pub(super) fn lay_over(
     Ok(())
 }
 
-/// Puts one variable into the table. A field's type is that of its default.
+/// Overlays one variable. The type of a field is that of its default.
 fn overlay(
     table: &mut toml::Table,
     defaults: &toml::Table,
@@ -119,7 +119,7 @@ fn overlay(
     Ok(())
 }
 
-/// What a file holds, without the line break at its end.
+/// The content of a file, without the line break at its end.
 fn from_file(path: &str) -> Result<String, String> {
     let text = std::fs::read_to_string(path).map_err(|e| format!("cannot read {path}: {e}"))?;
     let text = text.trim_end_matches(['\r', '\n']);
@@ -131,8 +131,8 @@ fn from_file(path: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
-/// A list: a JSON array, or one text; in a file also one text a line. No message quotes a text, which
-/// may be a secret.
+/// Parses a list: a JSON array, or one text; in a file also one text per line. No message quotes a
+/// text, because it may be a secret.
 fn list(value: &str, is_file: bool) -> Result<Vec<String>, String> {
     if value.trim_start().starts_with('[') {
         return serde_json::from_str(value).map_err(|_| {
@@ -149,12 +149,12 @@ fn list(value: &str, is_file: bool) -> Result<Vec<String>, String> {
     };
     if items.iter().any(|item| item.contains([',', '\n', '\r'])) {
         return Err(
-            "has a comma or a line break, which makes no list: write a JSON array, such as [\"a\",\"b\"]"
+            "has a comma or a line break; write a list as a JSON array, such as [\"a\",\"b\"]"
                 .to_owned(),
         );
     }
     if items.iter().any(String::is_empty) {
-        return Err("is empty; unset it for none".to_owned());
+        return Err("is empty; unset it to set none".to_owned());
     }
     Ok(items)
 }

@@ -1,4 +1,4 @@
-//! Which fields somebody has set, for a command that decides some of them itself.
+//! The fields that the operator has set, for a command that sets some of them itself.
 
 use std::path::Path;
 
@@ -6,8 +6,8 @@ use super::environment::{ENV_PREFIX, FILE_SUFFIX};
 use super::{Config, DEFAULT_FILE};
 
 impl Config {
-    /// The fields that the file or the environment sets, such as `database.url`, whatever to. What
-    /// cannot be read is nothing here; [`Config::load`] has the error.
+    /// Paths of the fields that the file or the environment sets, such as `database.url`.
+    /// Unreadable sources count as empty here; [`Config::load`] reports them.
     pub fn given(file: Option<&Path>) -> Vec<String> {
         let path = file.unwrap_or(Path::new(DEFAULT_FILE));
         let text = std::fs::read_to_string(path).unwrap_or_default();

@@ -1,15 +1,15 @@
-//! From a file and the environment to a checked [`Config`].
+//! Loads a checked [`Config`] from a file and the environment.
 
 use std::path::{Path, PathBuf};
 
 use super::{Config, ConfigError, DEFAULT_FILE, check, environment};
 
 impl Config {
-    /// Reads the file (`file`, else [`DEFAULT_FILE`] where there is one), lays the environment
-    /// over it and checks the whole.
+    /// Reads the file (`file`, else [`DEFAULT_FILE`] if it exists), overlays the environment and
+    /// checks the result.
     ///
     /// # Errors
-    /// [`ConfigError`] with the place and the remedy.
+    /// [`ConfigError`] with the source and the remedy.
     pub fn load(file: Option<&Path>) -> Result<Self, ConfigError> {
         let path = match file {
             Some(path) => Some(path.to_path_buf()),
@@ -29,7 +29,7 @@ impl Config {
         Self::parse(&text, &origin, settings)
     }
 
-    /// The same from texts: TOML, what to call it in messages, and the environment.
+    /// Same as [`Config::load`], from texts: TOML, its name in messages, and environment variables.
     ///
     /// # Errors
     /// As [`Config::load`].
@@ -42,7 +42,7 @@ impl Config {
             origin: origin.to_owned(),
             message: message.trim_end().to_owned(),
         };
-        // Once from the text alone, so that a mistake in the file is shown with its line.
+        // Parsed once on its own, so that a mistake in the file is shown with its line.
         toml::from_str::<Config>(text).map_err(|e| invalid(origin, e.to_string()))?;
         let mut table: toml::Table =
             toml::from_str(text).map_err(|e| invalid(origin, e.to_string()))?;
@@ -57,7 +57,7 @@ impl Config {
         Ok(config)
     }
 
-    /// The configuration as TOML, secrets left out.
+    /// The configuration as TOML, without secrets.
     pub fn to_toml(&self) -> String {
         let mut shown = self.clone();
         let lists = [
@@ -80,7 +80,7 @@ impl Config {
         toml::to_string_pretty(&shown).unwrap_or_default()
     }
 
-    /// Workers that will run.
+    /// Number of workers to run.
     pub fn worker_count(&self) -> usize {
         match self.workers.count {
             0 => std::thread::available_parallelism()
@@ -199,7 +199,7 @@ mod tests {
         let keys = std::mem::take(&mut wechatpay.public_keys);
         let keys: Vec<_> = keys.iter().map(|(a, b)| (a.as_str(), b.as_str())).collect();
         assert_eq!(keys, [("5f2a", "pem"), ("pub_key_id_1", secret)]);
-        // A public key may be seen.
+        // A public key is not secret.
         let mut shown = config;
         shown.payments.wechatpay.public_keys.clear();
         assert!(!format!("{shown:?}").contains(secret));

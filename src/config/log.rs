@@ -1,22 +1,22 @@
-//! The level of the log: checked at start, because a filter with a typing error shows nothing at all.
+//! The log level, checked at start: a filter with a typing error would show nothing at all.
 
 use super::{ConfigError, Log};
 
-/// The levels, and no line at all.
+/// Levels, and `off` for no lines.
 const LEVELS: [&str; 6] = ["error", "warn", "info", "debug", "trace", "off"];
 
-/// What libraries say below these levels is of no use to an operator.
+/// Levels below which the lines of libraries are of no use to an operator.
 const LIBRARIES: &str = "may=warn,refinery_core=warn,tokio_postgres=warn";
 
 impl Log {
-    /// The directives of the filter: those of libraries, then the configured ones, which win. Errors
-    /// and warnings are shown wherever no directive says otherwise.
+    /// Directives of the filter: those of libraries, then the configured ones, which win. Errors
+    /// and warnings are shown unless a directive says otherwise.
     pub fn directives(&self) -> String {
         format!("warn,{LIBRARIES},{}", self.level)
     }
 }
 
-/// Whether `log.level` is a level, or a list of levels for parts of the program.
+/// Checks that `log.level` is a level, or a list of levels for parts of the program.
 pub(super) fn check(log: &Log) -> Result<(), ConfigError> {
     let mut overall = 0;
     for directive in log.level.split(',') {
@@ -26,20 +26,20 @@ pub(super) fn check(log: &Log) -> Result<(), ConfigError> {
             None => (None, directive),
         };
         let fault = if !LEVELS.iter().any(|known| known.eq_ignore_ascii_case(level)) {
-            Some(format!("{level:?} is no level"))
+            Some(format!("{level:?} is not a level"))
         } else if !part.is_none_or(is_path) {
-            Some(format!("{:?} is no part of a program", part.unwrap_or("")))
+            Some(format!("{:?} is not a crate or module", part.unwrap_or("")))
         } else {
             overall += u32::from(part.is_none());
-            (overall > 1).then(|| "it has two levels for everything".to_owned())
+            (overall > 1).then(|| "it has two levels without a part".to_owned())
         };
         if let Some(fault) = fault {
             let given = &log.level;
             return Err(ConfigError::Field {
                 field: "log.level",
                 message: format!(
-                    "{given:?} cannot be used: {fault}. Give one of {}, or a list such as \
-                     \"info,millrace=debug\", where the one without a part holds for everything else",
+                    "{given:?} is invalid: {fault}. Set one of {}, or a list such as \
+                     \"info,millrace=debug\", in which the level without a part applies to everything else",
                     LEVELS.join(", ")
                 ),
             });
@@ -48,7 +48,7 @@ pub(super) fn check(log: &Log) -> Result<(), ConfigError> {
     Ok(())
 }
 
-/// A crate or a module, such as `millrace::http`.
+/// A crate or module path, such as `millrace::http`.
 fn is_path(text: &str) -> bool {
     let is_word = |word: &str| {
         let mut letters = word.chars();

@@ -1,10 +1,10 @@
-//! Every setting, typed: its default, unit, range and reason.
+//! Every setting, typed, with its default, unit, range and reason.
 //!
-//! One TOML file, each field overridable by an environment variable: `MILLRACE_` and the path in
-//! capitals, levels joined by two underscores (`MILLRACE_DATABASE__URL`); with `_FILE` appended
-//! the value is read from the file that it names. A list is a JSON array, or one text a line in a
-//! `_FILE`. Unknown fields are refused, and fields are checked against one another before anything
-//! starts.
+//! The settings come from one TOML file. An environment variable overrides a field: `MILLRACE_` and
+//! the path in capitals, levels joined by two underscores (`MILLRACE_DATABASE__URL`). With `_FILE`
+//! appended, the variable names a file with the value. A list is a JSON array, or in a `_FILE` one
+//! text per line. Unknown fields are refused, and fields are checked against one another before the
+//! start.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -24,34 +24,34 @@ pub use payments::{
     AlipayPayments, Payments, Receipt, Secret, StandardPayments, StripePayments, WechatpayPayments,
 };
 
-/// The file that is read where none is named, if it exists.
+/// Read if no file is named, and if it exists.
 pub const DEFAULT_FILE: &str = "millrace.toml";
 
-/// Why there is no valid configuration.
+/// Reasons why there is no valid configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
     #[error("cannot read the configuration file {path}: {source}")]
     Read {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// Why.
+        /// Error of the operating system.
         source: std::io::Error,
     },
     /// It is not TOML, or a field is unknown or of the wrong type.
     #[error("{origin}: {message}")]
     Invalid {
-        /// Where it came from.
+        /// File, environment variable, or `defaults`.
         origin: String,
-        /// What is wrong.
+        /// Description of the mistake.
         message: String,
     },
-    /// A field's value, or two together, make no sense.
+    /// A value is out of range, or contradicts another field.
     #[error("configuration field {field}: {message}")]
     Field {
-        /// The field's path.
+        /// Path of the field, levels joined by dots.
         field: &'static str,
-        /// What is wrong and what to do.
+        /// The mistake and its remedy.
         message: String,
     },
 }
@@ -60,30 +60,30 @@ pub enum ConfigError {
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema, PartialEq)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// Where Millrace keeps its own files, its own PostgreSQL among them.
+    /// Directory for Millrace's own files, including its own PostgreSQL.
     #[schemars(with = "String")]
     pub data_dir: PathBuf,
-    /// The database.
+    /// Connection to PostgreSQL.
     pub database: Database,
     /// The listener for the shop's backend.
     pub data_plane: DataPlane,
     /// The listener for operators and machines.
     pub control_plane: ControlPlane,
-    /// Between intake and workers.
+    /// The queue between intake and workers.
     pub queue: Queue,
-    /// Who writes.
+    /// The tasks that write orders to the database.
     pub workers: Workers,
-    /// The life of an order.
+    /// Waiting, payment and idempotency of orders.
     pub orders: Orders,
-    /// How often a user, and all together, may ask for an order.
+    /// Rate limits on order requests.
     pub rate_limit: RateLimit,
-    /// Whose word about payments is taken.
+    /// Payment providers and how their callbacks are verified.
     pub payments: Payments,
-    /// What orders are signed with on their way through a payment platform.
+    /// Keys that sign receipts.
     pub receipt: Receipt,
-    /// For how long rows are kept.
+    /// Deletion of old rows.
     pub retention: Retention,
-    /// What is said about it.
+    /// Log level and format.
     pub log: Log,
 }
 
@@ -91,45 +91,46 @@ pub struct Config {
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema, PartialEq)]
 #[serde(deny_unknown_fields, default)]
 pub struct Database {
-    /// A PostgreSQL URL or key-value string; empty: Millrace runs its own PostgreSQL under
+    /// A PostgreSQL URL or key-value string. Empty: Millrace runs its own PostgreSQL under
     /// `data_dir`.
     ///
     /// `sslmode` is `disable`, `allow`, `prefer` (the default), `require`, `verify-ca` or
-    /// `verify-full`; `sslrootcert` names a PEM file or is `system`; `sslcert` and `sslkey` prove
-    /// who we are. Certificates are read at start. Of several hosts the first that takes writes is
-    /// used. A pooler in between has to pool sessions, not transactions.
+    /// `verify-full`; `sslrootcert` names a PEM file or is `system`; `sslcert` and `sslkey` are the
+    /// client's certificate and key. Certificates are read at start. Of several hosts the first
+    /// that accepts writes is used. A connection pooler must pool sessions, not transactions.
     pub url: String,
-    /// The schema that holds every object: lower-case letters, digits and underscores.
+    /// Schema that holds every object: lower-case letters, digits and underscores.
     pub schema: String,
-    /// `auto` brings the schema up to date at start; `never` leaves that to `millrace migrate`.
+    /// `auto` migrates the schema at start; `never` leaves that to `millrace migrate`.
     pub migrate: Migrate,
-    /// Keeps an index on `(user_id, order_id)`, so that a user's whole history can be listed; it
-    /// costs COPY more than half of its rate.
+    /// Maintains an index on `(user_id, order_id)`, so that a user's whole history can be listed.
+    /// It costs COPY more than half of its rate.
     pub user_index: bool,
-    /// Directory with `postgres`, `initdb` and `pg_ctl` for Millrace's own PostgreSQL; empty: searched.
+    /// Directory with `postgres`, `initdb` and `pg_ctl` for Millrace's own PostgreSQL. Empty: they
+    /// are searched for.
     pub embedded_bin_dir: String,
-    /// Connections beside those of the workers: look-ups, administration, health.
+    /// Connections besides those of the workers: look-ups, administration, health checks.
     #[schemars(range(min = 1, max = 100))]
     pub pool_size: usize,
-    /// Longest time for one step of a conversation with the database, in milliseconds. A
-    /// step that takes longer counts as lost and is settled on a new connection.
+    /// Longest time for one step of a conversation with the database, in milliseconds. A slower
+    /// step counts as lost and is settled on a new connection.
     #[schemars(range(min = 100, max = 600_000))]
     pub step_timeout_ms: u64,
-    /// Most that this machine's clock and the database's may differ at start, in milliseconds; beyond
-    /// it the start is refused. So is one on Millrace's own PostgreSQL, which has the same clock, where
-    /// that is behind the last use of the database. Raise it for the one start that is to go by a
-    /// clock that you know to be right.
+    /// Largest difference at start between this machine's clock and the database's, in
+    /// milliseconds. A larger one stops the start. Millrace's own PostgreSQL has the same clock, so
+    /// with it the start also stops if that clock is behind the last use of the database by more.
+    /// To start with a clock that you know to be right, raise this value once.
     #[schemars(range(min = 1_000, max = 3_155_760_000_000_i64))]
     pub clock_difference_max_ms: u64,
 }
 
-/// What happens to the schema at start.
+/// Handling of the schema at start.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize, JsonSchema, PartialEq, Eq)]
 #[serde(rename_all = "lowercase")]
 pub enum Migrate {
-    /// It is brought up to date.
+    /// Migrates the schema.
     Auto,
-    /// It is checked and left alone.
+    /// Checks the schema and does not change it.
     Never,
 }
 
@@ -137,50 +138,50 @@ pub enum Migrate {
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema, PartialEq)]
 #[serde(deny_unknown_fields, default)]
 pub struct DataPlane {
-    /// Address to listen at; port 0 picks a free one.
+    /// Address to listen on; port 0 picks a free one.
     #[schemars(with = "String")]
     pub listen: SocketAddr,
-    /// Bearer tokens that callers may use, one or a list; none: no token is asked for.
+    /// Bearer tokens for callers, one or a list. None: no token is required.
     #[schemars(with = "Vec<String>")]
     pub token: OneOrMany,
-    /// Allows a listener that is not loopback without a token.
+    /// Permits a listener without a token on an address that is not loopback.
     pub trust_network: bool,
-    /// Which HTTP engine carries the service.
+    /// HTTP engine that runs the service.
     pub engine: Engine,
-    /// Threads that run the data plane's coroutines; 0: one for each core.
+    /// Threads for the data plane's coroutines; 0: one per core.
     #[schemars(range(min = 0, max = 256))]
     pub threads: usize,
-    /// Most connections at once, each with a stack of 256 KiB of address space; idle ones make room
-    /// for new ones.
+    /// Most connections at once, each with a stack of 256 KiB of address space. An idle one is
+    /// closed to make room for a new one.
     #[schemars(range(min = 1, max = 1_000_000))]
     pub connections_max: usize,
-    /// Longest request head in bytes; beyond it a request is answered `431`.
+    /// Longest request head in bytes; a longer one is answered `431`.
     #[schemars(range(min = 1_024, max = 1_048_576))]
     pub head_bytes_max: usize,
-    /// Longest request body in bytes, that of a batch aside (2 MiB); beyond it: `413`.
+    /// Longest request body in bytes, except for batches (2 MiB); a longer one is answered `413`.
     #[schemars(range(min = 1_024, max = 1_048_576))]
     pub body_bytes_max: usize,
-    /// Bytes of request bodies that all connections together may hold, a quarter of them for payment
-    /// callbacks; beyond it a request is answered `503 overloaded` before its body is read. Bodies
-    /// below 2 KiB are not counted.
+    /// Bytes of request bodies that all connections together may hold, a quarter of them for
+    /// payment callbacks. Beyond it a request is answered `503 overloaded` before its body is read.
+    /// Bodies below 2 KiB are not counted.
     #[schemars(range(min = 8_388_608, max = 1_099_511_627_776_i64))]
     pub body_bytes_total_max: usize,
-    /// Longest time from a request's first byte to its last, and for a client to take its
-    /// answer, in milliseconds.
+    /// Longest time for receiving a request, from its first byte to its last, and for sending the
+    /// answer to a client, in milliseconds.
     #[schemars(range(min = 100, max = 600_000))]
     pub request_timeout_ms: u64,
-    /// Longest time between requests on one connection, in milliseconds; keep a proxy's shorter.
+    /// Longest time between requests on one connection, in milliseconds. A proxy's must be shorter.
     #[schemars(range(min = 100, max = 3_600_000))]
     pub idle_timeout_ms: u64,
 }
 
-/// The HTTP engines of the data plane.
+/// HTTP engines of the data plane.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize, JsonSchema, PartialEq, Eq)]
 #[serde(rename_all = "lowercase")]
 pub enum Engine {
-    /// Millrace's own loop: safe in public.
+    /// Millrace's own parser and loop, safe on public networks.
     Hardened,
-    /// Stock `may_minihttp`: for benchmarks, and behind something that re-frames every request.
+    /// Stock `may_minihttp`, for benchmarks and behind a proxy that re-frames every request.
     Minihttp,
 }
 
@@ -188,14 +189,14 @@ pub enum Engine {
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema, PartialEq)]
 #[serde(deny_unknown_fields, default)]
 pub struct ControlPlane {
-    /// Address to listen at; port 0 picks a free one.
+    /// Address to listen on; port 0 picks a free one.
     #[schemars(with = "String")]
     pub listen: SocketAddr,
-    /// Bearer tokens that operators may use, one or a list; none: loopback only.
+    /// Bearer tokens for operators, one or a list. None: loopback only.
     #[schemars(with = "Vec<String>")]
     pub token: OneOrMany,
-    /// Longest time for an audit in milliseconds. It reads every order once, and once more for each
-    /// million orders in the busiest idempotency window.
+    /// Longest time for an audit, in milliseconds. An audit reads every order once, and once more
+    /// per million orders in the busiest idempotency window.
     #[schemars(range(min = 1_000, max = 86_400_000))]
     pub audit_timeout_ms: u64,
 }
@@ -204,10 +205,10 @@ pub struct ControlPlane {
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema, PartialEq)]
 #[serde(deny_unknown_fields, default)]
 pub struct Queue {
-    /// What an order survives in the queue.
+    /// Queue backend, which decides whether accepted orders survive a crash.
     pub backend: Backend,
-    /// Orders that may wait in memory at once; beyond it new ones are refused with
-    /// `503 overloaded` before anything is held.
+    /// Most orders that wait in memory. Further ones are refused with `503 overloaded` before
+    /// anything is held.
     #[schemars(range(min = 1, max = 10_000_000))]
     pub capacity: usize,
     /// The write-ahead log of `backend = "journal"`.
@@ -218,33 +219,34 @@ pub struct Queue {
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema, PartialEq)]
 #[serde(deny_unknown_fields, default)]
 pub struct Journal {
-    /// Its directory, for it alone; empty: `journal` under `data_dir`. Not on a network file system.
+    /// Directory for the journal alone. Empty: `journal` under `data_dir`. Not on a network file
+    /// system.
     #[schemars(with = "String")]
     pub dir: PathBuf,
-    /// Bytes that it may take on the disk; beyond it `respond-async` is refused with
-    /// `503 journal_full`. Its segments are a sixteenth of this, at most 16 MiB each, as they were
-    /// when the journal was begun.
+    /// Most bytes on the disk; beyond it `respond-async` is refused with `503 journal_full`. A
+    /// segment has a sixteenth of this, at most 16 MiB. The size of segments is fixed when the
+    /// journal is created.
     #[schemars(range(min = 1_048_576, max = 1_099_511_627_776_i64))]
     pub bytes_max: u64,
-    /// For how long orders are acknowledged without a sign of life from the database, in
-    /// milliseconds. It is also the time after which an operator may abandon the journal of a lost
-    /// process.
+    /// Time for which orders are acknowledged while the database is unreachable, in milliseconds.
+    /// After the same time an operator may abandon the journal of a lost process.
     #[schemars(range(min = 1_000, max = 86_400_000))]
     pub lease_ms: u64,
-    /// Names of physical replication slots, one or a list: a segment is deleted only once the standbys behind them
-    /// have everything in it, so that a failover to one of them loses no acknowledged order.
+    /// Names of physical replication slots, one or a list. A segment is deleted only once the
+    /// standbys behind them have everything in it, so that a failover to one of them loses no
+    /// acknowledged order.
     #[schemars(with = "Vec<String>")]
     pub retain_for_slots: OneOrMany,
 }
 
-/// The queue backends.
+/// Queue backends.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize, JsonSchema, PartialEq, Eq)]
 #[serde(rename_all = "lowercase")]
 pub enum Backend {
     /// A write-ahead log on this machine's disk: `respond-async` is acknowledged after the sync
-    /// that covers it.
+    /// that covers the order.
     Journal,
-    /// The ring alone; `respond-async` falls back to waiting.
+    /// The ring in memory alone: `respond-async` falls back to waiting.
     Memory,
 }
 
@@ -252,11 +254,12 @@ pub enum Backend {
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema, PartialEq)]
 #[serde(deny_unknown_fields, default)]
 pub struct Workers {
-    /// Workers, each with a connection of its own; 0: one for each core, at least 2 and at most 8,
-    /// because more contend for the same SKU rows. The first writes alone while it keeps up.
+    /// Number of workers, each with a connection of its own; 0: one per core, at least 2 and at
+    /// most 8, because more contend for the same SKU rows. The first writes alone while it keeps
+    /// up.
     #[schemars(range(min = 0, max = 64))]
     pub count: usize,
-    /// Most rows in one COPY: what a retry repeats and what one buyer may wait behind.
+    /// Most rows in one COPY. A retry repeats all of them, and a buyer may wait behind all of them.
     #[schemars(range(min = 1, max = 100_000))]
     pub batch_rows_max: usize,
 }
@@ -265,24 +268,25 @@ pub struct Workers {
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema, PartialEq)]
 #[serde(deny_unknown_fields, default)]
 pub struct Orders {
-    /// Longest wait for persistence in milliseconds; an order that is not being written by then is
-    /// given up, and its stock is back.
+    /// Longest wait for the commit of an order, in milliseconds. An order that is not being written
+    /// by then is abandoned, and its stock is released.
     #[schemars(range(min = 50, max = 600_000))]
     pub timeout_ms: u64,
-    /// Time to pay in milliseconds; it is told to the buyer as `expires_at`.
+    /// Time to pay in milliseconds; the buyer sees its end as `expires_at`.
     #[schemars(range(min = 1_000, max = 31_536_000_000_i64))]
     pub payment_ttl_ms: u64,
-    /// How long a key and a buyer's orders are remembered, in milliseconds. A
-    /// longer window reads more at start. Purchase limits count live orders of any age.
+    /// Time for which a key and a buyer's orders are kept in memory, in milliseconds. A longer
+    /// window reads more at start. Purchase limits count live orders of any age.
     #[schemars(range(min = 1_000, max = 31_536_000_000_i64))]
     pub idempotency_window_ms: u64,
-    /// Orders remembered at once, 160 to 220 bytes each (one a buyer): those of the window, and as long as they are live those
-    /// of SKUs with a limit. Beyond it new ones are refused; `readyz` warns at 70 %. Orders without a key that are
-    /// over, or paid and without a limit, do not count, and go first where memory is short.
+    /// Most orders kept in memory, 160 to 220 bytes each (at one order per buyer): those of the
+    /// window, and live ones of SKUs with a limit for longer. Beyond it new orders are refused;
+    /// `readyz` warns at 70 %. Orders without a key that have ended, or that are paid and without a
+    /// limit, do not count, and are evicted first if memory is short.
     #[schemars(range(min = 1, max = 1_000_000_000))]
     pub remembered_max: usize,
-    /// `sold_out` and `purchase_limit` answers remembered under their keys, about 56 bytes each, taken
-    /// at the start; old ones make room.
+    /// Most `sold_out` and `purchase_limit` answers kept under their keys, about 56 bytes each,
+    /// allocated at start. New ones replace old ones.
     #[schemars(range(min = 1, max = 100_000_000))]
     pub sticky_refusals_max: usize,
 }
@@ -291,25 +295,24 @@ pub struct Orders {
 #[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema, PartialEq)]
 #[serde(deny_unknown_fields, default)]
 pub struct RateLimit {
-    /// For each `user_id`: `off`, or a rate such as `5/s` or `100/min`.
+    /// Limit for each `user_id`: `off`, or a rate such as `5/s` or `100/min`.
     #[schemars(with = "String")]
     pub per_user: Rate,
-    /// For all together: `off`, or a rate such as `20000/s`.
+    /// Limit for all users together: `off`, or a rate such as `20000/s`.
     #[schemars(with = "String")]
     pub overall: Rate,
 }
 
-/// A number of requests in a second or a minute, evened out; up to the whole number may come at
-/// once.
+/// A rate of requests, enforced smoothly: a burst of up to the whole number passes at once.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize, PartialEq, Eq)]
 #[serde(try_from = "String", into = "String")]
 pub enum Rate {
     /// No limit.
     #[default]
     Off,
-    /// Requests in a second.
+    /// Requests per second.
     PerSecond(std::num::NonZeroU32),
-    /// Requests in a minute.
+    /// Requests per minute.
     PerMinute(std::num::NonZeroU32),
 }
 
@@ -317,7 +320,7 @@ impl TryFrom<String> for Rate {
     type Error = String;
 
     fn try_from(text: String) -> Result<Self, String> {
-        let wrong = || format!("{text:?} is no rate: write off, 5/s or 100/min");
+        let wrong = || format!("{text:?} is not a rate; write off, 5/s or 100/min");
         if text == "off" {
             return Ok(Rate::Off);
         }
@@ -345,23 +348,24 @@ impl From<Rate> for String {
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize, JsonSchema, PartialEq, Eq)]
 #[serde(deny_unknown_fields, default)]
 pub struct Retention {
-    /// Days after which an order that is cancelled, expired, refunded or paid is deleted; 0: never. At
-    /// least 7, so that no platform delivers a payment of it any more, and longer than
-    /// `orders.idempotency_window_ms` and `orders.payment_ttl_ms`. A deleted order is
-    /// `404 unknown_order`, and no refund is recorded with it.
+    /// Days after which a cancelled, expired, refunded or paid order is deleted; 0: never. At least
+    /// 7, because platforms deliver payments late, and longer than `orders.idempotency_window_ms`
+    /// and `orders.payment_ttl_ms`. A deleted order is answered `404 unknown_order`, and no refund
+    /// can be recorded with it.
     ///
-    /// Orders with an open payment stay, and so do paid orders of a SKU with a `per_user_limit` until
-    /// its `closes_at` lies so long ago. A limit that is set later does not count deleted orders.
-    /// Payments and dead letters are never deleted. The audit adds up what was deleted in checkpoints.
+    /// Orders with an open payment are kept. Paid orders of a SKU with a `per_user_limit` are kept
+    /// until the same number of days after its `closes_at`. A limit that is set later does not
+    /// count deleted orders. Payments and dead letters are never deleted. The audit uses
+    /// checkpoints for deleted rows.
     #[schemars(range(min = 0, max = 36_500))]
     pub orders_days: u32,
-    /// Days after which a payment platform's message, with its body, is deleted; 0: never. Messages
-    /// about open payments stay.
+    /// Days after which a payment provider's message, with its body, is deleted; 0: never. Messages
+    /// about open payments are kept.
     #[schemars(range(min = 0, max = 36_500))]
     pub events_days: u32,
-    /// Days after which entries of `stock_journal` are folded into one checkpoint for each SKU; 0:
-    /// never. Entries of requests with an `Idempotency-Key` stay, and so does all that the entries
-    /// before it do not explain.
+    /// Days after which entries of `stock_journal` are folded into one checkpoint per SKU; 0:
+    /// never. Entries of requests with an `Idempotency-Key` are kept, and so are all that earlier
+    /// entries do not explain.
     #[schemars(range(min = 0, max = 36_500))]
     pub stock_log_days: u32,
 }
@@ -371,25 +375,27 @@ pub struct Retention {
 #[serde(deny_unknown_fields, default)]
 pub struct Log {
     /// `error`, `warn`, `info`, `debug`, `trace` or `off`, or a list such as `info,millrace=debug`
-    /// that sets parts of the program apart; a list without a level for the rest leaves it at `warn`.
+    /// with levels for parts of the program. Without a level for the rest, a list leaves the rest
+    /// at `warn`.
     pub level: String,
-    /// How lines are written.
+    /// Format of log lines.
     pub format: LogFormat,
 }
 
-/// The forms of a log line.
+/// Formats of a log line.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize, JsonSchema, PartialEq, Eq)]
 #[serde(rename_all = "lowercase")]
 pub enum LogFormat {
     /// `text` on a terminal, else `json`.
     Auto,
-    /// For people.
+    /// Coloured text for people.
     Text,
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
 }
 
-/// One text or a list of texts, none of them empty; an empty list means none. Its `Debug` form hides what it holds.
+/// One text or a list of texts, none of them empty; an empty list means none. `Debug` hides the
+/// texts.
 #[derive(Clone, Default, Serialize, Deserialize, PartialEq, Eq)]
 #[serde(try_from = "OneOrManyForm", into = "Vec<String>")]
 pub struct OneOrMany(pub Vec<String>);
@@ -410,7 +416,7 @@ impl TryFrom<OneOrManyForm> for OneOrMany {
             OneOrManyForm::Many(many) => many,
         };
         if all.iter().any(String::is_empty) {
-            return Err("an empty text; leave it out for none");
+            return Err("an empty text; remove it to set none");
         }
         Ok(OneOrMany(all))
     }

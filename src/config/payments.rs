@@ -1,4 +1,5 @@
-//! `[payments]` and `[receipt]`: whose word about money is taken, and by which keys.
+//! `[payments]` and `[receipt]`: payment providers, and the keys that verify callbacks and
+//! receipts.
 
 use std::collections::BTreeMap;
 
@@ -7,24 +8,24 @@ use serde::{Deserialize, Serialize};
 
 use super::{ConfigError, OneOrMany};
 
-/// Bytes of the key of WeChat Pay's API version 3: that of AES-256.
+/// Bytes of a WeChat Pay API v3 key, which is an AES-256 key.
 const APIV3_KEY_BYTES: usize = 32;
 
-/// Fewest bytes of a key that signs receipts; what can be guessed protects nothing.
+/// Fewest bytes of a receipt key; a shorter one could be guessed.
 const RECEIPT_KEY_BYTES_MIN: usize = 16;
 
 /// `[payments]`
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema, PartialEq)]
 #[serde(deny_unknown_fields, default)]
 pub struct Payments {
-    /// How often the order of a payment is looked for before it is recovered from the receipt.
+    /// Most searches for the order of a payment before it is recovered from the receipt.
     #[schemars(range(min = 1, max = 30))]
     pub orphan_checks: u32,
-    /// Pause before the first of these checks, in milliseconds; it doubles with each. Shorter finds
-    /// an order that is still on its way sooner and asks the database more often.
+    /// Pause before the first search, in milliseconds; it doubles with each. A shorter pause finds
+    /// an order that is still being written sooner, at the cost of more database reads.
     #[schemars(range(min = 100, max = 3_600_000))]
     pub orphan_check_ms: u64,
-    /// Anything that sends Standard Webhooks.
+    /// Any provider that sends Standard Webhooks.
     pub standard: StandardPayments,
     /// Stripe.
     pub stripe: StripePayments,
@@ -38,8 +39,8 @@ pub struct Payments {
 #[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema, PartialEq)]
 #[serde(deny_unknown_fields, default)]
 pub struct StandardPayments {
-    /// Secrets in base64, with or without `whsec_` before them, one or a list: a message signed with
-    /// any is taken, so that one can replace another. None: the path answers `404`.
+    /// Secrets in base64, with or without the prefix `whsec_`, one or a list. A message signed with
+    /// any of them is accepted, so that secrets can be rotated. None: the path answers `404`.
     #[schemars(with = "Vec<String>")]
     pub secret: OneOrMany,
 }
@@ -48,8 +49,8 @@ pub struct StandardPayments {
 #[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema, PartialEq)]
 #[serde(deny_unknown_fields, default)]
 pub struct StripePayments {
-    /// The endpoint's signing secrets as Stripe shows them (`whsec_…`), one or a list: a message
-    /// signed with any is taken. None: the path answers `404`.
+    /// The endpoint's signing secrets as Stripe shows them (`whsec_…`), one or a list. A message
+    /// signed with any of them is accepted. None: the path answers `404`.
     #[schemars(with = "Vec<String>")]
     pub secret: OneOrMany,
 }
@@ -58,12 +59,12 @@ pub struct StripePayments {
 #[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema, PartialEq)]
 #[serde(deny_unknown_fields, default)]
 pub struct AlipayPayments {
-    /// The application that is paid through; messages about another are refused. Empty: the path
-    /// answers `404`.
+    /// Id of the Alipay application; messages of another are refused. Empty: the path answers
+    /// `404`.
     pub app_id: String,
-    /// The seller's account (2088…); messages about another are refused. Empty: it is not looked at.
+    /// The seller's account (2088…); messages for another are refused. Empty: it is not checked.
     pub seller_id: String,
-    /// Alipay's public key, not the application's own: base64 as the console shows it, or PEM of the
+    /// Alipay's public key, not the application's: base64 as the console shows it, or PEM of the
     /// key or of a certificate.
     pub public_key: String,
 }
@@ -72,16 +73,16 @@ pub struct AlipayPayments {
 #[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema, PartialEq)]
 #[serde(deny_unknown_fields, default)]
 pub struct WechatpayPayments {
-    /// The merchant's number; payments to another are refused. Empty: the path answers `404`.
+    /// The merchant id; payments to another are refused. Empty: the path answers `404`.
     pub mchid: String,
-    /// The application that is paid through; payments through another are refused.
+    /// Id of the application; payments through another are refused.
     pub appid: String,
-    /// The key of API version 3, 32 bytes: what a message is about is encrypted with it.
+    /// The API v3 key, 32 bytes, which decrypts the content of a message.
     #[schemars(with = "String")]
     pub apiv3_key: Secret,
-    /// WeChat Pay's public keys by their serial (`PUB_KEY_ID_…`, or a platform certificate's
-    /// number; capitals or not), each as PEM of the key or of the certificate: several, so that one
-    /// can replace another.
+    /// WeChat Pay's public keys by their serial (`PUB_KEY_ID_…`, or the number of a platform
+    /// certificate, in any case), each as PEM of the key or of the certificate. Several keys permit
+    /// rotation.
     pub public_keys: BTreeMap<String, String>,
 }
 
@@ -89,13 +90,14 @@ pub struct WechatpayPayments {
 #[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema, PartialEq)]
 #[serde(deny_unknown_fields, default)]
 pub struct Receipt {
-    /// Keys of at least 16 bytes, one or a list: the first signs receipts, any is taken back. None:
-    /// one is made under `data_dir` at the first start; a machine that replaces this one needs it.
+    /// Keys of at least 16 bytes, one or a list. The first signs receipts; all of them verify.
+    /// None: a key is created under `data_dir` at the first start. A machine that replaces this one
+    /// needs that key.
     #[schemars(with = "Vec<String>")]
     pub key: OneOrMany,
 }
 
-/// A text that is nobody's business; empty means none. Its `Debug` form hides it.
+/// A secret text; empty means none. `Debug` hides it.
 #[derive(Clone, Default, Serialize, Deserialize, PartialEq, Eq)]
 #[serde(transparent)]
 pub struct Secret(pub String);
@@ -153,9 +155,11 @@ impl WechatpayPayments {
         let mut serials: Vec<_> = self.public_keys.keys().map(|s| s.to_uppercase()).collect();
         serials.sort();
         let message = match serials.windows(2).find(|pair| pair[0] == pair[1]) {
-            _ if serials.is_empty() => "needs a key, as in public_keys.PUB_KEY_ID_… = \"…\"".into(),
+            _ if serials.is_empty() => {
+                "has no key; set one, as in public_keys.PUB_KEY_ID_… = \"…\"".into()
+            }
             _ if serials[0].is_empty() => "has a key without a serial".into(),
-            Some(pair) => format!("has {} twice; capitals make no difference", pair[0]),
+            Some(pair) => format!("has {} twice; case makes no difference", pair[0]),
             None => return Ok(()),
         };
         let field = "payments.wechatpay.public_keys";
@@ -168,12 +172,12 @@ fn needed(field: &'static str, text: &str) -> Result<(), ConfigError> {
         return Ok(());
     }
     let section = field.rsplit_once('.').map_or(field, |(section, _)| section);
-    let message = format!("is missing; complete [{section}], or leave all of it out");
+    let message = format!("is missing; complete [{section}], or remove all of it");
     Err(ConfigError::Field { field, message })
 }
 
-/// Checks the fields of both sections against one another. What a key says is read where keys are
-/// used (`http::data_plane::payments::providers`).
+/// Checks the fields of both sections against one another. The content of keys is checked by their
+/// users (`http::data_plane::payments::providers`).
 pub(super) fn check(payments: &Payments, receipt: &Receipt) -> Result<(), ConfigError> {
     payments.alipay.check()?;
     payments.wechatpay.check()?;
@@ -181,7 +185,7 @@ pub(super) fn check(payments: &Payments, receipt: &Receipt) -> Result<(), Config
         Some(bytes) if bytes < RECEIPT_KEY_BYTES_MIN => Err(ConfigError::Field {
             field: "receipt.key",
             message: format!(
-                "is {bytes} bytes long; take {RECEIPT_KEY_BYTES_MIN} or more, at random"
+                "is {bytes} bytes long; use {RECEIPT_KEY_BYTES_MIN} or more random bytes"
             ),
         }),
         _ => Ok(()),

@@ -1,6 +1,6 @@
-//! The reference page, `docs/CONFIGURATION.md`, out of the types in [`super`]: doc comments are
-//! the words, `Default` the defaults, and `#[schemars(range)]` the ranges, which `check` holds
-//! values against.
+//! The reference page, `docs/CONFIGURATION.md`, generated from the types in [`super`]: doc comments
+//! are the meanings, `Default` the defaults, and `#[schemars(range)]` the ranges, which `check`
+//! enforces.
 
 use std::fmt::Write as _;
 use std::sync::LazyLock;
@@ -9,30 +9,30 @@ use serde_json::Value;
 
 use super::Config;
 
-/// One setting as the page shows it.
+/// One setting of the page.
 #[derive(Debug)]
 pub struct Field {
-    /// Its path, levels joined by dots.
+    /// Path, levels joined by dots.
     pub path: String,
-    /// Its type, or the values that it may have.
+    /// Type, or the permitted values.
     pub kind: String,
-    /// Its default as TOML.
+    /// Default, as TOML.
     pub default: String,
-    /// Least and most, where it has a range.
+    /// Lowest and highest value, if it has a range.
     pub range: Option<(i64, i64)>,
-    /// What it means, with unit and reason.
+    /// Meaning, with unit and reason.
     pub meaning: String,
 }
 
 impl Field {
-    /// The environment variable that overrides it.
+    /// Environment variable that overrides it.
     pub fn variable(&self) -> String {
         let path = self.path.replace('.', "__").to_uppercase();
         let name = if self.is_open() { "__<NAME>" } else { "" };
         format!("{}{path}{name}", super::environment::ENV_PREFIX)
     }
 
-    /// Whether it is a table whose fields are named by whoever writes it.
+    /// Whether it is a table with field names chosen by the operator.
     fn is_open(&self) -> bool {
         super::environment::OPEN_TABLES.contains(&self.path.as_str())
     }
@@ -55,7 +55,7 @@ fn read_fields() -> Vec<Field> {
         "",
         &mut fields,
     );
-    // A page has the fields without a section first.
+    // The page begins with the fields without a section.
     fields.sort_by_key(|field| field.path.rsplit_once('.').map(|(of, _)| of.to_owned()));
     fields
 }
@@ -90,7 +90,7 @@ fn walk(root: &Value, schema: &Value, default: &toml::Value, path: &str, out: &m
     });
 }
 
-/// Follows the one reference that a member of a type of ours has.
+/// Follows the single reference of a member with a type of this crate.
 fn follow<'a>(root: &'a Value, schema: &'a Value) -> &'a Value {
     let reference = schema["$ref"]
         .as_str()
@@ -178,11 +178,11 @@ const HEAD: &str = "\
 
 <!-- Generated from src/config: millrace config reference > docs/CONFIGURATION.md -->
 
-One TOML file (`--config FILE`, else `./millrace.toml` if there is one), each field overridable by its
-environment variable. With `_FILE` appended to the variable's name, the value is read from the file
-that it names: for secrets. A list is a JSON array there, or in a file one text a line; a plain value is
-a list of one. A field that two variables set, an empty file and an empty text are refused. Unknown fields are refused, and fields are checked against one another
-before anything starts. `millrace config check` prints what is in force.
+One TOML file (`--config FILE`, else `./millrace.toml` if there is one). The environment variable of a field
+overrides it. With `_FILE` appended to its name, the variable names a file with the value, for secrets. A list is
+a JSON array there, or in a file one text per line; a plain value is a list of one. Unknown fields are refused. So
+are a field that two variables set, an empty file and an empty text. Fields are checked against one another before
+the start. `millrace config check` prints the settings in force.
 ";
 
 #[cfg(test)]
@@ -199,7 +199,7 @@ mod tests {
             };
             seen += 1;
             let set = |value: i64| {
-                // Not to be hindered by what fields ask of one another.
+                // Passes whatever fields require of one another.
                 let more = [
                     ("MILLRACE_ORDERS__REMEMBERED_MAX", 1_000_000_000),
                     ("MILLRACE_QUEUE__CAPACITY", 1),

@@ -1,7 +1,7 @@
-//! At most so many lines of one kind in a while; of the rest only how many there were.
+//! Limits the lines of one kind per window of time; the log counts the rest.
 //!
-//! A kind is the place in the code that writes the line, so their number is bounded and no stranger
-//! can choose it, whatever is in the lines.
+//! A kind is the place in the code that writes the line. The number of kinds is therefore bounded,
+//! and no client can choose one.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,7 +14,7 @@ use tracing::{Event, Level};
 
 /// Lines of one kind that are written in each window.
 pub(super) const LINES_MAX: u32 = 20;
-/// How long a window is.
+/// Length of a window.
 pub(super) const WINDOW: Duration = Duration::from_secs(10);
 
 /// Lines of one kind that were held back.
@@ -22,11 +22,11 @@ pub(super) const WINDOW: Duration = Duration::from_secs(10);
 pub(super) struct HeldBack {
     /// Their level.
     pub(super) level: Level,
-    /// How many.
+    /// Number of lines.
     pub(super) lines: u64,
-    /// Within how many seconds, rounded up.
+    /// Seconds since the first of them, rounded up.
     pub(super) seconds: u64,
-    /// The message of the first.
+    /// Message of the first line.
     pub(super) message: String,
 }
 
@@ -38,14 +38,14 @@ pub(super) struct Limit {
 }
 
 struct Kind {
-    /// The beginning of the present window.
+    /// Start of the current window.
     since: Instant,
     /// Lines written in it.
     written: u32,
     held: Option<Held>,
 }
 
-/// What the log has not told yet.
+/// Lines held back that are not reported yet.
 struct Held {
     since: Instant,
     level: Level,
@@ -54,7 +54,7 @@ struct Held {
 }
 
 impl Limit {
-    /// Whether the line is to be written.
+    /// Whether the line may be written.
     pub(super) fn admit(&self, now: Instant, event: &Event<'_>) -> bool {
         let metadata = event.metadata();
         let first = {
@@ -80,7 +80,7 @@ impl Limit {
         };
         self.held_back.fetch_add(1, Ordering::Relaxed);
         if first {
-            // Outside of the lock: what a line shows may do anything in its `Debug`.
+            // Outside the lock: the `Debug` of a field may do anything.
             let mut message = Message::default();
             event.record(&mut message);
             if let Some(mut kind) = self.kinds.get_mut(&metadata.callsite()) {
@@ -96,7 +96,7 @@ impl Limit {
         false
     }
 
-    /// What was held back and is to be told: of kinds whose first such line is so old.
+    /// Removes and returns lines held back, of kinds whose first such line is at least `age` old.
     pub(super) fn due(&self, age: Duration) -> Vec<HeldBack> {
         let now = Instant::now();
         let kinds = self.kinds.iter_mut().filter_map(|mut kind| {
@@ -113,7 +113,7 @@ impl Limit {
         kinds.collect()
     }
 
-    /// Lines held back so far, told or not.
+    /// Lines held back so far, reported or not.
     pub(super) fn held_back(&self) -> u64 {
         self.held_back.load(Ordering::Relaxed)
     }
@@ -140,7 +140,7 @@ mod tests {
 
     use super::*;
 
-    /// Admits events as if each came at the moment that it names in `at_s`.
+    /// Admits events as if each came at the moment in its field `at_s`.
     struct Asks {
         limit: Arc<Limit>,
         start: Instant,

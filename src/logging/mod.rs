@@ -1,5 +1,5 @@
-//! The log, outside of the failure domain: a line is queued, limited by its kind, and dropped (and
-//! counted) rather than waited for.
+//! The log, outside of the failure domain: a line is queued, limited by its kind, and dropped and
+//! counted rather than waited for.
 //!
 //! ```text
 //!   event ─► level ─► limit by kind ─► format ─► queue ─► thread `millrace-log` ─► standard error
@@ -7,9 +7,9 @@
 //!                        └──────────────────── counted ──────────────┘
 //! ```
 //!
-//! Nobody but the thread ever writes to standard error, so a disk that is full, a reader that is
-//! gone and a pipe that nobody reads stop the log and nothing else. That holds for panics, whose
-//! message takes the same way, and for the sentences of the command line ([`say`]).
+//! Only the log's thread writes to standard error. A full disk, a closed pipe or a pipe without a
+//! reader therefore stops the log and nothing else. The same holds for panic messages and for the
+//! output of the command line ([`say`]), which take the same way.
 
 mod limit;
 mod queue;
@@ -30,36 +30,36 @@ use tracing_subscriber::util::SubscriberInitExt;
 use self::limit::{HeldBack, Limit, WINDOW};
 use self::queue::{Queue, Sink};
 
-/// The target of lines about the log itself. They are not limited.
+/// Target of lines about the log itself. They are not limited.
 const TARGET: &str = "millrace::logging";
 
-/// How often the thread looks for kinds whose lines were held back.
+/// Interval at which the thread looks for lines held back.
 const TICK: Duration = Duration::from_secs(1);
 
-/// The form of a line.
+/// Format of log lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Form {
-    /// For people, with colours or without.
+    /// For people, with or without colours.
     Text {
         /// Whether standard error is a terminal.
         colours: bool,
     },
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
 }
 
-/// Lines that nobody will read, by why. They only grow.
+/// Lines lost, by reason. The numbers only grow.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Dropped {
-    /// The queue was full: standard error takes lines too slowly, or none.
+    /// The queue was full: standard error accepts lines too slowly, or none.
     pub full: u64,
     /// Standard error refused them.
     pub sink: u64,
-    /// Too many of one kind; the log says of each kind how many.
+    /// Too many of one kind; the log reports the number of each kind.
     pub limited: u64,
 }
 
-/// One log a process, as there is one standard error.
+/// The log of this process, which has one standard error.
 struct Log {
     queue: Queue,
     limit: Limit,
@@ -67,9 +67,9 @@ struct Log {
     started: AtomicBool,
 }
 
-/// The log, and the thread that writes it.
+/// The log, with the thread that writes it.
 static LOG: LazyLock<Log> = LazyLock::new(|| {
-    // Without the thread the queue fills up and the rest is counted: no reason to end a sale.
+    // Without the thread the queue fills up and further lines are counted: no reason to end a sale.
     let _ = std::thread::Builder::new()
         .name("millrace-log".to_owned())
         .spawn(|| write(&LOG));
@@ -80,13 +80,13 @@ static LOG: LazyLock<Log> = LazyLock::new(|| {
     }
 });
 
-/// Starts logging: events that pass these directives are written in this form. Called once; a
-/// second call changes nothing.
+/// Starts logging events that pass `directives`, in the format `form`. Call once; a second call
+/// changes nothing.
 ///
 /// # Errors
-/// Where the directives cannot be read.
+/// If the directives cannot be parsed.
 pub fn start(directives: &str, form: Form) -> Result<(), ParseError> {
-    // A line about lines is wanted as soon as those are, and none below this level is limited.
+    // Lines about dropped lines are needed at info, and lines below info are not limited.
     let filter = EnvFilter::try_new(format!("{directives},{TARGET}=info"))?;
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(|| Line)
@@ -104,8 +104,8 @@ pub fn start(directives: &str, form: Form) -> Result<(), ParseError> {
     Ok(())
 }
 
-/// From now on a panic is a line of the log. Rust's own hook writes to standard error, where a pipe
-/// that nobody reads would hold the thread before it can unwind.
+/// Turns panics into log lines from now on. Rust's own hook writes to standard error, where a pipe
+/// without a reader would block the thread before it unwinds.
 pub fn take_panics() {
     std::panic::set_hook(Box::new(|panic| {
         let thread = std::thread::current();
@@ -128,7 +128,7 @@ pub fn take_panics() {
     }));
 }
 
-/// Writes a sentence of the command line, in its order among the lines of the log.
+/// Writes a line of the command line's output, in sequence with the lines of the log.
 pub fn say(line: &str) {
     say_part(&format!("{line}\n"));
 }
@@ -138,18 +138,18 @@ pub fn say_part(text: &str) {
     LOG.queue.push(text.as_bytes());
 }
 
-/// Keeps the lines of the log, as far as the queue has room, until [`release`].
+/// Holds log lines back until [`release`], as far as the queue has room.
 pub fn hold() {
     LOG.queue.hold();
 }
 
-/// Writes what was kept, and goes on as usual.
+/// Writes the held lines, and continues as usual.
 pub fn release() {
     LOG.queue.release();
 }
 
-/// Waits until every line is written or lost, at most `patience`: a pipe that nobody reads must not
-/// keep a process that has drained.
+/// Waits until every line is written or lost, at most `patience`: a pipe without a reader must not
+/// delay the end of a drained process.
 pub fn flush(patience: Duration) {
     for held_back in LOG.limit.due(Duration::ZERO) {
         tell(&held_back);
@@ -157,7 +157,7 @@ pub fn flush(patience: Duration) {
     LOG.queue.flush(patience);
 }
 
-/// Lines that were dropped since the start of the process.
+/// Lines dropped since the start of the process.
 pub fn dropped() -> Dropped {
     let (full, sink) = LOG.queue.dropped();
     let limited = LOG.limit.held_back();
@@ -168,8 +168,8 @@ pub fn dropped() -> Dropped {
     }
 }
 
-/// What the fmt layer writes a line to. It takes every line at once: an error would make the layer
-/// write to standard error itself.
+/// Writer of the fmt layer. It accepts every line at once: an error would make the layer write to
+/// standard error itself.
 struct Line;
 
 impl io::Write for Line {
@@ -183,7 +183,7 @@ impl io::Write for Line {
     }
 }
 
-/// Holds lines of one kind back where there are too many.
+/// Holds lines back if there are too many of one kind.
 struct LimitLayer;
 
 impl<S: tracing::Subscriber> tracing_subscriber::Layer<S> for LimitLayer {
@@ -193,16 +193,16 @@ impl<S: tracing::Subscriber> tracing_subscriber::Layer<S> for LimitLayer {
         _: tracing_subscriber::layer::Context<'_, S>,
     ) -> bool {
         let kind = event.metadata();
-        // Who asks for debug lines wants them all; the queue bounds them.
+        // Debug lines were asked for and are not limited; the queue bounds them.
         *kind.level() > Level::INFO
             || kind.target() == TARGET
             || LOG.limit.admit(Instant::now(), event)
     }
 }
 
-/// The work of the thread, as long as the process lives.
+/// Main loop of the thread, until the process ends.
 fn write(log: &Log) {
-    // A descriptor of its own: the lock of Rust's handle would be held in a write that hangs.
+    // A descriptor of its own: the lock of Rust's handle would be held during a write that hangs.
     let descriptor = std::io::stderr().as_fd().try_clone_to_owned();
     let mut sink = descriptor.map(|descriptor| Sink::new(File::from(descriptor)));
     let mut told = log.queue.dropped();
@@ -227,7 +227,7 @@ fn write(log: &Log) {
                 target: TARGET,
                 full = full - told.0,
                 refused = refused - told.1,
-                "log lines were lost: standard error took them too slowly, or refused them"
+                "log lines were lost: standard error accepted them too slowly, or refused them"
             );
             told = (full, refused);
             tell_again = now + WINDOW;
@@ -235,7 +235,7 @@ fn write(log: &Log) {
     }
 }
 
-/// The line about lines that were held back, at their level.
+/// Logs a line about lines held back, at their level.
 fn tell(held_back: &HeldBack) {
     let HeldBack {
         level,

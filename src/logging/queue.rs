@@ -1,4 +1,4 @@
-//! Lines on their way to the thread that writes them: bounded in number and bytes, never waited for.
+//! The queue to the log's thread: bounded in lines and bytes, and it never blocks.
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind, Write};
@@ -9,20 +9,20 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-/// Lines that wait at most.
+/// Most lines in the queue.
 const LINES_MAX: usize = 4_096;
-/// Bytes that they have at most.
+/// Most bytes in the queue.
 const BYTES_MAX: usize = 1 << 20;
-/// Bytes of one line; the rest is cut off.
+/// Most bytes of one line; the rest is cut off.
 const LINE_BYTES_MAX: usize = 64 << 10;
 
-/// The queue.
+/// The queue of log lines.
 #[derive(Default)]
 pub(super) struct Queue {
     state: Mutex<State>,
-    /// For the thread: there is a line.
+    /// Signals the thread that there is a line.
     came: Condvar,
-    /// For those who wait for the last line: one has been dealt with.
+    /// Signals waiters of [`Queue::flush`] that a line has been handled.
     went: Condvar,
     full: AtomicU64,
     refused: AtomicU64,
@@ -31,21 +31,21 @@ pub(super) struct Queue {
 #[derive(Default)]
 struct State {
     lines: VecDeque<Box<[u8]>>,
-    /// Where they are held: those that the thread does not get before the release.
+    /// While holding: lines that the thread does not get before the release.
     held: Option<VecDeque<Box<[u8]>>>,
-    /// Of both.
+    /// Bytes of both.
     bytes: usize,
-    /// The thread has a line that it is not done with.
+    /// The thread is still handling a line.
     writing: bool,
 }
 
 impl Queue {
-    /// Takes a line, or drops and counts it where there is no room. Never waits for the sink.
+    /// Adds a line, or drops and counts it if there is no room. Never waits for the sink.
     pub(super) fn push(&self, line: &[u8]) {
         self.take(line, false);
     }
 
-    /// The same for a line that can be held.
+    /// Same as [`Queue::push`], for a line that may be held.
     pub(super) fn push_or_hold(&self, line: &[u8]) {
         self.take(line, true);
     }
@@ -70,12 +70,12 @@ impl Queue {
         self.came.notify_one();
     }
 
-    /// From now on lines that can be held are kept from the thread.
+    /// Holds lines back from the thread from now on, if they may be held.
     pub(super) fn hold(&self) {
         self.state.lock().held.get_or_insert_default();
     }
 
-    /// Lets the thread have them.
+    /// Passes the held lines to the thread.
     pub(super) fn release(&self) {
         let mut state = self.state.lock();
         let held = state.held.take().unwrap_or_default();
@@ -84,8 +84,8 @@ impl Queue {
         self.came.notify_one();
     }
 
-    /// The next line for the thread, which calls [`Queue::done`] after it; none where none came by
-    /// the deadline.
+    /// The next line for the thread, which calls [`Queue::done`] afterwards; `None` if there is
+    /// none by the deadline.
     pub(super) fn next(&self, deadline: Instant) -> Option<Box<[u8]>> {
         let mut state = self.state.lock();
         loop {
@@ -100,7 +100,7 @@ impl Queue {
         }
     }
 
-    /// The thread's line is written, or is lost because the sink refused it.
+    /// Marks the thread's line as handled: written, or lost because the sink refused it.
     pub(super) fn done(&self, written: bool) {
         if !written {
             self.refused.fetch_add(1, Ordering::Relaxed);
@@ -109,7 +109,7 @@ impl Queue {
         self.went.notify_all();
     }
 
-    /// Waits until nothing waits, at most so long. Lines that are held are not waited for.
+    /// Waits until the queue is empty, at most `patience`. Held lines are not waited for.
     pub(super) fn flush(&self, patience: Duration) {
         let deadline = Instant::now() + patience;
         let mut state = self.state.lock();
@@ -127,7 +127,7 @@ impl Queue {
     }
 }
 
-/// What lines are written to.
+/// The output of the log.
 pub(super) struct Sink<W> {
     out: W,
     /// It refused the rest of a line.
@@ -139,7 +139,7 @@ impl<W: Write + AsFd> Sink<W> {
         Sink { out, torn: false }
     }
 
-    /// Writes a line whole, waiting for a sink that takes nothing just now. False: it is lost.
+    /// Writes a whole line, and waits for a sink that is not ready. False: the line is lost.
     pub(super) fn write(&mut self, line: &[u8]) -> bool {
         if self.torn && self.write_some(b"\n") == 0 {
             return false;
@@ -149,14 +149,14 @@ impl<W: Write + AsFd> Sink<W> {
         written == line.len()
     }
 
-    /// Writes as much as the sink takes, and says how much that was.
+    /// Writes as much as the sink accepts, and returns that number of bytes.
     fn write_some(&mut self, bytes: &[u8]) -> usize {
         let mut written = 0;
         while let Some(left) = bytes.get(written..).filter(|left| !left.is_empty()) {
             match self.out.write(left) {
                 Ok(count @ 1..) => written += count,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                // Somebody who shares the terminal or the pipe has made it non-blocking.
+                // Another process that shares the terminal or pipe has made it non-blocking.
                 Err(error)
                     if error.kind() == ErrorKind::WouldBlock
                         && wait_for_room(&self.out).is_ok() => {}
@@ -241,7 +241,7 @@ mod tests {
         queue.flush(Duration::from_secs(60));
         queue.push(b"a\n");
         assert!(take(&queue).is_some());
-        // The sink does not take it.
+        // The sink refuses it.
         queue.flush(Duration::from_millis(10));
         std::thread::scope(|scope| {
             scope.spawn(|| queue.flush(Duration::from_secs(60)));
@@ -266,7 +266,7 @@ mod tests {
         assert_eq!(read.join().unwrap(), line.len());
     }
 
-    /// Takes so many bytes of all, and no more until it has room again.
+    /// Accepts so many bytes in all, and no more until it has room again.
     struct Disk {
         file: std::fs::File,
         room: usize,

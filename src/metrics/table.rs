@@ -1,4 +1,4 @@
-//! How a table of metrics is declared and registered.
+//! Declaration and registration of a table of metrics.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -9,8 +9,9 @@ use prometheus::{
     Registry,
 };
 
-/// Declares a struct of metrics. A row has the field, the kind (a method of [`Registrar`]), the metric's
-/// name, what the kind needs beside it, and the meaning: the help of the metric and the doc of the field.
+/// Declares a struct of metrics. A row has the field, the kind (a method of [`Registrar`]), the
+/// metric's name, further arguments of the kind, and the meaning: the metric's help and the field's
+/// doc.
 macro_rules! metrics {
     (
         $(#[$doc:meta])*
@@ -45,32 +46,32 @@ macro_rules! metrics {
     (@type histogram $name:tt) => { prometheus::Histogram };
 }
 
-/// Counts by the values of a label.
+/// Counters by the value of a label.
 pub type Totals = BTreeMap<&'static str, u64>;
 
-/// A counter for each value of one label, all there from the start, so that a rate has a zero to
-/// begin at. They are looked up once: a look-up by label is a lock and a hash, on every request.
+/// One counter per value of a label. All exist from the start, so that a rate begins at zero. They
+/// are looked up once, because a look-up by label costs a lock and a hash on every request.
 #[derive(Clone, Debug)]
 pub struct Counters {
     by_value: Arc<[(&'static str, IntCounter)]>,
 }
 
 impl Counters {
-    /// Counts one; a value that is not in the list counts as the last, which is `other`.
+    /// Adds one. A value that is not in the list counts as the last, which is `other`.
     pub fn count(&self, value: &str) {
         if let Some(counter) = self.of(value) {
             counter.inc();
         }
     }
 
-    /// Counts several; as [`Counters::count`].
+    /// Adds several; as [`Counters::count`].
     pub fn add(&self, value: &str, more: u64) {
         if let Some(counter) = self.of(value) {
             counter.inc_by(more);
         }
     }
 
-    /// Raises a counter to what somebody else has counted.
+    /// Raises a counter to a total that is counted elsewhere.
     pub fn catch_up(&self, value: &str, counted: u64) {
         if let Some(counter) = self.of(value) {
             counter.inc_by(counted.saturating_sub(counter.get()));
@@ -89,17 +90,17 @@ impl Counters {
     }
 }
 
-/// What the reference page says of a metric.
+/// One metric on the reference page.
 #[derive(Clone, Debug)]
 pub(super) struct Described {
     pub(super) name: String,
     pub(super) kind: &'static str,
-    /// The labels, with the values of those that have a fixed set.
+    /// Labels, with their values if these are fixed.
     pub(super) labels: String,
     pub(super) help: String,
 }
 
-/// Registers metrics and remembers what they are.
+/// Registers metrics and collects their descriptions.
 #[derive(Default)]
 pub(super) struct Registrar {
     pub(super) registry: Registry,

@@ -17,23 +17,23 @@ use super::UnixMillis;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct OrderId(u64);
 
-/// 2024-01-01T00:00:00Z in Unix milliseconds: ids start here.
+/// 2024-01-01T00:00:00Z in Unix milliseconds, the zero of id timestamps.
 const EPOCH_MS: u64 = 1_704_067_200_000;
 const SEQUENCE_BITS: u32 = 16;
 const NODE_BITS: u32 = 6;
 
 impl OrderId {
-    /// The least id that there can be.
+    /// The lowest id.
     pub const MIN: OrderId = OrderId(1);
-    /// Above every id.
+    /// The highest id.
     pub const MAX: OrderId = OrderId(i64::MAX as u64);
 
-    /// The id with this value, where it could be one: 1 to 2^63 − 1.
+    /// The id with this value; `None` unless it is 1 to 2^63 − 1.
     pub fn new(value: u64) -> Option<Self> {
         (value != 0 && value <= i64::MAX as u64).then_some(OrderId(value))
     }
 
-    /// The id that a `bigint` column holds.
+    /// The id in a `bigint` column.
     pub fn from_i64(value: i64) -> Option<Self> {
         u64::try_from(value).ok().and_then(Self::new)
     }
@@ -57,12 +57,12 @@ impl OrderId {
         self.0 as i64
     }
 
-    /// The id clock's time at which it was given out, in Unix milliseconds.
+    /// Time of the id clock at which the id was given out, in Unix milliseconds.
     pub fn millis(self) -> UnixMillis {
         UnixMillis(((self.0 >> (SEQUENCE_BITS + NODE_BITS)) + EPOCH_MS) as i64)
     }
 
-    /// The least id of a moment: everything given out before it is smaller.
+    /// The lowest id of a moment: every id given out before is smaller.
     pub fn floor_of(moment: UnixMillis) -> Self {
         let ms = u64::try_from(moment.0)
             .unwrap_or(0)
@@ -71,12 +71,12 @@ impl OrderId {
     }
 }
 
-/// Ids from one to another, both included.
+/// A range of ids, both ends included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IdRange {
-    /// The least.
+    /// The lowest id.
     pub from: OrderId,
-    /// The greatest.
+    /// The highest id.
     pub to: OrderId,
 }
 
@@ -92,14 +92,14 @@ impl serde::Serialize for OrderId {
     }
 }
 
-/// The ids that the database has leased to this process are used up, because the lease could not
-/// be renewed; nothing may be given out until it is.
+/// The ids leased to this process are used up, because the lease could not be renewed. No id is
+/// given out until it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the lease on order ids ran out; it is renewed as soon as the database answers")]
+#[error("the lease on order ids has run out; it will be renewed as soon as the database answers")]
 pub struct IdLeaseExhausted;
 
-/// A reading of the wall clock. Time goes on from it by the monotonic clock, so whatever hangs on one
-/// reading agrees, also where somebody sets the wall clock meanwhile.
+/// A reading of the wall clock, continued by the monotonic clock. Values derived from one reading
+/// agree, even if the wall clock is set meanwhile.
 #[derive(Clone, Copy, Debug)]
 pub struct ClockReading {
     wall: UnixMillis,
@@ -115,22 +115,22 @@ impl ClockReading {
         }
     }
 
-    /// The time by this reading.
+    /// The current time, continued from this reading.
     pub fn now(&self) -> UnixMillis {
         let since = u64::try_from(self.at.elapsed().as_millis());
         self.wall.plus_ms(since.unwrap_or(u64::MAX))
     }
 }
 
-/// Gives out ids: strictly increasing, lock-free, never back with the wall clock.
+/// Gives out ids: strictly increasing, lock-free, never set back with the wall clock.
 ///
-/// Time here is the wall clock read once at start plus a monotonic clock since, and never less
-/// than the high-water mark of earlier processes, which is leased ahead in the database. A full
-/// millisecond borrows from the next. Nothing is given out at or beyond the lease.
+/// The clock's time is the wall clock, read once at start, plus a monotonic clock since. It is
+/// never below the high-water mark of earlier processes, which is leased ahead in the database. A
+/// full millisecond borrows from the next. No id is given out at or beyond the lease.
 #[derive(Debug)]
 pub struct IdClock {
-    /// `milliseconds since EPOCH_MS << 16 | sequence` of the last id given out. One relaxed
-    /// read-modify-write is all there is to agree on; ids publish nothing else.
+    /// `milliseconds since EPOCH_MS << 16 | sequence` of the last id given out. Relaxed
+    /// read-modify-writes suffice: ids publish nothing else.
     last: AtomicU64,
     /// First millisecond (since EPOCH_MS) that is not leased.
     leased_until: AtomicU64,
@@ -141,13 +141,13 @@ pub struct IdClock {
 }
 
 impl IdClock {
-    /// A clock for node 0 to 63 that starts no earlier than `high_water` and may give out ids up
-    /// to `leased_until`.
+    /// A clock for node 0 to 63. It starts no earlier than `high_water` and gives out ids below
+    /// `leased_until`.
     pub fn new(node: u8, high_water: UnixMillis, leased_until: UnixMillis) -> Self {
         Self::going_on(ClockReading::take(), node, high_water, leased_until)
     }
 
-    /// The same by a reading that was taken, and compared with another clock, before.
+    /// Same as [`IdClock::new`], from an earlier reading that was compared with another clock.
     pub fn going_on(
         clock: ClockReading,
         node: u8,
@@ -176,25 +176,25 @@ impl IdClock {
         self.base_ms + u64::try_from(since).unwrap_or(u64::MAX >> 24)
     }
 
-    /// The clock's time: monotonic, and never before an id that was given out by a predecessor.
+    /// The clock's time: monotonic, and never before an id of an earlier process.
     pub fn now(&self) -> UnixMillis {
         UnixMillis((self.ms_at(Instant::now()) + EPOCH_MS) as i64)
     }
 
-    /// Real time as this process knows it: the wall clock at its start, and a monotonic clock since.
-    /// [`IdClock::now`] runs ahead of it after a crash, by what the predecessor had leased.
+    /// Real time as this process knows it: the wall clock at its start plus a monotonic clock
+    /// since. After a crash [`IdClock::now`] runs ahead of it by the unused lease of the previous
+    /// process.
     pub fn real_now(&self) -> UnixMillis {
         self.real_at(Instant::now())
     }
 
-    /// [`IdClock::real_now`] for whoever has read the monotonic clock already.
+    /// [`IdClock::real_now`] for a caller that has read the monotonic clock already.
     pub fn real_at(&self, now: Instant) -> UnixMillis {
         UnixMillis((self.ms_at(now) - self.ahead_ms + EPOCH_MS) as i64)
     }
 
-    /// The least id that may belong to the last `window_ms`. After a crash this clock is ahead of
-    /// real time, by what the predecessor had leased and not used; the window is not shortened by
-    /// that.
+    /// The lowest id that may belong to the last `window_ms`. After a crash this clock is ahead of
+    /// real time by the unused lease of the previous process; the window is not shortened by that.
     pub fn window_floor(&self, window_ms: u64) -> OrderId {
         let back = i64::try_from(window_ms.saturating_add(self.ahead_ms)).unwrap_or(i64::MAX);
         OrderId::floor_of(UnixMillis(self.now().0.saturating_sub(back)))
@@ -203,15 +203,15 @@ impl IdClock {
     /// The next id.
     ///
     /// # Errors
-    /// [`IdLeaseExhausted`] where it would lie beyond the lease.
+    /// [`IdLeaseExhausted`] if the id would be beyond the lease.
     pub fn next(&self) -> Result<OrderId, IdLeaseExhausted> {
         self.next_at(Instant::now())
     }
 
-    /// [`IdClock::next`] for whoever has read the monotonic clock already.
+    /// [`IdClock::next`] for a caller that has read the monotonic clock already.
     ///
     /// # Errors
-    /// [`IdLeaseExhausted`] where it would lie beyond the lease.
+    /// [`IdLeaseExhausted`] if the id would be beyond the lease.
     pub fn next_at(&self, now: Instant) -> Result<OrderId, IdLeaseExhausted> {
         let now = self.ms_at(now) << SEQUENCE_BITS;
         let step = |last: u64| (last + 1).max(now);
@@ -231,7 +231,7 @@ impl IdClock {
         ))
     }
 
-    /// Extends the lease after the database committed it. It never shrinks.
+    /// Extends the lease after the database has committed it. It never shrinks.
     pub fn extend_lease(&self, leased_until: UnixMillis) {
         let ms = u64::try_from(leased_until.0)
             .unwrap_or(0)

@@ -12,11 +12,11 @@
 //!      └─► failed (the database refused the row) ─────────┘
 //! ```
 //!
-//! An order that is paid stays paid: a second payment is `refund_due` by itself
-//! ([`payment::judge`]).
+//! A paid order stays paid: a second payment is itself `refund_due` ([`payment::judge`]).
+//! An `accepted` order that is written too late to be paid becomes `expired` directly.
 //!
-//! `accepted` and `undecided` are what a client is told before a row exists; they are never
-//! stored. [`OrderStatus::may_become`] is the transition table, and a test walks every pair.
+//! `accepted` and `undecided` are answered before a row exists and are never stored.
+//! [`OrderStatus::may_become`] is the transition table, and a test walks every pair.
 
 mod id;
 pub mod payment;
@@ -35,13 +35,13 @@ pub use id::{ClockReading, IdClock, IdLeaseExhausted, IdRange, OrderId};
 pub use refusal::Refusal;
 pub use status::{Ended, OrderStatus};
 
-/// Milliseconds since the Unix epoch, by the wall clock. For people and for `expires_at`; no
-/// safety property is decided by it (I10).
+/// Milliseconds since the Unix epoch, by the wall clock. For people and for `expires_at`; it
+/// decides no safety property (I10).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct UnixMillis(pub i64);
 
 impl UnixMillis {
-    /// The wall clock now; 0 when it stands before the epoch.
+    /// The wall clock now; 0 if it is before the epoch.
     pub fn now() -> Self {
         let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         let ms = since.map_or(0, |d| i64::try_from(d.as_millis()).unwrap_or(i64::MAX));
@@ -60,7 +60,8 @@ impl fmt::Display for UnixMillis {
         if let Ok(timestamp) = jiff::Timestamp::from_millisecond(self.0) {
             return write!(f, "{timestamp:.3}");
         }
-        // Its `Timestamp` ends a day before the year 9999 does, for the sake of offsets.
+        // The `Timestamp` of `jiff` ends a day before the year 9999 does, to leave room for
+        // offsets.
         let since = jiff::SignedDuration::from_millis(self.0);
         let epoch = jiff::civil::date(1970, 1, 1).at(0, 0, 0, 0);
         match epoch.checked_add(since) {
@@ -70,18 +71,18 @@ impl fmt::Display for UnixMillis {
     }
 }
 
-/// Why a text is not a valid id, key or currency.
+/// Reasons why a text is not a valid id, key or currency.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidText {
     /// Its length in bytes is outside the range.
     #[error("must be {min} to {max} characters long")]
     Length {
-        /// The least length.
+        /// Lowest length in bytes.
         min: usize,
-        /// The greatest length.
+        /// Highest length in bytes.
         max: usize,
     },
-    /// It has a byte other than `!` to `~`.
+    /// It contains a byte other than `!` to `~`.
     #[error("must be visible ASCII, without spaces")]
     NotVisibleAscii,
     /// It is not three capital letters.
@@ -106,18 +107,19 @@ macro_rules! opaque_text {
         pub struct $name(SmolStr);
 
         impl $name {
-            /// The greatest length in characters.
+            /// Highest length in characters.
             pub const LEN_MAX: usize = $max;
 
-            /// Checks and takes `text`.
+            /// Checks `text` and copies it.
             ///
             /// # Errors
-            /// [`InvalidText`] where it is empty, too long or not visible ASCII.
+            /// [`InvalidText`] if it is empty, too long or not visible ASCII.
             pub fn new(text: &str) -> Result<Self, InvalidText> {
                 visible_ascii(text, $max).map(|text| Self(SmolStr::new(text)))
             }
 
-            /// Takes `text` from a row of ours, without a check: it was made when the row was.
+            /// Copies `text` from one of Millrace's rows without a check, because it was checked
+            /// for the row.
             pub fn from_row(text: &str) -> Self {
                 Self(SmolStr::new(text))
             }
@@ -143,12 +145,12 @@ macro_rules! opaque_text {
 }
 
 opaque_text!(
-    /// The shop's name for a buyer: 1 to 48 characters of visible ASCII, opaque to Millrace.
+    /// The shop's id of a buyer: 1 to 48 characters of visible ASCII, opaque to Millrace.
     UserId,
     48
 );
 opaque_text!(
-    /// The shop's name for what is sold: 1 to 32 characters of visible ASCII.
+    /// The shop's id of a stock item: 1 to 32 characters of visible ASCII.
     SkuId,
     32
 );
@@ -159,13 +161,13 @@ opaque_text!(
 pub struct IdempotencyKey<'a>(&'a str);
 
 impl<'a> IdempotencyKey<'a> {
-    /// The greatest length in characters.
+    /// Highest length in characters.
     pub const LEN_MAX: usize = 64;
 
-    /// Checks and takes `text`.
+    /// Checks `text`.
     ///
     /// # Errors
-    /// [`InvalidText`] where it is empty, too long or not visible ASCII.
+    /// [`InvalidText`] if it is empty, too long or not visible ASCII.
     pub fn new(text: &'a str) -> Result<Self, InvalidText> {
         visible_ascii(text, Self::LEN_MAX).map(Self)
     }
@@ -180,13 +182,13 @@ impl<'a> IdempotencyKey<'a> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SkuNumber(pub i32);
 
-/// 32 bits of hash of a `sku_id`: the CRC-32C of its text. It names a SKU where there is no room for
-/// the whole, to somebody who knows which SKUs there are and whom a signature protects from forgers.
+/// A 32-bit hash of a `sku_id`: the CRC-32C of its text. It names a SKU where the whole id has no
+/// room. Its readers know every SKU, and a signature protects it from forgery.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SkuTag(pub u32);
 
 impl SkuTag {
-    /// The hash of a `sku_id`. It is stored with payments, so it never changes.
+    /// The hash of a `sku_id`. It is stored with payments, so it must never change.
     pub fn of(sku_id: &str) -> Self {
         SkuTag(crc32c::crc32c(sku_id.as_bytes()))
     }
@@ -197,12 +199,12 @@ impl SkuTag {
 pub struct Quantity(NonZeroU32);
 
 impl Quantity {
-    /// The most units one order may take.
+    /// Most units of one order.
     pub const MAX: u32 = 10_000;
     /// One unit, the default.
     pub const ONE: Quantity = Quantity(NonZeroU32::MIN);
 
-    /// A quantity, where `units` is 1 to [`Quantity::MAX`].
+    /// A quantity; `None` unless `units` is 1 to [`Quantity::MAX`].
     pub fn new(units: u32) -> Option<Self> {
         NonZeroU32::new(units)
             .filter(|units| units.get() <= Self::MAX)
@@ -220,10 +222,10 @@ impl Quantity {
 pub struct Currency([u8; 3]);
 
 impl Currency {
-    /// Checks and takes a code.
+    /// Checks a code and copies it.
     ///
     /// # Errors
-    /// [`InvalidText::NotACurrency`] where it is not three capital ASCII letters.
+    /// [`InvalidText::NotACurrency`] if it is not three capital ASCII letters.
     pub fn new(code: &str) -> Result<Self, InvalidText> {
         match <[u8; 3]>::try_from(code.as_bytes()) {
             Ok(bytes) if bytes.iter().all(u8::is_ascii_uppercase) => Ok(Self(bytes)),
@@ -243,15 +245,15 @@ impl serde::Serialize for Currency {
     }
 }
 
-/// The first 128 bits of SHA-256 over an idempotency key. Stored as a `uuid` column.
+/// First 128 bits of the SHA-256 of an idempotency key. Stored as a `uuid` column.
 ///
-/// A cryptographic hash, because keys come from buyers' devices: with a weaker one a buyer could
-/// craft two keys of one hash, and the second order would be answered with the first.
+/// The hash is cryptographic because keys come from buyers' devices. With a weaker one a buyer
+/// could craft two keys with one hash, and the second order would be answered with the first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct KeyHash(pub [u8; 16]);
 
 impl KeyHash {
-    /// The hash of a key. The scope (the user) is kept by the map that holds it.
+    /// The hash of a key. Its scope, the user, is kept by the map that contains it.
     pub fn of(key: IdempotencyKey<'_>) -> Self {
         let digest = Sha256::digest(key.as_str().as_bytes());
         let mut first = [0; 16];
@@ -259,13 +261,13 @@ impl KeyHash {
         KeyHash(first)
     }
 
-    /// Whether both may be of one key: they are equal, or one is short (its last 8 bytes are zero)
-    /// and the first 8 bytes agree.
+    /// Whether both may belong to one key: they are equal, or one is short (its last 8 bytes are
+    /// zero) and the first 8 bytes agree.
     ///
-    /// A receipt without room for more carries the first 8 bytes only, and an order that is
-    /// recovered from it is stored with zeros behind them. The buyer's retry comes with the whole
-    /// hash and has to find that order all the same. Two keys that agree in 8 bytes can be crafted,
-    /// but a key is its user's own, so whoever does it mistakes only orders of theirs.
+    /// A receipt with little room carries only the first 8 bytes, and an order recovered from it is
+    /// stored with zeros after them. The buyer's retry has the whole hash and must still find that
+    /// order. Keys that agree in 8 bytes can be crafted, but keys are scoped to a user, so an
+    /// attacker can confuse only orders of their own.
     pub fn matches(self, other: KeyHash) -> bool {
         let halves = |hash: KeyHash| {
             let whole = u128::from_be_bytes(hash.0);
@@ -276,14 +278,14 @@ impl KeyHash {
     }
 }
 
-/// 64 bits of SHA-256 over what an order asks for. Tells a retry from another order that came
+/// First 64 bits of the SHA-256 of an order's request. It distinguishes a retry from another order
 /// under the same key. Stored as a `bigint` column.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PayloadHash(pub u64);
 
 impl PayloadHash {
-    /// The hash of what is asked for; each part is length-prefixed or of fixed size, so that no
-    /// two requests run together.
+    /// The hash of a request. Each part is length-prefixed or of fixed size, so that different
+    /// requests have different inputs.
     pub fn of(sku: &SkuId, quantity: Quantity, adjustment: i64, attributes: Option<&str>) -> Self {
         let mut hasher = Sha256::new();
         hasher.update([u8::try_from(sku.as_str().len()).unwrap_or(u8::MAX)]);
@@ -297,56 +299,56 @@ impl PayloadHash {
         PayloadHash(u64::from_be_bytes(first))
     }
 
-    /// Whether both may be of one request: they are equal, or one is short (its low 4 bytes are
-    /// zero) and the high 4 bytes agree. As with [`KeyHash::matches`], an order that is recovered
-    /// from a receipt may be stored with a short one, and its retry comes with the whole.
+    /// Whether both may belong to one request: they are equal, or one is short (its low 4 bytes are
+    /// zero) and the high 4 bytes agree. As with [`KeyHash::matches`], an order recovered from a
+    /// receipt may be stored with a short hash, and its retry has the whole one.
     pub fn matches(self, other: PayloadHash) -> bool {
         let (low, other_low) = (self.0 as u32, other.0 as u32);
         self.0 >> 32 == other.0 >> 32 && (low == other_low || low == 0 || other_low == 0)
     }
 }
 
-/// One order, complete, as it is queued and written.
+/// A complete order, as it is queued and written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Order {
-    /// Its time-ordered id.
+    /// Time-ordered id.
     pub id: OrderId,
-    /// Who buys.
+    /// The buyer.
     pub user_id: UserId,
-    /// What is bought, as the shop calls it. Shared with the stock and every other order of it.
+    /// The shop's id of the SKU, shared with the stock and every other order of the SKU.
     pub sku_id: Arc<SkuId>,
-    /// What is bought, as the database calls it.
+    /// The database's number of the SKU.
     pub sku: SkuNumber,
-    /// How many units.
+    /// Units, 1 to 10,000.
     pub quantity: Quantity,
-    /// What the shop adds or takes off, in minor units.
+    /// The shop's surcharge, or discount if negative, in minor units.
     pub adjustment: i64,
     /// `unit_price × quantity + adjustment` in minor units; never negative.
     pub amount: i64,
-    /// The currency of both.
+    /// Currency of both.
     pub currency: Currency,
-    /// When it was admitted.
+    /// Time of admission.
     pub created_at: UnixMillis,
-    /// When it stops being payable.
+    /// End of the time to pay.
     pub expires_at: UnixMillis,
-    /// The hash of its idempotency key, where it came with one.
+    /// Hash of its idempotency key, if it came with one.
     pub key: Option<KeyHash>,
-    /// The hash of what it asks for.
+    /// Hash of the request.
     pub payload: PayloadHash,
-    /// The shop's own JSON object as it came, at most 1 KiB.
+    /// The shop's JSON object, unchanged, at most 1 KiB.
     pub attributes: Option<Box<str>>,
 }
 
-/// The units that an order takes, and whose they are.
+/// The units of an order, with its buyer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OrderUnits {
-    /// The order.
+    /// Id of the order.
     pub order_id: OrderId,
     /// Its buyer.
     pub user_id: UserId,
     /// Its SKU.
     pub sku: SkuNumber,
-    /// How many units, from 1 on.
+    /// Units, at least 1.
     pub quantity: u32,
 }
 

@@ -1,25 +1,25 @@
-//! A payment: what a provider reports, where it stands, and what it does to its order.
+//! A payment: the provider's report, its state, and its effect on the order.
 //!
 //! # The life of a payment
 //!
 //! ```text
-//!               the order is there and fits
-//!   orphan ──────────────────────────────────► matched ──┐ (an operator gives
-//!      │                                                 │  the money back)
-//!      │  the order is there and does not fit, or no     ▼
+//!               the order exists and fits
+//!   orphan ──────────────────────────────────► matched ──┐ (an operator refunds
+//!      │                                                 │  the money)
+//!      │  the order exists and does not fit, or no       ▼
 //!      └─ order was found or recovered ─► refund_due ─► refunded
 //! ```
 //!
-//! A verified payment whose order is a row already is stored in the state that this leads to, any
-//! other as `orphan`. Exactly one state holds at any moment, so money
-//! in = matched + orphan + refund due + refunded (I7). [`PaymentState::may_become`] is the
-//! transition table; [`judge`] says what a payment does to an order that is a row.
+//! A verified payment whose order has a row is stored in the resulting state at once, any other as
+//! `orphan`. A payment is in exactly one state at any moment, so money in = matched + orphan +
+//! refund due + refunded (I7). [`PaymentState::may_become`] is the transition table; [`judge`]
+//! decides the effect of a payment on an order with a row.
 
 use std::fmt;
 
 use super::{Currency, OrderId, OrderStatus, UnixMillis};
 
-/// Longest event id, payment id, order reference and receipt that is taken, in bytes.
+/// Longest event id, payment id, order reference and receipt, in bytes.
 pub const REFERENCE_BYTES_MAX: usize = 255;
 
 macro_rules! words {
@@ -31,17 +31,17 @@ macro_rules! words {
         }
 
         impl $name {
-            /// Every one.
+            /// Every value.
             pub const ALL: &'static [$name] = &[$($name::$variant,)*];
 
-            /// The word used in paths, JSON and the database.
+            /// The name used in paths, JSON and the database.
             pub fn as_str(self) -> &'static str {
                 match self {
                     $($name::$variant => $word,)*
                 }
             }
 
-            /// What a word means.
+            /// The value with this name.
             pub fn from_word(word: &str) -> Option<Self> {
                 Self::ALL.iter().copied().find(|one| one.as_str() == word)
             }
@@ -56,9 +56,9 @@ macro_rules! words {
 }
 
 words!(
-    /// Who takes the money.
+    /// A payment provider.
     Provider {
-        /// Standard Webhooks: any provider that speaks it, and the shop itself.
+        /// Standard Webhooks: any provider that sends them, and the shop itself.
         Standard = "standard",
         /// Stripe.
         Stripe = "stripe",
@@ -70,21 +70,21 @@ words!(
 );
 
 words!(
-    /// Where a payment stands.
+    /// State of a payment.
     PaymentState {
         /// Its order has not been found yet.
         Orphan = "orphan",
         /// It has paid its order.
         Matched = "matched",
-        /// The money must go back.
+        /// The money must be refunded.
         RefundDue = "refund_due",
-        /// The money went back.
+        /// The money was refunded.
         Refunded = "refunded",
     }
 );
 
 impl PaymentState {
-    /// The transition table: whether a payment that stands here may next stand at `next`.
+    /// The transition table: whether a payment in this state may next be in `next`.
     pub fn may_become(self, next: PaymentState) -> bool {
         match self {
             PaymentState::Orphan => next != PaymentState::Orphan,
@@ -96,91 +96,92 @@ impl PaymentState {
 }
 
 words!(
-    /// Why a payment has to go back. `docs/PAYMENTS.md` says what to do about each.
+    /// Reasons for a refund. `docs/PAYMENTS.md` has the action for each.
     RefundReason {
         /// The buyer had cancelled the order.
         OrderCancelled = "order_cancelled",
-        /// It arrived after the order had expired.
+        /// The payment arrived after the order had expired.
         OrderExpired = "order_expired",
         /// The database had refused the order.
         OrderFailed = "order_failed",
         /// Another payment had paid the order.
         AlreadyPaid = "already_paid",
-        /// The order's money was going back, or had gone back, already.
+        /// The order's money was to be refunded, or was refunded, already.
         AlreadyRefunded = "already_refunded",
-        /// It is not of the order's amount.
+        /// The payment differs from the order's amount.
         AmountMismatch = "amount_mismatch",
-        /// It is not in the order's currency.
+        /// The payment differs from the order's currency.
         CurrencyMismatch = "currency_mismatch",
-        /// No such order was ever found, and it brought no receipt to recover one from.
+        /// The order was never found, and the payment brought no receipt to recover it from.
         ReceiptMissing = "receipt_missing",
-        /// The same, and its receipt is altered, another order's, another database's, or not ours.
+        /// The order was never found, and the receipt is altered, of another order or database, or
+        /// not ours.
         ReceiptInvalid = "receipt_invalid",
-        /// The order was lost, and its units were meanwhile sold to others.
+        /// The order was lost, and its units have been sold to others.
         SoldOut = "sold_out",
-        /// The order was lost, and its buyer has meanwhile ordered again under the same key.
+        /// The order was lost, and its buyer has ordered again under the same key.
         OrderedAgain = "ordered_again",
-        /// The order was lost, and what it bought is no longer known.
+        /// The order was lost, and its SKU is no longer known.
         UnknownSku = "unknown_sku",
     }
 );
 
-/// A payment as its provider reports it, the signature verified.
+/// A payment as its provider reports it, with a verified signature.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Payment {
-    /// The provider's name for it, 1 to [`REFERENCE_BYTES_MAX`] bytes without NUL.
+    /// The provider's id of it, 1 to [`REFERENCE_BYTES_MAX`] bytes without NUL.
     pub payment_id: String,
-    /// The order that it is for, as the provider tells it; at most [`REFERENCE_BYTES_MAX`] bytes
-    /// without NUL. Empty where it told none.
+    /// The paid order as the provider names it, at most [`REFERENCE_BYTES_MAX`] bytes without NUL.
+    /// Empty if it named none.
     pub order_ref: String,
-    /// In minor units.
+    /// Amount in minor units.
     pub amount: i64,
     /// Its currency.
     pub currency: Currency,
-    /// What came in the provider's pass-back field, at most [`REFERENCE_BYTES_MAX`] bytes without
-    /// NUL; not judged yet.
+    /// Content of the provider's pass-back field, at most [`REFERENCE_BYTES_MAX`] bytes without
+    /// NUL; not verified yet.
     pub receipt: Option<String>,
-    /// When it was made, as the provider has signed it. Never trusted to be later than its
+    /// Time of the payment as the provider signed it. It counts only if it is earlier than the
     /// arrival.
     pub made_at: Option<UnixMillis>,
 }
 
 impl Payment {
-    /// The order that it is for, where that can be one of ours.
+    /// The paid order; `None` if the reference cannot be an id of ours.
     pub fn order_id(&self) -> Option<OrderId> {
         OrderId::parse(&self.order_ref)
     }
 }
 
-/// A provider's message, verified.
+/// A provider's verified message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Notice {
-    /// Who sent it.
+    /// The sender.
     pub provider: Provider,
-    /// The provider's name for this message, the same in each of its deliveries; 1 to
+    /// The provider's id of this message, the same in each of its deliveries; 1 to
     /// [`REFERENCE_BYTES_MAX`] bytes without NUL.
     pub event_id: String,
-    /// What it says has happened, in the provider's words, at most [`REFERENCE_BYTES_MAX`] bytes
-    /// without NUL.
+    /// The reported event, in the provider's words, at most [`REFERENCE_BYTES_MAX`] bytes without
+    /// NUL.
     pub kind: String,
-    /// The body as it came, kept as evidence.
+    /// The body as received, kept as evidence.
     pub body: Box<[u8]>,
-    /// The payment that succeeded; `None` where the message is about something else, and then it
-    /// is stored and answered with success.
+    /// The payment that succeeded. `None` if the message is about something else; it is then stored
+    /// and answered with success.
     pub payment: Option<Payment>,
 }
 
-/// A message and the moment at which it came in.
+/// A message and its time of arrival.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Delivery {
     /// The message.
     pub notice: Notice,
-    /// Its arrival at the door, by Millrace's clock, before it waited for anything.
+    /// Arrival by Millrace's clock, before the message waited for anything.
     pub received_at: UnixMillis,
 }
 
 impl Delivery {
-    /// When its payment counts as made: at its arrival, or at the provider's signed time where that
+    /// Time at which the payment counts as made: its arrival, or the provider's signed time if that
     /// is earlier. Deliveries of one payment may differ; the one that is booked counts.
     pub fn paid_at(&self) -> UnixMillis {
         let made_at = self.notice.payment.as_ref().and_then(|one| one.made_at);
@@ -188,39 +189,40 @@ impl Delivery {
     }
 }
 
-/// What counts when a payment is held against an order that is a row.
+/// The facts of an order with a row that a payment is compared with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OrderFacts {
-    /// Where it stands.
+    /// Status.
     pub status: OrderStatus,
-    /// What it costs, in minor units.
+    /// Amount in minor units.
     pub amount: i64,
-    /// In which currency.
+    /// Currency.
     pub currency: Currency,
 }
 
-/// What a payment does to an order.
+/// Effect of a payment on its order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// The payment is matched and the order paid.
     Pay,
-    /// The money must go back.
+    /// The money must be refunded.
     Refund {
-        /// Why.
+        /// The reason.
         reason: RefundReason,
-        /// Whether the order itself now stands at `refund_due`. A second payment changes nothing
-        /// about an order that the first has paid.
+        /// Whether the order itself becomes `refund_due`. A second payment does not change an order
+        /// that the first has paid.
         order_too: bool,
     },
 }
 
-/// Holds a payment of `amount` in `currency` against its order. What the order's status says comes
-/// before what the payment says. An order that is still to be paid is paid, however late: its units
-/// are held. Whether a payment came in time decides only whether its order may expire meanwhile.
+/// Compares a payment of `amount` in `currency` with its order. The order's status takes precedence
+/// over the payment's data. A `pending_payment` order is paid even by a late payment, because its
+/// units are still held. Whether a payment came in time only decides whether its order may expire
+/// meanwhile.
 pub fn judge(order: &OrderFacts, amount: i64, currency: Currency) -> Verdict {
     let refund = |reason, order_too| Verdict::Refund { reason, order_too };
     match order.status {
-        // These two are never rows; an order in flight is waited for.
+        // The first two are never rows; a payment of an order in flight waits for its row.
         OrderStatus::Accepted | OrderStatus::Undecided | OrderStatus::PendingPayment => {
             if currency != order.currency {
                 refund(RefundReason::CurrencyMismatch, true)
@@ -277,7 +279,7 @@ mod tests {
         }
     }
 
-    /// Every status against every kind of payment, and each verdict an allowed transition.
+    /// Every status with every kind of payment; each verdict must be a permitted transition.
     #[test]
     fn every_status_and_every_payment_have_a_verdict_that_the_transition_table_allows() {
         for status in OrderStatus::ALL {

@@ -1,24 +1,24 @@
-//! Why an order was not taken.
+//! Reasons why an order was refused.
 
 use super::UnixMillis;
 
-/// Why an order was not taken. Nothing is held for it and no row will ever be written (I5).
+/// Reason why an order was refused. Nothing is held for it, and its row will never be written (I5).
 ///
-/// Declared in order of precedence: where several apply, a buyer is told the first. The state of
-/// the service comes before that of the request, and what cannot change (an unknown SKU, another
-/// body under the same key) before what can.
+/// Declared in order of precedence: if several apply, the answer has the first. The state of the
+/// service comes before that of the request. Conditions that cannot change (an unknown SKU, another
+/// body under the same key) come before those that can.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Refusal {
-    /// Still recovering, or stopped by an internal fault.
+    /// The process is still recovering, or an internal fault has stopped it.
     NotReady,
-    /// Shutting down.
+    /// The process is shutting down.
     Draining,
-    /// The user's rate, or the overall one, is used up.
+    /// The user's rate limit, or the overall one, is exceeded.
     RateLimited {
-        /// When a request will pass again, in milliseconds.
+        /// Time until a request will pass again, in milliseconds.
         retry_after_ms: u32,
     },
-    /// No such SKU.
+    /// The SKU does not exist.
     UnknownSku,
     /// The same key came with another body.
     IdempotencyKeyReused,
@@ -28,7 +28,7 @@ pub enum Refusal {
     SalePaused,
     /// The sale has not opened.
     SaleNotOpen {
-        /// When it does.
+        /// Opening time.
         opens_at: UnixMillis,
     },
     /// The sale is over.
@@ -45,16 +45,16 @@ pub enum Refusal {
         /// Units that are free.
         available: u32,
     },
-    /// As far as can be told it could not be written within its wait.
+    /// The estimate says that the order could not be written within its wait.
     Backlogged {
-        /// When it could be, in milliseconds.
+        /// Time until it could be, in milliseconds.
         retry_after_ms: u32,
     },
-    /// The queue is full, or as good as full.
+    /// The queue is full or almost full.
     Overloaded,
-    /// As many orders are remembered for their keys and limits as may be.
+    /// The limit of orders kept in memory for keys and purchase limits is reached.
     MemoryFull,
-    /// The journal has reached its limit, or the disk its end.
+    /// The journal has reached its limit, or the disk is full.
     JournalFull,
     /// The journal's disk has failed; orders that wait for persistence are still taken.
     JournalFailed,
@@ -81,8 +81,8 @@ impl Refusal {
         }
     }
 
-    /// Whether the same request under the same key shall be told the same again, although another
-    /// judgment might come out better meanwhile. Every other refusal is judged afresh.
+    /// Whether the same request under the same key gets the same answer again, even if a new
+    /// decision would be more favourable. Every other refusal is decided afresh.
     pub fn is_sticky(self) -> bool {
         matches!(
             self,

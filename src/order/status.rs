@@ -1,27 +1,28 @@
-//! Where an order stands.
+//! Status of an order.
 
 use std::fmt;
 
-/// Where an order stands. The stored ones have a code, kept in `orders.status`.
+/// Status of an order. Stored statuses have a code, kept in `orders.status`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum OrderStatus {
     /// Durable in the queue, not yet in the database.
     Accepted,
-    /// Being written when the wait ran out; it becomes one of the others or never was.
+    /// Being written when the wait ran out. It becomes one of the others, or was never written.
     Undecided,
-    /// Persisted, its units held, to be paid before it expires.
+    /// Persisted, with its units held, and payable until it expires.
     PendingPayment,
     /// Paid in time and in full; its units are sold.
     Paid,
-    /// Cancelled before payment; its units are back.
+    /// Cancelled before payment; its units are free.
     Cancelled,
-    /// Not paid in time; its units are back.
+    /// Not paid in time; its units are free.
     Expired,
-    /// The database refused the row; its units are back; a dead letter keeps it for a person.
+    /// The database refused the row; its units are free, and a dead letter keeps it for an
+    /// operator.
     Failed,
-    /// Money came that must go back.
+    /// Its payment must be refunded.
     RefundDue,
-    /// The money went back.
+    /// Its payment was refunded.
     Refunded,
 }
 
@@ -39,7 +40,7 @@ impl OrderStatus {
         OrderStatus::Refunded,
     ];
 
-    /// The word used in JSON and in the database's views.
+    /// The name used in JSON and in the database's views.
     pub fn as_str(self) -> &'static str {
         match self {
             OrderStatus::Accepted => "accepted",
@@ -54,13 +55,13 @@ impl OrderStatus {
         }
     }
 
-    /// The status that a word means.
+    /// The status with this name.
     pub fn from_word(word: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|status| status.as_str() == word)
     }
 
-    /// The code in `orders.status`; `None` for what is never stored there. The schema's views
-    /// spell out the same table, and a test compares them.
+    /// The code in `orders.status`; `None` for a status that is never stored there. The schema's
+    /// views have the same table, and a test compares them.
     pub fn code(self) -> Option<i16> {
         match self {
             OrderStatus::Accepted | OrderStatus::Undecided | OrderStatus::Failed => None,
@@ -73,7 +74,7 @@ impl OrderStatus {
         }
     }
 
-    /// The status of a code in `orders.status`.
+    /// The status with this code in `orders.status`.
     pub fn from_code(code: i16) -> Option<Self> {
         Self::ALL
             .into_iter()
@@ -85,7 +86,7 @@ impl OrderStatus {
         Ended::of(self).is_none()
     }
 
-    /// The transition table: whether an order that stands here may next stand at `next`.
+    /// The transition table: whether an order in this status may next be in `next`.
     pub fn may_become(self, next: OrderStatus) -> bool {
         use OrderStatus::{
             Accepted, Cancelled, Expired, Failed, Paid, PendingPayment, RefundDue, Refunded,
@@ -102,19 +103,19 @@ impl OrderStatus {
     }
 }
 
-/// How an order came to hold no units any more.
+/// The way in which an order stopped holding units.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Ended {
-    /// Cancelled, or its money went back or has to.
+    /// Cancelled, or its money must be or was refunded.
     Cancelled,
     /// Not paid in time.
     Expired,
-    /// A dead letter.
+    /// Refused by the database: a dead letter.
     Failed,
 }
 
 impl Ended {
-    /// How an order of this status has ended; `None`: it is live.
+    /// How an order with this status has ended; `None` if it is live.
     pub fn of(status: OrderStatus) -> Option<Self> {
         match status {
             OrderStatus::Accepted
@@ -129,7 +130,7 @@ impl Ended {
         }
     }
 
-    /// The status of an order that has ended so, as far as memory knows.
+    /// The status of an order that ended this way, as far as memory knows.
     pub fn status(self) -> OrderStatus {
         match self {
             Ended::Cancelled => OrderStatus::Cancelled,
@@ -183,7 +184,7 @@ mod tests {
         assert!(OrderStatus::PendingPayment.may_become(OrderStatus::Paid));
         assert!(!OrderStatus::Refunded.may_become(OrderStatus::RefundDue));
         assert!(!OrderStatus::Expired.may_become(OrderStatus::Paid));
-        // What is paid stays paid until somebody gives the money back.
+        // A paid order stays paid until the money is refunded.
         assert!(!OrderStatus::Paid.may_become(OrderStatus::RefundDue));
     }
 }

@@ -1,11 +1,11 @@
-//! Where this process spends its processor time: stacks, taken many times a second while it works.
+//! CPU profiles of this process: stacks sampled many times a second.
 //!
-//! The kernel counts the process's processor time and interrupts whoever uses it with `SIGPROF`;
-//! what the thread is doing at that moment is one sample. So a process that waits gives none, and
-//! one on four busy cores gives four times as many as on one. The timer and the signal belong to
-//! the process, therefore one profile is taken at a time.
+//! The kernel counts the process's CPU time and interrupts a running thread with `SIGPROF`. The
+//! thread's stack at that moment is one sample. A process that waits gives none, and four busy
+//! cores give four times as many as one. The timer and the signal belong to the process, so only
+//! one profile can be taken at a time.
 //!
-//! `sampler` says how stacks are walked, and why in that way.
+//! `sampler` explains how stacks are walked, and why.
 
 #[cfg(all(any(target_os = "linux", target_os = "macos"), target_arch = "x86_64"))]
 mod sampler;
@@ -20,19 +20,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use sampler::Sampler;
 use thiserror::Error;
 
-/// Why there is no profile.
+/// Reasons why there is no profile.
 #[derive(Debug, Error)]
 pub enum ProfileError {
-    /// Somebody else takes one.
-    #[error("a profile of this process is being taken: wait until it is done")]
+    /// Another profile is being taken.
+    #[error("another profile of this process is being taken; retry when it is done")]
     Running,
-    /// Not here.
-    #[error("profiles are taken on Linux and macOS on x86-64 only: use the system's own profiler")]
-    Unsupported,
-    /// The profiler itself said no.
+    /// Not supported on this platform.
     #[error(
-        "the profiler failed: {0}; it needs a temporary directory that it may write to (TMPDIR)"
+        "profiles are supported on Linux and macOS on x86-64 only; use the system's own profiler"
     )]
+    Unsupported,
+    /// The profiler failed.
+    #[error("the profiler failed: {0}; it needs a writable temporary directory (TMPDIR)")]
     Failed(String),
 }
 
@@ -46,19 +46,19 @@ impl ProfileError {
     }
 }
 
-/// A profile that is being taken. Dropping it ends it.
+/// A running profile. Dropping it ends the sampling.
 pub struct Profile {
-    // In this order: the place is free once nothing is sampled any more.
+    // In this order: the place is freed once the sampling has stopped.
     sampler: Sampler,
     _place: Place,
 }
 
 impl Profile {
-    /// Begins one with `hz` samples a second of processor time, 1 to 999. The first one of a
-    /// process reads its unwind tables, so this may block for a moment.
+    /// Starts a profile with `hz` samples per second of CPU time, 1 to 999. The first one of a
+    /// process reads its unwind tables, so this may block briefly.
     ///
     /// # Errors
-    /// Another one is being taken, or none can be.
+    /// Another profile is being taken, or the profiler failed.
     pub fn start(hz: u16) -> Result<Self, ProfileError> {
         let place = Place::take().ok_or(ProfileError::Running)?;
         Ok(Profile {
@@ -67,24 +67,24 @@ impl Profile {
         })
     }
 
-    /// Ends it and names the functions in it, which blocks for a while.
+    /// Stops sampling and looks up function names, which blocks for a while.
     ///
     /// # Errors
-    /// What was sampled could not be read back.
+    /// If the samples cannot be read back.
     pub fn finish(self) -> Result<Stacks, ProfileError> {
         let counts = self.sampler.stacks()?;
         Ok(Stacks { counts })
     }
 }
 
-/// The one place for a profile in this process; dropping it frees it.
+/// The right to take a profile in this process; dropping it frees it.
 struct Place;
 
 static TAKEN: AtomicBool = AtomicBool::new(false);
 
 impl Place {
     fn take() -> Option<Self> {
-        // Acquire and Release: who takes the place sees a sampler that was stopped completely.
+        // Acquire and Release: the next owner sees a sampler that has stopped completely.
         TAKEN
             .compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed)
             .ok()
@@ -98,20 +98,21 @@ impl Drop for Place {
     }
 }
 
-/// What a profile found: how many samples fell on each stack.
+/// Result of a profile: the number of samples of each stack.
 #[derive(Debug)]
 pub struct Stacks {
-    /// By the stack from its thread's name to the innermost function, separated by semicolons.
+    /// By stack: the thread's name, then functions from the outermost to the innermost, separated
+    /// by semicolons.
     counts: BTreeMap<String, u64>,
 }
 
 impl Stacks {
-    /// Samples in all.
+    /// Number of samples.
     pub fn samples(&self) -> u64 {
         self.counts.values().sum()
     }
 
-    /// The collapsed form that flamegraph tools read and compare: a line a stack, its count last.
+    /// The collapsed form of flamegraph tools: one line per stack, with its count at the end.
     pub fn folded(&self) -> String {
         let mut text = String::new();
         for (stack, count) in &self.counts {
@@ -124,7 +125,7 @@ impl Stacks {
     /// An SVG that can be searched and zoomed in a browser. Without samples it says so.
     ///
     /// # Errors
-    /// It could not be drawn.
+    /// If it cannot be drawn.
     pub fn flamegraph(&self, subtitle: &str) -> Result<Vec<u8>, ProfileError> {
         if self.counts.is_empty() {
             return Ok(empty(subtitle).into_bytes());
@@ -140,7 +141,7 @@ fn empty(subtitle: &str) -> String {
 <svg xmlns="http://www.w3.org/2000/svg" width="1200" height="80" viewBox="0 0 1200 80">
 <rect width="100%" height="100%" fill="#eeeeee"/>
 <g font-family="monospace" font-size="14" text-anchor="middle">
-<text x="600" y="32">No samples: this process used next to no processor time meanwhile.</text>
+<text x="600" y="32">No samples: this process used almost no CPU time.</text>
 <text x="600" y="56">{subtitle}</text>
 </g>
 </svg>

@@ -1,16 +1,16 @@
-//! Sampling with `pprof`, whose signal handler walks the stack of the thread that it interrupts.
+//! Sampling with `pprof`, whose signal handler walks the stack of the interrupted thread.
 //!
-//! That handler runs in the middle of anything: in the allocator, in the loader, on the small
-//! stack of a coroutine, between two stacks while a coroutine is switched. So it may neither lock
-//! nor allocate nor read memory that may not be there. Of what `pprof` can walk with,
+//! The handler may interrupt anything: the allocator, the loader, the small stack of a coroutine,
+//! or a switch between coroutines. It must therefore neither lock nor allocate nor read memory that
+//! may be unmapped. `pprof` offers three unwinders:
 //!
-//! * libgcc's unwinder takes the loader's lock and reads what it likes: profiled servers have
-//!   stopped and crashed by it;
-//! * frame pointers need a build of their own, leave out the function that was interrupted, and
-//!   follow whatever C code keeps in that register;
-//! * `framehop` reads unwind tables, those of C libraries too. It copied them before, allocates
-//!   nothing while it walks, and has every word of a stack checked by the kernel first. A
-//!   coroutine's first frame returns to address 0, where it ends.
+//! * libgcc's unwinder takes the loader's lock and reads unchecked memory: it has stopped and crashed
+//!   profiled servers;
+//! * frame pointers need a build of their own, leave out the interrupted function, and follow any
+//!   value that C code keeps in that register;
+//! * `framehop` reads unwind tables, those of C libraries too. It copies them beforehand, allocates
+//!   nothing while walking, and has the kernel check every word of a stack first. A coroutine's first
+//!   frame returns to address 0, where the walk ends.
 
 use std::collections::BTreeMap;
 use std::ffi::c_int;
@@ -23,9 +23,9 @@ use pprof::{Frames, ProfilerGuard, ProfilerGuardBuilder};
 
 use super::ProfileError;
 
-/// Libraries in which no sample is taken: an exception that is being unwound and a library that is
-/// being loaded hold the locks that older C libraries take to find the function of an address,
-/// which `pprof` asks them to count equal stacks.
+/// Libraries in which no sample is taken. Unwinding an exception and loading a library hold locks
+/// that older C libraries also take to find the function of an address, which `pprof` asks of them
+/// to count equal stacks.
 const BLOCKED: [&str; 2] = ["libgcc_s", "ld-linux"];
 
 /// A rate that makes `pprof`'s interval 0 µs, which leaves the timer off.
@@ -35,16 +35,16 @@ const NEVER: c_int = c_int::MAX;
 pub(super) struct Sampler(ProfilerGuard<'static>);
 
 impl Sampler {
-    /// The caller has the only place, and a thread that may block.
+    /// Needs the [`super::Place`], and a thread that may block.
     pub(super) fn start(hz: u16) -> Result<Self, ProfileError> {
         prepare()?;
         guard(c_int::from(hz)).map(Sampler)
     }
 
-    /// Ends it and counts equal stacks.
+    /// Stops sampling and counts equal stacks.
     pub(super) fn stacks(self) -> Result<BTreeMap<String, u64>, ProfileError> {
         let report = self.0.report().build_unresolved().map_err(failed)?;
-        // Finding names takes a while, and would be most of what is sampled.
+        // Stopped first: looking up names takes a while, and would be most of the samples.
         drop(self);
         let mut counts = BTreeMap::new();
         for (stack, count) in report.data {
@@ -55,14 +55,14 @@ impl Sampler {
     }
 }
 
-/// Has the unwind tables read by a first sample that nothing is in the way of: `pprof` 0.15 reads
+/// Takes a first sample at a safe moment, so that the unwind tables are read: `pprof` 0.15 reads
 /// them in the handler, where a sample that interrupts the allocator would damage it.
 fn prepare() -> Result<(), ProfileError> {
-    // The caller's place orders the accesses.
+    // The caller's `Place` orders the accesses.
     static PREPARED: AtomicBool = AtomicBool::new(false);
     if !PREPARED.load(Ordering::Relaxed) {
         let _listening = guard(NEVER)?;
-        // Delivered to this thread before it returns.
+        // The signal is delivered to this thread before `raise` returns.
         raise(Signal::SIGPROF).map_err(|e| ProfileError::Failed(e.to_string()))?;
         PREPARED.store(true, Ordering::Relaxed);
     }
@@ -81,10 +81,10 @@ fn failed(error: pprof::Error) -> ProfileError {
     ProfileError::Failed(error.to_string())
 }
 
-/// A stack as one word of the collapsed form: the thread first, the innermost function last.
+/// A stack as one line of the collapsed form: the thread first, the innermost function last.
 fn folded(frames: &Frames) -> String {
     let mut stack = word(&frames.thread_name_or_id());
-    // The kernel's own page of code, in which the clock is read, has neither names nor tables.
+    // The kernel's code page for reading the clock has neither names nor tables.
     if frames.frames.iter().all(Vec::is_empty) {
         stack.push_str(";[unknown]");
     }
@@ -92,7 +92,7 @@ fn folded(frames: &Frames) -> String {
         let name = symbol.name();
         let name = without_arguments(&name);
         stack.push(';');
-        // The tables of a release say of what was inlined only the bare name and the file.
+        // For inlined functions the tables of a release have only the bare name and the file.
         if !name.contains("::") && !name.starts_with('<') {
             stack.push_str(&module(&symbol.filename()));
         }
@@ -101,7 +101,7 @@ fn folded(frames: &Frames) -> String {
     stack
 }
 
-/// A name without what separates frames and lines; `[u8; 4]` is in names of functions too.
+/// A name without the separators of frames and lines; `[u8; 4]` occurs in names of functions too.
 fn word(name: &str) -> String {
     name.replace(';', ":").replace(['\n', '\r'], " ")
 }
@@ -114,7 +114,7 @@ fn without_arguments(name: &str) -> &str {
     let mut depth = 0_u32;
     for (at, byte) in name.bytes().enumerate().rev() {
         match byte {
-            // Of an arrow.
+            // The end of an arrow.
             b'>' if at > 0 && matches!(name.as_bytes().get(at - 1), Some(b'-')) => {}
             b'>' => depth += 1,
             b'<' => depth = depth.saturating_sub(1),
@@ -128,14 +128,14 @@ fn without_arguments(name: &str) -> &str {
     name
 }
 
-/// The module that a source file is, as the beginning of a path; empty where that cannot be said.
+/// The module of a source file, as the beginning of a path; empty if unknown.
 fn module(file: &str) -> String {
     let own = file.strip_prefix(concat!(env!("CARGO_MANIFEST_DIR"), "/src/"));
     let (krate, inside) = match (own, file.rsplit_once("/src/")) {
         (Some(inside), _) => ("millrace", inside),
         (None, Some((before, inside))) => {
             let folder = before.rsplit('/').next().unwrap_or(before);
-            // As registries name the folder: the version last.
+            // Folders of registry crates end with the version.
             let named = folder
                 .rsplit_once('-')
                 .filter(|(_, version)| version.starts_with(|first: char| first.is_ascii_digit()));
@@ -162,7 +162,7 @@ pub(super) fn draw(folded: &str, subtitle: &str) -> Result<Vec<u8>, ProfileError
     options.title = "Millrace: processor time".to_owned();
     options.subtitle = Some(subtitle.to_owned());
     options.colors = Palette::Multi(MultiPalette::Rust);
-    // The same function has the same colour in every picture.
+    // A function has the same colour in every picture.
     options.deterministic = true;
     let mut svg = Vec::new();
     from_lines(&mut options, folded.lines(), &mut svg)

@@ -1,11 +1,11 @@
-//! Where no profile can be taken.
+//! Stub for platforms without profiles.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 
 use super::ProfileError;
 
-/// There is none.
+/// Never constructed.
 pub(super) struct Sampler(Infallible);
 
 impl Sampler {

@@ -1,16 +1,15 @@
-//! The hand-off from coroutines to workers, and its durability.
+//! The queue between coroutines and workers, and its durability.
 //!
-//! Whatever stands behind it, a queue behaves the same way, and `tests/queue.rs` checks every
-//! implementation against it:
+//! Every implementation behaves alike, and `tests/queue.rs` checks each of them:
 //!
-//! * It is bounded: a push into a full queue gives the order back.
-//! * Orders leave in the order in which they came, each once, to any number of consumers.
-//! * A consumer owns what it took until it says [`Batch::ack`]. One that stops before that,
-//!   for whatever reason, leaves the rest at the head of the line.
+//! * It is bounded: a push into a full queue returns the order.
+//! * Orders leave in the order of arrival, each once, to any number of consumers.
+//! * A consumer owns the orders that it took until [`Batch::ack`]. If it stops before that, for any
+//!   reason, they return to the head of the line.
 //! * [`OrderQueue::take`] waits while the queue is empty and returns `None` once it is closed and
-//!   empty; a closed queue gives every further push back.
+//!   empty. A closed queue returns every further push.
 //!
-//! Stock is held before anything is queued.
+//! Stock is held before an order is queued.
 
 pub mod journal;
 mod mpmc;
@@ -27,7 +26,7 @@ use crate::state::pending::PendingOrder;
 pub use journal::Permit;
 pub use ring::RingQueue;
 
-/// What an order survives once it is in the queue.
+/// The events that an order in the queue survives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Durability {
     /// Nothing: it lives as long as the process. `respond-async` falls back to waiting.
@@ -36,10 +35,10 @@ pub enum Durability {
     Machine,
 }
 
-/// The queue did not take the order; here it is again.
+/// The queue did not take the order, and returns it.
 #[derive(Debug)]
 pub struct Rejected {
-    /// The order.
+    /// The rejected order.
     pub order: Arc<PendingOrder>,
     /// Whether the queue was closed rather than full.
     pub closed: bool,
@@ -55,90 +54,89 @@ impl fmt::Display for Rejected {
     }
 }
 
-/// A queue of orders. See the module's text for what every implementation promises.
+/// A queue of orders. The module's text has the contract.
 pub trait OrderQueue: Send + Sync + fmt::Debug {
-    /// What an order in it survives.
+    /// The events that an order in it survives.
     fn durability(&self) -> Durability;
 
-    /// The same queue as one that can acknowledge at once; `None` where it is volatile.
+    /// The same queue, if it can acknowledge orders early; `None` if it is volatile.
     fn durable(&self) -> Option<&dyn DurableQueue> {
         None
     }
 
-    /// Appends an order that somebody waits for, without blocking. It is promised nothing before
-    /// its commit, so it needs no durability.
+    /// Appends an order whose request waits, without blocking. The order needs no durability,
+    /// because nothing is promised before its commit.
     ///
     /// # Errors
-    /// [`Rejected`] with the order where the queue is full or closed.
+    /// [`Rejected`] with the order if the queue is full or closed.
     fn push(&self, order: Arc<PendingOrder>) -> Result<(), Rejected>;
 
-    /// Takes what is there, 1 to `max` orders, waiting for the first; `None` once the queue is
-    /// closed and empty.
+    /// Takes 1 to `max` orders, and waits for the first. `None` once the queue is closed and empty.
     fn take(&self, max: usize) -> Pin<Box<dyn Future<Output = Option<Batch>> + Send + '_>>;
 
-    /// Whether a push would be given back now.
+    /// Whether a push would be rejected now.
     fn is_full(&self) -> bool;
 
     /// Orders in it now.
     fn depth(&self) -> usize;
 
-    /// Orders that one which is pushed now waits behind.
+    /// Orders ahead of one that is pushed now.
     fn ahead(&self) -> usize {
         self.depth()
     }
 
-    /// Refuses further pushes and lets consumers run it empty.
+    /// Rejects further pushes and lets consumers drain the queue.
     fn close(&self);
 }
 
-/// Why an order cannot be acknowledged at once. Nothing is held then.
+/// Reasons why an order cannot be acknowledged early. Nothing is reserved then.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NotDurable {
-    /// Too many are on their way already.
+    /// Too many orders are being written already.
     Busy,
-    /// The limit in bytes, or the disk, is reached.
+    /// The limit in bytes is reached, or the disk is full.
     Full,
     /// The disk has failed.
     Failed,
-    /// This process may not acknowledge, because it could not tell the database for too long that
-    /// it is still there.
+    /// This process may not acknowledge, because it could not renew its lease in the database for
+    /// too long.
     NoLease,
 }
 
 /// A queue whose orders survive the process.
 pub trait DurableQueue {
-    /// Takes room for an order with these attributes, before its stock is held.
+    /// Reserves room for an order with these attributes, before its stock is held.
     ///
     /// # Errors
     /// [`NotDurable`].
     fn reserve(&self, attributes: Option<&str>) -> Result<Permit, NotDurable>;
 
-    /// Hands over an order in `Appending`, without blocking. Its slot moves on once it is durable,
-    /// or once it is known that it will not be; it is written in either case.
+    /// Passes on an order in `Appending`, without blocking. Its slot moves on once the order is
+    /// durable, or is known never to be. The order is written to the database in either case.
     ///
     /// # Errors
-    /// [`Rejected`] with the order where the queue is full or closed.
+    /// [`Rejected`] with the order if the queue is full or closed.
     fn append(&self, order: Arc<PendingOrder>, permit: Permit) -> Result<(), Rejected>;
 
-    /// Whether this process may tell anybody that an order is accepted because it is durable here. True
-    /// now says nothing of later: ask right before.
+    /// Whether this process may acknowledge an order because it is durable here. The answer does
+    /// not hold for later: ask immediately before each acknowledgement.
     fn may_acknowledge(&self) -> bool;
 
-    /// These orders are committed rows or dead letters: the queue may forget them.
+    /// Reports orders that are committed rows or dead letters: the queue may forget them.
     fn settled(&self, orders: &[Arc<PendingOrder>]);
 
-    /// Whether an order with this id may be waiting on the disk. Reads nothing.
+    /// Whether an order with this id may be waiting on the disk. Reads nothing from there.
     fn may_hold(&self, id: OrderId) -> bool;
 
-    /// The order with this id, where it waits on the disk and not in memory. Reads from there.
+    /// The order with this id, if it waits on the disk instead of in memory. Reads from the disk.
     ///
     /// # Errors
-    /// Where the disk fails.
+    /// If the disk fails.
     fn find(&self, id: OrderId) -> io::Result<Option<Order>>;
 }
 
-/// Orders taken from a queue by one consumer, and still its own responsibility. Dropping it
-/// before [`Batch::ack`] puts them back at the head of the line.
+/// Orders that one consumer took from a queue and still owns. Dropping it before [`Batch::ack`]
+/// puts them back at the head of the line.
 #[must_use = "dropping it puts the orders back"]
 pub struct Batch {
     orders: Vec<Arc<PendingOrder>>,
@@ -146,7 +144,7 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// `put_back` takes what was not done.
+    /// `put_back` takes the orders of a batch that is dropped unacknowledged.
     pub fn new(
         orders: Vec<Arc<PendingOrder>>,
         put_back: Arc<dyn Fn(Vec<Arc<PendingOrder>>) + Send + Sync>,
@@ -159,7 +157,7 @@ impl Batch {
         &self.orders
     }
 
-    /// Every order in it is settled; the queue may forget them.
+    /// Acknowledges every order: all are settled, and the queue may forget them.
     pub fn ack(mut self) {
         self.orders.clear();
     }

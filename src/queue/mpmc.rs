@@ -1,4 +1,4 @@
-//! The ring between producers that never wait and consumers that sleep, whatever is in it.
+//! The ring between producers that never wait and consumers that sleep, for any item type.
 //!
 //! `tests/loom.rs` compiles this file against loom's primitives.
 
@@ -7,11 +7,11 @@ use std::pin::pin;
 
 use crate::sync::{ArrayQueue, AtomicBool, AtomicUsize, Mutex, Notify, Ordering, fence};
 
-/// A bounded lock-free ring, with a place before it for what consumers gave up.
+/// A bounded lock-free ring, with a list ahead of it for items that consumers put back.
 pub(super) struct MpmcQueue<T> {
     ring: ArrayQueue<T>,
-    /// What consumers gave up, ahead of the ring. Empty but after a consumer's death, so its
-    /// count is looked at before its lock.
+    /// Items that consumers put back, ahead of the ring. Empty except after a consumer's death, so
+    /// its length is read before its lock is taken.
     head: Mutex<VecDeque<T>>,
     head_len: AtomicUsize,
     /// Consumers that sleep or are about to.
@@ -21,7 +21,7 @@ pub(super) struct MpmcQueue<T> {
 }
 
 impl<T> MpmcQueue<T> {
-    /// A ring for `capacity` items, 1 or more.
+    /// Creates a ring for `capacity` items, at least 1.
     pub(super) fn new(capacity: usize) -> Self {
         MpmcQueue {
             ring: ArrayQueue::new(capacity.max(1)),
@@ -38,7 +38,7 @@ impl<T> MpmcQueue<T> {
         self.closed.load(Ordering::Acquire)
     }
 
-    /// Appends an item, or gives it back where there is no room.
+    /// Appends an item, or returns it if the ring is full.
     pub(super) fn push(&self, item: T) -> Result<(), T> {
         self.ring.push(item)?;
         self.wake_one();
@@ -54,12 +54,12 @@ impl<T> MpmcQueue<T> {
         }
         self.head_len.store(head.len(), Ordering::Release);
         drop(head);
-        // As a producer wakes once an item: the consumer that is woken may take but one of them
-        // and not come back.
+        // One wake-up per item, as in `push`: a woken consumer may take one item only and not
+        // return.
         (0..count).for_each(|_| self.wake_one());
     }
 
-    /// Takes what is there without waiting.
+    /// Takes up to `max` items without waiting.
     fn drain(&self, max: usize) -> Vec<T> {
         let mut items = Vec::new();
         if self.head_len.load(Ordering::Acquire) > 0 {
@@ -79,19 +79,19 @@ impl<T> MpmcQueue<T> {
         items
     }
 
-    /// Wakes a sleeping consumer, where there is one. Costs a producer one fence and one read
-    /// while every consumer is busy.
+    /// Wakes a sleeping consumer, if there is one. While every consumer is busy it costs a fence
+    /// and a read.
     fn wake_one(&self) {
-        // Dekker with `take`: we wrote the ring and now read `idle`; a consumer writes `idle` and
-        // then reads the ring. With a fence on both sides at least one sees the other.
+        // Dekker's protocol with `take`: this thread wrote the ring and now reads `idle`; a
+        // consumer writes `idle` and then reads the ring. With a fence on both sides at least one
+        // sees the other.
         fence(Ordering::SeqCst);
         if self.idle.load(Ordering::Relaxed) > 0 {
             self.wake.notify_one();
         }
     }
 
-    /// Takes what is there, 1 to `max` items, waiting for the first; `None` once it is closed and
-    /// empty.
+    /// Takes 1 to `max` items, and waits for the first. `None` once the queue is closed and empty.
     pub(super) async fn take(&self, max: usize) -> Option<Vec<T>> {
         loop {
             let items = self.drain(max);
@@ -101,7 +101,7 @@ impl<T> MpmcQueue<T> {
             let mut woken = pin!(self.wake.notified());
             let idle = Idle::enter(&self.idle);
             woken.as_mut().enable();
-            // The other half of Dekker, see `wake_one`.
+            // The other half of Dekker's protocol, see `wake_one`.
             fence(Ordering::SeqCst);
             let closed = self.closed.load(Ordering::Acquire);
             let items = self.drain(max);
@@ -129,14 +129,14 @@ impl<T> MpmcQueue<T> {
         self.ring.capacity()
     }
 
-    /// Ends every [`MpmcQueue::take`] once it is empty.
+    /// Ends every [`MpmcQueue::take`] once the queue is empty.
     pub(super) fn close(&self) {
         self.closed.store(true, Ordering::SeqCst);
         self.wake.notify_waiters();
     }
 }
 
-/// Counts a consumer as idle for as long as it lives, also when its future is dropped.
+/// Counts a consumer as idle while it lives; a dropped future is no longer counted.
 struct Idle<'a>(&'a AtomicUsize);
 
 impl<'a> Idle<'a> {

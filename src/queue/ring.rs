@@ -17,7 +17,7 @@ pub struct RingQueue {
 }
 
 impl RingQueue {
-    /// A ring of `capacity` orders, 1 or more.
+    /// Creates a ring for `capacity` orders, at least 1.
     pub fn new(capacity: usize) -> Self {
         let mpmc = Arc::new(MpmcQueue::new(capacity));
         let put_back: PutBack = {

@@ -1,9 +1,9 @@
-//! When unpaid orders fall due: which ids to look at in the database, and when.
+//! When unpaid orders expire: the ids to check in the database, and the time to do so.
 //!
-//! Orders that expire within the same quarter of a second share an entry: a few ranges of ids, so a
-//! batch of thousands costs one look at a small map, and memory does not grow with the number of
-//! orders. An id far from the rest is a range of its own ([`Ranges`]). Whether an order is still
-//! unpaid only its row knows.
+//! Orders that expire within the same quarter of a second share an entry of a few id ranges. A
+//! batch of thousands therefore costs one access to a small map, and memory does not grow with the
+//! number of orders. An id far from the rest is a range of its own ([`Ranges`]). Only the row tells
+//! whether an order is still unpaid.
 
 use std::collections::BTreeMap;
 
@@ -12,28 +12,28 @@ use smallvec::SmallVec;
 
 use crate::order::{IdRange, OrderId, UnixMillis};
 
-/// Orders that expire within so many milliseconds share an entry. It bounds how late an order is
-/// expired; `orders.payment_ttl_ms` is a second or more.
+/// Width of an entry, in milliseconds of expiry time. It bounds the delay of an expiry;
+/// `orders.payment_ttl_ms` is a second or more.
 pub const GRAIN_MS: i64 = 250;
 
 /// Orders of one entry are placed within a quarter of a second and written within seconds. Ids
-/// that are further apart (1 s of the id clock) have rows of other entries between them.
+/// further apart (1 s of the id clock) have rows of other entries between them.
 const ENTRY: Nearness = Nearness {
     apart: 1_000 << 22,
     ranges_max: 64,
 };
 
-/// When ids share a range.
+/// The conditions under which ids share a range.
 #[derive(Clone, Copy, Debug)]
 pub struct Nearness {
-    /// Ids that differ by no more always do.
+    /// Largest difference between ids that always share a range.
     pub apart: u64,
-    /// Where there are twice as many ranges, the nearest ones are merged until there are so many.
+    /// Number of ranges kept when the nearest ones are merged, which happens at twice as many.
     pub ranges_max: usize,
 }
 
-/// Ranges of ids, ascending, without overlap. What they cover is everything that was inserted, and
-/// as little else as their number allows.
+/// Ranges of ids, ascending, without overlap. They cover every id that was inserted, and as few
+/// others as their number allows.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Ranges(SmallVec<[IdRange; 1]>);
 
@@ -47,7 +47,7 @@ impl Ranges {
     pub fn insert_range(&mut self, range: IdRange, nearness: Nearness) {
         let near =
             |low: OrderId, high: OrderId| high.get().saturating_sub(low.get()) <= nearness.apart;
-        // Those from `first` up to `end` become one with it.
+        // The ranges from `first` to `end` are merged with the new one.
         let first = self.0.partition_point(|one| !near(one.to, range.from));
         let end = self.0.partition_point(|one| near(range.to, one.from));
         if first >= end {
@@ -65,22 +65,22 @@ impl Ranges {
         self.0.drain(first + 1..end);
     }
 
-    /// The first range, which leaves.
+    /// Removes and returns the first range.
     pub fn pop_first(&mut self) -> Option<IdRange> {
         (!self.0.is_empty()).then(|| self.0.remove(0))
     }
 
-    /// The least id.
+    /// The lowest id.
     pub fn least(&self) -> Option<OrderId> {
         self.0.first().map(|range| range.from)
     }
 
-    /// Ranges.
+    /// Number of ranges.
     pub fn len(&self) -> usize {
         self.0.len()
     }
 
-    /// Whether there is none.
+    /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
@@ -105,24 +105,24 @@ impl Ranges {
     }
 }
 
-/// Ids of which every order in question has fallen due.
+/// Ids whose orders, as far as they are in the index, have all expired.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Due {
     /// The ids; rows of other orders may lie between them.
     pub ids: IdRange,
-    /// Since when.
+    /// The end of their time to pay.
     pub since: UnixMillis,
 }
 
-/// When which unpaid orders fall due.
+/// Times at which unpaid orders expire.
 #[derive(Debug, Default)]
 pub struct ExpiryIndex {
-    /// By the end of their time, in grains. A lock for a moment, once a batch.
+    /// By expiry time, in units of [`GRAIN_MS`]. Locked briefly, once per batch.
     entries: Mutex<BTreeMap<i64, Ranges>>,
 }
 
 impl ExpiryIndex {
-    /// Notes orders whose rows are to be paid until the moment beside each.
+    /// Adds orders with committed rows, each with the end of its time to pay.
     pub fn note(&self, orders: impl IntoIterator<Item = (OrderId, UnixMillis)>) {
         let mut entries = self.entries.lock();
         for (id, expires_at) in orders {
@@ -131,8 +131,8 @@ impl ExpiryIndex {
         }
     }
 
-    /// Ids of the earliest entry, where each of its orders has fallen due at `now`. They leave:
-    /// whoever takes them looks at their rows, or notes them again.
+    /// Removes and returns ids of the earliest entry, if all its orders have expired at `now`. The
+    /// caller checks their rows, or adds them again.
     pub fn take_due(&self, now: UnixMillis) -> Option<Due> {
         let mut entries = self.entries.lock();
         loop {
@@ -151,20 +151,20 @@ impl ExpiryIndex {
         }
     }
 
-    /// The least id of any order in it.
+    /// The lowest id of any order in the index.
     pub fn least(&self) -> Option<OrderId> {
         let entries = self.entries.lock();
         entries.values().filter_map(Ranges::least).min()
     }
 
-    /// When everything in the earliest entry has fallen due.
+    /// The moment at which the whole earliest entry has expired.
     pub fn next_due(&self) -> Option<UnixMillis> {
         let entries = self.entries.lock();
         entries.first_key_value().map(|(grain, _)| end_of(*grain))
     }
 }
 
-/// When the orders of a grain have fallen due, all of them.
+/// The moment at which every order of a grain has expired.
 fn end_of(grain: i64) -> UnixMillis {
     UnixMillis(grain.saturating_add(1).saturating_mul(GRAIN_MS))
 }
@@ -232,7 +232,7 @@ mod tests {
             ranges_max: 4,
         };
         let mut ranges = Ranges::default();
-        // Each other order of a permutation of 0..1000.
+        // Every other order of a permutation of 0..1000.
         let ids: Vec<u64> = (0..500).map(|n| n * 377 % 1_000 + 1).collect();
         for value in &ids {
             ranges.insert(id(*value * 10), nearness);

@@ -1,22 +1,21 @@
-//! The in-memory state, shared by everything above it.
+//! The in-memory state, shared by all modules above it.
 //!
-//! * [`stock`]: the catalogue of SKUs and, for each, the word that cannot oversell.
-//! * [`buyers`]: one record a buyer: keys, recent orders, units toward purchase limits.
-//! * [`pending`]: the slots of orders in flight, by id; the meeting place of a buyer that waits
-//!   and the worker that writes.
-//! * [`recent_orders`]: orders written a moment ago, to answer those who ask again.
-//! * [`sticky_refusals`]: what buyers were told no to, under their keys; bounded, until a restart.
-//! * [`orphans`]: orders that a verified payment waits for.
-//! * [`expiry_index`]: when unpaid orders fall due.
-//! * [`throughput`]: how fast the database takes orders of late.
+//! * [`stock`]: the catalogue of SKUs, with counters that cannot oversell.
+//! * [`buyers`]: one record per buyer: keys, recent orders, units counted toward purchase limits.
+//! * [`pending`]: the slots of orders in flight, by id; waiting requests and workers meet here.
+//! * [`recent_orders`]: orders written a moment ago, for repeated requests.
+//! * [`sticky_refusals`]: refusals under their keys; bounded, and gone after a restart.
+//! * [`orphans`]: orders for which a verified payment waits.
+//! * [`expiry_index`]: when unpaid orders expire.
+//! * [`throughput`]: the recent rate of database writes.
 //! * [`progress`]: whether orders are written while orders wait.
 //! * [`poison`]: the fail-stop flag.
 //!
-//! [`State`] is all of it. [`effects`] has its methods: what memory owes for each way in which an order
-//! can end.
+//! [`State`] is all of it. [`effects`] has its methods: the effects in memory of every outcome of
+//! an order.
 //!
-//! Nothing here knows tokio, `may`, HTTP or SQL. What is full refuses and gives back; what was
-//! taken is given back by dropping its guard.
+//! Nothing here knows tokio, `may`, HTTP or SQL. A full structure refuses an item and returns it.
+//! Dropping a guard undoes its step.
 
 pub mod buyers;
 pub mod effects;
@@ -48,26 +47,26 @@ use crate::order::IdClock;
 /// The in-memory state of the pipeline.
 #[derive(Debug)]
 pub struct State {
-    /// What is on sale.
+    /// The SKUs, with terms and counters.
     pub catalogue: Catalogue,
-    /// What is remembered of each buyer.
+    /// One record per buyer.
     pub buyers: Buyers,
-    /// What buyers were told no to, under their keys.
+    /// Refusals under their keys.
     pub sticky_refusals: StickyRefusals,
     /// Orders in flight.
     pub pending: Arc<Pending>,
     /// Orders written a moment ago.
     pub recent_orders: RecentOrders,
-    /// When unpaid orders fall due.
+    /// When unpaid orders expire.
     pub expiry_index: ExpiryIndex,
-    /// Orders that a payment waits for.
+    /// Orders for which a payment waits.
     pub orphans: Orphans,
     /// The fail-stop flag.
     pub poison: Arc<Poison>,
-    /// Where order ids come from.
+    /// Source of order ids.
     pub ids: IdClock,
-    /// How fast the database takes orders.
+    /// Recent rate of database writes.
     pub throughput: ThroughputEstimator,
-    /// Whether it takes any.
+    /// Whether orders are written while orders wait.
     pub progress: Progress,
 }

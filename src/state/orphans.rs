@@ -1,9 +1,9 @@
-//! Orders that a verified payment is waiting for. A row that is written late is payable all the
-//! same where its payment came in time, and an order that somebody has paid is not expired.
+//! Orders for which a verified payment waits. A row that is written late is still payable if its
+//! payment came in time, and a paid order is not expired.
 //!
-//! A payment is known here from the moment at which its callback is verified: while it is on its
-//! way to the database, while it is stored and looks for its order, and for a while after it could
-//! not be stored, because its provider delivers it again.
+//! A payment is known here from the verification of its callback on: while it travels to the
+//! database, while it is stored and looks for its order, and, after a failure to store it, until
+//! its provider delivers it again.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -12,16 +12,16 @@ use dashmap::mapref::entry::Entry;
 
 use crate::order::{OrderId, UnixMillis};
 
-/// Why an order is waited for.
+/// The payments that wait for one order.
 #[derive(Debug)]
 struct Waiting {
-    /// When the first of its payments counts as made.
+    /// Earliest time at which one of its payments counts as made.
     paid_at: UnixMillis,
-    /// Payments on their way to the database.
+    /// Payments on the way to the database.
     arriving: u32,
-    /// Whether one is stored as an orphan.
+    /// Whether a payment is stored as an orphan.
     stored: bool,
-    /// Until when one is remembered that could not be stored.
+    /// End of the wait for a second delivery of a payment that could not be stored.
     expected_until: Option<UnixMillis>,
 }
 
@@ -31,42 +31,42 @@ impl Waiting {
     }
 }
 
-/// The orders of payments that have not met them. Bounded by money that really came in.
+/// The orders of unmatched payments. Bounded by the number of verified payments.
 #[derive(Debug, Default)]
 pub struct Orphans {
     orders: DashMap<OrderId, Waiting, foldhash::quality::RandomState>,
-    /// Read on its own where nothing waits, as is usual.
+    /// Number of `orders`, for a quick check while there are none, as usual.
     count: AtomicUsize,
 }
 
 impl Orphans {
-    /// A payment for this order, which counts as made at `paid_at`, is on its way to the database.
-    /// Whoever says so says later that it [has arrived](Orphans::arrived).
+    /// Notes that a payment for this order, made at `paid_at`, is on its way to the database. The
+    /// caller later calls [`arrived`](Orphans::arrived).
     pub fn arrives(&self, id: OrderId, paid_at: UnixMillis) {
         self.note(id, paid_at, |waiting| waiting.arriving += 1);
     }
 
-    /// A payment is no longer on its way, whatever has become of it.
+    /// Notes that a payment is no longer on its way, with whatever result.
     pub fn arrived(&self, id: OrderId) {
         self.change(id, |waiting| {
             waiting.arriving = waiting.arriving.saturating_sub(1);
         });
     }
 
-    /// A payment for this order is stored and waits for it.
+    /// Notes that a payment for this order is stored and waits for it.
     pub fn insert(&self, id: OrderId, paid_at: UnixMillis) {
         self.note(id, paid_at, |waiting| waiting.stored = true);
     }
 
-    /// A payment for this order that counts as made at `paid_at` could not be stored. Its provider
-    /// delivers it again; it is remembered until then.
+    /// Notes that a payment for this order, made at `paid_at`, could not be stored. It is kept
+    /// until `until`, because its provider delivers it again.
     pub fn expect(&self, id: OrderId, paid_at: UnixMillis, until: UnixMillis) {
         self.note(id, paid_at, |waiting| {
             waiting.expected_until = waiting.expected_until.max(Some(until));
         });
     }
 
-    /// No stored payment waits for this order any more, and none is expected again.
+    /// Notes that no stored payment waits for this order, and none is expected.
     pub fn remove(&self, id: OrderId) {
         self.change(id, |waiting| {
             waiting.stored = false;
@@ -74,7 +74,7 @@ impl Orphans {
         });
     }
 
-    /// Forgets what was expected until `now`.
+    /// Removes payments that were expected until `now` at the latest.
     pub fn forget_expected(&self, now: UnixMillis) {
         if self.is_empty() {
             return;
@@ -89,8 +89,7 @@ impl Orphans {
         });
     }
 
-    /// Whether a payment waits for this order, or is on its way, that counts as made before
-    /// `expires_at`.
+    /// Whether a payment made before `expires_at` waits for this order or is on its way.
     pub fn paid_in_time(&self, id: OrderId, expires_at: UnixMillis) -> bool {
         let waiting = (!self.is_empty()).then(|| self.orders.get(&id)).flatten();
         waiting.is_some_and(|waiting| waiting.paid_at < expires_at)
@@ -107,12 +106,12 @@ impl Orphans {
         !self.is_empty() && self.orders.contains_key(&id)
     }
 
-    /// Orders that are waited for.
+    /// Number of orders for which a payment waits.
     pub fn len(&self) -> usize {
         self.count.load(Ordering::Acquire)
     }
 
-    /// Whether none is.
+    /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -173,7 +172,7 @@ mod tests {
         assert!(orphans.is_stored(id));
         orphans.remove(id);
         assert!(orphans.is_empty());
-        // The database was away; the provider comes again.
+        // The database was unavailable; the provider delivers again.
         orphans.arrives(id, paid_at);
         orphans.expect(id, paid_at, UnixMillis(100));
         orphans.arrived(id);

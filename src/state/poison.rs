@@ -1,8 +1,8 @@
 //! The fail-stop flag.
 //!
-//! A broken invariant or a panic where one was not allowed for leaves the state in memory in
-//! doubt. The process then stops taking orders, finishes or fails what it holds, and exits
-//! non-zero; it never acknowledges into a void.
+//! A broken invariant or an unexpected panic leaves the state in memory in doubt. The process then
+//! takes no more orders, finishes or fails those that it holds, and exits non-zero. It acknowledges
+//! nothing from a state in doubt.
 
 use std::sync::OnceLock;
 
@@ -13,16 +13,20 @@ pub struct Poison {
 }
 
 impl Poison {
-    /// Stops the process from taking orders, for this reason.
+    /// Stops the process from taking orders, with this reason.
     pub fn set(&self, reason: impl Into<String>) {
         let reason = reason.into();
-        // First of all: nothing, not even the log, may stand before it. A second reason is a
+        // First of all: nothing, not even the log, may come before it. A second reason is a
         // consequence of the first and only logged.
         let _ = self.reason.set(reason.clone());
-        tracing::error!(%reason, "poisoned: no more orders are taken");
+        tracing::error!(
+            %reason,
+            "poisoned: this process takes no more orders and stops; restart it, and report the \
+             reason"
+        );
     }
 
-    /// The first reason, where there is one.
+    /// The first reason, if there is one.
     pub fn reason(&self) -> Option<&str> {
         self.reason.get().map(String::as_str)
     }

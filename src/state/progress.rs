@@ -1,24 +1,24 @@
 //! Whether orders are written while orders wait.
 //!
-//! Each part of the service may look sound while no order becomes a row. So progress is a fact of its
-//! own: for how long orders have waited, now or until they were given up, since a worker last decided
-//! one.
+//! Each part of the service may look sound while no order becomes a row. Progress is therefore
+//! measured on its own: the time since a worker last decided an order, during which orders have
+//! waited or have been abandoned.
 
 use std::time::{Duration, Instant};
 
 use crate::sync::{AtomicU64, Guarded, Ordering};
 
-/// When orders were last decided, and since when others have waited. Observations only, and every
-/// moment but the start is found again: each access is relaxed.
+/// Times of the last decisions and of the oldest wait. Observations only, and every value but the
+/// start is refreshed: each access is relaxed.
 #[derive(Debug)]
 pub struct Progress {
     started: Instant,
-    /// All in milliseconds since just before the start; 0 for never, or not now.
+    /// These three in milliseconds since just before the start; 0 for never, or not now.
     decided_ms: AtomicU64,
     waiting_since_ms: AtomicU64,
-    /// The first order given up at its deadline since the last decision.
+    /// First order abandoned at its deadline since the last decision.
     given_up_ms: AtomicU64,
-    /// Why a worker's last attempt failed, and when.
+    /// Time and reason of a worker's last failed attempt.
     failure: Guarded<Option<(u64, String)>>,
 }
 
@@ -35,8 +35,8 @@ impl Default for Progress {
 }
 
 impl Progress {
-    /// A worker has decided orders: they are rows or dead letters, or it found that all it took had
-    /// been given up.
+    /// Notes that a worker has decided orders: they are rows or dead letters, or every order of the
+    /// batch had been abandoned.
     pub fn decided(&self) {
         self.decided_at(self.now_ms());
     }
@@ -46,12 +46,12 @@ impl Progress {
         self.given_up_ms.store(0, Ordering::Relaxed);
     }
 
-    /// An order was given up at its deadline, before any worker claimed it.
+    /// Notes that an order was abandoned at its deadline, before any worker claimed it.
     pub fn given_up(&self) {
         note_first(&self.given_up_ms, self.now_ms());
     }
 
-    /// A worker's attempt failed, and is made again.
+    /// Notes a worker's failed attempt, which will be retried.
     pub fn failed(&self, reason: &str) {
         self.failed_at(reason, self.now_ms());
     }
@@ -61,7 +61,7 @@ impl Progress {
             .with(|failure| *failure = Some((now_ms, reason.to_owned())));
     }
 
-    /// Notes whether any order waits for a worker's decision now. To be called again and again.
+    /// Notes whether any order waits for a worker's decision now. Call it periodically.
     pub fn look(&self, anything_waits: bool) {
         self.look_at(anything_waits, self.now_ms());
     }
@@ -74,8 +74,8 @@ impl Progress {
         }
     }
 
-    /// For how long orders have waited, or been given up, and none was decided. Zero while nothing
-    /// waits.
+    /// Time for which orders have waited, or have been abandoned, without a decision. Zero while
+    /// nothing waits.
     pub fn stalled_for(&self) -> Duration {
         Duration::from_millis(self.stalled_ms(self.now_ms()))
     }
@@ -89,7 +89,7 @@ impl Progress {
         now_ms.saturating_sub(since.max(self.decided_ms.load(Ordering::Relaxed)))
     }
 
-    /// Why a worker's last attempt failed, unless orders were decided since.
+    /// The reason of a worker's last failed attempt, unless orders were decided since.
     pub fn failure(&self) -> Option<String> {
         let decided = self.decided_ms.load(Ordering::Relaxed);
         self.failure.with(|failure| {
@@ -127,7 +127,7 @@ mod tests {
         let progress = Progress::default();
         progress.decided_at(5);
         progress.look_at(true, 100);
-        // Another look does not begin anew.
+        // Another observation does not restart the time.
         progress.look_at(true, 2_000);
         assert_eq!(progress.stalled_ms(7_100), 7_000);
         progress.failed_at("the database is away", 7_100);

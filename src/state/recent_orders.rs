@@ -1,5 +1,5 @@
-//! Orders whose rows were committed a moment ago: a buyer who asks again, or clicks again, is
-//! answered without the database. Bounded; whatever changes an order afterwards forgets it first.
+//! Orders whose rows were committed a moment ago: a repeated request or click is answered without
+//! the database. Bounded. Every later change of an order removes it here first.
 
 use std::sync::Arc;
 
@@ -13,22 +13,22 @@ pub struct RecentOrders {
 }
 
 impl RecentOrders {
-    /// Keeps the last `capacity` orders, 4 or more, but for about one in a hundred: a failover
-    /// that lost commits is mended from them.
+    /// Keeps the last `capacity` orders, at least 4, except for about one in a hundred. After a
+    /// failover that lost commits, orders are restored from here.
     pub fn with_capacity(capacity: usize) -> Self {
         RecentOrders {
-            // As much room again, because orders do not fall evenly into the sets.
+            // Twice the room, because orders do not fall evenly into the sets.
             orders: Sets::with_capacity(capacity.saturating_mul(2)),
         }
     }
 
-    /// Notes an order whose row has just been committed.
+    /// Adds an order whose row has just been committed.
     pub fn note(&self, order: &Arc<PendingOrder>) {
         self.orders.put(order.order.id, Arc::clone(order));
     }
 
-    /// An order that is still to be paid at `now`; from the moment it expires, only the database
-    /// knows.
+    /// An order that can still be paid at `now`. After its expiry only the database knows its
+    /// state.
     pub fn get(&self, id: OrderId, now: UnixMillis) -> Option<Arc<PendingOrder>> {
         let order = self.orders.get(&id)?;
         (now < order.order.expires_at).then_some(order)
@@ -39,7 +39,7 @@ impl RecentOrders {
         self.orders.all()
     }
 
-    /// To be called before an order's row is changed: from here on the database is asked.
+    /// Removes an order. Call it before its row is changed: from then on the database is asked.
     pub fn forget(&self, id: OrderId) {
         self.orders.remove(&id);
     }

@@ -1,9 +1,9 @@
-//! A bounded table of small sets, as a processor's cache is: an entry belongs to one set, which its
-//! key's hash names, and the oldest of that set makes room for it. Whatever is looked up or entered
-//! touches one set, under a lock of its own that is held for a few instructions.
+//! A bounded set-associative table, like a processor's cache. The hash of a key selects one small
+//! set; a new entry replaces the oldest of its set. Each operation touches one set, under a lock of
+//! its own that is held for a few instructions.
 //!
-//! It forgets by chance a little earlier than a queue of the same size would, and costs a fraction
-//! of a cache that has to know what is old in the whole of it.
+//! Evictions are slightly less fair than in a queue of the same size, at a fraction of the cost of
+//! a cache with a global order.
 
 use std::hash::{BuildHasher, Hash};
 
@@ -11,17 +11,17 @@ use foldhash::quality::RandomState;
 
 use crate::sync::Guarded;
 
-/// The newest first and free places last.
+/// Newest first, empty places last.
 type Set<K, V, const WAYS: usize> = Guarded<[Option<(K, V)>; WAYS]>;
 
-/// Entries by key, in sets of `WAYS`, 1 or more.
+/// Entries by key, in sets of `WAYS` entries, at least 1.
 pub(super) struct Sets<K, V, const WAYS: usize> {
     sets: Box<[Set<K, V, WAYS>]>,
     seed: RandomState,
 }
 
 impl<K: Hash + Eq, V: Clone, const WAYS: usize> Sets<K, V, WAYS> {
-    /// Room for `capacity` entries, or for one set where that is less; taken at once.
+    /// Creates room for `capacity` entries, at least one set; allocated at once.
     pub(super) fn with_capacity(capacity: usize) -> Self {
         Sets {
             sets: (0..(capacity / WAYS).max(1))
@@ -31,7 +31,7 @@ impl<K: Hash + Eq, V: Clone, const WAYS: usize> Sets<K, V, WAYS> {
         }
     }
 
-    /// What is entered under `key`.
+    /// The value under `key`.
     pub(super) fn get(&self, key: &K) -> Option<V> {
         self.set(key)?.with(|set| {
             let mut entries = set.iter().flatten();
@@ -41,21 +41,21 @@ impl<K: Hash + Eq, V: Clone, const WAYS: usize> Sets<K, V, WAYS> {
         })
     }
 
-    /// Enters `value` under `key`, in the place of what is there, or of the oldest of its set.
+    /// Stores `value` under `key`, in place of the existing entry or of the oldest of its set.
     pub(super) fn put(&self, key: K, value: V) {
         let replaced = self.set(&key).map(|set| {
             set.with(|set| {
-                // The last place has the oldest, or nothing.
+                // The last place holds the oldest entry, or none.
                 let place = place_of(set, &key).unwrap_or(WAYS - 1);
                 set[..=place].rotate_right(1);
                 set[0].replace((key, value))
             })
         });
-        // Not under the lock: what it holds may take its time to go.
+        // Not under the lock: dropping the value may take time.
         drop(replaced);
     }
 
-    /// Takes out what is entered under `key`.
+    /// Removes the value under `key`.
     pub(super) fn remove(&self, key: &K) -> Option<V> {
         self.set(key)?.with(|set| {
             let place = place_of(set, key)?;
@@ -73,7 +73,7 @@ impl<K: Hash + Eq, V: Clone, const WAYS: usize> Sets<K, V, WAYS> {
         all
     }
 
-    /// How many entries there are.
+    /// Number of entries.
     pub(super) fn len(&self) -> usize {
         let count = |set: &Set<K, V, WAYS>| set.with(|set| set.iter().flatten().count());
         self.sets.iter().map(count).sum()

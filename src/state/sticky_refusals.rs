@@ -1,8 +1,8 @@
-//! Refusals that stay under their keys: a retry of what was `sold_out` is told the same, even if a
-//! unit has come free meanwhile. Bounded, and gone with a restart.
+//! Sticky refusals: a retry of a `sold_out` order gets the same answer, even if a unit has become
+//! free meanwhile. Bounded, and gone after a restart.
 //!
-//! Once the stock is gone this is written for every click, hundreds of times for each order, and
-//! almost never read again: noting one touches two cache lines.
+//! After the stock is gone a refusal is written for every click, hundreds of times for each order,
+//! and almost never read. Writing one touches two cache lines.
 
 use std::hash::BuildHasher;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,11 +12,11 @@ use foldhash::quality::RandomState;
 use super::set_associative::Sets;
 use crate::order::{KeyHash, PayloadHash, Refusal, UserId};
 
-/// To whom a refusal was said, and under which key. The user is known by a hash that is seeded afresh
-/// in each process: 64 bits beside the 128 of the key, compared with what is in one set.
+/// User and key. The user is a hash seeded afresh in each process: 64 bits beside the 128 of the
+/// key, compared within one set only.
 type Whom = (u64, KeyHash);
 
-/// One refusal, and of what.
+/// One refusal, with the hash of the refused request's body.
 #[derive(Clone, Copy, Debug)]
 struct Told {
     payload: PayloadHash,
@@ -26,13 +26,13 @@ struct Told {
 /// Sticky refusals by user and key.
 pub struct StickyRefusals {
     told: Sets<Whom, Told, 2>,
-    /// Whether there has been any. Until then an order that is placed need not look for one.
+    /// Whether there has been any. Until then placing an order need not look for one.
     any: AtomicBool,
     seed: RandomState,
 }
 
 impl StickyRefusals {
-    /// Room for `capacity` refusals, 2 or more; taken at once.
+    /// Creates room for `capacity` refusals, at least 2; allocated at once.
     pub fn with_capacity(capacity: usize) -> Self {
         StickyRefusals {
             told: Sets::with_capacity(capacity),
@@ -41,18 +41,18 @@ impl StickyRefusals {
         }
     }
 
-    /// Whether nothing sticky was said to this user under this key.
+    /// Checks that there is no sticky refusal for this user under this key.
     ///
     /// # Errors
-    /// The earlier refusal, or [`Refusal::IdempotencyKeyReused`] where the key came with another
-    /// body then.
+    /// The earlier refusal, or [`Refusal::IdempotencyKeyReused`] if the key came with another body
+    /// then.
     pub fn check(
         &self,
         user_id: &UserId,
         key: KeyHash,
         payload: PayloadHash,
     ) -> Result<(), Refusal> {
-        // Acquire and Release: whoever was refused before this request finds it.
+        // Acquire and Release: a refusal before this request is found.
         if !self.any.load(Ordering::Acquire) {
             return Ok(());
         }
@@ -63,9 +63,9 @@ impl StickyRefusals {
         }
     }
 
-    /// Keeps a refusal that [`StickyRefusals::check`] did not find.
+    /// Stores a refusal that [`StickyRefusals::check`] did not find.
     pub fn remember(&self, user_id: &UserId, key: KeyHash, payload: PayloadHash, refusal: Refusal) {
-        // Two requests under one key may both have been refused: the later counts.
+        // Two requests under one key may both have been refused: the later one counts.
         let told = Told { payload, refusal };
         self.told.put(self.whom(user_id, key), told);
         if !self.any.load(Ordering::Relaxed) {
@@ -73,7 +73,7 @@ impl StickyRefusals {
         }
     }
 
-    /// Takes what was said back: the key has an order.
+    /// Removes the refusal: the key has an order.
     pub fn withdraw(&self, user_id: &UserId, key: KeyHash) {
         self.told.remove(&self.whom(user_id, key));
     }

@@ -1,28 +1,29 @@
-//! How fast the database takes orders of late, and so how long a new one would wait.
+//! The recent rate of database writes, and thus the expected wait of a new order.
 //!
-//! A batch costs a fixed time and a time a row, both learned from the batches that were written:
-//! the fixed one from small batches, the other from larger ones. Until a larger one was written
-//! nothing is known of it, and an idle system is not taken for a slow one. A batch that takes much
-//! longer than it should tells before it is done: then the database has become slow, or stands
-//! still, and the estimate follows within [`ThroughputEstimator::refresh`], which the deadline keeper calls.
+//! A batch costs a fixed time plus a time per row. Both are learned from written batches: the fixed
+//! time from small ones, the time per row from larger ones. Until a larger batch was written the
+//! latter is unknown, so that an idle system is not taken for a slow one. A batch that takes much
+//! longer than expected counts before it ends, because the database has then become slow or stands
+//! still. The estimate follows at the next [`ThroughputEstimator::refresh`], which the deadline
+//! task calls.
 
 use std::time::{Duration, Instant};
 
 use crate::sync::{AtomicU64, Guarded, Ordering};
 
-/// Most workers that there are.
+/// Most workers.
 const WORKERS_MAX: usize = 64;
-/// A batch of fewer rows tells of the fixed time only.
+/// Fewest rows of a batch that teaches the time per row; smaller ones teach the fixed time.
 const LARGE_ROWS: usize = 16;
-/// A batch that is late by less is not late: the machine may have had something else to do.
+/// A shorter delay, in microseconds, does not count as late: the machine may have been busy.
 const LATE_US: f64 = 100_000.0;
-/// Time that one batch should take, in microseconds: so often the estimate is corrected, and so
-/// long a buyer waits behind one.
+/// Target duration of one batch, in microseconds: the interval at which the estimate is corrected,
+/// and the time a buyer waits behind one batch.
 const BATCH_US: f64 = 250_000.0;
-/// Fewest rows that a worker takes at once for that reason.
+/// Fewest rows of a batch that is shortened for that target.
 const BATCH_ROWS_MIN: usize = 64;
 
-/// What a batch costs one worker, in microseconds; 0 where it is not known.
+/// Cost of a batch for one worker, in microseconds; 0 if unknown.
 #[derive(Clone, Copy, Debug, Default)]
 struct Costs {
     fixed: f64,
@@ -32,20 +33,20 @@ struct Costs {
 /// The batch that a worker is writing.
 #[derive(Debug, Default)]
 struct Running {
-    /// Since when, in microseconds since the start; 0 where it writes none.
+    /// Start of the write, in microseconds since the start of the process; 0 if there is none.
     since_us: AtomicU64,
     rows: AtomicU64,
 }
 
-/// How fast the database takes orders. Estimates only: every access is relaxed.
+/// Estimates the rate of database writes. Every access is relaxed.
 #[derive(Debug)]
 pub struct ThroughputEstimator {
     costs: Guarded<Costs>,
     started: Instant,
     running: [Running; WORKERS_MAX],
     workers: AtomicU64,
-    /// As of the last refresh: nanoseconds a row for all workers together, rows being written, and
-    /// for how long a batch has been late, in microseconds.
+    /// As of the last refresh: nanoseconds per row for all workers together, rows being written,
+    /// and the microseconds that a late batch has taken so far.
     row_ns: AtomicU64,
     running_rows: AtomicU64,
     late_us: AtomicU64,
@@ -76,7 +77,7 @@ impl ThroughputEstimator {
         }
     }
 
-    /// It has committed the batch, in one attempt that took so long.
+    /// A worker has committed a batch in one attempt, which took `took`.
     pub fn written(&self, rows: usize, took: Duration) {
         let took = took.as_secs_f64() * 1e6;
         self.costs.with(|costs| {
@@ -84,20 +85,20 @@ impl ThroughputEstimator {
                 costs.fixed = mixed(costs.fixed, took, 0.2);
             } else {
                 let row = (took - costs.fixed).max(1.0) / rows as f64;
-                // The longer it took, the more it says.
+                // A longer time gets a larger weight.
                 costs.row = mixed(costs.row, row, (took / 1e6).clamp(0.1, 1.0));
             }
         });
     }
 
-    /// The worker's batch is decided, or given up.
+    /// The worker's batch is decided or given up.
     pub fn end(&self, worker: usize) {
         if let Some(running) = self.running.get(worker) {
             running.since_us.store(0, Ordering::Relaxed);
         }
     }
 
-    /// Looks at the batches that are being written.
+    /// Updates the estimate from the batches being written.
     pub fn refresh(&self) {
         let (costs, now) = (self.costs.with(|costs| *costs), self.now_us());
         let workers = self.workers.load(Ordering::Relaxed) as usize;
@@ -123,17 +124,17 @@ impl ThroughputEstimator {
         self.late_us.store(late_us as u64, Ordering::Relaxed);
     }
 
-    /// How long an order waits for its commit that has `ahead` others before it in the queue, in
-    /// milliseconds; 0 where nothing is known yet.
+    /// Expected wait for the commit of an order behind `ahead` others in the queue, in
+    /// milliseconds; 0 if nothing is known yet.
     pub fn wait_ms(&self, ahead: usize) -> u64 {
         let before = (ahead as u64).saturating_add(self.running_rows.load(Ordering::Relaxed));
         let rows_ns = before.saturating_mul(self.row_ns.load(Ordering::Relaxed));
-        // A batch that is late will be for as long again as it has been, for all that is known.
+        // A late batch is expected to take as long again as it has taken.
         rows_ns / 1_000_000 + self.late_us.load(Ordering::Relaxed) / 1_000
     }
 
-    /// How many rows a worker takes at once, at most `rows_max`: fewer where the database is so
-    /// slow that they would take it longer than a quarter of a second.
+    /// Rows that a worker should take at once, at most `rows_max`. Fewer if the database is so slow
+    /// that they would take longer than a quarter of a second.
     pub fn batch_rows(&self, rows_max: usize) -> usize {
         let row = self.costs.with(|costs| costs.row);
         if row <= 0.0 {
@@ -147,7 +148,7 @@ impl ThroughputEstimator {
     }
 }
 
-/// An average that forgets: the first value counts alone.
+/// Exponential moving average; the first value counts alone.
 fn mixed(before: f64, now: f64, weight: f64) -> f64 {
     if before > 0.0 {
         before + (now - before) * weight
@@ -188,11 +189,11 @@ mod tests {
         pace.written(1_000, ms(1_000));
         pace.end(0);
         pace.refresh();
-        // 1 ms a row and worker: two of them write 2,000 a second.
+        // 1 ms per row and worker: two of them write 2,000 a second.
         assert_eq!(pace.wait_ms(2_000), 1_000);
         assert_eq!(pace.batch_rows(5_000), 250);
         assert_eq!(pace.batch_rows(10), 10);
-        // It becomes fast again, and is believed soon.
+        // The database becomes fast again, and the estimate follows soon.
         for _ in 0..50 {
             pace.written(250, ms(5));
         }

@@ -1,4 +1,4 @@
-//! The thread that writes: it gathers a group, syncs it, acknowledges it, and hands it on.
+//! The writing thread: gathers a group, syncs it, acknowledges it, and passes it to the workers.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -13,14 +13,15 @@ use crate::queue::{OrderQueue, Rejected};
 use crate::state::pending::{PendingOrder, SlotState};
 use crate::sync::Ordering;
 
-/// The thread that writes.
+/// The writing thread's state.
 pub(super) struct Appender {
     shared: Arc<Shared>,
     writer: Writer,
-    /// The orders of the group that is being gathered, and the room that they came with.
+    /// Orders of the group being gathered.
     orders: Vec<Arc<PendingOrder>>,
+    /// Sectors reserved for them.
     reserved: i64,
-    /// Taken from `incoming`, and too large for the group.
+    /// An item from `incoming` that did not fit into the group.
     held_back: Option<Incoming>,
 }
 
@@ -41,7 +42,7 @@ impl Appender {
         while self.step() {}
     }
 
-    /// Writes one group. False: the end.
+    /// Writes one group. False: the queue has ended.
     fn step(&mut self) -> bool {
         let shared = Arc::clone(&self.shared);
         if shared.failure.get().is_some() {
@@ -62,7 +63,8 @@ impl Appender {
                     self.reserved += i64::from(permit.spend());
                     self.orders.push(order);
                 }
-                // A group of its own, so that a group holds either orders or a lease.
+                // A lease makes a group of its own, so that a group holds either orders or one
+                // lease.
                 Incoming::Lease(..) if !self.writer.is_empty() => {
                     self.held_back = Some(incoming);
                     break;
@@ -134,7 +136,7 @@ impl Appender {
         match self.shared.segments.next(left) {
             Some(segment) => {
                 self.writer.rotate(segment);
-                // The one before may have been decided completely already.
+                // Every order of the previous segment may be settled already.
                 self.shared.segments.look();
                 true
             }
@@ -142,7 +144,7 @@ impl Appender {
         }
     }
 
-    /// Acknowledges a group and hands it to the workers, or leaves it on the disk.
+    /// Acknowledges a group and passes it to the workers, or leaves it on the disk.
     fn hand_over(&mut self, at: &GroupAt) {
         let shared = &self.shared;
         let segment = at.segment.number;
@@ -150,8 +152,8 @@ impl Appender {
         let mut wakers = Vec::with_capacity(self.orders.len());
         for order in &self.orders {
             if !bug("ack_before_sync") {
-                // Where another process has taken over meanwhile, nobody is told that it is
-                // accepted; the order goes the way of a waiting one, and ends at the fence.
+                // If another process has taken over meanwhile, nothing is acknowledged: the order
+                // continues as a waiting one and fails at the fencing token.
                 order.slot.appended(segment, may);
             }
             order.slot.take_wakers(|waker| wakers.push(waker));
@@ -176,7 +178,7 @@ impl Appender {
         if kept == count {
             return;
         }
-        // Everything else of this group, and all that comes later, waits on the disk.
+        // The rest of this group, and every later one, waits on the disk.
         shared.parts.pending.spilled(count - kept);
         shared.spill.push(Waiting {
             at: at.clone(),
@@ -185,9 +187,9 @@ impl Appender {
         let mut wakers = Vec::new();
         for order in rest.into_iter().chain(orders) {
             if order.slot.spill() {
-                // The reader may be faster, and have brought it back already.
+                // The reader may have brought the order back already.
                 shared.parts.pending.remove_this(&order);
-                // The sender has been told what there is to tell, unless nothing may be promised.
+                // The sender has its answer already, unless nothing may be acknowledged.
                 if may {
                     order.slot.take_others(|waker| wakers.push(waker));
                 } else {
@@ -199,11 +201,11 @@ impl Appender {
         shared.wake_reader();
     }
 
-    /// After a failure: what comes goes the way of waiting orders. Records of the last group may
-    /// be on the disk, so it must be written; nothing more is appended. False: the end.
+    /// After a failure: treats every order as a waiting one and appends nothing more. The failed
+    /// group may be on the disk, so its orders must be written too. False: the queue has ended.
     fn pass_on(&mut self) -> bool {
         let shared = Arc::clone(&self.shared);
-        // What is gathered here is the group that failed.
+        // The orders gathered here are the failed group.
         let segment = self.writer.segment().number;
         let in_doubt = self.orders.drain(..).map(|order| (order, segment));
         let mut orders: Vec<_> = in_doubt.collect();
@@ -229,7 +231,7 @@ impl Appender {
 }
 
 impl Drop for Appender {
-    /// Also where it panics: the reader ends the queue.
+    /// Runs after a panic too: the reader ends the queue.
     fn drop(&mut self) {
         if let Some(Incoming::Order(order, _)) = self.held_back.take() {
             self.shared.never_written.lock().push(order);

@@ -1,5 +1,5 @@
-//! What the journal asks of a file system. Behind a trait, so that the tests can put a disk there
-//! that tears, reorders and fails.
+//! The file system's interface, as a trait: tests replace it with a disk that tears, reorders and
+//! fails.
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
@@ -8,27 +8,27 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// One directory that belongs to a journal alone.
+/// A directory that belongs to one journal.
 pub trait Disk: Send + Sync + fmt::Debug {
     /// The names in the directory, in no particular order.
     ///
     /// # Errors
-    /// As the file system says; so everywhere here.
+    /// The error of the file system; the same for every method here.
     fn list(&self) -> io::Result<Vec<String>>;
 
-    /// Makes a new, empty file; an older one of this name is replaced.
+    /// Creates an empty file. It replaces a file of the same name.
     ///
     /// # Errors
     /// See [`Disk::list`].
     fn create(&self, name: &str) -> io::Result<Arc<dyn DiskFile>>;
 
-    /// Opens a file that is there.
+    /// Opens an existing file.
     ///
     /// # Errors
     /// See [`Disk::list`].
     fn open(&self, name: &str) -> io::Result<Arc<dyn DiskFile>>;
 
-    /// Gives a file another name. Durable after [`Disk::sync_directory`].
+    /// Renames a file. Durable after [`Disk::sync_directory`].
     ///
     /// # Errors
     /// See [`Disk::list`].
@@ -47,7 +47,7 @@ pub trait Disk: Send + Sync + fmt::Debug {
     fn sync_directory(&self) -> io::Result<()>;
 }
 
-/// One file. A caller writes each place once and reads only what it wrote.
+/// One file. A caller writes each offset once and reads only its own writes.
 pub trait DiskFile: Send + Sync + fmt::Debug {
     /// Its length in bytes.
     ///
@@ -55,7 +55,7 @@ pub trait DiskFile: Send + Sync + fmt::Debug {
     /// See [`Disk::list`].
     fn length(&self) -> io::Result<u64>;
 
-    /// Reserves its first `bytes` bytes on the disk, so that writing them cannot find it full.
+    /// Reserves the first `bytes` bytes on the disk, so that writing them cannot find it full.
     ///
     /// # Errors
     /// See [`Disk::list`].
@@ -70,36 +70,36 @@ pub trait DiskFile: Send + Sync + fmt::Debug {
     /// Fills `buffer` from `offset`.
     ///
     /// # Errors
-    /// See [`Disk::list`]; `UnexpectedEof` where the file is too short.
+    /// See [`Disk::list`]; `UnexpectedEof` if the file is too short.
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
 
     /// Returns once everything written so far is on the disk (`fdatasync`).
     ///
     /// # Errors
-    /// See [`Disk::list`]. What was written may or may not be durable then, and another call may
-    /// lie about it: the kernel marks the pages clean when it reports the error once ("Can
+    /// See [`Disk::list`]. The data may or may not be durable after an error, and another call may
+    /// falsely succeed: the kernel marks the pages clean when it reports the error once ("Can
     /// Applications Recover from fsync Failures?", Rebello et al., 2020).
     fn sync(&self) -> io::Result<()>;
 }
 
-/// Makes `directory` and whatever is missing above it. Every name on the way to it survives a power loss
-/// once this returns, also one that a process made which was killed before it could sync.
+/// Creates `directory` and its missing parents. After this returns, every name on its path survives
+/// a power loss, even a name created by a process that was killed before it could sync.
 ///
 /// # Errors
 /// See [`Disk::list`].
 pub fn make_directory(directory: &Path) -> io::Result<()> {
     std::fs::create_dir_all(directory)?;
-    // A relative path lies in directories that it does not name.
+    // A relative path has parents that it does not name.
     sync_names(&directory.canonicalize()?, |parent| {
         File::open(parent)?.sync_all()
     })
 }
 
-/// Syncs every directory that has a part of this absolute path in it.
+/// Syncs every ancestor directory of an absolute path.
 fn sync_names(path: &Path, mut sync: impl FnMut(&Path) -> io::Result<()>) -> io::Result<()> {
     for parent in path.ancestors().skip(1) {
         match sync(parent) {
-            // It is somebody else's, and so is what is in it; or it cannot lose anything.
+            // The directory belongs to another user, with its content; or it cannot be synced.
             Err(error)
                 if matches!(
                     error.kind(),
@@ -115,15 +115,15 @@ fn sync_names(path: &Path, mut sync: impl FnMut(&Path) -> io::Result<()>) -> io:
 #[derive(Debug)]
 pub struct RealDisk {
     directory: PathBuf,
-    /// Its lock goes with it. `None`: only read.
+    /// The lock is released when this is dropped. `None`: read only.
     _lock: Option<File>,
 }
 
 impl RealDisk {
-    /// The name of the file that is locked while a process uses the directory.
+    /// Name of the file that is locked while a process uses the directory.
     pub const LOCK: &str = "lock";
 
-    /// `directory` without a lock, to be read only: another process may be writing there.
+    /// `directory` without a lock, read only: another process may be writing there.
     pub fn unlocked(directory: &Path) -> Self {
         RealDisk {
             directory: directory.to_owned(),
@@ -131,10 +131,10 @@ impl RealDisk {
         }
     }
 
-    /// Locks `directory`, which is made where it is missing. `None`: another process uses it.
+    /// Locks `directory`, and creates it if missing. `None`: another process uses it.
     ///
     /// # Errors
-    /// Where it cannot be made or locked.
+    /// If it cannot be created or locked.
     pub fn lock(directory: &Path) -> io::Result<Option<Self>> {
         make_directory(directory)?;
         let lock = OpenOptions::new()
@@ -240,7 +240,7 @@ mod tests {
             synced.push(parent.to_owned());
             match parent.parent() {
                 Some(_) => Ok(()),
-                // As the root is, to most users.
+                // Root's directories look like this to most users.
                 None => Err(io::ErrorKind::PermissionDenied.into()),
             }
         })

@@ -1,26 +1,27 @@
 //! `queue.backend = "journal"`: a write-ahead log on this machine's disk.
 //!
-//! An order that asks for `respond-async` is acknowledged after the `fdatasync` that covers it,
-//! and from then on survives kill -9 and power loss. The journal is the queue of such orders: what
-//! does not fit in memory waits on the disk and is read back in order.
+//! An order with `respond-async` is acknowledged after the `fdatasync` that covers it. From then on
+//! it survives kill -9 and power loss. The journal is also the queue of such orders: those that do
+//! not fit in memory wait on the disk and are read back in order.
 //!
-//! * [`sector`]: the physical format, and why it is made of sectors; [`record`]: what is in it;
-//! * [`segment`]: one file; [`disk`]: what is asked of a file system;
-//! * [`recovery`]: reading a journal back, and what counts as damage;
-//! * `writer`: one group, one write, one sync; `appender`: the thread that does it; `segments`: making and deleting segments;
-//! * `space`: what records may still take; `tally`: when a segment is not needed any more;
-//! * `spill`: what waits on the disk; `reader`: the thread that reads it back; `mpsc`: what the appender is asked to write, and `parker`: how it is woken;
-//! * `queue`: how all that is one [`crate::queue::OrderQueue`]; `shared`: what the queue and both threads share.
+//! * [`sector`]: the physical format, and the reason for sectors; [`record`]: the logical format;
+//! * [`segment`]: one file; [`disk`]: the file system's interface;
+//! * [`recovery`]: reading a journal back, and the definition of damage;
+//! * `writer`: one group, one write, one sync; `appender`: the thread that uses it;
+//! * `segments`: creating and deleting segments; `tally`: when a segment may be deleted;
+//! * `space`: room reserved for records; `spill`: orders that wait on the disk;
+//! * `reader`: the thread that reads them back; `mpsc`: the appender's input; `parker`: its wake-up;
+//! * `queue`: the [`crate::queue::OrderQueue`] over all of it; `shared`: state of queue and threads.
 //!
-//! Rules that recovery relies on:
+//! Recovery relies on these rules:
 //!
 //! 1. A group is written only after the sync of the one before it has returned.
 //! 2. No sector is written twice; a segment is all zeros, and durable, before it is used.
 //! 3. A process never appends to a segment of another.
-//! 4. A failed write or sync is final: nothing is appended, or acknowledged, after it.
-//! 5. Segments are deleted from the oldest on, one by one, and only once every order in them is a
-//!    committed row or dead letter.
-//! 6. Before a process appends, everything that it found has been written to the database.
+//! 4. A failed write or sync is final: nothing is appended or acknowledged after it.
+//! 5. Segments are deleted one by one, oldest first, and only once every order in them is a
+//!    committed row or a dead letter.
+//! 6. Before a process appends, every record that it found has been written to the database.
 
 mod appender;
 pub mod disk;
@@ -53,57 +54,66 @@ pub use shared::JournalParts;
 pub use space::Permit;
 pub use writer::Writer;
 
-/// Sectors that the longest record takes as a group of its own.
+/// Sectors of the longest record, as a group of its own.
 const RECORD_SECTORS_MAX: u64 = (GROUP_HEAD + RECORD_MAX).div_ceil(PAYLOAD) as u64;
 const SEGMENT_BYTES_MIN: u64 = 64 << 10;
 const SEGMENT_BYTES_MAX: u64 = 16 << 20;
-/// Segments that a journal may have at most, however small its limit in bytes.
+/// Most segments of a journal, if `bytes_max` is small.
 const SEGMENTS: u64 = 16;
 
-/// Why there is no journal to work with.
+/// Reasons why a journal cannot be opened or started.
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
     /// The file system failed.
     #[error("{doing}: {source}")]
     Io {
-        /// What was tried.
+        /// The operation that failed.
         doing: &'static str,
-        /// Why it failed.
+        /// The error of the operating system.
         source: io::Error,
     },
-    /// Another process uses it.
+    /// Another process uses the journal.
     #[error(
-        "the journal in {0} is in use by another process; stop that one first, or give this one a queue.journal.dir of its own"
+        "the journal in {0} is in use by another process; stop that process first, or give this one a \
+         queue.journal.dir of its own"
     )]
     InUse(PathBuf),
-    /// Something in it is neither what was written nor what a crash leaves.
+    /// The content is neither a record nor the trace of a crash.
     #[error(
-        "the journal is damaged: segment {segment}, offset {offset}: {what}. Acknowledged orders may be in or behind it, so nothing is started. Put the file back from a copy; or save what is readable with `millrace journal inspect --orders`, and give the rest up with `millrace journal abandon`"
+        "the journal is damaged: segment {segment}, offset {offset}: {what}. Acknowledged orders \
+         may be in or behind it, so Millrace does not start. Restore the file from a copy; or \
+         save the readable orders with `millrace journal inspect --orders`, then give up the rest \
+         with `millrace journal abandon`"
     )]
     Damaged {
-        /// Which file.
+        /// File name of the segment.
         segment: String,
-        /// Where in it, in bytes.
+        /// Offset in the segment, in bytes.
         offset: u64,
-        /// What is wrong.
+        /// Description of the damage.
         what: String,
     },
-    /// A segment between others is not there.
+    /// A segment between two others is missing.
     #[error(
-        "the journal is damaged: segment {segment} is missing between others. Acknowledged orders may be in it, so nothing is started. Put the file back; or save what is readable with `millrace journal inspect --orders`, and give the rest up with `millrace journal abandon`"
+        "the journal is damaged: segment {segment} is missing between others. Acknowledged orders \
+         may be in it, so Millrace does not start. Restore the file; or save the readable orders \
+         with `millrace journal inspect --orders`, then give up the rest with `millrace journal \
+         abandon`"
     )]
     Missing {
-        /// Which file.
+        /// File name of the segment.
         segment: String,
     },
-    /// Another release wrote it.
+    /// Another release wrote the segment.
     #[error(
-        "segment {segment} of the journal has version {version}, which this release does not know; start the release that wrote it and stop it with SIGTERM, so that it runs the journal empty"
+        "segment {segment} of the journal has version {version}, which this release does not \
+         know; start the release that wrote it and stop it with SIGTERM, so that it empties the \
+         journal"
     )]
     Version {
-        /// Which file.
+        /// File name of the segment.
         segment: String,
-        /// Its version.
+        /// Its format version.
         version: u16,
     },
 }
@@ -122,19 +132,20 @@ impl JournalError {
     }
 }
 
-/// A journal that was read and checked, and is locked, and does not run yet.
+/// A journal that is locked and checked, but does not run yet.
 #[derive(Debug)]
 pub struct Opened {
     disk: Arc<dyn Disk>,
-    /// Which journal it is.
+    /// Id and segment size of the journal.
     pub identity: Identity,
-    /// What is in it.
+    /// Content of the journal.
     pub scanned: Scanned,
 }
 
 impl Opened {
-    /// Locks the journal in `directory`, reads and checks all of it. Where there is none yet, one
-    /// with `new_id` begins, with segments for a limit of `bytes_max`.
+    /// Locks the journal in `directory` and checks all of it. If there is none, creates one with
+    /// the id `new_id` and segments sized for a limit of `bytes_max`. `progress` gets segments read
+    /// and total.
     ///
     /// # Errors
     /// [`JournalError`].
@@ -150,7 +161,7 @@ impl Opened {
         Self::on(Arc::new(disk), bytes_max, new_id, progress)
     }
 
-    /// The same on any disk.
+    /// Same as [`Opened::at`], on any disk.
     ///
     /// # Errors
     /// [`JournalError`].
@@ -176,10 +187,10 @@ impl Opened {
         })
     }
 
-    /// Hands every record in it to `each`, in the order in which they were written.
+    /// Passes every record to `each`, in the order of writing.
     ///
     /// # Errors
-    /// Where the disk fails.
+    /// If the disk fails.
     pub fn records(&self, mut each: impl FnMut(record::Record)) -> Result<(), JournalError> {
         for at in &self.scanned.groups {
             let group = at.segment.read(at);
@@ -190,7 +201,7 @@ impl Opened {
     }
 }
 
-/// How large segments are under a limit in bytes.
+/// Size of segments under a limit of `bytes_max`, in bytes.
 fn segment_bytes(bytes_max: u64) -> u64 {
     let bytes = (bytes_max / SEGMENTS).clamp(SEGMENT_BYTES_MIN, SEGMENT_BYTES_MAX);
     bytes - bytes % SECTOR as u64

@@ -1,5 +1,5 @@
-//! What the appender is asked to write: it takes what has gathered while it wrote, and sleeps
-//! when there is nothing.
+//! The appender's input: it takes the items that gathered while it wrote, and sleeps if there are
+//! none.
 //!
 //! `tests/loom.rs` compiles this file against loom's primitives.
 
@@ -7,7 +7,7 @@ use super::parker::Parker;
 use crate::faults::bug;
 use crate::sync::{ArrayQueue, AtomicBool, Ordering};
 
-/// A bounded queue of many senders and one receiver, which sleeps.
+/// A bounded queue of many senders and one receiver that sleeps while it is empty.
 pub(super) struct MpscQueue<T> {
     items: ArrayQueue<T>,
     parker: Parker,
@@ -15,7 +15,7 @@ pub(super) struct MpscQueue<T> {
 }
 
 impl<T> MpscQueue<T> {
-    /// Room for `capacity` items, 1 or more.
+    /// Creates a queue for `capacity` items, at least 1.
     pub(super) fn new(capacity: usize) -> Self {
         MpscQueue {
             items: ArrayQueue::new(capacity.max(1)),
@@ -24,7 +24,7 @@ impl<T> MpscQueue<T> {
         }
     }
 
-    /// Appends an item and wakes the receiver, or gives the item back where there is no room.
+    /// Appends an item and wakes the receiver. Returns the item if the queue is full.
     pub(super) fn push(&self, item: T) -> Result<(), T> {
         self.items.push(item)?;
         if !bug("lost_wake_up") {
@@ -33,7 +33,7 @@ impl<T> MpscQueue<T> {
         Ok(())
     }
 
-    /// Makes the present thread the receiver; once, before its first [`MpscQueue::wait`].
+    /// Makes the current thread the receiver; call once, before its first [`MpscQueue::wait`].
     pub(super) fn listen(&self) {
         self.parker.listen();
     }
@@ -43,10 +43,10 @@ impl<T> MpscQueue<T> {
         self.items.pop()
     }
 
-    /// Sleeps while it is empty; may wake for no reason. False: it is closed, and nothing that was
-    /// pushed before is in it.
+    /// Sleeps while the queue is empty; may wake spuriously. False: it is closed, and every item
+    /// pushed before has been taken.
     pub(super) fn wait(&self) -> bool {
-        // In this order: what was pushed before it was closed is seen.
+        // Read first, so that items pushed before the close are seen.
         let closed = self.is_closed();
         if !self.items.is_empty() {
             return true;

@@ -1,12 +1,13 @@
-//! How a thread that has nothing to do is woken by whoever has something for it.
+//! A thread that sleeps while it has no work, and is woken by other threads.
 //!
 //! ```text
 //!   owner:  sleeping = true ─► fence ─► is there work? no ─► park
 //!   others: publish work    ─► fence ─► sleeping? yes ─► unpark
 //! ```
 //!
-//! Dekker's pattern: with a sequentially consistent fence on both sides, either the owner sees the
-//! work or the other sees it asleep. While the owner is busy a ring costs a fence and a read.
+//! Dekker's protocol: with a sequentially consistent fence on both sides, either the owner sees the
+//! work or the other thread sees the owner asleep. While the owner is busy, waking costs a fence
+//! and a read.
 //!
 //! `tests/loom.rs` compiles this file against loom's primitives.
 
@@ -21,7 +22,7 @@ pub struct Parker {
 }
 
 impl Parker {
-    /// A bell that nobody listens to yet.
+    /// Creates a parker without an owner.
     pub fn new() -> Self {
         Parker {
             sleeping: AtomicBool::new(false),
@@ -29,25 +30,24 @@ impl Parker {
         }
     }
 
-    /// Makes the present thread the one that listens; once, before its first
-    /// [`Parker::park_unless`].
+    /// Makes the current thread the owner; call once, before its first [`Parker::park_unless`].
     pub fn listen(&self) {
         let _ = self.owner.set(thread::current());
     }
 
-    /// Wakes the owner if it sleeps. Comes after the work was published.
+    /// Wakes the owner if it sleeps. Call after publishing the work.
     pub fn unpark(&self) {
         fence(Ordering::SeqCst);
-        // Acquire: whoever sees the owner asleep sees whom to wake. Of many who ring only the first
-        // pays for a system call: to wake a thread that is awake already is one exchange.
+        // Acquire: a thread that sees the owner asleep also sees `owner`. Of many callers only the
+        // first pays for a system call: waking an awake thread is one exchange.
         if self.sleeping.load(Ordering::Acquire) {
             self.owner.get().map(Thread::unpark);
         }
     }
 
-    /// Sleeps until somebody rings, unless `has_work`. May wake for no reason.
+    /// Sleeps until [`Parker::unpark`], unless `has_work`. May wake spuriously.
     pub fn park_unless(&self, has_work: impl FnOnce() -> bool) {
-        // The fence orders it before the look at the work. Release: whoever sees it sees `owner`.
+        // The fence orders the store before the check for work. Release: publishes `owner`.
         self.sleeping.store(true, Ordering::Release);
         fence(Ordering::SeqCst);
         if !has_work() {

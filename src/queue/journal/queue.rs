@@ -1,4 +1,4 @@
-//! The queue over the journal: what is handed to the appender, to the workers, and to the disk.
+//! The queue over the journal: the ways of an order to the appender, the workers and the disk.
 //!
 //! ```text
 //!             append                        room in memory?
@@ -11,9 +11,9 @@
 //!      └───────────────────────────────────────────────────► ring
 //! ```
 //!
-//! The appender takes what has gathered while its last sync ran: one order alone costs one sync,
-//! a flood shares them. While the spill is not empty everything newer goes to the disk too, so
-//! that the order of the queue is kept.
+//! The appender takes the orders that gathered during its last sync: a single order costs one sync,
+//! a flood shares them. While the spill is not empty, newer orders go to the disk too, which keeps
+//! the queue in order.
 
 use std::fmt;
 use std::future::Future;
@@ -40,7 +40,7 @@ use crate::state::pending::PendingOrder;
 use crate::sync::thread::{self, JoinHandle};
 use crate::sync::{AtomicBool, Mutex, OnceLock, Ordering};
 
-/// How long a lease on order ids may take to be written.
+/// Time limit for writing a lease on order ids.
 const LEASE_PATIENCE: Duration = Duration::from_secs(3);
 /// `queue.backend = "journal"`.
 pub struct JournalQueue {
@@ -49,11 +49,11 @@ pub struct JournalQueue {
 }
 
 impl JournalQueue {
-    /// Runs a journal whose orders have all been replayed. What it found is deleted as soon as
-    /// it is allowed to be.
+    /// Starts a journal whose orders have all been replayed. Its old segments are deleted as soon
+    /// as permitted.
     ///
     /// # Errors
-    /// Where its first segment cannot be made, or a thread not started.
+    /// If its first segment cannot be created, or a thread cannot be started.
     pub fn start(opened: Opened, parts: JournalParts) -> Result<Self, JournalError> {
         let Opened {
             disk,
@@ -96,7 +96,7 @@ impl JournalQueue {
                 .name(name.to_owned())
                 .spawn(move || {
                     let fate = faults::fate(name);
-                    // Nothing that it may have left half done is looked at afterwards.
+                    // State that a panic left half done is not read afterwards.
                     let work = std::panic::AssertUnwindSafe(|| match fate {
                         None => work(),
                         Some(Fate::End) => {}
@@ -117,8 +117,8 @@ impl JournalQueue {
                 .map(|thread| threads.push(thread))
                 .map_err(JournalError::io("starting a thread of the journal"))
         };
-        let keeping = Arc::clone(&shared);
-        spawn("journal-keeper", Box::new(move || keeping.segments.run()))?;
+        let deleting = Arc::clone(&shared);
+        spawn("journal-segment", Box::new(move || deleting.segments.run()))?;
         let reading = Arc::clone(&shared);
         spawn("journal-reader", Box::new(move || read_back(&reading)))?;
         let appending = Arc::clone(&shared);
@@ -132,8 +132,7 @@ impl JournalQueue {
         })
     }
 
-    /// Writes how far order ids are leased, for as long as the database cannot. True: it is
-    /// durable.
+    /// Writes a lease on order ids, for use while the database is unreachable. True: it is durable.
     pub async fn lease_ids(&self, until: UnixMillis) -> bool {
         let Some(permit) = self.shared.segments.space.take(1) else {
             return false;
@@ -143,35 +142,35 @@ impl JournalQueue {
         if self.shared.failure.get().is_some() || self.shared.incoming.push(lease).is_err() {
             return false;
         }
-        // A late success does no harm; whoever renews has more to do than to wait for a disk.
+        // A late success does no harm, and the caller must not wait long for a disk.
         match tokio::time::timeout(LEASE_PATIENCE, heard).await {
             Ok(heard) => heard.unwrap_or(false),
             Err(_) => false,
         }
     }
 
-    /// Why it stopped acknowledging, where it did.
+    /// The reason why the journal stopped acknowledging, if it did.
     pub fn failure(&self) -> Option<&str> {
         self.shared.failure.get().map(String::as_str)
     }
 
-    /// Bytes that its segments take on the disk.
+    /// Bytes of its segments on the disk.
     pub fn bytes(&self) -> u64 {
         self.shared.segments.bytes()
     }
 
-    /// Orders that wait on the disk and not in memory.
+    /// Orders that wait on the disk instead of in memory.
     pub fn spilled(&self) -> usize {
         self.shared.spill.orders()
     }
 
-    /// Orders that the database has not decided yet.
+    /// Orders that are not yet settled in the database.
     pub fn outstanding(&self) -> u64 {
         let segments = self.shared.segments.segments();
         segments.iter().map(|segment| segment.outstanding()).sum()
     }
 
-    /// The number of the newest segment of which everything is decided, with all before it.
+    /// Number of the newest segment of which every order is settled, with all segments before it.
     pub fn settled_up_to(&self) -> u64 {
         let segments = self.shared.segments.segments();
         segments
@@ -181,17 +180,16 @@ impl JournalQueue {
             .map_or(0, |segment| segment.number)
     }
 
-    /// Allows segments up to `number` to be deleted, where the journal retains them.
+    /// Permits deletion of segments up to `number`, if the journal retains them.
     pub fn confirm(&self, number: u64) {
         self.shared.segments.confirm(number);
     }
 
-    /// Reads every order that the journal still has, of this process and those before it, and
-    /// hands it to `each`, oldest first; those that wait on the disk aside, which are yet to be
-    /// written.
+    /// Passes every order still in the journal to `each`, oldest first, from this process and
+    /// earlier ones. Excluded are orders that wait on the disk: they are yet to be written.
     ///
     /// # Errors
-    /// Where the disk fails or what is there is damaged.
+    /// If the disk fails or the content is damaged.
     pub fn read_all(&self, each: &mut dyn FnMut(Order)) -> Result<(), JournalError> {
         let segments = self.shared.segments.segments();
         super::recovery::read_segments(&segments, |segment, place, records| {
@@ -204,24 +202,24 @@ impl JournalQueue {
         })
     }
 
-    /// Leaves what waits on the disk to the next process: the queue ends once what is in memory
-    /// has been taken.
+    /// Leaves orders that wait on the disk to the next process: the queue ends once the orders in
+    /// memory are taken.
     pub fn leave_backlog(&self) {
         self.shared.cut.store(true, Ordering::Release);
         self.shared.wake_reader();
     }
 
-    /// Deletes everything, after [`JournalQueue::stop`], once all of it is decided: another journal
-    /// may take its place.
+    /// Deletes all segments after [`JournalQueue::stop`], once every order is settled: another
+    /// journal may then take its place.
     ///
     /// # Errors
-    /// Where the disk fails; what is left is a sound journal.
+    /// If the disk fails. The remaining segments are a sound journal.
     pub fn erase(&self) -> io::Result<()> {
         self.shared.segments.erase()
     }
 
-    /// Ends the threads. Returns orders that were handed over and never written; nobody was told
-    /// about them.
+    /// Stops the threads. Returns orders that were appended but never written; none was
+    /// acknowledged.
     pub fn stop(&self) -> Vec<Arc<PendingOrder>> {
         self.close();
         self.leave_backlog();
@@ -273,7 +271,7 @@ impl OrderQueue for JournalQueue {
     }
 
     fn ahead(&self) -> usize {
-        // What waits on the disk or for its sync comes later than what is pushed now.
+        // Orders that wait on the disk or for their sync come after an order that is pushed now.
         self.shared.ring.depth()
     }
 

@@ -1,4 +1,4 @@
-//! The thread that reads: it brings back from the disk as many orders as memory has room for.
+//! The reading thread: brings orders back from the disk while memory has room.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,10 +10,10 @@ use crate::state::pending::PendingOrder;
 use crate::sync::Ordering;
 use crate::sync::thread;
 
-/// Pause before the disk is read again after it has failed.
+/// Pause before the next attempt after a failed read.
 const READ_RETRY: Duration = Duration::from_secs(1);
 
-/// Works until the appender has ended and nothing is left on the disk, or until the cut.
+/// Runs until the appender has ended and nothing is left on the disk, or until the cut.
 pub(super) fn read_back(shared: &Shared) {
     let _ = shared.reader.set(thread::current());
     loop {
@@ -22,15 +22,15 @@ pub(super) fn read_back(shared: &Shared) {
             if ended || shared.cut.load(Ordering::Acquire) {
                 return shared.ring.close();
             }
-            // Woken by the appender, or by the end; the tick is for the moment before it
-            // knows this thread.
+            // The appender or the end of the queue unparks this thread. The timeout covers the
+            // moment before the appender knows the thread.
             thread::park_timeout(Duration::from_millis(100));
             continue;
         };
         if shared.cut.load(Ordering::Acquire) {
             return shared.ring.close();
         }
-        // Half of the memory stays free for orders that wait.
+        // Half of the ring stays free for waiting orders.
         if shared.ring.depth() >= (shared.capacity / 2).max(1) {
             thread::park_timeout(ROOM_TICK);
             continue;

@@ -1,4 +1,4 @@
-//! The logical format: what a group's payload says.
+//! The logical format: the payload of a group.
 //!
 //! ```text
 //!   group:   epoch i64 │ sequence of the first record u64 │ records u32 │ record …
@@ -8,10 +8,10 @@
 //!            │ user_id (u8 length) │ sku_id (u8 length) │ key hash (0, or 1 and 16 bytes)
 //!            │ attributes (0, or 1, u16 length, text)
 //!   lease:   no order id lies at or beyond this moment, i64
-//! ```
+//!   lease:   exclusive upper bound of the order ids, i64
 //!
-//! All integers are little-endian, moments are Unix milliseconds. A record's sequence number is
-//! that of its group's first, plus its place.
+//! All integers are little-endian; timestamps are Unix milliseconds. A record's sequence number is
+//! that of its group's first record plus its index.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -20,9 +20,9 @@ use crate::order::{
     Currency, KeyHash, Order, OrderId, PayloadHash, Quantity, SkuId, SkuNumber, UnixMillis, UserId,
 };
 
-/// Bytes before the first record of a group.
+/// Bytes before the first record of a group: epoch, sequence and number of records.
 pub const GROUP_HEAD: usize = 20;
-/// No record is longer: fixed parts, the longest names, and 1 KiB of attributes.
+/// Longest record in bytes: fixed parts, the longest names, and 1 KiB of attributes.
 pub const RECORD_MAX: usize = 1 + 8 + 4 + 2 + 16 + 3 + 16 + 8 + 49 + 33 + 17 + 3 + 1_024;
 
 const ORDER: u8 = 1;
@@ -33,22 +33,23 @@ const LEASE: u8 = 2;
 pub enum Record {
     /// An order that was, or was about to be, acknowledged.
     Order(Box<Order>),
-    /// How far order ids were leased while the database could not say it.
+    /// A lease on order ids, written while the database was unreachable: no id at or beyond this
+    /// moment.
     Lease(UnixMillis),
 }
 
 /// A group's payload, decoded.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Group {
-    /// The epoch of the process that wrote it.
+    /// Epoch of the process that wrote it.
     pub epoch: i64,
-    /// The sequence number of its first record, from 1.
+    /// Sequence number of its first record, from 1.
     pub sequence: u64,
-    /// Its records in order.
+    /// Its records, in order.
     pub records: Vec<Record>,
 }
 
-/// The bytes of a group in the making.
+/// The bytes of a group being gathered.
 #[derive(Debug, Default)]
 pub struct GroupBytes {
     bytes: Vec<u8>,
@@ -56,7 +57,7 @@ pub struct GroupBytes {
 }
 
 impl GroupBytes {
-    /// Begins a group anew.
+    /// Starts a new group.
     pub fn begin(&mut self, epoch: i64, sequence: u64) {
         self.bytes.clear();
         self.records = 0;
@@ -96,7 +97,7 @@ impl GroupBytes {
             None => out.push(0),
             Some(attributes) => {
                 out.push(1);
-                // At most 1 KiB, checked where it came in.
+                // At most 1 KiB, checked when the request was decoded.
                 out.extend_from_slice(&(attributes.len() as u16).to_le_bytes());
                 out.extend_from_slice(attributes.as_bytes());
             }
@@ -126,17 +127,17 @@ impl GroupBytes {
     }
 }
 
-/// Most bytes that an order's record takes.
+/// Upper bound of an order's record, in bytes.
 pub fn order_bytes(attributes: Option<&str>) -> usize {
     RECORD_MAX - 1_024 + attributes.map_or(0, str::len)
 }
 
-/// A payload that no group of ours has.
+/// The payload does not decode as a group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a group's content makes no sense")]
+#[error("a group's content cannot be decoded")]
 pub struct Malformed;
 
-/// Reads a group's payload. Every byte has to be accounted for.
+/// Decodes a group's payload. Every byte must belong to a record.
 ///
 /// # Errors
 /// [`Malformed`].
@@ -165,7 +166,7 @@ pub fn decode(payload: &[u8]) -> Result<Group, Malformed> {
 
 struct Reader<'a> {
     rest: &'a [u8],
-    /// Those that were read: orders of one SKU share its name also where the stock is not at hand.
+    /// Ids read so far: orders of one SKU share its id, even if the stock is not at hand.
     sku_ids: HashMap<&'a str, Arc<SkuId>, foldhash::fast::RandomState>,
 }
 

@@ -1,14 +1,14 @@
 //! Reading a journal from the disk: the longest valid prefix, or the reason why there is none.
 //!
-//! A group is written only after the sync of the one before it has returned. So of all that is
-//! on the disk only the last group may be incomplete, and only by sectors that are still zero:
+//! A group is written only after the sync of the previous one has returned. Only the last group on
+//! the disk may therefore be incomplete, and only by sectors that are still zero:
 //!
-//! * sectors of zeros where its rest should be: a crash came first; nobody was told about it, and
-//!   it is left out;
+//! * zero sectors in place of the rest of a group: a crash came first. The group was not
+//!   acknowledged, and is left out;
 //! * a sector that is neither valid nor zero, anywhere: damage;
-//! * a valid group behind an incomplete one: damage, for it was complete once.
+//! * a valid group after an incomplete one: damage, because the latter was complete once.
 //!
-//! Damage is never skipped: there may be acknowledged orders behind or in it.
+//! Damage is never skipped: acknowledged orders may be in it or after it.
 
 use std::sync::Arc;
 
@@ -20,34 +20,33 @@ use super::segment::{self, GroupAt, Identity, Segment};
 use crate::faults::bug;
 use crate::order::UnixMillis;
 
-/// What is in a journal.
+/// The content of a journal.
 #[derive(Debug)]
 pub struct Scanned {
-    /// Which journal it is; `None` where there is none yet.
+    /// Id and segment size of the journal; `None` if there is none yet.
     pub identity: Option<Identity>,
     /// Its segments, oldest first, without gaps.
     pub segments: Vec<Arc<Segment>>,
-    /// Its groups in the order in which they were written.
+    /// Its groups, in the order of writing.
     pub groups: Vec<GroupAt>,
-    /// Its records.
+    /// Number of its records.
     pub records: u64,
-    /// The number of the last group, complete or not; 0 where there is none.
+    /// Number of the last group, complete or not; 0 if there is none.
     pub last_group: u64,
-    /// The sequence number of the last record.
+    /// Sequence number of the last record; 0 if there is none.
     pub last_sequence: u64,
-    /// No order id in it lies at or beyond this moment; from leases and orders alike.
+    /// Exclusive upper bound of its order ids, from leases and orders.
     pub id_high_water: UnixMillis,
-    /// Sectors of an incomplete last group, which were left out.
+    /// Sectors of an incomplete last group, which was left out.
     pub torn_sectors: u64,
-    /// Files that were being made when their process ended.
+    /// Names of files that a process left unfinished.
     pub unfinished: Vec<String>,
 }
 
-/// Reads everything on `disk` and checks every byte of it. `progress` hears how many bytes of how
-/// many are read.
+/// Reads all segments on `disk` and checks every byte. `progress` gets segments read and total.
 ///
 /// # Errors
-/// [`JournalError::Damaged`], or what the disk says.
+/// [`JournalError::Damaged`] or another [`JournalError`].
 pub fn scan(disk: &dyn Disk, mut progress: impl FnMut(u64, u64)) -> Result<Scanned, JournalError> {
     let mut names = disk
         .list()
@@ -93,7 +92,7 @@ pub fn scan(disk: &dyn Disk, mut progress: impl FnMut(u64, u64)) -> Result<Scann
 
 struct Scan {
     found: Scanned,
-    /// The group that is incomplete, and where.
+    /// The incomplete group: its number, segment and offset in bytes.
     torn: Option<(u64, u64, u64)>,
 }
 
@@ -141,8 +140,8 @@ impl Scan {
         Ok(())
     }
 
-    /// Reads the group that begins at `place`: how many sectors it has, or `None` where there is
-    /// no complete one.
+    /// Reads the group that begins at `place`. Returns its number of sectors, or `None` if it is
+    /// not complete.
     fn group(
         &mut self,
         segment: &Arc<Segment>,
@@ -197,12 +196,12 @@ impl Scan {
             .ok_or_else(|| damaged(place, "a record is numbered beyond all numbers"))?;
         let found = &mut self.found;
         let first = found.groups.is_empty();
-        // Between two processes records may be missing: the later one has found groups that were
-        // written and not synced, has replayed them, and the power took them afterwards.
+        // Records may be missing between two processes: the later one found groups that were
+        // written but not synced, replayed them, and a power loss removed them afterwards.
         let begins_anew = session(group) > session(found.last_group);
         let in_order = first || begins_anew || content.sequence == found.last_sequence + 1;
-        // What was before the oldest segment is deleted. Later ones begin in the midst of a process
-        // only where the one before is full.
+        // Segments before the oldest are deleted, so it may begin anywhere. A later segment begins
+        // in the middle of a process only if the one before is full.
         let begins = first
             && self.torn.is_none()
             && (found.segments.len() == 1 || is_first_of_process(group));
@@ -248,7 +247,7 @@ impl Scan {
         Ok(Some(count))
     }
 
-    /// Checks that what follows the last complete group of a segment is zeros, or the incomplete
+    /// Checks that the last complete group of a segment is followed by zeros, or by the incomplete
     /// group that a crash may leave.
     fn tail(
         &mut self,
@@ -292,13 +291,13 @@ impl Scan {
     }
 }
 
-/// Which process of a journal's history wrote a group.
+/// Number of the process, in the journal's history, that wrote a group.
 pub fn session(group: u64) -> u64 {
     group >> 32
 }
 
-/// Whether `group` may be the next after `last`: the next of its process, or the first of a later
-/// one. A process numbers its groups from 1, since the one before may have left one incomplete.
+/// Whether `group` may follow `last`: the next of its process, or the first of a later one. Each
+/// process numbers its groups from 1, because the last may have left an incomplete group.
 fn follows(group: u64, last: u64) -> bool {
     group.checked_sub(1) == Some(last)
         || (session(group) > session(last) && is_first_of_process(group))
@@ -308,12 +307,12 @@ fn is_first_of_process(group: u64) -> bool {
     group as u32 == 1
 }
 
-/// Hands the records of every group of `segments`, whose content was checked or written by this
-/// process, to `each`, with the number of the segment and the place of the group. A group that is
-/// not complete, because it is being written or a crash came first, ends its segment.
+/// Passes the records of every group of `segments` to `each`, with the segment's number and the
+/// group's place. The content was checked or written by this process before. An incomplete group,
+/// which is being written or was cut by a crash, ends its segment.
 ///
 /// # Errors
-/// Where the disk fails or a group is not what was written.
+/// If the disk fails or the content is damaged.
 pub(super) fn read_segments(
     segments: &[Arc<Segment>],
     mut each: impl FnMut(u64, u64, Vec<Record>),
@@ -363,11 +362,11 @@ pub(super) fn read_segments(
     Ok(())
 }
 
-/// Hands every record that can be read to `each`, in whatever state the journal is; returns what
-/// could not be. For people who have to decide what to do about damage.
+/// Passes every readable record of a damaged journal to `each`. Returns descriptions of the
+/// unreadable parts, for people who decide about the damage.
 ///
 /// # Errors
-/// Where the directory cannot be read.
+/// If the directory cannot be read.
 pub fn salvage(disk: &dyn Disk, mut each: impl FnMut(Record)) -> Result<Vec<String>, JournalError> {
     let mut lost = Vec::new();
     let names = disk
@@ -443,7 +442,7 @@ pub fn salvage(disk: &dyn Disk, mut each: impl FnMut(Record)) -> Result<Vec<Stri
     Ok(lost)
 }
 
-/// Which journal is on `disk`, by the first header that can be read.
+/// Identity of the journal on `disk`, from the first readable header.
 pub fn identity(disk: &dyn Disk) -> Option<Identity> {
     let names = disk.list().ok()?;
     names.iter().find_map(|name| {

@@ -6,37 +6,38 @@
 //! ```
 //!
 //! All integers are little-endian. `crc` is CRC-32C over the journal's id, the segment's number,
-//! the sector's place in it, and the rest of the sector. `group` counts the groups of a
-//! process from 1, over all segments, with the number of the process in its upper half; `index` and `count` are the sector's place in its group; `used` is
-//! how much of the payload counts, the rest is zero.
+//! the sector's place in it, and the rest of the sector. The lower half of `group` counts the
+//! groups of a process from 1, over all segments; the upper half is the number of the process.
+//! `index` is the sector's place in its group, `count` the group's number of sectors. `used` is the
+//! payload's length in bytes; the rest is zero.
 //!
-//! Why sectors, when a checksum for each record would be smaller: a disk writes sectors of 512
-//! bytes whole or not at all, and a segment is filled with zeros before it is used. So after a
-//! power loss a sector is either valid or zero. Anything else is damage, also in the last group,
-//! where a checksum alone could not tell a torn write, which nobody was told about, from a
-//! flipped bit in an order that was acknowledged. A sector is never written twice, so tearing
-//! cannot reach what was acknowledged before.
+//! Why sectors, although a checksum for each record would be smaller: a disk writes a sector of 512
+//! bytes whole or not at all, and a segment is filled with zeros before it is used. After a power
+//! loss a sector is therefore either valid or zero, and anything else is damage. In the last group
+//! a checksum alone could not tell a torn write, which was not acknowledged, from a flipped bit in
+//! an acknowledged order. A sector is never written twice, so a torn write cannot reach
+//! acknowledged records.
 //!
-//! The id in the checksum is random and not told to anybody: nobody can send `attributes` that
+//! The id in the checksum is random and never published: a client cannot send `attributes` that
 //! look like a sector.
 
 use std::ops::Range;
 
-/// Bytes in a sector; the least that any disk writes as one.
+/// Bytes of a sector; the smallest unit that any disk writes atomically.
 pub const SECTOR: usize = 512;
-/// Bytes of a sector before its payload.
+/// Bytes of a sector's header.
 const HEAD: usize = 18;
 /// Payload bytes of a sector.
 pub const PAYLOAD: usize = SECTOR - HEAD;
 /// Most sectors of a group.
 pub const GROUP_SECTORS_MAX: usize = 2_048;
 
-/// Sectors that a payload of so many bytes takes.
+/// Sectors needed for `payload` bytes.
 pub fn sectors_of(payload: usize) -> usize {
     payload.div_ceil(PAYLOAD)
 }
 
-/// What a sector's checksum depends on besides its content.
+/// Seed of a segment's checksums: a sector is valid only in its journal, segment and place.
 #[derive(Clone, Copy, Debug)]
 pub struct Seal {
     seed: u32,
@@ -51,34 +52,34 @@ impl Seal {
         }
     }
 
-    /// Checksum over a sector's content behind its first four bytes, at its place.
+    /// Checksum of `content`, a sector without its first four bytes, at `place`.
     pub fn of(self, place: u64, content: &[u8]) -> u32 {
         let seed = crc32c::crc32c_append(self.seed, &place.to_le_bytes());
         crc32c::crc32c_append(seed, content)
     }
 }
 
-/// What one sector was found to be.
+/// State of one sector.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Sector {
     /// Never written.
     Zero,
-    /// Neither written by us nor left alone.
+    /// Written, but with the wrong checksum or fields.
     Damaged,
     /// Part of a group.
     Part {
-        /// Which group.
+        /// Number of the group.
         group: u64,
-        /// Which sector of it.
+        /// Index of the sector in the group, from 0.
         index: u16,
-        /// How many it has.
+        /// Sectors of the group.
         count: u16,
-        /// Where its payload lies in the sector.
+        /// Bytes of the sector that are payload.
         payload: Range<usize>,
     },
 }
 
-/// Appends `payload` to `out` as sectors of group `group`, of which the first lies at `place`.
+/// Appends `payload` to `out` as sectors of group `group`, the first of them at `place`.
 pub fn encode(out: &mut Vec<u8>, seal: Seal, place: u64, group: u64, payload: &[u8]) {
     let count = sectors_of(payload.len());
     for (index, part) in payload.chunks(PAYLOAD).enumerate() {
@@ -96,10 +97,10 @@ pub fn encode(out: &mut Vec<u8>, seal: Seal, place: u64, group: u64, payload: &[
     }
 }
 
-/// What `sector`, which lies at `place`, is.
+/// Decodes the sector at `place`.
 ///
 /// # Panics
-/// Where it is not [`SECTOR`] bytes long.
+/// If it is not [`SECTOR`] bytes long.
 pub fn decode(sector: &[u8], seal: Seal, place: u64) -> Sector {
     assert_eq!(sector.len(), SECTOR, "a sector has {SECTOR} bytes");
     if sector.iter().all(|byte| *byte == 0) {

@@ -1,8 +1,8 @@
-//! One file of the journal: how it is made, named and read.
+//! One file of the journal: creating, naming and reading it.
 //!
-//! A segment is filled with zeros and synced before it gets its name, so the disk has room for
-//! all of it, every sync afterwards finds its blocks in place (a third faster than into blocks
-//! that are only reserved), and a sector that was never written reads as zeros.
+//! A segment is filled with zeros and synced before it gets its name. The disk thus has room for
+//! all of it. Every later sync finds its blocks in place, which is a third faster than blocks that
+//! are only reserved. A sector that was never written reads as zeros.
 
 use std::fmt;
 use std::io;
@@ -17,23 +17,23 @@ use crate::faults::{bug, crash_point};
 use crate::order::{OrderId, UnixMillis};
 
 const MAGIC: &[u8; 8] = b"MILLRACE";
-/// The version of this format. A release reads its predecessor's.
+/// Version of this format. A release reads its predecessor's.
 const VERSION: u16 = 1;
 const SUFFIX: &str = ".segment";
 const UNFINISHED: &str = ".unfinished";
 static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
 
-/// Which journal, and how large its segments are.
+/// Id of a journal, and the size of its segments.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Identity {
-    /// Random, made with the journal. Part of every checksum.
+    /// Random, created with the journal. Part of every checksum.
     pub id: [u8; 16],
     /// Bytes of each segment, a multiple of [`SECTOR`].
     pub segment_bytes: u64,
 }
 
 impl Identity {
-    /// The id as people write it: 32 hexadecimal digits.
+    /// The id as 32 hexadecimal digits.
     pub fn name(&self) -> String {
         format!("{:032x}", u128::from_be_bytes(self.id))
     }
@@ -50,26 +50,26 @@ impl fmt::Debug for Identity {
     }
 }
 
-/// The name of a segment's file.
+/// File name of a segment.
 pub fn file_name(number: u64) -> String {
     format!("{number:016}{SUFFIX}")
 }
 
-/// The number of a segment's file.
+/// Segment number in a file name; `None` if it is not a segment's.
 pub fn file_number(name: &str) -> Option<u64> {
     let number = name.strip_suffix(SUFFIX)?;
     (number.len() == 16).then(|| number.parse().ok()).flatten()
 }
 
-/// Whether a file was being made when its process ended.
+/// Whether a process left the file unfinished.
 pub fn is_unfinished(name: &str) -> bool {
     name.ends_with(UNFINISHED)
 }
 
-/// One segment, for as long as its file is there.
+/// One segment, while its file exists.
 #[derive(Debug)]
 pub struct Segment {
-    /// Its number, from 1.
+    /// Segment number, from 1.
     pub number: u64,
     pub(super) file: Arc<dyn DiskFile>,
     pub(super) seal: Seal,
@@ -86,52 +86,51 @@ impl Segment {
         }
     }
 
-    /// Counts orders that were written to it.
+    /// Counts orders about to be written to it.
     pub fn add_outstanding(&self, orders: u64) {
         self.tally.add(orders);
     }
 
-    /// Counts orders that the database has decided. True: they were the last, and nothing more is
-    /// written to it.
+    /// Counts settled orders. True: the segment is sealed, and no order in it is outstanding.
     ///
     /// # Panics
-    /// Where more are decided than were written: the segment would be deleted under an order.
+    /// If more orders are settled than were written: the segment would be deleted under an order.
     pub fn settled(&self, orders: u64) -> bool {
         let before = self.tally.settled(orders);
         assert!(
             before >= orders,
-            "segment {}: {orders} orders decided, {before} outstanding",
+            "segment {}: {orders} orders settled, {before} outstanding",
             self.number
         );
         self.is_done()
     }
 
-    /// Nothing more is written to it.
+    /// Marks the segment as complete: nothing more is written to it.
     pub fn seal(&self) {
         self.tally.seal();
     }
 
-    /// Whether nothing in it is needed any more.
+    /// Whether the segment is sealed and all its orders are settled.
     pub fn is_done(&self) -> bool {
         self.tally.is_done()
     }
 
-    /// Orders in it that the database has not decided yet.
+    /// Orders in it that are not yet settled in the database.
     pub fn outstanding(&self) -> u64 {
         self.tally.outstanding()
     }
 
-    /// Reads one of its groups back.
+    /// Reads one of its groups.
     ///
     /// # Errors
-    /// Where the disk fails, or what is there is not what was written.
+    /// If the disk fails, or the content is not the group that was written.
     pub fn read(&self, at: &GroupAt) -> io::Result<Group> {
         let mut bytes = vec![0; at.sectors as usize * SECTOR];
         self.file.read_at(&mut bytes, at.place * SECTOR as u64)?;
         let damaged = || {
             let offset = at.place * SECTOR as u64;
             let what = format!(
-                "{} at offset {offset}: not what was written there",
+                "{} at offset {offset}: the content is not the group written there",
                 file_name(self.number)
             );
             io::Error::new(io::ErrorKind::InvalidData, what)
@@ -151,27 +150,27 @@ impl Segment {
     }
 }
 
-/// Where a group lies.
+/// Location of a group.
 #[derive(Clone, Debug)]
 pub struct GroupAt {
-    /// In which segment.
+    /// Its segment.
     pub segment: Arc<Segment>,
-    /// Its first sector.
+    /// Index of its first sector in the segment; 0 is the header.
     pub place: u64,
-    /// How many it has.
+    /// Number of sectors.
     pub sectors: u32,
-    /// Its number.
+    /// Group number.
     pub group: u64,
-    /// How many records it has.
+    /// Number of records.
     pub records: u32,
-    /// The least and the greatest order id in it; `None` where it has no orders.
+    /// Lowest and highest order id in it; `None` if it has no orders.
     pub ids: Option<(OrderId, OrderId)>,
 }
 
-/// Makes a segment ready to be written: its file is there, durable, and all zeros but its header.
+/// Creates a segment ready for writing: durable, and all zeros but its header.
 ///
 /// # Errors
-/// Where the disk is full or fails; what was begun is removed as far as that goes.
+/// If the disk is full or fails; the unfinished file is removed if possible.
 pub fn prepare(disk: &dyn Disk, identity: &Identity, number: u64) -> io::Result<Segment> {
     let name = file_name(number);
     let unfinished = format!("{name}{UNFINISHED}");
@@ -195,7 +194,7 @@ pub fn prepare(disk: &dyn Disk, identity: &Identity, number: u64) -> io::Result<
         Ok(Segment::new(number, file, identity))
     };
     make().inspect_err(|_| {
-        // It gives its space back; where that fails too, the next start removes it.
+        // Frees its space. If that fails too, the next start removes the file.
         let _ = disk.remove(&unfinished);
     })
 }
@@ -213,11 +212,11 @@ fn header(identity: &Identity, number: u64) -> [u8; SECTOR] {
     sector
 }
 
-/// Reads a segment's header.
+/// Reads and checks a segment's header.
 pub(super) fn read_header(sector: &[u8], number: u64) -> Result<Identity, JournalError> {
     let damaged = |what: &str| JournalError::damaged(number, 0, what);
     let Some(sector) = sector.get(..SECTOR) else {
-        return Err(damaged("it is too short to have a header"));
+        return Err(damaged("the file is too short for a header"));
     };
     let word = |at: usize| {
         let mut bytes = [0; 8];
@@ -225,7 +224,7 @@ pub(super) fn read_header(sector: &[u8], number: u64) -> Result<Identity, Journa
         u64::from_le_bytes(bytes)
     };
     if sector[4..12] != *MAGIC {
-        return Err(damaged("it does not begin as a journal does"));
+        return Err(damaged("the file does not begin with MILLRACE"));
     }
     let mut id = [0; 16];
     id.copy_from_slice(&sector[30..46]);

@@ -1,6 +1,6 @@
-//! What keeps the journal in segments: the next one is made before it is needed, and those that
-//! nobody needs any more are deleted, oldest first. A thread of its own, so that neither the
-//! appender nor a worker waits for it.
+//! The running journal's segments: the next one is created before it is needed, and segments that
+//! are done are deleted, oldest first. A thread of its own does both, so that neither the appender
+//! nor a worker waits for it.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -12,9 +12,9 @@ use super::space::Space;
 use crate::faults::crash_point;
 use crate::sync::{AtomicBool, AtomicU64, Condvar, Mutex, Ordering};
 
-/// How often making a segment is tried again where the disk was full.
+/// Pause before the next attempt to create or delete a segment.
 const RETRY: Duration = Duration::from_millis(500);
-/// Sectors at the end of a segment that may stay empty, because a record does not fit into them.
+/// Sectors at the end of a segment that may stay empty, because a record does not fit.
 const TAIL: i64 = super::RECORD_SECTORS_MAX as i64;
 
 /// The segments of a running journal.
@@ -26,15 +26,15 @@ pub(super) struct Segments {
     pub(super) space: Arc<Space>,
     state: Mutex<State>,
     changed: Condvar,
-    /// Segments up to this number may be deleted; `u64::MAX` where nobody else needs them.
+    /// Segments up to this number may be deleted; `u64::MAX` if the journal does not retain them.
     confirmed: AtomicU64,
-    /// Why there is no next segment, where there is none.
+    /// Set while no further segment can be created, because the disk is full or fails.
     full: AtomicBool,
 }
 
 #[derive(Debug)]
 struct State {
-    /// Those with content or about to have some, oldest first; the last is written to.
+    /// Segments with records, oldest first; the last is being written to.
     segments: VecDeque<Arc<Segment>>,
     spare: Option<Arc<Segment>>,
     next_number: u64,
@@ -42,7 +42,7 @@ struct State {
 }
 
 impl Segments {
-    /// Goes on from the segments that were found, and makes the first of its own. Returns it too.
+    /// Continues after the segments `found`. Returns the first segment of this process too.
     pub(super) fn new(
         disk: Arc<dyn Disk>,
         identity: Identity,
@@ -55,8 +55,8 @@ impl Segments {
         let mut segments: VecDeque<_> = found.iter().map(Arc::clone).collect();
         let first = match segment::prepare(&*disk, &identity, number) {
             Err(_) if !retain && segments.len() > 1 => {
-                // The disk is full of what is not needed any more. The last stays: it tells which
-                // journal this is.
+                // The disk is full of replayed segments. The last is kept, because it has the
+                // journal's id.
                 while segments.len() > 1 {
                     if let Some(oldest) = segments.pop_front() {
                         disk.remove(&file_name(oldest.number))?;
@@ -88,20 +88,20 @@ impl Segments {
         Ok((segments, first))
     }
 
-    /// Whether there will be no more room before something in it is decided: the limit in bytes is
-    /// reached, or the disk is full. Otherwise the next segment is on its way.
+    /// Whether there will be no more room until orders are settled: the limit in bytes is reached,
+    /// or the disk is full. If false, the next segment is being created.
     pub(super) fn is_full(&self) -> bool {
         let state = self.state.lock();
         self.full.load(Ordering::Relaxed)
             || (state.spare.is_none() && state.segments.len() >= self.segments_max)
     }
 
-    /// Sectors of a segment that records are sure to find room in.
+    /// Sectors of a segment that records are certain to fit into.
     fn usable(&self) -> i64 {
         self.identity.sectors() as i64 - 1 - TAIL
     }
 
-    /// The thread's work, until it is stopped.
+    /// Main loop of the thread, until [`Segments::stop`].
     pub(super) fn run(&self) {
         let mut state = self.state.lock();
         while !state.stopping {
@@ -118,12 +118,16 @@ impl Segments {
                 state = self.state.lock();
                 match removed {
                     Ok(()) => {
-                        // Only this thread takes from the front.
+                        // Only this thread removes from the front.
                         state.segments.pop_front();
                         continue;
                     }
                     Err(error) => {
-                        tracing::warn!(segment = file_name(oldest.number), reason = %error, "could not delete a segment of the journal; it is tried again");
+                        tracing::warn!(
+                            segment = file_name(oldest.number),
+                            reason = %error,
+                            "could not delete a segment of the journal; retrying"
+                        );
                         retry = true;
                     }
                 }
@@ -145,7 +149,12 @@ impl Segments {
                     }
                     Err(error) => {
                         if !self.full.swap(true, Ordering::Relaxed) {
-                            tracing::error!(reason = %error, "no further segment of the journal can be made; once the present ones are full, orders that ask for respond-async are refused");
+                            tracing::error!(
+                                reason = %error,
+                                "cannot create a further segment of the journal; once the present \
+                                 ones are full, orders with respond-async are refused; free disk \
+                                 space or repair the disk"
+                            );
                         }
                         self.changed.wait_for(&mut state, RETRY);
                     }
@@ -160,7 +169,7 @@ impl Segments {
         }
     }
 
-    /// Deletes every segment, once the thread has ended and everything is decided.
+    /// Deletes every segment, after the thread has ended and every order is settled.
     pub(super) fn erase(&self) -> std::io::Result<()> {
         let mut state = self.state.lock();
         while let Some(oldest) = state.segments.front().map(Arc::clone) {
@@ -179,19 +188,19 @@ impl Segments {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
-        // One after the other: after a power loss there must be no gap.
+        // One by one, so that a power loss leaves no gap.
         self.disk.sync_directory()?;
         crash_point("journal.after_retire");
         Ok(())
     }
 
-    /// Makes the spare segment the one that is written to; waits for it where it is not ready.
-    /// `left`: sectors that stay empty in the one before. `None`: the keeper was stopped.
+    /// Makes the spare segment the current one, and waits for it if necessary. `left`: sectors that
+    /// stay empty in the previous one. `None`: the thread was stopped.
     pub(super) fn next(&self, left: u64) -> Option<Arc<Segment>> {
         let mut state = self.state.lock();
         loop {
             if let Some(spare) = state.spare.take() {
-                // The end of a segment was set aside; what was used of it was not counted.
+                // The tail was set aside; correct the count by the part of it that was used.
                 self.space.give(TAIL - left as i64);
                 state.segments.push_back(Arc::clone(&spare));
                 self.changed.notify_all();
@@ -204,7 +213,7 @@ impl Segments {
         }
     }
 
-    /// Counts an order's outcome in its segment.
+    /// Counts settled orders, given as pairs of segment number and orders.
     pub(super) fn settled(&self, by_segment: &[(u64, u64)]) {
         let state = self.state.lock();
         let Some(oldest) = state.segments.front().map(|oldest| oldest.number) else {
@@ -223,19 +232,19 @@ impl Segments {
         }
     }
 
-    /// Looks again: a segment is sealed and may be done.
+    /// Wakes the thread: a segment may be done.
     pub(super) fn look(&self) {
         let _state = self.state.lock();
         self.changed.notify_all();
     }
 
-    /// Allows segments up to `number` to be deleted once they are done.
+    /// Permits deletion of segments up to `number` once they are done.
     pub(super) fn confirm(&self, number: u64) {
         self.confirmed.fetch_max(number, Ordering::AcqRel);
         self.look();
     }
 
-    /// The segments there are, oldest first.
+    /// The segments, oldest first.
     pub(super) fn segments(&self) -> Vec<Arc<Segment>> {
         self.state.lock().segments.iter().map(Arc::clone).collect()
     }

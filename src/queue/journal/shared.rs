@@ -1,4 +1,4 @@
-//! State that the journal's queue and its two threads share.
+//! State shared by the journal's queue and its threads.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,28 +14,28 @@ use crate::state::pending::{Pending, PendingOrder};
 use crate::sync::thread::{self, Thread};
 use crate::sync::{AtomicBool, Mutex, OnceLock, Ordering, Waker};
 
-/// Pause before room in memory is looked for again.
+/// Pause before the next look for room in memory.
 pub(super) const ROOM_TICK: Duration = Duration::from_millis(2);
 
-/// What a journal needs to run.
+/// Limits, callbacks and shared state that a journal needs to run.
 pub struct JournalParts {
-    /// Orders that wait in memory at most.
+    /// Most orders that wait in memory.
     pub capacity: usize,
-    /// Bytes on the disk at most.
+    /// Most bytes on the disk.
     pub bytes_max: u64,
     /// The epoch of this process.
     pub epoch: i64,
     /// Whether segments wait for [`JournalQueue::confirm`] before they are deleted.
     pub retain: bool,
-    /// Orders in flight: what goes to the disk leaves it, what is read back enters it.
+    /// Orders in flight: spilled orders leave it, orders read back enter it.
     pub pending: Arc<Pending>,
-    /// Wakes those who wait for an acknowledgement.
+    /// Wakes requests that wait for an acknowledgement.
     pub wake_all: Arc<dyn Fn(Vec<Waker>) + Send + Sync>,
     /// Whether this process still holds the right to acknowledge.
     pub may_acknowledge: Arc<dyn Fn() -> bool + Send + Sync>,
-    /// Hears why, where a thread of the journal ends before it is asked to: the process has to stop.
+    /// Called with the reason if a thread of the journal ends unasked: the process has to stop.
     pub on_end: Arc<dyn Fn(String) + Send + Sync>,
-    /// What is counted.
+    /// Metrics of the journal.
     pub metrics: Metrics,
 }
 
@@ -49,14 +49,14 @@ pub(super) struct Shared {
     pub(super) segments: Segments,
     pub(super) parts: JournalParts,
     pub(super) appender_ended: AtomicBool,
-    /// Leaves what is on the disk to the next process.
+    /// Orders on the disk are left to the next process.
     pub(super) cut: AtomicBool,
-    /// What the appender had in hand when it ended.
+    /// An order that the appender held when it ended.
     pub(super) never_written: Mutex<Vec<Arc<PendingOrder>>>,
     pub(super) failure: OnceLock<String>,
 }
 
-/// What the appender is asked to write.
+/// An item for the appender to write.
 pub(super) enum Incoming {
     Order(Arc<PendingOrder>, Permit),
     Lease(UnixMillis, Permit, tokio::sync::oneshot::Sender<bool>),
@@ -72,10 +72,14 @@ impl Shared {
     pub(super) fn fail(&self, reason: String) {
         let _ = self.failure.set(reason.clone());
         self.parts.metrics.journal_failed.set(1);
-        tracing::error!(%reason, "the journal has failed: respond-async is refused until a restart; waiting orders go on");
+        tracing::error!(
+            %reason,
+            "the journal has failed; respond-async is refused until a restart, waiting orders \
+             continue; check the disk, then restart"
+        );
     }
 
-    /// Puts an order into the ring, waiting for room. False: the queue ends first.
+    /// Pushes an order into the ring and waits for room. False: the queue ends first.
     pub(super) fn push_or_wait(&self, mut order: Arc<PendingOrder>) -> bool {
         loop {
             match self.ring.push(order) {

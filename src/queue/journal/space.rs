@@ -1,4 +1,4 @@
-//! Room for records that are not written yet.
+//! Room reserved for records that are not written yet.
 //!
 //! `tests/loom.rs` compiles this file against loom's primitives.
 
@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use crate::sync::{AtomicI64, Ordering};
 
-/// Room for records that are not written yet, in sectors. What a record may need is taken before
-/// its order's stock is held, so that an order that was let in can always be written.
+/// Free room for records, in sectors. An order's room is reserved before its stock is held, so that
+/// an admitted order can always be written.
 #[derive(Debug)]
 pub(super) struct Space {
     sectors: AtomicI64,
@@ -20,9 +20,9 @@ impl Space {
         }
     }
 
-    /// Takes room for one record.
+    /// Reserves room for one record, in sectors; `None` if there is not enough.
     pub(super) fn take(self: &Arc<Self>, sectors: u32) -> Option<Permit> {
-        // Relaxed: the number alone is agreed on, it publishes nothing.
+        // Relaxed: only the number itself is shared, it publishes nothing.
         self.sectors
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
                 (left >= i64::from(sectors)).then(|| left - i64::from(sectors))
@@ -34,13 +34,13 @@ impl Space {
             })
     }
 
-    /// Adds room, or takes some back.
+    /// Adds room; a negative number removes it.
     pub(super) fn give(&self, sectors: i64) {
         self.sectors.fetch_add(sectors, Ordering::Relaxed);
     }
 }
 
-/// Room for one record. Dropping it gives the room back.
+/// Room reserved for one record. Dropping it returns the room.
 #[derive(Debug)]
 #[must_use = "dropping a permit gives its room back"]
 pub struct Permit {
@@ -49,7 +49,7 @@ pub struct Permit {
 }
 
 impl Permit {
-    /// Hands the room over to the group that the record is written in.
+    /// Transfers the room to the group that contains the record.
     pub(super) fn spend(mut self) -> u32 {
         std::mem::take(&mut self.sectors)
     }

@@ -1,5 +1,5 @@
-//! Orders that wait on the disk, because there is no room for them in memory. They are read back
-//! in the order in which they were written.
+//! Orders that wait on the disk because memory has no room. They are read back in the order of
+//! writing.
 
 use std::collections::VecDeque;
 use std::io;
@@ -9,11 +9,11 @@ use super::segment::GroupAt;
 use crate::order::{Order, OrderId};
 use crate::sync::{AtomicUsize, Mutex, Ordering};
 
-/// A group of which some orders wait on the disk.
+/// A group with orders that wait on the disk.
 #[derive(Clone, Debug)]
 pub(super) struct Waiting {
     pub(super) at: GroupAt,
-    /// Records at its beginning that do not: they went to memory at once.
+    /// Records at its beginning that do not wait, because they are in memory.
     pub(super) skip: usize,
 }
 
@@ -36,24 +36,24 @@ impl Waiting {
     }
 }
 
-/// What waits on the disk: a few words a group, nothing an order.
+/// Orders that wait on the disk: a few words per group, nothing per order.
 #[derive(Debug, Default)]
 pub(super) struct Spill {
     groups: Mutex<Groups>,
-    /// Orders in them, kept beside the lock for those who only ask whether there are any.
+    /// Orders in the groups, readable without the lock.
     orders: AtomicUsize,
 }
 
-/// The groups, oldest first. Ids are almost in their sequence, so those of one id lie together and are
-/// found by two binary searches, however many groups there are.
+/// The groups, oldest first. Ids are almost in sequence, so the groups that may hold an id are
+/// adjacent and found by two binary searches.
 #[derive(Debug, Default)]
 struct Groups {
-    /// Each with the greatest id in it and in all before it, which never falls.
+    /// Each with the highest id in it and in all groups before it; never decreases.
     groups: VecDeque<(Waiting, u64)>,
-    /// The number of the first of them, counted since the beginning.
+    /// Number of the first of them, counted since the start.
     first: u64,
-    /// The groups, by number, whose least id is less than that of every later one; with those ids,
-    /// which rise.
+    /// Groups whose lowest id is below that of every later group: number and that id, both
+    /// ascending.
     least: VecDeque<(u64, u64)>,
 }
 
@@ -88,7 +88,7 @@ impl Groups {
     /// The groups that may have this id, oldest first.
     fn of(&self, id: OrderId) -> impl Iterator<Item = &Waiting> {
         let from = self.groups.partition_point(|(_, high)| *high < id.get());
-        // Behind the last group whose least id is not beyond it, all ids are.
+        // After the last group whose lowest id is not above `id`, all ids are above it.
         let lower = self.least.partition_point(|(_, least)| *least <= id.get());
         let last = lower.checked_sub(1).and_then(|at| self.least.get(at));
         let to = last.map_or(0, |(number, _)| (number - self.first + 1) as usize);
@@ -113,13 +113,13 @@ impl Spill {
         self.orders.fetch_add(orders, Ordering::AcqRel);
     }
 
-    /// The oldest group; it stays until [`Spill::pop`].
+    /// The oldest group; it remains until [`Spill::pop`].
     pub(super) fn oldest(&self) -> Option<Waiting> {
         let groups = self.groups.lock();
         groups.groups.front().map(|(waiting, _)| waiting.clone())
     }
 
-    /// One more order of the oldest group is in memory now.
+    /// Counts one more order of the oldest group as in memory.
     pub(super) fn advance(&self) {
         if let Some((oldest, _)) = self.groups.lock().groups.front_mut() {
             oldest.skip += 1;
@@ -127,7 +127,7 @@ impl Spill {
         }
     }
 
-    /// Forgets the oldest group, whose orders are all in memory now.
+    /// Removes the oldest group, whose orders are all in memory.
     pub(super) fn pop(&self) {
         if let Some(waiting) = self.groups.lock().pop() {
             let orders = waiting.at.records as usize - waiting.skip;
@@ -135,8 +135,7 @@ impl Spill {
         }
     }
 
-    /// How many orders of the group that begins at this place are not waiting here; `None` where
-    /// none of it is.
+    /// Orders of the group at this place that do not wait here; `None` if the group is not here.
     pub(super) fn in_memory_of(&self, segment: u64, place: u64) -> Option<usize> {
         let groups = self.groups.lock();
         let place_of =
@@ -153,7 +152,7 @@ impl Spill {
         self.orders() > 0 && self.groups.lock().of(id).next().is_some()
     }
 
-    /// The order with this id, where it waits here. Reads from the disk, and holds no lock meanwhile.
+    /// The order with this id, if it waits here. Reads from the disk without holding the lock.
     pub(super) fn find(&self, id: OrderId) -> io::Result<Option<Order>> {
         if self.orders() == 0 {
             return Ok(None);
@@ -219,7 +218,8 @@ mod tests {
             random = random
                 .wrapping_mul(6_364_136_223_846_793_005)
                 .wrapping_add(1);
-            // Almost in sequence: some begin a little earlier than those before them end.
+            // Almost in sequence: some groups begin slightly below the end of the group before
+            // them.
             let low = (10 * place + 1).saturating_sub((random >> 40) % 40).max(1);
             let high = low + 1 + (random >> 50) % 30;
             let ids = ((random >> 33) % 50 > 0).then_some((low, high));

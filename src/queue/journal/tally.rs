@@ -1,9 +1,9 @@
-//! When a segment is not needed any more: every order in it is decided, and none will be added.
+//! When a segment may be deleted: every order in it is settled, and none will be added.
 //!
 //! ```text
 //!   appender: add ─► write … add ─► write ─► seal         (the next segment is written to)
-//!   workers:                  decided … decided
-//!   anybody:                              sealed? ─► outstanding = 0? ─► done, for good
+//!   workers:                  settled … settled
+//!   any thread:                           sealed? ─► outstanding = 0? ─► done, for good
 //! ```
 //!
 //! `tests/loom.rs` compiles this file against loom's primitives.
@@ -11,12 +11,12 @@
 use crate::faults::bug;
 use crate::sync::{AtomicBool, AtomicU64, Ordering};
 
-/// The orders of one segment, counted.
+/// Counts the orders of one segment.
 #[derive(Debug)]
 pub(super) struct Tally {
-    /// Orders in it that the database has not decided yet.
+    /// Orders in it that are not yet settled in the database.
     outstanding: AtomicU64,
-    /// No more are added.
+    /// No more orders are added.
     sealed: AtomicBool,
 }
 
@@ -28,12 +28,12 @@ impl Tally {
         }
     }
 
-    /// Counts orders that are about to be written to it. Before it is sealed.
+    /// Counts orders that are about to be written. Call before the segment is sealed.
     pub(super) fn add(&self, orders: u64) {
         self.outstanding.fetch_add(orders, Ordering::AcqRel);
     }
 
-    /// Counts orders that the database has decided, and returns how many were outstanding before.
+    /// Counts settled orders, and returns how many were outstanding before.
     pub(super) fn settled(&self, orders: u64) -> u64 {
         self.outstanding.fetch_sub(orders, Ordering::AcqRel)
     }
@@ -42,15 +42,15 @@ impl Tally {
         self.outstanding.load(Ordering::Acquire)
     }
 
-    /// No more are added.
+    /// Marks that no more orders are added.
     pub(super) fn seal(&self) {
-        // Release: whoever sees it sees every order that was added.
+        // Release: a thread that sees it sees every order that was added.
         self.sealed.store(true, Ordering::Release);
     }
 
-    /// Whether nothing in it is needed any more. Once true it stays true.
+    /// Whether the segment is sealed and all its orders are settled. Never turns false again.
     pub(super) fn is_done(&self) -> bool {
-        // The seal first: a count that is zero before it says nothing of what is added until then.
+        // Sealed first: a zero count before the seal does not cover orders added until then.
         self.sealed.load(Ordering::Acquire)
             && (self.outstanding() == 0 || bug("retire_before_commit"))
     }

@@ -11,14 +11,14 @@ use crate::order::{Order, OrderId, UnixMillis};
 
 /// Appends groups to segments. Used by one thread.
 ///
-/// After an error nothing may be appended any more: what was written may or may not be on the
-/// disk, and no second sync of the same file can tell.
+/// After an error nothing may be appended: the data may or may not be on the disk, and a second
+/// sync of the same file cannot tell.
 #[derive(Debug)]
 pub struct Writer {
     segment: Arc<Segment>,
     /// Sectors of each segment.
     sectors: u64,
-    /// The first sector that was not written yet.
+    /// Index of the first unwritten sector.
     place: u64,
     epoch: i64,
     next_group: u64,
@@ -30,8 +30,8 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// A log that begins with `segment`, of `sectors` sectors, as the process number `session` of
-    /// this journal; its records are numbered from `sequence`.
+    /// A writer that begins with `segment`, of `sectors` sectors. `session` is the number of this
+    /// process in the journal's history, `sequence` the number of its first record.
     pub fn new(
         segment: Arc<Segment>,
         sectors: u64,
@@ -60,36 +60,36 @@ impl Writer {
         self.ids = None;
     }
 
-    /// Whether a record of so many bytes still fits into the group that is being gathered.
+    /// Whether a record of `record_bytes` still fits into the group being gathered.
     pub fn fits(&self, record_bytes: usize) -> bool {
         let sectors = (self.sectors - self.place).min(GROUP_SECTORS_MAX as u64) as usize;
         self.group.as_bytes().len() + record_bytes <= sectors * PAYLOAD
     }
 
-    /// Whether nothing is gathered.
+    /// Whether the group being gathered is empty.
     pub fn is_empty(&self) -> bool {
         self.group.records() == 0
     }
 
-    /// Gathers an order.
+    /// Adds an order to the group.
     pub fn push_order(&mut self, order: &Order) {
         self.group.push_order(order);
         let (low, high) = self.ids.unwrap_or((order.id, order.id));
         self.ids = Some((low.min(order.id), high.max(order.id)));
     }
 
-    /// Gathers a lease on order ids.
+    /// Adds a lease on order ids to the group.
     pub fn push_lease(&mut self, until: UnixMillis) {
         self.group.push_lease(until);
     }
 
-    /// Writes what was gathered as one group and syncs it. `orders` of its records are orders.
+    /// Writes the gathered records as one group and syncs it. `orders` of them are orders.
     ///
     /// # Errors
-    /// What the disk says; the log has failed then, for good.
+    /// The error of the disk. The writer has then failed for good.
     ///
     /// # Panics
-    /// After a failure.
+    /// If an earlier call failed.
     pub fn commit(&mut self, orders: u64) -> io::Result<GroupAt> {
         assert!(!self.failed, "a journal that failed was written to");
         let payload = self.group.as_bytes();
@@ -131,7 +131,7 @@ impl Writer {
         crash_point("journal.after_write");
         if !bug("no_sync") {
             match file.sync() {
-                // The second sync reports nothing, because the first has called the pages clean.
+                // The second sync reports nothing, because the first has marked the pages clean.
                 Err(_) if bug("reuse_failed_file") => file.sync()?,
                 synced => synced?,
             }
@@ -140,19 +140,19 @@ impl Writer {
         Ok(())
     }
 
-    /// Goes on in the next segment; the one before is complete.
+    /// Continues in the next segment and seals the previous one.
     pub fn rotate(&mut self, segment: Arc<Segment>) {
         debug_assert!(self.is_empty(), "a group is lost at a rotation");
         std::mem::replace(&mut self.segment, segment).seal();
         self.place = 1;
     }
 
-    /// Sectors of the present segment that were not written yet.
+    /// Unwritten sectors of the current segment.
     pub fn sectors_left(&self) -> u64 {
         self.sectors - self.place
     }
 
-    /// The segment that is written to.
+    /// The current segment.
     pub fn segment(&self) -> &Arc<Segment> {
         &self.segment
     }

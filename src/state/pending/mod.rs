@@ -1,4 +1,4 @@
-//! Orders in flight, by id: the meeting place of a buyer that waits and the worker that writes.
+//! Orders in flight, by id: waiting requests and the workers that write meet here.
 
 mod slot;
 
@@ -11,29 +11,30 @@ use crate::order::{Order, OrderId};
 use crate::sync::{AtomicU64, AtomicUsize, DashMap, Entry, Ordering, Waker};
 pub use slot::{Settled, Slot, SlotState};
 
-/// An order on its way, with the slot that decides its outcome. One allocation: the queue, the
-/// map and those who wait share it.
+/// An order in flight with the slot that decides its outcome. One allocation, shared by the queue,
+/// the map and the waiting requests.
 #[derive(Debug)]
 pub struct PendingOrder {
-    /// The order as it will be written.
+    /// The row to be written.
     pub order: Order,
-    /// Its state machine.
+    /// State machine of the order.
     pub slot: Slot,
-    /// When it is given up where nobody has claimed it, as [`millis`] counts; `u64::MAX` for never.
+    /// When the order is abandoned if no worker has claimed it, as [`millis`]; `u64::MAX` for
+    /// never.
     deadline_ms: u64,
-    /// The earliest deadline of anybody who waits for it, counted likewise; `u64::MAX` before it is
-    /// entered.
+    /// Earliest deadline of any request waiting for the order, as [`millis`]; `u64::MAX` before the
+    /// order is in the map.
     look_at_ms: AtomicU64,
 }
 
 impl PendingOrder {
-    /// An order that waits to be claimed until `deadline`; `waker` belongs to whoever sent it.
+    /// An order that may be claimed until `deadline`. `waker` belongs to the request that sent it.
     pub fn new(order: Order, deadline: Instant, waker: Option<Arc<Waker>>) -> Self {
         Self::with_slot(order, Slot::new(waker), millis(deadline))
     }
 
-    /// An order that a journal takes first. Only its sender gives up waiting, so it has no
-    /// deadline of its own.
+    /// An order that goes to a journal first. It has no deadline of its own: only its request stops
+    /// waiting.
     pub fn appending(order: Order, waker: Option<Arc<Waker>>) -> Self {
         Self::with_slot(order, Slot::appending(waker), NEVER)
     }
@@ -52,13 +53,13 @@ impl PendingOrder {
         }
     }
 
-    /// Whether its own deadline has come; up to a millisecond early.
+    /// Whether the order's own deadline has passed; up to a millisecond early.
     pub fn is_overdue(&self, now: Instant) -> bool {
         millis(now) >= self.deadline_ms
     }
 }
 
-/// An order under its id: its own key, so that the map keeps 8 bytes of it and not the id as well.
+/// A map entry that is its own key: 8 bytes, because the id is not stored again.
 #[derive(Clone, Debug)]
 struct ById(Arc<PendingOrder>);
 
@@ -82,16 +83,16 @@ impl PartialEq for ById {
 
 impl Eq for ById {}
 
-/// The map of orders in flight, bounded by what the queue and the workers can hold.
+/// The map of orders in flight, bounded by the capacity of the queue and the workers.
 #[derive(Debug)]
 pub struct Pending {
-    /// A set, but for [`Pending::insert`], which needs the entry of a map.
+    /// Used as a set; [`Pending::insert`] needs the entry API of a map.
     orders: DashMap<ById, (), foldhash::quality::RandomState>,
-    /// No deadline lies before this moment, as [`millis`] counts; `u64::MAX` where none is known. It
-    /// spares the deadline keeper the walk through the map while nothing is due.
+    /// No deadline is earlier than this moment, as [`millis`]; `u64::MAX` if none is known. It
+    /// spares the deadline task the walk through the map while nothing is due.
     next_due_ms: AtomicU64,
-    /// Orders that went to a journal's disk and are not in the map any more, ever, and those that
-    /// came back. Two counts that only grow, so that [`Pending::in_flight`] sees one move.
+    /// Running totals of the orders that left the map for the journal's disk, and of those read
+    /// back. Both only grow, so that [`Pending::in_flight`] notices a move.
     spilled: AtomicUsize,
     read_back: AtomicUsize,
 }
@@ -110,11 +111,11 @@ impl Pending {
         }
     }
 
-    /// Enters an order, before it becomes visible to a worker, in place of one of the same id: the
-    /// journal's reader may bring an order back before the appender has removed what it spilled.
+    /// Enters an order before a worker can see it. It replaces an entry of the same id: the
+    /// journal's reader may bring an order back before the appender has removed the spilled one.
     pub fn insert(&self, pending: &Arc<PendingOrder>) {
-        // In one step, because the id must not be missing in between. Inserting would keep the key
-        // that is there, which is the other order.
+        // One step, because the id must not be missing in between. `DashMap::insert` would keep the
+        // existing key, which is the other order.
         match self.orders.entry(ById(Arc::clone(pending))) {
             Entry::Occupied(known) => {
                 known.replace_entry(());
@@ -126,18 +127,19 @@ impl Pending {
         self.wake_by_ms(pending, pending.deadline_ms);
     }
 
-    /// Makes sure that those who wait for `pending` are woken at `deadline`: a duplicate or a
+    /// Makes sure that requests waiting for `pending` are woken at `deadline`: a duplicate or a
     /// long poll may wait for less time than the order itself.
     pub fn wake_by(&self, pending: &PendingOrder, deadline: Instant) {
         self.wake_by_ms(pending, millis(deadline));
     }
 
     fn wake_by_ms(&self, pending: &PendingOrder, due: u64) {
-        // Dekker with `due`: we write `look_at_ms` and then read `next_due_ms`; the keeper writes
-        // `next_due_ms` and then reads `look_at_ms`. All four are sequentially consistent, so at
-        // least one sees the other: the keeper finds the new moment, or we find its swapped mark.
+        // Dekker's protocol with `due`: this thread writes `look_at_ms` and then reads
+        // `next_due_ms`; the deadline task writes `next_due_ms` and then reads `look_at_ms`. All
+        // four accesses are sequentially consistent, so at least one side sees the other: the
+        // deadline task finds the new moment, or this thread finds the mark that `due` reset.
         pending.look_at_ms.fetch_min(due, Ordering::SeqCst);
-        // Almost always later than what is noted: one read, no write.
+        // Almost always later than the known moment: one read, no write.
         if due < self.next_due_ms.load(Ordering::SeqCst) {
             self.next_due_ms.fetch_min(due, Ordering::AcqRel);
         }
@@ -148,27 +150,28 @@ impl Pending {
         self.orders.get(&id).map(|entry| Arc::clone(&entry.key().0))
     }
 
-    /// Forgets an order whose slot is final.
+    /// Removes an order whose slot is final.
     pub fn remove(&self, id: OrderId) {
         self.orders.remove(&id);
     }
 
-    /// Forgets this very order, and not another of the same id that was read back meanwhile.
+    /// Removes this very order, and not another of the same id that was read back meanwhile.
     pub fn remove_this(&self, pending: &Arc<PendingOrder>) {
         self.orders.remove_if(&pending.order.id, |known, ()| {
             Arc::ptr_eq(&known.0, pending)
         });
     }
 
-    /// Orders in flight now, in memory and on the disk. One on its way from one to the other may
-    /// count twice, and never counts not at all.
+    /// Orders in flight now, in memory and on the disk. An order moving between the two may be
+    /// counted twice, but is never missed.
     pub fn in_flight(&self) -> usize {
         loop {
             let spilled = self.spilled.load(Ordering::Acquire);
             let read_back = self.read_back.load(Ordering::Acquire);
             let in_memory = self.len();
-            // What comes back is entered before it is counted: in this order it is seen twice
-            // rather than not at all. What leaves meanwhile could be missed, so look again.
+            // Orders read back are entered before they are counted: reading in this sequence counts
+            // them twice rather than missing them. An order that spills meanwhile could be missed,
+            // so retry.
             if self.spilled.load(Ordering::Acquire) == spilled {
                 return spilled - read_back + in_memory;
             }
@@ -195,14 +198,14 @@ impl Pending {
         self.orders.is_empty()
     }
 
-    /// Every order in flight for which somebody's deadline has passed. Walks the map only when
-    /// something can be due; finding nothing costs one read.
+    /// Every order in flight with a deadline of some request that has passed. Walks the map only if
+    /// something can be due; otherwise costs one read.
     pub fn due(&self, now: Instant) -> Vec<Arc<PendingOrder>> {
         let now_ms = millis(now);
         if self.next_due_ms.load(Ordering::Acquire) > now_ms {
             return Vec::new();
         }
-        // Taken out before the walk: what is entered during it notes itself again, see `wake_by_ms`.
+        // Reset before the walk: an order entered during the walk sets it again, see `wake_by_ms`.
         self.next_due_ms.store(NEVER, Ordering::SeqCst);
         let mut due = Vec::new();
         let mut next = NEVER;
@@ -211,12 +214,12 @@ impl Pending {
             let mut look_at = pending.look_at_ms.load(Ordering::SeqCst);
             if look_at <= now_ms {
                 due.push(Arc::clone(pending));
-                // The order's own deadline comes next, or it is overdue and being written.
+                // Next is the order's own deadline. If that has passed, the order is being written.
                 let later = match pending.deadline_ms {
                     deadline if deadline > now_ms => deadline,
                     _ => now_ms + OVERDUE_RECHECK.as_millis() as u64,
                 };
-                // Where somebody has asked for an earlier moment meanwhile, that one stays.
+                // An earlier moment that was requested meanwhile is kept.
                 let _ = pending.look_at_ms.compare_exchange(
                     look_at,
                     later,
@@ -231,7 +234,7 @@ impl Pending {
         due
     }
 
-    /// Everything in flight, for the last settling at shutdown.
+    /// Every order in flight, for the final settlement at shutdown.
     pub fn all(&self) -> Vec<Arc<PendingOrder>> {
         self.orders
             .iter()
@@ -240,19 +243,19 @@ impl Pending {
     }
 }
 
-/// A deadline that does not come.
+/// A deadline that never comes.
 const NEVER: u64 = u64::MAX;
 
-/// A moment in whole milliseconds since this was first asked: half as large as an [`Instant`], and
-/// an atomic can hold it.
+/// Whole milliseconds since the first call: half the size of an [`Instant`], and small enough for
+/// an atomic.
 fn millis(at: Instant) -> u64 {
     static START: LazyLock<Instant> = LazyLock::new(Instant::now);
     let since = at.saturating_duration_since(*START).as_millis();
     u64::try_from(since).unwrap_or(NEVER)
 }
 
-/// How often those who wait for an order that is overdue, but being written, are woken to look at
-/// their own clocks.
+/// Interval at which requests waiting for an overdue order that is being written are woken to check
+/// their own deadlines.
 const OVERDUE_RECHECK: Duration = Duration::from_millis(100);
 
 #[cfg(test)]
@@ -268,7 +271,7 @@ pub(super) mod tests {
         }
     }
 
-    /// An order of which nothing but its id matters.
+    /// An order of which only the id matters.
     pub(in super::super) fn order(id: u64) -> Order {
         Order {
             id: OrderId::new(id).unwrap(),
@@ -289,8 +292,8 @@ pub(super) mod tests {
 
     #[test]
     fn an_order_in_flight_fits_its_size_class() {
-        // With the two counts of its `Arc` it is 192 bytes, a size class of mimalloc's; one byte more
-        // and each order in the queue takes the next, 224.
+        // With the two counts of its `Arc` it is 192 bytes, a size class of mimalloc. One byte more
+        // and each order in the queue takes the next class, 224.
         const COUNTS: usize = 2 * size_of::<usize>();
         assert!(size_of::<PendingOrder>() + COUNTS <= 192);
         assert_eq!(size_of::<ById>(), size_of::<usize>());

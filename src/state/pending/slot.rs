@@ -1,4 +1,4 @@
-//! The slot of one order in flight: the one compare-and-swap that decides.
+//! The slot of one order in flight: one compare-and-swap decides between worker and deadline.
 //!
 //! ```text
 //!   Appending ──────────────────► Abandoned
@@ -12,46 +12,46 @@
 //!   Claimed ──────────────────────────────────────┴─ Persisted │ Failed │ Unwritten
 //! ```
 //!
-//! A worker claims an order before it writes it; the deadline abandons one that nobody claimed.
-//! Both are a compare-and-swap from `Waiting`, so exactly one wins and there is no third case: an
-//! abandoned order is never written, a claimed one is settled by its worker.
+//! A worker claims an order before it writes it; the deadline abandons an unclaimed one. Both are a
+//! compare-and-swap from `Waiting`, so exactly one wins: an abandoned order is never written, and a
+//! claimed order is settled by its worker.
 //!
-//! An order that is to be acknowledged at once begins in `Appending`. Once its record is in a
-//! journal, or may be, it is *recorded*: it can no longer be abandoned, because a restart would
-//! write it. Once the sync that covers it has returned it is *durable*, and may be acknowledged.
+//! An order that is to be acknowledged early begins in `Appending`. Once a journal has, or may
+//! have, its record, the order is *recorded*: it can no longer be abandoned, because a restart
+//! would write it. Once the sync that covers the record has returned, the order is *durable* and
+//! may be acknowledged.
 //!
-//! `tests/loom.rs` compiles this file against loom's primitives and runs through every
-//! interleaving.
+//! `tests/loom.rs` compiles this file against loom's primitives and explores every interleaving.
 
 use std::sync::Arc;
 
 use crate::sync::{AtomicU64, Guarded, Ordering, Waker};
 
-/// Where an order in flight stands.
+/// State of an order in flight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SlotState {
-    /// On its way into a journal; whether it got there is not known yet.
+    /// On the way into a journal. It is not known yet whether the record got there.
     Appending,
-    /// In the queue; nobody has claimed it.
+    /// In the queue and unclaimed.
     Waiting,
-    /// A worker is writing it; whether it became a row is not known yet.
+    /// A worker is writing it. It is not known yet whether the row is committed.
     Claimed,
-    /// The deadline came first. It is not and will not be written; its stock is back.
+    /// The deadline came first. The order is not and will not be written; its stock is released.
     Abandoned,
     /// Its row is committed.
     Persisted,
-    /// The database refused its row; a dead letter is committed and its stock is back.
+    /// The database refused its row; a dead letter is committed and its stock is released.
     Failed,
-    /// Claimed, but not written, because the process stopped or the database refuses its SKU's
-    /// counters: there is no row and its stock is back.
+    /// Claimed but not written, because the process stopped or the database refuses its SKU's
+    /// counters. There is no row, and its stock is released.
     Unwritten,
-    /// Durable in the journal, or parked in the database, and no longer in memory: whoever waits for
-    /// it looks for it again.
+    /// Durable in the journal or parked in the database, and no longer in memory. Waiting requests
+    /// look the order up again.
     OnDisk,
 }
 
 impl SlotState {
-    /// Whether nothing will change any more in this slot.
+    /// Whether the state is final.
     pub fn is_final(self) -> bool {
         !matches!(
             self,
@@ -73,16 +73,17 @@ impl SlotState {
     }
 }
 
-/// What a worker settles a claimed order as.
+/// The outcome that a worker gives a claimed order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Settled {
     /// The row is committed.
     Persisted = 3,
     /// The database refused the row.
     Failed = 4,
-    /// Given up unwritten.
+    /// The order was given up unwritten.
     Unwritten = 5,
-    /// Left to the next process, at shutdown: the journal has it; or parked in the database.
+    /// The order is left to the next process: in the journal at shutdown, or parked in the
+    /// database.
     OnDisk = 7,
 }
 
@@ -91,21 +92,21 @@ const CLAIMED: u64 = 1;
 const ABANDONED: u64 = 2;
 const APPENDING: u64 = 6;
 const ON_DISK: u64 = 7;
-/// The low bits hold the state.
+/// The state, in the low bits.
 const STATE: u64 = 0b0000_0111;
-/// Set while `others` may hold a waker. It only saves the lock where nobody else waits.
+/// Set while `others` may hold a waker, so that the lock is taken only if another request waits.
 const OTHERS: u64 = 0b0000_1000;
 /// A journal has, or may have, the order.
 const RECORDED: u64 = 0b0001_0000;
-/// A journal has it, and the sync that covers it has returned.
+/// A journal has the order, and the sync that covers it has returned.
 const DURABLE: u64 = 0b0010_0000;
-/// From here on upwards: the number of the journal's segment that has its record, or may have it; 0
-/// where there is none.
+/// Lowest bit of the number of the journal segment that has, or may have, the record; the number is
+/// 0 if there is none.
 const SEGMENT_SHIFT: u32 = 8;
 
-/// A segment's number in its place.
+/// A segment's number, shifted into its bits.
 fn in_place(segment: u64) -> u64 {
-    // It counts from 1 and has 16 digits in the name of its file, which is 54 bits.
+    // Numbers count from 1 and have 16 digits in the file name, which is 54 bits.
     assert!(
         segment >> (u64::BITS - SEGMENT_SHIFT) == 0,
         "no journal has so many segments: {segment}"
@@ -113,18 +114,18 @@ fn in_place(segment: u64) -> u64 {
     segment << SEGMENT_SHIFT
 }
 
-/// The state machine of one order in flight and those who wait for it.
+/// State machine of one order in flight, with the wakers of the requests that wait for it.
 #[derive(Debug)]
 pub struct Slot {
-    /// State, [`OTHERS`] and what a journal has of it, its segment included: one word, because there
-    /// is one for each order in flight. Every change of state is an `AcqRel` read-modify-write:
-    /// release, so that what the changer did before (the commit, the stock given back) is visible to
-    /// whoever sees the new state; acquire, so that it sees wakers announced before.
+    /// State, [`OTHERS`], [`RECORDED`], [`DURABLE`] and the segment in one word, because there is
+    /// one per order in flight. Every change of state is an `AcqRel` read-modify-write. Release:
+    /// earlier effects (the commit, the released stock) are visible to every thread that sees the
+    /// new state. Acquire: the changing thread sees the wakers announced before.
     bits: AtomicU64,
-    /// Whoever sent the order. Fixed before the slot is shared, so waking it needs no lock. Lent by
-    /// the connection to each of its orders: 8 bytes instead of 16.
+    /// Waker of the request that sent the order. Fixed before the slot is shared, so waking needs
+    /// no lock. The connection shares it with each of its orders: 8 bytes instead of 16.
     first: Option<Arc<Waker>>,
-    /// Duplicates in flight and long polls.
+    /// Wakers of duplicates in flight and long polls.
     #[allow(
         clippy::box_collection,
         reason = "almost no order has any, and each has room for this: 8 bytes instead of 24"
@@ -133,7 +134,8 @@ pub struct Slot {
 }
 
 impl Slot {
-    /// A slot in `Waiting`; `first` is woken when it is settled, abandoned or past its deadline.
+    /// A slot in `Waiting`. `first` is woken when the order is settled, abandoned or past its
+    /// deadline.
     pub fn new(first: Option<Arc<Waker>>) -> Self {
         Slot {
             bits: AtomicU64::new(WAITING),
@@ -142,7 +144,7 @@ impl Slot {
         }
     }
 
-    /// A slot in `Appending`; `first` is woken when it leaves that state.
+    /// A slot in `Appending`. `first` is woken when it leaves that state.
     pub fn appending(first: Option<Arc<Waker>>) -> Self {
         Slot {
             bits: AtomicU64::new(APPENDING),
@@ -151,7 +153,7 @@ impl Slot {
         }
     }
 
-    /// A slot in `Waiting` of an order that was read back from `segment` of a journal.
+    /// A slot in `Waiting` for an order that was read back from `segment` of a journal.
     pub fn recovered(segment: u64) -> Self {
         Slot {
             bits: AtomicU64::new(WAITING | RECORDED | DURABLE | in_place(segment)),
@@ -160,7 +162,7 @@ impl Slot {
         }
     }
 
-    /// Where it stands now. Acquire: pairs with the release of whoever moved it there.
+    /// The current state. Acquire: pairs with the release of the change.
     pub fn state(&self) -> SlotState {
         SlotState::from_bits(self.bits.load(Ordering::Acquire))
     }
@@ -175,46 +177,45 @@ impl Slot {
         self.bits.load(Ordering::Acquire) & (RECORDED | DURABLE) != 0
     }
 
-    /// The number of the journal's segment that has its record, or may have it; 0 where there is
-    /// none.
+    /// Number of the journal segment that has, or may have, the record; 0 if there is none.
     pub fn segment(&self) -> u64 {
-        // Relaxed: noted before the order is handed on, and the hand-off publishes it.
+        // Relaxed: stored before the order is passed on, and passing it on publishes the value.
         self.bits.load(Ordering::Relaxed) >> SEGMENT_SHIFT
     }
 
-    /// `Appending → Waiting`, by the appender, which then takes the wakers. `segment`: where its
-    /// record is or may be; 0 for nowhere. `durable`: the sync that covers the order has returned;
-    /// otherwise its record may or may not be there.
+    /// `Appending → Waiting`, by the appender, which then takes the wakers. `segment` is the number
+    /// of the segment that has, or may have, the record; 0 for none. `durable`: the sync that
+    /// covers the order has returned. Otherwise the record may or may not be there.
     pub fn appended(&self, segment: u64, durable: bool) {
         let to = WAITING | RECORDED | if durable { DURABLE } else { 0 } | in_place(segment);
         let moved = self.leave(APPENDING, 0, to);
         assert!(moved, "an order was appended twice: {:?}", self.state());
     }
 
-    /// `Appending → Abandoned`: it never got as far as the journal. True obliges the caller as
+    /// `Appending → Abandoned`: the order did not reach the journal. True obliges the caller as
     /// [`Slot::abandon`] does.
     pub fn refuse(&self) -> bool {
         self.leave(APPENDING, 0, ABANDONED)
     }
 
-    /// `Waiting → OnDisk`, by the appender, which then takes the wakers. Only a recorded order.
+    /// `Waiting → OnDisk`, by the appender, which then takes the wakers. Recorded orders only.
     pub fn spill(&self) -> bool {
         self.is_recorded() && self.leave(WAITING, 0, ON_DISK)
     }
 
-    /// `Waiting → Claimed`, by the worker that will write it. False: it was abandoned; skip it.
+    /// `Waiting → Claimed`, by the worker that will write it. False: it was abandoned, skip it.
     pub fn claim(&self) -> bool {
         self.leave(WAITING, 0, CLAIMED)
     }
 
     /// `Waiting → Abandoned`, by the deadline, unless the order is recorded. True obliges the
-    /// caller to give its stock back and then to wake those who wait.
+    /// caller to release its stock and then to wake the waiting requests.
     pub fn abandon(&self) -> bool {
         self.leave(WAITING, RECORDED, ABANDONED)
     }
 
-    /// Moves on from `from`, unless a bit of `unless` is set. Bits of `to` beyond the state are
-    /// set, none is cleared.
+    /// Leaves the state `from`, unless a bit of `unless` is set. Bits of `to` beyond the state are
+    /// set; none is cleared.
     fn leave(&self, from: u64, unless: u64, to: u64) -> bool {
         self.bits
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, |bits| {
@@ -223,11 +224,11 @@ impl Slot {
             .is_ok()
     }
 
-    /// `Claimed → Persisted | Failed | Unwritten | OnDisk`, by the worker that claimed it, which then takes
-    /// the wakers.
+    /// `Claimed → Persisted | Failed | Unwritten | OnDisk`, by the worker that claimed it, which
+    /// then takes the wakers.
     ///
     /// # Panics
-    /// Where the slot is not `Claimed`: the worker would settle what it does not own.
+    /// If the slot is not `Claimed`: the worker would settle an order that it does not own.
     pub fn settle(&self, settled: Settled) {
         let before = self
             .bits
@@ -241,19 +242,19 @@ impl Slot {
         );
     }
 
-    /// Announces that `waker` wants to know of the next change. The caller looks at
-    /// [`Slot::state`] *after* this and before it parks: the change was either before the
-    /// announcement, and then it is seen, or after it, and then the changer sees the waker.
+    /// Registers `waker` for the next change. The caller reads [`Slot::state`] *after* this call
+    /// and before it parks. A change before the registration is thus seen by the caller; a change
+    /// after it sees the waker.
     pub fn subscribe(&self, waker: Waker) {
         self.others.with(|others| {
             others.get_or_insert_default().push(waker);
-            // Under the lock, so that a taker cannot clear the bit between push and set.
-            // AcqRel orders it with the changer's read-modify-write of the same word.
+            // Under the lock, so that a taker cannot clear the bit between push and set. AcqRel
+            // orders it with the read-modify-write of the change on the same word.
             self.bits.fetch_or(OTHERS, Ordering::AcqRel);
         });
     }
 
-    /// Hands every waker to `wake`: after a change of state, and when a deadline has passed.
+    /// Passes every waker to `wake`: after a change of state, and when a deadline has passed.
     pub fn take_wakers(&self, mut wake: impl FnMut(Waker)) {
         if let Some(first) = &self.first {
             wake(Waker::clone(first));
@@ -261,8 +262,8 @@ impl Slot {
         self.take_others(wake);
     }
 
-    /// Hands the wakers of all but the sender to `wake`: after a change that the sender need not
-    /// hear of.
+    /// Passes the wakers of all but the sender to `wake`: after a change that the sender need not
+    /// see.
     pub fn take_others(&self, wake: impl FnMut(Waker)) {
         if self.bits.load(Ordering::Acquire) & OTHERS != 0 {
             let others = self.others.with(|others| {

@@ -1,9 +1,9 @@
 //! The counters of one SKU.
 //!
-//! `total` and `taken` (held + sold) share one 64-bit word, so that a hold is one compare-and-swap
-//! that cannot oversell (I1), and a read of both is consistent. `sold` stands beside it, checked
-//! by a sequence number; `free` and `held` are derived, so `total = free + held + sold` in every
-//! snapshot by construction (I2).
+//! `total` and `taken` (held + sold) share one 64-bit word. A hold is therefore one
+//! compare-and-swap that cannot oversell (I1), and a read of both is consistent. `sold` is a
+//! separate word, checked by a sequence number. `free` and `held` are derived, so `total = free +
+//! held + sold` in every snapshot by construction (I2).
 //!
 //! `tests/loom.rs` compiles this file against loom's primitives.
 
@@ -12,13 +12,13 @@ use crate::sync::{AtomicU32, AtomicU64, Guarded, Ordering, fence};
 /// A consistent reading of one SKU's counters, in units.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StockSnapshot {
-    /// What the sale offers.
+    /// Units that the sale offers.
     pub total: u32,
-    /// What nobody holds or has bought.
+    /// Units neither held nor sold.
     pub free: u32,
-    /// What unpaid orders hold.
+    /// Units held by unpaid orders.
     pub held: u32,
-    /// What paid orders have taken.
+    /// Units sold to paid orders.
     pub sold: u32,
 }
 
@@ -29,11 +29,11 @@ pub struct NotEnough {
     pub available: u32,
 }
 
-/// `total` would fall below what orders have taken.
+/// `total` would fall below the units that orders have taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("total: {committed} units are held or sold already; the total cannot be less")]
 pub struct BelowCommitted {
-    /// Units that orders hold or have bought.
+    /// Units that are held or sold.
     pub committed: u32,
 }
 
@@ -41,10 +41,10 @@ pub struct BelowCommitted {
 #[derive(Debug)]
 pub struct StockCounter {
     /// `total << 32 | taken`; `taken ≤ total` always. A hold needs no ordering with other memory:
-    /// it grants a right that nobody else's writes depend on, so the compare-and-swaps are
-    /// relaxed on failure and `AcqRel` on success, the latter for the snapshot's sequence check.
+    /// no other thread's writes depend on it. The compare-and-swaps are therefore relaxed on
+    /// failure, and `AcqRel` on success for the snapshot's sequence check.
     word: AtomicU64,
-    /// Units sold; part of `taken`. Written under `moving`, between two steps of `sequence`.
+    /// Units sold; part of `taken`. Written under `moving`, between two increments of `sequence`.
     sold: AtomicU32,
     /// Odd while a writer moves units between `held` and `sold` (a seqlock after Boehm, "Can
     /// seqlocks get along with programming language memory models?", 2012).
@@ -62,10 +62,10 @@ const fn unpack(word: u64) -> (u32, u32) {
 }
 
 impl StockCounter {
-    /// Counters as the database has them.
+    /// Counters with the values of the database.
     ///
     /// # Panics
-    /// Where `held + sold > total`, which the database's own CHECK excludes.
+    /// If `held + sold > total`, which the database's CHECK excludes.
     pub fn new(total: u32, held: u32, sold: u32) -> Self {
         let taken = held.checked_add(sold).filter(|taken| *taken <= total);
         assert!(
@@ -80,10 +80,10 @@ impl StockCounter {
         }
     }
 
-    /// Takes `units` from what is free.
+    /// Takes `units` of the free ones.
     ///
     /// # Errors
-    /// [`NotEnough`] where fewer are free; nothing is taken then.
+    /// [`NotEnough`] if fewer are free; nothing is taken then.
     pub fn hold(&self, units: u32) -> Result<(), NotEnough> {
         self.word
             .fetch_update(Ordering::AcqRel, Ordering::Relaxed, |word| {
@@ -99,10 +99,10 @@ impl StockCounter {
             })
     }
 
-    /// Gives back `units` that were held and not sold.
+    /// Releases `units` that were held and not sold.
     ///
     /// # Panics
-    /// Where fewer are taken: units would be created from nothing.
+    /// If fewer are taken: units would be created from nothing.
     pub fn release(&self, units: u32) {
         let released = self
             .word
@@ -119,7 +119,7 @@ impl StockCounter {
     /// Moves `units` from held to sold.
     ///
     /// # Panics
-    /// Where the sum does not fit.
+    /// If the sum does not fit.
     pub fn sell(&self, units: u32) {
         self.move_sold(|sold| sold.checked_add(units), |_| {});
     }
@@ -127,15 +127,15 @@ impl StockCounter {
     /// Moves `units` from sold back to held.
     ///
     /// # Panics
-    /// Where fewer are sold.
+    /// If fewer are sold.
     pub fn hold_again(&self, units: u32) {
         self.move_sold(|sold| sold.checked_sub(units), |_| {});
     }
 
-    /// Gives back `units` that were sold.
+    /// Makes `units` that were sold free.
     ///
     /// # Panics
-    /// Where fewer are sold: units would be created from nothing.
+    /// If fewer are sold: units would be created from nothing.
     pub fn unsell(&self, units: u32) {
         self.move_sold(
             |sold| sold.checked_sub(units),
@@ -143,10 +143,10 @@ impl StockCounter {
         );
     }
 
-    /// Takes `units` that were sold out of the sale: nobody has them, and nobody can buy them.
+    /// Removes `units` that were sold from the sale: they are neither sold nor for sale.
     ///
     /// # Panics
-    /// Where fewer are sold: units would be created from nothing.
+    /// If fewer are sold: units would be created from nothing.
     pub fn withdraw(&self, units: u32) {
         self.move_sold(
             |sold| sold.checked_sub(units),
@@ -187,7 +187,7 @@ impl StockCounter {
     /// Sets the total.
     ///
     /// # Errors
-    /// [`BelowCommitted`] where orders have taken more.
+    /// [`BelowCommitted`] if orders have taken more.
     pub fn set_total(&self, total: u32) -> Result<(), BelowCommitted> {
         self.word
             .fetch_update(Ordering::AcqRel, Ordering::Relaxed, |word| {
@@ -200,8 +200,8 @@ impl StockCounter {
             })
     }
 
-    /// Sets the total to `to` where it is `from` still, and orders have not taken more. False: it
-    /// stays.
+    /// Sets the total to `to` if it is still `from` and orders have not taken more. False: it is
+    /// unchanged.
     pub fn replace_total(&self, from: u32, to: u32) -> bool {
         self.word
             .fetch_update(Ordering::AcqRel, Ordering::Relaxed, |word| {
@@ -211,11 +211,11 @@ impl StockCounter {
             .is_ok()
     }
 
-    /// Takes `units` whether or not they are free: the total grows where they are not. Only before
-    /// orders are taken.
+    /// Takes `units` even if they are not free; the total grows if necessary. Only before orders
+    /// are taken.
     ///
     /// # Panics
-    /// Where the sum does not fit.
+    /// If the sum does not fit.
     pub fn hold_regardless(&self, units: u32) {
         let held = self
             .word
@@ -242,7 +242,7 @@ impl StockCounter {
             let before = self.sequence.load(Ordering::Acquire);
             let sold = self.sold.load(Ordering::Relaxed);
             let (total, taken) = unpack(self.word.load(Ordering::Acquire));
-            // The reads above do not move behind the second look at the sequence.
+            // The reads above do not move behind the second read of the sequence.
             fence(Ordering::Acquire);
             let after = self.sequence.load(Ordering::Relaxed);
             if before == after && before.is_multiple_of(2) {

@@ -1,9 +1,9 @@
-//! The state of a SKU whose counters the database refuses: its sale is paused, and its acknowledged
-//! orders are parked in the database until they are taken.
+//! A SKU whose counters the database refuses: its sale is paused, and its acknowledged orders are
+//! parked in the database until the counters are accepted.
 //!
 //! ```text
-//!            counters refused                no order parked, none on its way there,
-//!   sound ────────────────────► faulted ──── and the counters are taken again ─────► sound
+//!            counters refused               no order parked or being parked,
+//!   sound ────────────────────► faulted ──── and the counters are accepted again ────► sound
 //! ```
 
 use std::sync::Arc;
@@ -11,14 +11,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::sync::Guarded;
 
-/// Why, and what waits for it.
+/// Description of a fault: its reason, and the orders and units affected.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refused {
-    /// The database's own words at the last attempt.
+    /// The database's message at the last attempt.
     pub reason: Arc<str>,
-    /// Acknowledged orders that wait.
+    /// Number of acknowledged orders that are parked.
     pub parked: u64,
-    /// The units that were refused last.
+    /// Units of the transaction that was refused last.
     pub units: u32,
 }
 
@@ -37,22 +37,22 @@ struct Inner {
     parked: u64,
     /// Transactions that are about to park orders.
     parking: u32,
-    /// How many of those have ended.
+    /// Number of those that have ended.
     ended: u64,
 }
 
-/// What was seen before the parked orders were looked through.
+/// State before a search for parked orders; see [`Fault::look`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Seen(u64);
 
 impl Fault {
     /// Whether the database refuses the counters.
     pub fn is_set(&self) -> bool {
-        // Relaxed: who reads late places one more order, which is parked or refused by a worker.
+        // Relaxed: a late reader places one more order, which a worker parks or refuses.
         self.is_set.load(Ordering::Relaxed)
     }
 
-    /// The state in words and numbers; `None` where the SKU is sound.
+    /// Description of the fault; `None` if the SKU is sound.
     pub fn refused(&self) -> Option<Refused> {
         self.inner.with(|inner| {
             Some(Refused {
@@ -63,7 +63,7 @@ impl Fault {
         })
     }
 
-    /// Notes that counters were refused for `units`. True: they were not before.
+    /// Notes that the counters were refused for `units`. True: the SKU was sound before.
     pub fn set(&self, reason: &str, units: u32) -> bool {
         self.inner.with(|inner| {
             let fresh = inner.reason.replace(Arc::from(reason)).is_none();
@@ -73,8 +73,8 @@ impl Fault {
         })
     }
 
-    /// Orders are about to be parked: until the guard is dropped the fault stays. `None`: the SKU is
-    /// sound, and they are to be written.
+    /// Announces that orders are about to be parked: the fault stays until the guard is dropped.
+    /// `None`: the SKU is sound, and they are to be written.
     pub fn begin_parking(self: &Arc<Self>) -> Option<Parking> {
         self.inner.with(|inner| {
             inner.reason.as_ref()?;
@@ -83,13 +83,13 @@ impl Fault {
         })
     }
 
-    /// Counts parked orders that are no longer so.
+    /// Subtracts orders that are no longer parked.
     pub fn unparked(&self, orders: u64) {
         self.inner
             .with(|inner| inner.parked = inner.parked.saturating_sub(orders));
     }
 
-    /// Sets the number of parked orders to what the database has.
+    /// Sets the number of parked orders to the database's. Returns the change.
     pub fn set_parked(&self, orders: u64) -> i64 {
         self.inner.with(|inner| {
             let before = std::mem::replace(&mut inner.parked, orders);
@@ -97,15 +97,15 @@ impl Fault {
         })
     }
 
-    /// To be asked before the parked orders are looked through, and handed to [`Fault::clear`] where
-    /// there were none. `None`: some are on their way there.
+    /// Call before a search for parked orders, and pass the result to [`Fault::clear`] if there
+    /// were none. `None`: some orders are being parked.
     pub fn look(&self) -> Option<Seen> {
         self.inner
             .with(|inner| (inner.parking == 0).then_some(Seen(inner.ended)))
     }
 
-    /// The counters are taken again and no order is parked, as far as `seen` goes. False: some were
-    /// parked since.
+    /// Ends the fault: the counters are accepted again, and no order is parked, as of `seen`.
+    /// False: some were parked since.
     pub fn clear(&self, seen: Seen) -> bool {
         self.inner.with(|inner| {
             let is_over = inner.reason.is_some() && inner.parking == 0 && seen == Seen(inner.ended);
@@ -125,7 +125,7 @@ impl Fault {
 pub struct Parking(Arc<Fault>);
 
 impl Parking {
-    /// Counts the orders that are parked now.
+    /// Adds the orders that are parked now.
     pub fn done(self, orders: u64) {
         self.0.inner.with(|inner| inner.parked += orders);
     }
@@ -154,7 +154,7 @@ mod tests {
         let parking = fault.begin_parking().unwrap();
         assert!(fault.look().is_none() && !fault.clear(before));
         parking.done(5);
-        // Looked through before they were there.
+        // The search ran before they were parked.
         assert!(!fault.clear(before) && fault.is_set());
         let refused = fault.refused().unwrap();
         assert_eq!(

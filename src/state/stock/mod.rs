@@ -1,4 +1,4 @@
-//! The catalogue: what is on sale, on which terms, and how many units are left.
+//! The catalogue: the SKUs on sale, with their terms and counters.
 
 mod counter;
 mod fault;
@@ -17,14 +17,14 @@ use crate::sync::Guarded;
 pub use counter::{BelowCommitted, NotEnough, StockCounter, StockSnapshot};
 pub use fault::{Fault, Parking, Refused, Seen};
 
-/// On which terms a SKU is sold.
+/// Terms of sale of a SKU.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SaleTerms {
-    /// For people.
+    /// Title for people.
     pub title: String,
     /// Price of one unit in minor units, 0 or more.
     pub unit_price: i64,
-    /// Its currency.
+    /// Currency of the price.
     pub currency: Currency,
     /// Units that one buyer's live orders may hold together; `None` for no limit.
     pub per_user_limit: Option<u32>,
@@ -35,9 +35,9 @@ pub struct SaleTerms {
 }
 
 impl SaleTerms {
-    /// Whether the units of live orders have to be known at `now`, for the limit's sake. A sale that
-    /// has been over for a day needs them no more, and a clock that is set back by less than that
-    /// opens none without them.
+    /// Whether the units of live orders must be known at `now`, for the purchase limit. A sale that
+    /// ended a day ago no longer needs them, and a clock set back by less than a day opens no sale
+    /// without them.
     pub fn need_units(&self, now: UnixMillis) -> bool {
         let is_over = self
             .closes_at
@@ -45,7 +45,7 @@ impl SaleTerms {
         self.per_user_limit.is_some() && !is_over
     }
 
-    /// The terms in which `other` differs, by their names in JSON.
+    /// Names, as in JSON, of the terms in which `other` differs.
     pub fn differing(&self, other: &SaleTerms) -> Vec<&'static str> {
         let SaleTerms {
             title,
@@ -68,10 +68,10 @@ impl SaleTerms {
     }
 }
 
-/// How long after its end a sale's limit is still kept up, in milliseconds: a day.
+/// Time after its end during which a sale's limit is still maintained, in milliseconds: a day.
 const OVER_MS: u64 = 86_400_000;
 
-/// Whether a SKU sells right now; the `state` of API.md.
+/// Whether a SKU is on sale now; the `state` of API.md.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SaleState {
     /// Orders are taken.
@@ -80,14 +80,14 @@ pub enum SaleState {
     NotOpen,
     /// From `closes_at` on.
     Closed,
-    /// By an operator, or because the database refused its counters.
+    /// Paused by an operator, or because the database refused its counters.
     Paused,
     /// Open, and no unit is free.
     SoldOut,
 }
 
 impl SaleState {
-    /// The word used in JSON.
+    /// Its name in JSON.
     pub fn as_str(self) -> &'static str {
         match self {
             SaleState::Open => "open",
@@ -102,19 +102,19 @@ impl SaleState {
 /// One SKU: identity, terms and counters.
 #[derive(Debug)]
 pub struct Sku {
-    /// As the shop calls it. Every order of it shares this.
+    /// The shop's id, shared by every order of the SKU.
     pub id: Arc<SkuId>,
-    /// As the database calls it.
+    /// The database's number.
     pub number: SkuNumber,
     terms: ArcSwap<SaleTerms>,
-    /// Padded: the one word that every buyer's core wants must not share its cache line.
+    /// Padded: the word that every core updates must not share its cache line.
     counter: CachePadded<StockCounter>,
     paused: AtomicBool,
     fault: Arc<Fault>,
 }
 
 impl Sku {
-    /// A SKU as the database has it.
+    /// A SKU with the values of the database.
     pub fn new(
         id: SkuId,
         number: SkuNumber,
@@ -137,7 +137,7 @@ impl Sku {
         self.terms.load()
     }
 
-    /// Puts new terms in force.
+    /// Replaces the terms.
     pub fn set_terms(&self, terms: SaleTerms) {
         self.terms.store(Arc::new(terms));
     }
@@ -147,17 +147,17 @@ impl Sku {
         &self.counter
     }
 
-    /// Takes `quantity` from what is free; dropping the guard gives it back.
+    /// Holds `quantity` of the free units; dropping the guard releases them.
     ///
     /// # Errors
-    /// [`Refusal::SoldOut`] where fewer are free.
+    /// [`Refusal::SoldOut`] if fewer are free.
     pub fn hold(self: &Arc<Self>, quantity: Quantity) -> Result<Hold, Refusal> {
         match self.counter.hold(quantity.get()) {
             Ok(()) => Ok(Hold {
                 sku: Arc::clone(self),
                 units: quantity.get(),
             }),
-            // Units that nobody has: the deliberate defect that every other guard has to catch.
+            // Units that do not exist: the deliberate defect that every other guard has to catch.
             Err(_) if bug("hold_without_checking") => Ok(Hold {
                 sku: Arc::clone(self),
                 units: 0,
@@ -171,13 +171,13 @@ impl Sku {
         self.paused.load(Ordering::Relaxed)
     }
 
-    /// Pauses or resumes sales of this SKU, by an operator.
+    /// Pauses or resumes sales of this SKU for an operator.
     pub fn set_paused(&self, paused: bool) {
         self.paused.store(paused, Ordering::Relaxed);
     }
 
-    /// Whether the database refuses this SKU's counters, and what waits for them. While it does, no
-    /// orders are taken.
+    /// The fault of this SKU's counters, if any, with its parked orders. During a fault no orders
+    /// are taken.
     pub fn fault(&self) -> &Arc<Fault> {
         &self.fault
     }
@@ -190,16 +190,16 @@ impl Sku {
     /// Whether the sale takes orders at `now`.
     ///
     /// # Errors
-    /// The refusal that a buyer gets otherwise.
+    /// The refusal for the buyer.
     pub fn window(&self, now: UnixMillis) -> Result<(), Refusal> {
         self.window_at(|| now)
     }
 
-    /// Whether the sale takes orders now, by what people have agreed on: the wall clock. It is
-    /// read only where the terms name a time.
+    /// Whether the sale takes orders now, by the wall clock, because opening times are public. The
+    /// clock is read only if the terms name a time.
     ///
     /// # Errors
-    /// The refusal that a buyer gets otherwise.
+    /// The refusal for the buyer.
     pub fn window_now(&self) -> Result<(), Refusal> {
         self.window_at(UnixMillis::now)
     }
@@ -232,8 +232,8 @@ impl Sku {
     }
 }
 
-/// Units taken from the free stock. Dropping it gives them back; [`Hold::commit`] hands them over
-/// to the order that now accounts for them.
+/// Held units. Dropping the guard releases them; [`Hold::commit`] leaves them to the order that now
+/// accounts for them.
 #[derive(Debug)]
 #[must_use = "dropping a hold gives its units back"]
 pub struct Hold {
@@ -242,7 +242,7 @@ pub struct Hold {
 }
 
 impl Hold {
-    /// Hands the units over: whoever settles the order gives them back, or the row keeps them.
+    /// Keeps the units held: the settlement of the order releases them, or its row keeps them.
     pub fn commit(mut self) {
         self.units = 0;
     }
@@ -256,10 +256,10 @@ impl Drop for Hold {
     }
 }
 
-/// Every SKU, by the shop's name and by the database's number.
+/// Every SKU, by the shop's id and by the database's number.
 ///
-/// Read on every request and changed by hand: readers load an immutable map without a lock,
-/// writers copy it.
+/// Read on every request and changed by operators: readers load an immutable map without a lock,
+/// writers replace a copy.
 #[derive(Debug, Default)]
 pub struct Catalogue {
     maps: ArcSwap<CatalogueMaps>,
@@ -276,18 +276,18 @@ struct CatalogueMaps {
 }
 
 impl Catalogue {
-    /// The SKU that the shop calls this.
+    /// The SKU with this id.
     pub fn get(&self, id: &SkuId) -> Option<Arc<Sku>> {
         self.maps.load().by_id.get(id).map(Arc::clone)
     }
 
-    /// The SKU that the database calls this.
+    /// The SKU with this number.
     pub fn by_number(&self, number: SkuNumber) -> Option<Arc<Sku>> {
         self.maps.load().by_number.get(&number).map(Arc::clone)
     }
 
-    /// The SKU that a receipt names; `None` also where two SKUs have the same hash, because then it
-    /// is not known which of them was bought.
+    /// The SKU of a receipt. `None` also if two SKUs have the same tag, because it is then unknown
+    /// which was bought.
     pub fn in_receipt(&self, sku: ReceiptSku) -> Option<Arc<Sku>> {
         let tag = match sku {
             ReceiptSku::Number(number) => return self.by_number(number),
@@ -309,7 +309,7 @@ impl Catalogue {
         all
     }
 
-    /// Adds SKUs. One that is there already is kept: its counters are the ones in use.
+    /// Adds SKUs. An existing SKU is kept, because its counters are in use.
     pub fn add(&self, skus: impl IntoIterator<Item = Sku>) {
         self.changing.with(|()| {
             let mut maps = CatalogueMaps::clone(&self.maps.load());
@@ -322,10 +322,10 @@ impl Catalogue {
         });
     }
 
-    /// Notes that the database refuses a SKU's counters for `units`, and why. True: it took them
-    /// before.
+    /// Notes that the database refuses a SKU's counters for `units`, with the reason. True: the SKU
+    /// was sound before.
     pub fn set_fault(&self, sku: &Sku, reason: &str, units: u32) -> bool {
-        // Counted before it is set, so that it is never set and not counted.
+        // Counted before it is set: a fault that is set is always counted.
         self.faults.fetch_add(1, Ordering::Relaxed);
         let fresh = sku.fault.set(reason, units);
         if !fresh {
@@ -334,8 +334,8 @@ impl Catalogue {
         fresh
     }
 
-    /// The database takes a SKU's counters again, and nothing is parked as far as `seen` goes. False:
-    /// something was since.
+    /// Ends a SKU's fault: the database accepts its counters again, and no order is parked, as of
+    /// `seen`. False: some were parked since.
     pub fn clear_fault(&self, sku: &Sku, seen: Seen) -> bool {
         let cleared = sku.fault.clear(seen);
         if cleared {
@@ -409,7 +409,7 @@ mod tests {
         };
         assert_eq!(counter.snapshot(), left);
         assert_eq!(counter.hold(4), Err(NotEnough { available: 3 }));
-        // After a failover that lost a payment its order holds its unit again.
+        // After a failover that lost a payment, its order holds its unit again.
         counter.hold_again(1);
         assert_eq!((counter.snapshot().held, counter.snapshot().sold), (5, 0));
     }
