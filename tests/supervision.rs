@@ -69,7 +69,7 @@ fn whatever_ends_by_itself_stops_the_process() {
                     faults.get(next.fetch_add(1, Ordering::Relaxed))
                 {
                     let dir = test_dir();
-                    let own = *name == "the keeper of our own PostgreSQL";
+                    let own = *name == "the supervision of the embedded PostgreSQL";
                     let database = if own {
                         runtime.block_on(copy_template(dir.path()));
                         None

@@ -109,14 +109,14 @@ impl Background {
             parts.ownership.lease,
         );
         background.run(
-            "the settling of cancellations",
+            "the settlement of cancellations",
             canceller.clone().settle_lost(),
         );
         let health = Arc::<Health>::default();
         let mut looker = Looker::new(parts.database().with_own_pool(1)?, Arc::clone(&health));
         // So that whoever is told that orders are taken finds it ready.
         looker.look().await;
-        background.run("the look at the database", health::keep(looker));
+        background.run("the database health check", health::keep(looker));
         let handles = Handles {
             callbacks,
             payments,
@@ -135,7 +135,7 @@ impl Background {
         let Parts { config, state, .. } = parts;
         let wake_all = Arc::clone(parts.wake_all);
         self.run(
-            "the deadline keeper",
+            "the deadline task",
             deadlines::keep(Arc::clone(state), wake_all, parts.metrics.clone()),
         );
         let evicting = evict(
@@ -199,7 +199,7 @@ impl Background {
         }
         if let Some(embedded) = &ownership.embedded {
             self.run(
-                "the keeper of our own PostgreSQL",
+                "the supervision of the embedded PostgreSQL",
                 keep_running(Arc::clone(embedded)),
             );
         }
@@ -262,11 +262,11 @@ impl Background {
             BatchWriter::new(database.clone(), lease, parts.ownership.writers.parking()),
             parts.metrics.clone(),
         );
-        self.run("the keeper of parked orders", parking.run());
+        self.run("the retry of parked orders", parking.run());
         // On a connection of its own: an emergency waits behind nobody.
         let own = database.with_own_pool(1)?;
         let pauses = Arc::new(Pauses::new(Arc::clone(parts.state), own, lease));
-        self.run("the keeper of pauses", Arc::clone(&pauses).keep_storing());
+        self.run("the storage of pauses", Arc::clone(&pauses).keep_storing());
         Ok((parking_desk, pauses))
     }
 

@@ -182,8 +182,8 @@ impl<'a> IdempotencyKey<'a> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SkuNumber(pub i32);
 
-/// A 32-bit hash of a `sku_id`: the CRC-32C of its text. It names a SKU where the whole id has no
-/// room. Its readers know every SKU, and a signature protects it from forgery.
+/// A 32-bit hash of a `sku_id`: the CRC-32C of its text. It names a SKU if there is no room for
+/// the whole id. Its readers know every SKU, and a signature protects it from forgery.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SkuTag(pub u32);
 

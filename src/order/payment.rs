@@ -108,9 +108,9 @@ words!(
         AlreadyPaid = "already_paid",
         /// The order's money was to be refunded, or was refunded, already.
         AlreadyRefunded = "already_refunded",
-        /// The payment differs from the order's amount.
+        /// The payment's amount differs from the order's.
         AmountMismatch = "amount_mismatch",
-        /// The payment differs from the order's currency.
+        /// The payment's currency differs from the order's.
         CurrencyMismatch = "currency_mismatch",
         /// The order was never found, and the payment brought no receipt to recover it from.
         ReceiptMissing = "receipt_missing",

@@ -14,18 +14,18 @@ use crate::order::{KeyHash, PayloadHash, Refusal, UserId};
 
 /// User and key. The user is a hash seeded afresh in each process: 64 bits beside the 128 of the
 /// key, compared within one set only.
-type Whom = (u64, KeyHash);
+type UserKey = (u64, KeyHash);
 
 /// One refusal, with the hash of the refused request's body.
 #[derive(Clone, Copy, Debug)]
-struct Told {
+struct StoredRefusal {
     payload: PayloadHash,
     refusal: Refusal,
 }
 
 /// Sticky refusals by user and key.
 pub struct StickyRefusals {
-    told: Sets<Whom, Told, 2>,
+    refusals: Sets<UserKey, StoredRefusal, 2>,
     /// Whether there has been any. Until then placing an order need not look for one.
     any: AtomicBool,
     seed: RandomState,
@@ -35,7 +35,7 @@ impl StickyRefusals {
     /// Creates room for `capacity` refusals, at least 2; allocated at once.
     pub fn with_capacity(capacity: usize) -> Self {
         StickyRefusals {
-            told: Sets::with_capacity(capacity),
+            refusals: Sets::with_capacity(capacity),
             any: AtomicBool::new(false),
             seed: RandomState::default(),
         }
@@ -56,9 +56,9 @@ impl StickyRefusals {
         if !self.any.load(Ordering::Acquire) {
             return Ok(());
         }
-        match self.told.get(&self.whom(user_id, key)) {
+        match self.refusals.get(&self.user_key(user_id, key)) {
             None => Ok(()),
-            Some(told) if told.payload == payload => Err(told.refusal),
+            Some(stored) if stored.payload == payload => Err(stored.refusal),
             Some(_) => Err(Refusal::IdempotencyKeyReused),
         }
     }
@@ -66,8 +66,8 @@ impl StickyRefusals {
     /// Stores a refusal that [`StickyRefusals::check`] did not find.
     pub fn remember(&self, user_id: &UserId, key: KeyHash, payload: PayloadHash, refusal: Refusal) {
         // Two requests under one key may both have been refused: the later one counts.
-        let told = Told { payload, refusal };
-        self.told.put(self.whom(user_id, key), told);
+        let stored = StoredRefusal { payload, refusal };
+        self.refusals.put(self.user_key(user_id, key), stored);
         if !self.any.load(Ordering::Relaxed) {
             self.any.store(true, Ordering::Release);
         }
@@ -75,10 +75,10 @@ impl StickyRefusals {
 
     /// Removes the refusal: the key has an order.
     pub fn withdraw(&self, user_id: &UserId, key: KeyHash) {
-        self.told.remove(&self.whom(user_id, key));
+        self.refusals.remove(&self.user_key(user_id, key));
     }
 
-    fn whom(&self, user_id: &UserId, key: KeyHash) -> Whom {
+    fn user_key(&self, user_id: &UserId, key: KeyHash) -> UserKey {
         (self.seed.hash_one(user_id), key)
     }
 }
@@ -86,7 +86,7 @@ impl StickyRefusals {
 impl std::fmt::Debug for StickyRefusals {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("StickyRefusals")
-            .field("told", &self.told.len())
+            .field("refusals", &self.refusals.len())
             .finish()
     }
 }
@@ -123,7 +123,7 @@ mod tests {
         refusals.remember(&user(1), key, PayloadHash(1), later);
         assert_eq!(refusals.check(&user(1), key, PayloadHash(1)), Err(later));
         assert_eq!(refusals.check(&user(2), key, PayloadHash(1)), Err(SOLD_OUT));
-        assert_eq!(refusals.told.len(), 2);
+        assert_eq!(refusals.refusals.len(), 2);
     }
 
     #[test]
@@ -133,7 +133,11 @@ mod tests {
         for number in 0..10_000 {
             refusals.remember(&user(number), key, PayloadHash(0), SOLD_OUT);
         }
-        assert!(refusals.told.len() <= 1_000, "{}", refusals.told.len());
+        assert!(
+            refusals.refusals.len() <= 1_000,
+            "{}",
+            refusals.refusals.len()
+        );
         let kept = |number: &u32| refusals.check(&user(*number), key, PayloadHash(0)).is_err();
         assert!(kept(&9_999));
         // By chance some sets had more of them than others.

@@ -14,7 +14,7 @@ use crate::line::{LONG, Line, all_persisted, claimed, outcome, outcomes, tally, 
 use crate::support::sale::{Sale, order};
 
 /// A line with one worker on the SKUs `A`, `B` and `C`, of which the database refuses A's and C's
-/// counters, and with the keeper of parked orders.
+/// counters, and with the retry of parked orders.
 async fn faulty() -> (Line, ParkingDesk) {
     let sale = Sale::open(2).await;
     for name in ["A", "B", "C"] {

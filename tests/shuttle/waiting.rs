@@ -1,4 +1,4 @@
-//! Orders that wait for their row, with a worker, the deadline keeper, and duplicates.
+//! Orders that wait for their row, with a worker, the deadline task, and duplicates.
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -38,7 +38,7 @@ impl World {
         self.started + Duration::from_secs(seconds)
     }
 
-    /// One look of the deadline keeper at a clock that shows `seconds`, as `pipeline::orders::deadlines`
+    /// One look of the deadline task at a clock that shows `seconds`, as `pipeline::orders::deadlines`
     /// does it. Returns how many orders somebody's deadline has passed for.
     fn expire(&self, seconds: u64) -> usize {
         let now = self.at(seconds);
