@@ -4,7 +4,7 @@
 //! * [`buyers`]: one record per buyer: keys, recent orders, units counted toward purchase limits.
 //! * [`pending`]: the slots of orders in flight, by id; waiting requests and workers meet here.
 //! * [`recent_orders`]: orders written a moment ago, for repeated requests.
-//! * [`sticky_refusals`]: refusals under their keys; bounded, and gone after a restart.
+//! * [`sticky_refusals`]: refusals under their keys; bounded, and lost at a restart.
 //! * [`orphans`]: orders for which a verified payment waits.
 //! * [`expiry_index`]: when unpaid orders expire.
 //! * [`throughput`]: the recent rate of database writes.

@@ -1,4 +1,4 @@
-//! The fields of a receipt's body, as they are written and read.
+//! Encoding of the fields of a receipt's body.
 
 use super::{BYTES_MAX, ReceiptError};
 use crate::order::{Currency, UserId};
@@ -73,7 +73,7 @@ impl Writer {
         self.put_varint(((value << 1) ^ (value >> 63)) as u64);
     }
 
-    /// Each group of eight characters is seven bytes.
+    /// Packs each group of eight characters into seven bytes.
     pub(super) fn put_user(&mut self, ascii: &str) {
         for group in ascii.as_bytes().chunks(8) {
             let gathered = group

@@ -1,9 +1,9 @@
 //! The receipt: an order in at most 127 URL-safe characters, signed.
 //!
-//! It travels through the payment platform and comes back with the payment, so an order whose row
-//! was lost can be recovered from it: the signature proves it, and a buyer cannot forge it. It
-//! carries every field but `attributes`; the SKU is a hash of its `sku_id`. WeChat Pay's `attach`
-//! sets the limit: 127 characters of base64url without padding are 95 bytes.
+//! It travels through the payment platform and returns with the payment. An order whose row was
+//! lost can be recovered from it, because a buyer cannot forge the signature. It carries every
+//! field but `attributes`; the SKU is a hash of its `sku_id`. WeChat Pay's `attach` sets the limit:
+//! 127 characters of base64url without padding are 95 bytes.
 //!
 //! A receipt is valid only for the database in which its order was placed ([`Issuer`]): the signing
 //! key is derived from the secret and the database's random identity. Shops that share a secret, and
@@ -17,7 +17,7 @@
 //!   ──────  ────────────  ────  ─────────────────────────────────────────────────────────
 //!   1       head                4 bits: version │ 0 │ 1 bit: has a key │ 2 bits: form
 //!   1       user length         1 to 48
-//!   1..42   user                7 bits a character, the last byte filled up with zeros
+//!   1..42   user                7 bits per character, the last byte padded with zeros
 //!   4       SKU                 [`SkuTag`]; in version 1 its number in the database, a varint
 //!   1..2    quantity            varint
 //!   1..10   adjustment          zigzag varint
@@ -26,7 +26,7 @@
 //!   1..10   expires_at          zigzag varint, less created_at
 //!   1..10   amount        0..1  varint
 //!   8       order id      0..1
-//!   16      key hash      0     nothing here and below where the order has no key
+//!   16      key hash      0     neither this nor the next if the order has no key
 //!   8       key hash      1..3  its first half
 //!   8       payload hash  0..2
 //!   4       payload hash  3     its first half
@@ -125,7 +125,7 @@ pub enum ReceiptError {
 /// The signed fields, borrowed from any representation of an order.
 #[derive(Clone, Copy, Debug)]
 pub struct SignedParts<'a> {
-    /// The order.
+    /// Id of the order.
     pub id: OrderId,
     /// The buyer.
     pub user_id: &'a str,
@@ -133,15 +133,15 @@ pub struct SignedParts<'a> {
     pub sku: SkuTag,
     /// Units.
     pub quantity: u32,
-    /// The shop's surcharge or discount, in minor units.
+    /// The shop's surcharge, or discount if negative, in minor units.
     pub adjustment: i64,
     /// The price, in minor units.
     pub amount: i64,
     /// The currency of both.
     pub currency: Currency,
-    /// When it was admitted.
+    /// Time of admission.
     pub created_at: UnixMillis,
-    /// When it stops being payable.
+    /// End of the time to pay.
     pub expires_at: UnixMillis,
     /// The hash of its idempotency key, if it has one.
     pub key: Option<KeyHash>,
@@ -179,7 +179,7 @@ pub enum ReceiptSku {
 /// The order in a receipt: every field but `attributes`. A hash may be short.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ReceiptOrder {
-    /// The order.
+    /// Id of the order.
     pub id: OrderId,
     /// The buyer.
     pub user_id: UserId,
@@ -187,15 +187,15 @@ pub struct ReceiptOrder {
     pub sku: ReceiptSku,
     /// Units.
     pub quantity: Quantity,
-    /// The shop's surcharge or discount, in minor units.
+    /// The shop's surcharge, or discount if negative, in minor units.
     pub adjustment: i64,
     /// The price, in minor units; to be compared with the payment.
     pub amount: i64,
     /// The currency of both.
     pub currency: Currency,
-    /// When it was admitted.
+    /// Time of admission.
     pub created_at: UnixMillis,
-    /// When it stops being payable.
+    /// End of the time to pay.
     pub expires_at: UnixMillis,
     /// The hash of its idempotency key, if it has one; compare by [`KeyHash::matches`].
     pub key: Option<KeyHash>,
@@ -391,7 +391,7 @@ impl ReceiptKeys {
         order_id: Option<OrderId>,
         amount: i64,
     ) -> Result<ReceiptOrder, ReceiptError> {
-        // A decoder may want room for a whole last group of characters.
+        // The decoder may need room for a whole last group of characters.
         let mut buffer = [0; BYTES_MAX + 1];
         if text.len() > CHARACTERS_MAX {
             return Err(ReceiptError::Malformed);
@@ -421,7 +421,8 @@ impl ReceiptKeys {
             bool::from(mac.ct_eq(received))
         };
         let all = std::iter::once(&self.signing).chain(&self.retired);
-        // Version 1 does not name its database: only the age of the id tells.
+        // Version 1 does not name its database. The age of the id tells whether this database can
+        // have issued it.
         let may_be_ours = !is_version_1 || order.id.millis() < self.version_1_until;
         if !may_be_ours || !all.into_iter().any(signed) {
             return Err(ReceiptError::NotOurs);
@@ -620,7 +621,7 @@ mod tests {
     const SECRET: [&str; 1] = ["a secret of the tests"];
     const ALPHABET: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
 
-    /// A database that began with version 2.
+    /// A database created with version 2.
     const DATABASE: Issuer = Issuer {
         database: *b"of the one shop.",
         version_1_until: UnixMillis(0),
@@ -643,7 +644,7 @@ mod tests {
         order.signed_parts().expect("version 2")
     }
 
-    /// An order as a shop that names its users by UUID gets it.
+    /// The order of a shop that names its users by UUID.
     fn ordinary() -> ReceiptOrder {
         ReceiptOrder {
             id: id(),
@@ -660,7 +661,7 @@ mod tests {
         }
     }
 
-    /// The order whose every field takes the most room.
+    /// The order whose every field has its largest encoding.
     fn greatest() -> ReceiptOrder {
         ReceiptOrder {
             user_id: UserId::new(&"~".repeat(48)).unwrap(),
@@ -678,7 +679,7 @@ mod tests {
         }
     }
 
-    /// An order for each form, and the greatest, for which not even the last has room.
+    /// An order for each form, and the largest, for which not even the last has room.
     fn one_of_each_form() -> [ReceiptOrder; 5] {
         let long = || ReceiptOrder {
             user_id: greatest().user_id,
@@ -711,7 +712,7 @@ mod tests {
         KeyHash(key)
     }
 
-    /// What must come back, by the module's own words.
+    /// The expected result of opening, by the module's text.
     fn expected(order: &ReceiptOrder, receipt: &str) -> ReceiptOrder {
         let mut expected = order.clone();
         if form_of(receipt) >= 1 {
@@ -731,7 +732,7 @@ mod tests {
         receipt
     }
 
-    /// Signs, opens, signs again; returns what was opened.
+    /// Signs, opens, signs again; returns the opened order.
     fn there_and_back(order: &ReceiptOrder) -> (Receipt, ReceiptOrder) {
         let receipt = sign(order);
         let opened = keys().open(&receipt, Some(order.id), order.amount);
@@ -740,7 +741,7 @@ mod tests {
         (receipt, opened)
     }
 
-    /// Numbers of every length, the ends of the range included.
+    /// Numbers of every length, including the ends of the range.
     fn number() -> impl Strategy<Value = i64> {
         prop_oneof![
             (any::<i64>(), 0..64_u32).prop_map(|(value, shift)| value >> shift),
@@ -782,7 +783,7 @@ mod tests {
     }
 
     prop_compose! {
-        /// Amounts below 2^40, a year to pay at most, admitted within an hour of the id's clock.
+        /// Amounts below 2^40, at most a year to pay, admitted within an hour of the id's clock.
         fn realistic_order()(
             any in any_order(),
             user_id in prop_oneof!["[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", "[!-~]{48}"],
@@ -862,7 +863,7 @@ mod tests {
             let (receipt, opened) = there_and_back(&order);
             (form_of(&receipt), opened.created_at == order.created_at)
         });
-        // The greatest gives up its `created_at`.
+        // The largest loses its `created_at`.
         assert_eq!(
             forms,
             [(0, true), (1, true), (2, true), (3, true), (3, false)]
@@ -1009,12 +1010,12 @@ mod tests {
         for (at, one) in tags.iter().enumerate() {
             assert!(!tags[at + 1..].contains(one), "{tags:?}");
         }
-        // For ever: receipts that are under way carry it.
+        // Never changes: receipts in transit carry it.
         assert_eq!(tags[0], SkuTag(0x5461_c612));
     }
 
-    /// Receipts live as long as payments may come: months. Whoever changes the layout gives it
-    /// another version and keeps reading this one.
+    /// Receipts live as long as payments may arrive: months. A change of the layout needs a new
+    /// version, and this one must still be read.
     #[test]
     fn a_receipt_of_version_2_stays_readable() {
         let order = ordinary();
@@ -1024,7 +1025,7 @@ mod tests {
         assert_eq!(keys().open(text, None, 0), Ok(order));
     }
 
-    /// One of each form, as the release before this one signed them.
+    /// One of each form, as signed by the previous release.
     const VERSION_1_RECEIPTS: [&str; 4] = [
         "FCRhiYZWGRjjWt8zXGtaZG-Fa5xs3K1nma5mWZnhY5WLEBEB5wcGsgDA7m3olQwFQgounsAABTAxMjM0NTY3ODlh\
          YmNkZWYBI0VniavN76HuDv5essOENJsEBX7iUGE",
@@ -1059,7 +1060,7 @@ mod tests {
             let open = |keys: &ReceiptKeys| keys.open(text, Some(order.id), order.amount);
             assert_eq!(open(&migrated_afterwards), Ok(expected.clone()));
             assert!(expected.signed_parts().is_none());
-            // Placed after it, or in another database: that was made anew, or is of another shop.
+            // Placed after it, or in another database: a recreated one, or another shop's.
             for keys in [until(id().millis()), keys()] {
                 assert_eq!(open(&keys), Err(ReceiptError::NotOurs));
             }
@@ -1069,12 +1070,12 @@ mod tests {
     #[test]
     fn another_version_is_not_guessed_at() {
         let receipt = sign(&ordinary());
-        // The first six bits: four of the version, a zero and whether there is a key, without
-        // which the length is another.
+        // The first six bits: four of the version, a zero, and whether there is a key; without one
+        // the length differs.
         for (at, first) in ALPHABET.iter().enumerate() {
             if at != 0b00_1001 {
                 let text = format!("{}{}", *first as char, &receipt[1..]);
-                // As version 1 it may happen to be readable, but nobody has signed it.
+                // Read as version 1 it may happen to be readable, but no key has signed it.
                 let opened = keys().open(&text, None, 0);
                 let is_version_1 = at >> 2 == usize::from(VERSION_1);
                 assert!(

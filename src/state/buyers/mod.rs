@@ -39,17 +39,17 @@ use crate::order::{
 /// One order in a buyer's record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BuyerOrder {
-    /// The order.
+    /// Id of the order.
     pub order_id: OrderId,
     /// The hash of its idempotency key, if it has one.
     pub key: Option<KeyHash>,
     /// The hash of its body; 0 for an order that has left the window.
     pub payload: PayloadHash,
-    /// Its SKU.
+    /// The SKU that was bought.
     pub sku: SkuNumber,
-    /// Its units.
+    /// Units, at least 1.
     pub quantity: Quantity,
-    /// Its end; `None`: its units count toward the purchase limit.
+    /// How the order ended; `None`: it is live, and its units count toward the purchase limit.
     pub ended: Option<Ended>,
 }
 
@@ -725,7 +725,7 @@ mod tests {
                 .unwrap_err(),
             Refusal::IdempotencyKeyReused
         );
-        // The key is the user's own: another user's is another key.
+        // Keys belong to a user: another user's equal key is another key.
         commit(buyers.claim(
             &UserId::new("v").unwrap(),
             entry(4, 7, 2, 1),
@@ -830,7 +830,7 @@ mod tests {
             "given back once"
         );
         assert_eq!((taken(&buyers, &user), buyers.len()), (1, 1));
-        // Its limit is taken off.
+        // The limit is removed.
         assert_eq!(buyers.evict(Eviction::before(id(3)), |_| false), 1);
         assert!(buyers.records.is_empty());
     }
@@ -848,8 +848,8 @@ mod tests {
         commit(buyers.claim(&user, entry(2, 7, 1, 1), None, Ok(()), &NothingSticky));
         let counting = buyers.counting(SkuNumber(1));
         assert!(!counting.is_complete());
-        // What leaves the window meanwhile stays, and what ends meanwhile is not counted, also
-        // where it was read as live just before.
+        // Orders that leave the window meanwhile are kept. Orders that end meanwhile are not
+        // counted, even if they were read as live just before.
         buyers.evict(Eviction::before(id(9)), |_| false);
         assert_eq!(buyers.deactivate(&user, id(1), Ended::Cancelled), None);
         assert_eq!(
@@ -937,7 +937,7 @@ mod tests {
         assert_eq!(buyers.evict(eviction, |_| false), 2);
     }
 
-    /// A record of any length answers as a short one does.
+    /// A long record answers as many short ones do.
     #[test]
     fn a_long_record_answers_as_many_short_ones() {
         const ORDERS: u64 = 3_000;
@@ -1018,14 +1018,14 @@ mod tests {
                 .iter()
                 .all(|of| of.get() % 4 == 0 && of.get() >= floor)
         );
-        // It becomes short again, and then nothing.
+        // The record becomes short again, and then empty.
         long.evict(Eviction::before(id(ORDERS - 3)), |_| false);
         assert!(matches!(&*long.records.get(&one).unwrap(), Record::Few(few) if few.len() == 4));
         long.evict(Eviction::before(OrderId::MAX), |_| false);
         assert!(long.records.is_empty() && long.is_empty());
     }
 
-    /// Searched from end to end it would be ten thousand times as much.
+    /// A linear scan would cost ten thousand times as much.
     #[test]
     fn a_buyer_with_100_000_orders_costs_about_as_much_as_one_with_ten() {
         const ROUNDS: u64 = 200;

@@ -17,14 +17,14 @@ pub(super) const FEW: usize = 32;
 /// Most orders of one record that an eviction checks under one lock of its shard.
 pub(super) const STEP: usize = 1_000;
 
-/// A live order, as far as a purchase limit needs it.
+/// A live order, reduced to the data that a purchase limit needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LiveOrder {
-    /// The order.
+    /// Id of the order.
     pub order_id: OrderId,
-    /// Its SKU.
+    /// The SKU that was bought.
     pub sku: SkuNumber,
-    /// Its units.
+    /// Units, at least 1.
     pub quantity: Quantity,
 }
 
@@ -48,9 +48,9 @@ pub(super) struct Entry {
     sku: SkuNumber,
     quantity: Quantity,
     ended: Option<Ended>,
-    /// It has left the window and stays only for its units.
+    /// Left the window; kept only for its units.
     aged: bool,
-    /// Whether its SKU had a limit when it was entered.
+    /// Whether its SKU had a limit when the order was entered.
     limited: bool,
 }
 
@@ -137,7 +137,7 @@ impl CountDelta {
     }
 }
 
-/// The rule of an eviction.
+/// The bounds of an eviction, and the SKUs whose live orders are kept.
 pub(super) struct Rule<'a> {
     /// Every order below has left the window.
     pub(super) floor: OrderId,
@@ -208,7 +208,7 @@ impl Record {
 
     /// The order under a key, and the hash of its body.
     pub(super) fn under(&self, key: KeyHash) -> Option<(OrderId, PayloadHash)> {
-        // An order that was recovered from a receipt may be known by short hashes.
+        // An order recovered from a receipt may have short hashes only.
         let is_under = |entry: &&Entry| entry.key.is_some_and(|known| known.matches(key));
         let found = match self {
             Record::Few(few) => few.iter().find(is_under),
@@ -374,8 +374,8 @@ impl Record {
         ((delta.remembered != 0).then_some(true), delta)
     }
 
-    /// Applies `rule` to the orders from `from` on. Of a long record only a part at once: returns the
-    /// id to go on from, if there is more.
+    /// Applies `rule` to the orders from `from` on. A long record takes several calls: returns the
+    /// id to continue from, if there is more.
     pub(super) fn evict(
         &mut self,
         from: OrderId,
