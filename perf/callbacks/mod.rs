@@ -113,7 +113,7 @@ async fn coalesced(settlement: &mut SettlementWriter, notices: &[Notice]) -> any
         let arrival = Arrival {
             now,
             check_at: now,
-            judge: true,
+            match_now: true,
             with_waiting: false,
         };
         let part: Vec<Delivery> = part
@@ -124,7 +124,7 @@ async fn coalesced(settlement: &mut SettlementWriter, notices: &[Notice]) -> any
             })
             .collect();
         let part: Vec<&Delivery> = part.iter().collect();
-        settlement.take_in(&part, arrival, &[]).await?;
+        settlement.ingest(&part, arrival, &[]).await?;
     }
     Ok(())
 }

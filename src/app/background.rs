@@ -21,7 +21,7 @@ use crate::pipeline::failover::wal_retention;
 use crate::pipeline::orders::cancel::Canceller;
 use crate::pipeline::orders::deadlines;
 use crate::pipeline::orders::intake::Intake;
-use crate::pipeline::orders::parking::{Parking, ParkingDesk};
+use crate::pipeline::orders::parking::{Parking, ParkingHandle};
 use crate::pipeline::payments::callbacks::{Callbacks, CallbacksHandle};
 use crate::pipeline::payments::expiry::Expiry;
 use crate::pipeline::payments::processor::{PaymentProcessor, PaymentsHandle};
@@ -79,7 +79,7 @@ impl Parts<'_> {
 pub(super) struct Handles {
     pub(super) callbacks: CallbacksHandle,
     pub(super) payments: PaymentsHandle,
-    pub(super) parking: ParkingDesk,
+    pub(super) parking: ParkingHandle,
     pub(super) pauses: Arc<Pauses>,
     pub(super) canceller: Canceller,
     pub(super) health: Arc<Health>,
@@ -110,7 +110,7 @@ impl Background {
         );
         background.run(
             "the settlement of cancellations",
-            canceller.clone().settle_lost(),
+            canceller.clone().resolve_lost(),
         );
         let health = Arc::<Health>::default();
         let mut looker = Looker::new(parts.database().with_own_pool(1)?, Arc::clone(&health));
@@ -253,9 +253,9 @@ impl Background {
         &mut self,
         parts: &Parts<'_>,
         operators: &Database,
-    ) -> Result<(ParkingDesk, Arc<Pauses>), StartError> {
+    ) -> Result<(ParkingHandle, Arc<Pauses>), StartError> {
         let (database, lease) = (parts.database(), parts.ownership.lease);
-        let (parking_desk, parking) = Parking::new(
+        let (parking_handle, parking) = Parking::new(
             Arc::clone(parts.state),
             operators.clone(),
             lease,
@@ -267,7 +267,7 @@ impl Background {
         let own = database.with_own_pool(1)?;
         let pauses = Arc::new(Pauses::new(Arc::clone(parts.state), own, lease));
         self.run("the storage of pauses", Arc::clone(&pauses).keep_storing());
-        Ok((parking_desk, pauses))
+        Ok((parking_handle, pauses))
     }
 
     fn run(&mut self, name: &'static str, work: impl Future<Output = ()> + Send + 'static) {

@@ -22,7 +22,7 @@ pub struct OpenDatabase {
 /// that uses the database comes through here, so a pooler that would break it is refused for all.
 ///
 /// # Errors
-/// Where there is none to be had.
+/// If there is none to be had.
 pub async fn open_database(config: &Config) -> Result<OpenDatabase, StartError> {
     let settings = &config.database;
     let step = Duration::from_millis(settings.step_timeout_ms);
@@ -58,7 +58,7 @@ pub async fn open_database(config: &Config) -> Result<OpenDatabase, StartError> 
 /// Brings the schema up to date, or checks it, as `database.migrate` says.
 ///
 /// # Errors
-/// Where it is not, or cannot be, what this release needs.
+/// If it is not, or cannot be, what this release needs.
 pub async fn prepare_schema(config: &Config, database: &Database) -> Result<(), StartError> {
     let mut client = database.connect("millrace migrate").await?;
     match config.database.migrate {

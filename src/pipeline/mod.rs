@@ -1,5 +1,5 @@
-//! The life of an order: [`orders`] takes it in and makes it a row, [`payments`] settles it, [`failover`]
-//! carries it over restarts and failovers, [`admin`] is for operators.
+//! The life of an order: [`orders`] admits it and writes its row, [`payments`] settles it, [`failover`]
+//! recovers it after restarts and failovers, [`admin`] serves operators.
 
 pub mod admin;
 pub mod failover;
@@ -9,10 +9,10 @@ pub mod payments;
 use std::sync::Arc;
 use std::task::Waker;
 
-/// Wakes everyone in a batch, cheaply: the data plane hands the batch to one coroutine.
+/// Wakes a batch of waiters cheaply: the data plane hands the batch to one coroutine.
 pub type WakeAll = Arc<dyn Fn(Vec<Waker>) + Send + Sync>;
 
-/// Wakes everyone directly, for callers without a data plane.
+/// Wakes each waiter directly, for callers without a data plane.
 pub fn wake_directly() -> WakeAll {
     Arc::new(|wakers| wakers.into_iter().for_each(Waker::wake))
 }

@@ -1,4 +1,4 @@
-//! One worker's writer: a batch and its counters in one transaction, exactly once.
+//! The writer of a worker: a batch and its counters in one transaction, exactly once.
 //!
 //! # The conversation
 //!
@@ -9,15 +9,13 @@
 //!   ◄── done
 //! ```
 //!
-//! The SKU rows are locked only in the second flush, so a hot SKU is locked for the length of a
-//! commit and no longer. If any of its statements fails, the server turns the COMMIT behind it
-//! into a ROLLBACK.
+//! SKU rows are locked only in the second flush, so a hot SKU is locked only for the length of a commit. If a
+//! statement of it fails, the server turns the COMMIT behind it into a ROLLBACK.
 //!
-//! A trigger of somebody's may leave rows out of a COPY without an error. Where `orders` has one that
-//! could, the rows go in a flush of their own, and the counters and COMMIT only after the server's
-//! count of them.
+//! A user's trigger may drop rows of a COPY without an error. If `orders` has such a trigger, the rows go in a
+//! flush of their own, and the counters and COMMIT follow only after the server's row count has been checked.
 //!
-//! A commit of unknown outcome is settled by the batch's number, see `fenced`.
+//! A commit in doubt is resolved by the batch's number, see `fenced`.
 
 use std::collections::BTreeMap;
 
@@ -28,14 +26,14 @@ use tokio_postgres::types::ToSql;
 use tokio_postgres::{CopyInSink, Statement};
 
 use super::error::{refuses_row, sqlstate};
-use super::fenced::{FENCE, FencedWriter, Settled, timed};
+use super::fenced::{FENCE, FencedWriter, Resolved, timed};
 use super::postgres::{Connected, Database, NodeLease};
 use super::{StoreError, WriteError, copy};
 use crate::faults::{bug, crash_point};
 use crate::order::{Order, OrderStatus};
 
-/// Moves `held` of each SKU once, locking by id, and writes the journal. The LEFT JOIN makes a
-/// SKU that does not exist violate NOT NULL, which takes the transaction down.
+/// Moves `held` of each SKU once, locking by id, and writes the stock log. The LEFT JOIN makes an unknown SKU
+/// violate NOT NULL, which aborts the transaction.
 pub const COUNTERS: &str = "
     WITH wanted AS (
         SELECT w.sku, w.units FROM unnest($1::int4[], $2::int8[]) AS w (sku, units)
@@ -49,8 +47,8 @@ pub const COUNTERS: &str = "
     SELECT w.sku, 'orders', $3, w.units, m.total, m.held, m.sold
       FROM wanted w LEFT JOIN moved m ON m.id = w.sku ORDER BY w.sku";
 
-/// The same of one SKU, which is most batches of a sale: it is locked by being moved, so there is no
-/// order to keep, and nothing to sort or join.
+/// The same for a single SKU, the common case in a sale: the update locks the row, so there is no locking order
+/// to keep and nothing to sort or join.
 pub const COUNTER: &str = "
     WITH moved AS (
         UPDATE sku SET held = held + $2::int8 WHERE id = $1::int4 RETURNING total, held, sold
@@ -59,12 +57,12 @@ pub const COUNTER: &str = "
     SELECT $1::int4, 'orders', $3::text, $2::int8, m.total, m.held, m.sold
       FROM (SELECT) one LEFT JOIN moved m ON true";
 
-/// Before [`move_on`]: the triggers that it looks for stay as they are until the end.
+/// Sent before [`fence_statement`]: the lock keeps the triggers that it looks for unchanged until the end.
 const BEGIN: &str = "BEGIN; LOCK TABLE orders IN ROW EXCLUSIVE MODE";
 
-/// [`FENCE`], which tells also whether a trigger may leave rows of a COPY out: one BEFORE INSERT FOR
-/// EACH ROW, which is 1 + 2 + 4 in `tgtype`.
-fn move_on() -> String {
+/// [`FENCE`], which also returns whether a trigger may drop rows of a COPY: one BEFORE INSERT FOR EACH ROW,
+/// which is 1 + 2 + 4 in `tgtype`.
+fn fence_statement() -> String {
     format!(
         "{FENCE} RETURNING EXISTS (SELECT FROM pg_trigger WHERE tgrelid = 'orders'::regclass AND NOT tgisinternal
             AND tgenabled <> 'D' AND tgtype & 7 = 7)"
@@ -83,21 +81,21 @@ const DEAD_LETTER: &str = "
 
 const EPOCH: &str = "SELECT epoch FROM node WHERE node = $1";
 
-/// What became of an order whose row was refused.
+/// Outcome for an order whose row was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refused {
-    /// It is a dead letter.
+    /// The order is a dead letter now.
     DeadLettered,
-    /// It was there already.
+    /// The order exists already.
     AlreadyPresent,
 }
 
-/// PostgreSQL's code for a key that is there already.
+/// SQLSTATE of a duplicate key.
 const UNIQUE_VIOLATION: &str = "23505";
-/// The code of a row that a trigger has left out: "no data" of the standard.
+/// SQLSTATE of a row that a trigger dropped: "no data" of the standard.
 const NO_DATA: &str = "02000";
 
-/// What one transaction does.
+/// The work of one transaction.
 #[derive(Clone, Copy, Debug)]
 enum Work<'a> {
     /// Orders become rows, and the counters move.
@@ -117,7 +115,7 @@ impl Work<'_> {
     }
 }
 
-/// One worker's way into the database.
+/// The writer of one worker.
 #[derive(Debug)]
 pub struct BatchWriter {
     row: FencedWriter,
@@ -147,7 +145,7 @@ impl BatchWriter {
         }
     }
 
-    /// Makes the connection that the first batch would make, so that no buyer waits for it.
+    /// Connects before the first batch, so that no buyer waits for it.
     ///
     /// # Errors
     /// See [`WriteError`]; the first batch tries again.
@@ -158,17 +156,17 @@ impl BatchWriter {
         }
     }
 
-    /// Commits that the database had acknowledged and lost, as found so far.
+    /// Number of commits that the database acknowledged and lost, as found so far.
     pub fn commits_lost(&self) -> u64 {
         self.row.commits_lost()
     }
 
-    /// The number of the last batch that is known to be committed.
+    /// The number of the last batch known to be committed.
     pub fn committed(&self) -> Option<i64> {
         self.row.committed
     }
 
-    /// Whether the last batch may or may not have been committed.
+    /// Whether the commit of the last batch is in doubt.
     pub fn outcome_unknown(&self) -> bool {
         self.row.unknown.is_some()
     }
@@ -186,11 +184,11 @@ impl BatchWriter {
         self.write_as(&rows).await
     }
 
-    /// Writes orders, each with the status that it shall have, and moves their SKUs' counters by
-    /// those that hold units, all or nothing.
+    /// Writes orders, each with its status, and moves their SKUs' counters by the orders that hold units, all
+    /// or nothing.
     ///
-    /// After [`WriteError::Retry`] the next call must be with the same orders: the earlier call
-    /// may have committed them, and then this one returns at once.
+    /// After [`WriteError::Retry`] the next call must pass the same orders: the earlier call may have committed
+    /// them, and then this one returns at once.
     ///
     /// # Errors
     /// See [`WriteError`].
@@ -206,9 +204,9 @@ impl BatchWriter {
         self.transact(Work::Park(orders)).await
     }
 
-    /// Makes parked orders rows, as [`BatchWriter::write_as`] does. All of them must still be parked:
-    /// otherwise it ends as [`WriteError::Retry`] without an unknown outcome, and others are to be
-    /// tried.
+    /// Turns parked orders into rows, as [`BatchWriter::write_as`] does. All of them must still be parked;
+    /// otherwise the result is [`WriteError::Retry`] with no commit in doubt, and the caller tries the orders
+    /// that are left.
     ///
     /// # Errors
     /// See [`WriteError`].
@@ -224,14 +222,14 @@ impl BatchWriter {
             unreachable!("connect() returned without a session or an error");
         };
         let batch = committed + 1;
-        // Noted beforehand, so that it also holds where this call is given up half-way: the
-        // backend may still be at it, and the next connection finds out.
+        // Noted beforehand, so that it also holds if this call is dropped half-way: the backend may still be at
+        // work, and the next connection resolves it.
         self.row.suspect = Some(session.backend);
         let written = self.attempt(&session, batch, work).await;
         if matches!(written, Err(WriteError::Retry(_))) {
             return written;
         }
-        // The server has judged.
+        // The server has decided.
         self.row.unknown = None;
         self.row.suspect = None;
         self.session = Some(session);
@@ -273,7 +271,7 @@ impl BatchWriter {
             }
         };
         let (begun, fenced, taken, sink) = timed("starting a batch", step, async {
-            // What is taken first needs a round trip to be prepared, and is rare.
+            // Unparking needs a round trip of its own before the COPY, and is rare.
             if parked.is_some() {
                 let (begun, fenced) = tokio::join!(
                     client.batch_execute(BEGIN),
@@ -295,9 +293,9 @@ impl BatchWriter {
         let taken = taken.map_err(retry("taking parked orders"))?;
         let sink = sink.map_err(retry("COPY orders"))?;
         let Some(fenced) = fenced else {
-            // Dropping the sink aborts the COPY. Connecting again tells who moved our row.
+            // Dropping the sink aborts the COPY. Reconnecting tells which process changed our row.
             return Err(WriteError::Retry(StoreError::Data(format!(
-                "the row of writer {} was moved",
+                "the row of writer {} has changed since this process last wrote it",
                 self.row.shard
             ))));
         };
@@ -352,7 +350,7 @@ impl BatchWriter {
         if counted && !matches!(work, Work::Park(_)) {
             let copied = timed("writing a batch", step, copy).await?;
             if copied.as_ref().ok() != Some(&(work.orders() as u64)) {
-                // No COMMIT is on its way that would end the transaction.
+                // No COMMIT has been sent that would end the transaction.
                 timed("ROLLBACK", step, client.batch_execute("ROLLBACK"))
                     .await?
                     .map_err(retry("ROLLBACK"))?;
@@ -362,7 +360,7 @@ impl BatchWriter {
                 return Err(WriteError::Row {
                     sqlstate: NO_DATA.to_owned(),
                     reason: format!(
-                        "a trigger on the table orders has let {copied} of {} rows pass",
+                        "a trigger on the table orders let only {copied} of {} rows pass",
                         work.orders()
                     ),
                 });
@@ -385,15 +383,14 @@ impl BatchWriter {
         commit_result(moved, committed)
     }
 
-    /// Makes a connection and settles what the last one left open. True: the batch of unknown
-    /// outcome was committed.
+    /// Connects and resolves the batch in doubt. Returns true if it was committed.
     async fn connect(&mut self) -> Result<bool, WriteError> {
         let unknown = self.row.unknown;
-        let Settled {
+        let Resolved {
             client,
             backend,
             was_committed,
-        } = self.row.settle().await?;
+        } = self.row.resolve().await?;
         if was_committed || (bug("guess_the_commit") && unknown.is_some()) {
             return Ok(true);
         }
@@ -406,7 +403,12 @@ impl BatchWriter {
                     .map_err(|source| WriteError::Retry(StoreError::Statement { doing, source }))
             }
         };
-        let fence = timed("preparing the fence", step, client.prepare(&move_on())).await?;
+        let fence = timed(
+            "preparing the fence",
+            step,
+            client.prepare(&fence_statement()),
+        )
+        .await?;
         let fence = fence.map_err(|source| {
             let doing = "preparing the fence";
             WriteError::Retry(StoreError::Statement { doing, source })
@@ -426,12 +428,11 @@ impl BatchWriter {
         Ok(false)
     }
 
-    /// What follows the refusal of a single row: a dead letter, for a person. Where the row was
-    /// refused because it is there already, written again after a failover, there is nothing to do.
+    /// Dead-letters an order whose row was refused. If the row was refused because the order exists already,
+    /// after a failover, nothing is to be done.
     ///
     /// # Errors
-    /// As [`BatchWriter::write_dead_letter`]; [`StoreError::OtherOrders`] where another order has its
-    /// id.
+    /// As [`BatchWriter::write_dead_letter`]; [`StoreError::OtherOrders`] if another order has its id.
     pub async fn refuse(
         &mut self,
         order: &Order,
@@ -446,11 +447,11 @@ impl BatchWriter {
         Ok(Refused::DeadLettered)
     }
 
-    /// Keeps an order that the database refused, for a person. Safe to repeat.
+    /// Stores a refused order as a dead letter, for an operator. Idempotent.
     ///
     /// # Errors
-    /// Where the dead letter itself could not be stored; [`StoreError::Fenced`] where this process
-    /// may not write any more.
+    /// If the dead letter itself could not be stored; [`StoreError::Fenced`] if this process may not write any
+    /// more.
     pub async fn write_dead_letter(
         &mut self,
         order: &Order,
@@ -487,7 +488,7 @@ impl BatchWriter {
                 Ok((written, found.map_or(0, |row| row.get::<_, i64>(0))))
             })
             .await?;
-        // None is written also where it was there already. Only with our epoch is that certain.
+        // No row is written either if the dead letter existed. Our epoch is the proof of that case.
         if written == 0 && found != epoch {
             return Err(StoreError::Fenced { found, ours: epoch });
         }
@@ -495,9 +496,9 @@ impl BatchWriter {
     }
 }
 
-/// Where the counters were moved this is a COMMIT and no disguised ROLLBACK. A deferred constraint may
-/// refuse the data only here. Any other failure says nothing: the server may have committed and then
-/// been stopped.
+/// Classifies the end of a transaction. If the counters were moved, the COMMIT was no disguised ROLLBACK. A
+/// deferred constraint may refuse the data only here. Any other failure leaves the commit in doubt: the server
+/// may have committed and then stopped.
 fn commit_result(
     moved: Result<u64, tokio_postgres::Error>,
     committed: Result<(), tokio_postgres::Error>,
@@ -517,12 +518,12 @@ fn units_by_sku(rows: &[(&Order, OrderStatus)]) -> (Vec<i32>, Vec<i64>) {
     units.into_iter().unzip()
 }
 
-/// Sorts the failure of a statement within the transaction. Where the server has judged the data,
-/// it has rolled back and the session goes on.
 fn retry(doing: &'static str) -> impl FnOnce(tokio_postgres::Error) -> WriteError {
     move |source| WriteError::Retry(StoreError::Statement { doing, source })
 }
 
+/// Classifies the failure of a statement. If the server refused the data, it has rolled back and the session
+/// can be reused.
 fn write_error(doing: &'static str, source: tokio_postgres::Error, counters: bool) -> WriteError {
     if !refuses_row(&source) {
         return WriteError::Retry(StoreError::Statement { doing, source });

@@ -8,24 +8,24 @@ use bytes::{BufMut, BytesMut};
 
 use crate::order::{Order, OrderStatus, UnixMillis};
 
-/// The statement whose columns the rows below fill, in this order.
+/// The COPY statement, with its columns in the order in which rows are encoded.
 pub const STATEMENT: &str = "COPY orders (order_id, user_id, sku, quantity, adjustment, amount, \
      currency, status, created_at, expires_at, key_hash, payload_hash, attributes) \
      FROM STDIN (FORMAT binary)";
 const COLUMNS: i16 = 13;
 
-/// The same of orders that are parked, which have no status yet.
+/// The same for parked orders, which have no status yet.
 pub const PARK: &str = "COPY parked_orders (order_id, user_id, sku, quantity, adjustment, amount, \
      currency, created_at, expires_at, key_hash, payload_hash, attributes) \
      FROM STDIN (FORMAT binary)";
 
 const SIGNATURE: &[u8] = b"PGCOPY\n\xff\r\n\0";
-/// 2000-01-01T00:00:00Z, from which PostgreSQL counts microseconds, in Unix milliseconds.
+/// 2000-01-01T00:00:00Z, PostgreSQL's epoch, in Unix milliseconds.
 const POSTGRES_EPOCH_MS: i64 = 946_684_800_000;
-/// Most orders fit: it saves the buffer from growing in steps.
+/// Bytes of a typical encoded order; reserving them avoids growing the buffer in steps.
 const ROW_BYTES_TYPICAL: usize = 176;
 
-/// Encodes `rows` with header and trailer, each with the status that it shall be written with.
+/// Encodes `rows` with header and trailer, each row with its status.
 pub fn encode<'a>(
     buffer: &mut BytesMut,
     rows: impl ExactSizeIterator<Item = (&'a Order, OrderStatus)>,
@@ -52,7 +52,7 @@ fn encode_all<'a>(
     buffer.put_i16(-1);
 }
 
-/// Without `status` that column is left out.
+/// Without a `status`, that column is omitted.
 fn encode_row(buffer: &mut BytesMut, order: &Order, status: Option<OrderStatus>) {
     buffer.put_i16(if status.is_some() {
         COLUMNS
@@ -71,7 +71,7 @@ fn encode_row(buffer: &mut BytesMut, order: &Order, status: Option<OrderStatus>)
             buffer.put_i32(2);
             buffer.put_i16(code);
         }
-        // NOT NULL in the table: the database refuses what must never be stored.
+        // A status without a code is never stored: the column is NOT NULL, so the database refuses the row.
         Some(None) => put_null(buffer),
         None => {}
     }
@@ -107,7 +107,7 @@ fn put_i32(buffer: &mut BytesMut, value: i32) {
 }
 
 fn put_bytes(buffer: &mut BytesMut, bytes: &[u8]) {
-    // Every text is limited to at most 1 KiB long before it comes here.
+    // Every text was limited to at most 1 KiB before it came here.
     buffer.put_i32(bytes.len() as i32);
     buffer.put_slice(bytes);
 }

@@ -1,19 +1,19 @@
-//! What can go wrong with the database, and what may be tried again.
+//! Errors of the database, and which of them are worth a retry.
 
 use std::time::Duration;
 
 use tokio_postgres::error::SqlState;
 
-/// What can go wrong with the database.
+/// An error of the database or of the way to it.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// The server cannot be reached or refuses to talk.
     #[error("cannot connect to the database: {}{}", chain(.0), remedy(.0))]
     Connect(#[source] tokio_postgres::Error),
-    /// `database.url` makes no sense, or names a file that does not.
+    /// `database.url` is invalid, or names an unusable file.
     #[error("database.url: {0}")]
     Url(String),
-    /// A pooler gives our sessions to others between transactions.
+    /// A pooler lends our sessions to other clients between transactions.
     #[error(
         "database.url leads through a pooler that shares sessions between transactions, and Millrace keeps state in its sessions; let it pool sessions (PgBouncer: pool_mode = session) or connect to PostgreSQL directly"
     )]
@@ -21,33 +21,33 @@ pub enum StoreError {
     /// A statement failed.
     #[error("{doing}: {}", chain(.source))]
     Statement {
-        /// What was tried.
+        /// The step that failed.
         doing: &'static str,
-        /// Why it failed.
+        /// The driver's error.
         source: tokio_postgres::Error,
     },
     /// A step took longer than `database.step_timeout_ms`.
     #[error("{doing}: no answer from the database within {} ms", .after.as_millis())]
     Timeout {
-        /// What was tried.
+        /// The step that failed.
         doing: &'static str,
-        /// How long it was waited for.
+        /// The time limit that passed.
         after: Duration,
     },
-    /// No pooled connection came free.
-    #[error("no connection to the database came free: {0}")]
+    /// No pooled connection became free.
+    #[error("no connection to the database became free: {0}")]
     Pool(String),
-    /// The schema is not what this release expects.
+    /// The schema does not fit this release.
     #[error("{0}")]
     Schema(String),
     /// Another process has taken this node over.
     #[error(
-        "another Millrace has taken over this database (epoch {found}, ours is {ours}); this one must stop"
+        "another Millrace has taken over this database (epoch {found}, ours is {ours}); this process must stop"
     )]
     Fenced {
         /// The epoch in the database.
         found: i64,
-        /// This process's.
+        /// The epoch of this process.
         ours: i64,
     },
     /// Another process is active on this database.
@@ -55,14 +55,14 @@ pub enum StoreError {
         "another Millrace is active on this database{0}; stop it first, or give this one a database.schema of its own"
     )]
     AlreadyActive(String),
-    /// Rows under the ids of other orders: a defect, or a journal of another history.
+    /// The database has other orders under these ids: a defect, or a journal of another history.
     #[error(
         "{count} orders have ids under which the database has orders of other buyers or with other contents ({ids}): either this journal and this database do not belong together, or one of them was edited; nothing of them is written"
     )]
     OtherOrders {
-        /// How many.
+        /// Number of such orders.
         count: usize,
-        /// The first of them, separated by commas.
+        /// The first ids, separated by commas.
         ids: String,
     },
     /// Another audit of this database has not ended.
@@ -73,10 +73,10 @@ pub enum StoreError {
         "the audit did not end within {} ms (control_plane.audit_timeout_ms)", .after.as_millis()
     )]
     AuditTimeout {
-        /// How long it was given.
+        /// The time limit.
         after: Duration,
     },
-    /// What is stored contradicts itself or this release.
+    /// Stored data contradicts itself or this release.
     #[error("unexpected data in the database: {0}")]
     Data(String),
 }
@@ -93,7 +93,7 @@ pub(super) fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// What `rustls` said, where it is behind `error`.
+/// The error of `rustls` that caused `error`, if any.
 pub(super) fn rustls_error<'a>(
     error: &'a (dyn std::error::Error + 'static),
 ) -> Option<&'a rustls::Error> {
@@ -112,7 +112,7 @@ pub(super) fn rustls_error<'a>(
     None
 }
 
-/// What to do where no connection came about, in the form `; do this`.
+/// The remedy for a failed connection, in the form `; do this`.
 fn remedy(error: &tokio_postgres::Error) -> &'static str {
     use rustls::{CertificateError as Bad, Error as Tls};
     if let Some(error) = rustls_error(error) {
@@ -155,31 +155,31 @@ fn cause_is_io(error: &tokio_postgres::Error) -> bool {
     std::error::Error::source(error).is_some_and(|cause| cause.is::<std::io::Error>())
 }
 
-/// The words of the driver and of `webpki` where they have no type that we can name.
+/// Messages of the driver and of `webpki` for errors without a type that we can name.
 const NO_TLS: &str = "server does not support TLS";
 const NO_PASSWORD: &str = "password missing";
 const OLD_CERTIFICATE: &str = "UnsupportedCertVersion";
 
-/// Why a batch was not written.
+/// Reason why a batch was not written.
 #[derive(Debug, thiserror::Error)]
 pub enum WriteError {
-    /// Nothing was written, or it is not known: try the same batch again.
+    /// Nothing was written, or the commit is in doubt: retry the same batch.
     #[error("{0}")]
     Retry(#[source] StoreError),
     /// A row in it was refused; nothing was written.
     #[error("the database refused a row ({sqlstate}): {reason}")]
     Row {
-        /// The five characters of PostgreSQL's code.
+        /// SQLSTATE, five characters.
         sqlstate: String,
-        /// PostgreSQL's own words.
+        /// The server's message.
         reason: String,
     },
     /// The counters of a SKU in it were refused; nothing was written.
     #[error("the database refused a stock counter ({sqlstate}): {reason}")]
     Counter {
-        /// The five characters of PostgreSQL's code.
+        /// SQLSTATE, five characters.
         sqlstate: String,
-        /// PostgreSQL's own words.
+        /// The server's message.
         reason: String,
     },
     /// This process may not write any more.
@@ -188,13 +188,13 @@ pub enum WriteError {
 }
 
 impl StoreError {
-    /// Wraps a statement's error with what was tried.
+    /// Wraps a statement's error with the step that failed.
     pub fn statement(doing: &'static str) -> impl FnOnce(tokio_postgres::Error) -> StoreError {
         move |source| StoreError::Statement { doing, source }
     }
 
-    /// Whether what was tried touches rows that cannot be had now, because somebody holds them, or
-    /// that the database refuses; what touches others may go on.
+    /// Whether the failure concerns rows that are locked or that the database refuses; work on other rows may
+    /// go on.
     pub fn is_about_rows(&self) -> bool {
         match self {
             StoreError::Statement { source, .. } => {
@@ -204,8 +204,8 @@ impl StoreError {
         }
     }
 
-    /// Whether this process may not write any more: another has replaced it, or what it was about to
-    /// write contradicts what is there.
+    /// Whether this process may not write any more: another process has replaced it, or its data contradicts
+    /// the database's.
     pub fn is_final(&self) -> bool {
         matches!(
             self,
@@ -213,7 +213,7 @@ impl StoreError {
         )
     }
 
-    /// Whether it took longer than it may; less of it at once may go well.
+    /// Whether the step took too long; a smaller one may succeed.
     pub fn is_overlong(&self) -> bool {
         match self {
             StoreError::Timeout { .. } => true,
@@ -224,7 +224,7 @@ impl StoreError {
         }
     }
 
-    /// Whether trying again later may help without anybody's doing.
+    /// Whether a later retry may succeed without intervention.
     pub fn is_transient(&self) -> bool {
         match self {
             StoreError::Connect(_)
@@ -244,10 +244,10 @@ impl StoreError {
     }
 }
 
-/// Whether the server has judged the data itself, so that the same data will fail again: classes
-/// 22 (data exception), 23 (integrity), 44 (check option), 54 (program limit) and P0 (raised by a
-/// trigger). Everything else, missing rights and tables included, is the server's state, which a
-/// person can mend while the batch waits.
+/// Whether the server refused the data itself, so that the same data will fail again: classes 22 (data
+/// exception), 23 (integrity), 44 (check option), 54 (program limit) and P0 (raised by a trigger). Any other
+/// error, missing rights and tables included, concerns the server's state, which an operator can repair while
+/// the batch waits.
 ///
 /// Source: PostgreSQL documentation, appendix A, "PostgreSQL Error Codes".
 pub(super) fn refuses_row(error: &tokio_postgres::Error) -> bool {
@@ -259,7 +259,7 @@ pub(super) fn refuses_row(error: &tokio_postgres::Error) -> bool {
     })
 }
 
-/// The five characters of an error's SQLSTATE.
+/// The SQLSTATE of an error, or an empty string.
 pub(super) fn sqlstate(error: &tokio_postgres::Error) -> &str {
     error.code().map_or("", SqlState::code)
 }

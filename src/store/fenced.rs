@@ -1,42 +1,42 @@
-//! A row of `writer`: it numbers its owner's transactions, so that a commit of unknown outcome is
-//! settled and never guessed.
+//! A fenced writer. Its row of `writer` numbers its transactions, so that an in-doubt commit is resolved and
+//! never guessed.
 //!
-//! Each transaction moves the number by one. When a connection dies or a step times out, the next
-//! connection first takes the lock on that row: whoever gets it knows that the old transaction has
-//! ended. If it does not get it, the old backend is terminated. The number then tells whether the
-//! transaction was committed. The same row is the fence against a process of an older epoch.
+//! Each transaction raises the number by one. After a connection dies or a step times out, the next connection
+//! first locks that row. Getting the lock proves that the old transaction has ended; if the lock is not free in
+//! time, the old backend is terminated. The number then tells whether the transaction was committed. The epoch
+//! in the same row is the fencing token against a process of an older epoch.
 
 use std::time::Duration;
 
 use super::postgres::{Connected, Database, NodeLease};
 use super::{StoreError, WriteError};
 
-/// The statement that moves the number: node, shard, epoch, the new number. It changes no row
-/// where this process was replaced.
+/// The statement that raises the number: node, shard, epoch, new number. It changes no row if this process was
+/// replaced.
 pub(super) const FENCE: &str = "UPDATE writer SET batch = $4::int8 WHERE node = $1 AND shard = $2 AND epoch = $3 AND batch = $4::int8 - 1";
 
-/// One row of `writer`, and what is known of it.
+/// A row of `writer`, and this process's knowledge of it.
 #[derive(Debug)]
 pub(super) struct FencedWriter {
     pub(super) database: Database,
     pub(super) lease: NodeLease,
     pub(super) shard: i16,
-    /// What its connections call themselves.
+    /// The `application_name` of its connections.
     name: String,
-    /// The last transaction that is known to be committed; `None` before the first connection.
+    /// The last transaction known to be committed; `None` before the first connection.
     pub(super) committed: Option<i64>,
-    /// The transaction whose outcome is not known.
+    /// The transaction in doubt.
     pub(super) unknown: Option<i64>,
-    /// The backend that may still be at it.
+    /// The process id of the backend that may still run it.
     pub(super) suspect: Option<i32>,
     commits_lost: u64,
 }
 
-/// A new connection, and what became of the last transaction.
-pub(super) struct Settled {
+/// A new connection, and the outcome of the last transaction.
+pub(super) struct Resolved {
     pub(super) client: Connected,
     pub(super) backend: i32,
-    /// The transaction of unknown outcome was committed.
+    /// The transaction in doubt was committed.
     pub(super) was_committed: bool,
 }
 
@@ -54,20 +54,20 @@ impl FencedWriter {
         }
     }
 
-    /// Commits that the database had acknowledged and lost, as found so far.
+    /// Number of commits that the database acknowledged and lost, as found so far.
     pub(super) fn commits_lost(&self) -> u64 {
         self.commits_lost
     }
 
-    /// Makes a connection and settles what the last one left open.
-    pub(super) async fn settle(&mut self) -> Result<Settled, WriteError> {
+    /// Connects and resolves the transaction that the last connection left in doubt.
+    pub(super) async fn resolve(&mut self) -> Result<Resolved, WriteError> {
         let NodeLease { node, epoch } = self.lease;
         let client = self
             .database
             .connect(&self.name)
             .await
             .map_err(WriteError::Retry)?;
-        let locked = timed("settling the last batch", self.database.step_timeout(), async {
+        let locked = timed("resolving the last batch", self.database.step_timeout(), async {
             client
                 .query_opt(
                     "SELECT epoch, batch, pg_backend_pid() FROM writer WHERE node = $1 AND shard = $2 FOR UPDATE",
@@ -80,15 +80,15 @@ impl FencedWriter {
             Ok(Some(row)) => row,
             Ok(None) => {
                 return Err(WriteError::Fatal(StoreError::Data(format!(
-                    "writer {} has no row",
+                    "writer {} has no row in the table writer",
                     self.shard
                 ))));
             }
             Err(source) => {
-                // Somebody holds our row: the old backend, still in its transaction.
+                // Our row is locked by the old backend, which is still in its transaction.
                 self.end_suspect(&client).await?;
                 return Err(WriteError::Retry(StoreError::Statement {
-                    doing: "settling the last batch",
+                    doing: "resolving the last batch",
                     source,
                 }));
             }
@@ -105,20 +105,20 @@ impl FencedWriter {
             tracing::error!(
                 worker = self.shard,
                 lost,
-                "the database has lost batches that it had committed: it was probably failed over to a standby \
-                 that lagged; the rows in them are gone"
+                "the database has lost committed batches of this worker, probably by a failover to a standby that \
+                 lagged; their orders are restored as far as this process still knows them"
             );
         }
         self.committed = Some(batch);
-        Ok(Settled {
+        Ok(Resolved {
             client,
             backend,
             was_committed: unknown == Some(batch),
         })
     }
 
-    /// Terminates the backend of the connection that was given up. Only one that still bears our
-    /// name: process ids are used again.
+    /// Terminates the backend of the abandoned connection, if it still bears our name, because process ids are
+    /// reused.
     async fn end_suspect(&self, client: &Connected) -> Result<(), WriteError> {
         let Some(suspect) = self.suspect else {
             return Ok(());
@@ -142,10 +142,10 @@ impl FencedWriter {
             Ok(_) => tracing::warn!(
                 worker = self.shard,
                 backend = suspect,
-                "terminated a backend that had stalled"
+                "terminated a stalled backend of this worker's last connection"
             ),
             Err(e) => {
-                tracing::warn!(worker = self.shard, backend = suspect, reason = %e, "could not terminate a stalled backend")
+                tracing::warn!(worker = self.shard, backend = suspect, reason = %e, "a stalled backend of this worker's last connection could not be terminated; retrying (pg_terminate_backend needs the same role or pg_signal_backend)")
             }
         }
         Ok(())

@@ -1,13 +1,14 @@
-//! Rows in PostgreSQL. SQL lives here and nowhere else.
+//! Access to PostgreSQL. SQL lives in this module and nowhere else.
 //!
-//! * [`schema`]: the tables and views, and how they come to be.
-//! * [`postgres`]: connections, and everything that is not a worker's batch: start-up,
-//!   look-ups, administration, audit.
-//! * [`batch`]: one worker's writer: a batch and its counters in one transaction, exactly once.
-//! * `fenced`: the row that numbers transactions, so that none of unknown outcome is guessed.
+//! * [`schema`]: the tables and views, and their migrations.
+//! * [`postgres`]: connections, and all work that is not a worker's batch: start-up, look-ups, administration,
+//!   audit.
+//! * [`batch`]: the writer of a worker: a batch and its counters in one transaction, exactly once.
+//! * `fenced`: the row that numbers a writer's transactions, so that an in-doubt commit is resolved and never
+//!   guessed.
 //! * [`copy`]: the rows of a batch in the binary form of COPY.
-//! * [`settlement`]: what happens to an order after its row is there: payments, expiry, refunds.
-//! * [`embedded`]: Millrace's own PostgreSQL, where no other is given.
+//! * [`settlement`]: payments, expiry and refunds of orders that are rows.
+//! * [`embedded`]: Millrace's own PostgreSQL, used if no other is configured.
 
 pub mod batch;
 pub mod copy;

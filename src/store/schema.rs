@@ -1,8 +1,8 @@
 //! The schema and its migrations, by `refinery`.
 //!
-//! Everything lives in one schema of our own, found through the session's `search_path`, and so
-//! does the table that remembers which migrations ran. Nothing outside that schema is touched. Its name
-//! is quoted wherever it stands in SQL: `user` and `order` are names like any other.
+//! Every object, the table of applied migrations included, lives in one schema, found through the session's
+//! `search_path`. Nothing outside that schema is touched. Its name is quoted in all SQL, because `user` and
+//! `order` are valid names.
 
 use tokio_postgres::Client;
 
@@ -12,11 +12,11 @@ mod embedded_migrations {
     refinery::embed_migrations!("src/store/migrations");
 }
 
-/// The table in which `refinery` remembers what ran.
+/// The table in which `refinery` records the applied migrations.
 const HISTORY: &str = "refinery_schema_history";
 
-/// The SQL that [`migrate`] would run on an empty database, for people who run it themselves. It
-/// notes what it did as [`migrate`] would, so that [`check`] and later migrations go on from there.
+/// The SQL that [`migrate`] would run on an empty database, for operators who run it themselves. It records the
+/// migrations as [`migrate`] does, so that [`check`] and later migrations continue from there.
 pub fn print(schema: &str) -> String {
     let mut text = format!(
         "BEGIN;\nCREATE SCHEMA IF NOT EXISTS \"{schema}\";\nSET LOCAL search_path = \"{schema}\";\n\
@@ -40,11 +40,11 @@ pub fn print(schema: &str) -> String {
 /// Brings the schema up to date. `client`'s search path must be `schema`.
 ///
 /// # Errors
-/// Where the schema holds relations that Millrace did not make, where the role lacks rights, or
-/// where the schema belongs to a newer release.
+/// If the schema holds relations that Millrace did not create, if the role lacks rights, or if the schema
+/// belongs to a newer release.
 pub async fn migrate(client: &mut Client, schema: &str) -> Result<usize, StoreError> {
     check_encoding(client).await?;
-    // Two processes that start together: the second finds the work done.
+    // Of two processes that start together, the second finds the work done.
     let turn = format!("millrace migrate:{schema}");
     client
         .execute("SELECT pg_advisory_lock(hashtextextended($1, 0))", &[&turn])
@@ -53,7 +53,7 @@ pub async fn migrate(client: &mut Client, schema: &str) -> Result<usize, StoreEr
             "waiting for another process that migrates",
         ))?;
     let migrated = migrate_alone(client, schema).await;
-    // Its failure would be that of the connection, and then the lock is gone too.
+    // A failure here means a lost connection, which releases the lock too.
     let _ = client
         .execute(
             "SELECT pg_advisory_unlock(hashtextextended($1, 0))",
@@ -65,7 +65,7 @@ pub async fn migrate(client: &mut Client, schema: &str) -> Result<usize, StoreEr
 
 async fn migrate_alone(client: &mut Client, schema: &str) -> Result<usize, StoreError> {
     refuse_foreign(client, schema).await?;
-    // `IF NOT EXISTS` would ask for the right to create also where there is nothing to create.
+    // `IF NOT EXISTS` would require the right to create even if nothing is to be created.
     let exists = client
         .query_opt("SELECT FROM pg_namespace WHERE nspname = $1", &[&schema])
         .await
@@ -105,16 +105,16 @@ async fn refuse_foreign(client: &Client, schema: &str) -> Result<(), StoreError>
         .get(0);
     if relations > 0 && !has_history(client, schema).await? {
         return Err(StoreError::Schema(format!(
-            "schema {schema} holds relations that Millrace did not make; set database.schema to another name"
+            "schema {schema} holds relations that Millrace did not create; set database.schema to another name"
         )));
     }
     Ok(())
 }
 
-/// Changes nothing and says whether [`migrate`] could bring the schema up to date.
+/// Checks, without changing anything, whether [`migrate`] could bring the schema up to date.
 ///
 /// # Errors
-/// As [`migrate`], for what can be known beforehand.
+/// The errors of [`migrate`] that can be detected beforehand.
 pub async fn inspect(client: &mut Client, schema: &str) -> Result<(), StoreError> {
     check_encoding(client).await?;
     refuse_foreign(client, schema).await?;
@@ -138,11 +138,11 @@ pub async fn inspect(client: &mut Client, schema: &str) -> Result<(), StoreError
         return Ok(());
     }
     Err(StoreError::Schema(format!(
-        "the role may not make schema {schema}: grant it CREATE on the database, or on the schema where that is there"
+        "the role may not create schema {schema}: grant it CREATE on the database, or on the schema if it exists"
     )))
 }
 
-/// The newest version that this release knows, and the one that is there.
+/// The newest version known to this release, and the version in the database.
 async fn versions(client: &Client) -> Result<(Option<i64>, Option<i64>), StoreError> {
     let newest = embedded_migrations::migrations::runner()
         .get_migrations()
@@ -166,7 +166,7 @@ fn newer(schema: &str) -> StoreError {
 /// Checks that the schema is this release's.
 ///
 /// # Errors
-/// Where migrations are missing, or unknown to this release.
+/// If migrations are missing, or unknown to this release.
 pub async fn check(client: &mut Client, schema: &str) -> Result<(), StoreError> {
     let stale = |what: &str| {
         StoreError::Schema(format!(
@@ -175,7 +175,7 @@ pub async fn check(client: &mut Client, schema: &str) -> Result<(), StoreError> 
     };
     check_encoding(client).await?;
     if !has_history(client, schema).await? {
-        return Err(stale("has not been made"));
+        return Err(stale("does not exist yet"));
     }
     match versions(client).await? {
         (newest, found) if newest == found => Ok(()),
@@ -184,10 +184,10 @@ pub async fn check(client: &mut Client, schema: &str) -> Result<(), StoreError> 
     }
 }
 
-/// Makes or drops the index that lists a user's whole history. Writes go on meanwhile.
+/// Creates or drops the index of a user's whole history. Writes go on meanwhile.
 ///
 /// # Errors
-/// What the database says.
+/// The database's error.
 pub async fn ensure_user_index(client: &Client, wanted: bool) -> Result<(), StoreError> {
     let doing = "bringing database.user_index into force";
     let valid: Option<bool> = client
@@ -200,7 +200,7 @@ pub async fn ensure_user_index(client: &Client, wanted: bool) -> Result<(), Stor
         .map(|row| row.get(0));
     let drop = "DROP INDEX CONCURRENTLY orders_user";
     let create = "CREATE INDEX CONCURRENTLY orders_user ON orders (user_id, order_id)";
-    // One that is not valid was left by a process that was killed while it made it.
+    // An invalid index was left by a process that was killed while creating it.
     let steps: &[&str] = match (wanted, valid) {
         (true, Some(true)) | (false, None) => &[],
         (true, None) => &[create],
@@ -227,8 +227,8 @@ async fn has_history(client: &Client, schema: &str) -> Result<bool, StoreError> 
         .map_err(StoreError::statement("looking for the schema's history"))
 }
 
-/// An order's attributes may hold any character. In another encoding their row would be refused,
-/// and their dead letter too.
+/// Refuses a database that is not encoded in UTF-8. An order's attributes may hold any character; in another
+/// encoding their row would be refused, and their dead letter too.
 async fn check_encoding(client: &Client) -> Result<(), StoreError> {
     let encoding: String = client
         .query_one("SELECT current_setting('server_encoding')", &[])
@@ -239,11 +239,11 @@ async fn check_encoding(client: &Client) -> Result<(), StoreError> {
         return Ok(());
     }
     Err(StoreError::Schema(format!(
-        "the database is encoded in {encoding}; make one with ENCODING 'UTF8' and set database.url to it"
+        "the database is encoded in {encoding}; create one with ENCODING 'UTF8' and set database.url to it"
     )))
 }
 
-/// Offers changes by logical replication, where the role may.
+/// Creates the publication for logical replication, if the role may.
 async fn publish(client: &Client) {
     let published = client
         .query(
@@ -261,7 +261,7 @@ async fn publish(client: &Client) {
     let statement = if published.is_empty() {
         "CREATE PUBLICATION millrace FOR TABLE orders, sku, dead_letters, payments"
     } else if has("orders") && !has("payments") {
-        // Made by an earlier release.
+        // Created by an earlier release.
         "ALTER PUBLICATION millrace ADD TABLE payments"
     } else {
         return;
@@ -269,7 +269,7 @@ async fn publish(client: &Client) {
     if let Err(e) = client.batch_execute(statement).await {
         tracing::info!(
             reason = %super::error::chain(&e),
-            "no publication was made, so changes cannot be read by logical replication; the role lacks the right"
+            "the publication could not be created, so changes cannot be read by logical replication; the role lacks the right"
         );
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use millrace::order::OrderId;
-use millrace::pipeline::orders::cancel::{CancelError, Canceller, Unsettled};
+use millrace::pipeline::orders::cancel::{CancelError, Canceller, Unresolved};
 use millrace::state::pending::PendingOrder;
 
 use crate::line::{LONG, Line, all_persisted, until};
@@ -23,9 +23,9 @@ async fn a_cancellation_of_unknown_outcome_is_seen_through_and_too_many_are_refu
         .collect();
     all_persisted(&placed).await;
     let ids: Vec<OrderId> = placed.iter().map(|pending| pending.order.id).collect();
-    let unsettled = Arc::new(Unsettled::with_room(2));
+    let unresolved = Arc::new(Unresolved::with_room(2));
     let canceller = Canceller::new(Arc::clone(&line.state), impatient, line.sale.lease())
-        .with_unsettled(Arc::clone(&unsettled));
+        .with_unresolved(Arc::clone(&unresolved));
 
     let mut holder = line.sale.session().await;
     let held = holder.transaction().await.unwrap();
@@ -41,11 +41,11 @@ async fn a_cancellation_of_unknown_outcome_is_seen_through_and_too_many_are_refu
     // Asked for again it takes no more room.
     let unknown = canceller.cancel(ids[0]).await;
     assert!(matches!(unknown, Err(CancelError::Store(_))), "{unknown:?}");
-    assert_eq!(unsettled.lost(), 2);
-    let settling = tokio::spawn(canceller.clone().settle_lost());
+    assert_eq!(unresolved.lost(), 2);
+    let resolving = tokio::spawn(canceller.clone().resolve_lost());
 
     held.rollback().await.unwrap();
-    until("both are settled", || unsettled.lost() == 0).await;
+    until("both are settled", || unresolved.lost() == 0).await;
     let cancelled = line
         .sale
         .number("SELECT count(*) FROM orders WHERE status = 3");
@@ -54,5 +54,5 @@ async fn a_cancellation_of_unknown_outcome_is_seen_through_and_too_many_are_refu
     canceller.cancel(ids[2]).await.unwrap();
     assert_eq!(line.sku("A").counter().snapshot().held, 0);
     line.sale.assert_audit(Some(&line.state)).await;
-    settling.abort();
+    resolving.abort();
 }

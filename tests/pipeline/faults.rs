@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use millrace::order::{Order, Refusal, UserId};
-use millrace::pipeline::orders::parking::{Parking, ParkingDesk};
+use millrace::pipeline::orders::parking::{Parking, ParkingHandle};
 use millrace::pipeline::orders::worker::WorkerError;
 use millrace::state::buyers::BuyerOrder;
 use millrace::state::pending::{PendingOrder, SlotState};
@@ -15,7 +15,7 @@ use crate::support::sale::{Sale, order};
 
 /// A line with one worker on the SKUs `A`, `B` and `C`, of which the database refuses A's and C's
 /// counters, and with the retry of parked orders.
-async fn faulty() -> (Line, ParkingDesk) {
+async fn faulty() -> (Line, ParkingHandle) {
     let sale = Sale::open(2).await;
     for name in ["A", "B", "C"] {
         sale.sku(name, 100).await;
@@ -27,7 +27,7 @@ async fn faulty() -> (Line, ParkingDesk) {
         .sql("UPDATE sku SET total = 0 WHERE sku_id IN ('A', 'C')")
         .await;
     line.start_worker(database, rows_max);
-    let (desk, parking) = Parking::new(
+    let (handle, parking) = Parking::new(
         Arc::clone(&line.state),
         line.sale.database.clone(),
         line.sale.lease(),
@@ -35,7 +35,7 @@ async fn faulty() -> (Line, ParkingDesk) {
         line.metrics.clone(),
     );
     tokio::spawn(parking.run());
-    (line, desk)
+    (line, handle)
 }
 
 /// Puts an order into the queue that a journal has: it was acknowledged.
@@ -57,7 +57,7 @@ fn accepted(line: &Line, user: &str, sku: &str) -> Arc<PendingOrder> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_refused_counter_pauses_its_sale_and_no_other_until_it_is_mended() {
-    let (line, _desk) = faulty().await;
+    let (line, _handle) = faulty().await;
     let (mut placed, mut parked) = (Vec::new(), Vec::new());
     for at in 0..10 {
         placed.push(line.place(&format!("b-{at}"), "B", 2, LONG).unwrap());
@@ -97,7 +97,7 @@ async fn a_refused_counter_pauses_its_sale_and_no_other_until_it_is_mended() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_waits_for_a_refused_counter_is_given_back_at_once() {
-    let (line, desk) = faulty().await;
+    let (line, handle) = faulty().await;
     let mut placed = Vec::new();
     for at in 0..5 {
         placed.push(line.place(&format!("a-{at}"), "A", 1, LONG).unwrap());
@@ -111,11 +111,11 @@ async fn who_waits_for_a_refused_counter_is_given_back_at_once() {
     .await;
     // An operator asks, and is told why; then does something about it.
     let a = line.sku("A").number;
-    let refused = desk.retry_now(a).await.unwrap().unwrap();
+    let refused = handle.retry_now(a).await.unwrap().unwrap();
     assert_eq!(refused.parked, 0);
     assert!(refused.reason.contains("sku_not_oversold"), "{refused:?}");
     line.sale.sql("UPDATE sku SET total = 100").await;
-    assert_eq!(desk.retry_now(a).await.unwrap(), None);
+    assert_eq!(handle.retry_now(a).await.unwrap(), None);
     assert!(!line.sku("A").is_faulted());
     until("so is C by itself", || !line.sku("C").is_faulted()).await;
     line.check(&placed).await;
@@ -123,7 +123,7 @@ async fn who_waits_for_a_refused_counter_is_given_back_at_once() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_cannot_be_parked_is_left_to_the_next_process() {
-    let (mut line, _desk) = faulty().await;
+    let (mut line, _handle) = faulty().await;
     line.sale
         .sql("ALTER TABLE parked_orders RENAME TO elsewhere")
         .await;

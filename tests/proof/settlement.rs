@@ -417,7 +417,7 @@ impl<'a> Life<'a> {
                 received_at: self.now,
             });
         }
-        let judge = self.random.random_bool(0.85);
+        let match_now = self.random.random_bool(0.85);
         let orders = self.model.orders.iter();
         let in_flight: Vec<OrderId> = orders
             .filter(|one| one.place == Place::InFlight)
@@ -426,12 +426,12 @@ impl<'a> Life<'a> {
         let arrival = Arrival {
             now: self.now,
             check_at: self.now,
-            judge,
+            match_now,
             with_waiting: self.model.has_orphan(),
         };
         let deliveries: Vec<&Delivery> = together.iter().collect();
         let settlement = &mut self.writers.settlement;
-        let settled = settlement.take_in(&deliveries, arrival, &in_flight);
+        let settled = settlement.ingest(&deliveries, arrival, &in_flight);
         let settled = settled.await.map_err(said)?;
         let (mut new, mut orders) = (0, Vec::new());
         for delivery in together {
@@ -459,7 +459,7 @@ impl<'a> Life<'a> {
                 .iter()
                 .position(|one| Some(one.order.id) == id);
             self.note(format!(
-                "pay {of:?} {} {} judged={judge}",
+                "pay {of:?} {} {} matched={match_now}",
                 paid.amount,
                 paid.currency.as_str()
             ));
@@ -471,7 +471,7 @@ impl<'a> Life<'a> {
                 reason: None,
             });
         }
-        if judge {
+        if match_now {
             // Whoever waits for the same order came first.
             let is_of_them = |id: Option<OrderId>| id.is_some_and(|id| orders.contains(&id));
             self.model.meet_all(|one| is_of_them(one.paid.order_id()));

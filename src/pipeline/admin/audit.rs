@@ -42,7 +42,7 @@ impl Auditor {
     /// Audits the database and the live counters. Ends, with its connection, when it is dropped.
     ///
     /// # Errors
-    /// [`StoreError::AuditRunning`] where another audit has not ended, [`StoreError::Timeout`] after
+    /// [`StoreError::AuditRunning`] if another audit has not ended, [`StoreError::Timeout`] after
     /// the configured time, and where the database does not answer.
     pub async fn audit(&self) -> Result<Audit, StoreError> {
         let _running = self
@@ -185,7 +185,7 @@ pub struct LiveFigures {
 /// Audits the database, and the live counters where `state` is given.
 ///
 /// # Errors
-/// [`StoreError::AuditRunning`] where another audit has not ended; where the database does not answer.
+/// [`StoreError::AuditRunning`] if another audit has not ended; where the database does not answer.
 pub async fn audit(database: &Database, state: Option<&State>) -> Result<Audit, StoreError> {
     audit_in_parts(database, state, PartRows::default()).await
 }

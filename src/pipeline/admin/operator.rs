@@ -12,7 +12,7 @@ use super::limits;
 use super::lost_answers::{LostAnswer, LostAnswers};
 use super::pauses::Pauses;
 use crate::order::{OrderId, Quantity, Refusal, SkuId};
-use crate::pipeline::orders::parking::ParkingDesk;
+use crate::pipeline::orders::parking::ParkingHandle;
 use crate::pipeline::payments::processor::PaymentsHandle;
 use crate::state::State;
 use crate::state::buyers::LiveOrder;
@@ -91,7 +91,7 @@ pub struct Operator {
     lease: NodeLease,
     payments: PaymentsHandle,
     pauses: Arc<Pauses>,
-    parking: ParkingDesk,
+    parking: ParkingHandle,
     payment_ttl_ms: u64,
     /// One change of terms at a time: one that sets a limit may take long, and nothing else waits.
     changing_terms: Arc<Mutex<()>>,
@@ -119,7 +119,7 @@ impl Operator {
         lease: NodeLease,
         payments: PaymentsHandle,
         pauses: Arc<Pauses>,
-        parking: ParkingDesk,
+        parking: ParkingHandle,
         payment_ttl_ms: u64,
     ) -> Self {
         let one_at_a_time = Arc::new(Mutex::new(HashMap::new()));
@@ -412,7 +412,7 @@ impl Operator {
     /// nobody else changes a total meanwhile.
     ///
     /// # Errors
-    /// Where the database does not answer; nothing has changed then.
+    /// If the database does not answer; nothing has changed.
     pub async fn record_refund(
         &self,
         order_id: OrderId,

@@ -69,7 +69,7 @@ impl Pauses {
     /// Pauses or resumes one sale.
     ///
     /// # Errors
-    /// Where it was not stored. A pause is in force all the same and is stored as soon as it can be; a
+    /// If it was not stored. A pause is in force all the same and is stored as soon as it can be; a
     /// resume changes nothing.
     pub async fn set(&self, sku: &Arc<Sku>, paused: bool) -> Result<(), StoreError> {
         let target = || Target::Sku(Arc::clone(sku));

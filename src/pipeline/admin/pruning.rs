@@ -92,7 +92,7 @@ impl Pruning {
     /// Deletes everything that is too old by now, in parts of so many rows.
     ///
     /// # Errors
-    /// Where the database does not answer, or this process may not write any more; the parts that
+    /// If the database does not answer, or this process may not write any more; the parts that
     /// were done are done.
     pub async fn cycle(&self, rows: i64) -> Result<Pruned, StoreError> {
         let mut pruner = self.database.pruner(self.lease).await?;

@@ -1,5 +1,5 @@
-//! How the database does, as seen by a look in the background, so that asking for it costs nothing and
-//! waits for nobody: `readyz` is open to everyone.
+//! Health of the database, checked in the background, so that reading it costs nothing and waits for nothing:
+//! `readyz` is open to everyone.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -11,39 +11,39 @@ use crate::store::StoreError;
 use crate::store::postgres::Database;
 use crate::store::postgres::replication::{Horizon, Replication};
 
-/// How often the database is looked at.
+/// Interval between two checks.
 const LOOK: Duration = Duration::from_secs(1);
-/// A look that is older says nothing any more: the database does not answer, or nobody looks.
+/// Age at which a check is stale: the database does not answer, or the checks have stopped.
 pub const STALE: Duration = Duration::from_secs(5);
-/// How long old rows may be kept from being removed before it is worth a warning: the rows of `sku` and
-/// `writer` change with each batch, and each version that has to stay makes the next one slower.
+/// Time that old row versions may be kept from vacuum before a warning: the rows of `sku` and `writer` change
+/// with each batch, and each retained version slows the next one.
 const HORIZON_HELD: Duration = Duration::from_secs(300);
 
-/// What one look has found.
+/// Result of one check.
 #[derive(Clone, Debug)]
 pub struct Look {
-    /// When it began.
+    /// Begin of the check.
     pub at: Instant,
-    /// Why the database did not answer, where it did not.
+    /// The error, if the database did not answer.
     pub failure: Option<String>,
-    /// What may cost something later, by name.
+    /// Warnings of later trouble, as name and detail.
     pub warnings: Vec<(&'static str, String)>,
 }
 
-/// The last look, for everyone.
+/// The last check, shared with its readers.
 #[derive(Debug, Default)]
 pub struct Health {
     last: ArcSwapOption<Look>,
 }
 
 impl Health {
-    /// The last look, if there was one.
+    /// The last check, if there was one.
     pub fn last(&self) -> Option<Arc<Look>> {
         self.last.load_full()
     }
 }
 
-/// Looks at the database again and again, on connections of its own.
+/// Checks the database periodically, on connections of its own.
 pub struct Looker {
     database: Database,
     health: Arc<Health>,
@@ -51,7 +51,7 @@ pub struct Looker {
 }
 
 impl Looker {
-    /// One that tells `health`. Nobody else may use the pool of `database`.
+    /// A looker that publishes to `health`. It needs the pool of `database` to itself.
     pub fn new(database: Database, health: Arc<Health>) -> Self {
         Looker {
             database,
@@ -60,7 +60,7 @@ impl Looker {
         }
     }
 
-    /// Looks once.
+    /// Checks once.
     pub async fn look(&mut self) {
         let at = Instant::now();
         let look = match self.ask().await {
@@ -80,7 +80,7 @@ impl Looker {
 
     async fn ask(&mut self) -> Result<Vec<(&'static str, String)>, StoreError> {
         self.database.ping().await?;
-        // A role that may not look at them gets no warning.
+        // A role without access to these views gets no warning.
         let replication = self.database.replication().await;
         let horizons = self.database.horizons(HORIZON_HELD).await;
         let mut warnings = Vec::new();
@@ -91,13 +91,13 @@ impl Looker {
     }
 }
 
-/// What holds old rows by a transaction number and does not say since when: the number, and when it was
+/// Holders of old row versions that report a transaction number (xmin) but no age: the number, and when it was
 /// first seen.
 #[derive(Debug, Default)]
 struct HeldSince(HashMap<String, (String, Instant)>);
 
 impl HeldSince {
-    /// What keeps old rows for longer than [`HORIZON_HELD`], as of `now`.
+    /// The warning about holders of old rows for longer than [`HORIZON_HELD`], as of `now`.
     fn warning(&mut self, horizons: Vec<Horizon>, now: Instant) -> Option<(&'static str, String)> {
         self.0.retain(|holder, (xmin, _)| {
             horizons
@@ -133,7 +133,7 @@ impl HeldSince {
     }
 }
 
-/// What a failover to a standby may cost, where there is one and commits do not wait for it.
+/// The warning about commits that a failover may lose, if there are standbys and commits do not wait for them.
 fn asynchronous(replication: &Replication) -> Option<(&'static str, String)> {
     let cause = if replication.standbys == 0 {
         return None;
@@ -152,7 +152,7 @@ fn asynchronous(replication: &Replication) -> Option<(&'static str, String)> {
     Some(("replication", detail))
 }
 
-/// Looks until it is dropped.
+/// Checks until the future is dropped.
 pub async fn keep(mut looker: Looker) {
     let mut tick = tokio::time::interval(LOOK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);

@@ -1,14 +1,12 @@
-//! The two rights that a process keeps renewing: to give out order ids, and to acknowledge orders
-//! before they are rows.
+//! The two leases that a process keeps renewing: the right to give out order ids, and the right to acknowledge
+//! orders before they are rows.
 //!
-//! Ids are leased ahead, in the database or, while that is away, in the journal. The right to
-//! acknowledge is kept by monotonic time: it lasts `queue.journal.lease_ms` from the last moment
-//! at which the database said that this process is still the one. A process that was paused for
-//! longer finds it gone when it goes on, so it acknowledges nothing that a successor, which has
-//! waited for longer than that ([`waited_ms`]), does not know of.
+//! Ids are leased ahead, in the database or, while that is away, in the journal. The acknowledge lease runs on
+//! monotonic time: it lasts `queue.journal.lease_ms` from the last moment at which the database confirmed that
+//! this process owns it. A process that was paused for longer finds its lease expired, so it acknowledges
+//! nothing that is unknown to its successor, which waits for longer than the lease ([`waited_ms`]).
 //!
-//! Both are renewed on a connection of their own, the one whose lock keeps other processes away from
-//! the database.
+//! Both are renewed on a dedicated connection, the one whose lock keeps other processes away from the database.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -22,17 +20,17 @@ use crate::store::StoreError;
 use crate::store::postgres::NodeLease;
 use crate::store::postgres::lease::{ID_LEASE_MS, NodeGuard};
 
-/// How often both are renewed, at least; more often where the lease is short.
+/// Longest interval between renewals; shorter if the lease is short.
 const RENEWAL: Duration = Duration::from_secs(5);
-/// How soon a lost connection is made again: while it is away nothing keeps another process from the
+/// Pause before a lost connection is re-established: without it nothing keeps another process from the
 /// database.
 const RECONNECT: Duration = Duration::from_millis(250);
-/// What a process that holds the right may take from asking for it to having answered, beyond what
-/// clocks differ by.
+/// Time that a process holding the lease may take from checking it to having answered, in addition to the
+/// clocks' difference.
 const ANSWER_MARGIN_MS: u64 = 1_000;
 
-/// How long, in milliseconds, somebody else waits for a right of `lease_ms` to be over: a tenth longer,
-/// because two clocks need not run at the same rate, and a second for an answer that is on its way.
+/// Time in milliseconds that a successor waits until a lease of `lease_ms` is over: a tenth longer, because two
+/// clocks need not run at the same rate, and a second for an answer on its way.
 pub fn waited_ms(lease_ms: u64) -> u64 {
     lease_ms + lease_ms / 10 + ANSWER_MARGIN_MS
 }
@@ -41,12 +39,12 @@ pub fn waited_ms(lease_ms: u64) -> u64 {
 #[derive(Debug)]
 pub struct AcknowledgeLease {
     lease_ms: u64,
-    /// By [`now_ms`].
+    /// End of the lease by [`now_ms`], in milliseconds; 0: not held.
     until_ms: AtomicU64,
 }
 
 impl AcknowledgeLease {
-    /// A right that begins with its first renewal and lasts `lease_ms` from each.
+    /// A lease that begins with its first renewal and lasts `lease_ms` from each.
     pub fn new(lease_ms: u64) -> Self {
         AcknowledgeLease {
             lease_ms,
@@ -54,24 +52,24 @@ impl AcknowledgeLease {
         }
     }
 
-    /// Whether this process has it now.
+    /// Whether this process holds the lease now.
     pub fn holds(&self) -> bool {
         now_ms() < self.until_ms.load(Ordering::Acquire)
     }
 
-    /// Renews it, as of a moment that lies before the database was asked.
+    /// Renews the lease from `asked_at_ms`, a moment before the database was asked.
     pub fn renew(&self, asked_at_ms: u64) {
         self.until_ms
             .fetch_max(asked_at_ms + self.lease_ms, Ordering::AcqRel);
     }
 
-    /// Gives it up for good.
+    /// Gives the lease up for good.
     pub fn revoke(&self) {
         self.until_ms.store(0, Ordering::Release);
     }
 }
 
-/// Milliseconds of a clock that never goes back and also counts while the machine sleeps.
+/// Milliseconds of a monotonic clock that also counts while the machine sleeps.
 pub fn now_ms() -> u64 {
     #[cfg(target_os = "linux")]
     let clock = rustix::time::ClockId::Boottime;
@@ -82,17 +80,17 @@ pub fn now_ms() -> u64 {
     u64::try_from(ms).unwrap_or(0)
 }
 
-/// What [`keep`] renews.
+/// The leases that [`keep`] renews.
 pub struct Leases {
-    /// Where they are renewed. Locked for good by [`keep`], until that is dropped.
+    /// The connection that renews them. [`keep`] holds its lock until it is dropped.
     pub guard: Arc<Mutex<NodeGuard>>,
-    /// Who this process is.
+    /// The lease of this process.
     pub lease: NodeLease,
-    /// Whose ids they are.
+    /// The state in memory, which gives out the ids.
     pub state: Arc<State>,
-    /// The right to acknowledge.
+    /// The right to acknowledge orders before they are rows.
     pub acknowledge: Arc<AcknowledgeLease>,
-    /// The queue, where it is a journal.
+    /// The queue, if it is a journal.
     pub journal: Option<Arc<JournalQueue>>,
 }
 
@@ -100,8 +98,8 @@ impl Leases {
     /// Renews both once.
     ///
     /// # Errors
-    /// [`StoreError::Fenced`] where another process has taken over; what the database says
-    /// otherwise, and then the ids are leased in the journal where there is one.
+    /// [`StoreError::Fenced`] if another process has taken over. On any other error of the database the ids are
+    /// leased in the journal, if there is one.
     pub async fn renew(&self) -> Result<(), StoreError> {
         self.renew_on(&mut *self.guard.lock().await).await
     }
@@ -133,7 +131,7 @@ impl Leases {
     }
 }
 
-/// Renews until this process is replaced or the future dropped.
+/// Renews until this process is replaced or the future is dropped.
 pub async fn keep(leases: Leases) {
     let shortest = Duration::from_millis(leases.acknowledge.lease_ms / 4);
     let mut tick = tokio::time::interval(RENEWAL.min(shortest));
@@ -151,19 +149,19 @@ pub async fn keep(leases: Leases) {
                 return;
             }
             Err(error) => {
-                tracing::warn!(reason = %error, "the leases were not renewed; it is tried again")
+                tracing::warn!(reason = %error, "the leases could not be renewed; retrying")
             }
         }
     }
 }
 
-/// Waits until the connection is lost, and until there is one again.
+/// Waits until the connection is lost and established again.
 async fn connected_again(guard: &mut NodeGuard) {
     if guard.is_connected() {
         guard.lost().await;
     }
     while let Err(error) = guard.reconnect().await {
-        tracing::debug!(reason = %error, "the lock on the database is not ours yet");
+        tracing::debug!(reason = %error, "the lock on the database could not be taken yet; retrying");
         tokio::time::sleep(RECONNECT).await;
     }
 }

@@ -1,10 +1,9 @@
-//! Writing orders that may be rows already: after a start from the journal's, and after a failover
-//! that lost commits.
+//! Idempotent writing of orders that may be rows already: the journal's after a start, and those that a
+//! failover lost.
 //!
-//! Which orders are there is looked up first, by their ids, and only the missing ones are copied; counters move by what
-//! is written. A row that the database refuses becomes a dead letter. One that is there after all,
-//! because a worker was faster, counts as present. Orders of a SKU whose counters are refused are
-//! parked ([`crate::pipeline::orders::parking`]).
+//! The orders' ids are looked up first and only missing orders are copied; counters move by the orders written.
+//! A refused row becomes a dead letter. An order that turns out to exist, because a worker was faster, counts
+//! as present. Orders of a SKU whose counters are refused are parked ([`crate::pipeline::orders::parking`]).
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -18,19 +17,19 @@ use crate::store::batch::{BatchWriter, Refused};
 use crate::store::postgres::Database;
 
 const RETRY: Duration = Duration::from_millis(200);
-/// The SQLSTATE of a dead letter whose own is not known: `data_exception`.
+/// SQLSTATE of a dead letter whose own is unknown: `data_exception`.
 const LOST: &str = "22000";
 
-/// What became of orders that were applied.
+/// Numbers of applied orders by outcome.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Applied {
-    /// Those that were missing and are rows now.
+    /// Missing, and written.
     pub written: u64,
-    /// Those that were there.
+    /// Already there.
     pub present: u64,
-    /// Those that the database refused; dead letters now.
+    /// Refused by the database; dead letters now.
     pub refused: u64,
-    /// Those of SKUs whose counters the database refuses.
+    /// Parked, because the database refuses their SKU's counters.
     pub parked: u64,
 }
 
@@ -42,12 +41,12 @@ pub struct Replayer {
     rows_max: usize,
     applied: Applied,
     refused: Vec<Order>,
-    /// SKUs whose counters were refused, so that it is not tried with each part.
+    /// SKUs whose counters were refused; their orders are parked without another attempt.
     faulted: BTreeSet<SkuNumber>,
 }
 
 impl Replayer {
-    /// One that writes through `writer`, at most `rows_max` rows at once.
+    /// A replayer that writes through `writer`, at most `rows_max` rows at once.
     pub fn new(database: Database, writer: BatchWriter, rows_max: usize) -> Self {
         Replayer {
             database,
@@ -59,26 +58,26 @@ impl Replayer {
         }
     }
 
-    /// What was applied so far.
+    /// The orders applied so far.
     pub fn applied(&self) -> Applied {
         self.applied
     }
 
-    /// Tries the counters of every SKU again.
+    /// Forgets refused counters, so that every SKU is tried again.
     pub fn forget_faults(&mut self) {
         self.faulted.clear();
     }
 
-    /// The orders that were refused since this was asked last.
+    /// Takes the orders refused since the last call.
     pub fn take_refused(&mut self) -> Vec<Order> {
         std::mem::take(&mut self.refused)
     }
 
-    /// Makes every order of `orders` a row with its status, or a dead letter that has failed, where it is none. Tries again for as
-    /// long as the database does not answer.
+    /// Writes each order that does not exist yet as a row with its status; an order with status `failed`
+    /// becomes a dead letter. Retries as long as the database does not answer.
     ///
     /// # Errors
-    /// Where this process may not write any more, or the database has other orders under these ids.
+    /// If this process may not write any more, or the database has other orders under these ids.
     pub async fn apply(&mut self, orders: &[(Order, OrderStatus)]) -> Result<(), StoreError> {
         let wanted: Vec<&Order> = orders.iter().map(|(order, _)| order).collect();
         let there = loop {
@@ -115,7 +114,7 @@ impl Replayer {
         Ok(())
     }
 
-    /// Stores a part of the orders, in smaller parts where something of it is refused.
+    /// Stores a part of the orders, in smaller parts if something in it is refused.
     async fn store(
         &mut self,
         how: How,
@@ -170,10 +169,10 @@ impl Replayer {
                     tracing::error!(
                         sku_id,
                         reason,
-                        "the database refuses this SKU's counters: its orders of the journal are parked"
+                        "the database refuses this SKU's counters: its orders of the journal are parked until its row in `sku` is repaired"
                     );
                     self.faulted.insert(sku);
-                    // No counter moves for those that have ended.
+                    // Orders that have ended move no counter.
                     let (live, ended): (Vec<_>, Vec<_>) =
                         orders.into_iter().partition(|(_, status)| status.is_live());
                     parts.push(How::Write, ended);
@@ -197,7 +196,7 @@ impl Replayer {
                     return Ok(());
                 }
                 Ok(Refused::DeadLettered) => {
-                    tracing::error!(order_id = %order.id, sqlstate, reason, "the database refused an order of the journal; it is a dead letter now");
+                    tracing::error!(order_id = %order.id, sqlstate, reason, "the database refused an order of the journal, which is a dead letter now; retry or discard it as an operator");
                     self.applied.refused += 1;
                     self.refused.push(order.clone());
                     return Ok(());
@@ -208,12 +207,12 @@ impl Replayer {
     }
 }
 
-/// Waits before another attempt, where one makes sense.
+/// Waits before another attempt, or returns a final error.
 async fn pause(error: StoreError) -> Result<(), StoreError> {
     if error.is_final() {
         return Err(error);
     }
-    tracing::warn!(reason = %error, "orders of the journal are not written yet; it is tried again");
+    tracing::warn!(reason = %error, "orders of the journal could not be written yet; retrying");
     tokio::time::sleep(RETRY).await;
     Ok(())
 }

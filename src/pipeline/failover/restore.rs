@@ -1,11 +1,10 @@
-//! A database that comes back without commits it had acknowledged, as after a failover to a
-//! standby that lagged: it is noticed by the batch numbers and by the server's timeline, and what this process still knows is
-//! written again.
+//! Restoring commits that a failover lost: a promoted standby that lagged lacks commits that the old primary
+//! had acknowledged. The loss shows in the batch numbers and the server's timeline. This process then writes
+//! the orders that it still knows again.
 //!
-//! What it knows: the orders of the journal's segments that are still there, and the orders of a
-//! moment ago that are kept to answer those who ask again, and how orders of the idempotency
-//! window have ended. An order that waited for its row and is in none of them is gone; only
-//! synchronous replication excludes that. Its units and its key are released.
+//! It knows the orders in the remaining segments of the journal, the recent orders kept to answer repeated
+//! requests, and the ends of the orders in the idempotency window. An order that waited for its row and is in
+//! none of these is lost; only synchronous replication excludes that. Its units and its key are released.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -28,26 +27,26 @@ use crate::store::StoreError;
 use crate::store::batch::BatchWriter;
 use crate::store::postgres::{Database, NodeLease};
 
-/// How often the batch numbers are compared where no worker has done it.
+/// Interval between two comparisons of batch numbers, besides those of the workers.
 const CHECK: Duration = Duration::from_secs(2);
-/// Pause between two looks for orders that are nowhere: one that is being placed is in memory or a row
-/// by then.
+/// Pause between two looks for missing orders: an order being placed at the first is in memory or a row at the
+/// second.
 const SECOND_LOOK: Duration = Duration::from_secs(1);
-/// Orders that are read and written again at once.
+/// Orders read and restored at once.
 const PART: usize = 20_000;
 
-/// The number of each worker's last batch that is known to be committed, and a bell for those who
-/// find that the database has a lower one.
+/// The number of each worker's last committed batch, and a signal for a worker that finds a lower number in the
+/// database.
 #[derive(Debug)]
 pub struct Watermarks {
     committed: Box<[AtomicI64]>,
     lost: Notify,
-    /// How often what was lost has been brought back.
+    /// Number of completed restores.
     restores: AtomicU64,
 }
 
 impl Watermarks {
-    /// Watermarks of so many workers.
+    /// Watermarks of `workers` workers.
     pub fn new(workers: usize) -> Self {
         Watermarks {
             committed: (0..workers).map(|_| AtomicI64::new(0)).collect(),
@@ -56,24 +55,24 @@ impl Watermarks {
         }
     }
 
-    /// How often what a failover had lost has been brought back.
+    /// Number of completed restores since the start.
     pub fn restores(&self) -> u64 {
         self.restores.load(Ordering::Acquire)
     }
 
-    /// Workers.
+    /// Number of workers.
     pub fn workers(&self) -> usize {
         self.committed.len()
     }
 
-    /// Notes a worker's last batch.
+    /// Records a worker's last committed batch.
     pub fn note(&self, worker: usize, batch: i64) {
         if let Some(committed) = self.committed.get(worker) {
             committed.store(batch, Ordering::Release);
         }
     }
 
-    /// A worker has found its batches gone.
+    /// Reports that a worker found its batches lost.
     pub fn report_lost(&self) {
         self.lost.notify_one();
     }
@@ -85,7 +84,7 @@ impl Watermarks {
             .collect()
     }
 
-    /// Takes a lower number for granted, unless the worker has gone on meanwhile.
+    /// Lowers a worker's number from `from` to `to`, unless the worker has committed meanwhile.
     fn lower(&self, worker: usize, from: i64, to: i64) {
         if let Some(committed) = self.committed.get(worker) {
             let _ = committed.compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire);
@@ -93,30 +92,30 @@ impl Watermarks {
     }
 }
 
-/// Notices lost commits and makes good what it can.
+/// Detects lost commits and restores the orders that are known.
 pub struct Restorer {
     /// The state in memory.
     pub state: Arc<State>,
-    /// Where orders wait.
+    /// The order queue.
     pub queue: Arc<dyn OrderQueue>,
-    /// The same, if it is a journal.
+    /// The queue, if it is a journal.
     pub journal: Option<Arc<JournalQueue>>,
     /// The database.
     pub database: Database,
-    /// Who this process is.
+    /// The lease of this process.
     pub lease: NodeLease,
-    /// What the workers have committed.
+    /// The last committed batch of each worker.
     pub watermarks: Arc<Watermarks>,
-    /// Orders with smaller ids are missing because they were deleted.
+    /// Orders with lower ids were deleted by pruning and are not restored.
     pub pruned_below: PrunedBelow,
-    /// What is counted.
+    /// The metrics.
     pub metrics: Metrics,
-    /// Most rows at once.
+    /// Maximum of rows in one write.
     pub rows_max: usize,
 }
 
 impl Restorer {
-    /// Watches until the future is dropped.
+    /// Runs until the future is dropped.
     pub async fn watch(self) {
         let shard = i16::try_from(self.watermarks.workers()).unwrap_or(i16::MAX);
         let writer = BatchWriter::new(self.database.clone(), self.lease, shard);
@@ -127,7 +126,7 @@ impl Restorer {
                 () = self.watermarks.lost.notified() => true,
                 () = tokio::time::sleep(CHECK) => false,
             };
-            // Not short-circuited: each look also notes what it has seen.
+            // Not short-circuited: each check also records what it has seen.
             let promoted = self.was_promoted(&mut timeline).await;
             if !(self.some_are_lost().await || promoted || told) {
                 continue;
@@ -143,7 +142,7 @@ impl Restorer {
                         present = after.present - before.present,
                         refused = after.refused - before.refused,
                         parked = after.parked - before.parked,
-                        "wrote again what the database had lost and this process still knew"
+                        "restored the orders that the database had lost and this process still knew"
                     );
                 }
                 Err(error) if error.is_final() => {
@@ -151,7 +150,7 @@ impl Restorer {
                     return;
                 }
                 Err(error) => {
-                    tracing::error!(reason = %error, "could not write again what the database has lost; it is tried again");
+                    tracing::error!(reason = %error, "the database has lost commits, and restoring their orders failed; retrying");
                     self.watermarks.report_lost();
                     tokio::time::sleep(CHECK).await;
                 }
@@ -159,8 +158,7 @@ impl Restorer {
         }
     }
 
-    /// Whether a standby has taken over. It may lack cancellations, which have no number, where it
-    /// has every batch.
+    /// Whether a standby was promoted. Even with every batch it may lack cancellations, which have no number.
     async fn was_promoted(&self, timeline: &mut Option<String>) -> bool {
         let Ok(now) = self.database.timeline().await else {
             return false;
@@ -174,10 +172,10 @@ impl Restorer {
         }
     }
 
-    /// Whether the database has a lower batch number than a worker was told. An idle worker would
-    /// not find out by itself.
+    /// Whether the database has a lower batch number than it acknowledged to a worker. An idle worker would not
+    /// find out by itself.
     async fn some_are_lost(&self) -> bool {
-        // Read first: what is committed afterwards only makes the database's number higher.
+        // Read first: a later commit only raises the database's number.
         let known = self.watermarks.all();
         let Ok(batches) = self.database.batches(self.lease).await else {
             return false;
@@ -193,7 +191,7 @@ impl Restorer {
                 tracing::error!(
                     worker,
                     lost = known - batch,
-                    "the database has lost batches that it had committed"
+                    "the database has lost committed batches of this worker; restoring their orders"
                 );
                 self.watermarks.lower(worker, known, batch);
                 lost = true;
@@ -202,8 +200,8 @@ impl Restorer {
         lost
     }
 
-    /// Ends again, as it ended, each order that the database believes to be payable: its units
-    /// may be somebody else's by now, and both together would not fit.
+    /// Ends again, in the same way, each ended order that the database has as payable: its units may belong to
+    /// another order by now, and the stock does not suffice for both.
     async fn end_again(&self) -> Result<(), StoreError> {
         let state = Arc::clone(&self.state);
         let ended = tokio::task::spawn_blocking(move || state.buyers.ended_orders()).await;
@@ -225,7 +223,7 @@ impl Restorer {
         if again > 0 {
             tracing::warn!(
                 orders = again,
-                "ended orders again whose end the database had forgotten"
+                "the database had lost the end of orders; they are cancelled, expired or failed again"
             );
         }
         Ok(())
@@ -236,7 +234,7 @@ impl Restorer {
         replayer.forget_faults();
         let (parts, mut read) = mpsc::channel::<Vec<Order>>(1);
         let (journal, mut recent) = (self.journal.clone(), self.state.recent_orders.all());
-        // So that each part is a short range of ids.
+        // Sorted, so that each part is a short range of ids.
         recent.sort_by_key(|pending| pending.order.id);
         let pruned_below = self.pruned_below.load(Ordering::Acquire);
         let reading = tokio::task::spawn_blocking(move || {
@@ -247,7 +245,7 @@ impl Restorer {
                 }
                 part.push(order);
                 if part.len() >= PART {
-                    // Where nobody listens any more the process ends.
+                    // If the receiver is gone, the process is ending.
                     let _ = parts.blocking_send(std::mem::take(&mut part));
                 }
             };
@@ -261,7 +259,7 @@ impl Restorer {
         while let Some(part) = read.recv().await {
             let part: Vec<(Order, OrderStatus)> = part
                 .into_iter()
-                .filter_map(|order| Some((self.settled_status(&order)?, order)))
+                .filter_map(|order| Some((self.expected_status(&order)?, order)))
                 .map(|(status, order)| (order, status))
                 .collect();
             let part = deduplicated(part);
@@ -272,14 +270,14 @@ impl Restorer {
             let until = payable.map(|(order, _)| (order.id, order.expires_at));
             self.state.expiry_index.note(until);
             for order in replayer.take_refused() {
-                // A dead letter now, which holds nothing.
+                // A dead letter holds no units.
                 let units = OrderUnits::of(&order);
                 self.state.end_unpaid(&units, Ended::Failed, Row::Found);
             }
         }
-        // Orders that ended while their rows were being brought back.
+        // Orders that ended while their rows were being restored.
         self.end_again().await?;
-        // What was parked again, or is parked again because the database has forgotten that it was not.
+        // The database may have parked orders again, or have lost the fact that they were unparked.
         parking::recount(&self.state, &self.database, &self.metrics).await?;
         match reading.await {
             Ok(Ok(())) => {
@@ -292,8 +290,8 @@ impl Restorer {
         }
     }
 
-    /// Releases the units and keys of live orders that are nowhere any more: neither in the database, nor
-    /// in flight, nor in the journal. One that a payment waits for is recovered from its receipt.
+    /// Releases the units and keys of live orders that are neither in the database nor in flight nor in the
+    /// journal. An order that a payment waits for is kept: it is recovered from its receipt.
     async fn release_lost(&self) -> Result<(), StoreError> {
         let panicked = |panic: tokio::task::JoinError| StoreError::Data(panic.to_string());
         let state = Arc::clone(&self.state);
@@ -310,7 +308,7 @@ impl Restorer {
             .await
             .map_err(panicked)?
             .map_err(LookupError::from)?;
-        // Whatever has left memory since the first look is a row by now, or was given up.
+        // An order that has left memory since the first look is a row by now, or was abandoned.
         let nowhere: HashSet<OrderId> = self
             .database
             .absent_among(&settled)
@@ -335,24 +333,24 @@ impl Restorer {
         if released > 0 {
             tracing::error!(
                 orders = released,
-                "the database has lost orders that nothing else knows of: their units and keys are free again"
+                "the database has lost orders of which no copy is left: their units and keys are free again; only synchronous \
+                 replication keeps every commit (synchronous_standby_names)"
             );
         }
         Ok(())
     }
 
-    /// With which status an order has to be there; `None`: it is on its way, and its worker
-    /// writes it.
-    fn settled_status(&self, order: &Order) -> Option<OrderStatus> {
+    /// The status that an order's row must have. `None`: the order is in flight, and its worker writes it.
+    fn expected_status(&self, order: &Order) -> Option<OrderStatus> {
         if self.state.pending.get(order.id).is_some() {
             return None;
         }
         let known = self.state.buyers.find(&order.user_id, order.id);
         Some(match known.map(|known| known.ended) {
-            // Its units are taken in memory, and so they have to be in the database.
+            // Its units are held in memory, so they must be held in the database.
             Some(None) => OrderStatus::PendingPayment,
             Some(Some(ended)) => ended.status(),
-            // It has left the idempotency window, long after it could be paid.
+            // It has left the idempotency window, long after its payment deadline.
             None => OrderStatus::Expired,
         })
     }

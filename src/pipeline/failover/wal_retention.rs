@@ -1,8 +1,8 @@
-//! Keeping the journal's segments until the standbys have what is in them.
+//! Retention of the journal's segments until the standbys have their orders.
 //!
-//! A segment of which everything is decided is in the write-ahead log of PostgreSQL up to where
-//! that log ends now. Once every standby's slot is beyond that place, a failover to any of them
-//! loses none of its orders, and it may go.
+//! All orders of a settled segment lie in PostgreSQL's write-ahead log before its current end (LSN). Once the
+//! slot of every standby has passed that LSN, a failover to any of them loses none of these orders, and the
+//! segment may be deleted.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -15,10 +15,10 @@ use crate::store::postgres::Database;
 
 const CHECK: Duration = Duration::from_secs(1);
 
-/// Runs until it is dropped.
+/// Runs until the future is dropped.
 ///
-/// Places of one timeline mean nothing on another: after a promotion nothing is confirmed until what
-/// it lost has been brought back, and then everything is noted anew.
+/// LSNs are only comparable within a timeline. After a promotion, nothing is confirmed until the lost orders
+/// are restored; then LSNs are recorded again.
 pub async fn keep(
     journal: Arc<JournalQueue>,
     database: Database,
@@ -33,7 +33,7 @@ pub async fn keep(
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tick.tick().await;
-        // Before the place in the log is read, so that it lies behind everything in them.
+        // Read before the LSN, so that the LSN lies behind all orders of these segments.
         let decided = journal.settled_up_to();
         let progress = async {
             let timeline = database.timeline().await?;
@@ -42,7 +42,7 @@ pub async fn keep(
         let (now, (written, confirmed)) = match progress.await {
             Ok(progress) => progress,
             Err(error) => {
-                tracing::warn!(reason = %error, "how far the standbys are is not known; segments of the journal are kept");
+                tracing::warn!(reason = %error, "the progress of the standbys is unknown; keeping the journal's segments");
                 continue;
             }
         };

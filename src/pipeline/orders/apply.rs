@@ -1,5 +1,5 @@
-//! A batch of which the database refuses something: it is made smaller until the refusal is about one
-//! order or one SKU. The rest of the batch is written.
+//! Narrows down what the database refuses of a batch: the batch is split until the refusal concerns one order
+//! or one SKU. The rest is written.
 //!
 //! ```text
 //!   batch ─► part ─┬─ written
@@ -10,8 +10,7 @@
 //!              └───────────────────────────────────────────────────────────────┘
 //! ```
 //!
-//! Workers and the replay of a journal both go through it. They differ in what they do with the order or
-//! the SKU that is found.
+//! Workers and the replay of a journal share this. They differ in their treatment of the isolated order or SKU.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -19,7 +18,7 @@ use std::sync::Arc;
 use crate::order::{Order, OrderStatus, SkuNumber};
 use crate::state::pending::PendingOrder;
 
-/// How the orders of a part go into the database.
+/// The form in which the orders of a part are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum How {
     /// As rows.
@@ -28,24 +27,24 @@ pub enum How {
     Park,
 }
 
-/// What the database refuses about a part.
+/// The database's refusal of a part.
 #[derive(Debug)]
 pub enum Refusal {
     /// A row of it.
     Row {
-        /// Why, as PostgreSQL's code (appendix A of its manual).
+        /// SQLSTATE (appendix A of PostgreSQL's manual).
         sqlstate: String,
-        /// Why, in its words.
+        /// The server's message.
         reason: String,
     },
     /// The counters of a SKU in it.
     Counter {
-        /// Why, in its words.
+        /// The server's message.
         reason: String,
     },
 }
 
-/// What a refusal is about.
+/// The subject of a refusal, once isolated.
 #[derive(Debug)]
 pub enum Isolated<T> {
     /// This order's row.
@@ -54,9 +53,9 @@ pub enum Isolated<T> {
         order: T,
         /// How it was to be stored.
         how: How,
-        /// Why, as PostgreSQL's code.
+        /// SQLSTATE.
         sqlstate: String,
-        /// Why, in its words.
+        /// The server's message.
         reason: String,
     },
     /// The counters of the one SKU of all these orders.
@@ -65,12 +64,12 @@ pub enum Isolated<T> {
         sku: SkuNumber,
         /// The orders.
         orders: Vec<T>,
-        /// Why.
+        /// The server's message.
         reason: String,
     },
 }
 
-/// An order in a batch, with what its owner needs beside it.
+/// An order in a batch, with the data that its owner keeps beside it.
 pub trait BatchOrder {
     /// The order.
     fn order(&self) -> &Order;
@@ -88,7 +87,7 @@ impl BatchOrder for (&Order, OrderStatus) {
     }
 }
 
-/// The parts of a batch that are not decided yet.
+/// The undecided parts of a batch.
 #[derive(Debug)]
 pub struct Parts<T> {
     /// The oldest orders on top.
@@ -102,7 +101,7 @@ impl<T> Default for Parts<T> {
 }
 
 impl<T: BatchOrder> Parts<T> {
-    /// Adds a part, to be taken before those that are there.
+    /// Adds a part, to be taken before the others.
     pub fn push(&mut self, how: How, orders: Vec<T>) {
         if !orders.is_empty() {
             self.stack.push((how, orders));
@@ -119,7 +118,7 @@ impl<T: BatchOrder> Parts<T> {
         self.stack.into_iter().map(|(_, orders)| orders)
     }
 
-    /// Narrows a refused part down. `None`: it is back in smaller parts.
+    /// Narrows a refused part down. Returns `None` after putting it back in smaller parts.
     pub fn isolate(
         &mut self,
         how: How,

@@ -1,8 +1,8 @@
-//! Cancelling: in the database first, then in memory.
+//! Cancellations, in the database first, then in memory.
 //!
-//! A cancellation whose answer is lost is entered into one bounded list before it is sent, and stays in
-//! it until its outcome is known, however long that takes. One task goes through the list. A cancellation
-//! for which there is no room in it is refused before anything is sent.
+//! Each cancellation is entered into a bounded list before it is sent. If its answer is lost, it stays in the
+//! list until its outcome is known, however long that takes; one task resolves the list. A cancellation that
+//! finds the list full is refused before anything is sent.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -21,72 +21,72 @@ use crate::store::postgres::transitions::Transition;
 use crate::store::postgres::{Database, NodeLease};
 use crate::sync::Guarded;
 
-/// Cancellations under way and of unknown outcome together.
-const UNSETTLED_MAX: usize = 10_000;
-/// Pauses between two rounds through the list in which none of it is settled.
-const SETTLE: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(30));
-/// Failures in a row after which a round ends: the database is away.
+/// Maximum of cancellations under way and in doubt together.
+const UNRESOLVED_MAX: usize = 10_000;
+/// Pauses between two rounds through the list that resolve nothing.
+const ROUND_PAUSE: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(30));
+/// Consecutive failures after which a round ends, because the database is away.
 const FAILURES_MAX: u32 = 3;
 
-/// Why an order was not cancelled.
+/// Reason why an order was not cancelled.
 #[derive(Debug, thiserror::Error)]
 pub enum CancelError {
     /// There is no such order.
     #[error("there is no order {0}")]
     Unknown(OrderId),
-    /// It is past the point where it could be cancelled.
+    /// Its status no longer permits it.
     #[error("order {0} is {1} and cannot be cancelled")]
     NotCancellable(OrderId, OrderStatus),
-    /// Too many are of unknown outcome; nothing was sent.
+    /// Too many cancellations are in doubt; nothing was sent.
     #[error("too many cancellations wait for the database's answer")]
     Busy,
-    /// The database did not answer; asking again tells.
+    /// The database did not answer; repeating the request tells the outcome.
     #[error(transparent)]
     Store(#[from] StoreError),
 }
 
-/// Cancellations that have been sent, or are about to be, and whose outcome is not known.
+/// Cancellations that are sent, or about to be, and whose outcome is unknown.
 #[derive(Debug)]
-pub struct Unsettled {
+pub struct Unresolved {
     orders: Guarded<BTreeMap<OrderId, Entry>>,
     max: usize,
     changed: Notify,
 }
 
-/// One order in it.
+/// An order in the list.
 #[derive(Debug, Default)]
 struct Entry {
     /// Calls under way.
     calls: u32,
     /// The answer to one was lost.
     is_lost: bool,
-    /// The order, where it was written a moment ago.
+    /// The order, if it was written a moment ago.
     recent: Option<Arc<PendingOrder>>,
 }
 
-impl Default for Unsettled {
+impl Default for Unresolved {
     fn default() -> Self {
-        Self::with_room(UNSETTLED_MAX)
+        Self::with_room(UNRESOLVED_MAX)
     }
 }
 
-impl Unsettled {
+impl Unresolved {
     /// A list with room for `max` orders.
     pub fn with_room(max: usize) -> Self {
-        Unsettled {
+        Unresolved {
             orders: Guarded::new(BTreeMap::new()),
             max,
             changed: Notify::new(),
         }
     }
 
-    /// Orders whose cancellation's answer was lost.
+    /// Number of orders whose cancellation is in doubt.
     pub fn lost(&self) -> usize {
         self.orders
             .with(|orders| orders.values().filter(|entry| entry.is_lost).count())
     }
 
-    /// Enters an order before its cancellation is sent. `None`: there is no room.
+    /// Enters an order before its cancellation is sent. Returns `None` if the list is full.
     fn enter(self: &Arc<Self>, id: OrderId, recent: Option<Arc<PendingOrder>>) -> Option<Ticket> {
         self.orders.with(|orders| {
             if orders.len() >= self.max && !orders.contains_key(&id) {
@@ -96,14 +96,14 @@ impl Unsettled {
             entry.calls += 1;
             entry.recent = recent.or_else(|| entry.recent.take());
             Some(Ticket {
-                unsettled: Arc::clone(self),
+                unresolved: Arc::clone(self),
                 id,
                 is_known: false,
             })
         })
     }
 
-    /// The lost one that comes after `after`, or the first of all.
+    /// The next cancellation in doubt after `after`, or the first.
     fn next(&self, after: Option<OrderId>) -> Option<(OrderId, Option<Arc<PendingOrder>>)> {
         self.orders.with(|orders| {
             let lost = |(id, entry): (&OrderId, &Entry)| {
@@ -116,7 +116,7 @@ impl Unsettled {
         })
     }
 
-    fn settled(&self, id: OrderId) {
+    fn mark_resolved(&self, id: OrderId) {
         self.orders.with(|orders| {
             if let Some(entry) = orders.get_mut(&id) {
                 entry.is_lost = false;
@@ -128,10 +128,10 @@ impl Unsettled {
     }
 }
 
-/// A call under way. Dropped without [`Ticket::known`], its outcome is to be found out.
+/// A call under way. If it is dropped without [`Ticket::known`], its outcome is in doubt.
 #[derive(Debug)]
 struct Ticket {
-    unsettled: Arc<Unsettled>,
+    unresolved: Arc<Unresolved>,
     id: OrderId,
     is_known: bool,
 }
@@ -145,7 +145,7 @@ impl Ticket {
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        self.unsettled.orders.with(|orders| {
+        self.unresolved.orders.with(|orders| {
             if let Some(entry) = orders.get_mut(&self.id) {
                 entry.calls -= 1;
                 entry.is_lost |= !self.is_known;
@@ -155,18 +155,18 @@ impl Drop for Ticket {
             }
         });
         if !self.is_known {
-            self.unsettled.changed.notify_one();
+            self.unresolved.changed.notify_one();
         }
     }
 }
 
-/// Cancels orders whose rows are there.
+/// Cancels orders that are rows.
 #[derive(Clone, Debug)]
 pub struct Canceller {
     state: Arc<State>,
     database: Database,
     lease: NodeLease,
-    unsettled: Arc<Unsettled>,
+    unresolved: Arc<Unresolved>,
 }
 
 impl Canceller {
@@ -176,28 +176,28 @@ impl Canceller {
             state,
             database,
             lease,
-            unsettled: Arc::default(),
+            unresolved: Arc::default(),
         }
     }
 
-    /// The same with another list of what is not settled.
-    pub fn with_unsettled(mut self, unsettled: Arc<Unsettled>) -> Self {
-        self.unsettled = unsettled;
+    /// Replaces the list of unresolved cancellations.
+    pub fn with_unresolved(mut self, unresolved: Arc<Unresolved>) -> Self {
+        self.unresolved = unresolved;
         self
     }
 
-    /// Cancels an unpaid order and returns it; its units are free again when this returns. An
-    /// order that is cancelled already is returned as it is.
+    /// Cancels an unpaid order and returns it; its units are free when this returns. An order already cancelled
+    /// is returned unchanged.
     ///
-    /// Not to be dropped half-way: run it as a task of its own.
+    /// Must not be dropped half-way: run it as a task of its own.
     ///
     /// # Errors
-    /// [`CancelError`]; the order stands as it did, unless the database's answer was lost. Then
-    /// what came of it is found out in the background, and asking again tells.
+    /// [`CancelError`]; the order is unchanged, unless the database's answer was lost. Then the outcome is
+    /// resolved in the background, and repeating the request tells it.
     pub async fn cancel(&self, id: OrderId) -> Result<StoredOrder, CancelError> {
         let recent = self.state.recent_orders.get(id, self.state.ids.real_now());
         let ticket = self
-            .unsettled
+            .unresolved
             .enter(id, recent.clone())
             .ok_or(CancelError::Busy)?;
         self.state.recent_orders.forget(id);
@@ -223,52 +223,53 @@ impl Canceller {
         Ok(order)
     }
 
-    /// An order that is past its time is not cancelled any more: it expires.
+    /// An order past its deadline is not cancelled any more: it expires.
     async fn cancel_row(&self, id: OrderId) -> Result<Transition, StoreError> {
         let now = self.state.ids.real_now();
         self.database.cancel_order(self.lease, id, Some(now)).await
     }
 
-    /// Sees cancellations through whose answers were lost, until the future is dropped.
-    pub async fn settle_lost(self) {
-        let mut backoff = SETTLE;
+    /// Resolves cancellations in doubt until the future is dropped.
+    pub async fn resolve_lost(self) {
+        let mut backoff = ROUND_PAUSE;
         let mut pause = backoff.pause();
         loop {
-            let has_any = self.unsettled.next(None).is_some();
+            let has_any = self.unresolved.next(None).is_some();
             tokio::select! {
                 () = tokio::time::sleep(pause), if has_any => {}
-                () = self.unsettled.changed.notified(), if !has_any => continue,
+                () = self.unresolved.changed.notified(), if !has_any => continue,
             }
-            if self.settle_round().await > 0 {
+            if self.resolve_round().await > 0 {
                 backoff.reset();
             }
             pause = backoff.pause();
         }
     }
 
-    /// Tries each once, unless the database is away. How many are settled.
-    async fn settle_round(&self) -> usize {
-        let (mut at, mut settled, mut failures) = (None, 0, 0);
-        while let Some((id, recent)) = self.unsettled.next(at) {
+    /// Tries each once, unless the database is away. Returns the number resolved.
+    async fn resolve_round(&self) -> usize {
+        let (mut at, mut resolved, mut failures) = (None, 0, 0);
+        while let Some((id, recent)) = self.unresolved.next(at) {
             at = Some(id);
-            if self.settle(id, recent).await {
-                self.unsettled.settled(id);
-                settled += 1;
+            if self.resolve(id, recent).await {
+                self.unresolved.mark_resolved(id);
+                resolved += 1;
                 failures = 0;
             } else {
                 failures += 1;
-                if failures >= FAILURES_MAX && settled == 0 && self.database.ping().await.is_err() {
+                if failures >= FAILURES_MAX && resolved == 0 && self.database.ping().await.is_err()
+                {
                     break;
                 }
             }
         }
-        settled
+        resolved
     }
 
-    /// Makes a cancellation again whose answer was lost, rather than asking for it: the first may still
-    /// be waiting in the server, and be carried out after any look. True: its outcome is known.
-    async fn settle(&self, id: OrderId, recent: Option<Arc<PendingOrder>>) -> bool {
-        // Past its time too: the first attempt was not.
+    /// Repeats a cancellation in doubt instead of querying it: the first statement may still be waiting in the
+    /// server and take effect after any query. Returns true if the outcome is known.
+    async fn resolve(&self, id: OrderId, recent: Option<Arc<PendingOrder>>) -> bool {
+        // Without a deadline: the first attempt was in time.
         match self.database.cancel_order(self.lease, id, None).await {
             Ok(Transition::Now(units)) => self.cancelled(&units, Row::Moved),
             Ok(Transition::StandsAt(OrderStatus::Cancelled)) => {
@@ -279,14 +280,14 @@ impl Canceller {
             }
             Ok(Transition::Unknown) => self.give_back_lost(recent.as_deref()),
             Ok(Transition::StandsAt(_)) => {}
-            // Another process goes on from what the database says.
+            // If final, another process continues from the database's state.
             Err(error) => return error.is_final(),
         }
         true
     }
 
-    /// Frees the units of an order whose row was written a moment ago and is not there any more: a
-    /// failover has lost it, and nobody wants it back. If it is restored yet, that is as cancelled.
+    /// Frees the units of an order that was written a moment ago and has no row any more: a failover lost it,
+    /// and the buyer has cancelled it. If it is restored later, it is restored as cancelled.
     fn give_back_lost(&self, recent: Option<&PendingOrder>) {
         if let Some(PendingOrder { order, .. }) = recent {
             self.cancelled(&OrderUnits::of(order), Row::Found);

@@ -1,7 +1,7 @@
-//! Gives up what nobody claimed in time, and wakes whoever has waited long enough.
+//! Abandons orders that no worker claimed in time, and wakes clients whose wait is over.
 //!
-//! Deadlines are kept here, on the tokio side, because a coroutine that times out would continue
-//! on `may`'s single timer thread.
+//! Deadlines are kept on the tokio side, because a coroutine that times out would continue on `may`'s single
+//! timer thread.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -10,10 +10,10 @@ use crate::metrics::Metrics;
 use crate::pipeline::WakeAll;
 use crate::state::State;
 
-/// How late a deadline may be noticed: the "small bound" of I6.
+/// Maximum delay until a deadline is noticed: the "small bound" of I6.
 const TICK: Duration = Duration::from_millis(20);
 
-/// Runs until it is dropped.
+/// Runs until the future is dropped.
 pub async fn keep(state: Arc<State>, wake_all: WakeAll, metrics: Metrics) {
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -25,12 +25,12 @@ pub async fn keep(state: Arc<State>, wake_all: WakeAll, metrics: Metrics) {
     }
 }
 
-/// Whether any order waits for a worker. Parked ones wait for a person, and elsewhere.
+/// Records whether any order waits for a worker. Parked orders wait elsewhere, for an operator.
 pub fn look_at_progress(state: &State) {
     state.progress.look(state.pending.in_flight() > 0);
 }
 
-/// One look at the clock.
+/// Abandons overdue orders as of `now` and wakes their waiters.
 pub fn expire(state: &State, wake_all: &WakeAll, metrics: &Metrics, now: Instant) {
     let mut wakers = Vec::new();
     for pending in state.pending.due(now) {

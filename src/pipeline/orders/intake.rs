@@ -29,49 +29,49 @@ use crate::state::pending::PendingOrder;
 use crate::state::sticky_refusals::StickyRefusals;
 use crate::state::stock::{SaleTerms, Sku};
 
-/// What a client asks for, every member checked on its own.
+/// A client's request for an order, each member validated on its own.
 #[derive(Clone, Debug)]
 pub struct OrderRequest<'a> {
-    /// Who buys.
+    /// The buyer.
     pub user_id: UserId,
-    /// What.
+    /// The SKU.
     pub sku_id: SkuId,
-    /// How many units.
+    /// Units, at least 1.
     pub quantity: Quantity,
-    /// What the shop adds or takes off, in minor units.
+    /// The shop's surcharge or discount, in minor units of the currency.
     pub adjustment: i64,
     /// The shop's own JSON object.
     pub attributes: Option<&'a str>,
-    /// The hash of its idempotency key.
+    /// The hash of the idempotency key.
     pub key: Option<KeyHash>,
-    /// How long the client waits for persistence, or for the acknowledgement.
+    /// Time that the client waits for the row, or for the acknowledgement.
     pub wait: Duration,
-    /// Acknowledge it as soon as it is durable in the queue, which must be able to.
+    /// Acknowledge the order as soon as it is durable in the queue; requires a durable queue.
     pub respond_async: bool,
 }
 
-/// An order that was admitted, now or before.
+/// An admitted order, new or earlier.
 #[derive(Debug)]
 pub enum Admission {
     /// A new order, in the queue.
     Placed(Arc<PendingOrder>),
-    /// The same key came with the same body before.
+    /// An earlier request had the same key and the same body.
     Duplicate {
         /// Its order.
         id: OrderId,
-        /// The order, where it is still in flight.
+        /// The order, if it is still in flight.
         pending: Option<Arc<PendingOrder>>,
     },
 }
 
-/// Orders that may wait however long it takes.
+/// Orders that are admitted whatever the estimated wait, so that the estimate is corrected.
 const PROBE_ORDERS: usize = 64;
 
 const NOT_READY: u8 = 0;
 const OPEN: u8 = 1;
 const DRAINING: u8 = 2;
 
-/// The way in.
+/// Admission of orders.
 #[derive(Debug)]
 pub struct Intake {
     state: Arc<State>,
@@ -99,12 +99,12 @@ impl Intake {
         self
     }
 
-    /// Forgets what rate limits need no longer remember.
+    /// Drops rate limiters that are full again.
     pub fn forget_idle(&self) {
         self.rate_limits.forget_idle();
     }
 
-    /// Lets orders in.
+    /// Admits orders from now on.
     pub fn open(&self) {
         self.gate.store(OPEN, Ordering::Release);
     }
@@ -114,10 +114,10 @@ impl Intake {
         self.gate.store(DRAINING, Ordering::Release);
     }
 
-    /// Whether orders are let in.
+    /// Whether orders are admitted.
     ///
     /// # Errors
-    /// The refusal that a client gets otherwise.
+    /// The refusal that a client gets if they are not.
     pub fn check_open(&self) -> Result<(), Refusal> {
         if self.state.poison.is_set() {
             return Err(Refusal::NotReady);
@@ -129,7 +129,7 @@ impl Intake {
         }
     }
 
-    /// Counts a request against the rate limits, once for however often it is admitted.
+    /// Counts a request against the rate limits. Call it once a request, however often the request is admitted.
     ///
     /// # Errors
     /// [`Refusal::RateLimited`].
@@ -137,10 +137,9 @@ impl Intake {
         self.rate_limits.check(user_id)
     }
 
-    /// Refuses an order that waits where it could not be written in time, as far as can be told: it
-    /// would hold units for nothing and time out. Half of its wait may be spent in the queue,
-    /// because an estimate may be wrong by half. A few are let in whatever the estimate says, so
-    /// that it is corrected where the database goes on.
+    /// Refuses a waiting order that, by estimate, could not be written in time: it would hold units and time
+    /// out. Half of its wait may be spent in the queue, because the estimate may be wrong by half. A few orders
+    /// are admitted whatever the estimate, so that it is corrected once the database recovers.
     fn check_wait(&self, wait: Duration) -> Result<(), Refusal> {
         let ahead = self.queue.ahead();
         if ahead < PROBE_ORDERS {
@@ -156,11 +155,11 @@ impl Intake {
         }
     }
 
-    /// Admits an order: holds its units and queues it. `waker` belongs to whoever waits for it, and
-    /// is shared with the order.
+    /// Admits an order: holds its units and queues it. `waker` wakes the waiting client and is shared with the
+    /// order.
     ///
     /// # Errors
-    /// A [`Refusal`]; nothing is held then.
+    /// A [`Refusal`]; nothing is held.
     pub fn admit(
         &self,
         request: &OrderRequest<'_>,
@@ -174,13 +173,13 @@ impl Intake {
         }
     }
 
-    /// The order as it would be, and room for it in the queue; or the refusal if stock or room are
+    /// The order as it would be placed, and room for it in the queue, or the refusal if stock or room is
     /// lacking.
     fn quote(
         &self,
         request: &OrderRequest<'_>,
     ) -> Result<(Quote, Result<Room<'_>, Refusal>), Refusal> {
-        // Once: a clock costs as much as a look at the stock.
+        // Read once: a clock costs as much as a look at the stock.
         let now = Instant::now();
         let state = &self.state;
         let sku = state.catalogue.get(&request.sku_id);
@@ -192,7 +191,7 @@ impl Intake {
             sku.window_now()
         };
         let amount = amount(&terms, request).and_then(|amount| window.map(|()| amount));
-        // A request under a key that is known is answered even without a new id.
+        // A request under a known key is answered even without a new id.
         let (order_id, id) = match state.ids.next_at(now) {
             Ok(id) => (id, Ok(())),
             Err(_) => (OrderId::MAX, Err(Refusal::NotReady)),
@@ -223,7 +222,7 @@ impl Intake {
         Ok((quote, room))
     }
 
-    /// Room for one more order in the queue, before its stock is held.
+    /// Reserves room for one order in the queue, before its stock is held.
     fn room(&self, request: &OrderRequest<'_>) -> Result<Room<'_>, Refusal> {
         match self.queue.durable().filter(|_| request.respond_async) {
             Some(queue) => match queue.reserve(request.attributes) {
@@ -238,8 +237,8 @@ impl Intake {
         }
     }
 
-    /// An order that cannot be placed now: the earlier one under its key, or the refusal of highest
-    /// precedence. Costs a look at the buyer's record, and holds nothing, not even for a moment.
+    /// Answers an order that cannot be placed now: with the earlier order under its key, or the refusal of
+    /// highest precedence. Costs one look at the buyer's record and holds nothing, not even for a moment.
     fn screen(
         &self,
         request: &OrderRequest<'_>,
@@ -285,11 +284,11 @@ impl Intake {
             Room::InMemory => PendingOrder::new(order, deadline, waker.cloned()),
             Room::Durable(..) => PendingOrder::appending(order, waker.cloned()),
         });
-        // Registered before a worker can see it, so that it is settled in the map it is in.
+        // Registered before a worker can see it, so that it is found in the map when it is settled.
         state.pending.insert(&pending);
         state.pending.wake_by(&pending, deadline);
-        // From here on whoever settles the order accounts for both: being registered, it may be
-        // past its deadline and given up already.
+        // From here on the code that settles the order accounts for both: once registered, the order may
+        // already be past its deadline and abandoned.
         hold.commit();
         claim.commit();
         let enqueued = match room {
@@ -297,8 +296,8 @@ impl Intake {
             Room::Durable(queue, permit) => queue.append(Arc::clone(&pending), permit),
         };
         if let Err(rejected) = enqueued {
-            // The slot decides who undoes it, so that its units come back once; and a duplicate
-            // that waits for it already is told.
+            // The slot decides which side undoes the order, so that its units return once; a duplicate waiting
+            // for it is woken.
             let _ = state.abandon(&pending) || state.refuse(&pending);
             pending.slot.take_wakers(Waker::wake);
             return Err(if rejected.closed {
@@ -311,7 +310,7 @@ impl Intake {
     }
 
     fn order(&self, request: &OrderRequest<'_>, quote: Quote) -> Result<Order, Refusal> {
-        // By the clock that judges whether it is late.
+        // By the same clock that later decides whether it is late.
         let created_at = self.state.ids.real_at(quote.now);
         Ok(Order {
             id: quote.entry.order_id,
@@ -352,8 +351,8 @@ struct Quote {
     now: Instant,
     sku: Arc<Sku>,
     entry: BuyerOrder,
-    /// Its amount in minor units; or why a fresh order is refused, though one that is there already
-    /// is answered.
+    /// Its amount in minor units; or the refusal of a new order, though an earlier one under the key is still
+    /// answered.
     amount: Result<i64, Refusal>,
     limit: Option<u32>,
     currency: Currency,
@@ -367,7 +366,7 @@ enum Room<'a> {
 
 /// `unit_price × quantity + adjustment`, in minor units.
 fn amount(terms: &SaleTerms, request: &OrderRequest<'_>) -> Result<i64, Refusal> {
-    // Wide, so that only the sum decides, not a step on the way to it.
+    // In 128 bits, so that only the sum can be out of range, not a step on the way to it.
     let amount = i128::from(terms.unit_price) * i128::from(request.quantity.get())
         + i128::from(request.adjustment);
     let amount = i64::try_from(amount).ok();
@@ -376,7 +375,7 @@ fn amount(terms: &SaleTerms, request: &OrderRequest<'_>) -> Result<i64, Refusal>
         .ok_or(Refusal::AmountOutOfRange)
 }
 
-/// What was refused for good under a request's key.
+/// The sticky refusals under a request's key.
 struct UnderKey<'a> {
     refusals: &'a StickyRefusals,
     user_id: &'a UserId,

@@ -9,9 +9,9 @@
 //!       └──────────► stored: a row, a parked order or a dead letter
 //! ```
 //!
-//! An order goes from memory to the disk at most once, and back at most once. So one that is in neither
-//! when memory, the disk and memory again are asked, in this sequence, is not in flight. It is noted as
-//! recent before it leaves memory, and stored before that.
+//! An order moves from memory to the disk at most once, and back at most once. So an order found in neither
+//! when memory, the disk and memory again are asked, in this sequence, is not in flight. An order is stored
+//! before it is noted as recent, and noted as recent before it leaves memory.
 
 use std::io;
 use std::sync::Arc;
@@ -27,24 +27,24 @@ use crate::store::postgres::orders::StoredOrder;
 /// An order, where it was found.
 #[derive(Debug)]
 pub enum Found {
-    /// On its way, in memory; its slot tells how far.
+    /// In flight, in memory; its slot tells the progress.
     InFlight(Arc<PendingOrder>),
-    /// On its way, on the disk: it is durable.
+    /// In flight, on the disk, and durable.
     OnDisk(Box<Order>),
-    /// Written a moment ago, and still to be paid.
+    /// Written a moment ago, and unpaid.
     Recent(Arc<PendingOrder>),
     /// In the database.
     Stored(Box<StoredOrder>),
 }
 
-/// Why an order could not be looked for.
+/// Reason why a look-up failed.
 #[derive(Debug, thiserror::Error)]
 pub enum LookupError {
     /// The database did not answer.
     #[error(transparent)]
     Store(#[from] StoreError),
     /// The journal could not be read.
-    #[error("the journal: {0}")]
+    #[error("the journal cannot be read: {0}")]
     Journal(#[from] io::Error),
 }
 
@@ -83,7 +83,7 @@ impl OrderLookup {
         self.recent(id).map(Found::Recent)
     }
 
-    /// An order that was written a moment ago and is still to be paid. Does no I/O.
+    /// An order that was written a moment ago and is unpaid. Does no I/O.
     pub fn recent(&self, id: OrderId) -> Option<Arc<PendingOrder>> {
         self.state.recent_orders.get(id, self.state.ids.real_now())
     }
@@ -115,8 +115,7 @@ impl OrderLookup {
         Ok(self.database.find_order(id).await?)
     }
 
-    /// An order, wherever it is. `None`: it is nowhere, or is being admitted or given up in this
-    /// moment.
+    /// An order, wherever it is. `None`: it does not exist, or is being admitted or abandoned at this moment.
     ///
     /// # Errors
     /// [`LookupError`].
@@ -134,7 +133,7 @@ impl OrderLookup {
         Ok(stored.map(|stored| Found::Stored(Box::new(stored))))
     }
 
-    /// Whether an order is on its way to be a row: in memory, on the disk or parked.
+    /// Whether an order will become a row: it is in memory, on the disk or parked.
     ///
     /// # Errors
     /// [`LookupError`].
@@ -147,11 +146,10 @@ impl OrderLookup {
     }
 }
 
-/// Those of `ids` that are neither in memory nor on the disk. Reads from the disk: not for an async
-/// task.
+/// Those of `ids` that are neither in memory nor on the disk. Blocks on the disk: not for an async task.
 ///
 /// # Errors
-/// Where the disk fails.
+/// If the disk fails.
 pub fn not_in_flight(
     state: &State,
     queue: &dyn OrderQueue,

@@ -1,10 +1,11 @@
-//! Orders, from the click to the row.
+//! Orders, from the request to the row.
 //!
-//! * [`intake`]: checks an order, holds its stock and queues it; [`rate_limit`]: how many a buyer may send;
+//! * [`intake`]: checks an order, holds its stock and queues it; [`rate_limit`]: limits requests, for each
+//!   buyer and overall;
 //! * [`lookup`]: where an order is now;
-//! * [`worker`]: writes batches and settles their orders; [`worker_pool`]: which workers write; [`apply`]: a
-//!   batch of which something is refused;
-//! * [`deadlines`]: gives up orders that no worker claimed in time; [`cancel`]: a buyer's cancellation;
+//! * [`worker`]: writes batches and settles their orders; [`worker_pool`]: wakes workers as load requires;
+//!   [`apply`]: narrows down what the database refuses of a batch;
+//! * [`deadlines`]: abandons orders that no worker claimed in time; [`cancel`]: a buyer's cancellation;
 //! * [`parking`]: orders of a SKU whose counters the database refuses.
 
 pub mod apply;

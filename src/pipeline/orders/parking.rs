@@ -1,6 +1,5 @@
-//! Parked orders: acknowledged orders of SKUs whose counters the database refuses. They wait in the
-//! database, so that neither the journal nor memory has to keep them, and nobody else's orders wait
-//! behind them.
+//! Parked orders: acknowledged orders of SKUs whose counters the database refuses. They wait in the database,
+//! so that neither the journal nor memory has to keep them and no other order waits behind them.
 //!
 //! ```text
 //!   worker, replay ── counters refused ──► parked_orders ─┬─ counters are taken ──► orders
@@ -9,9 +8,8 @@
 //!                                                         └─ the row is refused ──► dead_letters
 //! ```
 //!
-//! While any are parked their SKU is not sold. Their units are held in memory. One task tries them
-//! again, SKU by SKU and in parts, and once a SKU has none left and its counters are taken its sale
-//! goes on by itself.
+//! While a SKU has parked orders it is not sold, and their units are held in memory. One task retries them, SKU
+//! by SKU and in parts. Once a SKU has none left and its counters are accepted, its sale resumes by itself.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -29,34 +27,34 @@ use crate::store::WriteError;
 use crate::store::batch::BatchWriter;
 use crate::store::postgres::{Database, NodeLease};
 
-/// How often it is looked whether any SKU is due.
+/// Interval between two looks for SKUs that are due.
 const LOOK: Duration = Duration::from_millis(250);
-/// Pauses between attempts with one SKU.
+/// Pauses between two attempts for one SKU.
 const RETRY: Backoff = Backoff::new(Duration::from_secs(2), Duration::from_secs(16));
-/// How often parked orders are looked through for those that are too late.
+/// Interval between two looks for parked orders that are too late to be paid.
 const EXPIRE: Duration = Duration::from_secs(1);
-/// Orders in one transaction, and transactions of one SKU before the others have their turn.
+/// Maximum of orders in one transaction, and of transactions for one SKU before the others have their turn.
 const PART: usize = 1_000;
 const PARTS: usize = 20;
-/// Pause after the database has failed.
+/// Pause after a failure of the database.
 const PAUSE: Duration = Duration::from_millis(500);
-/// Requests of operators that may wait.
+/// Requests of operators that may be queued.
 const REQUESTS_MAX: usize = 64;
 
 type Answer = oneshot::Sender<Result<Option<Refused>, StoreError>>;
 
-/// The way to the task. Cheap to clone.
+/// Handle to the parking task. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct ParkingDesk {
+pub struct ParkingHandle {
     requests: mpsc::Sender<(SkuNumber, Answer)>,
 }
 
-impl ParkingDesk {
-    /// Tries a SKU's parked orders and its counters at once. `None`: they are taken, and its sale
-    /// goes on.
+impl ParkingHandle {
+    /// Retries a SKU's parked orders and its counters at once. `None`: the counters are accepted and its sale
+    /// resumes.
     ///
     /// # Errors
-    /// Where the database does not answer; it is tried again by itself then.
+    /// If the database does not answer; the task retries by itself.
     pub async fn retry_now(&self, sku: SkuNumber) -> Result<Option<Refused>, StoreError> {
         let stopped = || StoreError::Pool("the service is stopping".to_owned());
         let (answer, answered) = oneshot::channel();
@@ -74,24 +72,24 @@ pub struct Parking {
     writer: BatchWriter,
     metrics: Metrics,
     requests: mpsc::Receiver<(SkuNumber, Answer)>,
-    /// When each faulted SKU is tried next, and the pauses after that.
+    /// Time of the next attempt for each faulted SKU, and the pauses after it.
     due: BTreeMap<SkuNumber, (Instant, Backoff)>,
     next_expiry: Instant,
-    /// Up to which parked orders have been looked through for those that are too late.
+    /// The last parked order that was checked for being too late.
     expiry_at: (UnixMillis, i64),
 }
 
-/// How an attempt with one SKU ended.
+/// Outcome of an attempt for one SKU.
 enum Tried {
-    /// Nothing is parked any more and the counters are taken.
+    /// Nothing is parked any more, and the counters are accepted.
     Sound,
     /// There are more parts.
     More,
-    /// The counters are refused, or orders are on their way to be parked.
+    /// The counters are refused, or orders are about to be parked.
     Refused,
 }
 
-/// How one part of parked orders fared.
+/// Outcome of writing one part of parked orders.
 enum Part {
     Written,
     /// Some of them are not parked any more.
@@ -106,14 +104,14 @@ enum Part {
 }
 
 impl Parking {
-    /// The task, and the way to it.
+    /// The task and its handle.
     pub fn new(
         state: Arc<State>,
         database: Database,
         lease: NodeLease,
         writer: BatchWriter,
         metrics: Metrics,
-    ) -> (ParkingDesk, Parking) {
+    ) -> (ParkingHandle, Parking) {
         let (sender, requests) = mpsc::channel(REQUESTS_MAX);
         let parking = Parking {
             state,
@@ -126,10 +124,10 @@ impl Parking {
             next_expiry: Instant::now(),
             expiry_at: START,
         };
-        (ParkingDesk { requests: sender }, parking)
+        (ParkingHandle { requests: sender }, parking)
     }
 
-    /// Works until the future is dropped, or this process may not write any more.
+    /// Runs until the future is dropped or this process may not write any more.
     pub async fn run(mut self) {
         let state = Arc::clone(&self.state);
         let parked = |sku: &Arc<Sku>| sku.fault().refused().map_or(0, |refused| refused.parked);
@@ -163,11 +161,11 @@ impl Parking {
         if error.is_final() {
             self.state.poison.set(error.to_string());
         } else {
-            tracing::warn!(reason = %error, "parked orders wait; it is tried again");
+            tracing::warn!(reason = %error, "parked orders could not be written yet; retrying");
         }
     }
 
-    /// An operator does not want to wait.
+    /// Retries a SKU now, at an operator's request.
     async fn retry(&mut self, number: SkuNumber) -> Result<Option<Refused>, StoreError> {
         let Some(sku) = self.state.catalogue.by_number(number) else {
             return Ok(None);
@@ -181,7 +179,7 @@ impl Parking {
         Ok(sku.fault().refused())
     }
 
-    /// Tries what is due.
+    /// Retries the SKUs that are due.
     async fn look(&mut self) -> Result<(), StoreError> {
         if Instant::now() >= self.next_expiry {
             self.next_expiry = Instant::now() + EXPIRE;
@@ -196,7 +194,7 @@ impl Parking {
             }
             match self.attempt(sku).await? {
                 Tried::Sound => {}
-                // The others have their turn first.
+                // The other SKUs have their turn first.
                 Tried::More => drop(self.due.insert(sku.number, (now, RETRY))),
                 Tried::Refused => {
                     let next = Instant::now() + backoff.pause();
@@ -207,7 +205,7 @@ impl Parking {
         Ok(())
     }
 
-    /// Moves parked orders of one SKU on, as many as the counters take.
+    /// Writes parked orders of one SKU, as many as the counters accept.
     async fn attempt(&mut self, sku: &Arc<Sku>) -> Result<Tried, StoreError> {
         let mut size = PART;
         let mut moved = 0;
@@ -257,8 +255,8 @@ impl Parking {
         Ok(Tried::More)
     }
 
-    /// Sells a SKU again of which nothing is parked, with the total that the database has: whoever
-    /// mended the row may have changed it.
+    /// Resumes the sale of a SKU without parked orders, with the total of the database: repairing the row may
+    /// have changed it.
     async fn resume(
         &mut self,
         sku: &Arc<Sku>,
@@ -271,7 +269,7 @@ impl Parking {
         {
             tracing::error!(
                 sku_id = %sku.id, total, believed = before,
-                "the total in the row of this SKU is less than what its orders have taken; set it again"
+                "the total in the row of this SKU is below the units that its orders have taken; set the total again"
             );
         }
         self.count(sku, 0);
@@ -279,7 +277,7 @@ impl Parking {
             return Ok(Tried::More);
         }
         self.due.remove(&sku.number);
-        tracing::info!(sku_id = %sku.id, "the database takes this SKU's counters again: its sale goes on");
+        tracing::info!(sku_id = %sku.id, "the database accepts this SKU's counters again; its sale resumes");
         Ok(Tried::Sound)
     }
 
@@ -296,8 +294,8 @@ impl Parking {
         }
     }
 
-    /// Writes parked orders that are too late to be paid as expired. That moves no counter, so it
-    /// succeeds whatever ails those.
+    /// Writes parked orders that are too late to be paid as expired. That moves no counter, so it succeeds even
+    /// while the counters are refused.
     async fn expire(&mut self) -> Result<(), StoreError> {
         for _ in 0..PARTS {
             let now = self.state.ids.real_now();
@@ -318,14 +316,14 @@ impl Parking {
             }
             match self.unpark(&late).await? {
                 Part::Written => {}
-                // At the next look, or SKU by SKU.
+                // Done at the next look, or SKU by SKU.
                 Part::Changed | Part::Row { .. } | Part::Counter { .. } => self.expiry_at = START,
             }
         }
         Ok(())
     }
 
-    /// Makes parked orders rows, in the database and in memory.
+    /// Turns parked orders into rows, in the database and in memory.
     async fn unpark(&mut self, rows: &[(&Order, OrderStatus)]) -> Result<Part, StoreError> {
         loop {
             match self.writer.unpark(rows).await {
@@ -336,7 +334,7 @@ impl Parking {
                 Err(WriteError::Counter { reason, .. }) => return Ok(Part::Counter { reason }),
                 Err(WriteError::Fatal(error)) => return Err(error),
                 Err(WriteError::Retry(error)) if self.writer.outcome_unknown() => {
-                    tracing::warn!(reason = %error, "whether parked orders are written is not known; it is found out");
+                    tracing::warn!(reason = %error, "the answer to writing parked orders was lost; asking the database whether they are written");
                     tokio::time::sleep(PAUSE).await;
                 }
                 Err(WriteError::Retry(StoreError::Data(_))) => return Ok(Part::Changed),
@@ -358,7 +356,7 @@ impl Parking {
         Ok(Part::Written)
     }
 
-    /// The database refuses the row of this one order.
+    /// Dead-letters an order whose row the database refuses.
     async fn dead_letter(
         &mut self,
         part: &[Order],
@@ -388,14 +386,14 @@ impl Parking {
     }
 }
 
-/// Before every parked order.
+/// A position before every parked order.
 const START: (UnixMillis, i64) = (UnixMillis(0), 0);
 
-/// Tells memory which SKUs have parked orders, after the database may have forgotten some, or has
-/// others than this process knows of.
+/// Sets in memory which SKUs have parked orders, after the database may have lost some, or has others than this
+/// process knows of.
 ///
 /// # Errors
-/// Where the database does not answer.
+/// If the database does not answer.
 pub async fn recount(
     state: &State,
     database: &Database,
@@ -415,5 +413,5 @@ pub async fn recount(
     Ok(())
 }
 
-/// Why a SKU is faulted of which parked orders were found.
+/// Reason of the fault of a SKU whose parked orders were found at a start or after a failover.
 pub const FOUND: &str = "orders of it were parked before; they have not been tried again yet";

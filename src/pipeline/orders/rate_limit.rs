@@ -1,4 +1,4 @@
-//! Rate limits, for each user and over all, by `governor` (the generic cell rate algorithm).
+//! Rate limits, for each user and overall, by `governor` (the generic cell rate algorithm).
 
 use std::num::NonZeroU32;
 
@@ -8,7 +8,7 @@ use governor::{DefaultDirectRateLimiter, DefaultKeyedRateLimiter, NotUntil, Quot
 use crate::config::{Rate, RateLimit};
 use crate::order::{Refusal, UserId};
 
-/// The limits in force.
+/// The configured limits.
 #[derive(Debug)]
 pub struct RateLimits {
     per_user: Option<DefaultKeyedRateLimiter<UserId>>,
@@ -17,7 +17,7 @@ pub struct RateLimits {
 }
 
 impl RateLimits {
-    /// The limits that the configuration asks for.
+    /// Limits from the configuration.
     pub fn new(config: &RateLimit) -> Self {
         RateLimits {
             per_user: quota(config.per_user).map(RateLimiter::keyed),
@@ -29,7 +29,7 @@ impl RateLimits {
     /// Counts one request.
     ///
     /// # Errors
-    /// [`Refusal::RateLimited`] where it is one too many.
+    /// [`Refusal::RateLimited`] if it is one too many.
     pub fn check(&self, user_id: &UserId) -> Result<(), Refusal> {
         if let Some(per_user) = &self.per_user {
             per_user
@@ -49,7 +49,7 @@ impl RateLimits {
         }
     }
 
-    /// Forgets users whose limit is whole again, so that memory follows the users of the moment.
+    /// Drops users whose limit is full again, so that memory follows the number of active users.
     pub fn forget_idle(&self) {
         if let Some(per_user) = &self.per_user {
             per_user.retain_recent();

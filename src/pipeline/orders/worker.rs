@@ -1,17 +1,17 @@
-//! One worker: takes what is in the queue, writes it as one batch, settles each order.
+//! A worker: takes orders from the queue, writes them as one batch and settles each order.
 //!
-//! Batches form by themselves: while one is being written, the next gathers in the queue. An idle
-//! system writes each order at once; a busy one writes thousands together. Who writes is said in
-//! [`super::worker_pool`].
+//! Batches form by themselves: while one is being written, the next gathers in the queue. An idle system writes
+//! each order at once; a busy one writes thousands together. [`super::worker_pool`] decides which workers
+//! write.
 //!
-//! What can happen to a batch:
+//! Failures of a batch:
 //!
-//! * A transient failure keeps it at the head of the line: it is tried again, whole, with
-//!   jittered backoff, until the database has taken it.
-//! * A refused row is found by halving the batch; it alone becomes a dead letter.
-//! * A refused counter pauses its SKU. Its orders that a journal has, or may have, are parked in the
-//!   database until somebody has mended it ([`super::parking`]); those that wait were promised nothing
-//!   and are given back. Other SKUs' orders go on.
+//! * Transient failure: the batch stays at the head of the line and is retried whole, with jittered backoff,
+//!   until the database has accepted it.
+//! * Refused row: found by halving the batch; this order alone becomes a dead letter.
+//! * Refused counter: the sale of the SKU is paused. Its orders that are, or may be, in a journal are parked in
+//!   the database until the counters are repaired ([`super::parking`]); waiting orders, which were not
+//!   acknowledged, are given back. Other SKUs' orders continue.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -40,24 +40,24 @@ type Orders = Vec<Arc<PendingOrder>>;
 /// Pauses between attempts to write a batch.
 const RETRY: Backoff = Backoff::new(Duration::from_millis(10), Duration::from_secs(1));
 
-/// Why a worker ended before its queue did.
+/// Reason why a worker ended before its queue did.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkerError {
     /// This process may not write any more.
     #[error(transparent)]
     Fatal(#[from] StoreError),
-    /// The drain's deadline came; what was left is settled as unwritten.
+    /// The drain's deadline passed; the remaining orders are settled as unwritten.
     #[error("stopped at the drain's deadline with {0} orders unwritten")]
     Cut(usize),
 }
 
 /// A worker's slot among the others of its queue.
 pub struct WorkerSlot {
-    /// Its number; 0 is the first, the primary, which never waits for a request.
+    /// Its number; 0 is the primary worker, which never waits for a request.
     pub shard: usize,
-    /// Where it notes what it has committed.
+    /// The last committed batch of each worker.
     pub watermarks: Arc<Watermarks>,
-    /// Where it requests help, and is asked for it.
+    /// The pool through which workers request help.
     pub pool: Arc<WorkerPool>,
 }
 
@@ -69,21 +69,21 @@ pub struct Worker {
     wake_all: WakeAll,
     metrics: Metrics,
     rows_max: usize,
-    /// Turns true when the worker has to stop even if the database does not answer.
+    /// True once the worker has to stop even if the database does not answer.
     cut: watch::Receiver<bool>,
     commits_lost: u64,
     slot: WorkerSlot,
-    /// Of the first worker: however it ends, the others need no call from then on.
+    /// Held by the primary worker; however it ends, the others then need no request.
     _primary: Option<PrimaryGuard>,
 }
 
-/// How the database has decided on a part of a batch.
+/// The database's decision on a part of a batch.
 enum Decided {
-    /// It is written; these of its orders as expired.
+    /// Written; true for each order that is written as expired.
     Written(Vec<bool>),
-    /// It is parked.
+    /// Parked.
     Parked,
-    /// Something of it is refused.
+    /// A row or a counter in it is refused.
     Refused(Refusal),
 }
 
@@ -118,11 +118,11 @@ impl Worker {
         }
     }
 
-    /// Works until the queue is closed and empty, or `cut` turns true.
+    /// Runs until the queue is closed and empty, or `cut` turns true.
     ///
     /// # Errors
-    /// [`WorkerError`]; every order that the worker had claimed is settled all the same, but for
-    /// those of a batch that may or may not have been committed.
+    /// [`WorkerError`]; every claimed order is settled all the same, except those of a batch that may or may
+    /// not have been committed.
     pub async fn run(mut self) -> Result<(), WorkerError> {
         self.work().await
     }
@@ -135,7 +135,7 @@ impl Worker {
             biased;
             () = async { drop(cut.wait_for(|cut| *cut).await) } => {}
             connected = pool.request_help_while(self.writer.connect_ahead()) => {
-                // Anything else is told about, and tried again, with the first batch.
+                // Any other failure is reported and retried with the first batch.
                 if let Err(WriteError::Fatal(error)) = connected {
                     return Err(error.into());
                 }
@@ -145,8 +145,8 @@ impl Worker {
             let rows_max = self.state.throughput.batch_rows(self.rows_max);
             let taken = tokio::select! {
                 biased;
-                // Whoever still waits is told that nothing was written, and what the journal has
-                // is left to the next process.
+                // Waiting clients learn that nothing was written; orders in the journal are left to the next
+                // process.
                 () = async { drop(cut.wait_for(|cut| *cut).await) } => break,
                 taken = self.take(&*queue, rows_max) => taken,
             };
@@ -158,10 +158,10 @@ impl Worker {
                 .filter(|order| order.slot.claim())
                 .map(Arc::clone)
                 .collect();
-            // From here each is settled by this worker, whatever happens.
+            // From here on this worker settles each of them, whatever happens.
             taken.ack();
             if claimed.is_empty() {
-                // All of it was given up: the queue is served again, for all that can be seen.
+                // All of it was abandoned: as far as can be seen, the queue is served again.
                 self.state.progress.decided();
             }
             crash_point("worker.claimed");
@@ -173,7 +173,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Waits for its turn and for the first order, then takes what is there.
+    /// Waits for a request (unless primary) and for the first order, then takes a batch.
     async fn take(&self, queue: &dyn OrderQueue, rows_max: usize) -> Option<Batch> {
         if self.slot.shard > 0 && !has_enough_for_two(queue, rows_max) {
             self.slot.pool.help_requested().await;
@@ -181,7 +181,7 @@ impl Worker {
         queue.take(rows_max).await
     }
 
-    /// Writes and settles every order in `batch`, or parks it.
+    /// Writes or parks every order of `batch`, and settles it.
     async fn write(&mut self, batch: Orders) -> Result<(), WorkerError> {
         let mut parts = Parts::default();
         if self.state.catalogue.has_faults() {
@@ -194,7 +194,7 @@ impl Worker {
                 How::Write => None,
                 How::Park => match self.begin_parking(&part) {
                     Some(parking) => Some(parking),
-                    // Its counters are taken again.
+                    // The counters are accepted again.
                     None => {
                         parts.push(How::Write, part);
                         continue;
@@ -208,8 +208,8 @@ impl Worker {
             let decided = match decided {
                 Ok(decided) => decided,
                 Err(error) => {
-                    // What may have been committed stays claimed: those who wait for it are told
-                    // `undecided`, which is the truth.
+                    // Orders that may have been committed stay claimed: their clients get `undecided`, which is
+                    // the truth.
                     if !self.writer.outcome_unknown() {
                         parts.push(how, part);
                     }
@@ -218,7 +218,7 @@ impl Worker {
                 }
             };
             if let Err((rest, error)) = self
-                .settle_decided(how, part, decided, parking, &mut parts)
+                .apply_decision(how, part, decided, parking, &mut parts)
                 .await
             {
                 self.give_up(rest);
@@ -229,8 +229,8 @@ impl Worker {
         Ok(())
     }
 
-    /// Settles a part that the database has judged, or puts it back in smaller ones.
-    async fn settle_decided(
+    /// Settles a decided part, or puts a refused one back in smaller parts.
+    async fn apply_decision(
         &mut self,
         how: How,
         part: Orders,
@@ -270,7 +270,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Takes the orders of SKUs that are faulted out of a batch, so that they cost the others nothing.
+    /// Takes the orders of faulted SKUs out of a batch, so that they do not delay the others.
     fn set_faulted_aside(&self, batch: Orders, parts: &mut Parts<Arc<PendingOrder>>) {
         let mut faulted: BTreeMap<SkuNumber, Orders> = BTreeMap::new();
         let mut sound = Orders::with_capacity(batch.len());
@@ -288,9 +288,8 @@ impl Worker {
         parts.push(How::Write, sound);
     }
 
-    /// Orders of one SKU whose counters are refused: gives back those that nobody was promised
-    /// anything of, and leaves the others to be parked, or to be written as expired, for which no
-    /// counter moves.
+    /// Sets aside orders of one SKU whose counters are refused: gives back unacknowledged orders, and leaves
+    /// the others to be parked or, if too late, to be written as expired, which moves no counter.
     fn set_aside(&self, part: Orders, parts: &mut Parts<Arc<PendingOrder>>) {
         let now = self.state.ids.real_now();
         let (recorded, waiting): (Orders, Orders) = part
@@ -321,7 +320,7 @@ impl Worker {
         }
     }
 
-    /// Of orders of one SKU. `None`: it is sound.
+    /// Begins parking orders of one SKU. `None`: the SKU has no fault.
     fn begin_parking(&self, part: &Orders) -> Option<Parking> {
         let sku = self.state.catalogue.by_number(part.first()?.order.sku)?;
         sku.fault().begin_parking()
@@ -349,7 +348,7 @@ impl Worker {
         }
     }
 
-    /// Tries the same orders again and again until the database has judged them.
+    /// Retries the same orders until the database has decided on them.
     async fn write_until_decided(&mut self, part: &Orders) -> Result<Decided, WorkerError> {
         let (worker, workers) = (self.slot.shard, self.slot.watermarks.workers());
         self.state.throughput.begin(worker, workers, part.len());
@@ -359,7 +358,7 @@ impl Worker {
     }
 
     async fn try_until_decided(&mut self, part: &Orders) -> Result<Decided, WorkerError> {
-        // Judged once: an attempt whose commit is unknown is never made with other rows.
+        // Determined once: an attempt whose commit is in doubt is never repeated with other rows.
         let now = self.state.ids.real_now();
         let expired: Vec<bool> = part
             .iter()
@@ -506,7 +505,7 @@ impl Worker {
         if !part.is_empty() {
             tracing::warn!(
                 orders = part.len(),
-                "gave up orders that could not be written"
+                "orders could not be written and are given up; their units are free again"
             );
             self.settle(&part, State::unwritten);
         }
@@ -549,9 +548,9 @@ impl Worker {
     ) -> Result<(), WorkerError> {
         let wait = backoff.jittered_pause();
         self.state.progress.failed(&error.to_string());
-        // The first and then every tenth: an outage is not a line a retry.
+        // Logs the first attempt and then every tenth, so an outage is not a line for each retry.
         if backoff.attempts() % 10 == 1 {
-            tracing::warn!(rows, attempts = backoff.attempts(), reason = %error, "a batch is not written yet; it is tried again");
+            tracing::warn!(rows, attempts = backoff.attempts(), reason = %error, "a batch could not be written yet; retrying");
         }
         tokio::select! {
             () = tokio::time::sleep(wait) => Ok(()),

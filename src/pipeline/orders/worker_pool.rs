@@ -1,13 +1,12 @@
-//! Which of the workers write: the first always, the others where there is more than it can do.
+//! Wakes workers as load requires: the primary worker always writes, the others while it cannot keep up.
 //!
-//! A batch costs PostgreSQL and us the same fixed work whatever is in it, and batches of one hot SKU
-//! wait for one another's commit. While the first worker keeps up, a second one would only cut the
-//! same orders into more batches. So the others sleep until their help is requested:
+//! A batch costs PostgreSQL and Millrace the same fixed work whatever its size, and batches of one hot SKU wait
+//! for one another's commit. While the primary worker keeps up, a second one would only split the same orders
+//! into more batches. So the others sleep until their help is requested:
 //!
-//! * by a worker that has taken a batch and leaves enough for another one behind it
-//!   ([`has_enough_for_two`]), and
-//! * by a worker that is busy with one for longer than [`HELP_AFTER`], again and again, whatever holds it up:
-//!   an order never waits longer than that for a worker that hangs.
+//! * by a worker that has taken a batch and leaves enough for another one ([`has_enough_for_two`]), and
+//! * by a worker that is busy with a batch for longer than [`HELP_AFTER`], repeatedly and whatever the cause:
+//!   no order waits longer than that for a worker that hangs.
 //!
 //! Each request wakes one worker for one batch. A worker that finds another full batch waiting takes
 //! it without a request.
@@ -22,28 +21,27 @@ use tokio::sync::Notify;
 
 use crate::queue::OrderQueue;
 
-/// Orders in the queue that are worth another worker: by then the rows of a batch cost several times
-/// its fixed work.
+/// Orders in the queue that justify another worker: at this number the rows of a batch cost several times its
+/// fixed work.
 const HELP_ROWS: usize = 500;
-/// A worker that is busy for longer than this, several times what a batch takes by itself, requests help.
+/// A worker that is busy for longer than this, several times the duration of a batch, requests help.
 pub const HELP_AFTER: Duration = Duration::from_millis(10);
 
-/// Whether there is more in `queue` than the worker that takes at most `rows_max` at once should be left
-/// alone with.
+/// Whether `queue` holds enough orders for a second worker, each taking at most `rows_max` at once.
 pub fn has_enough_for_two(queue: &dyn OrderQueue, rows_max: usize) -> bool {
     queue.ahead() >= HELP_ROWS.min(rows_max) || queue.is_full()
 }
 
-/// What the workers of one queue have in common.
+/// The state shared by the workers of one queue.
 #[derive(Debug, Default)]
 pub struct WorkerPool {
     requests: Notify,
-    /// The primary worker has ended, so each takes for itself.
+    /// The primary worker has ended, so the others take orders without a request.
     primary_is_gone: AtomicBool,
 }
 
 impl WorkerPool {
-    /// Waits for a request for help, each of which wakes one worker. Returns at once after the primary worker
+    /// Waits for a request for help; each request wakes one worker. Returns at once after the primary worker
     /// has ended.
     pub async fn help_requested(&self) {
         let mut request = pin!(self.requests.notified());
@@ -54,7 +52,7 @@ impl WorkerPool {
         }
     }
 
-    /// Wakes one worker, now or as soon as one sleeps.
+    /// Wakes one worker, now or as soon as one waits.
     pub fn request_help(&self) {
         self.requests.notify_one();
     }

@@ -1,13 +1,13 @@
-//! Callbacks of payment providers, on a task and a connection of their own: neither expiry nor
-//! look-ups nor refunds stand before a platform that gives up after five seconds.
+//! Callbacks of payment providers, on a task and a connection of their own: a provider gives up after five
+//! seconds, so callbacks do not queue behind expiry, look-ups or refunds.
 //!
-//! While one transaction runs, and for 20 ms from its beginning, callbacks gather: a flood shares
-//! commits, as orders do, and a single one costs one. None waits for the order pipeline: an order that is
-//! not a row yet, or whose row somebody holds, leaves its payment an orphan for a moment.
+//! Callbacks gather while a transaction runs and for 20 ms from its beginning: a flood shares commits, as
+//! orders do, and a single callback costs one. No callback waits for the order pipeline: if its order is not a
+//! row yet, or the row is locked, the payment is an orphan for a moment.
 //!
-//! A payment is known to `state::orphans` from the door on, by the moment at which it counts as
-//! made, so its order does not expire while the payment waits to be stored. Where it could not be
-//! stored, because the database is away, its provider comes again, and the order waits that long.
+//! A payment is registered in `state::orphans` on arrival, with the moment at which it counts as made, so its
+//! order does not expire while the payment waits to be stored. If it cannot be stored because the database is
+//! away, the provider delivers it again, and the order is kept that long.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,28 +23,28 @@ use crate::state::State;
 use crate::store::StoreError;
 use crate::store::settlement::payments::Arrival;
 
-/// Callbacks that may wait; beyond it they are refused and the provider comes again.
+/// Callbacks that may be queued; beyond that they are refused, and the provider delivers them again.
 const CALLBACKS_MAX: usize = 8_192;
 /// Messages stored in one transaction.
 const BATCH_MAX: usize = 1_000;
-/// From the beginning of one transaction to that of the next, at least: a flood shares few commits and
-/// leaves the database to orders, and a callback on its own does not wait. Without it the demo's flood
-/// made 330 transactions a second, of two callbacks each.
+/// Minimum time between the beginnings of two transactions: a flood shares few commits and leaves the database
+/// to orders, and a single callback does not wait. Without it the demo's flood made 330 transactions a second,
+/// of two callbacks each.
 const BATCH_EVERY: Duration = Duration::from_millis(20);
-/// How long an order that was paid in time is kept for a payment that could not be stored, in
-/// milliseconds. Providers come again within half an hour, most within minutes.
+/// How long an order that was paid in time is kept for a payment that could not be stored, in milliseconds.
+/// Providers deliver again within half an hour, most within minutes.
 const EXPECTED_MS: u64 = 3_600_000;
 
-/// Why a message was not stored. The provider is told, and sends it again.
+/// Reason why a message was not stored. The provider gets an error and sends the message again.
 #[derive(Debug, thiserror::Error)]
 pub enum NotStored {
-    /// More are waiting than may wait.
+    /// The queue of callbacks is full.
     #[error("too many callbacks are waiting")]
     Busy,
     /// The process is stopping.
     #[error("the service is stopping")]
     Stopped,
-    /// The database did not take it.
+    /// The database did not store it.
     #[error("{0}")]
     Store(String),
 }
@@ -52,33 +52,33 @@ pub enum NotStored {
 struct Request {
     delivery: Delivery,
     answer: oneshot::Sender<Result<(), NotStored>>,
-    _on_its_way: Option<OnItsWay>,
+    _incoming: Option<IncomingPayment>,
 }
 
-/// A payment that is known, and not stored yet.
-struct OnItsWay {
+/// Registers a payment that has arrived and is not stored yet; dropping it ends the registration.
+struct IncomingPayment {
     state: Arc<State>,
     order_id: OrderId,
 }
 
-impl OnItsWay {
+impl IncomingPayment {
     fn new(state: &Arc<State>, delivery: &Delivery) -> Option<Self> {
         let order_id = delivery.notice.payment.as_ref()?.order_id()?;
         state.orphans.arrives(order_id, delivery.paid_at());
-        Some(OnItsWay {
+        Some(IncomingPayment {
             state: Arc::clone(state),
             order_id,
         })
     }
 }
 
-impl Drop for OnItsWay {
+impl Drop for IncomingPayment {
     fn drop(&mut self) {
         self.state.orphans.arrived(self.order_id);
     }
 }
 
-/// The way in for callbacks. Cheap to clone.
+/// Handle to the callbacks task. Cheap to clone.
 #[derive(Clone)]
 pub struct CallbacksHandle {
     requests: mpsc::Sender<Request>,
@@ -86,15 +86,14 @@ pub struct CallbacksHandle {
 }
 
 impl CallbacksHandle {
-    /// Stores a provider's message and lets its payment meet its order. `Ok` means committed.
+    /// Stores a provider's message and matches its payment to its order. `Ok` means committed.
     ///
     /// # Errors
-    /// [`NotStored`]; nothing is stored then, or it is not known, and the same message again
-    /// settles it.
-    pub async fn take_in(&self, delivery: Delivery) -> Result<(), NotStored> {
+    /// [`NotStored`]: nothing is stored, or the outcome is unknown. Delivering the same message again is safe.
+    pub async fn ingest(&self, delivery: Delivery) -> Result<(), NotStored> {
         let (answer, answered) = oneshot::channel();
         let request = Request {
-            _on_its_way: OnItsWay::new(&self.state, &delivery),
+            _incoming: IncomingPayment::new(&self.state, &delivery),
             delivery,
             answer,
         };
@@ -113,13 +112,13 @@ impl CallbacksHandle {
         answered.await.unwrap_or(Err(NotStored::Stopped))
     }
 
-    /// The time by which a callback's arrival is judged.
+    /// The time of a callback's arrival, in milliseconds since the epoch.
     pub fn now(&self) -> UnixMillis {
         self.state.ids.real_now()
     }
 }
 
-/// A payment that was not stored will be delivered again.
+/// Keeps the order of a payment that was not stored until the provider delivers it again.
 fn expect_again(state: &State, delivery: &Delivery) {
     let payment = delivery.notice.payment.as_ref();
     if let Some(id) = payment.and_then(|payment| payment.order_id()) {
@@ -132,15 +131,15 @@ fn expect_again(state: &State, delivery: &Delivery) {
 pub struct Callbacks {
     settler: Settler,
     requests: mpsc::Receiver<Request>,
-    /// When an orphan is looked at first, in milliseconds from its arrival.
+    /// Delay between an orphan's arrival and its first check, in milliseconds.
     first_check_ms: u64,
 }
 
 impl Callbacks {
-    /// The task, and the way to it.
+    /// The task and its handle.
     pub fn new(settler: Settler, first_check_ms: u64) -> (CallbacksHandle, Callbacks) {
         let (sender, requests) = mpsc::channel(CALLBACKS_MAX);
-        let desk = CallbacksHandle {
+        let handle = CallbacksHandle {
             requests: sender,
             state: Arc::clone(&settler.parts.state),
         };
@@ -149,10 +148,10 @@ impl Callbacks {
             requests,
             first_check_ms,
         };
-        (desk, callbacks)
+        (handle, callbacks)
     }
 
-    /// Works until the future is dropped, or another process has taken over.
+    /// Runs until the future is dropped or another process takes over.
     pub async fn run(mut self) {
         let mut batch = Vec::new();
         let mut not_before = Instant::now();
@@ -175,7 +174,7 @@ impl Callbacks {
     }
 
     async fn serve(&mut self, requests: Vec<Request>) {
-        // Halved until each that the database refuses stands alone.
+        // A refused part is halved until each message that the database refuses stands alone.
         let mut parts = vec![requests];
         while let Some(mut part) = parts.pop() {
             let deliveries: Vec<&Delivery> = part.iter().map(|one| &one.delivery).collect();
@@ -199,13 +198,13 @@ impl Callbacks {
                         Err(NotStored::Store(error.to_string()))
                     }
                 };
-                // Who has gone was promised nothing, and comes again.
+                // A caller that has gone got no answer, so its provider delivers again.
                 let _ = request.answer.send(answer);
             }
         }
     }
 
-    /// Stores messages, and lets their payments meet their orders.
+    /// Stores messages and matches their payments to their orders.
     async fn store(&mut self, deliveries: &[&Delivery]) -> Result<(), StoreError> {
         let state = Arc::clone(&self.settler.parts.state);
         let signals = Arc::clone(&self.settler.parts.signals);
@@ -223,46 +222,46 @@ impl Callbacks {
                 in_flight
             })
             .collect();
-        let arrival = |judge| Arrival {
+        let arrival = |match_now| Arrival {
             now,
             check_at: now.plus_ms(self.first_check_ms),
-            judge,
+            match_now,
             with_waiting: orders().any(|id| state.orphans.is_stored(id)),
         };
-        let (judged, unjudged) = (arrival(true), arrival(false));
-        // While rows cannot be had nobody waits for them: what comes is stored and matched later.
-        let judge = !signals.rows_are_held();
-        let first = if judge { judged } else { unjudged };
-        let mut stored = self.take_in(deliveries, first, &in_flight).await;
+        let (matched, unmatched) = (arrival(true), arrival(false));
+        // While row locks are unavailable, payments are stored without waiting for rows and matched later.
+        let match_now = !signals.rows_are_held();
+        let first = if match_now { matched } else { unmatched };
+        let mut stored = self.ingest(deliveries, first, &in_flight).await;
         if let Err(error) = &stored
-            && judge
+            && match_now
             && !matches!(error, StoreError::Fenced { .. })
         {
-            // A row that somebody holds, or counters that the database refuses: the money is
-            // booked all the same, and matched later.
+            // A row was locked, or the database refused the counters: store the payments unmatched, and match
+            // them later.
             if error.is_about_rows() {
                 signals.set_rows_are_held(true);
             }
-            tracing::warn!(reason = %error, payments = deliveries.len(), "payments are stored before they are matched");
-            stored = self.take_in(deliveries, unjudged, &in_flight).await;
+            tracing::warn!(reason = %error, payments = deliveries.len(), "payments could not be matched now; storing them first, matching later");
+            stored = self.ingest(deliveries, unmatched, &in_flight).await;
         }
         stored
     }
 
-    async fn take_in(
+    async fn ingest(
         &mut self,
         deliveries: &[&Delivery],
         arrival: Arrival,
         in_flight: &[OrderId],
     ) -> Result<(), StoreError> {
         let (moving, writer) = self.settler.writer().await?;
-        let settlement = writer.take_in(deliveries, arrival, in_flight).await?;
+        let settlement = writer.ingest(deliveries, arrival, in_flight).await?;
         let payments = &self.settler.parts.metrics.payments;
         let count = deliveries.len();
         payments.events.inc_by(settlement.events);
         payments.duplicates.inc_by(count as u64 - settlement.events);
         payments.batch_rows.observe(count as f64);
-        self.settler.settled(&settlement).await;
+        self.settler.apply_settlement(&settlement).await;
         drop(moving);
         Ok(())
     }

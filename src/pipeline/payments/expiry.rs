@@ -1,8 +1,8 @@
-//! Orders that were not paid in time: their units come back in the database and in memory, within
-//! two seconds of falling due and what is due before them. A task and a connection of their own.
+//! Expiry of orders that were not paid in time: their units return in the database and in memory within two
+//! seconds of falling due, plus the time that an earlier backlog takes. A task and a connection of its own.
 //!
-//! Which ids to look at and when is kept by `state::expiry_index`; due is what Millrace's own monotonic
-//! clock says (I10). A payment and an expiry lock the order's row: one wins, the other sees it.
+//! `state::expiry_index` keeps the ids to look at and their times; "due" is by Millrace's own monotonic clock
+//! (I10). A payment and an expiry lock the order's row: one wins, the other sees the result.
 //!
 //! ```text
 //!   unpaid ──ranges──► look: so many rows ──overdue──► expire: so many orders
@@ -12,9 +12,9 @@
 //!                                 deferred: by SKU, each with a time of its own
 //! ```
 //!
-//! Progress is by rows that were read, whether or not any of them matched, so no range is too
-//! long; a step that takes too long is made shorter. A SKU whose row somebody holds, or whose
-//! counters are refused, is put off by itself and takes turns with the others.
+//! Progress is counted in rows read, whether or not any of them is overdue, so no range is too long; a step
+//! that takes too long is made shorter. A SKU whose row is locked, or whose counters are refused, is deferred
+//! by itself and takes turns with the others.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
@@ -28,40 +28,39 @@ use crate::state::expiry_index::{Due, Nearness, Ranges};
 use crate::store::StoreError;
 use crate::store::settlement::expiry::Overdue;
 
-/// Orders expired in one transaction, at most.
+/// Maximum of orders expired in one transaction.
 const ORDERS_MAX: usize = 2_000;
-/// Rows read in one step, at most.
+/// Maximum of rows read in one step.
 const ROWS_MAX: usize = 20_000;
-/// Rows read in one step, where the database is slow.
+/// Rows read in one step if the database is slow.
 const ROWS_MIN: usize = 50;
 /// Ranges read in one step.
 const RANGES_MAX: usize = 24;
-/// A step that takes longer is halved the next time, and one that takes less than a fifth is
-/// doubled.
+/// Target time of a step. A longer step halves the next one; one below a fifth doubles it.
 const STEP: Duration = Duration::from_millis(100);
-/// How often due orders are looked for.
+/// Interval between two looks for due orders.
 const LOOK: Duration = Duration::from_millis(100);
-/// Orders expire so many milliseconds after their time: what came to the door before it is known
-/// by then.
+/// Orders expire this many milliseconds after their deadline: payments that arrived before the deadline are
+/// registered by then.
 const GRACE_MS: u64 = 250;
-/// How often the least unpaid order is noted, for the next start.
+/// Interval at which the lowest unpaid order id is stored for the next start.
 const NOTE: Duration = Duration::from_secs(10);
-/// When an order is looked at again that somebody holds, or that was paid in time, in milliseconds.
+/// Delay in milliseconds until an order is looked at again whose row was locked or that was paid in time.
 const AGAIN_MS: u64 = 1_000;
-/// When a SKU is tried again that could not be had: first, and at most.
+/// Delay until a deferred SKU is retried: first and longest.
 const DEFER: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
-/// Orders that are put off with their SKU are looked for one by one, until they are many.
+/// Orders of a deferred SKU are looked up one by one until there are too many ranges.
 const DEFERRED: Nearness = Nearness {
     apart: 0,
     ranges_max: 1_024,
 };
 
-/// Ids that are worked on.
+/// Ids in work.
 #[derive(Debug, Default)]
 struct Work {
     /// Not looked at yet.
     ranges: Ranges,
-    /// Found, and to expire.
+    /// Found overdue, to be expired.
     overdue: VecDeque<Overdue>,
 }
 
@@ -76,7 +75,7 @@ impl Work {
     }
 }
 
-/// The orders of a SKU that could not be had.
+/// Work of a SKU whose row was locked or whose counters were refused.
 #[derive(Debug)]
 struct Deferred {
     work: Work,
@@ -89,18 +88,18 @@ pub struct Expiry {
     settler: Settler,
     /// `orders.idempotency_window_ms`.
     window_ms: u64,
-    /// The ids that fell due.
+    /// The ids that have fallen due, except those of deferred SKUs.
     work: Work,
-    /// Since when the first of them have been due.
+    /// When the first of them fell due.
     since: Option<UnixMillis>,
     deferred: BTreeMap<SkuNumber, Deferred>,
-    /// Whether the last step was one of a SKU that was put off.
+    /// Whether the last step belonged to a deferred SKU.
     deferred_had_its_turn: bool,
-    /// Whether SKUs are tried one by one, because what is wrong is not that somebody holds them.
+    /// Whether SKUs are tried one by one, because the failure was not a lock on one of them.
     one_by_one: bool,
-    /// Rows read in a step, as fast as the database is.
+    /// Rows read in a step, adapted to the database's speed.
     rows: usize,
-    /// Orders expired in a step, likewise.
+    /// Orders expired in a step, adapted likewise.
     orders: usize,
     noted: Option<(OrderId, Instant)>,
 }
@@ -122,7 +121,7 @@ impl Expiry {
         }
     }
 
-    /// Works until the future is dropped, or another process has taken over.
+    /// Runs until the future is dropped or another process takes over.
     pub async fn run(mut self) {
         loop {
             let pause = match self.step().await {
@@ -143,7 +142,7 @@ impl Expiry {
         }
     }
 
-    /// One look or one transaction. True: there is more to do.
+    /// Does one look or one transaction. Returns true if there is more to do.
     async fn step(&mut self) -> Result<bool, StoreError> {
         let state = &self.settler.parts.state;
         let now = UnixMillis(state.ids.real_now().0 - GRACE_MS as i64);
@@ -170,8 +169,8 @@ impl Expiry {
         Ok(true)
     }
 
-    /// Takes what has fallen due, so many ranges at once. They share a step, so a long one keeps no
-    /// other waiting.
+    /// Takes the ranges that have fallen due, up to the maximum of a step. They share a step, so a long range
+    /// delays no other.
     fn take_due(&mut self, now: UnixMillis) {
         if self.work.is_empty() {
             self.since = None;
@@ -180,7 +179,7 @@ impl Expiry {
             && let Some(Due { ids, since }) = self.settler.parts.state.expiry_index.take_due(now)
         {
             self.since = self.since.or(Some(since));
-            // As they are: not one row between two of them is read.
+            // Ranges are not merged: no row between two of them is read.
             self.work.ranges.insert_range(ids, DEFERRED);
         }
     }
@@ -208,7 +207,7 @@ impl Expiry {
         }
     }
 
-    /// Reads rows of the first ranges. What was read is done with, also where nothing was found.
+    /// Reads rows of the first ranges. Rows that were read are done with, found overdue or not.
     async fn look(&mut self, sku: Option<SkuNumber>, now: UnixMillis) -> Result<(), StoreError> {
         let rows = self.rows;
         let mut taken = Vec::new();
@@ -258,7 +257,7 @@ impl Expiry {
         }
     }
 
-    /// Expires one part of what was found.
+    /// Expires one part of the overdue orders.
     async fn expire_part(&mut self, now: UnixMillis) -> Result<(), StoreError> {
         self.defer_known();
         let Some(first) = self.work.overdue.front().copied() else {
@@ -301,8 +300,8 @@ impl Expiry {
         }
     }
 
-    /// Expires orders, in the database and in memory. Those that could not be had now, and those
-    /// that were paid in time, are noted for later.
+    /// Expires orders, in the database and in memory. Orders whose rows were locked, and orders that were paid
+    /// in time, are noted for later.
     async fn expire(&mut self, part: &[Overdue], now: UnixMillis) -> Result<(), StoreError> {
         let state = &self.settler.parts.state;
         let with_orphans = !state.orphans.is_empty();
@@ -332,7 +331,7 @@ impl Expiry {
             payments.orders_expired.inc_by(expired.len() as u64);
             tracing::debug!(orders = expired.len(), "orders have expired");
             if !bug("keep_expired_units") {
-                self.settler.settle_memory(&expired).await;
+                self.settler.apply_moves(&expired).await;
             }
         }
         drop(moving);
@@ -346,7 +345,7 @@ impl Expiry {
         Ok(())
     }
 
-    /// What was found of SKUs that are put off joins what is put off.
+    /// Moves the overdue orders of deferred SKUs to the work of those SKUs.
     fn defer_known(&mut self) {
         if self.deferred.is_empty() {
             return;
@@ -363,7 +362,7 @@ impl Expiry {
             });
     }
 
-    /// Puts a SKU off: its orders expire at a time of their own.
+    /// Defers a SKU: its orders expire at a time of their own.
     fn defer(&mut self, sku: SkuNumber, error: &StoreError) {
         let deferred = self.deferred.entry(sku).or_insert_with(|| Deferred {
             work: Work::default(),
@@ -381,20 +380,20 @@ impl Expiry {
             let sku_id = known.map(|sku| sku.id.to_string()).unwrap_or_default();
             tracing::error!(
                 sku_id, reason = %error,
-                "the units of orders that have expired do not come back yet: somebody holds rows of this SKU, or its \
-                 row in `sku` disagrees with its orders (see the audit)"
+                "expired orders of this SKU keep their units for now: a session holds locks on rows of this SKU (see \
+                 pg_locks), or its row in `sku` disagrees with its orders (run the audit); retrying"
             );
         }
     }
 
-    /// The SKU that was put off and has been due for a try for the longest time.
+    /// The deferred SKU that has been due for a retry for the longest time.
     fn next_deferred(&self) -> Option<SkuNumber> {
         let now = Instant::now();
         let due = self.deferred.iter().filter(|(_, one)| one.retry_at <= now);
         due.min_by_key(|(_, one)| one.retry_at).map(|(sku, _)| *sku)
     }
 
-    /// One step of a SKU that was put off.
+    /// Does one step of a deferred SKU.
     async fn retry(&mut self, sku: SkuNumber, now: UnixMillis) -> Result<(), StoreError> {
         let orders = self.orders;
         let Some(deferred) = self.deferred.get_mut(&sku) else {
@@ -416,7 +415,7 @@ impl Expiry {
                 Err(error) => return Err(error),
             }
         }
-        // The least recent comes first, so each of them has its turn.
+        // The least recently tried SKU comes first, so each has its turn.
         if let Some(deferred) = self.deferred.get_mut(&sku) {
             deferred.retry_at = deferred.retry_at.max(Instant::now());
             if deferred.work.is_empty() {
@@ -426,8 +425,8 @@ impl Expiry {
         Ok(())
     }
 
-    /// Notes below which no unpaid order lies that a start would not find in the idempotency
-    /// window anyway. A failure only makes the next start look at more.
+    /// Stores an id below which no unpaid order lies, except those that a start finds in the idempotency window
+    /// anyway. A failure only makes the next start read more.
     async fn note_least(&mut self) {
         if self.noted.is_some_and(|(_, at)| at.elapsed() < NOTE) {
             return;
@@ -435,7 +434,7 @@ impl Expiry {
         let noted = self.try_note_least().await;
         let least = match noted {
             Ok(Some(least)) => least,
-            // An older order has just become unpaid again; the next time.
+            // An older order has just become unpaid again; noted the next time.
             Ok(None) | Err(_) => self.noted.map_or(OrderId::MAX, |(least, _)| least),
         };
         self.noted = Some((least, Instant::now()));
@@ -465,7 +464,7 @@ impl Expiry {
     }
 }
 
-/// How many at once next, where so many have taken so long.
+/// Adapts the size of a step to the time the last one took.
 fn paced(count: usize, took: Duration) -> usize {
     if took > STEP {
         count / 2

@@ -1,4 +1,4 @@
-//! What happens to an order after its row is there. Three tasks, each with a connection of its own:
+//! Payments, refunds and expiry of orders that are rows. Three tasks, each with a connection of its own:
 //!
 //! ```text
 //!   providers ──► callbacks ──┐
@@ -7,9 +7,10 @@
 //!                                        └─ after each commit: counters and buyers in memory
 //! ```
 //!
-//! * [`callbacks`]: messages of payment providers are stored, and payments matched to orders;
-//! * [`processor`]: refunds and decisions of operators; [`reconciler`]: payments without an order;
-//! * [`expiry`]: orders that were not paid in time;
+//! * [`callbacks`]: stores the messages of payment providers and matches payments to orders;
+//! * [`processor`]: refunds and decisions of operators; [`reconciler`]: orphan payments (payments without an
+//!   order);
+//! * [`expiry`]: expires orders that were not paid in time;
 //! * [`settler`]: the parts that all three share.
 
 pub mod callbacks;

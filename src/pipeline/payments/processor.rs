@@ -1,4 +1,4 @@
-//! Operators' refunds and decisions, and orphan payments, on a task and a connection of their own.
+//! Refunds and decisions of operators, and the reconciling of orphan payments, on one task with one connection.
 //!
 //! ```text
 //!   providers ──► callbacks ──┐
@@ -7,9 +7,9 @@
 //!                                        └─ after each commit: counters and buyers in memory
 //! ```
 //!
-//! * here: the way in for operators;
-//! * `reconciler`: orphans; `callbacks` and `expiry` are tasks of their own; `settler` is what all
-//!   three have in common.
+//! * this file: the entry point for operators;
+//! * `reconciler`: orphan payments; `callbacks` and `expiry` are tasks of their own; `settler`: the parts that
+//!   all three share.
 
 use std::time::{Duration, Instant};
 
@@ -20,11 +20,11 @@ use crate::order::OrderId;
 use crate::store::StoreError;
 use crate::store::settlement::refunds::{Closed, Recorded, RefundNote};
 
-/// Requests that may wait; beyond it operators wait for room.
+/// Requests that may be queued; when the queue is full, operators wait for a place.
 const REQUESTS_MAX: usize = 64;
-/// How often orphans are looked at.
-const LOOK: Duration = Duration::from_millis(100);
-/// Pause after the database has failed a look.
+/// Interval between two passes over the orphans.
+const PASS_EVERY: Duration = Duration::from_millis(100);
+/// Pause after a pass failed because of the database.
 pub(super) const PAUSE: Duration = Duration::from_secs(1);
 
 enum Request {
@@ -37,17 +37,17 @@ enum Request {
     Retry(i64, oneshot::Sender<Result<bool, StoreError>>),
 }
 
-/// The way to the payment processor. Cheap to clone.
+/// Handle to the payment processor. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct PaymentsHandle {
     requests: mpsc::Sender<Request>,
 }
 
 impl PaymentsHandle {
-    /// Records that the money of an order went back.
+    /// Records that the money of an order was refunded.
     ///
     /// # Errors
-    /// Where the database does not answer; nothing has changed then.
+    /// If the database does not answer; nothing has changed.
     pub async fn record_refund(
         &self,
         order_id: OrderId,
@@ -57,20 +57,20 @@ impl PaymentsHandle {
             .await
     }
 
-    /// Closes a payment that has no order.
+    /// Closes a payment without an order.
     ///
     /// # Errors
-    /// Where the database does not answer; nothing has changed then.
+    /// If the database does not answer; nothing has changed.
     pub async fn close(&self, payment: i64, note: RefundNote) -> Result<Closed, StoreError> {
         self.ask(|answer| Request::Close(payment, note, answer))
             .await
     }
 
-    /// Looks for an orphan's order now, and recovers it from the receipt where it is not found.
-    /// False: there is no such orphan.
+    /// Looks for an orphan's order now and, if there is none, recovers it from the receipt. Returns false if
+    /// there is no such orphan.
     ///
     /// # Errors
-    /// Where the database does not answer; it stays an orphan then.
+    /// If the database does not answer; the payment stays an orphan.
     pub async fn retry(&self, payment: i64) -> Result<bool, StoreError> {
         self.ask(|answer| Request::Retry(payment, answer)).await
     }
@@ -94,7 +94,7 @@ pub struct PaymentProcessor {
 }
 
 impl PaymentProcessor {
-    /// A processor, and the way to it.
+    /// A processor and its handle.
     pub fn new(reconciler: Reconciler) -> (PaymentsHandle, PaymentProcessor) {
         let (sender, requests) = mpsc::channel(REQUESTS_MAX);
         let processor = PaymentProcessor {
@@ -104,9 +104,9 @@ impl PaymentProcessor {
         (PaymentsHandle { requests: sender }, processor)
     }
 
-    /// Works until the future is dropped, or another process has taken over.
+    /// Runs until the future is dropped or another process takes over.
     pub async fn run(mut self) {
-        let mut next_look = Instant::now();
+        let mut next_pass = Instant::now();
         loop {
             tokio::select! {
                 biased;
@@ -114,10 +114,10 @@ impl PaymentProcessor {
                     Some(request) => self.serve(request).await,
                     None => return,
                 },
-                () = tokio::time::sleep_until(next_look.into()) => {
-                    next_look = match self.look().await {
+                () = tokio::time::sleep_until(next_pass.into()) => {
+                    next_pass = match self.reconcile().await {
                         Ok(true) => Instant::now(),
-                        Ok(false) => Instant::now() + LOOK,
+                        Ok(false) => Instant::now() + PASS_EVERY,
                         Err(error) => {
                             self.reconciler.settler.note_failure(&error);
                             Instant::now() + PAUSE
@@ -131,12 +131,12 @@ impl PaymentProcessor {
         }
     }
 
-    /// One part of the work on orphans that is due. True: there is more of it.
-    async fn look(&mut self) -> Result<bool, StoreError> {
+    /// Does one part of the due work on orphans. Returns true if more is due.
+    async fn reconcile(&mut self) -> Result<bool, StoreError> {
         self.reconciler.settler.forget_landed();
         let state = &self.reconciler.settler.parts.state;
         state.orphans.forget_expected(state.ids.real_now());
-        self.reconciler.look_at_orphans().await
+        self.reconciler.run_pass().await
     }
 
     async fn serve(&mut self, request: Request) {
@@ -177,7 +177,7 @@ impl PaymentProcessor {
         let (moving, writer) = settler.writer().await?;
         let recorded = writer.record_refund(order_id, note, now).await?;
         if let Recorded::Done(Some(moved)) = &recorded {
-            settler.settle_memory(std::slice::from_ref(moved)).await;
+            settler.apply_moves(std::slice::from_ref(moved)).await;
         }
         drop(moving);
         Ok(recorded)

@@ -1,16 +1,17 @@
-//! Payments whose order is not there: found as soon as it is, recovered from the receipt that
-//! travelled with the payment where it never comes, or left to be refunded. Never dropped (I7).
+//! Orphan payments (payments without an order): matched as soon as the order appears; if it never does, the
+//! order is recovered from the receipt that travelled with the payment, or the payment is left to be refunded.
+//! Never dropped (I7).
 //!
 //! ```text
-//!   orphan ─┬─ its order is a row or a dead letter ──────────────────► judged, as a callback is
+//!   orphan ─┬─ its order is a row or a dead letter ──────────────────► matched, as a callback is
 //!           ├─ its order is in flight, or waits in the journal ──────► waits with it
-//!           ├─ looked for in vain, less often than configured ───────► waits twice as long
-//!           └─ looked for often enough ─► receipt ─┬─ ours, and it fits ─► the order is written, paid
+//!           ├─ not found, and fewer checks than configured ──────────► waits twice as long
+//!           └─ checks used up ──────────► receipt ─┬─ ours, and it fits ─► the order is written, paid
 //!                                                  └─ else ──────────────► refund_due
 //! ```
 //!
-//! It is in the same process as callbacks on purpose: if it is down, so are they, and the provider
-//! comes again.
+//! The reconciler runs in the same process as the callbacks on purpose: if it is down, so are they, and the
+//! provider delivers again.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -26,66 +27,66 @@ use crate::state::buyers::{BuyerClaim, BuyerOrder, Claimed, NothingSticky};
 use crate::store::StoreError;
 use crate::store::postgres::payments::StoredPayment;
 
-/// Payments matched in one transaction.
+/// Maximum of payments matched in one transaction.
 const MATCH_MAX: i64 = 1_000;
-/// Orphans looked for at one look, each with a decision of its own.
+/// Maximum of orphans checked in one pass, each decided on its own.
 const CHECKS_MAX: i64 = 100;
-/// How often payments are matched with orders that have appeared, at most.
+/// Minimum interval between two attempts to match orphans to orders that have appeared.
 const MATCH: Duration = Duration::from_millis(200);
-/// How long payments are matched one by one before operators are served again.
+/// Time for matching payments one by one before operators are served again.
 const ONE_BY_ONE: Duration = Duration::from_millis(200);
-/// How often open payments are counted.
+/// Interval at which open payments are counted.
 const COUNT: Duration = Duration::from_secs(5);
-/// When an order in flight is looked for again, in milliseconds.
+/// Delay until an order in flight is looked for again, in milliseconds.
 const IN_FLIGHT_MS: u64 = 1_000;
-/// When a payment is looked at again whose decision the database has refused, in milliseconds.
+/// Delay until a payment is retried whose decision the database refused, in milliseconds.
 const UNDECIDED_MS: u64 = 5_000;
 
-/// What is to become of an orphan whose order was not found.
+/// Decision about an orphan whose order was not found.
 enum Decision {
-    /// Its order is written as paid; `held`: memory holds its units already.
+    /// Write its order as paid; `held`: memory holds the units already.
     Recover { order: Order, held: bool },
-    /// Its order is written, and its money goes back.
+    /// Write its order, and leave the payment to be refunded.
     RecoverForRefund(Order, RefundReason),
-    /// Its money goes back, and there is no order to write.
+    /// Leave the payment to be refunded, without an order.
     GiveUp(RefundReason),
-    /// It cannot be decided now.
+    /// Decide later.
     Later,
 }
 
-/// How long a payment looks for its order.
+/// Schedule of the checks for an orphan's order.
 #[derive(Clone, Copy, Debug)]
 pub struct OrphanChecks {
-    /// So many times; then the order is recovered from the receipt.
+    /// Checks before the order is recovered from the receipt.
     pub count: u32,
-    /// Pause before the first, doubled each time.
+    /// Pause before the first check; doubled after each.
     pub first: Duration,
 }
 
 impl OrphanChecks {
-    /// The time that all of them take if nothing holds them up.
+    /// The time that all checks take if nothing delays them.
     pub fn take(self) -> Duration {
         let pauses = 1_u32.checked_shl(self.count).unwrap_or(0).wrapping_sub(1);
         self.first.saturating_mul(pauses)
     }
 }
 
-/// Finds the orders of orphan payments, or decides what becomes of their money.
+/// Finds the orders of orphan payments, or decides about their money.
 pub struct Reconciler {
     pub(super) settler: Settler,
     lookup: OrderLookup,
     receipts: Arc<ReceiptKeys>,
     orphan_checks: OrphanChecks,
-    /// When orphans are matched next, and due ones looked at.
+    /// When orphans are matched and due ones checked next.
     next_match: Instant,
     next_count: Instant,
-    /// The payment up to which they are matched one by one, while they are.
+    /// The last payment that was matched one by one.
     matched_up_to: i64,
 }
 
 impl Reconciler {
-    /// One that settles through `settler`, knows the orders that wait in `queue` and opens receipts
-    /// with `receipts`.
+    /// A reconciler that writes through `settler`, looks up orders in `queue` and opens receipts with
+    /// `receipts`.
     pub fn new(
         settler: Settler,
         queue: Arc<dyn OrderQueue>,
@@ -106,8 +107,8 @@ impl Reconciler {
         }
     }
 
-    /// Looks at orphans, where there may be any. True: there are more that are due.
-    pub(super) async fn look_at_orphans(&mut self) -> Result<bool, StoreError> {
+    /// Does one pass over the orphans, if there may be any. Returns true if more are due.
+    pub(super) async fn run_pass(&mut self) -> Result<bool, StoreError> {
         self.count_open().await?;
         if !self.signals().may_have_orphans() || Instant::now() < self.next_match {
             return Ok(false);
@@ -115,7 +116,7 @@ impl Reconciler {
         let started = Instant::now();
         let matched = self.match_orphans().await?;
         let checked = self.check_orphans().await?;
-        // A crowd of orphans takes longer to look through, and is looked through less often.
+        // A pass over many orphans takes longer, so the next one waits longer.
         self.next_match = Instant::now() + MATCH.max(started.elapsed() * 3);
         let more = matched || checked;
         if more {
@@ -129,7 +130,7 @@ impl Reconciler {
             return Ok(());
         }
         self.next_count = Instant::now() + COUNT;
-        // Before they are counted: what comes meanwhile says so again.
+        // Before the count: a payment that arrives meanwhile sets it again.
         self.signals().set_may_have_orphans(false);
         let counted = self.settler.parts.database.open_payments().await;
         let open = counted.inspect_err(|_| self.signals().set_may_have_orphans(true))?;
@@ -158,8 +159,7 @@ impl Reconciler {
         &self.settler.parts.signals
     }
 
-    /// Lets orphans meet orders that have appeared. Where rows of one of them cannot be had, they
-    /// are matched one by one.
+    /// Matches orphans to orders that have appeared. If one row cannot be locked, they are matched one by one.
     async fn match_orphans(&mut self) -> Result<bool, StoreError> {
         let one_by_one = self.signals().rows_are_held();
         let after = if one_by_one { self.matched_up_to } else { 0 };
@@ -177,7 +177,7 @@ impl Reconciler {
             return match self.match_orders(&ids).await {
                 Ok(any) => Ok(full && any),
                 Err(error) if error.is_about_rows() => {
-                    tracing::warn!(reason = %error, payments = orders.len(), "payments are matched one by one");
+                    tracing::warn!(reason = %error, payments = orders.len(), "payments could not be matched together; matching them one by one");
                     self.matched_up_to = 0;
                     self.signals().set_rows_are_held(true);
                     Ok(false)
@@ -191,7 +191,7 @@ impl Reconciler {
             match self.match_orders(&[order_id]).await {
                 Ok(_) => {}
                 Err(error) if error.is_about_rows() => {
-                    tracing::warn!(payment, %order_id, reason = %error, "a payment is not matched yet; it is tried again");
+                    tracing::warn!(payment, %order_id, reason = %error, "a payment could not be matched yet; retrying");
                 }
                 Err(error) => return Err(error),
             }
@@ -200,14 +200,14 @@ impl Reconciler {
             }
         }
         if !full {
-            // All were tried; together again from the start.
+            // All were tried; match together again, from the start.
             self.matched_up_to = 0;
             self.signals().set_rows_are_held(false);
         }
         Ok(false)
     }
 
-    /// Lets the orphans of these orders meet them. True: some did.
+    /// Matches the orphans of these orders to them. Returns true if any matched.
     async fn match_orders(&mut self, orders: &[OrderId]) -> Result<bool, StoreError> {
         if orders.is_empty() {
             return Ok(false);
@@ -219,12 +219,12 @@ impl Reconciler {
         }
         let (moving, writer) = settler.writer().await?;
         let settlement = writer.match_orders(orders, now).await?;
-        settler.settled(&settlement).await;
+        settler.apply_settlement(&settlement).await;
         drop(moving);
         Ok(!settlement.matched.is_empty())
     }
 
-    /// Looks for the orders of orphans that are due. True: more are due.
+    /// Checks the orphans that are due. Returns true if more are due.
     async fn check_orphans(&mut self) -> Result<bool, StoreError> {
         let now = self.settler.parts.state.ids.real_now();
         let started = Instant::now();
@@ -238,7 +238,7 @@ impl Reconciler {
         let checks = self.orphan_checks;
         for payment in due {
             if payment.has_order || self.is_under_way(payment.order_id).await? {
-                // Matched at the next look, or once it is a row.
+                // Matched in the next pass, or once the order is a row.
                 self.put_off(&payment, payment.checks, IN_FLIGHT_MS).await?;
             } else if u32::try_from(payment.checks).unwrap_or(0) + 1 < checks.count {
                 let done = payment.checks + 1;
@@ -249,8 +249,8 @@ impl Reconciler {
                 if let StoreError::Fenced { .. } = error {
                     return Err(error);
                 }
-                // It must not hold up the others.
-                tracing::warn!(payment = payment.id, reason = %error, "a payment is not decided yet; it is tried again");
+                // A failing payment must not delay the others.
+                tracing::warn!(payment = payment.id, reason = %error, "a payment could not be decided yet; retrying");
                 self.put_off(&payment, payment.checks, UNDECIDED_MS).await?;
             }
             if started.elapsed() > ONE_BY_ONE {
@@ -281,7 +281,7 @@ impl Reconciler {
         }
     }
 
-    /// An operator does not want to wait any longer. False: there is no such orphan.
+    /// Decides an orphan now, at an operator's request. Returns false if there is no such orphan.
     pub(super) async fn retry(&mut self, id: i64) -> Result<bool, StoreError> {
         let payment = self.settler.parts.database.payment(id).await?;
         let Some(payment) = payment.filter(|one| one.state == PaymentState::Orphan) else {
@@ -296,7 +296,7 @@ impl Reconciler {
         Ok(true)
     }
 
-    /// Its order was not found: recovers it, or leaves the payment for a refund.
+    /// Recovers an order that was not found, or leaves the payment to be refunded.
     async fn decide(&mut self, payment: &StoredPayment) -> Result<(), StoreError> {
         let now = self.settler.parts.state.ids.real_now();
         let state = Arc::clone(&self.settler.parts.state);
@@ -307,10 +307,11 @@ impl Reconciler {
         let decision = match opened {
             None => Decision::GiveUp(RefundReason::ReceiptMissing),
             Some(Err(error)) => {
-                tracing::warn!(payment = payment.id, reason = %error, "a payment's receipt is not good");
+                tracing::warn!(payment = payment.id, reason = %error, "a payment's receipt is invalid; the payment has to be refunded");
                 Decision::GiveUp(RefundReason::ReceiptInvalid)
             }
-            // Its provider has garbled the order's id. Now it looks for its order as any other does.
+            // The provider has garbled the order id. With the id of the receipt the payment is checked as any
+            // other orphan.
             Some(Ok(receipt)) if payment.order_id.is_none() => {
                 state.orphans.insert(receipt.id, payment.paid_at);
                 let database = &self.settler.parts.database;
@@ -340,8 +341,8 @@ impl Reconciler {
         Ok(())
     }
 
-    /// Writes a lost order as one whose money has to go back. Its key is taken first, unless
-    /// memory knows the order, and then its units come back.
+    /// Writes a lost order as `refund_due`. If memory does not know the order, its key is claimed first;
+    /// otherwise its units are released.
     async fn recover_for_refund(
         &mut self,
         payment: &StoredPayment,
@@ -356,13 +357,13 @@ impl Reconciler {
             let remembered = BuyerOrder::of(&order);
             match buyers.claim(user_id, remembered, None, Ok(()), &NothingSticky) {
                 Ok(Claimed::Fresh(fresh)) => claim = Some(fresh),
-                // Somebody was faster in this very moment; the next look tells.
+                // A concurrent order was faster; the next check decides.
                 Ok(Claimed::Duplicate(_)) | Err(_) => {
                     return self.put_off(payment, payment.checks, IN_FLIGHT_MS).await;
                 }
             }
         }
-        // Units of a claim that was made here were never held.
+        // A claim made here never held units.
         let held = claim.is_none();
         let (_moving, writer) = self.settler.writer().await?;
         if !writer
@@ -392,10 +393,10 @@ impl Reconciler {
             .payments
             .refunds
             .count(reason.as_str());
-        tracing::warn!(payment = payment.id, order = payment.order_ref, %reason, "a payment has to go back");
+        tracing::warn!(payment = payment.id, order = payment.order_ref, %reason, "a payment has to be refunded");
     }
 
-    /// Holds what a receipt says against the payment and against what is known.
+    /// Decides about an orphan by comparing its receipt with the payment and with memory.
     fn decide_on(&self, payment: &StoredPayment, receipt: ReceiptOrder) -> Decision {
         let state = &self.settler.parts.state;
         let Some(sku) = state.catalogue.in_receipt(receipt.sku) else {
@@ -416,7 +417,7 @@ impl Reconciler {
             payload: receipt.payload,
             attributes: None,
         };
-        // A failover may have lost the row of an order that memory knows, and its units are held.
+        // A failover may have lost the row of an order that memory knows and whose units it holds.
         let known = state.buyers.find(&order.user_id, order.id);
         let held = known.is_some_and(|known| known.is_live());
         let late = payment.paid_at >= order.expires_at;
@@ -448,8 +449,8 @@ impl Reconciler {
         }
     }
 
-    /// Writes a lost order as paid. Its units and its key are held in memory first, as for any
-    /// other order, unless they are already.
+    /// Writes a lost order as paid. Unless memory holds its units and key already, both are claimed first, as
+    /// for any other order.
     async fn recover(
         &mut self,
         payment: &StoredPayment,
@@ -467,7 +468,7 @@ impl Reconciler {
             let remembered = BuyerOrder::of(&order);
             let claim = buyers.claim(&order.user_id, remembered, None, Ok(()), &NothingSticky);
             let (Ok(Claimed::Fresh(claim)), Ok(hold)) = (claim, sku.hold(order.quantity)) else {
-                // Somebody was faster in this very moment; the next look tells.
+                // A concurrent order was faster; the next check decides.
                 return self.put_off(payment, payment.checks, IN_FLIGHT_MS).await;
             };
             taken = Some((claim, hold));

@@ -1,9 +1,9 @@
-//! The parts that callbacks, the payment processor and expiry have in common: a writer of their own each, and
-//! what memory owes after a commit.
+//! The parts that callbacks, the payment processor and expiry share: a fenced writer each, and the changes in
+//! memory that follow a commit.
 //!
-//! Each of them has a task, a connection and a row of `writer`. Two of them never move the same
-//! units: the row of the order is locked, and whoever finds it where it was moves it. Memory is
-//! told by each of them what its own transactions have moved, and of nothing else.
+//! Each of the three has a task, a connection and a row of `writer`. Two of them never move the same units: the
+//! order's row is locked, and only a writer that finds it in the expected status moves it. Each task applies to
+//! memory the moves of its own transactions and no others.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,20 +21,21 @@ use crate::store::postgres::{Database, NodeLease};
 use crate::store::settlement::payments::Settlement;
 use crate::store::settlement::{Destination, SettlementWriter, UnitMove};
 
-/// How often the units of a refund are looked for that its payment has not moved yet in memory.
+/// Poll interval while the units of a refund are not sold yet in memory, because the payment's task has not
+/// applied its move.
 const COUNTER_LOOK: Duration = Duration::from_millis(1);
-/// How often at most. It was committed before, so it moves them in an instant.
+/// Polls at most. The payment was committed before the refund, so its task applies the move within an instant.
 const COUNTER_LOOKS: u32 = 10_000;
 
-/// What the settlers tell one another.
+/// Signals between the settlers.
 #[derive(Debug, Default)]
 pub struct Signals {
-    /// Whether any payment may be an orphan, also one that names no order of ours.
+    /// Whether any payment may be an orphan, payments that name no order of ours included.
     may_have_orphans: AtomicBool,
-    /// Whether rows could not be had of late: payments are stored first, and matched one by one.
+    /// Whether row locks were unavailable recently: payments are then stored first and matched one by one.
     rows_are_held: AtomicBool,
-    /// Held by whoever moves units, from before the transaction until memory has been told; and
-    /// alone by whoever compares memory with the database.
+    /// Held shared by a settler from before a transaction that moves units until memory is updated; held
+    /// exclusively while memory is compared with the database.
     moving: Arc<RwLock<()>>,
 }
 
@@ -44,7 +45,7 @@ impl Signals {
         self.may_have_orphans.load(Ordering::Acquire)
     }
 
-    /// Says whether any payment may be an orphan.
+    /// Sets whether any payment may be an orphan.
     pub(super) fn set_may_have_orphans(&self, may: bool) {
         self.may_have_orphans.store(may, Ordering::Release);
     }
@@ -54,7 +55,7 @@ impl Signals {
         self.rows_are_held.load(Ordering::Acquire)
     }
 
-    /// Says whether they are.
+    /// Sets whether payments are matched one by one.
     pub(super) fn set_rows_are_held(&self, held: bool) {
         self.rows_are_held.store(held, Ordering::Release);
     }
@@ -64,24 +65,24 @@ impl Signals {
 pub struct SettlerParts {
     /// The state in memory.
     pub state: Arc<State>,
-    /// For reading.
+    /// The database, for reads.
     pub database: Database,
-    /// Who this process is.
+    /// The lease of this process.
     pub lease: NodeLease,
-    /// For writing.
+    /// The writer of this settler.
     pub writer: SettlementWriter,
     /// Shared by all settlers.
     pub signals: Arc<Signals>,
-    /// What is counted.
+    /// The metrics.
     pub metrics: Metrics,
 }
 
-/// Somebody who settles what happens to orders after their rows are there.
+/// Moves units of orders that are rows, in the database and then in memory.
 pub struct Settler {
     pub(super) parts: SettlerParts,
-    /// Orders whose rows have changed while a worker was about to note them as recent.
+    /// Orders whose rows changed while a worker was about to note them as recent.
     landing: Vec<OrderId>,
-    /// Commits that a failover has lost and memory has been told of.
+    /// Lost commits that memory has been corrected for.
     commits_lost: u64,
 }
 
@@ -95,8 +96,8 @@ impl Settler {
         }
     }
 
-    /// The writer, and the right to move units, to be kept until memory has been told. Where a
-    /// failover has lost commits, memory is told first what is sold now.
+    /// Returns the writer and a guard that permits moving units; keep the guard until memory is updated. If a
+    /// failover has lost commits, the sold counters in memory are corrected first.
     pub(super) async fn writer(
         &mut self,
     ) -> Result<(OwnedRwLockReadGuard<()>, &mut SettlementWriter), StoreError> {
@@ -112,9 +113,9 @@ impl Settler {
         Ok((moving, &mut self.parts.writer))
     }
 
-    /// Makes memory agree with the database about what is sold: nobody but settlers moves that, and
-    /// none does meanwhile. An order whose payment is lost is to be paid again, and falls due
-    /// again; what was lost of a refund is sold again.
+    /// Corrects the sold counters in memory to those of the database. Only settlers move sold units, and none
+    /// does while this holds the lock exclusively. An order whose payment was lost is payable again and falls
+    /// due again; units of a lost refund are sold again.
     async fn correct_memory(&self) -> Result<(), StoreError> {
         let _alone = self.parts.signals.moving.write().await;
         let (database, lease) = (&self.parts.database, self.parts.lease);
@@ -134,34 +135,34 @@ impl Settler {
                 sku.counter().sell(found - live);
             }
             if found != live {
-                tracing::error!(sku_id = %sku.id, sold = found, believed = live, "the database has lost payments or refunds");
+                tracing::error!(sku_id = %sku.id, sold = found, believed = live, "the database has lost payments or refunds; the sold counter in memory is set to the database's");
             }
         }
         Ok(())
     }
 
-    /// Says that something did not go well. A process that was replaced ends.
+    /// Logs a failure. A process that has been replaced is poisoned.
     pub(super) fn note_failure(&self, error: &StoreError) {
         if let StoreError::Fenced { .. } = error {
             self.parts.state.poison.set(error.to_string());
         } else {
-            tracing::warn!(reason = %error, "payments or expiries wait; it is tried again");
+            tracing::warn!(reason = %error, "payments or expiries are delayed; retrying");
         }
     }
 
-    /// Forgets orders again that a worker has noted as recent after their rows had changed.
+    /// Removes orders that a worker noted as recent after their rows had changed.
     pub(super) fn forget_landed(&mut self) {
         let state = &self.parts.state;
         self.landing.retain(|id| {
-            // In this order: its worker notes it before it leaves the map.
+            // In this order, because the worker notes the order as recent before it removes it from `pending`.
             let stays = state.pending.get(*id).is_some();
             state.recent_orders.forget(*id);
             stays
         });
     }
 
-    /// Notes orphans, counts verdicts and moves memory, after a commit.
-    pub(super) async fn settled(&mut self, settlement: &Settlement) {
+    /// Applies a committed settlement to memory: orphans, metrics of verdicts, units.
+    pub(super) async fn apply_settlement(&mut self, settlement: &Settlement) {
         let payments = &self.parts.metrics.payments;
         for (order_id, paid_at) in &settlement.orphans {
             self.parts.state.orphans.insert(*order_id, *paid_at);
@@ -177,15 +178,15 @@ impl Settler {
                 Verdict::Refund { reason, .. } => {
                     payments.verdicts.count("refund_due");
                     payments.refunds.count(reason.as_str());
-                    tracing::warn!(order_id = %matched.order_id, payment = matched.payment_id, %reason, "a payment has to go back");
+                    tracing::warn!(order_id = %matched.order_id, payment = matched.payment_id, %reason, "a payment has to be refunded");
                 }
             }
         }
-        self.settle_memory(&settlement.moved).await;
+        self.apply_moves(&settlement.moved).await;
     }
 
-    /// What memory owes for units that have moved in the database.
-    pub(super) async fn settle_memory(&mut self, moved: &[UnitMove]) {
+    /// Applies committed moves of units to memory.
+    pub(super) async fn apply_moves(&mut self, moved: &[UnitMove]) {
         let state = Arc::clone(&self.parts.state);
         for moved in moved {
             let units = &moved.units;
@@ -210,8 +211,8 @@ impl Settler {
     }
 }
 
-/// The payment of refunded units was committed before, by another settler, which may not have told
-/// memory yet.
+/// Waits for the payment of refunded units to reach memory: another settler committed it and may not have
+/// updated memory yet.
 async fn wait_until_sold(state: &State, units: &OrderUnits) {
     let Some(sku) = state.catalogue.by_number(units.sku) else {
         return;

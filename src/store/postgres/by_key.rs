@@ -30,7 +30,7 @@ impl Database {
     /// it is not still at work when a smaller one is asked instead.
     ///
     /// # Errors
-    /// [`StoreError::Timeout`] where it takes longer, and what the database says.
+    /// [`StoreError::Timeout`] if it takes longer, and what the database says.
     pub(super) async fn read_by_key(
         &self,
         doing: &'static str,

@@ -18,7 +18,7 @@ impl Database {
     /// Reads the server's clock.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn server_clock(&self, session: &Connected) -> Result<ServerClock, StoreError> {
         let row = self
             .timed(

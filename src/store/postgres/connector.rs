@@ -53,7 +53,7 @@ impl Connector {
     /// Reads the certificates that `parameters` name; connects to nothing yet.
     ///
     /// # Errors
-    /// [`StoreError::Url`] where `config` and `parameters` do not make a way to connect.
+    /// [`StoreError::Url`] if `config` and `parameters` do not make a way to connect.
     pub fn new(config: &Config, parameters: &TlsParameters) -> Result<Self, StoreError> {
         Ok(Connector {
             hosts: split(config)?,

@@ -66,7 +66,7 @@ impl Database {
     /// Whether a dead letter is there, once no retry of it is under way any more.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn settled_dead_letter_is_open(&self, id: i64) -> Result<bool, StoreError> {
         let client = self.pooled().await?;
         self.timed(
@@ -80,7 +80,7 @@ impl Database {
     /// Dead letters, newest first; the discarded ones only where asked for.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn dead_letters(
         &self,
         discarded: bool,
@@ -105,7 +105,7 @@ impl Database {
     /// One dead letter.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn dead_letter(&self, id: i64) -> Result<Option<DeadLetter>, StoreError> {
         let client = self.pooled().await?;
         let row = self
@@ -123,7 +123,7 @@ impl Database {
     /// Leaves a dead letter at that: its order stays `failed`. False: there is no such open one.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn discard_dead_letter(
         &self,
         id: i64,
@@ -148,7 +148,7 @@ impl Database {
     /// open dead letter.
     ///
     /// # Errors
-    /// Where the database refuses the row again, or does not answer; the dead letter stays then,
+    /// If the database refuses the row again, or does not answer; the dead letter stays then,
     /// unless the commit's answer was lost.
     pub async fn revive_dead_letter(
         &self,

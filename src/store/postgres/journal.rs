@@ -30,7 +30,7 @@ impl Database {
     /// The journal that is noted here, asked on the connection of [`Database::claim`].
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn noted_journal(
         &self,
         guard: &Connected,
@@ -61,7 +61,7 @@ impl Database {
     /// anything.
     ///
     /// # Errors
-    /// [`StoreError::Fenced`] where another process has taken the node over.
+    /// [`StoreError::Fenced`] if another process has taken the node over.
     pub async fn note_journal(&self, lease: NodeLease, name: &str) -> Result<(), StoreError> {
         self.set_journal(
             lease,
@@ -74,7 +74,7 @@ impl Database {
     /// Notes that nothing is left in the journal `name`, and that nothing more is acknowledged.
     ///
     /// # Errors
-    /// [`StoreError::Fenced`] where another process has taken the node over.
+    /// [`StoreError::Fenced`] if another process has taken the node over.
     pub async fn release_journal(&self, lease: NodeLease, name: &str) -> Result<(), StoreError> {
         self.set_journal(
             lease,
@@ -107,7 +107,7 @@ impl Database {
     /// changed: the right to acknowledge was renewed since `noted` was read.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn abandon_journal(
         &self,
         guard: &Connected,
@@ -131,7 +131,7 @@ impl Database {
     /// Which of these orders the database has as payable.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn payable_among(&self, ids: &[OrderId]) -> Result<Vec<OrderId>, StoreError> {
         let client = self.pooled().await?;
         let ids: Vec<i64> = ids.iter().map(|id| id.as_i64()).collect();
@@ -155,7 +155,7 @@ impl Database {
     /// standby is promoted.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn timeline(&self) -> Result<String, StoreError> {
         let client = self.pooled().await?;
         let row = self
@@ -173,7 +173,7 @@ impl Database {
     /// The number of each worker's last batch, by worker.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn batches(&self, lease: NodeLease) -> Result<Vec<(i16, i64)>, StoreError> {
         let client = self.pooled().await?;
         let rows = self
@@ -192,7 +192,7 @@ impl Database {
     /// `slots` have it; `None` where one of the slots is not there or has nothing yet. In bytes.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn wal_progress(&self, slots: &[String]) -> Result<(u64, Option<u64>), StoreError> {
         let client = self.pooled().await?;
         let row = self

@@ -138,7 +138,7 @@ impl Database {
     /// connection lives. Comes before anything is changed, the schema included.
     ///
     /// # Errors
-    /// [`StoreError::AlreadyActive`] where another process is.
+    /// [`StoreError::AlreadyActive`] if another process is.
     pub async fn claim(&self) -> Result<Connected, StoreError> {
         let guard = self.connect(GUARD_NAME).await?;
         if self.lock_out_others(&guard).await? {
@@ -185,7 +185,7 @@ impl Database {
     /// the database's clock. Asked on a session of the caller's own.
     ///
     /// # Errors
-    /// [`StoreError::Fenced`] where another process has taken the node over.
+    /// [`StoreError::Fenced`] if another process has taken the node over.
     pub async fn renew_lease(
         &self,
         client: &Connected,
@@ -225,7 +225,7 @@ impl Database {
     /// leased in the journal while the database was away.
     ///
     /// # Errors
-    /// Where the database does not answer; the next process then starts its ids a little later.
+    /// If the database does not answer; the next process then starts its ids a little later.
     pub async fn return_lease(&self, lease: NodeLease, used: UnixMillis) -> Result<(), StoreError> {
         let client = self.pooled().await?;
         let used = used.plus_ms(1_000);
@@ -257,7 +257,7 @@ impl NodeGuard {
     /// Keeps `session`, which has the lock: that of [`Taken::guard`].
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn keep(database: Database, session: Connected) -> Result<Self, StoreError> {
         let mark = mark(&database, &session).await?;
         Ok(NodeGuard {
@@ -288,7 +288,7 @@ impl NodeGuard {
     /// is about to take over; the epoch then decides, so it is no error.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn reconnect(&mut self) -> Result<(), StoreError> {
         if self.session.is_none() {
             let session = self.database.connect(GUARD_NAME).await?;

@@ -115,7 +115,7 @@ impl Database {
     /// The same from a configuration, as Millrace's own PostgreSQL gives it.
     ///
     /// # Errors
-    /// Where no pool can be made.
+    /// If no pool can be made.
     pub fn with_config(
         config: tokio_postgres::Config,
         schema: &str,
@@ -150,7 +150,7 @@ impl Database {
     /// whoever uses this one.
     ///
     /// # Errors
-    /// Where no pool can be made.
+    /// If no pool can be made.
     pub fn with_own_pool(&self, pool_size: usize) -> Result<Self, StoreError> {
         let pool = make_pool(&self.connector, &self.schema, pool_size, self.step_timeout)?;
         Ok(Database {
@@ -172,7 +172,7 @@ impl Database {
     /// A pooled connection.
     ///
     /// # Errors
-    /// [`StoreError::Connect`] where none could be made, [`StoreError::Pool`] where none came free
+    /// [`StoreError::Connect`] if none could be made, [`StoreError::Pool`] where none came free
     /// in time.
     pub async fn pooled(&self) -> Result<deadpool_postgres::Client, StoreError> {
         self.pool.get().await.map_err(|error| match error {

@@ -79,7 +79,7 @@ impl Database {
     /// Hands every order to `read`, dead letters included, in no particular order.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn read_orders(&self, mut read: impl FnMut(StoredOrder)) -> Result<(), StoreError> {
         let doing = "reading the orders";
         let client = self.pooled().await?;
@@ -98,7 +98,7 @@ impl Database {
     /// The orders with these ids, in no particular order.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn find_orders(&self, ids: &[OrderId]) -> Result<Vec<StoredOrder>, StoreError> {
         let client = self.pooled().await?;
         let ids: Vec<i64> = ids.iter().map(|id| id.as_i64()).collect();
@@ -113,7 +113,7 @@ impl Database {
     /// without the index it reads the whole table.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn orders_of_user(
         &self,
         user_id: &UserId,
@@ -137,7 +137,7 @@ impl Database {
     /// The order with this id, dead letters included.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn find_order(&self, id: OrderId) -> Result<Option<StoredOrder>, StoreError> {
         let client = self.pooled().await?;
         let statement = client

@@ -56,7 +56,7 @@ impl Database {
     /// What is parked of each SKU of which anything is.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn parked_by_sku(&self) -> Result<BTreeMap<SkuNumber, ParkedOf>, StoreError> {
         let client = self.pooled().await?;
         let rows = client
@@ -79,7 +79,7 @@ impl Database {
     /// Parked orders of a SKU, at most `limit`, the oldest first.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn parked_of(&self, sku: SkuNumber, limit: i64) -> Result<Vec<Order>, StoreError> {
         let client = self.pooled().await?;
         let sql = format!(
@@ -99,7 +99,7 @@ impl Database {
     /// sequence of that moment and their ids.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn parked_due(
         &self,
         now: UnixMillis,
@@ -125,7 +125,7 @@ impl Database {
     /// Whether an order is parked.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn is_parked(&self, id: OrderId) -> Result<bool, StoreError> {
         let client = self.pooled().await?;
         let row = self
@@ -144,7 +144,7 @@ impl Database {
     /// parked any more.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn dead_letter_parked(
         &self,
         lease: NodeLease,
@@ -177,7 +177,7 @@ impl Database {
     /// where they are refused.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn try_counters(
         &self,
         sku: SkuNumber,
@@ -209,7 +209,7 @@ impl Database {
     /// id of the idempotency window.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn held_by_rows(
         &self,
         lease: NodeLease,

@@ -103,7 +103,7 @@ impl Database {
     /// `without_order`, only those whose order is not there.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn payments(
         &self,
         states: &[PaymentState],
@@ -129,7 +129,7 @@ impl Database {
     /// One payment.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn payment(&self, id: i64) -> Result<Option<StoredPayment>, StoreError> {
         let client = self.pooled().await?;
         let sql = format!("SELECT {COLUMNS} FROM payments p WHERE p.id = $1");
@@ -142,7 +142,7 @@ impl Database {
     /// Orphans beyond `after` whose order is there, the oldest first, at most `limit`.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn orphans_with_order(
         &self,
         after: i64,
@@ -163,7 +163,7 @@ impl Database {
     /// for one order, only the one that came first: what is decided for it decides the others.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn orphans_due(
         &self,
         now: UnixMillis,
@@ -187,7 +187,7 @@ impl Database {
     /// Notes that an orphan's order was looked for in vain, `checks` times so far.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn note_check(
         &self,
         id: i64,
@@ -210,7 +210,7 @@ impl Database {
     /// Notes the order of an orphan whose provider named none of ours; its receipt does.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn note_order(&self, id: i64, order_id: OrderId) -> Result<(), StoreError> {
         let client = self.pooled().await?;
         self.timed(
@@ -228,7 +228,7 @@ impl Database {
     /// made.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn orphaned_orders(&self) -> Result<Vec<(OrderId, UnixMillis)>, StoreError> {
         let client = self.pooled().await?;
         let rows = self
@@ -248,7 +248,7 @@ impl Database {
     /// How many payments are open, and since when.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn open_payments(&self) -> Result<OpenPayments, StoreError> {
         let client = self.pooled().await?;
         let row = self
@@ -275,7 +275,7 @@ impl Database {
     /// Unpaid orders below `window_floor`, from the least that was noted on.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn unpaid_below(
         &self,
         lease: NodeLease,

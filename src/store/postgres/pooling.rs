@@ -45,7 +45,7 @@ impl Database {
     /// Makes sure that a session is ours for as long as we are connected.
     ///
     /// # Errors
-    /// [`StoreError::SharedSessions`] where a pooler gives it to others between transactions;
+    /// [`StoreError::SharedSessions`] if a pooler gives it to others between transactions;
     /// otherwise why it could not be found out.
     pub async fn check_session_pooling(&self) -> Result<(), StoreError> {
         let probe = format!("{:016x}", rand::random::<u64>());

@@ -67,7 +67,7 @@ impl Database {
     /// buyer and the hash of what it asked for.
     ///
     /// # Errors
-    /// [`StoreError::OtherOrders`] where a row has the id of one and is another order; otherwise
+    /// [`StoreError::OtherOrders`] if a row has the id of one and is another order; otherwise
     /// where the database does not answer.
     pub async fn present_among(&self, orders: &[&Order]) -> Result<HashSet<OrderId>, StoreError> {
         let mut sorted = orders.to_vec();
@@ -110,7 +110,7 @@ impl Database {
     /// Which of these ids no order has: no row, no dead letter and none that is parked.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn absent_among(&self, ids: &[OrderId]) -> Result<Vec<OrderId>, StoreError> {
         let mut ids: Vec<i64> = ids.iter().map(|id| id.as_i64()).collect();
         ids.sort_unstable();

@@ -169,7 +169,7 @@ impl Database {
     /// A connection for deleting old rows.
     ///
     /// # Errors
-    /// Where none can be made.
+    /// If none can be made.
     pub async fn pruner(&self, lease: NodeLease) -> Result<Pruner, StoreError> {
         let client = self.connect("millrace pruning").await?;
         // A part is a walk along a key, whatever the statistics make of it: see `by_key`.
@@ -191,7 +191,7 @@ impl Pruner {
     /// The database's clock.
     ///
     /// # Errors
-    /// Where it does not answer.
+    /// If it does not answer.
     pub async fn now(&self) -> Result<UnixMillis, StoreError> {
         let now = "SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8";
         let row = self
@@ -204,7 +204,7 @@ impl Pruner {
     /// How old the oldest rows are.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn oldest(&self) -> Result<OldestRows, StoreError> {
         let row = self
             .database

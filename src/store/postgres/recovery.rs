@@ -50,7 +50,7 @@ impl Database {
     /// Every SKU with its counters.
     ///
     /// # Errors
-    /// Where a row contradicts itself, and what the database says.
+    /// If a row contradicts itself, and what the database says.
     pub async fn load_skus(&self) -> Result<Vec<Sku>, StoreError> {
         let client = self.pooled().await?;
         let rows = client

@@ -39,7 +39,7 @@ impl Database {
     /// which they do not tell.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn horizons(&self, held: Duration) -> Result<Vec<Horizon>, StoreError> {
         let client = self.pooled().await?;
         let rows = self
@@ -89,7 +89,7 @@ impl Database {
     /// Looks at what replicates from this database.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn replication(&self) -> Result<Replication, StoreError> {
         let client = self.pooled().await?;
         // Backups and readers of the publication come through walsenders too; the state of one is

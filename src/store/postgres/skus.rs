@@ -99,7 +99,7 @@ impl Database {
     /// Stores whether a SKU is paused. False: there is no such SKU.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn set_sku_paused(&self, id: &SkuId, paused: bool) -> Result<bool, StoreError> {
         let mut client = self.pooled().await?;
         let work = async {
@@ -119,7 +119,7 @@ impl Database {
     /// A SKU as its row stands, once no earlier change of its terms or total is under way any more.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn settled_sku(&self, id: &SkuId) -> Result<Option<Sku>, StoreError> {
         let mut client = self.pooled().await?;
         let work = async {
@@ -141,7 +141,7 @@ impl Database {
     /// Stores whether every sale is paused.
     ///
     /// # Errors
-    /// Where the database does not answer; [`StoreError::Fenced`] where this process may not write
+    /// If the database does not answer; [`StoreError::Fenced`] where this process may not write
     /// any more.
     pub async fn set_all_paused(&self, lease: NodeLease, paused: bool) -> Result<(), StoreError> {
         let mut client = self.pooled().await?;
@@ -211,7 +211,7 @@ impl Database {
     /// By how much an earlier request under this key changed a SKU's total, where there was one.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn restocked(
         &self,
         id: &SkuId,
@@ -234,7 +234,7 @@ impl Database {
     /// A SKU's total in the database.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn total_of(&self, id: &SkuId) -> Result<Option<u32>, StoreError> {
         let client = self.pooled().await?;
         let row = self

@@ -48,7 +48,7 @@ impl Database {
     /// `now`, only where it could still be paid then; one that could not stands at `expired`.
     ///
     /// # Errors
-    /// Where the database does not answer; the order may or may not be cancelled then, and asking
+    /// If the database does not answer; the order may or may not be cancelled then, and asking
     /// again tells.
     pub async fn cancel_order(
         &self,

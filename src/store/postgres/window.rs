@@ -362,7 +362,7 @@ impl Database {
     /// `tell` hears of it about once a second. Returns how many orders there were.
     ///
     /// # Errors
-    /// Where a row cannot be one of ours, and what the database says.
+    /// If a row cannot be one of ours, and what the database says.
     pub async fn load_window(
         &self,
         floor: OrderId,
@@ -424,7 +424,7 @@ impl Database {
     /// was ordered since the first of the SKUs was made; `tell` hears of it about once a second.
     ///
     /// # Errors
-    /// Where a row cannot be one of ours, and what the database says.
+    /// If a row cannot be one of ours, and what the database says.
     pub async fn load_live_orders(
         &self,
         skus: &[SkuNumber],

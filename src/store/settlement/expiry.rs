@@ -1,5 +1,5 @@
-//! Orders that were not paid in time: looked for by ranges of ids, a bounded number of rows at a
-//! time, and expired.
+//! Expiry of orders that were not paid in time: found by ranges of ids, a bounded number of rows at a time,
+//! then expired.
 
 use futures_util::future::join_all;
 
@@ -9,36 +9,36 @@ use crate::faults::bug;
 use crate::order::{Ended, IdRange, OrderId, OrderUnits, SkuNumber, UnixMillis, UserId};
 use crate::store::StoreError;
 
-/// An unpaid order that is past its time.
+/// An unpaid order past its deadline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Overdue {
     /// The order.
     pub order_id: OrderId,
     /// Its SKU.
     pub sku: SkuNumber,
-    /// Since when.
+    /// Its deadline, in milliseconds since the epoch.
     pub expires_at: UnixMillis,
 }
 
 /// The result of a look at ranges of ids.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Looked {
-    /// Rows that were read, of whatever status.
+    /// Rows read, of any status.
     pub rows: i64,
-    /// The orders among them that are to expire, by range, then by id.
+    /// The overdue orders among them, by range, then by id.
     pub overdue: Vec<Overdue>,
-    /// The ids that were not looked at yet.
+    /// The ids that were not read yet.
     pub rest: Vec<IdRange>,
 }
 
 impl SettlementWriter {
-    /// Reads the rows of `ranges`, at most `rows_max` of them (and at least one a range), and finds
-    /// the unpaid orders that are past their time at `now`. `sku`: of this one only. Locks nothing
-    /// and changes nothing.
+    /// Reads the rows of `ranges`, at most `rows_max` of them (and at least one a range), and finds the unpaid
+    /// orders whose deadline is at or before `now`; if `sku` is given, of this SKU only. Takes no locks and changes
+    /// nothing.
     ///
     /// # Errors
-    /// [`StoreError::is_overlong`], among others, where it takes longer than half a step; with
-    /// fewer rows it may go well.
+    /// [`StoreError::is_overlong`], among others, if it takes longer than half a step; fewer rows may then
+    /// succeed.
     pub async fn look_for_overdue(
         &mut self,
         ranges: &[IdRange],
@@ -89,13 +89,13 @@ impl SettlementWriter {
         Ok(looked)
     }
 
-    /// Expires those of `orders` that are unpaid and past their time at `now`, and gives their
-    /// units back. Skips what somebody holds. `with_orphans`: some of them may have been paid in
-    /// time, by payments that still wait for their order.
+    /// Expires those of `orders` that are unpaid and past their deadline at `now`, and releases their units.
+    /// Skips locked rows. `with_orphans`: some of the orders may have been paid in time, by payments that are
+    /// not matched yet.
     ///
     /// # Errors
-    /// Nothing has changed then. [`StoreError::is_about_rows`] where the row of a SKU cannot be
-    /// had, or its counters are refused.
+    /// On an error nothing has changed. [`StoreError::is_about_rows`] if the row of a SKU cannot be locked, or
+    /// its counters are refused.
     pub async fn expire(
         &mut self,
         orders: &[OrderId],
@@ -142,10 +142,10 @@ impl SettlementWriter {
         .await
     }
 
-    /// Those of `skus` whose row somebody else holds at this moment.
+    /// Those of `skus` whose row another session holds locked at this moment.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn held_skus(&mut self, skus: &[SkuNumber]) -> Result<Vec<SkuNumber>, StoreError> {
         let ids: Vec<i32> = skus.iter().map(|sku| sku.0).collect();
         let free: Vec<i32> = self
@@ -160,12 +160,12 @@ impl SettlementWriter {
         Ok(skus.iter().filter(is_held).copied().collect())
     }
 
-    /// How often older orders have become unpaid again: what
-    /// [`note_unpaid_from`](SettlementWriter::note_unpaid_from) has to be told, read before memory
-    /// is asked for the least unpaid order.
+    /// Number of times that an older order became unpaid again. Pass it to
+    /// [`note_unpaid_from`](SettlementWriter::note_unpaid_from); read it before asking memory for the lowest
+    /// unpaid order.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn unpaid_changes(&mut self) -> Result<i64, StoreError> {
         let node = self.row.lease.node;
         self.read(
@@ -179,12 +179,12 @@ impl SettlementWriter {
         .map(|row| row.get(0))
     }
 
-    /// Notes that no unpaid order older than the idempotency window lies below `id`, for the next
-    /// start; unless an older order has become unpaid again since `changes` was read, which then
-    /// counts. False: it was not noted.
+    /// Stores, for the next start, that no unpaid order older than the idempotency window has an id below `id`.
+    /// If an older order has become unpaid again since `changes` was read, nothing is stored and false
+    /// returned.
     ///
     /// # Errors
-    /// Where the database does not answer; a start then looks at more than it needs to.
+    /// If the database does not answer; the next start then reads more than it needs.
     pub async fn note_unpaid_from(
         &mut self,
         changes: i64,

@@ -1,5 +1,5 @@
-//! Payments meet their orders: the orders are locked, each payment gets a verdict as it came, and
-//! the verdicts are carried out with the COMMIT.
+//! Matching payments to their orders: the orders are locked, each payment gets a verdict in order of arrival,
+//! and the verdicts are written together with the COMMIT.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -16,7 +16,7 @@ use crate::order::{
 };
 use crate::store::postgres::Connected;
 
-/// A payment that meets its order.
+/// A payment to be matched.
 pub(super) struct Candidate<'a> {
     pub(super) order_id: OrderId,
     pub(super) amount: i64,
@@ -24,7 +24,7 @@ pub(super) struct Candidate<'a> {
     pub(super) payment_id: &'a str,
 }
 
-/// An order that is locked.
+/// A locked order.
 struct Locked {
     facts: OrderFacts,
     sku: SkuNumber,
@@ -33,21 +33,20 @@ struct Locked {
     is_dead_letter: bool,
 }
 
-/// How an order's status changes.
+/// A change of an order's status.
 struct Step {
     was: OrderStatus,
     now: OrderStatus,
     reason: Option<RefundReason>,
 }
 
-/// Orders that are locked, and the orphans of orders, as they came.
+/// Locked orders, and their orphan payments in order of arrival.
 pub(super) struct Found {
     orders: HashMap<OrderId, Locked>,
     waiting: Vec<Row>,
 }
 
-/// Locks orders, whether rows or dead letters, then the orphans of them where there may be any.
-/// Sent in one flush.
+/// Locks orders, rows and dead letters alike, and then, if there may be any, their orphans. Sent in one flush.
 pub(super) async fn lock(
     client: &Connected,
     statements: &Statements,
@@ -87,7 +86,7 @@ pub(super) async fn lock(
     Ok(found)
 }
 
-/// Payments meet the orders that are locked, one after the other.
+/// Matches payments to locked orders, one after the other.
 pub(super) struct Matcher {
     orders: HashMap<OrderId, Locked>,
     waiting: Vec<Row>,
@@ -105,9 +104,9 @@ impl Matcher {
         }
     }
 
-    /// The verdict on a payment; `None` where its order is not locked. Whoever comes next finds the
-    /// order so.
-    pub(super) fn judge(&mut self, payment: &Candidate<'_>) -> Option<Verdict> {
+    /// The verdict on a payment, or `None` if its order is not locked. The next payment sees the order as this
+    /// one leaves it.
+    pub(super) fn match_payment(&mut self, payment: &Candidate<'_>) -> Option<Verdict> {
         let order = self.orders.get_mut(&payment.order_id)?;
         let mut facts = order.facts;
         if bug("pay_after_the_deadline") && facts.status == OrderStatus::Expired {
@@ -136,12 +135,12 @@ impl Matcher {
         Some(verdict)
     }
 
-    /// The verdicts on the orphans, as they came.
+    /// The verdicts on the orphans, in order of arrival.
     pub(super) fn match_waiting(&mut self) -> Vec<(i64, PaymentState, Option<RefundReason>)> {
         let rows = std::mem::take(&mut self.waiting);
         rows.iter()
             .filter_map(|row| {
-                let verdict = self.judge(&Candidate {
+                let verdict = self.match_payment(&Candidate {
                     order_id: OrderId::from_i64(row.get(1))?,
                     amount: row.get(2),
                     currency: Currency::new(row.get(3)).ok()?,
@@ -156,7 +155,7 @@ impl Matcher {
             .collect()
     }
 
-    /// Carries the verdicts out: orders, then counters.
+    /// Adds the statements that carry out the verdicts: orders, then counters.
     pub(super) fn close(self, closing: &mut Closing<'_>, done: &mut Settlement) {
         let (mut paid, mut released) = (Changes::default(), Changes::default());
         for (id, step) in &self.steps {
@@ -182,7 +181,7 @@ impl Matcher {
                     released.add(order.sku, change);
                     Destination::Free(Ended::Cancelled)
                 }
-                // Its units are back since it was cancelled, expired or refused.
+                // Its units were released when it was cancelled, expired or refused.
                 _ => Destination::Nowhere,
             };
             let units = OrderUnits {
@@ -238,7 +237,7 @@ impl Matcher {
     }
 }
 
-/// Orphans leave that state.
+/// Adds the statement that moves orphans to their new state.
 pub(super) fn move_payments(
     closing: &mut Closing<'_>,
     moved: &[(i64, PaymentState, Option<RefundReason>)],
@@ -267,7 +266,7 @@ pub(super) fn move_payments(
 fn locked_from_row(row: &Row, is_dead_letter: bool) -> Option<(OrderId, Locked)> {
     let id = OrderId::from_i64(row.get(0))?;
     let code: Option<i16> = row.get(1);
-    // A dead letter has one only once it was paid all the same.
+    // A dead letter has a status only after it was paid.
     let status = code.map_or(Some(OrderStatus::Failed), OrderStatus::from_code)?;
     Some((
         id,

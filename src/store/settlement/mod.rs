@@ -1,6 +1,5 @@
-//! Everything that happens to an order after its row is there, but for cancelling: payments,
-//! expiry, recovery from a receipt, refunds. One connection and one transaction at a time a writer;
-//! each of several writers has its own row of `writer`.
+//! Writes that change an order after its row exists, except cancelling: payments, expiry, recovery from a
+//! receipt, refunds. Each writer has one connection, one transaction at a time and its own row of `writer`.
 //!
 //! # The conversation
 //!
@@ -9,19 +8,19 @@
 //!   ──► what follows from it: rows of `sku` locked by id, counters; COMMIT             one flush
 //! ```
 //!
-//! A hot row of `sku` is locked for the length of the second flush, which no answer of ours
-//! interrupts. Every transaction locks rows of `orders` by id, then payments, then rows of `sku` by
-//! id, so writers and workers never wait for one another in a circle.
+//! A hot row of `sku` is locked for the length of the second flush, with no round trip of ours in between.
+//! Every transaction locks rows of `orders` by id, then payments, then rows of `sku` by id, so writers and
+//! workers cannot deadlock.
 //!
-//! What a transaction has done is known before its COMMIT, and whether that was carried out is
-//! told by its number (`fenced`). So an `Err` always means that nothing has changed, and memory
-//! is moved once for what has. A statement that overtook a BEGIN that failed would be a transaction
-//! of its own: outside of one that says otherwise, these sessions are read-only.
+//! The effect of a transaction is known before its COMMIT, and its number (`fenced`) tells whether the COMMIT
+//! took effect. So an `Err` always means that nothing has changed, and each commit is applied to memory once. A
+//! statement that overtakes a failed BEGIN would be a transaction of its own; therefore these sessions are
+//! read-only by default.
 //!
-//! * here: the writer, and a transaction around a piece of work;
-//! * [`payments`]: messages of providers, and payments that meet their orders (`matching`);
+//! * this file: the writer, and a transaction around a piece of work;
+//! * [`payments`]: messages of providers, and the matching of payments to their orders (`matching`);
 //! * [`expiry`]: orders that were not paid in time;
-//! * [`refunds`]: what a person has done about money that must go back.
+//! * [`refunds`]: refunds that an operator records.
 
 pub mod expiry;
 mod matching;
@@ -41,42 +40,42 @@ use super::{StoreError, WriteError};
 use crate::faults::crash_point;
 use crate::order::{Ended, OrderUnits};
 
-/// Longest wait for a row that somebody else holds, in milliseconds. A callback is answered within
-/// a second, so a payment that cannot be matched by then is stored as an orphan and matched later.
+/// Longest wait for a row lock, in milliseconds. A callback is answered within a second, so a payment that
+/// cannot be matched by then is stored as an orphan and matched later.
 const LOCK_TIMEOUT_MS: u32 = 400;
-/// Pause between attempts to find out what became of a commit.
-const SETTLE_PAUSE: Duration = Duration::from_millis(200);
+/// Pause between attempts to learn the outcome of a commit.
+const RESOLVE_PAUSE: Duration = Duration::from_millis(200);
 
-/// Units of one order that have moved in the database and have to move in memory.
+/// Units of one order that moved in the database and have to move in memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UnitMove {
-    /// Whose, and how many.
+    /// The order and its units.
     pub units: OrderUnits,
-    /// Where they went.
+    /// Their new counter.
     pub to: Destination,
 }
 
-/// Where units went.
+/// The counter that units moved to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Destination {
     /// From held to sold.
     Sold,
-    /// From held to free, because the order ended so.
+    /// From held to free, because the order ended this way.
     Free(Ended),
     /// From sold to free.
     Restocked,
-    /// From sold out of the sale: the total is less by them.
+    /// From sold out of the sale: the SKU's total drops by the same number.
     Withdrawn,
     /// Nowhere: only the order's status has changed.
     Nowhere,
 }
 
-/// How each session begins: as told at the head of this file; and always by an index, because a
-/// plan that was made while a table was small is kept when it has grown.
+/// Set-up of each session: read-only outside of a transaction that says otherwise (see above), and plans by
+/// index only, because a plan made while a table was small is kept when the table has grown.
 const SESSION: &str =
     "SET default_transaction_read_only = on; SET enable_seqscan = off; SET enable_bitmapscan = off";
 
-/// One writer of all this.
+/// A fenced writer of settlements.
 #[derive(Debug)]
 pub struct SettlementWriter {
     row: FencedWriter,
@@ -99,10 +98,10 @@ impl SettlementWriter {
         }
     }
 
-    /// Connects where there is no connection. This is how lost commits are noticed.
+    /// Connects if there is no connection. Connecting is also how lost commits are noticed.
     ///
     /// # Errors
-    /// Where the database does not answer, or this process may not write any more.
+    /// If the database does not answer, or this process may not write any more.
     pub async fn connected(&mut self) -> Result<(), StoreError> {
         match self.session {
             Some(_) => Ok(()),
@@ -110,16 +109,16 @@ impl SettlementWriter {
         }
     }
 
-    /// Commits that the database had acknowledged and lost, as found so far.
+    /// Number of commits that the database acknowledged and lost, as found so far.
     pub fn commits_lost(&self) -> u64 {
         self.row.commits_lost()
     }
 
-    /// Does `work` in one numbered transaction, and what it leaves to be done together with the
-    /// COMMIT. Returns what it returned, once it is committed.
+    /// Runs `work` in one numbered transaction, then the statements that it leaves for the end together with
+    /// the COMMIT. Returns the value of `work` once it is committed.
     ///
     /// # Errors
-    /// Nothing has changed then. [`StoreError::Fenced`] where this process may not write any more.
+    /// On an error nothing has changed. [`StoreError::Fenced`] where this process may not write any more.
     async fn transact<'a, T>(
         &mut self,
         doing: &'static str,
@@ -136,7 +135,7 @@ impl SettlementWriter {
         };
         let number = committed + 1;
         let step = self.row.database.step_timeout();
-        // Noted beforehand, so that it also holds where this call is given up half-way.
+        // Noted beforehand, so that it also holds if this call is dropped half-way.
         self.row.suspect = Some(session.backend);
         let attempt = tokio::time::timeout(step, self.attempt(&session, number, work));
         let (done, closing) = match attempt.await {
@@ -144,9 +143,10 @@ impl SettlementWriter {
             Ok(Err(error)) => {
                 self.roll_back(session, step).await;
                 return Err(match error {
-                    Attempt::Moved => {
-                        StoreError::Data(format!("the row of writer {} was moved", self.row.shard))
-                    }
+                    Attempt::Moved => StoreError::Data(format!(
+                        "the row of writer {} has changed since this process last wrote it",
+                        self.row.shard
+                    )),
                     Attempt::Statement(source) => StoreError::Statement { doing, source },
                 });
             }
@@ -201,7 +201,7 @@ impl SettlementWriter {
         );
         begun?;
         if fenced? != 1 {
-            // Connecting again tells who moved our row.
+            // Reconnecting tells which process moved our row.
             return Err(Attempt::Moved);
         }
         let (done, closing) = worked?;
@@ -211,10 +211,10 @@ impl SettlementWriter {
         Ok((done, closing))
     }
 
-    /// Reads, in a transaction that the server itself ends after half a step.
+    /// Reads, in a transaction that the server itself cancels after half a step.
     ///
     /// # Errors
-    /// What the database says; [`StoreError::is_overlong`] where it took too long.
+    /// The database's error; [`StoreError::is_overlong`] if it took too long.
     async fn read<T>(
         &mut self,
         doing: &'static str,
@@ -238,14 +238,14 @@ impl SettlementWriter {
         };
         let read = match timed(doing, step, reading).await {
             Ok(read) => read.map_err(StoreError::statement(doing)),
-            // The connection is given up with it; the server ends its work by itself.
+            // The connection is dropped too; the server cancels the statement by itself.
             Err(_) => return Err(StoreError::Timeout { doing, after: step }),
         };
         self.roll_back(session, step).await;
         read
     }
 
-    /// Keeps the connection for the next transaction, where it still answers.
+    /// Keeps the connection for the next transaction if it still answers.
     async fn roll_back(&mut self, session: Session, step: Duration) {
         let rolled_back = timed("ROLLBACK", step, session.client.batch_execute("ROLLBACK")).await;
         if let Ok(Ok(())) = rolled_back {
@@ -254,28 +254,28 @@ impl SettlementWriter {
         }
     }
 
-    /// What became of a COMMIT whose answer was lost. Takes as long as the database does.
+    /// Whether a COMMIT whose answer was lost took effect. Retries until the database answers.
     async fn find_out(&mut self, failed: &StoreError) -> Result<bool, StoreError> {
-        tracing::warn!(reason = %failed, "whether payments or expiries were committed is not known; it is found out");
+        tracing::warn!(reason = %failed, "the answer to a commit of payments or expiries was lost; asking the database whether it took effect");
         loop {
-            match self.row.settle().await {
-                Ok(settled) => return Ok(settled.was_committed),
-                Err(WriteError::Retry(_)) => tokio::time::sleep(SETTLE_PAUSE).await,
+            match self.row.resolve().await {
+                Ok(resolved) => return Ok(resolved.was_committed),
+                Err(WriteError::Retry(_)) => tokio::time::sleep(RESOLVE_PAUSE).await,
                 Err(other) => return Err(fatal(other)),
             }
         }
     }
 
     async fn connect(&mut self) -> Result<(), StoreError> {
-        let settled = self.row.settle().await.map_err(fatal)?;
+        let resolved = self.row.resolve().await.map_err(fatal)?;
         let (doing, step) = ("setting up a session", self.row.database.step_timeout());
-        timed(doing, step, settled.client.batch_execute(SESSION))
+        timed(doing, step, resolved.client.batch_execute(SESSION))
             .await
             .map_err(fatal)?
             .map_err(StoreError::statement(doing))?;
         self.session = Some(Session {
-            client: settled.client,
-            backend: settled.backend,
+            client: resolved.client,
+            backend: resolved.backend,
             statements: Statements::default(),
         });
         Ok(())
@@ -294,11 +294,11 @@ async fn close(session: &Session, closing: &Closing<'_>) -> Result<(), Closed> {
             session.client.execute(statement, &parameters).await
         });
     }
-    // Polled in this order, and so sent in it.
+    // Polled, and therefore sent, in this order.
     let (done, committed) = join(join_all(last), session.client.batch_execute("COMMIT")).await;
     for done in done {
         if let Err(error) = done {
-            // The server has refused it, and everything after it: the COMMIT was a ROLLBACK.
+            // The server refused this statement and all after it: the COMMIT was a ROLLBACK.
             return Err(match error.as_db_error() {
                 Some(_) => Closed::RolledBack(error),
                 None => Closed::Unknown(error),
@@ -312,13 +312,13 @@ async fn close(session: &Session, closing: &Closing<'_>) -> Result<(), Closed> {
 enum Closed {
     /// It was rolled back.
     RolledBack(tokio_postgres::Error),
-    /// Its number tells whether it was.
+    /// Unknown; the transaction's number tells.
     Unknown(tokio_postgres::Error),
 }
 
-/// Why a transaction's work was not done.
+/// Why the work of a transaction was not done.
 enum Attempt {
-    /// Our row of `writer` is not where we left it.
+    /// Our row of `writer` has another number or epoch than we left it with.
     Moved,
     /// A statement failed.
     Statement(tokio_postgres::Error),

@@ -1,6 +1,5 @@
-//! Messages of providers are stored, and payments meet their orders: many at once, each with a
-//! verdict of its own. A new payment whose order is there is stored in its final state; nothing is
-//! stored as an orphan first.
+//! Storing providers' messages and matching their payments, many in one transaction, each payment with its own
+//! verdict. A new payment whose order exists is stored in its final state, not as an orphan first.
 
 use std::collections::HashSet;
 
@@ -15,7 +14,7 @@ use crate::order::{Order, OrderId, OrderStatus, UnixMillis};
 use crate::store::StoreError;
 use crate::store::postgres::Connected;
 
-/// A payment that has met its order.
+/// A payment that was matched to its order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Matched {
     /// The provider's name for the payment.
@@ -26,15 +25,15 @@ pub struct Matched {
     pub verdict: Verdict,
 }
 
-/// The result of a transaction.
+/// The effect of a transaction.
 #[derive(Debug, Default)]
 pub struct Settlement {
     /// Messages that were new.
     pub events: u64,
-    /// Payments that have met their orders.
+    /// Payments that were matched.
     pub matched: Vec<Matched>,
-    /// The orders of new payments that could not meet them and are orphans, each with the moment at
-    /// which its payment counts as made.
+    /// The orders of new payments that could not be matched and are orphans, each with the moment at which its
+    /// payment counts as made.
     pub orphans: Vec<(OrderId, UnixMillis)>,
     /// New payments that name no order of ours.
     pub without_order: u64,
@@ -47,24 +46,22 @@ pub struct Settlement {
 pub struct Arrival {
     /// The time, by Millrace's clock.
     pub now: UnixMillis,
-    /// When those that find no order are looked at again.
+    /// Time of the first check of those that stay orphans.
     pub check_at: UnixMillis,
-    /// Whether they meet their orders at once. Without, all are orphans for now: the way out where
-    /// rows of orders or SKUs cannot be had.
-    pub judge: bool,
-    /// Whether any of their orders may have a payment that waits for it. That one came first, and
-    /// meets the order first.
+    /// Whether payments are matched at once. If false, all are stored as orphans for now, because locks on
+    /// orders or SKUs are unavailable.
+    pub match_now: bool,
+    /// Whether any of their orders may have an orphan already. The orphan came first and is matched first.
     pub with_waiting: bool,
 }
 
 impl SettlementWriter {
-    /// Stores messages, the payments in them, and lets new payments meet their orders, all or
-    /// nothing. Orders of `in_flight` are left alone: their payments stay orphans for a moment, and
-    /// so do those of orders whose row somebody holds.
+    /// Stores messages and their payments and matches new payments, all or nothing. Payments of `in_flight`
+    /// orders, and of orders whose row is locked, stay orphans for a moment.
     ///
     /// # Errors
-    /// Nothing is stored then.
-    pub async fn take_in(
+    /// On an error nothing is stored.
+    pub async fn ingest(
         &mut self,
         deliveries: &[&Delivery],
         arrival: Arrival,
@@ -74,7 +71,7 @@ impl SettlementWriter {
         let mut orders: Vec<i64> = payments
             .iter()
             .filter_map(|(_, payment)| payment.order_id())
-            .filter(|id| arrival.judge && !in_flight.contains(id))
+            .filter(|id| arrival.match_now && !in_flight.contains(id))
             .map(OrderId::as_i64)
             .collect();
         orders.sort_unstable();
@@ -93,11 +90,11 @@ impl SettlementWriter {
             ];
             let store_events = statements.of(client, Sql::Events).await?;
             let known = statements.of(client, Sql::Known).await?;
-            // One flush, the locks in their order. The first error is the reason; those behind it
-            // only say that the transaction is over.
+            // One flush, the locks in their order. The first error is the cause; those after it only say that
+            // the transaction is aborted.
             let (events, known, locked) = tokio::join!(
                 events.store(client, store_events),
-                known_places(client, known, &names),
+                known_positions(client, known, &names),
                 lock(
                     client,
                     statements,
@@ -114,12 +111,12 @@ impl SettlementWriter {
                 ..Settlement::default()
             };
             let mut new = NewPayments::default();
-            for (place, (delivery, payment)) in payments.iter().enumerate() {
-                if known.contains(&place) {
+            for (position, (delivery, payment)) in payments.iter().enumerate() {
+                if known.contains(&position) {
                     continue;
                 }
                 let verdict = payment.order_id().and_then(|order_id| {
-                    let verdict = matcher.judge(&Candidate {
+                    let verdict = matcher.match_payment(&Candidate {
                         order_id,
                         amount: payment.amount,
                         currency: payment.currency,
@@ -141,11 +138,11 @@ impl SettlementWriter {
         .await
     }
 
-    /// Lets the payments that are stored as orphans of these orders meet them, as they came. Those
-    /// of orders whose row somebody holds stay as they are.
+    /// Matches the orphans of these orders in order of arrival. Orphans of orders whose row is locked stay as
+    /// they are.
     ///
     /// # Errors
-    /// Nothing has changed then.
+    /// On an error nothing has changed.
     pub async fn match_orders(
         &mut self,
         orders: &[OrderId],
@@ -166,11 +163,11 @@ impl SettlementWriter {
         .await
     }
 
-    /// Leaves an orphan at `refund_due`: no order was found, and none can be recovered. False: its
-    /// order is there after all, or it is no orphan any more, and nothing was changed.
+    /// Moves an orphan to `refund_due`: no order was found, and none can be recovered. Returns false, with
+    /// nothing changed, if its order exists after all or it is no longer an orphan.
     ///
     /// # Errors
-    /// Nothing has changed then.
+    /// On an error nothing has changed.
     pub async fn give_up(
         &mut self,
         id: i64,
@@ -192,12 +189,11 @@ impl SettlementWriter {
         .await
     }
 
-    /// Writes an order that was lost, as its receipt tells it, paid by the payment `id`; or, with
-    /// a `reason`, as one whose money must go back. False: it is there after all, and nothing was
-    /// changed.
+    /// Writes a lost order from its receipt: paid by the payment `id`, or, if a `reason` is given,
+    /// `refund_due`. Returns false, with nothing changed, if the order exists after all.
     ///
     /// # Errors
-    /// Nothing has changed then.
+    /// On an error nothing has changed.
     pub async fn recover(
         &mut self,
         id: i64,
@@ -254,7 +250,7 @@ impl SettlementWriter {
     }
 }
 
-/// The payments that are reported, each by the message that came first.
+/// The payments reported, each by its first message.
 fn first_reports<'a>(deliveries: &[&'a Delivery]) -> Vec<(&'a Delivery, &'a Payment)> {
     let mut names = HashSet::new();
     deliveries
@@ -305,8 +301,8 @@ impl<'a> Events<'a> {
     }
 }
 
-/// The places of those payments that are stored already.
-async fn known_places(
+/// The positions of the payments that are stored already.
+async fn known_positions(
     client: &Connected,
     known: &Statement,
     [providers, payment_ids]: &[Vec<&str>; 2],
@@ -315,11 +311,11 @@ async fn known_places(
         return Ok(HashSet::new());
     }
     let rows = client.query(known, &[providers, payment_ids]).await?;
-    let place = |row: &Row| usize::try_from(row.get::<_, i64>(0) - 1).ok();
-    Ok(rows.iter().filter_map(place).collect())
+    let position = |row: &Row| usize::try_from(row.get::<_, i64>(0) - 1).ok();
+    Ok(rows.iter().filter_map(position).collect())
 }
 
-/// New payments as columns, each in the state that it begins with.
+/// New payments as columns, each with its initial state.
 #[derive(Default)]
 struct NewPayments<'a> {
     received_at: Vec<i64>,

@@ -1,56 +1,55 @@
-//! What a person has done about money that had to go back. Millrace never calls a provider: it
-//! records.
+//! Refunds that an operator has made. Millrace records them; it never calls a provider.
 
 use super::statements::{Change, Changes, Closing, Sql};
 use super::{Destination, SettlementWriter, UnitMove};
 use crate::order::{OrderId, OrderStatus, OrderUnits, SkuNumber, UnixMillis, UserId};
 use crate::store::StoreError;
 
-/// What a person says about a refund.
+/// An operator's note about a refund.
 #[derive(Clone, Debug)]
 pub struct RefundNote {
-    /// The provider's reference of it.
+    /// The provider's reference of the refund.
     pub reference: Option<String>,
-    /// Words.
+    /// Free text.
     pub note: Option<String>,
-    /// Whether the units of a paid order are for sale again.
+    /// Whether the units of a paid order are offered for sale again.
     pub restock: bool,
 }
 
-/// What came of recording a refund.
+/// Outcome of recording a refund.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Recorded {
-    /// It is recorded; the units of a paid order have moved.
+    /// Recorded; for a paid order, with the units that moved.
     Done(Option<UnitMove>),
-    /// The same was recorded before.
+    /// The same refund was recorded before.
     Already,
-    /// The order stands elsewhere, and no payment of it is to go back.
+    /// The order has another status, and none of its payments is to be refunded.
     StandsAt(OrderStatus),
     /// There is no such order.
     Unknown,
 }
 
-/// What came of closing a payment.
+/// Outcome of closing a payment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Closed {
-    /// It is at `refunded`, with its note; and the order that no payment waits for any more.
+    /// The payment is `refunded`, with its note; the order is given if no other payment waits for it.
     Done(Option<OrderId>),
-    /// Its order is there: the refund is recorded with the order.
+    /// Its order exists: record the refund with the order.
     HasOrder(OrderId),
-    /// It is matched, or closed already.
+    /// The payment is matched or closed already.
     Settled,
     /// There is no such payment.
     Unknown,
 }
 
 impl SettlementWriter {
-    /// Records that the money of an order went back. Payments of it that are due to go back are
-    /// `refunded`, and so is an order that is `refund_due`. Where none is due and the order is
-    /// paid, its payment and the order itself are `refunded`, and its units are restocked or leave
-    /// the sale. A reference that was recorded with the order before changes nothing more.
+    /// Records that the money of an order was refunded. Its `refund_due` payments become `refunded`, and so
+    /// does an order at `refund_due`. If no payment is due and the order is paid, its payment and the order
+    /// become `refunded`, and its units are restocked or leave the sale. A reference recorded with the order
+    /// before changes nothing.
     ///
     /// # Errors
-    /// Nothing has changed then.
+    /// On an error nothing has changed.
     pub async fn record_refund(
         &mut self,
         order_id: OrderId,
@@ -71,7 +70,7 @@ impl SettlementWriter {
             let status = code
                 .and_then(OrderStatus::from_code)
                 .unwrap_or(OrderStatus::Failed);
-            let settle = async |from: &str| {
+            let mark_refunded = async |from: &str| {
                 client
                     .execute(
                         "UPDATE payments SET state = 'refunded', changed_at = to_timestamp($3::int8 / 1000.0),
@@ -88,11 +87,11 @@ impl SettlementWriter {
                 )
                 .await?;
             if recorded.is_some() {
-                // The same request again, whose answer was lost: what has come due since is
-                // another refund's.
+                // A repeated request whose answer was lost: anything that came due since belongs to another
+                // refund.
                 return nothing(Recorded::Already);
             }
-            let due = settle("refund_due").await?;
+            let due = mark_refunded("refund_due").await?;
             let refunded = OrderStatus::Refunded.code();
             match status {
                 OrderStatus::RefundDue => {
@@ -105,7 +104,7 @@ impl SettlementWriter {
                 }
                 _ if due > 0 => nothing(Recorded::Done(None)),
                 OrderStatus::Paid => {
-                    settle("matched").await?;
+                    mark_refunded("matched").await?;
                     client
                         .execute(
                             statements.of(client, Sql::MoveOrders).await?,
@@ -151,10 +150,10 @@ impl SettlementWriter {
         .await
     }
 
-    /// Closes a payment that has no order: a person has dealt with the money.
+    /// Closes a payment without an order: an operator has dealt with the money.
     ///
     /// # Errors
-    /// Nothing has changed then.
+    /// On an error nothing has changed.
     pub async fn close_payment(
         &mut self,
         id: i64,

@@ -1,5 +1,5 @@
-//! The statements of a settlement, each prepared once a connection, when it is first needed: to
-//! prepare one takes a lock on its tables, and what stores a payment must not wait for orders.
+//! The statements of a settlement. Each is prepared once a connection, when first needed: preparing takes a
+//! lock on the statement's tables, and storing a payment must not wait for orders.
 
 use std::collections::BTreeMap;
 
@@ -10,7 +10,7 @@ use tokio_postgres::{Client, Error, Statement};
 use crate::order::SkuNumber;
 use crate::store::fenced::FENCE;
 
-/// Messages. One that is there already, about the same payment, is left alone.
+/// Stores messages. A message already stored, about the same payment, is left alone.
 const EVENTS: &str = "
     INSERT INTO payment_events (received_at, provider, event_id, kind, body, payment_id)
     SELECT to_timestamp(e.at / 1000.0), e.provider, e.event_id, e.kind, e.body, e.payment_id
@@ -18,13 +18,12 @@ const EVENTS: &str = "
            AS e (at, provider, event_id, kind, body, payment_id)
     ON CONFLICT (provider, event_id, payment_id) DO NOTHING";
 
-/// Those of these payments that are stored already, by their places.
+/// The positions of the payments that are stored already.
 const KNOWN: &str = "
     SELECT w.place FROM unnest($1::text[], $2::text[]) WITH ORDINALITY AS w (provider, payment_id, place)
      WHERE EXISTS (SELECT FROM payments p WHERE p.provider = w.provider AND p.payment_id = w.payment_id)";
 
-/// New payments, each in the state that it begins with. $12: now; $13: when orphans are looked at
-/// first.
+/// Stores new payments, each with its initial state. $12: now; $13: time of an orphan's first check.
 const PAYMENTS: &str = "
     INSERT INTO payments (received_at, paid_at, provider, payment_id, order_ref, order_id, amount, currency, receipt,
                           state, refund_reason, changed_at, check_at)
@@ -36,7 +35,7 @@ const PAYMENTS: &str = "
            AS p (received_at, paid_at, provider, payment_id, order_ref, order_id, amount, currency, receipt, state,
                  reason)";
 
-/// Orphans of these orders, as they came. Locked, after their orders are.
+/// Locks the orphans of these orders, in order of arrival, after their orders.
 const WAITING: &str = "
     SELECT id, order_id, amount, currency, payment_id
       FROM payments WHERE order_id = ANY ($1) AND state = 'orphan' ORDER BY id FOR UPDATE";
@@ -46,7 +45,7 @@ const LOCK_ORDERS: &str = "
     SELECT order_id, status, amount, currency, sku, quantity, user_id
       FROM orders WHERE order_id = ANY ($1) ORDER BY order_id FOR UPDATE";
 
-/// The same without those that somebody else holds.
+/// The same, skipping locked rows.
 const TRY_ORDERS: &str = "
     SELECT order_id, status, amount, currency, sku, quantity, user_id
       FROM orders WHERE order_id = ANY ($1) ORDER BY order_id FOR UPDATE SKIP LOCKED";
@@ -55,7 +54,7 @@ const LOCK_DEAD_LETTERS: &str = "
     SELECT order_id, status, amount, currency, sku, quantity, user_id
       FROM dead_letters WHERE order_id = ANY ($1) ORDER BY order_id FOR UPDATE";
 
-/// Guarded: each order moves from where it was judged, or not at all.
+/// Guarded: an order moves only from the status that its verdict was based on.
 const MOVE_ORDERS: &str = "
     UPDATE orders o SET status = m.status, refund_reason = coalesce(m.reason, o.refund_reason)
       FROM unnest($1::int8[], $2::int2[], $3::int2[], $4::text[]) AS m (order_id, was, status, reason)
@@ -66,13 +65,13 @@ const MOVE_DEAD_LETTERS: &str = "
       FROM unnest($1::int8[], $2::int2[], $3::text[]) AS m (order_id, status, reason)
      WHERE d.order_id = m.order_id";
 
-/// Guarded likewise.
+/// Guarded: a payment moves only while it is an orphan.
 const MOVE_PAYMENTS: &str = "
     UPDATE payments p SET state = m.state, refund_reason = m.reason, changed_at = to_timestamp($4::int8 / 1000.0)
       FROM unnest($1::int8[], $2::text[], $3::text[]) AS m (id, state, reason)
      WHERE p.id = m.id AND p.state = 'orphan'";
 
-/// Guarded by the order too: a worker may have written it since it was looked for.
+/// Guarded by the order too: a worker may have written it since the look-up.
 const GIVE_UP: &str = "
     UPDATE payments p SET state = 'refund_due', refund_reason = $2, changed_at = to_timestamp($3::int8 / 1000.0)
      WHERE p.id = $1 AND p.state = 'orphan'
@@ -81,9 +80,8 @@ const GIVE_UP: &str = "
 
 const LOCK_SKUS: &str = "SELECT id FROM sku WHERE id = ANY ($1) ORDER BY id FOR UPDATE";
 
-/// Moves counters of SKUs that are locked, and writes the journal after them, so that its entries
-/// are numbered in the order in which the counters moved. The LEFT JOIN makes a SKU that does not
-/// exist violate NOT NULL, which takes the transaction down.
+/// Moves counters of locked SKUs and then writes the stock log, so that its entries are numbered in the order
+/// of the moves. The LEFT JOIN makes an unknown SKU violate NOT NULL, which aborts the transaction.
 const COUNTERS: &str = "
     WITH wanted AS (
         SELECT * FROM unnest($1::int4[], $2::int8[], $3::int8[], $4::int8[]) AS w (sku, total, held, sold)
@@ -96,8 +94,8 @@ const COUNTERS: &str = "
     SELECT w.sku, $5, $6, w.total, w.held, w.sold, m.total, m.held, m.sold
       FROM wanted w LEFT JOIN moved m ON m.id = w.sku ORDER BY w.sku";
 
-/// Looks at the rows of a range of ids, $3 of them at most: how many there were, the last, and the
-/// unpaid orders among them that are past their time. $5: of which SKU, or of all.
+/// Reads at most $3 rows of a range of ids: returns their count, the last id, and the unpaid orders past their
+/// deadline. $5: one SKU, or NULL for all.
 const LOOK: &str = "
     WITH looked_at AS MATERIALIZED (
         SELECT order_id, sku, expires_at,
@@ -109,9 +107,8 @@ const LOOK: &str = "
            array_agg((extract(epoch FROM expires_at) * 1000)::int8 ORDER BY order_id) FILTER (WHERE due)
       FROM looked_at";
 
-/// Expires those of these orders that are still unpaid and past their time. One that somebody holds
-/// is skipped. One whose payment came in time and waits to be matched is left to it ($3: whether
-/// there may be any).
+/// Expires those of these orders that are still unpaid and past their deadline. Locked rows are skipped. $3:
+/// whether there may be orphans; an order whose orphan was paid in time is left to it.
 const EXPIRE: &str = "
     WITH due AS (
         SELECT order_id FROM orders o
@@ -123,16 +120,16 @@ const EXPIRE: &str = "
     UPDATE orders o SET status = 4 FROM due WHERE o.order_id = due.order_id AND o.status = 1
     RETURNING o.order_id, o.user_id, o.sku, o.quantity";
 
-/// Those of these SKUs that nobody holds.
+/// Those of these SKUs whose row is not locked.
 const FREE_SKUS: &str = "SELECT id FROM sku WHERE id = ANY ($1) ORDER BY id FOR UPDATE SKIP LOCKED";
 
 const UNPAID_CHANGES: &str = "SELECT unpaid_changes FROM node WHERE node = $1";
 
-/// Guarded: nobody has revived an older order since $3 was read.
+/// Guarded: no older order has become unpaid again since $3 was read.
 const UNPAID_FROM: &str = "
     UPDATE node SET unpaid_from = $4 WHERE node = $1 AND epoch = $2 AND unpaid_changes = $3";
 
-/// An order that was lost, as its receipt tells it; nothing where it is there after all.
+/// Writes a lost order from its receipt, unless it exists after all.
 const RECOVER: &str = "
     INSERT INTO orders (order_id, user_id, sku, quantity, adjustment, amount, currency, status, created_at, expires_at,
                         key_hash, payload_hash, refund_reason)
@@ -141,7 +138,7 @@ const RECOVER: &str = "
      WHERE NOT EXISTS (SELECT FROM dead_letters d WHERE d.order_id = $1)
     ON CONFLICT (order_id) DO NOTHING";
 
-/// Which statement.
+/// A statement of a settlement.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Sql {
     Fence,
@@ -189,16 +186,15 @@ const SQL: [&str; 20] = [
     COUNTERS,
 ];
 
-/// The statements that were prepared so far, in the order of [`Sql`].
+/// The statements prepared so far, in the order of [`Sql`].
 #[derive(Debug, Default)]
 pub(super) struct Statements([OnceCell<Statement>; SQL.len()]);
 
-/// By how much the counters of each SKU change, by id, so that every transaction locks in the
-/// same order.
+/// Changes of the counters of each SKU, by id, so that every transaction locks in the same order.
 #[derive(Debug, Default)]
 pub(super) struct Changes(BTreeMap<SkuNumber, Change>);
 
-/// By how much the counters of one SKU change.
+/// Changes of the counters of one SKU, in units.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Change {
     pub(super) total: i64,
@@ -227,7 +223,7 @@ impl Statements {
 /// Parameters of a statement.
 type Parameters<'a> = Vec<Box<dyn ToSql + Sync + Send + 'a>>;
 
-/// The last statements of a transaction, which leave together with its COMMIT.
+/// The last statements of a transaction, sent together with its COMMIT.
 #[derive(Default)]
 pub(super) struct Closing<'a>(Vec<(Sql, Parameters<'a>)>);
 
@@ -237,8 +233,7 @@ impl<'a> Closing<'a> {
         self.0.push((sql, parameters));
     }
 
-    /// Moves counters, each cause with journal entries of its own, with `reference` as what to
-    /// look for.
+    /// Moves counters. Each cause has entries of its own in the stock log, found by `reference`.
     pub(super) fn move_counters(&mut self, changes: &[(&'static str, Changes)], reference: &str) {
         let mut skus: Vec<i32> = changes
             .iter()
@@ -270,12 +265,12 @@ impl<'a> Closing<'a> {
         }
     }
 
-    /// Which they are, in their order.
+    /// The statements, in order.
     pub(super) fn statements(&self) -> impl Iterator<Item = Sql> {
         self.0.iter().map(|(sql, _)| *sql)
     }
 
-    /// With their parameters.
+    /// The statements with their parameters, in order.
     pub(super) fn iter(&self) -> impl Iterator<Item = (Sql, &Parameters<'a>)> {
         self.0.iter().map(|(sql, parameters)| (*sql, parameters))
     }

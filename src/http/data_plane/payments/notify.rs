@@ -33,7 +33,7 @@ pub(in crate::http::data_plane) fn notify(
                 notice,
                 received_at,
             };
-            let storing = async move { callbacks.take_in(delivery).await };
+            let storing = async move { callbacks.ingest(delivery).await };
             match context.on_tokio(request, started + ANSWER_WITHIN, storing) {
                 Ok(Ok(())) => Ok(()),
                 Ok(Err(NotStored::Busy | NotStored::Stopped | NotStored::Store(_))) | Err(_) => {

@@ -48,7 +48,7 @@ impl Database {
     /// Notes that keys of orders from `since` on are known for `window_ms`.
     ///
     /// # Errors
-    /// Where the database does not answer.
+    /// If the database does not answer.
     pub async fn note_window(
         &self,
         lease: NodeLease,

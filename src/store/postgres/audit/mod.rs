@@ -121,7 +121,7 @@ impl Database {
     /// several times (see `keys`).
     ///
     /// # Errors
-    /// Where the database does not answer; [`StoreError::AuditRunning`] where another audit holds
+    /// If the database does not answer; [`StoreError::AuditRunning`] where another audit holds
     /// its lock.
     pub async fn audit(&self) -> Result<DatabaseAudit, StoreError> {
         let (found, _) = self.audit_watching(PartRows::default(), || ()).await?;
