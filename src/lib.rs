@@ -1,5 +1,5 @@
-//! Millrace: flash-sale order intake in front of PostgreSQL. It holds stock in memory, writes the
-//! winners with COPY, and tells every buyer the truth.
+//! Millrace: flash-sale order intake in front of PostgreSQL. It holds stock in memory, writes accepted orders
+//! with COPY, and answers every buyer truthfully.
 //!
 //! ```text
 //!             data plane                                              PostgreSQL
@@ -9,8 +9,8 @@
 //!               └── state: stock · buyers · pending · poison
 //! ```
 //!
-//! Calls point right and down only; the reply travels back as data, because [`state::pending`]
-//! lies below both ends. `ARCHITECTURE.md` has the map and the promises.
+//! Calls go right and down only; the reply travels back as data, because [`state::pending`] lies below both
+//! ends. `ARCHITECTURE.md` has the map and the promises.
 
 pub mod app;
 pub mod backoff;

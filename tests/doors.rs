@@ -378,7 +378,7 @@ fn config_check_finds_what_a_start_would() {
                 &[("MILLRACE_QUEUE__JOURNAL__DIR", "file")],
                 "queue.journal.dir",
             ),
-            (&[("MILLRACE_DATA_DIR", "cut")], "cut off"),
+            (&[("MILLRACE_DATA_DIR", "cut")], "truncated"),
             (
                 &[
                     ("MILLRACE_PAYMENTS__ALIPAY__APP_ID", "1"),
@@ -403,11 +403,11 @@ fn config_check_finds_what_a_start_would() {
                     ("MILLRACE_DATABASE__URL", &other_url),
                     ("MILLRACE_DATABASE__SCHEMA", "shop"),
                 ],
-                "did not make",
+                "did not create",
             ),
             (
                 &[("MILLRACE_DATABASE__MIGRATE", "never")],
-                "has not been made",
+                "does not exist yet",
             ),
         ];
         let directory = tempfile::tempdir().expect("a directory");

@@ -1,4 +1,4 @@
-//! Tasks that run as long as the process does. One that ends poisons it.
+//! Tasks that run as long as the process. A task that ends poisons it.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -38,19 +38,19 @@ use crate::supervise::Supervisor;
 
 /// Connections for operators.
 const OPERATORS_POOL: usize = 4;
-/// Connections for what watches a failover: lost commits, and how far standbys are.
+/// Connections of the tasks that watch for failovers: lost commits, and the progress of standbys.
 const WATCH_POOL: usize = 2;
-/// Connections of each settler, for reading.
+/// Read connections of each settler.
 const SETTLER_POOL: usize = 1;
 
-/// How often what has left the idempotency window, and rate limits that are whole again, are
+/// Interval at which orders that have left the idempotency window, and rate limits that are full again, are
 /// forgotten.
 const EVICTION: Duration = Duration::from_secs(20);
-/// How long after its time to pay an unpaid order may still stand, in milliseconds.
+/// Margin after the payment deadline within which an unpaid order may still be payable, in milliseconds.
 const SETTLING_MS: u64 = 60_000;
-/// How often it is looked whether memory is nearly full.
+/// Interval between checks whether memory is nearly full.
 const TIGHT: Duration = Duration::from_secs(1);
-/// How often our own PostgreSQL is looked at.
+/// Interval between checks of the embedded PostgreSQL.
 const POSTGRES_WATCH: Duration = Duration::from_millis(250);
 
 /// The running tasks.
@@ -75,7 +75,7 @@ impl Parts<'_> {
     }
 }
 
-/// The ways to the tasks that others ask.
+/// Handles to the tasks that serve requests.
 pub(super) struct Handles {
     pub(super) callbacks: CallbacksHandle,
     pub(super) payments: PaymentsHandle,
@@ -84,12 +84,12 @@ pub(super) struct Handles {
     pub(super) canceller: Canceller,
     pub(super) health: Arc<Health>,
     pub(super) orphan_checks: OrphanChecks,
-    /// For operators: they never wait behind buyers' look-ups.
+    /// The operators' own pool, so that they never wait behind buyers' look-ups.
     pub(super) operators: Database,
 }
 
 impl Background {
-    /// Starts every task. The leases are renewed, and the database is looked at, when this returns.
+    /// Starts every task. On return the leases are renewed and the database has been checked once.
     pub(super) async fn start(
         parts: &Parts<'_>,
         supervisor: Supervisor,
@@ -114,7 +114,7 @@ impl Background {
         );
         let health = Arc::<Health>::default();
         let mut looker = Looker::new(parts.database().with_own_pool(1)?, Arc::clone(&health));
-        // So that whoever is told that orders are taken finds it ready.
+        // So that a client that is told that orders are taken finds the service ready.
         looker.look().await;
         background.run("the database health check", health::keep(looker));
         let handles = Handles {
@@ -130,7 +130,7 @@ impl Background {
         Ok((background, handles))
     }
 
-    /// Orders in flight, and what memory need no longer remember.
+    /// Deadlines of orders in flight, and eviction of old orders from memory.
     fn watch_orders(&mut self, parts: &Parts<'_>) {
         let Parts { config, state, .. } = parts;
         let wake_all = Arc::clone(parts.wake_all);
@@ -147,7 +147,7 @@ impl Background {
         self.run("the eviction of old orders", evicting);
     }
 
-    /// The right to go on, and the database's own condition: leases, lost commits, our own server.
+    /// Leases, lost commits, retention, and the embedded server.
     async fn keep_ownership(&mut self, parts: &Parts<'_>) -> Result<(), StartError> {
         let Parts {
             config,
@@ -263,7 +263,7 @@ impl Background {
             parts.metrics.clone(),
         );
         self.run("the retry of parked orders", parking.run());
-        // On a connection of its own: an emergency waits behind nobody.
+        // On a connection of its own, so that an emergency never waits.
         let own = database.with_own_pool(1)?;
         let pauses = Arc::new(Pauses::new(Arc::clone(parts.state), own, lease));
         self.run("the storage of pauses", Arc::clone(&pauses).keep_storing());
@@ -280,7 +280,7 @@ impl Background {
     }
 }
 
-/// Starts our own PostgreSQL again where it has died. Workers keep their batches meanwhile.
+/// Restarts the embedded PostgreSQL after it has died. Workers keep their batches meanwhile.
 pub(super) async fn keep_running(embedded: Arc<Mutex<Embedded>>) {
     let mut tick = tokio::time::interval(POSTGRES_WATCH);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -298,7 +298,7 @@ pub(super) async fn keep_running(embedded: Arc<Mutex<Embedded>>) {
     }
 }
 
-/// Forgets what nobody needs any more.
+/// Evicts orders and rate limits that are no longer needed.
 pub(super) async fn evict(
     state: Arc<State>,
     intake: Arc<Intake>,
@@ -310,7 +310,7 @@ pub(super) async fn evict(
     loop {
         tick.tick().await;
         let is_tight = state.buyers.is_tight();
-        // A walk that made no room is not repeated at once.
+        // An eviction that freed nothing is not repeated at once.
         let is_early =
             |(at, in_vain): (Instant, bool)| at.elapsed() < EVICTION && (in_vain || !is_tight);
         if last.is_some_and(is_early) {
@@ -318,7 +318,7 @@ pub(super) async fn evict(
         }
         let started = Instant::now();
         let (state, intake) = (Arc::clone(&state), Arc::clone(&intake));
-        // Walks every record: not on a thread that has something better to do.
+        // Walks every record, so it runs on a blocking thread.
         let evicted = tokio::task::spawn_blocking(move || {
             intake.forget_idle();
             let (buyers, ids) = (&state.buyers, &state.ids);
@@ -337,8 +337,8 @@ pub(super) async fn evict(
         if evicted > 0 && is_tight {
             tracing::warn!(
                 evicted,
-                "orders.remembered_max is nearly reached: orders that neither a key nor a limit needs were forgotten \
-                 before they left the idempotency window, the oldest first"
+                "orders.remembered_max is nearly reached: the oldest orders that neither a key nor a limit needs were \
+                 forgotten before they left the idempotency window; raise it, or shorten the window"
             );
         } else if evicted > 0 {
             tracing::debug!(evicted, "forgot orders that left the idempotency window");

@@ -1,55 +1,53 @@
-//! Which clock this process goes by: that of its machine, once it was compared with the database's.
+//! The clock of this process: the machine's, after a comparison with the database's.
 //!
-//! Much hangs on the time at start: order ids, which of them lie within the idempotency window, what has
-//! expired. A clock that is days ahead forgets keys and expires what is payable, and leaves its mark in
-//! the order ids that are leased.
+//! Much depends on the time at start: order ids, the extent of the idempotency window, expired orders. A clock
+//! that is days ahead forgets keys, expires payable orders, and leaves its mark in the leased order ids.
 //!
-//! The database's clock is another witness where it is another machine's. Where it is our own
-//! PostgreSQL it is none, and all there is to hold against the clock is when the database was last in
-//! use: a clock before that is wrong, or was wrong then. A clock that is too far ahead cannot be told
-//! from a machine that was off.
+//! The database's clock is an independent witness if it runs on another machine. The clock of our own
+//! PostgreSQL is not. Then the only evidence is the last use of the database: a clock before that moment is
+//! wrong now, or was wrong then. A clock that is too far ahead cannot be told from a machine that was off.
 
 use super::StartError;
 use crate::config::Config;
 use crate::order::{ClockReading, UnixMillis};
 use crate::store::postgres::{Connected, Database};
 
-/// A clock that orders must not be taken by.
+/// A clock by which orders must not be taken.
 #[derive(Debug, thiserror::Error)]
 pub enum ClockError {
-    /// This machine's and the database's do not agree.
+    /// The clocks of this machine and of the database differ.
     #[error(
         "this machine's clock says {here} and the database's says {there}: they differ by {}, and database.clock_difference_max_ms allows {}. Orders would be given ids, remembered and expired by a wrong time: set the clock that is wrong; or, to start all the same, raise database.clock_difference_max_ms for this start",
         span(*.apart_ms), span(*.allowed_ms)
     )]
     Differ {
-        /// This machine's.
+        /// The time of this machine.
         here: UnixMillis,
-        /// The database's.
+        /// The time of the database.
         there: UnixMillis,
-        /// By how much they differ at least.
+        /// Their least difference, in milliseconds.
         apart_ms: u64,
-        /// By how much they may.
+        /// The allowed difference, in milliseconds.
         allowed_ms: u64,
     },
-    /// This machine's is behind the last use of a database that has no other clock.
+    /// This machine's clock is behind the last use of a database on the same machine.
     #[error(
         "this machine's clock says {here}, but its own database was in use at {last_used}, {} later, and database.clock_difference_max_ms allows {}. Set the clock; or, if it is right now and was ahead then, raise database.clock_difference_max_ms for this start",
         span(*.apart_ms), span(*.allowed_ms)
     )]
     Behind {
-        /// This machine's.
+        /// The time of this machine.
         here: UnixMillis,
         /// The moment of the last use.
         last_used: UnixMillis,
-        /// By how much it is behind.
+        /// The time that it is behind, in milliseconds.
         apart_ms: u64,
-        /// By how much it may be.
+        /// The allowed difference, in milliseconds.
         allowed_ms: u64,
     },
 }
 
-/// A length of time for people.
+/// A length of time in words.
 fn span(ms: u64) -> String {
     match ms / 1_000 {
         s @ 172_800.. => format!("{} days", s / 86_400),
@@ -63,7 +61,8 @@ fn behind_ms(earlier: UnixMillis, later: UnixMillis) -> u64 {
     u64::try_from(later.0.saturating_sub(earlier.0)).unwrap_or(0)
 }
 
-/// Reads this machine's clock and holds it against the database's; `is_own`: that is the same one.
+/// Reads this machine's clock and compares it with the database's. `is_own`: the database runs on the same
+/// machine, as our own server.
 pub(super) async fn check(
     config: &Config,
     database: &Database,
@@ -75,7 +74,7 @@ pub(super) async fn check(
     let asked = clock.now();
     let server = database.server_clock(session).await?;
     let answered = clock.now();
-    // The server has read its clock in between.
+    // The server read its clock between the two readings.
     let apart_ms = behind_ms(server.now, asked).max(behind_ms(answered, server.now));
     if apart_ms > allowed_ms {
         return Err(StartError::Clock(ClockError::Differ {
@@ -99,15 +98,15 @@ pub(super) async fn check(
         if is_own {
             return Err(StartError::Clock(behind));
         }
-        // Two clocks against one that was.
+        // Two present clocks agree against a past one.
         tracing::warn!(
             here = %answered, %last_used,
-            "this database was last in use at a moment that is yet to come by its clock and by ours; going on by them"
+            "this database was last used at a time that is in the future by its clock and by ours; continuing with the present clocks"
         );
     } else if is_own {
         tracing::info!(
             now = %answered, %last_used,
-            "this machine's clock is the only one there is; a time that is wrong expires orders and forgets keys"
+            "this machine's clock cannot be compared with another; a wrong time expires orders and forgets keys"
         );
     }
     Ok(clock)

@@ -1,8 +1,8 @@
-//! The drain: what is queued is written, everybody is answered, and the database is let go of.
+//! The drain: queued orders are written, every client is answered, and the database is released.
 //!
 //! ```text
-//!   close the intake ─► run the queue empty ─► settle what is left ─► answer what is in flight
-//!     ─► stop the control plane and the tasks ─► let go of leases and journal ─► PostgreSQL
+//!   close the intake ─► run the queue empty ─► settle the remaining orders ─► answer the requests in flight
+//!     ─► stop the control plane and the tasks ─► release leases and journal ─► PostgreSQL
 //! ```
 
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use crate::state::pending::SlotState;
 /// Time that a drain may take beyond the order timeout.
 const MARGIN: Duration = Duration::from_secs(3);
 
-/// Drains. True: nothing was left unwritten and nothing was wrong.
+/// Drains. Returns true if nothing was left unwritten and nothing failed.
 pub(super) async fn drain(millrace: Millrace) -> bool {
     let Millrace {
         config,
@@ -52,15 +52,15 @@ pub(super) async fn drain(millrace: Millrace) -> bool {
     clean
 }
 
-/// Lets the workers run the queue empty, as long as the order timeout and the margin last. True: they
-/// have finished.
+/// Lets the workers empty the queue, for at most the order timeout plus the margin. Returns true if they have
+/// finished.
 async fn run_empty(config: &Config, path: &mut OrderPath) -> bool {
     let limit = Duration::from_millis(config.orders.timeout_ms) + MARGIN;
     let ended = match tokio::time::timeout(limit, &mut path.workers).await {
         Ok(ended) => ended,
         Err(_) => {
             tracing::warn!(
-                "the database did not take every order in time; giving up what is not written"
+                "the database did not accept every order in time; giving up the orders that are not written"
             );
             if let Some((journal, _)) = &path.journal {
                 journal.leave_backlog();
@@ -72,8 +72,8 @@ async fn run_empty(config: &Config, path: &mut OrderPath) -> bool {
     matches!(ended, Ok(Some(true)))
 }
 
-/// Tells those who still wait: what nobody claimed is not placed; what may or may not be written is
-/// undecided. True: there was nothing of either.
+/// Answers the clients that still wait: an order that no worker claimed is not placed; an order whose commit is
+/// in doubt is undecided. Returns true if there were neither.
 async fn settle_rest(state: &State, path: &OrderPath, wake_all: &crate::pipeline::WakeAll) -> bool {
     let mut clean = true;
     let mut wakers = Vec::new();
@@ -103,16 +103,16 @@ async fn close_connections(engine: &RunningEngine) {
             if cut > 0 {
                 tracing::warn!(
                     connections = cut,
-                    "cut connections that did not take their answer"
+                    "closed connections whose clients did not read their answer"
                 );
             }
         }
-        // It has no drain: its connections end with the process.
+        // This engine has no drain: its connections end with the process.
         RunningEngine::Minihttp => {}
     }
 }
 
-/// Gives back the leases and the journal, and stops our own PostgreSQL. True: no acknowledged order is
+/// Releases the leases and the journal, and stops our own PostgreSQL. Returns true if no acknowledged order is
 /// left in the journal.
 async fn let_go(config: &Config, state: &State, path: &OrderPath, ownership: Ownership) -> bool {
     let Ownership {
@@ -123,19 +123,19 @@ async fn let_go(config: &Config, state: &State, path: &OrderPath, ownership: Own
         ..
     } = ownership;
     if let Err(error) = database.return_lease(lease, state.ids.now()).await {
-        tracing::debug!(reason = %error, "could not give the lease on order ids back");
+        tracing::debug!(reason = %error, "the lease of order ids could not be returned; the next start begins its ids a little later");
     }
     let mut clean = true;
     if let Some((journal, name)) = &path.journal {
         match journal.outstanding() {
             0 => {
-                // Another process may go on without it.
+                // Another process may start without this journal.
                 if let Err(error) = database.release_journal(lease, name).await {
-                    tracing::debug!(reason = %error, "could not note that the journal is empty");
+                    tracing::debug!(reason = %error, "the database could not be told that the journal is empty");
                 } else if config.queue.journal.retain_for_slots.0.is_empty()
                     && let Err(error) = journal.erase()
                 {
-                    tracing::warn!(reason = %error, "could not delete the journal's segments");
+                    tracing::warn!(reason = %error, "the journal's segments could not be deleted");
                 }
             }
             left => {
@@ -147,16 +147,16 @@ async fn let_go(config: &Config, state: &State, path: &OrderPath, ownership: Own
             }
         }
     }
-    // Its task was aborted and lets go at its next await.
+    // Its task was aborted and drops it at its next await.
     drop(wait_for_sole_owner(guard).await);
     database.close();
     if let Some(embedded) = embedded {
-        // Likewise.
+        // Its task was aborted too.
         let embedded = Arc::into_inner(wait_for_sole_owner(embedded).await);
         if let Some(embedded) = embedded
             && let Err(error) = embedded.into_inner().stop().await
         {
-            tracing::warn!(reason = %error, "our own PostgreSQL did not stop as it should");
+            tracing::warn!(reason = %error, "our own PostgreSQL did not stop cleanly");
         }
     }
     clean

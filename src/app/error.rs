@@ -1,4 +1,4 @@
-//! Why Millrace did not start.
+//! Reasons why Millrace did not start.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -9,64 +9,64 @@ use crate::queue::journal::JournalError;
 use crate::store::StoreError;
 use crate::store::embedded::EmbeddedError;
 
-/// Why Millrace did not start.
+/// Reasons why Millrace did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// A port cannot be had.
+    /// An address cannot be listened at.
     #[error(
         "cannot listen at {address} ({field}): {source}; stop what is there, or set another address"
     )]
     Listen {
-        /// Which setting.
+        /// The setting.
         field: &'static str,
         /// Its value.
         address: SocketAddr,
-        /// Why.
+        /// The system's error.
         source: std::io::Error,
     },
     /// `data_dir` cannot be used.
     #[error("cannot use data_dir {path}: {source}")]
     DataDir {
-        /// Which directory.
+        /// The directory.
         path: PathBuf,
-        /// Why.
+        /// The system's error.
         source: std::io::Error,
     },
     /// A directory cannot be used.
     #[error("cannot use {path} ({field}): {source}")]
     Directory {
-        /// Which setting.
+        /// The setting.
         field: &'static str,
         /// Its value.
         path: PathBuf,
-        /// Why.
+        /// The system's error.
         source: std::io::Error,
     },
-    /// The key that signs receipts cannot be read or made.
+    /// The key that signs receipts cannot be read or created.
     #[error("cannot use the key of receipts in {path}: {source}")]
     ReceiptKey {
-        /// Which file.
+        /// The file.
         path: PathBuf,
-        /// Why.
+        /// The system's error.
         source: std::io::Error,
     },
-    /// A setting that only shows at its use.
+    /// A setting turned out to be invalid when it was used.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// A thread or socket could not be made.
+    /// A thread or socket could not be created.
     #[error("cannot start the data plane: {0}")]
     Engine(std::io::Error),
     /// The journal cannot be used.
     #[error(transparent)]
     Journal(JournalError),
-    /// The journal that may hold acknowledged orders is not here.
+    /// The journal that may hold acknowledged orders is missing.
     #[error(
         "journal {noted} may hold acknowledged orders that the database does not have yet, and it is not here: {found}. Start with queue.backend = \"journal\" and queue.journal.dir where it is; or, if it is lost, give its orders up with `millrace journal abandon`"
     )]
     JournalAbsent {
-        /// Its name.
+        /// The name of the missing journal.
         noted: String,
-        /// What is here instead.
+        /// The journal found instead, if any.
         found: String,
     },
     /// The journal here was written for another database.
@@ -74,21 +74,21 @@ pub enum StartError {
         "the journal in {directory} holds {records} orders, and this database does not know it: it belongs to another one. Correct database.url or queue.journal.dir, or move the directory away"
     )]
     JournalForeign {
-        /// Where it is.
+        /// Its directory.
         directory: PathBuf,
-        /// How many records it has.
+        /// Number of records in it.
         records: u64,
     },
-    /// The clocks do not agree.
+    /// The clocks differ.
     #[error(transparent)]
     Clock(#[from] ClockError),
     /// Our own PostgreSQL did not start.
     #[error(transparent)]
     Embedded(#[from] EmbeddedError),
-    /// The database.
+    /// The database failed.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// A metric's name; a defect.
+    /// A metric is invalid; a defect.
     #[error("metrics: {0}")]
     Metrics(#[from] prometheus::Error),
 }

@@ -66,10 +66,10 @@ pub struct Millrace {
 }
 
 impl Millrace {
-    /// Starts everything, in the order of this module's text. Returns once orders are taken.
+    /// Starts everything, in the order drawn above. Returns once orders are taken.
     ///
     /// # Errors
-    /// [`StartError`]; what was started is stopped again.
+    /// [`StartError`]; everything started is stopped again.
     pub async fn start(config: Config) -> Result<Self, StartError> {
         let started = Instant::now();
         let providers = preflight::look(&config)?;
@@ -77,7 +77,7 @@ impl Millrace {
         let listeners = Listeners::bind(&config)?;
         let metrics = Metrics::new()?;
         let receipt_secrets = receipt_keys::load(&config)?;
-        // What ends by itself, from here on, stops the process.
+        // From here on, any task that ends by itself poisons the process.
         let poison = Arc::<Poison>::default();
         let poisoning = Arc::clone(&poison);
         let supervisor = Supervisor::new(Arc::new(move |reason| poisoning.set(reason)));
@@ -137,12 +137,12 @@ impl Millrace {
         &self.state
     }
 
-    /// The way in, beside HTTP.
+    /// The intake, for callers without HTTP.
     pub fn intake(&self) -> &Arc<Intake> {
         &self.path.intake
     }
 
-    /// The database behind it.
+    /// The database.
     pub fn database(&self) -> &Database {
         &self.ownership.database
     }
@@ -158,14 +158,14 @@ impl Millrace {
         }
     }
 
-    /// Stops taking orders, writes and answers what is held, and stops. True: nothing was left
-    /// unwritten and nothing was wrong.
+    /// Stops taking orders, writes and answers the orders in flight, and stops. Returns true if nothing was
+    /// left unwritten and nothing failed.
     pub async fn drain(self) -> bool {
         drain::drain(self).await
     }
 }
 
-/// What answers the data plane's requests.
+/// The service of the data plane's requests.
 fn data_plane_service(
     parts: &background::Parts<'_>,
     handles: &Handles,
@@ -196,7 +196,7 @@ fn data_plane_service(
     Arc::new(Router::new(context, providers, tokens, trust_network))
 }
 
-/// What the control plane shows and does, once there is something to show.
+/// The parts that the control plane administers after recovery.
 fn control_plane_parts(
     parts: &background::Parts<'_>,
     handles: Handles,

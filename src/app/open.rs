@@ -1,4 +1,4 @@
-//! Opening the database, the configured one or a server of our own, and its schema.
+//! Opening the database (the configured one, or a server of our own) and its schema.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use crate::store::embedded::{DATABASE, Embedded, EmbeddedOptions};
 use crate::store::postgres::Database;
 use crate::store::schema;
 
-/// A database that is ready to be used, and our own server behind it, where there is one.
+/// A database ready for use, and our own server behind it, if there is one.
 #[derive(Debug)]
 pub struct OpenDatabase {
     /// The database.
@@ -18,11 +18,11 @@ pub struct OpenDatabase {
     pub embedded: Option<Embedded>,
 }
 
-/// Connects to the configured database, or starts our own. Does not touch the schema. Every command
-/// that uses the database comes through here, so a pooler that would break it is refused for all.
+/// Connects to the configured database, or starts our own. Does not touch the schema. Every command that uses
+/// the database comes through here, so each of them refuses a pooler that would break it.
 ///
 /// # Errors
-/// If there is none to be had.
+/// If no database can be opened.
 pub async fn open_database(config: &Config) -> Result<OpenDatabase, StartError> {
     let settings = &config.database;
     let step = Duration::from_millis(settings.step_timeout_ms);
@@ -55,10 +55,10 @@ pub async fn open_database(config: &Config) -> Result<OpenDatabase, StartError> 
     })
 }
 
-/// Brings the schema up to date, or checks it, as `database.migrate` says.
+/// Migrates the schema, or checks it, according to `database.migrate`.
 ///
 /// # Errors
-/// If it is not, or cannot be, what this release needs.
+/// If the schema is not, or cannot be made, this release's.
 pub async fn prepare_schema(config: &Config, database: &Database) -> Result<(), StartError> {
     let mut client = database.connect("millrace migrate").await?;
     match config.database.migrate {

@@ -25,14 +25,14 @@ use crate::supervise::Supervisor;
 pub(super) struct OrderPath {
     pub(super) intake: Arc<Intake>,
     pub(super) queue: Arc<dyn OrderQueue>,
-    /// The same queue if it is a journal, and the name of that.
+    /// The same queue if it is a journal, and the journal's name.
     pub(super) journal: Option<(Arc<JournalQueue>, String)>,
-    /// Until when durable orders may be called accepted.
+    /// The right to acknowledge durable orders.
     pub(super) acknowledge: Arc<AcknowledgeLease>,
     pub(super) watermarks: Arc<Watermarks>,
-    /// Ends with whether every worker has finished what it had.
+    /// Returns true once every worker has finished its orders.
     pub(super) workers: JoinHandle<Option<bool>>,
-    /// Turns true when workers have to stop even if the database does not answer.
+    /// Set to true when workers have to stop even if the database does not answer.
     pub(super) cut: watch::Sender<bool>,
 }
 
@@ -93,7 +93,7 @@ impl OrderPath {
     }
 }
 
-/// Starts the journal that was read and replayed, and notes in the database that it is in use.
+/// Starts the journal that was read and replayed, and records in the database that it is in use.
 async fn start_journal(
     config: &Config,
     planes: &Planes,
@@ -120,16 +120,16 @@ async fn start_journal(
         on_end: Arc::new(move |reason| poison.set(reason)),
         metrics: metrics.clone(),
     };
-    // Makes its first segment, which waits for the disk.
+    // Creates the first segment, which waits for the disk.
     let started = tokio::task::spawn_blocking(move || JournalQueue::start(opened, parts)).await;
     let journal = started.map_err(|panic| StartError::Engine(std::io::Error::other(panic)))??;
-    // After its first segment is there, which keeps its name, and before it acknowledges.
+    // After the first segment, which keeps the journal's name, exists, and before the first acknowledgement.
     let database = &ownership.database;
     database.note_journal(ownership.lease, &name).await?;
     Ok(Some((Arc::new(journal), name)))
 }
 
-/// A worker's whole life. One that may not go on poisons the process with its reason.
+/// Runs a worker to its end. A fatal error poisons the process.
 async fn work(worker: Worker, state: Arc<State>) -> Result<(), WorkerError> {
     let ended = worker.run().await;
     if let Err(error @ WorkerError::Fatal(_)) = &ended {
@@ -138,14 +138,14 @@ async fn work(worker: Worker, state: Arc<State>) -> Result<(), WorkerError> {
     ended
 }
 
-/// Waits for every worker. False: one did not finish what it had.
+/// Waits for every worker. Returns false if one did not finish its orders.
 async fn all_end(mut workers: JoinSet<Option<Result<(), WorkerError>>>) -> bool {
     let mut finished = true;
     while let Some(ended) = workers.join_next().await {
         match ended {
             Ok(Some(Ok(()))) => {}
             Ok(Some(Err(error))) => {
-                tracing::error!(reason = %error, "a worker did not finish");
+                tracing::error!(reason = %error, "a worker ended with unfinished orders");
                 finished = false;
             }
             // Reported by its supervisor.

@@ -1,4 +1,4 @@
-//! Taking the database over: from a journal that was read and a schema that fits to the right to write.
+//! Taking the database over: the steps from a checked journal and a fitting schema to the right to write.
 
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ use crate::store::embedded::Embedded;
 use crate::store::postgres::lease::{NodeGuard, Taken};
 use crate::store::postgres::{Database, NodeLease};
 
-/// What one process at a time has of a database.
+/// The exclusive resources of the process that owns a database.
 pub(super) struct Ownership {
     pub(super) database: Database,
     pub(super) embedded: Option<Arc<Mutex<Embedded>>>,
@@ -27,17 +27,16 @@ pub(super) struct Ownership {
     pub(super) clock: ClockReading,
     pub(super) receipts: Arc<ReceiptKeys>,
     pub(super) writers: Writers,
-    /// No id of a predecessor lies beyond this moment.
+    /// All ids of predecessors lie before this moment.
     pub(super) id_high_water: UnixMillis,
-    /// Order ids up to here are ours.
+    /// End of our lease of order ids.
     pub(super) ids_leased_until: UnixMillis,
     /// Whether an operator has paused every sale.
     pub(super) paused: bool,
 }
 
 impl Ownership {
-    /// Reads the journal, opens the database, brings its schema up to date, compares the clocks and
-    /// takes over.
+    /// Reads the journal, opens the database, migrates its schema, compares the clocks and takes the node over.
     pub(super) async fn take(
         config: &Config,
         planes: &Planes,
@@ -47,7 +46,7 @@ impl Ownership {
         planes.control.progress("opening the database".to_owned());
         let OpenDatabase { database, embedded } = open_database(config).await?;
         let guard = database.claim().await?;
-        // Only now: another process may run on this `data_dir`, and its file is not ours to replace.
+        // Not earlier: another process may be running on this `data_dir`, and its file must not be replaced.
         let noted = planes.write_addresses(&config.data_dir);
         noted.map_err(|source| StartError::data_dir(config, source))?;
         prepare_schema(config, &database).await?;
@@ -81,8 +80,7 @@ impl Ownership {
     }
 }
 
-/// The numbers of the rows of `writer`: the workers have the first, the replay and what restores lost
-/// commits the one after them.
+/// The numbers of the rows of `writer`: the workers have the first ones, replay and restore share the next.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Writers {
     workers: i16,

@@ -1,5 +1,5 @@
-//! The two listeners. They answer from the first moment on: the control plane what there is to say, the
-//! data plane `503 not_ready` until its service is set.
+//! The two planes. They answer from the first moment on: the control plane with its progress, the data plane
+//! with `503 not_ready` until its service is set.
 
 use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
@@ -29,7 +29,7 @@ use crate::supervise::Supervisor;
 /// The file under `data_dir` with both addresses and the process id, while the process runs.
 const ADDRESSES: &str = "addresses.json";
 
-/// Both sockets, bound and not served yet.
+/// Both sockets, bound but not served yet.
 pub(super) struct Listeners {
     data: TcpListener,
     control: TcpListener,
@@ -38,7 +38,7 @@ pub(super) struct Listeners {
 }
 
 impl Listeners {
-    /// Binds both. The first two lines of the log are the addresses, whatever else there is to say.
+    /// Binds both. Their addresses are the first two lines of the log.
     pub(super) fn bind(config: &Config) -> Result<Self, StartError> {
         let data = bind("data_plane.listen", config.data_plane.listen)?;
         let control = bind("control_plane.listen", config.control_plane.listen)?;
@@ -70,7 +70,7 @@ pub(super) struct Planes {
     pub(super) control: ControlPlane,
     pub(super) gate: Arc<NotReadyGate>,
     pub(super) engine: RunningEngine,
-    /// How the gauges of the data plane's connections are brought up to date.
+    /// Refreshes the gauges of the data plane's connections.
     pub(super) refresh: Refresh,
     /// Wakes the connections that wait for orders.
     pub(super) wake_all: WakeAll,
@@ -104,7 +104,7 @@ impl Planes {
         })
     }
 
-    /// Notes the addresses for scripts.
+    /// Writes the file with the addresses, for scripts.
     pub(super) fn write_addresses(&self, data_dir: &Path) -> std::io::Result<()> {
         let addresses = serde_json::json!({
             "data_plane": self.data_plane.to_string(),
@@ -114,7 +114,7 @@ impl Planes {
         std::fs::write(data_dir.join(ADDRESSES), format!("{addresses:#}\n"))
     }
 
-    /// Stops the control plane, which takes `limit` at most.
+    /// Stops the control plane, within `limit`.
     pub(super) async fn stop_control(self, limit: Duration) {
         let (stop, task) = self.control_task;
         let _ = stop.send(());
@@ -122,7 +122,7 @@ impl Planes {
     }
 }
 
-/// Removes the note of the addresses.
+/// Removes the file with the addresses.
 pub(super) fn remove_addresses(data_dir: &Path) {
     let _ = std::fs::remove_file(data_dir.join(ADDRESSES));
 }
@@ -141,7 +141,7 @@ pub(super) struct NotReadyGate {
 }
 
 impl NotReadyGate {
-    /// From now on `service` answers.
+    /// Passes requests to `service` from now on.
     pub(super) fn open(&self, service: Arc<Router>) {
         let _ = self.service.set(service);
     }
@@ -183,7 +183,7 @@ fn serve_control(
     Ok((stop, task))
 }
 
-/// Mounts `service` on the configured engine, and says how its gauges are refreshed.
+/// Serves `service` on the configured engine; returns the function that refreshes its gauges.
 fn serve_data(
     config: &Config,
     listener: TcpListener,
@@ -213,7 +213,7 @@ fn serve_data(
             Ok((RunningEngine::Hardened(server), refresh))
         }
         Engine::Minihttp => {
-            // It binds by itself.
+            // This engine binds the address by itself.
             let address = listener.local_addr().map_err(StartError::Engine)?;
             drop(listener);
             minihttp::serve_supervised(address, service, &limits, supervisor)

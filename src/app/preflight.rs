@@ -1,6 +1,5 @@
-//! What can be known of a start before anything is made, opened or listened at. A start asks it first,
-//! and `millrace config check` asks the same and a little more, so that the one finds what the other
-//! would.
+//! Checks of a start that need nothing created, opened or listened at. A start runs them first; `millrace
+//! config check` runs the same and a few more, so that it finds the faults that a start would.
 
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
@@ -39,9 +38,9 @@ pub(super) fn look(config: &Config) -> Result<Providers, StartError> {
     Ok(providers)
 }
 
-/// What `millrace config check` finds beyond `look`: whether the addresses can be listened at, a
-/// PostgreSQL to run is there, and, where `connect`, whether the database that is named would do.
-/// True: it was asked.
+/// The checks of `millrace config check`: those of `look`, and whether the addresses can be listened at, a
+/// PostgreSQL to run exists, and, if `connect`, whether the configured database is suitable. Returns true if
+/// the database was asked.
 ///
 /// # Errors
 /// [`StartError`], as a start would fail.
@@ -52,7 +51,7 @@ pub async fn check(config: &Config, connect: bool) -> Result<bool, StartError> {
         ("control_plane.listen", config.control_plane.listen),
     ] {
         match TcpListener::bind(address) {
-            // It may be the very service whose settings are checked.
+            // The address may be in use by the very service whose settings are checked.
             Err(source) if source.kind() != std::io::ErrorKind::AddrInUse => {
                 return Err(StartError::Listen {
                     field,
@@ -82,7 +81,7 @@ pub async fn check(config: &Config, connect: bool) -> Result<bool, StartError> {
     Ok(true)
 }
 
-/// Whether a directory is there, or can be made, and may be written to.
+/// Checks that a directory exists or can be created, and is writable.
 fn may_write(path: &Path) -> std::io::Result<()> {
     let path = std::path::absolute(path)?;
     let there = path.ancestors().find(|ancestor| ancestor.exists());

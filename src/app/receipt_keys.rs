@@ -1,4 +1,4 @@
-//! The keys of receipts: those of the configuration, or one of our own, made once.
+//! The keys of receipts: the configured ones, or a generated one.
 
 use std::io::Write as _;
 use std::path::Path;
@@ -6,13 +6,12 @@ use std::path::Path;
 use super::StartError;
 use crate::config::Config;
 
-/// Its name under `data_dir`.
+/// The file of the generated key, under `data_dir`.
 const FILE: &str = "receipt.key";
-/// Random bytes of a key of our own, written in hexadecimal digits.
+/// Random bytes of a generated key, stored as hexadecimal digits.
 const KEY_BYTES: usize = 32;
 
-/// The secrets that the configuration names; where it names none, the one under `data_dir`, which is
-/// made at the first start.
+/// The configured secrets; if there are none, the generated one under `data_dir`, created at the first start.
 pub(super) fn load(config: &Config) -> Result<Vec<String>, StartError> {
     let configured = &config.receipt.key.0;
     if !configured.is_empty() {
@@ -29,8 +28,8 @@ pub(super) fn load(config: &Config) -> Result<Vec<String>, StartError> {
             let text = make(&config.data_dir, &path).map_err(failed)?;
             tracing::warn!(
                 path = %path.display(),
-                "receipt.key is not set: made one that signs receipts; a lost order is recovered from its receipt \
-                 only where this key is, so put it into the configuration of whatever may replace this machine"
+                "receipt.key is not set: generated a key that signs receipts; a lost order can be recovered from its receipt \
+                 only with this key, so copy it into the configuration of every machine that may replace this one"
             );
             text
         }
@@ -39,7 +38,7 @@ pub(super) fn load(config: &Config) -> Result<Vec<String>, StartError> {
     whole(&text).map(|key| vec![key]).map_err(failed)
 }
 
-/// Whether [`load`] would get what is there already.
+/// Checks that [`load`] can read an existing key.
 pub(super) fn look(config: &Config) -> Result<(), StartError> {
     let path = config.data_dir.join(FILE);
     if !config.receipt.key.0.is_empty() || !path.exists() {
@@ -54,13 +53,13 @@ fn whole(text: &str) -> std::io::Result<String> {
     let key = text.trim();
     if key.len() < KEY_BYTES * 2 {
         return Err(std::io::Error::other(
-            "it is cut off; restore it, or remove it where no receipt signed with it matters any more",
+            "the file is truncated; restore it, or remove it if no receipt signed with it matters any more",
         ));
     }
     Ok(key.to_owned())
 }
 
-/// Under another name first, so that a crash leaves a whole key or none.
+/// Creates the key, under another name first, so that a crash leaves a whole key or none.
 fn make(directory: &Path, path: &Path) -> std::io::Result<String> {
     let random: [u8; KEY_BYTES] = rand::random();
     let text: String = random.iter().map(|byte| format!("{byte:02x}")).collect();

@@ -1,9 +1,8 @@
-//! What a start finds and makes of it: the journal on the disk, the database, and from both the
-//! state in memory.
+//! Recovery at a start: the journal on the disk, the database, and the state in memory rebuilt from both.
 //!
-//! The journal is read and checked before the database is asked, so that damage stops everything
-//! before anything is changed. What it holds is then written to the database, before orders are
-//! taken; memory is rebuilt from the database alone.
+//! The journal is read and checked before the database is opened, so that damage stops the start before
+//! anything is changed. Its orders are then written to the database, before orders are taken. Memory is rebuilt
+//! from the database alone.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -40,15 +39,14 @@ use crate::store::postgres::journal::NotedJournal;
 use crate::store::postgres::window::ReadProgress;
 use crate::store::postgres::{Database, NodeLease};
 
-/// Orders written a moment ago that are answered from memory, about 200 bytes each.
+/// Recently written orders that are answered from memory, about 200 bytes each.
 const RECENT_ORDERS: usize = 65_536;
-/// Orders that are read from the journal, looked up and written at once.
+/// Orders of the journal that are read, looked up and written at once.
 const PART: usize = 20_000;
-/// How often progress is told.
+/// Interval of progress reports.
 const PROGRESS: Duration = Duration::from_secs(1);
 
-/// Writes to the database what the journal has and the database has not, and rebuilds memory from the
-/// database.
+/// Replays the journal: writes to the database the orders that only the journal has.
 pub(super) async fn state(
     config: &Config,
     ownership: &mut Ownership,
@@ -64,7 +62,7 @@ pub(super) async fn state(
     control.progress("reading the database".to_owned());
     let (high_water, leased_until) = (ownership.id_high_water, ownership.ids_leased_until);
     let ids = IdClock::going_on(clock, lease.node as u8, high_water, leased_until);
-    // From here on a key is known for this long. What the journal brought is of an earlier window.
+    // From here on keys are known for this long. Orders of the journal belong to an earlier window.
     let window_from = OrderId::floor_of(ids.now());
     let window_ms = config.orders.idempotency_window_ms;
     database.note_window(lease, window_from, window_ms).await?;
@@ -76,7 +74,7 @@ pub(super) async fn state(
     Ok(Arc::new(state))
 }
 
-/// Opens, reads and checks the journal; `None` where the queue is another.
+/// Opens, reads and checks the journal; `None` if the queue is another.
 pub(super) async fn open_journal(
     config: &Config,
     control: &ControlPlane,
@@ -112,7 +110,7 @@ pub(super) async fn open_journal(
     Ok(Some(opened))
 }
 
-/// Holds the journal that is there against the one that the database knows of.
+/// Compares the journal found with the journal recorded in the database.
 pub(super) fn check_journal(
     config: &Config,
     opened: Option<&Opened>,
@@ -141,11 +139,11 @@ pub(super) fn check_journal(
     Ok(())
 }
 
-/// By which number the database knows each SKU. A database that has forgotten SKUs, in a failover or as
-/// a backup from before them, gives their numbers to others; what was bought is the `sku_id`.
+/// The database's number of each SKU. A database that has lost SKUs, in a failover or as a backup from before
+/// them, gives their numbers to others; an order was placed for a `sku_id`.
 struct Numbers(HashMap<SkuId, SkuNumber>);
 
-/// No SKU has it.
+/// The number of no SKU.
 const NO_SKU: SkuNumber = SkuNumber(0);
 
 impl Numbers {
@@ -157,15 +155,15 @@ impl Numbers {
         ))
     }
 
-    /// That of the SKU of an order of the journal.
+    /// The number of the SKU of an order of the journal.
     fn of(&self, order: &Order) -> SkuNumber {
         match self.0.get(&*order.sku_id) {
             Some(number) => *number,
             None if self.0.values().any(|number| *number == order.sku) => {
                 tracing::error!(
                     order_id = %order.id, sku_id = %order.sku_id,
-                    "the SKU of an acknowledged order is not in this database, which has given its number to another; \
-                     the order is kept and sells nothing of that one"
+                    "the SKU of an acknowledged order is not in this database, which has given its number to another SKU; \
+                     the order is kept and takes no units of that SKU"
                 );
                 NO_SKU
             }
@@ -174,7 +172,7 @@ impl Numbers {
     }
 }
 
-/// Writes to the database what the journal has and the database has not.
+/// Replays the journal: writes to the database the orders that only the journal has.
 async fn replay(
     config: &Config,
     database: &Database,
@@ -197,7 +195,7 @@ async fn replay(
                 part.push(*order);
             }
             if part.len() == PART {
-                // Where nobody listens any more the start has failed.
+                // If the receiver is gone, the start has failed.
                 let _ = parts.blocking_send(std::mem::replace(&mut part, Vec::with_capacity(PART)));
             }
         });
@@ -272,8 +270,8 @@ async fn replay(
     Ok(journal)
 }
 
-/// The orders that payments wait for. Known before the journal is replayed, so that an order that
-/// is written late and was paid in time is payable.
+/// The orders that payments wait for. They are read before the replay, so that an order that is written late
+/// but was paid in time is payable.
 async fn orphans(database: &Database) -> Result<Orphans, StoreError> {
     let orphans = Orphans::default();
     for (id, received_at) in database.orphaned_orders().await? {
@@ -348,8 +346,8 @@ async fn recover(
     })
 }
 
-/// Holds the units of parked orders, whose SKUs' rows do not count them and may say anything: what is
-/// held is added up from the orders.
+/// Holds the units of parked orders. Their SKUs' rows do not count them and may be wrong, so the held units are
+/// summed up from the orders.
 async fn hold_parked(
     catalogue: &Catalogue,
     database: &Database,
@@ -375,13 +373,14 @@ async fn hold_parked(
         sku.fault().set_parked(parked.orders);
         tracing::error!(
             sku_id = %sku.id, orders = parked.orders, units = parked.units,
-            "orders of this SKU are parked, because the database refused its counters: its sale is paused until they are taken"
+            "orders of this SKU are parked, because the database refused its counters: its sale is paused until the database \
+             accepts them (see the audit)"
         );
     }
     Ok(())
 }
 
-/// Lets purchase limits count live orders that have left the window.
+/// Loads live orders older than the window, which purchase limits count.
 async fn count_older(
     database: &Database,
     limited: HashSet<SkuNumber>,
@@ -425,7 +424,7 @@ fn tell(control: &ControlPlane, doing: &str, progress: ReadProgress) {
     );
 }
 
-/// No order id of the journal lies at or beyond this moment.
+/// All order ids of the journal lie before this moment.
 pub(super) fn id_high_water(opened: Option<&Opened>) -> UnixMillis {
     opened.map_or(UnixMillis(0), |opened| opened.scanned.id_high_water)
 }

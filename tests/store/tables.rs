@@ -26,7 +26,7 @@ async fn migrating_twice_does_nothing_and_everything_lives_in_the_schema() {
     let test = TestDatabase::create().await;
     let (_, mut client) = at(test.config(), "shop_1").await;
     let missing = refusal(schema::check(&mut client, "shop_1").await);
-    assert!(missing.contains("has not been made") && missing.contains("millrace migrate"));
+    assert!(missing.contains("does not exist yet") && missing.contains("millrace migrate"));
 
     assert!(schema::migrate(&mut client, "shop_1").await.unwrap() > 0);
     assert_eq!(schema::migrate(&mut client, "shop_1").await.unwrap(), 0);

@@ -48,7 +48,7 @@ pub(super) async fn authorize(
         let changes = !matches!(*request.method(), Method::GET | Method::HEAD);
         if changes {
             site(headers).check_site()?;
-            // A program has the token; a browser always says at least one of the two.
+            // A program has the token; a browser always sends at least one of these fields.
             let told = ["sec-fetch-site", "origin"].map(|name| headers.contains_key(name));
             if !tokens.is_open() && told == [false, false] {
                 let detail = "Origin: a session needs it; a program sends the bearer token";

@@ -61,7 +61,7 @@ pub(super) async fn login(
         return Ok(go_home(None));
     }
     if !shared.tokens.contain(token.trim().as_bytes()) {
-        tracing::warn!("a login to the dashboard with a wrong token");
+        tracing::warn!("a login to the dashboard was refused: wrong token");
         let page = LOGIN.replace(MESSAGE, "That is not a token of this control plane.");
         let mut response = html(StatusCode::UNAUTHORIZED, page);
         let challenge = header::HeaderValue::from_static("Bearer");
@@ -105,7 +105,7 @@ fn go_home(cookie: Option<String>) -> Response {
     response
 }
 
-/// A page that may load nothing, run only its own script, and be framed by nobody.
+/// A page that may load nothing, run only its own script, and not be framed.
 fn html(status: StatusCode, page: String) -> Response {
     let nonce = format!("{:032x}", rand::rng().random::<u128>());
     let policy = format!(

@@ -13,10 +13,10 @@ use crate::http::wire::{DeadLetterView, NoteBody};
 
 #[derive(Debug, Deserialize)]
 pub(super) struct ListQuery {
-    /// Whether the discarded ones are listed too.
+    /// Whether discarded dead letters are listed too.
     #[serde(default)]
     discarded: bool,
-    /// 1 to 1,000, 100 unless given.
+    /// 1 to 1,000; default 100.
     #[serde(default = "limit_default")]
     limit: i64,
 }

@@ -33,7 +33,7 @@ struct Live {
     payments: Payments,
 }
 
-/// Open payments are counted every few seconds, by the payment processor.
+/// Payments since the start. The payment processor counts open ones every few seconds.
 #[derive(Debug, Serialize)]
 struct Payments {
     matched: u64,

@@ -19,9 +19,9 @@ use crate::store::settlement::refunds::{Closed, Recorded};
 
 #[derive(Debug, Deserialize)]
 pub(super) struct ListQuery {
-    /// One state; every open one unless given.
+    /// One state; default: every open one.
     state: Option<String>,
-    /// 1 to 1,000, 100 unless given.
+    /// 1 to 1,000; default 100.
     #[serde(default = "limit_default")]
     limit: i64,
     /// Only those with a smaller id.
@@ -110,7 +110,7 @@ pub(super) async fn retry(
     if !parts.payments.retry(id).await? {
         let payment = parts.database.payment(id).await?;
         let payment = payment.ok_or_else(|| unknown_payment(&id.to_string()))?;
-        let detail = format!("payment {id} is {}, and no orphan any more", payment.state);
+        let detail = format!("payment {id} is {} and no longer an orphan", payment.state);
         return Err(Problem::new(409, "not_an_orphan", detail).into());
     }
     as_it_stands(parts, id).await
@@ -135,7 +135,7 @@ pub(super) async fn close(
         Closed::Unknown => Err(unknown_payment(&id.to_string()).into()),
         Closed::HasOrder(order_id) => {
             let detail = format!(
-                "order {order_id} of this payment is there: record its refund at /admin/v1/orders/{order_id}/refunded"
+                "order {order_id} of this payment exists: record its refund at /admin/v1/orders/{order_id}/refunded"
             );
             Err(Problem::new(409, "not_an_orphan", detail).into())
         }
@@ -167,7 +167,8 @@ pub(super) async fn refunded(
         }
         Recorded::Already => 0,
         Recorded::StandsAt(status) => {
-            let detail = format!("order {order_id} is {status}: no money of it is to go back");
+            let detail =
+                format!("order {order_id} is {status}: none of its payments has to be refunded");
             return Err(Problem::new(409, "not_refundable", detail).into());
         }
         Recorded::Unknown => return Err(unknown().into()),

@@ -1,4 +1,4 @@
-//! `GET /admin/v1/profile`: a flamegraph of this process as it works.
+//! `GET /admin/v1/profile`: a flamegraph of the running process.
 
 use std::time::Duration;
 
@@ -15,11 +15,11 @@ use crate::profile::{Profile, ProfileError};
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct ProfileQuery {
-    /// 1 to 60, 10 unless given.
+    /// 1 to 60 seconds; default 10.
     #[serde(default = "seconds_default")]
     seconds: u64,
-    /// Samples a second of processor time, 1 to 999, 99 unless given: not in step with what
-    /// happens every 10 ms.
+    /// Samples a second of processor time, 1 to 999; default 99, so as not to be in step with work that recurs
+    /// every 10 ms.
     #[serde(default = "hz_default")]
     hz: u16,
     #[serde(default)]
@@ -65,7 +65,7 @@ pub(super) async fn take(
         return Err(invalid("hz: must be 1 to 999".to_owned()).into());
     }
     let profile = blocking(move || Profile::start(hz)).await?;
-    tracing::info!(seconds, hz, "a profile of this process is being taken");
+    tracing::info!(seconds, hz, "taking a profile of this process");
     tokio::time::sleep(Duration::from_secs(seconds)).await;
     let body = blocking(move || {
         let stacks = profile.finish()?;

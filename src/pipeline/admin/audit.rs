@@ -1,4 +1,5 @@
-//! Every promise that the database can show, recomputed and compared with the live counters.
+//! The audit of a running service: recomputes every promise that the database can show and compares the result
+//! with the live counters.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -16,7 +17,7 @@ use crate::store::postgres::audit::{
     DatabaseAudit, Motion, PartRows, PaymentFaults, PaymentSum, SkuAudit,
 };
 
-/// The name of the check that is left out while anything is in flight or moves.
+/// The name of the check that is omitted while orders are in flight or counters move.
 pub const LIVE_CHECK: &str = "live counters are those of the database";
 
 /// Audits a running service, one at a time.
@@ -29,7 +30,7 @@ pub struct Auditor {
 }
 
 impl Auditor {
-    /// An auditor that gives an audit up after `timeout`.
+    /// An auditor that aborts an audit after `timeout`.
     pub fn new(database: Database, state: Arc<State>, timeout: Duration) -> Self {
         Auditor {
             database,
@@ -42,8 +43,8 @@ impl Auditor {
     /// Audits the database and the live counters. Ends, with its connection, when it is dropped.
     ///
     /// # Errors
-    /// [`StoreError::AuditRunning`] if another audit has not ended, [`StoreError::Timeout`] after
-    /// the configured time, and where the database does not answer.
+    /// [`StoreError::AuditRunning`] if another audit has not ended, [`StoreError::AuditTimeout`] after the
+    /// configured time, or the database's error.
     pub async fn audit(&self) -> Result<Audit, StoreError> {
         let _running = self
             .running
@@ -53,10 +54,10 @@ impl Auditor {
     }
 }
 
-/// Gives an audit up after `timeout`.
+/// Aborts an audit after `timeout`.
 ///
 /// # Errors
-/// [`StoreError::Timeout`], and those of the audit.
+/// [`StoreError::AuditTimeout`], and those of the audit.
 pub async fn within(
     timeout: Duration,
     audit: impl Future<Output = Result<Audit, StoreError>>,
@@ -81,33 +82,33 @@ pub struct Audit {
     pub orders_pruned: i64,
     /// Dead letters.
     pub dead_letters: i64,
-    /// Where the money is that came in.
+    /// The money received, by state.
     pub payments: Money,
-    /// Orders in flight while it was made; with any, live counters may be ahead of the rows.
+    /// Orders in flight during the audit; if there are any, live counters may be ahead of the rows.
     pub orders_in_flight: Option<usize>,
 }
 
-/// Where the money is: `received` is the sum of the others.
+/// Received money by state: `received` is the sum of the others.
 #[derive(Debug, Default, Serialize)]
 pub struct Money {
-    /// Everything that came in.
+    /// All payments.
     pub received: Sum,
-    /// What has paid its order.
+    /// Payments that paid their order.
     pub matched: Sum,
-    /// What has not found its order yet.
+    /// Payments without an order so far.
     pub orphan: Sum,
-    /// What has to go back.
+    /// Payments that have to be refunded.
     pub refund_due: Sum,
-    /// What went back.
+    /// Payments that were refunded.
     pub refunded: Sum,
-    /// Payments that have to go back, by why.
+    /// Payments that have to be refunded, by reason.
     pub refund_reasons: BTreeMap<String, i64>,
 }
 
 /// A number of payments and their amounts in minor units, by currency.
 #[derive(Debug, Default, Serialize)]
 pub struct Sum {
-    /// How many.
+    /// Number of payments.
     pub count: i64,
     /// Their sum in each currency.
     pub amount: BTreeMap<String, i128>,
@@ -147,14 +148,13 @@ impl Money {
 pub struct Check {
     /// The promise, as numbered in ARCHITECTURE.md.
     pub promise: &'static str,
-    /// What has to hold.
+    /// The condition.
     pub name: &'static str,
-    /// Whether it does.
+    /// Whether it holds.
     pub ok: bool,
-    /// False: units moved while the orders were read, and the figures agree as closely as that lets
-    /// them be known.
+    /// False: units moved while the orders were read, and the figures agree only within the units moved.
     pub decided: bool,
-    /// The figures that say so.
+    /// The figures.
     pub detail: String,
 }
 
@@ -167,7 +167,7 @@ pub struct SkuFigures {
     sold: i64,
     held_by_orders: i64,
     sold_by_orders: i64,
-    /// By how many units the two sums may be off, because so many moved while the orders were read.
+    /// Maximum error of the two sums in units, because units moved while the orders were read.
     moved: i64,
     #[serde(skip_serializing_if = "Option::is_none")]
     live: Option<LiveFigures>,
@@ -182,15 +182,15 @@ pub struct LiveFigures {
     sold: u32,
 }
 
-/// Audits the database, and the live counters where `state` is given.
+/// Audits the database, and the live counters if `state` is given.
 ///
 /// # Errors
-/// [`StoreError::AuditRunning`] if another audit has not ended; where the database does not answer.
+/// [`StoreError::AuditRunning`] if another audit has not ended, or the database's error.
 pub async fn audit(database: &Database, state: Option<&State>) -> Result<Audit, StoreError> {
     audit_in_parts(database, state, PartRows::default()).await
 }
 
-/// The same with parts of so many rows.
+/// The same with parts of the given size.
 ///
 /// # Errors
 /// As [`audit`].
@@ -199,9 +199,8 @@ pub async fn audit_in_parts(
     state: Option<&State>,
     rows: PartRows,
 ) -> Result<Audit, StoreError> {
-    // Memory and rows are of the same moment only if nothing was in flight on either side of the
-    // counters' snapshot (an order in flight is in memory and not yet in the rows) and no counter
-    // moved.
+    // Memory and rows show the same moment only if no order was in flight before and after the counters'
+    // snapshot (an order in flight is in memory and not yet a row) and no counter moved.
     let look = || {
         state.map(|state| {
             let in_flight = state.pending.in_flight();
@@ -229,7 +228,7 @@ fn live(state: &State) -> Vec<(SkuId, LiveFigures)> {
     .collect()
 }
 
-/// The result of an audit, from what the database and memory say. `quiet`: nothing was in flight.
+/// Evaluates the figures of database and memory. `quiet`: nothing was in flight.
 fn result(
     found: &DatabaseAudit,
     live: Option<&[(SkuId, LiveFigures)]>,
@@ -274,7 +273,7 @@ fn result(
 fn order_checks(found: &DatabaseAudit) -> Vec<Check> {
     let mut checks = vec![
         over_skus(found, "I1", "no SKU is oversold", |sku| {
-            // At least so many were held and sold when the first orders were read.
+            // The fewest units that can have been held and sold when the first orders were read.
             let least =
                 sku.held_by_orders + sku.sold_by_orders - sku.motion.held_in - sku.motion.sold_in;
             (least > sku.before.0).then(|| {
@@ -384,11 +383,11 @@ fn payment_checks(faults: &PaymentFaults) -> [Check; 3] {
     ]
 }
 
-/// Rows against memory.
+/// Compares rows with memory.
 fn live_check(found: &DatabaseAudit, live_of: impl Fn(&str) -> Option<LiveFigures>) -> Check {
     over_skus(found, "I2", LIVE_CHECK, |sku| {
         let figures = live_of(&sku.sku_id)?;
-        // While orders of it are parked its row is known to be wrong.
+        // While it has parked orders, its row is known to be wrong.
         let (total, held) = if sku.parked > 0 {
             (figures.total.into(), sku.held_by_orders + sku.parked)
         } else {
@@ -401,7 +400,7 @@ fn live_check(found: &DatabaseAudit, live_of: impl Fn(&str) -> Option<LiveFigure
     })
 }
 
-/// Units that moved while its orders were read, in either direction.
+/// Units that moved while its orders were read, the larger of both counters.
 fn moved(sku: &SkuAudit) -> i64 {
     let motion = &sku.motion;
     (motion.held_in + motion.held_out).max(motion.sold_in + motion.sold_out)

@@ -1,4 +1,4 @@
-//! Memory's part of an operator's change, once it is known to be stored.
+//! Applies an operator's stored change to memory.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use crate::state::buyers::LiveOrder;
 use crate::state::stock::{Hold, Sku};
 use crate::store::StoreError;
 
-/// A dead letter that was retried, until it is known what came of it.
+/// A retried dead letter whose outcome is not known yet.
 #[derive(Debug)]
 pub(super) struct Retried {
     pub(super) hold: Hold,
@@ -18,7 +18,8 @@ pub(super) struct Retried {
 }
 
 impl Retried {
-    /// A dead letter's order is a row, to be paid: its units stay held, and it counts again.
+    /// Applies a committed retry: the order is a payable row, its units stay held, and it counts toward limits
+    /// again.
     pub(super) fn revived(self, state: &State) {
         self.hold.commit();
         let until = (self.order.order_id, self.expires_at);
@@ -30,9 +31,8 @@ impl Retried {
     }
 }
 
-/// Stops the process where the database knows a SKU by another number than memory: it has
-/// forgotten SKUs since the start, in a failover, and whatever is written by number from now on
-/// would be of another SKU.
+/// Stops the process if the database has a SKU under another number than memory: a failover has lost SKUs since
+/// the start, and any further write by number would concern another SKU.
 pub(super) fn check_number(state: &State, made: &Sku) -> Result<(), StoreError> {
     let catalogue = &state.catalogue;
     let known = catalogue.get(&made.id);
@@ -45,7 +45,7 @@ pub(super) fn check_number(state: &State, made: &Sku) -> Result<(), StoreError> 
         return Ok(());
     }
     let reason = format!(
-        "the database knows {} by number {}, which is not its number in memory: it has lost SKUs; start again",
+        "the database has {} under number {}, which is not its number in memory: it has lost SKUs; restart Millrace",
         made.id, made.number.0
     );
     state.poison.set(reason.clone());

@@ -1,5 +1,5 @@
-//! A purchase limit counts every live order, also those that memory has let go of: they are read
-//! from the database before a limit comes in force.
+//! A purchase limit counts every live order, including orders that have left memory: they are read from the
+//! database before a limit takes effect.
 
 use crate::order::{OrderId, SkuId};
 use crate::state::State;
@@ -8,18 +8,18 @@ use crate::state::stock::SaleTerms;
 use crate::store::StoreError;
 use crate::store::postgres::Database;
 
-/// Sees to it that memory has the live orders of a SKU, where `terms` need them. They stay as long
-/// as the guard does, and then as long as the terms in force need them.
+/// Makes sure that memory has the live orders of a SKU, if `terms` need them. Memory keeps them as long as the
+/// guard lives, and then as long as the terms in force need them.
 ///
 /// # Errors
-/// What the database says. Nothing has changed then.
+/// The database's error; nothing has changed.
 pub(super) async fn count<'a>(
     state: &'a State,
     database: &Database,
     id: &SkuId,
     terms: &SaleTerms,
 ) -> Result<Option<Counting<'a>>, StoreError> {
-    // A SKU that is yet to be made has no orders.
+    // A SKU that does not exist yet has no orders.
     let sku = state.catalogue.get(id);
     let needed = sku.filter(|_| terms.need_units(state.ids.real_now()));
     let Some(sku) = needed else { return Ok(None) };

@@ -1,11 +1,9 @@
-//! An operator's changes that the database may or may not have committed, because its answer was lost:
-//! found out in the background, so that memory and rows agree again without a restart or another
-//! request.
+//! Resolves an operator's changes that are in doubt because the database's answer was lost. This runs in the
+//! background, so that memory and rows agree again without a restart or another request.
 //!
-//! Each change that memory mirrors is a transaction that takes its lock before it writes. So where a
-//! COMMIT was sent and not answered, whoever has got the same lock afterwards reads what came of it.
-//! Nothing is decided twice: what was stored is taken over, what was not is given back. Pauses see to
-//! themselves ([`super::pauses`]).
+//! Each change that memory mirrors is a transaction that takes its lock before it writes. After a COMMIT
+//! without an answer, a reader that gets the same lock sees the outcome. A stored change is applied to memory,
+//! a change that was not stored is undone there. Pauses resolve themselves ([`super::pauses`]).
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -21,35 +19,35 @@ use crate::state::stock::SaleTerms;
 use crate::store::StoreError;
 use crate::store::postgres::Database;
 
-/// How long after a lost answer, and after a look in vain, the database is asked.
+/// Pause after a lost answer, and after a failed attempt to resolve it.
 const PAUSE: Duration = Duration::from_millis(500);
 
-/// The change whose answer was lost.
+/// A change whose answer was lost.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum LostAnswer {
     /// Terms and total of a SKU, or the SKU as a whole.
     Sku(SkuId),
-    /// A dead letter that was retried.
+    /// The retry of a dead letter.
     DeadLetter(i64),
 }
 
-/// Finds out what came of them.
+/// Resolves changes in doubt.
 #[derive(Clone, Debug)]
 pub(super) struct LostAnswers {
     state: Arc<State>,
     database: Database,
-    /// Held by whoever changes terms, before the turn.
+    /// Held while terms are changed; taken before `turn`.
     changing_terms: Arc<Mutex<()>>,
-    /// Held by whoever carries out an operator's request, and while an outcome is found out.
+    /// Held while an operator's request is carried out, and while an outcome is resolved.
     turn: Arc<Mutex<HashMap<i64, Retried>>>,
     open: Arc<parking_lot::Mutex<Open>>,
 }
 
-/// At most one for each SKU and dead letter.
+/// Changes in doubt, at most one for each SKU and dead letter.
 #[derive(Debug, Default)]
 struct Open {
     lost: BTreeSet<LostAnswer>,
-    /// A task is looking.
+    /// Whether the task is running.
     running: bool,
 }
 
@@ -69,8 +67,7 @@ impl LostAnswers {
         }
     }
 
-    /// Sees to it that the outcome becomes known, where `result` leaves it open. Called by the holder of
-    /// the turn.
+    /// Has the outcome resolved if `result` leaves it in doubt. The caller must hold the turn.
     pub(super) fn note<T>(&self, result: &Result<T, StoreError>, lost: LostAnswer) {
         let Err(error) = result else { return };
         if !error.is_transient() {
@@ -78,7 +75,7 @@ impl LostAnswers {
         }
         tracing::warn!(
             change = ?lost, reason = %error,
-            "whether an operator's change was stored is not known; it is found out in the background"
+            "the database's answer to an operator's change was lost; asking in the background whether it was stored"
         );
         let mut open = self.open.lock();
         open.lost.insert(lost);
@@ -88,25 +85,25 @@ impl LostAnswers {
         }
     }
 
-    /// Looks until nothing is open any more.
+    /// Runs until nothing is in doubt any more.
     async fn look(self) {
         loop {
             tokio::time::sleep(PAUSE).await;
             let all: Vec<LostAnswer> = self.open.lock().lost.iter().cloned().collect();
             for lost in all {
-                match self.settle(&lost).await {
+                match self.resolve(&lost).await {
                     Ok(()) => tracing::info!(
                         change = ?lost,
-                        "what came of an operator's change is known; memory and database agree"
+                        "the outcome of an operator's change is known; memory and database agree"
                     ),
                     Err(error) if error.is_transient() => {
-                        tracing::debug!(change = ?lost, reason = %error, "looking again");
+                        tracing::debug!(change = ?lost, reason = %error, "the outcome of an operator's change is not known yet; retrying");
                     }
                     Err(error) => {
                         self.open.lock().lost.remove(&lost);
                         tracing::error!(
                             change = ?lost, reason = %error,
-                            "what came of an operator's change cannot be found out"
+                            "the outcome of an operator's change cannot be determined; run the audit"
                         );
                     }
                 }
@@ -119,24 +116,24 @@ impl LostAnswers {
         }
     }
 
-    async fn settle(&self, lost: &LostAnswer) -> Result<(), StoreError> {
+    async fn resolve(&self, lost: &LostAnswer) -> Result<(), StoreError> {
         let (mut _changing, mut _counting) = (None, None);
         if let LostAnswer::Sku(id) = lost {
             _changing = Some(self.changing_terms.lock().await);
-            if let Some(row) = self.database.settled_sku(id).await? {
-                // A limit that was stored comes in force as one that was answered does.
+            if let Some(row) = self.database.committed_sku(id).await? {
+                // A stored limit takes effect as one whose answer arrived.
                 let terms = SaleTerms::clone(&row.terms());
                 _counting = limits::count(&self.state, &self.database, id, &terms).await?;
             }
         }
         let mut turn = self.turn.lock().await;
-        self.find_out(lost, &mut turn).await?;
-        // With the turn: whatever is noted anew was lost after this look.
+        self.apply_outcome(lost, &mut turn).await?;
+        // Removed while the turn is held: a new entry belongs to an answer lost after this look.
         self.open.lock().lost.remove(lost);
         Ok(())
     }
 
-    async fn find_out(
+    async fn apply_outcome(
         &self,
         lost: &LostAnswer,
         retries: &mut HashMap<i64, Retried>,
@@ -144,7 +141,7 @@ impl LostAnswers {
         let catalogue = &self.state.catalogue;
         match lost {
             LostAnswer::Sku(id) => {
-                match (catalogue.get(id), self.database.settled_sku(id).await?) {
+                match (catalogue.get(id), self.database.committed_sku(id).await?) {
                     (None, Some(row)) => {
                         check_number(&self.state, &row)?;
                         catalogue.add([row]);
@@ -153,7 +150,7 @@ impl LostAnswers {
                         sku.set_terms(SaleTerms::clone(&row.terms()));
                         let total = row.counter().snapshot().total;
                         if let Err(error) = sku.counter().set_total(total) {
-                            tracing::error!(sku_id = %id, reason = %error, "the total in the database is not that in force");
+                            tracing::error!(sku_id = %id, reason = %error, "the total in the database could not be put in force; set it again");
                         }
                     }
                     // It was not stored.
@@ -161,10 +158,10 @@ impl LostAnswers {
                 }
             }
             LostAnswer::DeadLetter(id) => {
-                let is_open = self.database.settled_dead_letter_is_open(*id).await?;
+                let is_open = self.database.committed_dead_letter_is_open(*id).await?;
                 match retries.remove(id) {
                     Some(retried) if !is_open => retried.revived(&self.state),
-                    // Its units come back: the order is as dead as it was.
+                    // Dropping the hold releases its units: the order stays a dead letter.
                     Some(_) | None => {}
                 }
             }

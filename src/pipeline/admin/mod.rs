@@ -1,11 +1,9 @@
 //! An operator's changes and checks.
 //!
-//! * [`operator`]: SKUs, stock, dead letters; `limits`: the live orders that a new purchase limit has
-//!   to count; `lost_answers`: changes whose COMMIT was not answered; `changes`: what
-//!   memory does with one that is stored;
+//! * [`operator`]: SKUs, stock, dead letters; `limits`: loads the live orders that a new purchase limit counts;
+//!   `lost_answers`: resolves changes whose COMMIT is in doubt; `changes`: applies stored changes to memory;
 //! * [`pauses`]: pausing a SKU or the sale in an emergency;
-//! * [`audit`]: memory and database held against each other; [`pruning`]: deletes rows past their
-//!   retention.
+//! * [`audit`]: compares memory and database; [`pruning`]: deletes rows past their retention.
 
 pub mod audit;
 mod changes;

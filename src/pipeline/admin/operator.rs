@@ -1,6 +1,6 @@
-//! What an operator may do to a running sale, in the order that keeps every promise: what makes
-//! more units available goes to the database first and then to memory, what takes some away goes
-//! to memory first.
+//! An operator's changes to a running sale, in the order that keeps every promise: a change that makes units
+//! available goes to the database first and then to memory; a change that takes units away goes to memory
+//! first.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -22,7 +22,8 @@ use crate::store::postgres::dead_letters::DeadLetter;
 use crate::store::postgres::{Database, NodeLease};
 use crate::store::settlement::refunds::{Recorded, RefundNote};
 
-/// Why an operator's request was not carried out. Nothing has changed then.
+/// Reason why an operator's request was not carried out. Unless the variant says otherwise, nothing has
+/// changed.
 #[derive(Debug, thiserror::Error)]
 pub enum OperatorError {
     /// No such SKU.
@@ -31,59 +32,61 @@ pub enum OperatorError {
     /// No such open dead letter.
     #[error("there is no open dead letter {0}")]
     UnknownDeadLetter(i64),
-    /// The new total is less than what orders have taken.
+    /// The new total is less than the units that orders have taken.
     #[error(transparent)]
     TotalBelowCommitted(#[from] BelowCommitted),
-    /// The new total does not fit.
+    /// The new total is out of range.
     #[error("total: must be 0 to 4294967295")]
     TotalOutOfRange,
-    /// The same key came before with another quantity.
-    #[error("Idempotency-Key: this key came before with a quantity of {earlier}")]
+    /// The same key was used before with another quantity.
+    #[error("Idempotency-Key: this key was used before with a quantity of {earlier}")]
     KeyReused {
         /// The earlier quantity.
         earlier: i64,
     },
-    /// A dead letter's order cannot be placed for want of units.
+    /// Not enough units are free for a dead letter's order.
     #[error("not enough units are free: {available} available")]
     SoldOut {
-        /// Units that are free.
+        /// Free units.
         available: u32,
     },
     /// The database refuses a dead letter's row again.
     #[error("the database refuses the row again: {0}")]
     RefusedAgain(String),
-    /// A pause is in force and not stored.
+    /// A pause is in force, but not stored.
     #[error(
-        "it IS paused, from now on, but a restart would not know of it: the database has not stored it yet ({source}); that is tried again until it has"
+        "the sale IS paused from now on, but the database has not stored the pause yet ({source}), so a restart now would lift it; storing it is retried until it succeeds"
     )]
     PauseNotStored {
-        /// Why.
+        /// The database's error.
         source: StoreError,
     },
     /// A resume was not stored.
-    #[error("it stays as it was: the database has not stored it ({source}); send it again")]
+    #[error(
+        "nothing was resumed: the database has not stored the change ({source}); send the request again"
+    )]
     ResumeNotStored {
-        /// Why.
+        /// The database's error.
         source: StoreError,
     },
-    /// A sale cannot go on while the database refuses its counters.
+    /// A sale cannot resume while the database refuses its counters.
     #[error(
-        "the database refuses the counters of {sku_id}: {reason}. Tried again just now; {parked} acknowledged orders are parked until its row in `sku` agrees with its orders (see the audit), and then its sale goes on by itself"
+        "the database refuses the counters of {sku_id}, as a retry has just shown: {reason}. {parked} acknowledged orders are parked until its row in `sku` agrees with its orders (see the audit); then its sale resumes by itself"
     )]
     CountersRefused {
-        /// Which SKU.
+        /// The SKU.
         sku_id: SkuId,
-        /// Acknowledged orders that wait.
+        /// Acknowledged orders that are parked.
         parked: u64,
-        /// The database's words.
+        /// The database's message.
         reason: String,
     },
-    /// The database did not take it.
+    /// The database failed.
     #[error(transparent)]
     Store(#[from] StoreError),
 }
 
-/// Carries out operators' requests, one at a time; pauses at once.
+/// Carries out operators' requests, one at a time; pauses take effect at once.
 #[derive(Debug)]
 pub struct Operator {
     state: Arc<State>,
@@ -93,26 +96,27 @@ pub struct Operator {
     pauses: Arc<Pauses>,
     parking: ParkingHandle,
     payment_ttl_ms: u64,
-    /// One change of terms at a time: one that sets a limit may take long, and nothing else waits.
+    /// Serializes changes of terms: a change that sets a limit may take long, and no other request waits for
+    /// it.
     changing_terms: Arc<Mutex<()>>,
-    /// One request at a time; and retries of unknown outcome, by dead letter.
+    /// Serializes requests; holds the retries in doubt, by dead letter.
     one_at_a_time: Arc<Mutex<HashMap<i64, Retried>>>,
     lost: LostAnswers,
 }
 
-/// What a `PUT` of a SKU did.
+/// The result of a `PUT` of a SKU.
 #[derive(Debug)]
 pub struct Put {
-    /// The SKU as it now stands.
+    /// The SKU after the change.
     pub sku: Arc<Sku>,
     /// Whether it was created.
     pub is_new: bool,
-    /// The terms that differ from before, by their names in JSON; none where it was created.
+    /// The changed terms, by their names in JSON; empty if the SKU was created.
     pub changed: Vec<&'static str>,
 }
 
 impl Operator {
-    /// An operator's hands on this state and this database.
+    /// An operator on this state and this database.
     pub fn new(
         state: Arc<State>,
         database: Database,
@@ -144,14 +148,14 @@ impl Operator {
         }
     }
 
-    /// Creates a SKU or replaces its terms and total. Buyers notice no pause.
+    /// Creates a SKU or replaces its terms and total, without a pause of the sale.
     ///
-    /// A limit comes in force once the buyers' live orders of the SKU are known. Where memory lacks
-    /// some they are read from the database first, about a million rows a second of everything that
-    /// was ordered since the SKU was made.
+    /// A purchase limit takes effect once the buyers' live orders of the SKU are known. Orders that memory
+    /// lacks are read from the database first: of all orders placed since the SKU was created, about a million
+    /// rows a second.
     ///
     /// # Errors
-    /// [`OperatorError::TotalBelowCommitted`], or what the database says.
+    /// [`OperatorError::TotalBelowCommitted`], or the database's error.
     pub async fn put_sku(
         &self,
         id: &SkuId,
@@ -159,7 +163,7 @@ impl Operator {
         total: u32,
     ) -> Result<Put, OperatorError> {
         let _changing = self.changing_terms.lock().await;
-        // Until the terms are in force.
+        // Held until the terms are in force.
         let _counting = limits::count(&self.state, &self.database, id, &terms).await?;
         let _turn = self.one_at_a_time.lock().await;
         let Some(sku) = self.state.catalogue.get(id) else {
@@ -193,12 +197,12 @@ impl Operator {
         })
     }
 
-    /// Changes a SKU's total by `units`, at most once for each `key`. True: an earlier request
-    /// under this key did it.
+    /// Changes a SKU's total by `units`, at most once for each `key`. Returns true if an earlier request under
+    /// this key did it.
     ///
     /// # Errors
     /// [`OperatorError::TotalBelowCommitted`], [`OperatorError::TotalOutOfRange`],
-    /// [`OperatorError::KeyReused`], or what the database says.
+    /// [`OperatorError::KeyReused`], or the database's error.
     pub async fn restock(
         &self,
         id: &SkuId,
@@ -213,7 +217,7 @@ impl Operator {
             if earlier != units {
                 return Err(OperatorError::KeyReused { earlier });
             }
-            // Its answer may have been lost before memory knew of it.
+            // The earlier answer may have been lost before memory was updated.
             self.adopt_total(&sku).await?;
             return Ok((sku, true));
         }
@@ -235,11 +239,11 @@ impl Operator {
         storing: impl Future<Output = Result<(), StoreError>>,
     ) -> Result<(), OperatorError> {
         if total < sku.counter().snapshot().total {
-            // From here on no buyer can take what is about to go away.
+            // From here on no buyer can take the units that are about to be removed.
             sku.counter().set_total(total)?;
         }
         let stored = storing.await;
-        // Whether it was stored may be unknown. The lesser total is safe with either until then.
+        // The commit may be in doubt. Until it is resolved the lower total is safe in either case.
         let id = SkuId::clone(&sku.id);
         self.lost.note(&stored, LostAnswer::Sku(id));
         if let Err(error) = stored {
@@ -251,7 +255,7 @@ impl Operator {
         Ok(sku.counter().set_total(total)?)
     }
 
-    /// Takes the database's total over into memory.
+    /// Sets the total in memory to the database's.
     async fn adopt_total(&self, sku: &Sku) -> Result<(), OperatorError> {
         match self.database.total_of(&sku.id).await? {
             Some(total) => Ok(sku.counter().set_total(total)?),
@@ -259,11 +263,10 @@ impl Operator {
         }
     }
 
-    /// Pauses one sale, at once, and over restarts.
+    /// Pauses one sale at once; the pause survives restarts.
     ///
     /// # Errors
-    /// [`OperatorError::UnknownSku`]; [`OperatorError::PauseNotStored`], and it is in force all the
-    /// same.
+    /// [`OperatorError::UnknownSku`]; [`OperatorError::PauseNotStored`], although the pause is in force.
     pub async fn pause(&self, id: &SkuId) -> Result<Arc<Sku>, OperatorError> {
         let sku = self.known(id)?;
         tracing::info!(sku_id = %id, "an operator pauses a sale");
@@ -272,12 +275,12 @@ impl Operator {
         Ok(sku)
     }
 
-    /// Resumes one sale, over restarts. One that is paused because the database refuses its counters
-    /// has its parked orders tried at once, and goes on by itself once they are taken.
+    /// Resumes one sale; this survives restarts. If the sale is paused because the database refuses its
+    /// counters, its parked orders are retried at once, and it resumes by itself once they are accepted.
     ///
     /// # Errors
     /// [`OperatorError::UnknownSku`]; [`OperatorError::CountersRefused`] and
-    /// [`OperatorError::ResumeNotStored`], and it stays as it was.
+    /// [`OperatorError::ResumeNotStored`], with the sale unchanged.
     pub async fn resume(&self, id: &SkuId) -> Result<Arc<Sku>, OperatorError> {
         let sku = self.known(id)?;
         if sku.is_faulted()
@@ -295,20 +298,20 @@ impl Operator {
         Ok(sku)
     }
 
-    /// Pauses every sale, at once, and over restarts.
+    /// Pauses every sale at once; the pause survives restarts.
     ///
     /// # Errors
-    /// [`OperatorError::PauseNotStored`], and it is in force all the same.
+    /// [`OperatorError::PauseNotStored`], although the pause is in force.
     pub async fn pause_all(&self) -> Result<(), OperatorError> {
         tracing::info!("an operator pauses every sale");
         let stored = self.pauses.set_all(true).await;
         stored.map_err(|source| OperatorError::PauseNotStored { source })
     }
 
-    /// Resumes every sale, over restarts.
+    /// Resumes every sale; this survives restarts.
     ///
     /// # Errors
-    /// [`OperatorError::ResumeNotStored`], and it stays as it was.
+    /// [`OperatorError::ResumeNotStored`], with the pause unchanged.
     pub async fn resume_all(&self) -> Result<(), OperatorError> {
         let stored = self.pauses.set_all(false).await;
         stored.map_err(|source| OperatorError::ResumeNotStored { source })?;
@@ -316,8 +319,7 @@ impl Operator {
         Ok(())
     }
 
-    /// Writes a dead letter's order after all: holds its units again and stores its row, payable
-    /// from now.
+    /// Retries a dead letter: holds its units again and writes its row, payable from now.
     ///
     /// # Errors
     /// [`OperatorError::SoldOut`] and [`OperatorError::RefusedAgain`] leave the dead letter as it
@@ -327,7 +329,7 @@ impl Operator {
         let letter = match self.open_dead_letter(id).await {
             Ok(letter) => letter,
             Err(error) => {
-                // Gone: the earlier retry was carried out, and its row holds the units.
+                // It is gone: the earlier retry was committed, and its row holds the units.
                 if matches!(error, OperatorError::UnknownDeadLetter(_)) {
                     turn.remove(&id)
                         .into_iter()
@@ -346,7 +348,7 @@ impl Operator {
         let earlier = turn.remove(&id);
         let is_again = earlier.is_some();
         let hold = match earlier {
-            // An earlier retry, whose answer was lost, holds them still.
+            // An earlier retry whose answer was lost still holds them.
             Some(retried) => retried.hold,
             None => sku.hold(quantity).map_err(|refusal| match refusal {
                 Refusal::SoldOut { available } => OperatorError::SoldOut { available },
@@ -363,7 +365,7 @@ impl Operator {
             },
             expires_at,
         };
-        // Known before it is a row: no start is told to begin above it.
+        // Noted before the row exists, so that no start is told to look for unpaid orders only above it.
         self.state
             .expiry_index
             .note([(letter.order_id, expires_at)]);
@@ -374,12 +376,12 @@ impl Operator {
         self.lost.note(&written, LostAnswer::DeadLetter(id));
         match written {
             Ok(true) => {}
-            // The earlier retry was carried out in this very moment.
+            // The earlier retry was committed at this very moment.
             Ok(false) if is_again => {}
             Ok(false) => return Err(OperatorError::UnknownDeadLetter(id)),
             Err(error) if error.is_transient() => {
-                // The row may be there, or may come yet, and then it holds the units. So they stay
-                // held, which is safe, until it is known.
+                // The commit is in doubt. A committed row holds the units, so they stay held until the outcome
+                // is known, which is safe in either case.
                 turn.insert(id, retried);
                 return Err(error.into());
             }
@@ -390,7 +392,7 @@ impl Operator {
         Ok(letter)
     }
 
-    /// Leaves a dead letter at that, with a note. Its order stays `failed` and holds nothing.
+    /// Discards a dead letter, with a note. Its order stays `failed` and holds nothing.
     ///
     /// # Errors
     /// [`OperatorError::UnknownDeadLetter`], or what the database says.
@@ -408,8 +410,8 @@ impl Operator {
         letter.ok_or(OperatorError::UnknownDeadLetter(id))
     }
 
-    /// Records that the money of an order went back. Its units may leave the sale with it, so
-    /// nobody else changes a total meanwhile.
+    /// Records that the money of an order was refunded. Its units may leave the sale, so no other request
+    /// changes a total meanwhile.
     ///
     /// # Errors
     /// If the database does not answer; nothing has changed.

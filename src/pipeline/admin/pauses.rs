@@ -1,6 +1,6 @@
-//! Pausing and resuming sales: a pause is in force at once, whatever other operators do and however the
-//! database does, and then it is stored, to be in force after a restart too. A resume is in force once
-//! it is stored. Of several calls the last one wins, in memory and in the database.
+//! Pausing and resuming sales. A pause takes effect at once, whatever other operators do and even if the
+//! database is away, and is then stored, to survive a restart. A resume takes effect once it is stored. Of
+//! several calls the last one wins, in memory and in the database.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -16,10 +16,10 @@ use crate::state::stock::Sku;
 use crate::store::StoreError;
 use crate::store::postgres::{Database, NodeLease};
 
-/// How often it is tried again to store what could not be.
+/// Interval between attempts to store a switch.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// What is paused or resumed.
+/// The target of a pause or resume.
 #[derive(Clone, Debug)]
 enum Target {
     Sku(Arc<Sku>),
@@ -32,7 +32,7 @@ pub struct Pauses {
     state: Arc<State>,
     database: Database,
     lease: NodeLease,
-    /// Of every SKU that was ever paused or resumed, and, under `None`, of everything.
+    /// By SKU that was ever paused or resumed; under `None`, the switch of every sale.
     switches: Mutex<HashMap<Option<SkuNumber>, Arc<Switch>>>,
     unstored: Notify,
 }
@@ -41,21 +41,21 @@ pub struct Pauses {
 struct Switch {
     target: Target,
     wanted: Mutex<Wanted>,
-    /// Whoever has it stores.
+    /// Held while the switch is being stored.
     storing: tokio::sync::Mutex<()>,
 }
 
-/// What the last call wants, and how far that is stored.
+/// The wish of the last call, and the last call that is stored.
 #[derive(Debug, Default)]
 struct Wanted {
     calls: u64,
     paused: bool,
-    /// The last call that is stored, or was overtaken by one that is.
+    /// The last call that is stored, or was superseded by a stored one.
     stored: u64,
 }
 
 impl Pauses {
-    /// Those of this state. Nobody else may use the pool of `database`.
+    /// Pauses of this state. They need the pool of `database` to themselves.
     pub fn new(state: Arc<State>, database: Database, lease: NodeLease) -> Self {
         Pauses {
             state,
@@ -69,8 +69,8 @@ impl Pauses {
     /// Pauses or resumes one sale.
     ///
     /// # Errors
-    /// If it was not stored. A pause is in force all the same and is stored as soon as it can be; a
-    /// resume changes nothing.
+    /// If it was not stored. A pause is in force all the same and is stored as soon as possible; a resume
+    /// changes nothing.
     pub async fn set(&self, sku: &Arc<Sku>, paused: bool) -> Result<(), StoreError> {
         let target = || Target::Sku(Arc::clone(sku));
         self.set_target(Some(sku.number), target, paused).await
@@ -79,7 +79,7 @@ impl Pauses {
     /// Pauses or resumes every sale.
     ///
     /// # Errors
-    /// As of [`Pauses::set`].
+    /// Those of [`Pauses::set`].
     pub async fn set_all(&self, paused: bool) -> Result<(), StoreError> {
         self.set_target(None, || Target::Everything, paused).await
     }
@@ -113,7 +113,7 @@ impl Pauses {
         self.store(&switch, call).await
     }
 
-    /// Stores what the last call wants, unless a turn before has stored `call` or a later one.
+    /// Stores the wish of the last call, unless an earlier turn has stored `call` or a later one.
     async fn store(&self, switch: &Switch, call: u64) -> Result<(), StoreError> {
         let _turn = switch.storing.lock().await;
         let (calls, paused) = {
@@ -134,7 +134,8 @@ impl Pauses {
         let is_last = wanted.calls == calls;
         if let Err(error) = stored {
             if is_last && !paused {
-                // It was refused, and yet the database may have it: what is in force is stored again.
+                // The caller gets an error, yet the database may have stored the resume: store the state in
+                // force again.
                 wanted.calls += 1;
                 wanted.paused = self.is_in_force(&switch.target);
             }
@@ -162,7 +163,7 @@ impl Pauses {
         }
     }
 
-    /// Stores what could not be stored, until the future is dropped.
+    /// Retries storing switches until the future is dropped.
     pub async fn keep_storing(self: Arc<Self>) {
         loop {
             self.unstored.notified().await;
@@ -179,7 +180,7 @@ impl Pauses {
                         && let Err(error) = self.store(&switch, calls).await
                     {
                         all_stored = false;
-                        tracing::warn!(reason = %error, "whether a sale is paused is not stored yet; it is tried again");
+                        tracing::warn!(reason = %error, "a pause or resume could not be stored yet; retrying");
                     }
                 }
                 if all_stored {

@@ -1,14 +1,15 @@
-//! Row retention: rows that are older than `[retention]` says are deleted, in the background.
+//! Pruning: deletes rows past their `[retention]`, in the background.
 //!
-//! (`retention`, next door, keeps segments of the order journal until standbys have them.)
+//! Not to be confused with `failover::wal_retention`, which keeps segments of the order journal until standbys
+//! have their orders.
 //!
 //! ```text
 //!   every 10 minutes:  orders ─► payment_events ─► stock_journal, SKU by SKU
 //!   a part: 2,000 rows, the oldest first ─► a pause of four times what it took ─► the next
 //! ```
 //!
-//! The sale goes first: parts wait while orders are in flight in numbers, though not for ever, and
-//! while an audit runs.
+//! The sale has priority: parts wait while many orders are in flight, though not for ever, and while an audit
+//! runs.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -23,34 +24,34 @@ use crate::store::postgres::pruning::{Part, PrunedPart, Pruner};
 use crate::store::postgres::{Database, NodeLease};
 
 const CYCLE: Duration = Duration::from_secs(600);
-/// Rows that a part looks at.
+/// Rows read in a part.
 const PART_ROWS: i64 = 2_000;
-/// A part is followed by a pause of so many times what it took.
+/// Pause after a part, as a multiple of the part's duration.
 const PAUSE_FACTOR: u32 = 4;
 const PAUSE_MIN: Duration = Duration::from_millis(20);
-/// How long an audit, or a busy queue, is waited for before it is looked at again.
+/// Pause before an audit or a busy queue is checked again.
 const BUSY_PAUSE: Duration = Duration::from_secs(1);
-/// With more orders in flight than this the queue is busy.
+/// Orders in flight above which the queue counts as busy.
 const BUSY_IN_FLIGHT: usize = 64;
-/// A sale that never ends holds up a part no longer than this.
+/// Longest time that a busy queue delays a part.
 const BUSY_MAX: Duration = Duration::from_secs(30);
 
-/// Orders with smaller ids may have been deleted: one that is missing is not lost.
+/// Orders with lower ids may have been deleted: a missing one is not lost.
 pub type PrunedBelow = Arc<AtomicI64>;
 
 /// Deletes old rows.
 pub struct Pruning {
     /// The database.
     pub database: Database,
-    /// Who this process is.
+    /// The lease of this process.
     pub lease: NodeLease,
-    /// For its clock, and for how busy it is.
+    /// The state in memory, for the clock and the orders in flight.
     pub state: Arc<State>,
-    /// For how long rows are kept.
+    /// The retention of each table.
     pub settings: Retention,
-    /// Raised before orders are deleted.
+    /// Raised before orders with lower ids are deleted.
     pub pruned_below: PrunedBelow,
-    /// What is counted.
+    /// The metrics.
     pub metrics: Metrics,
 }
 
@@ -66,7 +67,7 @@ pub struct Pruned {
 }
 
 impl Pruning {
-    /// Runs until it is dropped.
+    /// Runs until the future is dropped.
     pub async fn keep(self) {
         loop {
             match self.cycle(PART_ROWS).await {
@@ -74,29 +75,28 @@ impl Pruning {
                     orders = pruned.orders,
                     payment_events = pruned.events,
                     stock_journal = pruned.entries,
-                    "deleted rows that are older than retention keeps them"
+                    "deleted rows past their retention"
                 ),
                 Ok(_) => {}
                 Err(error @ StoreError::Fenced { .. }) => {
-                    tracing::warn!(reason = %error, "old rows are no longer deleted by this process");
+                    tracing::warn!(reason = %error, "this process was replaced and deletes no more old rows");
                     std::future::pending::<()>().await;
                 }
                 Err(error) => {
-                    tracing::warn!(reason = %error, "could not delete old rows; retrying in 10 minutes");
+                    tracing::warn!(reason = %error, "old rows could not be deleted; retrying in 10 minutes");
                 }
             }
             tokio::time::sleep(CYCLE).await;
         }
     }
 
-    /// Deletes everything that is too old by now, in parts of so many rows.
+    /// Deletes all rows past their retention, in parts of `rows` rows.
     ///
     /// # Errors
-    /// If the database does not answer, or this process may not write any more; the parts that
-    /// were done are done.
+    /// If the database does not answer, or this process may not write any more; completed parts stay deleted.
     pub async fn cycle(&self, rows: i64) -> Result<Pruned, StoreError> {
         let mut pruner = self.database.pruner(self.lease).await?;
-        // Neither clock alone makes a row old.
+        // A row is old only if both clocks say so.
         let now = pruner.now().await?.min(self.state.ids.real_now());
         let mut pruned = Pruned::default();
         let counted = &self.metrics.pruned_rows;
@@ -184,7 +184,7 @@ impl Pruning {
     }
 }
 
-/// The moment so many days before `now`; none, where rows are kept for ever.
+/// The moment `days` days before `now`; `None` if rows are kept for ever.
 fn before(now: UnixMillis, days: u32) -> Option<UnixMillis> {
     (days > 0).then(|| UnixMillis(now.0.saturating_sub(i64::from(days) * 86_400_000)))
 }

@@ -1,11 +1,11 @@
-//! Reads by the primary key that take as long as their result is long, however large the table is and
-//! whatever its statistics say.
+//! Reads by primary key whose cost depends on the size of their result, not on the size of the table or its
+//! statistics.
 //!
-//! A part of `orders` is read as `order_id >= … ORDER BY order_id LIMIT …`, of which the index reads as many
-//! rows as the limit says. But the planner may believe that there are fewer than that, and then it reads
-//! the whole table and sorts it, for every part. It does so after an `ANALYZE` that
-//! ran beside the load of millions of rows, which it does not count before their commit: 26 s instead of 5 ms with 5 million of
-//! them. So such a read forbids the other plans.
+//! A part of `orders` is read as `order_id >= … ORDER BY order_id LIMIT …`, for which an index scan reads as
+//! many rows as the limit says. But if the planner believes that the table has fewer rows, it reads and sorts
+//! the whole table, for every part. It believes so after an `ANALYZE` that ran beside the load of millions of
+//! rows, which are not counted before their commit: 26 s instead of 5 ms with 5 million of them. So such a read
+//! forbids the other plans.
 
 use deadpool_postgres::Object;
 use futures_util::future::join3;
@@ -16,21 +16,21 @@ use tokio_postgres::types::ToSql;
 use super::Database;
 use crate::store::StoreError;
 
-/// How rows are found.
+/// The access path to the rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum By {
-    /// In the order of their keys, from one on, up to a limit.
+    /// In key order, from a key on, up to a limit.
     Order,
-    /// By keys that are listed.
+    /// By a list of keys.
     Keys,
 }
 
 impl Database {
-    /// The rows that `sql` finds in one step. The server ends a statement that takes longer, so that
-    /// it is not still at work when a smaller one is asked instead.
+    /// Reads the rows of `sql` in one step. The server cancels a statement that takes longer, so that it is not
+    /// still running when a smaller one follows.
     ///
     /// # Errors
-    /// [`StoreError::Timeout`] if it takes longer, and what the database says.
+    /// [`StoreError::Timeout`] if it takes longer, or the database's error.
     pub(super) async fn read_by_key(
         &self,
         doing: &'static str,
@@ -44,12 +44,12 @@ impl Database {
             By::Order => "SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off",
             By::Keys => "SET LOCAL enable_seqscan = off",
         };
-        // Sooner than this side gives it up.
+        // Earlier than the timeout on this side.
         let ends_ms = (self.step_timeout / 10 * 9).as_millis();
         let begin = format!(
             "BEGIN READ ONLY; {others}; SET LOCAL jit = off; SET LOCAL statement_timeout = {ends_ms}"
         );
-        // Sent together, in this order, with the first poll: nothing is left open where this is dropped.
+        // Sent together, in this order, with the first poll: dropping this future leaves no transaction open.
         let reading = async {
             let (begun, rows, ended) = join3(
                 client.batch_execute(&begin),
@@ -63,7 +63,7 @@ impl Database {
         };
         match self.timed(doing, reading).await {
             Err(error @ StoreError::Timeout { .. }) => {
-                // The next user of this connection would wait for what it is still at.
+                // The next user of this connection would wait for the running statement.
                 drop(Object::take(client));
                 Err(error)
             }

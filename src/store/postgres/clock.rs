@@ -1,15 +1,15 @@
-//! The database's clock, and when the database was last in use by it.
+//! The database's clock, and the last use of the database by that clock.
 
 use super::{Connected, Database};
 use crate::order::UnixMillis;
 use crate::store::StoreError;
 
-/// What the server says about time.
+/// A reading of the server's clock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ServerClock {
-    /// The server's clock, read while it was asked.
+    /// The server's time at the query.
     pub now: UnixMillis,
-    /// The same clock at the last sign of life of a Millrace: its start, or the last renewal of its
+    /// The same clock at the last sign of life of a Millrace process: its start, or the last renewal of its
     /// lease.
     pub last_used: Option<UnixMillis>,
 }

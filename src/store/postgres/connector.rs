@@ -2,16 +2,16 @@
 //!
 //! Every host gets the attempts that `sslmode` allows, in order:
 //!
-//! | `sslmode` | attempts | the next one follows |
+//! | `sslmode` | attempts | the next one follows if |
 //! |---|---|---|
 //! | `disable` | plain | |
-//! | `allow` | plain, TLS | where the server does not admit us plain |
-//! | `prefer` | TLS if the server has it, plain | where the handshake fails, or we are not admitted so |
+//! | `allow` | plain, TLS | the server does not admit us plain |
+//! | `prefer` | TLS if the server has it, plain | the handshake fails, or the server does not admit us over TLS |
 //! | `require` and above | TLS | |
 //!
-//! A wrong password is no reason for another attempt, unlike with `libpq`: it would send over a
-//! plain connection what was refused over TLS. A unix socket never carries TLS, whatever `sslmode`
-//! says; no server offers it there.
+//! Unlike with `libpq`, a wrong password causes no second attempt: that would send over a plain connection the
+//! password that was refused over TLS. A unix socket never carries TLS, whatever `sslmode` says; no server
+//! offers it there.
 
 use std::pin::Pin;
 
@@ -30,9 +30,9 @@ use crate::store::error::{chain, rustls_error};
 /// A connection's client, and the task that drives it.
 pub(super) type Driven = (Client, JoinHandle<()>);
 
-/// Knows every host and how to talk to it.
+/// Connects to the configured hosts.
 pub(super) struct Connector {
-    /// One for each host, in the order of `database.url`.
+    /// One configuration for each host, in the order of `database.url`.
     hosts: Vec<Config>,
     shuffled: bool,
     mode: TlsMode,
@@ -53,7 +53,7 @@ impl Connector {
     /// Reads the certificates that `parameters` name; connects to nothing yet.
     ///
     /// # Errors
-    /// [`StoreError::Url`] if `config` and `parameters` do not make a way to connect.
+    /// [`StoreError::Url`] if `config` and `parameters` do not describe a connection.
     pub fn new(config: &Config, parameters: &TlsParameters) -> Result<Self, StoreError> {
         Ok(Connector {
             hosts: split(config)?,
@@ -63,10 +63,10 @@ impl Connector {
         })
     }
 
-    /// Connects to the first host that takes us, as `name` in `pg_stat_activity`.
+    /// Connects to the first host that admits us, as `name` in `pg_stat_activity`.
     ///
     /// # Errors
-    /// What the last host said.
+    /// The error of the last host.
     pub async fn connect(&self, name: &str) -> Result<Driven, tokio_postgres::Error> {
         let mut hosts: Vec<&Config> = self.hosts.iter().collect();
         if self.shuffled {
@@ -112,7 +112,7 @@ impl Connector {
     }
 }
 
-/// The pool makes its connections through the same place.
+/// Lets the pool connect through the same connector.
 pub(super) struct PoolConnector(pub std::sync::Arc<Connector>);
 
 impl deadpool_postgres::Connect for PoolConnector {
@@ -136,13 +136,13 @@ fn attempts(mode: TlsMode, host: &Config) -> (SslMode, Option<SslMode>) {
     }
 }
 
-/// The server's `pg_hba.conf` does not admit this kind of connection, or no TLS came about.
+/// Whether the server's `pg_hba.conf` does not admit this kind of connection, or the TLS handshake failed.
 fn another_way_may_help(error: &tokio_postgres::Error) -> bool {
     error.code() == Some(&SqlState::INVALID_AUTHORIZATION_SPECIFICATION)
         || rustls_error(error).is_some()
 }
 
-/// A configuration for each host, since `sslmode` is judged host by host.
+/// A configuration for each host, because `sslmode` applies host by host.
 fn split(config: &Config) -> Result<Vec<Config>, StoreError> {
     let (hosts, addresses, ports) = (
         config.get_hosts(),
@@ -169,7 +169,7 @@ fn split(config: &Config) -> Result<Vec<Config>, StoreError> {
         match (hosts.get(index), addresses.get(index)) {
             (Some(Host::Tcp(name)), _) => one.host(name),
             (Some(Host::Unix(path)), _) => one.host_path(path),
-            // The name that a certificate has to bear.
+            // The name that the certificate must bear.
             (None, Some(address)) => one.host(address.to_string()),
             (None, None) => &mut one,
         };
@@ -180,11 +180,11 @@ fn split(config: &Config) -> Result<Vec<Config>, StoreError> {
             one.port(*port);
         }
         if let Some(timeout) = config.get_connect_timeout() {
-            // One that does not answer must leave time for the others.
+            // A host that does not answer must leave time for the others.
             one.connect_timeout(*timeout / u32::try_from(count).unwrap_or(u32::MAX));
         }
         if count > 1 && config.get_target_session_attrs() == TargetSessionAttrs::Any {
-            // A standby is of no use to someone who writes.
+            // A standby does not accept writes.
             one.target_session_attrs(TargetSessionAttrs::ReadWrite);
         }
         one
@@ -192,7 +192,7 @@ fn split(config: &Config) -> Result<Vec<Config>, StoreError> {
     Ok((0..count).map(one).collect())
 }
 
-/// Everything but hosts and ports: the driver can add to those lists, not clear them.
+/// Copies everything but hosts and ports, because the driver can add to those lists but not clear them.
 fn without_host(config: &Config) -> Config {
     let mut copy = Config::new();
     if let Some(user) = config.get_user() {

@@ -1,4 +1,4 @@
-//! Dead letters: orders whose row the database refused, and what a person does about them.
+//! Dead letters: orders whose row the database refused. An operator retries or discards them.
 
 use super::transitions::fence;
 use super::{Database, NodeLease};
@@ -8,33 +8,33 @@ use crate::store::StoreError;
 /// One dead letter.
 #[derive(Clone, Debug)]
 pub struct DeadLetter {
-    /// Its number.
+    /// Its number in `dead_letters`.
     pub id: i64,
-    /// When the row was refused.
+    /// Time of the refusal.
     pub at: UnixMillis,
     /// The order.
     pub order_id: OrderId,
-    /// Who bought.
+    /// The buyer.
     pub user_id: String,
-    /// What, as the shop calls it.
+    /// The shop's id of the SKU.
     pub sku_id: String,
-    /// What, as the database calls it.
+    /// The database's number of the SKU.
     pub sku: SkuNumber,
-    /// How many units.
+    /// Units.
     pub quantity: u32,
     /// The amount in minor units.
     pub amount: i64,
-    /// Its currency.
+    /// The currency of the amount.
     pub currency: String,
-    /// PostgreSQL's code.
+    /// SQLSTATE.
     pub sqlstate: String,
-    /// PostgreSQL's words.
+    /// The server's message.
     pub reason: String,
-    /// The shop's own object.
+    /// The shop's JSON object.
     pub attributes: Option<String>,
-    /// When a person left it at that.
+    /// Time at which an operator discarded it.
     pub discarded_at: Option<UnixMillis>,
-    /// What that person noted.
+    /// The operator's note.
     pub note: Option<String>,
 }
 
@@ -63,11 +63,11 @@ fn from_row(row: &tokio_postgres::Row) -> Result<DeadLetter, StoreError> {
 }
 
 impl Database {
-    /// Whether a dead letter is there, once no retry of it is under way any more.
+    /// Whether a dead letter exists. Waits for a retry of it that is under way.
     ///
     /// # Errors
     /// If the database does not answer.
-    pub async fn settled_dead_letter_is_open(&self, id: i64) -> Result<bool, StoreError> {
+    pub async fn committed_dead_letter_is_open(&self, id: i64) -> Result<bool, StoreError> {
         let client = self.pooled().await?;
         self.timed(
             "looking a dead letter up",
@@ -77,7 +77,7 @@ impl Database {
         .map(|row| row.is_some())
     }
 
-    /// Dead letters, newest first; the discarded ones only where asked for.
+    /// Dead letters, newest first; discarded ones only if `discarded`.
     ///
     /// # Errors
     /// If the database does not answer.
@@ -120,7 +120,7 @@ impl Database {
         row.as_ref().map(from_row).transpose()
     }
 
-    /// Leaves a dead letter at that: its order stays `failed`. False: there is no such open one.
+    /// Discards a dead letter: its order stays `failed`. Returns false if there is no such open dead letter.
     ///
     /// # Errors
     /// If the database does not answer.
@@ -143,13 +143,12 @@ impl Database {
         Ok(changed == 1)
     }
 
-    /// Writes a dead letter's order as a row after all, its units held, payable until `expires_at`.
-    /// The caller holds the units in memory. False: there is no such
-    /// open dead letter.
+    /// Writes the order of a dead letter as a row, its units held, payable until `expires_at`. The caller holds
+    /// the units in memory. Returns false if there is no such open dead letter.
     ///
     /// # Errors
-    /// If the database refuses the row again, or does not answer; the dead letter stays then,
-    /// unless the commit's answer was lost.
+    /// If the database refuses the row again or does not answer; the dead letter stays, unless the commit's
+    /// answer was lost.
     pub async fn revive_dead_letter(
         &self,
         lease: NodeLease,
@@ -191,7 +190,7 @@ impl Database {
                     &[&sku, &i64::from(quantity), &order_id.to_string()],
                 )
                 .await?;
-            // It may be older than what a start looks through for orders that are to expire.
+            // The order may be older than the orders among which a start looks for unpaid ones.
             transaction
                 .execute(
                     "UPDATE node SET unpaid_from = least(unpaid_from, $2), unpaid_changes = unpaid_changes + 1

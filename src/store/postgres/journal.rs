@@ -1,33 +1,33 @@
-//! What the database knows of the journal: which one may hold acknowledged orders that are not
-//! rows yet, until when its process may acknowledge, and what of it has arrived here.
+//! The database's record of the order journal: the journal that may hold acknowledged orders which are not rows
+//! yet, the end of its process's right to acknowledge, and the progress of workers and standbys.
 
 use super::{Connected, Database, NodeLease};
 use crate::order::{OrderId, OrderStatus};
 use crate::store::StoreError;
 
-/// A renewal of the right to acknowledge, told from every other one.
+/// A renewal of the right to acknowledge, distinguishable from every other renewal.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Renewal {
-    /// The epoch of the process that renewed it, and until when by the database's clock, which may be
-    /// set meanwhile: it is compared for being the same, never with the time.
+    /// The epoch of the process that renewed it, and its end by the database's clock. That clock may be set
+    /// meanwhile, so the end is only compared for equality, never with the time.
     of: (i64, String),
-    /// For how long, in milliseconds; `None`: a predecessor of this release did not note it.
+    /// Its length in milliseconds; `None`: the process was of an earlier release, which did not record it.
     pub lease_ms: Option<u64>,
 }
 
-/// The journal that is noted in the database, by the name of its id.
+/// The journal recorded in the database.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NotedJournal {
-    /// 32 hexadecimal digits.
+    /// Its id, as 32 hexadecimal digits.
     pub name: String,
     /// Whether it may hold orders that are not rows yet.
     pub in_use: bool,
-    /// The last renewal of its process's right to acknowledge; `None` where it had none.
+    /// The last renewal of its process's right to acknowledge; `None` if there was none.
     pub renewal: Option<Renewal>,
 }
 
 impl Database {
-    /// The journal that is noted here, asked on the connection of [`Database::claim`].
+    /// The recorded journal, read on the connection of [`Database::claim`].
     ///
     /// # Errors
     /// If the database does not answer.
@@ -57,8 +57,7 @@ impl Database {
         }))
     }
 
-    /// Notes that the journal `name` is in use by the holder of `lease`, before it acknowledges
-    /// anything.
+    /// Records that the journal `name` is in use by the holder of `lease`, before it acknowledges anything.
     ///
     /// # Errors
     /// [`StoreError::Fenced`] if another process has taken the node over.
@@ -71,7 +70,7 @@ impl Database {
         .await
     }
 
-    /// Notes that nothing is left in the journal `name`, and that nothing more is acknowledged.
+    /// Records that the journal `name` is empty and that nothing more is acknowledged.
     ///
     /// # Errors
     /// [`StoreError::Fenced`] if another process has taken the node over.
@@ -102,9 +101,9 @@ impl Database {
         })
     }
 
-    /// Gives up what the noted journal may still hold, as an operator has decided. The process
-    /// that wrote it is fenced. Asked on the connection of [`Database::claim`]. False, and nothing has
-    /// changed: the right to acknowledge was renewed since `noted` was read.
+    /// Gives up the orders that the recorded journal may still hold, at an operator's decision, and fences its
+    /// process. Runs on the connection of [`Database::claim`]. Returns false, with nothing changed, if the
+    /// right to acknowledge was renewed since `noted` was read.
     ///
     /// # Errors
     /// If the database does not answer.
@@ -128,7 +127,7 @@ impl Database {
         .map(|changed| changed == 1)
     }
 
-    /// Which of these orders the database has as payable.
+    /// Those of these orders that are payable in the database.
     ///
     /// # Errors
     /// If the database does not answer.
@@ -188,8 +187,8 @@ impl Database {
         Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
     }
 
-    /// The place up to which the write-ahead log is written, and up to which the standbys behind
-    /// `slots` have it; `None` where one of the slots is not there or has nothing yet. In bytes.
+    /// The LSN up to which the write-ahead log is written, and the LSN that the standbys of all `slots` have
+    /// confirmed, in bytes; `None` if a slot does not exist or has confirmed nothing yet.
     ///
     /// # Errors
     /// If the database does not answer.

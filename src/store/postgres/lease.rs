@@ -1,4 +1,4 @@
-//! Who may write, and which order ids are ours to give out.
+//! The right to write (the node's epoch, our fencing token), and the lease of order ids.
 
 use std::time::Duration;
 
@@ -9,15 +9,14 @@ use crate::order::UnixMillis;
 use crate::order::receipt::Issuer;
 use crate::store::StoreError;
 
-/// The session whose lock makes a process the active one.
+/// `application_name` of the session whose lock makes a process the active one.
 const GUARD_NAME: &str = "millrace node 0";
-/// Once its backend is told to end, the lock of a session that is lost is free within moments.
+/// After its backend was terminated, the lock of a lost session is free within moments.
 const UNLOCK_LOOKS: u32 = 20;
 const UNLOCK_LOOK: Duration = Duration::from_millis(50);
 
-/// How far ahead order ids are leased, in milliseconds. The generator stops at its end, so it
-/// bounds how long a database outage may last before ids run out, and how far ids may run ahead
-/// of the clock after a crash.
+/// Length of the lease of order ids, in milliseconds. The generator stops at its end, so it bounds how long a
+/// database outage may last before ids run out, and how far ids may run ahead of the clock after a crash.
 pub const ID_LEASE_MS: u64 = 60_000;
 
 /// The right to write as a node, at one epoch.
@@ -25,35 +24,35 @@ pub const ID_LEASE_MS: u64 = 60_000;
 pub struct NodeLease {
     /// The node, 0 to 63.
     pub node: i16,
-    /// Rises with every start.
+    /// The fencing token; rises with every start.
     pub epoch: i64,
 }
 
-/// What taking a node over gives.
+/// The result of taking a node over.
 #[derive(Debug)]
 pub struct Taken {
     /// The right to write.
     pub lease: NodeLease,
-    /// No id of a predecessor lies beyond this moment, which is not in the past.
+    /// All ids of predecessors lie before this moment, which is not in the past.
     pub id_high_water: UnixMillis,
-    /// Ids up to here are ours.
+    /// End of our lease of ids.
     pub ids_leased_until: UnixMillis,
     /// Whether an operator has paused every sale.
     pub paused: bool,
-    /// Whose orders receipts are made of.
+    /// The issuer of receipts: this database.
     pub receipts: Issuer,
-    /// Holds the advisory lock that keeps a second process away; keep it until the end.
+    /// Holds the advisory lock that keeps a second process away; keep it for the life of the process.
     pub guard: Connected,
 }
 
 impl Database {
-    /// Takes node 0 over with `shards` writers, as the one process that holds `guard`: raises the
-    /// epoch, waits until writers of an older epoch are gone, leases ids. None lies before
-    /// `ids_from`, nor before what the database knows of. `ids_from` is the present moment, or what a
-    /// predecessor has given out beyond it.
+    /// Takes node 0 over with `shards` writers, as the one process that holds `guard`: raises the epoch, waits
+    /// until writers of an older epoch are gone, leases ids. No leased id lies before `ids_from`, nor before
+    /// the ids that the database knows of. `ids_from` is the present moment, or a later one if a predecessor
+    /// has given out ids beyond it.
     ///
     /// # Errors
-    /// What the database says.
+    /// The database's error.
     pub async fn take_over(
         &self,
         mut guard: Connected,
@@ -87,7 +86,7 @@ impl Database {
             .await
             .map_err(StoreError::statement(doing))?
             .get(0);
-        // Waits for a predecessor's transactions: they hold their writer's row.
+        // Waits for a predecessor's transactions, which lock their writer's row.
         transaction
             .execute(
                 "UPDATE writer SET epoch = $2 WHERE node = $1",
@@ -105,7 +104,7 @@ impl Database {
             )
             .await
             .map_err(StoreError::statement(doing))?;
-        // Whatever was placed before this start, in a database that an earlier release made.
+        // Applies to all orders placed before this start, in a database that an earlier release created.
         let identity = transaction
             .query_one(
                 "UPDATE database_identity
@@ -134,8 +133,8 @@ impl Database {
         })
     }
 
-    /// Makes this the one process that is active on this schema, for as long as the returned
-    /// connection lives. Comes before anything is changed, the schema included.
+    /// Makes this process the only active one on this schema, for as long as the returned connection lives.
+    /// Must come before any change, the schema's included.
     ///
     /// # Errors
     /// [`StoreError::AlreadyActive`] if another process is.
@@ -163,7 +162,7 @@ impl Database {
         Err(StoreError::AlreadyActive(holder.unwrap_or_default()))
     }
 
-    /// Takes the lock for this session, without waiting. True: it has it.
+    /// Tries to take the lock for this session. Returns true if it has it.
     async fn lock_out_others(&self, session: &Connected) -> Result<bool, StoreError> {
         self.timed("locking out other processes", async {
             session
@@ -181,8 +180,8 @@ impl Database {
         format!("millrace:{}", self.schema())
     }
 
-    /// Leases ids up to `until`, and the right to acknowledge for `acknowledge_ms` from now, by
-    /// the database's clock. Asked on a session of the caller's own.
+    /// Renews the lease of ids up to `until`, and the right to acknowledge for `acknowledge_ms` from now by the
+    /// database's clock, on a session of the caller's.
     ///
     /// # Errors
     /// [`StoreError::Fenced`] if another process has taken the node over.
@@ -221,8 +220,8 @@ impl Database {
         })
     }
 
-    /// Gives back, at a clean stop, what was leased beyond `used`; or notes it, where ids were
-    /// leased in the journal while the database was away.
+    /// At a clean stop, returns the leased ids beyond `used`; or records `used` if ids were leased in the
+    /// journal while the database was away.
     ///
     /// # Errors
     /// If the database does not answer; the next process then starts its ids a little later.
@@ -241,20 +240,20 @@ impl Database {
     }
 }
 
-/// The session that keeps other processes away from the database, and on which the leases are renewed.
-/// Nobody else uses it, so nothing that others do to the database's connections can stop a renewal. One
-/// that is lost is made again, with its lock.
+/// The session that keeps other processes away from the database and renews the leases. Nothing else uses it,
+/// so no other load on the database's connections can delay a renewal. A lost session is re-established, with
+/// its lock.
 #[derive(Debug)]
 pub struct NodeGuard {
     database: Database,
     session: Option<Connected>,
-    /// That of the session that has the lock, or had it last.
+    /// The mark of the session that has the lock, or had it last; see [`mark`].
     mark: i64,
     locked: bool,
 }
 
 impl NodeGuard {
-    /// Keeps `session`, which has the lock: that of [`Taken::guard`].
+    /// Keeps `session`, which has the lock ([`Taken::guard`]).
     ///
     /// # Errors
     /// If the database does not answer.
@@ -268,7 +267,7 @@ impl NodeGuard {
         })
     }
 
-    /// Waits until the session is lost; for ever where there is none.
+    /// Waits until the session is lost; for ever if there is none.
     pub async fn lost(&mut self) {
         match &mut self.session {
             Some(session) => {
@@ -284,8 +283,8 @@ impl NodeGuard {
         self.session.is_some()
     }
 
-    /// Makes the session again where it is lost, and takes its lock. Without the lock another process
-    /// is about to take over; the epoch then decides, so it is no error.
+    /// Re-establishes a lost session and takes its lock. Without the lock another process is about to take
+    /// over; the epoch then decides, so this is no error.
     ///
     /// # Errors
     /// If the database does not answer.
@@ -299,8 +298,8 @@ impl NodeGuard {
                 self.mark = mark(&self.database, &session).await?;
             } else {
                 tracing::warn!(
-                    "another process holds the lock on this database, taken while our connection was lost: \
-                     it is about to take over, or a command runs that needs the database to itself"
+                    "another process took the lock on this database while our connection was lost: it is about to \
+                     take over, or a command is running that needs the database to itself; retrying"
                 );
             }
             self.session = Some(session);
@@ -308,8 +307,8 @@ impl NodeGuard {
         Ok(())
     }
 
-    /// Ends our own lost session, where the server does not know yet that it is lost, and takes the
-    /// lock from it. True: it has it.
+    /// Terminates our own lost session, if the server has not noticed the loss, and takes the lock from it.
+    /// Returns true if it has it.
     async fn replace_own(&self, session: &Connected) -> Result<bool, StoreError> {
         let ended = self
             .database
@@ -336,11 +335,11 @@ impl NodeGuard {
         Ok(false)
     }
 
-    /// Renews as [`Database::renew_lease`] does, on this session, which is made again where it was lost
-    /// and taken for lost where it fails.
+    /// Renews as [`Database::renew_lease`] does, on this session. A lost session is re-established first; a
+    /// failed renewal counts as a lost session.
     ///
     /// # Errors
-    /// As there.
+    /// Those of [`Database::renew_lease`].
     pub async fn renew(
         &mut self,
         lease: NodeLease,
@@ -355,7 +354,7 @@ impl NodeGuard {
             if !self.locked && self.database.lock_out_others(session).await? {
                 self.locked = true;
                 self.mark = mark(&self.database, session).await?;
-                tracing::info!("the lock on this database is ours again");
+                tracing::info!("this process holds the lock on the database again");
             }
             self.database
                 .renew_lease(session, lease, until, acknowledge_ms)
@@ -369,8 +368,8 @@ impl NodeGuard {
     }
 }
 
-/// Takes one more lock for `session`, which nobody else asks for: whichever session of the server has it
-/// is this one, also behind a pooler that lends the same one to others afterwards.
+/// Takes a second, random lock for `session`. The server session that holds it is this one, even if a pooler
+/// lends it to other clients later.
 async fn mark(database: &Database, session: &Connected) -> Result<i64, StoreError> {
     let mark: i64 = rand::random();
     database

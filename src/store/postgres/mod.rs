@@ -1,21 +1,21 @@
-//! Connections, and everything that is not a worker's batch.
+//! Connections, and all database work that is not a worker's batch.
 //!
-//! * here: the pool and single connections, each set up the same way;
-//! * `url`, `tls`, `connector`: what `database.url` says, whose certificate is good enough, and the
+//! * this file: the pool and single connections, each set up the same way;
+//! * `url`, `tls`, `connector`: parsing of `database.url`, verification of the server's certificate, and the
 //!   one place where connections are made;
-//! * [`pooling`]: whether a pooler in between shares our sessions with others;
+//! * [`pooling`]: detects a pooler that shares our sessions with other clients;
 //! * [`clock`]: the server's clock;
-//! * [`lease`]: who may write, and which order ids are ours to give out;
-//! * [`journal`]: what the database knows of the journal;
-//! * `by_key`: reads that the size of a table does not slow down;
-//! * [`recovery`] and [`window`]: what start-up reads back into memory, SKUs and orders;
-//! * [`orders`]: look-ups of orders; [`transitions`]: what changes them afterwards;
-//! * [`payments`]: payments as they stand, and those that look for their order;
-//! * [`dead_letters`]: orders that the database refused, and what a person does about them;
+//! * [`lease`]: the right to write, and the lease of order ids;
+//! * [`journal`]: the database's record of the order journal;
+//! * `by_key`: reads by primary key, whose cost does not depend on the size of the table;
+//! * [`recovery`] and [`window`]: reading SKUs and orders back into memory at start-up;
+//! * [`orders`]: look-ups of orders; [`transitions`]: cancellation and other ends of orders;
+//! * [`payments`]: lists of payments, and orphans that are due for a check;
+//! * [`dead_letters`]: orders that the database refused, their retry and discarding;
 //! * [`skus`]: administration of SKUs;
-//! * [`replication`]: whether commits wait for standbys;
-//! * [`audit`]: every promise that the database can show, recomputed;
-//! * [`pruning`]: rows that are older than they are kept.
+//! * [`replication`]: synchronous replication, and holders of old row versions;
+//! * [`audit`]: recomputes every promise that the database can show;
+//! * [`pruning`]: deletes rows past their retention.
 
 pub mod audit;
 mod by_key;
@@ -53,7 +53,7 @@ use self::url::TlsParameters;
 use super::StoreError;
 pub use lease::NodeLease;
 
-/// A way to connect, and a pool of connections for what is not a worker's batch.
+/// A connector, and a pool of connections for all work that is not a worker's batch.
 #[derive(Clone, Debug)]
 pub struct Database {
     connector: Arc<Connector>,
@@ -62,8 +62,8 @@ pub struct Database {
     pool: Pool,
 }
 
-/// One connection of its own. Dropping it closes the socket at once, also when the server has
-/// stopped answering.
+/// A connection outside of the pool. Dropping it closes the socket at once, even if the server has stopped
+/// answering.
 #[derive(Debug)]
 pub struct Connected {
     client: Client,
@@ -84,7 +84,7 @@ impl DerefMut for Connected {
 }
 
 impl Connected {
-    /// Waits until the connection has ended. Not to be asked again afterwards.
+    /// Waits until the connection has ended. Must not be called again afterwards.
     async fn ended(&mut self) {
         let _ = (&mut self.driver).await;
     }
@@ -97,11 +97,10 @@ impl Drop for Connected {
 }
 
 impl Database {
-    /// Checks `url`, reads the certificates that it names and makes a pool; connects to nothing
-    /// yet.
+    /// Checks `url`, reads the certificates that it names and creates a pool, without connecting.
     ///
     /// # Errors
-    /// [`StoreError::Url`] with what is wrong with it.
+    /// [`StoreError::Url`] with the fault.
     pub fn new(
         url: &str,
         schema: &str,
@@ -112,7 +111,7 @@ impl Database {
         Self::with_parameters(config, &parameters, schema, pool_size, step_timeout)
     }
 
-    /// The same from a configuration, as Millrace's own PostgreSQL gives it.
+    /// The same from a configuration of the driver, as the embedded PostgreSQL gives it.
     ///
     /// # Errors
     /// If no pool can be made.
@@ -146,8 +145,7 @@ impl Database {
         })
     }
 
-    /// The same database with a small pool of its own, so that whoever uses it never waits behind
-    /// whoever uses this one.
+    /// The same database with a small pool of its own, whose users never wait behind the users of this one.
     ///
     /// # Errors
     /// If no pool can be made.
@@ -159,7 +157,7 @@ impl Database {
         })
     }
 
-    /// Longest time for one step of a conversation.
+    /// Longest time for one step of a conversation, from `database.step_timeout_ms`.
     pub fn step_timeout(&self) -> Duration {
         self.step_timeout
     }
@@ -172,8 +170,8 @@ impl Database {
     /// A pooled connection.
     ///
     /// # Errors
-    /// [`StoreError::Connect`] if none could be made, [`StoreError::Pool`] where none came free
-    /// in time.
+    /// [`StoreError::Connect`] if no connection could be made, [`StoreError::Pool`] if none became free in
+    /// time.
     pub async fn pooled(&self) -> Result<deadpool_postgres::Client, StoreError> {
         self.pool.get().await.map_err(|error| match error {
             PoolError::Backend(source) => StoreError::Connect(source),
@@ -181,7 +179,7 @@ impl Database {
         })
     }
 
-    /// A connection of its own, which names itself `name` in `pg_stat_activity`.
+    /// A connection outside of the pool, called `name` in `pg_stat_activity`.
     ///
     /// # Errors
     /// [`StoreError::Connect`] or [`StoreError::Timeout`].
@@ -207,10 +205,10 @@ impl Database {
             })?
     }
 
-    /// Waits for `step`, but no longer than a step may take.
+    /// Awaits `step`, no longer than the step timeout.
     ///
     /// # Errors
-    /// [`StoreError::Timeout`], or what `step` failed with.
+    /// [`StoreError::Timeout`], or the error of `step`.
     pub async fn timed<T>(
         &self,
         doing: &'static str,
@@ -228,7 +226,7 @@ impl Database {
     /// Whether the database answers.
     ///
     /// # Errors
-    /// Why it does not.
+    /// The reason why it does not.
     pub async fn ping(&self) -> Result<(), StoreError> {
         let client = self.pooled().await?;
         self.timed("SELECT 1", client.simple_query("SELECT 1"))
@@ -250,7 +248,7 @@ fn make_pool(
 ) -> Result<Pool, StoreError> {
     let setup = session_setup(schema, step_timeout);
     let manager = Manager::from_connect(
-        // The connector knows where to; this only fills the driver's parameter.
+        // The connector knows the hosts; this only fills the driver's parameter.
         tokio_postgres::Config::new(),
         PoolConnector(Arc::clone(connector)),
         ManagerConfig {
@@ -276,9 +274,9 @@ fn make_pool(
         .map_err(|e| StoreError::Pool(e.to_string()))
 }
 
-/// What every session starts with. Keepalives, so that the server notices within half a minute that
-/// our machine is gone, and gives up our locks. `synchronous_commit` is put back on where a role or database
-/// default has turned it off: an answer of `201` means that the row survives a crash.
+/// The set-up of every session. Keepalives let the server notice within half a minute that our machine is gone,
+/// and release our locks. `synchronous_commit` is turned back on if a role or database default has turned it
+/// off, because an answer of `201` promises that the row survives a crash.
 fn session_setup(schema: &str, step_timeout: Duration) -> String {
     let lock_ms = (step_timeout.as_millis() / 2).max(50);
     format!(

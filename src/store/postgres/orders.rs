@@ -7,38 +7,38 @@ use super::Database;
 use crate::order::{KeyHash, OrderId, OrderStatus, PayloadHash, SkuNumber, UnixMillis, UserId};
 use crate::store::StoreError;
 
-/// An order as it stands in the database.
+/// An order as stored in the database.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoredOrder {
     /// Its id.
     pub id: OrderId,
-    /// Who bought.
+    /// The buyer.
     pub user_id: String,
-    /// What was bought.
+    /// The shop's id of the SKU.
     pub sku_id: String,
-    /// The same, as the database calls it.
+    /// The database's number of the SKU.
     pub sku: SkuNumber,
-    /// How many units.
+    /// Units.
     pub quantity: u32,
-    /// What the shop added or took off, in minor units.
+    /// The shop's surcharge or discount, in minor units.
     pub adjustment: i64,
     /// The amount in minor units.
     pub amount: i64,
-    /// Its currency.
+    /// The currency of the amount.
     pub currency: String,
-    /// Where it stands.
+    /// Its status.
     pub status: OrderStatus,
-    /// When it was admitted.
+    /// Time of admission.
     pub created_at: UnixMillis,
-    /// When it stops being payable.
+    /// Payment deadline.
     pub expires_at: UnixMillis,
-    /// The shop's own object.
+    /// The shop's JSON object.
     pub attributes: Option<String>,
-    /// Why its money has to go back, or went back.
+    /// Reason of the refund, due or made.
     pub refund_reason: Option<String>,
     /// The hash of its idempotency key.
     pub key: Option<KeyHash>,
-    /// The hash of what it asked for.
+    /// The hash of the request.
     pub payload: PayloadHash,
 }
 
@@ -76,7 +76,7 @@ fn order_from_row(row: &Row) -> Result<StoredOrder, StoreError> {
 }
 
 impl Database {
-    /// Hands every order to `read`, dead letters included, in no particular order.
+    /// Passes every order to `read`, dead letters included, in no particular order.
     ///
     /// # Errors
     /// If the database does not answer.
@@ -109,8 +109,8 @@ impl Database {
         rows.iter().map(order_from_row).collect()
     }
 
-    /// A user's newest orders below `before`, all of them. Only with `database.user_index`:
-    /// without the index it reads the whole table.
+    /// A user's newest orders below `before`, dead letters included. Needs `database.user_index`: without the
+    /// index it reads the whole table.
     ///
     /// # Errors
     /// If the database does not answer.

@@ -1,5 +1,4 @@
-//! Parked orders: acknowledged, and of SKUs whose counters the database refuses. See
-//! `V6__parked_orders.sql`.
+//! Parked orders: acknowledged orders of SKUs whose counters the database refuses. See `V6__parked_orders.sql`.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -13,10 +12,10 @@ use crate::order::{
 };
 use crate::store::StoreError;
 
-/// What is parked of one SKU.
+/// Parked orders of a SKU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ParkedOf {
-    /// Orders.
+    /// Number of orders.
     pub orders: u64,
     /// Their units.
     pub units: u64,
@@ -53,7 +52,7 @@ fn order_from_row(row: &Row) -> Result<Order, StoreError> {
 }
 
 impl Database {
-    /// What is parked of each SKU of which anything is.
+    /// Parked orders by SKU, without SKUs that have none.
     ///
     /// # Errors
     /// If the database does not answer.
@@ -95,8 +94,8 @@ impl Database {
         rows.iter().map(order_from_row).collect()
     }
 
-    /// Parked orders that stop being payable by `now`, at most `limit`, beyond `after` in the
-    /// sequence of that moment and their ids.
+    /// Parked orders whose payment deadline is at or before `now`, at most `limit`, after the position `after`
+    /// in the order of deadline and id.
     ///
     /// # Errors
     /// If the database does not answer.
@@ -140,8 +139,8 @@ impl Database {
         Ok(row.is_some())
     }
 
-    /// Makes a parked order a dead letter, because the database refuses its row. False: it is not
-    /// parked any more.
+    /// Turns a parked order into a dead letter, because the database refuses its row. Returns false if it is
+    /// not parked any more.
     ///
     /// # Errors
     /// If the database does not answer.
@@ -153,7 +152,7 @@ impl Database {
         reason: &str,
     ) -> Result<bool, StoreError> {
         let client = self.pooled().await?;
-        let buried = self
+        let dead_lettered = self
             .timed(
                 "writing a dead letter",
                 client.execute(
@@ -170,11 +169,11 @@ impl Database {
                 ),
             )
             .await?;
-        Ok(buried == 1)
+        Ok(dead_lettered == 1)
     }
 
-    /// Tries whether a SKU's counters are taken with `units` more, and takes them back. Why not,
-    /// where they are refused.
+    /// Tries to move a SKU's counters by `units` and rolls back. Returns the database's reason if it refuses
+    /// them.
     ///
     /// # Errors
     /// If the database does not answer.
@@ -205,8 +204,8 @@ impl Database {
         }
     }
 
-    /// Units that unpaid rows of these SKUs hold, whatever `sku.held` says. `window_floor`: the least
-    /// id of the idempotency window.
+    /// Units that unpaid rows of these SKUs hold, whatever `sku.held` says. `window_floor`: the lowest id of
+    /// the idempotency window.
     ///
     /// # Errors
     /// If the database does not answer.
@@ -219,7 +218,7 @@ impl Database {
         let client = self.pooled().await?;
         let skus: Vec<i32> = skus.iter().map(|sku| sku.0).collect();
         let unpaid = OrderStatus::PendingPayment.code();
-        // As many as there are: no step timeout.
+        // Without a step timeout, because there may be many.
         let rows = client
             .query(
                 "SELECT sku, sum(quantity)::int8 FROM orders

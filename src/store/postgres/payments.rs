@@ -1,5 +1,4 @@
-//! Payments as they stand in the database: lists for a person, and the orphans that are to be
-//! looked at.
+//! Payments in the database: lists for an operator, and the orphans that are due for a check.
 
 use futures_util::{StreamExt, pin_mut};
 use tokio_postgres::Row;
@@ -10,57 +9,57 @@ use crate::order::payment::{PaymentState, Provider, RefundReason};
 use crate::order::{Currency, OrderId, UnixMillis};
 use crate::store::StoreError;
 
-/// A payment as it stands.
+/// A payment as stored in the database.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoredPayment {
-    /// Its number.
+    /// Its number in `payments`.
     pub id: i64,
-    /// Who took the money.
+    /// The payment provider.
     pub provider: Provider,
-    /// The provider's name for it.
+    /// The provider's id of the payment.
     pub payment_id: String,
-    /// The order as the provider named it.
+    /// The order's id as the provider reported it.
     pub order_ref: String,
-    /// Its id, where it can be one of ours.
+    /// The order's id, if the reported one can be ours.
     pub order_id: Option<OrderId>,
-    /// In minor units.
+    /// The amount in minor units.
     pub amount: i64,
-    /// Its currency.
+    /// The currency of the amount.
     pub currency: Currency,
-    /// What came in the pass-back field.
+    /// The receipt from the pass-back field.
     pub receipt: Option<String>,
-    /// Where it stands.
+    /// Its state.
     pub state: PaymentState,
-    /// Why it has to go back, where it does.
+    /// Reason of the refund, if one is due or made.
     pub refund_reason: Option<RefundReason>,
-    /// When it was first received.
+    /// Time of the first message about it.
     pub received_at: UnixMillis,
-    /// When it counts as made: when it was received, or earlier by its provider's signed time.
+    /// Time at which it counts as made: its receipt, or an earlier time signed by the provider.
     pub paid_at: UnixMillis,
-    /// When it last moved.
+    /// Time of the last change of state.
     pub changed_at: UnixMillis,
-    /// How often its order was looked for.
+    /// Number of checks for its order.
     pub checks: i32,
-    /// When it is looked for again, while it is an orphan.
+    /// Time of the next check, while it is an orphan.
     pub check_at: UnixMillis,
     /// The provider's reference of the refund.
     pub reference: Option<String>,
-    /// What a person noted.
+    /// The operator's note.
     pub note: Option<String>,
-    /// Whether its order is there, as a row or as a dead letter.
+    /// Whether its order exists, as a row or as a dead letter.
     pub has_order: bool,
 }
 
-/// Payments that are open, for metrics and alerts.
+/// Open payments, for metrics and alerts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct OpenPayments {
     /// Payments without an order.
     pub orphans: i64,
-    /// When the oldest of them was received.
+    /// Time at which the oldest orphan was received.
     pub oldest_orphan: Option<UnixMillis>,
-    /// Payments that have to go back.
+    /// Payments that have to be refunded.
     pub refunds_due: i64,
-    /// When the oldest of them became so.
+    /// Time since which the oldest refund has been due.
     pub oldest_refund_due: Option<UnixMillis>,
 }
 
@@ -99,8 +98,8 @@ fn from_row(row: &Row) -> Result<StoredPayment, StoreError> {
 }
 
 impl Database {
-    /// Payments in one of `states`, newest first, at most `limit`, older than `before`. With
-    /// `without_order`, only those whose order is not there.
+    /// Payments in one of `states` with ids below `before`, newest first, at most `limit`. With
+    /// `without_order`, only payments whose order does not exist.
     ///
     /// # Errors
     /// If the database does not answer.
@@ -139,7 +138,7 @@ impl Database {
         row.as_ref().map(from_row).transpose()
     }
 
-    /// Orphans beyond `after` whose order is there, the oldest first, at most `limit`.
+    /// Orphans with ids above `after` whose order exists, oldest first, at most `limit`.
     ///
     /// # Errors
     /// If the database does not answer.
@@ -159,8 +158,8 @@ impl Database {
         rows.iter().map(from_row).collect()
     }
 
-    /// Orphans that are to be looked at by `now`, the longest due first, at most `limit`. Of several
-    /// for one order, only the one that came first: what is decided for it decides the others.
+    /// Orphans whose check is due by `now`, the longest due first, at most `limit`. Of several orphans of one
+    /// order, only the first: its decision settles the others.
     ///
     /// # Errors
     /// If the database does not answer.
@@ -184,7 +183,7 @@ impl Database {
         rows.iter().map(from_row).collect()
     }
 
-    /// Notes that an orphan's order was looked for in vain, `checks` times so far.
+    /// Records the number of checks of an orphan and the time of the next.
     ///
     /// # Errors
     /// If the database does not answer.
@@ -207,7 +206,7 @@ impl Database {
         .map(|_| ())
     }
 
-    /// Notes the order of an orphan whose provider named none of ours; its receipt does.
+    /// Records the order of an orphan from its receipt, if the provider reported none of ours.
     ///
     /// # Errors
     /// If the database does not answer.
@@ -224,8 +223,7 @@ impl Database {
         .map(|_| ())
     }
 
-    /// The orders that orphans are for, each with the moment at which the first of them counts as
-    /// made.
+    /// The orders of orphans, each with the moment at which its first orphan counts as made.
     ///
     /// # Errors
     /// If the database does not answer.
@@ -245,7 +243,7 @@ impl Database {
         Ok(rows.iter().filter_map(pair).collect())
     }
 
-    /// How many payments are open, and since when.
+    /// Number and age of open payments.
     ///
     /// # Errors
     /// If the database does not answer.
@@ -272,7 +270,7 @@ impl Database {
         })
     }
 
-    /// Unpaid orders below `window_floor`, from the least that was noted on.
+    /// Unpaid orders with ids below `window_floor`, from the recorded lowest one on.
     ///
     /// # Errors
     /// If the database does not answer.
@@ -284,7 +282,7 @@ impl Database {
         let doing = "looking for unpaid orders";
         let client = self.pooled().await?;
         let parameters: [&(dyn ToSql + Sync); 2] = [&lease.node, &window_floor.as_i64()];
-        // As many as there are: no step timeout.
+        // Without a step timeout, because there may be many.
         let rows = client
             .query_raw(
                 "SELECT order_id, (extract(epoch FROM expires_at) * 1000)::int8 FROM orders

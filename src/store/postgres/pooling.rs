@@ -1,9 +1,9 @@
-//! Whether `database.url` leads through a pooler that shares sessions.
+//! Detection of a pooler that shares sessions behind `database.url`.
 //!
-//! Millrace keeps state in its sessions: the search path and timeouts, prepared statements, the
-//! advisory lock that keeps a second process away. A pooler that gives each transaction (or
-//! statement) whatever server session is free breaks all of that, and silently. No server tells
-//! whether there is one in between, so it is found out by what it does:
+//! Millrace keeps state in its sessions: the search path and timeouts, prepared statements, the advisory lock
+//! that keeps a second process away. A pooler that assigns a free server session to each transaction (or
+//! statement) breaks all of that silently. No server reports a pooler in between, so it is detected by its
+//! behaviour:
 //!
 //! ```text
 //!   a  ──► SET millrace.probe = <random>             a is idle now: a pooler has its session back
@@ -12,27 +12,27 @@
 //!   b2 ──► BEGIN; …
 //! ```
 //!
-//! Each `b` holds a server session. A pooler that shares them hands out idle ones before it makes
-//! new ones, and `a`'s is idle. So either some `b` gets `a`'s session (and sees its probe or its
-//! process), or `a` itself gets another. Where a `b` gets a session younger than the search, no idle
-//! one was left: `a`'s was none, so it is `a`'s alone, and on a quiet pooler that is a proof.
+//! Each `b` holds a server session. A sharing pooler hands out idle sessions before it opens new ones, and
+//! `a`'s is idle. So either some `b` gets `a`'s session (and sees its probe or its process), or `a` itself gets
+//! another. If a `b` gets a session younger than the search, no idle session was left, so `a`'s is not in the
+//! pool but `a`'s alone. On a quiet pooler that is a proof.
 //!
-//! On a busy one somebody else may have held `a`'s session in just that moment and given it back
-//! since (seen once in 400 searches with eight others at it without a pause). So the search
-//! ends only after several such sessions, and `a` looks many times in between: the others would have
-//! to hand it the same session back each time.
+//! On a busy pooler another client may have held `a`'s session at just that moment and returned it since (seen
+//! once in 400 searches with eight other clients working without a pause). So the search ends only after
+//! several such sessions, and `a` looks many times in between: the others would have to return the same session
+//! to it each time.
 
 use super::{Connected, Database};
 use crate::store::StoreError;
 
-/// Most sessions held at once. Only a session pooler with this many idle ones ever needs them.
+/// Maximum of sessions held at once. Only a session pooler with this many idle sessions needs them.
 const HELD_MAX: usize = 6;
-/// How many of them have to be younger than the search.
+/// Number of held sessions that must be younger than the search.
 const YOUNG_MIN: usize = 3;
-/// How often the first session is looked at after each.
+/// Looks at the first session after each held one.
 const LOOKS: usize = 8;
 
-/// What a session says about itself.
+/// A session's answer about itself.
 #[derive(Debug, PartialEq, Eq)]
 struct Seen {
     process: String,
@@ -42,11 +42,11 @@ struct Seen {
 }
 
 impl Database {
-    /// Makes sure that a session is ours for as long as we are connected.
+    /// Checks that a server session is ours for as long as we are connected.
     ///
     /// # Errors
-    /// [`StoreError::SharedSessions`] if a pooler gives it to others between transactions;
-    /// otherwise why it could not be found out.
+    /// [`StoreError::SharedSessions`] if a pooler shares it between transactions; otherwise the reason why the
+    /// check failed.
     pub async fn check_session_pooling(&self) -> Result<(), StoreError> {
         let probe = format!("{:016x}", rand::random::<u64>());
         let ours = self.connect("millrace probe").await?;
@@ -74,13 +74,13 @@ impl Database {
             held.push(other);
             young += usize::from(seen.young);
             shared = seen.process == first.process || seen.probe == probe;
-            // Only now: where `other` holds the pool's last session, `ours` would wait.
+            // Only now: if `other` held the pool's last session, `ours` would wait before.
             for _ in 0..LOOKS {
                 shared = shared || self.who(&ours, &who).await? != first;
             }
         }
         for other in &held {
-            // A pooler would close the session of a client that leaves amid a transaction.
+            // A pooler would close the session of a client that disconnects inside a transaction.
             let _ = self.probe(other, "ROLLBACK").await;
         }
         match shared {
@@ -120,7 +120,7 @@ impl Database {
     }
 }
 
-/// PgBouncer in statement mode says so: "transaction blocks not allowed in statement pooling mode".
+/// PgBouncer in statement mode reports: "transaction blocks not allowed in statement pooling mode".
 fn forbids_transactions(error: &tokio_postgres::Error) -> bool {
     error
         .as_db_error()

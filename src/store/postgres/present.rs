@@ -1,6 +1,5 @@
-//! Which orders of a list are here already. The work is bounded by the length of the list, whatever
-//! lies between its ids: a journal that spans days has few acknowledged orders among millions of
-//! rows.
+//! Look-up of the orders of a list that exist already. The work is bounded by the length of the list, whatever
+//! lies between its ids: a journal that spans days has few acknowledged orders among millions of rows.
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -14,17 +13,17 @@ use super::by_key::By;
 use crate::order::{Order, OrderId, PayloadHash};
 use crate::store::StoreError;
 
-/// Orders that one statement looks up, and as few as it is cut down to where it takes too long.
+/// Orders in one statement, at first and, after timeouts, at least.
 const LOOK_UP_MAX: usize = 2_000;
 const LOOK_UP_MIN: usize = 50;
-/// Rows that are read for each order of the list before its ids are looked up one by one instead.
-/// Reading a range costs a fifth of that where the list is most of it.
+/// Rows read for each order of the list before its ids are looked up one by one instead. Reading a range costs
+/// a fifth of that if the list is most of it.
 const ROWS_FOR_ONE: usize = 2;
-/// Ids that an error names.
+/// Maximum of ids in an error text.
 const NAMED_MAX: usize = 10;
 
-/// A range of ids, up to so many rows of each table. With a list of ids for the tables that are
-/// nearly always empty, 2,000 orders took 6 ms instead of 2.5.
+/// Rows of a range of ids, up to $3 of each table. With a list of ids for the tables that are nearly always
+/// empty, 2,000 orders took 6 ms instead of 2.5.
 const RANGE: &str = "
     (SELECT order_id, user_id, payload_hash, 0 FROM orders
       WHERE order_id BETWEEN $1 AND $2 ORDER BY order_id LIMIT $3)
@@ -38,7 +37,7 @@ const IDS: &str = "
     UNION ALL SELECT order_id, user_id, payload_hash FROM dead_letters WHERE order_id = ANY ($1)
     UNION ALL SELECT order_id, user_id, payload_hash FROM parked_orders WHERE order_id = ANY ($1)";
 
-/// How one call looks orders up, as it has learned so far.
+/// Size and kind of the look-ups of one call, adapted as it goes.
 #[derive(Debug)]
 struct LookUpSize {
     /// Orders in one statement.
@@ -63,12 +62,12 @@ fn is_row_of(row: &Row, order: &Order) -> bool {
 }
 
 impl Database {
-    /// Which of `orders` are here, as rows, as dead letters or parked. An order is known by its id, its
-    /// buyer and the hash of what it asked for.
+    /// Those of `orders` that exist as rows, as dead letters or parked. An order is identified by its id, its
+    /// buyer and the hash of its request.
     ///
     /// # Errors
-    /// [`StoreError::OtherOrders`] if a row has the id of one and is another order; otherwise
-    /// where the database does not answer.
+    /// [`StoreError::OtherOrders`] if a row has the id of one of them and is another order; otherwise if the
+    /// database does not answer.
     pub async fn present_among(&self, orders: &[&Order]) -> Result<HashSet<OrderId>, StoreError> {
         let mut sorted = orders.to_vec();
         sorted.sort_unstable_by_key(|order| order.id);
@@ -107,7 +106,7 @@ impl Database {
         })
     }
 
-    /// Which of these ids no order has: no row, no dead letter and none that is parked.
+    /// Those of these ids that belong to no row, no dead letter and no parked order.
     ///
     /// # Errors
     /// If the database does not answer.
@@ -134,7 +133,7 @@ impl Database {
         Ok(absent)
     }
 
-    /// The rows of these orders, which are sorted, looked up in as many steps as it takes.
+    /// The rows of these sorted orders, looked up in as many steps as needed.
     async fn rows_of(&self, orders: &[&Order], size: &LookUpSize) -> Result<Vec<Row>, StoreError> {
         let (mut left, mut found) = (orders, Vec::with_capacity(orders.len()));
         while !left.is_empty() {
@@ -148,7 +147,7 @@ impl Database {
                     found.extend(rows);
                     left = rest;
                 }
-                // Each call reads two such ranges at most in vain.
+                // Each call wastes at most two such reads.
                 Ok(None) => size.is_sparse.store(true, Ordering::Relaxed),
                 Err(StoreError::Timeout { after, .. }) if at_once > LOOK_UP_MIN => {
                     let at_once = (at_once / 4).max(LOOK_UP_MIN);
@@ -166,8 +165,8 @@ impl Database {
         Ok(found)
     }
 
-    /// The rows of these orders, which are sorted; with `as_range` those between them too, or `None`
-    /// where they are too many.
+    /// The rows of these sorted orders. With `as_range`, also the rows between them, or `None` if there are too
+    /// many.
     async fn look_up(
         &self,
         orders: &[&Order],

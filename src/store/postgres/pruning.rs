@@ -1,13 +1,12 @@
-//! Deleting rows that are older than `retention` keeps them, in small parts.
+//! Pruning: deletes rows past their `retention`, in small parts.
 //!
-//! Each part is a transaction: the right to write, the audit's lock, the rows, and the checkpoint that
-//! keeps the sums whole. So a part is done or was not begun, whenever the process ends. A part goes
-//! on from where the last one stopped reading, whatever it could delete.
+//! Each part is one transaction: the fence, the audit's lock, the rows, and the checkpoint that keeps the sums
+//! whole. So a part is complete or has no effect, whenever the process ends. A part starts at the row where the
+//! last one stopped reading, whatever it could delete.
 //!
-//! What contradicts itself is never deleted: it is evidence. Nor is what anybody may still need: an
-//! order that is not in its final state or has a payment that is open, a paid order that counts
-//! toward a purchase limit, a message about an open payment, the entry of an operator's request,
-//! whose key has to be known.
+//! Contradictory rows are never deleted: they are evidence. Nor are rows that may still be needed: an order
+//! that has not reached its final state or has an open payment, a paid order that counts toward a purchase
+//! limit, a message about an open payment, the entry of an operator's request, whose key has to be known.
 
 use std::time::Duration;
 
@@ -21,10 +20,10 @@ use crate::store::StoreError;
 
 const DOING: &str = "deleting old rows";
 
-/// Longest that a part may take on the server.
+/// Statement timeout of a part.
 const PART_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Old orders above an id. What somebody else has locked is left for the next time.
+/// Deletes old orders above an id. Locked rows are left for the next time.
 const ORDERS: &str = "
     WITH part AS MATERIALIZED (
         SELECT order_id FROM orders WHERE order_id > $1 AND order_id < $2 ORDER BY order_id LIMIT $3
@@ -52,7 +51,7 @@ const ORDERS: &str = "
     )
     SELECT (SELECT count(*) FROM part), (SELECT max(order_id) FROM part), (SELECT count(*) FROM gone)";
 
-/// Old messages above a number.
+/// Deletes old messages above a number.
 const EVENTS: &str = "
     WITH part AS MATERIALIZED (
         SELECT id, received_at FROM payment_events WHERE id > $1 ORDER BY id LIMIT $2
@@ -72,7 +71,7 @@ const EVENTS: &str = "
     SELECT (SELECT count(*) FROM part WHERE received_at < to_timestamp($3::int8 / 1000.0)),
            (SELECT max(id) FROM part), (SELECT count(*) FROM gone)";
 
-/// Entries of a SKU beyond its checkpoint, the oldest first.
+/// Reads entries of a SKU beyond its checkpoint, oldest first.
 const ENTRIES: &str = "
     SELECT j.id, j.total_delta, j.held_delta, j.sold_delta, j.total_after, j.held_after, j.sold_after,
            j.at < to_timestamp($3::int8 / 1000.0)
@@ -102,47 +101,47 @@ const OLDEST: &str = "
              CROSS JOIN LATERAL (SELECT at FROM stock_journal WHERE sku = s.id AND id > coalesce(c.through_id, 0)
                                   ORDER BY id LIMIT 1) j)";
 
-/// A part of what is too old.
+/// A part of the rows to delete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part {
-    /// Orders with ids above `after` and below `below` that are over. Paid ones of a SKU with a
-    /// purchase limit count toward it unless its sale ended before `ended`.
+    /// Finished orders with ids above `after` and below `below`. Paid orders of a SKU with a purchase limit
+    /// count toward it unless its sale closed before `ended`.
     Orders {
-        /// Behind which id.
+        /// The last id already read.
         after: i64,
-        /// Below which id.
+        /// The lowest id to keep.
         below: OrderId,
-        /// When a sale must have ended.
+        /// Latest close of a sale whose paid orders may be deleted.
         ended: UnixMillis,
     },
-    /// Messages with numbers above `after` that were received before `before`.
+    /// Messages with numbers above `after`, received before `before`.
     Events {
-        /// Behind which number.
+        /// The last number already read.
         after: i64,
-        /// Until when they were received.
+        /// Messages received from this moment on are kept.
         before: UnixMillis,
     },
-    /// Entries of a SKU from before `before`, folded into its checkpoint up to the first that does
-    /// not follow from the one before it. The newest entry stays.
+    /// Entries of a SKU from before `before`, folded into its checkpoint up to the first that does not follow
+    /// from its predecessor. The newest entry stays.
     Entries {
-        /// Of which SKU.
+        /// The SKU.
         sku: SkuNumber,
-        /// Until when they were made.
+        /// Entries from this moment on are kept.
         before: UnixMillis,
     },
 }
 
-/// What one part did.
+/// The result of one part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PrunedPart {
-    /// So many rows are gone; the next part goes on behind this number, if there is one.
+    /// Rows were deleted.
     Done {
         /// Rows deleted.
         rows: u64,
-        /// Where to go on.
+        /// The last number read, where the next part starts; `None` if this was the last part.
         next: Option<i64>,
     },
-    /// An audit is running: nothing was done.
+    /// Nothing was done, because an audit is running.
     AuditRunning,
 }
 
@@ -172,7 +171,7 @@ impl Database {
     /// If none can be made.
     pub async fn pruner(&self, lease: NodeLease) -> Result<Pruner, StoreError> {
         let client = self.connect("millrace pruning").await?;
-        // A part is a walk along a key, whatever the statistics make of it: see `by_key`.
+        // Forces a walk along a key, whatever the statistics say: see `by_key`.
         let setup = format!(
             "SET statement_timeout = {}; SET enable_seqscan = off; SET enable_bitmapscan = off",
             PART_TIMEOUT.as_millis()
@@ -201,7 +200,7 @@ impl Pruner {
         Ok(UnixMillis(row.get(0)))
     }
 
-    /// How old the oldest rows are.
+    /// The age of the oldest rows.
     ///
     /// # Errors
     /// If the database does not answer.
@@ -218,10 +217,10 @@ impl Pruner {
         })
     }
 
-    /// Carries a part out, of at most `rows` (at least 2) that it looks at.
+    /// Deletes one part, reading at most `rows` rows (at least 2).
     ///
     /// # Errors
-    /// Nothing was deleted, unless the answer to the commit was lost; asking again is safe.
+    /// If the part fails; nothing was deleted, unless the answer to the commit was lost. Repeating is safe.
     pub async fn part(&mut self, part: Part, rows: i64) -> Result<PrunedPart, StoreError> {
         let (ours, patience) = (self.lease.epoch, self.database.step_timeout() * 2);
         let done = tokio::time::timeout(patience, self.attempt(part, rows))
@@ -293,7 +292,7 @@ async fn fold(
         .query(ENTRIES, &[&sku.0, &rows, &before.0])
         .await?;
     let (mut through, mut folded) = (None, 0_i64);
-    // The last one read may be the newest there is.
+    // The last entry read may be the newest of all, which stays.
     let earlier = entries.split_last().map_or(&[][..], |(_, earlier)| earlier);
     for row in earlier {
         let (change, after) = (triple(row, 1), triple(row, 4));
@@ -321,7 +320,7 @@ async fn fold(
     })
 }
 
-/// From how many rows were looked at, which was the last, and how many are gone.
+/// Reads the result: rows read, the last number, rows deleted.
 fn progress(row: &Row, limit: i64) -> PrunedPart {
     let (looked_at, last): (i64, Option<i64>) = (row.get(0), row.get(1));
     PrunedPart::Done {

@@ -1,4 +1,4 @@
-//! What start-up reads back into memory: SKUs. Orders are read by `window`.
+//! Reading SKUs back into memory at start-up. Orders are read by `window`.
 
 use super::Database;
 use crate::order::{Currency, SkuId, SkuNumber, UnixMillis};
@@ -9,7 +9,7 @@ fn data(what: impl std::fmt::Display) -> StoreError {
     StoreError::Data(what.to_string())
 }
 
-/// A SKU's row as it stands in the database. See `V1__orders_and_stock.sql`.
+/// The columns of a SKU's row. See `V1__orders_and_stock.sql`.
 pub(super) const SKU_COLUMNS: &str = "id, sku_id, title, unit_price, currency, total, held, sold, per_user_limit,
     (extract(epoch FROM opens_at) * 1000)::int8, (extract(epoch FROM closes_at) * 1000)::int8, paused";
 
@@ -50,7 +50,7 @@ impl Database {
     /// Every SKU with its counters.
     ///
     /// # Errors
-    /// If a row contradicts itself, and what the database says.
+    /// If a row contradicts itself, or the database's error.
     pub async fn load_skus(&self) -> Result<Vec<Sku>, StoreError> {
         let client = self.pooled().await?;
         let rows = client

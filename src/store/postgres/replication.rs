@@ -1,42 +1,40 @@
-//! Whether what was committed is on a standby as well, and what keeps old rows from being removed.
+//! Replication of commits to standbys, and holders of old row versions.
 
 use std::time::Duration;
 
 use super::Database;
 use crate::store::StoreError;
 
-/// How this database replicates, as far as our role may see it.
+/// The replication of this database, as far as our role may see it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Replication {
-    /// Standbys that are connected; 0 also where the role may not see them (it can with
-    /// `pg_monitor`).
+    /// Connected standbys; also 0 if the role may not see them (it may with `pg_monitor`).
     pub standbys: i64,
-    /// The setting: the standbys that commits wait for.
+    /// The setting of this name: the standbys that commits wait for.
     pub synchronous_standby_names: String,
-    /// The setting, as our sessions have it.
+    /// The setting of this name in our sessions.
     pub synchronous_commit: String,
 }
 
-/// What keeps row versions that nobody else needs from being removed.
+/// A holder of old row versions: vacuum cannot remove them although nothing else needs them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Horizon {
-    /// A session, a prepared transaction, a slot or a standby, for people.
+    /// Description of the session, prepared transaction, slot or standby.
     pub holder: String,
-    /// From which transaction on, where that is told.
+    /// The oldest transaction it holds (xmin), if known.
     pub xmin: String,
-    /// For how long, where that is told.
+    /// Age in seconds, if known.
     pub seconds: Option<u64>,
-    /// How it is let go.
+    /// The remedy, for an operator.
     pub remedy: String,
 }
 
-/// A slot or a standby that is fewer transactions behind holds nothing up.
+/// Transactions; a slot or standby that is fewer behind holds nothing up.
 const BEHIND_MIN: i64 = 10_000;
 
 impl Database {
-    /// What keeps old row versions of this database, as far as our role may see it: sessions and
-    /// prepared transactions that are older than `held`, and slots and standbys whatever their age,
-    /// which they do not tell.
+    /// Holders of old row versions of this database, as far as our role may see them: sessions and prepared
+    /// transactions older than `held`, and slots and standbys of any age, because they report none.
     ///
     /// # Errors
     /// If the database does not answer.
@@ -86,14 +84,14 @@ impl Database {
             .collect())
     }
 
-    /// Looks at what replicates from this database.
+    /// Reads the replication of this database.
     ///
     /// # Errors
     /// If the database does not answer.
     pub async fn replication(&self) -> Result<Replication, StoreError> {
         let client = self.pooled().await?;
-        // Backups and readers of the publication come through walsenders too; the state of one is
-        // NULL to a role that may not see it.
+        // Backups and readers of the publication use walsenders too. The state of a walsender is NULL to a role
+        // that may not see it.
         let row = self
             .timed(
                 "looking at the replication",

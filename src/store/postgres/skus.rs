@@ -1,5 +1,5 @@
-//! Administration of SKUs. Every change of a counter goes to the stock journal with its cause, in
-//! the same transaction.
+//! Administration of SKUs. Every change of a counter is entered in the stock log with its cause, in the same
+//! transaction.
 
 use tokio_postgres::Transaction;
 
@@ -10,8 +10,8 @@ use crate::order::SkuId;
 use crate::state::stock::{SaleTerms, Sku};
 use crate::store::StoreError;
 
-/// Locks the terms and total of a SKU, which need not exist yet, until the transaction ends; workers,
-/// who move its counters, are not held up.
+/// Locks the terms and total of a SKU, which need not exist yet, until the transaction ends. Workers, which
+/// move its counters, are not blocked.
 async fn lock(
     transaction: &Transaction<'_>,
     schema: &str,
@@ -28,11 +28,11 @@ async fn lock(
 }
 
 impl Database {
-    /// Creates a SKU or replaces its terms and total, and returns it as it now stands.
+    /// Creates a SKU or replaces its terms and total, and returns its new state.
     ///
     /// # Errors
-    /// [`StoreError::Statement`] with a CHECK violation where the total would fall below what
-    /// orders have taken, [`StoreError::Fenced`] where this process may not write any more.
+    /// [`StoreError::Statement`] with a CHECK violation if the total would fall below the units that orders
+    /// have taken, [`StoreError::Fenced`] if this process may not write any more.
     pub async fn put_sku(
         &self,
         lease: NodeLease,
@@ -96,7 +96,7 @@ impl Database {
         }
     }
 
-    /// Stores whether a SKU is paused. False: there is no such SKU.
+    /// Stores whether a SKU is paused. Returns false if there is no such SKU.
     ///
     /// # Errors
     /// If the database does not answer.
@@ -116,11 +116,11 @@ impl Database {
         self.timed("pausing a SKU", work).await
     }
 
-    /// A SKU as its row stands, once no earlier change of its terms or total is under way any more.
+    /// A SKU's row. Waits for earlier changes of its terms or total that are under way.
     ///
     /// # Errors
     /// If the database does not answer.
-    pub async fn settled_sku(&self, id: &SkuId) -> Result<Option<Sku>, StoreError> {
+    pub async fn committed_sku(&self, id: &SkuId) -> Result<Option<Sku>, StoreError> {
         let mut client = self.pooled().await?;
         let work = async {
             let transaction = client.transaction().await?;
@@ -141,8 +141,7 @@ impl Database {
     /// Stores whether every sale is paused.
     ///
     /// # Errors
-    /// If the database does not answer; [`StoreError::Fenced`] where this process may not write
-    /// any more.
+    /// If the database does not answer; [`StoreError::Fenced`] if this process may not write any more.
     pub async fn set_all_paused(&self, lease: NodeLease, paused: bool) -> Result<(), StoreError> {
         let mut client = self.pooled().await?;
         let work = async {
@@ -166,11 +165,11 @@ impl Database {
         })
     }
 
-    /// Changes a SKU's total by `units`, once for each `request_key`.
+    /// Changes a SKU's total by `units`, at most once for each `request_key`.
     ///
     /// # Errors
-    /// A CHECK violation where the total would fall below what orders have taken, and what the
-    /// database says.
+    /// A CHECK violation if the total would fall below the units that orders have taken, or the database's
+    /// error.
     pub async fn restock(
         &self,
         lease: NodeLease,
@@ -208,7 +207,7 @@ impl Database {
         }
     }
 
-    /// By how much an earlier request under this key changed a SKU's total, where there was one.
+    /// The change of a SKU's total by an earlier request under this key, if there was one.
     ///
     /// # Errors
     /// If the database does not answer.

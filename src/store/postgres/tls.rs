@@ -1,16 +1,16 @@
-//! TLS towards PostgreSQL, by `rustls`: whose certificate is good enough.
+//! TLS to PostgreSQL, by `rustls`: verification of the server's certificate.
 //!
 //! | `sslmode` | `sslrootcert` | the server's certificate |
 //! |---|---|---|
-//! | `verify-full` | file or `system` | leads to a trusted one, and is for the host connected to |
-//! | `verify-ca`, or any weaker one | file | leads to a trusted one |
-//! | `require`, `prefer`, `allow` | none | is not looked at |
+//! | `verify-full` | file or `system` | chains to a trusted one, and names the host connected to |
+//! | `verify-ca`, or any weaker one | file | chains to a trusted one |
+//! | `require`, `prefer`, `allow` | none | is not checked |
 //!
-//! That is `libpq`'s table, with three differences. A `sslrootcert` that cannot be read is an
-//! error in every mode. Nothing is read from the home directory. A host's name is looked for in the
-//! certificate's `subjectAltName` only, as everywhere since RFC 9525, not in its common name.
+//! That is `libpq`'s table, with three differences. An unreadable `sslrootcert` is an error in every mode.
+//! Nothing is read from the home directory. A host's name is matched against the certificate's `subjectAltName`
+//! only, as everywhere since RFC 9525, not against its common name.
 //!
-//! The proof that the server has the certificate's key is checked in every mode: SCRAM's channel
+//! The server's proof that it has the certificate's key is checked in every mode, because SCRAM's channel
 //! binding rests on it.
 
 use std::path::Path;
@@ -41,7 +41,7 @@ const ALPN: &[u8] = b"postgresql";
 /// Reads the files that `parameters` name and makes the TLS half of a connection.
 ///
 /// # Errors
-/// [`StoreError::Url`] with the file and what is wrong with it.
+/// [`StoreError::Url`] with the file and its fault.
 pub(super) fn connector(parameters: &TlsParameters) -> Result<MakeRustlsConnect, StoreError> {
     let provider = Arc::new(ring::default_provider());
     let check = ServerCheck {
@@ -86,7 +86,7 @@ fn trusted(trust: &Trust) -> Result<Option<Trusted>, StoreError> {
             found
         }
         Trust::System => {
-            // Of what a machine trusts, some is always too old to be read.
+            // Some certificates of a machine's store are always too old to be parsed.
             let found = rustls_native_certs::load_native_certs();
             let (added, _) = roots.add_parsable_certificates(found.certs);
             if added == 0 {
@@ -129,16 +129,16 @@ fn unreadable(parameter: &'static str, path: &Path) -> impl FnOnce(pem::Error) -
     }
 }
 
-/// The certificates that others may lead to.
+/// The trusted certificates.
 #[derive(Debug)]
 struct Trusted {
     roots: RootCertStore,
-    /// Those of the file, byte for byte. A server may have one of them itself: a certificate that
-    /// signs itself, as `openssl req -x509` makes it, is the usual beginning.
+    /// The certificates of the file, byte for byte. A server may use one of them itself: a self-signed
+    /// certificate, as `openssl req -x509` makes it, is the usual beginning.
     certificates: Vec<CertificateDer<'static>>,
 }
 
-/// Looks at a server's certificate as far as the mode asks.
+/// Verifies a server's certificate as far as the mode requires.
 #[derive(Debug)]
 struct ServerCheck {
     algorithms: WebPkiSupportedAlgorithms,
@@ -159,7 +159,7 @@ impl ServerCertVerifier for ServerCheck {
             return Ok(ServerCertVerified::assertion());
         };
         if trusted.certificates.contains(end_entity) {
-            // Its own authority: `webpki` would refuse it for being one.
+            // It is its own authority; `webpki` would refuse it for being one.
             in_date(end_entity, now)?;
         } else {
             rustls::client::verify_server_cert_signed_by_trust_anchor(
@@ -195,8 +195,8 @@ impl ServerCertVerifier for ServerCheck {
         if ParsedCertificate::try_from(cert).is_ok() {
             return verify_tls13_signature(message, cert, dss, &self.algorithms);
         }
-        // A certificate of X.509 version 1, as the recipe in PostgreSQL's documentation makes
-        // with an older OpenSSL. `webpki` does not read it, but its key is a key like any other.
+        // A certificate of X.509 version 1, as the recipe in PostgreSQL's documentation makes it with an older
+        // OpenSSL. `webpki` does not parse it, but its key can be used like any other.
         let key = x509_cert::Certificate::from_der(cert)
             .and_then(|cert| cert.tbs_certificate.subject_public_key_info.to_der())
             .map_err(|_| CertificateError::BadEncoding)?;

@@ -1,5 +1,5 @@
-//! Changes of an order after its row is there, each one guarded statement with its counters and
-//! journal entry in one transaction.
+//! Cancellation and other ends of unpaid orders: one guarded statement each, with the counters and the stock
+//! log in the same transaction.
 
 use tokio_postgres::Transaction;
 
@@ -7,18 +7,18 @@ use super::{Database, NodeLease};
 use crate::order::{Ended, OrderId, OrderStatus, OrderUnits, SkuNumber, UnixMillis, UserId};
 use crate::store::StoreError;
 
-/// What came of asking an order to move on.
+/// Outcome of ending an order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Transition {
-    /// It did, and its units are back in the database.
+    /// The order has ended now, and its units are released in the database.
     Now(OrderUnits),
-    /// It stands elsewhere; nothing was changed.
+    /// The order has this status; nothing was changed.
     StandsAt(OrderStatus),
     /// There is no such order.
     Unknown,
 }
 
-/// From a row of buyer, SKU and quantity.
+/// Reads a row of buyer, SKU and quantity.
 fn units_of(order_id: OrderId, row: &tokio_postgres::Row) -> OrderUnits {
     OrderUnits {
         order_id,
@@ -28,8 +28,8 @@ fn units_of(order_id: OrderId, row: &tokio_postgres::Row) -> OrderUnits {
     }
 }
 
-/// Locks the node's row and checks the epoch: a process that was replaced changes nothing. A key
-/// share: it conflicts with a takeover, and with no renewal of the lease.
+/// Locks the node's row and checks the epoch, so that a replaced process changes nothing. The key-share lock
+/// conflicts with a takeover but not with a renewal of the lease.
 pub(super) async fn fence(
     transaction: &Transaction<'_>,
     lease: NodeLease,
@@ -44,12 +44,11 @@ pub(super) async fn fence(
 }
 
 impl Database {
-    /// Cancels an unpaid order: its status, its SKU's counter and the journal, all or nothing. With
-    /// `now`, only where it could still be paid then; one that could not stands at `expired`.
+    /// Cancels an unpaid order: its status, its SKU's counter and the stock log, all or nothing. With `now`, an
+    /// order past its payment deadline is not cancelled; its status is then given as `expired`.
     ///
     /// # Errors
-    /// If the database does not answer; the order may or may not be cancelled then, and asking
-    /// again tells.
+    /// If the database does not answer; the cancellation is then in doubt, and repeating it tells the outcome.
     pub async fn cancel_order(
         &self,
         lease: NodeLease,
@@ -60,7 +59,7 @@ impl Database {
             .await
     }
 
-    /// Ends an order that the database believes to be payable as it had ended before a failover.
+    /// Ends an order that is payable in the database as it had ended before a failover.
     ///
     /// # Errors
     /// As [`Database::cancel_order`].
@@ -101,7 +100,7 @@ impl Database {
                 )
                 .await?;
             let Some(row) = row else {
-                // A parked one becomes a cancelled row. Its units are in no counter of the database.
+                // A parked order becomes a cancelled row. Its units are in no counter of the database.
                 let parked = transaction
                     .query_opt(
                         "WITH gone AS (
@@ -128,7 +127,7 @@ impl Database {
                     )
                     .await?
                     .and_then(|row| row.get::<_, Option<String>>(0));
-                // One that is still there to be paid is past its time, and about to be moved.
+                // An order that is still payable is past its deadline and about to expire.
                 let status = word
                     .as_deref()
                     .and_then(OrderStatus::from_word)
@@ -136,16 +135,16 @@ impl Database {
                         OrderStatus::PendingPayment | OrderStatus::Accepted => OrderStatus::Expired,
                         other => other,
                     });
-                // The fence has locked a row, so with synchronous replication this waits for the
-                // standby, and with it for the commit that was seen: it is true after a failover.
+                // The fence has locked a row, so with synchronous replication this waits for the standby to
+                // have the commit that was read: the answer stays true after a failover.
                 transaction.commit().await?;
                 return Ok(Some(
                     status.map_or(Transition::Unknown, Transition::StandsAt),
                 ));
             };
             let (sku, quantity): (i32, i32) = (row.get(1), row.get(2));
-            // The journal reads FROM `moved`, so that its entry is numbered after the SKU's row is
-            // locked: the audit follows the chain by number.
+            // The INSERT reads FROM `moved`, so that its entry is numbered after the SKU's row is locked: the
+            // audit follows the chain by number.
             transaction
                 .execute(
                     "WITH moved AS (

@@ -1,8 +1,8 @@
-//! What `database.url` says: a URL or a key-value string, as `libpq` takes them.
+//! Parsing of `database.url`: a URL or a key-value string, as `libpq` takes them.
 //!
-//! The driver's own parser knows no certificates and three of the six values of `sslmode`, and
-//! refuses what it does not know. So the parameters that concern TLS are cut out here, and every
-//! other byte goes on to it as it was written: it refuses unknown parameters by name.
+//! The driver's own parser knows no certificates and three of the six values of `sslmode`, and refuses unknown
+//! parameters. So the TLS parameters are cut out here, and every other byte is passed to it unchanged; it
+//! refuses unknown parameters by name.
 //!
 //! Source: PostgreSQL documentation, "Connection Strings" and "SSL Support" of libpq.
 
@@ -15,49 +15,49 @@ use tokio_postgres::config::SslMode;
 use crate::store::StoreError;
 use crate::store::error::chain;
 
-/// How far TLS goes, in `libpq`'s words.
+/// `sslmode`, with the meanings of `libpq`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub(super) enum TlsMode {
-    /// Never.
+    /// Never TLS.
     Disable,
-    /// Only where the server insists.
+    /// TLS only if the server insists.
     Allow,
-    /// Where the server offers it.
+    /// TLS if the server offers it.
     #[default]
     Prefer,
-    /// Always; whose certificate it is does not matter, unless `sslrootcert` is given.
+    /// Always TLS; the certificate is checked only if `sslrootcert` is given.
     Require,
-    /// Always, with a certificate that leads to a trusted one.
+    /// Always TLS, with a certificate that chains to a trusted one.
     VerifyCa,
-    /// The same, and the certificate is for the host that is connected to.
+    /// The same, and the certificate must name the host that is connected to.
     VerifyFull,
 }
 
-/// Whom to trust.
+/// The trusted certificates.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub(super) enum Trust {
-    /// Anybody: the connection is encrypted and no more.
+    /// No verification: the connection is encrypted and no more.
     #[default]
     Anybody,
     /// The certificates in this file.
     File(PathBuf),
-    /// What the machine trusts.
+    /// The certificates that the machine trusts.
     System,
 }
 
-/// Everything about TLS in `database.url`.
+/// The TLS parameters of `database.url`.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub(super) struct TlsParameters {
     /// `sslmode`.
     pub mode: TlsMode,
     /// `sslrootcert`.
     pub trust: Trust,
-    /// `sslcert` and `sslkey`: how we prove who we are.
+    /// `sslcert` and `sslkey`: the client certificate and its key.
     pub identity: Option<(PathBuf, PathBuf)>,
 }
 
 impl TlsParameters {
-    /// What a configuration of the driver's own says.
+    /// The parameters of a configuration of the driver.
     pub(super) fn of(config: &tokio_postgres::Config) -> Self {
         let mode = match config.get_ssl_mode() {
             SslMode::Disable => TlsMode::Disable,
@@ -71,10 +71,10 @@ impl TlsParameters {
     }
 }
 
-/// Takes `database.url` apart. Reads no files.
+/// Parses `database.url`. Reads no files.
 ///
 /// # Errors
-/// [`StoreError::Url`] with the parameter at fault; never with the password.
+/// [`StoreError::Url`] with the parameter at fault; never contains the password.
 pub(super) fn parse(url: &str) -> Result<(tokio_postgres::Config, TlsParameters), StoreError> {
     let mut ours = Ours::default();
     let theirs = match after_scheme(url) {
@@ -82,14 +82,14 @@ pub(super) fn parse(url: &str) -> Result<(tokio_postgres::Config, TlsParameters)
         None => cut_from_pairs(url, &mut ours),
     };
     let config = tokio_postgres::Config::from_str(&theirs).map_err(|e| fault(chain(&e)))?;
-    Ok((config, ours.judge()?))
+    Ok((config, ours.into_parameters()?))
 }
 
 fn fault(message: impl Into<String>) -> StoreError {
     StoreError::Url(message.into())
 }
 
-/// The parameters that are ours, as they came. The last of several wins, as with `libpq`.
+/// Our parameters, as given. The last of several wins, as with `libpq`.
 #[derive(Default)]
 struct Ours {
     mode: Option<String>,
@@ -109,7 +109,7 @@ impl Ours {
         }
     }
 
-    fn judge(self) -> Result<TlsParameters, StoreError> {
+    fn into_parameters(self) -> Result<TlsParameters, StoreError> {
         let set = |text: Option<String>| text.filter(|text| !text.is_empty());
         let trust = match set(self.root) {
             None => Trust::Anybody,
@@ -137,7 +137,7 @@ impl Ours {
                  certificate, or sslrootcert=system for those that this machine trusts",
             ));
         }
-        // Anybody can have a certificate that the whole world trusts, so the name has to count.
+        // Anybody can get a certificate from a public authority, so the name has to be verified.
         if trust == Trust::System && mode != TlsMode::VerifyFull {
             return Err(fault(
                 "sslrootcert=system goes only with sslmode=verify-full: leave sslmode out or set it so",
@@ -167,11 +167,11 @@ fn after_scheme(url: &str) -> Option<usize> {
         .map(str::len)
 }
 
-/// The URL without the parameters of ours.
+/// Cuts our parameters out of a URL.
 fn cut_from_url(url: &str, scheme: usize, ours: &mut Ours) -> Result<String, StoreError> {
     let (head, rest) = url.split_at(scheme);
-    // Credentials end at the first `@` before the first `/` (libpq). A raw `/` in a password is
-    // no URL, but the driver has always taken it.
+    // Credentials end at the first `@` before the first `/` (libpq). A raw `/` in a password is not a valid
+    // URL, but the driver has always accepted it.
     let end = |stop: &[char]| rest.find(stop).unwrap_or(rest.len());
     let credentials = rest
         .find('@')
@@ -193,10 +193,10 @@ fn cut_from_url(url: &str, scheme: usize, ours: &mut Ours) -> Result<String, Sto
         if let Some(field) = ours.field(&name) {
             *field = Some(decode(value)?);
         } else if name == "ssl" && value == "true" {
-            // As JDBC writes it, and libpq reads it.
+            // The form of JDBC, which libpq accepts.
             ours.mode = Some("require".to_owned());
         } else {
-            // The driver takes the first `@` anywhere for the end of credentials.
+            // The driver takes the first `@` anywhere as the end of the credentials.
             kept.push(parameter.replace('@', "%40"));
         }
     }
@@ -211,8 +211,8 @@ fn decode(text: &str) -> Result<String, StoreError> {
         .map_err(|_| fault(format!("{text} is not UTF-8 once percent-decoded")))
 }
 
-/// The key-value string without the pairs of ours. What is malformed stays, with everything
-/// behind it, for the driver to complain about.
+/// Cuts our pairs out of a key-value string. A malformed part stays, with everything after it, for the driver
+/// to report.
 fn cut_from_pairs(text: &str, ours: &mut Ours) -> String {
     let mut kept = String::new();
     let mut rest = text;
@@ -227,7 +227,7 @@ fn cut_from_pairs(text: &str, ours: &mut Ours) -> String {
     kept
 }
 
-/// The first `name = value`, the value unquoted, and the bytes that it took with the space before.
+/// The first `name = value`: the name, the unquoted value, and the length in bytes with leading white space.
 fn first_pair(text: &str) -> Option<(&str, String, usize)> {
     let start = text.trim_start();
     let name_end = start.find(|c: char| c.is_whitespace() || c == '=')?;

@@ -1,10 +1,10 @@
-//! Orders that are read back into memory: all of the idempotency window, and live ones of any age
-//! where a purchase limit counts them.
+//! Reading orders back into memory: all orders of the idempotency window, and live orders of any age if a
+//! purchase limit counts them.
 //!
-//! There may be many millions, so they are read in parts: a part that takes longer than a step may is
-//! asked for again as a smaller one. Several parts are read at once, so that the server is at work while the rows
-//! of another part are remembered: a part that is full leaves the rest of its range, and while there are fewer ranges than
-//! connections it is cut in two.
+//! There may be many millions, so they are read in parts; a part that times out is read again as a smaller one.
+//! Several parts are read at once, so that the server works while rows of another part are stored in memory: a
+//! full part leaves the rest of its range, and while there are fewer ranges than connections the rest is cut in
+//! two.
 
 use std::error::Error;
 use std::fmt;
@@ -24,29 +24,29 @@ use crate::order::{
 use crate::state::buyers::{BuyerOrder, LiveOrder};
 use crate::store::StoreError;
 
-/// Rows of one part, at most.
+/// Maximum of rows of a part.
 const PART_ROWS_MAX: i64 = 50_000;
-/// Rows of a part that is not cut any more.
+/// Minimum of rows of a part.
 const PART_ROWS_MIN: i64 = 500;
-/// Parts that take longer become smaller, those that take a quarter of it larger.
+/// Target time of a part. Longer parts become smaller, parts below a quarter of it larger.
 const PART_TAKES: Duration = Duration::from_secs(1);
-/// Parts that a start reads at once, where the pool has twice as many connections.
+/// Parts read at once at a start, if the pool has twice as many connections.
 const AT_ONCE_MAX: usize = 4;
-/// How often progress is told.
+/// Interval of progress reports.
 const PROGRESS: Duration = Duration::from_secs(1);
-/// By how much the database's clock may be ahead of the one that order ids come from, in
-/// milliseconds: a day, far more than a start tolerates.
+/// Maximum by which the database's clock may be ahead of the clock of order ids, in milliseconds: a day, far
+/// more than a start tolerates.
 const CLOCKS_DIFFER_MS: i64 = 86_400_000;
 
-/// How far a long read is.
+/// Progress of a long read.
 #[derive(Clone, Copy, Debug)]
 pub struct ReadProgress {
-    /// Rows so far.
+    /// Rows read so far.
     pub rows: u64,
-    /// Rows that there are: as the database's planner estimates, or by the share of the ids that were
-    /// read, if the table has no statistics or there are more rows than they say.
+    /// Estimate of all rows: from the planner's statistics, or from the share of ids that were read if there
+    /// are no statistics or more rows than they say.
     pub of_about: u64,
-    /// Time so far.
+    /// Time elapsed.
     pub elapsed: Duration,
 }
 
@@ -56,7 +56,7 @@ impl ReadProgress {
         (self.rows as f64 / self.elapsed.as_secs_f64().max(0.001)) as u64
     }
 
-    /// Seconds that are left, if the estimate holds.
+    /// Estimated seconds left.
     pub fn seconds_left(&self) -> u64 {
         self.of_about.saturating_sub(self.rows) / self.rate().max(1)
     }
@@ -75,14 +75,14 @@ impl fmt::Display for ReadProgress {
     }
 }
 
-/// The course of a long read.
+/// State of a long read.
 struct Course {
     rows: u64,
-    /// Rows that there are, where the planner has statistics to estimate them from.
+    /// Estimate of all rows, if the planner has statistics.
     estimate: Option<u64>,
-    /// The first and the last id that there is.
+    /// The first and the last existing id.
     ends: Option<(OrderId, OrderId)>,
-    /// Ids between them that were read, rows or not.
+    /// Number of ids between them that were read, with or without a row.
     ids: u64,
     started: Instant,
     told: Instant,
@@ -98,7 +98,7 @@ impl Course {
         (self.rows as f64 / share.clamp(f64::MIN_POSITIVE, 1.0)) as u64
     }
 
-    /// Notes that all ids from `from` to `to` were read, and so many rows.
+    /// Records that all ids from `from` to `to` were read, with `rows` rows.
     fn note(&mut self, rows: i64, from: OrderId, to: OrderId) {
         self.rows += u64::try_from(rows).unwrap_or(0);
         if let Some((first, last)) = self.ends {
@@ -121,7 +121,7 @@ impl Course {
     }
 }
 
-/// How many ids there are from one to another.
+/// Number of ids from `from` to `to`, both included.
 fn width(from: OrderId, to: OrderId) -> u64 {
     to.get().saturating_sub(from.get()).saturating_add(1)
 }
@@ -131,7 +131,7 @@ struct Parts<'a> {
     database: &'a Database,
     doing: &'static str,
     at_once: usize,
-    /// Rows that the next part may have.
+    /// Maximum of rows of the next part.
     rows: AtomicI64,
 }
 
@@ -140,7 +140,7 @@ struct Part {
     from: OrderId,
     to: OrderId,
     rows: Vec<Row>,
-    /// As many as they could be.
+    /// The maximum of rows that it was read with.
     most: i64,
 }
 
@@ -149,13 +149,13 @@ impl<'a> Parts<'a> {
         Parts {
             database,
             doing,
-            // Others need connections too.
+            // Leaves half of the connections to others.
             at_once: at_once.min(database.pool.status().max_size / 2).max(1),
             rows: AtomicI64::new(PART_ROWS_MAX / 5),
         }
     }
 
-    /// The course of reading the orders from `from` to `to`.
+    /// The state for reading the orders from `from` to `to`.
     async fn course(&self, from: OrderId, to: OrderId) -> Result<Course, StoreError> {
         let ids: [&(dyn ToSql + Sync); 2] = [&from.as_i64(), &to.as_i64()];
         let found = self
@@ -185,9 +185,9 @@ impl<'a> Parts<'a> {
         Ok(course)
     }
 
-    /// Reads ranges of ids: the rows that `sql` finds for `$1`, an id to begin with, and `$2`, an id to end
-    /// with, among the first `$3` of that range. `remember` takes those of a part and returns how many
-    /// there were and the last id; `note` hears of the ids that are done with.
+    /// Reads ranges of ids: the rows that `sql` finds from id `$1` to id `$2` among the first `$3` rows of that
+    /// range. `remember` takes the rows of a part and returns their number and the last id; `note` is told of
+    /// the ids that are done.
     async fn read(
         &self,
         sql: &str,
@@ -266,7 +266,7 @@ impl<'a> Parts<'a> {
         }
     }
 
-    /// Makes parts of `rows` rows out of those of `most`, unless another part has done so.
+    /// Changes the size of parts from `most` to `rows`, unless another part has changed it.
     fn resize(&self, most: i64, rows: i64) {
         let rows = rows.clamp(PART_ROWS_MIN, PART_ROWS_MAX);
         let _ = self
@@ -275,7 +275,7 @@ impl<'a> Parts<'a> {
     }
 }
 
-/// The first and the last order of a range of ids, and whether the planner knows anything of them.
+/// The first and the last order of a range of ids, and whether the planner has statistics of the table.
 const ENDS: &str = "
     SELECT (SELECT order_id FROM orders WHERE order_id >= $1 AND order_id <= $2 ORDER BY order_id LIMIT 1),
            (SELECT order_id FROM orders WHERE order_id >= $1 AND order_id <= $2 ORDER BY order_id DESC LIMIT 1),
@@ -331,7 +331,7 @@ fn order_id(raw: i64) -> Result<OrderId, StoreError> {
     OrderId::from_i64(raw).ok_or_else(|| unexpected(raw, "not an order id"))
 }
 
-/// Id, buyer, SKU and units: the first four columns of a row.
+/// Reads id, buyer, SKU and units, the first four columns of a row.
 fn live_order(row: &Row) -> Result<(UserId, LiveOrder), StoreError> {
     let raw: i64 = row.get(0);
     let user_id =
@@ -348,7 +348,7 @@ fn live_order(row: &Row) -> Result<(UserId, LiveOrder), StoreError> {
     Ok((user_id, order))
 }
 
-/// By the status in the seventh column, which a dead letter has not.
+/// Reads the end of an order from the status in the seventh column, which is NULL for a dead letter.
 fn how_it_ended(row: &Row) -> Result<Option<Ended>, StoreError> {
     let code: Option<i16> = row.get(6);
     let status = code.map_or(Some(OrderStatus::Failed), OrderStatus::from_code);
@@ -357,12 +357,12 @@ fn how_it_ended(row: &Row) -> Result<Option<Ended>, StoreError> {
 }
 
 impl Database {
-    /// Hands every order from `floor` on, dead letters included, and every parked one to `remember`, so that keys and
-    /// limits hold over a restart; with the moment until which it is to be paid, where it is.
-    /// `tell` hears of it about once a second. Returns how many orders there were.
+    /// Passes every order from `floor` on, dead letters included, and every parked order to `remember`, so that
+    /// keys and limits survive a restart, with the payment deadline if the order is payable. `tell` gets the
+    /// progress about once a second. Returns the number of orders.
     ///
     /// # Errors
-    /// If a row cannot be one of ours, and what the database says.
+    /// If a row is not one of ours, or the database's error.
     pub async fn load_window(
         &self,
         floor: OrderId,
@@ -381,7 +381,7 @@ impl Database {
             format!("SELECT {columns}, NULL::int2, NULL::timestamptz FROM dead_letters {range}");
         let parked =
             format!("SELECT {columns}, 1::int2, NULL::timestamptz FROM parked_orders {range}");
-        // The ids beyond the last are a range of their own, so that halves of the others have rows.
+        // The ids beyond the last order are a range of their own, so that both halves of a cut range have rows.
         let mut ranges = vec![(floor, OrderId::MAX)];
         if let Some((_, last)) = course.ends
             && let Some(after) = next(last)
@@ -420,11 +420,11 @@ impl Database {
         Ok(course.rows)
     }
 
-    /// Hands every live order of these SKUs with an id below `below` to `count`. It reads whatever
-    /// was ordered since the first of the SKUs was made; `tell` hears of it about once a second.
+    /// Passes every live order of these SKUs with an id below `below` to `count`. Reads all orders since the
+    /// first of the SKUs was created; `tell` gets the progress about once a second.
     ///
     /// # Errors
-    /// If a row cannot be one of ours, and what the database says.
+    /// If a row is not one of ours, or the database's error.
     pub async fn load_live_orders(
         &self,
         skus: &[SkuNumber],
@@ -438,9 +438,9 @@ impl Database {
         let (Some(from), Some(to)) = (from, OrderId::new(below.get() - 1)) else {
             return Ok(());
         };
-        // One part at a time: orders may be placed meanwhile.
+        // One part at a time, because orders may be placed meanwhile.
         let parts = Parts::new(self, doing, 1);
-        // Parked ones first: they may become rows meanwhile, but rows are not parked.
+        // Parked orders first: they may become rows meanwhile, but rows are never parked.
         let parked = "SELECT order_id, user_id, sku, quantity FROM parked_orders
                        WHERE order_id >= $1 AND order_id <= $2 AND sku = ANY ($4) ORDER BY order_id LIMIT $3";
         let remember = |rows: &[Row]| {
@@ -460,7 +460,7 @@ impl Database {
             return Ok(());
         }
         let mut course = parts.course(from, to).await?;
-        // The last row says where the part ends; nobody buys in it.
+        // The last row, which has no buyer, gives the end of the part.
         let sql = "WITH part AS MATERIALIZED (
                        SELECT order_id, user_id, sku, quantity, status FROM orders
                         WHERE order_id >= $1 AND order_id <= $2 ORDER BY order_id LIMIT $3
@@ -496,7 +496,7 @@ impl Database {
             .await
     }
 
-    /// An id that no order of these SKUs is below; `None` where there are no SKUs.
+    /// A lower bound of the ids of these SKUs' orders; `None` if there are no SKUs.
     async fn first_order_of(&self, skus: &[i32]) -> Result<Option<OrderId>, StoreError> {
         let client = self.pooled().await?;
         let sql = "SELECT (extract(epoch FROM coalesce(created_at, to_timestamp(0))) * 1000)::int8

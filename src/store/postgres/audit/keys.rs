@@ -1,9 +1,8 @@
-//! Keys that have two orders within the idempotency window.
+//! Idempotency keys with two orders within the window.
 //!
-//! No index knows keys, so the orders are read in the order of their ids, and the hashes of those
-//! that are younger than the window are kept. So that this takes a bounded amount of memory, the
-//! orders are gone through once for each million of the busiest window, each time for another
-//! share of the hashes: ten million orders a day are ten walks along the primary key and 35 MB.
+//! Keys have no index, so orders are read by id, and the hashes of orders younger than the window are kept. To
+//! bound the memory, the orders are read once for each million orders of the busiest window, each time for
+//! another share of the hashes: ten million orders a day take ten walks along the primary key and 35 MB.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -16,11 +15,11 @@ use super::session::{Session, sum};
 use crate::order::{KeyHash, OrderId};
 use crate::store::StoreError;
 
-/// Pairs that are looked at one by one; beyond them pairs count as they are.
+/// Pairs that are verified one by one; further pairs are counted unverified.
 const PAIRS_MAX: usize = 1_000;
 
-/// Hashes of the keys of orders above an id ($1), those of the share $2 of $3. Both forms of a key's
-/// hash (see `KeyHash::matches`) agree in the half that is taken.
+/// Hashes of the keys of orders above an id ($1), of the share $2 of $3. Both forms of a key's hash (see
+/// `KeyHash::matches`) agree in the half that is used.
 const KEYS: &str = "
     SELECT count(*), max(order_id), array_agg(order_id) FILTER (WHERE wanted), array_agg(hash) FILTER (WHERE wanted)
       FROM (SELECT order_id, hash, key_hash IS NOT NULL AND (hash & 1073741823) % $3 = $2 AS wanted
@@ -31,13 +30,13 @@ const PAIR: &str = "
     SELECT user_id, decode(replace(key_hash::text, '-', ''), 'hex') FROM orders
      WHERE order_id = ANY ($1) AND key_hash IS NOT NULL";
 
-/// The windows that were in force, the latest first.
+/// The windows in force so far, latest first.
 const WINDOWS: &str = "SELECT since, window_ms FROM idempotency_windows ORDER BY since DESC";
 
-/// The window of orders from before windows were noted: the shortest that could be configured.
+/// The window of orders older than the record of windows: the shortest that could be configured.
 const WINDOW_MS_LEAST: i64 = 1_000;
 
-/// Notes the window that is in force from an order on, where it is another one.
+/// Records the window in force from an order on, if it has changed.
 const NOTE_WINDOW: &str = "
     INSERT INTO idempotency_windows (since, window_ms)
     SELECT $3::int8, $4::int8 WHERE EXISTS (SELECT FROM node WHERE node = $1 AND epoch = $2)
@@ -45,7 +44,7 @@ const NOTE_WINDOW: &str = "
     ON CONFLICT (since) DO UPDATE SET window_ms = excluded.window_ms";
 
 impl Database {
-    /// Notes that keys of orders from `since` on are known for `window_ms`.
+    /// Records that keys of orders from `since` on are known for `window_ms`.
     ///
     /// # Errors
     /// If the database does not answer.
@@ -72,7 +71,7 @@ impl Database {
 struct Windows(Vec<(i64, i64)>);
 
 impl Windows {
-    /// The window that was in force when the order `id` was placed, in ms.
+    /// The window in force when the order `id` was placed, in milliseconds.
     fn at(&self, id: i64) -> i64 {
         let in_force = self.0.iter().find(|(since, _)| *since <= id);
         in_force.map_or(WINDOW_MS_LEAST, |(_, window_ms)| *window_ms)
@@ -88,8 +87,8 @@ fn millis(id: i64) -> i64 {
     OrderId::from_i64(id).map_or(0, |id| id.millis().0)
 }
 
-/// How many orders came under a key that had one already. `parts`: the last id of each part of the
-/// table, and how many orders it has.
+/// Number of orders under a key that another order had already. `parts`: the last id of each part of the table,
+/// and its number of orders.
 pub(super) async fn duplicates(
     session: &mut Session,
     parts: &[(i64, i64)],
@@ -157,17 +156,17 @@ pub(super) async fn duplicates(
     Ok(duplicates)
 }
 
-/// The moment in ms before which nothing counts any more for orders above `id`.
+/// The moment, in milliseconds, before which orders no longer matter for orders above `id`.
 fn above_of(id: i64, window_ms: i64) -> i64 {
     millis(id).saturating_sub(window_ms)
 }
 
-/// Orders in the busiest window, at least: whole parts are counted.
+/// Upper bound of the orders in the busiest window, in whole parts.
 fn busiest(parts: &[(i64, i64)], window_ms: i64) -> i64 {
     let (mut sum, mut most, mut oldest) = (0, 0, 0);
     for (index, (last, count)) in parts.iter().enumerate() {
         sum += count;
-        // A part counts until all of it has left the window.
+        // A part counts until its last order has left the window.
         while oldest < index && millis(parts[oldest].0) < above_of(*last, window_ms) {
             sum -= parts[oldest].1;
             oldest += 1;

@@ -1,21 +1,20 @@
-//! Every promise that the database can show, recomputed from its rows.
+//! The audit: recomputes every promise that the database can show from its rows.
 //!
-//! No snapshot covers all of it: one that lasts keeps dead rows of the hot tables from being
-//! pruned. Each table is read along its key in parts of about a fifth of a second, on a connection
-//! of its own, and every figure is exact all the same, or says by how much it may be off:
+//! No single snapshot covers it, because a long one keeps vacuum from removing dead rows of the hot tables.
+//! Each table is read along its key in parts of about a fifth of a second, on a dedicated connection. Every
+//! figure is exact all the same, or comes with its possible error:
 //!
-//! * `stock`: entries of the stock journal never change, so they are followed, SKU by SKU, up to
-//!   the one that was the newest when the last counters were read;
-//! * `orders`: a part reads its orders as they stand at that moment. Counters are read with the
-//!   first and with the last part. If a SKU has no new entry between the two, no order of it
-//!   changed sides, and its sums are of one moment. If it has some, each order was read before or
-//!   after it moved, so the sums differ from the first counters by a part of what those entries
-//!   moved ([`SkuAudit::motion`]), and by no more;
-//! * `payments`, dead letters: what belongs together is written in one transaction and looked at in
-//!   one statement;
+//! * `stock`: entries of the stock log never change, so they are followed, SKU by SKU, up to the entry that was
+//!   the newest when the last counters were read;
+//! * `orders`: a part reads its orders as of one moment. Counters are read with the first and with the last
+//!   part. If a SKU has no new entry between the two, none of its orders moved, and its sums are of one moment.
+//!   If it has, each order was read before or after its move, so the sums differ from the first counters by at
+//!   most the units that those entries moved ([`SkuAudit::motion`]);
+//! * `payments`, dead letters: rows that belong together are written in one transaction and read in one
+//!   statement;
 //! * `keys`: an order's key never changes.
 //!
-//! What `retention` has deleted is in checkpoints, and none of it is deleted meanwhile: both take
+//! Rows that `retention` has deleted are summed up in checkpoints. None are deleted during an audit: both take
 //! the same lock.
 
 mod keys;
@@ -30,7 +29,7 @@ pub use self::stock::Motion;
 use super::Database;
 use crate::store::StoreError;
 
-/// What the rows say of one SKU beside what its counters say. All in units.
+/// The sums of one SKU's rows beside its counters. All in units.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SkuAudit {
     /// The SKU.
@@ -41,29 +40,29 @@ pub struct SkuAudit {
     pub held: i64,
     /// `sku.sold`.
     pub sold: i64,
-    /// Units of orders that are to be paid.
+    /// Units of payable orders.
     pub held_by_orders: i64,
-    /// Units of orders that are paid, deleted ones included.
+    /// Units of paid orders, deleted ones included.
     pub sold_by_orders: i64,
-    /// Units of parked orders, which `held` does not count and memory holds.
+    /// Units of parked orders, which memory holds and `held` does not count.
     pub parked: i64,
-    /// What moved while its orders were read.
+    /// Units that moved while its orders were read.
     pub motion: Motion,
-    /// Total, held, sold when its first orders were read. The same as now if nothing moved.
+    /// Total, held, sold when its first orders were read; equal to the counters if nothing moved.
     pub before: (i64, i64, i64),
-    /// What the stock journal's changes add up to: total, held, sold.
+    /// The sums of the stock log's changes: total, held, sold.
     pub journal: (i64, i64, i64),
-    /// Entries whose counters do not follow from the entry before: somebody edited the row.
+    /// Entries whose counters do not follow from the entry before: the row was edited by hand.
     pub journal_breaks: i64,
-    /// Where the journal and the counters part: between which entries, and by how many units. At
-    /// most [`GAPS_MAX`] of them.
+    /// Descriptions of the differences between log and counters: the entries, and the units. At most
+    /// [`GAPS_MAX`].
     pub gaps: Vec<String>,
 }
 
-/// Gaps that are told of one SKU.
+/// Maximum of gaps described for one SKU.
 pub const GAPS_MAX: usize = 5;
 
-/// What the database says.
+/// The result of recomputing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DatabaseAudit {
     /// Each SKU.
@@ -72,7 +71,7 @@ pub struct DatabaseAudit {
     pub orders: i64,
     /// Orders that `retention` has deleted.
     pub orders_pruned: i64,
-    /// Orders under a key that had one already, within the idempotency window then in force.
+    /// Orders under a key that another order had already, within the idempotency window then in force.
     pub duplicated_keys: i64,
     /// Orders of a SKU that does not exist.
     pub orders_without_sku: i64,
@@ -82,54 +81,53 @@ pub struct DatabaseAudit {
     pub both_row_and_dead_letter: i64,
     /// Payments by state, currency and reason of a refund.
     pub payments: Vec<PaymentSum>,
-    /// What contradicts itself among payments.
+    /// Contradictions among payments.
     pub payment_faults: PaymentFaults,
 }
 
 /// Payments of one state, currency and reason.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PaymentSum {
-    /// Where they stand.
+    /// Their state.
     pub state: String,
-    /// In which currency they are.
+    /// Their currency.
     pub currency: String,
-    /// Why they have to go back, or went back.
+    /// Reason of the refund, due or made.
     pub reason: Option<String>,
-    /// How many.
+    /// Number of payments.
     pub count: i64,
     /// Their sum in minor units, in decimal digits.
     pub amount: i128,
 }
 
-/// What contradicts itself among payments, each a number of rows.
+/// Contradictions among payments, each as a number of rows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PaymentFaults {
-    /// Messages that report a payment which is not there.
+    /// Messages about a payment that does not exist.
     pub events_without_payment: i64,
-    /// Payments that no message reports.
+    /// Payments without a message.
     pub payments_without_event: i64,
-    /// Orders that are paid, without exactly one matched payment of their amount.
+    /// Paid orders without exactly one matched payment of their amount.
     pub paid_without_payment: i64,
     /// Matched payments whose order is not paid.
     pub matched_without_paid_order: i64,
-    /// Orders whose money has to go back, without a payment that has to.
+    /// `refund_due` orders without a `refund_due` payment.
     pub refund_due_without_payment: i64,
 }
 
 impl Database {
-    /// Recomputes counters, keys and journal from the rows. Reads every order, some of them
-    /// several times (see `keys`).
+    /// Recomputes counters, keys and stock log from the rows. Reads every order, some of them several times
+    /// (see `keys`).
     ///
     /// # Errors
-    /// If the database does not answer; [`StoreError::AuditRunning`] where another audit holds
-    /// its lock.
+    /// If the database does not answer; [`StoreError::AuditRunning`] if another audit holds the lock.
     pub async fn audit(&self) -> Result<DatabaseAudit, StoreError> {
         let (found, _) = self.audit_watching(PartRows::default(), || ()).await?;
         Ok(found)
     }
 
-    /// The same with parts of so many rows. Calls `look` immediately before and after the counters
-    /// are read, and returns what it saw.
+    /// The same with parts of the given size. Calls `look` immediately before and after the last counters are
+    /// read, and returns the two results.
     ///
     /// # Errors
     /// As [`Database::audit`].

@@ -1,4 +1,4 @@
-//! Orders by part: whose units they hold, and whether payments bear them out.
+//! Orders in parts: the units that they hold, and the payments that they need.
 
 use std::collections::BTreeMap;
 
@@ -6,7 +6,7 @@ use super::session::{Also, Session, sum};
 use super::stock::{Counters, SKUS, counters};
 use crate::store::StoreError;
 
-/// Orders above an id, by SKU. The LATERAL look-ups keep to an index whatever the statistics say.
+/// Orders above an id, by SKU. The LATERAL look-ups use an index whatever the statistics say.
 const ORDERS: &str = "
     WITH part AS MATERIALIZED (
         SELECT order_id, sku, quantity, status, amount, currency
@@ -26,7 +26,7 @@ const ORDERS: &str = "
              AND p.state = 'refund_due' LIMIT 1) due ON true
      GROUP BY part.sku";
 
-/// Orders that the database refused, above a number.
+/// Dead letters above a number.
 const DEAD_LETTERS: &str = "
     WITH part AS MATERIALIZED (
         SELECT id, order_id, status FROM dead_letters WHERE id > $1 ORDER BY id LIMIT $2
@@ -47,18 +47,18 @@ pub(super) struct Units {
     pub(super) sold: i64,
 }
 
-/// What the orders say, and the counters of the moments at which the first and the last part of
-/// them was read. One moment, where one part was enough.
+/// The sums of the orders, and the counters at the moments at which the first and the last part was read (the
+/// same moment if one part was enough).
 pub(super) struct Orders<T> {
     pub(super) by_sku: BTreeMap<i32, Units>,
     pub(super) before: BTreeMap<i32, Counters>,
     pub(super) after: BTreeMap<i32, Counters>,
-    /// What `look` saw immediately before and after the last counters were read.
+    /// The results of `look` immediately before and after the last counters were read.
     pub(super) looks: [T; 2],
     pub(super) orders: i64,
     pub(super) paid_without_payment: i64,
     pub(super) refund_due_without_payment: i64,
-    /// The last id of each part, and how many orders it had, in order.
+    /// The last id and the number of orders of each part, in order.
     pub(super) parts: Vec<(i64, i64)>,
 }
 
@@ -114,7 +114,7 @@ pub(super) async fn read<T: Send>(
     }
 }
 
-/// What the dead letters say.
+/// The sums of the dead letters.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct DeadLetters {
     pub(super) count: i64,

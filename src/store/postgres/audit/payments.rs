@@ -1,4 +1,4 @@
-//! Payments and messages by part: where the money is, and whether each has what belongs to it.
+//! Payments and messages in parts: sums of money, and contradictions.
 
 use std::collections::BTreeMap;
 
@@ -6,8 +6,8 @@ use super::PaymentSum;
 use super::session::{Session, sum};
 use crate::store::StoreError;
 
-/// Payments above a number, by state, currency and reason. A payment whose messages were deleted
-/// need not have one, nor a matched one an order that was deleted.
+/// Payments above a number, by state, currency and reason. A payment whose messages were deleted needs none,
+/// and a matched payment whose order was deleted needs no order.
 const PAYMENTS: &str = "
     WITH part AS MATERIALIZED (
         SELECT id, provider, payment_id, order_id, amount, currency, state, order_pruned,
@@ -80,7 +80,7 @@ pub(super) async fn read(session: &mut Session) -> Result<Payments, StoreError> 
     Ok(all)
 }
 
-/// Messages that report a payment which is not there.
+/// Messages about a payment that does not exist.
 pub(super) async fn events_without_payment(session: &mut Session) -> Result<i64, StoreError> {
     let statement = session.prepare(EVENTS).await?;
     let (mut above, mut without) = (0_i64, 0);

@@ -1,5 +1,5 @@
-//! The session of an audit: a connection of its own, the lock that makes it the only one, and
-//! tables read in parts.
+//! The session of an audit: a dedicated connection, the lock that makes it the only one, and tables read in
+//! parts.
 
 use std::time::{Duration, Instant};
 
@@ -10,30 +10,29 @@ use tokio_postgres::{Error, IsolationLevel, Row, Statement};
 use super::super::{Connected, Database};
 use crate::store::StoreError;
 
-/// What the session calls itself in `pg_stat_activity`.
+/// `application_name` of the session.
 pub const SESSION: &str = "millrace audit";
 
 const DOING: &str = "auditing";
-/// What a part should take, and with it how long a snapshot is held.
+/// Target time of a part, and so of its snapshot.
 const PART: Duration = Duration::from_millis(200);
-/// How often the audit says how far it is.
+/// Interval of progress reports.
 const PROGRESS: Duration = Duration::from_secs(5);
-/// How often the lock is tried while it is waited for.
+/// Interval between attempts to take the lock.
 const LOCK_RETRY: Duration = Duration::from_millis(50);
 
-/// The lock that an audit holds for as long as it lasts and a deletion of old rows for each part;
-/// the name is followed by the schema.
+/// Name of the lock, followed by the schema. An audit holds it for its whole length, a pruning for each part.
 pub const LOCK: &str = "millrace audit:";
 
-/// How many rows are read at once, in one short snapshot. Within these limits a part grows and
-/// shrinks towards a fifth of a second.
+/// Rows read at once, in one short snapshot. Within these limits a part grows and shrinks towards a fifth of a
+/// second.
 #[derive(Clone, Copy, Debug)]
 pub struct PartRows {
-    /// At first.
+    /// Rows of the first part.
     pub first: i64,
-    /// At most.
+    /// Maximum of rows.
     pub most: i64,
-    /// Hashes of keys that are kept at once, about 35 bytes each.
+    /// Maximum of hashes of keys in memory, about 35 bytes each.
     pub keys: i64,
 }
 
@@ -47,7 +46,7 @@ impl Default for PartRows {
     }
 }
 
-/// Fewest rows of a part; a statement that times out with so few is given up.
+/// Minimum of rows of a part; the audit fails if a statement with so few times out.
 const ROWS_MIN: i64 = 500;
 
 pub(super) struct Session {
@@ -63,43 +62,43 @@ pub(super) struct Session {
 /// A part of a table.
 pub(super) struct Part {
     pub(super) rows: Vec<Row>,
-    /// How many rows of the table they stand for.
+    /// Number of rows of the table that they stand for.
     pub(super) count: i64,
-    /// Whether nothing is behind it.
+    /// Whether it is the last part.
     pub(super) is_last: bool,
-    /// What `Also` has read.
+    /// The rows of `Also`, if it was read.
     pub(super) also: Option<Vec<Row>>,
 }
 
-/// What is read in the same snapshot: with every part, or only with the last one.
+/// A statement to run in the same snapshot: with every part, or only with the last one.
 pub(super) struct Also<'a> {
     pub(super) statement: &'a Statement,
     pub(super) always: bool,
-    /// Called immediately before and after.
+    /// Called immediately before and after the statement.
     pub(super) look: &'a mut (dyn FnMut() + Send),
 }
 
-/// How many rows of the table a part's rows stand for.
+/// Counts the rows of the table that a part's rows stand for.
 pub(super) type Count = fn(&[Row]) -> i64;
 
-/// The sum of column `AT`.
+/// Sums up column `AT`.
 pub(super) fn sum<const AT: usize>(rows: &[Row]) -> i64 {
     rows.iter().map(|row| row.get::<_, i64>(AT)).sum()
 }
 
-/// Each row for itself.
+/// Counts each row as one.
 pub(super) fn each(rows: &[Row]) -> i64 {
     rows.len() as i64
 }
 
 impl Session {
-    /// Connects and takes the lock. Another holder may be one whose client has just gone: it is
-    /// waited for as long as a step may take.
+    /// Connects and takes the lock. Its holder may be a session whose client has just gone, so the lock is
+    /// awaited for up to the step timeout.
     pub(super) async fn open(database: &Database, rows: PartRows) -> Result<Self, StoreError> {
         let client = database.connect(SESSION).await?;
-        // A part is a walk along a key, whatever the statistics of a fresh table make of it. The
-        // server ends a statement that takes too long by itself, also if its client has gone. What
-        // cannot avoid a sequential scan seems dear enough to be compiled, which takes longer.
+        // Forces walks along a key, whatever the statistics of a fresh table say. The server cancels a
+        // statement that takes too long by itself, even if its client has gone. JIT is off, because it would
+        // compile unavoidable sequential scans, which takes longer than running them.
         let setup = format!(
             "SET statement_timeout = {}; SET enable_seqscan = off; SET enable_bitmapscan = off;
              SET plan_cache_mode = force_custom_plan; SET jit = off",
@@ -147,7 +146,7 @@ impl Session {
         self.database.timed(DOING, self.client.prepare(sql)).await
     }
 
-    /// Rows of one short statement.
+    /// The rows of one short statement.
     pub(super) async fn query(
         &self,
         sql: &str,
@@ -159,9 +158,8 @@ impl Session {
             .map_err(StoreError::statement(DOING))
     }
 
-    /// One part of the table `what`, in a snapshot of its own: `key` are the first parameters of
-    /// `statement`, how many rows it may read is the last. A part that takes the server too long is
-    /// tried again with fewer rows.
+    /// One part of the table `what`, in a snapshot of its own. `key` holds the first parameters of `statement`;
+    /// the last is the maximum of rows. A part that times out on the server is retried with fewer rows.
     pub(super) async fn part(
         &mut self,
         what: &'static str,
@@ -170,7 +168,7 @@ impl Session {
         count: Count,
         mut also: Option<Also<'_>>,
     ) -> Result<Part, StoreError> {
-        // The server's own timeout comes first; this is for one that has stopped answering.
+        // Longer than the server's own timeout; for a server that has stopped answering.
         let patience = self.database.step_timeout() * 4;
         loop {
             let (started, limit) = (Instant::now(), self.rows);
@@ -237,13 +235,13 @@ impl Session {
     }
 
     fn adapt(&mut self, took: Duration) {
-        // At most twice as many, so that one part out of the cache does not make the next too large.
+        // At most doubled, so that one part read from the cache does not make the next too large.
         let factor = (PART.as_secs_f64() / took.as_secs_f64().max(1e-6)).min(2.0);
         let rows = (self.rows as f64 * factor) as i64;
         self.rows = rows.clamp(ROWS_MIN.min(self.most), self.most);
     }
 
-    /// Counts what was read, and says now and then how far it is.
+    /// Counts rows read, and logs the progress periodically.
     fn progress(&mut self, what: &'static str, rows: i64) {
         self.read += rows;
         if self.told.elapsed() >= PROGRESS {

@@ -1,4 +1,4 @@
-//! Counters, and the chain of entries that explains them.
+//! Counters, and the chain of stock log entries that explains them.
 
 use std::collections::BTreeMap;
 
@@ -30,18 +30,18 @@ const ENTRY: &str = "
 /// Total, held, sold, in units.
 pub(super) type Triple = (i64, i64, i64);
 
-/// A SKU as one moment has it.
+/// A SKU at one moment.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Counters {
     pub(super) sku_id: String,
     pub(super) now: Triple,
-    /// Its newest entry, 0 without one. Counters do not change without one.
+    /// Its newest entry, or 0. Counters do not change without an entry.
     pub(super) newest: i64,
-    /// Entries up to here were deleted, or are counted, in `checkpoint`.
+    /// Entries up to this one are included in `checkpoint`.
     pub(super) checkpoint_through: i64,
-    /// What those add up to.
+    /// The sum of those entries.
     pub(super) checkpoint: Triple,
-    /// Orders that were deleted, and the units of those that were paid.
+    /// Number of deleted orders, and the units of the paid ones.
     pub(super) pruned: (i64, i64),
     /// Units of parked orders.
     pub(super) parked: i64,
@@ -65,16 +65,16 @@ pub(super) fn counters(rows: &[Row]) -> BTreeMap<i32, Counters> {
         .collect()
 }
 
-/// Units that came and went between two moments, each direction by itself.
+/// Units that moved between two moments, each direction by itself.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Motion {
-    /// Came into `held`.
+    /// Into `held`.
     pub held_in: i64,
-    /// Left `held`.
+    /// Out of `held`.
     pub held_out: i64,
-    /// Came into `sold`.
+    /// Into `sold`.
     pub sold_in: i64,
-    /// Left `sold`.
+    /// Out of `sold`.
     pub sold_out: i64,
 }
 
@@ -92,19 +92,19 @@ impl Motion {
     }
 }
 
-/// What the entries of one SKU say.
+/// The chain of one SKU's entries.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Chain {
-    /// What they add up to.
+    /// The sum of its changes.
     pub(super) sum: Triple,
     pub(super) breaks: i64,
     pub(super) gaps: Vec<String>,
-    /// What moved while its orders were read.
+    /// Units that moved while its orders were read.
     pub(super) motion: Motion,
-    /// The counters that the last entry left.
+    /// The counters after the last entry.
     last: Triple,
     last_id: i64,
-    /// Entries before which counters changed without one, and by how much.
+    /// Entries before which counters changed without an entry, and by how much.
     broken: Vec<(i64, Triple)>,
 }
 
@@ -116,7 +116,7 @@ fn plus(a: Triple, b: Triple) -> Triple {
     (a.0 + b.0, a.1 + b.1, a.2 + b.2)
 }
 
-/// Follows the entries of each SKU up to the one that was its newest in `after`.
+/// Follows the entries of each SKU up to its newest one in `after`.
 pub(super) async fn read(
     session: &mut Session,
     before: &BTreeMap<i32, Counters>,
