@@ -59,7 +59,7 @@ pub(super) struct Background {
     tasks: Vec<AbortHandle>,
 }
 
-/// What the tasks work on.
+/// The resources of the tasks.
 pub(super) struct Parts<'a> {
     pub(super) config: &'a Config,
     pub(super) state: &'a Arc<State>,
@@ -293,7 +293,9 @@ pub(super) async fn keep_running(embedded: Arc<Mutex<Embedded>>) {
         tracing::error!("our own PostgreSQL has died; starting it again");
         match embedded.start_again().await {
             Ok(()) => tracing::info!("our own PostgreSQL runs again"),
-            Err(error) => tracing::error!(reason = %error, "it did not start; it is tried again"),
+            Err(error) => {
+                tracing::error!(reason = %error, "our own PostgreSQL did not start; retrying")
+            }
         }
     }
 }

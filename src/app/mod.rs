@@ -51,9 +51,9 @@ use crate::supervise::Supervisor;
 
 /// A running Millrace.
 pub struct Millrace {
-    /// Where the data plane listens.
+    /// Address of the data plane.
     pub data_plane: SocketAddr,
-    /// Where the control plane listens.
+    /// Address of the control plane.
     pub control_plane: SocketAddr,
     config: Config,
     state: Arc<State>,

@@ -39,7 +39,7 @@ struct Payments {
     matched: u64,
     orphans: i64,
     orphan_oldest_seconds: f64,
-    /// How long the configured checks of an orphan take.
+    /// Duration of all configured checks of an orphan, in seconds.
     orphan_checks_seconds: f64,
     refunds_due: i64,
     refund_due_oldest_seconds: f64,

@@ -1,6 +1,6 @@
 //! The control plane, for operators and machines: health, metrics, administration, audit.
 //!
-//! It answers from the first moment on. Before recovery is done it serves health, metrics and
+//! The control plane answers from the first moment on. Before recovery is done it serves health, metrics and
 //! profiles (to look into a start that takes long); everything else is `503 not_ready`.
 //!
 //! The [`router`] has the table of routes. Each handler takes the [`ControlPlane`] as its state.
@@ -77,9 +77,9 @@ pub struct Parts {
     pub order_timeout: Duration,
     /// The database.
     pub database: Database,
-    /// For payments.
+    /// Handle to the payment processor.
     pub payments: PaymentsHandle,
-    /// How long a payment looks for its order.
+    /// Schedule of the checks for an orphan's order.
     pub orphan_checks: OrphanChecks,
     /// Signs and reads receipts.
     pub receipts: Arc<ReceiptKeys>,

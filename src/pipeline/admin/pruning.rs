@@ -58,11 +58,11 @@ pub struct Pruning {
 /// Rows deleted in one cycle.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Pruned {
-    /// Of `orders`.
+    /// Rows of `orders`.
     pub orders: u64,
-    /// Of `payment_events`.
+    /// Rows of `payment_events`.
     pub events: u64,
-    /// Of `stock_journal`.
+    /// Rows of `stock_journal`.
     pub entries: u64,
 }
 

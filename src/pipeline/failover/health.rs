@@ -193,7 +193,7 @@ mod tests {
         );
         assert_eq!(held.warning(slot("701"), late), None, "it has moved");
         assert_eq!(held.warning(slot("701"), late + HORIZON_HELD / 2), None);
-        // What tells its age is believed at once.
+        // A reported age is believed at once.
         let session = vec![
             horizon("session 7", "9", Some(301)),
             horizon("session 8", "9", Some(2)),

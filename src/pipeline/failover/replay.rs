@@ -196,7 +196,7 @@ impl Replayer {
                     return Ok(());
                 }
                 Ok(Refused::DeadLettered) => {
-                    tracing::error!(order_id = %order.id, sqlstate, reason, "the database refused an order of the journal, which is a dead letter now; retry or discard it as an operator");
+                    tracing::error!(order_id = %order.id, sqlstate, reason, "the database refused an order of the journal; it is a dead letter now: retry or discard it at /admin/v1/dead-letters");
                     self.applied.refused += 1;
                     self.refused.push(order.clone());
                     return Ok(());

@@ -2,9 +2,10 @@
 //! had acknowledged. The loss shows in the batch numbers and the server's timeline. This process then writes
 //! the orders that it still knows again.
 //!
-//! It knows the orders in the remaining segments of the journal, the recent orders kept to answer repeated
-//! requests, and the ends of the orders in the idempotency window. An order that waited for its row and is in
-//! none of these is lost; only synchronous replication excludes that. Its units and its key are released.
+//! The known orders are those in the remaining segments of the journal and the recent orders kept to answer
+//! repeated requests; the ends of the orders in the idempotency window are known too. An order that waited for
+//! its row and is in none of these is lost; only synchronous replication excludes that. Its units and its key
+//! are released.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -350,7 +351,7 @@ impl Restorer {
             // Its units are held in memory, so they must be held in the database.
             Some(None) => OrderStatus::PendingPayment,
             Some(Some(ended)) => ended.status(),
-            // It has left the idempotency window, long after its payment deadline.
+            // The order has left the idempotency window, long after its payment deadline.
             None => OrderStatus::Expired,
         })
     }

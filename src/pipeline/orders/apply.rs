@@ -51,7 +51,7 @@ pub enum Isolated<T> {
     Order {
         /// The order.
         order: T,
-        /// How it was to be stored.
+        /// The form in which it was to be stored.
         how: How,
         /// SQLSTATE.
         sqlstate: String,

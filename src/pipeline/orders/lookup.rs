@@ -1,4 +1,4 @@
-//! Where an order is now.
+//! Look-up of an order's present place: in flight, on the disk, recent or stored.
 //!
 //! ```text
 //!                    spill

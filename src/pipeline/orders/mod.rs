@@ -2,7 +2,7 @@
 //!
 //! * [`intake`]: checks an order, holds its stock and queues it; [`rate_limit`]: limits requests, for each
 //!   buyer and overall;
-//! * [`lookup`]: where an order is now;
+//! * [`lookup`]: finds an order in flight, on the disk, among recent orders or in the database;
 //! * [`worker`]: writes batches and settles their orders; [`worker_pool`]: wakes workers as load requires;
 //!   [`apply`]: narrows down what the database refuses of a batch;
 //! * [`deadlines`]: abandons orders that no worker claimed in time; [`cancel`]: a buyer's cancellation;

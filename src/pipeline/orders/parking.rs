@@ -369,7 +369,7 @@ impl Parking {
                 .dead_letter_parked(self.lease, order.id, sqlstate, reason)
                 .await?
             {
-                tracing::error!(order_id = %order.id, sqlstate, reason, "the database refused a parked order; it is a dead letter now");
+                tracing::error!(order_id = %order.id, sqlstate, reason, "the database refused a parked order; it is a dead letter now: retry or discard it at /admin/v1/dead-letters");
                 self.metrics.dead_letters.inc();
                 self.state.ended(order, Ended::Failed);
                 self.left(order);

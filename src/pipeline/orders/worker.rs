@@ -449,7 +449,7 @@ impl Worker {
             Refused::AlreadyPresent if how == How::Park => self.settle_parked(&part),
             Refused::AlreadyPresent => self.settle_written(part, &[false]),
             Refused::DeadLettered => {
-                tracing::error!(order_id = %order.order.id, sqlstate, reason, "the database refused an order; it is a dead letter now");
+                tracing::error!(order_id = %order.order.id, sqlstate, reason, "the database refused an order; it is a dead letter now: retry or discard it at /admin/v1/dead-letters");
                 self.metrics.dead_letters.inc();
                 self.state.progress.decided();
                 self.settle(&part, State::failed);

@@ -6,9 +6,9 @@
 //!
 //! ```text
 //!   unpaid ──ranges──► look: so many rows ──overdue──► expire: so many orders
-//!      ▲                     │ the rest of the range        │ rows that somebody holds
+//!      ▲                     │ the rest of the range        │ rows that are locked
 //!      └─────────────────────┴── noted again ◄──────────────┤
-//!                                                           ▼ SKUs that cannot be had
+//!                                                           ▼ SKUs locked or refused
 //!                                 deferred: by SKU, each with a time of its own
 //! ```
 //!

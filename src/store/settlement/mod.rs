@@ -308,7 +308,7 @@ async fn close(session: &Session, closing: &Closing<'_>) -> Result<(), Closed> {
     committed.map_err(Closed::Unknown)
 }
 
-/// Why a transaction was not committed.
+/// Reason why a COMMIT did not succeed.
 enum Closed {
     /// It was rolled back.
     RolledBack(tokio_postgres::Error),
@@ -316,7 +316,7 @@ enum Closed {
     Unknown(tokio_postgres::Error),
 }
 
-/// Why the work of a transaction was not done.
+/// Reason why the work of a transaction was not done.
 enum Attempt {
     /// Our row of `writer` has another number or epoch than we left it with.
     Moved,

@@ -41,7 +41,7 @@ pub struct Settlement {
     pub moved: Vec<UnitMove>,
 }
 
-/// How new payments are stored.
+/// Parameters of storing new payments.
 #[derive(Clone, Copy, Debug)]
 pub struct Arrival {
     /// The time, by Millrace's clock.
