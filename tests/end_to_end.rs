@@ -675,12 +675,12 @@ fn rows_that_are_older_than_retention_keeps_them_are_deleted_in_the_background()
             ids.push(id);
         }
         assert!(server.stop().await);
-        // Eight days pass for one of them, and for what the stock journal says.
+        // Eight days pass for one of them, and for what the stock log says.
         let admin = database.connect().await;
         admin
             .batch_execute(&format!(
                 "UPDATE millrace.orders SET order_id = order_id - (8 * 86400000::int8 << 22) WHERE order_id = {};
-                 UPDATE millrace.stock_journal SET at = at - interval '8 days'",
+                 UPDATE millrace.stock_log SET at = at - interval '8 days'",
                 ids[0]
             ))
             .await
@@ -690,7 +690,7 @@ fn rows_that_are_older_than_retention_keeps_them_are_deleted_in_the_background()
             config.retention.stock_log_days = 7;
         })
         .await;
-        let left = "SELECT (SELECT count(*) FROM millrace.orders) + (SELECT count(*) FROM millrace.stock_journal)";
+        let left = "SELECT (SELECT count(*) FROM millrace.orders) + (SELECT count(*) FROM millrace.stock_log)";
         let deadline = Instant::now() + Duration::from_secs(30);
         // One order, and the newest entry.
         while admin

@@ -344,7 +344,7 @@ fn on_a_slow_disk_buyers_wait_or_are_told_the_truth() {
             .batch_execute(
                 "CREATE FUNCTION millrace.slow() RETURNS trigger LANGUAGE plpgsql AS
                      $$ BEGIN PERFORM pg_sleep(0.5); RETURN NULL; END $$;
-                 CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON millrace.stock_journal
+                 CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON millrace.stock_log
                      DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION millrace.slow()",
             )
             .await

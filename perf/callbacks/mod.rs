@@ -3,7 +3,7 @@
 //!
 //! The row-at-a-time side does in one statement, which is its own transaction, what has to be done
 //! for one callback: the event, the payment, the order's guarded transition, the SKU's counters and
-//! the stock journal; several connections at once. The other side takes in as many at once as wait
+//! the stock log; several connections at once. The other side takes in as many at once as wait
 //! where 256 deliveries are under way. Both are durable when they answer.
 
 use std::sync::Arc;
@@ -47,7 +47,7 @@ const ONE: &str = "
         UPDATE sku s SET held = held - p.quantity, sold = sold + p.quantity FROM paid p WHERE s.id = p.sku
         RETURNING s.id, p.quantity, s.total, s.held, s.sold
     )
-    INSERT INTO stock_journal (sku, cause, reference, held_delta, sold_delta, total_after, held_after, sold_after)
+    INSERT INTO stock_log (sku, cause, reference, held_delta, sold_delta, total_after, held_after, sold_after)
     SELECT id, 'paid', $3, -quantity, quantity, total, held, sold FROM moved";
 
 /// Runs the case.

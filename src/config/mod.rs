@@ -363,7 +363,7 @@ pub struct Retention {
     /// about open payments are kept.
     #[schemars(range(min = 0, max = 36_500))]
     pub events_days: u32,
-    /// Days after which entries of `stock_journal` are folded into one checkpoint per SKU; 0:
+    /// Days after which entries of `stock_log` are folded into one checkpoint per SKU; 0:
     /// never. Entries of requests with an `Idempotency-Key` are kept, and so are all that earlier
     /// entries do not explain.
     #[schemars(range(min = 0, max = 36_500))]

@@ -43,7 +43,7 @@ pub const COUNTERS: &str = "
         UPDATE sku s SET held = s.held + l.units FROM locked l WHERE s.id = l.id
         RETURNING s.id, s.total, s.held, s.sold
     )
-    INSERT INTO stock_journal (sku, cause, reference, held_delta, total_after, held_after, sold_after)
+    INSERT INTO stock_log (sku, cause, reference, held_delta, total_after, held_after, sold_after)
     SELECT w.sku, 'orders', $3, w.units, m.total, m.held, m.sold
       FROM wanted w LEFT JOIN moved m ON m.id = w.sku ORDER BY w.sku";
 
@@ -53,7 +53,7 @@ pub const COUNTER: &str = "
     WITH moved AS (
         UPDATE sku SET held = held + $2::int8 WHERE id = $1::int4 RETURNING total, held, sold
     )
-    INSERT INTO stock_journal (sku, cause, reference, held_delta, total_after, held_after, sold_after)
+    INSERT INTO stock_log (sku, cause, reference, held_delta, total_after, held_after, sold_after)
     SELECT $1::int4, 'orders', $3::text, $2::int8, m.total, m.held, m.sold
       FROM (SELECT) one LEFT JOIN moved m ON true";
 

@@ -315,7 +315,7 @@ fn a_crowd_of_orders_that_fall_due_together_expires_while_callbacks_are_answered
                  SELECT order_id + i, 'crowd-' || i, sku, 1, 0, 100, 'EUR', 1, now(), now() + interval '3 seconds', 0
                    FROM orders, generate_series(1, {count}) i;
                  WITH moved AS (UPDATE sku SET held = held + {count} RETURNING *)
-                 INSERT INTO stock_journal (sku, cause, reference, held_delta, total_after, held_after, sold_after)
+                 INSERT INTO stock_log (sku, cause, reference, held_delta, total_after, held_after, sold_after)
                  SELECT id, 'test', 'test', {count}, total, held, sold FROM moved"
             ))
             .await

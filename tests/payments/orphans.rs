@@ -122,8 +122,8 @@ const FORGET: &str = "
     SET search_path = millrace;
     DELETE FROM orders;
     WITH moved AS (UPDATE sku SET held = 0 RETURNING *)
-    INSERT INTO stock_journal (sku, cause, reference, held_delta, total_after, held_after, sold_after)
-    SELECT id, 'test', 'test', -(SELECT sum(held_delta) FROM stock_journal), total, held, sold FROM moved";
+    INSERT INTO stock_log (sku, cause, reference, held_delta, total_after, held_after, sold_after)
+    SELECT id, 'test', 'test', -(SELECT sum(held_delta) FROM stock_log), total, held, sold FROM moved";
 
 /// The rows are taken away, as a failover without its commits would, and memory forgets at a
 /// restart.
@@ -222,7 +222,7 @@ fn a_receipt_names_the_order_where_the_provider_does_not() {
                 "SET search_path = millrace;
                  DELETE FROM orders WHERE order_id = {id};
                  WITH moved AS (UPDATE sku SET held = held - 1 RETURNING *)
-                 INSERT INTO stock_journal (sku, cause, reference, held_delta, total_after, held_after, sold_after)
+                 INSERT INTO stock_log (sku, cause, reference, held_delta, total_after, held_after, sold_after)
                  SELECT id, 'test', 'test', -1, total, held, sold FROM moved"
             ))
             .await

@@ -446,7 +446,7 @@ async fn lose(
         transaction
             .execute(
                 "WITH moved AS (UPDATE sku SET held = held - $2 WHERE id = $1 RETURNING *)
-                 INSERT INTO stock_journal (sku, cause, reference, held_delta, total_after, held_after, sold_after)
+                 INSERT INTO stock_log (sku, cause, reference, held_delta, total_after, held_after, sold_after)
                  SELECT id, 'lost', $3, -$2, total, held, sold FROM moved",
                 &[&sku, &units, &id.to_string()],
             )

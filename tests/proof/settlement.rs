@@ -642,7 +642,7 @@ impl<'a> Life<'a> {
                 .sql(&format!(
                     "BEGIN; DELETE FROM orders WHERE order_id = {};
                      WITH moved AS (UPDATE sku SET held = held - {units} WHERE id = {} RETURNING *)
-                     INSERT INTO stock_journal (sku, cause, reference, held_delta, total_after, held_after, sold_after)
+                     INSERT INTO stock_log (sku, cause, reference, held_delta, total_after, held_after, sold_after)
                      SELECT id, 'lost', 'a test', -{units}, total, held, sold FROM moved; COMMIT",
                     order.id, order.sku.0
                 ))

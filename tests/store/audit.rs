@@ -11,7 +11,7 @@ use millrace::store::postgres::audit::{PartRows, SESSION};
 
 use crate::support::sale::{Sale, count, orders, refs};
 
-const JOURNAL: &str = "the stock journal explains every counter";
+const JOURNAL: &str = "the stock log explains every counter";
 const COUNTERS: &str = "counters are those of the orders";
 const OVERSOLD: &str = "no SKU is oversold";
 const KEYS: &str = "no key has two orders";
@@ -94,10 +94,10 @@ async fn each_kind_of_tampering_is_found_by_its_check() {
         (copy, vec![COUNTERS, KEYS]),
         ("UPDATE orders SET quantity = 5000 WHERE order_id = (SELECT min(order_id) FROM orders)", vec![OVERSOLD, COUNTERS]),
         ("UPDATE orders SET sku = 999 WHERE order_id = (SELECT min(order_id) FROM orders)", vec![COUNTERS, KNOWN]),
-        ("DELETE FROM stock_journal WHERE id = (SELECT max(id) FROM stock_journal)", vec![JOURNAL]),
+        ("DELETE FROM stock_log WHERE id = (SELECT max(id) FROM stock_log)", vec![JOURNAL]),
         // The sums still agree: only the chain tells.
         (
-            "UPDATE stock_journal SET held_after = held_after + 1 WHERE id = (SELECT max(id) FROM stock_journal)",
+            "UPDATE stock_log SET held_after = held_after + 1 WHERE id = (SELECT max(id) FROM stock_log)",
             vec![JOURNAL],
         ),
         (
@@ -231,7 +231,7 @@ async fn no_snapshot_outlives_its_part() {
          SELECT n::int8 << 22, 'u' || n, 1, 1, 0, 100, 'EUR', 1, now(), now() + interval '1 hour', md5(n::text)::uuid, 0
            FROM generate_series(1, {rows}) n;
          WITH moved AS (UPDATE sku SET held = {rows} RETURNING id, total, held, sold)
-         INSERT INTO stock_journal (sku, cause, reference, held_delta, total_after, held_after, sold_after)
+         INSERT INTO stock_log (sku, cause, reference, held_delta, total_after, held_after, sold_after)
          SELECT id, 'test', 'test', held, total, held, sold FROM moved"
     ))
     .await;

@@ -40,7 +40,7 @@ async fn a_batch_moves_each_counter_once_and_the_journal_says_why() {
         7
     );
     let of_batch_1 =
-        "SELECT count(*) FROM stock_journal WHERE cause = 'orders' AND reference = 'batch 0/0/1'";
+        "SELECT count(*) FROM stock_log WHERE cause = 'orders' AND reference = 'batch 0/0/1'";
     assert_eq!(sale.number(of_batch_1).await, 2);
     assert_eq!(sale.number("SELECT batch FROM writer").await, 2);
     sale.assert_audit(None).await;
@@ -246,7 +246,7 @@ async fn a_refused_counter_is_told_from_a_refused_row_and_nothing_is_written() {
         let (a, b) = (sale.sku("A", 100).await, sale.sku("B", 100).await);
         let mut writer = sale.writer(0);
         writer.write(&refs(&orders(&a, 2))).await.unwrap();
-        let journal = sale.number("SELECT count(*) FROM stock_journal").await;
+        let journal = sale.number("SELECT count(*) FROM stock_log").await;
         sale.sql(statement).await;
         let mut batch = orders(&b, 3);
         batch.extend(orders(&a, 2));
@@ -263,10 +263,7 @@ async fn a_refused_counter_is_told_from_a_refused_row_and_nothing_is_written() {
                 sale.number("SELECT held FROM sku WHERE sku_id = 'B'").await,
                 0
             );
-            assert_eq!(
-                sale.number("SELECT count(*) FROM stock_journal").await,
-                journal
-            );
+            assert_eq!(sale.number("SELECT count(*) FROM stock_log").await, journal);
         }
         writer.write(&refs(&batch[..3])).await.unwrap();
         assert_eq!(sale.rows().await, 5);

@@ -42,7 +42,7 @@ async fn pay(sale: &Sale, order: &Order) {
          WITH moved AS (
              UPDATE sku s SET held = held - {units}, sold = sold + {units} WHERE id = {sku}
              RETURNING s.id, total, held, sold)
-         INSERT INTO stock_journal (sku, cause, reference, held_delta, sold_delta, total_after, held_after, sold_after)
+         INSERT INTO stock_log (sku, cause, reference, held_delta, sold_delta, total_after, held_after, sold_after)
          SELECT id, 'paid', '{id}', -{units}, {units}, total, held, sold FROM moved;
          COMMIT",
         units = order.quantity.get(),
@@ -175,7 +175,7 @@ async fn entries_are_folded_up_to_a_gap_and_an_operators_key_stays_known() {
     for _ in 0..5 {
         place(&sale, &sku, 2).await;
     }
-    let entries = async || sale.number("SELECT count(*) FROM stock_journal").await;
+    let entries = async || sale.number("SELECT count(*) FROM stock_log").await;
     assert_eq!(entries().await, 7);
     let mut pruner = sale.database.pruner(sale.lease()).await.unwrap();
     let fold = |before| Part::Entries {

@@ -51,18 +51,26 @@ async fn rows(client: &Client, of: &str) -> Vec<String> {
     rows.iter().map(|row| row.get(0)).collect()
 }
 
+async fn migrate(client: &mut Client, version: i32) {
+    let path = format!("SET search_path = {SCHEMA}");
+    client.batch_execute(&path).await.unwrap();
+    released::migrations::runner()
+        .set_target(refinery::Target::Version(version))
+        .set_migration_table_name("refinery_schema_history")
+        .run_async(client)
+        .await
+        .unwrap();
+}
+
 #[tokio::test]
 async fn a_sale_of_the_release_before_is_taken_along_whole() {
     let test = TestDatabase::create().await;
     let mut client = connect(&test.config()).await;
-    let begin = format!("CREATE SCHEMA {SCHEMA}; SET search_path = {SCHEMA}");
-    client.batch_execute(&begin).await.unwrap();
-    released::migrations::runner()
-        .set_target(refinery::Target::Version(RELEASED))
-        .set_migration_table_name("refinery_schema_history")
-        .run_async(&mut client)
+    client
+        .batch_execute(&format!("CREATE SCHEMA {SCHEMA}"))
         .await
         .unwrap();
+    migrate(&mut client, RELEASED).await;
     client.batch_execute(SALE).await.unwrap();
     let kept = [
         "SELECT order_id, user_id, sku_id, quantity, amount, currency, status, created_at, expires_at, attributes,
@@ -80,7 +88,8 @@ async fn a_sale_of_the_release_before_is_taken_along_whole() {
     let sale = Sale::open_at(test.config(), 2).await;
     for (query, before) in kept.into_iter().zip(before) {
         assert!(!before.is_empty(), "{query}");
-        assert_eq!(rows(&client, query).await, before, "{query}");
+        let query = query.replace("stock_journal", "stock_log");
+        assert_eq!(rows(&client, &query).await, before, "{query}");
     }
     sale.assert_audit(None).await;
     assert_eq!(sale.lease().epoch, 8);
@@ -90,4 +99,61 @@ async fn a_sale_of_the_release_before_is_taken_along_whole() {
     assert_eq!(batch, 41, "the workers go on counting where they were");
     // Again, as every start does.
     assert_eq!(sale.faults().await, [""; 0]);
+}
+
+/// Version 9 renames `stock_journal` and its checkpoints. A process of the release before has
+/// prepared statements with the old names, and prepares more of them.
+#[tokio::test]
+async fn a_process_of_the_release_before_goes_on_with_the_old_names_of_the_stock_log() {
+    const WRITE: &str = "
+        WITH moved AS (UPDATE sku SET held = held + 1 WHERE id = 1 RETURNING id, total, held, sold)
+        INSERT INTO stock_journal (sku, cause, reference, held_delta, total_after, held_after, sold_after, request_key)
+        SELECT id, 'orders', 'batch', 1, total, held, sold, $1 FROM moved";
+    const PRUNE: &str = "
+        WITH gone AS (DELETE FROM stock_journal WHERE sku = 1 AND id <= $1 AND request_key IS NULL RETURNING id)
+        INSERT INTO stock_journal_checkpoint AS c (sku, through_id, entries, total, held, sold)
+        SELECT 1, $1, count(*), 10, 1, 1 FROM gone
+            ON CONFLICT (sku) DO UPDATE SET through_id = excluded.through_id, entries = c.entries + excluded.entries";
+    let test = TestDatabase::create().await;
+    let (mut old, mut new) = (test.connect().await, test.connect().await);
+    new.batch_execute(&format!("CREATE SCHEMA {SCHEMA}"))
+        .await
+        .unwrap();
+    migrate(&mut old, 8).await;
+    old.batch_execute(SALE).await.unwrap();
+    let write = old.prepare(WRITE).await.unwrap();
+    let prune = old.prepare(PRUNE).await.unwrap();
+    old.execute(&write, &[&None::<&str>]).await.unwrap();
+    old.execute(&prune, &[&3_i64]).await.unwrap();
+
+    migrate(&mut new, 9).await;
+    old.execute(&write, &[&Some("key")]).await.unwrap();
+    old.execute(WRITE, &[&None::<&str>]).await.unwrap();
+    old.execute(&prune, &[&4_i64]).await.unwrap();
+    old.execute(PRUNE, &[&5_i64]).await.unwrap();
+    let again = old.execute(&write, &[&Some("key")]).await.unwrap_err();
+    let code = again.code().map(tokio_postgres::error::SqlState::code);
+    assert_eq!(code, Some("23505"), "{again}");
+
+    let checkpoint =
+        "SELECT through_id, entries FROM stock_journal_checkpoint WHERE sku = 1 FOR UPDATE";
+    let of_old = old.query_one(checkpoint, &[]).await.unwrap();
+    assert_eq!((of_old.get(0), of_old.get(1)), (5_i64, 4_i64));
+    let entries =
+        "SELECT id, held_after, request_key FROM stock_log WHERE cause = 'orders' AND id > 6";
+    assert_eq!(
+        rows(&new, entries).await,
+        [
+            "{\"id\":10,\"held_after\":3,\"request_key\":\"key\"}",
+            "{\"id\":11,\"held_after\":4,\"request_key\":null}",
+            "{\"id\":9,\"held_after\":2,\"request_key\":null}",
+        ]
+    );
+    let left = "SELECT relname FROM pg_class
+                 WHERE relname LIKE 'stock_journal%' AND relkind <> 'v' AND relnamespace = current_schema()::regnamespace";
+    assert_eq!(
+        rows(&new, left).await,
+        [""; 0],
+        "nothing but the views has the old name"
+    );
 }

@@ -269,7 +269,7 @@ fn result(
     }
 }
 
-/// Orders against counters and the stock journal, and orders among themselves.
+/// Orders against counters and the stock log, and orders among themselves.
 fn order_checks(found: &DatabaseAudit) -> Vec<Check> {
     let mut checks = vec![
         over_skus(found, "I1", "no SKU is oversold", |sku| {
@@ -301,9 +301,9 @@ fn order_checks(found: &DatabaseAudit) -> Vec<Check> {
                 let explained =
                     (sku.total, sku.held, sku.sold) == sku.journal && sku.gaps.is_empty();
                 let cause = if explained {
-                    "the stock journal explains the counters, so rows of orders were changed by hand"
+                    "the stock log explains the counters, so rows of orders were changed by hand"
                 } else {
-                    "the counters changed without an entry in the stock journal, see there"
+                    "the counters changed without an entry in the stock log, see there"
                 };
                 format!(
                     "{}: held {held} sold {sold}, but orders hold {} and have bought {}{}: {cause}",
@@ -314,14 +314,9 @@ fn order_checks(found: &DatabaseAudit) -> Vec<Check> {
                 )
             })
         }),
-        over_skus(
-            found,
-            "I2",
-            "the stock journal explains every counter",
-            |sku| {
-                let wrong =
-                    (sku.total, sku.held, sku.sold) != sku.journal || sku.journal_breaks > 0;
-                wrong.then(|| {
+        over_skus(found, "I2", "the stock log explains every counter", |sku| {
+            let wrong = (sku.total, sku.held, sku.sold) != sku.journal || sku.journal_breaks > 0;
+            wrong.then(|| {
                 let (total, held, sold) = sku.journal;
                 format!(
                     "{}: total {} held {} sold {}, but its changes add up to {total}, {held}, {sold}: \
@@ -329,8 +324,7 @@ fn order_checks(found: &DatabaseAudit) -> Vec<Check> {
                     sku.sku_id, sku.total, sku.held, sku.sold, sku.gaps.join(", ")
                 )
             })
-            },
-        ),
+        }),
         count("I4", "no key has two orders", found.duplicated_keys),
         count(
             "I2",

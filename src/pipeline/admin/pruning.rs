@@ -4,7 +4,7 @@
 //! have their orders.
 //!
 //! ```text
-//!   every 10 minutes:  orders ─► payment_events ─► stock_journal, SKU by SKU
+//!   every 10 minutes:  orders ─► payment_events ─► stock_log, SKU by SKU
 //!   a part: 2,000 rows, the oldest first ─► a pause of four times what it took ─► the next
 //! ```
 //!
@@ -62,7 +62,7 @@ pub struct Pruned {
     pub orders: u64,
     /// Rows of `payment_events`.
     pub events: u64,
-    /// Rows of `stock_journal`.
+    /// Rows of `stock_log`.
     pub entries: u64,
 }
 
@@ -74,7 +74,7 @@ impl Pruning {
                 Ok(pruned) if pruned != Pruned::default() => tracing::info!(
                     orders = pruned.orders,
                     payment_events = pruned.events,
-                    stock_journal = pruned.entries,
+                    stock_log = pruned.entries,
                     "deleted rows past their retention"
                 ),
                 Ok(_) => {}
@@ -146,6 +146,7 @@ impl Pruning {
             }
         }
         let oldest = pruner.oldest().await?;
+        // The label of the stock log keeps the name that dashboards know.
         for (table, moment) in [
             ("orders", oldest.order),
             ("payment_events", oldest.event),

@@ -75,18 +75,18 @@ const EVENTS: &str = "
 const ENTRIES: &str = "
     SELECT j.id, j.total_delta, j.held_delta, j.sold_delta, j.total_after, j.held_after, j.sold_after,
            j.at < to_timestamp($3::int8 / 1000.0)
-      FROM stock_journal j
-     WHERE j.sku = $1 AND j.id > coalesce((SELECT through_id FROM stock_journal_checkpoint WHERE sku = $1), 0)
+      FROM stock_log j
+     WHERE j.sku = $1 AND j.id > coalesce((SELECT through_id FROM stock_log_checkpoint WHERE sku = $1), 0)
      ORDER BY j.id LIMIT $2";
 
 const CHECKPOINT: &str =
-    "SELECT total, held, sold FROM stock_journal_checkpoint WHERE sku = $1 FOR UPDATE";
+    "SELECT total, held, sold FROM stock_log_checkpoint WHERE sku = $1 FOR UPDATE";
 
 const FOLD: &str = "
     WITH gone AS (
-        DELETE FROM stock_journal WHERE sku = $1 AND id <= $2 AND request_key IS NULL RETURNING id
+        DELETE FROM stock_log WHERE sku = $1 AND id <= $2 AND request_key IS NULL RETURNING id
     ), noted AS (
-        INSERT INTO stock_journal_checkpoint AS c (sku, through_id, entries, total, held, sold)
+        INSERT INTO stock_log_checkpoint AS c (sku, through_id, entries, total, held, sold)
         SELECT $1, $2, $3, $4, $5, $6
         ON CONFLICT (sku) DO UPDATE SET through_id = excluded.through_id, entries = c.entries + excluded.entries,
             total = excluded.total, held = excluded.held, sold = excluded.sold
@@ -97,8 +97,8 @@ const OLDEST: &str = "
     SELECT (SELECT min(order_id) FROM orders),
            (SELECT (extract(epoch FROM received_at) * 1000)::int8 FROM payment_events ORDER BY id LIMIT 1),
            (SELECT (extract(epoch FROM min(j.at)) * 1000)::int8
-              FROM sku s LEFT JOIN stock_journal_checkpoint c ON c.sku = s.id
-             CROSS JOIN LATERAL (SELECT at FROM stock_journal WHERE sku = s.id AND id > coalesce(c.through_id, 0)
+              FROM sku s LEFT JOIN stock_log_checkpoint c ON c.sku = s.id
+             CROSS JOIN LATERAL (SELECT at FROM stock_log WHERE sku = s.id AND id > coalesce(c.through_id, 0)
                                   ORDER BY id LIMIT 1) j)";
 
 /// A part of the rows to delete.
@@ -152,7 +152,7 @@ pub struct OldestRows {
     pub order: Option<UnixMillis>,
     /// Of `payment_events`.
     pub event: Option<UnixMillis>,
-    /// Of `stock_journal`, kept entries of operators' requests apart.
+    /// Of `stock_log`, kept entries of operators' requests apart.
     pub entry: Option<UnixMillis>,
 }
 

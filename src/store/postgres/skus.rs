@@ -79,7 +79,7 @@ impl Database {
                 .await?;
             transaction
                 .execute(
-                    "INSERT INTO stock_journal (sku, cause, reference, total_delta, total_after, held_after, sold_after)
+                    "INSERT INTO stock_log (sku, cause, reference, total_delta, total_after, held_after, sold_after)
                      SELECT id, 'admin', 'put', total - $2, total, held, sold FROM sku WHERE sku_id = $1",
                     &[&id.as_str(), &before],
                 )
@@ -189,7 +189,7 @@ impl Database {
                     "WITH moved AS (
                          UPDATE sku SET total = total + $2 WHERE sku_id = $1 RETURNING id, total, held, sold
                      )
-                     INSERT INTO stock_journal (sku, cause, reference, total_delta, total_after, held_after, sold_after,
+                     INSERT INTO stock_log (sku, cause, reference, total_delta, total_after, held_after, sold_after,
                                                 request_key)
                      SELECT id, 'admin', 'restock', $2, total, held, sold, $3 FROM moved",
                     &[&id.as_str(), &units, &request_key],
@@ -221,7 +221,7 @@ impl Database {
             .timed(
                 "looking a restock up",
                 client.query_opt(
-                    "SELECT j.total_delta FROM stock_journal j JOIN sku s ON s.id = j.sku
+                    "SELECT j.total_delta FROM stock_log j JOIN sku s ON s.id = j.sku
                       WHERE s.sku_id = $1 AND j.request_key = $2",
                     &[&id.as_str(), &request_key],
                 ),

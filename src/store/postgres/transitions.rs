@@ -150,7 +150,7 @@ impl Database {
                     "WITH moved AS (
                          UPDATE sku SET held = held - $2::int8 WHERE id = $1 RETURNING total, held, sold
                      )
-                     INSERT INTO stock_journal (sku, cause, reference, held_delta, total_after, held_after, sold_after)
+                     INSERT INTO stock_log (sku, cause, reference, held_delta, total_after, held_after, sold_after)
                      SELECT w.sku, $4, $3, -$2::int8, m.total, m.held, m.sold
                        FROM (SELECT $1::int4 AS sku) w LEFT JOIN moved m ON true",
                     &[&sku, &i64::from(quantity), &id.to_string(), &cause],

@@ -89,7 +89,7 @@ const COUNTERS: &str = "
         UPDATE sku s SET total = s.total + w.total, held = s.held + w.held, sold = s.sold + w.sold
           FROM wanted w WHERE s.id = w.sku RETURNING s.id, s.total, s.held, s.sold
     )
-    INSERT INTO stock_journal (sku, cause, reference, total_delta, held_delta, sold_delta,
+    INSERT INTO stock_log (sku, cause, reference, total_delta, held_delta, sold_delta,
                                total_after, held_after, sold_after)
     SELECT w.sku, $5, $6, w.total, w.held, w.sold, m.total, m.held, m.sold
       FROM wanted w LEFT JOIN moved m ON m.id = w.sku ORDER BY w.sku";

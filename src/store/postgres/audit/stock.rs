@@ -14,18 +14,18 @@ pub(super) const SKUS: &str = "
            coalesce(c.total, 0), coalesce(c.held, 0), coalesce(c.sold, 0), coalesce(o.orders, 0), coalesce(o.sold, 0),
            (SELECT coalesce(sum(p.quantity), 0) FROM parked_orders p WHERE p.sku = s.id)::int8
       FROM sku s
-      LEFT JOIN LATERAL (SELECT id FROM stock_journal WHERE sku = s.id ORDER BY id DESC LIMIT 1) j ON true
-      LEFT JOIN stock_journal_checkpoint c ON c.sku = s.id
+      LEFT JOIN LATERAL (SELECT id FROM stock_log WHERE sku = s.id ORDER BY id DESC LIMIT 1) j ON true
+      LEFT JOIN stock_log_checkpoint c ON c.sku = s.id
       LEFT JOIN orders_checkpoint o ON o.sku = s.id";
 
 /// Entries above a SKU and a number, in order of both.
 const ENTRIES: &str = "
     SELECT sku, id, total_delta, held_delta, sold_delta, total_after, held_after, sold_after
-      FROM stock_journal WHERE (sku, id) > ($1, $2) ORDER BY sku, id LIMIT $3";
+      FROM stock_log WHERE (sku, id) > ($1, $2) ORDER BY sku, id LIMIT $3";
 
 const ENTRY: &str = "
     SELECT format('entry %s (%s %s at %s)', id, cause, reference, at::timestamptz(0))
-      FROM stock_journal WHERE sku = $1 AND id = $2";
+      FROM stock_log WHERE sku = $1 AND id = $2";
 
 /// Total, held, sold, in units.
 pub(super) type Triple = (i64, i64, i64);
@@ -136,7 +136,7 @@ pub(super) async fn read(
     let (mut sku, mut id) = (i32::MIN, 0_i64);
     loop {
         let part = session
-            .part("stock journal", &statement, &[&sku, &id], each, None)
+            .part("stock log", &statement, &[&sku, &id], each, None)
             .await?;
         for row in &part.rows {
             (sku, id) = (row.get(0), row.get(1));
