@@ -19,14 +19,14 @@ mod counter;
 mod mpmc;
 #[path = "../src/queue/journal/mpsc.rs"]
 mod mpsc;
+#[path = "../src/queue/journal/outstanding.rs"]
+mod outstanding;
 #[path = "../src/queue/journal/parker.rs"]
 mod parker;
 #[path = "../src/state/pending/slot.rs"]
 mod slot;
 #[path = "../src/queue/journal/space.rs"]
 mod space;
-#[path = "../src/queue/journal/tally.rs"]
-mod tally;
 
 // Where the files above look for it.
 use millrace::faults;
@@ -438,11 +438,11 @@ use loom::sync::Arc;
 use loom::thread;
 use mpmc::MpmcQueue;
 use mpsc::MpscQueue;
+use outstanding::Outstanding;
 use parker::Parker;
 use slot::{Settled, Slot, SlotState};
 use space::Space;
 use sync::{AtomicBool, Ordering, Waker};
-use tally::Tally;
 
 fn bounded(preemptions: usize, model: impl Fn() + Sync + Send + 'static) {
     let mut builder = loom::model::Builder::new();
@@ -1079,7 +1079,7 @@ fn room_that_nobody_spent_comes_back_beside_somebody_who_takes() {
 
 /// A segment that an order is being added to, and whether that order is decided.
 struct Filling {
-    tally: Tally,
+    outstanding: Outstanding,
     is_written: AtomicBool,
     is_decided: AtomicBool,
 }
@@ -1088,29 +1088,29 @@ struct Filling {
 fn a_segment_is_not_done_with_before_its_last_order_is_decided() {
     loom::model(|| {
         let filling = Arc::new(Filling {
-            tally: Tally::new(),
+            outstanding: Outstanding::new(),
             is_written: AtomicBool::new(false),
             is_decided: AtomicBool::new(false),
         });
         let appender = spawn(&filling, |filling| {
-            filling.tally.add(1);
+            filling.outstanding.add(1);
             filling.is_written.store(true, Ordering::Release);
-            filling.tally.seal();
+            filling.outstanding.seal();
         });
         let worker = spawn(&filling, |filling| {
             if filling.is_written.load(Ordering::Acquire) {
                 filling.is_decided.store(true, Ordering::Relaxed);
-                assert_eq!(filling.tally.settled(1), 1);
+                assert_eq!(filling.outstanding.settled(1), 1);
             }
         });
-        if filling.tally.is_done() {
+        if filling.outstanding.is_done() {
             assert!(filling.is_decided.load(Ordering::Relaxed));
-            assert!(filling.tally.is_done(), "and stays so");
+            assert!(filling.outstanding.is_done(), "and stays so");
         }
         appender.join().unwrap();
         worker.join().unwrap();
         let decided = filling.is_decided.load(Ordering::Relaxed);
-        assert_eq!(filling.tally.is_done(), decided);
+        assert_eq!(filling.outstanding.is_done(), decided);
     });
 }
 

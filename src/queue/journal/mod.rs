@@ -8,7 +8,7 @@
 //! * [`segment`]: one file; [`disk`]: the file system's interface;
 //! * [`recovery`]: reading a journal back, and the definition of damage;
 //! * `writer`: one group, one write, one sync; `appender`: the thread that uses it;
-//! * `segments`: creating and deleting segments; `tally`: when a segment may be deleted;
+//! * `segments`: creating and deleting segments; `outstanding`: when a segment may be deleted;
 //! * `space`: room reserved for records; `spill`: orders that wait on the disk;
 //! * `reader`: the thread that reads them back; `mpsc`: the appender's input; `parker`: its wake-up;
 //! * `queue`: the [`crate::queue::OrderQueue`] over all of it; `shared`: state of queue and threads.
@@ -26,6 +26,7 @@
 mod appender;
 pub mod disk;
 mod mpsc;
+mod outstanding;
 mod parker;
 mod queue;
 mod reader;
@@ -37,7 +38,6 @@ mod segments;
 mod shared;
 mod space;
 mod spill;
-mod tally;
 mod writer;
 
 use std::io;

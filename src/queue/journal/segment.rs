@@ -10,9 +10,9 @@ use std::sync::Arc;
 
 use super::JournalError;
 use super::disk::{Disk, DiskFile};
+use super::outstanding::Outstanding;
 use super::record::{self, Group};
 use super::sector::{self, SECTOR, Seal, Sector};
-use super::tally::Tally;
 use crate::faults::{bug, crash_point};
 use crate::order::{OrderId, UnixMillis};
 
@@ -73,7 +73,7 @@ pub struct Segment {
     pub number: u64,
     pub(super) file: Arc<dyn DiskFile>,
     pub(super) seal: Seal,
-    tally: Tally,
+    outstanding: Outstanding,
 }
 
 impl Segment {
@@ -82,13 +82,13 @@ impl Segment {
             number,
             file,
             seal: Seal::new(&identity.id, number),
-            tally: Tally::new(),
+            outstanding: Outstanding::new(),
         }
     }
 
     /// Counts orders about to be written to it.
     pub fn add_outstanding(&self, orders: u64) {
-        self.tally.add(orders);
+        self.outstanding.add(orders);
     }
 
     /// Counts settled orders. True: the segment is sealed, and no order in it is outstanding.
@@ -96,7 +96,7 @@ impl Segment {
     /// # Panics
     /// If more orders are settled than were written: the segment would be deleted under an order.
     pub fn settled(&self, orders: u64) -> bool {
-        let before = self.tally.settled(orders);
+        let before = self.outstanding.settled(orders);
         assert!(
             before >= orders,
             "segment {}: {orders} orders settled, {before} outstanding",
@@ -107,17 +107,17 @@ impl Segment {
 
     /// Marks the segment as complete: nothing more is written to it.
     pub fn seal(&self) {
-        self.tally.seal();
+        self.outstanding.seal();
     }
 
     /// Whether the segment is sealed and all its orders are settled.
     pub fn is_done(&self) -> bool {
-        self.tally.is_done()
+        self.outstanding.is_done()
     }
 
     /// Orders in it that are not yet settled in the database.
     pub fn outstanding(&self) -> u64 {
-        self.tally.outstanding()
+        self.outstanding.orders()
     }
 
     /// Reads one of its groups.

@@ -11,35 +11,35 @@
 use crate::faults::bug;
 use crate::sync::{AtomicBool, AtomicU64, Ordering};
 
-/// Counts the orders of one segment.
+/// Counts the outstanding orders of one segment.
 #[derive(Debug)]
-pub(super) struct Tally {
+pub(super) struct Outstanding {
     /// Orders in it that are not yet settled in the database.
-    outstanding: AtomicU64,
+    orders: AtomicU64,
     /// No more orders are added.
     sealed: AtomicBool,
 }
 
-impl Tally {
+impl Outstanding {
     pub(super) fn new() -> Self {
-        Tally {
-            outstanding: AtomicU64::new(0),
+        Outstanding {
+            orders: AtomicU64::new(0),
             sealed: AtomicBool::new(false),
         }
     }
 
     /// Counts orders that are about to be written. Call before the segment is sealed.
     pub(super) fn add(&self, orders: u64) {
-        self.outstanding.fetch_add(orders, Ordering::AcqRel);
+        self.orders.fetch_add(orders, Ordering::AcqRel);
     }
 
     /// Counts settled orders, and returns how many were outstanding before.
     pub(super) fn settled(&self, orders: u64) -> u64 {
-        self.outstanding.fetch_sub(orders, Ordering::AcqRel)
+        self.orders.fetch_sub(orders, Ordering::AcqRel)
     }
 
-    pub(super) fn outstanding(&self) -> u64 {
-        self.outstanding.load(Ordering::Acquire)
+    pub(super) fn orders(&self) -> u64 {
+        self.orders.load(Ordering::Acquire)
     }
 
     /// Marks that no more orders are added.
@@ -51,7 +51,6 @@ impl Tally {
     /// Whether the segment is sealed and all its orders are settled. Never turns false again.
     pub(super) fn is_done(&self) -> bool {
         // Sealed first: a zero count before the seal does not cover orders added until then.
-        self.sealed.load(Ordering::Acquire)
-            && (self.outstanding() == 0 || bug("retire_before_commit"))
+        self.sealed.load(Ordering::Acquire) && (self.orders() == 0 || bug("retire_before_commit"))
     }
 }
