@@ -320,7 +320,7 @@ fn order_checks(found: &DatabaseAudit) -> Vec<Check> {
                 let (total, held, sold) = sku.journal;
                 format!(
                     "{}: total {} held {} sold {}, but its changes add up to {total}, {held}, {sold}: \
-                     the row or its journal was edited by hand, {}",
+                     the row or its stock log was edited by hand, {}",
                     sku.sku_id, sku.total, sku.held, sku.sold, sku.gaps.join(", ")
                 )
             })
