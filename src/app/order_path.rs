@@ -8,7 +8,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use super::StartError;
 use super::ownership::Ownership;
 use super::planes::Planes;
-use crate::config::Config;
+use crate::config::{Backend, Config};
 use crate::metrics::Metrics;
 use crate::pipeline::failover::lease::AcknowledgeLease;
 use crate::pipeline::failover::restore::Watermarks;
@@ -47,11 +47,14 @@ impl OrderPath {
         supervisor: &Supervisor,
     ) -> Result<Self, StartError> {
         let acknowledge = Arc::new(AcknowledgeLease::new(config.queue.journal.lease_ms));
-        let journal =
-            start_journal(config, planes, ownership, state, &acknowledge, metrics).await?;
-        let queue: Arc<dyn OrderQueue> = match &journal {
-            Some((journal, _)) => Arc::clone(journal) as Arc<dyn OrderQueue>,
-            None => Arc::new(RingQueue::new(config.queue.capacity)),
+        let (queue, journal): (Arc<dyn OrderQueue>, _) = match config.queue.backend {
+            Backend::Memory => (Arc::new(RingQueue::new(config.queue.capacity)), None),
+            Backend::Journal => {
+                let starting =
+                    start_journal(config, planes, ownership, state, &acknowledge, metrics);
+                let (journal, name) = starting.await?;
+                (Arc::clone(&journal) as _, Some((journal, name)))
+            }
         };
         let intake = Intake::new(
             Arc::clone(state),
@@ -101,9 +104,9 @@ async fn start_journal(
     state: &Arc<State>,
     acknowledge: &Arc<AcknowledgeLease>,
     metrics: &Metrics,
-) -> Result<Option<(Arc<JournalQueue>, String)>, StartError> {
+) -> Result<(Arc<JournalQueue>, String), StartError> {
     let Some(opened) = ownership.journal.take() else {
-        return Ok(None);
+        unreachable!("recovery::open_journal opens the journal of this backend");
     };
     let settings = &config.queue.journal;
     let name = opened.identity.name();
@@ -126,7 +129,7 @@ async fn start_journal(
     // After the first segment, which keeps the journal's name, exists, and before the first acknowledgement.
     let database = &ownership.database;
     database.note_journal(ownership.lease, &name).await?;
-    Ok(Some((Arc::new(journal), name)))
+    Ok((Arc::new(journal), name))
 }
 
 /// Runs a worker to its end. A fatal error poisons the process.

@@ -18,8 +18,9 @@ use crate::store::schema;
 pub(super) fn look(config: &Config) -> Result<Providers, StartError> {
     let providers = Providers::new(&config.payments)?;
     let mut directories = vec![("data_dir", config.data_dir.clone())];
-    if matches!(config.queue.backend, Backend::Journal) {
-        directories.push(("queue.journal.dir", config.journal_dir()));
+    match config.queue.backend {
+        Backend::Memory => {}
+        Backend::Journal => directories.push(("queue.journal.dir", config.journal_dir())),
     }
     for (field, path) in directories {
         may_write(&path).map_err(|source| StartError::Directory {
