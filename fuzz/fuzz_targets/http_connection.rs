@@ -10,12 +10,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use libfuzzer_sys::fuzz_target;
-use millrace::http::server::hardened::framing::{Parsed, Sizes, header_slots, parse};
-use millrace::http::server::hardened::scripted::{self, Ending};
-use millrace::http::server::hardened::CloseReason;
-use millrace::http::server::limits::{BodyLimits, BodyRule, Limits, Targets};
 use millrace::http::message::{Request, Response};
 use millrace::http::server::Service;
+use millrace::http::server::hardened::CloseReason;
+use millrace::http::server::hardened::framing::{Parsed, Sizes, header_slots, parse};
+use millrace::http::server::hardened::scripted::{self, Ending};
+use millrace::http::server::limits::{BodyLimits, BodyRule, Limits, Targets};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
