@@ -22,7 +22,7 @@ const BATCH_PATH: &str = "/v1/orders:batch";
 /// The targets of payment platforms begin with this.
 const PAYMENTS_PATH: &str = "/v1/payments/";
 
-/// Method and path of every route of the data plane, as OpenAPI writes paths. [`Route::find`] knows
+/// Method and path of every route of the data plane, as OpenAPI writes paths. `Route::find` knows
 /// the same ones; `tests/openapi.rs` asks for each.
 pub const ROUTES: [(&str, &str); 7] = [
     ("POST", ORDERS_PATH),

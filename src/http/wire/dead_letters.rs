@@ -21,7 +21,7 @@ impl NoteBody {
     /// Parses and checks a body; an empty one has no note.
     ///
     /// # Errors
-    /// As [`OrderBody::parse`].
+    /// As [`super::orders::OrderBody::parse`].
     pub fn parse(body: &[u8]) -> Result<Self, Problem> {
         if body.is_empty() {
             return Ok(Self::default());

@@ -5,7 +5,7 @@
 //! | [`json`] | the only way from JSON to a struct |
 //! | [`orders`], [`skus`], [`dead_letters`], [`payments`] | bodies and views |
 //! | [`headers`], [`query`] | header fields and query fields |
-//! | [`write`] | writing an answer |
+//! | [`mod@write`] | writing an answer |
 
 pub mod dead_letters;
 pub mod headers;

@@ -103,7 +103,7 @@ impl SkuBody {
     /// Parses and checks a body; a missing title is the id.
     ///
     /// # Errors
-    /// As [`OrderBody::parse`].
+    /// As [`super::orders::OrderBody::parse`].
     pub fn parse(id: &SkuId, body: &[u8]) -> Result<Self, Problem> {
         let members: SkuMembers = from_object(body)?;
         let field = |name: &str, what: &dyn fmt::Display| {
@@ -163,7 +163,7 @@ impl RestockBody {
     /// Parses and checks a body.
     ///
     /// # Errors
-    /// As [`OrderBody::parse`].
+    /// As [`super::orders::OrderBody::parse`].
     pub fn parse(body: &[u8]) -> Result<Self, Problem> {
         let body: Self = from_object(body)?;
         if body.quantity == 0 || body.quantity.unsigned_abs() > u64::from(u32::MAX) {

@@ -25,7 +25,7 @@ pub struct JournalParts {
     pub bytes_max: u64,
     /// The epoch of this process.
     pub epoch: i64,
-    /// Whether segments wait for [`JournalQueue::confirm`] before they are deleted.
+    /// Whether segments wait for [`super::JournalQueue::confirm`] before they are deleted.
     pub retain: bool,
     /// Orders in flight: spilled orders leave it, orders read back enter it.
     pub pending: Arc<Pending>,
