@@ -101,3 +101,9 @@ impl StartError {
         }
     }
 }
+
+impl From<JournalError> for StartError {
+    fn from(error: JournalError) -> Self {
+        StartError::Journal(error)
+    }
+}

@@ -11,6 +11,7 @@ mod background;
 mod clock;
 mod drain;
 mod error;
+mod journal;
 mod open;
 mod order_path;
 mod ownership;

@@ -106,7 +106,7 @@ async fn start_journal(
     metrics: &Metrics,
 ) -> Result<(Arc<JournalQueue>, String), StartError> {
     let Some(opened) = ownership.journal.take() else {
-        unreachable!("recovery::open_journal opens the journal of this backend");
+        unreachable!("journal::open opens the journal of this backend");
     };
     let settings = &config.queue.journal;
     let name = opened.identity.name();

@@ -6,7 +6,7 @@ use tokio::sync::Mutex;
 
 use super::open::{OpenDatabase, open_database, prepare_schema};
 use super::planes::Planes;
-use super::{StartError, clock, recovery};
+use super::{StartError, clock, journal};
 use crate::config::Config;
 use crate::order::receipt::ReceiptKeys;
 use crate::order::{ClockReading, UnixMillis};
@@ -42,7 +42,7 @@ impl Ownership {
         planes: &Planes,
         receipt_secrets: &[String],
     ) -> Result<Self, StartError> {
-        let journal = recovery::open_journal(config, &planes.control).await?;
+        let journal = journal::open(config, &planes.control).await?;
         planes.control.progress("opening the database".to_owned());
         let OpenDatabase { database, embedded } = open_database(config).await?;
         let guard = database.claim().await?;
@@ -51,9 +51,9 @@ impl Ownership {
         noted.map_err(|source| StartError::data_dir(config, source))?;
         prepare_schema(config, &database).await?;
         let noted = database.noted_journal(&guard).await?;
-        recovery::check_journal(config, journal.as_ref(), noted.as_ref())?;
+        journal::check(config, journal.as_ref(), noted.as_ref())?;
         let clock = clock::check(config, &database, &guard, embedded.is_some()).await?;
-        let ids_from = recovery::id_high_water(journal.as_ref()).max(clock.now());
+        let ids_from = journal::id_high_water(journal.as_ref()).max(clock.now());
         let writers = Writers::beside(config.worker_count());
         let Taken {
             lease,

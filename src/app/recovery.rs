@@ -1,8 +1,10 @@
 //! Recovery at a start: the journal on the disk, the database, and the state in memory rebuilt from both.
 //!
-//! The journal is read and checked before the database is opened, so that damage stops the start before
-//! anything is changed. Its orders are then written to the database, before orders are taken. Memory is rebuilt
-//! from the database alone.
+//! 1. The journal was read and checked before the database was opened (`journal`).
+//! 2. Orders of orphan payments are read, so that an order that was paid in time is payable.
+//! 3. The journal is replayed, oldest order first: what the database lacks is written.
+//! 4. Memory is rebuilt from the database alone: SKUs, units of parked orders, unpaid orders, the orders of the
+//!    idempotency window, and older live orders of SKUs with a purchase limit.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -15,13 +17,11 @@ use super::ownership::Ownership;
 use crate::config::{Backend, Config};
 use crate::faults::{bug, crash_point};
 use crate::http::control_plane::ControlPlane;
-use crate::order::{
-    ClockReading, IdClock, Order, OrderId, OrderStatus, SkuId, SkuNumber, UnixMillis,
-};
+use crate::order::{ClockReading, IdClock, Order, OrderId, OrderStatus, SkuId, SkuNumber};
 use crate::pipeline::failover::replay::{Applied, Replayer};
 use crate::pipeline::orders::parking;
+use crate::queue::journal::Opened;
 use crate::queue::journal::record::Record;
-use crate::queue::journal::{JournalError, Opened};
 use crate::state::State;
 use crate::state::buyers::Buyers;
 use crate::state::expiry_index::ExpiryIndex;
@@ -35,7 +35,6 @@ use crate::state::stock::Catalogue;
 use crate::state::throughput::ThroughputEstimator;
 use crate::store::StoreError;
 use crate::store::batch::BatchWriter;
-use crate::store::postgres::journal::NotedJournal;
 use crate::store::postgres::window::ReadProgress;
 use crate::store::postgres::{Database, NodeLease};
 
@@ -72,71 +71,6 @@ pub(super) async fn state(
     metrics.recovered_orders.set(state.buyers.len() as i64);
     metrics.queue_capacity.set(config.queue.capacity as i64);
     Ok(Arc::new(state))
-}
-
-/// Opens, reads and checks the journal; `None` if the queue is another.
-pub(super) async fn open_journal(
-    config: &Config,
-    control: &ControlPlane,
-) -> Result<Option<Opened>, StartError> {
-    match config.queue.backend {
-        Backend::Memory => return Ok(None),
-        Backend::Journal => {}
-    }
-    let (directory, bytes_max) = (config.journal_dir(), config.queue.journal.bytes_max);
-    let started = Instant::now();
-    let telling = control.clone();
-    let opened = tokio::task::spawn_blocking(move || {
-        let mut told = Instant::now();
-        Opened::at(&directory, bytes_max, rand::random(), |done, of| {
-            telling.progress(format!("reading the journal: {done} of {of} segments"));
-            if told.elapsed() > PROGRESS {
-                told = Instant::now();
-                tracing::info!(segments = done, of, "reading the journal");
-            }
-        })
-    })
-    .await
-    .map_err(|panic| StartError::Engine(std::io::Error::other(panic)))??;
-    let scanned = &opened.scanned;
-    tracing::info!(
-        journal = opened.identity.name(),
-        records = scanned.records,
-        segments = scanned.segments.len(),
-        torn_sectors = scanned.torn_sectors,
-        ms = started.elapsed().as_millis() as u64,
-        "read the journal"
-    );
-    Ok(Some(opened))
-}
-
-/// Compares the journal found with the journal recorded in the database.
-pub(super) fn check_journal(
-    config: &Config,
-    opened: Option<&Opened>,
-    noted: Option<&NotedJournal>,
-) -> Result<(), StartError> {
-    let ours = opened.map(|opened| opened.identity.name());
-    let directory = config.journal_dir();
-    if let Some(noted) = noted.filter(|noted| noted.in_use && ours.as_ref() != Some(&noted.name)) {
-        return Err(StartError::JournalAbsent {
-            noted: noted.name.clone(),
-            found: match ours {
-                None => "queue.backend is not journal".to_owned(),
-                Some(ours) => format!("{} has journal {ours}", directory.display()),
-            },
-        });
-    }
-    if let Some(opened) = opened
-        && opened.scanned.records > 0
-        && noted.map(|noted| &noted.name) != ours.as_ref()
-    {
-        return Err(StartError::JournalForeign {
-            directory,
-            records: opened.scanned.records,
-        });
-    }
-    Ok(())
 }
 
 /// The database's number of each SKU. A database that has lost SKUs, in a failover or as a backup from before
@@ -422,15 +356,4 @@ fn tell(control: &ControlPlane, doing: &str, progress: ReadProgress) {
         seconds_left = progress.seconds_left(),
         "{doing}"
     );
-}
-
-/// All order ids of the journal lie before this moment.
-pub(super) fn id_high_water(opened: Option<&Opened>) -> UnixMillis {
-    opened.map_or(UnixMillis(0), |opened| opened.scanned.id_high_water)
-}
-
-impl From<JournalError> for StartError {
-    fn from(error: JournalError) -> Self {
-        StartError::Journal(error)
-    }
 }

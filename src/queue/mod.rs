@@ -9,6 +9,9 @@
 //! * [`OrderQueue::take`] waits while the queue is empty and returns `None` once it is closed and
 //!   empty. A closed queue returns every further push.
 //!
+//! A durable backend, [`DurableQueue`], also keeps each acknowledged order until it is reported as settled,
+//! and acknowledges only while this process holds the lease.
+//!
 //! Stock is held before an order is queued.
 
 pub mod journal;
@@ -122,7 +125,7 @@ pub trait DurableQueue {
     /// not hold for later: ask immediately before each acknowledgement.
     fn may_acknowledge(&self) -> bool;
 
-    /// Reports orders that are committed rows or dead letters: the queue may forget them.
+    /// Reports orders that the database has: rows, dead letters or parked orders. The queue may forget them.
     fn settled(&self, orders: &[Arc<PendingOrder>]);
 
     /// Whether an order with this id may be waiting on the disk. Reads nothing from there.
@@ -157,7 +160,8 @@ impl Batch {
         &self.orders
     }
 
-    /// Acknowledges every order: all are settled, and the queue may forget them.
+    /// Acknowledges every order: the consumer is responsible for all of them, and none is delivered
+    /// again. A durable queue keeps them on the disk until [`DurableQueue::settled`].
     pub fn ack(mut self) {
         self.orders.clear();
     }

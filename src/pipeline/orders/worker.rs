@@ -8,10 +8,13 @@
 //!
 //! * Transient failure: the batch stays at the head of the line and is retried whole, with jittered backoff,
 //!   until the database has accepted it.
+//! * Connection lost around COMMIT: the batch's number in the worker's row of `writer` tells whether it is
+//!   committed (`store::fenced`); it is settled or retried accordingly.
 //! * Refused row: found by halving the batch; this order alone becomes a dead letter.
 //! * Refused counter: the sale of the SKU is paused. Its orders that are, or may be, in a journal are parked in
-//!   the database until the counters are repaired ([`super::parking`]); waiting orders, which were not
-//!   acknowledged, are given back. Other SKUs' orders continue.
+//!   the database until the counters are repaired ([`super::parking`]); those past
+//!   their payment deadline are written as expired. Waiting orders, which were not acknowledged, are given back.
+//!   Other SKUs' orders continue.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -18,8 +18,7 @@ use crate::state::State;
 use crate::state::effects::Row;
 use crate::store::StoreError;
 use crate::store::postgres::{Database, NodeLease};
-use crate::store::settlement::payments::Settlement;
-use crate::store::settlement::{Destination, SettlementWriter, UnitMove};
+use crate::store::settlement::{Destination, Settlement, SettlementWriter, UnitMove};
 
 /// Poll interval while the units of a refund are not sold yet in memory, because the payment's task has not
 /// applied its move.

@@ -211,8 +211,8 @@ impl StockCounter {
             .is_ok()
     }
 
-    /// Takes `units` even if they are not free; the total grows if necessary. Only before orders
-    /// are taken.
+    /// Takes `units` even if they are not free; the total grows if necessary. Only at a start, for the parked
+    /// orders of a SKU whose sale is paused because its row is wrong.
     ///
     /// # Panics
     /// If the sum does not fit.

@@ -6,9 +6,8 @@ use std::collections::{BTreeMap, HashMap};
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Error, Row};
 
-use super::payments::{Matched, Settlement};
 use super::statements::{Change, Changes, Closing, Sql, Statements};
-use super::{Destination, UnitMove};
+use super::{Destination, Matched, Settlement, UnitMove};
 use crate::faults::bug;
 use crate::order::payment::{OrderFacts, PaymentState, RefundReason, Verdict, judge};
 use crate::order::{

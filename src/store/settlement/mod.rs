@@ -38,7 +38,8 @@ use super::fenced::{FencedWriter, timed};
 use super::postgres::{Connected, Database, NodeLease};
 use super::{StoreError, WriteError};
 use crate::faults::crash_point;
-use crate::order::{Ended, OrderUnits};
+use crate::order::payment::Verdict;
+use crate::order::{Ended, OrderId, OrderUnits, UnixMillis};
 
 /// Longest wait for a row lock, in milliseconds. A callback is answered within a second, so a payment that
 /// cannot be matched by then is stored as an orphan and matched later.
@@ -68,6 +69,33 @@ pub enum Destination {
     Withdrawn,
     /// Nowhere: only the order's status has changed.
     Nowhere,
+}
+
+/// A payment that was matched to its order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Matched {
+    /// The provider's name for the payment.
+    pub payment_id: String,
+    /// The order.
+    pub order_id: OrderId,
+    /// The verdict.
+    pub verdict: Verdict,
+}
+
+/// The effect of a transaction.
+#[derive(Debug, Default)]
+pub struct Settlement {
+    /// Messages that were new.
+    pub events: u64,
+    /// Payments that were matched.
+    pub matched: Vec<Matched>,
+    /// The orders of new payments that could not be matched and are orphans, each with the moment at which its
+    /// payment counts as made.
+    pub orphans: Vec<(OrderId, UnixMillis)>,
+    /// New payments that name no order of ours.
+    pub without_order: u64,
+    /// Units that moved.
+    pub moved: Vec<UnitMove>,
 }
 
 /// Set-up of each session: read-only outside of a transaction that says otherwise (see above), and plans by

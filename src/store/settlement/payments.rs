@@ -8,38 +8,11 @@ use tokio_postgres::{Error, Row, Statement};
 
 use super::matching::{Candidate, Matcher, lock, move_payments};
 use super::statements::{Change, Changes, Closing, Sql};
-use super::{SettlementWriter, UnitMove};
+use super::{Settlement, SettlementWriter};
 use crate::order::payment::{Delivery, Payment, PaymentState, RefundReason, Verdict};
 use crate::order::{Order, OrderId, OrderStatus, UnixMillis};
 use crate::store::StoreError;
 use crate::store::postgres::Connected;
-
-/// A payment that was matched to its order.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Matched {
-    /// The provider's name for the payment.
-    pub payment_id: String,
-    /// The order.
-    pub order_id: OrderId,
-    /// The verdict.
-    pub verdict: Verdict,
-}
-
-/// The effect of a transaction.
-#[derive(Debug, Default)]
-pub struct Settlement {
-    /// Messages that were new.
-    pub events: u64,
-    /// Payments that were matched.
-    pub matched: Vec<Matched>,
-    /// The orders of new payments that could not be matched and are orphans, each with the moment at which its
-    /// payment counts as made.
-    pub orphans: Vec<(OrderId, UnixMillis)>,
-    /// New payments that name no order of ours.
-    pub without_order: u64,
-    /// Units that moved.
-    pub moved: Vec<UnitMove>,
-}
 
 /// Parameters of storing new payments.
 #[derive(Clone, Copy, Debug)]
