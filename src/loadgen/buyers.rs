@@ -7,12 +7,13 @@ use std::sync::{Arc, Barrier, OnceLock, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use super::arrival::Arrival;
 use super::error::LoadError;
 use super::outcome::Answer;
 use super::platform::PlacedOrder;
 use super::recorder::{LiveCounters, Recorder};
 use super::request_template::RequestTemplate;
-use super::schedule::{Arrival, Cursor};
+use super::schedule::Cursor;
 use super::sender::{Fault, Reply, Sender, Traffic};
 use super::target::Target;
 

@@ -22,6 +22,7 @@
 //! The module imports nothing else of this crate: it knows only the public contract of the server,
 //! so that it can also check the server against it.
 
+mod arrival;
 mod buyers;
 pub mod checker;
 mod error;

@@ -8,7 +8,6 @@ use serde_json::{Map, Value};
 use smol_str::SmolStr;
 
 use super::error::LoadError;
-use super::request_template::RequestTemplate;
 
 /// One line of the file, ready to be sent.
 #[derive(Debug)]
@@ -23,8 +22,8 @@ pub(super) struct OrderLine {
     pub sku: u16,
 }
 
-/// Reads the whole file; empty lines are skipped.
-pub(super) fn read(path: &Path) -> Result<RequestTemplate, LoadError> {
+/// Reads the whole file: its SKUs, and its lines, which refer to them by place. Empty lines are skipped.
+pub(super) fn read(path: &Path) -> Result<(Vec<String>, Vec<OrderLine>), LoadError> {
     let data = std::fs::read(path).map_err(|source| LoadError::ReadOrders {
         path: path.to_owned(),
         source,
@@ -82,7 +81,7 @@ pub(super) fn read(path: &Path) -> Result<RequestTemplate, LoadError> {
     if lines.is_empty() {
         return Err(at(0, "the file holds no order".to_owned()));
     }
-    Ok(RequestTemplate::replay(skus, lines))
+    Ok((skus, lines))
 }
 
 /// An id as the contract reads it: an integer means its decimal text.

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
 
+use super::arrival::Arrival;
 use super::request_template::RequestTemplate;
-use super::schedule::Arrival;
 use super::sender::Fault;
 
 /// The answers of the contract, as a buyer sees them.

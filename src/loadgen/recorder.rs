@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use hdrhistogram::{Counter, Histogram};
 use smol_str::SmolStr;
 
+use super::arrival::Arrival;
 use super::outcome::{Answer, AnswerKind, Codes, Row};
-use super::schedule::Arrival;
 
 /// Intervals are never more than this, so that a long run cannot eat the memory.
 const INTERVALS_MAX: usize = 20_000;

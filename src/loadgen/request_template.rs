@@ -6,9 +6,9 @@ use std::io::Write as _;
 use bytes::Bytes;
 use smol_str::{SmolStr, format_smolstr};
 
+use super::arrival::Arrival;
 use super::orders_file::OrderLine;
 use super::plan::LoadPlan;
-use super::schedule::Arrival;
 
 /// Writes the requests of arrivals: made up from prefixes and numbers, or replayed from a file.
 #[derive(Debug)]

@@ -46,7 +46,10 @@ pub async fn run_until(
     plan.check()?;
     let target = Target::of(&plan)?;
     let template = Arc::new(match &plan.orders {
-        Some(path) => orders_file::read(path)?,
+        Some(path) => {
+            let (skus, lines) = orders_file::read(path)?;
+            RequestTemplate::replay(skus, lines)
+        }
         None => RequestTemplate::made_up(&plan),
     });
     let strict = plan.orders.is_none();

@@ -4,6 +4,7 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::sync::Arc;
 
+use super::arrival::Arrival;
 use super::plan::LoadPlan;
 use super::rate::Curve;
 use super::request_template::RequestTemplate;
@@ -13,20 +14,6 @@ const SALT_BUYER: u64 = 0x6275_7965_7200_0001;
 const SALT_SKU: u64 = 0x736b_7500_0000_0002;
 const SALT_DOUBLE: u64 = 0x646f_7562_6c65_0003;
 const SALT_PAUSE: u64 = 0x7061_7573_6500_0004;
-
-/// One request that is due at a moment. Small, because one is made and dropped for each request; the
-/// [`RequestTemplate`] writes its texts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Arrival {
-    /// Nanoseconds after the start.
-    pub scheduled_ns: u64,
-    /// The buyer's number, or the line of the orders file.
-    pub buyer: u32,
-    /// The SKU's place in [`RequestTemplate::skus`].
-    pub sku: u16,
-    /// The second request of a double click.
-    pub double: bool,
-}
 
 /// Decides every arrival as a pure function of its number.
 #[derive(Debug)]

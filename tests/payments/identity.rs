@@ -157,7 +157,7 @@ fn a_number_that_memory_knows_as_another_sku_stops_the_process() {
         let answer = server.control("PUT", "/admin/v1/skus/CABLE", body).await;
         assert_eq!(answer.status, 500, "{answer:?}");
         let reason = server.millrace().poisoned().await;
-        assert!(reason.contains("CABLE by number 1"), "{reason}");
+        assert!(reason.contains("CABLE under number 1"), "{reason}");
         let order = server.order("u", "PHONE", None).await;
         assert_eq!(order.status, 503, "{order:?}");
         assert!(!server.stop().await);

@@ -6,6 +6,7 @@
 //!             catalogue ─► load ─► wait until settled ─► checks
 //! ```
 
+mod catalogue;
 mod checks;
 mod result;
 mod sale;

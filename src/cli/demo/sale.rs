@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use super::catalogue::{CATALOGUE, CURRENCY};
 use super::result::publish;
 use super::status::{LINE_EVERY, clear, status};
 use super::{DemoArgs, PAYMENT_TTL_MS, checks};
@@ -26,44 +27,6 @@ const TOO_LATE_MS: u64 = 3_000;
 /// How long the server may take after that to find the orders of early payments and to return the
 /// units of expired orders.
 const SETTLING: Duration = Duration::from_secs(30);
-
-/// The currency of the catalogue; it has two decimals.
-pub const CURRENCY: &str = "EUR";
-
-/// A SKU on sale.
-pub struct Item {
-    pub sku_id: &'static str,
-    title: &'static str,
-    /// In minor units.
-    pub unit_price: i64,
-    /// Shares of all units and of all clicks.
-    stock_share: f64,
-    click_share: f64,
-}
-
-/// Everything on sale.
-pub const CATALOGUE: [Item; 4] = [
-    item("IPHONE-15", "iPhone 15", 199_900, 0.50, 90.0),
-    item("AIRPODS-PRO", "AirPods Pro", 29_900, 0.25, 5.0),
-    item("WATCH-9", "Watch 9", 49_900, 0.15, 3.0),
-    item("HOMEPOD-MINI", "HomePod mini", 9_900, 0.10, 2.0),
-];
-
-const fn item(
-    sku_id: &'static str,
-    title: &'static str,
-    unit_price: i64,
-    stock_share: f64,
-    click_share: f64,
-) -> Item {
-    Item {
-        sku_id,
-        title,
-        unit_price,
-        stock_share,
-        click_share,
-    }
-}
 
 /// A sale, and how to speak to the server that it is held on.
 pub struct Sale<'a> {

@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
 
-use crate::loadgen::schedule::Arrival;
+use crate::loadgen::arrival::Arrival;
 
 /// The ways in which buyers pay. The names are stable, as `--json` shows them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::super::sale::{CATALOGUE, CURRENCY};
+use super::super::catalogue::{CATALOGUE, CURRENCY};
 use crate::loadgen::checker::{
     AttemptRecord, Checker, Claim, Expected, Findings, KnownOrder, OrderRequest, PaymentHistory,
     SentPayment, StoredRows,

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::super::sale::CURRENCY;
+use super::super::catalogue::CURRENCY;
 use super::check;
 use crate::loadgen::checker::{Findings, StoredRows};
 use crate::loadgen::{Check, PaymentOutcome, PaymentReport};
