@@ -152,12 +152,10 @@ async fn replay(
             .into_iter()
             .map(|mut order| {
                 order.sku = numbers.of(&order);
-                let in_time =
-                    now < order.expires_at || orphans.paid_in_time(order.id, order.expires_at);
-                let status = if in_time {
-                    OrderStatus::PendingPayment
-                } else {
+                let status = if orphans.is_late(order.id, order.expires_at, now) {
                     OrderStatus::Expired
+                } else {
+                    OrderStatus::PendingPayment
                 };
                 (order, status)
             })

@@ -47,7 +47,7 @@ impl State {
     /// Whether an order that is written at `now` is too late to be paid. An order with a payment
     /// made in time is not late.
     pub fn is_late(&self, order: &Order, now: UnixMillis) -> bool {
-        order.expires_at <= now && !self.orphans.paid_in_time(order.id, order.expires_at)
+        self.orphans.is_late(order.id, order.expires_at, now)
     }
 
     /// Whether the units of a SKU's live orders are kept beyond the idempotency window, because it

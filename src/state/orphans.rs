@@ -89,6 +89,12 @@ impl Orphans {
         });
     }
 
+    /// Whether an order that expires at `expires_at` can no longer be paid at `now`: its time has passed, and no
+    /// payment for it was made in time.
+    pub fn is_late(&self, id: OrderId, expires_at: UnixMillis, now: UnixMillis) -> bool {
+        expires_at <= now && !self.paid_in_time(id, expires_at)
+    }
+
     /// Whether a payment made before `expires_at` waits for this order or is on its way.
     pub fn paid_in_time(&self, id: OrderId, expires_at: UnixMillis) -> bool {
         let waiting = (!self.is_empty()).then(|| self.orders.get(&id)).flatten();

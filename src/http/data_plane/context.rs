@@ -84,9 +84,9 @@ impl Context {
     /// The view of a row. An order past its payment deadline is shown as expired, even if its row
     /// still says `pending_payment`.
     pub(super) fn stored_view<'a>(&self, order: &'a StoredOrder) -> OrderView<'a> {
+        let orphans = &self.state.orphans;
         let past = order.status == OrderStatus::PendingPayment
-            && order.expires_at <= self.state.ids.real_now()
-            && !self.state.orphans.paid_in_time(order.id, order.expires_at);
+            && orphans.is_late(order.id, order.expires_at, self.state.ids.real_now());
         let status = if past {
             OrderStatus::Expired
         } else {
