@@ -199,7 +199,7 @@ pub async fn audit_in_parts(
     state: Option<&State>,
     rows: PartRows,
 ) -> Result<Audit, StoreError> {
-    // Memory and rows show the same moment only if no order was in flight before and after the counters'
+    // Memory and rows show the same moment only if no order was in flight before and after the rows'
     // snapshot (an order in flight is in memory and not yet a row) and no counter moved.
     let look = || {
         state.map(|state| {

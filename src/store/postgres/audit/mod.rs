@@ -126,8 +126,8 @@ impl Database {
         Ok(found)
     }
 
-    /// The same with parts of the given size. Calls `look` immediately before and after the last counters are
-    /// read, and returns the two results.
+    /// The same with parts of the given size. Calls `look` before the snapshot of the last counters is taken and
+    /// after they are read, and returns the two results: what both agree on was so at the snapshot's moment.
     ///
     /// # Errors
     /// As [`Database::audit`].

@@ -53,7 +53,7 @@ pub(super) struct Orders<T> {
     pub(super) by_sku: BTreeMap<i32, Units>,
     pub(super) before: BTreeMap<i32, Counters>,
     pub(super) after: BTreeMap<i32, Counters>,
-    /// The results of `look` immediately before and after the last counters were read.
+    /// The results of `look` before the snapshot of the last counters was taken, and after they were read.
     pub(super) looks: [T; 2],
     pub(super) orders: i64,
     pub(super) paid_without_payment: i64,

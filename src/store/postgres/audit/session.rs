@@ -74,7 +74,7 @@ pub(super) struct Part {
 pub(super) struct Also<'a> {
     pub(super) statement: &'a Statement,
     pub(super) always: bool,
-    /// Called immediately before and after the statement.
+    /// Called before the snapshot is taken, and after the statement.
     pub(super) look: &'a mut (dyn FnMut() + Send),
 }
 
@@ -202,10 +202,14 @@ impl Session {
         key: &[&(dyn ToSql + Sync)],
         limit: i64,
         count: Count,
-        also: Option<&mut Also<'_>>,
+        mut also: Option<&mut Also<'_>>,
     ) -> Result<Part, Error> {
         let mut parameters = key.to_vec();
         parameters.push(&limit);
+        if let Some(also) = also.as_deref_mut() {
+            (also.look)();
+        }
+        // The first statement takes the snapshot that all of them read.
         let transaction = self
             .client
             .build_transaction()
@@ -218,7 +222,6 @@ impl Session {
         let is_last = count < limit;
         let also = match also {
             Some(also) if is_last || also.always => {
-                (also.look)();
                 let rows = transaction.query(also.statement, &[]).await?;
                 (also.look)();
                 Some(rows)
