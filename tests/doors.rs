@@ -340,9 +340,8 @@ fn an_array_is_no_order_no_sku_and_no_restock_and_long_integers_are_names() {
 
 /// What `millrace` says to these arguments and settings, and whether it is content.
 fn says(directory: &std::path::Path, args: &[&str], settings: &[(&str, &str)]) -> (bool, String) {
-    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_millrace"));
+    let mut command = support::served::millrace(args);
     command
-        .args(args)
         .current_dir(directory)
         .env("MILLRACE_DATA_PLANE__LISTEN", "127.0.0.1:0")
         .env("MILLRACE_CONTROL_PLANE__LISTEN", "127.0.0.1:0")

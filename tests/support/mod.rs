@@ -5,6 +5,7 @@
 )]
 
 pub mod allocations;
+pub mod brokers;
 pub mod http;
 pub mod listening;
 pub mod pgbouncer;
