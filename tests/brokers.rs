@@ -165,26 +165,44 @@ fn kafka_create(broker: &Broker, topic: &str) {
     assert!(answer.starts_with(&created), "{answer:?}");
 }
 
-/// Whether it has a topic; `true` allows that it makes one for the question, which it must not.
-fn kafka_has(broker: &Broker, topic: &str) -> bool {
+/// The host and the port where clients find the broker, as its metadata begin; and what follows.
+fn kafka_metadata(broker: &Broker, topic: &str) -> (String, u32, Vec<u8>) {
+    // `true`: it may make the topic for the question, which it must not.
     let body = [&1_u32.to_be_bytes()[..], &kafka_text(topic), &[1]].concat();
     let answer = kafka(broker, METADATA, 4, &body);
-    // One broker, number 1, and where clients find it.
-    let port = u32::from(broker.address().port());
-    let broker = [
-        &1_u32.to_be_bytes()[..],
-        &1_u32.to_be_bytes(),
-        &kafka_text("127.0.0.1"),
-        &port.to_be_bytes(),
-    ]
-    .concat();
-    assert!(answer.starts_with(&broker), "{answer:?}");
+    let one_broker_number_one = [1_u32.to_be_bytes(), 1_u32.to_be_bytes()].concat();
+    let rest = answer.strip_prefix(&one_broker_number_one[..]);
+    let (length, rest) = rest.expect("one broker").split_at(2);
+    let length = u16::from_be_bytes(length.try_into().expect("two bytes"));
+    let (host, rest) = rest.split_at(usize::from(length));
+    let (port, rest) = rest.split_at(4);
+    (
+        String::from_utf8(host.to_vec()).expect("a text"),
+        u32::from_be_bytes(port.try_into().expect("four bytes")),
+        rest.to_vec(),
+    )
+}
+
+fn kafka_has(broker: &Broker, topic: &str) -> bool {
+    let (host, port, answer) = kafka_metadata(broker, topic);
+    assert_eq!(format!("{host}:{port}"), broker.address().to_string());
     // An error, before the topic's name; 3 is UNKNOWN_TOPIC_OR_PARTITION.
     let with_error = |error: u16| [&error.to_be_bytes()[..], &kafka_text(topic)].concat();
     let contains = |part: &[u8]| answer.windows(part.len()).any(|window| window == part);
     let has = contains(&with_error(0));
     assert!(has || contains(&with_error(3)), "{answer:?}");
     has
+}
+
+#[test]
+fn kafka_sends_its_clients_where_a_proxy_waits() {
+    if let Some(broker) = Broker::start_advertised(Kind::Kafka, "127.0.0.2") {
+        let (host, port, _) = kafka_metadata(&broker, "orders");
+        assert_eq!(
+            (&*host, port),
+            ("127.0.0.2", broker.address().port().into())
+        );
+    }
 }
 
 #[test]
@@ -289,4 +307,15 @@ fn rocketmq_lives_through_a_kill_with_its_data() {
     lives(Kind::RocketMq, write, |broker| {
         rocketmq_has(broker, "an order of the test")
     });
+}
+
+#[test]
+fn rocketmq_sends_its_clients_where_a_proxy_waits() {
+    if let Some(broker) = Broker::start_advertised(Kind::RocketMq, "127.0.0.2") {
+        let told = rocketmq_broker(&broker);
+        assert_eq!(told.ip().to_string(), "127.0.0.2");
+        // It listens where it always does, on the same port.
+        let ports: Vec<_> = broker.addresses().iter().map(SocketAddr::port).collect();
+        assert!(ports.contains(&told.port()), "{told} and {ports:?}");
+    }
 }

@@ -80,7 +80,7 @@ impl Broker {
     pub fn start_advertised(kind: Kind, host: &str) -> Option<Self> {
         if let Err(reason) = kind.prepared() {
             // Not `eprintln!`, which the test harness keeps to itself where a test passes.
-            let _ = writeln!(std::io::stderr(), "\n*** {reason} ***\n");
+            let _ = std::io::stderr().write_all(format!("\n*** {reason} ***\n\n").as_bytes());
             return None;
         }
         let mut broker = Broker {
