@@ -27,8 +27,8 @@ use millrace::order::{
     Refusal, SkuId, SkuNumber, UnixMillis, UserId,
 };
 use millrace::pipeline::orders::intake::{Admission, Intake, OrderRequest};
-use millrace::queue::journal::record::GroupBytes;
-use millrace::queue::journal::sector::{self, Seal};
+use millrace::queue::log::file::sector::{self, Seal};
+use millrace::queue::log::record::GroupBytes;
 use millrace::queue::{OrderQueue, RingQueue};
 use millrace::state::State;
 use millrace::state::buyers::{BuyerOrder, Buyers, Claimed, NothingSticky};

@@ -18,7 +18,7 @@ pub const VARIABLE: Option<&str> = if cfg!(feature = "faults") {
 };
 
 /// Every point at which a process can be made to crash, along the way of an order.
-pub const CRASH_POINTS: [&str; 16] = [
+pub const CRASH_POINTS: [&str; 19] = [
     "journal.segment_created",
     "journal.segment_renamed",
     "journal.before_write",
@@ -28,6 +28,9 @@ pub const CRASH_POINTS: [&str; 16] = [
     "journal.read_back",
     "journal.before_retire",
     "journal.after_retire",
+    "log.before_send",
+    "log.after_send",
+    "log.marked",
     "worker.claimed",
     "worker.before_commit",
     "worker.committed",
@@ -38,7 +41,11 @@ pub const CRASH_POINTS: [&str; 16] = [
 ];
 
 /// Every defect that can be enabled.
-pub const BUGS: [&str; 21] = [
+pub const BUGS: [&str; 25] = [
+    "acknowledge_before_broker",
+    "unknown_is_success",
+    "no_fence",
+    "read_stale_epoch",
     "ack_before_sync",
     "no_sync",
     "reuse_failed_file",
@@ -63,14 +70,15 @@ pub const BUGS: [&str; 21] = [
 ];
 
 /// Everything that runs under supervision as long as the process does.
-pub const SUPERVISED: [&str; 24] = [
+pub const SUPERVISED: [&str; 25] = [
     "a worker",
     "the wait for the workers",
     "the deadline task",
     "the leases",
     "the database health check",
     "the watch for lost commits",
-    "the retention of the journal",
+    "the place of the order log",
+    "the retention of the order log",
     "callbacks",
     "the payment processor",
     "expiry",
@@ -85,9 +93,9 @@ pub const SUPERVISED: [&str; 24] = [
     "http-acceptor",
     "http-reaper",
     "minihttp",
-    "journal-segment",
-    "journal-reader",
-    "journal-append",
+    "log-spans",
+    "log-reader",
+    "log-append",
 ];
 
 /// How a supervised task is made to end.

@@ -26,7 +26,7 @@ const ROWS: [f64; 11] = [
 ];
 
 /// Values of `outcome`: the result of an order, or the code of its refusal.
-const OUTCOMES: [&str; 22] = [
+const OUTCOMES: [&str; 23] = [
     "sold_out",
     "created",
     "accepted",
@@ -46,6 +46,7 @@ const OUTCOMES: [&str; 22] = [
     "draining",
     "journal_full",
     "journal_failed",
+    "queue_unavailable",
     "unwritten",
     "failed",
     "other",
@@ -133,6 +134,10 @@ metrics! {
             "Orders in the journal that are not yet settled in the database.";
         journal_failed = gauge("millrace_journal_failed"):
             "1 once the journal has failed: respond-async is refused until a restart.";
+        log_away = gauge("millrace_log_away"):
+            "1 while the order log takes no orders: respond-async is refused with 503 queue_unavailable.";
+        log_unknown = counter("millrace_log_unknown_total"):
+            "Groups whose append had an unknown outcome at first; each is repeated until it is there for certain.";
         journal_replayed = gauge("millrace_journal_replayed_orders"):
             "Orders that the last start found in the journal but not in the database, and wrote.";
         orders_restored = counter("millrace_orders_restored_total"):

@@ -105,9 +105,9 @@ const UNSUPERVISED: &[(&str, usize, &str)] = &[
         "the log's writer: whatever becomes of it, the log is outside of the failure domain",
     ),
     (
-        "src/queue/journal/queue.rs",
+        "src/queue/logged/queue.rs",
         1,
-        "the journal's threads report by themselves, so that shuttle can run them",
+        "the durable queue's threads report by themselves, so that shuttle can run them",
     ),
     (
         "src/http/server/dispatcher.rs",

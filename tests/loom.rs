@@ -17,15 +17,15 @@
 mod counter;
 #[path = "../src/queue/mpmc.rs"]
 mod mpmc;
-#[path = "../src/queue/journal/mpsc.rs"]
+#[path = "../src/queue/logged/mpsc.rs"]
 mod mpsc;
-#[path = "../src/queue/journal/outstanding.rs"]
+#[path = "../src/queue/log/outstanding.rs"]
 mod outstanding;
-#[path = "../src/queue/journal/parker.rs"]
+#[path = "../src/queue/logged/parker.rs"]
 mod parker;
 #[path = "../src/state/pending/slot.rs"]
 mod slot;
-#[path = "../src/queue/journal/space.rs"]
+#[path = "../src/queue/log/space.rs"]
 mod space;
 
 // Where the files above look for it.
@@ -637,6 +637,7 @@ const SEGMENT: u64 = (1 << 56) - 1;
 /// A slot that its appender is done with.
 fn in_the_journal() -> Arc<Slot> {
     let slot = Arc::new(Slot::appending(None));
+    assert!(slot.send());
     slot.appended(SEGMENT, true);
     slot
 }
@@ -711,7 +712,7 @@ fn of_a_claim_and_a_spill_exactly_one_wins_beside_a_deadline_and_a_subscriber() 
         slot.subscribe(Waker::default());
         assert!(worker.join().unwrap() ^ appender.join().unwrap());
         assert!(!deadline.join().unwrap());
-        assert_eq!(slot.segment(), SEGMENT);
+        assert_eq!(slot.span(), SEGMENT);
     });
 }
 
@@ -720,6 +721,7 @@ fn a_deadline_never_abandons_an_order_that_a_journal_has_or_may_have() {
     for durable in [true, false] {
         loom::model(move || {
             let slot = Arc::new(Slot::appending(None));
+            assert!(slot.send());
             let appender = spawn(&slot, move |slot| {
                 slot.appended(SEGMENT, durable);
                 slot.spill()
@@ -730,9 +732,53 @@ fn a_deadline_never_abandons_an_order_that_a_journal_has_or_may_have() {
             assert!(!slot.abandon());
             assert_eq!(slot.state(), SlotState::OnDisk);
             assert_eq!((slot.is_recorded(), slot.is_durable()), (true, durable));
-            assert_eq!(slot.segment(), SEGMENT);
+            assert_eq!(slot.span(), SEGMENT);
         });
     }
+}
+
+#[test]
+fn of_a_deadline_and_a_send_exactly_one_wins() {
+    loom::model(|| {
+        let slot = Arc::new(Slot::appending(None));
+        let appender = spawn(&slot, |slot| {
+            let sent = slot.send();
+            if sent {
+                slot.appended(SEGMENT, true);
+            }
+            sent
+        });
+        let abandoned = slot.abandon();
+        let sent = appender.join().unwrap();
+        assert!(sent ^ abandoned);
+        let expected = if sent {
+            SlotState::Waiting
+        } else {
+            SlotState::Abandoned
+        };
+        assert_eq!(slot.state(), expected);
+    });
+}
+
+#[test]
+fn an_order_that_the_log_did_not_take_is_sent_again_or_abandoned() {
+    loom::model(|| {
+        let slot = Arc::new(Slot::appending(None));
+        let appender = spawn(&slot, |slot| {
+            if !slot.send() {
+                return false;
+            }
+            slot.not_sent();
+            let sent = slot.send();
+            if sent {
+                slot.appended(SEGMENT, true);
+            }
+            sent
+        });
+        let abandoned = slot.abandon();
+        assert!(appender.join().unwrap() ^ abandoned);
+        assert_eq!(slot.is_recorded(), !abandoned);
+    });
 }
 
 #[test]

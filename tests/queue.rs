@@ -15,8 +15,8 @@ use millrace::metrics::Metrics;
 use millrace::order::{
     Currency, Order, OrderId, PayloadHash, Quantity, SkuId, SkuNumber, UnixMillis, UserId,
 };
-use millrace::queue::journal::{JournalParts, JournalQueue, Opened};
-use millrace::queue::{Batch, OrderQueue, RingQueue};
+use millrace::queue::log::file::Opened;
+use millrace::queue::{Batch, LoggedQueue, OrderQueue, QueueParts, RingQueue};
 use millrace::state::pending::{Pending, PendingOrder, SlotState};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -70,17 +70,15 @@ fn journal(capacity: usize) -> Arc<dyn OrderQueue> {
     Arc::new(start_journal(dir.path(), parts(capacity)))
 }
 
-fn start_journal(dir: &Path, parts: JournalParts) -> JournalQueue {
+fn start_journal(dir: &Path, parts: QueueParts) -> LoggedQueue {
     let opened = Opened::at(dir, 1 << 20, [7; 16], |_, _| {}).unwrap();
-    JournalQueue::start(opened, parts).unwrap()
+    LoggedQueue::start(opened.start(1 << 20, false).unwrap(), parts).unwrap()
 }
 
-fn parts(capacity: usize) -> JournalParts {
-    JournalParts {
+fn parts(capacity: usize) -> QueueParts {
+    QueueParts {
         capacity,
-        bytes_max: 1 << 20,
         epoch: 1,
-        retain: false,
         pending: Arc::new(Pending::with_capacity(capacity)),
         wake_all: Arc::new(|wakers| wakers.into_iter().for_each(Waker::wake)),
         may_acknowledge: Arc::new(|| true),
@@ -101,6 +99,7 @@ fn leave_on_the_disk(may_acknowledge_it: bool) -> (Arc<PendingOrder>, usize, usi
         let waker = Arc::new(Waker::from(Arc::clone(&sender)));
         Arc::new(PendingOrder::appending(
             order(id).order.clone(),
+            Instant::now() + Duration::from_secs(60),
             Some(waker),
         ))
     };
@@ -108,7 +107,7 @@ fn leave_on_the_disk(may_acknowledge_it: bool) -> (Arc<PendingOrder>, usize, usi
     let pending = Arc::new(Pending::with_capacity(2));
     let lease = Arc::new(AtomicBool::new(true));
     let joined = (Arc::clone(&second), Waker::from(Arc::clone(&other)));
-    let parts = JournalParts {
+    let parts = QueueParts {
         pending: Arc::clone(&pending),
         wake_all: Arc::new(move |wakers| {
             let (second, other) = &joined;

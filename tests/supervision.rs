@@ -14,7 +14,7 @@ use support::served::{PATIENCE, Served, spawn, tail};
 /// Settings without which something of this name does not run.
 fn needs(name: &str) -> Vec<(&'static str, &'static str)> {
     match name {
-        "the retention of the journal" => {
+        "the retention of the order log" => {
             vec![("MILLRACE_QUEUE__JOURNAL__RETAIN_FOR_SLOTS", "standby")]
         }
         "the deletion of old rows" => vec![("MILLRACE_RETENTION__STOCK_LOG_DAYS", "7")],

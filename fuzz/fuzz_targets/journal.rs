@@ -14,11 +14,11 @@ use libfuzzer_sys::fuzz_target;
 use millrace::order::{
     Currency, KeyHash, Order, OrderId, PayloadHash, Quantity, SkuId, SkuNumber, UnixMillis, UserId,
 };
-use millrace::queue::journal::disk::{Disk, DiskFile};
-use millrace::queue::journal::record::{self, GroupBytes, Record, order_bytes};
-use millrace::queue::journal::sector::{self, GROUP_SECTORS_MAX, PAYLOAD, SECTOR, Seal};
-use millrace::queue::journal::segment::{Segment, prepare};
-use millrace::queue::journal::{Identity, JournalError, Opened, Writer, recovery};
+use millrace::queue::log::file::disk::{Disk, DiskFile};
+use millrace::queue::log::file::sector::{self, GROUP_SECTORS_MAX, PAYLOAD, SECTOR, Seal};
+use millrace::queue::log::file::segment::{Segment, prepare};
+use millrace::queue::log::file::{Identity, JournalError, Opened, Writer, recovery};
+use millrace::queue::log::record::{self, GroupBytes, Record, order_bytes};
 
 /// Small, so that a journal soon has several segments. A group fits in by far.
 const SECTORS: u64 = 12;
@@ -340,6 +340,7 @@ struct Appender {
     disk: Arc<MemoryDisk>,
     identity: Identity,
     writer: Writer,
+    group: GroupBytes,
     number: u64,
     session: u64,
     /// What the log has committed, and what it has gathered.
@@ -347,12 +348,20 @@ struct Appender {
     gathered: Vec<Record>,
 }
 
+/// A group whose first record has this number.
+fn begun(sequence: u64) -> GroupBytes {
+    let mut group = GroupBytes::default();
+    group.begin(0, sequence);
+    group
+}
+
 impl Appender {
     fn new(identity: Identity) -> Self {
         let disk = Arc::<MemoryDisk>::default();
         let segment = prepare(&*disk, &identity, 1).expect("this disk does not fail");
         Appender {
-            writer: Writer::new(Arc::new(segment), SECTORS, 1, 1, 0),
+            writer: Writer::new(Arc::new(segment), SECTORS, 1),
+            group: begun(1),
             disk,
             identity,
             number: 1,
@@ -363,10 +372,11 @@ impl Appender {
     }
 
     fn commit(&mut self) {
-        if !self.writer.is_empty() {
-            let at = self.writer.commit(self.gathered.len() as u64);
+        if !self.group.is_empty() {
+            let at = self.writer.commit(&self.group.group());
             at.expect("this disk does not fail");
             self.written.append(&mut self.gathered);
+            self.group = begun(self.written.len() as u64 + 1);
         }
     }
 
@@ -377,9 +387,9 @@ impl Appender {
     }
 
     fn make_room(&mut self, bytes: usize) {
-        if !self.writer.fits(bytes) {
+        if !self.group.fits(bytes, self.writer.room()) {
             self.commit();
-            if !self.writer.fits(bytes) {
+            if !self.group.fits(bytes, self.writer.room()) {
                 let segment = self.next_segment();
                 self.writer.rotate(segment);
             }
@@ -391,12 +401,12 @@ impl Appender {
             Step::Order(raw) => {
                 let order = raw.order();
                 self.make_room(order_bytes(order.attributes.as_deref()));
-                self.writer.push_order(&order);
+                self.group.push_order(&order);
                 self.gathered.push(Record::Order(Box::new(order)));
             }
             Step::Lease(until) => {
                 self.make_room(64);
-                self.writer.push_lease(UnixMillis(*until));
+                self.group.push_lease(UnixMillis(*until));
                 self.gathered.push(Record::Lease(UnixMillis(*until)));
             }
             Step::Commit => self.commit(),
@@ -405,8 +415,8 @@ impl Appender {
                 self.gathered.clear();
                 self.session += 1;
                 let segment = self.next_segment();
-                let sequence = self.written.len() as u64 + 1;
-                self.writer = Writer::new(segment, SECTORS, self.session, sequence, 0);
+                self.group = begun(self.written.len() as u64 + 1);
+                self.writer = Writer::new(segment, SECTORS, self.session);
             }
         }
     }

@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use millrace::order::{OrderId, UnixMillis};
-use millrace::queue::journal::disk::RealDisk;
-use millrace::queue::journal::record::Record;
-use millrace::queue::journal::{Opened, Writer, prepare};
+use millrace::queue::log::file::disk::RealDisk;
+use millrace::queue::log::file::{Opened, Writer, prepare};
+use millrace::queue::log::record::{GroupBytes, Record};
 use serde_json::Value;
 
 use crate::fixture::child::Server;
@@ -144,13 +144,15 @@ fn spread(journal: &Path) -> anyhow::Result<()> {
     std::fs::create_dir_all(journal)?;
     let disk = RealDisk::lock(journal)?.context("the journal is in use")?;
     let segment = Arc::new(prepare(&disk, &identity, 1)?);
-    let mut writer = Writer::new(segment, identity.sectors(), 1, 1, 1);
+    let mut writer = Writer::new(segment, identity.sectors(), 1);
+    let mut group = GroupBytes::default();
     let count = orders.len() as u64;
     for (at, mut order) in orders.into_iter().enumerate() {
         // A bit that no row has.
         order.id = spread_id(now, at as u64, count, 1 << 21)?;
-        writer.push_order(&order);
-        writer.commit(1)?;
+        group.begin(1, at as u64 + 1);
+        group.push_order(&order);
+        writer.commit(&group.group())?;
     }
     Ok(())
 }

@@ -17,7 +17,7 @@ use crate::pipeline::admin::pruning::{PrunedBelow, Pruning};
 use crate::pipeline::failover::health::{self, Health, Looker};
 use crate::pipeline::failover::lease::{self, Leases};
 use crate::pipeline::failover::restore::Restorer;
-use crate::pipeline::failover::wal_retention;
+use crate::pipeline::failover::{log_place, wal_retention};
 use crate::pipeline::orders::cancel::Canceller;
 use crate::pipeline::orders::deadlines;
 use crate::pipeline::orders::intake::Intake;
@@ -156,13 +156,12 @@ impl Background {
             ownership,
             ..
         } = parts;
-        let journal = path.journal.as_ref().map(|(journal, _)| journal);
         let leases = Leases {
             guard: Arc::clone(&ownership.guard),
             lease: ownership.lease,
             state: Arc::clone(state),
             acknowledge: Arc::clone(&path.acknowledge),
-            journal: journal.cloned(),
+            queue: Arc::clone(&path.queue),
         };
         leases.renew().await?;
         self.run("the leases", lease::keep(leases));
@@ -171,7 +170,6 @@ impl Background {
         let restorer = Restorer {
             state: Arc::clone(state),
             queue: Arc::clone(&path.queue),
-            journal: journal.cloned(),
             database: watching.clone(),
             lease: ownership.lease,
             watermarks: Arc::clone(&path.watermarks),
@@ -180,11 +178,17 @@ impl Background {
             rows_max: config.workers.batch_rows_max,
         };
         self.run("the watch for lost commits", restorer.watch());
+        if let Some(log) = path.log_name.clone() {
+            let (queue, watermarks) = (Arc::clone(&path.queue), Arc::clone(&path.watermarks));
+            let placing =
+                log_place::keep(queue, watching.clone(), ownership.lease, log, watermarks);
+            self.run("the place of the order log", placing);
+        }
         let slots = &config.queue.journal.retain_for_slots.0;
-        if let Some(journal) = journal.filter(|_| !slots.is_empty()) {
-            let (journal, watermarks) = (Arc::clone(journal), Arc::clone(&path.watermarks));
-            let keeping = wal_retention::keep(journal, watching, slots.clone(), watermarks);
-            self.run("the retention of the journal", keeping);
+        if path.queue.durable().is_some() && !slots.is_empty() {
+            let (queue, watermarks) = (Arc::clone(&path.queue), Arc::clone(&path.watermarks));
+            let keeping = wal_retention::keep(queue, watching, slots.clone(), watermarks);
+            self.run("the retention of the order log", keeping);
         }
         if config.retention != Retention::default() {
             let pruning = Pruning {

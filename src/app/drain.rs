@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   close the intake ─► run the queue empty ─► settle the remaining orders ─► answer the requests in flight
-//!     ─► stop the control plane and the tasks ─► release leases and journal ─► PostgreSQL
+//!     ─► stop the control plane and the tasks ─► release leases and order log ─► PostgreSQL
 //! ```
 
 use std::sync::Arc;
@@ -13,8 +13,11 @@ use super::order_path::OrderPath;
 use super::ownership::Ownership;
 use super::planes::{RunningEngine, remove_addresses};
 use crate::config::Config;
+use crate::queue::DurableQueue;
 use crate::state::State;
 use crate::state::pending::SlotState;
+use crate::store::postgres::order_log::LogName;
+use crate::store::postgres::{Database, NodeLease};
 
 /// Time that a drain may take beyond the order timeout.
 const MARGIN: Duration = Duration::from_secs(3);
@@ -62,8 +65,8 @@ async fn run_empty(config: &Config, path: &mut OrderPath) -> bool {
             tracing::warn!(
                 "the database did not accept every order in time; giving up the orders that are not written"
             );
-            if let Some((journal, _)) = &path.journal {
-                journal.leave_backlog();
+            if let Some(durable) = path.queue.durable() {
+                durable.leave_backlog();
             }
             let _ = path.cut.send(true);
             (&mut path.workers).await
@@ -77,11 +80,11 @@ async fn run_empty(config: &Config, path: &mut OrderPath) -> bool {
 async fn settle_rest(state: &State, path: &OrderPath, wake_all: &crate::pipeline::WakeAll) -> bool {
     let mut clean = true;
     let mut wakers = Vec::new();
-    if let Some((journal, _)) = &path.journal {
-        let stopping = Arc::clone(journal);
-        let never_written = tokio::task::spawn_blocking(move || stopping.stop()).await;
-        for pending in never_written.unwrap_or_default() {
-            state.refuse(&pending);
+    let queue = Arc::clone(&path.queue);
+    let stopping = move || queue.durable().map(|durable| durable.stop());
+    if let Ok(Some(never_written)) = tokio::task::spawn_blocking(stopping).await {
+        for pending in never_written {
+            state.abandon(&pending);
             pending.slot.take_wakers(|waker| wakers.push(waker));
         }
     }
@@ -112,8 +115,8 @@ async fn close_connections(engine: &RunningEngine) {
     }
 }
 
-/// Releases the leases and the journal, and stops our own PostgreSQL. Returns true if no acknowledged order is
-/// left in the journal.
+/// Releases the leases and the order log, and stops our own PostgreSQL. Returns true if no acknowledged order is
+/// left in the log.
 async fn let_go(config: &Config, state: &State, path: &OrderPath, ownership: Ownership) -> bool {
     let Ownership {
         database,
@@ -126,23 +129,15 @@ async fn let_go(config: &Config, state: &State, path: &OrderPath, ownership: Own
         tracing::debug!(reason = %error, "the lease of order ids could not be returned; the next start begins its ids a little later");
     }
     let mut clean = true;
-    if let Some((journal, name)) = &path.journal {
-        match journal.outstanding() {
-            0 => {
-                // Another process may start without this journal.
-                if let Err(error) = database.release_journal(lease, name).await {
-                    tracing::debug!(reason = %error, "the database could not be told that the journal is empty");
-                } else if config.queue.journal.retain_for_slots.0.is_empty()
-                    && let Err(error) = journal.erase()
-                {
-                    tracing::warn!(reason = %error, "the journal's segments could not be deleted");
-                }
-            }
+    if let Some((durable, name)) = path.queue.durable().zip(path.log_name.as_ref()) {
+        match durable.outstanding() {
+            0 => release(config, &database, lease, path, durable, name).await,
             left => {
                 clean = false;
                 tracing::warn!(
                     orders = left,
-                    "acknowledged orders stay in the journal; the next start writes them"
+                    "acknowledged orders stay in {}; the next start writes them",
+                    durable.title()
                 );
             }
         }
@@ -167,4 +162,40 @@ async fn wait_for_sole_owner<T>(shared: Arc<T>) -> Arc<T> {
         tokio::task::yield_now().await;
     }
     shared
+}
+
+/// Notes that every order of the log is settled, so that another process may start without it, and gives the log up.
+async fn release(
+    config: &Config,
+    database: &Database,
+    lease: NodeLease,
+    path: &OrderPath,
+    durable: &dyn DurableQueue,
+    name: &LogName,
+) {
+    // After a failover the orders may be missing in the database.
+    let Some(timeline) = path.watermarks.whole_timeline() else {
+        tracing::warn!(
+            "the database was failed over; {} stays in use for the next start",
+            durable.title()
+        );
+        return;
+    };
+    let place = durable.last_position();
+    if let Err(error) = database
+        .release_log(lease, &name.id, place, &timeline)
+        .await
+    {
+        tracing::debug!(reason = %error, "the database could not be told that the order log is empty");
+        return;
+    }
+    if !config.queue.journal.retain_for_slots.0.is_empty() && place.is_none() {
+        // The standbys may not have everything in the journal yet.
+        return;
+    }
+    let queue = Arc::clone(&path.queue);
+    let erasing = move || queue.durable().map_or(Ok(()), |durable| durable.erase());
+    if let Ok(Err(error)) = tokio::task::spawn_blocking(erasing).await {
+        tracing::warn!(reason = %error, "{} could not be given up", durable.title());
+    }
 }

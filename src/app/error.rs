@@ -5,7 +5,9 @@ use std::path::PathBuf;
 
 use super::clock::ClockError;
 use crate::config::{Config, ConfigError};
-use crate::queue::journal::JournalError;
+use crate::queue::log::broker::BrokerError;
+use crate::queue::log::broker::reader::ReadError;
+use crate::queue::log::file::JournalError;
 use crate::store::StoreError;
 use crate::store::embedded::EmbeddedError;
 
@@ -59,14 +61,16 @@ pub enum StartError {
     /// The journal cannot be used.
     #[error(transparent)]
     Journal(JournalError),
-    /// The journal that may hold acknowledged orders is missing.
+    /// The order log that may hold acknowledged orders is missing.
     #[error(
-        "journal {noted} may hold acknowledged orders that the database does not have yet, and it is not here: {found}. Start with queue.backend = \"journal\" and queue.journal.dir where it is; or, if it is lost, give its orders up with `millrace journal abandon`"
+        "{title} ({noted}) may hold acknowledged orders that the database does not have yet, and it is not here: {found}. Start with the queue.backend and the settings that it was made with (a journal: queue.journal.dir where it is), so that it is emptied; or, if it is lost, give its orders up with `millrace queue abandon`"
     )]
     JournalAbsent {
-        /// The name of the missing journal.
+        /// The name of the missing log.
         noted: String,
-        /// The journal found instead, if any.
+        /// Its name for people.
+        title: String,
+        /// The log found instead, if any.
         found: String,
     },
     /// The journal here was written for another database.
@@ -79,6 +83,17 @@ pub enum StartError {
         /// Number of records in it.
         records: u64,
     },
+    /// The broker of the order log cannot be used.
+    #[error("{title} cannot be used: {reason}")]
+    Broker {
+        /// Its name for people.
+        title: String,
+        /// The broker's answer.
+        reason: BrokerError,
+    },
+    /// The broker's log cannot be taken over or read.
+    #[error(transparent)]
+    Log(#[from] ReadError),
     /// The clocks differ.
     #[error(transparent)]
     Clock(#[from] ClockError),

@@ -8,11 +8,12 @@
 //! ```
 
 mod background;
+pub(crate) mod brokers;
 mod clock;
 mod drain;
 mod error;
-mod journal;
 mod open;
+mod order_log;
 mod order_path;
 mod ownership;
 mod planes;
@@ -44,7 +45,7 @@ use crate::pipeline::admin::audit::Auditor;
 use crate::pipeline::admin::operator::Operator;
 use crate::pipeline::orders::intake::Intake;
 use crate::pipeline::orders::lookup::OrderLookup;
-use crate::queue::journal::disk::make_directory;
+use crate::queue::log::file::disk::make_directory;
 use crate::state::State;
 use crate::state::poison::Poison;
 use crate::store::postgres::Database;
@@ -209,10 +210,6 @@ fn control_plane_parts(
         state: Arc::clone(state),
         intake: Arc::clone(&path.intake),
         queue: Arc::clone(&path.queue),
-        journal: path
-            .journal
-            .as_ref()
-            .map(|(journal, _)| Arc::clone(journal)),
         acknowledge: Arc::clone(&path.acknowledge),
         health: handles.health,
         order_timeout: Duration::from_millis(config.orders.timeout_ms),

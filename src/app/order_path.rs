@@ -1,11 +1,13 @@
 //! The path of an order: intake, queue, workers.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 
 use super::StartError;
+use super::order_log::OwnedLog;
 use super::ownership::Ownership;
 use super::planes::Planes;
 use crate::config::{Backend, Config};
@@ -15,18 +17,19 @@ use crate::pipeline::failover::restore::Watermarks;
 use crate::pipeline::orders::intake::Intake;
 use crate::pipeline::orders::worker::{Worker, WorkerError, WorkerSlot};
 use crate::pipeline::orders::worker_pool::WorkerPool;
-use crate::queue::journal::{JournalParts, JournalQueue};
-use crate::queue::{OrderQueue, RingQueue};
+use crate::queue::log::broker::BrokerLimits;
+use crate::queue::{LoggedQueue, OrderQueue, QueueParts, RingQueue};
 use crate::state::State;
 use crate::store::batch::BatchWriter;
+use crate::store::postgres::order_log::LogName;
 use crate::supervise::Supervisor;
 
 /// Intake, queue and workers. The intake is not open yet.
 pub(super) struct OrderPath {
     pub(super) intake: Arc<Intake>,
     pub(super) queue: Arc<dyn OrderQueue>,
-    /// The same queue if it is a journal, and the journal's name.
-    pub(super) journal: Option<(Arc<JournalQueue>, String)>,
+    /// The name of its log, if it is durable.
+    pub(super) log_name: Option<LogName>,
     /// The right to acknowledge durable orders.
     pub(super) acknowledge: Arc<AcknowledgeLease>,
     pub(super) watermarks: Arc<Watermarks>,
@@ -47,13 +50,13 @@ impl OrderPath {
         supervisor: &Supervisor,
     ) -> Result<Self, StartError> {
         let acknowledge = Arc::new(AcknowledgeLease::new(config.queue.journal.lease_ms));
-        let (queue, journal): (Arc<dyn OrderQueue>, _) = match config.queue.backend {
+        let (queue, log_name): (Arc<dyn OrderQueue>, _) = match config.queue.backend {
             Backend::Memory => (Arc::new(RingQueue::new(config.queue.capacity)), None),
-            Backend::Journal => {
+            Backend::Journal | Backend::Redis | Backend::Kafka | Backend::RocketMq => {
                 let starting =
-                    start_journal(config, planes, ownership, state, &acknowledge, metrics);
-                let (journal, name) = starting.await?;
-                (Arc::clone(&journal) as _, Some((journal, name)))
+                    start_logged(config, planes, ownership, state, &acknowledge, metrics);
+                let (queue, name) = starting.await?;
+                (queue, Some(name))
             }
         };
         let intake = Intake::new(
@@ -64,6 +67,7 @@ impl OrderPath {
         let (cut, cut_seen) = watch::channel(false);
         let worker_count = config.worker_count();
         let watermarks = Arc::new(Watermarks::new(worker_count));
+        watermarks.set_whole(Some(ownership.database.timeline().await?));
         let pool = Arc::<WorkerPool>::default();
         let mut workers = JoinSet::new();
         for shard in 0..worker_count {
@@ -87,7 +91,7 @@ impl OrderPath {
         Ok(OrderPath {
             intake: Arc::new(intake.with_rate_limits(&config.rate_limit)),
             queue,
-            journal,
+            log_name,
             acknowledge,
             watermarks,
             workers: supervisor.task("the wait for the workers", all_end(workers)),
@@ -96,40 +100,52 @@ impl OrderPath {
     }
 }
 
-/// Starts the journal that was read and replayed, and records in the database that it is in use.
-async fn start_journal(
+/// Starts the queue over the log that was replayed, and records in the database that the log is in use.
+async fn start_logged(
     config: &Config,
     planes: &Planes,
     ownership: &mut Ownership,
     state: &Arc<State>,
     acknowledge: &Arc<AcknowledgeLease>,
     metrics: &Metrics,
-) -> Result<(Arc<JournalQueue>, String), StartError> {
-    let Some(opened) = ownership.journal.take() else {
-        unreachable!("journal::open opens the journal of this backend");
+) -> Result<(Arc<dyn OrderQueue>, LogName), StartError> {
+    let Some((log, name)) = ownership.log.take() else {
+        unreachable!("order_log::find finds the log of this backend");
     };
     let settings = &config.queue.journal;
-    let name = opened.identity.name();
     metrics.journal_bytes_max.set(settings.bytes_max as i64);
     let (may_acknowledge, poison) = (Arc::clone(acknowledge), Arc::clone(&state.poison));
-    let parts = JournalParts {
+    let parts = QueueParts {
         capacity: config.queue.capacity,
-        bytes_max: settings.bytes_max,
         epoch: ownership.lease.epoch,
-        retain: !settings.retain_for_slots.0.is_empty(),
         pending: Arc::clone(&state.pending),
         wake_all: Arc::clone(&planes.wake_all),
         may_acknowledge: Arc::new(move || may_acknowledge.holds()),
         on_end: Arc::new(move |reason| poison.set(reason)),
         metrics: metrics.clone(),
     };
-    // Creates the first segment, which waits for the disk.
-    let started = tokio::task::spawn_blocking(move || JournalQueue::start(opened, parts)).await;
-    let journal = started.map_err(|panic| StartError::Engine(std::io::Error::other(panic)))??;
-    // After the first segment, which keeps the journal's name, exists, and before the first acknowledgement.
-    let database = &ownership.database;
-    database.note_journal(ownership.lease, &name).await?;
-    Ok((Arc::new(journal), name))
+    let (bytes_max, retain) = (settings.bytes_max, !settings.retain_for_slots.0.is_empty());
+    let retain_ms = config.queue.retain_ms;
+    let place = log.marker();
+    // Creates a journal's first segment, which waits for the disk.
+    let starting = move || {
+        let log = match log {
+            OwnedLog::Journal(opened) => opened.start(bytes_max, retain)?,
+            OwnedLog::TakenOver(taken) => taken.start(BrokerLimits {
+                bytes_max,
+                retain: Duration::from_millis(retain_ms),
+                retain_for_slots: retain,
+            }),
+            OwnedLog::Broker(_) => unreachable!("recovery has taken it over"),
+        };
+        LoggedQueue::start(log, parts).map_err(StartError::Engine)
+    };
+    let started = tokio::task::spawn_blocking(starting).await;
+    let queue = started.map_err(|panic| StartError::Engine(std::io::Error::other(panic)))??;
+    // After the first segment, which keeps a journal's name, exists, and before the first acknowledgement.
+    let (database, lease) = (&ownership.database, ownership.lease);
+    database.note_log(lease, &name, place).await?;
+    Ok((Arc::new(queue), name))
 }
 
 /// Runs a worker to its end. A fatal error poisons the process.

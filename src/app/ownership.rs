@@ -5,14 +5,15 @@ use std::sync::Arc;
 use tokio::sync::Mutex;
 
 use super::open::{OpenDatabase, open_database, prepare_schema};
+use super::order_log::{self, OwnedLog};
 use super::planes::Planes;
-use super::{StartError, clock, journal};
+use super::{StartError, clock};
 use crate::config::Config;
 use crate::order::receipt::ReceiptKeys;
 use crate::order::{ClockReading, UnixMillis};
-use crate::queue::journal::Opened;
 use crate::store::embedded::Embedded;
 use crate::store::postgres::lease::{NodeGuard, Taken};
+use crate::store::postgres::order_log::LogName;
 use crate::store::postgres::{Database, NodeLease};
 
 /// The exclusive resources of the process that owns a database.
@@ -22,8 +23,8 @@ pub(super) struct Ownership {
     pub(super) lease: NodeLease,
     /// Keeps other processes away from this database.
     pub(super) guard: Arc<Mutex<NodeGuard>>,
-    /// The journal, if the queue is one, read and checked.
-    pub(super) journal: Option<Opened>,
+    /// The order log and its name, if the queue is durable.
+    pub(super) log: Option<(OwnedLog, LogName)>,
     pub(super) clock: ClockReading,
     pub(super) receipts: Arc<ReceiptKeys>,
     pub(super) writers: Writers,
@@ -36,13 +37,13 @@ pub(super) struct Ownership {
 }
 
 impl Ownership {
-    /// Reads the journal, opens the database, migrates its schema, compares the clocks and takes the node over.
+    /// Reads the order log, opens the database, migrates its schema, compares the clocks and takes the node over.
     pub(super) async fn take(
         config: &Config,
         planes: &Planes,
         receipt_secrets: &[String],
     ) -> Result<Self, StartError> {
-        let journal = journal::open(config, &planes.control).await?;
+        let log = order_log::find(config, &planes.control).await?;
         planes.control.progress("opening the database".to_owned());
         let OpenDatabase { database, embedded } = open_database(config).await?;
         let guard = database.claim().await?;
@@ -50,10 +51,11 @@ impl Ownership {
         let noted = planes.write_addresses(&config.data_dir);
         noted.map_err(|source| StartError::data_dir(config, source))?;
         prepare_schema(config, &database).await?;
-        let noted = database.noted_journal(&guard).await?;
-        journal::check(config, journal.as_ref(), noted.as_ref())?;
+        let noted = database.noted_log(&guard).await?;
+        order_log::check(config, log.as_ref(), noted.as_ref())?;
         let clock = clock::check(config, &database, &guard, embedded.is_some()).await?;
-        let ids_from = journal::id_high_water(journal.as_ref()).max(clock.now());
+        let logged = log.as_ref().map(|log| log.id_high_water());
+        let ids_from = logged.unwrap_or(UnixMillis(0)).max(clock.now());
         let writers = Writers::beside(config.worker_count());
         let Taken {
             lease,
@@ -69,7 +71,13 @@ impl Ownership {
             embedded: embedded.map(|embedded| Arc::new(Mutex::new(embedded))),
             lease,
             guard: Arc::new(Mutex::new(guard)),
-            journal,
+            log: log.map(|log| {
+                let name = LogName {
+                    id: log.name(),
+                    title: log.title(),
+                };
+                (log.owned(issuer.database, lease, noted.as_ref()), name)
+            }),
             clock,
             receipts: Arc::new(ReceiptKeys::new(receipt_secrets, &issuer)),
             writers,

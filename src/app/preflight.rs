@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use rustix::fs::{Access, access};
 
-use super::{StartError, open_database, receipt_keys};
+use super::{StartError, brokers, open_database, receipt_keys};
 use crate::config::{Backend, Config, Migrate};
 use crate::http::data_plane::payments::providers::Providers;
 use crate::store::embedded::Embedded;
@@ -20,6 +20,7 @@ pub(super) fn look(config: &Config) -> Result<Providers, StartError> {
     let mut directories = vec![("data_dir", config.data_dir.clone())];
     match config.queue.backend {
         Backend::Memory => {}
+        Backend::Redis | Backend::Kafka | Backend::RocketMq => drop(brokers::client(config)?),
         Backend::Journal => directories.push(("queue.journal.dir", config.journal_dir())),
     }
     for (field, path) in directories {

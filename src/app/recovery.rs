@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
 use super::StartError;
+use super::order_log::OwnedLog;
 use super::ownership::Ownership;
 use crate::config::{Backend, Config};
 use crate::faults::{bug, crash_point};
@@ -20,8 +21,7 @@ use crate::http::control_plane::ControlPlane;
 use crate::order::{ClockReading, IdClock, Order, OrderId, OrderStatus, SkuId, SkuNumber};
 use crate::pipeline::failover::replay::{Applied, Replayer};
 use crate::pipeline::orders::parking;
-use crate::queue::journal::Opened;
-use crate::queue::journal::record::Record;
+use crate::queue::log::record::Record;
 use crate::state::State;
 use crate::state::buyers::Buyers;
 use crate::state::expiry_index::ExpiryIndex;
@@ -35,6 +35,7 @@ use crate::state::stock::Catalogue;
 use crate::state::throughput::ThroughputEstimator;
 use crate::store::StoreError;
 use crate::store::batch::BatchWriter;
+use crate::store::postgres::order_log::LogName;
 use crate::store::postgres::window::ReadProgress;
 use crate::store::postgres::{Database, NodeLease};
 
@@ -54,12 +55,23 @@ pub(super) async fn state(
 ) -> Result<Arc<State>, StartError> {
     let (database, lease, clock) = (&ownership.database, ownership.lease, ownership.clock);
     let orphans = orphans(database).await?;
-    if let Some(journal) = ownership.journal.take() {
-        let replayed = replay(config, database, lease, journal, &orphans, clock, control).await?;
-        ownership.journal = Some(replayed);
+    let mut high_water = ownership.id_high_water;
+    if let Some((log, name)) = ownership.log.take() {
+        let log = replay(
+            config,
+            database,
+            lease,
+            (log, &name),
+            &orphans,
+            clock,
+            control,
+        )
+        .await?;
+        high_water = high_water.max(log.id_high_water());
+        ownership.log = Some((log, name));
     }
     control.progress("reading the database".to_owned());
-    let (high_water, leased_until) = (ownership.id_high_water, ownership.ids_leased_until);
+    let leased_until = ownership.ids_leased_until;
     let ids = IdClock::going_on(clock, lease.node as u8, high_water, leased_until);
     // From here on keys are known for this long. Orders of the journal belong to an earlier window.
     let window_from = OrderId::floor_of(ids.now());
@@ -111,20 +123,21 @@ async fn replay(
     config: &Config,
     database: &Database,
     lease: NodeLease,
-    journal: Opened,
+    (log, name): (OwnedLog, &LogName),
     orphans: &Orphans,
     clock: ClockReading,
     control: &ControlPlane,
-) -> Result<Opened, StartError> {
-    let total = journal.scanned.records;
-    if total == 0 {
-        return Ok(journal);
+) -> Result<OwnedLog, StartError> {
+    let total = log.total();
+    if total == Some(0) {
+        return Ok(log);
     }
+    let title = &name.title;
     let started = Instant::now();
     let (parts, mut read) = mpsc::channel::<Vec<Order>>(1);
     let reading = tokio::task::spawn_blocking(move || {
         let mut part = Vec::with_capacity(PART);
-        let result = journal.records(|record| {
+        let result = log.records(|record| {
             if let Record::Order(order) = record {
                 part.push(*order);
             }
@@ -134,7 +147,7 @@ async fn replay(
             }
         });
         let _ = parts.blocking_send(part);
-        result.map(|()| journal)
+        result
     });
     let shard = i16::try_from(config.worker_count()).unwrap_or(i16::MAX);
     let mut replayer = Replayer::new(
@@ -165,21 +178,23 @@ async fn replay(
         }
         replayer.apply(&part).await?;
         crash_point("recovery.replayed_part");
-        control.progress(format!("replaying the journal: {done} of {total} orders"));
+        let of = total.map_or_else(String::new, |total| format!(" of {total}"));
+        control.progress(format!("replaying {title}: {done}{of} orders"));
         if told.elapsed() > PROGRESS {
             told = Instant::now();
             let rate = done as f64 / started.elapsed().as_secs_f64();
-            let seconds_left = (total - done) as f64 / rate.max(1.0);
+            let seconds_left =
+                total.map(|total| ((total - done) as f64 / rate.max(1.0)).ceil() as u64);
             tracing::info!(
                 orders = done,
                 of = total,
                 rate = rate as u64,
-                seconds_left = seconds_left.ceil() as u64,
-                "replaying the journal"
+                seconds_left,
+                "replaying {title}"
             );
         }
     }
-    let journal = reading
+    let log = reading
         .await
         .map_err(|panic| StartError::Engine(std::io::Error::other(panic)))??;
     let Applied {
@@ -197,9 +212,9 @@ async fn replay(
         refused,
         parked,
         ms = started.elapsed().as_millis() as u64,
-        "replayed the journal"
+        "replayed {title}"
     );
-    Ok(journal)
+    Ok(log)
 }
 
 /// The orders that payments wait for. They are read before the replay, so that an order that is written late
@@ -224,7 +239,9 @@ async fn recover(
 ) -> Result<State, StoreError> {
     let workers_hold = config.worker_count() * config.workers.batch_rows_max;
     let before_the_ring = match config.queue.backend {
-        Backend::Journal => config.queue.capacity,
+        Backend::Journal | Backend::Redis | Backend::Kafka | Backend::RocketMq => {
+            config.queue.capacity
+        }
         Backend::Memory => 0,
     };
     let in_flight_max = before_the_ring + config.queue.capacity + workers_hold;

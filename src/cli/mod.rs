@@ -5,11 +5,11 @@ mod client;
 mod config_check;
 mod config_reference;
 mod demo;
-mod journal;
 mod load;
 mod logging;
 mod migrate;
 mod output;
+mod queue;
 mod serve;
 mod signals;
 
@@ -48,8 +48,9 @@ enum Command {
     Audit(audit::AuditArgs),
     /// Bring the database schema up to date, or print its SQL.
     Migrate(migrate::MigrateArgs),
-    /// Look at the journal, check it, or give it up.
-    Journal(journal::JournalArgs),
+    /// Look at the order log, check it, or give it up.
+    #[command(alias = "journal")]
+    Queue(queue::QueueArgs),
     /// Look at the configuration.
     Config {
         #[command(subcommand)]
@@ -125,7 +126,7 @@ async fn run(cli: Cli) -> anyhow::Result<bool> {
         Command::Load(args) => load::run(args).await,
         Command::Audit(args) => audit::run(&args).await,
         Command::Migrate(args) => migrate::run(&args).await,
-        Command::Journal(args) => journal::run(&args).await,
+        Command::Queue(args) => queue::run(&args).await,
         Command::Config {
             command: ConfigCommand::Check(args),
         } => config_check::run(&args).await,

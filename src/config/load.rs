@@ -69,6 +69,9 @@ impl Config {
         ];
         let texts = [
             &mut shown.database.url,
+            &mut shown.queue.redis.url,
+            &mut shown.queue.kafka.sasl_password.0,
+            &mut shown.queue.rocketmq.secret_key.0,
             &mut shown.payments.wechatpay.apiv3_key.0,
         ];
         lists
@@ -87,6 +90,31 @@ impl Config {
                 .map_or(2, usize::from)
                 .clamp(2, 8),
             count => count,
+        }
+    }
+
+    /// The key of the order log's stream in Redis.
+    pub fn redis_stream(&self) -> String {
+        match self.queue.redis.stream.as_str() {
+            "" => format!("millrace:{}:0", self.database.schema),
+            stream => stream.to_owned(),
+        }
+    }
+
+    /// The order log's topic in Kafka.
+    pub fn kafka_topic(&self) -> String {
+        self.topic(&self.queue.kafka.topic)
+    }
+
+    /// The order log's topic in RocketMQ.
+    pub fn rocketmq_topic(&self) -> String {
+        self.topic(&self.queue.rocketmq.topic)
+    }
+
+    fn topic(&self, configured: &str) -> String {
+        match configured {
+            "" => format!("millrace-{}", self.database.schema),
+            topic => topic.to_owned(),
         }
     }
 

@@ -211,8 +211,69 @@ pub struct Queue {
     /// anything is held.
     #[schemars(range(min = 1, max = 10_000_000))]
     pub capacity: usize,
-    /// The write-ahead log of `backend = "journal"`.
+    /// Time for which a broker keeps orders after they are rows, in milliseconds: a failover of PostgreSQL that
+    /// loses commits finds them there. The journal keeps them for `queue.journal.retain_for_slots` alone.
+    #[schemars(range(min = 0, max = 604_800_000))]
+    pub retain_ms: u64,
+    /// The write-ahead log of `backend = "journal"`. Its `bytes_max`, `lease_ms` and `retain_for_slots` hold for
+    /// every durable backend.
     pub journal: Journal,
+    /// The stream of `backend = "redis"`.
+    pub redis: Redis,
+    /// The topic of `backend = "kafka"`.
+    pub kafka: Kafka,
+    /// The topic of `backend = "rocketmq"`.
+    pub rocketmq: RocketMq,
+}
+
+/// `[queue.redis]`
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+pub struct Redis {
+    /// `redis://` or, with TLS, `rediss://[user:password@]host[:port]`. Redis or Valkey, one primary.
+    pub url: String,
+    /// Key of the stream. Empty: `millrace:{schema}:{node}`.
+    pub stream: String,
+    /// Replicas that must confirm each group (`WAIT`, from 7.2 on `WAITAOF`) before its orders are acknowledged.
+    #[schemars(range(min = 0, max = 16))]
+    pub replicas_min: u32,
+}
+
+/// `[queue.kafka]`
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+pub struct Kafka {
+    /// Brokers to ask first: `host:port`, separated by commas.
+    pub bootstrap: String,
+    /// The topic. Empty: `millrace-{schema}`. Each node has a partition of its own.
+    pub topic: String,
+    /// Whether connections use TLS, with the system's certificate authorities or those of `ca_file`.
+    pub tls: bool,
+    /// PEM file with the certificate authorities to trust. Empty: the system's.
+    #[schemars(with = "String")]
+    pub ca_file: PathBuf,
+    /// SASL mechanism: `plain`, `scram-sha-256` or `scram-sha-512`. Empty: no SASL.
+    pub sasl_mechanism: String,
+    /// User of SASL.
+    pub sasl_user: String,
+    /// Password of SASL.
+    #[schemars(with = "String")]
+    pub sasl_password: Secret,
+}
+
+/// `[queue.rocketmq]`
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+pub struct RocketMq {
+    /// Name servers: `host:port`, separated by semicolons.
+    pub namesrv: String,
+    /// The topic. Empty: `millrace-{schema}`. Each node has a queue of its own.
+    pub topic: String,
+    /// Access key, if the broker checks permissions.
+    pub access_key: String,
+    /// Secret key of the access key.
+    #[schemars(with = "String")]
+    pub secret_key: Secret,
 }
 
 /// `[queue.journal]`
@@ -248,6 +309,12 @@ pub enum Backend {
     Journal,
     /// The ring in memory alone: `respond-async` falls back to waiting.
     Memory,
+    /// A stream of Redis or Valkey: an acknowledged order survives the loss of this machine.
+    Redis,
+    /// A topic of Apache Kafka, likewise.
+    Kafka,
+    /// A topic of Apache RocketMQ, likewise.
+    RocketMq,
 }
 
 /// `[workers]`
@@ -501,7 +568,11 @@ impl Default for Queue {
         Queue {
             backend: Backend::Journal,
             capacity: 65_536,
+            retain_ms: 600_000,
             journal: Journal::default(),
+            redis: Redis::default(),
+            kafka: Kafka::default(),
+            rocketmq: RocketMq::default(),
         }
     }
 }

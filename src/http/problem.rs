@@ -158,6 +158,12 @@ impl From<Refusal> for Problem {
                 "the journal's disk has failed; nothing was held; orders without respond-async are taken",
             )
             .retry_after(30),
+            Refusal::QueueUnavailable => Problem::new(
+                503,
+                code,
+                "the broker of the order log takes no orders now; nothing was held; orders without respond-async are taken",
+            )
+            .retry_after(2),
         }
     }
 }

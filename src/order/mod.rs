@@ -19,6 +19,7 @@
 //! [`OrderStatus::may_become`] is the transition table, and a test walks every pair.
 
 mod id;
+pub mod log_place;
 pub mod payment;
 pub mod receipt;
 mod refusal;

@@ -58,6 +58,8 @@ pub enum Refusal {
     JournalFull,
     /// The journal's disk has failed; orders that wait for persistence are still taken.
     JournalFailed,
+    /// The broker of the order log is away, full or refuses; orders that wait for persistence are still taken.
+    QueueUnavailable,
 }
 
 impl Refusal {
@@ -78,6 +80,7 @@ impl Refusal {
             Refusal::Backlogged { .. } | Refusal::Overloaded | Refusal::MemoryFull => "overloaded",
             Refusal::JournalFull => "journal_full",
             Refusal::JournalFailed => "journal_failed",
+            Refusal::QueueUnavailable => "queue_unavailable",
         }
     }
 
@@ -116,6 +119,7 @@ mod tests {
             Refusal::MemoryFull,
             Refusal::JournalFull,
             Refusal::JournalFailed,
+            Refusal::QueueUnavailable,
         ];
         assert!(ordered.windows(2).all(|pair| pair[0] < pair[1]));
     }

@@ -14,7 +14,8 @@
 //!
 //! Stock is held before an order is queued.
 
-pub mod journal;
+pub mod log;
+mod logged;
 mod mpmc;
 mod ring;
 
@@ -24,9 +25,10 @@ use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 
-use crate::order::{Order, OrderId};
+use crate::order::{Order, OrderId, UnixMillis};
 use crate::state::pending::PendingOrder;
-pub use journal::Permit;
+pub use log::Permit;
+pub use logged::{LoggedQueue, QueueParts};
 pub use ring::RingQueue;
 
 /// The events that an order in the queue survives.
@@ -36,6 +38,8 @@ pub enum Durability {
     Volatile,
     /// The end of the process and the loss of power.
     Machine,
+    /// The loss of this machine too: a broker has it.
+    Broker,
 }
 
 /// The queue did not take the order, and returns it.
@@ -104,10 +108,12 @@ pub enum NotDurable {
     /// This process may not acknowledge, because it could not renew its lease in the database for
     /// too long.
     NoLease,
+    /// The log takes no groups at the moment: its broker is away, full or refuses.
+    Away,
 }
 
 /// A queue whose orders survive the process.
-pub trait DurableQueue {
+pub trait DurableQueue: Send + Sync {
     /// Reserves room for an order with these attributes, before its stock is held.
     ///
     /// # Errors
@@ -128,14 +134,71 @@ pub trait DurableQueue {
     /// Reports orders that the database has: rows, dead letters or parked orders. The queue may forget them.
     fn settled(&self, orders: &[Arc<PendingOrder>]);
 
-    /// Whether an order with this id may be waiting on the disk. Reads nothing from there.
+    /// Whether an order with this id may be waiting in the log. Reads nothing from there.
     fn may_hold(&self, id: OrderId) -> bool;
 
-    /// The order with this id, if it waits on the disk instead of in memory. Reads from the disk.
+    /// The order with this id, if it waits in the log instead of in memory. Reads from the log.
     ///
     /// # Errors
-    /// If the disk fails.
+    /// If the log cannot be read.
     fn find(&self, id: OrderId) -> io::Result<Option<Order>>;
+
+    /// Writes a lease on order ids, for use while the database is unreachable. True: it is durable.
+    fn lease_ids(&self, until: UnixMillis) -> Pin<Box<dyn Future<Output = bool> + Send + '_>>;
+
+    /// Name of its log in messages.
+    fn title(&self) -> String;
+
+    /// The reason why it acknowledges nothing until a restart, if that is so.
+    fn failure(&self) -> Option<String>;
+
+    /// The reason why its log takes nothing at the moment, if that is so.
+    fn away(&self) -> Option<String>;
+
+    /// Bytes of its log.
+    fn bytes(&self) -> u64;
+
+    /// Orders that wait in the log instead of in memory.
+    fn spilled(&self) -> usize;
+
+    /// Orders that are not yet settled in the database.
+    fn outstanding(&self) -> u64;
+
+    /// Number of the newest span of which every order is settled, with all spans before it.
+    fn settled_up_to(&self) -> u64;
+
+    /// The place of the last group of `span`, if the log's place is kept in PostgreSQL.
+    fn position_of(&self, span: u64) -> Option<log::broker::Position>;
+
+    /// Notes that PostgreSQL has the place of `span`.
+    fn note(&self, span: u64);
+
+    /// The place of the last group, if the log's place is kept in PostgreSQL.
+    fn last_position(&self) -> Option<log::broker::Position>;
+
+    /// Permits forgetting of spans up to `span`, if the log retains them.
+    fn confirm(&self, span: u64);
+
+    /// Passes every order still in the log to `each`, oldest first, from this process and earlier ones. Excluded
+    /// are orders that wait there: they are yet to be written.
+    ///
+    /// # Errors
+    /// If the log cannot be read or is damaged.
+    fn read_all(&self, each: &mut dyn FnMut(Order)) -> io::Result<()>;
+
+    /// Leaves orders that wait in the log to the next process: the queue ends once the orders in memory are
+    /// taken.
+    fn leave_backlog(&self);
+
+    /// Gives the log up after [`DurableQueue::stop`], once every order is settled: another log may then take its
+    /// place.
+    ///
+    /// # Errors
+    /// If that fails. What remains is a sound log.
+    fn erase(&self) -> io::Result<()>;
+
+    /// Stops the threads. Returns orders that were never appended; none was acknowledged.
+    fn stop(&self) -> Vec<Arc<PendingOrder>>;
 }
 
 /// Orders that one consumer took from a queue and still owns. Dropping it before [`Batch::ack`]
@@ -161,7 +224,7 @@ impl Batch {
     }
 
     /// Acknowledges every order: the consumer is responsible for all of them, and none is delivered
-    /// again. A durable queue keeps them on the disk until [`DurableQueue::settled`].
+    /// again. A durable queue keeps them in its log until [`DurableQueue::settled`].
     pub fn ack(mut self) {
         self.orders.clear();
     }

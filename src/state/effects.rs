@@ -111,28 +111,15 @@ impl State {
         self.pending.remove(pending.order.id);
     }
 
-    /// Abandons an order, unless a worker has claimed it. True: it was abandoned.
+    /// Abandons an order, unless a worker has claimed it or a log may have it. True: it was abandoned.
     pub fn abandon(&self, pending: &Arc<PendingOrder>) -> bool {
         if !pending.slot.abandon() {
             return false;
         }
-        self.forget(pending);
-        true
-    }
-
-    /// Refuses an order that did not reach the journal. True: it was refused.
-    pub fn refuse(&self, pending: &Arc<PendingOrder>) -> bool {
-        if !pending.slot.refuse() {
-            return false;
-        }
-        self.forget(pending);
-        true
-    }
-
-    fn forget(&self, pending: &Arc<PendingOrder>) {
         self.release(&pending.order);
         self.buyers.forget(&pending.order.user_id, pending.order.id);
         self.pending.remove(pending.order.id);
+        true
     }
 
     /// Ends an order whose row was payable, or is gone: its units are free, once.

@@ -16,7 +16,6 @@ fn restorer(line: &Line) -> (Restorer, Arc<Watermarks>) {
     let restorer = Restorer {
         state: Arc::clone(&line.state),
         queue: Arc::clone(&line.queue) as _,
-        journal: None,
         database: line.sale.database.clone(),
         lease: line.sale.lease(),
         watermarks: Arc::clone(&watermarks),

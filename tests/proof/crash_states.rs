@@ -3,8 +3,8 @@
 
 use std::collections::BTreeMap;
 
-use millrace::queue::journal::JournalError;
-use millrace::queue::journal::sector::SECTOR;
+use millrace::queue::log::file::JournalError;
+use millrace::queue::log::file::sector::SECTOR;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -210,9 +210,9 @@ impl<'a> Sound<'a> {
         let opened = open(&SimDisk::with(files)).map_err(|error| error.to_string())?;
         let groups = opened.scanned.groups.iter().map(|at| {
             (
-                format!("{:016}.segment", at.segment.number),
+                format!("{:016}.segment", at.span),
                 at.place,
-                u64::from(at.sectors),
+                u64::from(at.length),
             )
         });
         let groups: Vec<(String, u64, u64)> = groups.collect();

@@ -10,9 +10,9 @@ use millrace::metrics::Metrics;
 use millrace::order::{
     Currency, KeyHash, Order, OrderId, PayloadHash, Quantity, SkuId, SkuNumber, UnixMillis, UserId,
 };
-use millrace::queue::journal::record::Record;
-use millrace::queue::journal::{JournalError, JournalParts, JournalQueue, Opened};
-use millrace::queue::{DurableQueue, NotDurable, OrderQueue};
+use millrace::queue::log::file::{JournalError, Opened};
+use millrace::queue::log::record::Record;
+use millrace::queue::{DurableQueue, LoggedQueue, NotDurable, OrderQueue, QueueParts};
 use millrace::state::pending::{Pending, PendingOrder, SlotState};
 use rand::Rng;
 use rand::rngs::StdRng;
@@ -59,7 +59,7 @@ impl Known {
 /// The fixture.
 pub struct Fixture {
     pub disk: SimDisk,
-    pub queue: JournalQueue,
+    pub queue: LoggedQueue,
     pub known: HashMap<OrderId, Known>,
     next_id: u64,
 }
@@ -71,11 +71,9 @@ pub fn open(disk: &SimDisk) -> Result<Opened, JournalError> {
 impl Fixture {
     /// A journal that goes on from what is on `disk`; ids from `next_id`.
     pub fn start(disk: SimDisk, next_id: u64, capacity: usize) -> Result<Self, JournalError> {
-        let parts = JournalParts {
+        let parts = QueueParts {
             capacity,
-            bytes_max: BYTES_MAX,
             epoch: 1,
-            retain: false,
             pending: Arc::new(Pending::with_capacity(64)),
             wake_all: Arc::new(|wakers| wakers.into_iter().for_each(Waker::wake)),
             may_acknowledge: Arc::new(|| true),
@@ -83,7 +81,12 @@ impl Fixture {
             metrics: Metrics::new().unwrap(),
         };
         Ok(Fixture {
-            queue: JournalQueue::start(open(&disk)?, parts)?,
+            queue: LoggedQueue::start(open(&disk)?.start(BYTES_MAX, false)?, parts).map_err(
+                |source| JournalError::Io {
+                    doing: "starting the queue",
+                    source,
+                },
+            )?,
             disk,
             known: HashMap::new(),
             next_id,
@@ -108,7 +111,11 @@ impl Fixture {
             at: AtomicUsize::new(NEVER),
         });
         let waker = Arc::new(Waker::from(Arc::clone(&noted)));
-        let pending = Arc::new(PendingOrder::appending(order.clone(), Some(waker)));
+        let pending = Arc::new(PendingOrder::appending(
+            order.clone(),
+            deadline,
+            Some(waker),
+        ));
         *noted.pending.lock().unwrap() = Some(Arc::clone(&pending));
         let id = order.id;
         let known = Known {
@@ -213,7 +220,7 @@ pub fn segments(files: &BTreeMap<String, Vec<u8>>) -> Vec<String> {
     names.cloned().collect()
 }
 
-fn order(number: u64, rng: &mut StdRng) -> Order {
+pub fn order(number: u64, rng: &mut StdRng) -> Order {
     let attributes = rng.random_bool(0.7).then(|| {
         let length = rng.random_range(0..1_000);
         format!("{{\"a\":\"{}\"}}", "x".repeat(length)).into_boxed_str()

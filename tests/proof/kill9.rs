@@ -1,9 +1,10 @@
 //! The real binary under mixed load, killed again and again: at random moments, and by itself at
 //! each point of `faults::CRASH_POINTS` in turn. No answer to a client may turn out false.
 //!
-//! In two forms: `kill9` is about orders and their way into the database; `payments` is about what
+//! In three forms: `kill9` is about orders and their way into the database; `payments` is about what
 //! happens to them afterwards, with a payment platform that delivers callbacks all the while, and
-//! with the points of the settlement.
+//! with the points of the settlement; `broker` keeps the accepted orders on Redis, Kafka and RocketMQ, and
+//! also kills the broker, and loses the machine of the process: everything in its directory but PostgreSQL.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -20,6 +21,7 @@ use super::checker::{Checker, Findings, compare_until, read_rows};
 use super::load::{Load, Settings, audit, check, compare_counters, retry_some};
 use super::outcome::{Why, block_on, in_series};
 use super::platform::Platform;
+use crate::support::brokers::{Broker, Kind};
 use crate::support::postgres::connect;
 use crate::support::served::{DataDir, OwnPostgres, PATIENCE, Served, tail};
 use crate::support::webhook::SECRET;
@@ -38,13 +40,15 @@ const SETTLING: Duration = Duration::from_secs(20);
 /// Orders that a database loses at once.
 const LOST_MAX: usize = 5;
 
-/// Which of the two it is.
+/// Which of the three it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Form {
     /// Orders alone.
     Orders,
     /// Orders, payments, expiry, recovery from receipts.
     Payments,
+    /// Orders, accepted by a broker.
+    Broker(Kind),
 }
 
 impl Form {
@@ -52,12 +56,24 @@ impl Form {
         match self {
             Form::Orders => "kill9",
             Form::Payments => "payments",
+            Form::Broker(Kind::Redis) => "broker redis",
+            Form::Broker(Kind::Kafka) => "broker kafka",
+            Form::Broker(Kind::RocketMq) => "broker rocketmq",
         }
     }
 
     /// The points that it crashes at.
     fn points(self) -> Vec<&'static str> {
-        let is_ours = |point: &&str| point.starts_with("settlement.") == (self == Form::Payments);
+        let is_ours = |point: &&str| match self {
+            Form::Orders => !point.starts_with("log.") && !point.starts_with("settlement."),
+            Form::Payments => point.starts_with("settlement."),
+            // The journal's own are those of its files.
+            Form::Broker(_) => {
+                let of_files = point.starts_with("journal.")
+                    && !["journal.acknowledged", "journal.read_back"].contains(point);
+                !of_files && !point.starts_with("settlement.")
+            }
+        };
         CRASH_POINTS.into_iter().filter(is_ours).collect()
     }
 }
@@ -70,6 +86,34 @@ pub fn run(cycles: u64) -> Result<String, Why> {
 /// The same with payments.
 pub fn run_with_payments(cycles: u64) -> Result<String, Why> {
     Ok(with_bug(Form::Payments, cycles, None)?)
+}
+
+/// The same on each broker, so many cycles each. `MILLRACE_BROKER` chooses one.
+pub fn run_with_brokers(cycles: u64) -> Result<String, Why> {
+    let chosen = std::env::var("MILLRACE_BROKER").ok();
+    let kinds = [
+        (Kind::Redis, "redis"),
+        (Kind::Kafka, "kafka"),
+        (Kind::RocketMq, "rocketmq"),
+    ];
+    let mut said = Vec::new();
+    for (kind, name) in kinds {
+        if chosen.as_ref().is_some_and(|chosen| chosen != name) {
+            continue;
+        }
+        // Found out first, so that the proof can say that it was not run.
+        match Broker::start(kind) {
+            None => said.push(format!("{name}: not run")),
+            Some(_) => {
+                let figures = with_bug(Form::Broker(kind), cycles, None)?;
+                said.push(format!("{name}: {figures}"));
+            }
+        }
+    }
+    if said.iter().all(|figures| figures.ends_with("not run")) {
+        return Err(Why::NotRun("no broker could be had".to_owned()));
+    }
+    Ok(said.join("; "))
 }
 
 /// The same with a deliberate defect, to show that it is found.
@@ -125,6 +169,33 @@ impl fmt::Display for Points {
     }
 }
 
+/// What is killed beside the process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ordeal {
+    Process,
+    /// The broker, which comes back while the process runs.
+    BrokerFirst,
+    /// The broker, which comes back after the process has died.
+    Both,
+    /// The machine of the process.
+    Machine,
+}
+
+impl Ordeal {
+    fn choose(random: &mut StdRng, has_broker: bool) -> Self {
+        match random.random_range(0..4) {
+            1 if has_broker => Ordeal::BrokerFirst,
+            2 if has_broker => Ordeal::Both,
+            3 if has_broker => Ordeal::Machine,
+            _ => Ordeal::Process,
+        }
+    }
+
+    fn kills_broker(self) -> bool {
+        matches!(self, Ordeal::BrokerFirst | Ordeal::Both)
+    }
+}
+
 struct Proof {
     random: StdRng,
     checker: Checker,
@@ -134,6 +205,7 @@ struct Proof {
     /// How often an order is looked for before it is recovered.
     checks: u32,
     data_dir: DataDir,
+    broker: Option<Broker>,
 }
 
 impl Proof {
@@ -152,6 +224,10 @@ impl Proof {
             points,
             checks: 1,
             data_dir,
+            broker: match form {
+                Form::Broker(kind) => Broker::start(kind),
+                Form::Orders | Form::Payments => None,
+            },
         }
     }
 
@@ -176,6 +252,7 @@ impl Proof {
 
     fn environment(&self, settings: &Settings) -> Vec<(String, String)> {
         let mut all = settings.environment();
+        all.extend(self.broker.iter().flat_map(|broker| broker.env()).cloned());
         if self.platform.is_some() {
             let more = [
                 ("ORDERS__PAYMENT_TTL_MS", PAYMENT_TTL_MS.to_string()),
@@ -270,7 +347,47 @@ impl Proof {
     ) -> Result<(), String> {
         let served = self.start(settings)?;
         let until = Duration::from_millis(self.random.random_range(20..700));
-        self.load(cycle, served, flood, |_| std::thread::sleep(until));
+        let mut broker = self.broker.take();
+        let ordeal = Ordeal::choose(&mut self.random, broker.is_some());
+        let pause = Duration::from_millis(self.random.random_range(0..400));
+        self.load(cycle, served, flood, |_| {
+            std::thread::sleep(until);
+            if let Some(broker) = &mut broker
+                && ordeal.kills_broker()
+            {
+                broker.kill9();
+                std::thread::sleep(pause);
+                if ordeal == Ordeal::BrokerFirst {
+                    broker.start_again();
+                    std::thread::sleep(until);
+                }
+            }
+        });
+        if let Some(broker) = &mut broker
+            && ordeal == Ordeal::Both
+        {
+            broker.start_again();
+        }
+        self.broker = broker;
+        if ordeal == Ordeal::Machine {
+            self.lose_machine()?;
+        }
+        Ok(())
+    }
+
+    /// The machine of the process is lost, with everything that it kept on its disk. PostgreSQL is elsewhere.
+    fn lose_machine(&self) -> Result<(), String> {
+        let lost = |error: std::io::Error| format!("to lose the machine: {error}");
+        for entry in std::fs::read_dir(self.dir()).map_err(lost)? {
+            let path = entry.map_err(lost)?.path();
+            if path.ends_with("postgres") {
+                continue;
+            }
+            match path.is_dir() {
+                true => std::fs::remove_dir_all(&path).map_err(lost)?,
+                false => std::fs::remove_file(&path).map_err(lost)?,
+            }
+        }
         Ok(())
     }
 
@@ -284,7 +401,7 @@ impl Proof {
             // Passed once in a while, or once in a life.
             "journal.segment_created" | "journal.segment_renamed" | "recovery.replayed" => 1,
             "journal.before_retire" | "journal.after_retire" => self.random.random_range(1..=2),
-            "recovery.replayed_part" => 1,
+            "recovery.replayed_part" | "log.marked" => 1,
             _ => self.random.random_range(1..=30),
         };
         let mut all = self.environment(settings);

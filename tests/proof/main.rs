@@ -18,6 +18,7 @@ mod kill9;
 mod load;
 mod log;
 mod nth_call;
+mod order_log;
 mod outcome;
 mod platform;
 #[cfg(target_os = "linux")]
@@ -68,6 +69,12 @@ const PROOFS: &[Proof] = &[
         run: nth_call::run,
     },
     Proof {
+        name: "order_log",
+        counts: "lives of a log on a simulated broker that fails in every way",
+        short: 400,
+        run: order_log::run,
+    },
+    Proof {
         name: "kill9",
         counts: "cycles of load, kill -9 and recovery",
         short: 8,
@@ -84,6 +91,12 @@ const PROOFS: &[Proof] = &[
         counts: "cycles of load with payments, kill -9 and recovery",
         short: 6,
         run: kill9::run_with_payments,
+    },
+    Proof {
+        name: "broker",
+        counts: "cycles on each broker of load, the process, the broker or the machine killed, and recovery",
+        short: 3,
+        run: kill9::run_with_brokers,
     },
     Proof {
         name: "power",
@@ -120,7 +133,7 @@ const PROOFS: &[Proof] = &[
         name: "mutants",
         counts: "deliberate defects that have to be caught",
         // Those that are caught in a process of their own, every time.
-        short: 10,
+        short: 14,
         run: mutants::run,
     },
 ];

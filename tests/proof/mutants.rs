@@ -66,6 +66,26 @@ const CAUGHT_BY: &[(&str, &str, Catch)] = &[
         Alone("crash_states", 3_000),
     ),
     (
+        "acknowledge_before_broker",
+        "acknowledged before the broker confirmed",
+        Alone("order_log", 400),
+    ),
+    (
+        "unknown_is_success",
+        "an unknown outcome of an append taken for success",
+        Alone("order_log", 400),
+    ),
+    (
+        "no_fence",
+        "a group behind a later process's marker acknowledged",
+        Alone("order_log", 400),
+    ),
+    (
+        "read_stale_epoch",
+        "a group behind a later process's marker read back",
+        Alone("order_log", 400),
+    ),
+    (
         "pay_after_the_deadline",
         "a payment judged without its deadline",
         Alone("settlement", 100),

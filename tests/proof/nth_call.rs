@@ -3,8 +3,7 @@
 
 use std::time::Instant;
 
-use millrace::queue::NotDurable;
-use millrace::queue::OrderQueue;
+use millrace::queue::{DurableQueue, NotDurable, OrderQueue};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 

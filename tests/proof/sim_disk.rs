@@ -9,8 +9,8 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex};
 
-use millrace::queue::journal::disk::{Disk, DiskFile};
-use millrace::queue::journal::sector::SECTOR;
+use millrace::queue::log::file::disk::{Disk, DiskFile};
+use millrace::queue::log::file::sector::SECTOR;
 use rand::Rng;
 use rand::rngs::StdRng;
 

@@ -108,11 +108,8 @@ const STARTS: [Start; 3] = [
 ];
 
 /// Every step that moves a slot. A step that its state does not allow panics or changes nothing.
-const STEPS: [(&str, Take); 9] = [
+const STEPS: [(&str, Take); 8] = [
     ("appended", |slot| slot.appended(1, true)),
-    ("refuse", |slot| {
-        slot.refuse();
-    }),
     ("claim", |slot| {
         slot.claim();
     }),

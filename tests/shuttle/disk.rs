@@ -6,9 +6,9 @@ use std::io;
 use std::sync::{Arc, Mutex};
 
 use crate::order::OrderId;
-use crate::queue::journal::disk::{Disk, DiskFile};
-use crate::queue::journal::record::Record;
-use crate::queue::journal::{Opened, segment};
+use crate::queue::log::file::disk::{Disk, DiskFile};
+use crate::queue::log::file::{Opened, segment};
+use crate::queue::log::record::Record;
 use crate::sync::Switch;
 
 type Names = BTreeMap<String, Arc<Mutex<Bytes>>>;
@@ -106,10 +106,10 @@ fn orders_in(names: &Names, content: fn(&Bytes) -> &Vec<u8>) -> BTreeSet<(u64, O
         .expect("a crash leaves nothing that is refused");
     let mut orders = BTreeSet::new();
     for at in &opened.scanned.groups {
-        let group = at.segment.read(at).expect("it was read before");
+        let group = opened.read(at).expect("it was read before");
         for record in group.records {
             if let Record::Order(order) = record {
-                orders.insert((at.segment.number, order.id));
+                orders.insert((at.span, order.id));
             }
         }
     }

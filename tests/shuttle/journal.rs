@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::future::poll_fn;
 use std::sync::{Arc, Mutex};
 use std::task::Poll;
+use std::time::{Duration, Instant};
 
 use shuttle::future::block_on;
 use shuttle::rand::{Rng, thread_rng};
@@ -15,8 +16,8 @@ use crate::order::{
     Currency, Order, OrderId, PayloadHash, Quantity, SkuId, SkuNumber, UnixMillis, UserId,
 };
 use crate::pending::{Pending, PendingOrder, Settled, SlotState};
-use crate::queue::journal::{JournalParts, JournalQueue, Opened};
-use crate::queue::{DurableQueue, NotDurable, OrderQueue};
+use crate::queue::log::file::Opened;
+use crate::queue::{DurableQueue, LoggedQueue, NotDurable, OrderQueue, QueueParts};
 use crate::sync::{AtomicBool, Ordering, Waker};
 
 /// A segment has its header, room for four orders, and an end that may stay empty. With two of them
@@ -49,6 +50,11 @@ pub fn order(id: u64) -> Order {
     }
 }
 
+/// A deadline that does not pass in a model.
+fn far_away() -> Instant {
+    Instant::now() + Duration::from_secs(3_600)
+}
+
 /// Waits until a slot is in a state that `is_enough`, as a request does.
 pub fn wait_until(order: &PendingOrder, is_enough: impl Fn(SlotState) -> bool) -> SlotState {
     block_on(poll_fn(|context| {
@@ -66,7 +72,7 @@ pub fn wait_until(order: &PendingOrder, is_enough: impl Fn(SlotState) -> bool) -
 struct World {
     disk: MemoryDisk,
     pending: Arc<Pending>,
-    queue: JournalQueue,
+    queue: LoggedQueue,
     /// The rows.
     committed: Mutex<BTreeSet<OrderId>>,
     is_over: AtomicBool,
@@ -88,11 +94,10 @@ impl World {
         let pending = Arc::new(Pending::with_capacity(16));
         let mut opened = Opened::on(Arc::new(disk.clone()), 1 << 20, [9; 16], |_, _| {}).unwrap();
         opened.identity.segment_bytes = SEGMENT_BYTES;
-        let parts = JournalParts {
+        let log = opened.start(SEGMENTS_MAX * SEGMENT_BYTES, retain).unwrap();
+        let parts = QueueParts {
             capacity,
-            bytes_max: SEGMENTS_MAX * SEGMENT_BYTES,
             epoch: 1,
-            retain,
             pending: Arc::clone(&pending),
             wake_all: Arc::new(|wakers| wakers.into_iter().for_each(Waker::wake)),
             may_acknowledge: Arc::new(|| true),
@@ -102,7 +107,7 @@ impl World {
         Arc::new(World {
             disk,
             pending,
-            queue: JournalQueue::start(opened, parts).unwrap(),
+            queue: LoggedQueue::start(log, parts).unwrap(),
             committed: Mutex::default(),
             is_over: AtomicBool::new(false),
         })
@@ -130,9 +135,9 @@ impl World {
                     continue;
                 }
                 Err(NotDurable::Failed) => return Told::Refused,
-                Err(NotDurable::NoLease) => panic!("it has one"),
+                Err(NotDurable::NoLease | NotDurable::Away) => panic!("it has one"),
             };
-            let order = Arc::new(PendingOrder::appending(order, None));
+            let order = Arc::new(PendingOrder::appending(order, far_away(), None));
             self.pending.insert(&order);
             if let Err(rejected) = durable.append(Arc::clone(&order), permit) {
                 self.pending.remove(order.order.id);
@@ -343,7 +348,7 @@ pub fn a_stop_in_the_midst_leaves_nobody_without_an_answer() {
     let never_written = world.queue.stop();
     // As at the end of a drain: whatever is left gets an answer.
     for order in world.pending.all() {
-        if order.slot.abandon() || order.slot.refuse() {
+        if order.slot.abandon() {
             order.slot.take_wakers(Waker::wake);
         }
     }

@@ -4,8 +4,8 @@
 //! of its test, however that ends.
 
 use std::{
-    io::Write as _,
-    net::{Ipv4Addr, SocketAddr, TcpListener},
+    io::{BufRead as _, BufReader, Write as _},
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     path::Path,
     process::{Command, Output},
     sync::OnceLock,
@@ -222,4 +222,19 @@ fn free_ports() -> u16 {
         .map(|_| rand::random_range(15_000..30_000_u16))
         .find(|first| (*first..first + PORTS).all(|port| is_free(&port)))
         .expect("free ports")
+}
+
+/// Sends Redis one command, and returns the first line of its answer.
+pub fn redis_command(address: SocketAddr, words: &[&str]) -> String {
+    let mut stream = TcpStream::connect(address).expect("connect to Redis");
+    let mut request = format!("*{}\r\n", words.len());
+    for word in words {
+        request += &format!("${}\r\n{word}\r\n", word.len());
+    }
+    stream.write_all(request.as_bytes()).expect("ask Redis");
+    let mut line = String::new();
+    BufReader::new(stream)
+        .read_line(&mut line)
+        .expect("an answer of Redis");
+    line
 }

@@ -63,6 +63,9 @@ pub struct DemoArgs {
     /// Keep the cluster and everything in it in this directory.
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
+    /// Run this command with `sh` when half of the rush is over, to disturb something; it has to succeed.
+    #[arg(long, value_name = "COMMAND")]
+    at_half: Option<String>,
     /// Print the figures as JSON on standard output.
     #[arg(long)]
     json: bool,

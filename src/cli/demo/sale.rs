@@ -84,15 +84,45 @@ impl Sale<'_> {
         let interrupted = async {
             signals.recv().await;
         };
-        let report = run_until(plan, &mut progress, interrupted).await?;
+        let (report, disturbed) =
+            tokio::join!(run_until(plan, &mut progress, interrupted), self.disturb());
+        let report = report?;
         status("Auditing: what every buyer was told and paid against every row ...");
         self.wait_until_quiet(&control).await?;
         let audit = self
             .wait_until_settled(&control, &terms.audit_before, &report)
             .await?;
-        let checks = checks::run(millrace.database(), &report, &terms, &audit).await?;
+        let mut checks = checks::run(millrace.database(), &report, &terms, &audit).await?;
+        checks.extend(disturbed);
         tracing::debug!(seconds = opened.elapsed().as_secs_f64(), "the sale is over");
         Ok((report, checks))
+    }
+
+    /// Runs the command of half time, if there is one.
+    async fn disturb(&self) -> Option<Check> {
+        let command = self.args.at_half.as_ref()?;
+        let half = Duration::from_secs(self.args.duration.into()) / 2;
+        tokio::time::sleep(half).await;
+        let output = tokio::process::Command::new("sh")
+            .args(["-c", command])
+            .output()
+            .await;
+        let (ok, detail) = match output {
+            Ok(output) if output.status.success() => (true, command.clone()),
+            Ok(output) => {
+                let said = String::from_utf8_lossy(&output.stderr);
+                (
+                    false,
+                    format!("{command}: {}: {}", output.status, said.trim()),
+                )
+            }
+            Err(error) => (false, format!("{command}: {error}")),
+        };
+        Some(Check {
+            name: "What --at-half disturbs was disturbed".into(),
+            ok,
+            detail,
+        })
     }
 
     async fn put_catalogue(&self, control: &str) -> anyhow::Result<()> {

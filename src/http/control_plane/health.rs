@@ -90,15 +90,19 @@ fn checks(parts: &Parts) -> Vec<ReadyCheck> {
     check("intake", gate.is_ok(), detail);
     let (ok, detail) = progress(parts);
     check("progress", ok, detail);
-    if let Some(journal) = &parts.journal {
-        let detail = match journal.failure() {
-            Some(reason) => {
+    if let Some(durable) = parts.queue.durable() {
+        let (failure, away) = (durable.failure(), durable.away());
+        let detail = match failure.as_ref().or(away.as_ref()) {
+            Some(reason) if failure.is_some() => {
                 format!("failed; respond-async is refused until a restart: {reason}")
             }
+            Some(reason) => {
+                format!("takes no orders; respond-async is refused until it does: {reason}")
+            }
             None if !parts.acknowledge.holds() => "the database has not answered for longer than queue.journal.lease_ms; respond-async is refused".into(),
-            None => format!("{} orders are not rows yet", journal.outstanding()),
+            None => format!("{} orders are not rows yet", durable.outstanding()),
         };
-        let ok = journal.failure().is_none() && parts.acknowledge.holds();
+        let ok = failure.is_none() && away.is_none() && parts.acknowledge.holds();
         check("journal", ok, detail);
     }
     let (ok, detail) = match parts.health.last() {
@@ -158,12 +162,12 @@ pub(super) async fn metrics(State(plane): State<ControlPlane>) -> Response {
             .set(parts.state.progress.stalled_for().as_secs_f64());
         metrics.poisoned.set(i64::from(parts.state.poison.is_set()));
         metrics.queue_depth.set(parts.queue.depth() as i64);
-        if let Some(journal) = &parts.journal {
-            metrics.journal_bytes.set(journal.bytes() as i64);
-            metrics.journal_backlog.set(journal.spilled() as i64);
+        if let Some(durable) = parts.queue.durable() {
+            metrics.journal_bytes.set(durable.bytes() as i64);
+            metrics.journal_backlog.set(durable.spilled() as i64);
             metrics
                 .journal_outstanding
-                .set(journal.outstanding() as i64);
+                .set(durable.outstanding() as i64);
         }
         metrics
             .orders_in_flight

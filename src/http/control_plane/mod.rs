@@ -37,7 +37,6 @@ use crate::pipeline::orders::intake::Intake;
 use crate::pipeline::payments::processor::PaymentsHandle;
 use crate::pipeline::payments::reconciler::OrphanChecks;
 use crate::queue::OrderQueue;
-use crate::queue::journal::JournalQueue;
 use crate::store::postgres::Database;
 use failure::Failure;
 use sessions::Sessions;
@@ -67,8 +66,6 @@ pub struct Parts {
     pub intake: Arc<Intake>,
     /// The queue, for its depth.
     pub queue: Arc<dyn OrderQueue>,
-    /// The queue, if it is a journal.
-    pub journal: Option<Arc<JournalQueue>>,
     /// The right to acknowledge orders before they are rows.
     pub acknowledge: Arc<AcknowledgeLease>,
     /// The last check of the database.

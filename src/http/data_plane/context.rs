@@ -148,7 +148,7 @@ impl Context {
 fn lookup_problem(id: OrderId, error: &LookupError) -> Problem {
     match error {
         LookupError::Store(error) => database_problem(error),
-        LookupError::Journal(error) => {
+        LookupError::Log(error) => {
             tracing::error!(order_id = %id, reason = %error, "the journal cannot be read");
             Problem::internal()
         }

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use tokio::sync::Mutex;
 
-use crate::queue::journal::JournalQueue;
+use crate::queue::OrderQueue;
 use crate::state::State;
 use crate::store::StoreError;
 use crate::store::postgres::NodeLease;
@@ -90,8 +90,8 @@ pub struct Leases {
     pub state: Arc<State>,
     /// The right to acknowledge orders before they are rows.
     pub acknowledge: Arc<AcknowledgeLease>,
-    /// The queue, if it is a journal.
-    pub journal: Option<Arc<JournalQueue>>,
+    /// The order queue: a durable one has its log lease ids while the database is away.
+    pub queue: Arc<dyn OrderQueue>,
 }
 
 impl Leases {
@@ -99,7 +99,7 @@ impl Leases {
     ///
     /// # Errors
     /// [`StoreError::Fenced`] if another process has taken over. On any other error of the database the ids are
-    /// leased in the journal, if there is one.
+    /// leased in the order log, if there is one.
     pub async fn renew(&self) -> Result<(), StoreError> {
         self.renew_on(&mut *self.guard.lock().await).await
     }
@@ -120,8 +120,8 @@ impl Leases {
                 Err(error)
             }
             Err(error) => {
-                if let Some(journal) = &self.journal
-                    && journal.lease_ids(until).await
+                if let Some(durable) = self.queue.durable()
+                    && durable.lease_ids(until).await
                 {
                     self.state.ids.extend_lease(until);
                 }

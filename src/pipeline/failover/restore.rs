@@ -2,7 +2,7 @@
 //! had acknowledged. The loss shows in the batch numbers and the server's timeline. This process then writes
 //! the orders that it still knows again.
 //!
-//! The known orders are those in the remaining segments of the journal and the recent orders kept to answer
+//! The known orders are those that are still in the order log and the recent orders kept to answer
 //! repeated requests; the ends of the orders in the idempotency window are known too. An order that waited for
 //! its row and is in none of these is lost; only synchronous replication excludes that. Its units and its key
 //! are released.
@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc};
 
 use super::replay::Replayer;
@@ -21,7 +22,6 @@ use crate::pipeline::admin::pruning::PrunedBelow;
 use crate::pipeline::orders::lookup::{self, LookupError};
 use crate::pipeline::orders::parking;
 use crate::queue::OrderQueue;
-use crate::queue::journal::JournalQueue;
 use crate::state::State;
 use crate::state::effects::Row;
 use crate::store::StoreError;
@@ -44,6 +44,8 @@ pub struct Watermarks {
     lost: Notify,
     /// Number of completed restores.
     restores: AtomicU64,
+    /// The server's timeline, while no commit of it is known to be missing.
+    whole: Mutex<Option<String>>,
 }
 
 impl Watermarks {
@@ -53,12 +55,29 @@ impl Watermarks {
             committed: (0..workers).map(|_| AtomicI64::new(0)).collect(),
             lost: Notify::new(),
             restores: AtomicU64::new(0),
+            whole: Mutex::new(None),
         }
+    }
+
+    /// The timeline of a server on which no commit is missing; `None` while a restore is due.
+    pub fn whole_timeline(&self) -> Option<String> {
+        self.whole.lock().clone()
+    }
+
+    /// Notes the server's timeline, on which no commit is missing; `None`: a restore is due.
+    pub fn set_whole(&self, timeline: Option<String>) {
+        *self.whole.lock() = timeline;
     }
 
     /// Number of completed restores since the start.
     pub fn restores(&self) -> u64 {
         self.restores.load(Ordering::Acquire)
+    }
+
+    /// Notes that what was lost is restored, on the server of this timeline.
+    fn restored(&self, timeline: Option<String>) {
+        self.set_whole(timeline);
+        self.restores.fetch_add(1, Ordering::AcqRel);
     }
 
     /// Number of workers.
@@ -99,8 +118,6 @@ pub struct Restorer {
     pub state: Arc<State>,
     /// The order queue.
     pub queue: Arc<dyn OrderQueue>,
-    /// The queue, if it is a journal.
-    pub journal: Option<Arc<JournalQueue>>,
     /// The database.
     pub database: Database,
     /// The lease of this process.
@@ -121,7 +138,7 @@ impl Restorer {
         let shard = i16::try_from(self.watermarks.workers()).unwrap_or(i16::MAX);
         let writer = BatchWriter::new(self.database.clone(), self.lease, shard);
         let mut replayer = Replayer::new(self.database.clone(), writer, self.rows_max);
-        let mut timeline = None;
+        let mut timeline = self.watermarks.whole_timeline();
         loop {
             let told = tokio::select! {
                 () = self.watermarks.lost.notified() => true,
@@ -132,9 +149,11 @@ impl Restorer {
             if !(self.some_are_lost().await || promoted || told) {
                 continue;
             }
+            self.watermarks.set_whole(None);
             let before = replayer.applied();
             match self.restore(&mut replayer).await {
                 Ok(()) => {
+                    self.watermarks.restored(timeline.clone());
                     let after = replayer.applied();
                     let written = after.written - before.written;
                     self.metrics.orders_restored.inc_by(written);
@@ -166,6 +185,7 @@ impl Restorer {
         };
         match timeline.replace(now.clone()) {
             Some(before) if before != now => {
+                self.watermarks.set_whole(None);
                 tracing::warn!(before, now, "the database was failed over to a standby");
                 true
             }
@@ -234,7 +254,7 @@ impl Restorer {
         self.end_again().await?;
         replayer.forget_faults();
         let (parts, mut read) = mpsc::channel::<Vec<Order>>(1);
-        let (journal, mut recent) = (self.journal.clone(), self.state.recent_orders.all());
+        let (queue, mut recent) = (Arc::clone(&self.queue), self.state.recent_orders.all());
         // Sorted, so that each part is a short range of ids.
         recent.sort_by_key(|pending| pending.order.id);
         let pruned_below = self.pruned_below.load(Ordering::Acquire);
@@ -253,7 +273,8 @@ impl Restorer {
             for pending in recent {
                 each(pending.order.clone());
             }
-            let result = journal.map_or(Ok(()), |journal| journal.read_all(&mut each));
+            let durable = queue.durable();
+            let result = durable.map_or(Ok(()), |durable| durable.read_all(&mut each));
             let _ = parts.blocking_send(part);
             result
         });
@@ -283,7 +304,6 @@ impl Restorer {
         match reading.await {
             Ok(Ok(())) => {
                 self.release_lost().await?;
-                self.watermarks.restores.fetch_add(1, Ordering::AcqRel);
                 Ok(())
             }
             Ok(Err(error)) => Err(StoreError::Data(error.to_string())),

@@ -1,15 +1,15 @@
-//! Retention of the journal's segments until the standbys have their orders.
+//! Retention of the order log's spans until the standbys have their orders.
 //!
-//! All orders of a settled segment lie in PostgreSQL's write-ahead log before its current end (LSN). Once the
+//! All orders of a settled span lie in PostgreSQL's write-ahead log before its current end (LSN). Once the
 //! slot of every standby has passed that LSN, a failover to any of them loses none of these orders, and the
-//! segment may be deleted.
+//! span may be forgotten.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::restore::Watermarks;
-use crate::queue::journal::JournalQueue;
+use crate::queue::OrderQueue;
 use crate::store::StoreError;
 use crate::store::postgres::Database;
 
@@ -20,11 +20,12 @@ const CHECK: Duration = Duration::from_secs(1);
 /// LSNs are only comparable within a timeline. After a promotion, nothing is confirmed until the lost orders
 /// are restored; then LSNs are recorded again.
 pub async fn keep(
-    journal: Arc<JournalQueue>,
+    queue: Arc<dyn OrderQueue>,
     database: Database,
     slots: Vec<String>,
     watermarks: Arc<Watermarks>,
 ) {
+    let Some(log) = queue.durable() else { return };
     let mut timeline = None;
     let mut restores_before = None;
     let mut waiting: VecDeque<(u64, u64)> = VecDeque::new();
@@ -33,8 +34,8 @@ pub async fn keep(
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tick.tick().await;
-        // Read before the LSN, so that the LSN lies behind all orders of these segments.
-        let decided = journal.settled_up_to();
+        // Read before the LSN, so that the LSN lies behind all orders of these spans.
+        let settled = log.settled_up_to();
         let progress = async {
             let timeline = database.timeline().await?;
             Ok::<_, StoreError>((timeline, database.wal_progress(&slots).await?))
@@ -42,7 +43,7 @@ pub async fn keep(
         let (now, (written, confirmed)) = match progress.await {
             Ok(progress) => progress,
             Err(error) => {
-                tracing::warn!(reason = %error, "the progress of the standbys is unknown; keeping the journal's segments");
+                tracing::warn!(reason = %error, "the progress of the standbys is unknown; keeping the order log");
                 continue;
             }
         };
@@ -58,15 +59,15 @@ pub async fn keep(
             continue;
         }
         restores_before = None;
-        if decided > noted {
-            noted = decided;
-            waiting.push_back((decided, written));
+        if settled > noted {
+            noted = settled;
+            waiting.push_back((settled, written));
         }
         let confirmed = confirmed.unwrap_or(0);
         while let Some((number, place)) = waiting.front().copied()
             && place <= confirmed
         {
-            journal.confirm(number);
+            log.confirm(number);
             waiting.pop_front();
         }
     }

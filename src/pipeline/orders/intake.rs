@@ -231,6 +231,7 @@ impl Intake {
                 Err(NotDurable::Busy) => Err(Refusal::Overloaded),
                 Err(NotDurable::Full) => Err(Refusal::JournalFull),
                 Err(NotDurable::Failed) => Err(Refusal::JournalFailed),
+                Err(NotDurable::Away) => Err(Refusal::QueueUnavailable),
             },
             None if self.queue.is_full() => Err(Refusal::Overloaded),
             None => self.check_wait(request.wait).map(|()| Room::InMemory),
@@ -282,7 +283,7 @@ impl Intake {
         let order = self.order(request, quote)?;
         let pending = Arc::new(match room {
             Room::InMemory => PendingOrder::new(order, deadline, waker.cloned()),
-            Room::Durable(..) => PendingOrder::appending(order, waker.cloned()),
+            Room::Durable(..) => PendingOrder::appending(order, deadline, waker.cloned()),
         });
         // Registered before a worker can see it, so that it is found in the map when it is settled.
         state.pending.insert(&pending);
@@ -298,7 +299,7 @@ impl Intake {
         if let Err(rejected) = enqueued {
             // The slot decides which side undoes the order, so that its units return once; a duplicate waiting
             // for it is woken.
-            let _ = state.abandon(&pending) || state.refuse(&pending);
+            let _ = state.abandon(&pending);
             pending.slot.take_wakers(Waker::wake);
             return Err(if rejected.closed {
                 Refusal::Draining

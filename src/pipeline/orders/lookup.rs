@@ -43,16 +43,16 @@ pub enum LookupError {
     /// The database did not answer.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// The journal could not be read.
-    #[error("the journal cannot be read: {0}")]
-    Journal(#[from] io::Error),
+    /// The order log could not be read.
+    #[error("the order log cannot be read: {0}")]
+    Log(#[from] io::Error),
 }
 
 impl From<LookupError> for StoreError {
     fn from(error: LookupError) -> Self {
         match error {
             LookupError::Store(error) => error,
-            LookupError::Journal(_) => StoreError::Data(error.to_string()),
+            LookupError::Log(_) => StoreError::Data(error.to_string()),
         }
     }
 }
@@ -97,7 +97,7 @@ impl OrderLookup {
     /// An order on the disk. Costs nothing if none is there.
     ///
     /// # Errors
-    /// [`LookupError::Journal`].
+    /// [`LookupError::Log`].
     pub async fn on_disk(&self, id: OrderId) -> Result<Option<Order>, LookupError> {
         if !self.may_be_on_disk(id) {
             return Ok(None);

@@ -33,15 +33,15 @@ impl PendingOrder {
         Self::with_slot(order, Slot::new(waker), millis(deadline))
     }
 
-    /// An order that goes to a journal first. It has no deadline of its own: only its request stops
-    /// waiting.
-    pub fn appending(order: Order, waker: Option<Arc<Waker>>) -> Self {
-        Self::with_slot(order, Slot::appending(waker), NEVER)
+    /// An order that goes to a log first, and may be sent there until `deadline`. Once it is recorded
+    /// it has no deadline: only its request stops waiting.
+    pub fn appending(order: Order, deadline: Instant, waker: Option<Arc<Waker>>) -> Self {
+        Self::with_slot(order, Slot::appending(waker), millis(deadline))
     }
 
-    /// An order that was read back from `segment` of a journal.
-    pub fn recovered(order: Order, segment: u64) -> Self {
-        Self::with_slot(order, Slot::recovered(segment), NEVER)
+    /// An order that was read back from a log's `span`.
+    pub fn recovered(order: Order, span: u64) -> Self {
+        Self::with_slot(order, Slot::recovered(span), NEVER)
     }
 
     fn with_slot(order: Order, slot: Slot, deadline_ms: u64) -> Self {
@@ -91,8 +91,7 @@ pub struct Pending {
     /// No deadline is earlier than this moment, as [`millis`]; `u64::MAX` if none is known. It
     /// spares the deadline task the walk through the map while nothing is due.
     next_due_ms: AtomicU64,
-    /// Running totals of the orders that left the map for the journal's disk, and of those read
-    /// back. Both only grow, so that [`Pending::in_flight`] notices a move.
+    /// Running totals of the orders that left the map for the log, and of those read back. Both only grow, so that [`Pending::in_flight`] notices a move.
     spilled: AtomicUsize,
     read_back: AtomicUsize,
 }
@@ -217,6 +216,12 @@ impl Pending {
                 // Next is the order's own deadline. If that has passed, the order is being written.
                 let later = match pending.deadline_ms {
                     deadline if deadline > now_ms => deadline,
+                    // A log has it: it is not abandoned any more.
+                    _ if pending.slot.is_recorded()
+                        && pending.slot.state() != SlotState::Appending =>
+                    {
+                        NEVER
+                    }
                     _ => now_ms + OVERDUE_RECHECK.as_millis() as u64,
                 };
                 // An earlier moment that was requested meanwhile is kept.

@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!   Appending ──────────────────► Abandoned
-//!      │ append   refuse (shutdown) ▲
-//!      ▼                            │ abandon (deadline, unless recorded)
+//!      │ append     abandon         ▲
+//!      ▼  (deadline, unless recorded) │
 //!   Waiting ────────────────────────┘
 //!      │    ╲ spill (appender)
 //!      │     ╲───────────────────────────────► OnDisk
@@ -16,10 +16,9 @@
 //! compare-and-swap from `Waiting`, so exactly one wins: an abandoned order is never written, and a
 //! claimed order is settled by its worker.
 //!
-//! An order that is to be acknowledged early begins in `Appending`. Once a journal has, or may
-//! have, its record, the order is *recorded*: it can no longer be abandoned, because a restart
-//! would write it. Once the sync that covers the record has returned, the order is *durable* and
-//! may be acknowledged.
+//! An order that is to be acknowledged early begins in `Appending`. Once a log may have its record,
+//! the order is *recorded*: it can no longer be abandoned, because a restart would write it. Once the
+//! log has confirmed the record, the order is *durable* and may be acknowledged.
 //!
 //! `tests/loom.rs` compiles this file against loom's primitives and explores every interleaving.
 
@@ -30,7 +29,7 @@ use crate::sync::{AtomicU64, Guarded, Ordering, Waker};
 /// State of an order in flight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SlotState {
-    /// On the way into a journal. It is not known yet whether the record got there.
+    /// On the way into a log. It is not known yet whether the record got there.
     Appending,
     /// In the queue and unclaimed.
     Waiting,
@@ -45,7 +44,7 @@ pub enum SlotState {
     /// Claimed but not written, because the process stopped or the database refuses its SKU's
     /// counters. There is no row, and its stock is released.
     Unwritten,
-    /// Durable in the journal or parked in the database, and no longer in memory. Waiting requests
+    /// Durable in the log or parked in the database, and no longer in memory. Waiting requests
     /// look the order up again.
     OnDisk,
 }
@@ -82,7 +81,7 @@ pub enum Settled {
     Failed = 4,
     /// The order was given up unwritten.
     Unwritten = 5,
-    /// The order is left to the next process: in the journal at shutdown, or parked in the
+    /// The order is left to the next process: in the log at shutdown, or parked in the
     /// database.
     OnDisk = 7,
 }
@@ -96,28 +95,28 @@ const ON_DISK: u64 = 7;
 const STATE: u64 = 0b0000_0111;
 /// Set while `others` may hold a waker, so that the lock is taken only if another request waits.
 const OTHERS: u64 = 0b0000_1000;
-/// A journal has, or may have, the order.
+/// A log has, or may have, the order.
 const RECORDED: u64 = 0b0001_0000;
-/// A journal has the order, and the sync that covers it has returned.
+/// A log has the order for certain.
 const DURABLE: u64 = 0b0010_0000;
-/// Lowest bit of the number of the journal segment that has, or may have, the record; the number is
-/// 0 if there is none.
-const SEGMENT_SHIFT: u32 = 8;
+/// Lowest bit of the number of the log's span that has, or may have, the record; the number is 0 if
+/// there is none.
+const SPAN_SHIFT: u32 = 8;
 
-/// A segment's number, shifted into its bits.
-fn in_place(segment: u64) -> u64 {
-    // Numbers count from 1 and have 16 digits in the file name, which is 54 bits.
+/// A span's number, shifted into its bits.
+fn in_place(span: u64) -> u64 {
+    // Numbers count from 1; a journal's have 16 digits in the file name, which is 54 bits.
     assert!(
-        segment >> (u64::BITS - SEGMENT_SHIFT) == 0,
-        "no journal has so many segments: {segment}"
+        span >> (u64::BITS - SPAN_SHIFT) == 0,
+        "no log has so many spans: {span}"
     );
-    segment << SEGMENT_SHIFT
+    span << SPAN_SHIFT
 }
 
 /// State machine of one order in flight, with the wakers of the requests that wait for it.
 #[derive(Debug)]
 pub struct Slot {
-    /// State, [`OTHERS`], [`RECORDED`], [`DURABLE`] and the segment in one word, because there is
+    /// State, [`OTHERS`], [`RECORDED`], [`DURABLE`] and the span in one word, because there is
     /// one per order in flight. Every change of state is an `AcqRel` read-modify-write. Release:
     /// earlier effects (the commit, the released stock) are visible to every thread that sees the
     /// new state. Acquire: the changing thread sees the wakers announced before.
@@ -153,10 +152,10 @@ impl Slot {
         }
     }
 
-    /// A slot in `Waiting` for an order that was read back from `segment` of a journal.
-    pub fn recovered(segment: u64) -> Self {
+    /// A slot in `Waiting` for an order that was read back from a log's `span`.
+    pub fn recovered(span: u64) -> Self {
         Slot {
-            bits: AtomicU64::new(WAITING | RECORDED | DURABLE | in_place(segment)),
+            bits: AtomicU64::new(WAITING | RECORDED | DURABLE | in_place(span)),
             first: None,
             others: Guarded::new(None),
         }
@@ -167,35 +166,42 @@ impl Slot {
         SlotState::from_bits(self.bits.load(Ordering::Acquire))
     }
 
-    /// Whether a journal has the order for certain.
+    /// Whether a log has the order for certain.
     pub fn is_durable(&self) -> bool {
         self.bits.load(Ordering::Acquire) & DURABLE != 0
     }
 
-    /// Whether a journal has, or may have, the order.
+    /// Whether a log has, or may have, the order.
     pub fn is_recorded(&self) -> bool {
         self.bits.load(Ordering::Acquire) & (RECORDED | DURABLE) != 0
     }
 
-    /// Number of the journal segment that has, or may have, the record; 0 if there is none.
-    pub fn segment(&self) -> u64 {
+    /// Number of the log's span that has, or may have, the record; 0 if there is none.
+    pub fn span(&self) -> u64 {
         // Relaxed: stored before the order is passed on, and passing it on publishes the value.
-        self.bits.load(Ordering::Relaxed) >> SEGMENT_SHIFT
+        self.bits.load(Ordering::Relaxed) >> SPAN_SHIFT
     }
 
-    /// `Appending → Waiting`, by the appender, which then takes the wakers. `segment` is the number
-    /// of the segment that has, or may have, the record; 0 for none. `durable`: the sync that
-    /// covers the order has returned. Otherwise the record may or may not be there.
-    pub fn appended(&self, segment: u64, durable: bool) {
-        let to = WAITING | RECORDED | if durable { DURABLE } else { 0 } | in_place(segment);
+    /// Marks an order in `Appending` as recorded, by the appender before it sends the record. False:
+    /// the order was abandoned, skip it.
+    pub fn send(&self) -> bool {
+        self.leave(APPENDING, RECORDED, APPENDING | RECORDED)
+    }
+
+    /// Takes [`Slot::send`] back, by the appender: the log has certainly not taken the record.
+    pub fn not_sent(&self) {
+        // Nobody else changes the state of a recorded order in `Appending`.
+        let before = self.bits.fetch_and(!RECORDED, Ordering::AcqRel);
+        debug_assert_eq!(SlotState::from_bits(before), SlotState::Appending);
+    }
+
+    /// `Appending → Waiting`, by the appender, which then takes the wakers. `span` is the number of
+    /// the log's span that has, or may have, the record; 0 for none. `durable`: the log has confirmed
+    /// it. Otherwise the record may or may not be there.
+    pub fn appended(&self, span: u64, durable: bool) {
+        let to = WAITING | RECORDED | if durable { DURABLE } else { 0 } | in_place(span);
         let moved = self.leave(APPENDING, 0, to);
         assert!(moved, "an order was appended twice: {:?}", self.state());
-    }
-
-    /// `Appending → Abandoned`: the order did not reach the journal. True obliges the caller as
-    /// [`Slot::abandon`] does.
-    pub fn refuse(&self) -> bool {
-        self.leave(APPENDING, 0, ABANDONED)
     }
 
     /// `Waiting → OnDisk`, by the appender, which then takes the wakers. Recorded orders only.
@@ -208,10 +214,11 @@ impl Slot {
         self.leave(WAITING, 0, CLAIMED)
     }
 
-    /// `Waiting → Abandoned`, by the deadline, unless the order is recorded. True obliges the
-    /// caller to release its stock and then to wake the waiting requests.
+    /// `Waiting | Appending → Abandoned`, by the deadline or at shutdown, unless the order is
+    /// recorded. True obliges the caller to release its stock and then to wake the waiting requests.
     pub fn abandon(&self) -> bool {
-        self.leave(WAITING, RECORDED, ABANDONED)
+        // In this sequence, because an order only goes from `Appending` to `Waiting`, and is recorded then.
+        self.leave(APPENDING, RECORDED, ABANDONED) || self.leave(WAITING, RECORDED, ABANDONED)
     }
 
     /// Leaves the state `from`, unless a bit of `unless` is set. Bits of `to` beyond the state are

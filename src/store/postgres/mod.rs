@@ -6,7 +6,7 @@
 //! * [`pooling`]: detects a pooler that shares our sessions with other clients;
 //! * [`clock`]: the server's clock;
 //! * [`lease`]: the right to write, and the lease of order ids;
-//! * [`journal`]: the database's record of the order journal;
+//! * [`order_log`]: the database's record of the order log;
 //! * `by_key`: reads by primary key, whose cost does not depend on the size of the table;
 //! * [`recovery`] and [`window`]: reading SKUs and orders back into memory at start-up;
 //! * [`orders`]: look-ups of orders; [`transitions`]: cancellation and other ends of orders;
@@ -22,8 +22,8 @@ mod by_key;
 pub mod clock;
 mod connector;
 pub mod dead_letters;
-pub mod journal;
 pub mod lease;
+pub mod order_log;
 pub mod orders;
 pub mod parked;
 pub mod payments;

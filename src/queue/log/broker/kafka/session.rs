@@ -1,0 +1,436 @@
+//! The way to the leader of the partition, and the check of the topic on it.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use kafka_protocol::{
+    messages::{
+        MetadataRequest, MetadataResponse, TopicName, metadata_request::MetadataRequestTopic,
+        metadata_response::MetadataResponsePartition,
+    },
+    protocol::StrBytes,
+};
+use parking_lot::Mutex;
+use rustls::{
+    ClientConfig, RootCertStore,
+    crypto::ring,
+    pki_types::{CertificateDer, pem::PemObject},
+};
+
+use super::{
+    BrokerError, KafkaSettings, Tls,
+    codes::{
+        self, LEADER_NOT_AVAILABLE, REPLICA_NOT_AVAILABLE, TOPIC_ALREADY_EXISTS,
+        UNKNOWN_TOPIC_OR_PARTITION,
+    },
+    link::{Ask, Fault, Link, Server},
+    topic::{self, Facts},
+};
+
+/// How long to wait before a topic just made is looked for again.
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// Milliseconds that are left, at least 1.
+pub(super) fn milliseconds(deadline: Instant) -> i32 {
+    let left = deadline
+        .saturating_duration_since(Instant::now())
+        .as_millis();
+    i32::try_from(left).unwrap_or(i32::MAX).max(1)
+}
+
+/// A connection to the leader of the partition, whose topic has been checked.
+#[derive(Debug)]
+pub(super) struct Leader {
+    pub(super) link: Link,
+    pub(super) epoch: i32,
+    pub(super) facts: Facts,
+}
+
+impl Leader {
+    /// Asks. The answer is not judged yet.
+    pub(super) fn call<Q: Ask>(
+        &mut self,
+        request: &Q,
+        deadline: Instant,
+    ) -> Result<Q::Answer, BrokerError> {
+        ask(&mut self.link, request, deadline)
+    }
+
+    /// The one part of an answer that is about one partition.
+    pub(super) fn only<T>(&self, mut parts: impl Iterator<Item = T>) -> Result<T, BrokerError> {
+        match (parts.next(), parts.next()) {
+            (Some(part), None) => Ok(part),
+            _ => Err(self.nonsense("no answer for the partition")),
+        }
+    }
+
+    /// An error, if the code is one.
+    pub(super) fn passes(&self, code: i16) -> Result<(), BrokerError> {
+        if code == 0 {
+            Ok(())
+        } else {
+            Err(codes::of_question(
+                &self.link.server.to_string(),
+                code,
+                None,
+            ))
+        }
+    }
+
+    pub(super) fn nonsense(&self, reason: &str) -> BrokerError {
+        BrokerError::Away(format!("{} answered nonsense: {reason}", self.link.server))
+    }
+}
+
+/// What metadata say of the partition.
+enum Found {
+    Missing,
+    /// There is no leader now, and there may be one soon.
+    Leaderless(BrokerError),
+    Led {
+        server: Server,
+        epoch: i32,
+        replicas: usize,
+    },
+}
+
+/// The servers, and the way to connect.
+#[derive(Debug)]
+pub(super) struct Cluster {
+    pub(super) settings: KafkaSettings,
+    bootstrap: Vec<Server>,
+    /// Brokers that metadata named last, for a time when those to begin with are away.
+    known: Mutex<Vec<Server>>,
+    tls: Option<Arc<ClientConfig>>,
+}
+
+impl Cluster {
+    pub(super) fn new(settings: KafkaSettings) -> Result<Self, BrokerError> {
+        let bootstrap = servers(&settings.bootstrap)?;
+        if settings.partition < 0 {
+            return Err(BrokerError::Refused(format!(
+                "partition {} is negative",
+                settings.partition
+            )));
+        }
+        let tls = settings.tls.as_ref().map(client_config).transpose()?;
+        Ok(Self {
+            settings,
+            bootstrap,
+            known: Mutex::new(Vec::new()),
+            tls,
+        })
+    }
+
+    /// Finds the leader, connects to it, and checks the topic, after making it if `make` allows that.
+    pub(super) fn open(&self, deadline: Instant, make: bool) -> Result<Leader, BrokerError> {
+        let mut link = self.any(deadline)?;
+        let mut made = false;
+        loop {
+            let metadata = self.metadata(&mut link, deadline)?;
+            match self.find(&link.server, &metadata)? {
+                Found::Led {
+                    server,
+                    epoch,
+                    replicas,
+                } => {
+                    let link = if server == link.server {
+                        link
+                    } else {
+                        self.link(&server, deadline)?
+                    };
+                    return self.checked(link, epoch, replicas, deadline);
+                }
+                Found::Missing if make && !made => {
+                    self.create(&metadata, deadline)?;
+                    made = true;
+                }
+                // A topic just made is not known everywhere at once.
+                Found::Missing | Found::Leaderless(_) if made && milliseconds(deadline) > 1 => {
+                    std::thread::sleep(PAUSE);
+                }
+                Found::Missing => {
+                    return Err(BrokerError::Away(format!(
+                        "topic {} is missing",
+                        self.settings.topic
+                    )));
+                }
+                Found::Leaderless(error) => return Err(error),
+            }
+        }
+    }
+
+    fn link(&self, server: &Server, deadline: Instant) -> Result<Link, BrokerError> {
+        Link::open(
+            server,
+            self.tls.as_ref(),
+            self.settings.sasl.as_ref(),
+            deadline,
+        )
+        .map_err(of_fault)
+    }
+
+    /// A connection to any broker. Each gets its share of the time, so one that is silent does not use up all of it.
+    fn any(&self, deadline: Instant) -> Result<Link, BrokerError> {
+        let mut servers = self.bootstrap.clone();
+        for server in self.known.lock().iter() {
+            if !servers.contains(server) {
+                servers.push(server.clone());
+            }
+        }
+        let mut said = Vec::new();
+        for (tried, server) in servers.iter().enumerate() {
+            let now = Instant::now();
+            let share = deadline.saturating_duration_since(now)
+                / u32::try_from(servers.len() - tried).unwrap_or(u32::MAX);
+            match self.link(server, now + share) {
+                Err(BrokerError::Away(reason) | BrokerError::Lost(reason)) => said.push(reason),
+                done => return done,
+            }
+        }
+        Err(BrokerError::Away(said.join("; ")))
+    }
+
+    fn metadata(
+        &self,
+        link: &mut Link,
+        deadline: Instant,
+    ) -> Result<MetadataResponse, BrokerError> {
+        let topic = MetadataRequestTopic::default().with_name(Some(TopicName(
+            StrBytes::from_string(self.settings.topic.clone()),
+        )));
+        let request = MetadataRequest::default()
+            .with_topics(Some(vec![topic]))
+            .with_allow_auto_topic_creation(false);
+        let answer = ask(link, &request, deadline)?;
+        let mut known: Vec<_> = answer
+            .brokers
+            .iter()
+            .filter_map(|b| server(&b.host, b.port))
+            .collect();
+        known.truncate(16);
+        *self.known.lock() = known;
+        Ok(answer)
+    }
+
+    fn find(&self, asked: &Server, metadata: &MetadataResponse) -> Result<Found, BrokerError> {
+        let topic = &self.settings.topic;
+        let of =
+            |code| codes::of_question(&asked.to_string(), code, Some(&format!("topic {topic}")));
+        let Some(found) = metadata.topics.first() else {
+            return Ok(Found::Missing);
+        };
+        match found.error_code {
+            0 => {}
+            UNKNOWN_TOPIC_OR_PARTITION => return Ok(Found::Missing),
+            LEADER_NOT_AVAILABLE => return Ok(Found::Leaderless(of(LEADER_NOT_AVAILABLE))),
+            code => return Err(of(code)),
+        }
+        let wanted = self.settings.partition;
+        let Some(partition) = found
+            .partitions
+            .iter()
+            .find(|p| p.partition_index == wanted)
+        else {
+            return Err(BrokerError::Refused(format!(
+                "topic {topic} has {} partitions and must have {} for partition {wanted}",
+                found.partitions.len(),
+                i64::from(wanted) + 1
+            )));
+        };
+        // A replica that is missing does not keep the leader from answering.
+        if !matches!(partition.error_code, 0 | REPLICA_NOT_AVAILABLE) {
+            return Ok(Found::Leaderless(of(partition.error_code)));
+        }
+        Ok(self
+            .led(metadata, partition)
+            .unwrap_or_else(|| Found::Leaderless(of(LEADER_NOT_AVAILABLE))))
+    }
+
+    fn led(
+        &self,
+        metadata: &MetadataResponse,
+        partition: &MetadataResponsePartition,
+    ) -> Option<Found> {
+        let leader = metadata
+            .brokers
+            .iter()
+            .find(|broker| broker.node_id == partition.leader_id)?;
+        Some(Found::Led {
+            server: server(&leader.host, leader.port)?,
+            epoch: partition.leader_epoch,
+            replicas: partition.replica_nodes.len(),
+        })
+    }
+
+    /// Makes the topic, by way of the controller: older brokers do not pass this request on.
+    fn create(&self, metadata: &MetadataResponse, deadline: Instant) -> Result<(), BrokerError> {
+        let topic = &self.settings.topic;
+        let controller = metadata
+            .brokers
+            .iter()
+            .find(|broker| broker.node_id == metadata.controller_id)
+            .and_then(|broker| server(&broker.host, broker.port))
+            .ok_or_else(|| BrokerError::Away("kafka has no controller now".to_owned()))?;
+        let mut link = self.link(&controller, deadline)?;
+        let partitions = self.settings.partition.saturating_add(1);
+        let request = topic::creation(
+            topic,
+            partitions,
+            metadata.brokers.len(),
+            milliseconds(deadline),
+        );
+        let answer = ask(&mut link, &request, deadline)?;
+        match answer.topics.first() {
+            Some(result) if matches!(result.error_code, 0 | TOPIC_ALREADY_EXISTS) => Ok(()),
+            Some(result) => Err(codes::of_question(
+                &controller.to_string(),
+                result.error_code,
+                Some(&format!(
+                    "topic {topic} cannot be made: {}",
+                    result.error_message.as_deref().unwrap_or_default()
+                )),
+            )),
+            None => Err(BrokerError::Away(format!(
+                "{controller} did not answer for topic {topic}"
+            ))),
+        }
+    }
+
+    fn checked(
+        &self,
+        mut link: Link,
+        epoch: i32,
+        replicas: usize,
+        deadline: Instant,
+    ) -> Result<Leader, BrokerError> {
+        let name = &self.settings.topic;
+        let answer = ask(&mut link, &topic::question(name), deadline)?;
+        if let Some(result) = answer.results.iter().find(|result| result.error_code != 0) {
+            return Err(codes::of_question(
+                &link.server.to_string(),
+                result.error_code,
+                result.error_message.as_deref(),
+            ));
+        }
+        let facts = topic::judge(name, replicas, &topic::settings(&answer))?;
+        Ok(Leader { link, epoch, facts })
+    }
+}
+
+fn ask<Q: Ask>(link: &mut Link, request: &Q, deadline: Instant) -> Result<Q::Answer, BrokerError> {
+    link.call(request, deadline).map_err(of_fault)
+}
+
+fn of_fault(fault: Fault) -> BrokerError {
+    match fault {
+        Fault::Unsent(said) | Fault::Broken(said) => BrokerError::Away(said),
+        Fault::Refused(said) => BrokerError::Refused(said),
+    }
+}
+
+fn server(host: &str, port: i32) -> Option<Server> {
+    let port = u16::try_from(port).ok()?;
+    Some(Server {
+        host: host.to_owned(),
+        port,
+    })
+}
+
+fn servers(list: &str) -> Result<Vec<Server>, BrokerError> {
+    let parsed = |item: &str| {
+        let (host, port) = item.rsplit_once(':')?;
+        let host = host
+            .strip_prefix('[')
+            .and_then(|h| h.strip_suffix(']'))
+            .unwrap_or(host);
+        let port = port.parse().ok().filter(|port| *port != 0)?;
+        (!host.is_empty() && !host.contains(['/', '@', ' '])).then(|| Server {
+            host: host.to_owned(),
+            port,
+        })
+    };
+    let items = list
+        .split(',')
+        .map(str::trim)
+        .filter(|item| !item.is_empty());
+    // The item is not repeated: somebody may have put credentials into it.
+    let servers: Option<Vec<_>> = items.map(parsed).collect();
+    servers
+        .filter(|servers| !servers.is_empty())
+        .ok_or_else(|| {
+            BrokerError::Refused(
+                "the brokers to begin with must be a list of host:port, separated by commas"
+                    .to_owned(),
+            )
+        })
+}
+
+fn client_config(tls: &Tls) -> Result<Arc<ClientConfig>, BrokerError> {
+    let mut roots = RootCertStore::empty();
+    match tls {
+        Tls::File(path) => {
+            let unreadable = |reason: String| {
+                BrokerError::Refused(format!("certificates {}: {reason}", path.display()))
+            };
+            let found: Vec<_> = CertificateDer::pem_file_iter(path)
+                .and_then(Iterator::collect)
+                .map_err(|e| unreadable(e.to_string()))?;
+            for certificate in found {
+                roots
+                    .add(certificate)
+                    .map_err(|e| unreadable(e.to_string()))?;
+            }
+            if roots.is_empty() {
+                return Err(unreadable("there is none in it".to_owned()));
+            }
+        }
+        Tls::System => {
+            // Some certificates of a machine's store are always too old to be parsed.
+            roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+            if roots.is_empty() {
+                return Err(BrokerError::Refused(
+                    "this machine trusts no certificate authority; install the package ca-certificates, or name a file"
+                        .to_owned(),
+                ));
+            }
+        }
+    }
+    let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .map_err(|e| BrokerError::Refused(format!("TLS cannot be used: {e}")))?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    Ok(Arc::new(config))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_host_and_port() {
+        let told = |list: &str| {
+            servers(list).map(|found| found.iter().map(ToString::to_string).collect::<Vec<_>>())
+        };
+        assert_eq!(
+            told("a:1, [::1]:9092,b.example:65535,").unwrap(),
+            ["kafka a:1", "kafka [::1]:9092", "kafka b.example:65535"]
+        );
+        for list in [
+            "",
+            ",",
+            "a",
+            "a:0",
+            ":1",
+            "a:65536",
+            "user:secret@a:1",
+            "kafka://a:1",
+        ] {
+            let error = told(list).unwrap_err().to_string();
+            assert!(!error.contains("secret"), "{error}");
+        }
+    }
+}

@@ -1,0 +1,144 @@
+//! A message broker as the place of the order log.
+//!
+//! A client ([`Broker`]) stores frames and knows no orders. It makes one attempt a call, within its time limit,
+//! and never repeats by itself. Repeating, fencing and reading back are decided once, for all brokers:
+//!
+//! * [`frame`]: the bytes of a group in the broker; `before`: taking the log over at a start;
+//! * [`reader`]: which frames count, and what is damage;
+//! * `writer`: appending, also after an unknown outcome and after a broker that lost groups;
+//! * `log`: all of it as an [`crate::queue::log::OrderLog`].
+//!
+//! The rules:
+//!
+//! 1. A group is identified by (epoch, number). Number 0 is the epoch's *marker*, appended by the process that
+//!    takes the log over. Groups of an epoch behind the marker of a later one do not count.
+//! 2. A group is acknowledged only if its position shows that no marker of a later epoch precedes it.
+//! 3. One group is in flight. Once its outcome is unknown, no other number is used until it is there for certain,
+//!    or a later epoch's marker is.
+//! 4. The *place* up to which every order is settled is kept in PostgreSQL. The frame at the place stays in the
+//!    broker, so that a reader can tell a log from an empty one.
+
+mod before;
+pub mod frame;
+#[cfg(feature = "kafka")]
+pub mod kafka;
+mod log;
+pub mod reader;
+#[cfg(feature = "redis")]
+pub mod redis;
+#[cfg(feature = "rocketmq")]
+pub mod rocketmq;
+mod writer;
+
+use std::fmt;
+
+pub use crate::order::log_place::{Place, Position};
+pub use before::{BeforeStart, Known, TakenOver};
+pub use frame::Owner;
+pub use log::{BrokerLimits, BrokerLog};
+
+/// A frame that the broker has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stored {
+    /// The broker's offset of it; 0 for Redis.
+    pub offset: u64,
+    /// Redis: the place that its id says; `None` for the others, where only the frame says it.
+    pub place: Option<Place>,
+    /// The frame, byte for byte as it was sent.
+    pub frame: Vec<u8>,
+}
+
+/// Reasons why a frame was not stored for certain. Each has a sentence that names the server's answer.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SendError {
+    /// A frame of this or a later place is stored, and this one is not (Redis only: it refuses such an id).
+    #[error("the broker has a later group: {0}")]
+    Stale(String),
+    /// It is certainly not stored: the broker has no room.
+    #[error("the broker is full: {0}")]
+    Full(String),
+    /// It is certainly not stored: the broker could not be reached, or does not take writes now.
+    #[error("the broker is away: {0}")]
+    Away(String),
+    /// It is certainly not stored, and will not be until a person changes something: credentials, permissions, a
+    /// setting that breaks the promise.
+    #[error("the broker refuses: {0}")]
+    Refused(String),
+    /// It may or may not be stored, or is stored and not durable as promised.
+    #[error("the broker's answer is unknown: {0}")]
+    Unknown(String),
+}
+
+/// Reasons why a broker could not be asked.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BrokerError {
+    /// It could not be reached, or does not answer; the same question may be answered later.
+    #[error("the broker is away: {0}")]
+    Away(String),
+    /// Credentials, permissions, or a setting that breaks the promise: a person has to change something. The
+    /// sentence says what.
+    #[error("{0}")]
+    Refused(String),
+    /// What was asked for is not there any more.
+    #[error("the broker has lost what was asked for: {0}")]
+    Lost(String),
+}
+
+/// What a broker has of the log.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Extent {
+    /// Number of frames that can be read.
+    pub frames: u64,
+    /// Bytes in the broker, if it says so.
+    pub bytes: Option<u64>,
+}
+
+/// A broker that keeps one log.
+pub trait Broker: Send + Sync + fmt::Debug {
+    /// Connects anew if the connection of [`Broker::send`] is gone, makes the stream or topic if it is missing and may be made, and reads every setting
+    /// of the server that the promise rests on. Returns warnings, a sentence each.
+    ///
+    /// # Errors
+    /// [`BrokerError::Refused`] with one sentence: the setting, its value, and the value that it needs.
+    fn check(&self) -> Result<Vec<String>, BrokerError>;
+
+    /// Stores a frame behind all others, and returns its offset once it is durable by the broker's own promise.
+    /// It never connects by itself: a new connection may lead to a server that has lost groups in a failover, so
+    /// without one it is [`SendError::Away`] until [`Broker::check`] has connected and the log's end has been
+    /// compared.
+    ///
+    /// # Errors
+    /// [`SendError`]. Anything that is not certain is [`SendError::Unknown`].
+    fn send(&self, place: Place, frame: &[u8]) -> Result<u64, SendError>;
+
+    /// The frames after `after` (`None`: from the first that it still has), in their order: about `bytes_max`
+    /// bytes, at least one frame if there is one. Empty: there is none after it.
+    ///
+    /// # Errors
+    /// [`BrokerError::Lost`] if frames between `after` and the first that it still has are known to be gone.
+    fn read(&self, after: Option<Position>, bytes_max: usize) -> Result<Vec<Stored>, BrokerError>;
+
+    /// Allows the broker to delete every frame before `before`; the frame at `before` stays readable.
+    ///
+    /// # Errors
+    /// [`BrokerError`].
+    fn forget(&self, before: Position) -> Result<(), BrokerError>;
+
+    /// What it has.
+    ///
+    /// # Errors
+    /// [`BrokerError`].
+    fn extent(&self) -> Result<Extent, BrokerError>;
+
+    /// Greatest length of a frame in bytes.
+    fn frame_max(&self) -> usize;
+
+    /// Name of the place in messages, such as: the Redis stream `…`.
+    fn title(&self) -> String;
+
+    /// Whether the server itself refuses a frame whose place is not above all others. Otherwise the offset shows
+    /// whether something came between.
+    fn fences(&self) -> bool {
+        false
+    }
+}

@@ -1,0 +1,428 @@
+//! Appending to a broker: one group in flight, each under its number until it is there for certain.
+
+use std::collections::{HashSet, VecDeque};
+use std::sync::Arc;
+
+use super::frame::{self, Owner};
+use super::log::BrokerLog;
+use super::reader::before;
+use super::{Broker, BrokerError, Place, Position, SendError, Stored};
+use crate::faults::{bug, crash_point};
+use crate::queue::log::{AppendError, GroupAt, LogWriter, NewGroup};
+
+/// Bytes of frames kept in memory, to be appended again if the broker loses them in a failover.
+const KEPT_BYTES: usize = 16 << 20;
+/// Bytes asked for at once.
+const READ_BYTES: usize = 1 << 20;
+
+/// A frame that the broker has confirmed.
+#[derive(Debug)]
+struct Kept {
+    position: Position,
+    frame: Vec<u8>,
+}
+
+/// A frame whose outcome is unknown.
+#[derive(Debug)]
+struct Doubt {
+    frame: Vec<u8>,
+}
+
+/// The writing end of a broker's log.
+#[derive(Debug)]
+pub(super) struct BrokerWriter {
+    log: Arc<BrokerLog>,
+    broker: Arc<dyn Broker>,
+    owner: Owner,
+    /// The marker of this process: everything before it is settled.
+    first: Place,
+    /// The next group.
+    next: Place,
+    /// The last frames that were confirmed, the marker or the newest ones that fit; never empty.
+    kept: VecDeque<Kept>,
+    kept_bytes: usize,
+    doubt: Option<Doubt>,
+    /// Whether the broker may have failed over since the last success: its tail is compared before the next
+    /// group.
+    suspects: bool,
+}
+
+impl BrokerWriter {
+    /// A writer that goes on after its own marker.
+    pub(super) fn new(
+        log: Arc<BrokerLog>,
+        broker: Arc<dyn Broker>,
+        owner: Owner,
+        marker: Position,
+    ) -> Self {
+        let frame = frame::encode(owner, marker.place, &[]);
+        BrokerWriter {
+            log,
+            broker,
+            owner,
+            first: marker.place,
+            next: Place {
+                number: marker.place.number + 1,
+                ..marker.place
+            },
+            kept_bytes: frame.len(),
+            kept: VecDeque::from([Kept {
+                position: marker,
+                frame,
+            }]),
+            doubt: None,
+            suspects: false,
+        }
+    }
+
+    fn last(&self) -> Position {
+        // Never empty.
+        self.kept.back().map_or(
+            Position {
+                place: self.next,
+                offset: 0,
+            },
+            |kept| kept.position,
+        )
+    }
+
+    /// Sends the frame and finds out where it is.
+    fn send(&mut self, frame: &[u8]) -> Result<Position, AppendError> {
+        let was_sound = !self.suspects;
+        match self.send_once(frame) {
+            // As after a connection that was idle for too long: connecting anew is all that it takes.
+            Err(AppendError::NotNow(_)) if was_sound && self.doubt.is_none() => {
+                self.send_once(frame)
+            }
+            sent => sent,
+        }
+    }
+
+    fn send_once(&mut self, frame: &[u8]) -> Result<Position, AppendError> {
+        if self.suspects {
+            self.reconnect()?;
+            if let Some(found) = self.find_in_tail(frame)? {
+                self.check_between(self.last(), found)?;
+                self.suspects = false;
+                return Ok(found);
+            }
+            self.suspects = false;
+        }
+        let sent = if bug("acknowledge_before_broker") {
+            let _ = self.broker.send(self.next, frame);
+            Ok(self.last().offset + 1)
+        } else {
+            self.broker.send(self.next, frame)
+        };
+        match sent {
+            Ok(offset) => {
+                let at = Position {
+                    place: self.next,
+                    offset,
+                };
+                match self.check_between(self.last(), at) {
+                    Ok(()) => Ok(at),
+                    // It is stored. What stands before it is not known yet.
+                    Err(AppendError::NotNow(reason) | AppendError::Unknown(reason)) => {
+                        self.suspects = true;
+                        Err(AppendError::Unknown(reason))
+                    }
+                    Err(error) => Err(error),
+                }
+            }
+            Err(SendError::Unknown(reason)) => {
+                self.suspects = true;
+                if bug("unknown_is_success") {
+                    return Ok(Position {
+                        place: self.next,
+                        offset: self.last().offset + 1,
+                    });
+                }
+                Err(AppendError::Unknown(reason))
+            }
+            Err(SendError::Stale(reason)) => {
+                let newest = self.newest_epoch()?;
+                if newest > self.next.epoch {
+                    return Err(self.fenced(newest));
+                }
+                Err(AppendError::Final(format!(
+                    "the broker has a later group of this process: {reason}"
+                )))
+            }
+            Err(error @ (SendError::Full(_) | SendError::Away(_) | SendError::Refused(_))) => {
+                self.suspects = true;
+                Err(AppendError::NotNow(error.to_string()))
+            }
+        }
+    }
+
+    /// Connects, to a server that may be another one, and appends again what it has lost.
+    fn reconnect(&mut self) -> Result<(), AppendError> {
+        let checked = self.broker.check();
+        checked.map_err(|error| AppendError::NotNow(error.to_string()))?;
+        self.compare_tail()
+    }
+
+    /// Rule 2: nothing that counts more lies between `last`, which this process wrote before, and `at`.
+    fn check_between(&self, last: Position, at: Position) -> Result<(), AppendError> {
+        if self.broker.fences() || at.offset == last.offset + 1 || bug("no_fence") {
+            return Ok(());
+        }
+        if at.offset <= last.offset {
+            // The broker has lost what stood there, in a failover that went unnoticed. The comparison of the log's
+            // end says how much.
+            return Err(AppendError::Unknown(format!(
+                "the broker gave offset {} after {}: it has lost groups",
+                at.offset, last.offset
+            )));
+        }
+        let mut after = Some(last);
+        while let Some(from) = after.filter(|from| from.offset + 1 < at.offset) {
+            let stored = self.read(Some(from))?;
+            if let Some(newest) = newest_of(&stored).filter(|newest| *newest > at.place.epoch) {
+                return Err(self.fenced(newest));
+            }
+            after = stored.last().map(|stored| Position {
+                place: from.place,
+                offset: stored.offset,
+            });
+        }
+        Ok(())
+    }
+
+    /// After a failure the broker may be another one, which lacks the last groups: those are appended again under
+    /// their numbers.
+    fn compare_tail(&mut self) -> Result<(), AppendError> {
+        // What the broker was allowed to forget cannot be compared.
+        let kept_from = self.log.kept_from();
+        while self.kept.len() > 1
+            && let Some(oldest) = self.kept.front()
+            && oldest.position.place < kept_from
+        {
+            self.drop_oldest();
+        }
+        let present = match self.places_from(self.kept.front().map(|kept| kept.position)) {
+            // Or it deletes by age. What it has lost of the last group is found all the same.
+            Err(AppendError::Final(_)) if self.kept.len() > 1 => {
+                while self.kept.len() > 1 {
+                    self.drop_oldest();
+                }
+                self.places_from(self.kept.front().map(|kept| kept.position))?
+            }
+            present => present?,
+        };
+        let is_lost = |kept: &Kept| !present.contains(&kept.position.place);
+        let from = self
+            .kept
+            .iter()
+            .position(is_lost)
+            .unwrap_or(self.kept.len());
+        // What is lost has to be the end of the log, and to begin behind a group that is there: only then are the
+        // groups before it known to be there, and the lost ones come into their order again.
+        let is_end = !present.contains(&self.next) && self.kept.iter().skip(from).all(is_lost);
+        // Or nothing of this process is there, and everything before it was settled and may be forgotten.
+        let is_all = from == 0
+            && self
+                .kept
+                .front()
+                .is_some_and(|oldest| oldest.position.place <= kept_from.max(self.first))
+            && !present.iter().any(|place| place.epoch == self.next.epoch);
+        if (from == 0 && !is_all) || (from < self.kept.len() && !is_end) {
+            return Err(AppendError::Final(format!(
+                "{} has lost acknowledged groups from {} on, more than this process can append again; it writes their \
+                 orders as long as it runs",
+                self.broker.title(),
+                self.kept[from.min(self.kept.len() - 1)].position.place
+            )));
+        }
+        let lost: Vec<usize> = (from..self.kept.len()).collect();
+        if lost.is_empty() {
+            return Ok(());
+        }
+        tracing::warn!(
+            groups = lost.len(),
+            "{} has lost groups in a failover; they are appended again",
+            self.broker.title()
+        );
+        for index in lost {
+            let kept = &self.kept[index];
+            let sent = self.broker.send(kept.position.place, &kept.frame);
+            let offset = sent.map_err(|error| AppendError::NotNow(error.to_string()))?;
+            let at = Position {
+                offset,
+                ..kept.position
+            };
+            if let Some(before) = index.checked_sub(1) {
+                self.check_between(self.kept[before].position, at)?;
+            }
+            self.kept[index].position = at;
+        }
+        Ok(())
+    }
+
+    /// The places in the log from this one on.
+    fn places_from(&self, oldest: Option<Position>) -> Result<HashSet<Place>, AppendError> {
+        let mut places = HashSet::new();
+        let mut after = oldest.and_then(|oldest| before(oldest, self.broker.fences()));
+        loop {
+            let stored = self.read(after)?;
+            let Some(last) = stored.last() else {
+                return Ok(places);
+            };
+            if let Some(newest) = newest_of(&stored).filter(|newest| *newest > self.next.epoch) {
+                return Err(self.fenced(newest));
+            }
+            places.extend(stored.iter().filter_map(place_of));
+            after = Some(Position {
+                place: place_of(last).unwrap_or(self.next),
+                offset: last.offset,
+            });
+        }
+    }
+
+    /// The position of the frame in doubt, if the broker has it.
+    fn find_in_tail(&self, frame: &[u8]) -> Result<Option<Position>, AppendError> {
+        // A broker that fences says by itself that it has the frame, and makes sure that it is durable.
+        if self.doubt.is_none() || self.broker.fences() {
+            return Ok(None);
+        }
+        let mut after = Some(self.last());
+        loop {
+            let stored = self.read(after)?;
+            let Some(last) = stored.last() else {
+                return Ok(None);
+            };
+            if let Some(found) = stored.iter().find(|stored| stored.frame == frame) {
+                return Ok(Some(Position {
+                    place: self.next,
+                    offset: found.offset,
+                }));
+            }
+            after = Some(Position {
+                place: self.next,
+                offset: last.offset,
+            });
+        }
+    }
+
+    /// The highest epoch in the log behind the last own group.
+    fn newest_epoch(&self) -> Result<u64, AppendError> {
+        let (mut after, mut newest) = (Some(self.last()), 0);
+        loop {
+            let stored = self.read(after)?;
+            let Some(last) = stored.last() else {
+                return Ok(newest);
+            };
+            newest = newest.max(newest_of(&stored).unwrap_or(0));
+            after = Some(Position {
+                place: place_of(last).unwrap_or(self.next),
+                offset: last.offset,
+            });
+        }
+    }
+
+    fn read(&self, after: Option<Position>) -> Result<Vec<Stored>, AppendError> {
+        self.broker
+            .read(after, READ_BYTES)
+            .map_err(|error| match error {
+                BrokerError::Lost(what) => AppendError::Final(format!(
+                    "{} has lost acknowledged groups: {what}",
+                    self.broker.title()
+                )),
+                error => AppendError::NotNow(error.to_string()),
+            })
+    }
+
+    fn fenced(&self, by: u64) -> AppendError {
+        AppendError::Final(format!(
+            "another process has taken {} over (epoch {by}, ours is {})",
+            self.broker.title(),
+            self.next.epoch
+        ))
+    }
+
+    fn keep(&mut self, position: Position, frame: Vec<u8>) {
+        self.kept_bytes += frame.len();
+        self.kept.push_back(Kept { position, frame });
+        while self.kept_bytes > KEPT_BYTES && self.kept.len() > 1 {
+            self.drop_oldest();
+        }
+    }
+
+    fn drop_oldest(&mut self) {
+        if let Some(oldest) = self.kept.pop_front() {
+            self.kept_bytes -= oldest.frame.len();
+        }
+    }
+}
+
+impl LogWriter for BrokerWriter {
+    fn room(&mut self, _at_least: usize) -> Option<usize> {
+        self.log.begin_span_if_due();
+        // The longest record is far shorter than the shortest limit of a broker.
+        Some(self.broker.frame_max() - frame::HEAD)
+    }
+
+    fn span(&self) -> u64 {
+        self.log.span()
+    }
+
+    fn probe(&mut self) -> Result<(), AppendError> {
+        self.suspects = true;
+        self.reconnect()?;
+        self.suspects = false;
+        Ok(())
+    }
+
+    fn append(&mut self, group: &NewGroup<'_>, reserved: u32) -> Result<GroupAt, AppendError> {
+        let (frame, is_repeat) = match self.doubt.take() {
+            Some(doubt) => (doubt.frame, true),
+            None => (frame::encode(self.owner, self.next, group.payload), false),
+        };
+        if is_repeat {
+            self.doubt = Some(Doubt {
+                frame: frame.clone(),
+            });
+        } else {
+            // Before it is sent: from then on the broker may have the orders.
+            self.log.add_outstanding(group.orders.into());
+        }
+        crash_point("log.before_send");
+        match self.send(&frame) {
+            Ok(position) => {
+                crash_point("log.after_send");
+                self.doubt = None;
+                let at = GroupAt {
+                    span: self.log.span(),
+                    place: position.place.number,
+                    length: frame.len() as u32,
+                    group: position.offset,
+                    records: group.records,
+                    ids: group.ids,
+                };
+                self.log.appended(position, frame.len(), reserved);
+                self.next.number += 1;
+                self.keep(position, frame);
+                Ok(at)
+            }
+            Err(AppendError::NotNow(reason)) if !is_repeat => {
+                self.log.remove_outstanding(group.orders.into());
+                Err(AppendError::NotNow(reason))
+            }
+            Err(error @ AppendError::Unknown(_)) => {
+                self.doubt = Some(Doubt { frame });
+                Err(error)
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+fn place_of(stored: &Stored) -> Option<Place> {
+    frame::decode(&stored.frame).ok().map(|frame| frame.place)
+}
+
+fn newest_of(stored: &[Stored]) -> Option<u64> {
+    let places = stored.iter().filter_map(place_of);
+    places.map(|place| place.epoch).max()
+}
