@@ -584,8 +584,8 @@ fn two_subscribers_are_both_told() {
 }
 
 #[test]
-fn a_deadline_keeper_that_wakes_meanwhile_takes_no_wake_up_away() {
-    // The keeper wakes those who wait at a deadline that passed, while the worker settles. Whoever
+fn a_deadline_task_that_wakes_meanwhile_takes_no_wake_up_away() {
+    // The deadline task wakes those who wait at a deadline that passed, while the worker settles. Whoever
     // it wakes looks, and subscribes again if the order is still open.
     bounded(3, || {
         let slot = Arc::new(Slot::new(None));
@@ -594,9 +594,9 @@ fn a_deadline_keeper_that_wakes_meanwhile_takes_no_wake_up_away() {
             slot.settle(Settled::Persisted);
             slot.take_wakers(Waker::wake);
         });
-        let keeper = spawn(&slot, |slot| slot.take_wakers(Waker::wake));
+        let deadlines = spawn(&slot, |slot| slot.take_wakers(Waker::wake));
         let parked = wait_for(&slot);
-        keeper.join().unwrap();
+        deadlines.join().unwrap();
         worker.join().unwrap();
         no_wake_up_is_lost(&slot, [parked]);
     });
@@ -833,16 +833,16 @@ fn a_subscriber_sees_the_order_on_the_disk_or_is_woken_while_it_is_appended_and_
 }
 
 #[test]
-fn a_spill_wakes_everybody_once_beside_a_deadline_keeper() {
+fn a_spill_wakes_everybody_once_beside_a_deadline_task() {
     bounded(3, || {
         let slot = in_the_journal();
-        let keeper = spawn(&slot, |slot| slot.take_wakers(Waker::wake));
+        let deadlines = spawn(&slot, |slot| slot.take_wakers(Waker::wake));
         let appender = spawn(&slot, |slot| {
             assert!(slot.spill());
             slot.take_wakers(Waker::wake);
         });
         let parked = wait_for(&slot);
-        keeper.join().unwrap();
+        deadlines.join().unwrap();
         appender.join().unwrap();
         assert!(parked.as_ref().is_none_or(|waker| waker.woken() == 1));
         no_wake_up_is_lost(&slot, [parked]);
@@ -1212,12 +1212,12 @@ fn a_snapshot_beside_holds_and_releases_always_adds_up() {
     loom::model(|| {
         let stock = Arc::new(StockCounter::new(2, 1, 0));
         let buyer = spawn(&stock, |stock| stock.hold(1).unwrap());
-        let keeper = spawn(&stock, |stock| stock.release(1));
+        let expiry = spawn(&stock, |stock| stock.release(1));
         let snapshot = stock.snapshot();
         check(snapshot);
         assert!(snapshot.held <= 2 && snapshot.sold == 0);
         buyer.join().unwrap();
-        keeper.join().unwrap();
+        expiry.join().unwrap();
         assert_eq!(stock.free(), 1);
     });
 }
@@ -1329,13 +1329,13 @@ fn a_total_that_is_lowered_while_units_are_held_stays_above_them() {
 fn a_total_that_is_raised_and_lowered_beside_a_release_adds_up() {
     bounded(3, || {
         let stock = Arc::new(StockCounter::new(1, 1, 0));
-        let keeper = spawn(&stock, |stock| stock.release(1));
+        let expiry = spawn(&stock, |stock| stock.release(1));
         let operator = spawn(&stock, |stock| {
             stock.set_total(2).unwrap();
             stock.set_total(0).is_ok()
         });
         check(stock.snapshot());
-        keeper.join().unwrap();
+        expiry.join().unwrap();
         let emptied = operator.join().unwrap();
         let total = if emptied { 0 } else { 2 };
         assert_eq!(

@@ -1228,7 +1228,7 @@ fn deadlines_that_race_with_workers_leak_no_unit_and_leave_nobody_waiting() {
                 })
             })
             .collect();
-        let keeper = scope.spawn(|| {
+        let deadlines = scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
                 real.expire(Instant::now());
                 let seen = real.sku(0).counter().snapshot();
@@ -1273,7 +1273,7 @@ fn deadlines_that_race_with_workers_leak_no_unit_and_leave_nobody_waiting() {
             .flat_map(|worker| worker.join().unwrap())
             .collect();
         stop.store(true, Ordering::Relaxed);
-        keeper.join().unwrap();
+        deadlines.join().unwrap();
         persisted
     });
 

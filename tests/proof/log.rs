@@ -87,7 +87,7 @@ fn round(seed: u64, way: &str, refused: &AtomicU64) -> Result<Findings, String> 
         }
         let died = postgres.pid().map(end_postgres);
         let mut outcome = died.ok_or("PostgreSQL does not run".to_owned());
-        // Its keeper starts it again, and then what waits becomes rows.
+        // The task that watches it starts it again, and then what waits becomes rows.
         let rows_written = || {
             let rows = served.metric("millrace_rows_written_total");
             rows.expect("a counter of rows")

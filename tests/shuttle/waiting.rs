@@ -58,7 +58,7 @@ impl World {
         let order = Arc::new(PendingOrder::new(order(id), self.at(seconds), None));
         self.pending.insert(&order);
         if self.queue.push(Arc::clone(&order)).is_err() {
-            // As a guard undoes it; the keeper may have been faster.
+            // As a guard undoes it; the deadline task may have been faster.
             if order.slot.abandon() {
                 self.pending.remove(order.order.id);
             } else {
@@ -100,7 +100,7 @@ fn spawn<T: Send + 'static>(
 }
 
 /// Orders are placed and waited for, a duplicate waits for one of them for less time, the worker
-/// dies early, and the keeper gives up what is left.
+/// dies early, and the deadline task gives up what is left.
 pub fn orders_are_written_or_given_up() {
     let world = World::new(2);
     let worker = spawn(&world, |world| world.work(2));
@@ -130,7 +130,7 @@ pub fn orders_are_written_or_given_up() {
         world.pending.wake_by(&order, world.at(1));
         wait_until(&order, SlotState::is_final);
     });
-    let keeper = spawn(&world, |world| {
+    let deadlines = spawn(&world, |world| {
         // Time passes second by second, and stands still once everything is due.
         for seconds in (0..4).chain(std::iter::repeat(4)) {
             if world.is_over.load(Ordering::SeqCst) {
@@ -146,7 +146,7 @@ pub fn orders_are_written_or_given_up() {
         .collect();
     world.is_over.store(true, Ordering::SeqCst);
     duplicate.join().unwrap();
-    keeper.join().unwrap();
+    deadlines.join().unwrap();
     world.queue.close();
     worker.join().unwrap();
     let rows = world.rows.lock().unwrap().clone();
@@ -166,11 +166,11 @@ pub fn orders_are_written_or_given_up() {
     assert!(world.pending.is_empty());
 }
 
-/// Whatever is entered, and whoever asks to be woken earlier, beside a keeper that walks: its next
+/// Whatever is entered, and whoever asks to be woken earlier, beside a deadline task that walks: its next
 /// look finds it.
 pub fn no_deadline_is_missed() {
     let world = World::new(8);
-    // Claimed, so that the keeper wakes and does not give up.
+    // Claimed, so that the deadline task wakes and does not give up.
     let claimed = |world: &World, id, seconds| {
         let order = world.place(id, seconds).expect("there is room");
         assert!(order.slot.claim());
@@ -185,14 +185,14 @@ pub fn no_deadline_is_missed() {
     let asking = spawn(&world, move |world| {
         world.pending.wake_by(&early, world.at(1))
     });
-    let keeper = spawn(&world, |world| {
+    let deadlines = spawn(&world, |world| {
         for seconds in [0, 1, 1] {
             world.expire(seconds);
         }
     });
     entering.join().unwrap();
     asking.join().unwrap();
-    keeper.join().unwrap();
+    deadlines.join().unwrap();
     // The first is due again after having been woken at its early moment, the others for once.
     assert!(
         world.expire(3) >= 3,
@@ -211,7 +211,7 @@ impl std::task::Wake for Count {
     }
 }
 
-/// Somebody asks to be woken at a moment at which others are due as well, while the keeper looks.
+/// Somebody asks to be woken at a moment at which others are due as well, while the deadline task looks.
 pub fn whoever_asks_late_is_woken() {
     let world = World::new(8);
     let claimed = |id, seconds| {
@@ -228,9 +228,9 @@ pub fn whoever_asks_late_is_woken() {
         order.slot.subscribe(waker);
         world.pending.wake_by(&order, world.at(1));
     });
-    let keeper = spawn(&world, |world| world.expire(1));
+    let deadlines = spawn(&world, |world| world.expire(1));
     asking.join().unwrap();
-    keeper.join().unwrap();
+    deadlines.join().unwrap();
     world.expire(1);
     assert!(count.0.load(Ordering::SeqCst) > 0, "nobody wakes it");
 }

@@ -33,7 +33,7 @@ pub struct Rule {
 /// The request behind the bytes of a rule.
 pub const AFTER: &str = "GET /after HTTP/1.1\r\nHost: h\r\n\r\n";
 
-/// Every rule. Limits: head 2048 bytes, body 1000, batch 100,000.
+/// Every rule. Limits: head 2048 bytes, body 1000, batch 100,000. Long because it is a table: one entry a rule.
 pub fn rules() -> Vec<Rule> {
     use Then::{Another, HalfClose, Silence};
     let inner = "GET /inner HTTP/1.1\r\nHost: h\r\n\r\n";

@@ -91,7 +91,7 @@ pub struct Embedded {
     starting: Option<Child>,
     /// The postmaster, which `pg_ctl` has left to run by itself.
     server: Option<Pid>,
-    log_keeper: Option<JoinHandle<()>>,
+    log_bounding: Option<JoinHandle<()>>,
     /// Last, so that it is released when everything else is done.
     _lock: File,
 }
@@ -149,7 +149,7 @@ impl Embedded {
             installation,
             starting: None,
             server: None,
-            log_keeper: None,
+            log_bounding: None,
             _lock: lock,
         })
     }
@@ -287,7 +287,7 @@ impl Embedded {
         )?;
         self.starting = Some(starting);
         self.wait_until_ready(&log, from).await?;
-        self.log_keeper = Some(tokio::spawn(keep_log_bounded(log)));
+        self.log_bounding = Some(tokio::spawn(keep_log_bounded(log)));
         Ok(())
     }
 
@@ -360,8 +360,8 @@ impl Embedded {
     }
 
     async fn end(&mut self, how: Shutdown) -> Result<(), EmbeddedError> {
-        if let Some(keeper) = self.log_keeper.take() {
-            keeper.abort();
+        if let Some(bounding) = self.log_bounding.take() {
+            bounding.abort();
         }
         if self.server.take().is_some() {
             let (home, installation) = (self.home.clone(), self.installation.clone());
@@ -373,8 +373,8 @@ impl Embedded {
 
 impl Drop for Embedded {
     fn drop(&mut self) {
-        if let Some(keeper) = self.log_keeper.take() {
-            keeper.abort();
+        if let Some(bounding) = self.log_bounding.take() {
+            bounding.abort();
         }
         let mut starting = self.starting.take();
         if let Some(starting) = &mut starting {

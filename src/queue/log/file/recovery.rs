@@ -166,29 +166,9 @@ impl Scan {
                 return Err(damaged(place, "a group begins in its middle"));
             }
         };
-        if place + count > sectors.len() {
-            return Err(damaged(place, "a group reaches beyond its segment"));
-        }
-        let mut payload = Vec::with_capacity(count * SECTOR);
-        for (index, sector) in sectors[place..place + count].iter().enumerate() {
-            let at = place + index;
-            match sector::decode(sector, segment.seal, at as u64) {
-                Sector::Zero => return Ok(None),
-                Sector::Part {
-                    group: g,
-                    index: i,
-                    count: c,
-                    payload: part,
-                } if g == group && usize::from(i) == index && usize::from(c) == count => {
-                    payload.extend_from_slice(&sector[part]);
-                }
-                Sector::Damaged if bug("cut_at_damage") => return Ok(None),
-                Sector::Damaged => return Err(damaged(at, "a sector is damaged")),
-                Sector::Part { .. } => {
-                    return Err(damaged(at, "a sector of another group lies inside a group"));
-                }
-            }
-        }
+        let Some(payload) = payload(segment, sectors, place, group, count)? else {
+            return Ok(None);
+        };
         let content =
             record::decode(&payload).map_err(|malformed| damaged(place, &malformed.to_string()))?;
         let next_sequence = content
@@ -285,6 +265,43 @@ impl Scan {
         }
         Ok(())
     }
+}
+
+/// The payload of the group of `count` sectors at `place`; `None` if it is not complete.
+fn payload(
+    segment: &Segment,
+    sectors: &[&[u8]],
+    place: usize,
+    group: u64,
+    count: usize,
+) -> Result<Option<Vec<u8>>, JournalError> {
+    let damaged = |place: usize, what: &str| {
+        JournalError::damaged(segment.number, (place * SECTOR) as u64, what)
+    };
+    if place + count > sectors.len() {
+        return Err(damaged(place, "a group reaches beyond its segment"));
+    }
+    let mut payload = Vec::with_capacity(count * SECTOR);
+    for (index, sector) in sectors[place..place + count].iter().enumerate() {
+        let at = place + index;
+        match sector::decode(sector, segment.seal, at as u64) {
+            Sector::Zero => return Ok(None),
+            Sector::Part {
+                group: g,
+                index: i,
+                count: c,
+                payload: part,
+            } if g == group && usize::from(i) == index && usize::from(c) == count => {
+                payload.extend_from_slice(&sector[part]);
+            }
+            Sector::Damaged if bug("cut_at_damage") => return Ok(None),
+            Sector::Damaged => return Err(damaged(at, "a sector is damaged")),
+            Sector::Part { .. } => {
+                return Err(damaged(at, "a sector of another group lies inside a group"));
+            }
+        }
+    }
+    Ok(Some(payload))
 }
 
 /// Number of the process, in the journal's history, that wrote a group.
