@@ -1,8 +1,8 @@
 //! All wiring: the order in which things start and stop.
 //!
 //! ```text
-//!   start:  preflight ─► listeners, planes ─► ownership: journal read, PostgreSQL, schema, clocks, take over
-//!           ─► recovery: journal replayed, memory rebuilt ─► order path: queue, workers
+//!   start:  preflight ─► listeners, planes ─► ownership: journal read or broker asked, PostgreSQL, schema, clocks, take over
+//!           ─► recovery: broker's log read, order log replayed, memory rebuilt ─► order path: queue, workers
 //!           ─► background tasks ─► the data plane's service, the intake opens
 //!   drain:  the same from the end, see `drain`
 //! ```

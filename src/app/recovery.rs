@@ -1,8 +1,9 @@
-//! Recovery at a start: the journal on the disk, the database, and the state in memory rebuilt from both.
+//! Recovery at a start: the order log, the database, and the state in memory rebuilt from both.
 //!
-//! 1. The journal was read and checked before the database was opened (`journal`).
+//! 1. A journal was read and checked before the database was opened (`order_log`). A broker's log is taken over and
+//!    read in step 3.
 //! 2. Orders of orphan payments are read, so that an order that was paid in time is payable.
-//! 3. The journal is replayed, oldest order first: what the database lacks is written.
+//! 3. The order log is replayed, oldest order first: what the database lacks is written.
 //! 4. Memory is rebuilt from the database alone: SKUs, units of parked orders, unpaid orders, the orders of the
 //!    idempotency window, and older live orders of SKUs with a purchase limit.
 
@@ -46,7 +47,7 @@ const PART: usize = 20_000;
 /// Interval of progress reports.
 const PROGRESS: Duration = Duration::from_secs(1);
 
-/// Replays the journal: writes to the database the orders that only the journal has.
+/// Replays the order log and rebuilds the memory.
 pub(super) async fn state(
     config: &Config,
     ownership: &mut Ownership,
@@ -118,7 +119,7 @@ impl Numbers {
     }
 }
 
-/// Replays the journal: writes to the database the orders that only the journal has.
+/// Replays the order log: writes to the database the orders that only the log has.
 async fn replay(
     config: &Config,
     database: &Database,

@@ -211,8 +211,8 @@ pub struct Queue {
     /// anything is held.
     #[schemars(range(min = 1, max = 10_000_000))]
     pub capacity: usize,
-    /// Time for which a broker keeps orders after they are rows, in milliseconds: a failover of PostgreSQL that
-    /// loses commits finds them there. The journal keeps them for `queue.journal.retain_for_slots` alone.
+    /// Longest time for which a broker keeps orders after they are settled, in milliseconds: a failover of
+    /// PostgreSQL that loses commits finds them there. Less, once half of `queue.journal.bytes_max` is used. The journal keeps them for `queue.journal.retain_for_slots` alone.
     #[schemars(range(min = 0, max = 604_800_000))]
     pub retain_ms: u64,
     /// The write-ahead log of `backend = "journal"`. Its `bytes_max`, `lease_ms` and `retain_for_slots` hold for
@@ -232,7 +232,7 @@ pub struct Queue {
 pub struct Redis {
     /// `redis://` or, with TLS, `rediss://[user:password@]host[:port]`. Redis or Valkey, one primary.
     pub url: String,
-    /// Key of the stream. Empty: `millrace:{schema}:{node}`.
+    /// Key of the stream. Empty: `millrace:{schema}:0`, for node 0.
     pub stream: String,
     /// Replicas that must confirm each group (`WAIT`, from 7.2 on `WAITAOF`) before its orders are acknowledged.
     #[schemars(range(min = 0, max = 16))]
@@ -245,7 +245,7 @@ pub struct Redis {
 pub struct Kafka {
     /// Brokers to ask first: `host:port`, separated by commas.
     pub bootstrap: String,
-    /// The topic. Empty: `millrace-{schema}`. Each node has a partition of its own.
+    /// The topic. Empty: `millrace-{schema}`. Partition 0 is used.
     pub topic: String,
     /// Whether connections use TLS, with the system's certificate authorities or those of `ca_file`.
     pub tls: bool,
@@ -267,7 +267,7 @@ pub struct Kafka {
 pub struct RocketMq {
     /// Name servers: `host:port`, separated by semicolons.
     pub namesrv: String,
-    /// The topic. Empty: `millrace-{schema}`. Each node has a queue of its own.
+    /// The topic. Empty: `millrace-{schema}`. Queue 0 is used.
     pub topic: String,
     /// Access key, if the broker checks permissions.
     pub access_key: String,
@@ -284,7 +284,7 @@ pub struct Journal {
     /// system.
     #[schemars(with = "String")]
     pub dir: PathBuf,
-    /// Most bytes on the disk; beyond it `respond-async` is refused with `503 journal_full`. A
+    /// Most bytes of the log, on the disk or in the broker; beyond it `respond-async` is refused with `503 journal_full`. A
     /// segment has a sixteenth of this, at most 16 MiB. The size of segments is fixed when the
     /// journal is created.
     #[schemars(range(min = 1_048_576, max = 1_099_511_627_776_i64))]

@@ -1,6 +1,7 @@
 //! The queue between coroutines and workers, and its durability.
 //!
-//! Every implementation behaves alike, and `tests/queue.rs` checks each of them:
+//! Every implementation behaves alike, and `tests/queue.rs` checks the ring and the journal,
+//! `tests/order_log.rs` the brokers:
 //!
 //! * It is bounded: a push into a full queue returns the order.
 //! * Orders leave in the order of arrival, each once, to any number of consumers.
@@ -103,7 +104,7 @@ pub enum NotDurable {
     Busy,
     /// The limit in bytes is reached, or the disk is full.
     Full,
-    /// The disk has failed.
+    /// The log has failed, until a restart.
     Failed,
     /// This process may not acknowledge, because it could not renew its lease in the database for
     /// too long.
@@ -185,6 +186,10 @@ pub trait DurableQueue: Send + Sync {
     /// # Errors
     /// If the log cannot be read or is damaged.
     fn read_all(&self, each: &mut dyn FnMut(Order)) -> io::Result<()>;
+
+    /// Has a broker's log look in the background whether it is still whole, and append again what it has lost. A
+    /// journal has nothing to do.
+    fn look(&self);
 
     /// Leaves orders that wait in the log to the next process: the queue ends once the orders in memory are
     /// taken.

@@ -43,7 +43,7 @@ pub(super) fn inspect(config: &Config, orders: bool, json: bool) -> anyhow::Resu
     let (mut epochs, mut unreadable) = (BTreeMap::<u64, Epoch>::new(), 0);
     each_frame(&*broker, |place, payload, bytes| {
         let records = match payload {
-            [] => Vec::new(),
+            [] | frame::CLOSING => Vec::new(),
             payload => match record::decode(payload) {
                 Ok(group) => group.records,
                 Err(error) => {
@@ -140,7 +140,7 @@ pub(super) fn verify(config: &Config) -> anyhow::Result<bool> {
         };
         for group in counted {
             groups += 1;
-            if !group.payload.is_empty() {
+            if !group.payload.is_empty() && group.payload != frame::CLOSING {
                 match record::decode(&group.payload) {
                     Ok(group) => records += group.records.len(),
                     Err(error) => {

@@ -12,6 +12,8 @@ use crate::store::postgres::order_log::LogName;
 use crate::store::postgres::{Database, NodeLease};
 
 const INTERVAL: Duration = Duration::from_secs(1);
+/// Number of intervals after which the log is looked at, even if nobody orders.
+const LOOK_EVERY: u32 = 30;
 
 /// Moves the place once a second, until the future is dropped or another process has taken over. A journal keeps its
 /// place by deleting segments. After a failover the database is told anew which log is in use, because it may have
@@ -26,12 +28,16 @@ pub async fn keep(
     let mut tick = tokio::time::interval(INTERVAL);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let (mut noted, mut of_restore) = (0, watermarks.restores());
-    let mut told = false;
+    let (mut told, mut ticks) = (false, 0_u32);
     loop {
         tick.tick().await;
         let Some(durable) = queue.durable() else {
             continue;
         };
+        ticks = (ticks + 1) % LOOK_EVERY;
+        if ticks == 0 {
+            durable.look();
+        }
         // Read first: what is settled now is in a database on which nothing is missing, if that one takes the note.
         let (span, restores) = (durable.settled_up_to(), watermarks.restores());
         let Some(timeline) = watermarks.whole_timeline() else {

@@ -75,10 +75,16 @@ impl Appender {
             return Step::Ended;
         }
         if self.group.is_empty() {
-            return match shared.is_away.load(Ordering::Acquire) {
-                true => self.probe(),
-                false => next_if(shared.incoming.wait()),
-            };
+            if shared.is_away.load(Ordering::Acquire) {
+                return match self.pause() {
+                    Step::Next => self.probe(),
+                    Step::Ended => Step::Ended,
+                };
+            }
+            if shared.look_is_due.swap(false, Ordering::AcqRel) {
+                return self.probe();
+            }
+            return next_if(shared.incoming.wait());
         }
         if bug("ack_before_sync") {
             self.acknowledge_early();
@@ -106,13 +112,10 @@ impl Appender {
         }
     }
 
-    /// Asks a log that is away whether it is back: nobody is let in before.
+    /// Asks a log whether it is there and whole. While it is away nobody is let in.
     fn probe(&mut self) -> Step {
         let shared = Arc::clone(&self.shared);
         if shared.incoming.is_closed() && shared.incoming.len() == 0 {
-            return Step::Ended;
-        }
-        if let Step::Ended = self.pause() {
             return Step::Ended;
         }
         match self.writer.probe() {

@@ -312,6 +312,13 @@ impl DurableQueue for LoggedQueue {
         })
     }
 
+    fn look(&self) {
+        if self.durability() == Durability::Broker {
+            self.shared.look_is_due.store(true, Ordering::Release);
+            self.shared.incoming.wake();
+        }
+    }
+
     fn leave_backlog(&self) {
         self.shared.cut.store(true, Ordering::Release);
         self.shared.wake_reader();

@@ -52,6 +52,8 @@ pub(super) struct Shared {
     /// Whether the log takes no groups at the moment.
     pub(super) is_away: AtomicBool,
     away: Mutex<Option<String>>,
+    /// Whether the appender is to look at the log even if it has nothing to append.
+    pub(super) look_is_due: AtomicBool,
 }
 
 /// An item for the appender to write.
@@ -76,6 +78,7 @@ impl Shared {
             failure: OnceLock::new(),
             is_away: AtomicBool::new(false),
             away: Mutex::default(),
+            look_is_due: AtomicBool::new(false),
         }
     }
 

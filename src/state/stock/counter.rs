@@ -211,7 +211,7 @@ impl StockCounter {
             .is_ok()
     }
 
-    /// Takes `units` even if they are not free; the total grows if necessary. Only at a start, for the parked
+    /// For a start alone: takes the units of parked orders whose SKU's row is wrong. Its sale is paused, so nothing is sold from a total that grows here. Only at a start, for the parked
     /// orders of a SKU whose sale is paused because its row is wrong.
     ///
     /// # Panics

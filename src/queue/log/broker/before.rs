@@ -193,11 +193,11 @@ impl BeforeStart {
                     .known
                     .place
                     .is_some_and(|known| frame.place <= known.place);
-                if frame.payload.is_empty() && frame.place.number > 0 {
-                    // The last group of an orderly stop.
+                if frame.payload == frame::CLOSING {
                     has_unknown = false;
+                } else {
+                    has_unknown |= !frame.payload.is_empty() && !is_settled;
                 }
-                has_unknown |= !frame.payload.is_empty() && !is_settled;
                 last_place = Some(frame.place);
             }
             after = last_place.map(|place| Position { place, offset });

@@ -5,13 +5,15 @@
 //!   │ payload length u32 │ CRC-32C of all other bytes u32 │ payload
 //! ```
 //!
-//! All integers are little-endian. The payload is that of [`crate::queue::log::record`], or empty: a marker,
-//! or a group that only shows that its writer is there.
+//! All integers are little-endian. The payload is that of [`crate::queue::log::record`], empty for a marker, or
+//! [`CLOSING`].
 
 use super::Place;
 
 /// Bytes before the payload.
 pub const HEAD: usize = 48;
+/// Payload of the last group of an orderly stop: no order before it is needed.
+pub const CLOSING: &[u8] = b"closed";
 const MAGIC: &[u8; 4] = b"MRLG";
 /// Version of this format.
 const VERSION: u8 = 1;

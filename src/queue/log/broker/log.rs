@@ -6,7 +6,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::frame::{self, HEAD, Owner};
+use super::frame::{self, CLOSING, HEAD, Owner};
 use super::reader::{Counted, ReadError, Reader, before};
 use super::writer::BrokerWriter;
 use super::{Broker, BrokerError, Place, Position};
@@ -245,12 +245,12 @@ impl BrokerLog {
     }
 }
 
-/// Decodes a group's payload; a marker has no records.
+/// Decodes a group's payload; a marker and a closing group have no records.
 ///
 /// # Errors
 /// [`ReadError::Damaged`].
 pub(crate) fn records_of(place: Place, payload: &[u8]) -> Result<Vec<Record>, ReadError> {
-    if payload.is_empty() {
+    if payload.is_empty() || payload == CLOSING {
         return Ok(Vec::new());
     }
     let group = record::decode(payload);
@@ -412,7 +412,7 @@ impl OrderLog for BrokerLog {
         self.with_current(|span| span.last)
     }
 
-    /// Appends an empty group, which says that no order before it is needed. What is there stays for as long as
+    /// Appends a closing group, which says that no order before it is needed. What is there stays for as long as
     /// it would without a stop.
     fn erase(&self) -> io::Result<()> {
         let Some(last) = self.last_position() else {
@@ -423,7 +423,7 @@ impl OrderLog for BrokerLog {
             ..last.place
         };
         self.broker.check().map_err(io::Error::other)?;
-        let closing = frame::encode(self.owner, place, &[]);
+        let closing = frame::encode(self.owner, place, CLOSING);
         let sent = self.broker.send(place, &closing);
         sent.map(drop).map_err(io::Error::other)
     }

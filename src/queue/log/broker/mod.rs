@@ -136,8 +136,9 @@ pub trait Broker: Send + Sync + fmt::Debug {
     /// Name of the place in messages, such as: the Redis stream `…`.
     fn title(&self) -> String;
 
-    /// Whether the server itself refuses a frame whose place is not above all others. Otherwise the offset shows
-    /// whether something came between.
+    /// Whether the broker addresses frames by their place. Then the server itself refuses a frame whose place is not
+    /// above all others, [`Broker::read`] goes by the place, and [`Broker::send`] recognises a frame that is there
+    /// already. Otherwise frames have ascending offsets, which show whether something came between.
     fn fences(&self) -> bool {
         false
     }
