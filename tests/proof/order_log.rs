@@ -49,10 +49,11 @@ pub fn run(count: u64) -> Result<String, Why> {
         fenced,
         failovers,
         lost_again,
+        stops,
     } = figures;
     Ok(format!(
         "lives={count} acked={acked} unknown={unknown} takeovers={takeovers} fenced={fenced} failovers={failovers} \
-         appended_again={lost_again} lost=0 acked_behind_a_marker=0 seed={seed}"
+         appended_again={lost_again} stops={stops} lost=0 acked_behind_a_marker=0 seed={seed}"
     ))
 }
 
@@ -64,6 +65,7 @@ struct Figures {
     fenced: u64,
     failovers: u64,
     lost_again: u64,
+    stops: u64,
 }
 
 /// One process's client of a broker with one log.
@@ -258,8 +260,9 @@ impl World {
             match self.rng.random_range(0..100) {
                 0..6 => self.take_over(figures)?,
                 6..10 if self.fails_over => self.fail_over(figures),
+                10..13 => self.stop(figures),
                 // A process that was replaced, and does not know it.
-                10..25 if self.processes.len() > 1 && !self.fails_over => {
+                13..28 if self.processes.len() > 1 && !self.fails_over => {
                     let older = self.rng.random_range(0..self.processes.len() - 1);
                     self.append(older, figures)?;
                 }
@@ -339,6 +342,28 @@ impl World {
             ended: None,
         });
         Ok(())
+    }
+
+    /// The newest process ends in an orderly way: every order is settled. Sometimes another backend is used for a
+    /// while, after which the database does not know the place any more.
+    fn stop(&mut self, figures: &mut Figures) {
+        let is_alone = self.processes.len() == 1;
+        let Some(process) = self.processes.last_mut() else {
+            return;
+        };
+        if process.doubt.is_some() || process.ended.is_some() || !self.excused.is_empty() {
+            return;
+        }
+        figures.stops += 1;
+        let place = process.log.shared.last_position();
+        let is_closed = process.log.shared.erase().is_ok();
+        process.ended = Some("stopped".to_owned());
+        self.rows.extend(self.acked.drain());
+        let is_forgotten = is_closed && is_alone && self.rng.random_bool(0.3);
+        self.known = Known {
+            in_use: false,
+            place: place.filter(|_| !is_forgotten),
+        };
     }
 
     fn append(&mut self, which: usize, figures: &mut Figures) -> Result<(), String> {
