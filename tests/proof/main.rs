@@ -95,7 +95,7 @@ const PROOFS: &[Proof] = &[
     Proof {
         name: "broker",
         counts: "cycles on each broker of load, the process, the broker or the machine killed, and recovery",
-        short: 3,
+        short: 1,
         run: kill9::run_with_brokers,
     },
     Proof {
