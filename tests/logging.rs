@@ -187,10 +187,12 @@ impl Sale {
     }
 }
 
-/// A shell's command that becomes `$0`, the server's program.
+/// A shell's command that becomes `$0`, the binary, with the environment of `served`.
 fn in_shell(script: &str, served: &Command) -> Command {
     let mut command = Command::new("sh");
-    command.args(["-c", script]).arg(served.get_program());
+    command
+        .args(["-c", script])
+        .arg(env!("CARGO_BIN_EXE_millrace"));
     for (name, value) in served.get_envs() {
         match value {
             Some(value) => command.env(name, value),

@@ -23,7 +23,11 @@ pub fn print(schema: &str) -> String {
          CREATE TABLE {HISTORY} (\n    version int4 PRIMARY KEY,\n    name varchar(255),\n    \
          applied_on varchar(255),\n    checksum varchar(255)\n);\n"
     );
-    for migration in embedded_migrations::migrations::runner().get_migrations() {
+    // They are listed by their files' names, V10 before V2.
+    let runner = embedded_migrations::migrations::runner();
+    let mut migrations: Vec<_> = runner.get_migrations().iter().collect();
+    migrations.sort_by_key(|migration| migration.version());
+    for migration in migrations {
         text.push_str(&format!(
             "\n-- {migration}\n{}\nINSERT INTO {HISTORY} VALUES ({}, '{}', \
              to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"'), '{}');\n",
