@@ -21,8 +21,9 @@ use crate::store::postgres::order_log::NotedLog;
 
 /// Interval of progress reports.
 const PROGRESS: Duration = Duration::from_secs(1);
-/// Time for which a start waits for a broker that is away.
-const PATIENCE: Duration = Duration::from_secs(15);
+/// Time for which a start waits for a broker that is away. A broker of RocketMQ tells a name server of itself every
+/// 30 s.
+const PATIENCE: Duration = Duration::from_secs(45);
 const RETRY: Duration = Duration::from_millis(300);
 /// Least length of a broker's longest message, in bytes: the longest order has some 1,300.
 const FRAME_MIN: usize = 64 << 10;

@@ -15,7 +15,7 @@ use super::http::{call, try_call};
 use super::postgres::{copy_template, test_dir};
 
 /// How long any step of a process may take.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(90);
 
 /// How soon a condition is looked at again.
 const LOOK: Duration = Duration::from_millis(2);

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use comfy_table::Table;
 use serde::Serialize;
@@ -12,8 +13,12 @@ use crate::cli::output::print_line;
 use crate::config::Config;
 use crate::logging::say;
 use crate::queue::log::broker::reader::Reader;
-use crate::queue::log::broker::{Broker, Place, Position, frame};
+use crate::queue::log::broker::{Broker, BrokerError, Place, Position, frame};
 use crate::queue::log::record::{self, Record};
+
+/// Time for which a broker that is away is waited for.
+const PATIENCE: Duration = Duration::from_secs(45);
+const RETRY: Duration = Duration::from_millis(300);
 
 /// The summary, for machines.
 #[derive(Serialize)]
@@ -161,7 +166,14 @@ pub(super) fn verify(config: &Config) -> anyhow::Result<bool> {
 
 fn connect(config: &Config) -> anyhow::Result<Arc<dyn Broker>> {
     let broker = brokers::client(config)?;
-    for warning in broker.check()? {
+    let until = Instant::now() + PATIENCE;
+    let warnings = loop {
+        match broker.check() {
+            Err(BrokerError::Away(_)) if Instant::now() < until => std::thread::sleep(RETRY),
+            warnings => break warnings?,
+        }
+    };
+    for warning in warnings {
         say(&format!("{}: {warning}", broker.title()));
     }
     Ok(broker)
