@@ -92,12 +92,7 @@ impl Database {
         log: &LogName,
         place: Option<Position>,
     ) -> Result<(), StoreError> {
-        let place = place.map(columns);
-        let (epoch, number, offset) = (
-            place.map(|place| place.0),
-            place.map(|place| place.1),
-            place.map(|place| place.2),
-        );
+        let [epoch, number, offset] = columns(place);
         self.set_log(
             lease,
             "UPDATE node SET journal_id = $3::text::uuid, journal_in_use = true, log_title = $4, log_epoch = $5,
@@ -118,7 +113,7 @@ impl Database {
         place: Position,
         timeline: &str,
     ) -> Result<(), StoreError> {
-        let (epoch, number, offset) = columns(place);
+        let [epoch, number, offset] = columns(Some(place));
         self.set_log(
             lease,
             "UPDATE node SET log_epoch = $3, log_number = $4, log_offset = $5
@@ -140,12 +135,7 @@ impl Database {
         place: Option<Position>,
         timeline: &str,
     ) -> Result<(), StoreError> {
-        let place = place.map(columns);
-        let (epoch, number, offset) = (
-            place.map(|place| place.0),
-            place.map(|place| place.1),
-            place.map(|place| place.2),
-        );
+        let [epoch, number, offset] = columns(place);
         self.set_log(
             lease,
             "UPDATE node SET journal_in_use = false, lease_until = clock_timestamp(), log_epoch = $5, log_number = $6,
@@ -292,9 +282,13 @@ impl Database {
     }
 }
 
-/// A place as the columns of `node` have it.
-fn columns(place: Position) -> (i64, i64, i64) {
+/// A place as the columns of `node` have it: epoch, number, offset.
+fn columns(place: Option<Position>) -> [Option<i64>; 3] {
     let signed = |at: u64| i64::try_from(at).unwrap_or(i64::MAX);
-    let Position { place, offset } = place;
-    (signed(place.epoch), signed(place.number), signed(offset))
+    match place {
+        None => [None; 3],
+        Some(Position { place, offset }) => {
+            [place.epoch, place.number, offset].map(|at| Some(signed(at)))
+        }
+    }
 }
