@@ -13,8 +13,8 @@ use crate::cli::output::print_line;
 use crate::config::Config;
 use crate::logging::say;
 use crate::queue::log::broker::reader::Reader;
-use crate::queue::log::broker::{Broker, BrokerError, Place, Position, frame};
-use crate::queue::log::record::{self, Record};
+use crate::queue::log::broker::{Broker, BrokerError, Place, Position, frame, records_of};
+use crate::queue::log::record::Record;
 
 /// Time for which a broker that is away is waited for.
 const PATIENCE: Duration = Duration::from_secs(45);
@@ -47,16 +47,13 @@ pub(super) fn inspect(config: &Config, orders: bool, json: bool) -> anyhow::Resu
     let broker = connect(config)?;
     let (mut epochs, mut unreadable) = (BTreeMap::<u64, Epoch>::new(), 0);
     each_frame(&*broker, |place, payload, bytes| {
-        let records = match payload {
-            [] | frame::CLOSING => Vec::new(),
-            payload => match record::decode(payload) {
-                Ok(group) => group.records,
-                Err(error) => {
-                    say(&format!("cannot read group {place}: {error}"));
-                    unreadable += 1;
-                    return Ok(());
-                }
-            },
+        let records = match records_of(place, payload) {
+            Ok(records) => records,
+            Err(error) => {
+                say(&format!("cannot read {error}"));
+                unreadable += 1;
+                return Ok(());
+            }
         };
         let epoch = epochs.entry(place.epoch).or_insert_with(|| Epoch {
             epoch: place.epoch,
@@ -123,14 +120,11 @@ pub(super) fn inspect(config: &Config, orders: bool, json: bool) -> anyhow::Resu
 /// Checks every group, and that none is missing between others.
 pub(super) fn verify(config: &Config) -> anyhow::Result<bool> {
     let broker = connect(config)?;
-    let mut owner = None;
-    each_frame(&*broker, |_, _, _| Ok(())).map(drop)?;
-    if let Some(first) = broker.read(None, 1)?.first() {
-        owner = frame::decode(&first.frame).ok().map(|frame| frame.owner);
-    }
-    let Some(owner) = owner else {
+    let first = broker.read(None, 1)?;
+    let frame = first.first().and_then(|one| frame::decode(&one.frame).ok());
+    let Some(owner) = frame.map(|frame| frame.owner) else {
         print_line(&format!("{}: it has no groups", broker.title()))?;
-        return Ok(broker.read(None, 1)?.is_empty());
+        return Ok(first.is_empty());
     };
     let mut reader = Reader::from_first(&*broker, owner);
     let (mut groups, mut records) = (0, 0);
@@ -145,14 +139,11 @@ pub(super) fn verify(config: &Config) -> anyhow::Result<bool> {
         };
         for group in counted {
             groups += 1;
-            if !group.payload.is_empty() && group.payload != frame::CLOSING {
-                match record::decode(&group.payload) {
-                    Ok(group) => records += group.records.len(),
-                    Err(error) => {
-                        let at = group.position.place;
-                        print_line(&format!("{}: group {at}: {error}", broker.title()))?;
-                        return Ok(false);
-                    }
+            match records_of(group.position.place, &group.payload) {
+                Ok(of_group) => records += of_group.len(),
+                Err(error) => {
+                    print_line(&format!("{}: {error}", broker.title()))?;
+                    return Ok(false);
                 }
             }
         }

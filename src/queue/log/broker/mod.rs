@@ -35,6 +35,7 @@ use std::fmt;
 pub use crate::order::log_place::{Place, Position};
 pub use before::{BeforeStart, Known, TakenOver};
 pub use frame::Owner;
+pub(crate) use log::records_of;
 pub use log::{BrokerLimits, BrokerLog};
 
 /// A frame that the broker has.

@@ -22,12 +22,6 @@ struct Kept {
     frame: Vec<u8>,
 }
 
-/// A frame whose outcome is unknown.
-#[derive(Debug)]
-struct Doubt {
-    frame: Vec<u8>,
-}
-
 /// The writing end of a broker's log.
 #[derive(Debug)]
 pub(super) struct BrokerWriter {
@@ -41,7 +35,8 @@ pub(super) struct BrokerWriter {
     /// The last frames that were confirmed, the marker or the newest ones that fit; never empty.
     kept: VecDeque<Kept>,
     kept_bytes: usize,
-    doubt: Option<Doubt>,
+    /// The frame whose outcome is unknown.
+    doubt: Option<Vec<u8>>,
     /// Whether the broker may have failed over since the last success: its tail is compared before the next
     /// group.
     suspects: bool,
@@ -87,21 +82,25 @@ impl BrokerWriter {
     }
 
     /// Sends the frame and finds out where it is.
-    fn send(&mut self, frame: &[u8]) -> Result<Position, AppendError> {
+    fn send(&mut self, frame: &[u8], is_repeat: bool) -> Result<Position, AppendError> {
         let was_sound = !self.suspects;
-        match self.send_once(frame) {
+        match self.send_once(frame, is_repeat) {
             // As after a connection that was idle for too long: connecting anew is all that it takes.
-            Err(AppendError::NotNow(_)) if was_sound && self.doubt.is_none() => {
-                self.send_once(frame)
+            Err(AppendError::NotNow(_)) if was_sound && !is_repeat => {
+                self.send_once(frame, is_repeat)
             }
             sent => sent,
         }
     }
 
-    fn send_once(&mut self, frame: &[u8]) -> Result<Position, AppendError> {
+    fn send_once(&mut self, frame: &[u8], is_repeat: bool) -> Result<Position, AppendError> {
         if self.suspects {
             self.reconnect()?;
-            if let Some(found) = self.find_in_tail(frame)? {
+            // A broker that fences says by itself that it has the frame, and makes sure that it is durable.
+            if is_repeat
+                && !self.broker.fences()
+                && let Some(found) = self.find_in_tail(frame)?
+            {
                 self.check_between(self.last(), found)?;
                 self.suspects = false;
                 return Ok(found);
@@ -282,10 +281,6 @@ impl BrokerWriter {
 
     /// The position of the frame in doubt, if the broker has it.
     fn find_in_tail(&self, frame: &[u8]) -> Result<Option<Position>, AppendError> {
-        // A broker that fences says by itself that it has the frame, and makes sure that it is durable.
-        if self.doubt.is_none() || self.broker.fences() {
-            return Ok(None);
-        }
         let mut after = Some(self.last());
         loop {
             let stored = self.read(after)?;
@@ -376,22 +371,17 @@ impl LogWriter for BrokerWriter {
 
     fn append(&mut self, group: &NewGroup<'_>, reserved: u32) -> Result<GroupAt, AppendError> {
         let (frame, is_repeat) = match self.doubt.take() {
-            Some(doubt) => (doubt.frame, true),
+            Some(frame) => (frame, true),
             None => (frame::encode(self.owner, self.next, group.payload), false),
         };
-        if is_repeat {
-            self.doubt = Some(Doubt {
-                frame: frame.clone(),
-            });
-        } else {
+        if !is_repeat {
             // Before it is sent: from then on the broker may have the orders.
             self.log.add_outstanding(group.orders.into());
         }
         crash_point("log.before_send");
-        match self.send(&frame) {
+        match self.send(&frame, is_repeat) {
             Ok(position) => {
                 crash_point("log.after_send");
-                self.doubt = None;
                 let at = GroupAt {
                     span: self.log.span(),
                     place: position.place.number,
@@ -409,11 +399,11 @@ impl LogWriter for BrokerWriter {
                 self.log.remove_outstanding(group.orders.into());
                 Err(AppendError::NotNow(reason))
             }
-            Err(error @ AppendError::Unknown(_)) => {
-                self.doubt = Some(Doubt { frame });
+            // Unknown now, or still: a later attempt that came to nothing does not settle it.
+            Err(error) => {
+                self.doubt = Some(frame);
                 Err(error)
             }
-            Err(error) => Err(error),
         }
     }
 }
