@@ -5,24 +5,15 @@ mod support;
 
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use support::brokers::{Broker, Kind};
-use support::waiting::PATIENCE;
+use support::waiting::{PATIENCE, until};
 
 fn connect(to: SocketAddr) -> TcpStream {
     let stream = TcpStream::connect(to).expect("connect");
     stream.set_read_timeout(Some(PATIENCE)).expect("a time-out");
     stream
-}
-
-/// Asks until the answer holds, since a broker that has just started may still read its own data.
-fn until(what: &str, holds: impl Fn() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !holds() {
-        assert!(Instant::now() < deadline, "{what}: not within {PATIENCE:?}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
 }
 
 /// Takes a broker through its life. `write` leaves something in it, `is_there` finds it.
@@ -36,7 +27,8 @@ fn lives(kind: Kind, write: impl Fn(&Broker), is_there: impl Fn(&Broker) -> bool
     assert!(broker.env().iter().any(named), "{:?}", broker.env());
     assert!(!is_there(&broker), "it is new");
     write(&broker);
-    until("what was written is there", || is_there(&broker));
+    // A broker that has just started may still read its own data.
+    until("what was written is there", PATIENCE, || is_there(&broker));
 
     broker.kill9();
     for address in broker.addresses() {
@@ -45,7 +37,7 @@ fn lives(kind: Kind, write: impl Fn(&Broker), is_there: impl Fn(&Broker) -> bool
     }
     broker.start_again();
     assert_eq!(broker.address(), address);
-    until("it is there after SIGKILL", || is_there(&broker));
+    until("it is there after SIGKILL", PATIENCE, || is_there(&broker));
 
     broker.pause();
     let answers = std::thread::scope(|scope| {

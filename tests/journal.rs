@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use support::block_on;
 use support::http::{Answer, try_call};
 use support::postgres::{TestDatabase, test_dir};
-use support::served::{Served, millrace};
+use support::served::{Served, run};
 use support::server::TestServer;
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -277,16 +277,6 @@ fn settings(database: &TestDatabase, more: &[(&str, &str)]) -> Vec<(String, Stri
     settings
 }
 
-fn command(dir: &Path, settings: &[(String, String)], args: &[&str]) -> (Option<i32>, String) {
-    let output = millrace(args)
-        .env("MILLRACE_DATA_DIR", dir)
-        .envs(settings.iter().map(|(name, value)| (name, value)))
-        .output()
-        .expect("run millrace");
-    let said = [output.stdout, output.stderr].concat();
-    (output.status.code(), String::from_utf8_lossy(&said).into())
-}
-
 fn post(served: &Served, user: &str, prefer: &[(&str, &str)]) -> std::io::Result<Answer> {
     let mut fields = vec![("Content-Type", "application/json")];
     fields.extend_from_slice(prefer);
@@ -346,7 +336,7 @@ fn a_process_that_was_paused_and_replaced_neither_acknowledges_nor_writes() {
             .unwrap();
         let asked = Instant::now();
         let abandon = ["journal", "abandon", "--yes"];
-        let (code, said) = command(dir_b.path(), &settings, &abandon);
+        let (code, said) = run(dir_b.path(), &settings, &abandon);
         assert_eq!(code, Some(0), "{said}");
         assert!(
             asked.elapsed() >= Duration::from_millis(1_500),
@@ -405,7 +395,7 @@ fn a_journal_is_not_abandoned_while_its_process_renews_its_right() {
             .unwrap();
         let (directory, of_b) = (dir_b.path().to_owned(), settings.clone());
         let abandoning = tokio::task::spawn_blocking(move || {
-            command(&directory, &of_b, &["journal", "abandon", "--yes"])
+            run(&directory, &of_b, &["journal", "abandon", "--yes"])
         });
         // It has the lock, so it waits.
         let deadline = Instant::now() + PATIENCE;
@@ -431,7 +421,7 @@ fn a_journal_is_not_abandoned_while_its_process_renews_its_right() {
             .await
             .unwrap();
         let abandon = ["journal", "abandon", "--yes", "--process-is-gone"];
-        let (code, said) = command(dir_b.path(), &settings, &abandon);
+        let (code, said) = run(dir_b.path(), &settings, &abandon);
         assert_eq!(code, Some(0), "{said}");
         assert!(!said.contains("waiting"), "{said}");
         first.kill();
@@ -501,10 +491,10 @@ fn a_journal_is_inspected_verified_locked_and_refused_when_it_is_damaged() {
             second.log.contains("in use by another process"),
             "{second:?}"
         );
-        let (code, said) = command(dir.path(), &settings, &["journal", "inspect", "--json"]);
+        let (code, said) = run(dir.path(), &settings, &["journal", "inspect", "--json"]);
         let summary: Value = serde_json::from_str(&said).unwrap_or_default();
         assert_eq!((code, &summary["records"]), (Some(0), &json!(5)), "{said}");
-        let (code, said) = command(dir.path(), &settings, &["journal", "abandon", "--yes"]);
+        let (code, said) = run(dir.path(), &settings, &["journal", "abandon", "--yes"]);
         assert_eq!(code, Some(1), "{said}");
         served.kill();
 
@@ -514,13 +504,13 @@ fn a_journal_is_inspected_verified_locked_and_refused_when_it_is_damaged() {
         let mut damaged = sound.clone();
         damaged[512 + 100] ^= 1;
         std::fs::write(&first, &damaged).unwrap();
-        let (code, said) = command(dir.path(), &settings, &["journal", "verify"]);
+        let (code, said) = run(dir.path(), &settings, &["journal", "verify"]);
         assert_eq!(code, Some(1), "{said}");
         assert!(
             said.contains("0000000000000001.segment, offset 512"),
             "{said}"
         );
-        let (code, said) = command(dir.path(), &settings, &["journal", "inspect", "--orders"]);
+        let (code, said) = run(dir.path(), &settings, &["journal", "inspect", "--orders"]);
         assert_eq!(code, Some(1), "{said}");
         assert_eq!(said.matches("\"user_id\"").count(), 4, "{said}");
         let refused = Served::try_start(dir.path(), &settings, &dir.path().join("log")).err();

@@ -17,6 +17,7 @@ use support::http::{Answer, Connection, call};
 use support::pipe;
 use support::postgres::{copy_template, options, test_dir};
 use support::served::{PATIENCE, Served, command, millrace, tail};
+use support::waiting::until;
 use support::webhook::SECRET;
 use tokio::runtime::Runtime;
 
@@ -145,7 +146,7 @@ impl Sale {
             let order = call(self.served.data, "GET", &target, &[], "").json();
             order["status"].as_str().unwrap_or_default().to_owned()
         };
-        wait_until("the accepted order is written", || {
+        until("the accepted order is written", PATIENCE, || {
             status() == "pending_payment"
         });
     }
@@ -200,14 +201,6 @@ fn in_shell(script: &str, served: &Command) -> Command {
         };
     }
     command
-}
-
-fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !condition() {
-        assert!(Instant::now() < deadline, "not in time: {what}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
 }
 
 #[test]

@@ -4,14 +4,15 @@
 mod support;
 
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use support::block_on;
 use support::brokers::{Broker, Kind};
 use support::http::{Answer, call, try_call};
 use support::postgres::{TestDatabase, test_dir};
-use support::served::{Served, millrace};
+use support::served::{Served, run};
+use support::waiting::until;
 
 const PATIENCE: Duration = Duration::from_secs(120);
 const ASYNC: &[(&str, &str)] = &[("Prefer", "respond-async")];
@@ -65,14 +66,7 @@ impl Shop {
 
     /// Runs a command of the binary. Its exit code and what it said.
     fn command(&self, dir: &Path, args: &[&str]) -> (Option<i32>, String) {
-        let settings = self.settings();
-        let output = millrace(args)
-            .env("MILLRACE_DATA_DIR", dir)
-            .envs(settings.iter().map(|(name, value)| (name, value)))
-            .output()
-            .expect("run millrace");
-        let said = [output.stdout, output.stderr].concat();
-        (output.status.code(), String::from_utf8_lossy(&said).into())
+        run(dir, &self.settings(), args)
     }
 }
 
@@ -101,16 +95,8 @@ fn status(served: &Served, id: &str) -> Value {
     order.json()["status"].clone()
 }
 
-fn until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !is_so() {
-        assert!(Instant::now() < deadline, "{what}: not in time");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
 fn assert_audit(served: &Served) {
-    until("nothing is in flight", || {
+    until("nothing is in flight", PATIENCE, || {
         let audit = call(served.control, "GET", "/admin/v1/audit", &[], "").json();
         assert_eq!(audit["ok"], true, "{audit:#}");
         audit["orders_in_flight"] == 0
@@ -155,13 +141,15 @@ fn keeps_what_was_accepted(kind: Kind) {
             .collect();
         admin.batch_execute("ROLLBACK").await.unwrap();
         for id in &ids {
-            until("a row", || status(&second, id) == "pending_payment");
+            until("a row", PATIENCE, || {
+                status(&second, id) == "pending_payment"
+            });
         }
 
         // The broker dies: nothing is accepted, nothing is held, waiting orders go on.
         shop.broker.kill9();
         let mut undecided = Vec::new();
-        until("a refusal", || {
+        until("a refusal", PATIENCE, || {
             let answer = post(&second, &format!("w-{}", undecided.len()), ASYNC);
             match answer.status {
                 503 => {
@@ -188,14 +176,16 @@ fn keeps_what_was_accepted(kind: Kind) {
             "{failing:?}"
         );
         shop.broker.start_again();
-        until("the broker is used again", || {
+        until("the broker is used again", PATIENCE, || {
             post(&second, "x", ASYNC).status != 503
         });
         accepted(&post(&second, "y", ASYNC));
-        until("ready again", || second.failing_checks().is_empty());
+        until("ready again", PATIENCE, || {
+            second.failing_checks().is_empty()
+        });
         for id in &undecided {
             let id = id.as_str().expect("an id");
-            until("an outcome", || {
+            until("an outcome", PATIENCE, || {
                 let status = status(&second, id);
                 status == "pending_payment" || status == Value::Null
             });
@@ -214,10 +204,10 @@ fn keeps_what_was_accepted(kind: Kind) {
             "{refused:?}"
         );
         // A broker that has just started may be away for a moment.
-        until("the log is verified", || {
+        until("the log is verified", PATIENCE, || {
             shop.command(dir, &["queue", "verify"]).0 == Some(0)
         });
-        until("the order is shown", || {
+        until("the order is shown", PATIENCE, || {
             let (code, said) = shop.command(dir, &["queue", "inspect", "--orders"]);
             code == Some(0) && said.contains(&left)
         });

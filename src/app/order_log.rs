@@ -12,7 +12,7 @@ use crate::config::{Backend, Config};
 use crate::http::control_plane::ControlPlane;
 use crate::order::UnixMillis;
 use crate::queue::log::broker::{
-    BeforeStart, Broker, BrokerError, Known, Owner, Position, TakenOver,
+    BeforeStart, Broker, BrokerError, Known, Owner, PATIENCE, Position, TakenOver, while_away,
 };
 use crate::queue::log::file::Opened;
 use crate::queue::log::record::Record;
@@ -21,10 +21,6 @@ use crate::store::postgres::order_log::NotedLog;
 
 /// Interval of progress reports.
 const PROGRESS: Duration = Duration::from_secs(1);
-/// Time for which a start waits for a broker that is away. A broker of RocketMQ tells a name server of itself every
-/// 30 s.
-const PATIENCE: Duration = Duration::from_secs(45);
-const RETRY: Duration = Duration::from_millis(300);
 /// Least length of a broker's longest message, in bytes: the longest order has some 1,300.
 const FRAME_MIN: usize = 64 << 10;
 
@@ -174,29 +170,19 @@ pub(super) async fn find(
 
 /// Checks the broker's settings. A broker that is away is waited for.
 fn checked(broker: &dyn Broker) -> Result<Vec<String>, StartError> {
-    let until = Instant::now() + PATIENCE;
-    loop {
-        match broker.check() {
-            Err(BrokerError::Away(_)) if Instant::now() < until => std::thread::sleep(RETRY),
-            Err(reason) => {
-                return Err(StartError::Broker {
-                    title: broker.title(),
-                    reason,
-                });
-            }
-            Ok(_) if broker.frame_max() < FRAME_MIN => {
-                let reason = format!(
-                    "it takes messages of {} bytes, and {FRAME_MIN} are needed",
-                    broker.frame_max()
-                );
-                return Err(StartError::Broker {
-                    title: broker.title(),
-                    reason: BrokerError::Refused(reason),
-                });
-            }
-            Ok(warnings) => return Ok(warnings),
+    let checked = while_away(PATIENCE, || broker.check()).and_then(|warnings| {
+        if broker.frame_max() < FRAME_MIN {
+            return Err(BrokerError::Refused(format!(
+                "it takes messages of {} bytes, and {FRAME_MIN} are needed",
+                broker.frame_max()
+            )));
         }
-    }
+        Ok(warnings)
+    });
+    checked.map_err(|reason| StartError::Broker {
+        title: broker.title(),
+        reason,
+    })
 }
 
 async fn journal(config: &Config, control: &ControlPlane) -> Result<FoundLog, StartError> {

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use millrace::queue::log::broker::reader::ReadError;
 use millrace::queue::log::broker::{
-    BeforeStart, Broker, BrokerError, BrokerLimits, Extent, Known, Owner, Place, Position,
-    SendError, Stored,
+    BeforeStart, Broker, BrokerError, BrokerLimits, Known, Owner, Place, Position, SendError,
+    Stored,
 };
 use millrace::queue::log::record::{GroupBytes, Record};
 use millrace::queue::log::{AppendError, Log};
@@ -179,10 +179,6 @@ impl Broker for SimBroker {
 
     fn forget(&self, _before: Position) -> Result<(), BrokerError> {
         Ok(())
-    }
-
-    fn extent(&self) -> Result<Extent, BrokerError> {
-        Ok(Extent::default())
     }
 
     fn frame_max(&self) -> usize {

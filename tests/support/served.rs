@@ -231,6 +231,17 @@ pub fn command(data_dir: &Path, settings: &[(String, String)]) -> Command {
     command
 }
 
+/// Runs a command of the binary on this `data_dir`. Its exit code, and what it said on both outputs.
+pub fn run(data_dir: &Path, settings: &[(String, String)], args: &[&str]) -> (Option<i32>, String) {
+    let output = millrace(args)
+        .env("MILLRACE_DATA_DIR", data_dir)
+        .envs(settings.iter().map(|(name, value)| (name, value)))
+        .output()
+        .expect("run millrace");
+    let said = [output.stdout, output.stderr].concat();
+    (output.status.code(), String::from_utf8_lossy(&said).into())
+}
+
 /// A `data_dir` whose PostgreSQL ends with it: a killed Millrace leaves it running.
 pub struct DataDir(TempDir);
 

@@ -8,6 +8,15 @@ pub const PATIENCE: Duration = Duration::from_secs(40);
 /// Pause between two looks, each of which may be a connection of its own.
 const LOOK: Duration = Duration::from_millis(5);
 
+/// The same for a thread that may block, with a patience of its own.
+pub fn until(what: &str, patience: Duration, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + patience;
+    while !condition() {
+        assert!(Instant::now() < deadline, "{what}: not within {patience:?}");
+        std::thread::sleep(LOOK);
+    }
+}
+
 /// Waits until the condition holds; panics after [`PATIENCE`].
 pub async fn wait_until(what: &str, condition: impl AsyncFn() -> bool) {
     let deadline = Instant::now() + PATIENCE;

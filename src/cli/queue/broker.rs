@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use comfy_table::Table;
 use serde::Serialize;
@@ -13,12 +12,8 @@ use crate::cli::output::print_line;
 use crate::config::Config;
 use crate::logging::say;
 use crate::queue::log::broker::reader::Reader;
-use crate::queue::log::broker::{Broker, BrokerError, Place, Position, frame, records_of};
+use crate::queue::log::broker::{Broker, PATIENCE, Pages, Place, frame, records_of, while_away};
 use crate::queue::log::record::Record;
-
-/// Time for which a broker that is away is waited for.
-const PATIENCE: Duration = Duration::from_secs(45);
-const RETRY: Duration = Duration::from_millis(300);
 
 /// The summary, for machines.
 #[derive(Serialize)]
@@ -157,14 +152,7 @@ pub(super) fn verify(config: &Config) -> anyhow::Result<bool> {
 
 fn connect(config: &Config) -> anyhow::Result<Arc<dyn Broker>> {
     let broker = brokers::client(config)?;
-    let until = Instant::now() + PATIENCE;
-    let warnings = loop {
-        match broker.check() {
-            Err(BrokerError::Away(_)) if Instant::now() < until => std::thread::sleep(RETRY),
-            warnings => break warnings?,
-        }
-    };
-    for warning in warnings {
+    for warning in while_away(PATIENCE, || broker.check())? {
         say(&format!("{}: {warning}", broker.title()));
     }
     Ok(broker)
@@ -175,31 +163,23 @@ fn each_frame(
     broker: &dyn Broker,
     mut each: impl FnMut(Place, &[u8], usize) -> anyhow::Result<()>,
 ) -> anyhow::Result<u64> {
-    let (mut after, mut foreign) = (None, 0);
+    let (mut pages, mut foreign) = (Pages::after(broker, None), 0);
     loop {
-        let stored = broker.read(after, 1 << 20)?;
-        if stored.is_empty() {
+        let page = pages.read()?;
+        if page.is_empty() {
             return Ok(foreign);
         }
-        for one in stored {
-            let mut place = one.place.unwrap_or(Place {
-                epoch: 0,
-                number: 0,
-            });
+        for one in page {
             match frame::decode(&one.frame) {
-                Ok(frame) => {
-                    place = frame.place;
-                    each(place, frame.payload, one.frame.len())?;
-                }
+                Ok(frame) => each(frame.place, frame.payload, one.frame.len())?,
                 Err(error) => {
-                    say(&format!("cannot read the entry after {after:?}: {error}"));
+                    say(&format!(
+                        "cannot read the entry at {:?}: {error}",
+                        one.position()
+                    ));
                     foreign += 1;
                 }
             }
-            after = Some(Position {
-                place,
-                offset: one.offset,
-            });
         }
     }
 }

@@ -1,19 +1,19 @@
 //! A broker's log before the start: taking it over, and reading what the database does not have yet.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::frame::{self, Owner};
 use super::log::records_of;
 use super::reader::{Counted, ReadError, Reader, before};
-use super::{Broker, BrokerError, BrokerLimits, BrokerLog, Place, Position, SendError};
+use super::{
+    Broker, BrokerError, BrokerLimits, BrokerLog, Pages, Place, Position, SendError, while_away,
+};
 use crate::faults::crash_point;
 use crate::order::UnixMillis;
 use crate::queue::log::record::Record;
 use crate::queue::log::{Log, id_high_water};
 
-/// Pause between two attempts to append the marker.
-const RETRY: Duration = Duration::from_millis(200);
 /// Epochs that a start tries before it believes that another process goes on.
 const EPOCHS_TRIED: u32 = 8;
 
@@ -73,7 +73,7 @@ impl BeforeStart {
             before: self,
         };
         let before = &taken.before;
-        let (newest, has_unknown) = retried(before.patience, || before.survey())?;
+        let (newest, has_unknown) = while_away(before.patience, || before.survey())?;
         let mut epoch = before.epoch.max(newest + 1);
         if let Some(place) = before.known.place {
             epoch = epoch.max(place.place.epoch + 1);
@@ -100,14 +100,11 @@ impl BeforeStart {
             let marker = taken.before.marker(epoch)?;
             crash_point("log.marked");
             loop {
-                let counted = retried(taken.before.patience, || reader.read())?;
+                let counted = while_away(taken.before.patience, || reader.read())?;
                 if counted.is_empty() {
                     break;
                 }
-                for Counted {
-                    position, payload, ..
-                } in counted
-                {
+                for Counted { position, payload } in counted {
                     let records = records_of(position.place, &payload)?;
                     taken.records += records.len() as u64;
                     taken.id_high_water = taken.id_high_water.max(id_high_water(&records));
@@ -140,7 +137,7 @@ impl BeforeStart {
     fn marker(&self, epoch: u64) -> Result<Result<Position, String>, BrokerError> {
         let place = Place { epoch, number: 0 };
         let marker = frame::encode(self.owner, place, &[]);
-        retried(self.patience, || match self.broker.send(place, &marker) {
+        while_away(self.patience, || match self.broker.send(place, &marker) {
             Ok(offset) => Ok(Ok(Position { place, offset })),
             Err(SendError::Stale(reason)) => Ok(Err(reason)),
             Err(SendError::Refused(reason)) => Err(BrokerError::Refused(reason)),
@@ -159,22 +156,22 @@ impl BeforeStart {
             return Ok((0, true));
         }
         let by_place = self.broker.fences();
-        let mut after = self.known.place.and_then(|place| before(place, by_place));
-        let (mut newest, mut has_unknown) = (0, false);
+        let from = self.known.place.and_then(|place| before(place, by_place));
+        let mut pages = Pages::after(&*self.broker, from);
+        let (mut newest, mut has_unknown, mut is_begun) = (0, false, from.is_none());
         loop {
-            let stored = match self.broker.read(after, 1 << 20) {
+            let stored = match pages.read() {
                 // The place is gone; from the first frame on.
-                Err(BrokerError::Lost(_)) if newest == 0 && after.is_some() => {
-                    after = None;
+                Err(BrokerError::Lost(_)) if !std::mem::replace(&mut is_begun, true) => {
+                    pages = Pages::after(&*self.broker, None);
                     continue;
                 }
                 stored => stored?,
             };
-            let Some(last) = stored.last() else {
+            is_begun = true;
+            if stored.is_empty() {
                 return Ok((newest, has_unknown));
-            };
-            let offset = last.offset;
-            let mut last_place = None;
+            }
             for one in &stored {
                 let Ok(frame) = frame::decode(&one.frame) else {
                     return Err(ReadError::Foreign(format!(
@@ -198,9 +195,7 @@ impl BeforeStart {
                 } else {
                     has_unknown |= !frame.payload.is_empty() && !is_settled;
                 }
-                last_place = Some(frame.place);
             }
-            after = last_place.map(|place| Position { place, offset });
         }
     }
 }
@@ -217,36 +212,5 @@ impl TakenOver {
         // What a database that fails over to a standby may ask for again.
         let kept_from = known.place.filter(|_| known.in_use).unwrap_or(self.marker);
         BrokerLog::start(broker, owner, limits, self.marker, kept_from)
-    }
-}
-
-/// Repeats what failed because the broker is away, for as long as `patience`.
-fn retried<T, E>(patience: Duration, mut attempt: impl FnMut() -> Result<T, E>) -> Result<T, E>
-where
-    E: Clone + IsAway,
-{
-    let until = Instant::now() + patience;
-    loop {
-        match attempt() {
-            Err(error) if error.is_away() && Instant::now() < until => std::thread::sleep(RETRY),
-            result => return result,
-        }
-    }
-}
-
-/// Whether an error passes when the broker comes back.
-trait IsAway {
-    fn is_away(&self) -> bool;
-}
-
-impl IsAway for BrokerError {
-    fn is_away(&self) -> bool {
-        matches!(self, BrokerError::Away(_))
-    }
-}
-
-impl IsAway for ReadError {
-    fn is_away(&self) -> bool {
-        matches!(self, ReadError::Broker(BrokerError::Away(_)))
     }
 }

@@ -317,10 +317,7 @@ impl OrderLog for BrokerLog {
             if counted.is_empty() {
                 return Ok(());
             }
-            for Counted {
-                position, payload, ..
-            } in counted
-            {
+            for Counted { position, payload } in counted {
                 let place = position.place;
                 let records = records_of(place, &payload).map_err(io::Error::other)?;
                 let span = if place.epoch == epoch {

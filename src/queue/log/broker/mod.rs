@@ -31,6 +31,7 @@ pub mod rocketmq;
 mod writer;
 
 use std::fmt;
+use std::time::{Duration, Instant};
 
 pub use crate::order::log_place::{Place, Position};
 pub use before::{BeforeStart, Known, TakenOver};
@@ -47,6 +48,20 @@ pub struct Stored {
     pub place: Option<Place>,
     /// The frame, byte for byte as it was sent.
     pub frame: Vec<u8>,
+}
+
+impl Stored {
+    /// Where it is; place 0-0 if neither its id nor its frame says a place.
+    pub fn position(&self) -> Position {
+        let of_frame = || frame::decode(&self.frame).ok().map(|frame| frame.place);
+        Position {
+            place: self.place.or_else(of_frame).unwrap_or(Place {
+                epoch: 0,
+                number: 0,
+            }),
+            offset: self.offset,
+        }
+    }
 }
 
 /// Reasons why a frame was not stored for certain. Each has a sentence that names the server's answer.
@@ -85,13 +100,66 @@ pub enum BrokerError {
     Lost(String),
 }
 
-/// What a broker has of the log.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Extent {
-    /// Number of frames that can be read.
-    pub frames: u64,
-    /// Bytes in the broker, if it says so.
-    pub bytes: Option<u64>,
+/// Bytes asked for at once.
+const READ_BYTES: usize = 1 << 20;
+
+/// The frames of a log from a position on, as they are, page by page.
+#[derive(Debug)]
+pub struct Pages<'a> {
+    broker: &'a dyn Broker,
+    after: Option<Position>,
+}
+
+impl<'a> Pages<'a> {
+    /// The frames after `after`; `None`: from the first one on.
+    pub fn after(broker: &'a dyn Broker, after: Option<Position>) -> Self {
+        Pages { broker, after }
+    }
+
+    /// The next frames. Empty: there are none.
+    ///
+    /// # Errors
+    /// As [`Broker::read`].
+    pub fn read(&mut self) -> Result<Vec<Stored>, BrokerError> {
+        let page = self.broker.read(self.after, READ_BYTES)?;
+        self.after = page.last().map(Stored::position).or(self.after);
+        Ok(page)
+    }
+}
+
+/// Time for which a broker that is away is waited for, before a start and by `millrace queue`. A broker of RocketMQ
+/// tells a name server of itself every 30 s.
+pub const PATIENCE: Duration = Duration::from_secs(45);
+/// Pause between two attempts.
+const RETRY: Duration = Duration::from_millis(200);
+
+/// Whether an error passes when the broker comes back.
+pub trait IsAway {
+    /// Whether it does.
+    fn is_away(&self) -> bool;
+}
+
+impl IsAway for BrokerError {
+    fn is_away(&self) -> bool {
+        matches!(self, BrokerError::Away(_))
+    }
+}
+
+/// Repeats what failed because the broker is away, for as long as `patience`.
+///
+/// # Errors
+/// The last attempt's.
+pub fn while_away<T, E: IsAway>(
+    patience: Duration,
+    mut attempt: impl FnMut() -> Result<T, E>,
+) -> Result<T, E> {
+    let until = Instant::now() + patience;
+    loop {
+        match attempt() {
+            Err(error) if error.is_away() && Instant::now() < until => std::thread::sleep(RETRY),
+            result => return result,
+        }
+    }
 }
 
 /// A broker that keeps one log.
@@ -124,12 +192,6 @@ pub trait Broker: Send + Sync + fmt::Debug {
     /// # Errors
     /// [`BrokerError`].
     fn forget(&self, before: Position) -> Result<(), BrokerError>;
-
-    /// What it has.
-    ///
-    /// # Errors
-    /// [`BrokerError`].
-    fn extent(&self) -> Result<Extent, BrokerError>;
 
     /// Greatest length of a frame in bytes.
     fn frame_max(&self) -> usize;

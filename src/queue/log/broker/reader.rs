@@ -10,11 +10,8 @@
 use std::cmp::Ordering as Cmp;
 
 use super::frame::{self, Owner};
-use super::{Broker, BrokerError, Place, Position};
+use super::{Broker, BrokerError, IsAway, Place, Position, READ_BYTES};
 use crate::faults::bug;
-
-/// Bytes asked for at once.
-const READ_BYTES: usize = 1 << 20;
 
 /// Reasons why a log cannot be read on.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -30,6 +27,12 @@ pub enum ReadError {
     Damaged(String),
 }
 
+impl IsAway for ReadError {
+    fn is_away(&self) -> bool {
+        matches!(self, ReadError::Broker(error) if error.is_away())
+    }
+}
+
 /// A group that counts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Counted {
@@ -37,8 +40,6 @@ pub struct Counted {
     pub position: Position,
     /// Its payload; empty for a marker.
     pub payload: Vec<u8>,
-    /// Length of its frame, in bytes.
-    pub bytes: usize,
 }
 
 /// Reads a log from a place on.
@@ -140,7 +141,6 @@ impl<'a> Reader<'a> {
                     counted.push(Counted {
                         position,
                         payload: frame.payload.to_vec(),
-                        bytes: one.frame.len(),
                     });
                 }
                 self.after = Some(position);

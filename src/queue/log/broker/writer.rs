@@ -6,14 +6,12 @@ use std::sync::Arc;
 use super::frame::{self, Owner};
 use super::log::BrokerLog;
 use super::reader::before;
-use super::{Broker, BrokerError, Place, Position, SendError, Stored};
+use super::{Broker, BrokerError, Pages, Place, Position, SendError, Stored};
 use crate::faults::{bug, crash_point};
 use crate::queue::log::{AppendError, GroupAt, LogWriter, NewGroup};
 
 /// Bytes of frames kept in memory, to be appended again if the broker loses them in a failover.
 const KEPT_BYTES: usize = 16 << 20;
-/// Bytes asked for at once.
-const READ_BYTES: usize = 1 << 20;
 
 /// A frame that the broker has confirmed.
 #[derive(Debug)]
@@ -140,10 +138,8 @@ impl BrokerWriter {
                 Err(AppendError::Unknown(reason))
             }
             Err(SendError::Stale(reason)) => {
-                let newest = self.newest_epoch()?;
-                if newest > self.next.epoch {
-                    return Err(self.fenced(newest));
-                }
+                // Says so if the group is a later process's.
+                self.places_from(Some(self.last()))?;
                 Err(AppendError::Final(format!(
                     "the broker has a later group of this process: {reason}"
                 )))
@@ -175,16 +171,11 @@ impl BrokerWriter {
                 at.offset, last.offset
             )));
         }
-        let mut after = Some(last);
-        while let Some(from) = after.filter(|from| from.offset + 1 < at.offset) {
-            let stored = self.read(Some(from))?;
-            if let Some(newest) = newest_of(&stored).filter(|newest| *newest > at.place.epoch) {
-                return Err(self.fenced(newest));
-            }
-            after = stored.last().map(|stored| Position {
-                place: from.place,
-                offset: stored.offset,
-            });
+        let (mut pages, mut reached) = (Pages::after(&*self.broker, Some(last)), last.offset);
+        while reached + 1 < at.offset {
+            let page = self.read(&mut pages)?;
+            let Some(end) = page.last() else { break };
+            reached = end.offset;
         }
         Ok(())
     }
@@ -261,71 +252,52 @@ impl BrokerWriter {
 
     /// The places in the log from this one on.
     fn places_from(&self, oldest: Option<Position>) -> Result<HashSet<Place>, AppendError> {
-        let mut places = HashSet::new();
-        let mut after = oldest.and_then(|oldest| before(oldest, self.broker.fences()));
+        let from = oldest.and_then(|oldest| before(oldest, self.broker.fences()));
+        let (mut pages, mut places) = (Pages::after(&*self.broker, from), HashSet::new());
         loop {
-            let stored = self.read(after)?;
-            let Some(last) = stored.last() else {
+            let page = self.read(&mut pages)?;
+            if page.is_empty() {
                 return Ok(places);
-            };
-            if let Some(newest) = newest_of(&stored).filter(|newest| *newest > self.next.epoch) {
-                return Err(self.fenced(newest));
             }
-            places.extend(stored.iter().filter_map(place_of));
-            after = Some(Position {
-                place: place_of(last).unwrap_or(self.next),
-                offset: last.offset,
-            });
+            places.extend(page.iter().filter_map(place_of));
         }
     }
 
     /// The position of the frame in doubt, if the broker has it.
     fn find_in_tail(&self, frame: &[u8]) -> Result<Option<Position>, AppendError> {
-        let mut after = Some(self.last());
+        let mut pages = Pages::after(&*self.broker, Some(self.last()));
         loop {
-            let stored = self.read(after)?;
-            let Some(last) = stored.last() else {
+            let page = self.read(&mut pages)?;
+            if page.is_empty() {
                 return Ok(None);
-            };
-            if let Some(found) = stored.iter().find(|stored| stored.frame == frame) {
+            }
+            if let Some(found) = page.iter().find(|stored| stored.frame == frame) {
                 return Ok(Some(Position {
                     place: self.next,
                     offset: found.offset,
                 }));
             }
-            after = Some(Position {
-                place: self.next,
-                offset: last.offset,
-            });
         }
     }
 
-    /// The highest epoch in the log behind the last own group.
-    fn newest_epoch(&self) -> Result<u64, AppendError> {
-        let (mut after, mut newest) = (Some(self.last()), 0);
-        loop {
-            let stored = self.read(after)?;
-            let Some(last) = stored.last() else {
-                return Ok(newest);
-            };
-            newest = newest.max(newest_of(&stored).unwrap_or(0));
-            after = Some(Position {
-                place: place_of(last).unwrap_or(self.next),
-                offset: last.offset,
-            });
+    /// The next frames behind something of this process. A later epoch among them fences it.
+    fn read(&self, pages: &mut Pages<'_>) -> Result<Vec<Stored>, AppendError> {
+        let page = pages.read().map_err(|error| match error {
+            BrokerError::Lost(what) => AppendError::Final(format!(
+                "{} has lost acknowledged groups: {what}",
+                self.broker.title()
+            )),
+            error => AppendError::NotNow(error.to_string()),
+        })?;
+        let newest = page
+            .iter()
+            .filter_map(place_of)
+            .map(|place| place.epoch)
+            .max();
+        match newest.filter(|newest| *newest > self.next.epoch) {
+            Some(newest) => Err(self.fenced(newest)),
+            None => Ok(page),
         }
-    }
-
-    fn read(&self, after: Option<Position>) -> Result<Vec<Stored>, AppendError> {
-        self.broker
-            .read(after, READ_BYTES)
-            .map_err(|error| match error {
-                BrokerError::Lost(what) => AppendError::Final(format!(
-                    "{} has lost acknowledged groups: {what}",
-                    self.broker.title()
-                )),
-                error => AppendError::NotNow(error.to_string()),
-            })
     }
 
     fn fenced(&self, by: u64) -> AppendError {
@@ -410,9 +382,4 @@ impl LogWriter for BrokerWriter {
 
 fn place_of(stored: &Stored) -> Option<Place> {
     frame::decode(&stored.frame).ok().map(|frame| frame.place)
-}
-
-fn newest_of(stored: &[Stored]) -> Option<u64> {
-    let places = stored.iter().filter_map(place_of);
-    places.map(|place| place.epoch).max()
 }

@@ -1,7 +1,7 @@
 //! The order log on Apache Kafka: one partition of one topic, and one record a group.
 //!
 //! ```text
-//!  mod ─ send, read, forget, extent ──► session ─ finds the leader, checks the topic ──► link ─ one connection
+//!  mod ─ send, read, forget ─────────► session ─ finds the leader, checks the topic ──► link ─ one connection
 //!   │                                      └── topic  settings that the promise rests on      ├── sasl
 //!   ├── records  batches                                                                      └── (TLS: rustls)
 //!   └── codes    what an error says
@@ -34,10 +34,9 @@ use std::{
 
 use kafka_protocol::{
     messages::{
-        BrokerId, DeleteRecordsRequest, DescribeLogDirsRequest, FetchRequest, ListOffsetsRequest,
-        ProduceRequest, TopicName,
+        BrokerId, DeleteRecordsRequest, FetchRequest, ListOffsetsRequest, ProduceRequest,
+        TopicName,
         delete_records_request::{DeleteRecordsPartition, DeleteRecordsTopic},
-        describe_log_dirs_request::DescribableLogDirTopic,
         fetch_request::{FetchPartition, FetchTopic},
         list_offsets_request::{ListOffsetsPartition, ListOffsetsTopic},
         produce_request::{PartitionProduceData, TopicProduceData},
@@ -46,7 +45,7 @@ use kafka_protocol::{
 };
 use parking_lot::Mutex;
 
-use super::{Broker, BrokerError, Extent, Place, Position, SendError, Stored};
+use super::{Broker, BrokerError, Place, Position, SendError, Stored};
 
 pub use sasl::{Mechanism, Sasl};
 
@@ -225,24 +224,6 @@ impl KafkaBroker {
         })
     }
 
-    /// Bytes of the partition on its leader, if the user may know them.
-    fn bytes(&self, leader: &mut Leader, deadline: Instant) -> Result<Option<u64>, BrokerError> {
-        let topic = DescribableLogDirTopic::default()
-            .with_topic(self.topic())
-            .with_partitions(vec![self.partition()]);
-        let request = DescribeLogDirsRequest::default().with_topics(Some(vec![topic]));
-        let answer = leader.call(&request, deadline)?;
-        let sizes: Vec<_> = answer
-            .results
-            .iter()
-            .flat_map(|directory| &directory.topics)
-            .flat_map(|topic| &topic.partitions)
-            .filter(|partition| !partition.is_future_key)
-            .filter_map(|partition| u64::try_from(partition.partition_size).ok())
-            .collect();
-        Ok((!sizes.is_empty()).then(|| sizes.iter().sum()))
-    }
-
     fn gone(&self, leader: &mut Leader, from: u64, deadline: Instant) -> BrokerError {
         let topic = &self.cluster.settings.topic;
         match self.offset(leader, EARLIEST, deadline) {
@@ -388,18 +369,6 @@ impl Broker for KafkaBroker {
                 )));
             }
             leader.passes(found.error_code)
-        })
-    }
-
-    fn extent(&self) -> Result<Extent, BrokerError> {
-        self.ask(|leader, deadline| {
-            let start = self.offset(leader, EARLIEST, deadline)?;
-            let end = self.offset(leader, LATEST, deadline)?;
-            let bytes = self.bytes(leader, deadline)?;
-            Ok(Extent {
-                frames: end.saturating_sub(start),
-                bytes,
-            })
         })
     }
 

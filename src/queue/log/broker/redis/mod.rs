@@ -26,7 +26,7 @@ use parking_lot::Mutex;
 use self::answers::Verdict;
 use self::inspect::{inspect, require_master};
 use self::link::{Address, Link, unknown};
-use super::{Broker, BrokerError, Extent, Place, Position, SendError, Stored};
+use super::{Broker, BrokerError, Place, Position, SendError, Stored};
 
 mod answers;
 mod durable;
@@ -419,27 +419,6 @@ impl Broker for RedisBroker {
         // Exactly: the approximate form keeps whole blocks, and the place would not say what is left.
         let trim = self.on_stream("XTRIM", &["MINID", "=", &id_of(before.place)]);
         self.with_reader(|link, deadline| self.address.ask(link, trim, deadline).map(|_| ()))
-    }
-
-    fn extent(&self) -> Result<Extent, BrokerError> {
-        self.with_reader(|link, deadline| {
-            let length = self
-                .address
-                .ask(link, self.on_stream("XLEN", &[]), deadline)?;
-            let Value::Int(frames) = length else {
-                return Err(self.address.strange("XLEN"));
-            };
-            let usage = self.on_stream("MEMORY USAGE", &[]);
-            let bytes = match link.exchange(&[usage], deadline).next(&self.address.name)? {
-                Value::Int(bytes) => u64::try_from(bytes).ok(),
-                // Not permitted, not known, or no such key.
-                _ => None,
-            };
-            Ok(Extent {
-                frames: u64::try_from(frames).unwrap_or(0),
-                bytes,
-            })
-        })
     }
 
     fn frame_max(&self) -> usize {

@@ -37,7 +37,7 @@ use parking_lot::Mutex;
 use self::route::Route;
 use self::session::Session;
 use self::wire::{CallError, Credentials, Fields};
-use super::{Broker, BrokerError, Extent, Place, Position, SendError, Stored};
+use super::{Broker, BrokerError, Place, Position, SendError, Stored};
 
 /// Greatest length of a frame; brokers take messages of 4 MiB unless told otherwise.
 const FRAME_BYTES_MAX: usize = 1024 * 1024;
@@ -240,19 +240,6 @@ impl Broker for RocketMqBroker {
     /// Nothing: RocketMQ deletes by age and by space only.
     fn forget(&self, _before: Position) -> Result<(), BrokerError> {
         Ok(())
-    }
-
-    fn extent(&self) -> Result<Extent, BrokerError> {
-        self.reading(|session, deadline| {
-            let Some(session) = session else {
-                return Ok(Extent::default());
-            };
-            let (first, end) = self.bounds(session, deadline)?;
-            Ok(Extent {
-                frames: end.saturating_sub(first),
-                bytes: None,
-            })
-        })
     }
 
     fn frame_max(&self) -> usize {
