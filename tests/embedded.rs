@@ -132,17 +132,20 @@ async fn a_start_that_is_given_up_leaves_no_server() {
     let dir = made().await;
     let pid_file = dir.path().join("postgres/data/postmaster.pid");
     let mut given_up = 0;
-    let mut patience = Duration::from_millis(10);
+    let mut patience = Duration::from_millis(15);
     loop {
-        patience = patience * 3 / 2;
         let outcome = tokio::time::timeout(patience, Embedded::start(options(dir.path()))).await;
         match outcome {
             Err(_) => given_up += 1,
             Ok(Ok(_)) => break,
             // The blocking part of the start before goes on for a moment.
-            Ok(Err(EmbeddedError::InUse { .. })) => continue,
+            Ok(Err(EmbeddedError::InUse { .. })) => {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+                continue;
+            }
             Ok(Err(error)) => panic!("{error}"),
         }
+        patience = patience * 3 / 2;
         assert!(!pid_file.exists(), "after {patience:?}");
     }
     assert!(given_up > 1, "given up {given_up} times");

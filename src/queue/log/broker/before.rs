@@ -159,6 +159,7 @@ impl BeforeStart {
         let from = self.known.place.and_then(|place| before(place, by_place));
         let mut pages = Pages::after(&*self.broker, from);
         let (mut newest, mut has_unknown, mut is_begun) = (0, false, from.is_none());
+        let mut settled = self.known.place.map(|known| known.place);
         loop {
             let stored = match pages.read() {
                 // The place is gone; from the first frame on.
@@ -186,14 +187,12 @@ impl BeforeStart {
                     )));
                 }
                 newest = newest.max(frame.place.epoch);
-                let is_settled = self
-                    .known
-                    .place
-                    .is_some_and(|known| frame.place <= known.place);
                 if frame.payload == frame::CLOSING {
+                    // A repeat of an earlier group may arrive behind it.
+                    settled = settled.max(Some(frame.place));
                     has_unknown = false;
                 } else {
-                    has_unknown |= !frame.payload.is_empty() && !is_settled;
+                    has_unknown |= !frame.payload.is_empty() && Some(frame.place) > settled;
                 }
             }
         }

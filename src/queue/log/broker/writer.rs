@@ -1,6 +1,6 @@
 //! Appending to a broker: one group in flight, each under its number until it is there for certain.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use super::frame::{self, Owner};
@@ -139,7 +139,7 @@ impl BrokerWriter {
             }
             Err(SendError::Stale(reason)) => {
                 // Says so if the group is a later process's.
-                self.places_from(Some(self.last()))?;
+                self.tail()?;
                 Err(AppendError::Final(format!(
                     "the broker has a later group of this process: {reason}"
                 )))
@@ -191,17 +191,27 @@ impl BrokerWriter {
         {
             self.drop_oldest();
         }
-        let present = match self.places_from(self.kept.front().map(|kept| kept.position)) {
-            // Or it deletes by age. What it has lost of the last group is found all the same.
-            Err(AppendError::Final(_)) if self.kept.len() > 1 => {
-                while self.kept.len() > 1 {
-                    self.drop_oldest();
-                }
-                self.places_from(self.kept.front().map(|kept| kept.position))?
+        let (begins_at, present) = self.tail()?;
+        // It deletes by age.
+        if let Some(begins_at) = begins_at
+            && self
+                .kept
+                .iter()
+                .any(|kept| kept.position.place == begins_at)
+        {
+            while self
+                .kept
+                .front()
+                .is_some_and(|oldest| oldest.position.place != begins_at)
+            {
+                self.drop_oldest();
             }
-            present => present?,
-        };
-        let is_lost = |kept: &Kept| !present.contains(&kept.position.place);
+        }
+        for kept in &mut self.kept {
+            let place = kept.position.place;
+            kept.position.offset = present.get(&place).copied().unwrap_or(kept.position.offset);
+        }
+        let is_lost = |kept: &Kept| !present.contains_key(&kept.position.place);
         let from = self
             .kept
             .iter()
@@ -209,14 +219,14 @@ impl BrokerWriter {
             .unwrap_or(self.kept.len());
         // What is lost has to be the end of the log, and to begin behind a group that is there: only then are the
         // groups before it known to be there, and the lost ones come into their order again.
-        let is_end = !present.contains(&self.next) && self.kept.iter().skip(from).all(is_lost);
+        let is_end = !present.contains_key(&self.next) && self.kept.iter().skip(from).all(is_lost);
         // Or nothing of this process is there, and everything before it was settled and may be forgotten.
         let is_all = from == 0
             && self
                 .kept
                 .front()
                 .is_some_and(|oldest| oldest.position.place <= kept_from.max(self.first))
-            && !present.iter().any(|place| place.epoch == self.next.epoch);
+            && !present.keys().any(|place| place.epoch == self.next.epoch);
         if (from == 0 && !is_all) || (from < self.kept.len() && !is_end) {
             return Err(AppendError::Final(format!(
                 "{} has lost acknowledged groups from {} on, more than this process can append again; it writes their \
@@ -250,16 +260,32 @@ impl BrokerWriter {
         Ok(())
     }
 
-    /// The places in the log from this one on.
-    fn places_from(&self, oldest: Option<Position>) -> Result<HashSet<Place>, AppendError> {
+    /// The places from the oldest kept frame on, each with its first offset. Also the first frame of the log, if it
+    /// was read from there: after a failover the kept frame may stand elsewhere, and a later marker before it.
+    fn tail(&self) -> Result<(Option<Place>, HashMap<Place, u64>), AppendError> {
+        let oldest = self.kept.front().map(|kept| kept.position);
         let from = oldest.and_then(|oldest| before(oldest, self.broker.fences()));
-        let (mut pages, mut places) = (Pages::after(&*self.broker, from), HashSet::new());
+        let is_there = match Pages::after(&*self.broker, from).read() {
+            Ok(page) => self.broker.fences() || page.first().map(Stored::position) == oldest,
+            Err(BrokerError::Lost(_)) => false,
+            Err(error) => return Err(AppendError::NotNow(error.to_string())),
+        };
+        let mut pages = Pages::after(&*self.broker, from.filter(|_| is_there));
+        let (mut begins_at, mut places) = (None, HashMap::new());
         loop {
             let page = self.read(&mut pages)?;
             if page.is_empty() {
-                return Ok(places);
+                return Ok((begins_at, places));
             }
-            places.extend(page.iter().filter_map(place_of));
+            for stored in &page {
+                let Some(place) = place_of(stored) else {
+                    continue;
+                };
+                if !is_there {
+                    begins_at.get_or_insert(place);
+                }
+                places.entry(place).or_insert(stored.offset);
+            }
         }
     }
 
