@@ -13,6 +13,9 @@
 mod async_acks;
 mod baselines;
 mod batch_endpoint;
+#[path = "../tests/support/brokers.rs"]
+#[allow(dead_code, reason = "tests use more of it")]
+mod brokers;
 mod callbacks;
 mod costs;
 mod cross_check;
@@ -23,6 +26,7 @@ mod journal_sync;
 mod latency;
 mod memory;
 mod mixed_sale;
+mod order_logs;
 mod overload;
 mod recovery;
 mod report;
@@ -116,6 +120,10 @@ const CASES: &[Case] = &[
     Case {
         name: "async_acks",
         run: |lab| Box::pin(async_acks::run(lab)),
+    },
+    Case {
+        name: "order_logs",
+        run: |lab| Box::pin(order_logs::run(lab)),
     },
     Case {
         name: "journal_sync",

@@ -1,5 +1,5 @@
 //! P5: orders that are acknowledged as soon as they are durable in the journal, in process and with the
-//! workers paused, beside raw COPY; and over HTTP, beside Redis with a stream.
+//! workers paused, beside raw COPY. Over HTTP: `order_logs`.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,11 +10,9 @@ use anyhow::ensure;
 use millrace::app::Millrace;
 use tokio_postgres::Client;
 
-use crate::fixture::child::{Server, Service, free_address, spawn, wait_for};
 use crate::fixture::compare::alternate;
 use crate::fixture::database::{self, Postgres};
-use crate::fixture::engine::{self, HOT, RawCopy};
-use crate::fixture::flood::{Template, rate};
+use crate::fixture::engine::{self, RawCopy};
 use crate::fixture::{Finding, Lab, Scratch, Target};
 
 /// Orders that are acknowledged in a round.
@@ -23,18 +21,10 @@ const ORDERS: u64 = 400_000;
 const DRIVERS: u64 = 2;
 /// Rows that raw COPY writes in a round.
 const ROWS: u64 = 300_000;
-/// Connections over HTTP.
-const CONNECTIONS: usize = 512;
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Runs the case.
 pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
-    let mut findings = in_process(lab).await?;
-    findings.extend(over_http(lab).await?);
-    Ok(findings)
-}
-
-async fn in_process(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
     let scratch = Scratch::new()?;
     let postgres = Postgres::start(&scratch).await?;
     let url = postgres.database("acks").await?;
@@ -141,88 +131,4 @@ async fn pause_workers(client: &mut Client) -> anyhow::Result<tokio_postgres::Tr
         .batch_execute("LOCK TABLE orders IN ACCESS EXCLUSIVE MODE")
         .await?;
     Ok(paused)
-}
-
-async fn over_http(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
-    let scratch = Scratch::new()?;
-    let postgres = Postgres::start(&scratch).await?;
-    let url = postgres.database("http").await?;
-    let shop = postgres.database("shop").await?;
-    let insert_shop = postgres.database("insert_shop").await?;
-    let server = Server::start(&scratch.dir("millrace")?, &[("DATABASE__URL", &url)])?;
-    server.put_sku(HOT, u32::MAX)?;
-    let redis_address = free_address()?;
-    let redis_dir = scratch.dir("redis")?.display().to_string();
-    let redis = spawn(
-        "redis-server",
-        &[
-            "--port",
-            &redis_address.port().to_string(),
-            "--bind",
-            "127.0.0.1",
-            "--dir",
-            &redis_dir,
-            "--appendonly",
-            "yes",
-            "--appendfsync",
-            "always",
-            "--save",
-            "",
-        ],
-    )?;
-    wait_for(redis_address)?;
-    let stream = Service::start("redis", Some(&shop), Some(redis_address))?;
-    let insert = Service::start("insert", Some(&insert_shop), None)?;
-    let mut ours = Template::order(HOT, "Prefer: respond-async\r\n");
-    let mut theirs = Template::order(HOT, "");
-    let window = lab.window();
-    let names = ["202/s", "Redis and a stream/s", "insert only/s"];
-    let rounds = alternate(lab.rounds(), names, async |side| {
-        let (address, template, status) = match side {
-            0 => (server.data, &mut ours, 202),
-            1 => (stream.address, &mut theirs, 202),
-            _ => (insert.address, &mut theirs, 201),
-        };
-        let rate = rate(address, CONNECTIONS, window, template, status)?;
-        match side {
-            0 => drop(server.audit()?),
-            // What it has promised it still has to write; the next side shall not pay for it.
-            1 => drained(&shop).await?,
-            _ => {}
-        }
-        Ok(rate)
-    })
-    .await?;
-    drop((server, stream, insert, redis));
-    postgres.stop().await?;
-    Ok(vec![
-        Finding::spread(
-            "202 over HTTP / Redis with a stream (appendfsync always) on the same engine",
-            rounds.ratio(0, 1),
-        ),
-        Finding::spread(
-            "202 over HTTP / insert only on the same engine",
-            rounds.ratio(0, 2),
-        ),
-        Finding::spread("202 over HTTP, a second", rounds.side(0)),
-        Finding::spread("Redis with a stream, a second", rounds.side(1)),
-        Finding::spread("insert only, a second", rounds.side(2)),
-    ])
-}
-
-/// Waits until the number of rows no longer grows.
-async fn drained(url: &str) -> anyhow::Result<()> {
-    let client = database::connect(url).await?;
-    let mut before = -1;
-    loop {
-        let now: i64 = client
-            .query_one("SELECT held FROM public.shop_sku", &[])
-            .await?
-            .get(0);
-        if now == before {
-            return Ok(());
-        }
-        before = now;
-        tokio::time::sleep(Duration::from_millis(500)).await;
-    }
 }

@@ -20,6 +20,8 @@ use crate::order::UnixMillis;
 
 /// The share of orders that are paid.
 const PAY_SHARE: f64 = 0.7;
+/// Callbacks under way at once. With 256 their latency was that of the platform's own queue.
+const PAY_CONNECTIONS: usize = 1_000;
 
 /// How long payments that are too late come after an order's expiry, and its units may take to be back.
 const TOO_LATE_MS: u64 = 3_000;
@@ -163,6 +165,7 @@ impl Sale<'_> {
             seed: args.seed,
             keep_outcomes: true,
             pay_share: PAY_SHARE,
+            pay_connections: PAY_CONNECTIONS,
             payment_secret: Some(self.secret.clone()),
             token: self.data_token.clone().map(Token::new),
             pay_grace_ms: PAYMENT_TTL_MS + TOO_LATE_MS,
