@@ -112,6 +112,53 @@ async fn a_fresh_start_makes_a_durable_private_cluster_that_answers() {
 }
 
 #[tokio::test]
+async fn wal_segments_are_ready_before_a_sale_and_made_again_only_once_half_are_used() {
+    let dir = made().await;
+    let start = async || {
+        let mut options = options(dir.path());
+        options.wal_bytes = 6 * (16 << 20);
+        Embedded::start(options).await.unwrap()
+    };
+    let wal = async |embedded: &Embedded| {
+        let row = connect(&embedded.config(DATABASE))
+            .await
+            .query_one(
+                "SELECT (SELECT count(*) FROM pg_ls_waldir() WHERE name > pg_walfile_name(pg_current_wal_lsn())
+                            AND name ~ '^[0-9A-F]{24}$'), pg_walfile_name(pg_current_wal_lsn())",
+                &[],
+            )
+            .await
+            .unwrap();
+        (row.get::<_, i64>(0), row.get::<_, String>(1))
+    };
+    let embedded = start().await;
+    let (ready, current) = wal(&embedded).await;
+    assert!(ready >= 6, "{ready} are ready");
+    embedded.stop().await.unwrap();
+
+    let mut embedded = start().await;
+    let (still_ready, still_current) = wal(&embedded).await;
+    assert!(still_ready >= 5, "{still_ready} of {ready}");
+    let moved = |name: &str| u64::from_str_radix(&name[16..], 16).unwrap();
+    assert!(
+        moved(&still_current) - moved(&current) <= 1,
+        "segments were made again: {current}, {still_current}"
+    );
+    let client = connect(&embedded.config(DATABASE)).await;
+    while wal(&embedded).await.0 >= 3 {
+        client
+            .batch_execute("SELECT pg_logical_emit_message(false, '', ''); SELECT pg_switch_wal()")
+            .await
+            .unwrap();
+    }
+    // As a crash leaves them: a shutdown's checkpoint would recycle them too.
+    embedded.stop_immediate().await.unwrap();
+    drop(embedded);
+    let embedded = start().await;
+    assert!(wal(&embedded).await.0 >= 6);
+}
+
+#[tokio::test]
 async fn stopping_leaves_no_process_and_starting_finds_the_data() {
     let dir = made().await;
     let embedded = start(dir.path()).await;

@@ -38,6 +38,7 @@ pub async fn open_database(config: &Config) -> Result<OpenDatabase, StartError> 
     if !settings.embedded_bin_dir.is_empty() {
         options.bin_dir = Some(PathBuf::from(&settings.embedded_bin_dir));
     }
+    options.wal_bytes = settings.embedded_wal_bytes;
     let embedded = Embedded::start(options).await?;
     tracing::info!(
         version = embedded.version(), directory = %embedded.home().display(),

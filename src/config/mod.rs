@@ -109,6 +109,11 @@ pub struct Database {
     /// Directory with `postgres`, `initdb` and `pg_ctl` for Millrace's own PostgreSQL. Empty: they
     /// are searched for.
     pub embedded_bin_dir: String,
+    /// Bytes of WAL segments that Millrace's own PostgreSQL has ready: a start makes them if fewer than
+    /// half are there, within an eighth of the free disk space. Otherwise PostgreSQL makes each one in
+    /// the middle of a commit, and the buyers of that moment wait for it. 0 makes none.
+    #[schemars(range(max = 68_719_476_736_i64))]
+    pub embedded_wal_bytes: u64,
     /// Connections besides those of the workers: look-ups, administration, health checks.
     #[schemars(range(min = 1, max = 100))]
     pub pool_size: usize,
@@ -528,6 +533,7 @@ impl Default for Database {
             migrate: Migrate::Auto,
             user_index: false,
             embedded_bin_dir: String::new(),
+            embedded_wal_bytes: 960 << 20,
             pool_size: 8,
             step_timeout_ms: 5_000,
             clock_difference_max_ms: 120_000,

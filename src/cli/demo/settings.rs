@@ -55,6 +55,10 @@ impl Settings {
         if !is_given("control_plane.listen") {
             config.control_plane.listen.set_port(0);
         }
+        if !is_given("database.embedded_wal_bytes") {
+            // Several times what it writes.
+            config.database.embedded_wal_bytes = 320 << 20;
+        }
         config.payments.standard.secret = OneOrMany(vec![secret.text().to_owned()]);
         config.orders.payment_ttl_ms = super::PAYMENT_TTL_MS;
         if let Some(url) = &args.database_url {

@@ -19,6 +19,7 @@ mod error;
 mod place;
 mod server;
 mod user;
+mod wal;
 
 use std::{
     fs::File,
@@ -63,10 +64,12 @@ pub struct EmbeddedOptions {
     pub fallback_root: PathBuf,
     /// How long a shutdown may take before it becomes an immediate one.
     pub stop_timeout: Duration,
+    /// `database.embedded_wal_bytes`: bytes of WAL segments that each start makes ready.
+    pub wal_bytes: u64,
 }
 
 impl EmbeddedOptions {
-    /// Defaults: search for the binaries, 30 s to stop.
+    /// Defaults: search for the binaries, 30 s to stop, no WAL made ready.
     #[must_use]
     pub fn new(data_dir: impl Into<PathBuf>) -> Self {
         Self {
@@ -75,6 +78,7 @@ impl EmbeddedOptions {
             settings: Vec::new(),
             fallback_root: PathBuf::from("/var/lib/millrace"),
             stop_timeout: Duration::from_secs(30),
+            wal_bytes: 0,
         }
     }
 }
@@ -106,6 +110,9 @@ impl Embedded {
         let mut embedded = spawn_blocking(move || Self::prepare(options)).await??;
         embedded.start_again().await?;
         embedded.ensure_database(DATABASE).await?;
+        if let Err(error) = wal::make_ready(&embedded).await {
+            tracing::warn!(reason = %error, "WAL segments could not be made ready; the sale makes them, in the middle of commits");
+        }
         Ok(embedded)
     }
 
@@ -283,7 +290,11 @@ impl Embedded {
             &self.home,
             &self.installation,
             &self.socket_dir.path,
-            &self.options.settings,
+            &[
+                wal::settings(self.options.wal_bytes),
+                self.options.settings.clone(),
+            ]
+            .concat(),
         )?;
         self.starting = Some(starting);
         self.wait_until_ready(&log, from).await?;

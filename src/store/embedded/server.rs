@@ -43,7 +43,7 @@ const SETTINGS: &[(&str, &str)] = &[
     ("shared_buffers", "256MB"),
     // A sale is a burst of WAL: few checkpoints in it, and the space for that.
     ("wal_level", "logical"),
-    ("max_wal_size", "4GB"),
+    ("max_wal_size", "8GB"),
     ("min_wal_size", "256MB"),
     ("checkpoint_timeout", "15min"),
     ("wal_compression", "on"),

@@ -1,0 +1,60 @@
+//! WAL segments made ready before a sale.
+//!
+//! A quiet PostgreSQL has few recycled segments, so a sale makes a new one every 16 MiB: zeros and a sync in the middle
+//! of a commit. Segments that a checkpoint has recycled are only renamed. `docs/DATABASE.md` has the figures.
+
+use rustix::fs::statvfs;
+use tokio_postgres::error::Error;
+
+use super::Embedded;
+
+/// Bytes of a segment; clusters of [`super::cluster::make`] have the default.
+const SEGMENT: u64 = 16 << 20;
+/// Share of the free disk space that segments may take.
+const SHARE_OF_FREE: u64 = 8;
+
+/// Segments above the current one.
+const READY: &str = "SELECT count(*) FROM pg_ls_waldir()
+     WHERE name ~ '^[0-9A-F]{24}$' AND name > pg_walfile_name(pg_current_wal_lsn())";
+
+/// The settings with which so many bytes of recycled segments are kept.
+pub(super) fn settings(bytes: u64) -> Vec<(String, String)> {
+    if bytes == 0 {
+        return Vec::new();
+    }
+    let megabytes = ((bytes + 4 * SEGMENT) >> 20).max(256);
+    vec![("min_wal_size".to_owned(), format!("{megabytes}MB"))]
+}
+
+/// Makes the configured segments if fewer than half of them are there: switches through so many, and has a checkpoint
+/// recycle them.
+///
+/// # Errors
+/// The server's. Some segments may have been made.
+pub(super) async fn make_ready(embedded: &Embedded) -> Result<(), Error> {
+    let free = statvfs(embedded.home.data().as_path())
+        .map_or(u64::MAX, |disk| disk.f_bavail.saturating_mul(disk.f_frsize));
+    let wanted = embedded.options.wal_bytes.min(free / SHARE_OF_FREE) / SEGMENT;
+    if wanted == 0 {
+        return Ok(());
+    }
+    let (client, connection) = embedded.connect().await?;
+    let ready: i64 = client.query_one(READY, &[]).await?.get(0);
+    if ready.unsigned_abs() < wanted.div_ceil(2) {
+        tracing::info!(
+            segments = wanted,
+            megabytes = (wanted * SEGMENT) >> 20,
+            "making WAL segments ready for the sale"
+        );
+        let switch = format!(
+            "DO $$ BEGIN FOR i IN 1..{wanted} LOOP
+                 PERFORM pg_logical_emit_message(false, 'millrace', ''); PERFORM pg_switch_wal();
+             END LOOP; END $$"
+        );
+        client.batch_execute(&switch).await?;
+        client.batch_execute("CHECKPOINT").await?;
+    }
+    drop(client);
+    let _ = connection.await;
+    Ok(())
+}
