@@ -1,4 +1,4 @@
-//! P5: orders that are acknowledged as soon as they are durable in the journal, in process and with the
+//! Orders that are acknowledged as soon as they are durable in the journal, in process and with the
 //! workers paused, beside raw COPY. Over HTTP: `order_logs`.
 
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use tokio_postgres::Client;
 use crate::fixture::compare::alternate;
 use crate::fixture::database::{self, Postgres};
 use crate::fixture::engine::{self, RawCopy};
-use crate::fixture::{Finding, Lab, Scratch, Target};
+use crate::fixture::{Finding, Lab, Scratch};
 
 /// Orders that are acknowledged in a round.
 const ORDERS: u64 = 400_000;
@@ -60,8 +60,7 @@ pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
         Finding::spread(
             "durable acknowledgements in process, workers paused / raw COPY",
             rounds.ratio(0, 1),
-        )
-        .against("P5", Target::AtLeast(2.0)),
+        ),
         Finding::spread(
             "durable acknowledgements in process, a second",
             rounds.side(0),

@@ -21,8 +21,6 @@ use millrace::http::server::limits::Limits;
 use millrace::http::server::runtime;
 use serde::{Deserialize, Serialize};
 
-pub use rows::TABLES;
-
 /// Connections of the baselines' pool: more than PostgreSQL can make use of on a small machine.
 const POOL: usize = 32;
 

@@ -30,7 +30,7 @@ pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
     let mut brokers = Vec::new();
     let (mut servers, mut templates) = (Vec::new(), Vec::new());
     for (name, kind) in BACKENDS {
-        let broker = kind.map(start).transpose()?;
+        let broker = kind.map(start_broker).transpose()?;
         let url = postgres.database(name).await?;
         let mut settings = vec![("MILLRACE_DATABASE__URL".to_owned(), url)];
         settings.extend(broker.iter().flat_map(|broker| broker.env()).cloned());
@@ -82,6 +82,7 @@ pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
             rounds.ratio(side, STREAM),
         );
         findings.push(match *name {
+            "journal" => against.against("T4", Target::AtLeast(3.0)),
             "redis" => against.against("L1", Target::AtLeast(3.0)),
             _ => against,
         });
@@ -103,12 +104,19 @@ pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
     Ok(findings)
 }
 
-fn start(kind: Kind) -> anyhow::Result<Broker> {
+/// A broker of the tests.
+///
+/// # Errors
+/// If it cannot be had here.
+pub fn start_broker(kind: Kind) -> anyhow::Result<Broker> {
     Broker::start(kind).ok_or_else(|| anyhow::anyhow!("{kind:?} cannot be had here, see above"))
 }
 
-/// Waits until the number of rows no longer grows.
-async fn drained(url: &str) -> anyhow::Result<()> {
+/// Waits until the consumer of a stream writes no more rows.
+///
+/// # Errors
+/// If the database fails.
+pub async fn drained(url: &str) -> anyhow::Result<()> {
     let client = database::connect(url).await?;
     let mut before = -1;
     loop {
