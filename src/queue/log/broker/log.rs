@@ -310,7 +310,9 @@ impl OrderLog for BrokerLog {
     }
 
     fn read_all(&self, each: &mut dyn FnMut(u64, u64, Vec<Record>)) -> io::Result<()> {
-        let (kept_from, epoch) = (self.state.lock().kept_from, self.epoch());
+        // One after the other: each takes the lock.
+        let kept_from = self.state.lock().kept_from;
+        let epoch = self.epoch();
         let mut reader = Reader::after(&*self.broker, self.owner, Some(kept_from));
         loop {
             let counted = reader.read().map_err(io::Error::other)?;
