@@ -3,18 +3,13 @@
 
 mod support;
 
-use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
-use support::brokers::{Broker, Kind};
+use support::broker_admin::{kafka, kafka_create, kafka_text, redis, rocketmq};
+use support::brokers::{Broker, Kind, Setup};
 use support::waiting::{PATIENCE, until};
-
-fn connect(to: SocketAddr) -> TcpStream {
-    let stream = TcpStream::connect(to).expect("connect");
-    stream.set_read_timeout(Some(PATIENCE)).expect("a time-out");
-    stream
-}
 
 /// Takes a broker through its life. `write` leaves something in it, `is_there` finds it.
 fn lives(kind: Kind, write: impl Fn(&Broker), is_there: impl Fn(&Broker) -> bool + Sync) {
@@ -61,23 +56,23 @@ fn lives(kind: Kind, write: impl Fn(&Broker), is_there: impl Fn(&Broker) -> bool
     assert!(!dir.exists(), "{} is left", dir.display());
 }
 
-// --- Redis ----------------------------------------------------------------------------------------
-
-/// The first line of the answer to an inline command, and what follows it.
-fn redis(broker: &Broker, command: &str) -> String {
-    let mut stream = connect(broker.address());
-    stream
-        .write_all(format!("{command}\r\nQUIT\r\n").as_bytes())
-        .expect("ask");
-    let lines = BufReader::new(stream).lines().map_while(Result::ok);
-    lines.collect::<Vec<_>>().join(" ")
+/// One that sends its clients elsewhere.
+fn advertised(kind: Kind) -> Option<Broker> {
+    let setup = Setup {
+        advertise: Some("127.0.0.2"),
+        ..Setup::default()
+    };
+    Broker::start_with(kind, setup)
 }
+
+// --- Redis ----------------------------------------------------------------------------------------
 
 #[test]
 fn redis_lives_through_a_kill_with_its_data() {
-    let write = |broker: &Broker| assert!(redis(broker, "SET order 42").starts_with("+OK"));
+    let write =
+        |broker: &Broker| assert_eq!(redis(broker.address(), &["SET", "order", "42"]), "+OK");
     lives(Kind::Redis, write, |broker| {
-        redis(broker, "GET order").starts_with("$2 42 ")
+        redis(broker.address(), &["GET", "order"]) == "$2 42"
     });
 }
 
@@ -92,76 +87,20 @@ fn redis_keeps_the_promise_of_a_log() {
         ("no-appendfsync-on-rewrite", "no"),
         ("maxmemory-policy", "noeviction"),
     ] {
-        let answer = redis(&broker, &format!("CONFIG GET {name}"));
-        assert!(answer.contains(&format!(" {value} ")), "{name}: {answer}");
+        let answer = redis(broker.address(), &["CONFIG", "GET", name]);
+        assert!(answer.ends_with(&format!(" {value}")), "{name}: {answer}");
     }
 }
 
 // --- Kafka ----------------------------------------------------------------------------------------
-// Format: Kafka protocol guide, "Request Header v1" and versions below the flexible ones.
 
-const CREATE_TOPICS: u16 = 19;
 const METADATA: u16 = 3;
-
-fn kafka_text(text: &str) -> Vec<u8> {
-    let length = u16::try_from(text.len()).expect("a short text");
-    [&length.to_be_bytes(), text.as_bytes()].concat()
-}
-
-/// The body of the answer to a request, from behind the time that the client was throttled for.
-fn kafka(broker: &Broker, key: u16, version: u16, body: &[u8]) -> Vec<u8> {
-    let correlation = [0, 0, 0, 7];
-    let request = [
-        &key.to_be_bytes(),
-        &version.to_be_bytes(),
-        &correlation[..],
-        &kafka_text("tests"),
-        body,
-    ]
-    .concat();
-    let answer = framed(broker.address(), &request);
-    assert_eq!(answer[..4], correlation);
-    answer[8..].to_vec()
-}
-
-/// Sends a message behind its length, and returns the answer from behind its own.
-fn framed(to: SocketAddr, message: &[u8]) -> Vec<u8> {
-    let mut stream = connect(to);
-    let length = u32::try_from(message.len()).expect("a short message");
-    stream
-        .write_all(&[&length.to_be_bytes(), message].concat())
-        .expect("ask");
-    let mut length = [0; 4];
-    stream.read_exact(&mut length).expect("a length");
-    let mut answer = vec![0; u32::from_be_bytes(length) as usize];
-    stream.read_exact(&mut answer).expect("an answer");
-    answer
-}
-
-/// Creates a topic with one partition and one replica.
-fn kafka_create(broker: &Broker, topic: &str) {
-    let body = [
-        &1_u32.to_be_bytes()[..],
-        &kafka_text(topic),
-        &1_u32.to_be_bytes(),
-        &1_u16.to_be_bytes(),
-        // No assignment and no settings; a time-out; not only to validate.
-        &0_u32.to_be_bytes(),
-        &0_u32.to_be_bytes(),
-        &30_000_u32.to_be_bytes(),
-        &[0],
-    ]
-    .concat();
-    let answer = kafka(broker, CREATE_TOPICS, 4, &body);
-    let created = [&1_u32.to_be_bytes()[..], &kafka_text(topic), &[0, 0]].concat();
-    assert!(answer.starts_with(&created), "{answer:?}");
-}
 
 /// The host and the port where clients find the broker, as its metadata begin; and what follows.
 fn kafka_metadata(broker: &Broker, topic: &str) -> (String, u32, Vec<u8>) {
     // `true`: it may make the topic for the question, which it must not.
     let body = [&1_u32.to_be_bytes()[..], &kafka_text(topic), &[1]].concat();
-    let answer = kafka(broker, METADATA, 4, &body);
+    let answer = kafka(broker.address(), METADATA, 4, &body);
     let one_broker_number_one = [1_u32.to_be_bytes(), 1_u32.to_be_bytes()].concat();
     let rest = answer.strip_prefix(&one_broker_number_one[..]);
     let (length, rest) = rest.expect("one broker").split_at(2);
@@ -188,7 +127,7 @@ fn kafka_has(broker: &Broker, topic: &str) -> bool {
 
 #[test]
 fn kafka_sends_its_clients_where_a_proxy_waits() {
-    if let Some(broker) = Broker::start_advertised(Kind::Kafka, "127.0.0.2") {
+    if let Some(broker) = advertised(Kind::Kafka) {
         let (host, port, _) = kafka_metadata(&broker, "orders");
         assert_eq!(
             (&*host, port),
@@ -199,39 +138,17 @@ fn kafka_sends_its_clients_where_a_proxy_waits() {
 
 #[test]
 fn kafka_lives_through_a_kill_with_its_data() {
-    let create = |broker: &Broker| kafka_create(broker, "orders");
+    let create = |broker: &Broker| kafka_create(broker.address(), "orders", &[]);
     lives(Kind::Kafka, create, |broker| kafka_has(broker, "orders"));
 }
 
 // --- RocketMQ -------------------------------------------------------------------------------------
-// Format: RocketMQ's remoting command, its header in JSON.
 
 const SEND_MESSAGE: u16 = 10;
 const PULL_MESSAGE: u16 = 11;
 const UPDATE_AND_CREATE_TOPIC: u16 = 17;
 const GET_ROUTE: u16 = 105;
 const GET_BROKER_CLUSTER: u16 = 106;
-
-/// The code and the body of the answer to a command.
-fn rocketmq(to: SocketAddr, code: u16, fields: &[(&str, &str)], body: &str) -> (u64, Vec<u8>) {
-    let fields: serde_json::Map<_, _> = fields
-        .iter()
-        .map(|(name, value)| ((*name).to_owned(), (*value).into()))
-        .collect();
-    let header = serde_json::json!({
-        "code": code, "language": "OTHER", "version": 401, "opaque": 1, "flag": 0,
-        "serializeTypeCurrentRPC": "JSON", "extFields": fields,
-    })
-    .to_string();
-    let length = u32::try_from(header.len()).expect("a short header");
-    let message = [&length.to_be_bytes(), header.as_bytes(), body.as_bytes()].concat();
-    let answer = framed(to, &message);
-    let (length, rest) = answer.split_at(4);
-    let length = u32::from_be_bytes(length.try_into().expect("four bytes")) as usize;
-    let (header, body) = rest.split_at(length);
-    let header: serde_json::Value = serde_json::from_slice(header).expect("a header in JSON");
-    (header["code"].as_u64().expect("a code"), body.to_vec())
-}
 
 /// The broker's address, as its name server tells it.
 fn rocketmq_broker(broker: &Broker) -> SocketAddr {
@@ -303,7 +220,7 @@ fn rocketmq_lives_through_a_kill_with_its_data() {
 
 #[test]
 fn rocketmq_sends_its_clients_where_a_proxy_waits() {
-    if let Some(broker) = Broker::start_advertised(Kind::RocketMq, "127.0.0.2") {
+    if let Some(broker) = advertised(Kind::RocketMq) {
         let told = rocketmq_broker(&broker);
         assert_eq!(told.ip().to_string(), "127.0.0.2");
         // It listens where it always does, on the same port.

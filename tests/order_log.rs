@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use support::block_on;
+use support::broker_admin::redis;
 use support::brokers::{Broker, Kind};
 use support::http::{Answer, call, try_call};
 use support::postgres::{TestDatabase, test_dir};
@@ -245,8 +246,8 @@ fn a_redis_that_may_lose_orders_is_refused_in_a_sentence() {
         };
         let dir = test_dir();
         let configure = |setting: &str, value: &str| {
-            let said = support::brokers::redis_command(address, &["CONFIG", "SET", setting, value]);
-            assert!(said.starts_with("+OK"), "{said}");
+            let said = redis(address, &["CONFIG", "SET", setting, value]);
+            assert_eq!(said, "+OK");
         };
         for (setting, value, needed) in [
             ("appendfsync", "everysec", "always"),

@@ -1,11 +1,13 @@
-//! Real brokers for tests: Redis, Kafka and RocketMQ, for each test its own, on ports and in a directory of its own.
+//! Real brokers for tests: Redis, Kafka and RocketMQ, each on ports and in a directory of its own.
 //!
 //! `tests/brokers/brokers` starts and ends them, for people and for tests alike. A broker also ends with the process
 //! of its test, however that ends.
 
 use std::{
-    io::{BufRead as _, BufReader, Write as _},
-    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    fmt,
+    io::Write as _,
+    net::{Ipv4Addr, SocketAddr, TcpListener},
+    os::unix::fs::MetadataExt as _,
     path::Path,
     process::{Command, Output},
     sync::OnceLock,
@@ -52,14 +54,39 @@ impl Kind {
     }
 }
 
+/// Settings of the server for its first port and its folder, in its own language, a line each.
+pub type Lines = Box<dyn Fn(u16, &Path) -> String + Send + Sync>;
+
+/// Differences from the broker that is started otherwise.
+#[derive(Default)]
+pub struct Setup {
+    /// The host that the broker sends its clients to, with its own ports, where a proxy may wait for them: all of
+    /// 127.0.0.0/8 is this machine, at least on Linux. Redis sends nobody anywhere.
+    pub advertise: Option<&'static str>,
+    /// More of the server's settings.
+    pub lines: Option<Lines>,
+    /// MiB of the file system for its data alone, if this machine lets us mount one.
+    pub room_mib: Option<u32>,
+    /// `user:password` for Kafka's SCRAM.
+    pub scram: Option<&'static str>,
+}
+
 /// A running broker. On drop it is killed, and its data is deleted.
-#[derive(Debug)]
 pub struct Broker {
     kind: Kind,
     port: u16,
-    advertised: String,
+    setup: Setup,
     dir: TempDir,
     env: Vec<(String, String)>,
+}
+
+impl fmt::Debug for Broker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Broker")
+            .field("kind", &self.kind)
+            .field("port", &self.port)
+            .finish_non_exhaustive()
+    }
 }
 
 /// Number of ports that a broker takes, from [`Broker::address`] on: RocketMQ's are those of the name server, the
@@ -72,21 +99,19 @@ const TRIES: usize = 3;
 impl Broker {
     /// Starts one and waits until it takes requests. `None`, said loudly, if it cannot be had here.
     pub fn start(kind: Kind) -> Option<Self> {
-        Self::start_advertised(kind, "127.0.0.1")
+        Self::start_with(kind, Setup::default())
     }
 
-    /// Starts one that sends its clients to this host, with the broker's own ports, where a proxy may wait for them:
-    /// all of 127.0.0.0/8 is this machine, at least on Linux. Redis sends nobody anywhere.
-    pub fn start_advertised(kind: Kind, host: &str) -> Option<Self> {
+    /// The same with other settings.
+    pub fn start_with(kind: Kind, setup: Setup) -> Option<Self> {
         if let Err(reason) = kind.prepared() {
-            // Not `eprintln!`, which the test harness keeps to itself where a test passes.
-            let _ = std::io::stderr().write_all(format!("\n*** {reason} ***\n\n").as_bytes());
+            not_run(reason);
             return None;
         }
         let mut broker = Broker {
             kind,
             port: free_ports(),
-            advertised: host.to_owned(),
+            setup,
             dir: tempfile::Builder::new()
                 .prefix(&format!("millrace-{}-", kind.name()))
                 .tempdir()
@@ -105,17 +130,24 @@ impl Broker {
     }
 
     fn launch(&mut self) -> Result<(), String> {
-        let output = self.script(
-            "start",
-            &[
-                "--port",
-                &self.port.to_string(),
-                "--advertise",
-                &self.advertised,
-                "--with",
-                &std::process::id().to_string(),
-            ],
-        );
+        let (port, owner) = (self.port.to_string(), std::process::id().to_string());
+        let Setup {
+            advertise,
+            lines,
+            room_mib,
+            scram,
+        } = &self.setup;
+        let mut options = vec!["--port", &port, "--with", &owner];
+        options.extend(advertise.iter().flat_map(|host| ["--advertise", *host]));
+        options.extend(scram.iter().flat_map(|user| ["--scram", *user]));
+        let room = room_mib.map(|mib| mib.to_string());
+        options.extend(room.iter().flat_map(|mib| ["--room", mib]));
+        let file = self.dir.path().join("settings");
+        if let Some(lines) = lines {
+            std::fs::write(&file, lines(self.port, self.dir.path())).expect("write settings");
+            options.extend(["--settings", file.to_str().expect("a path in UTF-8")]);
+        }
+        let output = self.script("start", &options);
         if !output.status.success() {
             return Err(said(&output));
         }
@@ -137,7 +169,7 @@ impl Broker {
         self.must("stop", &[]);
     }
 
-    /// Starts it again, on the same ports and on its data, and waits until it takes requests.
+    /// Starts it again if it does not run, on the same ports and on its data, and waits until it takes requests.
     pub fn start_again(&mut self) {
         self.launch().unwrap_or_else(|why| panic!("{why}"));
     }
@@ -185,6 +217,12 @@ impl Broker {
         self.dir.path()
     }
 
+    /// Whether its data are on a file system of their own.
+    pub fn has_own_room(&self) -> bool {
+        let device = |path: &Path| path.metadata().map(|data| data.dev()).ok();
+        device(self.dir()) != device(&self.dir().join("data"))
+    }
+
     fn script(&self, command: &str, more: &[&str]) -> Output {
         let dir = self.dir.path().to_str().expect("a path in UTF-8");
         script(&[&[command, self.kind.name(), "--dir", dir], more].concat())
@@ -199,7 +237,15 @@ impl Broker {
 impl Drop for Broker {
     fn drop(&mut self) {
         let _ = self.script("kill", &[]);
+        if self.setup.room_mib.is_some() {
+            let _ = self.script("stop", &["--erase"]);
+        }
     }
+}
+
+/// Says that something is not tested here. Not by `eprintln!`, which the test harness keeps to itself if a test passes.
+pub fn not_run(reason: &str) {
+    let _ = std::io::stderr().write_all(format!("\n*** {reason} ***\n\n").as_bytes());
 }
 
 fn script(arguments: &[&str]) -> Output {
@@ -222,19 +268,4 @@ fn free_ports() -> u16 {
         .map(|_| rand::random_range(15_000..30_000_u16))
         .find(|first| (*first..first + PORTS).all(|port| is_free(&port)))
         .expect("free ports")
-}
-
-/// Sends Redis one command, and returns the first line of its answer.
-pub fn redis_command(address: SocketAddr, words: &[&str]) -> String {
-    let mut stream = TcpStream::connect(address).expect("connect to Redis");
-    let mut request = format!("*{}\r\n", words.len());
-    for word in words {
-        request += &format!("${}\r\n{word}\r\n", word.len());
-    }
-    stream.write_all(request.as_bytes()).expect("ask Redis");
-    let mut line = String::new();
-    BufReader::new(stream)
-        .read_line(&mut line)
-        .expect("an answer of Redis");
-    line
 }

@@ -5,6 +5,7 @@
 )]
 
 pub mod allocations;
+pub mod broker_admin;
 pub mod brokers;
 pub mod http;
 pub mod listening;
@@ -18,6 +19,7 @@ pub mod server;
 pub mod standby;
 pub mod waiting;
 pub mod webhook;
+pub mod wire;
 
 /// Runs a test on a runtime with room for many blocking callers.
 pub fn block_on(test: impl Future<Output = ()>) {
