@@ -19,7 +19,7 @@ use millrace::state::stock::SaleTerms;
 use millrace::store::batch::BatchWriter;
 use millrace::store::postgres::Database;
 use millrace::store::settlement::SettlementWriter;
-use millrace::store::settlement::payments::Arrival;
+use millrace::store::settlement::payments::{self, Arrival};
 
 use crate::fixture::compare::alternate;
 use crate::fixture::engine::{BATCH_ROWS, HOT, rows};
@@ -124,7 +124,7 @@ async fn coalesced(settlement: &mut SettlementWriter, notices: &[Notice]) -> any
             })
             .collect();
         let part: Vec<&Delivery> = part.iter().collect();
-        settlement.ingest(&part, arrival, &[]).await?;
+        payments::ingest(settlement, &part, arrival, &[]).await?;
     }
     Ok(())
 }

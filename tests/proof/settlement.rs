@@ -13,9 +13,9 @@ use millrace::order::{Currency, IdRange, Order, OrderId, OrderStatus, UnixMillis
 use millrace::state::stock::{Sku, StockSnapshot};
 use millrace::store::batch::BatchWriter;
 use millrace::store::postgres::transitions;
-use millrace::store::settlement::payments::Arrival;
-use millrace::store::settlement::refunds::{Closed, Recorded, RefundNote};
-use millrace::store::settlement::{Destination, SettlementWriter, UnitMove};
+use millrace::store::settlement::payments::{self, Arrival};
+use millrace::store::settlement::refunds::{self, Closed, Recorded, RefundNote};
+use millrace::store::settlement::{Destination, SettlementWriter, UnitMove, expiry};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom as _;
 use rand::{Rng as _, SeedableRng as _};
@@ -431,7 +431,7 @@ impl<'a> Life<'a> {
         };
         let deliveries: Vec<&Delivery> = together.iter().collect();
         let settlement = &mut self.writers.settlement;
-        let settled = settlement.ingest(&deliveries, arrival, &in_flight);
+        let settled = payments::ingest(settlement, &deliveries, arrival, &in_flight);
         let settled = settled.await.map_err(said)?;
         let (mut new, mut orders) = (0, Vec::new());
         for delivery in together {
@@ -534,8 +534,7 @@ impl<'a> Life<'a> {
             .map_err(said)?;
         let orders: Vec<OrderId> = found.iter().filter_map(|one| one.order_id).collect();
         let settlement = &mut self.writers.settlement;
-        let settled = settlement
-            .match_orders(&orders, self.now)
+        let settled = payments::match_orphans(settlement, &orders, self.now)
             .await
             .map_err(said)?;
         self.note(format!("meet {}", orders.len()));
@@ -561,7 +560,7 @@ impl<'a> Life<'a> {
         let mut found = Vec::new();
         let settlement = &mut self.writers.settlement;
         while !ranges.is_empty() {
-            let looked = settlement.look_for_overdue(&ranges, rows, self.now, None);
+            let looked = expiry::look_for_overdue(settlement, &ranges, rows, self.now, None);
             let looked = looked.await.map_err(said)?;
             if looked.rows > rows as i64 {
                 return Err(format!("{} rows read, not {rows}", looked.rows));
@@ -577,7 +576,7 @@ impl<'a> Life<'a> {
         let past: Vec<OrderId> = past.map(|one| one.order.id).collect();
         same("overdue orders", &found, &past)?;
         found.truncate(limit);
-        let moved = settlement.expire(&found, self.now, with_orphans);
+        let moved = expiry::end_overdue(settlement, &found, self.now, with_orphans);
         let moved = moved.await.map_err(said)?;
         self.note(format!("expire {limit}"));
         self.move_memory(&moved);
@@ -687,7 +686,9 @@ impl<'a> Life<'a> {
         let (now, settlement) = (self.now, &mut self.writers.settlement);
         let Some(of) = of.filter(|_| paid.receipt.is_some()) else {
             let reason = RefundReason::ReceiptMissing;
-            let given_up = settlement.give_up(row, reason, now).await.map_err(said)?;
+            let given_up = payments::give_up(settlement, row, reason, now)
+                .await
+                .map_err(said)?;
             let is_there = of.is_some_and(|of| self.model.orders[of].is_there());
             self.note(format!("give up {at}"));
             if given_up == is_there {
@@ -713,8 +714,7 @@ impl<'a> Life<'a> {
         if holds && self.sku.counter().hold(units).is_err() {
             return Err(format!("{units} of {free} units cannot be held"));
         }
-        let recovered = settlement
-            .recover(row, &order, reason, now)
+        let recovered = payments::recover_order(settlement, row, &order, reason, now)
             .await
             .map_err(said)?;
         self.note(format!("recover {of} by {at} {reason:?}: {recovered}"));
@@ -752,7 +752,7 @@ impl<'a> Life<'a> {
         let known = order.references.contains(&reference);
         let (id, note) = (order.order.id, note(&reference.to_string(), restock));
         let settlement = &mut self.writers.settlement;
-        let told = settlement.record_refund(id, &note, self.now);
+        let told = refunds::record(settlement, id, &note, self.now);
         let told = told.await.map_err(said)?;
         self.note(format!("refund {at} restock={restock}: {told:?}"));
         let before = self.model.orders[at].place;
@@ -785,7 +785,7 @@ impl<'a> Life<'a> {
         } = self.model.payments[at].clone();
         let (row, note) = (self.row_of(&paid).await, note("closed", false));
         let settlement = &mut self.writers.settlement;
-        let told = settlement.close_payment(row, &note, self.now);
+        let told = refunds::close_payment(settlement, row, &note, self.now);
         let told = told.await.map_err(said)?;
         self.note(format!("close {at}: {told:?}"));
         let order = of

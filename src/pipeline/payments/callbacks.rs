@@ -21,7 +21,7 @@ use crate::order::payment::Delivery;
 use crate::order::{OrderId, UnixMillis};
 use crate::state::State;
 use crate::store::StoreError;
-use crate::store::settlement::payments::Arrival;
+use crate::store::settlement::payments::{self, Arrival};
 
 /// Callbacks that may be queued; beyond that they are refused, and the provider delivers them again.
 const CALLBACKS_MAX: usize = 8_192;
@@ -255,7 +255,7 @@ impl Callbacks {
         in_flight: &[OrderId],
     ) -> Result<(), StoreError> {
         let (moving, writer) = self.settler.writer().await?;
-        let settlement = writer.ingest(deliveries, arrival, in_flight).await?;
+        let settlement = payments::ingest(writer, deliveries, arrival, in_flight).await?;
         let payments = &self.settler.parts.metrics.payments;
         let count = deliveries.len();
         payments.events.inc_by(settlement.events);

@@ -26,7 +26,7 @@ use crate::faults::bug;
 use crate::order::{IdRange, OrderId, SkuNumber, UnixMillis};
 use crate::state::expiry_index::{Due, Nearness, Ranges};
 use crate::store::StoreError;
-use crate::store::settlement::expiry::Overdue;
+use crate::store::settlement::expiry::{self, Overdue};
 
 /// Maximum of orders expired in one transaction.
 const ORDERS_MAX: usize = 2_000;
@@ -228,7 +228,7 @@ impl Expiry {
             }
         };
         drop(moving);
-        match writer.look_for_overdue(&taken, rows, now, sku).await {
+        match expiry::look_for_overdue(writer, &taken, rows, now, sku).await {
             Ok(looked) => {
                 let payments = &self.settler.parts.metrics.payments;
                 payments.expiry_rows.inc_by(looked.rows.unsigned_abs());
@@ -289,7 +289,7 @@ impl Expiry {
                 skus.dedup();
                 let (moving, writer) = self.settler.writer().await?;
                 drop(moving);
-                let held = writer.held_skus(&skus).await?;
+                let held = expiry::held_skus(writer, &skus).await?;
                 self.one_by_one = held.is_empty();
                 for sku in held {
                     self.defer(sku, &error);
@@ -319,7 +319,7 @@ impl Expiry {
         let (moving, writer) = self.settler.writer().await?;
         let expired = match ids.is_empty() {
             true => Ok(Vec::new()),
-            false => writer.expire(&ids, now, with_orphans).await,
+            false => expiry::end_overdue(writer, &ids, now, with_orphans).await,
         };
         if expired.as_ref().is_err_and(StoreError::is_overlong) {
             self.orders = (self.orders / 4).max(1);
@@ -443,7 +443,7 @@ impl Expiry {
     async fn try_note_least(&mut self) -> Result<Option<OrderId>, StoreError> {
         let (moving, writer) = self.settler.writer().await?;
         drop(moving);
-        let changes = writer.unpaid_changes().await?;
+        let changes = expiry::unpaid_changes(writer).await?;
         let state = &self.settler.parts.state;
         let deferred = self.deferred.values().filter_map(|one| one.work.least());
         let least = deferred
@@ -458,7 +458,7 @@ impl Expiry {
             return Ok(Some(least));
         }
         let (moving, writer) = self.settler.writer().await?;
-        let noted = writer.note_unpaid_from(changes, least).await?;
+        let noted = expiry::note_unpaid_from(writer, changes, least).await?;
         drop(moving);
         Ok(noted.then_some(least))
     }

@@ -18,7 +18,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::reconciler::Reconciler;
 use crate::order::OrderId;
 use crate::store::StoreError;
-use crate::store::settlement::refunds::{Closed, Recorded, RefundNote};
+use crate::store::settlement::refunds::{self, Closed, Recorded, RefundNote};
 
 /// Requests that may be queued; when the queue is full, operators wait for a place.
 const REQUESTS_MAX: usize = 64;
@@ -147,7 +147,9 @@ impl PaymentProcessor {
             }
             Request::Close(payment, note, answer) => {
                 let closed = match self.reconciler.settler.writer().await {
-                    Ok((_moving, writer)) => writer.close_payment(payment, &note, now).await,
+                    Ok((_moving, writer)) => {
+                        refunds::close_payment(writer, payment, &note, now).await
+                    }
                     Err(error) => Err(error),
                 };
                 if let Ok(Closed::Done(Some(order_id))) = &closed {
@@ -175,7 +177,7 @@ impl PaymentProcessor {
         let now = settler.parts.state.ids.real_now();
         settler.parts.state.recent_orders.forget(order_id);
         let (moving, writer) = settler.writer().await?;
-        let recorded = writer.record_refund(order_id, note, now).await?;
+        let recorded = refunds::record(writer, order_id, note, now).await?;
         if let Recorded::Done(Some(moved)) = &recorded {
             settler.apply_moves(std::slice::from_ref(moved)).await;
         }

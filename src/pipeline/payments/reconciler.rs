@@ -24,8 +24,8 @@ use crate::order::{Order, OrderId, OrderUnits, Refusal, UnixMillis};
 use crate::pipeline::orders::lookup::OrderLookup;
 use crate::queue::OrderQueue;
 use crate::state::buyers::{BuyerClaim, BuyerOrder, Claimed, NothingSticky};
-use crate::store::StoreError;
 use crate::store::postgres::payments::StoredPayment;
+use crate::store::{StoreError, settlement};
 
 /// Maximum of payments matched in one transaction.
 const MATCH_MAX: i64 = 1_000;
@@ -218,7 +218,7 @@ impl Reconciler {
             settler.parts.state.recent_orders.forget(*order_id);
         }
         let (moving, writer) = settler.writer().await?;
-        let settlement = writer.match_orders(orders, now).await?;
+        let settlement = settlement::payments::match_orphans(writer, orders, now).await?;
         settler.apply_settlement(&settlement).await;
         drop(moving);
         Ok(!settlement.matched.is_empty())
@@ -323,7 +323,7 @@ impl Reconciler {
             Decision::Later => return self.put_off(payment, payment.checks, IN_FLIGHT_MS).await,
             Decision::GiveUp(reason) => {
                 let (_moving, writer) = self.settler.writer().await?;
-                if !writer.give_up(payment.id, reason, now).await? {
+                if !settlement::payments::give_up(writer, payment.id, reason, now).await? {
                     return Ok(());
                 }
                 self.note_refund(payment, reason);
@@ -366,8 +366,7 @@ impl Reconciler {
         // A claim made here never held units.
         let held = claim.is_none();
         let (_moving, writer) = self.settler.writer().await?;
-        if !writer
-            .recover(payment.id, &order, Some(reason), now)
+        if !settlement::payments::recover_order(writer, payment.id, &order, Some(reason), now)
             .await?
         {
             return Ok(());
@@ -474,7 +473,7 @@ impl Reconciler {
             taken = Some((claim, hold));
         }
         let (_moving, writer) = self.settler.writer().await?;
-        if !writer.recover(payment.id, &order, None, now).await? {
+        if !settlement::payments::recover_order(writer, payment.id, &order, None, now).await? {
             return Ok(());
         }
         if let Some((claim, hold)) = taken {

@@ -21,6 +21,9 @@
 //! * [`payments`]: messages of providers, and the matching of payments to their orders (`matching`);
 //! * [`expiry`]: orders that were not paid in time;
 //! * [`refunds`]: refunds that an operator records.
+//!
+//! The pieces of work are functions of their module, with the writer as first parameter:
+//! `payments::ingest(writer, …)`, `expiry::end_overdue(writer, …)`.
 
 pub mod expiry;
 mod matching;

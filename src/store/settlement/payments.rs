@@ -28,28 +28,28 @@ pub struct Arrival {
     pub with_waiting: bool,
 }
 
-impl SettlementWriter {
-    /// Stores messages and their payments and matches new payments, all or nothing. Payments of `in_flight`
-    /// orders, and of orders whose row is locked, stay orphans for a moment.
-    ///
-    /// # Errors
-    /// On an error nothing is stored.
-    pub async fn ingest(
-        &mut self,
-        deliveries: &[&Delivery],
-        arrival: Arrival,
-        in_flight: &[OrderId],
-    ) -> Result<Settlement, StoreError> {
-        let payments = first_reports(deliveries);
-        let mut orders: Vec<i64> = payments
-            .iter()
-            .filter_map(|(_, payment)| payment.order_id())
-            .filter(|id| arrival.match_now && !in_flight.contains(id))
-            .map(OrderId::as_i64)
-            .collect();
-        orders.sort_unstable();
-        orders.dedup();
-        self.transact("storing payments", async |client, statements| {
+/// Stores messages and their payments and matches new payments, all or nothing. Payments of `in_flight`
+/// orders, and of orders whose row is locked, stay orphans for a moment.
+///
+/// # Errors
+/// On an error nothing is stored.
+pub async fn ingest(
+    writer: &mut SettlementWriter,
+    deliveries: &[&Delivery],
+    arrival: Arrival,
+    in_flight: &[OrderId],
+) -> Result<Settlement, StoreError> {
+    let payments = first_reports(deliveries);
+    let mut orders: Vec<i64> = payments
+        .iter()
+        .filter_map(|(_, payment)| payment.order_id())
+        .filter(|id| arrival.match_now && !in_flight.contains(id))
+        .map(OrderId::as_i64)
+        .collect();
+    orders.sort_unstable();
+    orders.dedup();
+    writer
+        .transact("storing payments", async |client, statements| {
             let events = Events::of(deliveries);
             let names = [
                 payments
@@ -109,22 +109,23 @@ impl SettlementWriter {
             Ok((done, closing))
         })
         .await
-    }
+}
 
-    /// Matches the orphans of these orders in order of arrival. Orphans of orders whose row is locked stay as
-    /// they are.
-    ///
-    /// # Errors
-    /// On an error nothing has changed.
-    pub async fn match_orders(
-        &mut self,
-        orders: &[OrderId],
-        now: UnixMillis,
-    ) -> Result<Settlement, StoreError> {
-        let mut orders: Vec<i64> = orders.iter().map(|id| id.as_i64()).collect();
-        orders.sort_unstable();
-        orders.dedup();
-        self.transact("matching payments", async |client, statements| {
+/// Matches the orphans of these orders in order of arrival. Orphans of orders whose row is locked stay as
+/// they are.
+///
+/// # Errors
+/// On an error nothing has changed.
+pub async fn match_orphans(
+    writer: &mut SettlementWriter,
+    orders: &[OrderId],
+    now: UnixMillis,
+) -> Result<Settlement, StoreError> {
+    let mut orders: Vec<i64> = orders.iter().map(|id| id.as_i64()).collect();
+    orders.sort_unstable();
+    orders.dedup();
+    writer
+        .transact("matching payments", async |client, statements| {
             let locked = lock(client, statements, Sql::TryOrders, &orders, true).await?;
             let mut matcher = Matcher::new(locked);
             let waiting = matcher.match_waiting();
@@ -134,20 +135,21 @@ impl SettlementWriter {
             Ok((done, closing))
         })
         .await
-    }
+}
 
-    /// Moves an orphan to `refund_due`: no order was found, and none can be recovered. Returns false, with
-    /// nothing changed, if its order exists after all or it is no longer an orphan.
-    ///
-    /// # Errors
-    /// On an error nothing has changed.
-    pub async fn give_up(
-        &mut self,
-        id: i64,
-        reason: RefundReason,
-        now: UnixMillis,
-    ) -> Result<bool, StoreError> {
-        self.transact(
+/// Moves an orphan to `refund_due`: no order was found, and none can be recovered. Returns false, with
+/// nothing changed, if its order exists after all or it is no longer an orphan.
+///
+/// # Errors
+/// On an error nothing has changed.
+pub async fn give_up(
+    writer: &mut SettlementWriter,
+    id: i64,
+    reason: RefundReason,
+    now: UnixMillis,
+) -> Result<bool, StoreError> {
+    writer
+        .transact(
             "leaving a payment for a refund",
             async |client, statements| {
                 let given_up = client
@@ -160,21 +162,22 @@ impl SettlementWriter {
             },
         )
         .await
-    }
+}
 
-    /// Writes a lost order from its receipt: paid by the payment `id`, or, if a `reason` is given,
-    /// `refund_due`. Returns false, with nothing changed, if the order exists after all.
-    ///
-    /// # Errors
-    /// On an error nothing has changed.
-    pub async fn recover(
-        &mut self,
-        id: i64,
-        order: &Order,
-        reason: Option<RefundReason>,
-        now: UnixMillis,
-    ) -> Result<bool, StoreError> {
-        self.transact("recovering an order", async |client, statements| {
+/// Writes a lost order from its receipt: paid by the payment `id`, or, if a `reason` is given,
+/// `refund_due`. Returns false, with nothing changed, if the order exists after all.
+///
+/// # Errors
+/// On an error nothing has changed.
+pub async fn recover_order(
+    writer: &mut SettlementWriter,
+    id: i64,
+    order: &Order,
+    reason: Option<RefundReason>,
+    now: UnixMillis,
+) -> Result<bool, StoreError> {
+    writer
+        .transact("recovering an order", async |client, statements| {
             let (status, state) = match reason {
                 None => (OrderStatus::Paid, PaymentState::Matched),
                 Some(_) => (OrderStatus::RefundDue, PaymentState::RefundDue),
@@ -220,7 +223,6 @@ impl SettlementWriter {
             Ok((true, closing))
         })
         .await
-    }
 }
 
 /// The payments reported, each by its first message.

@@ -42,157 +42,155 @@ pub enum Closed {
     Unknown,
 }
 
-impl SettlementWriter {
-    /// Records that the money of an order was refunded. Its `refund_due` payments become `refunded`, and so
-    /// does an order at `refund_due`. If no payment is due and the order is paid, its payment and the order
-    /// become `refunded`, and its units are restocked or leave the sale. A reference recorded with the order
-    /// before changes nothing.
-    ///
-    /// # Errors
-    /// On an error nothing has changed.
-    pub async fn record_refund(
-        &mut self,
-        order_id: OrderId,
-        note: &RefundNote,
-        now: UnixMillis,
-    ) -> Result<Recorded, StoreError> {
-        self.transact("recording a refund", async |client, statements| {
-            let nothing = |recorded| Ok((recorded, Closing::default()));
-            let ids = vec![order_id.as_i64()];
-            let order = client.query_opt(statements.of(client, Sql::LockOrders).await?, &[&ids]).await?;
-            let dead = client.query_opt(statements.of(client, Sql::LockDeadLetters).await?, &[&ids]).await?;
-            let (row, is_dead) = match (order, dead) {
-                (Some(row), _) => (row, false),
-                (None, Some(row)) => (row, true),
-                (None, None) => return nothing(Recorded::Unknown),
-            };
-            let code: Option<i16> = row.get(1);
-            let status = code
-                .and_then(OrderStatus::from_code)
-                .unwrap_or(OrderStatus::Failed);
-            let mark_refunded = async |from: &str| {
-                client
-                    .execute(
-                        "UPDATE payments SET state = 'refunded', changed_at = to_timestamp($3::int8 / 1000.0),
-                                reference = $4, note = $5
-                          WHERE order_id = $1 AND state = $2",
-                        &[&order_id.as_i64(), &from, &now.0, &note.reference, &note.note],
-                    )
-                    .await
-            };
-            let recorded = client
-                .query_opt(
-                    "SELECT FROM payments WHERE order_id = $1 AND state = 'refunded' AND reference = $2 LIMIT 1",
-                    &[&order_id.as_i64(), &note.reference],
-                )
-                .await?;
-            if recorded.is_some() {
-                // A repeated request whose answer was lost: anything that came due since belongs to another
-                // refund.
-                return nothing(Recorded::Already);
-            }
-            let due = mark_refunded("refund_due").await?;
-            let refunded = OrderStatus::Refunded.code();
-            match status {
-                OrderStatus::RefundDue => {
-                    let table = if is_dead { "dead_letters" } else { "orders" };
-                    let move_it = format!("UPDATE {table} SET status = $2 WHERE order_id = $1");
-                    client
-                        .execute(&move_it, &[&order_id.as_i64(), &refunded])
-                        .await?;
-                    nothing(Recorded::Done(None))
-                }
-                _ if due > 0 => nothing(Recorded::Done(None)),
-                OrderStatus::Paid => {
-                    mark_refunded("matched").await?;
-                    client
-                        .execute(
-                            statements.of(client, Sql::MoveOrders).await?,
-                            &[
-                                &ids,
-                                &vec![status.code()],
-                                &vec![refunded],
-                                &vec![None::<&str>],
-                            ],
-                        )
-                        .await?;
-                    let (sku, quantity) = (SkuNumber(row.get(4)), row.get::<_, i32>(5));
-                    let units = i64::from(quantity);
-                    let (cause, to, total) = if note.restock {
-                        ("restocked after a refund", Destination::Restocked, 0)
-                    } else {
-                        ("refunded, not restocked", Destination::Withdrawn, -units)
-                    };
-                    let mut changes = Changes::default();
-                    changes.add(
-                        sku,
-                        Change {
-                            total,
-                            held: 0,
-                            sold: -units,
-                        },
-                    );
-                    let mut closing = Closing::default();
-                    closing.move_counters(&[(cause, changes)], &order_id.to_string());
-                    let units = OrderUnits {
-                        order_id,
-                        user_id: UserId::from_row(row.get(6)),
-                        sku,
-                        quantity: u32::try_from(quantity).unwrap_or(0),
-                    };
-                    let moved = UnitMove { units, to };
-                    Ok((Recorded::Done(Some(moved)), closing))
-                }
-                OrderStatus::Refunded => nothing(Recorded::Already),
-                other => nothing(Recorded::StandsAt(other)),
-            }
-        })
-        .await
-    }
-
-    /// Closes a payment without an order: an operator has dealt with the money.
-    ///
-    /// # Errors
-    /// On an error nothing has changed.
-    pub async fn close_payment(
-        &mut self,
-        id: i64,
-        note: &RefundNote,
-        now: UnixMillis,
-    ) -> Result<Closed, StoreError> {
-        self.transact("closing a payment", async |client, _| {
-            let nothing = |closed| Ok((closed, Closing::default()));
-            let row = client
-                .query_opt(
-                    "SELECT p.state, p.order_id, EXISTS (SELECT FROM order_rows o WHERE o.order_id = p.order_id),
-                            EXISTS (SELECT FROM payments q WHERE q.order_id = p.order_id AND q.id <> p.id
-                                                             AND q.state = 'orphan')
-                       FROM payments p WHERE p.id = $1 FOR UPDATE OF p",
-                    &[&id],
-                )
-                .await?;
-            let Some(row) = row else {
-                return nothing(Closed::Unknown);
-            };
-            let (state, order_id, has_order): (&str, Option<i64>, bool) =
-                (row.get(0), row.get(1), row.get(2));
-            if state != "orphan" && state != "refund_due" {
-                return nothing(Closed::Settled);
-            }
-            if let Some(order_id) = order_id.filter(|_| has_order).and_then(OrderId::from_i64) {
-                return nothing(Closed::HasOrder(order_id));
-            }
+/// Records that the money of an order was refunded. Its `refund_due` payments become `refunded`, and so
+/// does an order at `refund_due`. If no payment is due and the order is paid, its payment and the order
+/// become `refunded`, and its units are restocked or leave the sale. A reference recorded with the order
+/// before changes nothing.
+///
+/// # Errors
+/// On an error nothing has changed.
+pub async fn record(
+    writer: &mut SettlementWriter,
+    order_id: OrderId,
+    note: &RefundNote,
+    now: UnixMillis,
+) -> Result<Recorded, StoreError> {
+    writer.transact("recording a refund", async |client, statements| {
+        let nothing = |recorded| Ok((recorded, Closing::default()));
+        let ids = vec![order_id.as_i64()];
+        let order = client.query_opt(statements.of(client, Sql::LockOrders).await?, &[&ids]).await?;
+        let dead = client.query_opt(statements.of(client, Sql::LockDeadLetters).await?, &[&ids]).await?;
+        let (row, is_dead) = match (order, dead) {
+            (Some(row), _) => (row, false),
+            (None, Some(row)) => (row, true),
+            (None, None) => return nothing(Recorded::Unknown),
+        };
+        let code: Option<i16> = row.get(1);
+        let status = code
+            .and_then(OrderStatus::from_code)
+            .unwrap_or(OrderStatus::Failed);
+        let mark_refunded = async |from: &str| {
             client
                 .execute(
-                    "UPDATE payments SET state = 'refunded', changed_at = to_timestamp($2::int8 / 1000.0),
-                            reference = $3, note = $4 WHERE id = $1",
-                    &[&id, &now.0, &note.reference, &note.note],
+                    "UPDATE payments SET state = 'refunded', changed_at = to_timestamp($3::int8 / 1000.0),
+                            reference = $4, note = $5
+                      WHERE order_id = $1 AND state = $2",
+                    &[&order_id.as_i64(), &from, &now.0, &note.reference, &note.note],
                 )
-                .await?;
-            let others_wait: bool = row.get(3);
-            let order_id = order_id.filter(|_| !others_wait);
-            nothing(Closed::Done(order_id.and_then(OrderId::from_i64)))
-        })
-        .await
-    }
+                .await
+        };
+        let recorded = client
+            .query_opt(
+                "SELECT FROM payments WHERE order_id = $1 AND state = 'refunded' AND reference = $2 LIMIT 1",
+                &[&order_id.as_i64(), &note.reference],
+            )
+            .await?;
+        if recorded.is_some() {
+            // A repeated request whose answer was lost: anything that came due since belongs to another
+            // refund.
+            return nothing(Recorded::Already);
+        }
+        let due = mark_refunded("refund_due").await?;
+        let refunded = OrderStatus::Refunded.code();
+        match status {
+            OrderStatus::RefundDue => {
+                let table = if is_dead { "dead_letters" } else { "orders" };
+                let move_it = format!("UPDATE {table} SET status = $2 WHERE order_id = $1");
+                client
+                    .execute(&move_it, &[&order_id.as_i64(), &refunded])
+                    .await?;
+                nothing(Recorded::Done(None))
+            }
+            _ if due > 0 => nothing(Recorded::Done(None)),
+            OrderStatus::Paid => {
+                mark_refunded("matched").await?;
+                client
+                    .execute(
+                        statements.of(client, Sql::MoveOrders).await?,
+                        &[
+                            &ids,
+                            &vec![status.code()],
+                            &vec![refunded],
+                            &vec![None::<&str>],
+                        ],
+                    )
+                    .await?;
+                let (sku, quantity) = (SkuNumber(row.get(4)), row.get::<_, i32>(5));
+                let units = i64::from(quantity);
+                let (cause, to, total) = if note.restock {
+                    ("restocked after a refund", Destination::Restocked, 0)
+                } else {
+                    ("refunded, not restocked", Destination::Withdrawn, -units)
+                };
+                let mut changes = Changes::default();
+                changes.add(
+                    sku,
+                    Change {
+                        total,
+                        held: 0,
+                        sold: -units,
+                    },
+                );
+                let mut closing = Closing::default();
+                closing.move_counters(&[(cause, changes)], &order_id.to_string());
+                let units = OrderUnits {
+                    order_id,
+                    user_id: UserId::from_row(row.get(6)),
+                    sku,
+                    quantity: u32::try_from(quantity).unwrap_or(0),
+                };
+                let moved = UnitMove { units, to };
+                Ok((Recorded::Done(Some(moved)), closing))
+            }
+            OrderStatus::Refunded => nothing(Recorded::Already),
+            other => nothing(Recorded::StandsAt(other)),
+        }
+    })
+    .await
+}
+
+/// Closes a payment without an order: an operator has dealt with the money.
+///
+/// # Errors
+/// On an error nothing has changed.
+pub async fn close_payment(
+    writer: &mut SettlementWriter,
+    id: i64,
+    note: &RefundNote,
+    now: UnixMillis,
+) -> Result<Closed, StoreError> {
+    writer.transact("closing a payment", async |client, _| {
+        let nothing = |closed| Ok((closed, Closing::default()));
+        let row = client
+            .query_opt(
+                "SELECT p.state, p.order_id, EXISTS (SELECT FROM order_rows o WHERE o.order_id = p.order_id),
+                        EXISTS (SELECT FROM payments q WHERE q.order_id = p.order_id AND q.id <> p.id
+                                                         AND q.state = 'orphan')
+                   FROM payments p WHERE p.id = $1 FOR UPDATE OF p",
+                &[&id],
+            )
+            .await?;
+        let Some(row) = row else {
+            return nothing(Closed::Unknown);
+        };
+        let (state, order_id, has_order): (&str, Option<i64>, bool) =
+            (row.get(0), row.get(1), row.get(2));
+        if state != "orphan" && state != "refund_due" {
+            return nothing(Closed::Settled);
+        }
+        if let Some(order_id) = order_id.filter(|_| has_order).and_then(OrderId::from_i64) {
+            return nothing(Closed::HasOrder(order_id));
+        }
+        client
+            .execute(
+                "UPDATE payments SET state = 'refunded', changed_at = to_timestamp($2::int8 / 1000.0),
+                        reference = $3, note = $4 WHERE id = $1",
+                &[&id, &now.0, &note.reference, &note.note],
+            )
+            .await?;
+        let others_wait: bool = row.get(3);
+        let order_id = order_id.filter(|_| !others_wait);
+        nothing(Closed::Done(order_id.and_then(OrderId::from_i64)))
+    })
+    .await
 }
