@@ -40,11 +40,6 @@ const SIBLINGS: &[(&str, &str, &str)] = &[
         "what a queue carries is the order with its slot, so that a claim is one pointer away",
     ),
     (
-        "src/store/postgres/recovery.rs",
-        "state::",
-        "start-up fills the state from rows, and a copy of its types would only be translated",
-    ),
-    (
         "src/store/postgres/window.rs",
         "state::",
         "start-up fills the state from rows, and a copy of its types would only be translated",

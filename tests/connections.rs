@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use millrace::store::StoreError;
-use millrace::store::postgres::Database;
+use millrace::store::postgres::{Database, pooling};
 use serde_json::Value;
 use support::listening::{
     Authority, Listening, PASSWORD, PASSWORD_IN_URL, free_port, of_version_1, self_signed,
@@ -398,10 +398,7 @@ fn a_sale_runs_through_session_pooling() {
         database.close();
         let check = open(&pooler.url("session")).expect("a URL");
         for _ in 0..10 {
-            check
-                .check_session_pooling()
-                .await
-                .expect("sessions are ours");
+            pooling::check(&check).await.expect("sessions are ours");
         }
         sell(pooler.url("session"), &server).await;
         // The advisory lock went with the session: the next process is let in.
@@ -425,7 +422,7 @@ fn pooling_of_transactions_is_found_whatever_else_goes_on() {
             for mode in ["transaction", "narrow", "statement"] {
                 let database = open(&pooler.url(mode)).expect("a URL");
                 for _ in 0..5 {
-                    let found = database.check_session_pooling().await;
+                    let found = pooling::check(&database).await;
                     assert!(
                         matches!(found, Err(StoreError::SharedSessions)),
                         "{more} {mode}: {found:?}"
@@ -452,7 +449,7 @@ fn pooling_of_transactions_is_found_whatever_else_goes_on() {
                 })
                 .collect();
             for _ in 0..20 {
-                let found = others.check_session_pooling().await;
+                let found = pooling::check(&others).await;
                 assert!(
                     matches!(found, Err(StoreError::SharedSessions)),
                     "{more}: {found:?}"
@@ -461,10 +458,7 @@ fn pooling_of_transactions_is_found_whatever_else_goes_on() {
             // The same noise, seen from beside the pooler, is no reason to refuse.
             let direct = open(&server.url("shop", "")).expect("a URL");
             for _ in 0..20 {
-                direct
-                    .check_session_pooling()
-                    .await
-                    .expect("a direct connection");
+                pooling::check(&direct).await.expect("a direct connection");
             }
             noise.iter().for_each(tokio::task::JoinHandle::abort);
         }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use millrace::state::pending::{Settled, SlotState};
-use millrace::store::postgres::Database;
+use millrace::store::postgres::{Database, replication};
 use serde_json::{Value, json};
 use support::block_on;
 use support::postgres::TestDatabase;
@@ -491,7 +491,7 @@ fn readyz_warns_where_a_failover_may_lose_commits_and_stays_ready() {
         pair.primary.sql("CREATE ROLE stranger LOGIN").await;
         let step = Duration::from_secs(20);
         let stranger = Database::new(&url("stranger"), "millrace", 1, step).expect("a URL");
-        let seen = stranger.replication().await.expect("a look");
+        let seen = replication::read(&stranger).await.expect("a look");
         assert_eq!(seen.standbys, 0);
         let no_warning = async || warnings().await == json!([]);
         pair.synchronous(true).await;

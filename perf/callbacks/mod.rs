@@ -17,7 +17,7 @@ use millrace::order::payment::{Delivery, Notice, Payment, Provider};
 use millrace::order::{Currency, Order, OrderId, SkuId, UnixMillis};
 use millrace::state::stock::SaleTerms;
 use millrace::store::batch::BatchWriter;
-use millrace::store::postgres::Database;
+use millrace::store::postgres::{Database, lease, skus};
 use millrace::store::settlement::SettlementWriter;
 use millrace::store::settlement::payments::{self, Arrival};
 
@@ -60,8 +60,8 @@ pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
     config.database.pool_size = CONNECTIONS;
     let OpenDatabase { database, embedded } = open_database(&config).await?;
     prepare_schema(&config, &database).await?;
-    let guard = database.claim().await?;
-    let taken = database.take_over(guard, 2, UnixMillis(0)).await?;
+    let guard = lease::claim(&database).await?;
+    let taken = lease::take_over(guard, 2, UnixMillis(0)).await?;
     let terms = SaleTerms {
         title: "hot".into(),
         unit_price: 100,
@@ -71,9 +71,7 @@ pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
         closes_at: None,
     };
     let hot = SkuId::new(HOT)?;
-    let sku = database
-        .put_sku(taken.lease, &hot, &terms, u32::MAX)
-        .await?;
+    let sku = skus::put(&database, taken.lease, &hot, &terms, u32::MAX).await?;
     let mut writer = BatchWriter::new(database.clone(), taken.lease, 0);
     let mut settlement = SettlementWriter::new(database.clone(), taken.lease, 1);
     let mut first = 0;

@@ -10,7 +10,7 @@
 use super::StartError;
 use crate::config::Config;
 use crate::order::{ClockReading, UnixMillis};
-use crate::store::postgres::{Connected, Database};
+use crate::store::postgres::{Connected, Database, clock};
 
 /// A clock by which orders must not be taken.
 #[derive(Debug, thiserror::Error)]
@@ -72,7 +72,7 @@ pub(super) async fn check(
     let clock = ClockReading::take();
     let allowed_ms = config.database.clock_difference_max_ms;
     let asked = clock.now();
-    let server = database.server_clock(session).await?;
+    let server = clock::read(database, session).await?;
     let answered = clock.now();
     // The server read its clock between the two readings.
     let apart_ms = behind_ms(server.now, asked).max(behind_ms(answered, server.now));

@@ -16,8 +16,8 @@ use crate::config::Config;
 use crate::queue::DurableQueue;
 use crate::state::State;
 use crate::state::pending::SlotState;
-use crate::store::postgres::order_log::LogName;
-use crate::store::postgres::{Database, NodeLease};
+use crate::store::postgres::order_log::{self, LogName};
+use crate::store::postgres::{Database, NodeLease, lease};
 
 /// Time that a drain may take beyond the order timeout.
 const MARGIN: Duration = Duration::from_secs(3);
@@ -125,7 +125,7 @@ async fn let_go(config: &Config, state: &State, path: &OrderPath, ownership: Own
         guard,
         ..
     } = ownership;
-    if let Err(error) = database.return_lease(lease, state.ids.now()).await {
+    if let Err(error) = lease::give_back(&database, lease, state.ids.now()).await {
         tracing::debug!(reason = %error, "the lease of order ids could not be returned; the next start begins its ids a little later");
     }
     let mut clean = true;
@@ -182,10 +182,7 @@ async fn release(
         return;
     };
     let place = durable.last_position();
-    if let Err(error) = database
-        .release_log(lease, &name.id, place, &timeline)
-        .await
-    {
+    if let Err(error) = order_log::release(database, lease, &name.id, place, &timeline).await {
         tracing::debug!(reason = %error, "the database could not be told that the order log is empty");
         return;
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::StartError;
 use crate::config::{Config, Migrate};
 use crate::store::embedded::{DATABASE, Embedded, EmbeddedOptions};
-use crate::store::postgres::Database;
+use crate::store::postgres::{Database, pooling};
 use crate::store::schema;
 
 /// A database ready for use, and our own server behind it, if there is one.
@@ -28,7 +28,7 @@ pub async fn open_database(config: &Config) -> Result<OpenDatabase, StartError> 
     let step = Duration::from_millis(settings.step_timeout_ms);
     if !settings.url.is_empty() {
         let database = Database::new(&settings.url, &settings.schema, settings.pool_size, step)?;
-        database.check_session_pooling().await?;
+        pooling::check(&database).await?;
         return Ok(OpenDatabase {
             database,
             embedded: None,

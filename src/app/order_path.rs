@@ -21,7 +21,8 @@ use crate::queue::log::broker::BrokerLimits;
 use crate::queue::{LoggedQueue, OrderQueue, QueueParts, RingQueue};
 use crate::state::State;
 use crate::store::batch::BatchWriter;
-use crate::store::postgres::order_log::LogName;
+use crate::store::postgres::order_log::{self, LogName};
+use crate::store::postgres::replication;
 use crate::supervise::Supervisor;
 
 /// Intake, queue and workers. The intake is not open yet.
@@ -67,7 +68,7 @@ impl OrderPath {
         let (cut, cut_seen) = watch::channel(false);
         let worker_count = config.worker_count();
         let watermarks = Arc::new(Watermarks::new(worker_count));
-        watermarks.set_whole(Some(ownership.database.timeline().await?));
+        watermarks.set_whole(Some(replication::timeline(&ownership.database).await?));
         let pool = Arc::<WorkerPool>::default();
         let mut workers = JoinSet::new();
         for shard in 0..worker_count {
@@ -144,7 +145,7 @@ async fn start_logged(
     let queue = started.map_err(|panic| StartError::Engine(std::io::Error::other(panic)))??;
     // After the first segment, which keeps a journal's name, exists, and before the first acknowledgement.
     let (database, lease) = (&ownership.database, ownership.lease);
-    database.note_log(lease, &name, place).await?;
+    order_log::note(database, lease, &name, place).await?;
     Ok((Arc::new(queue), name))
 }
 

@@ -12,9 +12,9 @@ use crate::config::Config;
 use crate::order::receipt::ReceiptKeys;
 use crate::order::{ClockReading, UnixMillis};
 use crate::store::embedded::Embedded;
-use crate::store::postgres::lease::{NodeGuard, Taken};
+use crate::store::postgres::lease::{self, NodeGuard, Taken};
 use crate::store::postgres::order_log::LogName;
-use crate::store::postgres::{Database, NodeLease};
+use crate::store::postgres::{self, Database, NodeLease};
 
 /// The exclusive resources of the process that owns a database.
 pub(super) struct Ownership {
@@ -46,12 +46,12 @@ impl Ownership {
         let log = order_log::find(config, &planes.control).await?;
         planes.control.progress("opening the database".to_owned());
         let OpenDatabase { database, embedded } = open_database(config).await?;
-        let guard = database.claim().await?;
+        let guard = lease::claim(&database).await?;
         // Not earlier: another process may be running on this `data_dir`, and its file must not be replaced.
         let noted = planes.write_addresses(&config.data_dir);
         noted.map_err(|source| StartError::data_dir(config, source))?;
         prepare_schema(config, &database).await?;
-        let noted = database.noted_log(&guard).await?;
+        let noted = postgres::order_log::noted(&database, &guard).await?;
         order_log::check(config, log.as_ref(), noted.as_ref())?;
         let clock = clock::check(config, &database, &guard, embedded.is_some()).await?;
         let logged = log.as_ref().map(|log| log.id_high_water());
@@ -64,7 +64,7 @@ impl Ownership {
             paused,
             receipts: issuer,
             guard,
-        } = database.take_over(guard, writers.count(), ids_from).await?;
+        } = lease::take_over(guard, writers.count(), ids_from).await?;
         let guard = NodeGuard::keep(database.clone(), guard).await?;
         Ok(Ownership {
             database,

@@ -37,8 +37,8 @@ use crate::state::throughput::ThroughputEstimator;
 use crate::store::StoreError;
 use crate::store::batch::BatchWriter;
 use crate::store::postgres::order_log::LogName;
-use crate::store::postgres::window::ReadProgress;
-use crate::store::postgres::{Database, NodeLease};
+use crate::store::postgres::window::{self, ReadProgress};
+use crate::store::postgres::{Database, NodeLease, audit, orders, parked, payments, skus};
 
 /// Recently written orders that are answered from memory, about 200 bytes each.
 const RECENT_ORDERS: usize = 65_536;
@@ -77,7 +77,7 @@ pub(super) async fn state(
     // From here on keys are known for this long. Orders of the journal belong to an earlier window.
     let window_from = OrderId::floor_of(ids.now());
     let window_ms = config.orders.idempotency_window_ms;
-    database.note_window(lease, window_from, window_ms).await?;
+    audit::note_window(database, lease, window_from, window_ms).await?;
     let state = recover(config, database, lease, ids, orphans, poison, control).await?;
     state.catalogue.set_paused(ownership.paused);
     let metrics = control.metrics();
@@ -95,7 +95,7 @@ const NO_SKU: SkuNumber = SkuNumber(0);
 
 impl Numbers {
     async fn read(database: &Database) -> Result<Self, StoreError> {
-        let skus = database.load_skus().await?.into_iter();
+        let skus = skus::load_all(database).await?.into_iter();
         Ok(Numbers(
             skus.map(|sku| (SkuId::clone(&sku.id), sku.number))
                 .collect(),
@@ -222,7 +222,7 @@ async fn replay(
 /// but was paid in time is payable.
 async fn orphans(database: &Database) -> Result<Orphans, StoreError> {
     let orphans = Orphans::default();
-    for (id, received_at) in database.orphaned_orders().await? {
+    for (id, received_at) in payments::orphaned_orders(database).await? {
         orphans.insert(id, received_at);
     }
     Ok(orphans)
@@ -251,13 +251,13 @@ async fn recover(
         config.queue.capacity.min(config.orders.remembered_max),
     );
     let catalogue = Catalogue::default();
-    catalogue.add(database.load_skus().await?);
+    catalogue.add(skus::load_all(database).await?);
     let floor = ids.window_floor(config.orders.idempotency_window_ms);
     if !bug("sell_what_is_parked") {
         hold_parked(&catalogue, database, lease, floor).await?;
     }
     let expiry_index = ExpiryIndex::default();
-    expiry_index.note(database.unpaid_below(lease, floor).await?);
+    expiry_index.note(orders::unpaid_below(database, lease, floor).await?);
     let (limited, others): (Vec<_>, Vec<_>) = catalogue
         .all()
         .into_iter()
@@ -265,17 +265,17 @@ async fn recover(
     let limited: HashSet<_> = limited.iter().map(|sku| sku.number).collect();
     buyers.note_incomplete(others.iter().map(|sku| sku.number));
     let started = Instant::now();
-    let restored = database
-        .load_window(
-            floor,
-            |user, order, payable_until| {
-                expiry_index.note(payable_until.map(|until| (order.order_id, until)));
-                let limited = order.is_live() && limited.contains(&order.sku);
-                buyers.restore(user, order, limited);
-            },
-            |progress| tell(control, "reading the idempotency window", progress),
-        )
-        .await?;
+    let restored = window::load(
+        database,
+        floor,
+        |user, order, payable_until| {
+            expiry_index.note(payable_until.map(|until| (order.order_id, until)));
+            let limited = order.is_live() && limited.contains(&order.sku);
+            buyers.restore(user, order, limited);
+        },
+        |progress| tell(control, "reading the idempotency window", progress),
+    )
+    .await?;
     let ms = started.elapsed().as_millis() as u64;
     tracing::info!(orders = restored, ms, "recovered the idempotency window");
     if !limited.is_empty() {
@@ -304,12 +304,12 @@ async fn hold_parked(
     lease: NodeLease,
     floor: OrderId,
 ) -> Result<(), StoreError> {
-    let parked = database.parked_by_sku().await?;
+    let parked = parked::by_sku(database).await?;
     if parked.is_empty() {
         return Ok(());
     }
     let skus: Vec<SkuNumber> = parked.keys().copied().collect();
-    let by_rows = database.held_by_rows(lease, floor, &skus).await?;
+    let by_rows = orders::held_units(database, lease, floor, &skus).await?;
     for (number, parked) in parked {
         let Some(sku) = catalogue.by_number(number) else {
             continue;
@@ -341,23 +341,23 @@ async fn count_older(
     let limited: Vec<_> = limited.into_iter().collect();
     let started = Instant::now();
     let mut orders = 0_u64;
-    database
-        .load_live_orders(
-            &limited,
-            floor,
-            |user, order| {
-                orders += 1;
-                buyers.restore_live(user, order);
-            },
-            |progress| {
-                tell(
-                    control,
-                    "reading the older orders that limits count",
-                    progress,
-                )
-            },
-        )
-        .await?;
+    window::load_live_orders(
+        database,
+        &limited,
+        floor,
+        |user, order| {
+            orders += 1;
+            buyers.restore_live(user, order);
+        },
+        |progress| {
+            tell(
+                control,
+                "reading the older orders that limits count",
+                progress,
+            )
+        },
+    )
+    .await?;
     let ms = started.elapsed().as_millis() as u64;
     tracing::info!(orders, ms, "recovered the older orders that limits count");
     Ok(())

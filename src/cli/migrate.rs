@@ -6,6 +6,7 @@ use super::output::print;
 use super::{ConfigArgs, logging};
 use crate::app::open_database;
 use crate::logging::say;
+use crate::store::postgres::lease;
 use crate::store::schema;
 
 #[derive(Debug, Args)]
@@ -27,7 +28,7 @@ pub async fn run(args: &MigrateArgs) -> anyhow::Result<bool> {
     logging::start(&config.log)?;
     let open = open_database(&config).await?;
     // Not under the feet of a running process, which may be of another release.
-    let mut client = open.database.claim().await?;
+    let mut client = lease::claim(&open.database).await?;
     let applied = schema::migrate(&mut client, open.database.schema()).await;
     drop(client);
     open.database.close();

@@ -27,7 +27,7 @@ use tokio_postgres::{CopyInSink, Statement};
 
 use super::error::{refuses_row, sqlstate};
 use super::fenced::{FENCE, FencedWriter, Resolved, timed};
-use super::postgres::{Connected, Database, NodeLease};
+use super::postgres::{Connected, Database, NodeLease, orders};
 use super::{StoreError, WriteError, copy};
 use crate::faults::{bug, crash_point};
 use crate::order::{Order, OrderStatus};
@@ -440,7 +440,11 @@ impl BatchWriter {
         reason: &str,
     ) -> Result<Refused, StoreError> {
         let may_be_there = sqlstate == UNIQUE_VIOLATION && !bug("replay_without_looking");
-        if may_be_there && !self.row.database.present_among(&[order]).await?.is_empty() {
+        if may_be_there
+            && !orders::present_among(&self.row.database, &[order])
+                .await?
+                .is_empty()
+        {
             return Ok(Refused::AlreadyPresent);
         }
         self.write_dead_letter(order, sqlstate, reason).await?;

@@ -9,6 +9,7 @@ use millrace::pipeline::orders::worker::WorkerError;
 use millrace::state::buyers::BuyerOrder;
 use millrace::state::pending::{PendingOrder, SlotState};
 use millrace::store::StoreError;
+use millrace::store::postgres::dead_letters;
 
 use crate::line::{LONG, Line, all_persisted, claimed, outcome, outcomes, tally, until};
 use crate::support::sale::{Sale, order};
@@ -169,7 +170,9 @@ async fn a_trigger_that_leaves_a_row_out_makes_it_a_dead_letter_and_no_order() {
     let states = outcomes(&placed).await;
     assert_eq!(tally(&states, SlotState::Persisted), 3);
     assert_eq!(states[2], SlotState::Failed);
-    let letter = line.sale.database.dead_letters(false, 10).await.unwrap();
+    let letter = dead_letters::list(&line.sale.database, false, 10)
+        .await
+        .unwrap();
     assert_eq!(letter[0].sqlstate, "02000");
     assert!(letter[0].reason.contains("trigger"), "{letter:?}");
     placed.push(first);

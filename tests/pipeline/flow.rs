@@ -6,6 +6,7 @@ use std::time::Duration;
 use millrace::order::Refusal;
 use millrace::pipeline::orders::intake::Admission;
 use millrace::state::pending::{PendingOrder, SlotState};
+use millrace::store::postgres::orders;
 
 use crate::line::{LONG, Line, all_persisted, key_hash, outcome, outcomes, request, tally};
 use crate::support::sale::{Sale, count};
@@ -101,7 +102,7 @@ async fn one_bad_row_among_thousands_is_a_dead_letter_and_its_neighbours_are_wri
     assert_eq!(states[3_141], SlotState::Failed);
     assert_eq!(tally(&states, SlotState::Persisted), ORDERS - 1);
     line.check(&placed).await;
-    let found = line.sale.database.find_order(placed[3_141].order.id).await;
+    let found = orders::find(&line.sale.database, placed[3_141].order.id).await;
     assert_eq!(
         found.unwrap().unwrap().status,
         millrace::order::OrderStatus::Failed

@@ -22,7 +22,7 @@ use millrace::state::pending::{Pending, PendingOrder, SlotState};
 use millrace::state::sticky_refusals::StickyRefusals;
 use millrace::state::stock::{Catalogue, Sku};
 use millrace::store::batch::BatchWriter;
-use millrace::store::postgres::Database;
+use millrace::store::postgres::{Database, skus};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
@@ -50,7 +50,7 @@ impl Line {
     /// Recovers from `sale` and opens the intake; no worker runs yet.
     pub async fn open(sale: Sale, capacity: usize) -> Self {
         let catalogue = Catalogue::default();
-        catalogue.add(sale.database.load_skus().await.unwrap());
+        catalogue.add(skus::load_all(&sale.database).await.unwrap());
         let hour = UnixMillis::now().plus_ms(3_600_000);
         let state = Arc::new(State {
             recent_orders: millrace::state::recent_orders::RecentOrders::with_capacity(1_000),

@@ -12,7 +12,7 @@ use millrace::order::payment::{Delivery, Notice, Payment, PaymentState, Provider
 use millrace::order::{Currency, IdRange, Order, OrderId, OrderStatus, UnixMillis};
 use millrace::state::stock::{Sku, StockSnapshot};
 use millrace::store::batch::BatchWriter;
-use millrace::store::postgres::transitions;
+use millrace::store::postgres::{self, transitions};
 use millrace::store::settlement::payments::{self, Arrival};
 use millrace::store::settlement::refunds::{self, Closed, Recorded, RefundNote};
 use millrace::store::settlement::{Destination, SettlementWriter, UnitMove, expiry};
@@ -526,10 +526,7 @@ impl<'a> Life<'a> {
 
     /// The reconciler lets orphans meet orders that have appeared.
     async fn match_orders(&mut self) -> Step<()> {
-        let found = self
-            .sale
-            .database
-            .orphans_with_order(0, 1_000)
+        let found = postgres::payments::orphans_with_order(&self.sale.database, 0, 1_000)
             .await
             .map_err(said)?;
         let orders: Vec<OrderId> = found.iter().filter_map(|one| one.order_id).collect();
@@ -596,7 +593,7 @@ impl<'a> Life<'a> {
         self.note(format!("cancel {at}"));
         let order = &self.model.orders[at].order;
         let (lease, now) = (self.sale.lease(), Some(self.now));
-        let told = self.sale.database.cancel_order(lease, order.id, now);
+        let told = transitions::cancel(&self.sale.database, lease, order.id, now);
         let told = told.await.map_err(said)?;
         let pending = Place::There(OrderStatus::PendingPayment);
         let expected = match self.model.orders[at].place {

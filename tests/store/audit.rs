@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use millrace::order::OrderId;
 use millrace::pipeline::admin::audit::audit_in_parts;
 use millrace::store::StoreError;
-use millrace::store::postgres::audit::{PartRows, SESSION};
+use millrace::store::postgres::audit::{self, PartRows, SESSION};
+use millrace::store::postgres::{skus, transitions};
 
 use crate::support::sale::{Sale, count, orders, refs};
 
@@ -65,7 +66,7 @@ async fn good_data_passes() {
     let sale = good().await;
     assert_eq!(sale.faults().await, [""; 0]);
     assert_eq!(sale.faults_in_parts(FEW).await, [""; 0]);
-    let audit = sale.database.audit().await.unwrap();
+    let audit = audit::run(&sale.database).await.unwrap();
     assert_eq!(audit.orders, 9);
     assert_eq!((audit.skus[0].held, audit.skus[0].held_by_orders), (5, 5));
     assert_eq!(audit.skus[0].journal, (20, 5, 0));
@@ -122,7 +123,7 @@ async fn an_edit_that_was_undone_by_hand_is_no_break() {
         .await;
     assert_eq!(sale.faults().await, [""; 0]);
     // One that orders were written upon is.
-    let sku = sale.database.load_skus().await.unwrap().remove(0);
+    let sku = skus::load_all(&sale.database).await.unwrap().remove(0);
     sale.sql("UPDATE sku SET held = held + 1 WHERE sku_id = 'A'")
         .await;
     let mut writer = sale.writer(0);
@@ -137,17 +138,17 @@ async fn a_counter_that_is_wrong_is_explained_by_place_and_units() {
     let sale = good().await;
     sale.sql("UPDATE sku SET held = held - 2 WHERE sku_id = 'A'")
         .await;
-    let audit = sale.database.audit().await.unwrap();
+    let audit = audit::run(&sale.database).await.unwrap();
     let gap = &audit.skus[0].gaps;
     assert_eq!(gap.len(), 1, "{gap:?}");
     assert!(gap[0].starts_with("after the last entry "), "{gap:?}");
     assert!(gap[0].contains("(orders batch 0/0/"), "{gap:?}");
     assert!(gap[0].contains("held -2"), "{gap:?}");
     // Orders that come upon it put the gap between two entries.
-    let sku = sale.database.load_skus().await.unwrap().remove(0);
+    let sku = skus::load_all(&sale.database).await.unwrap().remove(0);
     let mut writer = sale.writer(0);
     writer.write(&refs(&orders(&sku, 1))).await.unwrap();
-    let audit = sale.database.audit().await.unwrap();
+    let audit = audit::run(&sale.database).await.unwrap();
     let gap = &audit.skus[0].gaps;
     assert_eq!(gap.len(), 1, "{gap:?}");
     assert!(gap[0].starts_with("before entry "), "{gap:?}");
@@ -172,7 +173,7 @@ async fn a_sum_over_orders_that_move_meanwhile_is_neither_false_alarm_nor_exact(
                 writer.write(&refs(&batch)).await.unwrap();
                 placed.extend(batch.iter().map(|order| order.id));
                 let id = placed.swap_remove(placed.len() / 7);
-                let cancelled = sale.database.cancel_order(sale.lease(), id, None).await;
+                let cancelled = transitions::cancel(&sale.database, sale.lease(), id, None).await;
                 cancelled.unwrap();
             }
         }));
@@ -237,9 +238,7 @@ async fn what_is_committed_at_the_first_look_is_in_the_snapshot() {
         }
         looks
     };
-    let (found, looks) = sale
-        .database
-        .audit_watching(PartRows::default(), look)
+    let (found, looks) = audit::run_watching(&sale.database, PartRows::default(), look)
         .await
         .unwrap();
     assert_eq!(looks, [1, 2]);
@@ -304,8 +303,7 @@ async fn a_key_may_be_used_again_once_its_window_is_over() {
     // From the id of 100 s on the window is an hour, from that of 10,000 s on a minute.
     for (at_s, window_ms) in [(100_u64, 3_600_000), (10_000, 60_000)] {
         let since = OrderId::new((at_s * 1_000) << 22).unwrap();
-        sale.database
-            .note_window(sale.lease(), since, window_ms)
+        audit::note_window(&sale.database, sale.lease(), since, window_ms)
             .await
             .unwrap();
     }
@@ -339,7 +337,9 @@ async fn a_key_may_be_used_again_once_its_window_is_over() {
     place("x", "22222222-2222-2222-0000-000000000000", 3_799_000).await;
     for rows in [PartRows::default(), FEW] {
         assert_eq!(sale.faults_in_parts(rows).await, [KEYS]);
-        let (found, _) = sale.database.audit_watching(rows, || ()).await.unwrap();
+        let (found, _) = audit::run_watching(&sale.database, rows, || ())
+            .await
+            .unwrap();
         assert_eq!(found.duplicated_keys, 1);
     }
 }
@@ -354,13 +354,14 @@ async fn a_second_audit_is_refused_and_the_lock_goes_with_the_session() {
     let other = sale.session().await;
     other.batch_execute(&lock).await.unwrap();
     let impatient = sale.with_step(Duration::from_millis(300));
-    let refused = impatient.audit().await.unwrap_err();
+    let refused = audit::run(&impatient).await.unwrap_err();
     assert!(matches!(refused, StoreError::AuditRunning), "{refused}");
     // One that was given up in the middle leaves nothing behind.
-    let waiting = tokio::time::timeout(Duration::from_millis(300), sale.database.audit()).await;
+    let waiting =
+        tokio::time::timeout(Duration::from_millis(300), audit::run(&sale.database)).await;
     assert!(waiting.is_err());
     drop(other);
-    sale.database.audit().await.unwrap();
+    audit::run(&sale.database).await.unwrap();
     sale.until(&format!(
         "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE application_name = '{SESSION}'
                                AND datname = current_database())"

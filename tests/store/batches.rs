@@ -5,6 +5,7 @@ use std::time::Duration;
 use millrace::order::Order;
 use millrace::store::WriteError;
 use millrace::store::batch::BatchWriter;
+use millrace::store::postgres::transitions;
 use rand::seq::SliceRandom;
 
 use crate::support::sale::{NO_SKU, Sale, count, order, orders, refs};
@@ -102,10 +103,7 @@ async fn cancelling_while_batches_are_written_leaves_an_unbroken_journal() {
     ];
     let cancel = async {
         for order in &cancelled {
-            let moved = sale
-                .database
-                .cancel_order(sale.lease(), order.id, None)
-                .await;
+            let moved = transitions::cancel(&sale.database, sale.lease(), order.id, None).await;
             assert!(
                 matches!(
                     moved,

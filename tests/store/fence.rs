@@ -5,8 +5,8 @@ use std::time::Duration;
 use millrace::order::{IdClock, UnixMillis};
 use millrace::store::StoreError;
 use millrace::store::WriteError;
-use millrace::store::postgres::Database;
-use millrace::store::postgres::lease::{ID_LEASE_MS, NodeGuard};
+use millrace::store::postgres::lease::{self, ID_LEASE_MS, NodeGuard};
+use millrace::store::postgres::{Database, replication, skus};
 use millrace::store::schema;
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -74,14 +74,12 @@ async fn a_writer_of_an_older_epoch_can_write_nothing_any_more() {
     let buried = connected.write_dead_letter(&refused_row, "23514", "x");
     assert!(matches!(buried.await, Err(StoreError::Fenced { .. })));
     let session = sale.database.connect("test").await.unwrap();
-    let renewed = sale
-        .database
-        .renew_lease(&session, lease, UnixMillis::now(), 1_000);
+    let renewed = lease::renew(&sale.database, &session, lease, UnixMillis::now(), 1_000);
     assert!(matches!(renewed.await, Err(StoreError::Fenced { .. })));
-    let paused = sale.database.set_all_paused(lease, true);
+    let paused = skus::set_all_paused(&sale.database, lease, true);
     assert!(matches!(paused.await, Err(StoreError::Fenced { .. })));
     let terms = sku.terms();
-    let put = sale.database.put_sku(lease, &sku.id, &terms, 5);
+    let put = skus::put(&sale.database, lease, &sku.id, &terms, 5);
     assert!(matches!(put.await, Err(StoreError::Fenced { .. })));
     let session = Database::with_config(sale.config.clone(), SCHEMA, 1, STEP).unwrap();
     let client = session.pooled().await.unwrap();
@@ -140,13 +138,11 @@ async fn order_ids_never_go_back_over_restarts() {
         if round % 2 == 0 {
             // A crash: everything leased may have been given out.
             let until = ids.now().plus_ms(ID_LEASE_MS);
-            database
-                .renew_lease(&client, taken.lease, until, 1_000)
+            lease::renew(&database, &client, taken.lease, until, 1_000)
                 .await
                 .unwrap();
             // It never shrinks.
-            database
-                .renew_lease(&client, taken.lease, UnixMillis(5), 1_000)
+            lease::renew(&database, &client, taken.lease, UnixMillis(5), 1_000)
                 .await
                 .unwrap();
             ids.extend_lease(until);
@@ -158,7 +154,9 @@ async fn order_ids_never_go_back_over_restarts() {
             assert_eq!(row.get::<_, i64>(0), until.0);
         } else {
             // A clean stop: the next process starts near the clock again.
-            database.return_lease(taken.lease, ids.now()).await.unwrap();
+            lease::give_back(&database, taken.lease, ids.now())
+                .await
+                .unwrap();
             let row = client
                 .query_one("SELECT ids_leased_until_ms FROM node", &[])
                 .await
@@ -189,7 +187,12 @@ async fn a_guard_that_was_lost_is_made_again_with_its_lock() {
         .await
     };
     let renew = async |guard: &mut NodeGuard| guard.renew(lease, UnixMillis::now(), 1_000).await;
-    let kept_out = async || matches!(database.claim().await, Err(StoreError::AlreadyActive(_)));
+    let kept_out = async || {
+        matches!(
+            lease::claim(&database).await,
+            Err(StoreError::AlreadyActive(_))
+        )
+    };
     renew(&mut guard).await.unwrap();
 
     // The server ends it, as a restart does.
@@ -225,13 +228,10 @@ async fn a_guard_that_was_lost_is_made_again_with_its_lock() {
     sale.sql(&format!("SELECT pg_terminate_backend({third}, 10000)"))
         .await;
     guard.lost().await;
-    let other = database.claim().await.unwrap();
+    let other = lease::claim(&database).await.unwrap();
     renew(&mut guard).await.unwrap();
     assert!(!other.is_closed(), "it lives");
-    let taken = database
-        .take_over(other, 1, UnixMillis::now())
-        .await
-        .unwrap();
+    let taken = lease::take_over(other, 1, UnixMillis::now()).await.unwrap();
     assert!(matches!(
         renew(&mut guard).await,
         Err(StoreError::Fenced { .. })
@@ -242,7 +242,11 @@ async fn a_guard_that_was_lost_is_made_again_with_its_lock() {
 #[tokio::test]
 async fn what_keeps_old_rows_is_named_with_its_remedy() {
     let sale = Sale::open(1).await;
-    let horizons = async || sale.database.horizons(Duration::ZERO).await.unwrap();
+    let horizons = async || {
+        replication::horizons(&sale.database, Duration::ZERO)
+            .await
+            .unwrap()
+    };
     let mut session = sale.session().await;
     let pid: i32 = session
         .query_one("SELECT pg_backend_pid()", &[])
@@ -273,9 +277,7 @@ async fn what_keeps_old_rows_is_named_with_its_remedy() {
         old.remedy.contains(&format!("pg_terminate_backend({pid})")),
         "{old:?}"
     );
-    let patient = sale
-        .database
-        .horizons(Duration::from_secs(3_600))
+    let patient = replication::horizons(&sale.database, Duration::from_secs(3_600))
         .await
         .unwrap();
     assert!(

@@ -8,6 +8,7 @@ use millrace::order::{Order, OrderId, OrderStatus, PayloadHash, UnixMillis, User
 use millrace::pipeline::failover::replay::{Applied, Replayer};
 use millrace::store::StoreError;
 use millrace::store::batch::BatchWriter;
+use millrace::store::postgres;
 
 use crate::support::sale::{Sale, count, orders, refs};
 
@@ -44,7 +45,9 @@ async fn a_look_up_reads_about_as_many_rows_as_it_has_orders_whatever_lies_betwe
     let before = sale.number(READ).await;
     // A pool of its own: what a session has read is told when it ends.
     let database = sale.with_step(Duration::from_secs(10));
-    let present = database.present_among(&refs(&wanted)).await.unwrap();
+    let present = postgres::orders::present_among(&database, &refs(&wanted))
+        .await
+        .unwrap();
     let expected = wanted.iter().map(|order| order.id);
     assert_eq!(present, expected.filter(|id| id.get() != 7_000).collect());
     drop(database);
@@ -157,11 +160,18 @@ async fn what_lies_close_together_is_found_too_in_any_sequence_and_among_the_dea
     sale.sql("DELETE FROM orders WHERE order_id BETWEEN 101 AND 1100")
         .await;
     wanted.reverse();
-    let present = sale.database.present_among(&refs(&wanted)).await.unwrap();
+    let present = postgres::orders::present_among(&sale.database, &refs(&wanted))
+        .await
+        .unwrap();
     let expected = wanted.iter().map(|order| order.id);
     let is_there = |id: &OrderId| !(101..=1_100).contains(&id.get());
     assert_eq!(present, expected.filter(is_there).collect());
-    assert!(sale.database.present_among(&[]).await.unwrap().is_empty());
+    assert!(
+        postgres::orders::present_among(&sale.database, &[])
+            .await
+            .unwrap()
+            .is_empty()
+    );
 }
 
 /// Writes what is logged.
@@ -196,7 +206,9 @@ async fn a_look_up_that_takes_too_long_asks_for_fewer_at_once_and_says_so() {
         .with_ansi(false)
         .finish();
     let logging = tracing::subscriber::set_default(subscriber);
-    let present = impatient.present_among(&refs(&wanted)).await.unwrap();
+    let present = postgres::orders::present_among(&impatient, &refs(&wanted))
+        .await
+        .unwrap();
     drop(logging);
     assert_eq!(present.len(), 1_500);
     let log = String::from_utf8(log.lock().unwrap().clone()).unwrap();
@@ -215,7 +227,9 @@ async fn another_order_under_the_same_id_is_named_and_nothing_is_written() {
     let mut known = written.clone();
     // As an order that was recovered from a short receipt is stored.
     known[0].payload = PayloadHash(known[0].payload.0 & !0 << 32);
-    let present = sale.database.present_among(&refs(&known)).await.unwrap();
+    let present = postgres::orders::present_among(&sale.database, &refs(&known))
+        .await
+        .unwrap();
     assert_eq!(present.len(), 3);
 
     known[1].user_id = UserId::new("somebody-else").unwrap();

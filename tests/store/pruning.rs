@@ -6,6 +6,7 @@ use millrace::order::{Order, OrderId, UnixMillis};
 use millrace::pipeline::admin::audit::audit;
 use millrace::state::stock::Sku;
 use millrace::store::postgres::pruning::{Part, PrunedPart, Pruner};
+use millrace::store::postgres::{self, skus, transitions};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -93,7 +94,7 @@ async fn an_order_is_deleted_once_nobody_needs_it_and_its_units_stay_counted() {
     stays.extend(place(&sale, &free, 1).await);
     let cancelled = place(&sale, &free, 2).await;
     for order in &cancelled {
-        let done = sale.database.cancel_order(sale.lease(), order.id, None);
+        let done = transitions::cancel(&sale.database, sale.lease(), order.id, None);
         done.await.unwrap();
     }
     // An orphan may still bring a refund about.
@@ -118,7 +119,7 @@ async fn an_order_is_deleted_once_nobody_needs_it_and_its_units_stay_counted() {
     let faults = sale.faults().await;
     assert_eq!(faults.len(), 1, "{faults:?}");
 
-    let mut pruner = sale.database.pruner(sale.lease()).await.unwrap();
+    let mut pruner = Pruner::connect(&sale.database, sale.lease()).await.unwrap();
     let (mut after, mut gone) = (Some(0), 0);
     while let Some(from) = after {
         let (rows, next) = run(&mut pruner, all_orders(from), 2).await;
@@ -156,7 +157,7 @@ async fn messages_go_when_they_are_old_but_not_those_about_open_payments() {
     ))
     .await;
     let before = UnixMillis(UnixMillis::now().0 - 86_400_000);
-    let mut pruner = sale.database.pruner(sale.lease()).await.unwrap();
+    let mut pruner = Pruner::connect(&sale.database, sale.lease()).await.unwrap();
     let first = run(&mut pruner, Part::Events { after: 0, before }, 1).await;
     assert_eq!(first.0, 1);
     let after = first.1.expect("more");
@@ -177,14 +178,14 @@ async fn messages_go_when_they_are_old_but_not_those_about_open_payments() {
 async fn entries_are_folded_up_to_a_gap_and_an_operators_key_stays_known() {
     let sale = Sale::open(1).await;
     let sku = sale.sku("A", 100).await;
-    let restock = sale.database.restock(sale.lease(), &sku.id, 5, Some("k"));
+    let restock = skus::restock(&sale.database, sale.lease(), &sku.id, 5, Some("k"));
     restock.await.unwrap();
     for _ in 0..5 {
         place(&sale, &sku, 2).await;
     }
     let entries = async || sale.number("SELECT count(*) FROM stock_log").await;
     assert_eq!(entries().await, 7);
-    let mut pruner = sale.database.pruner(sale.lease()).await.unwrap();
+    let mut pruner = Pruner::connect(&sale.database, sale.lease()).await.unwrap();
     let fold = |before| Part::Entries {
         sku: sku.number,
         before,
@@ -196,9 +197,9 @@ async fn entries_are_folded_up_to_a_gap_and_an_operators_key_stays_known() {
     let (gone, next) = run(&mut pruner, fold(later()), 3).await;
     assert_eq!((gone, next.is_some()), (1, true));
     assert_eq!(sale.faults().await, [""; 0]);
-    let audit = sale.database.audit().await.unwrap();
+    let audit = postgres::audit::run(&sale.database).await.unwrap();
     assert_eq!(audit.skus[0].journal, (105, 10, 0));
-    let known = sale.database.restocked(&sku.id, "k").await.unwrap();
+    let known = skus::restocked(&sale.database, &sku.id, "k").await.unwrap();
     assert_eq!(known, Some(5));
     // A gap is evidence: nothing behind it is folded, and the audit still tells its place.
     sale.sql("UPDATE sku SET held = held - 3").await;
@@ -209,7 +210,7 @@ async fn entries_are_folded_up_to_a_gap_and_an_operators_key_stays_known() {
     while run(&mut pruner, fold(later()), 3).await.1.is_some() {}
     assert_eq!(entries().await, 3, "the restock and two behind the gap");
     assert_eq!(sale.faults().await, faults);
-    let gaps = &sale.database.audit().await.unwrap().skus[0].gaps;
+    let gaps = &postgres::audit::run(&sale.database).await.unwrap().skus[0].gaps;
     assert!(gaps.len() == 1 && gaps[0].contains("held -3"), "{gaps:?}");
 }
 
@@ -219,7 +220,7 @@ async fn nothing_is_deleted_while_an_audit_runs_nor_by_a_process_that_was_replac
     let sku = sale.sku("A", 10).await;
     let placed = place(&sale, &sku, 1).await;
     pay(&sale, &placed[0]).await;
-    let mut pruner = sale.database.pruner(sale.lease()).await.unwrap();
+    let mut pruner = Pruner::connect(&sale.database, sale.lease()).await.unwrap();
     let other = sale.session().await;
     let lock = "hashtextextended('millrace audit:millrace', 0)";
     other
@@ -245,7 +246,7 @@ async fn whatever_happens_in_whatever_sequence_the_audit_stays_content() {
     let sale = Sale::open(1).await;
     let skus = [sale.sku("A", 10_000).await, sale.sku("B", 10_000).await];
     let mut open: Vec<Order> = Vec::new();
-    let mut pruner = sale.database.pruner(sale.lease()).await.unwrap();
+    let mut pruner = Pruner::connect(&sale.database, sale.lease()).await.unwrap();
     let mut gone = 0;
     for step in 0..count("MILLRACE_PRUNING_STEPS", 120) {
         match random.random_range(0..8) {
@@ -265,7 +266,7 @@ async fn whatever_happens_in_whatever_sequence_the_audit_stays_content() {
             }
             3 if !open.is_empty() => {
                 let order = open.swap_remove(random.random_range(0..open.len()));
-                let done = sale.database.cancel_order(sale.lease(), order.id, None);
+                let done = transitions::cancel(&sale.database, sale.lease(), order.id, None);
                 done.await.unwrap();
             }
             4..8 => {
@@ -285,7 +286,7 @@ async fn whatever_happens_in_whatever_sequence_the_audit_stays_content() {
                     // The process ends somewhere in the middle.
                     let moment = Duration::from_micros(random.random_range(0..8_000));
                     let _ = tokio::time::timeout(moment, pruner.part(part, rows)).await;
-                    pruner = sale.database.pruner(sale.lease()).await.unwrap();
+                    pruner = Pruner::connect(&sale.database, sale.lease()).await.unwrap();
                 } else {
                     // The one before may not have noticed yet that nobody listens.
                     loop {

@@ -8,6 +8,7 @@ use millrace::order::{Currency, Ended, Order, OrderId, OrderStatus, SkuId, UnixM
 use millrace::state::buyers::{BuyerOrder, Buyers, Claimed, Eviction, LiveOrder, NothingSticky};
 use millrace::state::stock::{SaleTerms, Sku};
 use millrace::store::StoreError;
+use millrace::store::postgres::{skus, window};
 
 use crate::support::sale::{Sale, count, order, orders, refs};
 
@@ -32,24 +33,26 @@ async fn skus_come_back_with_their_terms_and_counters() {
     };
     for (name, terms, total) in [("!~", &all, u32::MAX), ("none", &none, 0)] {
         let id = SkuId::new(name).unwrap();
-        let put = sale
-            .database
-            .put_sku(sale.lease(), &id, terms, total)
+        let put = skus::put(&sale.database, sale.lease(), &id, terms, total)
             .await
             .unwrap();
         assert_eq!((**put.terms()).clone(), *terms);
     }
     let mut writer = sale.writer(0);
-    let first = sale.database.load_skus().await.unwrap().remove(0);
+    let first = skus::load_all(&sale.database).await.unwrap().remove(0);
     writer.write(&refs(&orders(&first, 7))).await.unwrap();
     sale.sql("UPDATE sku SET held = held - 3, sold = 3 WHERE sku_id = '!~'")
         .await;
     let id = SkuId::new("none").unwrap();
-    assert!(sale.database.set_sku_paused(&id, true).await.unwrap());
+    assert!(skus::set_paused(&sale.database, &id, true).await.unwrap());
     let nobody = SkuId::new("nobody").unwrap();
-    assert!(!sale.database.set_sku_paused(&nobody, true).await.unwrap());
+    assert!(
+        !skus::set_paused(&sale.database, &nobody, true)
+            .await
+            .unwrap()
+    );
 
-    let loaded = sale.database.load_skus().await.unwrap();
+    let loaded = skus::load_all(&sale.database).await.unwrap();
     let figures: Vec<_> = loaded
         .iter()
         .map(|sku| {
@@ -70,7 +73,7 @@ async fn a_sku_row_that_contradicts_itself_is_named() {
     sale.sku("A", 5).await;
     sale.sql("ALTER TABLE sku DROP CONSTRAINT sku_not_oversold; UPDATE sku SET held = 6")
         .await;
-    let refused = sale.database.load_skus().await;
+    let refused = skus::load_all(&sale.database).await;
     assert!(
         matches!(&refused, Err(StoreError::Data(what)) if what.contains("sku A")),
         "{refused:?}"
@@ -79,17 +82,16 @@ async fn a_sku_row_that_contradicts_itself_is_named() {
 
 async fn load(sale: &Sale, floor: OrderId) -> HashMap<OrderId, (UserId, BuyerOrder)> {
     let mut loaded = HashMap::new();
-    let read = sale
-        .database
-        .load_window(
-            floor,
-            |user, order, _| {
-                assert!(loaded.insert(order.order_id, (user, order)).is_none());
-            },
-            |_| {},
-        )
-        .await
-        .unwrap();
+    let read = window::load(
+        &sale.database,
+        floor,
+        |user, order, _| {
+            assert!(loaded.insert(order.order_id, (user, order)).is_none());
+        },
+        |_| {},
+    )
+    .await
+    .unwrap();
     assert_eq!(read, loaded.len() as u64);
     loaded
 }
@@ -191,18 +193,17 @@ async fn a_long_window_is_read_in_parts_with_progress() {
     let (buyers, started) = (Buyers::new(usize::MAX, 65_536), Instant::now());
     let before = resident_bytes();
     let mut parts = Vec::new();
-    let read = sale
-        .database
-        .load_window(
-            OrderId::MIN,
-            |user, order, _| buyers.restore(user, order, true),
-            |progress| {
-                println!("{progress}");
-                parts.push(progress.rows);
-            },
-        )
-        .await
-        .unwrap();
+    let read = window::load(
+        &sale.database,
+        OrderId::MIN,
+        |user, order, _| buyers.restore(user, order, true),
+        |progress| {
+            println!("{progress}");
+            parts.push(progress.rows);
+        },
+    )
+    .await
+    .unwrap();
     let (took, grown) = (started.elapsed(), resident_bytes().saturating_sub(before));
     assert_eq!((read, buyers.len() as u64), (rows, rows));
     assert!(parts.is_sorted() && parts.len() as u64 <= took.as_secs());
@@ -240,15 +241,15 @@ async fn a_long_window_is_read_in_parts_with_progress() {
         Instant::now(),
         resident_bytes(),
     );
-    sale.database
-        .load_live_orders(
-            &[sku.number],
-            OrderId::MAX,
-            |user, order| buyers.restore_live(user, order),
-            |progress| println!("{progress}"),
-        )
-        .await
-        .unwrap();
+    window::load_live_orders(
+        &sale.database,
+        &[sku.number],
+        OrderId::MAX,
+        |user, order| buyers.restore_live(user, order),
+        |progress| println!("{progress}"),
+    )
+    .await
+    .unwrap();
     let grown = resident_bytes().saturating_sub(before);
     assert_eq!(buyers.len() as u64, rows - rows / 4);
     println!(
@@ -303,14 +304,14 @@ async fn a_slow_database_is_read_in_smaller_parts_until_all_is_read() {
     .await;
     let impatient = sale.with_step(Duration::from_secs(1));
     let (mut read, mut told) = (HashSet::new(), Vec::new());
-    let count = impatient
-        .load_window(
-            OrderId::MIN,
-            |_, order, _| assert!(read.insert(order.order_id), "twice"),
-            |progress| told.push(progress),
-        )
-        .await
-        .unwrap();
+    let count = window::load(
+        &impatient,
+        OrderId::MIN,
+        |_, order, _| assert!(read.insert(order.order_id), "twice"),
+        |progress| told.push(progress),
+    )
+    .await
+    .unwrap();
     assert_eq!((count, read.len() as u64), (ROWS, ROWS));
     // There are no statistics to estimate from, and the ids are evenly spread.
     assert!(!told.is_empty());
@@ -319,10 +320,15 @@ async fn a_slow_database_is_read_in_smaller_parts_until_all_is_read() {
         assert!((ROWS / 2..=ROWS * 2).contains(&of_about), "{progress}");
     }
     let mut live = 0;
-    impatient
-        .load_live_orders(&[sku.number], OrderId::MAX, |_, _| live += 1, |_| {})
-        .await
-        .unwrap();
+    window::load_live_orders(
+        &impatient,
+        &[sku.number],
+        OrderId::MAX,
+        |_, _| live += 1,
+        |_| {},
+    )
+    .await
+    .unwrap();
     assert_eq!(live, ROWS - ROWS / 4);
 }
 
@@ -344,15 +350,15 @@ async fn live_orders_of_a_sku_are_read_below_an_id_and_from_its_making_on() {
     }
     let read = async |below| {
         let mut read = Vec::new();
-        sale.database
-            .load_live_orders(
-                &[a.number],
-                below,
-                |user, order| read.push((user, order)),
-                |_| {},
-            )
-            .await
-            .unwrap();
+        window::load_live_orders(
+            &sale.database,
+            &[a.number],
+            below,
+            |user, order| read.push((user, order)),
+            |_| {},
+        )
+        .await
+        .unwrap();
         read
     };
     assert_eq!(

@@ -5,6 +5,7 @@ use millrace::order::{
 };
 use millrace::state::stock::Sku;
 use millrace::store::WriteError;
+use millrace::store::postgres::orders;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -160,7 +161,10 @@ async fn every_field_comes_back_as_it_was_written() {
     }
     // And through the look-up that clients see.
     for order in written.iter().take(200) {
-        let found = sale.database.find_order(order.id).await.unwrap().unwrap();
+        let found = orders::find(&sale.database, order.id)
+            .await
+            .unwrap()
+            .unwrap();
         assert_eq!(found.user_id, order.user_id.as_str());
         assert_eq!(found.sku_id, "A");
         assert_eq!(found.quantity, order.quantity.get());
@@ -228,7 +232,10 @@ async fn a_dead_letter_keeps_the_whole_order() {
         );
         assert_eq!(row.get::<_, &str>(10), "23514");
         assert_eq!(row.get::<_, &str>(11), "some check");
-        let found = sale.database.find_order(order.id).await.unwrap().unwrap();
+        let found = orders::find(&sale.database, order.id)
+            .await
+            .unwrap()
+            .unwrap();
         assert_eq!(found.status, OrderStatus::Failed);
     }
 }

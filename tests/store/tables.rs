@@ -2,7 +2,7 @@
 //! views that other programs read.
 
 use millrace::order::{OrderStatus, UnixMillis};
-use millrace::store::postgres::{Connected, Database};
+use millrace::store::postgres::{self, Connected, Database};
 use millrace::store::{StoreError, schema};
 
 use crate::support::postgres::{Cluster, TestDatabase, connect};
@@ -226,8 +226,7 @@ async fn a_role_without_privileges_suffices() {
             opens_at: None,
             closes_at: None,
         };
-        let sku = database
-            .put_sku(taken.lease, &sku, &terms, 10)
+        let sku = postgres::skus::put(&database, taken.lease, &sku, &terms, 10)
             .await
             .unwrap();
         let mut writer = millrace::store::batch::BatchWriter::new(database.clone(), taken.lease, 0);
@@ -236,7 +235,7 @@ async fn a_role_without_privileges_suffices() {
             .write_dead_letter(&order(&sku, 1), "23514", "x")
             .await
             .unwrap();
-        assert_eq!(database.audit().await.unwrap().orders, 2);
+        assert_eq!(postgres::audit::run(&database).await.unwrap().orders, 2);
     }
     admin
         .batch_execute(&format!(
@@ -290,7 +289,10 @@ async fn the_views_say_every_status_and_every_counter_in_words() {
             "UPDATE orders SET status = {code} WHERE order_id = {id}"
         ))
         .await;
-        let found = sale.database.find_order(id).await.unwrap().unwrap();
+        let found = postgres::orders::find(&sale.database, id)
+            .await
+            .unwrap()
+            .unwrap();
         assert_eq!(found.status, *status);
     }
     let session = sale.session().await;
@@ -306,7 +308,9 @@ async fn the_views_say_every_status_and_every_counter_in_words() {
         assert_eq!(word, expected.as_str());
     }
     let mut read = 0;
-    sale.database.read_orders(|_| read += 1).await.unwrap();
+    postgres::orders::read_all(&sale.database, |_| read += 1)
+        .await
+        .unwrap();
     assert_eq!(read, stored.len() + 1);
 
     // A code that no status has is reported, not shown as something else.
@@ -315,7 +319,7 @@ async fn the_views_say_every_status_and_every_counter_in_words() {
         "UPDATE orders SET status = 99 WHERE order_id = {first}"
     ))
     .await;
-    let unknown = sale.database.find_order(first).await;
+    let unknown = postgres::orders::find(&sale.database, first).await;
     assert!(matches!(unknown, Err(StoreError::Data(_))), "{unknown:?}");
 
     sale.sql("UPDATE sku SET sold = 2").await;

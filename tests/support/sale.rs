@@ -12,8 +12,8 @@ use millrace::state::State;
 use millrace::state::stock::{SaleTerms, Sku};
 use millrace::store::batch::BatchWriter;
 use millrace::store::postgres::audit::PartRows;
-use millrace::store::postgres::lease::Taken;
-use millrace::store::postgres::{Database, NodeLease};
+use millrace::store::postgres::lease::{self, Taken};
+use millrace::store::postgres::{Database, NodeLease, skus};
 use millrace::store::{StoreError, schema};
 
 use super::postgres::{TestDatabase, connect};
@@ -96,10 +96,15 @@ impl Sale {
             opens_at: None,
             closes_at: None,
         };
-        self.database
-            .put_sku(self.lease(), &SkuId::new(name).unwrap(), &terms, total)
-            .await
-            .unwrap()
+        skus::put(
+            &self.database,
+            self.lease(),
+            &SkuId::new(name).unwrap(),
+            &terms,
+            total,
+        )
+        .await
+        .unwrap()
     }
 
     /// The session that does all of this.
@@ -235,6 +240,6 @@ pub const NO_SKU: SkuNumber = SkuNumber(i32::MAX);
 
 /// Becomes the one active process of a database and takes its node over.
 pub async fn take_over(database: &Database, shards: i16) -> Result<Taken, StoreError> {
-    let guard = database.claim().await?;
-    database.take_over(guard, shards, UnixMillis::now()).await
+    let guard = lease::claim(database).await?;
+    lease::take_over(guard, shards, UnixMillis::now()).await
 }

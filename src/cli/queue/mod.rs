@@ -21,6 +21,7 @@ use crate::queue::log::file::disk::RealDisk;
 use crate::queue::log::file::recovery::{Scanned, identity, salvage, scan};
 use crate::queue::log::file::segment::file_name;
 use crate::queue::log::record::Record;
+use crate::store::postgres::{lease, order_log};
 
 #[derive(Debug, Args)]
 pub struct QueueArgs {
@@ -272,9 +273,9 @@ async fn abandon(args: &AbandonArgs) -> anyhow::Result<bool> {
     let name = local.as_ref().and_then(|disk| identity(disk));
     let name = name.map(|identity| identity.name());
     let open = open_database(&config).await?;
-    let guard = open.database.claim().await?;
+    let guard = lease::claim(&open.database).await?;
     prepare_schema(&config, &open.database).await?;
-    let noted = open.database.noted_log(&guard).await?;
+    let noted = order_log::noted(&open.database, &guard).await?;
     let noted_name = noted.as_ref().map(|noted| noted.name.clone());
     let done = match noted.filter(|noted| noted.in_use) {
         Some(noted) => {
@@ -296,7 +297,7 @@ async fn abandon(args: &AbandonArgs) -> anyhow::Result<bool> {
                 ));
                 tokio::time::sleep(Duration::from_millis(ms)).await;
             }
-            let done = open.database.abandon_log(&guard, &noted).await?;
+            let done = order_log::abandon(&open.database, &guard, &noted).await?;
             if done {
                 say(&format!("{} ({}) is given up", noted.title, noted.name));
                 if !is_journal {

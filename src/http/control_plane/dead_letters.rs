@@ -10,6 +10,7 @@ use super::extract::{Body, Segment};
 use super::failure::Failure;
 use crate::http::problem::Problem;
 use crate::http::wire::{DeadLetterView, NoteBody};
+use crate::store::postgres::dead_letters;
 
 #[derive(Debug, Deserialize)]
 pub(super) struct ListQuery {
@@ -33,11 +34,8 @@ pub(super) async fn list(
     if !(1..=1_000).contains(&query.limit) {
         return Err(Problem::new(400, "invalid_field", "limit: must be 1 to 1000").into());
     }
-    let letters = plane
-        .parts()?
-        .database
-        .dead_letters(query.discarded, query.limit)
-        .await?;
+    let letters =
+        dead_letters::list(&plane.parts()?.database, query.discarded, query.limit).await?;
     let views: Vec<_> = letters.iter().map(DeadLetterView::of).collect();
     Ok(axum::Json(json!({ "dead_letters": views })).into_response())
 }
@@ -46,7 +44,7 @@ pub(super) async fn get(
     State(plane): State<ControlPlane>,
     Segment(id): Segment,
 ) -> Result<Response, Failure> {
-    let letter = plane.parts()?.database.dead_letter(parse_id(&id)?).await?;
+    let letter = dead_letters::find(&plane.parts()?.database, parse_id(&id)?).await?;
     let letter = letter.ok_or_else(|| {
         Problem::new(
             404,

@@ -14,7 +14,8 @@ use crate::http::problem::Problem;
 use crate::http::wire::payments::{CloseBody, PaymentView, RefundedBody};
 use crate::order::OrderId;
 use crate::order::payment::PaymentState;
-use crate::store::postgres::payments::StoredPayment;
+use crate::store::postgres::orders;
+use crate::store::postgres::payments::{self, StoredPayment};
 use crate::store::settlement::refunds::{Closed, Recorded};
 
 #[derive(Debug, Deserialize)]
@@ -73,10 +74,14 @@ async fn list(
             invalid(format!("state: must be one of {}", words.join(", ")))
         })?],
     };
-    let payments = parts
-        .database
-        .payments(&states, without_order, query.before, query.limit)
-        .await?;
+    let payments = payments::list(
+        &parts.database,
+        &states,
+        without_order,
+        query.before,
+        query.limit,
+    )
+    .await?;
     let views: Vec<_> = payments.iter().map(|one| view(parts, one)).collect();
     let full = payments.len() as i64 == query.limit;
     let next_before = payments.last().filter(|_| full).map(|one| one.id);
@@ -95,7 +100,7 @@ pub(super) async fn get(
 }
 
 async fn as_it_stands(parts: &Parts, id: i64) -> Result<Response, Failure> {
-    let payment = parts.database.payment(id).await?;
+    let payment = payments::find(&parts.database, id).await?;
     let payment = payment.ok_or_else(|| unknown_payment(&id.to_string()))?;
     Ok(axum::Json(view(parts, &payment)).into_response())
 }
@@ -108,7 +113,7 @@ pub(super) async fn retry(
 ) -> Result<Response, Failure> {
     let (parts, id) = (plane.parts()?, parse_id(&id)?);
     if !parts.payments.retry(id).await? {
-        let payment = parts.database.payment(id).await?;
+        let payment = payments::find(&parts.database, id).await?;
         let payment = payment.ok_or_else(|| unknown_payment(&id.to_string()))?;
         let detail = format!("payment {id} is {} and no longer an orphan", payment.state);
         return Err(Problem::new(409, "not_an_orphan", detail).into());
@@ -173,9 +178,7 @@ pub(super) async fn refunded(
         }
         Recorded::Unknown => return Err(unknown().into()),
     };
-    let order = parts
-        .database
-        .find_order(order_id)
+    let order = orders::find(&parts.database, order_id)
         .await?
         .ok_or_else(unknown)?;
     let body = json!({

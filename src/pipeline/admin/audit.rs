@@ -14,7 +14,7 @@ use crate::state::State;
 use crate::store::StoreError;
 use crate::store::postgres::Database;
 use crate::store::postgres::audit::{
-    DatabaseAudit, Motion, PartRows, PaymentFaults, PaymentSum, SkuAudit,
+    self, DatabaseAudit, Motion, PartRows, PaymentFaults, PaymentSum, SkuAudit,
 };
 
 /// The name of the check that is omitted while orders are in flight or counters move.
@@ -207,7 +207,7 @@ pub async fn audit_in_parts(
             (in_flight, live(state))
         })
     };
-    let (found, [before, after]) = database.audit_watching(rows, look).await?;
+    let (found, [before, after]) = audit::run_watching(database, rows, look).await?;
     let quiet = before == after && after.as_ref().is_some_and(|(in_flight, _)| *in_flight == 0);
     let (in_flight, after) = after.unzip();
     Ok(result(&found, after.as_deref(), in_flight, quiet))

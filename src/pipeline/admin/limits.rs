@@ -6,7 +6,7 @@ use crate::state::State;
 use crate::state::buyers::Counting;
 use crate::state::stock::SaleTerms;
 use crate::store::StoreError;
-use crate::store::postgres::Database;
+use crate::store::postgres::{Database, window};
 
 /// Makes sure that memory has the live orders of a SKU, if `terms` need them. Memory keeps them as long as the
 /// guard lives, and then as long as the terms in force need them.
@@ -27,19 +27,19 @@ pub(super) async fn count<'a>(
     if !counting.is_complete() {
         let skus = [sku.number];
         let (mut orders, started) = (0_u64, std::time::Instant::now());
-        database
-            .load_live_orders(
-                &skus,
-                OrderId::MAX,
-                |user_id, order| {
-                    orders += 1;
-                    counting.add(user_id, order);
-                },
-                |progress| {
-                    tracing::info!(sku_id = %id, "reading the orders of a SKU that gets a limit: {progress}");
-                },
-            )
-            .await?;
+        window::load_live_orders(
+            database,
+            &skus,
+            OrderId::MAX,
+            |user_id, order| {
+                orders += 1;
+                counting.add(user_id, order);
+            },
+            |progress| {
+                tracing::info!(sku_id = %id, "reading the orders of a SKU that gets a limit: {progress}");
+            },
+        )
+        .await?;
         counting.complete();
         let ms = started.elapsed().as_millis() as u64;
         tracing::info!(sku_id = %id, orders, ms, "read the orders of a SKU that gets a limit");

@@ -17,7 +17,7 @@ use crate::order::SkuId;
 use crate::state::State;
 use crate::state::stock::SaleTerms;
 use crate::store::StoreError;
-use crate::store::postgres::Database;
+use crate::store::postgres::{Database, dead_letters, skus};
 
 /// Pause after a lost answer, and after a failed attempt to resolve it.
 const PAUSE: Duration = Duration::from_millis(500);
@@ -120,7 +120,7 @@ impl LostAnswers {
         let (mut _changing, mut _counting) = (None, None);
         if let LostAnswer::Sku(id) = lost {
             _changing = Some(self.changing_terms.lock().await);
-            if let Some(row) = self.database.committed_sku(id).await? {
+            if let Some(row) = skus::find_committed(&self.database, id).await? {
                 // A stored limit takes effect as one whose answer arrived.
                 let terms = SaleTerms::clone(&row.terms());
                 _counting = limits::count(&self.state, &self.database, id, &terms).await?;
@@ -141,7 +141,10 @@ impl LostAnswers {
         let catalogue = &self.state.catalogue;
         match lost {
             LostAnswer::Sku(id) => {
-                match (catalogue.get(id), self.database.committed_sku(id).await?) {
+                match (
+                    catalogue.get(id),
+                    skus::find_committed(&self.database, id).await?,
+                ) {
                     (None, Some(row)) => {
                         check_number(&self.state, &row)?;
                         catalogue.add([row]);
@@ -158,7 +161,7 @@ impl LostAnswers {
                 }
             }
             LostAnswer::DeadLetter(id) => {
-                let is_open = self.database.committed_dead_letter_is_open(*id).await?;
+                let is_open = dead_letters::is_committed(&self.database, *id).await?;
                 match retries.remove(id) {
                     Some(retried) if !is_open => retried.revived(&self.state),
                     // Dropping the hold releases its units: the order stays a dead letter.

@@ -18,8 +18,8 @@ use crate::state::State;
 use crate::state::buyers::LiveOrder;
 use crate::state::stock::{BelowCommitted, SaleTerms, Sku};
 use crate::store::StoreError;
-use crate::store::postgres::dead_letters::DeadLetter;
-use crate::store::postgres::{Database, NodeLease};
+use crate::store::postgres::dead_letters::{self, DeadLetter};
+use crate::store::postgres::{Database, NodeLease, skus};
 use crate::store::settlement::refunds::{Recorded, RefundNote};
 
 /// Reason why an operator's request was not carried out. Unless the variant says otherwise, nothing has
@@ -167,7 +167,7 @@ impl Operator {
         let _counting = limits::count(&self.state, &self.database, id, &terms).await?;
         let _turn = self.one_at_a_time.lock().await;
         let Some(sku) = self.state.catalogue.get(id) else {
-            let made = self.database.put_sku(self.lease, id, &terms, total).await;
+            let made = skus::put(&self.database, self.lease, id, &terms, total).await;
             self.lost.note(&made, LostAnswer::Sku(id.clone()));
             let made = made?;
             check_number(&self.state, &made)?;
@@ -179,8 +179,7 @@ impl Operator {
             });
         };
         let storing = async {
-            self.database
-                .put_sku(self.lease, id, &terms, total)
+            skus::put(&self.database, self.lease, id, &terms, total)
                 .await
                 .and_then(|made| check_number(&self.state, &made))
         };
@@ -212,7 +211,7 @@ impl Operator {
         let _turn = self.one_at_a_time.lock().await;
         let sku = self.known(id)?;
         if let Some(key) = key
-            && let Some(earlier) = self.database.restocked(id, key).await?
+            && let Some(earlier) = skus::restocked(&self.database, id, key).await?
         {
             if earlier != units {
                 return Err(OperatorError::KeyReused { earlier });
@@ -225,7 +224,7 @@ impl Operator {
         let total = total
             .and_then(|total| u32::try_from(total).ok())
             .ok_or(OperatorError::TotalOutOfRange)?;
-        let storing = self.database.restock(self.lease, id, units, key);
+        let storing = skus::restock(&self.database, self.lease, id, units, key);
         self.change_total(&sku, total, storing).await?;
         tracing::info!(sku_id = %id, units, total, "an operator has restocked");
         Ok((sku, false))
@@ -257,7 +256,7 @@ impl Operator {
 
     /// Sets the total in memory to the database's.
     async fn adopt_total(&self, sku: &Sku) -> Result<(), OperatorError> {
-        match self.database.total_of(&sku.id).await? {
+        match skus::total_of(&self.database, &sku.id).await? {
             Some(total) => Ok(sku.counter().set_total(total)?),
             None => Err(OperatorError::UnknownSku(SkuId::clone(&sku.id))),
         }
@@ -369,10 +368,7 @@ impl Operator {
         self.state
             .expiry_index
             .note([(letter.order_id, expires_at)]);
-        let written = self
-            .database
-            .revive_dead_letter(self.lease, id, expires_at)
-            .await;
+        let written = dead_letters::revive(&self.database, self.lease, id, expires_at).await;
         self.lost.note(&written, LostAnswer::DeadLetter(id));
         match written {
             Ok(true) => {}
@@ -402,11 +398,11 @@ impl Operator {
         note: Option<&str>,
     ) -> Result<DeadLetter, OperatorError> {
         let _turn = self.one_at_a_time.lock().await;
-        if !self.database.discard_dead_letter(id, note).await? {
+        if !dead_letters::discard(&self.database, id, note).await? {
             return Err(OperatorError::UnknownDeadLetter(id));
         }
         tracing::info!(dead_letter = id, "an operator has discarded a dead letter");
-        let letter = self.database.dead_letter(id).await?;
+        let letter = dead_letters::find(&self.database, id).await?;
         letter.ok_or(OperatorError::UnknownDeadLetter(id))
     }
 
@@ -425,7 +421,7 @@ impl Operator {
     }
 
     async fn open_dead_letter(&self, id: i64) -> Result<DeadLetter, OperatorError> {
-        let letter = self.database.dead_letter(id).await?;
+        let letter = dead_letters::find(&self.database, id).await?;
         letter
             .filter(|letter| letter.discarded_at.is_none())
             .ok_or(OperatorError::UnknownDeadLetter(id))

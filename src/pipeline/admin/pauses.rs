@@ -14,7 +14,7 @@ use crate::order::SkuNumber;
 use crate::state::State;
 use crate::state::stock::Sku;
 use crate::store::StoreError;
-use crate::store::postgres::{Database, NodeLease};
+use crate::store::postgres::{Database, NodeLease, skus};
 
 /// Interval between attempts to store a switch.
 const RETRY: Duration = Duration::from_secs(1);
@@ -125,10 +125,10 @@ impl Pauses {
         };
         let stored = match &switch.target {
             Target::Sku(sku) => {
-                let stored = self.database.set_sku_paused(&sku.id, paused).await;
+                let stored = skus::set_paused(&self.database, &sku.id, paused).await;
                 stored.map(|_| ())
             }
-            Target::Everything => self.database.set_all_paused(self.lease, paused).await,
+            Target::Everything => skus::set_all_paused(&self.database, self.lease, paused).await,
         };
         let mut wanted = switch.wanted.lock();
         let is_last = wanted.calls == calls;

@@ -95,7 +95,7 @@ impl Pruning {
     /// # Errors
     /// If the database does not answer, or this process may not write any more; completed parts stay deleted.
     pub async fn cycle(&self, rows: i64) -> Result<Pruned, StoreError> {
-        let mut pruner = self.database.pruner(self.lease).await?;
+        let mut pruner = Pruner::connect(&self.database, self.lease).await?;
         // A row is old only if both clocks say so.
         let now = pruner.now().await?.min(self.state.ids.real_now());
         let mut pruned = Pruned::default();

@@ -9,7 +9,7 @@ use arc_swap::ArcSwapOption;
 
 use crate::store::StoreError;
 use crate::store::postgres::Database;
-use crate::store::postgres::replication::{Horizon, Replication};
+use crate::store::postgres::replication::{self, Horizon, Replication};
 
 /// Interval between two checks.
 const LOOK: Duration = Duration::from_secs(1);
@@ -81,8 +81,8 @@ impl Looker {
     async fn ask(&mut self) -> Result<Vec<(&'static str, String)>, StoreError> {
         self.database.ping().await?;
         // A role without access to these views gets no warning.
-        let replication = self.database.replication().await;
-        let horizons = self.database.horizons(HORIZON_HELD).await;
+        let replication = replication::read(&self.database).await;
+        let horizons = replication::horizons(&self.database, HORIZON_HELD).await;
         let mut warnings = Vec::new();
         warnings.extend(replication.ok().and_then(|seen| asynchronous(&seen)));
         let now = Instant::now();

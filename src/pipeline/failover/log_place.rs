@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::restore::Watermarks;
 use crate::queue::OrderQueue;
 use crate::store::StoreError;
-use crate::store::postgres::order_log::LogName;
+use crate::store::postgres::order_log::{self, LogName};
 use crate::store::postgres::{Database, NodeLease};
 
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -46,8 +46,10 @@ pub async fn keep(
         let place = durable.position_of(span);
         let is_anew = restores != of_restore;
         let result = match place {
-            _ if is_anew => database.note_log(lease, &log, place).await,
-            Some(place) if span > noted => database.note_place(lease, place, &timeline).await,
+            _ if is_anew => order_log::note(&database, lease, &log, place).await,
+            Some(place) if span > noted => {
+                order_log::note_place(&database, lease, place, &timeline).await
+            }
             _ => continue,
         };
         match result {

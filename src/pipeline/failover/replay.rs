@@ -14,7 +14,7 @@ use crate::pipeline::orders::apply::{How, Isolated, Parts, Refusal};
 use crate::store::StoreError;
 use crate::store::WriteError;
 use crate::store::batch::{BatchWriter, Refused};
-use crate::store::postgres::Database;
+use crate::store::postgres::{Database, orders};
 
 const RETRY: Duration = Duration::from_millis(200);
 /// SQLSTATE of a dead letter whose own is unknown: `data_exception`.
@@ -81,7 +81,7 @@ impl Replayer {
     pub async fn apply(&mut self, orders: &[(Order, OrderStatus)]) -> Result<(), StoreError> {
         let wanted: Vec<&Order> = orders.iter().map(|(order, _)| order).collect();
         let there = loop {
-            match self.database.present_among(&wanted).await {
+            match orders::present_among(&self.database, &wanted).await {
                 Ok(there) => break there,
                 Err(error) => pause(error).await?,
             }

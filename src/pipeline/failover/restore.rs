@@ -26,7 +26,7 @@ use crate::state::State;
 use crate::state::effects::Row;
 use crate::store::StoreError;
 use crate::store::batch::BatchWriter;
-use crate::store::postgres::{Database, NodeLease};
+use crate::store::postgres::{Database, NodeLease, order_log, orders, replication, transitions};
 
 /// Interval between two comparisons of batch numbers, besides those of the workers.
 const CHECK: Duration = Duration::from_secs(2);
@@ -180,7 +180,7 @@ impl Restorer {
 
     /// Whether a standby was promoted. Even with every batch it may lack cancellations, which have no number.
     async fn was_promoted(&self, timeline: &mut Option<String>) -> bool {
-        let Ok(now) = self.database.timeline().await else {
+        let Ok(now) = replication::timeline(&self.database).await else {
             return false;
         };
         match timeline.replace(now.clone()) {
@@ -198,7 +198,7 @@ impl Restorer {
     async fn some_are_lost(&self) -> bool {
         // Read first: a later commit only raises the database's number.
         let known = self.watermarks.all();
-        let Ok(batches) = self.database.batches(self.lease).await else {
+        let Ok(batches) = order_log::worker_batches(&self.database, self.lease).await else {
             return false;
         };
         let found: HashMap<usize, i64> = batches
@@ -230,14 +230,12 @@ impl Restorer {
         let mut again = 0;
         for part in ended.chunks(PART) {
             let ids: Vec<OrderId> = part.iter().map(|(id, _)| *id).collect();
-            let payable: HashSet<_> = self
-                .database
-                .payable_among(&ids)
+            let payable: HashSet<_> = orders::payable_among(&self.database, &ids)
                 .await?
                 .into_iter()
                 .collect();
             for (id, how) in part.iter().filter(|(id, _)| payable.contains(id)) {
-                self.database.end_order(self.lease, *id, *how).await?;
+                transitions::end(&self.database, self.lease, *id, *how).await?;
                 again += 1;
             }
         }
@@ -317,7 +315,7 @@ impl Restorer {
         let panicked = |panic: tokio::task::JoinError| StoreError::Data(panic.to_string());
         let state = Arc::clone(&self.state);
         let live = tokio::task::spawn_blocking(move || state.buyers.live_orders()).await;
-        let absent = self.database.absent_among(&live.map_err(panicked)?).await?;
+        let absent = orders::absent_among(&self.database, &live.map_err(panicked)?).await?;
         if absent.is_empty() {
             return Ok(());
         }
@@ -330,9 +328,7 @@ impl Restorer {
             .map_err(panicked)?
             .map_err(LookupError::from)?;
         // An order that has left memory since the first look is a row by now, or was abandoned.
-        let nowhere: HashSet<OrderId> = self
-            .database
-            .absent_among(&settled)
+        let nowhere: HashSet<OrderId> = orders::absent_among(&self.database, &settled)
             .await?
             .into_iter()
             .collect();

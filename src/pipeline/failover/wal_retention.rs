@@ -11,7 +11,7 @@ use std::time::Duration;
 use super::restore::Watermarks;
 use crate::queue::OrderQueue;
 use crate::store::StoreError;
-use crate::store::postgres::Database;
+use crate::store::postgres::{Database, replication};
 
 const CHECK: Duration = Duration::from_secs(1);
 
@@ -37,8 +37,11 @@ pub async fn keep(
         // Read before the LSN, so that the LSN lies behind all orders of these spans.
         let settled = log.settled_up_to();
         let progress = async {
-            let timeline = database.timeline().await?;
-            Ok::<_, StoreError>((timeline, database.wal_progress(&slots).await?))
+            let timeline = replication::timeline(&database).await?;
+            Ok::<_, StoreError>((
+                timeline,
+                replication::wal_progress(&database, &slots).await?,
+            ))
         };
         let (now, (written, confirmed)) = match progress.await {
             Ok(progress) => progress,

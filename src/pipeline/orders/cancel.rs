@@ -16,8 +16,8 @@ use crate::state::State;
 use crate::state::effects::Row;
 use crate::state::pending::PendingOrder;
 use crate::store::StoreError;
-use crate::store::postgres::orders::StoredOrder;
-use crate::store::postgres::transitions::Transition;
+use crate::store::postgres::orders::{self, StoredOrder};
+use crate::store::postgres::transitions::{self, Transition};
 use crate::store::postgres::{Database, NodeLease};
 use crate::sync::Guarded;
 
@@ -217,7 +217,7 @@ impl Canceller {
             Ok(Transition::Now(units)) => self.cancelled(&units, Row::Moved),
             Err(error) => return Err(error.into()),
         }
-        let order = self.database.find_order(id).await?;
+        let order = orders::find(&self.database, id).await?;
         let order = order.ok_or(CancelError::Unknown(id))?;
         self.give_back_stored(&order);
         Ok(order)
@@ -226,7 +226,7 @@ impl Canceller {
     /// An order past its deadline is not cancelled any more: it expires.
     async fn cancel_row(&self, id: OrderId) -> Result<Transition, StoreError> {
         let now = self.state.ids.real_now();
-        self.database.cancel_order(self.lease, id, Some(now)).await
+        transitions::cancel(&self.database, self.lease, id, Some(now)).await
     }
 
     /// Resolves cancellations in doubt until the future is dropped.
@@ -270,10 +270,10 @@ impl Canceller {
     /// server and take effect after any query. Returns true if the outcome is known.
     async fn resolve(&self, id: OrderId, recent: Option<Arc<PendingOrder>>) -> bool {
         // Without a deadline: the first attempt was in time.
-        match self.database.cancel_order(self.lease, id, None).await {
+        match transitions::cancel(&self.database, self.lease, id, None).await {
             Ok(Transition::Now(units)) => self.cancelled(&units, Row::Moved),
             Ok(Transition::StandsAt(OrderStatus::Cancelled)) => {
-                match self.database.find_order(id).await {
+                match orders::find(&self.database, id).await {
                     Ok(Some(order)) => self.give_back_stored(&order),
                     Ok(None) | Err(_) => return false,
                 }

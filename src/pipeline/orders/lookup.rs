@@ -21,8 +21,8 @@ use crate::queue::OrderQueue;
 use crate::state::State;
 use crate::state::pending::PendingOrder;
 use crate::store::StoreError;
-use crate::store::postgres::Database;
-use crate::store::postgres::orders::StoredOrder;
+use crate::store::postgres::orders::{self, StoredOrder};
+use crate::store::postgres::{Database, parked};
 
 /// An order, where it was found.
 #[derive(Debug)]
@@ -112,7 +112,7 @@ impl OrderLookup {
     /// # Errors
     /// [`LookupError::Store`].
     pub async fn stored(&self, id: OrderId) -> Result<Option<StoredOrder>, LookupError> {
-        Ok(self.database.find_order(id).await?)
+        Ok(orders::find(&self.database, id).await?)
     }
 
     /// An order, wherever it is. `None`: it does not exist, or is being admitted or abandoned at this moment.
@@ -142,7 +142,7 @@ impl OrderLookup {
         Ok(in_memory()
             || self.on_disk(id).await?.is_some()
             || in_memory()
-            || self.database.is_parked(id).await?)
+            || parked::contains(&self.database, id).await?)
     }
 }
 

@@ -25,7 +25,7 @@ use crate::state::stock::{Refused, Sku};
 use crate::store::StoreError;
 use crate::store::WriteError;
 use crate::store::batch::BatchWriter;
-use crate::store::postgres::{Database, NodeLease};
+use crate::store::postgres::{Database, NodeLease, parked, skus};
 
 /// Interval between two looks for SKUs that are due.
 const LOOK: Duration = Duration::from_millis(250);
@@ -213,11 +213,12 @@ impl Parking {
             let Some(seen) = sku.fault().look() else {
                 return Ok(Tried::Refused);
             };
-            let part = self.database.parked_of(sku.number, size as i64).await?;
+            let part = parked::of_sku(&self.database, sku.number, size as i64).await?;
             if part.is_empty() {
                 let units = sku.fault().refused().map_or(0, |refused| refused.units);
                 if moved == 0
-                    && let Some(reason) = self.database.try_counters(sku.number, units).await?
+                    && let Some(reason) =
+                        skus::try_counters(&self.database, sku.number, units).await?
                 {
                     sku.fault().set(&reason, units);
                     self.count(sku, 0);
@@ -243,7 +244,7 @@ impl Parking {
                 Part::Counter { reason } => {
                     let units = part.first().map_or(1, |order| order.quantity.get());
                     sku.fault().set(&reason, units);
-                    let parked = self.database.parked_by_sku().await?;
+                    let parked = parked::by_sku(&self.database).await?;
                     self.count(
                         sku,
                         parked.get(&sku.number).map_or(0, |parked| parked.orders),
@@ -263,7 +264,7 @@ impl Parking {
         seen: crate::state::stock::Seen,
     ) -> Result<Tried, StoreError> {
         let before = sku.counter().snapshot().total;
-        if let Some(total) = self.database.total_of(&sku.id).await?
+        if let Some(total) = skus::total_of(&self.database, &sku.id).await?
             && total != before
             && !sku.counter().replace_total(before, total)
         {
@@ -299,7 +300,7 @@ impl Parking {
     async fn expire(&mut self) -> Result<(), StoreError> {
         for _ in 0..PARTS {
             let now = self.state.ids.real_now();
-            let part = self.database.parked_due(now, self.expiry_at, PART as i64);
+            let part = parked::due(&self.database, now, self.expiry_at, PART as i64);
             let part = part.await?;
             let Some(last) = part.last() else {
                 self.expiry_at = START;
@@ -364,9 +365,7 @@ impl Parking {
         reason: &str,
     ) -> Result<(), StoreError> {
         for order in part {
-            if self
-                .database
-                .dead_letter_parked(self.lease, order.id, sqlstate, reason)
+            if parked::make_dead_letter(&self.database, self.lease, order.id, sqlstate, reason)
                 .await?
             {
                 tracing::error!(order_id = %order.id, sqlstate, reason, "the database refused a parked order; it is a dead letter now: retry or discard it at /admin/v1/dead-letters");
@@ -399,7 +398,7 @@ pub async fn recount(
     database: &Database,
     metrics: &Metrics,
 ) -> Result<(), StoreError> {
-    let parked = database.parked_by_sku().await?;
+    let parked = parked::by_sku(database).await?;
     for (number, parked) in parked {
         let Some(sku) = state.catalogue.by_number(number) else {
             continue;

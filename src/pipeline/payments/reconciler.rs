@@ -25,7 +25,7 @@ use crate::pipeline::orders::lookup::OrderLookup;
 use crate::queue::OrderQueue;
 use crate::state::buyers::{BuyerClaim, BuyerOrder, Claimed, NothingSticky};
 use crate::store::postgres::payments::StoredPayment;
-use crate::store::{StoreError, settlement};
+use crate::store::{StoreError, postgres, settlement};
 
 /// Maximum of payments matched in one transaction.
 const MATCH_MAX: i64 = 1_000;
@@ -132,7 +132,7 @@ impl Reconciler {
         self.next_count = Instant::now() + COUNT;
         // Before the count: a payment that arrives meanwhile sets it again.
         self.signals().set_may_have_orphans(false);
-        let counted = self.settler.parts.database.open_payments().await;
+        let counted = postgres::payments::count_open(&self.settler.parts.database).await;
         let open = counted.inspect_err(|_| self.signals().set_may_have_orphans(true))?;
         let now = self.settler.parts.state.ids.real_now();
         let age = |since: Option<UnixMillis>| {
@@ -164,7 +164,7 @@ impl Reconciler {
         let one_by_one = self.signals().rows_are_held();
         let after = if one_by_one { self.matched_up_to } else { 0 };
         let database = &self.settler.parts.database;
-        let found = database.orphans_with_order(after, MATCH_MAX).await?;
+        let found = postgres::payments::orphans_with_order(database, after, MATCH_MAX).await?;
         let full = found.len() as i64 == MATCH_MAX;
         let pending = &self.settler.parts.state.pending;
         let orders = found
@@ -228,12 +228,8 @@ impl Reconciler {
     async fn check_orphans(&mut self) -> Result<bool, StoreError> {
         let now = self.settler.parts.state.ids.real_now();
         let started = Instant::now();
-        let due = self
-            .settler
-            .parts
-            .database
-            .orphans_due(now, CHECKS_MAX)
-            .await?;
+        let due =
+            postgres::payments::due_orphans(&self.settler.parts.database, now, CHECKS_MAX).await?;
         let full = due.len() as i64 == CHECKS_MAX;
         let checks = self.orphan_checks;
         for payment in due {
@@ -267,11 +263,7 @@ impl Reconciler {
         pause_ms: u64,
     ) -> Result<(), StoreError> {
         let at = self.settler.parts.state.ids.real_now().plus_ms(pause_ms);
-        self.settler
-            .parts
-            .database
-            .note_check(payment.id, checks, at)
-            .await
+        postgres::payments::note_check(&self.settler.parts.database, payment.id, checks, at).await
     }
 
     async fn is_under_way(&self, id: Option<OrderId>) -> Result<bool, StoreError> {
@@ -283,7 +275,7 @@ impl Reconciler {
 
     /// Decides an orphan now, at an operator's request. Returns false if there is no such orphan.
     pub(super) async fn retry(&mut self, id: i64) -> Result<bool, StoreError> {
-        let payment = self.settler.parts.database.payment(id).await?;
+        let payment = postgres::payments::find(&self.settler.parts.database, id).await?;
         let Some(payment) = payment.filter(|one| one.state == PaymentState::Orphan) else {
             return Ok(false);
         };
@@ -315,7 +307,7 @@ impl Reconciler {
             Some(Ok(receipt)) if payment.order_id.is_none() => {
                 state.orphans.insert(receipt.id, payment.paid_at);
                 let database = &self.settler.parts.database;
-                return database.note_order(payment.id, receipt.id).await;
+                return postgres::payments::note_order(database, payment.id, receipt.id).await;
             }
             Some(Ok(receipt)) => self.decide_on(payment, receipt),
         };

@@ -17,7 +17,7 @@ use crate::order::{OrderId, OrderUnits};
 use crate::state::State;
 use crate::state::effects::Row;
 use crate::store::StoreError;
-use crate::store::postgres::{Database, NodeLease};
+use crate::store::postgres::{Database, NodeLease, orders, skus};
 use crate::store::settlement::{Destination, Settlement, SettlementWriter, UnitMove};
 
 /// Poll interval while the units of a refund are not sold yet in memory, because the payment's task has not
@@ -118,9 +118,9 @@ impl Settler {
     async fn correct_memory(&self) -> Result<(), StoreError> {
         let _alone = self.parts.signals.moving.write().await;
         let (database, lease) = (&self.parts.database, self.parts.lease);
-        let unpaid = database.unpaid_below(lease, OrderId::MAX).await?;
+        let unpaid = orders::unpaid_below(database, lease, OrderId::MAX).await?;
         self.parts.state.expiry_index.note(unpaid);
-        for found in self.parts.database.load_skus().await? {
+        for found in skus::load_all(&self.parts.database).await? {
             let Some(sku) = self.parts.state.catalogue.by_number(found.number) else {
                 continue;
             };

@@ -25,57 +25,55 @@ pub(super) enum By {
     Keys,
 }
 
-impl Database {
-    /// Reads the rows of `sql` in one step. The server cancels a statement that takes longer, so that it is not
-    /// still running when a smaller one follows.
-    ///
-    /// # Errors
-    /// [`StoreError::Timeout`] if it takes longer, or the database's error.
-    pub(super) async fn read_by_key(
-        &self,
-        doing: &'static str,
-        by: By,
-        sql: &str,
-        parameters: &[&(dyn ToSql + Sync)],
-    ) -> Result<Vec<Row>, StoreError> {
-        let client = self.pooled().await?;
-        let statement = self.timed(doing, client.prepare_cached(sql)).await?;
-        let others = match by {
-            By::Order => "SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off",
-            By::Keys => "SET LOCAL enable_seqscan = off",
-        };
-        // Earlier than the timeout on this side.
-        let ends_ms = (self.step_timeout / 10 * 9).as_millis();
-        let begin = format!(
-            "BEGIN READ ONLY; {others}; SET LOCAL jit = off; SET LOCAL statement_timeout = {ends_ms}"
-        );
-        // Sent together, in this order, with the first poll: dropping this future leaves no transaction open.
-        let reading = async {
-            let (begun, rows, ended) = join3(
-                client.batch_execute(&begin),
-                client.query(&statement, parameters),
-                client.batch_execute("ROLLBACK"),
-            )
-            .await;
-            begun?;
-            let rows = rows?;
-            ended.map(|()| rows)
-        };
-        match self.timed(doing, reading).await {
-            Err(error @ StoreError::Timeout { .. }) => {
-                // The next user of this connection would wait for the running statement.
-                drop(Object::take(client));
-                Err(error)
-            }
-            Err(StoreError::Statement { source, .. })
-                if source.code() == Some(&SqlState::QUERY_CANCELED) =>
-            {
-                Err(StoreError::Timeout {
-                    doing,
-                    after: self.step_timeout,
-                })
-            }
-            read => read,
+/// Reads the rows of `sql` in one step. The server cancels a statement that takes longer, so that it is not
+/// still running when a smaller one follows.
+///
+/// # Errors
+/// [`StoreError::Timeout`] if it takes longer, or the database's error.
+pub(super) async fn read(
+    database: &Database,
+    doing: &'static str,
+    by: By,
+    sql: &str,
+    parameters: &[&(dyn ToSql + Sync)],
+) -> Result<Vec<Row>, StoreError> {
+    let client = database.pooled().await?;
+    let statement = database.timed(doing, client.prepare_cached(sql)).await?;
+    let others = match by {
+        By::Order => "SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off",
+        By::Keys => "SET LOCAL enable_seqscan = off",
+    };
+    // Earlier than the timeout on this side.
+    let ends_ms = (database.step_timeout / 10 * 9).as_millis();
+    let begin = format!(
+        "BEGIN READ ONLY; {others}; SET LOCAL jit = off; SET LOCAL statement_timeout = {ends_ms}"
+    );
+    // Sent together, in this order, with the first poll: dropping this future leaves no transaction open.
+    let reading = async {
+        let (begun, rows, ended) = join3(
+            client.batch_execute(&begin),
+            client.query(&statement, parameters),
+            client.batch_execute("ROLLBACK"),
+        )
+        .await;
+        begun?;
+        let rows = rows?;
+        ended.map(|()| rows)
+    };
+    match database.timed(doing, reading).await {
+        Err(error @ StoreError::Timeout { .. }) => {
+            // The next user of this connection would wait for the running statement.
+            drop(Object::take(client));
+            Err(error)
         }
+        Err(StoreError::Statement { source, .. })
+            if source.code() == Some(&SqlState::QUERY_CANCELED) =>
+        {
+            Err(StoreError::Timeout {
+                doing,
+                after: database.step_timeout,
+            })
+        }
+        read => read,
     }
 }

@@ -14,27 +14,25 @@ pub struct ServerClock {
     pub last_used: Option<UnixMillis>,
 }
 
-impl Database {
-    /// Reads the server's clock.
-    ///
-    /// # Errors
-    /// If the database does not answer.
-    pub async fn server_clock(&self, session: &Connected) -> Result<ServerClock, StoreError> {
-        let row = self
-            .timed(
-                "reading the database's clock",
-                session.query_one(
-                    "SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8,
-                            (SELECT (extract(epoch FROM greatest(started_at,
-                                         lease_until - lease_ms * interval '1 millisecond')) * 1000)::int8
-                               FROM node WHERE node = 0)",
-                    &[],
-                ),
-            )
-            .await?;
-        Ok(ServerClock {
-            now: UnixMillis(row.get(0)),
-            last_used: row.get::<_, Option<i64>>(1).map(UnixMillis),
-        })
-    }
+/// Reads the server's clock.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn read(database: &Database, session: &Connected) -> Result<ServerClock, StoreError> {
+    let row = database
+        .timed(
+            "reading the database's clock",
+            session.query_one(
+                "SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8,
+                        (SELECT (extract(epoch FROM greatest(started_at,
+                                     lease_until - lease_ms * interval '1 millisecond')) * 1000)::int8
+                           FROM node WHERE node = 0)",
+                &[],
+            ),
+        )
+        .await?;
+    Ok(ServerClock {
+        now: UnixMillis(row.get(0)),
+        last_used: row.get::<_, Option<i64>>(1).map(UnixMillis),
+    })
 }

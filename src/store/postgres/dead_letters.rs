@@ -62,150 +62,146 @@ fn from_row(row: &tokio_postgres::Row) -> Result<DeadLetter, StoreError> {
     })
 }
 
-impl Database {
-    /// Whether a dead letter exists. Waits for a retry of it that is under way.
-    ///
-    /// # Errors
-    /// If the database does not answer.
-    pub async fn committed_dead_letter_is_open(&self, id: i64) -> Result<bool, StoreError> {
-        let client = self.pooled().await?;
-        self.timed(
+/// Whether a dead letter exists. Waits for a retry of it that is under way.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn is_committed(database: &Database, id: i64) -> Result<bool, StoreError> {
+    let client = database.pooled().await?;
+    database
+        .timed(
             "looking a dead letter up",
             client.query_opt("SELECT FROM dead_letters WHERE id = $1 FOR UPDATE", &[&id]),
         )
         .await
         .map(|row| row.is_some())
-    }
+}
 
-    /// Dead letters, newest first; discarded ones only if `discarded`.
-    ///
-    /// # Errors
-    /// If the database does not answer.
-    pub async fn dead_letters(
-        &self,
-        discarded: bool,
-        limit: i64,
-    ) -> Result<Vec<DeadLetter>, StoreError> {
-        let client = self.pooled().await?;
-        let rows = self
-            .timed(
-                "listing the dead letters",
-                client.query(
-                    &format!(
-                        "SELECT {COLUMNS} FROM dead_letters d JOIN sku s ON s.id = d.sku
-                          WHERE $1 OR d.discarded_at IS NULL ORDER BY d.id DESC LIMIT $2"
-                    ),
-                    &[&discarded, &limit],
+/// Dead letters, newest first; discarded ones only if `discarded`.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn list(
+    database: &Database,
+    discarded: bool,
+    limit: i64,
+) -> Result<Vec<DeadLetter>, StoreError> {
+    let client = database.pooled().await?;
+    let rows = database
+        .timed(
+            "listing the dead letters",
+            client.query(
+                &format!(
+                    "SELECT {COLUMNS} FROM dead_letters d JOIN sku s ON s.id = d.sku
+                      WHERE $1 OR d.discarded_at IS NULL ORDER BY d.id DESC LIMIT $2"
                 ),
+                &[&discarded, &limit],
+            ),
+        )
+        .await?;
+    rows.iter().map(from_row).collect()
+}
+
+/// One dead letter.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn find(database: &Database, id: i64) -> Result<Option<DeadLetter>, StoreError> {
+    let client = database.pooled().await?;
+    let row = database
+        .timed(
+            "reading a dead letter",
+            client.query_opt(
+                &format!("SELECT {COLUMNS} FROM dead_letters d JOIN sku s ON s.id = d.sku WHERE d.id = $1"),
+                &[&id],
+            ),
+        )
+        .await?;
+    row.as_ref().map(from_row).transpose()
+}
+
+/// Discards a dead letter: its order stays `failed`. Returns false if there is no such open dead letter.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn discard(database: &Database, id: i64, note: Option<&str>) -> Result<bool, StoreError> {
+    let client = database.pooled().await?;
+    let changed = database
+        .timed(
+            "discarding a dead letter",
+            client.execute(
+                "UPDATE dead_letters SET discarded_at = clock_timestamp(), note = $2
+                  WHERE id = $1 AND discarded_at IS NULL",
+                &[&id, &note],
+            ),
+        )
+        .await?;
+    Ok(changed == 1)
+}
+
+/// Writes the order of a dead letter as a row, its units held, payable until `expires_at`. The caller holds
+/// the units in memory. Returns false if there is no such open dead letter.
+///
+/// # Errors
+/// If the database refuses the row again or does not answer; the dead letter stays, unless the commit's
+/// answer was lost.
+pub async fn revive(
+    database: &Database,
+    lease: NodeLease,
+    id: i64,
+    expires_at: UnixMillis,
+) -> Result<bool, StoreError> {
+    let mut client = database.pooled().await?;
+    let work = async {
+        let transaction = client.transaction().await?;
+        if !fence(&transaction, lease).await? {
+            return Ok(None);
+        }
+        let row = transaction
+            .query_opt(
+                "WITH gone AS (
+                     DELETE FROM dead_letters WHERE id = $1 AND discarded_at IS NULL AND status IS NULL RETURNING *
+                 )
+                 INSERT INTO orders (order_id, user_id, sku, quantity, adjustment, amount, currency, status,
+                        created_at, expires_at, key_hash, payload_hash, attributes)
+                 SELECT order_id, user_id, sku, quantity, adjustment, amount, currency, 1,
+                        created_at, to_timestamp($2::int8 / 1000.0), key_hash, payload_hash,
+                        attributes::json
+                   FROM gone RETURNING order_id, sku, quantity",
+                &[&id, &expires_at.0],
             )
             .await?;
-        rows.iter().map(from_row).collect()
-    }
-
-    /// One dead letter.
-    ///
-    /// # Errors
-    /// If the database does not answer.
-    pub async fn dead_letter(&self, id: i64) -> Result<Option<DeadLetter>, StoreError> {
-        let client = self.pooled().await?;
-        let row = self
-            .timed(
-                "reading a dead letter",
-                client.query_opt(
-                    &format!("SELECT {COLUMNS} FROM dead_letters d JOIN sku s ON s.id = d.sku WHERE d.id = $1"),
-                    &[&id],
-                ),
-            )
-            .await?;
-        row.as_ref().map(from_row).transpose()
-    }
-
-    /// Discards a dead letter: its order stays `failed`. Returns false if there is no such open dead letter.
-    ///
-    /// # Errors
-    /// If the database does not answer.
-    pub async fn discard_dead_letter(
-        &self,
-        id: i64,
-        note: Option<&str>,
-    ) -> Result<bool, StoreError> {
-        let client = self.pooled().await?;
-        let changed = self
-            .timed(
-                "discarding a dead letter",
-                client.execute(
-                    "UPDATE dead_letters SET discarded_at = clock_timestamp(), note = $2
-                      WHERE id = $1 AND discarded_at IS NULL",
-                    &[&id, &note],
-                ),
-            )
-            .await?;
-        Ok(changed == 1)
-    }
-
-    /// Writes the order of a dead letter as a row, its units held, payable until `expires_at`. The caller holds
-    /// the units in memory. Returns false if there is no such open dead letter.
-    ///
-    /// # Errors
-    /// If the database refuses the row again or does not answer; the dead letter stays, unless the commit's
-    /// answer was lost.
-    pub async fn revive_dead_letter(
-        &self,
-        lease: NodeLease,
-        id: i64,
-        expires_at: UnixMillis,
-    ) -> Result<bool, StoreError> {
-        let mut client = self.pooled().await?;
-        let work = async {
-            let transaction = client.transaction().await?;
-            if !fence(&transaction, lease).await? {
-                return Ok(None);
-            }
-            let row = transaction
-                .query_opt(
-                    "WITH gone AS (
-                         DELETE FROM dead_letters WHERE id = $1 AND discarded_at IS NULL AND status IS NULL RETURNING *
-                     )
-                     INSERT INTO orders (order_id, user_id, sku, quantity, adjustment, amount, currency, status,
-                            created_at, expires_at, key_hash, payload_hash, attributes)
-                     SELECT order_id, user_id, sku, quantity, adjustment, amount, currency, 1,
-                            created_at, to_timestamp($2::int8 / 1000.0), key_hash, payload_hash,
-                            attributes::json
-                       FROM gone RETURNING order_id, sku, quantity",
-                    &[&id, &expires_at.0],
-                )
-                .await?;
-            let Some(row) = row else {
-                return Ok(Some(false));
-            };
-            let (order_id, sku, quantity): (i64, i32, i32) = (row.get(0), row.get(1), row.get(2));
-            transaction
-                .execute(
-                    "WITH moved AS (
-                         UPDATE sku SET held = held + $2::int8 WHERE id = $1 RETURNING total, held, sold
-                     )
-                     INSERT INTO stock_log (sku, cause, reference, held_delta, total_after, held_after, sold_after)
-                     SELECT w.sku, 'dead letter retried', $3, $2::int8, m.total, m.held, m.sold
-                       FROM (SELECT $1::int4 AS sku) w LEFT JOIN moved m ON true",
-                    &[&sku, &i64::from(quantity), &order_id.to_string()],
-                )
-                .await?;
-            // The order may be older than the orders among which a start looks for unpaid ones.
-            transaction
-                .execute(
-                    "UPDATE node SET unpaid_from = least(unpaid_from, $2), unpaid_changes = unpaid_changes + 1
-                      WHERE node = $1",
-                    &[&lease.node, &order_id],
-                )
-                .await?;
-            transaction.commit().await?;
-            Ok(Some(true))
+        let Some(row) = row else {
+            return Ok(Some(false));
         };
-        self.timed("retrying a dead letter", work)
-            .await?
-            .ok_or(StoreError::Fenced {
-                found: 0,
-                ours: lease.epoch,
-            })
-    }
+        let (order_id, sku, quantity): (i64, i32, i32) = (row.get(0), row.get(1), row.get(2));
+        transaction
+            .execute(
+                "WITH moved AS (
+                     UPDATE sku SET held = held + $2::int8 WHERE id = $1 RETURNING total, held, sold
+                 )
+                 INSERT INTO stock_log (sku, cause, reference, held_delta, total_after, held_after, sold_after)
+                 SELECT w.sku, 'dead letter retried', $3, $2::int8, m.total, m.held, m.sold
+                   FROM (SELECT $1::int4 AS sku) w LEFT JOIN moved m ON true",
+                &[&sku, &i64::from(quantity), &order_id.to_string()],
+            )
+            .await?;
+        // The order may be older than the orders among which a start looks for unpaid ones.
+        transaction
+            .execute(
+                "UPDATE node SET unpaid_from = least(unpaid_from, $2), unpaid_changes = unpaid_changes + 1
+                  WHERE node = $1",
+                &[&lease.node, &order_id],
+            )
+            .await?;
+        transaction.commit().await?;
+        Ok(Some(true))
+    };
+    database
+        .timed("retrying a dead letter", work)
+        .await?
+        .ok_or(StoreError::Fenced {
+            found: 0,
+            ours: lease.epoch,
+        })
 }

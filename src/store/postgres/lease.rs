@@ -45,190 +45,194 @@ pub struct Taken {
     pub guard: Connected,
 }
 
-impl Database {
-    /// Takes node 0 over with `shards` writers, as the one process that holds `guard`: raises the epoch, waits
-    /// until writers of an older epoch are gone, leases ids. No leased id lies before `ids_from`, nor before
-    /// the ids that the database knows of. `ids_from` is the present moment, or a later one if a predecessor
-    /// has given out ids beyond it.
-    ///
-    /// # Errors
-    /// The database's error.
-    pub async fn take_over(
-        &self,
-        mut guard: Connected,
-        shards: i16,
-        ids_from: UnixMillis,
-    ) -> Result<Taken, StoreError> {
-        const NODE: i16 = 0;
-        let transaction = guard
-            .transaction()
-            .await
-            .map_err(StoreError::statement("taking the node over"))?;
-        let doing = "taking the node over";
-        let row: Option<Row> = transaction
-            .query_opt(
-                "SELECT ids_leased_until_ms, paused FROM node WHERE node = $1 FOR UPDATE",
-                &[&NODE],
-            )
-            .await
-            .map_err(StoreError::statement(doing))?;
-        let paused = row.as_ref().is_some_and(|row| row.get(1));
-        let high_water = UnixMillis(row.map_or(0, |row| row.get(0))).max(ids_from);
-        let leased_until = high_water.plus_ms(ID_LEASE_MS);
-        let epoch: i64 = transaction
-            .query_one(
-                "INSERT INTO node (node, epoch, ids_leased_until_ms, started_at) VALUES ($1, 1, $2, now())
-                 ON CONFLICT (node) DO UPDATE SET epoch = node.epoch + 1,
-                     ids_leased_until_ms = excluded.ids_leased_until_ms, started_at = now()
-                 RETURNING epoch",
-                &[&NODE, &leased_until.0],
-            )
-            .await
-            .map_err(StoreError::statement(doing))?
-            .get(0);
-        // Waits for a predecessor's transactions, which lock their writer's row.
-        transaction
-            .execute(
-                "UPDATE writer SET epoch = $2 WHERE node = $1",
-                &[&NODE, &epoch],
-            )
-            .await
-            .map_err(StoreError::statement(
-                "waiting for the writers of an earlier process",
-            ))?;
-        transaction
-            .execute(
-                "INSERT INTO writer (node, shard, epoch) SELECT $1, s::int2, $2 FROM generate_series(0, $3::int4 - 1) s
-                 ON CONFLICT DO NOTHING",
-                &[&NODE, &epoch, &i32::from(shards)],
-            )
-            .await
-            .map_err(StoreError::statement(doing))?;
-        // Applies to all orders placed before this start, in a database that an earlier release created.
-        let identity = transaction
-            .query_one(
-                "UPDATE database_identity
-                    SET receipts_1_until_ms = coalesce(receipts_1_until_ms, $1)
-                 RETURNING uuid_send(id), receipts_1_until_ms",
-                &[&high_water.0],
-            )
-            .await
-            .map_err(StoreError::statement(doing))?;
-        let receipts = Issuer {
-            database: <[u8; 16]>::try_from(identity.get::<_, &[u8]>(0))
-                .map_err(|_| StoreError::Data("the database's identity is no UUID".to_owned()))?,
-            version_1_until: UnixMillis(identity.get(1)),
-        };
-        transaction
-            .commit()
-            .await
-            .map_err(StoreError::statement(doing))?;
-        Ok(Taken {
-            lease: NodeLease { node: NODE, epoch },
-            id_high_water: high_water,
-            ids_leased_until: leased_until,
-            paused,
-            receipts,
-            guard,
-        })
-    }
+/// Takes node 0 over with `shards` writers, as the one process that holds `guard`: raises the epoch, waits
+/// until writers of an older epoch are gone, leases ids. No leased id lies before `ids_from`, nor before
+/// the ids that the database knows of. `ids_from` is the present moment, or a later one if a predecessor
+/// has given out ids beyond it.
+///
+/// # Errors
+/// The database's error.
+pub async fn take_over(
+    mut guard: Connected,
+    shards: i16,
+    ids_from: UnixMillis,
+) -> Result<Taken, StoreError> {
+    const NODE: i16 = 0;
+    let transaction = guard
+        .transaction()
+        .await
+        .map_err(StoreError::statement("taking the node over"))?;
+    let doing = "taking the node over";
+    let row: Option<Row> = transaction
+        .query_opt(
+            "SELECT ids_leased_until_ms, paused FROM node WHERE node = $1 FOR UPDATE",
+            &[&NODE],
+        )
+        .await
+        .map_err(StoreError::statement(doing))?;
+    let paused = row.as_ref().is_some_and(|row| row.get(1));
+    let high_water = UnixMillis(row.map_or(0, |row| row.get(0))).max(ids_from);
+    let leased_until = high_water.plus_ms(ID_LEASE_MS);
+    let epoch: i64 = transaction
+        .query_one(
+            "INSERT INTO node (node, epoch, ids_leased_until_ms, started_at) VALUES ($1, 1, $2, now())
+             ON CONFLICT (node) DO UPDATE SET epoch = node.epoch + 1,
+                 ids_leased_until_ms = excluded.ids_leased_until_ms, started_at = now()
+             RETURNING epoch",
+            &[&NODE, &leased_until.0],
+        )
+        .await
+        .map_err(StoreError::statement(doing))?
+        .get(0);
+    // Waits for a predecessor's transactions, which lock their writer's row.
+    transaction
+        .execute(
+            "UPDATE writer SET epoch = $2 WHERE node = $1",
+            &[&NODE, &epoch],
+        )
+        .await
+        .map_err(StoreError::statement(
+            "waiting for the writers of an earlier process",
+        ))?;
+    transaction
+        .execute(
+            "INSERT INTO writer (node, shard, epoch) SELECT $1, s::int2, $2 FROM generate_series(0, $3::int4 - 1) s
+             ON CONFLICT DO NOTHING",
+            &[&NODE, &epoch, &i32::from(shards)],
+        )
+        .await
+        .map_err(StoreError::statement(doing))?;
+    // Applies to all orders placed before this start, in a database that an earlier release created.
+    let identity = transaction
+        .query_one(
+            "UPDATE database_identity
+                SET receipts_1_until_ms = coalesce(receipts_1_until_ms, $1)
+             RETURNING uuid_send(id), receipts_1_until_ms",
+            &[&high_water.0],
+        )
+        .await
+        .map_err(StoreError::statement(doing))?;
+    let receipts = Issuer {
+        database: <[u8; 16]>::try_from(identity.get::<_, &[u8]>(0))
+            .map_err(|_| StoreError::Data("the database's identity is no UUID".to_owned()))?,
+        version_1_until: UnixMillis(identity.get(1)),
+    };
+    transaction
+        .commit()
+        .await
+        .map_err(StoreError::statement(doing))?;
+    Ok(Taken {
+        lease: NodeLease { node: NODE, epoch },
+        id_high_water: high_water,
+        ids_leased_until: leased_until,
+        paused,
+        receipts,
+        guard,
+    })
+}
 
-    /// Makes this process the only active one on this schema, for as long as the returned connection lives.
-    /// Must come before any change, the schema's included.
-    ///
-    /// # Errors
-    /// [`StoreError::AlreadyActive`] if another process is.
-    pub async fn claim(&self) -> Result<Connected, StoreError> {
-        let guard = self.connect(GUARD_NAME).await?;
-        if self.lock_out_others(&guard).await? {
-            return Ok(guard);
-        }
-        let holder = guard
-            .query_opt(
-                "SELECT a.client_addr::text, a.backend_start::text FROM pg_locks l JOIN pg_stat_activity a USING (pid)
-                  WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
-                    AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-                    AND (l.classid::int8 << 32 | l.objid::int8) = hashtextextended($1, 0)",
-                &[&self.lock_name()],
-            )
-            .await
-            .ok()
-            .flatten()
-            .map(|row| {
-                let from = row.get::<_, Option<String>>(0).unwrap_or_else(|| "this machine".into());
-                let since = row.get::<_, Option<String>>(1).unwrap_or_else(|| "?".into());
-                format!(" (from {from}, connected since {since})")
-            });
-        Err(StoreError::AlreadyActive(holder.unwrap_or_default()))
+/// Makes this process the only active one on this schema, for as long as the returned connection lives.
+/// Must come before any change, the schema's included.
+///
+/// # Errors
+/// [`StoreError::AlreadyActive`] if another process is.
+pub async fn claim(database: &Database) -> Result<Connected, StoreError> {
+    let guard = database.connect(GUARD_NAME).await?;
+    if lock_out_others(database, &guard).await? {
+        return Ok(guard);
     }
+    let holder = guard
+        .query_opt(
+            "SELECT a.client_addr::text, a.backend_start::text FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+              WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
+                AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+                AND (l.classid::int8 << 32 | l.objid::int8) = hashtextextended($1, 0)",
+            &[&lock_name(database)],
+        )
+        .await
+        .ok()
+        .flatten()
+        .map(|row| {
+            let from = row.get::<_, Option<String>>(0).unwrap_or_else(|| "this machine".into());
+            let since = row.get::<_, Option<String>>(1).unwrap_or_else(|| "?".into());
+            format!(" (from {from}, connected since {since})")
+        });
+    Err(StoreError::AlreadyActive(holder.unwrap_or_default()))
+}
 
-    /// Tries to take the lock for this session. Returns true if it has it.
-    async fn lock_out_others(&self, session: &Connected) -> Result<bool, StoreError> {
-        self.timed("locking out other processes", async {
+/// Tries to take the lock for this session. Returns true if it has it.
+async fn lock_out_others(database: &Database, session: &Connected) -> Result<bool, StoreError> {
+    database
+        .timed("locking out other processes", async {
             session
                 .query_one(
                     "SELECT pg_try_advisory_lock(hashtextextended($1, 0))",
-                    &[&self.lock_name()],
+                    &[&lock_name(database)],
                 )
                 .await
                 .map(|row| row.get(0))
         })
         .await
-    }
+}
 
-    fn lock_name(&self) -> String {
-        format!("millrace:{}", self.schema())
-    }
+fn lock_name(database: &Database) -> String {
+    format!("millrace:{}", database.schema())
+}
 
-    /// Renews the lease of ids up to `until`, and the right to acknowledge for `acknowledge_ms` from now by the
-    /// database's clock, on a session of the caller's.
-    ///
-    /// # Errors
-    /// [`StoreError::Fenced`] if another process has taken the node over.
-    pub async fn renew_lease(
-        &self,
-        client: &Connected,
-        lease: NodeLease,
-        until: UnixMillis,
-        acknowledge_ms: u64,
-    ) -> Result<(), StoreError> {
-        let acknowledge_ms = i64::try_from(acknowledge_ms).unwrap_or(i64::MAX);
-        let renewed = self
-            .timed(
-                "renewing the lease on order ids",
-                client.execute(
-                    "UPDATE node SET ids_leased_until_ms = greatest(ids_leased_until_ms, $3),
-                            lease_until = clock_timestamp() + $4::int8 * interval '1 millisecond', lease_ms = $4
-                      WHERE node = $1 AND epoch = $2",
-                    &[&lease.node, &lease.epoch, &until.0, &acknowledge_ms],
-                ),
-            )
-            .await?;
-        if renewed == 1 {
-            return Ok(());
-        }
-        let found = self
-            .timed(
-                "reading the node's epoch",
-                client.query_opt("SELECT epoch FROM node WHERE node = $1", &[&lease.node]),
-            )
-            .await?
-            .map_or(0, |row| row.get(0));
-        Err(StoreError::Fenced {
-            found,
-            ours: lease.epoch,
-        })
+/// Renews the lease of ids up to `until`, and the right to acknowledge for `acknowledge_ms` from now by the
+/// database's clock, on a session of the caller's.
+///
+/// # Errors
+/// [`StoreError::Fenced`] if another process has taken the node over.
+pub async fn renew(
+    database: &Database,
+    client: &Connected,
+    lease: NodeLease,
+    until: UnixMillis,
+    acknowledge_ms: u64,
+) -> Result<(), StoreError> {
+    let acknowledge_ms = i64::try_from(acknowledge_ms).unwrap_or(i64::MAX);
+    let renewed = database
+        .timed(
+            "renewing the lease on order ids",
+            client.execute(
+                "UPDATE node SET ids_leased_until_ms = greatest(ids_leased_until_ms, $3),
+                        lease_until = clock_timestamp() + $4::int8 * interval '1 millisecond', lease_ms = $4
+                  WHERE node = $1 AND epoch = $2",
+                &[&lease.node, &lease.epoch, &until.0, &acknowledge_ms],
+            ),
+        )
+        .await?;
+    if renewed == 1 {
+        return Ok(());
     }
+    let found = database
+        .timed(
+            "reading the node's epoch",
+            client.query_opt("SELECT epoch FROM node WHERE node = $1", &[&lease.node]),
+        )
+        .await?
+        .map_or(0, |row| row.get(0));
+    Err(StoreError::Fenced {
+        found,
+        ours: lease.epoch,
+    })
+}
 
-    /// At a clean stop, returns the leased ids beyond `used`; or records `used` if ids were leased in the
-    /// journal while the database was away.
-    ///
-    /// # Errors
-    /// If the database does not answer; the next process then starts its ids a little later.
-    pub async fn return_lease(&self, lease: NodeLease, used: UnixMillis) -> Result<(), StoreError> {
-        let client = self.pooled().await?;
-        let used = used.plus_ms(1_000);
-        self.timed(
+/// At a clean stop, returns the leased ids beyond `used`; or records `used` if ids were leased in the
+/// journal while the database was away.
+///
+/// # Errors
+/// If the database does not answer; the next process then starts its ids a little later.
+pub async fn give_back(
+    database: &Database,
+    lease: NodeLease,
+    used: UnixMillis,
+) -> Result<(), StoreError> {
+    let client = database.pooled().await?;
+    let used = used.plus_ms(1_000);
+    database
+        .timed(
             "giving the lease on order ids back",
             client.execute(
                 "UPDATE node SET ids_leased_until_ms = $3 WHERE node = $1 AND epoch = $2",
@@ -237,7 +241,6 @@ impl Database {
         )
         .await
         .map(|_| ())
-    }
 }
 
 /// The session that keeps other processes away from the database and renews the leases. Nothing else uses it,
@@ -292,7 +295,7 @@ impl NodeGuard {
         if self.session.is_none() {
             let session = self.database.connect(GUARD_NAME).await?;
             self.locked = false;
-            let free = self.database.lock_out_others(&session).await?;
+            let free = lock_out_others(&self.database, &session).await?;
             self.locked = free || self.replace_own(&session).await?;
             if self.locked {
                 self.mark = mark(&self.database, &session).await?;
@@ -327,7 +330,7 @@ impl NodeGuard {
             return Ok(false);
         }
         for _ in 0..UNLOCK_LOOKS {
-            if self.database.lock_out_others(session).await? {
+            if lock_out_others(&self.database, session).await? {
                 return Ok(true);
             }
             tokio::time::sleep(UNLOCK_LOOK).await;
@@ -335,11 +338,11 @@ impl NodeGuard {
         Ok(false)
     }
 
-    /// Renews as [`Database::renew_lease`] does, on this session. A lost session is re-established first; a
-    /// failed renewal counts as a lost session.
+    /// Renews as [`renew`] does, on this session. A lost session is re-established first; a failed renewal
+    /// counts as a lost session.
     ///
     /// # Errors
-    /// Those of [`Database::renew_lease`].
+    /// Those of [`renew`].
     pub async fn renew(
         &mut self,
         lease: NodeLease,
@@ -351,14 +354,12 @@ impl NodeGuard {
             return Ok(());
         };
         let renewing = async {
-            if !self.locked && self.database.lock_out_others(session).await? {
+            if !self.locked && lock_out_others(&self.database, session).await? {
                 self.locked = true;
                 self.mark = mark(&self.database, session).await?;
                 tracing::info!("this process holds the lock on the database again");
             }
-            self.database
-                .renew_lease(session, lease, until, acknowledge_ms)
-                .await
+            renew(&self.database, session, lease, until, acknowledge_ms).await
         };
         let renewed = renewing.await;
         if !matches!(renewed, Ok(()) | Err(StoreError::Fenced { .. })) {

@@ -8,14 +8,18 @@
 //! * [`lease`]: the right to write, and the lease of order ids;
 //! * [`order_log`]: the database's record of the order log;
 //! * `by_key`: reads by primary key, whose cost does not depend on the size of the table;
-//! * [`recovery`] and [`window`]: reading SKUs and orders back into memory at start-up;
+//! * [`window`]: reading orders back into memory at start-up;
 //! * [`orders`]: look-ups of orders; [`transitions`]: cancellation and other ends of orders;
 //! * [`payments`]: lists of payments, and orphans that are due for a check;
+//! * [`parked`]: orders of SKUs whose counters the database refuses;
 //! * [`dead_letters`]: orders that the database refused, their retry and discarding;
-//! * [`skus`]: administration of SKUs;
-//! * [`replication`]: synchronous replication, and holders of old row versions;
+//! * [`skus`]: reading and administration of SKUs;
+//! * [`replication`]: replication to standbys, and holders of old row versions;
 //! * [`audit`]: recomputes every promise that the database can show;
 //! * [`pruning`]: deletes rows past their retention.
+//!
+//! [`Database`] has the methods that all of them need. The rest are functions of their module, with the database
+//! as first parameter: `orders::find(&database, id)`.
 
 pub mod audit;
 mod by_key;
@@ -28,9 +32,7 @@ pub mod orders;
 pub mod parked;
 pub mod payments;
 pub mod pooling;
-mod present;
 pub mod pruning;
-pub mod recovery;
 pub mod replication;
 pub mod skus;
 mod tls;

@@ -1,12 +1,10 @@
 //! The database's record of the order log: the log that may hold acknowledged orders which are not rows yet, the
-//! place up to which they are settled, the end of its process's right to acknowledge, and the progress of workers
-//! and standbys.
+//! place up to which they are settled, the end of its process's right to acknowledge, and the progress of workers.
 
 use tokio_postgres::types::ToSql;
 
 use super::{Connected, Database, NodeLease};
 use crate::order::log_place::{Place, Position};
-use crate::order::{OrderId, OrderStatus};
 use crate::store::StoreError;
 
 /// A renewal of the right to acknowledge, distinguishable from every other renewal.
@@ -43,243 +41,182 @@ pub struct NotedLog {
     pub renewal: Option<Renewal>,
 }
 
-impl Database {
-    /// The recorded log, read on the connection of [`Database::claim`].
-    ///
-    /// # Errors
-    /// If the database does not answer.
-    pub async fn noted_log(&self, guard: &Connected) -> Result<Option<NotedLog>, StoreError> {
-        let row = self
-            .timed(
-                "reading which order log is in use",
-                guard.query_opt(
-                    "SELECT replace(journal_id::text, '-', ''), journal_in_use, epoch, lease_until::text, lease_ms,
-                            coalesce(log_title, 'the journal'), log_epoch, log_number, log_offset
-                       FROM node WHERE node = 0 AND journal_id IS NOT NULL",
-                    &[],
-                ),
-            )
-            .await?;
-        let unsigned = |at: i64| u64::try_from(at).unwrap_or(0);
-        Ok(row.map(|row| NotedLog {
-            name: row.get(0),
-            title: row.get(5),
-            in_use: row.get(1),
-            place: row.get::<_, Option<i64>>(6).map(|epoch| Position {
-                place: Place {
-                    epoch: unsigned(epoch),
-                    number: unsigned(row.get::<_, Option<i64>>(7).unwrap_or(0)),
-                },
-                offset: unsigned(row.get::<_, Option<i64>>(8).unwrap_or(0)),
-            }),
-            renewal: row.get::<_, Option<String>>(3).map(|until| Renewal {
-                of: (row.get(2), until),
-                lease_ms: row
-                    .get::<_, Option<i64>>(4)
-                    .and_then(|ms| u64::try_from(ms).ok()),
-            }),
-        }))
-    }
-
-    /// Records that `log` is in use by the holder of `lease`, before it acknowledges anything. `place`:
-    /// every order up to there is settled.
-    ///
-    /// # Errors
-    /// [`StoreError::Fenced`] if another process has taken the node over.
-    pub async fn note_log(
-        &self,
-        lease: NodeLease,
-        log: &LogName,
-        place: Option<Position>,
-    ) -> Result<(), StoreError> {
-        let [epoch, number, offset] = columns(place);
-        self.set_log(
-            lease,
-            "UPDATE node SET journal_id = $3::text::uuid, journal_in_use = true, log_title = $4, log_epoch = $5,
-                    log_number = $6, log_offset = $7
-              WHERE node = $1 AND epoch = $2",
-            &[&log.id, &log.title, &epoch, &number, &offset],
-        )
-        .await
-    }
-
-    /// Records the place up to which every order in a broker's log is settled, on the server of this timeline.
-    ///
-    /// # Errors
-    /// [`StoreError::Fenced`] if another process has taken the node over, or the server has another timeline.
-    pub async fn note_place(
-        &self,
-        lease: NodeLease,
-        place: Position,
-        timeline: &str,
-    ) -> Result<(), StoreError> {
-        let [epoch, number, offset] = columns(Some(place));
-        self.set_log(
-            lease,
-            "UPDATE node SET log_epoch = $3, log_number = $4, log_offset = $5
-              WHERE node = $1 AND epoch = $2 AND left(pg_walfile_name(pg_current_wal_insert_lsn()), 8) = $6",
-            &[&epoch, &number, &offset, &timeline],
-        )
-        .await
-    }
-
-    /// Records that every order of the log `name` is settled, up to `place`, and that nothing more is acknowledged;
-    /// on the server of this timeline.
-    ///
-    /// # Errors
-    /// [`StoreError::Fenced`] if another process has taken the node over, or the server has another timeline.
-    pub async fn release_log(
-        &self,
-        lease: NodeLease,
-        name: &str,
-        place: Option<Position>,
-        timeline: &str,
-    ) -> Result<(), StoreError> {
-        let [epoch, number, offset] = columns(place);
-        self.set_log(
-            lease,
-            "UPDATE node SET journal_in_use = false, lease_until = clock_timestamp(), log_epoch = $5, log_number = $6,
-                    log_offset = $7
-              WHERE node = $1 AND epoch = $2 AND journal_id = $3::text::uuid
-                AND left(pg_walfile_name(pg_current_wal_insert_lsn()), 8) = $4",
-            &[&name, &timeline, &epoch, &number, &offset],
-        )
-        .await
-    }
-
-    async fn set_log(
-        &self,
-        lease: NodeLease,
-        sql: &str,
-        values: &[&(dyn ToSql + Sync)],
-    ) -> Result<(), StoreError> {
-        let of: [&(dyn ToSql + Sync); 2] = [&lease.node, &lease.epoch];
-        let values: Vec<_> = of.iter().chain(values).copied().collect();
-        let client = self.pooled().await?;
-        let changed = self
-            .timed(
-                "noting which order log is in use",
-                client.execute(sql, &values),
-            )
-            .await?;
-        if changed == 1 {
-            return Ok(());
-        }
-        Err(StoreError::Fenced {
-            found: 0,
-            ours: lease.epoch,
-        })
-    }
-
-    /// Gives up the orders that the recorded log may still hold, at an operator's decision, and fences its
-    /// process. Runs on the connection of [`Database::claim`]. Returns false, with nothing changed, if the
-    /// right to acknowledge was renewed since `noted` was read.
-    ///
-    /// # Errors
-    /// If the database does not answer.
-    pub async fn abandon_log(
-        &self,
-        guard: &Connected,
-        noted: &NotedLog,
-    ) -> Result<bool, StoreError> {
-        let of = noted.renewal.as_ref().map(|renewal| &renewal.of);
-        let (epoch, until) = (of.map(|of| of.0), of.map(|of| of.1.as_str()));
-        self.timed(
-            "abandoning the order log",
-            guard.execute(
-                "UPDATE node SET journal_in_use = false, epoch = epoch + 1, log_epoch = NULL, log_number = NULL,
-                        log_offset = NULL
-                  WHERE node = 0 AND lease_until IS NOT DISTINCT FROM $2::text::timestamptz
-                    AND epoch = coalesce($1, epoch)",
-                &[&epoch, &until],
+/// The recorded log, read on the connection of [`lease::claim`](super::lease::claim).
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn noted(database: &Database, guard: &Connected) -> Result<Option<NotedLog>, StoreError> {
+    let row = database
+        .timed(
+            "reading which order log is in use",
+            guard.query_opt(
+                "SELECT replace(journal_id::text, '-', ''), journal_in_use, epoch, lease_until::text, lease_ms,
+                        coalesce(log_title, 'the journal'), log_epoch, log_number, log_offset
+                   FROM node WHERE node = 0 AND journal_id IS NOT NULL",
+                &[],
             ),
         )
-        .await
-        .map(|changed| changed == 1)
-    }
+        .await?;
+    let unsigned = |at: i64| u64::try_from(at).unwrap_or(0);
+    Ok(row.map(|row| NotedLog {
+        name: row.get(0),
+        title: row.get(5),
+        in_use: row.get(1),
+        place: row.get::<_, Option<i64>>(6).map(|epoch| Position {
+            place: Place {
+                epoch: unsigned(epoch),
+                number: unsigned(row.get::<_, Option<i64>>(7).unwrap_or(0)),
+            },
+            offset: unsigned(row.get::<_, Option<i64>>(8).unwrap_or(0)),
+        }),
+        renewal: row.get::<_, Option<String>>(3).map(|until| Renewal {
+            of: (row.get(2), until),
+            lease_ms: row
+                .get::<_, Option<i64>>(4)
+                .and_then(|ms| u64::try_from(ms).ok()),
+        }),
+    }))
+}
 
-    /// Those of these orders that are payable in the database.
-    ///
-    /// # Errors
-    /// If the database does not answer.
-    pub async fn payable_among(&self, ids: &[OrderId]) -> Result<Vec<OrderId>, StoreError> {
-        let client = self.pooled().await?;
-        let ids: Vec<i64> = ids.iter().map(|id| id.as_i64()).collect();
-        let payable = OrderStatus::PendingPayment.code();
-        let rows = self
-            .timed(
-                "looking which orders are payable",
-                client.query(
-                    "SELECT order_id FROM orders WHERE order_id = ANY ($1) AND status = $2",
-                    &[&ids, &payable],
-                ),
-            )
-            .await?;
-        Ok(rows
-            .iter()
-            .filter_map(|row| OrderId::from_i64(row.get(0)))
-            .collect())
-    }
+/// Records that `log` is in use by the holder of `lease`, before it acknowledges anything. `place`:
+/// every order up to there is settled.
+///
+/// # Errors
+/// [`StoreError::Fenced`] if another process has taken the node over.
+pub async fn note(
+    database: &Database,
+    lease: NodeLease,
+    log: &LogName,
+    place: Option<Position>,
+) -> Result<(), StoreError> {
+    let [epoch, number, offset] = columns(place);
+    set(
+        database,
+        lease,
+        "UPDATE node SET journal_id = $3::text::uuid, journal_in_use = true, log_title = $4, log_epoch = $5,
+                log_number = $6, log_offset = $7
+          WHERE node = $1 AND epoch = $2",
+        &[&log.id, &log.title, &epoch, &number, &offset],
+    )
+    .await
+}
 
-    /// The timeline of the server's write-ahead log, as eight hexadecimal digits. It changes when a
-    /// standby is promoted.
-    ///
-    /// # Errors
-    /// If the database does not answer.
-    pub async fn timeline(&self) -> Result<String, StoreError> {
-        let client = self.pooled().await?;
-        let row = self
-            .timed(
-                "asking for the timeline",
-                client.query_one(
-                    "SELECT left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)",
-                    &[],
-                ),
-            )
-            .await?;
-        Ok(row.get(0))
-    }
+/// Records the place up to which every order in a broker's log is settled, on the server of this timeline.
+///
+/// # Errors
+/// [`StoreError::Fenced`] if another process has taken the node over, or the server has another timeline.
+pub async fn note_place(
+    database: &Database,
+    lease: NodeLease,
+    place: Position,
+    timeline: &str,
+) -> Result<(), StoreError> {
+    let [epoch, number, offset] = columns(Some(place));
+    set(
+        database,
+        lease,
+        "UPDATE node SET log_epoch = $3, log_number = $4, log_offset = $5
+          WHERE node = $1 AND epoch = $2 AND left(pg_walfile_name(pg_current_wal_insert_lsn()), 8) = $6",
+        &[&epoch, &number, &offset, &timeline],
+    )
+    .await
+}
 
-    /// The number of each worker's last batch, by worker.
-    ///
-    /// # Errors
-    /// If the database does not answer.
-    pub async fn batches(&self, lease: NodeLease) -> Result<Vec<(i16, i64)>, StoreError> {
-        let client = self.pooled().await?;
-        let rows = self
-            .timed(
-                "reading the workers' batch numbers",
-                client.query(
-                    "SELECT shard, batch FROM writer WHERE node = $1",
-                    &[&lease.node],
-                ),
-            )
-            .await?;
-        Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
-    }
+/// Records that every order of the log `name` is settled, up to `place`, and that nothing more is acknowledged;
+/// on the server of this timeline.
+///
+/// # Errors
+/// [`StoreError::Fenced`] if another process has taken the node over, or the server has another timeline.
+pub async fn release(
+    database: &Database,
+    lease: NodeLease,
+    name: &str,
+    place: Option<Position>,
+    timeline: &str,
+) -> Result<(), StoreError> {
+    let [epoch, number, offset] = columns(place);
+    set(
+        database,
+        lease,
+        "UPDATE node SET journal_in_use = false, lease_until = clock_timestamp(), log_epoch = $5, log_number = $6,
+                log_offset = $7
+          WHERE node = $1 AND epoch = $2 AND journal_id = $3::text::uuid
+            AND left(pg_walfile_name(pg_current_wal_insert_lsn()), 8) = $4",
+        &[&name, &timeline, &epoch, &number, &offset],
+    )
+    .await
+}
 
-    /// The LSN up to which the write-ahead log is written, and the LSN that the standbys of all `slots` have
-    /// confirmed, in bytes; `None` if a slot does not exist or has confirmed nothing yet.
-    ///
-    /// # Errors
-    /// If the database does not answer.
-    pub async fn wal_progress(&self, slots: &[String]) -> Result<(u64, Option<u64>), StoreError> {
-        let client = self.pooled().await?;
-        let row = self
-            .timed(
-                "asking how far the standbys are",
-                client.query_one(
-                    "SELECT (pg_current_wal_insert_lsn() - '0/0')::int8,
-                            (SELECT CASE WHEN count(restart_lsn) = cardinality($1::text[])
-                                         THEN (min(restart_lsn) - '0/0')::int8 END
-                               FROM pg_replication_slots WHERE slot_name = ANY ($1::text[]))",
-                    &[&slots],
-                ),
-            )
-            .await?;
-        let place = |at: i64| u64::try_from(at).unwrap_or(0);
-        Ok((place(row.get(0)), row.get::<_, Option<i64>>(1).map(place)))
+async fn set(
+    database: &Database,
+    lease: NodeLease,
+    sql: &str,
+    values: &[&(dyn ToSql + Sync)],
+) -> Result<(), StoreError> {
+    let of: [&(dyn ToSql + Sync); 2] = [&lease.node, &lease.epoch];
+    let values: Vec<_> = of.iter().chain(values).copied().collect();
+    let client = database.pooled().await?;
+    let changed = database
+        .timed(
+            "noting which order log is in use",
+            client.execute(sql, &values),
+        )
+        .await?;
+    if changed == 1 {
+        return Ok(());
     }
+    Err(StoreError::Fenced {
+        found: 0,
+        ours: lease.epoch,
+    })
+}
+
+/// Gives up the orders that the recorded log may still hold, at an operator's decision, and fences its
+/// process. Runs on the connection of [`lease::claim`](super::lease::claim). Returns false, with nothing changed, if the
+/// right to acknowledge was renewed since `noted` was read.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn abandon(
+    database: &Database,
+    guard: &Connected,
+    noted: &NotedLog,
+) -> Result<bool, StoreError> {
+    let of = noted.renewal.as_ref().map(|renewal| &renewal.of);
+    let (epoch, until) = (of.map(|of| of.0), of.map(|of| of.1.as_str()));
+    database.timed(
+        "abandoning the order log",
+        guard.execute(
+            "UPDATE node SET journal_in_use = false, epoch = epoch + 1, log_epoch = NULL, log_number = NULL,
+                    log_offset = NULL
+              WHERE node = 0 AND lease_until IS NOT DISTINCT FROM $2::text::timestamptz
+                AND epoch = coalesce($1, epoch)",
+            &[&epoch, &until],
+        ),
+    )
+    .await
+    .map(|changed| changed == 1)
+}
+
+/// The number of each worker's last batch, by worker.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn worker_batches(
+    database: &Database,
+    lease: NodeLease,
+) -> Result<Vec<(i16, i64)>, StoreError> {
+    let client = database.pooled().await?;
+    let rows = database
+        .timed(
+            "reading the workers' batch numbers",
+            client.query(
+                "SELECT shard, batch FROM writer WHERE node = $1",
+                &[&lease.node],
+            ),
+        )
+        .await?;
+    Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
 }
 
 /// A place as the columns of `node` have it: epoch, number, offset.

@@ -7,8 +7,7 @@ use tokio_postgres::Row;
 
 use super::{Database, NodeLease};
 use crate::order::{
-    Currency, KeyHash, Order, OrderId, OrderStatus, PayloadHash, Quantity, SkuId, SkuNumber,
-    UnixMillis, UserId,
+    Currency, KeyHash, Order, OrderId, PayloadHash, Quantity, SkuId, SkuNumber, UnixMillis, UserId,
 };
 use crate::store::StoreError;
 
@@ -25,7 +24,7 @@ const COLUMNS: &str = "p.order_id, p.user_id, s.sku_id, p.sku, p.quantity, p.adj
     (extract(epoch FROM p.created_at) * 1000)::int8, (extract(epoch FROM p.expires_at) * 1000)::int8,
     decode(replace(p.key_hash::text, '-', ''), 'hex'), p.payload_hash, p.attributes::text";
 
-fn order_from_row(row: &Row) -> Result<Order, StoreError> {
+fn from_row(row: &Row) -> Result<Order, StoreError> {
     let raw: i64 = row.get(0);
     let wrong = |what: &str| StoreError::Data(format!("parked order {raw}: {what}"));
     let quantity = u32::try_from(row.get::<_, i32>(4)).ok();
@@ -51,189 +50,126 @@ fn order_from_row(row: &Row) -> Result<Order, StoreError> {
     })
 }
 
-impl Database {
-    /// Parked orders by SKU, without SKUs that have none.
-    ///
-    /// # Errors
-    /// If the database does not answer.
-    pub async fn parked_by_sku(&self) -> Result<BTreeMap<SkuNumber, ParkedOf>, StoreError> {
-        let client = self.pooled().await?;
-        let rows = client
-            .query(
-                "SELECT sku, count(*), sum(quantity)::int8 FROM parked_orders GROUP BY sku",
-                &[],
-            )
-            .await
-            .map_err(StoreError::statement("counting parked orders"))?;
-        let count = |row: &Row, at| u64::try_from(row.get::<_, i64>(at)).unwrap_or(0);
-        Ok(rows
-            .iter()
-            .map(|row| {
-                let (orders, units) = (count(row, 1), count(row, 2));
-                (SkuNumber(row.get(0)), ParkedOf { orders, units })
-            })
-            .collect())
-    }
+/// Parked orders by SKU, without SKUs that have none.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn by_sku(database: &Database) -> Result<BTreeMap<SkuNumber, ParkedOf>, StoreError> {
+    let client = database.pooled().await?;
+    let rows = client
+        .query(
+            "SELECT sku, count(*), sum(quantity)::int8 FROM parked_orders GROUP BY sku",
+            &[],
+        )
+        .await
+        .map_err(StoreError::statement("counting parked orders"))?;
+    let count = |row: &Row, at| u64::try_from(row.get::<_, i64>(at)).unwrap_or(0);
+    Ok(rows
+        .iter()
+        .map(|row| {
+            let (orders, units) = (count(row, 1), count(row, 2));
+            (SkuNumber(row.get(0)), ParkedOf { orders, units })
+        })
+        .collect())
+}
 
-    /// Parked orders of a SKU, at most `limit`, the oldest first.
-    ///
-    /// # Errors
-    /// If the database does not answer.
-    pub async fn parked_of(&self, sku: SkuNumber, limit: i64) -> Result<Vec<Order>, StoreError> {
-        let client = self.pooled().await?;
-        let sql = format!(
-            "SELECT {COLUMNS} FROM parked_orders p JOIN sku s ON s.id = p.sku
-              WHERE p.sku = $1 ORDER BY p.order_id LIMIT $2"
-        );
-        let rows = self
-            .timed(
-                "reading parked orders",
-                client.query(&sql, &[&sku.0, &limit]),
-            )
-            .await?;
-        rows.iter().map(order_from_row).collect()
-    }
+/// Parked orders of a SKU, at most `limit`, the oldest first.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn of_sku(
+    database: &Database,
+    sku: SkuNumber,
+    limit: i64,
+) -> Result<Vec<Order>, StoreError> {
+    let client = database.pooled().await?;
+    let sql = format!(
+        "SELECT {COLUMNS} FROM parked_orders p JOIN sku s ON s.id = p.sku
+          WHERE p.sku = $1 ORDER BY p.order_id LIMIT $2"
+    );
+    let rows = database
+        .timed(
+            "reading parked orders",
+            client.query(&sql, &[&sku.0, &limit]),
+        )
+        .await?;
+    rows.iter().map(from_row).collect()
+}
 
-    /// Parked orders whose payment deadline is at or before `now`, at most `limit`, after the position `after`
-    /// in the order of deadline and id.
-    ///
-    /// # Errors
-    /// If the database does not answer.
-    pub async fn parked_due(
-        &self,
-        now: UnixMillis,
-        after: (UnixMillis, i64),
-        limit: i64,
-    ) -> Result<Vec<Order>, StoreError> {
-        let client = self.pooled().await?;
-        let sql = format!(
-            "SELECT {COLUMNS} FROM parked_orders p JOIN sku s ON s.id = p.sku
-              WHERE p.expires_at <= to_timestamp($1::int8 / 1000.0)
-                AND (p.expires_at, p.order_id) > (to_timestamp($2::int8 / 1000.0), $3)
-              ORDER BY p.expires_at, p.order_id LIMIT $4"
-        );
-        let rows = self
-            .timed(
-                "reading parked orders",
-                client.query(&sql, &[&now.0, &after.0.0, &after.1, &limit]),
-            )
-            .await?;
-        rows.iter().map(order_from_row).collect()
-    }
+/// Parked orders whose payment deadline is at or before `now`, at most `limit`, after the position `after`
+/// in the order of deadline and id.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn due(
+    database: &Database,
+    now: UnixMillis,
+    after: (UnixMillis, i64),
+    limit: i64,
+) -> Result<Vec<Order>, StoreError> {
+    let client = database.pooled().await?;
+    let sql = format!(
+        "SELECT {COLUMNS} FROM parked_orders p JOIN sku s ON s.id = p.sku
+          WHERE p.expires_at <= to_timestamp($1::int8 / 1000.0)
+            AND (p.expires_at, p.order_id) > (to_timestamp($2::int8 / 1000.0), $3)
+          ORDER BY p.expires_at, p.order_id LIMIT $4"
+    );
+    let rows = database
+        .timed(
+            "reading parked orders",
+            client.query(&sql, &[&now.0, &after.0.0, &after.1, &limit]),
+        )
+        .await?;
+    rows.iter().map(from_row).collect()
+}
 
-    /// Whether an order is parked.
-    ///
-    /// # Errors
-    /// If the database does not answer.
-    pub async fn is_parked(&self, id: OrderId) -> Result<bool, StoreError> {
-        let client = self.pooled().await?;
-        let row = self
-            .timed(
-                "looking for a parked order",
-                client.query_opt(
-                    "SELECT FROM parked_orders WHERE order_id = $1",
-                    &[&id.as_i64()],
-                ),
-            )
-            .await?;
-        Ok(row.is_some())
-    }
+/// Whether an order is parked.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn contains(database: &Database, id: OrderId) -> Result<bool, StoreError> {
+    let client = database.pooled().await?;
+    let row = database
+        .timed(
+            "looking for a parked order",
+            client.query_opt(
+                "SELECT FROM parked_orders WHERE order_id = $1",
+                &[&id.as_i64()],
+            ),
+        )
+        .await?;
+    Ok(row.is_some())
+}
 
-    /// Turns a parked order into a dead letter, because the database refuses its row. Returns false if it is
-    /// not parked any more.
-    ///
-    /// # Errors
-    /// If the database does not answer.
-    pub async fn dead_letter_parked(
-        &self,
-        lease: NodeLease,
-        id: OrderId,
-        sqlstate: &str,
-        reason: &str,
-    ) -> Result<bool, StoreError> {
-        let client = self.pooled().await?;
-        let dead_lettered = self
-            .timed(
-                "writing a dead letter",
-                client.execute(
-                    "WITH gone AS (
-                         DELETE FROM parked_orders WHERE order_id = $1
-                            AND EXISTS (SELECT FROM node WHERE node = $4 AND epoch = $5 FOR SHARE) RETURNING *
-                     )
-                     INSERT INTO dead_letters (order_id, user_id, sku, quantity, adjustment, amount, currency,
-                            created_at, expires_at, key_hash, payload_hash, attributes, sqlstate, reason)
-                     SELECT order_id, user_id, sku, quantity, adjustment, amount, currency,
-                            created_at, expires_at, key_hash, payload_hash, attributes::text, $2, $3
-                       FROM gone",
-                    &[&id.as_i64(), &sqlstate, &reason, &lease.node, &lease.epoch],
-                ),
-            )
-            .await?;
-        Ok(dead_lettered == 1)
-    }
-
-    /// Tries to move a SKU's counters by `units` and rolls back. Returns the database's reason if it refuses
-    /// them.
-    ///
-    /// # Errors
-    /// If the database does not answer.
-    pub async fn try_counters(
-        &self,
-        sku: SkuNumber,
-        units: u32,
-    ) -> Result<Option<String>, StoreError> {
-        let mut client = self.pooled().await?;
-        let work = async {
-            let transaction = client.transaction().await?;
-            let tried = transaction
-                .execute(
-                    "UPDATE sku SET held = held + $2::int8 WHERE id = $1",
-                    &[&sku.0, &i64::from(units)],
-                )
-                .await;
-            transaction.rollback().await?;
-            Ok(tried)
-        };
-        match self.timed("trying a stock counter", work).await? {
-            Ok(0) => Ok(Some("there is no such row in sku".to_owned())),
-            Ok(_) => Ok(None),
-            Err(error) if crate::store::error::refuses_row(&error) => {
-                Ok(Some(crate::store::error::chain(&error)))
-            }
-            Err(error) => Err(StoreError::statement("trying a stock counter")(error)),
-        }
-    }
-
-    /// Units that unpaid rows of these SKUs hold, whatever `sku.held` says. `window_floor`: the lowest id of
-    /// the idempotency window.
-    ///
-    /// # Errors
-    /// If the database does not answer.
-    pub async fn held_by_rows(
-        &self,
-        lease: NodeLease,
-        window_floor: OrderId,
-        skus: &[SkuNumber],
-    ) -> Result<BTreeMap<SkuNumber, u64>, StoreError> {
-        let client = self.pooled().await?;
-        let skus: Vec<i32> = skus.iter().map(|sku| sku.0).collect();
-        let unpaid = OrderStatus::PendingPayment.code();
-        // Without a step timeout, because there may be many.
-        let rows = client
-            .query(
-                "SELECT sku, sum(quantity)::int8 FROM orders
-                  WHERE order_id >= (SELECT least(unpaid_from, $2) FROM node WHERE node = $1)
-                    AND status = $3 AND sku = ANY ($4) GROUP BY sku",
-                &[&lease.node, &window_floor.as_i64(), &unpaid, &skus],
-            )
-            .await
-            .map_err(StoreError::statement("adding up what unpaid orders hold"))?;
-        Ok(rows
-            .iter()
-            .map(|row| {
-                let units = u64::try_from(row.get::<_, i64>(1)).unwrap_or(0);
-                (SkuNumber(row.get(0)), units)
-            })
-            .collect())
-    }
+/// Turns a parked order into a dead letter, because the database refuses its row. Returns false if it is
+/// not parked any more.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn make_dead_letter(
+    database: &Database,
+    lease: NodeLease,
+    id: OrderId,
+    sqlstate: &str,
+    reason: &str,
+) -> Result<bool, StoreError> {
+    let client = database.pooled().await?;
+    let dead_lettered = database
+        .timed(
+            "writing a dead letter",
+            client.execute(
+                "WITH gone AS (
+                     DELETE FROM parked_orders WHERE order_id = $1
+                        AND EXISTS (SELECT FROM node WHERE node = $4 AND epoch = $5 FOR SHARE) RETURNING *
+                 )
+                 INSERT INTO dead_letters (order_id, user_id, sku, quantity, adjustment, amount, currency,
+                        created_at, expires_at, key_hash, payload_hash, attributes, sqlstate, reason)
+                 SELECT order_id, user_id, sku, quantity, adjustment, amount, currency,
+                        created_at, expires_at, key_hash, payload_hash, attributes::text, $2, $3
+                   FROM gone",
+                &[&id.as_i64(), &sqlstate, &reason, &lease.node, &lease.epoch],
+            ),
+        )
+        .await?;
+    Ok(dead_lettered == 1)
 }

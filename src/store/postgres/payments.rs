@@ -1,10 +1,8 @@
 //! Payments in the database: lists for an operator, and the orphans that are due for a check.
 
-use futures_util::{StreamExt, pin_mut};
 use tokio_postgres::Row;
-use tokio_postgres::types::ToSql;
 
-use super::{Database, NodeLease};
+use super::Database;
 use crate::order::payment::{PaymentState, Provider, RefundReason};
 use crate::order::{Currency, OrderId, UnixMillis};
 use crate::store::StoreError;
@@ -97,206 +95,177 @@ fn from_row(row: &Row) -> Result<StoredPayment, StoreError> {
     })
 }
 
-impl Database {
-    /// Payments in one of `states` with ids below `before`, newest first, at most `limit`. With
-    /// `without_order`, only payments whose order does not exist.
-    ///
-    /// # Errors
-    /// If the database does not answer.
-    pub async fn payments(
-        &self,
-        states: &[PaymentState],
-        without_order: bool,
-        before: i64,
-        limit: i64,
-    ) -> Result<Vec<StoredPayment>, StoreError> {
-        let client = self.pooled().await?;
-        let states: Vec<&str> = states.iter().map(|state| state.as_str()).collect();
-        let sql = format!(
-            "SELECT * FROM (SELECT {COLUMNS} FROM payments p WHERE p.state = ANY ($1) AND p.id < $3) p
-              WHERE NOT ($2 AND has_order) ORDER BY id DESC LIMIT $4"
-        );
-        let rows = self
-            .timed(
-                "listing payments",
-                client.query(&sql, &[&states, &without_order, &before, &limit]),
-            )
-            .await?;
-        rows.iter().map(from_row).collect()
-    }
+/// Payments in one of `states` with ids below `before`, newest first, at most `limit`. With
+/// `without_order`, only payments whose order does not exist.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn list(
+    database: &Database,
+    states: &[PaymentState],
+    without_order: bool,
+    before: i64,
+    limit: i64,
+) -> Result<Vec<StoredPayment>, StoreError> {
+    let client = database.pooled().await?;
+    let states: Vec<&str> = states.iter().map(|state| state.as_str()).collect();
+    let sql = format!(
+        "SELECT * FROM (SELECT {COLUMNS} FROM payments p WHERE p.state = ANY ($1) AND p.id < $3) p
+          WHERE NOT ($2 AND has_order) ORDER BY id DESC LIMIT $4"
+    );
+    let rows = database
+        .timed(
+            "listing payments",
+            client.query(&sql, &[&states, &without_order, &before, &limit]),
+        )
+        .await?;
+    rows.iter().map(from_row).collect()
+}
 
-    /// One payment.
-    ///
-    /// # Errors
-    /// If the database does not answer.
-    pub async fn payment(&self, id: i64) -> Result<Option<StoredPayment>, StoreError> {
-        let client = self.pooled().await?;
-        let sql = format!("SELECT {COLUMNS} FROM payments p WHERE p.id = $1");
-        let row = self
-            .timed("reading a payment", client.query_opt(&sql, &[&id]))
-            .await?;
-        row.as_ref().map(from_row).transpose()
-    }
+/// One payment.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn find(database: &Database, id: i64) -> Result<Option<StoredPayment>, StoreError> {
+    let client = database.pooled().await?;
+    let sql = format!("SELECT {COLUMNS} FROM payments p WHERE p.id = $1");
+    let row = database
+        .timed("reading a payment", client.query_opt(&sql, &[&id]))
+        .await?;
+    row.as_ref().map(from_row).transpose()
+}
 
-    /// Orphans with ids above `after` whose order exists, oldest first, at most `limit`.
-    ///
-    /// # Errors
-    /// If the database does not answer.
-    pub async fn orphans_with_order(
-        &self,
-        after: i64,
-        limit: i64,
-    ) -> Result<Vec<StoredPayment>, StoreError> {
-        let client = self.pooled().await?;
-        let sql = format!(
-            "SELECT * FROM (SELECT {COLUMNS} FROM payments p WHERE p.state = 'orphan' AND p.id > $1) p
-              WHERE has_order ORDER BY id LIMIT $2"
-        );
-        let rows = self
-            .timed("matching payments", client.query(&sql, &[&after, &limit]))
-            .await?;
-        rows.iter().map(from_row).collect()
-    }
+/// Orphans with ids above `after` whose order exists, oldest first, at most `limit`.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn orphans_with_order(
+    database: &Database,
+    after: i64,
+    limit: i64,
+) -> Result<Vec<StoredPayment>, StoreError> {
+    let client = database.pooled().await?;
+    let sql = format!(
+        "SELECT * FROM (SELECT {COLUMNS} FROM payments p WHERE p.state = 'orphan' AND p.id > $1) p
+          WHERE has_order ORDER BY id LIMIT $2"
+    );
+    let rows = database
+        .timed("matching payments", client.query(&sql, &[&after, &limit]))
+        .await?;
+    rows.iter().map(from_row).collect()
+}
 
-    /// Orphans whose check is due by `now`, the longest due first, at most `limit`. Of several orphans of one
-    /// order, only the first: its decision settles the others.
-    ///
-    /// # Errors
-    /// If the database does not answer.
-    pub async fn orphans_due(
-        &self,
-        now: UnixMillis,
-        limit: i64,
-    ) -> Result<Vec<StoredPayment>, StoreError> {
-        let client = self.pooled().await?;
-        let sql = format!(
-            "SELECT {COLUMNS} FROM payments p WHERE p.state = 'orphan' AND p.check_at <= to_timestamp($1::int8 / 1000.0)
-                AND NOT EXISTS (SELECT FROM payments e WHERE e.order_id = p.order_id AND e.state = 'orphan' AND e.id < p.id)
-              ORDER BY p.check_at LIMIT $2"
-        );
-        let rows = self
-            .timed(
-                "looking for orders of payments",
-                client.query(&sql, &[&now.0, &limit]),
-            )
-            .await?;
-        rows.iter().map(from_row).collect()
-    }
+/// Orphans whose check is due by `now`, the longest due first, at most `limit`. Of several orphans of one
+/// order, only the first: its decision settles the others.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn due_orphans(
+    database: &Database,
+    now: UnixMillis,
+    limit: i64,
+) -> Result<Vec<StoredPayment>, StoreError> {
+    let client = database.pooled().await?;
+    let sql = format!(
+        "SELECT {COLUMNS} FROM payments p WHERE p.state = 'orphan' AND p.check_at <= to_timestamp($1::int8 / 1000.0)
+            AND NOT EXISTS (SELECT FROM payments e WHERE e.order_id = p.order_id AND e.state = 'orphan' AND e.id < p.id)
+          ORDER BY p.check_at LIMIT $2"
+    );
+    let rows = database
+        .timed(
+            "looking for orders of payments",
+            client.query(&sql, &[&now.0, &limit]),
+        )
+        .await?;
+    rows.iter().map(from_row).collect()
+}
 
-    /// Records the number of checks of an orphan and the time of the next.
-    ///
-    /// # Errors
-    /// If the database does not answer.
-    pub async fn note_check(
-        &self,
-        id: i64,
-        checks: i32,
-        check_at: UnixMillis,
-    ) -> Result<(), StoreError> {
-        let client = self.pooled().await?;
-        self.timed(
+/// Records the number of checks of an orphan and the time of the next.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn note_check(
+    database: &Database,
+    id: i64,
+    checks: i32,
+    check_at: UnixMillis,
+) -> Result<(), StoreError> {
+    let client = database.pooled().await?;
+    database
+        .timed(
             "noting a check of a payment",
             client.execute(
                 "UPDATE payments SET checks = $2, check_at = to_timestamp($3::int8 / 1000.0)
-                  WHERE id = $1 AND state = 'orphan'",
+              WHERE id = $1 AND state = 'orphan'",
                 &[&id, &checks, &check_at.0],
             ),
         )
         .await
         .map(|_| ())
-    }
+}
 
-    /// Records the order of an orphan from its receipt, if the provider reported none of ours.
-    ///
-    /// # Errors
-    /// If the database does not answer.
-    pub async fn note_order(&self, id: i64, order_id: OrderId) -> Result<(), StoreError> {
-        let client = self.pooled().await?;
-        self.timed(
-            "noting the order of a payment",
-            client.execute(
-                "UPDATE payments SET order_id = $2 WHERE id = $1 AND state = 'orphan' AND order_id IS NULL",
-                &[&id, &order_id.as_i64()],
+/// Records the order of an orphan from its receipt, if the provider reported none of ours.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn note_order(database: &Database, id: i64, order_id: OrderId) -> Result<(), StoreError> {
+    let client = database.pooled().await?;
+    database.timed(
+        "noting the order of a payment",
+        client.execute(
+            "UPDATE payments SET order_id = $2 WHERE id = $1 AND state = 'orphan' AND order_id IS NULL",
+            &[&id, &order_id.as_i64()],
+        ),
+    )
+    .await
+    .map(|_| ())
+}
+
+/// The orders of orphans, each with the moment at which its first orphan counts as made.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn orphaned_orders(
+    database: &Database,
+) -> Result<Vec<(OrderId, UnixMillis)>, StoreError> {
+    let client = database.pooled().await?;
+    let rows = database
+        .timed(
+            "reading the orphan payments",
+            client.query(
+                "SELECT order_id, (extract(epoch FROM min(least(received_at, paid_at))) * 1000)::int8 FROM payments
+                  WHERE state = 'orphan' AND order_id IS NOT NULL GROUP BY order_id",
+                &[],
             ),
         )
-        .await
-        .map(|_| ())
-    }
+        .await?;
+    let pair = |row: &Row| Some((OrderId::from_i64(row.get(0))?, UnixMillis(row.get(1))));
+    Ok(rows.iter().filter_map(pair).collect())
+}
 
-    /// The orders of orphans, each with the moment at which its first orphan counts as made.
-    ///
-    /// # Errors
-    /// If the database does not answer.
-    pub async fn orphaned_orders(&self) -> Result<Vec<(OrderId, UnixMillis)>, StoreError> {
-        let client = self.pooled().await?;
-        let rows = self
-            .timed(
-                "reading the orphan payments",
-                client.query(
-                    "SELECT order_id, (extract(epoch FROM min(least(received_at, paid_at))) * 1000)::int8 FROM payments
-                      WHERE state = 'orphan' AND order_id IS NOT NULL GROUP BY order_id",
-                    &[],
-                ),
-            )
-            .await?;
-        let pair = |row: &Row| Some((OrderId::from_i64(row.get(0))?, UnixMillis(row.get(1))));
-        Ok(rows.iter().filter_map(pair).collect())
-    }
-
-    /// Number and age of open payments.
-    ///
-    /// # Errors
-    /// If the database does not answer.
-    pub async fn open_payments(&self) -> Result<OpenPayments, StoreError> {
-        let client = self.pooled().await?;
-        let row = self
-            .timed(
-                "counting open payments",
-                client.query_one(
-                    "SELECT count(*) FILTER (WHERE state = 'orphan'),
-                            (extract(epoch FROM min(received_at) FILTER (WHERE state = 'orphan')) * 1000)::int8,
-                            count(*) FILTER (WHERE state = 'refund_due'),
-                            (extract(epoch FROM min(changed_at) FILTER (WHERE state = 'refund_due')) * 1000)::int8
-                       FROM payments WHERE state IN ('orphan', 'refund_due')",
-                    &[],
-                ),
-            )
-            .await?;
-        Ok(OpenPayments {
-            orphans: row.get(0),
-            oldest_orphan: row.get::<_, Option<i64>>(1).map(UnixMillis),
-            refunds_due: row.get(2),
-            oldest_refund_due: row.get::<_, Option<i64>>(3).map(UnixMillis),
-        })
-    }
-
-    /// Unpaid orders with ids below `window_floor`, from the recorded lowest one on.
-    ///
-    /// # Errors
-    /// If the database does not answer.
-    pub async fn unpaid_below(
-        &self,
-        lease: NodeLease,
-        window_floor: OrderId,
-    ) -> Result<Vec<(OrderId, UnixMillis)>, StoreError> {
-        let doing = "looking for unpaid orders";
-        let client = self.pooled().await?;
-        let parameters: [&(dyn ToSql + Sync); 2] = [&lease.node, &window_floor.as_i64()];
-        // Without a step timeout, because there may be many.
-        let rows = client
-            .query_raw(
-                "SELECT order_id, (extract(epoch FROM expires_at) * 1000)::int8 FROM orders
-                  WHERE order_id >= (SELECT unpaid_from FROM node WHERE node = $1) AND order_id < $2 AND status = 1",
-                parameters,
-            )
-            .await
-            .map_err(StoreError::statement(doing))?;
-        pin_mut!(rows);
-        let mut found = Vec::new();
-        while let Some(row) = rows.next().await {
-            let row = row.map_err(StoreError::statement(doing))?;
-            found.extend(OrderId::from_i64(row.get(0)).map(|id| (id, UnixMillis(row.get(1)))));
-        }
-        Ok(found)
-    }
+/// Number and age of open payments.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn count_open(database: &Database) -> Result<OpenPayments, StoreError> {
+    let client = database.pooled().await?;
+    let row = database
+        .timed(
+            "counting open payments",
+            client.query_one(
+                "SELECT count(*) FILTER (WHERE state = 'orphan'),
+                        (extract(epoch FROM min(received_at) FILTER (WHERE state = 'orphan')) * 1000)::int8,
+                        count(*) FILTER (WHERE state = 'refund_due'),
+                        (extract(epoch FROM min(changed_at) FILTER (WHERE state = 'refund_due')) * 1000)::int8
+                   FROM payments WHERE state IN ('orphan', 'refund_due')",
+                &[],
+            ),
+        )
+        .await?;
+    Ok(OpenPayments {
+        orphans: row.get(0),
+        oldest_orphan: row.get::<_, Option<i64>>(1).map(UnixMillis),
+        refunds_due: row.get(2),
+        oldest_refund_due: row.get::<_, Option<i64>>(3).map(UnixMillis),
+    })
 }

@@ -41,83 +41,88 @@ struct Seen {
     young: bool,
 }
 
-impl Database {
-    /// Checks that a server session is ours for as long as we are connected.
-    ///
-    /// # Errors
-    /// [`StoreError::SharedSessions`] if a pooler shares it between transactions; otherwise the reason why the
-    /// check failed.
-    pub async fn check_session_pooling(&self) -> Result<(), StoreError> {
-        let probe = format!("{:016x}", rand::random::<u64>());
-        let ours = self.connect("millrace probe").await?;
-        let rows = self.probe(&ours, "SELECT clock_timestamp()::text").await?;
-        let began = rows.into_iter().next().unwrap_or_default();
-        self.probe(&ours, &format!("SET millrace.probe = '{probe}'"))
-            .await?;
-        let who = format!(
-            "SELECT pg_backend_pid(), coalesce(current_setting('millrace.probe', true), ''),
-                    (SELECT backend_start > '{began}' FROM pg_stat_activity WHERE pid = pg_backend_pid())"
-        );
-        let first = self.who(&ours, &who).await?;
-        let mut shared = first.probe != probe;
-        let mut held = Vec::new();
-        let mut young = 0;
-        while !shared && young < YOUNG_MIN && held.len() < HELD_MAX {
-            let other = match self.connect("millrace probe").await {
-                Ok(other) => other,
-                // A session pooler may be full by now.
-                Err(_) if !held.is_empty() => break,
-                Err(error) => return Err(error),
-            };
-            self.probe(&other, "BEGIN").await?;
-            let seen = self.who(&other, &who).await?;
-            held.push(other);
-            young += usize::from(seen.young);
-            shared = seen.process == first.process || seen.probe == probe;
-            // Only now: if `other` held the pool's last session, `ours` would wait before.
-            for _ in 0..LOOKS {
-                shared = shared || self.who(&ours, &who).await? != first;
-            }
-        }
-        for other in &held {
-            // A pooler would close the session of a client that disconnects inside a transaction.
-            let _ = self.probe(other, "ROLLBACK").await;
-        }
-        match shared {
-            true => Err(StoreError::SharedSessions),
-            false => Ok(()),
-        }
-    }
-
-    async fn who(&self, session: &Connected, question: &str) -> Result<Seen, StoreError> {
-        let mut answers = self.probe(session, question).await?.into_iter();
-        let mut next = || answers.next().unwrap_or_default();
-        Ok(Seen {
-            process: next(),
-            probe: next(),
-            young: next() == "t",
-        })
-    }
-
-    /// Sends one statement by itself, unprepared, and gives the texts of its first row.
-    async fn probe(&self, session: &Connected, sql: &str) -> Result<Vec<String>, StoreError> {
-        let doing = "looking for a connection pooler";
-        let answer = match self.timed(doing, session.simple_query(sql)).await {
-            Err(StoreError::Statement { source, .. }) if forbids_transactions(&source) => {
-                return Err(StoreError::SharedSessions);
-            }
-            answer => answer?,
+/// Checks that a server session is ours for as long as we are connected.
+///
+/// # Errors
+/// [`StoreError::SharedSessions`] if a pooler shares it between transactions; otherwise the reason why the
+/// check failed.
+pub async fn check(database: &Database) -> Result<(), StoreError> {
+    let probe = format!("{:016x}", rand::random::<u64>());
+    let ours = database.connect("millrace probe").await?;
+    let rows = send(database, &ours, "SELECT clock_timestamp()::text").await?;
+    let began = rows.into_iter().next().unwrap_or_default();
+    send(database, &ours, &format!("SET millrace.probe = '{probe}'")).await?;
+    let who = format!(
+        "SELECT pg_backend_pid(), coalesce(current_setting('millrace.probe', true), ''),
+                (SELECT backend_start > '{began}' FROM pg_stat_activity WHERE pid = pg_backend_pid())"
+    );
+    let first = seen_by(database, &ours, &who).await?;
+    let mut shared = first.probe != probe;
+    let mut held = Vec::new();
+    let mut young = 0;
+    while !shared && young < YOUNG_MIN && held.len() < HELD_MAX {
+        let other = match database.connect("millrace probe").await {
+            Ok(other) => other,
+            // A session pooler may be full by now.
+            Err(_) if !held.is_empty() => break,
+            Err(error) => return Err(error),
         };
-        let row = answer.iter().find_map(|message| match message {
-            tokio_postgres::SimpleQueryMessage::Row(row) => Some(row),
-            _ => None,
-        });
-        Ok(row.map_or_else(Vec::new, |row| {
-            (0..row.len())
-                .map(|column| row.get(column).unwrap_or_default().to_owned())
-                .collect()
-        }))
+        send(database, &other, "BEGIN").await?;
+        let seen = seen_by(database, &other, &who).await?;
+        held.push(other);
+        young += usize::from(seen.young);
+        shared = seen.process == first.process || seen.probe == probe;
+        // Only now: if `other` held the pool's last session, `ours` would wait before.
+        for _ in 0..LOOKS {
+            shared = shared || seen_by(database, &ours, &who).await? != first;
+        }
     }
+    for other in &held {
+        // A pooler would close the session of a client that disconnects inside a transaction.
+        let _ = send(database, other, "ROLLBACK").await;
+    }
+    match shared {
+        true => Err(StoreError::SharedSessions),
+        false => Ok(()),
+    }
+}
+
+async fn seen_by(
+    database: &Database,
+    session: &Connected,
+    question: &str,
+) -> Result<Seen, StoreError> {
+    let mut answers = send(database, session, question).await?.into_iter();
+    let mut next = || answers.next().unwrap_or_default();
+    Ok(Seen {
+        process: next(),
+        probe: next(),
+        young: next() == "t",
+    })
+}
+
+/// Sends one statement by itself, unprepared, and gives the texts of its first row.
+async fn send(
+    database: &Database,
+    session: &Connected,
+    sql: &str,
+) -> Result<Vec<String>, StoreError> {
+    let doing = "looking for a connection pooler";
+    let answer = match database.timed(doing, session.simple_query(sql)).await {
+        Err(StoreError::Statement { source, .. }) if forbids_transactions(&source) => {
+            return Err(StoreError::SharedSessions);
+        }
+        answer => answer?,
+    };
+    let row = answer.iter().find_map(|message| match message {
+        tokio_postgres::SimpleQueryMessage::Row(row) => Some(row),
+        _ => None,
+    });
+    Ok(row.map_or_else(Vec::new, |row| {
+        (0..row.len())
+            .map(|column| row.get(column).unwrap_or_default().to_owned())
+            .collect()
+    }))
 }
 
 /// PgBouncer in statement mode reports: "transaction blocks not allowed in statement pooling mode".

@@ -164,29 +164,28 @@ pub struct Pruner {
     lease: NodeLease,
 }
 
-impl Database {
-    /// A connection for deleting old rows.
+impl Pruner {
+    /// Connects.
     ///
     /// # Errors
-    /// If none can be made.
-    pub async fn pruner(&self, lease: NodeLease) -> Result<Pruner, StoreError> {
-        let client = self.connect("millrace pruning").await?;
+    /// If no connection can be made.
+    pub async fn connect(database: &Database, lease: NodeLease) -> Result<Self, StoreError> {
+        let client = database.connect("millrace pruning").await?;
         // Forces a walk along a key, whatever the statistics say: see `by_key`.
         let setup = format!(
             "SET statement_timeout = {}; SET enable_seqscan = off; SET enable_bitmapscan = off",
             PART_TIMEOUT.as_millis()
         );
-        self.timed("setting up a session", client.batch_execute(&setup))
+        database
+            .timed("setting up a session", client.batch_execute(&setup))
             .await?;
         Ok(Pruner {
-            database: self.clone(),
+            database: database.clone(),
             client,
             lease,
         })
     }
-}
 
-impl Pruner {
     /// The database's clock.
     ///
     /// # Errors

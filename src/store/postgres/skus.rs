@@ -1,14 +1,54 @@
-//! Administration of SKUs. Every change of a counter is entered in the stock log with its cause, in the same
+//! SKUs: reading them, and their administration. Every change of a counter is entered in the stock log with its cause, in the same
 //! transaction.
 
 use tokio_postgres::Transaction;
 
-use super::recovery::{SKU_COLUMNS, sku_from_row};
 use super::transitions::fence;
 use super::{Database, NodeLease};
-use crate::order::SkuId;
-use crate::state::stock::{SaleTerms, Sku};
+use crate::order::{Currency, SkuId, SkuNumber, UnixMillis};
+use crate::state::stock::{SaleTerms, Sku, StockCounter};
 use crate::store::StoreError;
+
+fn data(what: impl std::fmt::Display) -> StoreError {
+    StoreError::Data(what.to_string())
+}
+
+/// The columns of a SKU's row. See `V1__orders_and_stock.sql`.
+const SKU_COLUMNS: &str = "id, sku_id, title, unit_price, currency, total, held, sold, per_user_limit,
+    (extract(epoch FROM opens_at) * 1000)::int8, (extract(epoch FROM closes_at) * 1000)::int8, paused";
+
+fn sku_from_row(row: &tokio_postgres::Row) -> Result<Sku, StoreError> {
+    let name: &str = row.get(1);
+    let units = |index: usize| -> Result<u32, StoreError> {
+        u32::try_from(row.get::<_, i64>(index))
+            .map_err(|_| data(format!("sku {name}: a counter is out of range")))
+    };
+    let (total, held, sold) = (units(5)?, units(6)?, units(7)?);
+    if held.checked_add(sold).is_none_or(|taken| taken > total) {
+        return Err(data(format!(
+            "sku {name}: held {held} + sold {sold} exceed total {total}"
+        )));
+    }
+    let terms = SaleTerms {
+        title: row.get(2),
+        unit_price: row.get(3),
+        currency: Currency::new(row.get(4))
+            .map_err(|e| data(format!("sku {name}: currency {e}")))?,
+        per_user_limit: row
+            .get::<_, Option<i64>>(8)
+            .and_then(|limit| u32::try_from(limit).ok()),
+        opens_at: row.get::<_, Option<i64>>(9).map(UnixMillis),
+        closes_at: row.get::<_, Option<i64>>(10).map(UnixMillis),
+    };
+    let id = SkuId::new(name).map_err(|e| data(format!("sku {name}: {e}")))?;
+    Ok(Sku::new(
+        id,
+        SkuNumber(row.get(0)),
+        terms,
+        StockCounter::new(total, held, sold),
+        row.get(11),
+    ))
+}
 
 /// Locks the terms and total of a SKU, which need not exist yet, until the transaction ends. Workers, which
 /// move its counters, are not blocked.
@@ -27,221 +67,268 @@ async fn lock(
         .map(|_| ())
 }
 
-impl Database {
-    /// Creates a SKU or replaces its terms and total, and returns its new state.
-    ///
-    /// # Errors
-    /// [`StoreError::Statement`] with a CHECK violation if the total would fall below the units that orders
-    /// have taken, [`StoreError::Fenced`] if this process may not write any more.
-    pub async fn put_sku(
-        &self,
-        lease: NodeLease,
-        id: &SkuId,
-        terms: &SaleTerms,
-        total: u32,
-    ) -> Result<Sku, StoreError> {
-        let doing = "storing a SKU";
-        let mut client = self.pooled().await?;
-        let work = async {
-            let transaction = client.transaction().await?;
-            if !fence(&transaction, lease).await? {
-                return Ok(None);
-            }
-            lock(&transaction, self.schema(), id).await?;
-            let before: i64 = transaction
-                .query_opt(
-                    "SELECT total FROM sku WHERE sku_id = $1 FOR UPDATE",
-                    &[&id.as_str()],
-                )
-                .await?
-                .map_or(0, |row| row.get(0));
-            let row = transaction
-                .query_one(
-                    &format!(
-                        "INSERT INTO sku (sku_id, title, unit_price, currency, total, per_user_limit, opens_at, closes_at)
-                         VALUES ($1, $2, $3, $4, $5, $6, to_timestamp($7::int8 / 1000.0), to_timestamp($8::int8 / 1000.0))
-                         ON CONFLICT (sku_id) DO UPDATE SET title = excluded.title, unit_price = excluded.unit_price,
-                             currency = excluded.currency, total = excluded.total, per_user_limit = excluded.per_user_limit,
-                             opens_at = excluded.opens_at, closes_at = excluded.closes_at
-                         RETURNING {SKU_COLUMNS}"
-                    ),
-                    &[
-                        &id.as_str(),
-                        &terms.title,
-                        &terms.unit_price,
-                        &terms.currency.as_str(),
-                        &i64::from(total),
-                        &terms.per_user_limit.map(i64::from),
-                        &terms.opens_at.map(|at| at.0),
-                        &terms.closes_at.map(|at| at.0),
-                    ],
-                )
-                .await?;
-            transaction
-                .execute(
-                    "INSERT INTO stock_log (sku, cause, reference, total_delta, total_after, held_after, sold_after)
-                     SELECT id, 'admin', 'put', total - $2, total, held, sold FROM sku WHERE sku_id = $1",
-                    &[&id.as_str(), &before],
-                )
-                .await?;
-            transaction.commit().await?;
-            Ok(Some(row))
-        };
-        match self.timed(doing, work).await? {
-            Some(row) => sku_from_row(&row),
-            None => Err(StoreError::Fenced {
-                found: 0,
-                ours: lease.epoch,
-            }),
+/// Every SKU with its counters.
+///
+/// # Errors
+/// If a row contradicts itself, or the database's error.
+pub async fn load_all(database: &Database) -> Result<Vec<Sku>, StoreError> {
+    let client = database.pooled().await?;
+    let rows = client
+        .query(&format!("SELECT {SKU_COLUMNS} FROM sku ORDER BY id"), &[])
+        .await
+        .map_err(StoreError::statement("reading the SKUs"))?;
+    rows.iter().map(sku_from_row).collect()
+}
+
+/// Creates a SKU or replaces its terms and total, and returns its new state.
+///
+/// # Errors
+/// [`StoreError::Statement`] with a CHECK violation if the total would fall below the units that orders
+/// have taken, [`StoreError::Fenced`] if this process may not write any more.
+pub async fn put(
+    database: &Database,
+    lease: NodeLease,
+    id: &SkuId,
+    terms: &SaleTerms,
+    total: u32,
+) -> Result<Sku, StoreError> {
+    let doing = "storing a SKU";
+    let mut client = database.pooled().await?;
+    let work = async {
+        let transaction = client.transaction().await?;
+        if !fence(&transaction, lease).await? {
+            return Ok(None);
         }
-    }
-
-    /// Stores whether a SKU is paused. Returns false if there is no such SKU.
-    ///
-    /// # Errors
-    /// If the database does not answer.
-    pub async fn set_sku_paused(&self, id: &SkuId, paused: bool) -> Result<bool, StoreError> {
-        let mut client = self.pooled().await?;
-        let work = async {
-            let transaction = client.transaction().await?;
-            let changed = transaction
-                .execute(
-                    "UPDATE sku SET paused = $2 WHERE sku_id = $1",
-                    &[&id.as_str(), &paused],
-                )
-                .await?;
-            transaction.commit().await?;
-            Ok(changed == 1)
-        };
-        self.timed("pausing a SKU", work).await
-    }
-
-    /// A SKU's row. Waits for earlier changes of its terms or total that are under way.
-    ///
-    /// # Errors
-    /// If the database does not answer.
-    pub async fn committed_sku(&self, id: &SkuId) -> Result<Option<Sku>, StoreError> {
-        let mut client = self.pooled().await?;
-        let work = async {
-            let transaction = client.transaction().await?;
-            lock(&transaction, self.schema(), id).await?;
-            let row = transaction
-                .query_opt(
-                    &format!("SELECT {SKU_COLUMNS} FROM sku WHERE sku_id = $1"),
-                    &[&id.as_str()],
-                )
-                .await?;
-            transaction.commit().await?;
-            Ok(row)
-        };
-        let row = self.timed("looking a SKU up", work).await?;
-        row.as_ref().map(sku_from_row).transpose()
-    }
-
-    /// Stores whether every sale is paused.
-    ///
-    /// # Errors
-    /// If the database does not answer; [`StoreError::Fenced`] if this process may not write any more.
-    pub async fn set_all_paused(&self, lease: NodeLease, paused: bool) -> Result<(), StoreError> {
-        let mut client = self.pooled().await?;
-        let work = async {
-            let transaction = client.transaction().await?;
-            let changed = transaction
-                .execute(
-                    "UPDATE node SET paused = $2 WHERE node = $1 AND epoch = $3",
-                    &[&lease.node, &paused, &lease.epoch],
-                )
-                .await?;
-            transaction.commit().await?;
-            Ok(changed)
-        };
-        let changed = self.timed("pausing every sale", work).await?;
-        if changed == 1 {
-            return Ok(());
-        }
-        Err(StoreError::Fenced {
+        lock(&transaction, database.schema(), id).await?;
+        let before: i64 = transaction
+            .query_opt(
+                "SELECT total FROM sku WHERE sku_id = $1 FOR UPDATE",
+                &[&id.as_str()],
+            )
+            .await?
+            .map_or(0, |row| row.get(0));
+        let row = transaction
+            .query_one(
+                &format!(
+                    "INSERT INTO sku (sku_id, title, unit_price, currency, total, per_user_limit, opens_at, closes_at)
+                     VALUES ($1, $2, $3, $4, $5, $6, to_timestamp($7::int8 / 1000.0), to_timestamp($8::int8 / 1000.0))
+                     ON CONFLICT (sku_id) DO UPDATE SET title = excluded.title, unit_price = excluded.unit_price,
+                         currency = excluded.currency, total = excluded.total, per_user_limit = excluded.per_user_limit,
+                         opens_at = excluded.opens_at, closes_at = excluded.closes_at
+                     RETURNING {SKU_COLUMNS}"
+                ),
+                &[
+                    &id.as_str(),
+                    &terms.title,
+                    &terms.unit_price,
+                    &terms.currency.as_str(),
+                    &i64::from(total),
+                    &terms.per_user_limit.map(i64::from),
+                    &terms.opens_at.map(|at| at.0),
+                    &terms.closes_at.map(|at| at.0),
+                ],
+            )
+            .await?;
+        transaction
+            .execute(
+                "INSERT INTO stock_log (sku, cause, reference, total_delta, total_after, held_after, sold_after)
+                 SELECT id, 'admin', 'put', total - $2, total, held, sold FROM sku WHERE sku_id = $1",
+                &[&id.as_str(), &before],
+            )
+            .await?;
+        transaction.commit().await?;
+        Ok(Some(row))
+    };
+    match database.timed(doing, work).await? {
+        Some(row) => sku_from_row(&row),
+        None => Err(StoreError::Fenced {
             found: 0,
             ours: lease.epoch,
-        })
+        }),
     }
+}
 
-    /// Changes a SKU's total by `units`, at most once for each `request_key`.
-    ///
-    /// # Errors
-    /// A CHECK violation if the total would fall below the units that orders have taken, or the database's
-    /// error.
-    pub async fn restock(
-        &self,
-        lease: NodeLease,
-        id: &SkuId,
-        units: i64,
-        request_key: Option<&str>,
-    ) -> Result<(), StoreError> {
-        let mut client = self.pooled().await?;
-        let work = async {
-            let transaction = client.transaction().await?;
-            if !fence(&transaction, lease).await? {
-                return Ok(false);
-            }
-            lock(&transaction, self.schema(), id).await?;
-            transaction
-                .execute(
-                    "WITH moved AS (
-                         UPDATE sku SET total = total + $2 WHERE sku_id = $1 RETURNING id, total, held, sold
-                     )
-                     INSERT INTO stock_log (sku, cause, reference, total_delta, total_after, held_after, sold_after,
-                                                request_key)
-                     SELECT id, 'admin', 'restock', $2, total, held, sold, $3 FROM moved",
-                    &[&id.as_str(), &units, &request_key],
-                )
-                .await?;
-            transaction.commit().await?;
-            Ok(true)
-        };
-        match self.timed("restocking", work).await? {
-            true => Ok(()),
-            false => Err(StoreError::Fenced {
-                found: 0,
-                ours: lease.epoch,
-            }),
+/// Stores whether a SKU is paused. Returns false if there is no such SKU.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn set_paused(database: &Database, id: &SkuId, paused: bool) -> Result<bool, StoreError> {
+    let mut client = database.pooled().await?;
+    let work = async {
+        let transaction = client.transaction().await?;
+        let changed = transaction
+            .execute(
+                "UPDATE sku SET paused = $2 WHERE sku_id = $1",
+                &[&id.as_str(), &paused],
+            )
+            .await?;
+        transaction.commit().await?;
+        Ok(changed == 1)
+    };
+    database.timed("pausing a SKU", work).await
+}
+
+/// A SKU's row. Waits for earlier changes of its terms or total that are under way.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn find_committed(database: &Database, id: &SkuId) -> Result<Option<Sku>, StoreError> {
+    let mut client = database.pooled().await?;
+    let work = async {
+        let transaction = client.transaction().await?;
+        lock(&transaction, database.schema(), id).await?;
+        let row = transaction
+            .query_opt(
+                &format!("SELECT {SKU_COLUMNS} FROM sku WHERE sku_id = $1"),
+                &[&id.as_str()],
+            )
+            .await?;
+        transaction.commit().await?;
+        Ok(row)
+    };
+    let row = database.timed("looking a SKU up", work).await?;
+    row.as_ref().map(sku_from_row).transpose()
+}
+
+/// Stores whether every sale is paused.
+///
+/// # Errors
+/// If the database does not answer; [`StoreError::Fenced`] if this process may not write any more.
+pub async fn set_all_paused(
+    database: &Database,
+    lease: NodeLease,
+    paused: bool,
+) -> Result<(), StoreError> {
+    let mut client = database.pooled().await?;
+    let work = async {
+        let transaction = client.transaction().await?;
+        let changed = transaction
+            .execute(
+                "UPDATE node SET paused = $2 WHERE node = $1 AND epoch = $3",
+                &[&lease.node, &paused, &lease.epoch],
+            )
+            .await?;
+        transaction.commit().await?;
+        Ok(changed)
+    };
+    let changed = database.timed("pausing every sale", work).await?;
+    if changed == 1 {
+        return Ok(());
+    }
+    Err(StoreError::Fenced {
+        found: 0,
+        ours: lease.epoch,
+    })
+}
+
+/// Changes a SKU's total by `units`, at most once for each `request_key`.
+///
+/// # Errors
+/// A CHECK violation if the total would fall below the units that orders have taken, or the database's
+/// error.
+pub async fn restock(
+    database: &Database,
+    lease: NodeLease,
+    id: &SkuId,
+    units: i64,
+    request_key: Option<&str>,
+) -> Result<(), StoreError> {
+    let mut client = database.pooled().await?;
+    let work = async {
+        let transaction = client.transaction().await?;
+        if !fence(&transaction, lease).await? {
+            return Ok(false);
         }
-    }
-
-    /// The change of a SKU's total by an earlier request under this key, if there was one.
-    ///
-    /// # Errors
-    /// If the database does not answer.
-    pub async fn restocked(
-        &self,
-        id: &SkuId,
-        request_key: &str,
-    ) -> Result<Option<i64>, StoreError> {
-        let client = self.pooled().await?;
-        let row = self
-            .timed(
-                "looking a restock up",
-                client.query_opt(
-                    "SELECT j.total_delta FROM stock_log j JOIN sku s ON s.id = j.sku
-                      WHERE s.sku_id = $1 AND j.request_key = $2",
-                    &[&id.as_str(), &request_key],
-                ),
+        lock(&transaction, database.schema(), id).await?;
+        transaction
+            .execute(
+                "WITH moved AS (
+                     UPDATE sku SET total = total + $2 WHERE sku_id = $1 RETURNING id, total, held, sold
+                 )
+                 INSERT INTO stock_log (sku, cause, reference, total_delta, total_after, held_after, sold_after,
+                                            request_key)
+                 SELECT id, 'admin', 'restock', $2, total, held, sold, $3 FROM moved",
+                &[&id.as_str(), &units, &request_key],
             )
             .await?;
-        Ok(row.map(|row| row.get(0)))
+        transaction.commit().await?;
+        Ok(true)
+    };
+    match database.timed("restocking", work).await? {
+        true => Ok(()),
+        false => Err(StoreError::Fenced {
+            found: 0,
+            ours: lease.epoch,
+        }),
     }
+}
 
-    /// A SKU's total in the database.
-    ///
-    /// # Errors
-    /// If the database does not answer.
-    pub async fn total_of(&self, id: &SkuId) -> Result<Option<u32>, StoreError> {
-        let client = self.pooled().await?;
-        let row = self
-            .timed(
-                "reading a total",
-                client.query_opt("SELECT total FROM sku WHERE sku_id = $1", &[&id.as_str()]),
+/// The change of a SKU's total by an earlier request under this key, if there was one.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn restocked(
+    database: &Database,
+    id: &SkuId,
+    request_key: &str,
+) -> Result<Option<i64>, StoreError> {
+    let client = database.pooled().await?;
+    let row = database
+        .timed(
+            "looking a restock up",
+            client.query_opt(
+                "SELECT j.total_delta FROM stock_log j JOIN sku s ON s.id = j.sku
+                  WHERE s.sku_id = $1 AND j.request_key = $2",
+                &[&id.as_str(), &request_key],
+            ),
+        )
+        .await?;
+    Ok(row.map(|row| row.get(0)))
+}
+
+/// A SKU's total in the database.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn total_of(database: &Database, id: &SkuId) -> Result<Option<u32>, StoreError> {
+    let client = database.pooled().await?;
+    let row = database
+        .timed(
+            "reading a total",
+            client.query_opt("SELECT total FROM sku WHERE sku_id = $1", &[&id.as_str()]),
+        )
+        .await?;
+    Ok(row.and_then(|row| u32::try_from(row.get::<_, i64>(0)).ok()))
+}
+
+/// Tries to move a SKU's counters by `units` and rolls back. Returns the database's reason if it refuses
+/// them.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn try_counters(
+    database: &Database,
+    sku: SkuNumber,
+    units: u32,
+) -> Result<Option<String>, StoreError> {
+    let mut client = database.pooled().await?;
+    let work = async {
+        let transaction = client.transaction().await?;
+        let tried = transaction
+            .execute(
+                "UPDATE sku SET held = held + $2::int8 WHERE id = $1",
+                &[&sku.0, &i64::from(units)],
             )
-            .await?;
-        Ok(row.and_then(|row| u32::try_from(row.get::<_, i64>(0)).ok()))
+            .await;
+        transaction.rollback().await?;
+        Ok(tried)
+    };
+    match database.timed("trying a stock counter", work).await? {
+        Ok(0) => Ok(Some("there is no such row in sku".to_owned())),
+        Ok(_) => Ok(None),
+        Err(error) if crate::store::error::refuses_row(&error) => {
+            Ok(Some(crate::store::error::chain(&error)))
+        }
+        Err(error) => Err(StoreError::statement("trying a stock counter")(error)),
     }
 }

@@ -43,127 +43,125 @@ pub(super) async fn fence(
         .map(|row| row.is_some())
 }
 
-impl Database {
-    /// Cancels an unpaid order: its status, its SKU's counter and the stock log, all or nothing. With `now`, an
-    /// order past its payment deadline is not cancelled; its status is then given as `expired`.
-    ///
-    /// # Errors
-    /// If the database does not answer; the cancellation is then in doubt, and repeating it tells the outcome.
-    pub async fn cancel_order(
-        &self,
-        lease: NodeLease,
-        id: OrderId,
-        now: Option<UnixMillis>,
-    ) -> Result<Transition, StoreError> {
-        self.end_unpaid(lease, id, OrderStatus::Cancelled, now)
-            .await
-    }
+/// Cancels an unpaid order: its status, its SKU's counter and the stock log, all or nothing. With `now`, an
+/// order past its payment deadline is not cancelled; its status is then given as `expired`.
+///
+/// # Errors
+/// If the database does not answer; the cancellation is then in doubt, and repeating it tells the outcome.
+pub async fn cancel(
+    database: &Database,
+    lease: NodeLease,
+    id: OrderId,
+    now: Option<UnixMillis>,
+) -> Result<Transition, StoreError> {
+    end_unpaid(database, lease, id, OrderStatus::Cancelled, now).await
+}
 
-    /// Ends an order that is payable in the database as it had ended before a failover.
-    ///
-    /// # Errors
-    /// As [`Database::cancel_order`].
-    pub async fn end_order(
-        &self,
-        lease: NodeLease,
-        id: OrderId,
-        ended: Ended,
-    ) -> Result<Transition, StoreError> {
-        let to = match ended {
-            Ended::Expired => OrderStatus::Expired,
-            Ended::Cancelled | Ended::Failed => OrderStatus::Cancelled,
-        };
-        self.end_unpaid(lease, id, to, None).await
-    }
+/// Ends an order that is payable in the database as it had ended before a failover.
+///
+/// # Errors
+/// As [`cancel`].
+pub async fn end(
+    database: &Database,
+    lease: NodeLease,
+    id: OrderId,
+    ended: Ended,
+) -> Result<Transition, StoreError> {
+    let to = match ended {
+        Ended::Expired => OrderStatus::Expired,
+        Ended::Cancelled | Ended::Failed => OrderStatus::Cancelled,
+    };
+    end_unpaid(database, lease, id, to, None).await
+}
 
-    async fn end_unpaid(
-        &self,
-        lease: NodeLease,
-        id: OrderId,
-        to: OrderStatus,
-        now: Option<UnixMillis>,
-    ) -> Result<Transition, StoreError> {
-        let cause = to.as_str();
-        let mut client = self.pooled().await?;
-        let work = async {
-            let transaction = client.transaction().await?;
-            if !fence(&transaction, lease).await? {
-                return Ok(None);
-            }
-            let (from, to) = (OrderStatus::PendingPayment.code(), to.code());
-            let row = transaction
+async fn end_unpaid(
+    database: &Database,
+    lease: NodeLease,
+    id: OrderId,
+    to: OrderStatus,
+    now: Option<UnixMillis>,
+) -> Result<Transition, StoreError> {
+    let cause = to.as_str();
+    let mut client = database.pooled().await?;
+    let work = async {
+        let transaction = client.transaction().await?;
+        if !fence(&transaction, lease).await? {
+            return Ok(None);
+        }
+        let (from, to) = (OrderStatus::PendingPayment.code(), to.code());
+        let row = transaction
+            .query_opt(
+                "UPDATE orders SET status = $3
+                  WHERE order_id = $1 AND status = $2 AND ($4::int8 IS NULL OR expires_at > to_timestamp($4 / 1000.0))
+                 RETURNING user_id, sku, quantity",
+                &[&id.as_i64(), &from, &to, &now.map(|now| now.0)],
+            )
+            .await?;
+        let Some(row) = row else {
+            // A parked order becomes a cancelled row. Its units are in no counter of the database.
+            let parked = transaction
                 .query_opt(
-                    "UPDATE orders SET status = $3
-                      WHERE order_id = $1 AND status = $2 AND ($4::int8 IS NULL OR expires_at > to_timestamp($4 / 1000.0))
-                     RETURNING user_id, sku, quantity",
-                    &[&id.as_i64(), &from, &to, &now.map(|now| now.0)],
+                    "WITH gone AS (
+                         DELETE FROM parked_orders
+                          WHERE order_id = $1 AND ($3::int8 IS NULL OR expires_at > to_timestamp($3 / 1000.0))
+                         RETURNING *
+                     )
+                     INSERT INTO orders (order_id, user_id, sku, quantity, adjustment, amount, currency, status,
+                            created_at, expires_at, key_hash, payload_hash, attributes)
+                     SELECT order_id, user_id, sku, quantity, adjustment, amount, currency, $2,
+                            created_at, expires_at, key_hash, payload_hash, attributes
+                       FROM gone RETURNING user_id, sku, quantity",
+                    &[&id.as_i64(), &to, &now.map(|now| now.0)],
                 )
                 .await?;
-            let Some(row) = row else {
-                // A parked order becomes a cancelled row. Its units are in no counter of the database.
-                let parked = transaction
-                    .query_opt(
-                        "WITH gone AS (
-                             DELETE FROM parked_orders
-                              WHERE order_id = $1 AND ($3::int8 IS NULL OR expires_at > to_timestamp($3 / 1000.0))
-                             RETURNING *
-                         )
-                         INSERT INTO orders (order_id, user_id, sku, quantity, adjustment, amount, currency, status,
-                                created_at, expires_at, key_hash, payload_hash, attributes)
-                         SELECT order_id, user_id, sku, quantity, adjustment, amount, currency, $2,
-                                created_at, expires_at, key_hash, payload_hash, attributes
-                           FROM gone RETURNING user_id, sku, quantity",
-                        &[&id.as_i64(), &to, &now.map(|now| now.0)],
-                    )
-                    .await?;
-                if let Some(row) = parked {
-                    transaction.commit().await?;
-                    return Ok(Some(Transition::Now(units_of(id, &row))));
-                }
-                let word = transaction
-                    .query_opt(
-                        "SELECT status FROM order_rows WHERE order_id = $1",
-                        &[&id.as_i64()],
-                    )
-                    .await?
-                    .and_then(|row| row.get::<_, Option<String>>(0));
-                // An order that is still payable is past its deadline and about to expire.
-                let status = word
-                    .as_deref()
+            if let Some(row) = parked {
+                transaction.commit().await?;
+                return Ok(Some(Transition::Now(units_of(id, &row))));
+            }
+            let word = transaction
+                .query_opt(
+                    "SELECT status FROM order_rows WHERE order_id = $1",
+                    &[&id.as_i64()],
+                )
+                .await?
+                .and_then(|row| row.get::<_, Option<String>>(0));
+            // An order that is still payable is past its deadline and about to expire.
+            let status =
+                word.as_deref()
                     .and_then(OrderStatus::from_word)
                     .map(|found| match found {
                         OrderStatus::PendingPayment | OrderStatus::Accepted => OrderStatus::Expired,
                         other => other,
                     });
-                // The fence has locked a row, so with synchronous replication this waits for the standby to
-                // have the commit that was read: the answer stays true after a failover.
-                transaction.commit().await?;
-                return Ok(Some(
-                    status.map_or(Transition::Unknown, Transition::StandsAt),
-                ));
-            };
-            let (sku, quantity): (i32, i32) = (row.get(1), row.get(2));
-            // The INSERT reads FROM `moved`, so that its entry is numbered after the SKU's row is locked: the
-            // audit follows the chain by number.
-            transaction
-                .execute(
-                    "WITH moved AS (
-                         UPDATE sku SET held = held - $2::int8 WHERE id = $1 RETURNING total, held, sold
-                     )
-                     INSERT INTO stock_log (sku, cause, reference, held_delta, total_after, held_after, sold_after)
-                     SELECT w.sku, $4, $3, -$2::int8, m.total, m.held, m.sold
-                       FROM (SELECT $1::int4 AS sku) w LEFT JOIN moved m ON true",
-                    &[&sku, &i64::from(quantity), &id.to_string(), &cause],
-                )
-                .await?;
+            // The fence has locked a row, so with synchronous replication this waits for the standby to
+            // have the commit that was read: the answer stays true after a failover.
             transaction.commit().await?;
-            Ok(Some(Transition::Now(units_of(id, &row))))
+            return Ok(Some(
+                status.map_or(Transition::Unknown, Transition::StandsAt),
+            ));
         };
-        self.timed("cancelling an order", work)
-            .await?
-            .ok_or(StoreError::Fenced {
-                found: 0,
-                ours: lease.epoch,
-            })
-    }
+        let (sku, quantity): (i32, i32) = (row.get(1), row.get(2));
+        // The INSERT reads FROM `moved`, so that its entry is numbered after the SKU's row is locked: the
+        // audit follows the chain by number.
+        transaction
+            .execute(
+                "WITH moved AS (
+                     UPDATE sku SET held = held - $2::int8 WHERE id = $1 RETURNING total, held, sold
+                 )
+                 INSERT INTO stock_log (sku, cause, reference, held_delta, total_after, held_after, sold_after)
+                 SELECT w.sku, $4, $3, -$2::int8, m.total, m.held, m.sold
+                   FROM (SELECT $1::int4 AS sku) w LEFT JOIN moved m ON true",
+                &[&sku, &i64::from(quantity), &id.to_string(), &cause],
+            )
+            .await?;
+        transaction.commit().await?;
+        Ok(Some(Transition::Now(units_of(id, &row))))
+    };
+    database
+        .timed("cancelling an order", work)
+        .await?
+        .ok_or(StoreError::Fenced {
+            found: 0,
+            ours: lease.epoch,
+        })
 }

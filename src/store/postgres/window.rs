@@ -17,7 +17,7 @@ use tokio_postgres::Row;
 use tokio_postgres::types::{FromSql, ToSql, Type};
 
 use super::Database;
-use super::by_key::By;
+use super::by_key::{self, By};
 use crate::order::{
     Ended, KeyHash, OrderId, OrderStatus, PayloadHash, Quantity, SkuNumber, UnixMillis, UserId,
 };
@@ -158,10 +158,7 @@ impl<'a> Parts<'a> {
     /// The state for reading the orders from `from` to `to`.
     async fn course(&self, from: OrderId, to: OrderId) -> Result<Course, StoreError> {
         let ids: [&(dyn ToSql + Sync); 2] = [&from.as_i64(), &to.as_i64()];
-        let found = self
-            .database
-            .read_by_key(self.doing, By::Order, ENDS, &ids)
-            .await?;
+        let found = by_key::read(self.database, self.doing, By::Order, ENDS, &ids).await?;
         let id = |row: &Row, at| row.get::<_, Option<i64>>(at).and_then(OrderId::from_i64);
         let row = found.first();
         let mut course = Course {
@@ -240,10 +237,7 @@ impl<'a> Parts<'a> {
             let mut parameters: Vec<&(dyn ToSql + Sync)> = vec![&first, &last, &most];
             parameters.extend(more);
             let asked = Instant::now();
-            let read = self
-                .database
-                .read_by_key(self.doing, By::Order, sql, &parameters)
-                .await;
+            let read = by_key::read(self.database, self.doing, By::Order, sql, &parameters).await;
             match read {
                 Err(StoreError::Timeout { .. }) if most > PART_ROWS_MIN => {
                     self.resize(most, most / 4);
@@ -356,155 +350,152 @@ fn how_it_ended(row: &Row) -> Result<Option<Ended>, StoreError> {
     Ok(Ended::of(status))
 }
 
-impl Database {
-    /// Passes every order from `floor` on, dead letters included, and every parked order to `remember`, so that
-    /// keys and limits survive a restart, with the payment deadline if the order is payable. `tell` gets the
-    /// progress about once a second. Returns the number of orders.
-    ///
-    /// # Errors
-    /// If a row is not one of ours, or the database's error.
-    pub async fn load_window(
-        &self,
-        floor: OrderId,
-        mut remember: impl FnMut(UserId, BuyerOrder, Option<UnixMillis>),
-        mut tell: impl FnMut(ReadProgress),
-    ) -> Result<u64, StoreError> {
-        let parts = Parts::new(self, "reading the idempotency window", AT_ONCE_MAX);
-        let mut course = parts.course(floor, OrderId::MAX).await?;
-        let columns = "order_id, user_id, sku, quantity, key_hash, payload_hash";
-        let range = "WHERE order_id >= $1 AND order_id <= $2 ORDER BY order_id LIMIT $3";
-        let orders = format!(
-            "SELECT {columns}, status, CASE WHEN status = 1 THEN expires_at END
-               FROM orders {range}"
-        );
-        let dead_letters =
-            format!("SELECT {columns}, NULL::int2, NULL::timestamptz FROM dead_letters {range}");
-        let parked =
-            format!("SELECT {columns}, 1::int2, NULL::timestamptz FROM parked_orders {range}");
-        // The ids beyond the last order are a range of their own, so that both halves of a cut range have rows.
-        let mut ranges = vec![(floor, OrderId::MAX)];
-        if let Some((_, last)) = course.ends
-            && let Some(after) = next(last)
-        {
-            ranges = vec![(after, OrderId::MAX), (floor, last)];
-        }
-        for (sql, ranges) in [
-            (orders, ranges),
-            (dead_letters, vec![(floor, OrderId::MAX)]),
-            (parked, vec![(OrderId::MIN, OrderId::MAX)]),
-        ] {
-            let remember = |rows: &[Row]| {
-                let mut last = None;
-                for row in rows {
-                    let (user_id, order) = live_order(row)?;
-                    let remembered = BuyerOrder {
-                        order_id: order.order_id,
-                        key: row.get::<_, Option<Uuid>>(4).map(|key| KeyHash(key.0)),
-                        payload: PayloadHash(row.get::<_, i64>(5) as u64),
-                        sku: order.sku,
-                        quantity: order.quantity,
-                        ended: how_it_ended(row)?,
-                    };
-                    let payable_until = row.get::<_, Option<Moment>>(7);
-                    remember(user_id, remembered, payable_until.map(|until| until.0));
-                    last = Some(order.order_id);
-                }
-                Ok((rows.len() as i64, last))
-            };
-            let note = |rows, from, to| {
-                course.note(rows, from, to);
-                course.tell(&mut tell);
-            };
-            parts.read(&sql, ranges, &[], remember, note).await?;
-        }
-        Ok(course.rows)
+/// Passes every order from `floor` on, dead letters included, and every parked order to `remember`, so that
+/// keys and limits survive a restart, with the payment deadline if the order is payable. `tell` gets the
+/// progress about once a second. Returns the number of orders.
+///
+/// # Errors
+/// If a row is not one of ours, or the database's error.
+pub async fn load(
+    database: &Database,
+    floor: OrderId,
+    mut remember: impl FnMut(UserId, BuyerOrder, Option<UnixMillis>),
+    mut tell: impl FnMut(ReadProgress),
+) -> Result<u64, StoreError> {
+    let parts = Parts::new(database, "reading the idempotency window", AT_ONCE_MAX);
+    let mut course = parts.course(floor, OrderId::MAX).await?;
+    let columns = "order_id, user_id, sku, quantity, key_hash, payload_hash";
+    let range = "WHERE order_id >= $1 AND order_id <= $2 ORDER BY order_id LIMIT $3";
+    let orders = format!(
+        "SELECT {columns}, status, CASE WHEN status = 1 THEN expires_at END
+           FROM orders {range}"
+    );
+    let dead_letters =
+        format!("SELECT {columns}, NULL::int2, NULL::timestamptz FROM dead_letters {range}");
+    let parked = format!("SELECT {columns}, 1::int2, NULL::timestamptz FROM parked_orders {range}");
+    // The ids beyond the last order are a range of their own, so that both halves of a cut range have rows.
+    let mut ranges = vec![(floor, OrderId::MAX)];
+    if let Some((_, last)) = course.ends
+        && let Some(after) = next(last)
+    {
+        ranges = vec![(after, OrderId::MAX), (floor, last)];
     }
-
-    /// Passes every live order of these SKUs with an id below `below` to `count`. Reads all orders since the
-    /// first of the SKUs was created; `tell` gets the progress about once a second.
-    ///
-    /// # Errors
-    /// If a row is not one of ours, or the database's error.
-    pub async fn load_live_orders(
-        &self,
-        skus: &[SkuNumber],
-        below: OrderId,
-        mut count: impl FnMut(UserId, LiveOrder),
-        mut tell: impl FnMut(ReadProgress),
-    ) -> Result<(), StoreError> {
-        let doing = "reading the orders that a purchase limit counts";
-        let skus: Vec<i32> = skus.iter().map(|sku| sku.0).collect();
-        let from = self.first_order_of(&skus).await?;
-        let (Some(from), Some(to)) = (from, OrderId::new(below.get() - 1)) else {
-            return Ok(());
-        };
-        // One part at a time, because orders may be placed meanwhile.
-        let parts = Parts::new(self, doing, 1);
-        // Parked orders first: they may become rows meanwhile, but rows are never parked.
-        let parked = "SELECT order_id, user_id, sku, quantity FROM parked_orders
-                       WHERE order_id >= $1 AND order_id <= $2 AND sku = ANY ($4) ORDER BY order_id LIMIT $3";
+    for (sql, ranges) in [
+        (orders, ranges),
+        (dead_letters, vec![(floor, OrderId::MAX)]),
+        (parked, vec![(OrderId::MIN, OrderId::MAX)]),
+    ] {
         let remember = |rows: &[Row]| {
             let mut last = None;
             for row in rows {
                 let (user_id, order) = live_order(row)?;
+                let remembered = BuyerOrder {
+                    order_id: order.order_id,
+                    key: row.get::<_, Option<Uuid>>(4).map(|key| KeyHash(key.0)),
+                    payload: PayloadHash(row.get::<_, i64>(5) as u64),
+                    sku: order.sku,
+                    quantity: order.quantity,
+                    ended: how_it_ended(row)?,
+                };
+                let payable_until = row.get::<_, Option<Moment>>(7);
+                remember(user_id, remembered, payable_until.map(|until| until.0));
                 last = Some(order.order_id);
-                count(user_id, order);
             }
             Ok((rows.len() as i64, last))
-        };
-        let all_parked = vec![(OrderId::MIN, to)];
-        parts
-            .read(parked, all_parked, &[&skus], remember, |_, _, _| {})
-            .await?;
-        if from > to {
-            return Ok(());
-        }
-        let mut course = parts.course(from, to).await?;
-        // The last row, which has no buyer, gives the end of the part.
-        let sql = "WITH part AS MATERIALIZED (
-                       SELECT order_id, user_id, sku, quantity, status FROM orders
-                        WHERE order_id >= $1 AND order_id <= $2 ORDER BY order_id LIMIT $3
-                   )
-                   SELECT order_id, user_id, sku, quantity FROM part WHERE sku = ANY ($4) AND status = ANY ($5::int2[])
-                   UNION ALL
-                   SELECT max(order_id), NULL, NULL, count(*)::int4 FROM part";
-        let remember = |rows: &[Row]| {
-            let mut end = (0, None);
-            for row in rows {
-                if row.get::<_, Option<&str>>(1).is_some() {
-                    let (user_id, order) = live_order(row)?;
-                    count(user_id, order);
-                    continue;
-                }
-                let last = row.get::<_, Option<i64>>(0).map(order_id).transpose()?;
-                end = (i64::from(row.get::<_, i32>(3)), last);
-            }
-            Ok(end)
         };
         let note = |rows, from, to| {
             course.note(rows, from, to);
             course.tell(&mut tell);
         };
-        parts
-            .read(
-                sql,
-                vec![(from, to)],
-                &[&skus, &live_codes()],
-                remember,
-                note,
-            )
-            .await
+        parts.read(&sql, ranges, &[], remember, note).await?;
     }
+    Ok(course.rows)
+}
 
-    /// A lower bound of the ids of these SKUs' orders; `None` if there are no SKUs.
-    async fn first_order_of(&self, skus: &[i32]) -> Result<Option<OrderId>, StoreError> {
-        let client = self.pooled().await?;
-        let sql = "SELECT (extract(epoch FROM coalesce(created_at, to_timestamp(0))) * 1000)::int8
-                     FROM sku WHERE id = ANY ($1)";
-        let made = self
-            .timed("reading when SKUs were made", client.query(sql, &[&skus]))
-            .await?;
-        let first = made.iter().map(|row| row.get::<_, i64>(0)).min();
-        Ok(first.map(|first| OrderId::floor_of(UnixMillis(first - CLOCKS_DIFFER_MS))))
+/// Passes every live order of these SKUs with an id below `below` to `count`. Reads all orders since the
+/// first of the SKUs was created; `tell` gets the progress about once a second.
+///
+/// # Errors
+/// If a row is not one of ours, or the database's error.
+pub async fn load_live_orders(
+    database: &Database,
+    skus: &[SkuNumber],
+    below: OrderId,
+    mut count: impl FnMut(UserId, LiveOrder),
+    mut tell: impl FnMut(ReadProgress),
+) -> Result<(), StoreError> {
+    let doing = "reading the orders that a purchase limit counts";
+    let skus: Vec<i32> = skus.iter().map(|sku| sku.0).collect();
+    let from = first_order_of(database, &skus).await?;
+    let (Some(from), Some(to)) = (from, OrderId::new(below.get() - 1)) else {
+        return Ok(());
+    };
+    // One part at a time, because orders may be placed meanwhile.
+    let parts = Parts::new(database, doing, 1);
+    // Parked orders first: they may become rows meanwhile, but rows are never parked.
+    let parked = "SELECT order_id, user_id, sku, quantity FROM parked_orders
+                   WHERE order_id >= $1 AND order_id <= $2 AND sku = ANY ($4) ORDER BY order_id LIMIT $3";
+    let remember = |rows: &[Row]| {
+        let mut last = None;
+        for row in rows {
+            let (user_id, order) = live_order(row)?;
+            last = Some(order.order_id);
+            count(user_id, order);
+        }
+        Ok((rows.len() as i64, last))
+    };
+    let all_parked = vec![(OrderId::MIN, to)];
+    parts
+        .read(parked, all_parked, &[&skus], remember, |_, _, _| {})
+        .await?;
+    if from > to {
+        return Ok(());
     }
+    let mut course = parts.course(from, to).await?;
+    // The last row, which has no buyer, gives the end of the part.
+    let sql = "WITH part AS MATERIALIZED (
+                   SELECT order_id, user_id, sku, quantity, status FROM orders
+                    WHERE order_id >= $1 AND order_id <= $2 ORDER BY order_id LIMIT $3
+               )
+               SELECT order_id, user_id, sku, quantity FROM part WHERE sku = ANY ($4) AND status = ANY ($5::int2[])
+               UNION ALL
+               SELECT max(order_id), NULL, NULL, count(*)::int4 FROM part";
+    let remember = |rows: &[Row]| {
+        let mut end = (0, None);
+        for row in rows {
+            if row.get::<_, Option<&str>>(1).is_some() {
+                let (user_id, order) = live_order(row)?;
+                count(user_id, order);
+                continue;
+            }
+            let last = row.get::<_, Option<i64>>(0).map(order_id).transpose()?;
+            end = (i64::from(row.get::<_, i32>(3)), last);
+        }
+        Ok(end)
+    };
+    let note = |rows, from, to| {
+        course.note(rows, from, to);
+        course.tell(&mut tell);
+    };
+    parts
+        .read(
+            sql,
+            vec![(from, to)],
+            &[&skus, &live_codes()],
+            remember,
+            note,
+        )
+        .await
+}
+
+/// A lower bound of the ids of these SKUs' orders; `None` if there are no SKUs.
+async fn first_order_of(database: &Database, skus: &[i32]) -> Result<Option<OrderId>, StoreError> {
+    let client = database.pooled().await?;
+    let sql = "SELECT (extract(epoch FROM coalesce(created_at, to_timestamp(0))) * 1000)::int8
+                 FROM sku WHERE id = ANY ($1)";
+    let made = database
+        .timed("reading when SKUs were made", client.query(sql, &[&skus]))
+        .await?;
+    let first = made.iter().map(|row| row.get::<_, i64>(0)).min();
+    Ok(first.map(|first| OrderId::floor_of(UnixMillis(first - CLOCKS_DIFFER_MS))))
 }

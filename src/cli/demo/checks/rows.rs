@@ -4,8 +4,8 @@ use crate::loadgen::checker::{OrderRow, PaymentRow, StoredRows};
 use crate::order::UnixMillis;
 use crate::order::payment::PaymentState;
 use crate::store::postgres::Database;
-use crate::store::postgres::orders::StoredOrder;
-use crate::store::postgres::payments::StoredPayment;
+use crate::store::postgres::orders::{self, StoredOrder};
+use crate::store::postgres::payments::{self, StoredPayment};
 
 /// Payments that are read at once.
 const PAGE: i64 = 5_000;
@@ -17,19 +17,16 @@ pub async fn read(
     began_at: UnixMillis,
 ) -> anyhow::Result<StoredRows> {
     let mut rows = StoredRows::default();
-    database
-        .read_orders(|order| {
-            if order.user_id.starts_with(user_prefix) {
-                rows.orders.push(order_row(order));
-            }
-        })
-        .await?;
+    orders::read_all(database, |order| {
+        if order.user_id.starts_with(user_prefix) {
+            rows.orders.push(order_row(order));
+        }
+    })
+    .await?;
     let mut before = i64::MAX;
     loop {
         // Newest first.
-        let page = database
-            .payments(PaymentState::ALL, false, before, PAGE)
-            .await?;
+        let page = payments::list(database, PaymentState::ALL, false, before, PAGE).await?;
         let is_last = page.len() < PAGE as usize;
         for payment in page {
             if payment.received_at < began_at {

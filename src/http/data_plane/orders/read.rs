@@ -10,6 +10,7 @@ use crate::http::problem::Problem;
 use crate::http::wire::{OrderList, OrderView, query, write};
 use crate::order::{OrderId, OrderStatus, UserId};
 use crate::state::pending::{PendingOrder, SlotState};
+use crate::store::postgres::orders;
 
 /// Orders in one page of a user's list, unless the request says otherwise.
 const LIMIT_DEFAULT: u64 = 20;
@@ -126,11 +127,9 @@ pub(in crate::http::data_plane) fn list(
     } else {
         context.on_tokio(request, deadline, async move {
             if whole_history {
-                database
-                    .orders_of_user(&user_id, before, limit as i64)
-                    .await
+                orders::of_user(&database, &user_id, before, limit as i64).await
             } else {
-                database.find_orders(&wanted).await
+                orders::find_among(&database, &wanted).await
             }
         })?
     };

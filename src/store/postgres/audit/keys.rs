@@ -43,20 +43,20 @@ const NOTE_WINDOW: &str = "
        AND $4 IS DISTINCT FROM (SELECT window_ms FROM idempotency_windows ORDER BY since DESC LIMIT 1)
     ON CONFLICT (since) DO UPDATE SET window_ms = excluded.window_ms";
 
-impl Database {
-    /// Records that keys of orders from `since` on are known for `window_ms`.
-    ///
-    /// # Errors
-    /// If the database does not answer.
-    pub async fn note_window(
-        &self,
-        lease: NodeLease,
-        since: OrderId,
-        window_ms: u64,
-    ) -> Result<(), StoreError> {
-        let client = self.pooled().await?;
-        let window_ms = i64::try_from(window_ms).unwrap_or(i64::MAX);
-        self.timed(
+/// Records that keys of orders from `since` on are known for `window_ms`.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn note_window(
+    database: &Database,
+    lease: NodeLease,
+    since: OrderId,
+    window_ms: u64,
+) -> Result<(), StoreError> {
+    let client = database.pooled().await?;
+    let window_ms = i64::try_from(window_ms).unwrap_or(i64::MAX);
+    database
+        .timed(
             "noting the idempotency window",
             client.execute(
                 NOTE_WINDOW,
@@ -65,7 +65,6 @@ impl Database {
         )
         .await
         .map(|_| ())
-    }
 }
 
 struct Windows(Vec<(i64, i64)>);

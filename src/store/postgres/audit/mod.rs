@@ -23,6 +23,7 @@ mod payments;
 mod session;
 mod stock;
 
+pub use self::keys::note_window;
 use self::session::Session;
 pub use self::session::{LOCK, PartRows, SESSION};
 pub use self::stock::Motion;
@@ -115,78 +116,76 @@ pub struct PaymentFaults {
     pub refund_due_without_payment: i64,
 }
 
-impl Database {
-    /// Recomputes counters, keys and stock log from the rows. Reads every order, some of them several times
-    /// (see `keys`).
-    ///
-    /// # Errors
-    /// If the database does not answer; [`StoreError::AuditRunning`] if another audit holds the lock.
-    pub async fn audit(&self) -> Result<DatabaseAudit, StoreError> {
-        let (found, _) = self.audit_watching(PartRows::default(), || ()).await?;
-        Ok(found)
-    }
+/// Recomputes counters, keys and stock log from the rows. Reads every order, some of them several times
+/// (see `keys`).
+///
+/// # Errors
+/// If the database does not answer; [`StoreError::AuditRunning`] if another audit holds the lock.
+pub async fn run(database: &Database) -> Result<DatabaseAudit, StoreError> {
+    let (found, _) = run_watching(database, PartRows::default(), || ()).await?;
+    Ok(found)
+}
 
-    /// The same with parts of the given size. Calls `look` before the snapshot of the last counters is taken and
-    /// after they are read, and returns the two results: what both agree on was so at the snapshot's moment.
-    ///
-    /// # Errors
-    /// As [`Database::audit`].
-    pub async fn audit_watching<T: Send>(
-        &self,
-        rows: PartRows,
-        look: impl FnMut() -> T + Send,
-    ) -> Result<(DatabaseAudit, [T; 2]), StoreError> {
-        let mut session = Session::open(self, rows).await?;
-        let orders = orders::read(&mut session, look).await?;
-        let chains = stock::read(&mut session, &orders.before, &orders.after).await?;
-        let duplicated_keys = keys::duplicates(&mut session, &orders.parts).await?;
-        let dead_letters = orders::read_dead_letters(&mut session).await?;
-        let payments = payments::read(&mut session).await?;
-        let events_without_payment = payments::events_without_payment(&mut session).await?;
-        let sku = |(number, counters): (&i32, &stock::Counters)| {
-            let units = orders.by_sku.get(number).copied().unwrap_or_default();
-            let chain = chains.get(number).cloned().unwrap_or_default();
-            let (total, held, sold) = counters.now;
-            SkuAudit {
-                sku_id: counters.sku_id.clone(),
-                total,
-                held,
-                sold,
-                held_by_orders: units.held,
-                sold_by_orders: units.sold + counters.pruned.1,
-                parked: counters.parked,
-                motion: chain.motion,
-                before: orders
-                    .before
-                    .get(number)
-                    .map_or((0, 0, 0), |before| before.now),
-                journal: chain.sum,
-                journal_breaks: chain.breaks,
-                gaps: chain.gaps,
-            }
-        };
-        let mut skus: Vec<SkuAudit> = orders.after.iter().map(sku).collect();
-        skus.sort_by(|a, b| a.sku_id.cmp(&b.sku_id));
-        let unknown = orders.by_sku.iter();
-        let unknown = unknown.filter(|(number, _)| !orders.after.contains_key(number));
-        let found = DatabaseAudit {
-            skus,
-            orders: orders.orders,
-            orders_pruned: orders.after.values().map(|sku| sku.pruned.0).sum(),
-            duplicated_keys,
-            orders_without_sku: unknown.map(|(_, units)| units.orders).sum(),
-            dead_letters: dead_letters.count,
-            both_row_and_dead_letter: dead_letters.also_rows,
-            payments: payments.sums,
-            payment_faults: PaymentFaults {
-                events_without_payment,
-                payments_without_event: payments.without_event,
-                paid_without_payment: orders.paid_without_payment,
-                matched_without_paid_order: payments.matched_without_paid_order,
-                refund_due_without_payment: orders.refund_due_without_payment
-                    + dead_letters.refund_due_without_payment,
-            },
-        };
-        Ok((found, orders.looks))
-    }
+/// The same with parts of the given size. Calls `look` before the snapshot of the last counters is taken and
+/// after they are read, and returns the two results: what both agree on was so at the snapshot's moment.
+///
+/// # Errors
+/// As [`run`].
+pub async fn run_watching<T: Send>(
+    database: &Database,
+    rows: PartRows,
+    look: impl FnMut() -> T + Send,
+) -> Result<(DatabaseAudit, [T; 2]), StoreError> {
+    let mut session = Session::open(database, rows).await?;
+    let orders = orders::read(&mut session, look).await?;
+    let chains = stock::read(&mut session, &orders.before, &orders.after).await?;
+    let duplicated_keys = keys::duplicates(&mut session, &orders.parts).await?;
+    let dead_letters = orders::read_dead_letters(&mut session).await?;
+    let payments = payments::read(&mut session).await?;
+    let events_without_payment = payments::events_without_payment(&mut session).await?;
+    let sku = |(number, counters): (&i32, &stock::Counters)| {
+        let units = orders.by_sku.get(number).copied().unwrap_or_default();
+        let chain = chains.get(number).cloned().unwrap_or_default();
+        let (total, held, sold) = counters.now;
+        SkuAudit {
+            sku_id: counters.sku_id.clone(),
+            total,
+            held,
+            sold,
+            held_by_orders: units.held,
+            sold_by_orders: units.sold + counters.pruned.1,
+            parked: counters.parked,
+            motion: chain.motion,
+            before: orders
+                .before
+                .get(number)
+                .map_or((0, 0, 0), |before| before.now),
+            journal: chain.sum,
+            journal_breaks: chain.breaks,
+            gaps: chain.gaps,
+        }
+    };
+    let mut skus: Vec<SkuAudit> = orders.after.iter().map(sku).collect();
+    skus.sort_by(|a, b| a.sku_id.cmp(&b.sku_id));
+    let unknown = orders.by_sku.iter();
+    let unknown = unknown.filter(|(number, _)| !orders.after.contains_key(number));
+    let found = DatabaseAudit {
+        skus,
+        orders: orders.orders,
+        orders_pruned: orders.after.values().map(|sku| sku.pruned.0).sum(),
+        duplicated_keys,
+        orders_without_sku: unknown.map(|(_, units)| units.orders).sum(),
+        dead_letters: dead_letters.count,
+        both_row_and_dead_letter: dead_letters.also_rows,
+        payments: payments.sums,
+        payment_faults: PaymentFaults {
+            events_without_payment,
+            payments_without_event: payments.without_event,
+            paid_without_payment: orders.paid_without_payment,
+            matched_without_paid_order: payments.matched_without_paid_order,
+            refund_due_without_payment: orders.refund_due_without_payment
+                + dead_letters.refund_due_without_payment,
+        },
+    };
+    Ok((found, orders.looks))
 }

@@ -1,0 +1,260 @@
+//! Look-ups of orders.
+//!
+//! * this file: single orders, and orders by status;
+//! * `present`: which orders of a list exist already.
+
+mod present;
+
+use std::collections::BTreeMap;
+
+use futures_util::{StreamExt, pin_mut};
+use tokio_postgres::Row;
+use tokio_postgres::types::ToSql;
+
+pub use self::present::{absent_among, present_among};
+use super::{Database, NodeLease};
+use crate::order::{KeyHash, OrderId, OrderStatus, PayloadHash, SkuNumber, UnixMillis, UserId};
+use crate::store::StoreError;
+
+/// An order as stored in the database.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredOrder {
+    /// Its id.
+    pub id: OrderId,
+    /// The buyer.
+    pub user_id: String,
+    /// The shop's id of the SKU.
+    pub sku_id: String,
+    /// The database's number of the SKU.
+    pub sku: SkuNumber,
+    /// Units.
+    pub quantity: u32,
+    /// The shop's surcharge or discount, in minor units.
+    pub adjustment: i64,
+    /// The amount in minor units.
+    pub amount: i64,
+    /// The currency of the amount.
+    pub currency: String,
+    /// Its status.
+    pub status: OrderStatus,
+    /// Time of admission.
+    pub created_at: UnixMillis,
+    /// Payment deadline.
+    pub expires_at: UnixMillis,
+    /// The shop's JSON object.
+    pub attributes: Option<String>,
+    /// Reason of the refund, due or made.
+    pub refund_reason: Option<String>,
+    /// The hash of its idempotency key.
+    pub key: Option<KeyHash>,
+    /// The hash of the request.
+    pub payload: PayloadHash,
+}
+
+const COLUMNS: &str = "order_id, user_id, sku_id, quantity, adjustment, amount, currency, status,
+    (extract(epoch FROM created_at) * 1000)::int8, (extract(epoch FROM expires_at) * 1000)::int8, attributes,
+    sku, refund_reason, decode(replace(key_hash::text, '-', ''), 'hex'), payload_hash";
+
+fn from_row(row: &Row) -> Result<StoredOrder, StoreError> {
+    let raw: i64 = row.get(0);
+    let word: Option<&str> = row.get(7);
+    let unexpected = |what: &str| StoreError::Data(format!("order {raw}: {what}"));
+    Ok(StoredOrder {
+        id: OrderId::from_i64(raw).ok_or_else(|| unexpected("not an order id"))?,
+        user_id: row.get(1),
+        sku_id: row.get(2),
+        quantity: u32::try_from(row.get::<_, i32>(3))
+            .map_err(|_| unexpected("negative quantity"))?,
+        adjustment: row.get(4),
+        amount: row.get(5),
+        currency: row.get(6),
+        status: word
+            .and_then(OrderStatus::from_word)
+            .ok_or_else(|| unexpected(&format!("unknown status {word:?}")))?,
+        created_at: UnixMillis(row.get(8)),
+        expires_at: UnixMillis(row.get(9)),
+        attributes: row.get(10),
+        sku: SkuNumber(row.get(11)),
+        refund_reason: row.get(12),
+        key: row
+            .get::<_, Option<&[u8]>>(13)
+            .and_then(|bytes| bytes.try_into().ok())
+            .map(KeyHash),
+        payload: PayloadHash(row.get::<_, i64>(14) as u64),
+    })
+}
+
+/// Passes every order to `read`, dead letters included, in no particular order.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn read_all(
+    database: &Database,
+    mut read: impl FnMut(StoredOrder),
+) -> Result<(), StoreError> {
+    let doing = "reading the orders";
+    let client = database.pooled().await?;
+    let none: [i32; 0] = [];
+    let rows = client
+        .query_raw(&format!("SELECT {COLUMNS} FROM order_rows"), none)
+        .await
+        .map_err(StoreError::statement(doing))?;
+    pin_mut!(rows);
+    while let Some(row) = rows.next().await {
+        read(from_row(&row.map_err(StoreError::statement(doing))?)?);
+    }
+    Ok(())
+}
+
+/// The orders with these ids, in no particular order.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn find_among(
+    database: &Database,
+    ids: &[OrderId],
+) -> Result<Vec<StoredOrder>, StoreError> {
+    let client = database.pooled().await?;
+    let ids: Vec<i64> = ids.iter().map(|id| id.as_i64()).collect();
+    let sql = format!("SELECT {COLUMNS} FROM order_rows WHERE order_id = ANY ($1)");
+    let rows = database
+        .timed("looking orders up", client.query(&sql, &[&ids]))
+        .await?;
+    rows.iter().map(from_row).collect()
+}
+
+/// A user's newest orders below `before`, dead letters included. Needs `database.user_index`: without the
+/// index it reads the whole table.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn of_user(
+    database: &Database,
+    user_id: &UserId,
+    before: OrderId,
+    limit: i64,
+) -> Result<Vec<StoredOrder>, StoreError> {
+    let client = database.pooled().await?;
+    let sql = format!(
+        "SELECT {COLUMNS} FROM order_rows WHERE user_id = $1 AND order_id < $2 ORDER BY order_id DESC LIMIT $3"
+    );
+    let before = before.as_i64();
+    let rows = database
+        .timed(
+            "listing a user's orders",
+            client.query(&sql, &[&user_id.as_str(), &before, &limit]),
+        )
+        .await?;
+    rows.iter().map(from_row).collect()
+}
+
+/// The order with this id, dead letters included.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn find(database: &Database, id: OrderId) -> Result<Option<StoredOrder>, StoreError> {
+    let client = database.pooled().await?;
+    let statement = client
+        .prepare_cached(&format!(
+            "SELECT {COLUMNS} FROM order_rows WHERE order_id = $1"
+        ))
+        .await
+        .map_err(StoreError::statement("looking an order up"))?;
+    let id_column = id.as_i64();
+    let row = database
+        .timed(
+            "looking an order up",
+            client.query_opt(&statement, &[&id_column]),
+        )
+        .await?;
+    row.as_ref().map(from_row).transpose()
+}
+
+/// Those of these orders that are payable in the database.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn payable_among(
+    database: &Database,
+    ids: &[OrderId],
+) -> Result<Vec<OrderId>, StoreError> {
+    let client = database.pooled().await?;
+    let ids: Vec<i64> = ids.iter().map(|id| id.as_i64()).collect();
+    let payable = OrderStatus::PendingPayment.code();
+    let rows = database
+        .timed(
+            "looking which orders are payable",
+            client.query(
+                "SELECT order_id FROM orders WHERE order_id = ANY ($1) AND status = $2",
+                &[&ids, &payable],
+            ),
+        )
+        .await?;
+    Ok(rows
+        .iter()
+        .filter_map(|row| OrderId::from_i64(row.get(0)))
+        .collect())
+}
+
+/// Unpaid orders with ids below `window_floor`, from the recorded lowest one on.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn unpaid_below(
+    database: &Database,
+    lease: NodeLease,
+    window_floor: OrderId,
+) -> Result<Vec<(OrderId, UnixMillis)>, StoreError> {
+    let doing = "looking for unpaid orders";
+    let client = database.pooled().await?;
+    let parameters: [&(dyn ToSql + Sync); 2] = [&lease.node, &window_floor.as_i64()];
+    // Without a step timeout, because there may be many.
+    let rows = client
+        .query_raw(
+            "SELECT order_id, (extract(epoch FROM expires_at) * 1000)::int8 FROM orders
+              WHERE order_id >= (SELECT unpaid_from FROM node WHERE node = $1) AND order_id < $2 AND status = 1",
+            parameters,
+        )
+        .await
+        .map_err(StoreError::statement(doing))?;
+    pin_mut!(rows);
+    let mut found = Vec::new();
+    while let Some(row) = rows.next().await {
+        let row = row.map_err(StoreError::statement(doing))?;
+        found.extend(OrderId::from_i64(row.get(0)).map(|id| (id, UnixMillis(row.get(1)))));
+    }
+    Ok(found)
+}
+
+/// Units that unpaid rows of these SKUs hold, whatever `sku.held` says. `window_floor`: the lowest id of
+/// the idempotency window.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn held_units(
+    database: &Database,
+    lease: NodeLease,
+    window_floor: OrderId,
+    skus: &[SkuNumber],
+) -> Result<BTreeMap<SkuNumber, u64>, StoreError> {
+    let client = database.pooled().await?;
+    let skus: Vec<i32> = skus.iter().map(|sku| sku.0).collect();
+    let unpaid = OrderStatus::PendingPayment.code();
+    // Without a step timeout, because there may be many.
+    let rows = client
+        .query(
+            "SELECT sku, sum(quantity)::int8 FROM orders
+              WHERE order_id >= (SELECT least(unpaid_from, $2) FROM node WHERE node = $1)
+                AND status = $3 AND sku = ANY ($4) GROUP BY sku",
+            &[&lease.node, &window_floor.as_i64(), &unpaid, &skus],
+        )
+        .await
+        .map_err(StoreError::statement("adding up what unpaid orders hold"))?;
+    Ok(rows
+        .iter()
+        .map(|row| {
+            let units = u64::try_from(row.get::<_, i64>(1)).unwrap_or(0);
+            (SkuNumber(row.get(0)), units)
+        })
+        .collect())
+}
