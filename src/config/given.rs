@@ -2,18 +2,16 @@
 
 use std::path::Path;
 
+use super::DEFAULT_FILE;
 use super::environment::{ENV_PREFIX, FILE_SUFFIX};
-use super::{Config, DEFAULT_FILE};
 
-impl Config {
-    /// Paths of the fields that the file or the environment sets, such as `database.url`.
-    /// Unreadable sources count as empty here; [`Config::load`] reports them.
-    pub fn given(file: Option<&Path>) -> Vec<String> {
-        let path = file.unwrap_or(Path::new(DEFAULT_FILE));
-        let text = std::fs::read_to_string(path).unwrap_or_default();
-        let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
-        fields(&text, names)
-    }
+/// Paths of the fields that the file or the environment sets, such as `database.url`. Unreadable
+/// sources count as empty here; [`Config::load`](super::Config::load) reports them.
+pub fn given_fields(file: Option<&Path>) -> Vec<String> {
+    let path = file.unwrap_or(Path::new(DEFAULT_FILE));
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
+    fields(&text, names)
 }
 
 fn fields(text: &str, variables: impl Iterator<Item = String>) -> Vec<String> {

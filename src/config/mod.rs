@@ -20,6 +20,7 @@ mod log;
 mod payments;
 pub mod reference;
 
+pub use given::given_fields;
 pub use payments::{
     AlipayPayments, Payments, Receipt, Secret, StandardPayments, StripePayments, WechatpayPayments,
 };

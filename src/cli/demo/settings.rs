@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::DemoArgs;
-use crate::config::{Config, OneOrMany};
+use crate::config::{self, Config, OneOrMany};
 use crate::loadgen::WebhookSecret;
 
 /// Fields, or sections with a dot at the end, that the demo decides, and why.
@@ -44,7 +44,7 @@ impl Settings {
         secret: &WebhookSecret,
     ) -> anyhow::Result<Self> {
         let mut config = args.config.load()?;
-        let given = Config::given(args.config.config.as_deref());
+        let given = config::given_fields(args.config.config.as_deref());
         refuse(&given)?;
         config.data_dir = data_dir;
         let is_given = |field: &str| given.iter().any(|given| given == field);

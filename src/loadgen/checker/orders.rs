@@ -370,9 +370,9 @@ impl Checker {
         }
         for (user, asked) in &history.asked {
             let rows = by_user.get(user.as_str()).map_or(&[][..], Vec::as_slice);
-            findings.check_request(asked, rows);
+            check_request(&mut findings, asked, rows);
         }
-        findings.check_stock(&history.offers, rows);
+        check_stock(&mut findings, &history.offers, rows);
         findings
     }
 }
@@ -419,113 +419,113 @@ fn claim(request: &OrderRequest, answer: &OrderAnswer) -> Result<Claim, &'static
     id.map(Claim::Accepted).ok_or("an order without an id")
 }
 
-impl Findings {
-    fn check_request(&mut self, asked: &Requested, rows: &[&OrderRow]) {
-        let request = &asked.request;
-        let mut ids: Vec<i64> = asked.accepted().map(|(_, id)| id).collect();
-        ids.sort_unstable();
-        ids.dedup();
-        let extra = (rows.len().max(1) - 1).max(ids.len().max(1) - 1) as u64;
-        self.second_rows += rows.len().saturating_sub(1) as u64;
-        let mut contradicts = ids.len() > 1;
-        if extra > 0 {
-            self.duplicated += extra;
-            self.fault(format!("more than one order for {asked:?}: {rows:?}"));
-        }
-        if ids.is_empty() {
-            let unknown = |one: &AttemptRecord| one.claim == Claim::Unknown;
-            if asked.is_refused() {
-                self.refused += 1;
-            } else if asked.attempts.iter().any(unknown) {
-                self.unanswered += 1;
-            }
-            // A dead letter is the row of a refusal.
-            if asked.is_refused() && rows.iter().any(|row| row.status != "failed") {
-                self.refused_but_present += 1;
-                self.fault(format!("refused and present: {asked:?}: {rows:?}"));
-            }
-        }
-        let respond_async = asked.attempts.iter().any(|one| one.respond_async);
-        self.respond_async += u64::from(respond_async);
-        for id in &ids {
-            self.acked += 1;
-            match rows.iter().find(|row| row.order_id == *id) {
-                Some(row) if is_of(row, request) => self.present += 1,
-                Some(row) => {
-                    self.changed += 1;
-                    self.fault(format!("changed: {asked:?}: {row:?}"));
-                }
-                None => {
-                    self.lost += 1;
-                    self.fault(format!("acknowledged and lost: {asked:?}: {rows:?}"));
-                }
-            }
-        }
-        for row in rows {
-            if !is_of(row, request) && !ids.contains(&row.order_id) {
-                self.unexplained += 1;
-                self.fault(format!("not as it was asked for: {asked:?}: {row:?}"));
-            }
-            // One that was paid all the same has its money to go back.
-            let is_cancelled = row.status == "cancelled"
-                || row.refund_reason.as_deref() == Some("order_cancelled");
-            if asked.cancelled && !is_cancelled {
-                self.fault(format!("its cancellation is lost: {asked:?}: {row:?}"));
-            }
-            if is_cancelled && !asked.cancel_asked {
-                self.fault(format!("nobody cancelled it: {asked:?}: {row:?}"));
-            }
-            self.cancelled += u64::from(is_cancelled);
-        }
-        // Refused after it was accepted, by a process that must have known.
-        for (accepted, _) in asked.accepted() {
-            for one in &asked.attempts {
-                if one.sent > accepted.answered
-                    && let Claim::Refused {
-                        conclusive: true,
-                        code,
-                    } = &one.claim
-                {
-                    contradicts = true;
-                    self.fault(format!("accepted, then refused with {code}: {asked:?}"));
-                }
-            }
-        }
-        self.contradicted += u64::from(contradicts);
+/// Compares a request with the rows of its user.
+fn check_request(findings: &mut Findings, asked: &Requested, rows: &[&OrderRow]) {
+    let request = &asked.request;
+    let mut ids: Vec<i64> = asked.accepted().map(|(_, id)| id).collect();
+    ids.sort_unstable();
+    ids.dedup();
+    let extra = (rows.len().max(1) - 1).max(ids.len().max(1) - 1) as u64;
+    findings.second_rows += rows.len().saturating_sub(1) as u64;
+    let mut contradicts = ids.len() > 1;
+    if extra > 0 {
+        findings.duplicated += extra;
+        findings.fault(format!("more than one order for {asked:?}: {rows:?}"));
     }
-
-    fn check_stock(&mut self, offers: &BTreeMap<String, SkuOffer>, rows: &StoredRows) {
-        let mut live: HashMap<&str, (i64, i64)> = HashMap::new();
-        for row in &rows.orders {
-            let (held, sold) = live.entry(&row.sku).or_default();
-            match row.status.as_str() {
-                "pending_payment" => *held += row.quantity,
-                "paid" => *sold += row.quantity,
-                "cancelled" | "expired" | "failed" | "refund_due" | "refunded" => {}
-                other => self.fault(format!("no such status: {other}: {row:?}")),
+    if ids.is_empty() {
+        let unknown = |one: &AttemptRecord| one.claim == Claim::Unknown;
+        if asked.is_refused() {
+            findings.refused += 1;
+        } else if asked.attempts.iter().any(unknown) {
+            findings.unanswered += 1;
+        }
+        // A dead letter is the row of a refusal.
+        if asked.is_refused() && rows.iter().any(|row| row.status != "failed") {
+            findings.refused_but_present += 1;
+            findings.fault(format!("refused and present: {asked:?}: {rows:?}"));
+        }
+    }
+    let respond_async = asked.attempts.iter().any(|one| one.respond_async);
+    findings.respond_async += u64::from(respond_async);
+    for id in &ids {
+        findings.acked += 1;
+        match rows.iter().find(|row| row.order_id == *id) {
+            Some(row) if is_of(row, request) => findings.present += 1,
+            Some(row) => {
+                findings.changed += 1;
+                findings.fault(format!("changed: {asked:?}: {row:?}"));
+            }
+            None => {
+                findings.lost += 1;
+                findings.fault(format!("acknowledged and lost: {asked:?}: {rows:?}"));
             }
         }
-        for (sku, offer) in offers {
-            let (held, sold) = live.get(sku.as_str()).copied().unwrap_or_default();
-            let over = (held + sold - offer.total).max(0);
-            if over > 0 {
-                self.oversold += over;
-                self.fault(format!("{sku}: {over} units sold beyond {}", offer.total));
+    }
+    for row in rows {
+        if !is_of(row, request) && !ids.contains(&row.order_id) {
+            findings.unexplained += 1;
+            findings.fault(format!("not as it was asked for: {asked:?}: {row:?}"));
+        }
+        // One that was paid all the same has its money to go back.
+        let is_cancelled =
+            row.status == "cancelled" || row.refund_reason.as_deref() == Some("order_cancelled");
+        if asked.cancelled && !is_cancelled {
+            findings.fault(format!("its cancellation is lost: {asked:?}: {row:?}"));
+        }
+        if is_cancelled && !asked.cancel_asked {
+            findings.fault(format!("nobody cancelled it: {asked:?}: {row:?}"));
+        }
+        findings.cancelled += u64::from(is_cancelled);
+    }
+    // Refused after it was accepted, by a process that must have known.
+    for (accepted, _) in asked.accepted() {
+        for one in &asked.attempts {
+            if one.sent > accepted.answered
+                && let Claim::Refused {
+                    conclusive: true,
+                    code,
+                } = &one.claim
+            {
+                contradicts = true;
+                findings.fault(format!("accepted, then refused with {code}: {asked:?}"));
             }
-            let Some(counters) = rows.skus.get(sku) else {
-                self.fault(format!("{sku} is not in sku_list"));
-                continue;
-            };
-            if counters.total != offer.total {
-                self.fault(format!("{sku}: its total is {}", counters.total));
-            }
-            let leaked = (counters.held - held).abs() + (counters.sold - sold).abs();
-            if leaked > 0 {
-                self.leaked += leaked;
-                self.fault(format!(
-                    "{sku}: {counters:?}, but rows hold {held} and sold {sold}"
-                ));
-            }
+        }
+    }
+    findings.contradicted += u64::from(contradicts);
+}
+
+/// Compares the rows with the counters of each SKU.
+fn check_stock(findings: &mut Findings, offers: &BTreeMap<String, SkuOffer>, rows: &StoredRows) {
+    let mut live: HashMap<&str, (i64, i64)> = HashMap::new();
+    for row in &rows.orders {
+        let (held, sold) = live.entry(&row.sku).or_default();
+        match row.status.as_str() {
+            "pending_payment" => *held += row.quantity,
+            "paid" => *sold += row.quantity,
+            "cancelled" | "expired" | "failed" | "refund_due" | "refunded" => {}
+            other => findings.fault(format!("no such status: {other}: {row:?}")),
+        }
+    }
+    for (sku, offer) in offers {
+        let (held, sold) = live.get(sku.as_str()).copied().unwrap_or_default();
+        let over = (held + sold - offer.total).max(0);
+        if over > 0 {
+            findings.oversold += over;
+            findings.fault(format!("{sku}: {over} units sold beyond {}", offer.total));
+        }
+        let Some(counters) = rows.skus.get(sku) else {
+            findings.fault(format!("{sku} is not in sku_list"));
+            continue;
+        };
+        if counters.total != offer.total {
+            findings.fault(format!("{sku}: its total is {}", counters.total));
+        }
+        let leaked = (counters.held - held).abs() + (counters.sold - sold).abs();
+        if leaked > 0 {
+            findings.leaked += leaked;
+            findings.fault(format!(
+                "{sku}: {counters:?}, but rows hold {held} and sold {sold}"
+            ));
         }
     }
 }

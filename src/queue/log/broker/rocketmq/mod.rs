@@ -189,7 +189,7 @@ impl RocketMqBroker {
 
 impl Broker for RocketMqBroker {
     fn check(&self) -> Result<Vec<String>, BrokerError> {
-        let (session, warnings) = self.open_to_write(self.deadline())?;
+        let (session, warnings) = session::open_to_write(self, self.deadline())?;
         // A sender that is under way has checked the settings itself.
         if let Some(mut writer) = self.writer.try_lock()
             && writer
@@ -227,8 +227,8 @@ impl Broker for RocketMqBroker {
 
     fn read(&self, after: Option<Position>, bytes_max: usize) -> Result<Vec<Stored>, BrokerError> {
         let after = after.map(|position| position.offset);
-        self.reading(|session, deadline| match session {
-            Some(session) => self.read_on(session, after, bytes_max, deadline),
+        session::with_reader(self, |session, deadline| match session {
+            Some(session) => read::frames(self, session, after, bytes_max, deadline),
             None if after.is_none() => Ok(Vec::new()),
             None => Err(BrokerError::Lost(format!(
                 "there is no topic {}",

@@ -42,214 +42,214 @@ struct Dispatch {
     seen: u64,
 }
 
-impl RocketMqBroker {
-    /// The frames behind `after`, by the rules of [`super::super::Broker::read`].
-    pub(super) fn read_on(
-        &self,
-        session: &mut Session,
-        after: Option<u64>,
-        bytes_max: usize,
-        deadline: Instant,
-    ) -> Result<Vec<Stored>, BrokerError> {
-        let mut next = match after {
-            Some(offset) => offset.saturating_add(1),
-            None => self.bounds(session, deadline)?.0,
-        };
-        let mut frames: Vec<Stored> = Vec::new();
-        let (mut bytes, mut dispatch) = (0_usize, Dispatch::default());
-        loop {
-            let pulled = self.pull(session, next, deadline);
-            let messages = match pulled {
-                Err(_) | Ok(Pulled::Nothing) if !frames.is_empty() => return Ok(frames),
-                Err(error) => return Err(error),
-                Ok(Pulled::Nothing) => {
-                    match self.tail(session, next, after, &mut dispatch, deadline)? {
-                        Tail::End => return Ok(frames),
-                        Tail::More => {
-                            std::thread::sleep(PAUSE);
-                            // Retention may have moved the first message that it still has.
-                            if after.is_none() {
-                                next = self.bounds(session, deadline)?.0;
-                            }
-                            continue;
+/// The frames behind `after`, by the rules of [`super::super::Broker::read`].
+pub(super) fn frames(
+    client: &RocketMqBroker,
+    session: &mut Session,
+    after: Option<u64>,
+    bytes_max: usize,
+    deadline: Instant,
+) -> Result<Vec<Stored>, BrokerError> {
+    let mut next = match after {
+        Some(offset) => offset.saturating_add(1),
+        None => bounds(client, session, deadline)?.0,
+    };
+    let mut frames: Vec<Stored> = Vec::new();
+    let (mut bytes, mut dispatch) = (0_usize, Dispatch::default());
+    loop {
+        let pulled = pull(client, session, next, deadline);
+        let messages = match pulled {
+            Err(_) | Ok(Pulled::Nothing) if !frames.is_empty() => return Ok(frames),
+            Err(error) => return Err(error),
+            Ok(Pulled::Nothing) => {
+                match tail(client, session, next, after, &mut dispatch, deadline)? {
+                    Tail::End => return Ok(frames),
+                    Tail::More => {
+                        std::thread::sleep(PAUSE);
+                        // Retention may have moved the first message that it still has.
+                        if after.is_none() {
+                            next = bounds(client, session, deadline)?.0;
                         }
+                        continue;
                     }
                 }
-                Ok(Pulled::Messages(messages, damage)) => {
-                    if let Some(damage) =
-                        damage.filter(|_| frames.is_empty() && messages.is_empty())
-                    {
-                        return Err(BrokerError::Lost(format!(
-                            "the message at offset {next} is damaged: {damage}"
-                        )));
-                    }
-                    messages
-                }
-            };
-            if messages.is_empty() {
-                return Ok(frames);
             }
-            for message in messages {
-                let is_first = frames.is_empty();
-                if message.offset != next && !(is_first && after.is_none()) {
-                    return match is_first {
-                        false => Ok(frames),
-                        true => Err(gone(next, message.offset)),
-                    };
+            Ok(Pulled::Messages(messages, damage)) => {
+                if let Some(damage) = damage.filter(|_| frames.is_empty() && messages.is_empty()) {
+                    return Err(BrokerError::Lost(format!(
+                        "the message at offset {next} is damaged: {damage}"
+                    )));
                 }
-                bytes = bytes.saturating_add(message.frame.len());
-                if !is_first && bytes > bytes_max {
-                    return Ok(frames);
-                }
-                next = message.offset.saturating_add(1);
-                frames.push(message);
-            }
-            if bytes >= bytes_max {
-                return Ok(frames);
-            }
-        }
-    }
-
-    /// The offsets of the first message and of the one behind the last, as far as they are readable.
-    pub(super) fn bounds(
-        &self,
-        session: &mut Session,
-        deadline: Instant,
-    ) -> Result<(u64, u64), BrokerError> {
-        let mut ask = |code| {
-            let answer = session.ask(code, self.queue_fields(), deadline)?;
-            match answer
-                .number("offset")
-                .filter(|_| answer.code == codes::SUCCESS)
-            {
-                // A queue that was never written has -1.
-                Some(offset) => Ok(u64::try_from(offset).unwrap_or(0)),
-                None => Err(codes::failed(&answer)),
+                messages
             }
         };
-        let first = ask(GET_MIN_OFFSET)?;
-        Ok((first, ask(GET_MAX_OFFSET)?))
-    }
-
-    /// Proves at connect that this client may read, and makes its consumer group if the broker makes none by itself.
-    pub(super) fn try_reading(
-        &self,
-        session: &mut Session,
-        deadline: Instant,
-    ) -> Result<(), BrokerError> {
-        let (_, end) = self.bounds(session, deadline)?;
-        let answer = session.ask(PULL_MESSAGE, self.pull_fields(end), deadline)?;
-        if answer.code == codes::SUBSCRIPTION_GROUP_NOT_EXIST {
-            return self.make_group(session, deadline);
+        if messages.is_empty() {
+            return Ok(frames);
         }
-        match answer.code {
-            codes::SUCCESS
-            | codes::PULL_NOT_FOUND
-            | codes::PULL_RETRY_IMMEDIATELY
-            | codes::PULL_OFFSET_MOVED => Ok(()),
-            _ => Err(codes::failed(&answer)),
-        }
-    }
-
-    fn make_group(&self, session: &mut Session, deadline: Instant) -> Result<(), BrokerError> {
-        let group = &self.settings.topic;
-        let body = serde_json::json!({ "groupName": group, "consumeEnable": true, "retryQueueNums": 1, "retryMaxTimes": 16 });
-        let answer = session.connection.call(
-            UPDATE_AND_CREATE_SUBSCRIPTIONGROUP,
-            Fields::new(),
-            body.to_string().as_bytes(),
-            deadline,
-        );
-        let answer = answer.map_err(|error| BrokerError::Away(error.into_reason()))?;
-        match answer.code {
-            codes::SUCCESS => Ok(()),
-            _ => Err(BrokerError::Refused(format!(
-                "RocketMQ has no consumer group {group}, and does not let Millrace make it ({}): make it (mqadmin updateSubGroup -b ADDRESS -g {group})",
-                codes::words(&answer)
-            ))),
-        }
-    }
-
-    fn pull_fields(&self, offset: u64) -> Fields {
-        let mut fields = self.queue_fields();
-        fields.extend([
-            ("consumerGroup", self.settings.topic.clone()),
-            ("queueOffset", offset.to_string()),
-            ("maxMsgNums", PULL_MESSAGES_MAX.to_string()),
-            ("sysFlag", WITH_SUBSCRIPTION.to_string()),
-            ("commitOffset", "0".to_owned()),
-            ("suspendTimeoutMillis", "0".to_owned()),
-            ("subscription", "*".to_owned()),
-            ("subVersion", "0".to_owned()),
-            ("expressionType", "TAG".to_owned()),
-        ]);
-        fields
-    }
-
-    fn pull(
-        &self,
-        session: &mut Session,
-        offset: u64,
-        deadline: Instant,
-    ) -> Result<Pulled, BrokerError> {
-        let answer = session.ask(PULL_MESSAGE, self.pull_fields(offset), deadline)?;
-        match answer.code {
-            codes::SUCCESS => {}
-            // The words of the last one are "too small" and "too big" alike, so the bounds are asked for all three.
-            codes::PULL_NOT_FOUND | codes::PULL_RETRY_IMMEDIATELY | codes::PULL_OFFSET_MOVED => {
-                return Ok(Pulled::Nothing);
+        for message in messages {
+            let is_first = frames.is_empty();
+            if message.offset != next && !(is_first && after.is_none()) {
+                return match is_first {
+                    false => Ok(frames),
+                    true => Err(gone(next, message.offset)),
+                };
             }
-            _ => return Err(codes::failed(&answer)),
-        }
-        let (mut bytes, mut messages) = (Bytes(&answer.body), Vec::new());
-        while let Some(message) = message::next(&mut bytes) {
-            match message {
-                Ok(message)
-                    if message.queue != self.settings.queue
-                        || message.topic != self.settings.topic.as_bytes() =>
-                {
-                    return Ok(Pulled::Messages(
-                        messages,
-                        Some("it is of another queue".to_owned()),
-                    ));
-                }
-                Ok(message) => {
-                    messages.push(Stored {
-                        offset: message.offset,
-                        place: None,
-                        frame: message.body.to_vec(),
-                    });
-                }
-                Err(damage) => return Ok(Pulled::Messages(messages, Some(damage.to_owned()))),
+            bytes = bytes.saturating_add(message.frame.len());
+            if !is_first && bytes > bytes_max {
+                return Ok(frames);
             }
+            next = message.offset.saturating_add(1);
+            frames.push(message);
         }
-        Ok(if messages.is_empty() {
-            Pulled::Nothing
-        } else {
-            Pulled::Messages(messages, None)
-        })
+        if bytes >= bytes_max {
+            return Ok(frames);
+        }
     }
+}
 
-    /// Judges a queue in which nothing was found at `next`.
-    fn tail(
-        &self,
-        session: &mut Session,
-        next: u64,
-        after: Option<u64>,
-        dispatch: &mut Dispatch,
-        deadline: Instant,
-    ) -> Result<Tail, BrokerError> {
-        // First how far the broker has dispatched, then where the queue ends: never the other way round.
-        let is_dispatched = is_dispatched(session, dispatch, deadline)?;
-        let (first, end) = self.bounds(session, deadline)?;
-        match after {
-            Some(_) if next < first => Err(gone(next, first)),
-            Some(after) if next > end && is_dispatched => Err(BrokerError::Lost(format!(
-                "the queue ends before offset {end}, and the messages up to {after} were there"
-            ))),
-            _ if next >= end && is_dispatched => Ok(Tail::End),
-            _ => Ok(Tail::More),
+/// The offsets of the first message and of the one behind the last, as far as they are readable.
+pub(super) fn bounds(
+    client: &RocketMqBroker,
+    session: &mut Session,
+    deadline: Instant,
+) -> Result<(u64, u64), BrokerError> {
+    let mut ask = |code| {
+        let answer = session.ask(code, client.queue_fields(), deadline)?;
+        match answer
+            .number("offset")
+            .filter(|_| answer.code == codes::SUCCESS)
+        {
+            // A queue that was never written has -1.
+            Some(offset) => Ok(u64::try_from(offset).unwrap_or(0)),
+            None => Err(codes::failed(&answer)),
         }
+    };
+    let first = ask(GET_MIN_OFFSET)?;
+    Ok((first, ask(GET_MAX_OFFSET)?))
+}
+
+/// Proves at connect that this client may read, and makes its consumer group if the broker makes none by itself.
+pub(super) fn check(
+    client: &RocketMqBroker,
+    session: &mut Session,
+    deadline: Instant,
+) -> Result<(), BrokerError> {
+    let (_, end) = bounds(client, session, deadline)?;
+    let answer = session.ask(PULL_MESSAGE, pull_fields(client, end), deadline)?;
+    if answer.code == codes::SUBSCRIPTION_GROUP_NOT_EXIST {
+        return make_group(client, session, deadline);
+    }
+    match answer.code {
+        codes::SUCCESS
+        | codes::PULL_NOT_FOUND
+        | codes::PULL_RETRY_IMMEDIATELY
+        | codes::PULL_OFFSET_MOVED => Ok(()),
+        _ => Err(codes::failed(&answer)),
+    }
+}
+
+fn make_group(
+    client: &RocketMqBroker,
+    session: &mut Session,
+    deadline: Instant,
+) -> Result<(), BrokerError> {
+    let group = &client.settings.topic;
+    let body = serde_json::json!({ "groupName": group, "consumeEnable": true, "retryQueueNums": 1, "retryMaxTimes": 16 });
+    let answer = session.connection.call(
+        UPDATE_AND_CREATE_SUBSCRIPTIONGROUP,
+        Fields::new(),
+        body.to_string().as_bytes(),
+        deadline,
+    );
+    let answer = answer.map_err(|error| BrokerError::Away(error.into_reason()))?;
+    match answer.code {
+        codes::SUCCESS => Ok(()),
+        _ => Err(BrokerError::Refused(format!(
+            "RocketMQ has no consumer group {group}, and does not let Millrace make it ({}): make it (mqadmin updateSubGroup -b ADDRESS -g {group})",
+            codes::words(&answer)
+        ))),
+    }
+}
+
+fn pull_fields(client: &RocketMqBroker, offset: u64) -> Fields {
+    let mut fields = client.queue_fields();
+    fields.extend([
+        ("consumerGroup", client.settings.topic.clone()),
+        ("queueOffset", offset.to_string()),
+        ("maxMsgNums", PULL_MESSAGES_MAX.to_string()),
+        ("sysFlag", WITH_SUBSCRIPTION.to_string()),
+        ("commitOffset", "0".to_owned()),
+        ("suspendTimeoutMillis", "0".to_owned()),
+        ("subscription", "*".to_owned()),
+        ("subVersion", "0".to_owned()),
+        ("expressionType", "TAG".to_owned()),
+    ]);
+    fields
+}
+
+fn pull(
+    client: &RocketMqBroker,
+    session: &mut Session,
+    offset: u64,
+    deadline: Instant,
+) -> Result<Pulled, BrokerError> {
+    let answer = session.ask(PULL_MESSAGE, pull_fields(client, offset), deadline)?;
+    match answer.code {
+        codes::SUCCESS => {}
+        // The words of the last one are "too small" and "too big" alike, so the bounds are asked for all three.
+        codes::PULL_NOT_FOUND | codes::PULL_RETRY_IMMEDIATELY | codes::PULL_OFFSET_MOVED => {
+            return Ok(Pulled::Nothing);
+        }
+        _ => return Err(codes::failed(&answer)),
+    }
+    let (mut bytes, mut messages) = (Bytes(&answer.body), Vec::new());
+    while let Some(message) = message::next(&mut bytes) {
+        match message {
+            Ok(message)
+                if message.queue != client.settings.queue
+                    || message.topic != client.settings.topic.as_bytes() =>
+            {
+                return Ok(Pulled::Messages(
+                    messages,
+                    Some("it is of another queue".to_owned()),
+                ));
+            }
+            Ok(message) => {
+                messages.push(Stored {
+                    offset: message.offset,
+                    place: None,
+                    frame: message.body.to_vec(),
+                });
+            }
+            Err(damage) => return Ok(Pulled::Messages(messages, Some(damage.to_owned()))),
+        }
+    }
+    Ok(if messages.is_empty() {
+        Pulled::Nothing
+    } else {
+        Pulled::Messages(messages, None)
+    })
+}
+
+/// Judges a queue in which nothing was found at `next`.
+fn tail(
+    client: &RocketMqBroker,
+    session: &mut Session,
+    next: u64,
+    after: Option<u64>,
+    dispatch: &mut Dispatch,
+    deadline: Instant,
+) -> Result<Tail, BrokerError> {
+    // First how far the broker has dispatched, then where the queue ends: never the other way round.
+    let is_dispatched = is_dispatched(session, dispatch, deadline)?;
+    let (first, end) = bounds(client, session, deadline)?;
+    match after {
+        Some(_) if next < first => Err(gone(next, first)),
+        Some(after) if next > end && is_dispatched => Err(BrokerError::Lost(format!(
+            "the queue ends before offset {end}, and the messages up to {after} were there"
+        ))),
+        _ if next >= end && is_dispatched => Ok(Tail::End),
+        _ => Ok(Tail::More),
     }
 }
 
