@@ -1,9 +1,12 @@
 //! The floors of the house: what may name what. A module names only floors below its own;
 //! siblings on one floor never name each other, but for the few exceptions below.
 //!
+//! The methods of a type are in one file.
+//!
 //! The checks read tokens, bodies of macros included. Comments, docs and unit tests are left out.
 
-use std::{collections::BTreeSet, fs, path::Path, sync::LazyLock};
+use std::collections::{BTreeMap, BTreeSet};
+use std::{fs, path::Path, sync::LazyLock};
 
 use proc_macro2::{Delimiter, TokenStream, TokenTree};
 use quote::ToTokens;
@@ -175,6 +178,10 @@ struct Source {
     strings: Vec<String>,
     /// The lines that hold a token.
     lines: BTreeSet<usize>,
+    /// The types that are defined here.
+    types: BTreeSet<String>,
+    /// The types that have methods of their own here, not of a trait.
+    impls: BTreeSet<String>,
 }
 
 impl Source {
@@ -190,8 +197,34 @@ impl Source {
             path: path.to_owned(),
             ..Source::default()
         };
+        source.note_types(&file.items);
         source.read(file.into_token_stream());
         source
+    }
+
+    fn note_types(&mut self, items: &[syn::Item]) {
+        for item in items {
+            let defined = match item {
+                syn::Item::Enum(item) => &item.ident,
+                syn::Item::Struct(item) => &item.ident,
+                syn::Item::Union(item) => &item.ident,
+                syn::Item::Impl(item) => {
+                    if let syn::Type::Path(of) = &*item.self_ty
+                        && let (None, Some(name)) = (&item.trait_, of.path.segments.last())
+                    {
+                        self.impls.insert(name.ident.to_string());
+                    }
+                    continue;
+                }
+                syn::Item::Mod(module) => {
+                    let inside = module.content.as_ref().map(|(_, items)| items.as_slice());
+                    self.note_types(inside.unwrap_or_default());
+                    continue;
+                }
+                _ => continue,
+            };
+            self.types.insert(defined.to_string());
+        }
     }
 
     fn read(&mut self, tokens: TokenStream) {
@@ -487,6 +520,35 @@ fn length(source: &Source, broken: &mut Vec<String>) {
     }
 }
 
+/// The file that defines the type `name` of `at`: `at` itself, or the nearest one.
+fn definition<'s>(sources: &'s [Source], at: &Source, name: &str) -> Option<&'s str> {
+    let nearness = |path: &&str| {
+        let (own, other) = (at.path.split('/'), path.split('/'));
+        let shared = own.zip(other).take_while(|(own, other)| own == other);
+        (shared.count(), path.ends_with("/mod.rs"))
+    };
+    let definitions = sources.iter().filter(|source| source.types.contains(name));
+    definitions
+        .map(|source| source.path.as_str())
+        .max_by_key(nearness)
+}
+
+/// The methods of a type are in one file. Another file of its module has functions that take the type.
+fn spread(sources: &[Source]) -> Vec<String> {
+    let mut files: BTreeMap<_, Vec<&str>> = BTreeMap::new();
+    for source in sources {
+        for name in &source.impls {
+            let of = (definition(sources, source, name), name);
+            files.entry(of).or_default().push(&source.path);
+        }
+    }
+    files.retain(|_, files| files.len() > 1);
+    let told = files.iter().map(|((_, name), files)| {
+        format!("`impl {name}` is in several files: {}", files.join(", "))
+    });
+    told.collect()
+}
+
 fn check(source: &Source) -> Vec<String> {
     let mut broken = Vec::new();
     floors(source, &mut broken);
@@ -521,6 +583,12 @@ fn the_house_stands_as_it_is_drawn() {
     assert!(SOURCES.len() > 20, "found only {} files", SOURCES.len());
     let broken: Vec<_> = SOURCES.iter().flat_map(check).collect();
     assert!(broken.is_empty(), "\n{}\n", broken.join("\n"));
+}
+
+#[test]
+fn the_methods_of_a_type_are_in_one_file() {
+    let spread = spread(&SOURCES);
+    assert!(spread.is_empty(), "\n{}\n", spread.join("\n"));
 }
 
 #[test]
@@ -712,6 +780,37 @@ fn the_checker_finds_every_kind_of_violation() {
     }
     let long = Source::new("src/order/a.rs", &"fn f() {}\n".repeat(CODE_LINES_MAX + 1));
     assert!(check(&long)[0].contains("lines of code"));
+}
+
+#[test]
+fn the_checker_finds_methods_in_a_second_file() {
+    let told = |files: &[(&str, &str)]| {
+        let sources = files.iter().map(|(path, text)| Source::new(path, text));
+        spread(&sources.collect::<Vec<_>>())
+    };
+    let own = ("src/store/mod.rs", "struct A<T>(T);\nimpl<T> A<T> {}");
+    for second in [
+        "use super::A;\nimpl A<u8> {}",
+        "mod inner { impl crate::store::A<u8> {} }",
+    ] {
+        assert_eq!(
+            told(&[own, ("src/store/b.rs", second)]),
+            ["`impl A` is in several files: src/store/mod.rs, src/store/b.rs"]
+        );
+    }
+    for allowed in [
+        "impl Clone for super::A<u8> {}",
+        "enum A {}\nimpl A {}\nimpl A {}",
+        "#[cfg(test)]\nmod tests {\n    impl super::super::A<u8> {}\n}",
+    ] {
+        assert_eq!(
+            told(&[own, ("src/store/b.rs", allowed)]),
+            Vec::<String>::new()
+        );
+    }
+    let apart = ("src/store/b.rs", "impl super::A {}");
+    let defined = ("src/store/mod.rs", "enum A {}");
+    assert_eq!(told(&[defined, apart]), Vec::<String>::new());
 }
 
 #[test]
