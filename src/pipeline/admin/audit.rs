@@ -193,7 +193,7 @@ pub async fn audit(database: &Database, state: Option<&State>) -> Result<Audit, 
 /// The same with parts of the given size.
 ///
 /// # Errors
-/// As [`audit`].
+/// As [`audit()`].
 pub async fn audit_in_parts(
     database: &Database,
     state: Option<&State>,
