@@ -1,6 +1,8 @@
 //! The order log on every broker, as a client and an operator see it: the real binary, a real PostgreSQL, the real
 //! broker. A broker that cannot be had here is said not to have been run.
 
+#[path = "order_log/faults.rs"]
+mod faults;
 mod support;
 
 use std::path::Path;
@@ -38,12 +40,23 @@ fn rocketmq_keeps_what_was_accepted() {
 struct Shop {
     database: TestDatabase,
     broker: Broker,
+    /// Settings besides the broker's.
+    more: Vec<(String, String)>,
 }
 
 impl Shop {
+    fn new(database: TestDatabase, broker: Broker) -> Self {
+        Shop {
+            database,
+            broker,
+            more: Vec::new(),
+        }
+    }
+
     fn settings(&self) -> Vec<(String, String)> {
         let mut settings = self.journal_settings();
         settings.extend_from_slice(self.broker.env());
+        settings.extend_from_slice(&self.more);
         settings
     }
 
@@ -74,8 +87,11 @@ impl Shop {
 fn post(served: &Served, user: &str, prefer: &[(&str, &str)]) -> Answer {
     let mut fields = vec![("Content-Type", "application/json")];
     fields.extend_from_slice(prefer);
-    let body = json!({ "user_id": user, "sku_id": "A" }).to_string();
-    call(served.data, "POST", "/v1/orders", &fields, &body)
+    call(served.data, "POST", "/v1/orders", &fields, &body_of(user))
+}
+
+fn body_of(user: &str) -> String {
+    json!({ "user_id": user, "sku_id": "A" }).to_string()
 }
 
 /// The id of an order that was accepted.
@@ -109,10 +125,7 @@ fn keeps_what_was_accepted(kind: Kind) {
         let Some(broker) = Broker::start(kind) else {
             return;
         };
-        let mut shop = Shop {
-            database: TestDatabase::create().await,
-            broker,
-        };
+        let mut shop = Shop::new(TestDatabase::create().await, broker);
         let admin = shop.database.connect().await;
         let (first_dir, second_dir) = (test_dir(), test_dir());
 
@@ -240,10 +253,7 @@ fn a_redis_that_may_lose_orders_is_refused_in_a_sentence() {
             return;
         };
         let address = broker.address();
-        let shop = Shop {
-            database: TestDatabase::create().await,
-            broker,
-        };
+        let shop = Shop::new(TestDatabase::create().await, broker);
         let dir = test_dir();
         let configure = |setting: &str, value: &str| {
             let said = redis(address, &["CONFIG", "SET", setting, value]);

@@ -113,6 +113,11 @@ impl Wire {
         self.rule().armed = Some((way, bytes, fault));
     }
 
+    /// Whether it has struck.
+    pub fn has_struck(&self) -> bool {
+        self.rule().armed.is_none()
+    }
+
     /// Passes everything on again, on new connections: those that are there are closed. Says whether it has struck.
     pub fn heal(&self) -> bool {
         let mut rule = self.rule();
