@@ -42,7 +42,7 @@ use crate::store::postgres::{Database, NodeLease, audit, orders, parked, payment
 
 /// Recently written orders that are answered from memory, about 200 bytes each.
 const RECENT_ORDERS: usize = 65_536;
-/// Orders of the journal that are read, looked up and written at once.
+/// Orders of the log that are read, looked up and written at once.
 const PART: usize = 20_000;
 /// Interval of progress reports.
 const PROGRESS: Duration = Duration::from_secs(1);
@@ -74,7 +74,7 @@ pub(super) async fn state(
     control.progress("reading the database".to_owned());
     let leased_until = ownership.ids_leased_until;
     let ids = IdClock::going_on(clock, lease.node as u8, high_water, leased_until);
-    // From here on keys are known for this long. Orders of the journal belong to an earlier window.
+    // From here on keys are known for this long. Orders of the log belong to an earlier window.
     let window_from = OrderId::floor_of(ids.now());
     let window_ms = config.orders.idempotency_window_ms;
     audit::note_window(database, lease, window_from, window_ms).await?;
@@ -102,7 +102,7 @@ impl Numbers {
         ))
     }
 
-    /// The number of the SKU of an order of the journal.
+    /// The number of the SKU of an order of the log.
     fn of(&self, order: &Order) -> SkuNumber {
         match self.0.get(&*order.sku_id) {
             Some(number) => *number,

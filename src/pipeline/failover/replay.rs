@@ -1,4 +1,4 @@
-//! Idempotent writing of orders that may be rows already: the journal's after a start, and those that a
+//! Idempotent writing of orders that may be rows already: the order log's after a start, and those that a
 //! failover lost.
 //!
 //! The orders' ids are looked up first and only missing orders are copied; counters move by the orders written.
@@ -169,7 +169,7 @@ impl Replayer {
                     tracing::error!(
                         sku_id,
                         reason,
-                        "the database refuses this SKU's counters: its orders of the journal are parked until its row in `sku` is repaired"
+                        "the database refuses this SKU's counters: its orders of the order log are parked until its row in `sku` is repaired"
                     );
                     self.faulted.insert(sku);
                     // Orders that have ended move no counter.
@@ -196,7 +196,7 @@ impl Replayer {
                     return Ok(());
                 }
                 Ok(Refused::DeadLettered) => {
-                    tracing::error!(order_id = %order.id, sqlstate, reason, "the database refused an order of the journal; it is a dead letter now: retry or discard it at /admin/v1/dead-letters");
+                    tracing::error!(order_id = %order.id, sqlstate, reason, "the database refused an order of the order log; it is a dead letter now: retry or discard it at /admin/v1/dead-letters");
                     self.applied.refused += 1;
                     self.refused.push(order.clone());
                     return Ok(());
@@ -212,7 +212,7 @@ async fn pause(error: StoreError) -> Result<(), StoreError> {
     if error.is_final() {
         return Err(error);
     }
-    tracing::warn!(reason = %error, "orders of the journal could not be written yet; retrying");
+    tracing::warn!(reason = %error, "orders of the order log could not be written yet; retrying");
     tokio::time::sleep(RETRY).await;
     Ok(())
 }

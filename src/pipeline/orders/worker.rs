@@ -508,7 +508,7 @@ impl Worker {
         if !part.is_empty() {
             tracing::warn!(
                 orders = part.len(),
-                "orders could not be written and are given up; their units are free again"
+                "orders could not be written and are given up; the next start writes those that the order log has, the units of the others are free again"
             );
             self.settle(&part, State::unwritten);
         }

@@ -211,8 +211,8 @@ impl StockCounter {
             .is_ok()
     }
 
-    /// For a start alone: takes the units of parked orders whose SKU's row is wrong. Its sale is paused, so nothing is sold from a total that grows here. Only at a start, for the parked
-    /// orders of a SKU whose sale is paused because its row is wrong.
+    /// Only at a start: takes the units of parked orders whose SKU's row is wrong, whatever its total. Its sale
+    /// is paused, so nothing is sold from a total that grows here.
     ///
     /// # Panics
     /// If the sum does not fit.
