@@ -263,13 +263,14 @@ fn an_order_allocates_little_whatever_becomes_of_it() {
     for case in &CASES {
         // Buffers get their sizes, and the coroutines their stacks.
         shop.round(case, CROWD);
+        let shared = |round: &Round| round.batches * (alone + LONGER_BATCH) + round.groups * GROUP;
+        // Half of an order's for what goes on beside it.
+        let most = |round: &Round| CROWD * case.most + CROWD / 2 + shared(round);
         let best = (0..ROUNDS)
             .map(|_| shop.round(case, CROWD))
-            .min_by_key(|round| (round.batches + round.groups, round.allocations))
+            .min_by_key(|round| round.allocations as i64 - most(round) as i64)
             .expect("some rounds");
-        let shared = best.batches * (alone + LONGER_BATCH) + best.groups * GROUP;
-        // Half of an order's for what goes on beside it.
-        let most = CROWD * case.most + CROWD / 2 + shared;
+        let most = most(&best);
         println!("{}: {best:?} for {CROWD} orders, {most} at most", case.what);
         if best.allocations > most {
             over.push(case.what);

@@ -161,7 +161,13 @@ fn append(log: &mut Log, first: i64, count: i64) -> Option<(GroupAt, Vec<i64>)> 
         group.push_lease(UnixMillis(*number));
     }
     let length = group.as_bytes().len();
-    let permit = log.shared.reserve(length)?;
+    // A journal has no room either while its next segment is being made.
+    let mut permit = None;
+    until("room, or a full log", PATIENCE, || {
+        permit = log.shared.reserve(length);
+        permit.is_some() || log.shared.is_full()
+    });
+    let permit = permit?;
     log.writer.room(length).expect("a log that is not stopped");
     let group = NewGroup {
         orders: 1,

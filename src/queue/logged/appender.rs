@@ -1,5 +1,6 @@
 //! The writing thread: gathers a group, appends it, acknowledges it, and passes it to the workers.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -9,7 +10,7 @@ use crate::backoff::Backoff;
 use crate::faults::{bug, crash_point};
 use crate::queue::log::record::{GroupBytes, order_bytes};
 use crate::queue::log::{AppendError, GroupAt, LogWriter, Permit};
-use crate::queue::{OrderQueue, Rejected};
+use crate::queue::{OrderQueue, Rejected, RingQueue};
 use crate::state::pending::{PendingOrder, SlotState};
 use crate::sync::{Ordering, thread};
 
@@ -230,40 +231,45 @@ impl Appender {
         }
         (shared.parts.wake_all)(wakers);
         crash_point("journal.acknowledged");
-        let count = self.orders.len();
-        let mut orders = self.orders.drain(..).map(|(order, permit)| {
-            permit.spend();
-            order
-        });
-        let mut rest = None;
-        let mut kept = 0;
+        let mut rest: VecDeque<_> = self
+            .orders
+            .drain(..)
+            .map(|(order, permit)| {
+                permit.spend();
+                order
+            })
+            .collect();
+        let count = rest.len();
         if shared.spill.orders() == 0 {
-            for order in orders.by_ref() {
-                match shared.ring.push(order) {
-                    Ok(()) => kept += 1,
-                    Err(Rejected { order, .. }) => {
-                        rest = Some(order);
-                        break;
-                    }
-                }
-            }
+            push_what_fits(&shared.ring, &mut rest);
         }
-        if kept == count {
+        self.leave_in_log(at, count, rest, may);
+    }
+
+    /// Leaves the last orders of a group of `count` in the log, where the reader finds them. `told`: their senders
+    /// have their answer.
+    fn leave_in_log(
+        &self,
+        at: &GroupAt,
+        count: usize,
+        rest: VecDeque<Arc<PendingOrder>>,
+        told: bool,
+    ) {
+        if rest.is_empty() {
             return;
         }
-        // The rest of this group, and every later one, waits in the log.
-        shared.parts.pending.spilled(count - kept);
+        let shared = &self.shared;
+        shared.parts.pending.spilled(rest.len());
         shared.spill.push(Waiting {
             at: *at,
-            skip: kept,
+            skip: count - rest.len(),
         });
         let mut wakers = Vec::new();
-        for order in rest.into_iter().chain(orders) {
+        for order in rest {
             if order.slot.spill() {
                 // The reader may have brought the order back already.
                 shared.parts.pending.remove_this(&order);
-                // The sender has its answer already, unless nothing may be acknowledged.
-                if may {
+                if told {
                     order.slot.take_others(|waker| wakers.push(waker));
                 } else {
                     order.slot.take_wakers(|waker| wakers.push(waker));
@@ -286,28 +292,29 @@ impl Appender {
     }
 
     /// It is unknown whether the log has the group. Its orders continue as waiting ones, because a restart may
-    /// find them. Nothing else is appended until the same group is there for certain.
+    /// find them. Nothing else is appended until the same group is there for certain. A full ring does not hold that up:
+    /// orders without room stay in the log.
     fn settle_doubt(&mut self) -> Step {
         let shared = Arc::clone(&self.shared);
         let span = self.writer.span();
         let orders: Vec<_> = self
             .orders
             .iter()
-            .map(|(order, _)| order)
-            .cloned()
+            .map(|(order, _)| (Arc::clone(order), span))
             .collect();
-        if !self.continue_as_waiting(orders.into_iter().map(|order| (order, span))) {
-            return Step::Ended;
-        }
+        let count = orders.len();
+        let mut rest = self.mark_as_waiting(orders.into_iter());
         loop {
+            push_what_fits(&shared.ring, &mut rest);
             if let Step::Ended = self.pause() {
                 return Step::Ended;
             }
             match self.append() {
-                Ok(_) => {
+                Ok(at) => {
                     self.appended();
                     let settled = self.orders.drain(..);
                     settled.for_each(|(_, permit)| _ = permit.spend());
+                    self.leave_in_log(&at, count, rest, false);
                     return Step::Next;
                 }
                 // Once unknown, only presence decides: that this attempt came to nothing says nothing about
@@ -317,9 +324,9 @@ impl Appender {
                 }
                 Err(AppendError::Final(reason)) => {
                     shared.fail(reason);
-                    // Passed on already.
+                    // Passed on here.
                     self.orders.clear();
-                    return Step::Next;
+                    return next_if(rest.into_iter().all(|order| shared.push_or_wait(order)));
                 }
             }
         }
@@ -355,23 +362,34 @@ impl Appender {
         if orders.is_empty() {
             return next_if(shared.incoming.wait());
         }
-        next_if(self.continue_as_waiting(orders.into_iter()))
+        let mut orders = self.mark_as_waiting(orders.into_iter()).into_iter();
+        next_if(orders.all(|order| shared.push_or_wait(order)))
     }
 
-    /// Passes orders to the workers that are not acknowledged, each with the span that may have its record.
-    /// False: the queue has ended.
-    fn continue_as_waiting(&self, orders: impl Iterator<Item = (Arc<PendingOrder>, u64)>) -> bool {
-        let shared = &self.shared;
+    /// Marks orders as not acknowledged, each with the span that may have its record, and wakes their senders.
+    fn mark_as_waiting(
+        &self,
+        orders: impl Iterator<Item = (Arc<PendingOrder>, u64)>,
+    ) -> VecDeque<Arc<PendingOrder>> {
         let mut wakers = Vec::new();
-        let orders: Vec<_> = orders
+        let orders = orders
             .map(|(order, span)| {
                 order.slot.appended(span, false);
                 order.slot.take_wakers(|waker| wakers.push(waker));
                 order
             })
             .collect();
-        (shared.parts.wake_all)(wakers);
-        orders.into_iter().all(|order| shared.push_or_wait(order))
+        (self.shared.parts.wake_all)(wakers);
+        orders
+    }
+}
+
+/// Pushes orders into the ring, in order, as long as it has room.
+fn push_what_fits(ring: &RingQueue, orders: &mut VecDeque<Arc<PendingOrder>>) {
+    while let Some(order) = orders.pop_front() {
+        if let Err(Rejected { order, .. }) = ring.push(order) {
+            return orders.push_front(order);
+        }
     }
 }
 
