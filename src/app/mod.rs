@@ -1,7 +1,7 @@
 //! All wiring: the order in which things start and stop.
 //!
 //! ```text
-//!   start:  preflight ─► listeners, planes ─► ownership: journal read or broker asked, PostgreSQL, schema, clocks, take over
+//!   start:  start checks ─► listeners, planes ─► ownership: journal read or broker asked, PostgreSQL, schema, clocks, take over
 //!           ─► recovery: broker's log read, order log replayed, memory rebuilt ─► order path: queue, workers
 //!           ─► background tasks ─► the data plane's service, the intake opens
 //!   drain:  the same from the end, see `drain`
@@ -17,9 +17,9 @@ mod order_log;
 mod order_path;
 mod ownership;
 mod planes;
-pub mod preflight;
 mod receipt_keys;
 mod recovery;
+pub mod start_checks;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -74,7 +74,7 @@ impl Millrace {
     /// [`StartError`]; everything started is stopped again.
     pub async fn start(config: Config) -> Result<Self, StartError> {
         let started = Instant::now();
-        let providers = preflight::look(&config)?;
+        let providers = start_checks::look(&config)?;
         make_directory(&config.data_dir).map_err(|source| StartError::data_dir(&config, source))?;
         let listeners = Listeners::bind(&config)?;
         let metrics = Metrics::new()?;

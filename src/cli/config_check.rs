@@ -4,7 +4,7 @@ use clap::Args;
 
 use super::output::print;
 use super::{ConfigArgs, logging};
-use crate::app::preflight;
+use crate::app::start_checks;
 use crate::logging::say;
 
 #[derive(Debug, Args)]
@@ -21,7 +21,7 @@ pub struct CheckArgs {
 pub async fn run(args: &CheckArgs) -> anyhow::Result<bool> {
     let config = args.config.load()?;
     logging::start(&config.log)?;
-    let asked = preflight::check(&config, !args.offline).await;
+    let asked = start_checks::check(&config, !args.offline).await;
     print(&config.to_toml())?;
     if asked? {
         say("the configuration is valid and the database answers");
