@@ -221,12 +221,12 @@ impl Metrics {
     /// Batches that took at most so many seconds: each bound of the histogram with its cumulative
     /// count.
     pub fn batch_seconds_within(&self) -> Vec<(f64, u64)> {
-        let families = self.batch_seconds.collect();
-        let metrics = families.iter().flat_map(|family| family.get_metric());
-        metrics
-            .flat_map(|metric| metric.get_histogram().get_bucket())
-            .map(|bucket| (bucket.upper_bound(), bucket.cumulative_count()))
-            .collect()
+        within(&self.batch_seconds)
+    }
+
+    /// The same for groups of the order log.
+    pub fn journal_sync_seconds_within(&self) -> Vec<(f64, u64)> {
+        within(&self.journal_sync_seconds)
     }
 
     /// All metrics in Prometheus' text format.
@@ -252,6 +252,16 @@ impl Metrics {
         }
         page
     }
+}
+
+/// Each bound of a histogram with its cumulative count.
+fn within(histogram: &prometheus::Histogram) -> Vec<(f64, u64)> {
+    let families = histogram.collect();
+    let metrics = families.iter().flat_map(|family| family.get_metric());
+    metrics
+        .flat_map(|metric| metric.get_histogram().get_bucket())
+        .map(|bucket| (bucket.upper_bound(), bucket.cumulative_count()))
+        .collect()
 }
 
 const REFERENCE_HEAD: &str = "\

@@ -90,6 +90,7 @@ fn a_browser_logs_in_sees_changes_and_logs_out() {
 
         let dashboard = ask(&server, "GET", "/", &[session]).await;
         assert!(page(&dashboard).contains("/admin/v1/live"));
+        assert!(page(&dashboard).contains("/admin/v1/preflight"));
         assert!(page(&dashboard).contains("data-access=\"session\""));
         assert_locked_down(&dashboard);
         let live = ask(&server, "GET", "/admin/v1/live", &[session]).await;

@@ -727,6 +727,16 @@ fn real_answers_are_what_it_says() {
             assert_eq!(answer.status, 200, "{answer:?}");
             checker.check("GET", path, &answer);
         }
+        for (query, status) in [
+            ("?prepare=maybe", 400),
+            ("?orders=10&rate=5&prepare=true", 200),
+        ] {
+            let path = "/admin/v1/preflight";
+            let target = format!("{path}{query}");
+            let answer = request(server.control, "POST", &target, &[ops], String::new()).await;
+            assert_eq!(answer.status, status, "{answer:?}");
+            checker.check("POST", path, &answer);
+        }
 
         // Every route answers a method that it does not have, and names those that it has.
         for (method, path) in operations(&checker.document.clone()) {

@@ -53,6 +53,14 @@ const TIGHT: Duration = Duration::from_secs(1);
 /// Interval between checks of the embedded PostgreSQL.
 const POSTGRES_WATCH: Duration = Duration::from_millis(250);
 
+/// Connections that a service opens at most: each worker's, the pool of look-ups, the node's lock, those of the
+/// tasks below, and one each for an audit, a preflight and a deletion of old rows.
+pub(super) fn connections_max(config: &Config) -> usize {
+    let (settlers, parking, pauses, health) = (3 * (1 + SETTLER_POOL), 1, 1, 1);
+    let tasks = OPERATORS_POOL + WATCH_POOL + settlers + parking + pauses + health;
+    config.worker_count() + config.database.pool_size + 1 + tasks + 3
+}
+
 /// The running tasks.
 pub(super) struct Background {
     supervisor: Supervisor,

@@ -17,6 +17,7 @@ mod order_log;
 mod order_path;
 mod ownership;
 mod planes;
+pub mod preflight;
 mod receipt_keys;
 mod recovery;
 pub mod start_checks;
@@ -43,6 +44,7 @@ use crate::http::tokens::Tokens;
 use crate::metrics::Metrics;
 use crate::pipeline::admin::audit::Auditor;
 use crate::pipeline::admin::operator::Operator;
+use crate::pipeline::admin::preflight::Preflighter;
 use crate::pipeline::orders::intake::Intake;
 use crate::pipeline::orders::lookup::OrderLookup;
 use crate::queue::log::file::disk::make_directory;
@@ -110,7 +112,7 @@ impl Millrace {
         planes.gate.open(Arc::clone(&service));
         planes
             .control
-            .recovered(control_plane_parts(&parts, handles, &planes));
+            .recovered(control_plane_parts(&parts, handles, &planes)?);
         path.intake.open();
         tracing::info!(
             workers = config.worker_count(),
@@ -203,10 +205,11 @@ fn control_plane_parts(
     parts: &background::Parts<'_>,
     handles: Handles,
     planes: &Planes,
-) -> control_plane::Parts {
+) -> Result<control_plane::Parts, StartError> {
     let (config, state, path) = (parts.config, parts.state, parts.path);
     let operators = handles.operators;
-    control_plane::Parts {
+    let preflight = preflight::settings(config, Some(parts.metrics))?;
+    Ok(control_plane::Parts {
         state: Arc::clone(state),
         intake: Arc::clone(&path.intake),
         queue: Arc::clone(&path.queue),
@@ -222,6 +225,7 @@ fn control_plane_parts(
             Arc::clone(state),
             Duration::from_millis(config.control_plane.audit_timeout_ms),
         ),
+        preflighter: Preflighter::new(operators.clone(), preflight),
         operator: Operator::new(
             Arc::clone(state),
             operators,
@@ -232,5 +236,5 @@ fn control_plane_parts(
             config.orders.payment_ttl_ms,
         ),
         refresh: Arc::clone(&planes.refresh),
-    }
+    })
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::client::call_with_token;
+use super::client::{call_with_token, running_server};
 use super::output::print;
 use super::{ConfigArgs, logging};
 use crate::app::open_database;
@@ -36,17 +36,6 @@ pub async fn run(args: &AuditArgs) -> anyhow::Result<bool> {
         false => table(&verdict),
     })?;
     Ok(ok)
-}
-
-/// The control plane of a server that runs on this `data_dir`.
-fn running_server(config: &Config) -> Option<String> {
-    let text = std::fs::read_to_string(config.data_dir.join("addresses.json")).ok()?;
-    let addresses: serde_json::Value = serde_json::from_str(&text).ok()?;
-    let address = addresses["control_plane"].as_str()?.to_owned();
-    // A server that was killed leaves the file behind.
-    std::net::TcpStream::connect(&address)
-        .is_ok()
-        .then_some(address)
 }
 
 async fn offline(config: &Config) -> anyhow::Result<serde_json::Value> {

@@ -1,10 +1,23 @@
-//! A call to a control plane of our own.
+//! Finding and calling a control plane of our own.
 
 use anyhow::Context;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
+
+use crate::config::Config;
+
+/// The control plane of a server that runs on this `data_dir`.
+pub fn running_server(config: &Config) -> Option<String> {
+    let text = std::fs::read_to_string(config.data_dir.join("addresses.json")).ok()?;
+    let addresses: Value = serde_json::from_str(&text).ok()?;
+    let address = addresses["control_plane"].as_str()?.to_owned();
+    // A server that was killed leaves the file behind.
+    std::net::TcpStream::connect(&address)
+        .is_ok()
+        .then_some(address)
+}
 
 /// Sends one request to `address`, with a bearer token where there is one, and returns the JSON of a
 /// 2xx answer.

@@ -1,4 +1,5 @@
-//! The commands. Exit codes: 0 done, 1 failed, 2 wrong usage.
+//! The commands. Exit codes: 0 done, 1 failed, 2 wrong usage. A preflight: 0 nothing is bad, 1 something is, 2 it
+//! could not be made.
 
 mod audit;
 mod client;
@@ -9,6 +10,7 @@ mod load;
 mod logging;
 mod migrate;
 mod output;
+mod preflight;
 mod queue;
 mod serve;
 mod signals;
@@ -46,6 +48,10 @@ enum Command {
     Load(load::LoadArgs),
     /// Recompute every promise from the database and compare it with the live counters.
     Audit(audit::AuditArgs),
+    /// Tell whether the database and the order log will hold a sale, and prepare them for it.
+    ///
+    /// Exit code 0: nothing is bad; 1: something is; 2: the preflight could not be made.
+    Preflight(preflight::PreflightArgs),
     /// Bring the database schema up to date, or print its SQL.
     Migrate(migrate::MigrateArgs),
     /// Look at the order log, check it, or give it up.
@@ -86,6 +92,10 @@ pub fn main() -> ExitCode {
     // Wrong usage ends here, with exit code 2.
     let cli = Cli::parse();
     take_panics();
+    let failed = match cli.command {
+        Command::Preflight(_) => ExitCode::from(2),
+        _ => ExitCode::FAILURE,
+    };
     let result = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .thread_name("millrace-tokio")
@@ -97,7 +107,7 @@ pub fn main() -> ExitCode {
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
             say(&format!("millrace: {}", sentence(&error)));
-            ExitCode::FAILURE
+            failed
         }
     };
     flush(LAST_LINES);
@@ -125,6 +135,7 @@ async fn run(cli: Cli) -> anyhow::Result<bool> {
         Command::Demo(args) => demo::run(args).await,
         Command::Load(args) => load::run(args).await,
         Command::Audit(args) => audit::run(&args).await,
+        Command::Preflight(args) => preflight::run(&args).await,
         Command::Migrate(args) => migrate::run(&args).await,
         Command::Queue(args) => queue::run(&args).await,
         Command::Config {

@@ -76,6 +76,12 @@ pub enum StoreError {
         /// The time limit.
         after: Duration,
     },
+    /// Another preflight of this database has not ended.
+    #[error("another preflight of this database is running; ask again when it has ended")]
+    PreflightRunning,
+    /// The scratch table of a preflight could not be dropped. The next preflight drops it.
+    #[error("the scratch table of the preflight could not be dropped: {0}")]
+    ScratchLeft(String),
     /// Stored data contradicts itself or this release.
     #[error("unexpected data in the database: {0}")]
     Data(String),
@@ -231,7 +237,9 @@ impl StoreError {
             | StoreError::Timeout { .. }
             | StoreError::Pool(_)
             | StoreError::AuditRunning
-            | StoreError::AuditTimeout { .. } => true,
+            | StoreError::AuditTimeout { .. }
+            | StoreError::PreflightRunning
+            | StoreError::ScratchLeft(_) => true,
             StoreError::Statement { source, .. } => !refuses_row(source),
             StoreError::Url(_)
             | StoreError::SharedSessions

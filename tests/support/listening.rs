@@ -154,6 +154,12 @@ impl Listening {
         connect(&self.superuser("shop")).await
     }
 
+    /// How the superuser reaches the database, over the socket.
+    pub fn superuser_url(&self) -> String {
+        let socket = self.dir.path().display().to_string().replace('/', "%2F");
+        format!("postgresql://millrace@{socket}:{}/shop", self.port)
+    }
+
     /// How `role` reaches the database over TCP, by a name that resolves to 127.0.0.1.
     pub fn url(&self, role: &str, parameters: &str) -> String {
         format!(

@@ -24,6 +24,9 @@ impl From<StoreError> for Failure {
         if matches!(error, StoreError::AuditRunning) {
             return Failure(Problem::new(409, "audit_running", detail));
         }
+        if matches!(error, StoreError::PreflightRunning) {
+            return Failure(Problem::new(409, "preflight_running", detail));
+        }
         if error.is_transient() {
             tracing::warn!(reason = %detail, "an operator's request failed");
             return Failure(Problem::new(503, "not_ready", detail).retry_after(1));

@@ -5,7 +5,7 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
-use super::{ControlPlane, Parts};
+use super::{ControlPlane, Parts, preflight};
 use crate::faults::bug;
 use crate::logging;
 use crate::pipeline::failover::health::STALE;
@@ -42,10 +42,12 @@ pub(super) async fn readyz(State(plane): State<ControlPlane>) -> Response {
     };
     let look = parts.and_then(|parts| parts.health.last());
     let memory = parts.and_then(|parts| memory(&parts.state));
+    let unready = parts.and_then(preflight::warning);
     let warnings: Vec<Warning> = look
         .iter()
         .flat_map(|look| &look.warnings)
         .chain(&memory)
+        .chain(&unready)
         .map(|(name, detail)| Warning { name, detail })
         .collect();
     let ready = checks.iter().all(|check| check.ok);

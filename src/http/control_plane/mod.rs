@@ -15,6 +15,7 @@ mod failure;
 mod health;
 mod live;
 mod payments;
+mod preflight;
 mod profile;
 pub mod router;
 mod sessions;
@@ -31,6 +32,7 @@ use crate::metrics::Metrics;
 use crate::order::receipt::ReceiptKeys;
 use crate::pipeline::admin::audit::Auditor;
 use crate::pipeline::admin::operator::Operator;
+use crate::pipeline::admin::preflight::Preflighter;
 use crate::pipeline::failover::health::Health;
 use crate::pipeline::failover::lease::AcknowledgeLease;
 use crate::pipeline::orders::intake::Intake;
@@ -82,6 +84,8 @@ pub struct Parts {
     pub receipts: Arc<ReceiptKeys>,
     /// Recomputes the counters from the rows.
     pub auditor: Auditor,
+    /// Tells whether database and order log will hold a sale.
+    pub preflighter: Preflighter,
     /// Carries out an operator's changes.
     pub operator: Operator,
     /// Brings gauges up to date.

@@ -12,7 +12,7 @@ use super::extract::{self, Accepts};
 use super::failure::Failure;
 use super::{
     ControlPlane, access, audit, dashboard, dead_letters, document, health, live, payments,
-    profile, skus,
+    preflight, profile, skus,
 };
 use crate::http::problem::Problem;
 
@@ -203,6 +203,11 @@ fn table() -> Vec<Route> {
             payments::refunded,
         )),
         ends_with_client(get("/admin/v1/audit", audit::run)),
+        // Carried out to the end, so that its scratch table is dropped.
+        with_query(
+            &["orders", "rate", "prepare"],
+            post("/admin/v1/preflight", preflight::make),
+        ),
         ends_with_client(with_query(
             &["seconds", "hz", "format"],
             get("/admin/v1/profile", profile::take),

@@ -7,15 +7,12 @@ use rustix::fs::statvfs;
 use tokio_postgres::error::Error;
 
 use super::Embedded;
+use crate::store::postgres::preflight::{SEGMENTS_READY, remedies};
 
 /// Bytes of a segment; clusters of [`super::cluster::make`] have the default.
 const SEGMENT: u64 = 16 << 20;
 /// Share of the free disk space that segments may take.
 const SHARE_OF_FREE: u64 = 8;
-
-/// Segments above the current one.
-const READY: &str = "SELECT count(*) FROM pg_ls_waldir()
-     WHERE name ~ '^[0-9A-F]{24}$' AND name > pg_walfile_name(pg_current_wal_lsn())";
 
 /// The settings with which so many bytes of recycled segments are kept.
 pub(super) fn settings(bytes: u64) -> Vec<(String, String)> {
@@ -39,20 +36,15 @@ pub(super) async fn make_ready(embedded: &Embedded) -> Result<(), Error> {
         return Ok(());
     }
     let (client, connection) = embedded.connect().await?;
-    let ready: i64 = client.query_one(READY, &[]).await?.get(0);
+    let ready: i64 = client.query_one(SEGMENTS_READY, &[]).await?.get(0);
     if ready.unsigned_abs() < wanted.div_ceil(2) {
         tracing::info!(
             segments = wanted,
             megabytes = (wanted * SEGMENT) >> 20,
             "making WAL segments ready for the sale"
         );
-        let switch = format!(
-            "DO $$ BEGIN FOR i IN 1..{wanted} LOOP
-                 PERFORM pg_logical_emit_message(false, 'millrace', ''); PERFORM pg_switch_wal();
-             END LOOP; END $$"
-        );
-        client.batch_execute(&switch).await?;
-        client.batch_execute("CHECKPOINT").await?;
+        client.batch_execute(&remedies::segments(wanted)).await?;
+        client.batch_execute(remedies::CHECKPOINT).await?;
     }
     drop(client);
     let _ = connection.await;

@@ -15,6 +15,7 @@
 //! * [`dead_letters`]: orders that the database refused, their retry and discarding;
 //! * [`skus`]: reading and administration of SKUs;
 //! * [`replication`]: replication to standbys, and holders of old row versions;
+//! * [`preflight`]: what tells before a sale whether the database will hold it;
 //! * [`audit`]: recomputes every promise that the database can show;
 //! * [`pruning`]: deletes rows past their retention.
 //!
@@ -32,6 +33,7 @@ pub mod orders;
 pub mod parked;
 pub mod payments;
 pub mod pooling;
+pub mod preflight;
 pub mod pruning;
 pub mod replication;
 pub mod skus;

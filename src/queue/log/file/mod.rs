@@ -8,6 +8,7 @@
 //! * [`recovery`]: reading a journal back, and the definition of damage;
 //! * `writer`: one group, one write, one sync;
 //! * `segments`: creating and deleting segments;
+//! * [`probe`]: how long an append takes, for a preflight;
 //! * `log`: all of it as an [`crate::queue::log::OrderLog`].
 //!
 //! Recovery relies on these rules:
@@ -22,6 +23,7 @@
 
 pub mod disk;
 mod log;
+pub mod probe;
 pub mod recovery;
 pub mod sector;
 pub mod segment;

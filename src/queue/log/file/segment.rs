@@ -21,7 +21,7 @@ const MAGIC: &[u8; 8] = b"MILLRACE";
 /// Version of this format. A release reads its predecessor's.
 const VERSION: u16 = 1;
 const SUFFIX: &str = ".segment";
-const UNFINISHED: &str = ".unfinished";
+pub(super) const UNFINISHED: &str = ".unfinished";
 static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
 
 /// Id of a journal, and the size of its segments.

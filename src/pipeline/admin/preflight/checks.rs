@@ -1,0 +1,656 @@
+//! The checks of a preflight: a figure each, judged, with its remedy.
+
+use std::path::Path;
+
+use serde::Serialize;
+
+use super::{Latencies, LogProbe, Measured, Sale, Seen};
+use crate::order::UnixMillis;
+use crate::store::StoreError;
+use crate::store::postgres::preflight::{Facts, prepare, remedies};
+
+/// WAL bytes of an order in its whole life, its payment or its expiry included. `tests/preflight.rs` measures 1,480,
+/// and a third is added for attributes, small batches and pages that are written whole after a checkpoint.
+pub const WAL_BYTES: u64 = 2_000;
+/// Bytes of its rows and their index entries on the disk, likewise; measured are 1,110.
+pub const ROW_BYTES: u64 = 1_500;
+/// Most rows of a batch that is measured; a larger one commits no more rows a second.
+pub(super) const BATCH_ROWS: usize = 5_000;
+/// Share of COPY's rate that orders reach: the counters and the stock log are written too (`./x perf`, engine
+/// without HTTP against COPY: 0.82 and more).
+const ORDERS_OF_COPY: f64 = 0.8;
+/// 99 of 100 commits within this are good; above the second bound they are bad. A waiting order waits for the
+/// commit before its own, and for its own.
+const COMMIT_MS: (f64, f64) = (20.0, 100.0);
+/// A larger difference of the clocks is worth a warning, in milliseconds.
+const CLOCK_MS: u64 = 1_000;
+/// WAL that a standby may lag behind before a warning, in bytes.
+const LAG_BYTES: u64 = 64 << 20;
+
+/// The verdict of a check.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Verdict {
+    /// The sale can come.
+    Good,
+    /// The sale can come, and would be better with the remedy.
+    Warn,
+    /// The sale will suffer.
+    Bad,
+    /// Not known.
+    Unknown,
+}
+
+/// One check.
+#[derive(Clone, Debug, Serialize)]
+pub struct Check {
+    /// Its stable name.
+    pub name: &'static str,
+    /// The verdict.
+    pub verdict: Verdict,
+    /// What was found.
+    pub figure: String,
+    /// What to do, if something is to be done.
+    pub remedy: Option<String>,
+    /// SQL for someone who may run it.
+    pub sql: Vec<String>,
+}
+
+impl Check {
+    fn new(name: &'static str, figure: impl Into<String>) -> Self {
+        Check {
+            name,
+            verdict: Verdict::Good,
+            figure: figure.into(),
+            remedy: None,
+            sql: Vec::new(),
+        }
+    }
+
+    fn or(self, verdict: Verdict, remedy: impl Into<String>) -> Self {
+        Check {
+            verdict,
+            remedy: Some(remedy.into()),
+            ..self
+        }
+    }
+
+    fn sql(self, sql: impl IntoIterator<Item = String>) -> Self {
+        Check {
+            sql: sql.into_iter().collect(),
+            ..self
+        }
+    }
+}
+
+/// Orders of the sale.
+pub(super) fn orders(facts: &Facts, sale: Sale) -> u64 {
+    sale.orders.unwrap_or(facts.units_free)
+}
+
+fn wal_bytes(facts: &Facts, sale: Sale) -> u64 {
+    orders(facts, sale).saturating_mul(WAL_BYTES)
+}
+
+/// WAL segments that the sale fills.
+pub(super) fn segments_needed(facts: &Facts, sale: Sale) -> u64 {
+    wal_bytes(facts, sale).div_ceil(facts.segment_bytes)
+}
+
+/// Every check, and the figures.
+pub(super) fn all(seen: &Seen<'_>) -> (Vec<Check>, Measured) {
+    let mut measured = Measured {
+        wal_segments_ready: seen.facts.segments_ready,
+        wal_segments_needed: segments_needed(&seen.facts, seen.sale),
+        ..Measured::default()
+    };
+    let checks = vec![
+        wal_segments(seen),
+        checkpoints(seen),
+        commit(seen, &mut measured),
+        order_log(seen, &mut measured),
+        rate(seen, &mut measured),
+        durability(seen),
+        autovacuum(seen),
+        replication(seen),
+        connections(seen),
+        disk(seen),
+        clock(seen),
+        snapshots(seen),
+        pooler(seen),
+    ];
+    (checks, measured)
+}
+
+fn wal_segments(seen: &Seen<'_>) -> Check {
+    let (facts, sale) = (&seen.facts, seen.sale);
+    let needed = segments_needed(facts, sale);
+    let need = format!(
+        "{} for the {} of {} orders",
+        needed,
+        bytes(wal_bytes(facts, sale)),
+        grouped(orders(facts, sale))
+    );
+    if orders(facts, sale) == 0 {
+        return Check::new("wal_segments", "no SKU has free units").or(
+            Verdict::Unknown,
+            "put the sale's SKUs up, or pass --orders N",
+        );
+    }
+    let Some(ready) = facts.segments_ready else {
+        return Check::new("wal_segments", format!("not known; needs {need}"))
+            .or(Verdict::Unknown, "let the role see them")
+            .sql([remedies::monitor(&facts.role)]);
+    };
+    let check = Check::new("wal_segments", format!("{ready} ready, {need}"));
+    if ready >= needed {
+        return check;
+    }
+    let most = prepare::segments_most(facts);
+    let remedy = match needed > most {
+        true => {
+            format!("raise max_wal_size, which keeps {most}, then millrace preflight --prepare")
+        }
+        false => "millrace preflight --prepare, an hour before the sale".to_owned(),
+    };
+    check.or(Verdict::Bad, remedy)
+}
+
+fn checkpoints(seen: &Seen<'_>) -> Check {
+    let (facts, wal) = (&seen.facts, wal_bytes(&seen.facts, seen.sale));
+    let figure = format!(
+        "max_wal_size {}, min_wal_size {}, every {} s",
+        bytes(facts.max_wal_size),
+        bytes(facts.min_wal_size),
+        facts.checkpoint_timeout_s
+    );
+    let check = Check::new("checkpoints", figure);
+    // A checkpoint is due when this share of max_wal_size was written.
+    let most = wal as f64 * (1.0 + facts.checkpoint_completion_target);
+    if facts.max_wal_size as f64 >= most && facts.min_wal_size >= wal {
+        return check;
+    }
+    if seen.settings.embedded {
+        let remedy = match facts.max_wal_size as f64 >= most {
+            true => format!("set database.embedded_wal_bytes = {wal}"),
+            false => "give a sale of this size a PostgreSQL of its own (database.url)".to_owned(),
+        };
+        return check.or(Verdict::Warn, remedy);
+    }
+    let set = |name, bytes: f64| {
+        let gigabytes = (bytes / f64::from(1 << 30)).ceil().max(1.0);
+        (name, format!("{gigabytes}GB"))
+    };
+    let mut raised = Vec::new();
+    if (facts.max_wal_size as f64) < most {
+        raised.push(set("max_wal_size", most));
+    }
+    if facts.min_wal_size < wal {
+        raised.push(set("min_wal_size", wal as f64));
+    }
+    let remedy = "raise it, so that the sale's WAL is kept, and written without a checkpoint";
+    check.or(Verdict::Warn, remedy).sql(remedies::set(&raised))
+}
+
+/// The figure of latencies, and their check.
+fn latencies(check: &'static str, latencies: &Latencies, what: &str, remedy: &str) -> Check {
+    let Latencies {
+        count,
+        p50_ms,
+        p99_ms,
+        p999_ms,
+    } = latencies;
+    let figure = format!("p50 {p50_ms}, p99 {p99_ms}, p99.9 {p999_ms} ms ({count} {what})");
+    let check = Check::new(check, figure);
+    let (good, bad) = COMMIT_MS;
+    match *p99_ms {
+        p99 if p99 > bad => check.or(Verdict::Bad, remedy),
+        p99 if p99 > good => check.or(Verdict::Warn, remedy),
+        _ => check,
+    }
+}
+
+/// A measurement in the scratch table that was not made.
+fn unmeasured(check: &'static str, seen: &Seen<'_>) -> Check {
+    let facts = &seen.facts;
+    match &seen.scratch {
+        Ok(_) => Check::new(check, "not measured: the role may make no table")
+            .or(Verdict::Unknown, "let the role make a scratch table")
+            .sql([remedies::create_in_schema(seen.schema, &facts.role)]),
+        Err(error @ StoreError::ScratchLeft(_)) => Check::new(check, error.to_string())
+            .or(Verdict::Bad, "repeat the preflight, or drop it")
+            .sql([remedies::drop_scratch(seen.schema)]),
+        Err(error) => Check::new(check, error.to_string()).or(
+            Verdict::Bad,
+            "mend what the error names; an order would wait likewise",
+        ),
+    }
+}
+
+fn commit(seen: &Seen<'_>, measured: &mut Measured) -> Check {
+    let scratch = seen.scratch.as_ref().ok().and_then(Option::as_ref);
+    measured.commit = scratch.and_then(|scratch| Latencies::of(scratch.commits.clone()));
+    let Some(commit) = &measured.commit else {
+        return unmeasured("commit", seen);
+    };
+    let remedy = "a faster disk for WAL, a nearer server, or a nearer synchronous standby";
+    latencies("commit", commit, "commits, 100 a second", remedy)
+}
+
+fn order_log(seen: &Seen<'_>, measured: &mut Measured) -> Check {
+    let log = match &seen.log {
+        Ok(Some(log)) => log,
+        Ok(None) => return Check::new("order_log", "none (queue.backend is memory)"),
+        Err(error) => {
+            let remedy = "mend what the error names; respond-async is refused until then";
+            return Check::new("order_log", error.clone()).or(Verdict::Bad, remedy);
+        }
+    };
+    measured.log_append = Some(*log);
+    match &seen.settings.log {
+        LogProbe::Broker(..) if log.count == 1 => Check::new(
+            "order_log",
+            format!(
+                "its settings were checked in {} ms; nothing was appended",
+                log.p50_ms
+            ),
+        ),
+        LogProbe::Broker(..) => {
+            let remedy = "a nearer broker, or a faster disk for it";
+            latencies(
+                "order_log",
+                log,
+                "groups of this service, each at most",
+                remedy,
+            )
+        }
+        LogProbe::Journal(_) | LogProbe::Memory => {
+            let remedy = "a faster disk for queue.journal.dir";
+            latencies("order_log", log, "appends, 100 a second", remedy)
+        }
+    }
+}
+
+fn rate(seen: &Seen<'_>, measured: &mut Measured) -> Check {
+    let Ok(Some(scratch)) = &seen.scratch else {
+        return unmeasured("rate", seen);
+    };
+    let per_second = scratch.rows_per_second * ORDERS_OF_COPY;
+    let orders = orders(&seen.facts, seen.sale);
+    let written = orders as f64 / per_second;
+    let arrived = seen
+        .sale
+        .rate
+        .map_or(0.0, |rate| orders as f64 / rate.max(1) as f64);
+    let wait = (written - arrived).max(0.0);
+    measured.copy_rows_per_second = Some(scratch.rows_per_second as u64);
+    measured.orders_per_second = Some(per_second as u64);
+    measured.wait_ms = Some((wait * 1e3) as u64);
+    let arrival = match seen.sale.rate {
+        Some(rate) => format!("at {} a second", grouped(rate)),
+        None => "at once".to_owned(),
+    };
+    let figure = format!(
+        "COPY {} rows a second: some {} orders; {} orders {arrival} wait {wait:.1} s at most",
+        grouped(scratch.rows_per_second as u64),
+        grouped(per_second as u64 / 100 * 100),
+        grouped(orders),
+    );
+    let check = Check::new("rate", figure);
+    if wait <= seen.settings.order_timeout.as_secs_f64() {
+        return check;
+    }
+    let remedy = "longer than orders.timeout_ms: the rest is refused with 503; let the shop use respond-async";
+    match seen.sale.rate {
+        Some(_) => check.or(Verdict::Bad, remedy),
+        None => check.or(Verdict::Warn, remedy),
+    }
+}
+
+fn durability(seen: &Seen<'_>) -> Check {
+    let facts = &seen.facts;
+    let word = |on| if on { "on" } else { "off" };
+    let figure = format!(
+        "fsync {}, full_page_writes {}, synchronous_commit {}",
+        word(facts.fsync),
+        word(facts.full_page_writes),
+        facts.synchronous_commit
+    );
+    let check = Check::new("durability", figure);
+    let on = |name| (name, "on".to_owned());
+    let lost = if !facts.fsync {
+        vec![on("fsync"), on("full_page_writes")]
+    } else if !facts.full_page_writes {
+        vec![on("full_page_writes")]
+    } else if facts.synchronous_commit == "off" {
+        let remedy = "Millrace's sessions turn synchronous_commit on; turn it on for others too";
+        let sql = remedies::set(&[on("synchronous_commit")]);
+        return check.or(Verdict::Warn, remedy).sql(sql);
+    } else {
+        return check;
+    };
+    let remedy = "a crash of the machine loses the database: turn them on";
+    check.or(Verdict::Bad, remedy).sql(remedies::set(&lost))
+}
+
+fn autovacuum(seen: &Seen<'_>) -> Check {
+    let facts = &seen.facts;
+    if !facts.autovacuum {
+        let sql = [remedies::autovacuum_orders(seen.schema)];
+        let sql = remedies::set(&[
+            ("autovacuum", "on".to_owned()),
+            ("track_counts", "on".to_owned()),
+        ])
+        .into_iter()
+        .chain(sql);
+        return Check::new("autovacuum", "off, or off for orders")
+            .or(Verdict::Bad, "turn it on")
+            .sql(sql);
+    }
+    if facts.orders_due {
+        return Check::new(
+            "autovacuum",
+            "on; orders is due, so it may run during the sale",
+        )
+        .or(Verdict::Warn, "vacuum it now")
+        .sql([remedies::vacuum_orders(seen.schema)]);
+    }
+    Check::new("autovacuum", "on; orders is not due")
+}
+
+fn replication(seen: &Seen<'_>) -> Check {
+    let facts = &seen.facts;
+    let names = &facts.synchronous_standby_names;
+    let Some(standbys) = facts.standbys else {
+        let figure = match names.is_empty() {
+            true => "no commit waits for a standby; others not known".to_owned(),
+            false => format!("commits wait for {names}; not known whether it is there"),
+        };
+        return Check::new("replication", figure)
+            .or(Verdict::Unknown, "let the role see them")
+            .sql([remedies::monitor(&facts.role)]);
+    };
+    if standbys == 0 && names.is_empty() {
+        return Check::new("replication", "no standby");
+    }
+    let figure = format!(
+        "{standbys} standbys, {} synchronous, at most {} behind",
+        facts.standbys_synchronous,
+        bytes(facts.standby_lag_bytes)
+    );
+    let check = Check::new("replication", figure);
+    if names.is_empty() {
+        let remedy = "a failover may lose orders that were told 201: set synchronous_standby_names";
+        return check.or(Verdict::Warn, remedy);
+    }
+    if facts.standbys_synchronous == 0 {
+        let remedy =
+            format!("commits wait for {names}, which is away: bring it back, or take it off");
+        return check.or(Verdict::Bad, remedy);
+    }
+    if facts.standby_lag_bytes > LAG_BYTES {
+        return check.or(Verdict::Warn, "let the standby catch up before the sale");
+    }
+    check
+}
+
+fn connections(seen: &Seen<'_>) -> Check {
+    let (facts, needed) = (&seen.facts, seen.settings.connections);
+    let free = facts
+        .connections
+        .saturating_sub(facts.connections_of_others);
+    let figure = format!(
+        "{free} of {} for Millrace, which opens up to {needed}",
+        facts.connections
+    );
+    let check = Check::new("connections", figure);
+    match free >= needed {
+        true => check,
+        false => check.or(
+            Verdict::Bad,
+            "raise max_connections or the role's limit, or lower workers.count and database.pool_size",
+        ),
+    }
+}
+
+fn disk(seen: &Seen<'_>) -> Check {
+    let facts = &seen.facts;
+    let orders = orders(facts, seen.sale);
+    let missing = segments_needed(facts, seen.sale)
+        .saturating_sub(facts.segments_ready.unwrap_or(0))
+        .min(facts.max_wal_size / facts.segment_bytes);
+    let needed = orders.saturating_mul(ROW_BYTES) + missing * facts.segment_bytes;
+    let directory = facts.data_directory.as_deref().map(Path::new);
+    let Some(free) = directory.and_then(free_bytes) else {
+        let figure = format!("not known; the sale needs {}", bytes(needed));
+        let remedy = "look at the server's disk";
+        return Check::new("disk", figure).or(Verdict::Unknown, remedy);
+    };
+    let figure = format!("{} free, the sale needs {}", bytes(free), bytes(needed));
+    let check = Check::new("disk", figure);
+    match free {
+        free if free < needed => check.or(Verdict::Bad, "make room on the server's disk"),
+        free if free < needed * 2 => check.or(Verdict::Warn, "make room on the server's disk"),
+        _ => check,
+    }
+}
+
+/// Free bytes of the file system of the WAL below `directory`, or, if that may not be entered, of `directory`.
+fn free_bytes(directory: &Path) -> Option<u64> {
+    let wal = rustix::fs::statvfs(directory.join("pg_wal"));
+    let found = wal.or_else(|_| rustix::fs::statvfs(directory)).ok()?;
+    Some(found.f_bavail.saturating_mul(found.f_frsize))
+}
+
+fn clock(seen: &Seen<'_>) -> Check {
+    let apart = seen.facts.clock_apart_ms;
+    let check = Check::new(
+        "clock",
+        format!("{apart} ms apart, at {}", UnixMillis::now()),
+    );
+    let remedy = "synchronize the clocks of this machine and of the server (NTP)";
+    match apart {
+        apart if apart > seen.settings.clock_difference_max_ms => check.or(Verdict::Bad, remedy),
+        apart if apart > CLOCK_MS => check.or(Verdict::Warn, remedy),
+        _ => check,
+    }
+}
+
+fn snapshots(seen: &Seen<'_>) -> Check {
+    let held = seen.horizons.iter();
+    let told: Vec<String> = held
+        .clone()
+        .map(|horizon| match horizon.seconds {
+            Some(seconds) => format!("{}, for {seconds} s", horizon.holder),
+            None => horizon.holder.clone(),
+        })
+        .collect();
+    if told.is_empty() {
+        return Check::new("snapshots", "none old");
+    }
+    let remedies: Vec<&str> = held.clone().map(|horizon| &*horizon.remedy).collect();
+    let check = Check::new("snapshots", told.join("; "));
+    // A slot or standby reports no age.
+    match held.clone().any(|horizon| horizon.seconds.is_some()) {
+        true => check.or(Verdict::Bad, remedies.join("; ")),
+        false => check.or(Verdict::Warn, remedies.join("; ")),
+    }
+}
+
+fn pooler(seen: &Seen<'_>) -> Check {
+    match &seen.pooling {
+        Ok(()) => Check::new("pooler", "sessions are Millrace's alone"),
+        Err(error @ StoreError::SharedSessions) => {
+            Check::new("pooler", "shares sessions").or(Verdict::Bad, error.to_string())
+        }
+        Err(error) => Check::new("pooler", format!("not known: {error}"))
+            .or(Verdict::Unknown, "repeat the preflight"),
+    }
+}
+
+/// Bytes for people.
+fn bytes(bytes: u64) -> String {
+    const GIB: u64 = 1 << 30;
+    match bytes {
+        GIB.. => format!("{:.1} GB", bytes as f64 / GIB as f64),
+        _ => format!("{} MB", bytes.div_ceil(1 << 20)),
+    }
+}
+
+/// A number with a comma before each thousand.
+fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let mut text = String::new();
+    for (at, digit) in digits.chars().enumerate() {
+        if at > 0 && (digits.len() - at).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::pipeline::admin::preflight::Settings;
+    use crate::store::postgres::preflight::scratch;
+
+    /// A good database, 1 GB of `max_wal_size` and 60 segments ready, and a sale of 10,000 orders.
+    fn seen(settings: &Settings) -> Seen<'_> {
+        Seen {
+            settings,
+            schema: "millrace",
+            sale: Sale {
+                orders: Some(10_000),
+                rate: None,
+            },
+            facts: Facts {
+                role: "shop".to_owned(),
+                segment_bytes: 16 << 20,
+                segments_ready: Some(60),
+                max_wal_size: 1 << 30,
+                min_wal_size: 1 << 30,
+                checkpoint_timeout_s: 300,
+                checkpoint_completion_target: 0.9,
+                fsync: true,
+                full_page_writes: true,
+                synchronous_commit: "on".to_owned(),
+                autovacuum: true,
+                orders_due: false,
+                synchronous_standby_names: String::new(),
+                standbys: Some(0),
+                standbys_synchronous: 0,
+                standby_lag_bytes: 0,
+                connections: 97,
+                connections_of_others: 3,
+                data_directory: None,
+                units_free: 500,
+                clock_apart_ms: 3,
+            },
+            scratch: Ok(Some(scratch::Measured {
+                commits: vec![Duration::from_millis(2); 500],
+                rows_per_second: 10_000.0,
+            })),
+            log: Ok(None),
+            horizons: Vec::new(),
+            pooling: Ok(()),
+        }
+    }
+
+    fn settings() -> Settings {
+        Settings {
+            embedded: false,
+            connections: 29,
+            batch_rows_max: 5_000,
+            order_timeout: Duration::from_secs(7),
+            clock_difference_max_ms: 120_000,
+            log: LogProbe::Memory,
+        }
+    }
+
+    fn verdicts(change: impl FnOnce(&mut Seen<'_>)) -> Vec<(&'static str, Verdict)> {
+        let settings = settings();
+        let mut seen = seen(&settings);
+        change(&mut seen);
+        let (checks, _) = all(&seen);
+        let other = checks.iter().filter(|check| check.verdict != Verdict::Good);
+        other.map(|check| (check.name, check.verdict)).collect()
+    }
+
+    #[test]
+    fn each_fault_is_found_by_its_own_check() {
+        let not_known = ("disk", Verdict::Unknown);
+        let found = |fault: Option<(&'static str, Verdict)>| {
+            let mut all: Vec<_> = fault.into_iter().collect();
+            all.push(not_known);
+            all.sort_by_key(|(name, _)| *name);
+            all
+        };
+        let judged = |change: fn(&mut Seen<'_>)| {
+            let mut all = verdicts(change);
+            all.sort_by_key(|(name, _)| *name);
+            all
+        };
+        type Case = (&'static str, Verdict, fn(&mut Seen<'_>));
+        let cases: [Case; 15] = [
+            ("wal_segments", Verdict::Bad, |s| {
+                s.facts.segments_ready = Some(0)
+            }),
+            ("checkpoints", Verdict::Warn, |s| {
+                s.facts.min_wal_size = 16 << 20
+            }),
+            ("commit", Verdict::Warn, |s| slow(s, 30)),
+            ("commit", Verdict::Bad, |s| slow(s, 300)),
+            ("order_log", Verdict::Bad, |s| {
+                s.log = Err("no room".to_owned())
+            }),
+            ("rate", Verdict::Warn, |s| rows(s, 1_000.0, None)),
+            ("rate", Verdict::Bad, |s| rows(s, 1_000.0, Some(5_000))),
+            ("durability", Verdict::Bad, |s| {
+                s.facts.full_page_writes = false
+            }),
+            ("durability", Verdict::Warn, |s| {
+                s.facts.synchronous_commit = "off".to_owned();
+            }),
+            ("autovacuum", Verdict::Bad, |s| s.facts.autovacuum = false),
+            ("autovacuum", Verdict::Warn, |s| s.facts.orders_due = true),
+            ("replication", Verdict::Warn, |s| s.facts.standbys = Some(1)),
+            ("connections", Verdict::Bad, |s| s.facts.connections = 30),
+            ("clock", Verdict::Warn, |s| s.facts.clock_apart_ms = 1_001),
+            ("pooler", Verdict::Bad, |s| {
+                s.pooling = Err(StoreError::SharedSessions)
+            }),
+        ];
+        assert_eq!(judged(|_| {}), found(None));
+        for (name, verdict, change) in cases {
+            assert_eq!(judged(change), found(Some((name, verdict))), "{name}");
+        }
+        // At the rate at which the database takes them nobody waits.
+        assert_eq!(judged(|s| rows(s, 1_000.0, Some(800))), found(None));
+    }
+
+    fn slow(seen: &mut Seen<'_>, ms: u64) {
+        if let Ok(Some(scratch)) = &mut seen.scratch {
+            // Six of 500 are more than one in a hundred.
+            scratch.commits[..6].fill(Duration::from_millis(ms));
+        }
+    }
+
+    fn rows(seen: &mut Seen<'_>, per_second: f64, rate: Option<u64>) {
+        seen.sale.rate = rate;
+        if let Ok(Some(scratch)) = &mut seen.scratch {
+            scratch.rows_per_second = per_second;
+        }
+    }
+
+    #[test]
+    fn figures_are_for_people() {
+        assert_eq!(grouped(0), "0");
+        assert_eq!(grouped(1_234_567), "1,234,567");
+        assert_eq!(bytes(1), "1 MB");
+        assert_eq!(bytes(3 << 29), "1.5 GB");
+    }
+}

@@ -1,0 +1,209 @@
+//! The database's part of a preflight: the facts that it tells of itself, the measurements in a scratch table
+//! ([`scratch`]), and the preparations that the role may make ([`prepare`]). The texts of SQL that an operator
+//! should run are in [`remedies`].
+
+pub mod prepare;
+pub mod remedies;
+pub mod scratch;
+
+use tokio_postgres::error::SqlState;
+
+use super::{Connected, Database};
+use crate::order::UnixMillis;
+use crate::store::{StoreError, schema};
+
+/// `application_name` of the session.
+const SESSION: &str = "millrace preflight";
+/// Name of the advisory lock that makes a preflight the only one of its database, followed by the schema.
+const LOCK: &str = "millrace preflight:";
+const DOING: &str = "looking at the database for a preflight";
+
+/// WAL segments beyond the current one. A commit only has to fill them.
+pub const SEGMENTS_READY: &str = "SELECT count(*) FROM pg_ls_waldir()
+     WHERE name ~ '^[0-9A-F]{24}$' AND name > pg_walfile_name(pg_current_wal_lsn())";
+
+/// Connects and takes the lock. Drops a scratch table that a killed preflight has left.
+///
+/// # Errors
+/// [`StoreError::PreflightRunning`], [`StoreError::Schema`] if the schema is not this release's, or the
+/// database's error.
+pub async fn open(database: &Database) -> Result<Connected, StoreError> {
+    let mut session = database.connect(SESSION).await?;
+    schema::check(&mut session, database.schema()).await?;
+    let name = format!("{LOCK}{}", database.schema());
+    let sql = "SELECT pg_try_advisory_lock(hashtextextended($1, 0))";
+    let locked = database
+        .timed(DOING, session.query_one(sql, &[&name]))
+        .await?;
+    if !locked.get::<_, bool>(0) {
+        return Err(StoreError::PreflightRunning);
+    }
+    scratch::drop_table(database, &session).await?;
+    Ok(session)
+}
+
+/// What the database tells of itself.
+#[derive(Clone, Debug)]
+pub struct Facts {
+    /// Our role.
+    pub role: String,
+    /// `wal_segment_size` in bytes.
+    pub segment_bytes: u64,
+    /// WAL segments beyond the current one that exist already; `None`: the role may not see them.
+    pub segments_ready: Option<u64>,
+    /// The setting of this name, in bytes.
+    pub max_wal_size: u64,
+    /// The setting of this name, in bytes.
+    pub min_wal_size: u64,
+    /// The setting of this name, in seconds.
+    pub checkpoint_timeout_s: u64,
+    /// The setting of this name, 0 to 1.
+    pub checkpoint_completion_target: f64,
+    /// The setting of this name.
+    pub fsync: bool,
+    /// The setting of this name.
+    pub full_page_writes: bool,
+    /// The setting of this name that a session of our role begins with.
+    pub synchronous_commit: String,
+    /// Whether autovacuum is on, for `orders` too.
+    pub autovacuum: bool,
+    /// Whether `orders` is past a threshold of autovacuum.
+    pub orders_due: bool,
+    /// The setting of this name: the standbys that commits wait for.
+    pub synchronous_standby_names: String,
+    /// Connected standbys; `None`: the role may not see them.
+    pub standbys: Option<u64>,
+    /// Those that commits wait for.
+    pub standbys_synchronous: u64,
+    /// The most bytes of WAL that one of them has not flushed yet.
+    pub standby_lag_bytes: u64,
+    /// Connections that our role may have in this database.
+    pub connections: u64,
+    /// Connections of others.
+    pub connections_of_others: u64,
+    /// The directory of the data, if the role may see it and the server is on this machine.
+    pub data_directory: Option<String>,
+    /// Free units of every SKU whose sale has not ended.
+    pub units_free: u64,
+    /// Least difference between this machine's clock and the server's, in milliseconds.
+    pub clock_apart_ms: u64,
+}
+
+const FACTS: &str = "
+    WITH orders_table AS (
+        SELECT greatest(c.reltuples, 0) AS rows, s.n_dead_tup, s.n_ins_since_vacuum, age(c.relfrozenxid) AS age,
+               coalesce(c.reloptions && ARRAY['autovacuum_enabled=false', 'autovacuum_enabled=off'], false) AS excepted
+          FROM pg_class c LEFT JOIN pg_stat_all_tables s ON s.relid = c.oid WHERE c.oid = 'orders'::regclass
+    ), setting AS (
+        SELECT name, setting::float8 AS number FROM pg_settings WHERE vartype IN ('integer', 'real')
+    ), backends AS (
+        SELECT (SELECT sum(numbackends) FROM pg_stat_database) AS everybodys,
+               (SELECT count(*) FROM pg_stat_activity
+                 WHERE application_name LIKE 'millrace%' AND datname = current_database()) AS ours
+    ), standby AS (
+        SELECT count(*) AS connected, count(*) FILTER (WHERE sync_state IN ('sync', 'quorum')) AS synchronous,
+               max(pg_wal_lsn_diff(pg_current_wal_lsn(), flush_lsn)) AS lag
+          FROM pg_stat_replication WHERE state IN ('catchup', 'streaming')
+    )
+    SELECT current_user::text,
+           pg_size_bytes(current_setting('wal_segment_size')),
+           pg_size_bytes(current_setting('max_wal_size')),
+           pg_size_bytes(current_setting('min_wal_size')),
+           (SELECT number::int8 FROM setting WHERE name = 'checkpoint_timeout'),
+           (SELECT number FROM setting WHERE name = 'checkpoint_completion_target'),
+           current_setting('fsync')::bool,
+           current_setting('full_page_writes')::bool,
+           -- Our own sessions turn it on if it is off.
+           (SELECT reset_val FROM pg_settings WHERE name = 'synchronous_commit'),
+           current_setting('autovacuum')::bool AND current_setting('track_counts')::bool AND NOT o.excepted,
+           coalesce(o.n_dead_tup > current_setting('autovacuum_vacuum_threshold')::float8
+                       + current_setting('autovacuum_vacuum_scale_factor')::float8 * o.rows, false)
+               OR coalesce(current_setting('autovacuum_vacuum_insert_threshold')::float8 >= 0
+                       AND o.n_ins_since_vacuum > current_setting('autovacuum_vacuum_insert_threshold')::float8
+                       + current_setting('autovacuum_vacuum_insert_scale_factor')::float8 * o.rows, false)
+               OR o.age > current_setting('autovacuum_freeze_max_age')::float8,
+           trim(current_setting('synchronous_standby_names')),
+           CASE WHEN pg_has_role('pg_read_all_stats', 'USAGE') THEN standby.connected END,
+           standby.synchronous,
+           coalesce(standby.lag, 0)::int8,
+           -- The settings name the connections that are kept for superusers and, from 16 on, for others.
+           least((SELECT sum(CASE name WHEN 'max_connections' THEN number ELSE -number END)::int8 FROM setting
+                   WHERE name IN ('max_connections', 'superuser_reserved_connections', 'reserved_connections')),
+                 (SELECT nullif(rolconnlimit, -1) FROM pg_roles WHERE rolname = current_user AND NOT rolsuper),
+                 (SELECT nullif(datconnlimit, -1) FROM pg_database WHERE datname = current_database())),
+           greatest(backends.everybodys - backends.ours, 0)::int8,
+           CASE WHEN inet_server_addr() IS NOT DISTINCT FROM inet_client_addr()
+                THEN (SELECT setting FROM pg_settings WHERE name = 'data_directory') END,
+           (SELECT coalesce(sum(total - held - sold), 0)::int8 FROM sku WHERE closes_at IS NULL OR closes_at > now()),
+           (extract(epoch FROM clock_timestamp()) * 1000)::int8,
+           pg_backend_pid()
+      FROM orders_table o, backends, standby";
+
+/// Reads the facts.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn read(database: &Database, session: &Connected) -> Result<Facts, StoreError> {
+    let segments_ready = segments_ready(database, session).await?;
+    let statement = database.timed(DOING, session.prepare(FACTS)).await?;
+    let asked = UnixMillis::now();
+    let row = database.timed(DOING, session.query_one(&statement, &[]));
+    let row = row.await?;
+    let answered = UnixMillis::now();
+    let natural = |at: usize| u64::try_from(row.get::<_, i64>(at)).unwrap_or(0);
+    // The server read its clock between the two readings.
+    let there = row.get::<_, i64>(19);
+    let apart = (asked.0 - there).max(there - answered.0);
+    Ok(Facts {
+        role: row.get(0),
+        segment_bytes: natural(1).max(1),
+        segments_ready,
+        max_wal_size: natural(2),
+        min_wal_size: natural(3),
+        checkpoint_timeout_s: natural(4),
+        checkpoint_completion_target: row.get(5),
+        fsync: row.get(6),
+        full_page_writes: row.get(7),
+        synchronous_commit: row.get(8),
+        autovacuum: row.get(9),
+        orders_due: row.get(10),
+        synchronous_standby_names: row.get(11),
+        standbys: row.get::<_, Option<i64>>(12).map(i64::unsigned_abs),
+        standbys_synchronous: natural(13),
+        standby_lag_bytes: natural(14),
+        connections: natural(15),
+        connections_of_others: natural(16),
+        data_directory: row
+            .get::<_, Option<String>>(17)
+            .filter(|_| runs_here(row.get(20))),
+        units_free: natural(18),
+        clock_apart_ms: u64::try_from(apart).unwrap_or(0),
+    })
+}
+
+/// Whether the process of a backend is one of this machine. Addresses alone do not tell: a pooler has its own.
+fn runs_here(backend: i32) -> bool {
+    let name = std::fs::read_to_string(format!("/proc/{backend}/comm"));
+    name.is_ok_and(|name| name.trim_end() == "postgres")
+}
+
+/// `None`: the role may not look.
+async fn segments_ready(
+    database: &Database,
+    session: &Connected,
+) -> Result<Option<u64>, StoreError> {
+    match database
+        .timed(DOING, session.query_one(SEGMENTS_READY, &[]))
+        .await
+    {
+        Ok(row) => Ok(u64::try_from(row.get::<_, i64>(0)).ok()),
+        Err(error) if is_not_allowed(&error) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether the role lacks a right.
+fn is_not_allowed(error: &StoreError) -> bool {
+    matches!(error, StoreError::Statement { source, .. }
+        if source.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE))
+}
