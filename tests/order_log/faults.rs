@@ -61,12 +61,16 @@ fn accept_until(served: &Served, stop: &AtomicBool, name: &str, ids: &Mutex<Vec<
     }
 }
 
-fn are_rows(served: &Served, ids: &[String]) {
+/// Each of these orders becomes a row, the audit agrees, and the server stops in order.
+fn ends_with_rows_of(served: Served, ids: &[String]) {
     for id in ids {
         until("a row", PATIENCE, || {
-            status(served, id) == "pending_payment"
+            status(&served, id) == "pending_payment"
         });
     }
+    assert_audit(&served);
+    served.terminate();
+    assert_eq!(served.wait(), Some(0));
 }
 
 #[test]
@@ -136,10 +140,7 @@ fn a_network_that_is_cut_loses_nothing_that_was_accepted(kind: Kind) {
         drop(first_dir);
         admin.batch_execute("ROLLBACK").await.unwrap();
         let served = shop.start(second_dir.path());
-        are_rows(&served, &ids);
-        assert_audit(&served);
-        served.terminate();
-        assert_eq!(served.wait(), Some(0));
+        ends_with_rows_of(served, &ids);
     });
 }
 
@@ -183,10 +184,7 @@ fn a_redis_that_is_full_refuses_accepted_orders_and_lets_waiting_ones_go_on() {
             ids.extend(is_accepted.then(|| accepted(&answer)));
             is_accepted
         });
-        are_rows(&served, &ids);
-        assert_audit(&served);
-        served.terminate();
-        assert_eq!(served.wait(), Some(0));
+        ends_with_rows_of(served, &ids);
     });
 }
 
@@ -248,10 +246,7 @@ fn accepted_orders_are_all_rows_after_redis_fails_over_to_a_replica_that_lags() 
         drop(first_dir);
         admin.batch_execute("ROLLBACK").await.unwrap();
         let served = shop.start(second_dir.path());
-        are_rows(&served, &ids);
-        assert_audit(&served);
-        served.terminate();
-        assert_eq!(served.wait(), Some(0));
+        ends_with_rows_of(served, &ids);
     });
 }
 
@@ -294,12 +289,9 @@ fn a_process_that_was_paused_and_replaced_acknowledges_nothing(kind: Kind) {
         }
         let ended = first.ended_by(std::time::Instant::now() + PATIENCE);
         assert!(ended.is_some_and(|status| !status.success()), "{ended:?}");
-        are_rows(&second, &ids);
+        ends_with_rows_of(second, &ids);
         let late = "SELECT count(*) FROM millrace.orders WHERE user_id LIKE 'late%'";
         let late: i64 = admin.query_one(late, &[]).await.unwrap().get(0);
         assert_eq!(late, 0);
-        assert_audit(&second);
-        second.terminate();
-        assert_eq!(second.wait(), Some(0));
     });
 }
