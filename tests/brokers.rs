@@ -150,14 +150,18 @@ const UPDATE_AND_CREATE_TOPIC: u16 = 17;
 const GET_ROUTE: u16 = 105;
 const GET_BROKER_CLUSTER: u16 = 106;
 
-/// The broker's address, as its name server tells it.
+/// The broker's address, as its name server tells it, as soon as it knows one.
 fn rocketmq_broker(broker: &Broker) -> SocketAddr {
-    let (code, body) = rocketmq(broker.address(), GET_BROKER_CLUSTER, &[], "");
-    assert_eq!(code, 0);
-    // Not parsed: the keys in it are numbers.
-    let body = String::from_utf8(body).expect("a text");
-    let address = body.split('"').find_map(|part| part.parse().ok());
-    address.unwrap_or_else(|| panic!("no address in {body}"))
+    let mut address = None;
+    until("the name server has an address", PATIENCE, || {
+        let (code, body) = rocketmq(broker.address(), GET_BROKER_CLUSTER, &[], "");
+        assert_eq!(code, 0);
+        // Not parsed: the keys in it are numbers.
+        let body = String::from_utf8(body).expect("a text");
+        address = body.split('"').find_map(|part| part.parse().ok());
+        address.is_some()
+    });
+    address.expect("an address")
 }
 
 fn rocketmq_send(broker: &Broker, text: &str) {

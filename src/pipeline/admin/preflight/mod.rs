@@ -265,6 +265,7 @@ pub async fn preflight(
         horizons: replication::horizons(database, HORIZON_HELD).await?,
         pooling: pooling::check(database).await,
     };
+    database_part::close(database, session).await;
     let (checks, measured) = checks::all(&seen);
     Ok(Report {
         ok: checks.iter().all(|check| check.verdict != Verdict::Bad),

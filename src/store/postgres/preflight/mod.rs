@@ -42,6 +42,13 @@ pub async fn open(database: &Database) -> Result<Connected, StoreError> {
     Ok(session)
 }
 
+/// Gives the lock back, so that the next preflight need not wait until the server has noticed the end of the session.
+pub async fn close(database: &Database, session: Connected) {
+    let released = session.batch_execute("SELECT pg_advisory_unlock_all()");
+    // Otherwise the server releases it with the session.
+    let _ = database.timed(DOING, released).await;
+}
+
 /// What the database tells of itself.
 #[derive(Clone, Debug)]
 pub struct Facts {
