@@ -53,14 +53,18 @@ pub struct Stored {
 impl Stored {
     /// Where it is; place 0-0 if neither its id nor its frame says a place.
     pub fn position(&self) -> Position {
-        let of_frame = || frame::decode(&self.frame).ok().map(|frame| frame.place);
         Position {
-            place: self.place.or_else(of_frame).unwrap_or(Place {
+            place: self.place.or_else(|| self.frame_place()).unwrap_or(Place {
                 epoch: 0,
                 number: 0,
             }),
             offset: self.offset,
         }
+    }
+
+    /// The place that its frame says; `None` if it is no frame.
+    fn frame_place(&self) -> Option<Place> {
+        frame::decode(&self.frame).ok().map(|frame| frame.place)
     }
 }
 

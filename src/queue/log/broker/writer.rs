@@ -139,7 +139,7 @@ impl BrokerWriter {
             }
             Err(SendError::Stale(reason)) => {
                 // Says so if the group is a later process's.
-                self.tail()?;
+                self.find_in_tail(frame)?;
                 Err(AppendError::Final(format!(
                     "the broker has a later group of this process: {reason}"
                 )))
@@ -265,20 +265,26 @@ impl BrokerWriter {
     fn tail(&self) -> Result<(Option<Place>, HashMap<Place, u64>), AppendError> {
         let oldest = self.kept.front().map(|kept| kept.position);
         let from = oldest.and_then(|oldest| before(oldest, self.broker.fences()));
-        let is_there = match Pages::after(&*self.broker, from).read() {
-            Ok(page) => self.broker.fences() || page.first().map(Stored::position) == oldest,
-            Err(BrokerError::Lost(_)) => false,
+        let mut pages = Pages::after(&*self.broker, from);
+        let first = match pages.read() {
+            Ok(page) if self.broker.fences() || page.first().map(Stored::position) == oldest => {
+                Some(self.unfenced(page)?)
+            }
+            Ok(_) | Err(BrokerError::Lost(_)) => None,
             Err(error) => return Err(AppendError::NotNow(error.to_string())),
         };
-        let mut pages = Pages::after(&*self.broker, from.filter(|_| is_there));
-        let (mut begins_at, mut places) = (None, HashMap::new());
-        loop {
-            let page = self.read(&mut pages)?;
-            if page.is_empty() {
-                return Ok((begins_at, places));
+        let is_there = first.is_some();
+        let mut page = match first {
+            Some(page) => page,
+            None => {
+                pages = Pages::after(&*self.broker, None);
+                self.read(&mut pages)?
             }
+        };
+        let (mut begins_at, mut places) = (None, HashMap::new());
+        while !page.is_empty() {
             for stored in &page {
-                let Some(place) = place_of(stored) else {
+                let Some(place) = stored.frame_place() else {
                     continue;
                 };
                 if !is_there {
@@ -286,7 +292,9 @@ impl BrokerWriter {
                 }
                 places.entry(place).or_insert(stored.offset);
             }
+            page = self.read(&mut pages)?;
         }
+        Ok((begins_at, places))
     }
 
     /// The position of the frame in doubt, if the broker has it.
@@ -315,9 +323,13 @@ impl BrokerWriter {
             )),
             error => AppendError::NotNow(error.to_string()),
         })?;
+        self.unfenced(page)
+    }
+
+    fn unfenced(&self, page: Vec<Stored>) -> Result<Vec<Stored>, AppendError> {
         let newest = page
             .iter()
-            .filter_map(place_of)
+            .filter_map(Stored::frame_place)
             .map(|place| place.epoch)
             .max();
         match newest.filter(|newest| *newest > self.next.epoch) {
@@ -404,8 +416,4 @@ impl LogWriter for BrokerWriter {
             }
         }
     }
-}
-
-fn place_of(stored: &Stored) -> Option<Place> {
-    frame::decode(&stored.frame).ok().map(|frame| frame.place)
 }
