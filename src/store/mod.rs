@@ -20,3 +20,8 @@ pub mod schema;
 pub mod settlement;
 
 pub use error::{StoreError, WriteError};
+
+/// A name as an SQL identifier.
+fn quoted(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
+}

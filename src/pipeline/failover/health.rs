@@ -9,15 +9,12 @@ use arc_swap::ArcSwapOption;
 
 use crate::store::StoreError;
 use crate::store::postgres::Database;
-use crate::store::postgres::replication::{self, Horizon, Replication};
+use crate::store::postgres::replication::{self, HORIZON_HELD, Horizon, Replication};
 
 /// Interval between two checks.
 const LOOK: Duration = Duration::from_secs(1);
 /// Age at which a check is stale: the database does not answer, or the checks have stopped.
 pub const STALE: Duration = Duration::from_secs(5);
-/// Time that old row versions may be kept from vacuum before a warning: the rows of `sku` and `writer` change
-/// with each batch, and each retained version slows the next one.
-const HORIZON_HELD: Duration = Duration::from_secs(300);
 
 /// Result of one check.
 #[derive(Clone, Debug)]

@@ -33,6 +33,8 @@ use rustix::process::Pid;
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio_postgres::{Client, NoTls, error::SqlState};
 
+use super::quoted;
+
 use self::{
     binaries::Installation,
     cluster::{Found, SUPERUSER},
@@ -291,8 +293,8 @@ impl Embedded {
             &self.installation,
             &self.socket_dir.path,
             &[
-                wal::settings(self.options.wal_bytes),
-                self.options.settings.clone(),
+                &[wal::setting(self.options.wal_bytes)],
+                &*self.options.settings,
             ]
             .concat(),
         )?;
@@ -413,11 +415,6 @@ async fn keep_log_bounded(log: PathBuf) {
             tracing::warn!(%error, "the log of PostgreSQL could not be shortened");
         }
     }
-}
-
-/// A name as an SQL identifier.
-fn quoted(name: &str) -> String {
-    format!("\"{}\"", name.replace('"', "\"\""))
 }
 
 fn percent_encoded(bytes: &[u8]) -> String {

@@ -44,7 +44,6 @@ const SETTINGS: &[(&str, &str)] = &[
     // A sale is a burst of WAL: few checkpoints in it, and the space for that.
     ("wal_level", "logical"),
     ("max_wal_size", "8GB"),
-    ("min_wal_size", "256MB"),
     ("checkpoint_timeout", "15min"),
     ("wal_compression", "on"),
     ("timezone", "UTC"),

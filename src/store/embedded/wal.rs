@@ -3,24 +3,20 @@
 //! A quiet PostgreSQL has few recycled segments, so a sale makes a new one every 16 MiB: zeros and a sync in the middle
 //! of a commit. Segments that a checkpoint has recycled are only renamed. `docs/DATABASE.md` has the figures.
 
-use rustix::fs::statvfs;
 use tokio_postgres::error::Error;
 
 use super::Embedded;
-use crate::store::postgres::preflight::{SEGMENTS_READY, remedies};
+use crate::store::postgres::preflight::{SEGMENTS_READY, free_bytes, remedies};
 
 /// Bytes of a segment; clusters of [`super::cluster::make`] have the default.
 const SEGMENT: u64 = 16 << 20;
 /// Share of the free disk space that segments may take.
 const SHARE_OF_FREE: u64 = 8;
 
-/// The settings with which so many bytes of recycled segments are kept.
-pub(super) fn settings(bytes: u64) -> Vec<(String, String)> {
-    if bytes == 0 {
-        return Vec::new();
-    }
+/// The setting with which so many bytes of recycled segments are kept, 256 MB at least.
+pub(super) fn setting(bytes: u64) -> (String, String) {
     let megabytes = ((bytes + 4 * SEGMENT) >> 20).max(256);
-    vec![("min_wal_size".to_owned(), format!("{megabytes}MB"))]
+    ("min_wal_size".to_owned(), format!("{megabytes}MB"))
 }
 
 /// Makes the configured segments if fewer than half of them are there: switches through so many, and has a checkpoint
@@ -29,8 +25,7 @@ pub(super) fn settings(bytes: u64) -> Vec<(String, String)> {
 /// # Errors
 /// The server's. Some segments may have been made.
 pub(super) async fn make_ready(embedded: &Embedded) -> Result<(), Error> {
-    let free = statvfs(embedded.home.data().as_path())
-        .map_or(u64::MAX, |disk| disk.f_bavail.saturating_mul(disk.f_frsize));
+    let free = free_bytes(&embedded.home.data()).unwrap_or(u64::MAX);
     let wanted = embedded.options.wal_bytes.min(free / SHARE_OF_FREE) / SEGMENT;
     if wanted == 0 {
         return Ok(());

@@ -200,8 +200,5 @@ pub async fn revive(
     database
         .timed("retrying a dead letter", work)
         .await?
-        .ok_or(StoreError::Fenced {
-            found: 0,
-            ours: lease.epoch,
-        })
+        .ok_or(lease.is_lost())
 }

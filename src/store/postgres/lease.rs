@@ -28,6 +28,16 @@ pub struct NodeLease {
     pub epoch: i64,
 }
 
+impl NodeLease {
+    /// The error of a write that found the row of the node with another epoch, and did not look which.
+    pub(super) fn is_lost(self) -> StoreError {
+        StoreError::Fenced {
+            found: 0,
+            ours: self.epoch,
+        }
+    }
+}
+
 /// The result of taking a node over.
 #[derive(Debug)]
 pub struct Taken {

@@ -165,10 +165,7 @@ async fn set(
     if changed == 1 {
         return Ok(());
     }
-    Err(StoreError::Fenced {
-        found: 0,
-        ours: lease.epoch,
-    })
+    Err(lease.is_lost())
 }
 
 /// Gives up the orders that the recorded log may still hold, at an operator's decision, and fences its

@@ -29,6 +29,10 @@ pub struct Horizon {
     pub remedy: String,
 }
 
+/// Time that old row versions may be kept from vacuum before a warning: the rows of `sku` and `writer` change
+/// with each batch, and each retained version slows the next one.
+pub const HORIZON_HELD: Duration = Duration::from_secs(300);
+
 /// Transactions; a slot or standby that is fewer behind holds nothing up.
 const BEHIND_MIN: i64 = 10_000;
 

@@ -141,10 +141,7 @@ pub async fn put(
     };
     match database.timed(doing, work).await? {
         Some(row) => sku_from_row(&row),
-        None => Err(StoreError::Fenced {
-            found: 0,
-            ours: lease.epoch,
-        }),
+        None => Err(lease.is_lost()),
     }
 }
 
@@ -215,10 +212,7 @@ pub async fn set_all_paused(
     if changed == 1 {
         return Ok(());
     }
-    Err(StoreError::Fenced {
-        found: 0,
-        ours: lease.epoch,
-    })
+    Err(lease.is_lost())
 }
 
 /// Changes a SKU's total by `units`, at most once for each `request_key`.
@@ -256,10 +250,7 @@ pub async fn restock(
     };
     match database.timed("restocking", work).await? {
         true => Ok(()),
-        false => Err(StoreError::Fenced {
-            found: 0,
-            ours: lease.epoch,
-        }),
+        false => Err(lease.is_lost()),
     }
 }
 

@@ -160,8 +160,5 @@ async fn end_unpaid(
     database
         .timed("cancelling an order", work)
         .await?
-        .ok_or(StoreError::Fenced {
-            found: 0,
-            ours: lease.epoch,
-        })
+        .ok_or(lease.is_lost())
 }

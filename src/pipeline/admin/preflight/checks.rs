@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::{Latencies, LogProbe, Measured, Sale, Seen};
 use crate::order::UnixMillis;
 use crate::store::StoreError;
-use crate::store::postgres::preflight::{Facts, prepare, remedies};
+use crate::store::postgres::preflight::{Facts, free_bytes, prepare, remedies};
 
 /// WAL bytes of an order in its whole life, its payment or its expiry included. `tests/preflight.rs` measures 1,480,
 /// and a third is added for attributes, small batches and pages that are written whole after a checkpoint.
@@ -421,7 +421,7 @@ fn disk(seen: &Seen<'_>) -> Check {
         .min(facts.max_wal_size / facts.segment_bytes);
     let needed = orders.saturating_mul(ROW_BYTES) + missing * facts.segment_bytes;
     let directory = facts.data_directory.as_deref().map(Path::new);
-    let Some(free) = directory.and_then(free_bytes) else {
+    let Some(free) = directory.and_then(free_bytes_of_wal) else {
         let figure = format!("not known; the sale needs {}", bytes(needed));
         let remedy = "look at the server's disk";
         return Check::new("disk", figure).or(Verdict::Unknown, remedy);
@@ -436,10 +436,9 @@ fn disk(seen: &Seen<'_>) -> Check {
 }
 
 /// Free bytes of the file system of the WAL below `directory`, or, if that may not be entered, of `directory`.
-fn free_bytes(directory: &Path) -> Option<u64> {
-    let wal = rustix::fs::statvfs(directory.join("pg_wal"));
-    let found = wal.or_else(|_| rustix::fs::statvfs(directory)).ok()?;
-    Some(found.f_bavail.saturating_mul(found.f_frsize))
+fn free_bytes_of_wal(directory: &Path) -> Option<u64> {
+    let wal = free_bytes(&directory.join("pg_wal"));
+    wal.or_else(|| free_bytes(directory))
 }
 
 fn clock(seen: &Seen<'_>) -> Check {

@@ -24,14 +24,12 @@ use crate::queue::log::broker::Broker;
 use crate::queue::log::file::probe;
 use crate::store::StoreError;
 use crate::store::postgres::preflight::{self as database_part, prepare, scratch};
-use crate::store::postgres::replication::{self, Horizon};
+use crate::store::postgres::replication::{self, HORIZON_HELD, Horizon};
 use crate::store::postgres::{Database, pooling};
 
 pub use checks::{Check, ROW_BYTES, Verdict, WAL_BYTES};
 pub use prepare::Step;
 
-/// Age of an old snapshot that counts, as in the health check.
-const HORIZON_HELD: Duration = Duration::from_secs(300);
 /// Longest time for the appends to the journal.
 const APPENDS_MAX: Duration = Duration::from_secs(15);
 

@@ -6,6 +6,8 @@ pub mod prepare;
 pub mod remedies;
 pub mod scratch;
 
+use std::path::Path;
+
 use tokio_postgres::error::SqlState;
 
 use super::{Connected, Database};
@@ -186,6 +188,12 @@ pub async fn read(database: &Database, session: &Connected) -> Result<Facts, Sto
         units_free: natural(18),
         clock_apart_ms: u64::try_from(apart).unwrap_or(0),
     })
+}
+
+/// Bytes that are free for others than root on the file system of `path`; `None` if it may not be entered.
+pub fn free_bytes(path: &Path) -> Option<u64> {
+    let found = rustix::fs::statvfs(path).ok()?;
+    Some(found.f_bavail.saturating_mul(found.f_frsize))
 }
 
 /// Whether the process of a backend is one of this machine. Addresses alone do not tell: a pooler has its own.

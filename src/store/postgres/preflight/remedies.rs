@@ -1,11 +1,7 @@
 //! SQL for an operator to run, each text complete.
 
 use super::scratch::TABLE;
-
-/// A name in double quotes.
-fn quoted(name: &str) -> String {
-    format!("\"{}\"", name.replace('"', "\"\""))
-}
+use crate::store::quoted;
 
 /// Lets `role` see WAL segments, standbys and the data directory.
 pub fn monitor(role: &str) -> String {
