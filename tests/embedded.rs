@@ -186,10 +186,7 @@ async fn a_start_that_is_given_up_leaves_no_server() {
             Err(_) => given_up += 1,
             Ok(Ok(_)) => break,
             // The blocking part of the start before goes on for a moment.
-            Ok(Err(EmbeddedError::InUse { .. })) => {
-                tokio::time::sleep(Duration::from_millis(5)).await;
-                continue;
-            }
+            Ok(Err(EmbeddedError::InUse { .. })) => continue,
             Ok(Err(error)) => panic!("{error}"),
         }
         patience = patience * 3 / 2;

@@ -18,6 +18,7 @@ use support::listening::Listening;
 use support::postgres::{TestDatabase, test_dir};
 use support::served::millrace;
 use support::server::{TestServer, request};
+use support::waiting::wait_until_within;
 use support::webhook::{Paid, SECRET};
 use tokio_postgres::Client;
 
@@ -331,11 +332,10 @@ fn one_preflight_at_a_time_and_readyz_warns_before_a_sale() {
         );
         // The client goes away, and the preflight ends all the same.
         drop(first);
-        let deadline = Instant::now() + Duration::from_secs(60);
-        while number(&admin, sessions).await > 0 {
-            assert!(Instant::now() < deadline, "it does not end");
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
+        wait_until_within("its end", Duration::from_secs(60), async || {
+            number(&admin, sessions).await == 0
+        })
+        .await;
         assert_eq!(scratch_tables(&admin).await, 0);
 
         let deadline = Instant::now() + STEP;
@@ -460,11 +460,10 @@ fn an_order_writes_as_much_as_the_preflight_reckons() {
                 assert_eq!(answer.status, 200, "{answer:?}");
             }
         }
-        let deadline = Instant::now() + Duration::from_secs(180);
-        while server.stock("IPHONE-15").await.1 > 0 {
-            assert!(Instant::now() < deadline, "they do not expire");
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
+        wait_until_within("their expiry", Duration::from_secs(180), async || {
+            server.stock("IPHONE-15").await.1 == 0
+        })
+        .await;
         let wal = (number(&admin, wal).await - wal_before) as u64 / ORDERS as u64;
         let rows = (number(&admin, rows).await - rows_before) as u64 / ORDERS as u64;
         println!("an order of {ORDERS}: {wal} bytes of WAL, {rows} bytes of rows");

@@ -1,12 +1,10 @@
 //! Accepted orders over HTTP with each order log, beside the design that people reach for: stock in Redis and a
 //! stream, on the same Redis.
 
-use std::time::Duration;
-
-use crate::brokers::{Broker, Kind};
-use crate::fixture::child::{Server, Service};
+use crate::brokers::Kind;
+use crate::fixture::child::{Server, Service, start_broker};
 use crate::fixture::compare::{Spread, alternate};
-use crate::fixture::database::{self, Postgres};
+use crate::fixture::database::{Postgres, drained};
 use crate::fixture::engine::HOT;
 use crate::fixture::flood::{Template, rate};
 use crate::fixture::{Finding, Lab, Scratch, Target};
@@ -102,32 +100,4 @@ pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
         ));
     }
     Ok(findings)
-}
-
-/// A broker of the tests.
-///
-/// # Errors
-/// If it cannot be had here.
-pub fn start_broker(kind: Kind) -> anyhow::Result<Broker> {
-    Broker::start(kind).ok_or_else(|| anyhow::anyhow!("{kind:?} cannot be had here, see above"))
-}
-
-/// Waits until the consumer of a stream writes no more rows.
-///
-/// # Errors
-/// If the database fails.
-pub async fn drained(url: &str) -> anyhow::Result<()> {
-    let client = database::connect(url).await?;
-    let mut before = -1;
-    loop {
-        let now: i64 = client
-            .query_one("SELECT held FROM public.shop_sku", &[])
-            .await?
-            .get(0);
-        if now == before {
-            return Ok(());
-        }
-        before = now;
-        tokio::time::sleep(Duration::from_millis(500)).await;
-    }
 }

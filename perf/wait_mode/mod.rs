@@ -4,13 +4,12 @@
 use std::time::Duration;
 
 use crate::brokers::Kind;
-use crate::fixture::child::{Server, Service};
+use crate::fixture::child::{Server, Service, start_broker};
 use crate::fixture::compare::{Rounds, alternate};
 use crate::fixture::database::{self, Postgres};
 use crate::fixture::engine::HOT;
 use crate::fixture::flood::{Template, rate};
 use crate::fixture::{Finding, Lab, Scratch, Target};
-use crate::order_logs::{drained, start_broker};
 
 /// Connections, each with one request at a time. Fewer than this and the batches, not the service,
 /// limit the rate; each side has the same.
@@ -51,7 +50,7 @@ pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
             2 => {
                 let rate = answer(stream.address, 202, window)?;
                 // Its orders still have to be written; the next side shall not pay for it.
-                drained(&stream_shop).await?;
+                database::drained(&stream_shop).await?;
                 Ok(rate)
             }
             _ => answer(row.address, 201, window),

@@ -24,18 +24,7 @@ const ANY: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST
 
 /// A Redis of its own, a replica of `master` if there is one.
 fn redis_of(master: Option<SocketAddr>) -> Option<Bed> {
-    let lines = move |_: u16, _: &std::path::Path| {
-        let replica = master.map(|at| format!("replicaof {} {}\n", at.ip(), at.port()));
-        format!(
-            "repl-diskless-sync-delay 0\n{}",
-            replica.unwrap_or_default()
-        )
-    };
-    let setup = Setup {
-        lines: Some(Box::new(lines)),
-        ..Setup::default()
-    };
-    Bed::start(Kind::Redis, setup, false)
+    Bed::start(Kind::Redis, Setup::redis(master), false)
 }
 
 #[test]

@@ -2,7 +2,6 @@
 //! fails over to a replica that lags, and a process is paused for longer than its right lasts.
 
 use std::net::SocketAddr;
-use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -194,20 +193,7 @@ fn a_redis_that_is_full_refuses_accepted_orders_and_lets_waiting_ones_go_on() {
 #[test]
 fn accepted_orders_are_all_rows_after_redis_fails_over_to_a_replica_that_lags() {
     block_on(async {
-        let redis_of = |master: Option<SocketAddr>| {
-            let lines = move |_: u16, _: &Path| {
-                let replica = master.map(|at| format!("replicaof {} {}\n", at.ip(), at.port()));
-                format!(
-                    "repl-diskless-sync-delay 0\n{}",
-                    replica.unwrap_or_default()
-                )
-            };
-            let setup = Setup {
-                lines: Some(Box::new(lines)),
-                ..Setup::default()
-            };
-            Broker::start_with(Kind::Redis, setup)
-        };
+        let redis_of = |master| Broker::start_with(Kind::Redis, Setup::redis(master));
         let Some(master) = redis_of(None) else { return };
         let (from, any) = (master.address(), ANY.parse().expect("an address"));
         let (link, front) = (Wire::start(any, from), Wire::start(any, from));

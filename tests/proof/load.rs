@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom as _;
@@ -16,6 +16,7 @@ use super::outcome::block_on;
 use super::platform::Platform;
 use crate::support::http::{Answer, Connection, try_call};
 use crate::support::served::{PATIENCE, Served};
+use crate::support::waiting::until;
 
 /// Requests one after the other, from several threads.
 pub struct Load<'a> {
@@ -400,13 +401,17 @@ pub fn put_skus(
         let unit_price = 100 + number as i64;
         let body = json!({ "unit_price": unit_price, "currency": "EUR", "total": total });
         let target = format!("/admin/v1/skus/{sku}");
-        let mut answer = try_call(control, "PUT", &target, &[], &body.to_string())?;
-        let deadline = Instant::now() + PATIENCE;
+        let put = || try_call(control, "PUT", &target, &[], &body.to_string());
         // The proofs give the database 400 ms a step, and a busy machine may need longer.
-        while answer.status == 503 && Instant::now() < deadline {
-            std::thread::sleep(Duration::from_millis(100));
-            answer = try_call(control, "PUT", &target, &[], &body.to_string())?;
-        }
+        let mut answer = put();
+        until("a SKU is put on sale", PATIENCE, || {
+            let is_settled = answer.as_ref().map_or(true, |answer| answer.status != 503);
+            if !is_settled {
+                answer = put();
+            }
+            is_settled
+        });
+        let answer = answer?;
         assert!((200..300).contains(&answer.status), "{answer:?}");
         checker.offers(sku, unit_price, *total);
     }

@@ -71,6 +71,21 @@ pub struct Setup {
     pub scram: Option<&'static str>,
 }
 
+impl Setup {
+    /// A Redis whose replicas follow at once, itself a replica of `master` if there is one.
+    pub fn redis(master: Option<SocketAddr>) -> Self {
+        let replica = master.map(|at| format!("replicaof {} {}\n", at.ip(), at.port()));
+        let lines = format!(
+            "repl-diskless-sync-delay 0\n{}",
+            replica.unwrap_or_default()
+        );
+        Setup {
+            lines: Some(Box::new(move |_, _| lines.clone())),
+            ..Setup::default()
+        }
+    }
+}
+
 /// A running broker. On drop it is killed, and its data is deleted.
 pub struct Broker {
     kind: Kind,

@@ -19,9 +19,14 @@ pub fn until(what: &str, patience: Duration, mut condition: impl FnMut() -> bool
 
 /// Waits until the condition holds; panics after [`PATIENCE`].
 pub async fn wait_until(what: &str, condition: impl AsyncFn() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
+    wait_until_within(what, PATIENCE, condition).await;
+}
+
+/// The same with a patience of its own.
+pub async fn wait_until_within(what: &str, patience: Duration, condition: impl AsyncFn() -> bool) {
+    let deadline = Instant::now() + patience;
     while !condition().await {
-        assert!(Instant::now() < deadline, "{what}: not within {PATIENCE:?}");
+        assert!(Instant::now() < deadline, "{what}: not within {patience:?}");
         tokio::time::sleep(LOOK).await;
     }
 }
