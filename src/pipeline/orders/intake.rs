@@ -287,7 +287,6 @@ impl Intake {
         });
         // Registered before a worker can see it, so that it is found in the map when it is settled.
         state.pending.insert(&pending);
-        state.pending.wake_by(&pending, deadline);
         // From here on the code that settles the order accounts for both: once registered, the order may
         // already be past its deadline and abandoned.
         hold.commit();

@@ -19,10 +19,10 @@ pub struct PendingOrder {
     pub order: Order,
     /// State machine of the order.
     pub slot: Slot,
-    /// When the order is abandoned if no worker has claimed it, as [`millis`]; `u64::MAX` for
+    /// When the order is abandoned if no worker has claimed it, as [`millis_after`]; `u64::MAX` for
     /// never.
     deadline_ms: u64,
-    /// Earliest deadline of any request waiting for the order, as [`millis`]; `u64::MAX` before the
+    /// Earliest deadline of any request waiting for the order, as [`millis_after`]; `u64::MAX` before the
     /// order is in the map.
     look_at_ms: AtomicU64,
 }
@@ -30,13 +30,13 @@ pub struct PendingOrder {
 impl PendingOrder {
     /// An order that may be claimed until `deadline`. `waker` belongs to the request that sent it.
     pub fn new(order: Order, deadline: Instant, waker: Option<Arc<Waker>>) -> Self {
-        Self::with_slot(order, Slot::new(waker), millis(deadline))
+        Self::with_slot(order, Slot::new(waker), millis_after(deadline))
     }
 
     /// An order that goes to a log first, and may be sent there until `deadline`. Once it is recorded
     /// it has no deadline: only its request stops waiting.
     pub fn appending(order: Order, deadline: Instant, waker: Option<Arc<Waker>>) -> Self {
-        Self::with_slot(order, Slot::appending(waker), millis(deadline))
+        Self::with_slot(order, Slot::appending(waker), millis_after(deadline))
     }
 
     /// An order that was read back from a log's `span`.
@@ -53,7 +53,7 @@ impl PendingOrder {
         }
     }
 
-    /// Whether the order's own deadline has passed; up to a millisecond early.
+    /// Whether the order's own deadline has passed; up to a millisecond late.
     pub fn is_overdue(&self, now: Instant) -> bool {
         millis(now) >= self.deadline_ms
     }
@@ -88,7 +88,7 @@ impl Eq for ById {}
 pub struct Pending {
     /// Used as a set; [`Pending::insert`] needs the entry API of a map.
     orders: DashMap<ById, (), foldhash::quality::RandomState>,
-    /// No deadline is earlier than this moment, as [`millis`]; `u64::MAX` if none is known. It
+    /// No deadline is earlier than this moment, as [`millis_after`]; `u64::MAX` if none is known. It
     /// spares the deadline task the walk through the map while nothing is due.
     next_due_ms: AtomicU64,
     /// Running totals of the orders that left the map for the log, and of those read back. Both only grow, so that [`Pending::in_flight`] notices a move.
@@ -129,7 +129,7 @@ impl Pending {
     /// Makes sure that requests waiting for `pending` are woken at `deadline`: a duplicate or a
     /// long poll may wait for less time than the order itself.
     pub fn wake_by(&self, pending: &PendingOrder, deadline: Instant) {
-        self.wake_by_ms(pending, millis(deadline));
+        self.wake_by_ms(pending, millis_after(deadline));
     }
 
     fn wake_by_ms(&self, pending: &PendingOrder, due: u64) {
@@ -251,12 +251,18 @@ impl Pending {
 /// A deadline that never comes.
 const NEVER: u64 = u64::MAX;
 
-/// Whole milliseconds since the first call: half the size of an [`Instant`], and small enough for
-/// an atomic.
-fn millis(at: Instant) -> u64 {
+/// Whole milliseconds since the first call that have passed at `now`: half the size of an [`Instant`], and small enough
+/// for an atomic.
+fn millis(now: Instant) -> u64 {
     static START: LazyLock<Instant> = LazyLock::new(Instant::now);
-    let since = at.saturating_duration_since(*START).as_millis();
+    let since = now.saturating_duration_since(*START).as_millis();
     u64::try_from(since).unwrap_or(NEVER)
+}
+
+/// The first whole millisecond at or after `deadline`. Rounded down, a request would be woken before its deadline, wait on,
+/// and, if a log has its order, never be woken again.
+fn millis_after(deadline: Instant) -> u64 {
+    millis(deadline + Duration::from_nanos(999_999))
 }
 
 /// Interval at which requests waiting for an overdue order that is being written are woken to check
@@ -356,6 +362,24 @@ pub(super) mod tests {
         assert!(known(2).is_none());
         pending.remove_this(&read_back);
         assert!(known(1).is_none() && pending.is_empty());
+    }
+
+    #[test]
+    fn nobody_is_woken_before_the_deadline_for_nothing() {
+        let pending = Pending::with_capacity(16);
+        let start = Instant::now() + Duration::from_secs(1);
+        for micros in (0..3_000).step_by(70) {
+            let deadline = start + Duration::from_micros(micros);
+            let recorded = Arc::new(PendingOrder::appending(order(1), deadline, None));
+            assert!(recorded.slot.send());
+            recorded.slot.appended(1, false);
+            pending.insert(&recorded);
+            let before = deadline - Duration::from_nanos(1);
+            assert!(pending.due(before).is_empty(), "{micros}");
+            let after = deadline + Duration::from_millis(1);
+            assert_eq!(pending.due(after).len(), 1, "{micros}");
+            pending.remove(recorded.order.id);
+        }
     }
 
     #[test]
