@@ -9,7 +9,7 @@
 use super::wire::Bytes;
 
 /// Magic of messages whose topic has a length of one byte.
-const MAGIC: u32 = 0xDAA3_20A7;
+pub(super) const MAGIC: u32 = 0xDAA3_20A7;
 /// Magic of messages whose topic has a length of two bytes.
 const MAGIC_LONG_TOPIC: u32 = 0xDAA3_20AB;
 /// System flag: the host where it was born has an IPv6 address.
@@ -87,10 +87,11 @@ fn parse<'a>(bytes: &mut Bytes<'a>) -> Option<Result<Message<'a>, &'static str>>
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn message(flags: u32, magic: u32, body: &[u8]) -> Vec<u8> {
+    /// A message of the topic `t` at offset 42 of queue 3.
+    pub(in super::super) fn message(flags: u32, magic: u32, body: &[u8]) -> Vec<u8> {
         let mut bytes = vec![0; 4];
         bytes.extend_from_slice(&magic.to_be_bytes());
         bytes.extend_from_slice(&(crc32fast::hash(body) & 0x7FFF_FFFF).to_be_bytes());

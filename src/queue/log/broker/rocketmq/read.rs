@@ -287,3 +287,131 @@ fn gone(wanted: u64, first: u64) -> BrokerError {
         "the messages from offset {wanted} to before {first} are gone"
     ))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read as _, Write as _};
+    use std::net::{TcpListener, TcpStream};
+    use std::time::Duration;
+
+    use serde_json::{Value, json};
+
+    use super::super::RocketMqSettings;
+    use super::super::message::{MAGIC, tests::message};
+    use super::super::wire::{Connection, decode};
+    use super::*;
+
+    /// Offset of the one message in its queue, and where it ends in the commit log.
+    const OFFSET: u64 = 42;
+    const MESSAGE_END: u64 = 1_000;
+
+    /// A broker's commit log at a moment: its end, and how far its messages are in their queues.
+    #[derive(Clone, Copy)]
+    struct CommitLog {
+        end: u64,
+        dispatched: u64,
+    }
+
+    /// Number of frames that are read behind `after` from a broker whose commit log is `at(request, look)`: requests
+    /// and looks at its state are counted from 1. The broker notes how far it is behind, and then its end.
+    fn read(after: Option<u64>, at: impl Fn(u32, u32) -> CommitLog + Sync) -> usize {
+        let client = RocketMqBroker::new(RocketMqSettings {
+            namesrv: String::new(),
+            topic: "t".to_owned(),
+            queue: 3,
+            access_key: None,
+            secret_key: None,
+            timeout: Duration::from_secs(20),
+        });
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let deadline = client.deadline();
+        std::thread::scope(|scope| {
+            scope.spawn(|| serve(&listener.accept().unwrap().0, &at));
+            let connection = Connection::open(&address, None, deadline).unwrap();
+            let mut session = Session { connection };
+            let frames = frames(&client, &mut session, after, 1 << 20, deadline);
+            drop(session);
+            frames.unwrap().len()
+        })
+    }
+
+    fn serve(mut client: &TcpStream, at: impl Fn(u32, u32) -> CommitLog) {
+        let (mut request, mut look, mut length) = (0, 0, [0; 4]);
+        while client.read_exact(&mut length).is_ok() {
+            let mut frame = vec![0; u32::from_be_bytes(length) as usize];
+            client.read_exact(&mut frame).unwrap();
+            let (_, asked) = decode(&frame).unwrap();
+            let code = u16::try_from(asked.code).unwrap();
+            request += 1;
+            look += u32::from(code == GET_BROKER_RUNTIME_INFO);
+            let CommitLog { end, dispatched } = at(request, look);
+            let is_readable = dispatched >= MESSAGE_END;
+            let bound = |offset: u64| {
+                (
+                    codes::SUCCESS,
+                    json!({ "offset": offset.to_string() }),
+                    Vec::new(),
+                )
+            };
+            let (code, fields, body) = match code {
+                PULL_MESSAGE
+                    if is_readable && asked.number("queueOffset") == Some(OFFSET as i64) =>
+                {
+                    (codes::SUCCESS, Value::Null, message(0, MAGIC, b"frame"))
+                }
+                PULL_MESSAGE => (codes::PULL_NOT_FOUND, Value::Null, Vec::new()),
+                GET_MIN_OFFSET => bound(OFFSET),
+                GET_MAX_OFFSET => bound(OFFSET + u64::from(is_readable)),
+                GET_BROKER_RUNTIME_INFO => {
+                    let table = json!({ "table": {
+                        "dispatchBehindBytes": (end - dispatched).to_string(),
+                        "commitLogMaxOffset": at(request, look + 1).end.to_string(),
+                    } });
+                    (codes::SUCCESS, Value::Null, table.to_string().into_bytes())
+                }
+                code => panic!("nothing asks for {code}"),
+            };
+            let header = json!({ "code": code, "flag": 1, "opaque": request, "extFields": fields })
+                .to_string();
+            let total = (4 + header.len() + body.len()) as u32;
+            let lengths = [total.to_be_bytes(), (header.len() as u32).to_be_bytes()].concat();
+            client
+                .write_all(&[&lengths, header.as_bytes(), &body].concat())
+                .unwrap();
+        }
+    }
+
+    #[test]
+    fn a_message_is_found_whenever_the_broker_dispatches_it() {
+        for after in [None, Some(OFFSET - 1)] {
+            for moment in 1..=12 {
+                let found = read(after, |request, _| CommitLog {
+                    end: MESSAGE_END,
+                    dispatched: MESSAGE_END - if request < moment { 80 } else { 0 },
+                });
+                assert_eq!(
+                    found, 1,
+                    "after {after:?}, dispatched before request {moment}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_broker_that_is_always_behind_tells_its_messages_and_their_end() {
+        for moment in 1..=6 {
+            let grown = |look: u32| 100 * u64::from(look.saturating_sub(moment));
+            let found = read(Some(OFFSET - 1), |_, look| CommitLog {
+                end: MESSAGE_END + grown(look),
+                dispatched: MESSAGE_END + grown(look) - 150,
+            });
+            assert_eq!(found, 1, "dispatched from look {moment} on");
+        }
+        let nothing = read(Some(OFFSET), |_, look| CommitLog {
+            end: MESSAGE_END + 100 * u64::from(look),
+            dispatched: MESSAGE_END + 100 * u64::from(look) - 10,
+        });
+        assert_eq!(nothing, 0);
+    }
+}
