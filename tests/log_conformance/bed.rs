@@ -14,7 +14,7 @@ use millrace::queue::log::broker::{
 };
 
 use crate::support::broker_admin::redis;
-use crate::support::brokers::{Broker as Server, Kind, Setup, not_run};
+use crate::support::brokers::{Broker as Server, Kind, Setup};
 use crate::support::wire::Wire;
 
 /// For anything that a server does in its own time.
@@ -23,8 +23,6 @@ pub const PATIENCE: Duration = Duration::from_secs(90);
 pub const LONG: Duration = Duration::from_secs(20);
 /// Time limit of a call whose failure is awaited.
 pub const SHORT: Duration = Duration::from_millis(400);
-/// Where the proxy is. All of 127.0.0.0/8 is this machine.
-const PROXY: &str = "127.0.0.2";
 /// MiB of the file system for the data of a server that is harmed.
 pub const ROOM_MIB: u32 = 160;
 
@@ -48,8 +46,7 @@ pub struct Bed {
 /// Runs a property on the server that is not harmed.
 pub fn calm(kind: Kind, property: impl FnOnce(&Bed)) {
     static BEDS: [OnceLock<Option<Bed>>; 3] = [const { OnceLock::new() }; 3];
-    if let Some(bed) = BEDS[kind as usize].get_or_init(|| Bed::start(kind, calm_setup(kind), false))
-    {
+    if let Some(bed) = BEDS[kind as usize].get_or_init(|| Bed::start(kind, calm_setup(kind))) {
         property(bed);
     }
 }
@@ -57,10 +54,11 @@ pub fn calm(kind: Kind, property: impl FnOnce(&Bed)) {
 /// Runs a property on the server that may be harmed, one at a time.
 pub fn rough(kind: Kind, property: impl FnOnce(&mut Bed)) {
     static BEDS: [OnceLock<Option<Mutex<Bed>>>; 3] = [const { OnceLock::new() }; 3];
-    if !cfg!(target_os = "linux") {
-        return not_run("not run: only Linux has 127.0.0.2, where the proxy is");
-    }
-    let start = || Bed::start(kind, rough_setup(kind), true).map(Mutex::new);
+    let start = || {
+        let (wire, server) = Wire::before_broker(kind, rough_setup(kind))?;
+        let wire = Some(wire);
+        Some(Mutex::new(Bed { kind, server, wire }))
+    };
     if let Some(bed) = BEDS[kind as usize].get_or_init(start) {
         let mut bed = bed.lock().unwrap_or_else(PoisonError::into_inner);
         // As the property before it may have left it.
@@ -127,7 +125,6 @@ fn rough_setup(kind: Kind) -> Setup {
         Kind::Kafka | Kind::Redis => |_, _| String::new(),
     };
     Setup {
-        advertise: Some(PROXY),
         lines: Some(Box::new(lines)),
         room_mib: (kind != Kind::Redis).then_some(ROOM_MIB),
         ..Setup::default()
@@ -135,11 +132,8 @@ fn rough_setup(kind: Kind) -> Setup {
 }
 
 impl Bed {
-    pub fn start(kind: Kind, setup: Setup, with_wire: bool) -> Option<Self> {
-        let server = Server::start_with(kind, setup)?;
-        let at = *server.addresses().last().expect("an address");
-        let proxy = SocketAddr::new(PROXY.parse().expect("an address"), at.port());
-        let wire = with_wire.then(|| Wire::start(proxy, at));
+    pub fn start(kind: Kind, setup: Setup) -> Option<Self> {
+        let (server, wire) = (Server::start_with(kind, setup)?, None);
         Some(Bed { kind, server, wire })
     }
 

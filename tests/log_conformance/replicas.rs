@@ -24,7 +24,7 @@ const ANY: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST
 
 /// A Redis of its own, a replica of `master` if there is one.
 fn redis_of(master: Option<SocketAddr>) -> Option<Bed> {
-    Bed::start(Kind::Redis, Setup::redis(master), false)
+    Bed::start(Kind::Redis, Setup::redis(master))
 }
 
 #[test]
@@ -162,7 +162,7 @@ fn a_kafka_without_enough_replicas_stores_nothing_and_a_new_leader_is_followed()
             lines: Some(Box::new(lines)),
             ..Setup::default()
         };
-        Bed::start(Kind::Kafka, setup, false)
+        Bed::start(Kind::Kafka, setup)
     };
     let Some(one) = node(1, None) else { return };
     let controller = one.address().port() + 1;

@@ -369,7 +369,7 @@ fn redis_shows_a_certificate_that_is_trusted() {
         lines: Some(Box::new(lines)),
         ..Setup::default()
     };
-    let Some(bed) = Bed::start(Kind::Redis, setup, false) else {
+    let Some(bed) = Bed::start(Kind::Redis, setup) else {
         return;
     };
     let at = format!("default:{PASSWORD}@localhost:{}/", bed.address().port() + 1);

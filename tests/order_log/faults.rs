@@ -1,7 +1,6 @@
 //! The real binary, while its broker breaks: the network is cut in the middle of accepted orders, the broker is full or
 //! fails over to a replica that lags, and a process is paused for longer than its right lasts.
 
-use std::net::SocketAddr;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -10,7 +9,7 @@ use rustix::process::Signal;
 
 use super::support::block_on;
 use super::support::broker_admin::redis;
-use super::support::brokers::{Broker, Kind, Setup, not_run};
+use super::support::brokers::{Broker, Kind, Setup};
 use super::support::http::{Answer, try_call};
 use super::support::postgres::{TestDatabase, test_dir};
 use super::support::served::Served;
@@ -18,8 +17,6 @@ use super::support::waiting::until;
 use super::support::wire::{Fault, Way, Wire};
 use super::{ASYNC, PATIENCE, Shop, accepted, assert_audit, body_of, post, status};
 
-/// The setting that says where Redis is.
-const REDIS_URL: &str = "MILLRACE_QUEUE__REDIS__URL";
 /// Where a proxy may be that is not at a fixed port.
 const ANY: &str = "127.0.0.1:0";
 
@@ -88,23 +85,11 @@ fn a_network_to_rocketmq_that_is_cut_loses_nothing_that_was_accepted() {
 }
 
 fn a_network_that_is_cut_loses_nothing_that_was_accepted(kind: Kind) {
-    if !cfg!(target_os = "linux") {
-        return not_run("not run: only Linux has 127.0.0.2, where the proxy is");
-    }
     block_on(async {
-        let setup = Setup {
-            advertise: Some("127.0.0.2"),
-            ..Setup::default()
-        };
-        let Some(broker) = Broker::start_with(kind, setup) else {
+        let Some((wire, broker)) = Wire::before_broker(kind, Setup::default()) else {
             return;
         };
-        let at = *broker.addresses().last().expect("an address");
-        let wire = Wire::start(SocketAddr::new([127, 0, 0, 2].into(), at.port()), at);
-        let mut shop = Shop::new(TestDatabase::create().await, broker);
-        if kind == Kind::Redis {
-            shop.more = vec![(REDIS_URL.to_owned(), format!("redis://{}/", wire.address()))];
-        }
+        let shop = Shop::new(TestDatabase::create().await, broker);
         let (first_dir, second_dir) = (test_dir(), test_dir());
         let served = shop.start(first_dir.path());
         served.put_sku("A", 1_000_000);
@@ -197,7 +182,7 @@ fn accepted_orders_are_all_rows_after_redis_fails_over_to_a_replica_that_lags() 
         let replica = redis_of(Some(link.address())).expect("a second one");
         let mut shop = Shop::new(TestDatabase::create().await, master);
         shop.more = vec![(
-            REDIS_URL.to_owned(),
+            "MILLRACE_QUEUE__REDIS__URL".to_owned(),
             format!("redis://{}/", front.address()),
         )];
         let admin = shop.database.connect().await;

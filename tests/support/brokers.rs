@@ -36,7 +36,7 @@ impl Kind {
     }
 
     /// Whether it can be had, found out once a process; otherwise the reason.
-    fn prepared(self) -> &'static Result<(), String> {
+    pub fn prepared(self) -> &'static Result<(), String> {
         static PREPARED: [OnceLock<Result<(), String>>; 3] = [const { OnceLock::new() }; 3];
         PREPARED[self as usize].get_or_init(|| {
             if std::env::var_os("MILLRACE_WITHOUT_BROKERS").is_some_and(|value| !value.is_empty()) {
@@ -61,7 +61,7 @@ pub type Lines = Box<dyn Fn(u16, &Path) -> String + Send + Sync>;
 #[derive(Default)]
 pub struct Setup {
     /// The host that the broker sends its clients to, with its own ports, where a proxy may wait for them: all of
-    /// 127.0.0.0/8 is this machine, at least on Linux. Redis sends nobody anywhere.
+    /// 127.0.0.0/8 is this machine, at least on Linux. Redis sends nobody anywhere; [`Broker::env`] names the host.
     pub advertise: Option<&'static str>,
     /// More of the server's settings.
     pub lines: Option<Lines>,

@@ -5,6 +5,11 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
+use super::brokers::{Broker, Kind, Setup, not_run};
+
+/// A host at which proxies wait. All of 127.0.0.0/8 is this machine, at least on Linux.
+const HOST: &str = "127.0.0.2";
+
 /// The direction in which bytes are counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {
@@ -47,6 +52,28 @@ pub struct Wire {
 }
 
 impl Wire {
+    /// Whether a broker behind a proxy can be had here. If not, that is said loudly.
+    pub fn finds_broker(kind: Kind) -> bool {
+        match kind.prepared() {
+            Ok(()) if cfg!(target_os = "linux") => return true,
+            Ok(()) => not_run("not run: only Linux has 127.0.0.2, where the proxy is"),
+            Err(reason) => not_run(reason),
+        }
+        false
+    }
+
+    /// Starts a broker that sends its clients through a proxy. `None`, said loudly, if that cannot be had here.
+    pub fn before_broker(kind: Kind, setup: Setup) -> Option<(Self, Broker)> {
+        if !Self::finds_broker(kind) {
+            return None;
+        }
+        let advertise = Some(HOST);
+        let broker = Broker::start_with(kind, Setup { advertise, ..setup })?;
+        let server = *broker.addresses().last().expect("an address");
+        let at = SocketAddr::new(HOST.parse().expect("an address"), server.port());
+        Some((Wire::start(at, server), broker))
+    }
+
     /// Waits at `at` for clients of `server`.
     pub fn start(at: SocketAddr, server: SocketAddr) -> Self {
         let listener = TcpListener::bind(at).unwrap_or_else(|error| panic!("{at}: {error}"));
