@@ -3,11 +3,13 @@
 //!
 //! In three forms: `kill9` is about orders and their way into the database; `payments` is about what
 //! happens to them afterwards, with a payment platform that delivers callbacks all the while, and
-//! with the points of the settlement; `broker` keeps the accepted orders on Redis, Kafka and RocketMQ, and
-//! also kills the broker, and loses the machine of the process: everything in its directory but PostgreSQL.
+//! with the points of the settlement; `broker` is both, with the accepted orders on Redis, Kafka and
+//! RocketMQ: it also kills the broker, cuts the network to it, and loses the machine of the process,
+//! which is everything in its directory but PostgreSQL.
 
-use std::collections::BTreeSet;
-use std::fmt;
+mod ordeal;
+mod points;
+
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -17,14 +19,17 @@ use rand::rngs::StdRng;
 use rand::seq::SliceRandom as _;
 use rand::{Rng as _, SeedableRng as _};
 
+use self::ordeal::{Backend, Ordeal, Ordeals};
+use self::points::Points;
 use super::checker::{Checker, Findings, compare_until, read_rows};
 use super::load::{Load, Settings, audit, check, compare_counters, retry_some};
 use super::outcome::{Why, block_on, in_series};
 use super::platform::Platform;
-use crate::support::brokers::{Broker, Kind};
+use crate::support::brokers::Kind;
 use crate::support::postgres::connect;
 use crate::support::served::{DataDir, OwnPostgres, PATIENCE, Served, tail};
 use crate::support::webhook::SECRET;
+use crate::support::wire::Wire;
 
 /// How long a load may go on without passing the point that it is to crash at.
 const POINT_PATIENCE: Duration = Duration::from_secs(2);
@@ -39,6 +44,7 @@ const PAYMENT_TTL_MS: u64 = 2_000;
 const SETTLING: Duration = Duration::from_secs(20);
 /// Orders that a database loses at once.
 const LOST_MAX: usize = 5;
+const RECEIPT_KEY: &str = "a-key-that-outlives-machines";
 
 /// Which of the three it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,7 +53,7 @@ pub enum Form {
     Orders,
     /// Orders, payments, expiry, recovery from receipts.
     Payments,
-    /// Orders, accepted by a broker.
+    /// The same, with the orders accepted by a broker.
     Broker(Kind),
 }
 
@@ -67,11 +73,10 @@ impl Form {
         let is_ours = |point: &&str| match self {
             Form::Orders => !point.starts_with("log.") && !point.starts_with("settlement."),
             Form::Payments => point.starts_with("settlement."),
-            // The journal's own are those of its files.
+            // Most of the journal's are about its files.
             Form::Broker(_) => {
-                let of_files = point.starts_with("journal.")
-                    && !["journal.acknowledged", "journal.read_back"].contains(point);
-                !of_files && !point.starts_with("settlement.")
+                !point.starts_with("journal.")
+                    || ["journal.acknowledged", "journal.read_back"].contains(point)
             }
         };
         CRASH_POINTS.into_iter().filter(is_ours).collect()
@@ -101,14 +106,11 @@ pub fn run_with_brokers(cycles: u64) -> Result<String, Why> {
         if chosen.as_ref().is_some_and(|chosen| chosen != name) {
             continue;
         }
-        // Found out first, so that the proof can say that it was not run.
-        match Broker::start(kind) {
-            None => said.push(format!("{name}: not run")),
-            Some(_) => {
-                let figures = with_bug(Form::Broker(kind), cycles, None)?;
-                said.push(format!("{name}: {figures}"));
-            }
-        }
+        let figures = match Wire::finds_broker(kind) {
+            true => with_bug(Form::Broker(kind), cycles, None)?,
+            false => "not run".to_owned(),
+        };
+        said.push(format!("{name}: {figures}"));
     }
     if said.iter().all(|figures| figures.ends_with("not run")) {
         return Err(Why::NotRun("no broker could be had".to_owned()));
@@ -118,114 +120,54 @@ pub fn run_with_brokers(cycles: u64) -> Result<String, Why> {
 
 /// The same with a deliberate defect, to show that it is found.
 pub fn with_bug(form: Form, cycles: u64, bug: Option<&str>) -> Result<String, String> {
-    let mut points = Points::of(form);
+    let mut tried = Tried {
+        points: Points::new(form.points()),
+        ordeals: Ordeals::default(),
+    };
     let figures = in_series(form.name(), cycles, SERIES, |seed, cycles, done| {
-        let given = std::mem::replace(&mut points, Points::of(form));
-        let mut proof = Proof::new(form, seed, bug, given);
-        let outcome = proof.run(cycles, done);
-        points = std::mem::replace(&mut proof.points, Points::of(form));
-        outcome
+        Proof::new(form, seed, bug, &mut tried).run(cycles, done)
     })?;
-    Ok(format!("{figures} {points}"))
+    let Tried { points, ordeals } = tried;
+    Ok(match form {
+        Form::Orders | Form::Payments => format!("{figures} {points}"),
+        Form::Broker(_) => format!("{figures} {points} {ordeals}"),
+    })
 }
 
-/// Points to crash at.
-struct Points {
-    all: Vec<&'static str>,
-    /// How many were asked for, one after the other.
-    next: usize,
-    asked: BTreeSet<&'static str>,
-    /// Those that a process has crashed at.
-    hit: BTreeSet<&'static str>,
+/// What the processes of all series were put to.
+struct Tried {
+    points: Points,
+    ordeals: Ordeals,
 }
 
-impl Points {
-    fn of(form: Form) -> Self {
-        Points {
-            all: form.points(),
-            next: 0,
-            asked: BTreeSet::new(),
-            hit: BTreeSet::new(),
-        }
-    }
-
-    fn next(&mut self) -> &'static str {
-        let point = self.all[self.next % self.all.len()];
-        self.next += 1;
-        self.asked.insert(point);
-        point
-    }
-}
-
-impl fmt::Display for Points {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (hit, asked) = (self.hit.len(), self.asked.len());
-        write!(f, "points_hit={hit}/{asked} of {}", self.all.len())?;
-        let missed: Vec<&str> = self.asked.difference(&self.hit).copied().collect();
-        if missed.is_empty() {
-            return Ok(());
-        }
-        write!(f, " never_passed={}", missed.join(","))
-    }
-}
-
-/// What is killed beside the process.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Ordeal {
-    Process,
-    /// The broker, which comes back while the process runs.
-    BrokerFirst,
-    /// The broker, which comes back after the process has died.
-    Both,
-    /// The machine of the process.
-    Machine,
-}
-
-impl Ordeal {
-    fn choose(random: &mut StdRng, has_broker: bool) -> Self {
-        match random.random_range(0..4) {
-            1 if has_broker => Ordeal::BrokerFirst,
-            2 if has_broker => Ordeal::Both,
-            3 if has_broker => Ordeal::Machine,
-            _ => Ordeal::Process,
-        }
-    }
-
-    fn kills_broker(self) -> bool {
-        matches!(self, Ordeal::BrokerFirst | Ordeal::Both)
-    }
-}
-
-struct Proof {
+struct Proof<'a> {
     random: StdRng,
     checker: Checker,
     platform: Option<Platform>,
     bug: Option<String>,
-    points: Points,
+    tried: &'a mut Tried,
     /// How often an order is looked for before it is recovered.
     checks: u32,
     data_dir: DataDir,
-    broker: Option<Broker>,
+    backend: Option<Backend>,
 }
 
-impl Proof {
-    fn new(form: Form, seed: u64, bug: Option<&str>, mut points: Points) -> Self {
+impl<'a> Proof<'a> {
+    fn new(form: Form, seed: u64, bug: Option<&str>, tried: &'a mut Tried) -> Self {
         let data_dir = block_on(DataDir::fresh());
         let mut random = StdRng::seed_from_u64(seed);
-        let first = random.random_range(0..points.all.len());
-        if points.asked.is_empty() {
-            points.next = first;
-        }
+        let first = random.random_range(0..tried.points.all.len());
+        tried.points.begin(first);
         Proof {
             random,
             checker: Checker::new(),
-            platform: (form == Form::Payments).then(|| Platform::new(seed)),
+            platform: (form != Form::Orders).then(|| Platform::new(seed)),
             bug: bug.map(|name| format!("bug@{name}")),
-            points,
+            tried,
             checks: 1,
             data_dir,
-            broker: match form {
-                Form::Broker(kind) => Broker::start(kind),
+            backend: match form {
+                Form::Broker(kind) => Some(Backend::start(kind)),
                 Form::Orders | Form::Payments => None,
             },
         }
@@ -252,7 +194,11 @@ impl Proof {
 
     fn environment(&self, settings: &Settings) -> Vec<(String, String)> {
         let mut all = settings.environment();
-        all.extend(self.broker.iter().flat_map(|broker| broker.env()).cloned());
+        if let Some(backend) = &self.backend {
+            all.extend_from_slice(backend.env());
+            // A key that Millrace makes by itself would be lost with its machine.
+            all.push(("MILLRACE_RECEIPT__KEY".to_owned(), RECEIPT_KEY.to_owned()));
+        }
         if self.platform.is_some() {
             let more = [
                 ("ORDERS__PAYMENT_TTL_MS", PAYMENT_TTL_MS.to_string()),
@@ -280,7 +226,7 @@ impl Proof {
     /// Load, a kill, a start and a comparison.
     fn cycle(&mut self, cycle: u64) -> Result<Findings, String> {
         // A defect is put in alone.
-        let point = (cycle % 2 == 1 && self.bug.is_none()).then(|| self.points.next());
+        let point = (cycle % 2 == 1 && self.bug.is_none()).then(|| self.tried.points.next());
         let mut settings = Settings::choose(&mut self.random);
         self.checks = self.random.random_range(1..=3);
         match point.unwrap_or_default() {
@@ -347,28 +293,22 @@ impl Proof {
     ) -> Result<(), String> {
         let served = self.start(settings)?;
         let until = Duration::from_millis(self.random.random_range(20..700));
-        let mut broker = self.broker.take();
-        let ordeal = Ordeal::choose(&mut self.random, broker.is_some());
-        let pause = Duration::from_millis(self.random.random_range(0..400));
+        let mut backend = self.backend.take();
+        let ordeal = Ordeal::choose(&mut self.random, backend.is_some());
+        let mut random = StdRng::seed_from_u64(self.random.random());
+        let mut came_about = false;
         self.load(cycle, served, flood, |_| {
             std::thread::sleep(until);
-            if let Some(broker) = &mut broker
-                && ordeal.kills_broker()
-            {
-                broker.kill9();
-                std::thread::sleep(pause);
-                if ordeal == Ordeal::BrokerFirst {
-                    broker.start_again();
-                    std::thread::sleep(until);
-                }
-            }
+            let backend = backend.as_mut();
+            came_about = backend.is_none_or(|it| it.suffer(ordeal, until, &mut random));
         });
-        if let Some(broker) = &mut broker
-            && ordeal == Ordeal::Both
-        {
-            broker.start_again();
+        if came_about {
+            self.tried.ordeals.count(ordeal);
         }
-        self.broker = broker;
+        if let Some(backend) = &mut backend {
+            backend.recover();
+        }
+        self.backend = backend;
         if ordeal == Ordeal::Machine {
             self.lose_machine()?;
         }
@@ -413,11 +353,13 @@ impl Proof {
                 self.load(cycle, served, flood, |served| {
                     hit = served.ended_by(Instant::now() + POINT_PATIENCE).is_some();
                 });
-                self.points.hit.extend(hit.then_some(point));
+                if hit {
+                    self.tried.points.hit(point);
+                }
                 Ok(())
             }
             Err(ended) if ended.is_killed() => {
-                self.points.hit.insert(point);
+                self.tried.points.hit(point);
                 Ok(())
             }
             Err(ended) => Err(format!(

@@ -94,7 +94,7 @@ const PROOFS: &[Proof] = &[
     },
     Proof {
         name: "broker",
-        counts: "cycles on each broker of load, the process, the broker or the machine killed, and recovery",
+        counts: "cycles on each broker of load with payments, kill -9 of the process, the broker, network or machine, and recovery",
         short: 1,
         run: kill9::run_with_brokers,
     },
