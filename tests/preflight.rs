@@ -3,14 +3,19 @@
 
 mod support;
 
+use std::process::Stdio;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use millrace::metrics::Metrics;
 use millrace::order::UnixMillis;
 use millrace::pipeline::admin::preflight::{
     Check, LogProbe, ROW_BYTES, Report, Sale, Settings, Verdict, WAL_BYTES, preflight,
 };
+use millrace::queue::log::broker::{Broker, BrokerError, Place, Position, SendError, Stored};
 use millrace::store::postgres::Database;
 use millrace::store::{StoreError, schema};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use support::block_on;
 use support::http::Connection;
@@ -18,6 +23,7 @@ use support::listening::Listening;
 use support::postgres::{TestDatabase, test_dir};
 use support::served::millrace;
 use support::server::{TestServer, request};
+use support::standby::{self, Pair, Server};
 use support::waiting::wait_until_within;
 use support::webhook::{Paid, SECRET};
 use tokio_postgres::Client;
@@ -283,6 +289,244 @@ fn a_standby_that_is_away_is_found_and_the_scratch_table_goes_all_the_same() {
 }
 
 #[test]
+fn a_standby_and_read_only_sessions_are_refused_before_anything_is_done() {
+    block_on(async {
+        let pair = Pair::start().await;
+        let of = |server: &Server| {
+            let config = server.config(standby::DATABASE);
+            Database::with_config(config, SCHEMA, 4, STEP).expect("a pool")
+        };
+        let (primary, follower) = (of(&pair.primary), of(&pair.standby));
+        let mut session = primary.connect("test").await.expect("connect");
+        schema::migrate(&mut session, SCHEMA)
+            .await
+            .expect("migrate");
+        pair.standby
+            .until("SELECT to_regclass('millrace.refinery_schema_history') IS NOT NULL")
+            .await;
+        for prepares in [false, true] {
+            let refused = preflight(&follower, &settings(), sale(1_000), prepares).await;
+            let refused = refused.expect_err("a standby").to_string();
+            assert!(
+                refused.contains("a standby, which takes no writes"),
+                "{refused}"
+            );
+        }
+        let mut session = follower.connect("test").await.expect("connect");
+        let refused = schema::migrate(&mut session, SCHEMA).await;
+        let refused = refused.expect_err("a standby").to_string();
+        assert!(refused.contains("name the primary"), "{refused}");
+        pair.primary
+            .sql("ALTER DATABASE millrace SET default_transaction_read_only = on")
+            .await;
+        let refused = preflight(&primary, &settings(), sale(1_000), false).await;
+        let refused = refused.expect_err("read-only").to_string();
+        assert!(
+            refused.contains("default_transaction_read_only"),
+            "{refused}"
+        );
+    });
+}
+
+#[test]
+fn prepare_on_a_primary_waits_for_its_standby_and_tells_if_commits_wait_for_more() {
+    block_on(async {
+        let pair = Pair::start().await;
+        let config = pair.primary.config(standby::DATABASE);
+        let database = Database::with_config(config, SCHEMA, 4, STEP).expect("a pool");
+        let mut session = database.connect("test").await.expect("connect");
+        schema::migrate(&mut session, SCHEMA)
+            .await
+            .expect("migrate");
+        let asynchronous = look(&database, sale(1_000), false).await;
+        let found = check(&asynchronous, "replication");
+        assert_eq!(found.verdict, Verdict::Warn, "{found:?}");
+        assert!(
+            found.figure.starts_with("1 standby, 0 synchronous"),
+            "{found:?}"
+        );
+
+        pair.synchronous(true).await;
+        let orders = 20 * (16 << 20) / WAL_BYTES;
+        let prepared = look(&database, sale(orders), true).await;
+        for name in ["replication", "wal_segments", "wal_kept"] {
+            let found = check(&prepared, name);
+            assert_eq!(found.verdict, Verdict::Good, "{found:?}");
+        }
+        let two = "ALTER SYSTEM SET synchronous_standby_names = 'FIRST 2 (standby, other)'";
+        pair.primary.sql(two).await;
+        pair.primary.sql("SELECT pg_reload_conf()").await;
+        pair.primary
+            .until("SELECT current_setting('synchronous_standby_names') LIKE 'FIRST 2%'")
+            .await;
+        let impatient = Database::with_config(
+            pair.primary.config(standby::DATABASE),
+            SCHEMA,
+            4,
+            Duration::from_secs(1),
+        );
+        let found = look(&impatient.expect("a pool"), sale(1_000), false).await;
+        let found = check(&found, "replication");
+        assert_eq!(found.verdict, Verdict::Bad, "{found:?}");
+        let remedy = found.remedy.as_deref().expect("a remedy");
+        assert!(remedy.contains("1 of 2 are there"), "{remedy}");
+    });
+}
+
+#[test]
+fn whoever_keeps_wal_is_named_and_prepare_does_not_fill_the_disk_for_it() {
+    block_on(async {
+        let dir = test_dir();
+        let archive = [("archive_mode", "on"), ("archive_command", "/bin/true")];
+        let server = Server::start_in(dir.path(), &archive).await;
+        let config = server.config(standby::DATABASE);
+        let database = Database::with_config(config, SCHEMA, 4, STEP).expect("a pool");
+        let mut session = database.connect("test").await.expect("connect");
+        schema::migrate(&mut session, SCHEMA)
+            .await
+            .expect("migrate");
+        let orders = 20 * (16 << 20) / WAL_BYTES;
+        let segments = "SELECT count(*) FROM pg_ls_waldir() WHERE name ~ '^[0-9A-F]{24}$'";
+
+        let slot = "SELECT pg_create_physical_replication_slot('gone', true)";
+        server.sql(slot).await;
+        let before = server.number(segments).await;
+        let held = look(&database, sale(orders), true).await;
+        assert!(
+            server.number(segments).await <= before + 2,
+            "segments for nothing"
+        );
+        let step = &held.prepared.as_ref().expect("preparations")[1];
+        assert!(
+            !step.done && step.detail.contains("replication slot gone"),
+            "{step:?}"
+        );
+        let found = check(&held, "wal_segments");
+        assert_eq!(found.verdict, Verdict::Bad, "{found:?}");
+        let remedy = found.remedy.as_deref().expect("a remedy");
+        let drop = "SELECT pg_drop_replication_slot('gone')";
+        assert!(remedy.contains(drop), "{remedy}");
+        assert_eq!(check(&held, "wal_kept").verdict, Verdict::Warn);
+
+        // The remedy helps, also if wal_keep_size keeps more than there is.
+        server.sql(drop).await;
+        server.sql("ALTER SYSTEM SET wal_keep_size = '160MB'").await;
+        server.sql("SELECT pg_reload_conf()").await;
+        server
+            .until("SELECT current_setting('wal_keep_size') = '160MB'")
+            .await;
+        let freed = look(&database, sale(orders), true).await;
+        for name in ["wal_segments", "wal_kept"] {
+            let found = check(&freed, name);
+            assert_eq!(found.verdict, Verdict::Good, "{found:?}");
+        }
+    });
+}
+
+#[test]
+fn an_archive_that_takes_nothing_is_bad() {
+    block_on(async {
+        let dir = test_dir();
+        let archive = [("archive_mode", "on"), ("archive_command", "/bin/false")];
+        let server = Server::start_in(dir.path(), &archive).await;
+        let config = server.config(standby::DATABASE);
+        let database = Database::with_config(config, SCHEMA, 4, STEP).expect("a pool");
+        let mut session = database.connect("test").await.expect("connect");
+        schema::migrate(&mut session, SCHEMA)
+            .await
+            .expect("migrate");
+        server.sql("SELECT pg_switch_wal()").await;
+        server
+            .until("SELECT failed_count > 0 FROM pg_stat_archiver")
+            .await;
+        let report = look(&database, sale(1_000), false).await;
+        let found = check(&report, "wal_kept");
+        assert_eq!(found.verdict, Verdict::Bad, "{found:?}");
+        assert!(found.figure.contains("archive_command"), "{found:?}");
+    });
+}
+
+/// A broker of which nothing but its check is asked.
+#[derive(Debug)]
+struct Checked(Option<&'static str>);
+
+impl Broker for Checked {
+    fn check(&self) -> Result<Vec<String>, BrokerError> {
+        match self.0 {
+            Some(warning) => Ok(vec![warning.to_owned()]),
+            None => Err(BrokerError::Away("connection refused".to_owned())),
+        }
+    }
+    fn send(&self, _: Place, _: &[u8]) -> Result<u64, SendError> {
+        panic!("a preflight appends nothing");
+    }
+    fn read(&self, _: Option<Position>, _: usize) -> Result<Vec<Stored>, BrokerError> {
+        panic!("a preflight reads nothing");
+    }
+    fn forget(&self, _: Position) -> Result<(), BrokerError> {
+        panic!("a preflight forgets nothing");
+    }
+    fn frame_max(&self) -> usize {
+        1 << 20
+    }
+    fn title(&self) -> String {
+        "the log".to_owned()
+    }
+}
+
+#[test]
+fn a_broker_is_asked_again_although_its_appends_were_fast_before() {
+    block_on(async {
+        let database = TestDatabase::create().await;
+        let database = migrated(&database.url()).await;
+        let metrics = Metrics::new().expect("metrics");
+        for _ in 0..200 {
+            metrics.journal_sync_seconds.observe(0.0015);
+        }
+        let found = async |broker: Checked| {
+            let mut settings = settings();
+            settings.log = LogProbe::Broker(Arc::new(broker), Some(metrics.clone()));
+            let report = preflight(&database, &settings, sale(1_000), false).await;
+            check(&report.expect("a preflight"), "order_log").clone()
+        };
+        let weak = found(Checked(Some("topic t has 1 replica"))).await;
+        assert_eq!(weak.verdict, Verdict::Warn, "{weak:?}");
+        let told = ["200 groups", "topic t has 1 replica"];
+        let all = told.iter().all(|part| weak.figure.contains(part));
+        assert!(all && weak.remedy.is_some(), "{weak:?}");
+        let away = found(Checked(None)).await;
+        assert_eq!(away.verdict, Verdict::Bad, "{away:?}");
+        assert!(away.figure.contains("connection refused"), "{away:?}");
+    });
+}
+
+#[test]
+fn a_preflight_that_is_interrupted_leaves_nothing() {
+    block_on(async {
+        let database = TestDatabase::create().await;
+        migrated(&database.url()).await.close();
+        let admin = database.connect().await;
+        let data_dir = test_dir();
+        for signal in [Signal::INT, Signal::TERM] {
+            let child = millrace(&["preflight", "--orders", "1000"])
+                .env("MILLRACE_DATA_DIR", data_dir.path())
+                .env("MILLRACE_DATABASE__URL", database.url())
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped())
+                .spawn()
+                .expect("run millrace");
+            wait_until_within("its table", STEP, async || scratch_tables(&admin).await > 0).await;
+            kill_process(Pid::from_child(&child), signal).expect("a signal");
+            let ended = child.wait_with_output().expect("its end");
+            assert_eq!(ended.status.code(), Some(2), "{ended:?}");
+            let said = String::from_utf8_lossy(&ended.stderr).into_owned();
+            assert!(said.contains("nothing of the preflight is left"), "{said}");
+            assert_eq!(scratch_tables(&admin).await, 0);
+        }
+    });
+}
+
+#[test]
 fn one_preflight_at_a_time_and_readyz_warns_before_a_sale() {
     block_on(async {
         const PREFLIGHT: &str = "/admin/v1/preflight";
@@ -314,8 +558,12 @@ fn one_preflight_at_a_time_and_readyz_warns_before_a_sale() {
         let admin = database.connect().await;
         let sessions = "SELECT count(*) FROM pg_stat_activity
             WHERE application_name = 'millrace preflight' AND datname = current_database()";
+        // Its lock, not only its session: otherwise the other process below may take it first.
+        let locks = "SELECT count(*) FROM pg_stat_activity JOIN pg_locks USING (pid)
+            WHERE application_name = 'millrace preflight' AND datname = current_database()
+              AND locktype = 'advisory' AND granted";
         let deadline = Instant::now() + STEP;
-        while number(&admin, sessions).await == 0 {
+        while number(&admin, locks).await == 0 {
             assert!(Instant::now() < deadline, "it does not begin");
         }
         let second = server.control("POST", PREFLIGHT, Value::Null).await;
@@ -349,7 +597,15 @@ fn one_preflight_at_a_time_and_readyz_warns_before_a_sale() {
             assert!(Instant::now() < deadline, "it is not remembered");
         };
         assert!(found.contains("durability"), "{found}");
-        for wrong in ["?prepare=yes", "?orders=-1", "?rate=x", "?x=1"] {
+        for wrong in [
+            "?prepare=yes",
+            "?orders=-1",
+            "?orders=0",
+            "?orders=18446744073709551615",
+            "?rate=x",
+            "?rate=0",
+            "?x=1",
+        ] {
             let target = format!("{PREFLIGHT}{wrong}");
             let answer = server.control("POST", &target, Value::Null).await;
             assert_eq!(answer.status, 400, "{wrong}");

@@ -1,25 +1,27 @@
 //! `millrace preflight`
 
+use anyhow::Context;
 use clap::Args;
 use comfy_table::{Table, TableComponent, presets};
 use serde_json::Value;
 
 use super::client::{call_with_token, running_server};
 use super::output::print;
+use super::signals::Signals;
 use super::{ConfigArgs, logging};
 use crate::app::{open_database, preflight as wiring};
 use crate::config::Config;
-use crate::pipeline::admin::preflight::{Sale, preflight};
+use crate::pipeline::admin::preflight::{Sale, preflight_until};
 
 #[derive(Debug, Args)]
 pub struct PreflightArgs {
     #[command(flatten)]
     config: ConfigArgs,
     /// Orders of the sale; without it one for each free unit.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = number())]
     orders: Option<u64>,
     /// Orders a second; without it all come at once.
-    #[arg(long, value_name = "R")]
+    #[arg(long, value_name = "R", value_parser = number())]
     rate: Option<u64>,
     /// Make WAL segments and a checkpoint and read the tables into memory, as far as the role may.
     #[arg(long)]
@@ -27,6 +29,10 @@ pub struct PreflightArgs {
     /// Print the verdict as JSON on standard output.
     #[arg(long)]
     json: bool,
+}
+
+fn number() -> clap::builder::RangedU64ValueParser {
+    clap::value_parser!(u64).range(Sale::NUMBERS)
 }
 
 /// Asks the running server, if `data_dir` names one, else looks at the database alone. True: no check is bad.
@@ -59,17 +65,25 @@ fn target(args: &PreflightArgs) -> String {
 
 async fn offline(config: &Config, args: &PreflightArgs) -> anyhow::Result<Value> {
     let settings = wiring::settings(config, None)?;
+    // One that comes while our own server starts is heard afterwards, so that the server is stopped.
+    let mut signals = Signals::new()?;
     let open = open_database(config).await?;
     let sale = Sale {
         orders: args.orders,
         rate: args.rate,
     };
-    let report = preflight(&open.database, &settings, sale, args.prepare).await;
+    let ended = async {
+        let signal = signals.recv().await;
+        tracing::info!(signal, "ending the preflight");
+    };
+    let report = preflight_until(ended, &open.database, &settings, sale, args.prepare).await;
     open.database.close();
     if let Some(embedded) = open.embedded {
         embedded.stop().await?;
     }
-    Ok(serde_json::to_value(report?)?)
+    let report =
+        report?.context("ended by a signal; nothing of the preflight is left in the database")?;
+    Ok(serde_json::to_value(report)?)
 }
 
 /// The verdict for people: a table, then the SQL that somebody else has to run.
@@ -132,6 +146,12 @@ fn table(report: &Value) -> String {
     let verdict = match report["ok"] == true {
         true => "Nothing is bad.",
         false => "Mend what is BAD before the sale opens.",
+    };
+    let unknown = list(&report["checks"]).filter(|check| check["verdict"] == "unknown");
+    let verdict = match unknown.count() {
+        0 => verdict.to_owned(),
+        1 => format!("{verdict} One check is not known."),
+        unknown => format!("{verdict} {unknown} checks are not known."),
     };
     format!("{table}\n{sql}\n{verdict}\n")
 }

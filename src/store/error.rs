@@ -18,6 +18,9 @@ pub enum StoreError {
         "database.url leads through a pooler that shares sessions between transactions, and Millrace keeps state in its sessions; let it pool sessions (PgBouncer: pool_mode = session) or connect to PostgreSQL directly"
     )]
     SharedSessions,
+    /// The server takes no writes in our sessions.
+    #[error("database.url leads to {0}")]
+    ReadOnly(&'static str),
     /// A statement failed.
     #[error("{doing}: {}", chain(.source))]
     Statement {
@@ -82,6 +85,12 @@ pub enum StoreError {
     /// The scratch table of a preflight could not be dropped. The next preflight drops it.
     #[error("the scratch table of the preflight could not be dropped: {0}")]
     ScratchLeft(String),
+    /// The server's disk has too little room to measure on.
+    #[error("the server's disk has {} MB free, too few to measure on", .free >> 20)]
+    DiskFull {
+        /// Free bytes.
+        free: u64,
+    },
     /// Stored data contradicts itself or this release.
     #[error("unexpected data in the database: {0}")]
     Data(String),
@@ -239,10 +248,12 @@ impl StoreError {
             | StoreError::AuditRunning
             | StoreError::AuditTimeout { .. }
             | StoreError::PreflightRunning
-            | StoreError::ScratchLeft(_) => true,
+            | StoreError::ScratchLeft(_)
+            | StoreError::DiskFull { .. } => true,
             StoreError::Statement { source, .. } => !refuses_row(source),
             StoreError::Url(_)
             | StoreError::SharedSessions
+            | StoreError::ReadOnly(_)
             | StoreError::Schema(_)
             | StoreError::Fenced { .. }
             | StoreError::AlreadyActive(_)

@@ -47,6 +47,7 @@ pub fn print(schema: &str) -> String {
 /// If the schema holds relations that Millrace did not create, if the role lacks rights, or if the schema
 /// belongs to a newer release.
 pub async fn migrate(client: &mut Client, schema: &str) -> Result<usize, StoreError> {
+    check_writable(client).await?;
     check_encoding(client).await?;
     // Of two processes that start together, the second finds the work done.
     let turn = format!("millrace migrate:{schema}");
@@ -120,6 +121,7 @@ async fn refuse_foreign(client: &Client, schema: &str) -> Result<(), StoreError>
 /// # Errors
 /// The errors of [`migrate`] that can be detected beforehand.
 pub async fn inspect(client: &mut Client, schema: &str) -> Result<(), StoreError> {
+    check_writable(client).await?;
     check_encoding(client).await?;
     refuse_foreign(client, schema).await?;
     if has_history(client, schema).await? {
@@ -177,6 +179,7 @@ pub async fn check(client: &mut Client, schema: &str) -> Result<(), StoreError> 
             "schema {schema} {what}; run `millrace migrate`, or set database.migrate = \"auto\""
         ))
     };
+    check_writable(client).await?;
     check_encoding(client).await?;
     if !has_history(client, schema).await? {
         return Err(stale("does not exist yet"));
@@ -229,6 +232,28 @@ async fn has_history(client: &Client, schema: &str) -> Result<bool, StoreError> 
         .await
         .map(|row| row.get(0))
         .map_err(StoreError::statement("looking for the schema's history"))
+}
+
+/// Refuses a standby, and a role or database whose transactions are read-only.
+async fn check_writable(client: &Client) -> Result<(), StoreError> {
+    let seen = client
+        .query_one(
+            "SELECT pg_is_in_recovery(), current_setting('transaction_read_only')::bool",
+            &[],
+        )
+        .await
+        .map_err(StoreError::statement(
+            "asking whether the server takes writes",
+        ))?;
+    Err(StoreError::ReadOnly(match (seen.get(0), seen.get(1)) {
+        (true, _) => {
+            "a standby, which takes no writes: name the primary, or both servers, and the primary is found"
+        }
+        (false, true) => {
+            "read-only sessions: turn default_transaction_read_only off for the role, the database and the server"
+        }
+        (false, false) => return Ok(()),
+    }))
 }
 
 /// Refuses a database that is not encoded in UTF-8. An order's attributes may hold any character; in another

@@ -25,8 +25,8 @@ pub(super) async fn make(
 ) -> Result<Response, Failure> {
     let query = query.unwrap_or_default();
     let sale = Sale {
-        orders: query::number(&query, "orders")?,
-        rate: query::number(&query, "rate")?,
+        orders: number(&query, "orders")?,
+        rate: number(&query, "rate")?,
     };
     let prepares = match query::value(&query, "prepare") {
         None | Some("false") => false,
@@ -38,6 +38,16 @@ pub(super) async fn make(
     };
     let report = plane.parts()?.preflighter.make(sale, prepares).await?;
     Ok(axum::Json(report).into_response())
+}
+
+fn number(query: &str, name: &str) -> Result<Option<u64>, Problem> {
+    let number = query::number(query, name)?;
+    if number.is_none_or(|number| Sale::NUMBERS.contains(&number)) {
+        return Ok(number);
+    }
+    let (least, most) = Sale::NUMBERS.into_inner();
+    let detail = format!("{name}: must be a whole number, {least} to {most}");
+    Err(Problem::new(400, "invalid_field", detail))
 }
 
 /// The warning that a sale opens soon and the last preflight is missing, old or bad.

@@ -1,13 +1,11 @@
 //! The checks of a preflight: a figure each, judged, with its remedy.
 
-use std::path::Path;
-
 use serde::Serialize;
 
-use super::{Latencies, LogProbe, Measured, Sale, Seen};
+use super::{Latencies, LogProbe, Measured, Sale, Seen, replication, wal};
 use crate::order::UnixMillis;
 use crate::store::StoreError;
-use crate::store::postgres::preflight::{Facts, free_bytes, prepare, remedies};
+use crate::store::postgres::preflight::{Facts, remedies};
 
 /// WAL bytes of an order in its whole life, its payment or its expiry included. `tests/preflight.rs` measures 1,480,
 /// and a third is added for attributes, small batches and pages that are written whole after a checkpoint.
@@ -25,7 +23,7 @@ const COMMIT_MS: (f64, f64) = (20.0, 100.0);
 /// A larger difference of the clocks is worth a warning, in milliseconds.
 const CLOCK_MS: u64 = 1_000;
 /// WAL that a standby may lag behind before a warning, in bytes.
-const LAG_BYTES: u64 = 64 << 20;
+pub(super) const LAG_BYTES: u64 = 64 << 20;
 
 /// The verdict of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -57,7 +55,7 @@ pub struct Check {
 }
 
 impl Check {
-    fn new(name: &'static str, figure: impl Into<String>) -> Self {
+    pub(super) fn new(name: &'static str, figure: impl Into<String>) -> Self {
         Check {
             name,
             verdict: Verdict::Good,
@@ -67,7 +65,7 @@ impl Check {
         }
     }
 
-    fn or(self, verdict: Verdict, remedy: impl Into<String>) -> Self {
+    pub(super) fn or(self, verdict: Verdict, remedy: impl Into<String>) -> Self {
         Check {
             verdict,
             remedy: Some(remedy.into()),
@@ -75,7 +73,7 @@ impl Check {
         }
     }
 
-    fn sql(self, sql: impl IntoIterator<Item = String>) -> Self {
+    pub(super) fn sql(self, sql: impl IntoIterator<Item = String>) -> Self {
         Check {
             sql: sql.into_iter().collect(),
             ..self
@@ -88,7 +86,7 @@ pub(super) fn orders(facts: &Facts, sale: Sale) -> u64 {
     sale.orders.unwrap_or(facts.units_free)
 }
 
-fn wal_bytes(facts: &Facts, sale: Sale) -> u64 {
+pub(super) fn wal_bytes(facts: &Facts, sale: Sale) -> u64 {
     orders(facts, sale).saturating_mul(WAL_BYTES)
 }
 
@@ -105,91 +103,22 @@ pub(super) fn all(seen: &Seen<'_>) -> (Vec<Check>, Measured) {
         ..Measured::default()
     };
     let checks = vec![
-        wal_segments(seen),
-        checkpoints(seen),
+        wal::segments(seen),
+        wal::checkpoints(seen),
         commit(seen, &mut measured),
         order_log(seen, &mut measured),
         rate(seen, &mut measured),
         durability(seen),
         autovacuum(seen),
-        replication(seen),
+        replication::check(seen),
+        wal::kept(seen),
         connections(seen),
-        disk(seen),
+        wal::disk(seen),
         clock(seen),
         snapshots(seen),
         pooler(seen),
     ];
     (checks, measured)
-}
-
-fn wal_segments(seen: &Seen<'_>) -> Check {
-    let (facts, sale) = (&seen.facts, seen.sale);
-    let needed = segments_needed(facts, sale);
-    let need = format!(
-        "{} for the {} of {} orders",
-        needed,
-        bytes(wal_bytes(facts, sale)),
-        grouped(orders(facts, sale))
-    );
-    if orders(facts, sale) == 0 {
-        return Check::new("wal_segments", "no SKU has free units").or(
-            Verdict::Unknown,
-            "put the sale's SKUs up, or pass --orders N",
-        );
-    }
-    let Some(ready) = facts.segments_ready else {
-        return Check::new("wal_segments", format!("not known; needs {need}"))
-            .or(Verdict::Unknown, "let the role see them")
-            .sql([remedies::monitor(&facts.role)]);
-    };
-    let check = Check::new("wal_segments", format!("{ready} ready, {need}"));
-    if ready >= needed {
-        return check;
-    }
-    let most = prepare::segments_most(facts);
-    let remedy = match needed > most {
-        true => {
-            format!("raise max_wal_size, which keeps {most}, then millrace preflight --prepare")
-        }
-        false => "millrace preflight --prepare, an hour before the sale".to_owned(),
-    };
-    check.or(Verdict::Bad, remedy)
-}
-
-fn checkpoints(seen: &Seen<'_>) -> Check {
-    let (facts, wal) = (&seen.facts, wal_bytes(&seen.facts, seen.sale));
-    let figure = format!(
-        "max_wal_size {}, min_wal_size {}, every {} s",
-        bytes(facts.max_wal_size),
-        bytes(facts.min_wal_size),
-        facts.checkpoint_timeout_s
-    );
-    let check = Check::new("checkpoints", figure);
-    // A checkpoint is due when this share of max_wal_size was written.
-    let most = wal as f64 * (1.0 + facts.checkpoint_completion_target);
-    if facts.max_wal_size as f64 >= most && facts.min_wal_size >= wal {
-        return check;
-    }
-    if seen.settings.embedded {
-        let remedy = match facts.max_wal_size as f64 >= most {
-            true => format!("set database.embedded_wal_bytes = {wal}"),
-            false => "give a sale of this size a PostgreSQL of its own (database.url)".to_owned(),
-        };
-        return check.or(Verdict::Warn, remedy);
-    }
-    let set = |name, bytes: f64| {
-        let gigabytes = (bytes / f64::from(1 << 30)).ceil().max(1.0);
-        (name, format!("{gigabytes}GB"))
-    };
-    let mut raised = Vec::new();
-    if (facts.max_wal_size as f64) < most {
-        raised.push(set("max_wal_size", most));
-    }
-    if facts.min_wal_size < wal {
-        raised.push(set("min_wal_size", wal as f64));
-    }
-    let remedy = "raise it, so that the sale's WAL is kept, and written without a checkpoint";
-    check.or(Verdict::Warn, remedy).sql(remedies::set(&raised))
 }
 
 /// The figure of latencies, and their check.
@@ -247,7 +176,7 @@ fn order_log(seen: &Seen<'_>, measured: &mut Measured) -> Check {
         }
     };
     measured.log_append = Some(*log);
-    match &seen.settings.log {
+    let check = match &seen.settings.log {
         LogProbe::Broker(..) if log.count == 1 => Check::new(
             "order_log",
             format!(
@@ -268,6 +197,21 @@ fn order_log(seen: &Seen<'_>, measured: &mut Measured) -> Check {
             let remedy = "a faster disk for queue.journal.dir";
             latencies("order_log", log, "appends, 100 a second", remedy)
         }
+    };
+    if seen.log_warnings.is_empty() {
+        return check;
+    }
+    let weak = seen.log_warnings.join("; ");
+    let check = Check {
+        figure: format!("{}; {weak}", check.figure),
+        ..check
+    };
+    match check.verdict {
+        Verdict::Good => check.or(
+            Verdict::Warn,
+            "make it stronger, or accept it (docs/QUEUES.md)",
+        ),
+        _ => check,
     }
 }
 
@@ -358,42 +302,6 @@ fn autovacuum(seen: &Seen<'_>) -> Check {
     Check::new("autovacuum", "on; orders is not due")
 }
 
-fn replication(seen: &Seen<'_>) -> Check {
-    let facts = &seen.facts;
-    let names = &facts.synchronous_standby_names;
-    let Some(standbys) = facts.standbys else {
-        let figure = match names.is_empty() {
-            true => "no commit waits for a standby; others not known".to_owned(),
-            false => format!("commits wait for {names}; not known whether it is there"),
-        };
-        return Check::new("replication", figure)
-            .or(Verdict::Unknown, "let the role see them")
-            .sql([remedies::monitor(&facts.role)]);
-    };
-    if standbys == 0 && names.is_empty() {
-        return Check::new("replication", "no standby");
-    }
-    let figure = format!(
-        "{standbys} standbys, {} synchronous, at most {} behind",
-        facts.standbys_synchronous,
-        bytes(facts.standby_lag_bytes)
-    );
-    let check = Check::new("replication", figure);
-    if names.is_empty() {
-        let remedy = "a failover may lose orders that were told 201: set synchronous_standby_names";
-        return check.or(Verdict::Warn, remedy);
-    }
-    if facts.standbys_synchronous == 0 {
-        let remedy =
-            format!("commits wait for {names}, which is away: bring it back, or take it off");
-        return check.or(Verdict::Bad, remedy);
-    }
-    if facts.standby_lag_bytes > LAG_BYTES {
-        return check.or(Verdict::Warn, "let the standby catch up before the sale");
-    }
-    check
-}
-
 fn connections(seen: &Seen<'_>) -> Check {
     let (facts, needed) = (&seen.facts, seen.settings.connections);
     let free = facts
@@ -411,34 +319,6 @@ fn connections(seen: &Seen<'_>) -> Check {
             "raise max_connections or the role's limit, or lower workers.count and database.pool_size",
         ),
     }
-}
-
-fn disk(seen: &Seen<'_>) -> Check {
-    let facts = &seen.facts;
-    let orders = orders(facts, seen.sale);
-    let missing = segments_needed(facts, seen.sale)
-        .saturating_sub(facts.segments_ready.unwrap_or(0))
-        .min(facts.max_wal_size / facts.segment_bytes);
-    let needed = orders.saturating_mul(ROW_BYTES) + missing * facts.segment_bytes;
-    let directory = facts.data_directory.as_deref().map(Path::new);
-    let Some(free) = directory.and_then(free_bytes_of_wal) else {
-        let figure = format!("not known; the sale needs {}", bytes(needed));
-        let remedy = "look at the server's disk";
-        return Check::new("disk", figure).or(Verdict::Unknown, remedy);
-    };
-    let figure = format!("{} free, the sale needs {}", bytes(free), bytes(needed));
-    let check = Check::new("disk", figure);
-    match free {
-        free if free < needed => check.or(Verdict::Bad, "make room on the server's disk"),
-        free if free < needed * 2 => check.or(Verdict::Warn, "make room on the server's disk"),
-        _ => check,
-    }
-}
-
-/// Free bytes of the file system of the WAL below `directory`, or, if that may not be entered, of `directory`.
-fn free_bytes_of_wal(directory: &Path) -> Option<u64> {
-    let wal = free_bytes(&directory.join("pg_wal"));
-    wal.or_else(|| free_bytes(directory))
 }
 
 fn clock(seen: &Seen<'_>) -> Check {
@@ -488,7 +368,7 @@ fn pooler(seen: &Seen<'_>) -> Check {
 }
 
 /// Bytes for people.
-fn bytes(bytes: u64) -> String {
+pub(super) fn bytes(bytes: u64) -> String {
     const GIB: u64 = 1 << 30;
     match bytes {
         GIB.. => format!("{:.1} GB", bytes as f64 / GIB as f64),
@@ -497,7 +377,7 @@ fn bytes(bytes: u64) -> String {
 }
 
 /// A number with a comma before each thousand.
-fn grouped(number: u64) -> String {
+pub(super) fn grouped(number: u64) -> String {
     let digits = number.to_string();
     let mut text = String::new();
     for (at, digit) in digits.chars().enumerate() {
@@ -515,7 +395,8 @@ mod tests {
 
     use super::*;
     use crate::pipeline::admin::preflight::Settings;
-    use crate::store::postgres::preflight::scratch;
+    use crate::store::postgres::preflight::kept::Kept;
+    use crate::store::postgres::preflight::{Room, scratch};
 
     /// A good database, 1 GB of `max_wal_size` and 60 segments ready, and a sale of 10,000 orders.
     fn seen(settings: &Settings) -> Seen<'_> {
@@ -526,34 +407,13 @@ mod tests {
                 orders: Some(10_000),
                 rate: None,
             },
-            facts: Facts {
-                role: "shop".to_owned(),
-                segment_bytes: 16 << 20,
-                segments_ready: Some(60),
-                max_wal_size: 1 << 30,
-                min_wal_size: 1 << 30,
-                checkpoint_timeout_s: 300,
-                checkpoint_completion_target: 0.9,
-                fsync: true,
-                full_page_writes: true,
-                synchronous_commit: "on".to_owned(),
-                autovacuum: true,
-                orders_due: false,
-                synchronous_standby_names: String::new(),
-                standbys: Some(0),
-                standbys_synchronous: 0,
-                standby_lag_bytes: 0,
-                connections: 97,
-                connections_of_others: 3,
-                data_directory: None,
-                units_free: 500,
-                clock_apart_ms: 3,
-            },
+            facts: Facts::good(),
             scratch: Ok(Some(scratch::Measured {
                 commits: vec![Duration::from_millis(2); 500],
                 rows_per_second: 10_000.0,
             })),
             log: Ok(None),
+            log_warnings: Vec::new(),
             horizons: Vec::new(),
             pooling: Ok(()),
         }
@@ -594,7 +454,7 @@ mod tests {
             all
         };
         type Case = (&'static str, Verdict, fn(&mut Seen<'_>));
-        let cases: [Case; 15] = [
+        let cases: [Case; 20] = [
             ("wal_segments", Verdict::Bad, |s| {
                 s.facts.segments_ready = Some(0)
             }),
@@ -617,6 +477,19 @@ mod tests {
             ("autovacuum", Verdict::Bad, |s| s.facts.autovacuum = false),
             ("autovacuum", Verdict::Warn, |s| s.facts.orders_due = true),
             ("replication", Verdict::Warn, |s| s.facts.standbys = Some(1)),
+            ("replication", Verdict::Bad, |s| {
+                // FIRST 2 (a, b), and b is away.
+                s.facts.synchronous_standby_names = "FIRST 2 (a, b)".to_owned();
+                s.facts.standbys_awaited = 2;
+                (s.facts.standbys, s.facts.standbys_synchronous) = (Some(1), 1);
+            }),
+            ("wal_kept", Verdict::Warn, |s| keeps(s, true, false)),
+            ("wal_kept", Verdict::Bad, |s| keeps(s, true, true)),
+            ("wal_kept", Verdict::Warn, |s| keeps(s, false, false)),
+            ("order_log", Verdict::Warn, |s| {
+                s.log_warnings = vec!["1 replica".to_owned()];
+                s.log = Ok(Latencies::of(vec![Duration::from_millis(1)]));
+            }),
             ("connections", Verdict::Bad, |s| s.facts.connections = 30),
             ("clock", Verdict::Warn, |s| s.facts.clock_apart_ms = 1_001),
             ("pooler", Verdict::Bad, |s| {
@@ -629,6 +502,60 @@ mod tests {
         }
         // At the rate at which the database takes them nobody waits.
         assert_eq!(judged(|s| rows(s, 1_000.0, Some(800))), found(None));
+    }
+
+    fn keeps(seen: &mut Seen<'_>, stuck: bool, archive: bool) {
+        seen.facts.kept = vec![Kept {
+            holder: "somebody".to_owned(),
+            bytes: Some(LAG_BYTES + 1),
+            stuck,
+            archive,
+            remedy: "stop it".to_owned(),
+        }];
+    }
+
+    #[test]
+    fn a_full_disk_is_found_on_either_file_system_and_no_advice_fills_it() {
+        let room = |rows: u64, wal: u64, shared| {
+            move |s: &mut Seen<'_>| {
+                s.facts.room = Some(Room { rows, wal, shared });
+                // 10,000 orders take 15 MB of rows and 2 segments.
+                s.facts.segments_ready = Some(0);
+            }
+        };
+        let disk = |change: &dyn Fn(&mut Seen<'_>)| {
+            let all = verdicts(change);
+            let found = all.iter().find(|(name, _)| *name == "disk");
+            found.map(|(_, verdict)| *verdict)
+        };
+        let (little, much) = (20 << 20, 1 << 30);
+        assert_eq!(disk(&room(much, much, true)), None);
+        assert_eq!(disk(&room(little, little, true)), Some(Verdict::Bad));
+        assert_eq!(disk(&room(much, little, false)), Some(Verdict::Bad));
+        assert_eq!(disk(&room(little, much, false)), Some(Verdict::Warn));
+        // More orders than anybody has: it is said to be too much, and nothing overflows.
+        let most = |s: &mut Seen<'_>| {
+            room(much, much, true)(s);
+            s.sale.orders = Some(u64::MAX);
+        };
+        assert_eq!(disk(&most), Some(Verdict::Bad));
+
+        let settings = settings();
+        let mut seen = seen(&settings);
+        seen.sale.orders = Some(10_000_000);
+        seen.facts.room = Some(Room {
+            rows: much,
+            wal: much,
+            shared: true,
+        });
+        let found = wal::checkpoints(&seen);
+        assert_eq!(
+            (found.verdict, found.sql.len()),
+            (Verdict::Warn, 0),
+            "{found:?}"
+        );
+        seen.facts.room = None;
+        assert_eq!(wal::checkpoints(&seen).sql.len(), 3);
     }
 
     fn slow(seen: &mut Seen<'_>, ms: u64) {

@@ -9,6 +9,8 @@
 //! second, five batches of COPY, and as many appends to a file of its own.
 
 mod checks;
+mod replication;
+mod wal;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -24,8 +26,8 @@ use crate::queue::log::broker::Broker;
 use crate::queue::log::file::probe;
 use crate::store::StoreError;
 use crate::store::postgres::preflight::{self as database_part, prepare, scratch};
-use crate::store::postgres::replication::{self, HORIZON_HELD, Horizon};
-use crate::store::postgres::{Database, pooling};
+use crate::store::postgres::replication::{HORIZON_HELD, Horizon, horizons};
+use crate::store::postgres::{Connected, Database, pooling};
 
 pub use checks::{Check, ROW_BYTES, Verdict, WAL_BYTES};
 pub use prepare::Step;
@@ -71,6 +73,11 @@ pub struct Sale {
     pub orders: Option<u64>,
     /// Orders a second; otherwise all at once.
     pub rate: Option<u64>,
+}
+
+impl Sale {
+    /// The numbers that each of them may be.
+    pub const NUMBERS: std::ops::RangeInclusive<u64> = 1..=1_000_000_000;
 }
 
 /// The verdict. Its JSON is stable.
@@ -229,6 +236,8 @@ struct Seen<'a> {
     /// `None`: the role may not make a scratch table. An error: the measurement failed.
     scratch: Result<Option<scratch::Measured>, StoreError>,
     log: Result<Option<Latencies>, String>,
+    /// Weak settings of the broker, a sentence each.
+    log_warnings: Vec<String>,
     horizons: Vec<Horizon>,
     pooling: Result<(), StoreError>,
 }
@@ -243,27 +252,70 @@ pub async fn preflight(
     sale: Sale,
     prepares: bool,
 ) -> Result<Report, StoreError> {
-    let session = database_part::open(database).await?;
-    let mut facts = database_part::read(database, &session).await?;
+    let (session, backend) = database_part::open(database).await?;
+    let report = look(database, (&session, backend), settings, sale, prepares).await?;
+    database_part::close(database, session).await;
+    Ok(report)
+}
+
+/// The same, unless `ended` comes first. `None`: it did, and nothing of the preflight is left.
+///
+/// # Errors
+/// Those of [`preflight`], and [`StoreError::ScratchLeft`].
+pub async fn preflight_until(
+    ended: impl Future<Output = ()>,
+    database: &Database,
+    settings: &Settings,
+    sale: Sale,
+    prepares: bool,
+) -> Result<Option<Report>, StoreError> {
+    let (session, backend) = database_part::open(database).await?;
+    let report = tokio::select! {
+        report = look(database, (&session, backend), settings, sale, prepares) => Some(report?),
+        () = ended => None,
+    };
+    match report {
+        Some(_) => database_part::close(database, session).await,
+        None => scratch::give_up(database, backend).await?,
+    }
+    Ok(report)
+}
+
+async fn look(
+    database: &Database,
+    (session, backend): (&Connected, i32),
+    settings: &Settings,
+    sale: Sale,
+    prepares: bool,
+) -> Result<Report, StoreError> {
+    let mut facts = database_part::read(database, session).await?;
     let mut prepared = None;
     if prepares {
         let needed = checks::segments_needed(&facts, sale);
         let wanted = needed.min(prepare::segments_most(&facts));
-        prepared = Some(prepare::run(database, &session, &facts, wanted).await?);
-        facts = database_part::read(database, &session).await?;
+        prepared = Some(prepare::run(database, session, &facts, wanted).await?);
+        facts = database_part::read(database, session).await?;
     }
     let rows = settings.batch_rows_max.min(checks::BATCH_ROWS);
+    let scratch = match facts.room.map(|room| room.least()) {
+        Some(free) if free < prepare::ROOM_LEFT => Err(StoreError::DiskFull { free }),
+        _ => scratch::measure(database, (session, backend), rows).await,
+    };
+    let (log, log_warnings) = match appends(&settings.log).await {
+        Ok((log, warnings)) => (Ok(log), warnings),
+        Err(error) => (Err(error), Vec::new()),
+    };
     let seen = Seen {
         settings,
         schema: database.schema(),
         sale,
         facts,
-        scratch: scratch::measure(database, &session, rows).await,
-        log: appends(&settings.log).await,
-        horizons: replication::horizons(database, HORIZON_HELD).await?,
+        scratch,
+        log,
+        log_warnings,
+        horizons: horizons(database, HORIZON_HELD).await?,
         pooling: pooling::check(database).await,
     };
-    database_part::close(database, session).await;
     let (checks, measured) = checks::all(&seen);
     Ok(Report {
         ok: checks.iter().all(|check| check.verdict != Verdict::Bad),
@@ -276,31 +328,35 @@ pub async fn preflight(
     })
 }
 
-/// Measures the order log; `Ok(None)`: there is none. The error is a sentence.
-async fn appends(log: &LogProbe) -> Result<Option<Latencies>, String> {
-    let measure: Box<dyn FnOnce() -> Result<Vec<Duration>, String> + Send> = match log.clone() {
-        LogProbe::Memory => return Ok(None),
+/// Latencies of the order log, if there is one, and warnings.
+type Appended = (Option<Latencies>, Vec<String>);
+
+/// Measures the order log. The error is a sentence.
+async fn appends(log: &LogProbe) -> Result<Appended, String> {
+    let measure: Box<dyn FnOnce() -> Result<Appended, String> + Send> = match log.clone() {
+        LogProbe::Memory => return Ok((None, Vec::new())),
         LogProbe::Journal(directory) => Box::new(move || {
             let (count, pace) = (scratch::COMMITS, scratch::COMMIT_EVERY);
             let took = probe::appends(&directory, count, pace, APPENDS_MAX);
-            took.map_err(|error| format!("{}: {error}", directory.display()))
+            let took = took.map_err(|error| format!("{}: {error}", directory.display()))?;
+            Ok((Latencies::of(took), Vec::new()))
         }),
         LogProbe::Broker(broker, metrics) => {
             let buckets = metrics.map(|metrics| metrics.journal_sync_seconds_within());
             let appended = buckets.and_then(|buckets| Latencies::within(&buckets));
-            if let Some(appended) = appended.filter(|groups| groups.count >= GROUPS_MIN) {
-                return Ok(Some(appended));
-            }
+            let appended = appended.filter(|groups| groups.count >= GROUPS_MIN);
+            // Also then: figures of the past say nothing of a broker that is away now.
             Box::new(move || {
                 let started = Instant::now();
                 let checked = broker.check();
-                checked.map_err(|error| format!("{}: {error}", broker.title()))?;
-                Ok(vec![started.elapsed()])
+                let warnings = checked.map_err(|error| format!("{}: {error}", broker.title()))?;
+                let checked = Latencies::of(vec![started.elapsed()]);
+                Ok((appended.or(checked), warnings))
             })
         }
     };
-    let took = tokio::task::spawn_blocking(measure).await;
-    Ok(Latencies::of(took.map_err(|panic| panic.to_string())??))
+    let measured = tokio::task::spawn_blocking(measure).await;
+    measured.map_err(|panic| panic.to_string())?
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 //! ([`scratch`]), and the preparations that the role may make ([`prepare`]). The texts of SQL that an operator
 //! should run are in [`remedies`].
 
+pub mod kept;
 pub mod prepare;
 pub mod remedies;
 pub mod scratch;
@@ -24,16 +25,20 @@ const DOING: &str = "looking at the database for a preflight";
 pub const SEGMENTS_READY: &str = "SELECT count(*) FROM pg_ls_waldir()
      WHERE name ~ '^[0-9A-F]{24}$' AND name > pg_walfile_name(pg_current_wal_lsn())";
 
-/// Connects and takes the lock. Drops a scratch table that a killed preflight has left.
+/// The same, and the others, the current one included.
+const SEGMENTS: &str = "SELECT count(*) FILTER (WHERE name > written), count(*) FILTER (WHERE name <= written)
+      FROM pg_ls_waldir(), pg_walfile_name(pg_current_wal_lsn()) written WHERE name ~ '^[0-9A-F]{24}$'";
+
+/// Connects and takes the lock; with the process id of the server's session. Drops a scratch table that a killed preflight has left.
 ///
 /// # Errors
 /// [`StoreError::PreflightRunning`], [`StoreError::Schema`] if the schema is not this release's, or the
 /// database's error.
-pub async fn open(database: &Database) -> Result<Connected, StoreError> {
+pub async fn open(database: &Database) -> Result<(Connected, i32), StoreError> {
     let mut session = database.connect(SESSION).await?;
     schema::check(&mut session, database.schema()).await?;
     let name = format!("{LOCK}{}", database.schema());
-    let sql = "SELECT pg_try_advisory_lock(hashtextextended($1, 0))";
+    let sql = "SELECT pg_try_advisory_lock(hashtextextended($1, 0)), pg_backend_pid()";
     let locked = database
         .timed(DOING, session.query_one(sql, &[&name]))
         .await?;
@@ -41,7 +46,7 @@ pub async fn open(database: &Database) -> Result<Connected, StoreError> {
         return Err(StoreError::PreflightRunning);
     }
     scratch::drop_table(database, &session).await?;
-    Ok(session)
+    Ok((session, locked.get(1)))
 }
 
 /// Gives the lock back, so that the next preflight need not wait until the server has noticed the end of the session.
@@ -49,6 +54,37 @@ pub async fn close(database: &Database, session: Connected) {
     let released = session.batch_execute("SELECT pg_advisory_unlock_all()");
     // Otherwise the server releases it with the session.
     let _ = database.timed(DOING, released).await;
+}
+
+/// Free bytes of the server's file systems.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    /// Of that of the rows.
+    pub rows: u64,
+    /// Of that of `pg_wal`.
+    pub wal: u64,
+    /// Whether they are the same one.
+    pub shared: bool,
+}
+
+impl Room {
+    /// The room below `directory`. A `pg_wal` that may not be entered counts as a part of it.
+    fn below(directory: &Path) -> Option<Self> {
+        let rows = free_bytes(directory)?;
+        let wal = directory.join("pg_wal");
+        let device = |path: &Path| rustix::fs::stat(path).map(|found| found.st_dev).ok();
+        let apart = free_bytes(&wal).filter(|_| device(&wal) != device(directory));
+        Some(Room {
+            rows,
+            wal: apart.unwrap_or(rows),
+            shared: apart.is_none(),
+        })
+    }
+
+    /// The tighter one.
+    pub fn least(&self) -> u64 {
+        self.rows.min(self.wal)
+    }
 }
 
 /// What the database tells of itself.
@@ -60,6 +96,12 @@ pub struct Facts {
     pub segment_bytes: u64,
     /// WAL segments beyond the current one that exist already; `None`: the role may not see them.
     pub segments_ready: Option<u64>,
+    /// The current one, and those before it that are not recycled yet; likewise.
+    pub segments_behind: Option<u64>,
+    /// `wal_keep_size` in bytes.
+    pub wal_keep_size: u64,
+    /// Slots that keep WAL, and an archive that does.
+    pub kept: Vec<kept::Kept>,
     /// The setting of this name, in bytes.
     pub max_wal_size: u64,
     /// The setting of this name, in bytes.
@@ -80,22 +122,61 @@ pub struct Facts {
     pub orders_due: bool,
     /// The setting of this name: the standbys that commits wait for.
     pub synchronous_standby_names: String,
+    /// How many of them a commit waits for.
+    pub standbys_awaited: u64,
     /// Connected standbys; `None`: the role may not see them.
     pub standbys: Option<u64>,
     /// Those that commits wait for.
     pub standbys_synchronous: u64,
+    /// Those that are still catching up, for which no commit waits yet.
+    pub standbys_catching_up: u64,
     /// The most bytes of WAL that one of them has not flushed yet.
     pub standby_lag_bytes: u64,
     /// Connections that our role may have in this database.
     pub connections: u64,
     /// Connections of others.
     pub connections_of_others: u64,
-    /// The directory of the data, if the role may see it and the server is on this machine.
-    pub data_directory: Option<String>,
+    /// The room for the data, if the server is on this machine and the role may see where they are.
+    pub room: Option<Room>,
     /// Free units of every SKU whose sale has not ended.
     pub units_free: u64,
     /// Least difference between this machine's clock and the server's, in milliseconds.
     pub clock_apart_ms: u64,
+}
+
+#[cfg(test)]
+impl Facts {
+    /// Those of a good database, with 1 GB of `max_wal_size` and 60 segments ready.
+    pub(crate) fn good() -> Self {
+        Facts {
+            role: "shop".to_owned(),
+            segment_bytes: 16 << 20,
+            segments_ready: Some(60),
+            segments_behind: Some(1),
+            wal_keep_size: 0,
+            kept: Vec::new(),
+            max_wal_size: 1 << 30,
+            min_wal_size: 1 << 30,
+            checkpoint_timeout_s: 300,
+            checkpoint_completion_target: 0.9,
+            fsync: true,
+            full_page_writes: true,
+            synchronous_commit: "on".to_owned(),
+            autovacuum: true,
+            orders_due: false,
+            synchronous_standby_names: String::new(),
+            standbys_awaited: 0,
+            standbys: Some(0),
+            standbys_synchronous: 0,
+            standbys_catching_up: 0,
+            standby_lag_bytes: 0,
+            connections: 97,
+            connections_of_others: 3,
+            room: None,
+            units_free: 500,
+            clock_apart_ms: 3,
+        }
+    }
 }
 
 const FACTS: &str = "
@@ -111,8 +192,13 @@ const FACTS: &str = "
                  WHERE application_name LIKE 'millrace%' AND datname = current_database()) AS ours
     ), standby AS (
         SELECT count(*) AS connected, count(*) FILTER (WHERE sync_state IN ('sync', 'quorum')) AS synchronous,
+               count(*) FILTER (WHERE state = 'catchup') AS catching_up,
                max(pg_wal_lsn_diff(pg_current_wal_lsn(), flush_lsn)) AS lag
-          FROM pg_stat_replication WHERE state IN ('catchup', 'streaming')
+          FROM pg_stat_replication
+         WHERE state IN ('catchup', 'streaming')
+           -- Readers of a publication use walsenders too.
+           AND pid NOT IN (SELECT active_pid FROM pg_replication_slots
+                            WHERE slot_type = 'logical' AND active_pid IS NOT NULL)
     )
     SELECT current_user::text,
            pg_size_bytes(current_setting('wal_segment_size')),
@@ -145,7 +231,9 @@ const FACTS: &str = "
                 THEN (SELECT setting FROM pg_settings WHERE name = 'data_directory') END,
            (SELECT coalesce(sum(total - held - sold), 0)::int8 FROM sku WHERE closes_at IS NULL OR closes_at > now()),
            (extract(epoch FROM clock_timestamp()) * 1000)::int8,
-           pg_backend_pid()
+           pg_backend_pid(),
+           pg_size_bytes(current_setting('wal_keep_size')),
+           standby.catching_up
       FROM orders_table o, backends, standby";
 
 /// Reads the facts.
@@ -153,7 +241,8 @@ const FACTS: &str = "
 /// # Errors
 /// If the database does not answer.
 pub async fn read(database: &Database, session: &Connected) -> Result<Facts, StoreError> {
-    let segments_ready = segments_ready(database, session).await?;
+    let segments = present(database, session).await?;
+    let kept = kept::read(database, session).await?;
     let statement = database.timed(DOING, session.prepare(FACTS)).await?;
     let asked = UnixMillis::now();
     let row = database.timed(DOING, session.query_one(&statement, &[]));
@@ -163,10 +252,17 @@ pub async fn read(database: &Database, session: &Connected) -> Result<Facts, Sto
     // The server read its clock between the two readings.
     let there = row.get::<_, i64>(19);
     let apart = (asked.0 - there).max(there - answered.0);
+    let directory = row
+        .get::<_, Option<String>>(17)
+        .filter(|_| runs_here(row.get(20)));
+    let names: String = row.get(11);
     Ok(Facts {
         role: row.get(0),
         segment_bytes: natural(1).max(1),
-        segments_ready,
+        segments_ready: segments.map(|(ready, _)| ready),
+        segments_behind: segments.map(|(_, behind)| behind),
+        wal_keep_size: natural(21),
+        kept,
         max_wal_size: natural(2),
         min_wal_size: natural(3),
         checkpoint_timeout_s: natural(4),
@@ -176,15 +272,15 @@ pub async fn read(database: &Database, session: &Connected) -> Result<Facts, Sto
         synchronous_commit: row.get(8),
         autovacuum: row.get(9),
         orders_due: row.get(10),
-        synchronous_standby_names: row.get(11),
+        standbys_awaited: awaited(&names),
+        synchronous_standby_names: names,
         standbys: row.get::<_, Option<i64>>(12).map(i64::unsigned_abs),
         standbys_synchronous: natural(13),
+        standbys_catching_up: natural(22),
         standby_lag_bytes: natural(14),
         connections: natural(15),
         connections_of_others: natural(16),
-        data_directory: row
-            .get::<_, Option<String>>(17)
-            .filter(|_| runs_here(row.get(20))),
+        room: directory.and_then(|directory| Room::below(Path::new(&directory))),
         units_free: natural(18),
         clock_apart_ms: u64::try_from(apart).unwrap_or(0),
     })
@@ -202,16 +298,32 @@ fn runs_here(backend: i32) -> bool {
     name.is_ok_and(|name| name.trim_end() == "postgres")
 }
 
-/// `None`: the role may not look.
-async fn segments_ready(
+/// The number of standbys that each commit waits for with these `synchronous_standby_names`: `FIRST 2 (a, b)`,
+/// `ANY 2 (a, b)`, `2 (a, b)`, or a list, which means one.
+fn awaited(names: &str) -> u64 {
+    if names.is_empty() {
+        return 0;
+    }
+    let number = names.split_once('(').and_then(|(before, _)| {
+        let last = before.split_whitespace().next_back()?;
+        last.parse().ok()
+    });
+    number.unwrap_or(1)
+}
+
+/// Segments ahead of the current one, and the others; `None`: the role may not look.
+async fn present(
     database: &Database,
     session: &Connected,
-) -> Result<Option<u64>, StoreError> {
+) -> Result<Option<(u64, u64)>, StoreError> {
     match database
-        .timed(DOING, session.query_one(SEGMENTS_READY, &[]))
+        .timed(DOING, session.query_one(SEGMENTS, &[]))
         .await
     {
-        Ok(row) => Ok(u64::try_from(row.get::<_, i64>(0)).ok()),
+        Ok(row) => {
+            let natural = |at: usize| u64::try_from(row.get::<_, i64>(at)).unwrap_or(0);
+            Ok(Some((natural(0), natural(1))))
+        }
         Err(error) if is_not_allowed(&error) => Ok(None),
         Err(error) => Err(error),
     }
@@ -221,4 +333,25 @@ async fn segments_ready(
 fn is_not_allowed(error: &StoreError) -> bool {
     matches!(error, StoreError::Statement { source, .. }
         if source.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_commit_waits_for_as_many_standbys_as_the_setting_says() {
+        for (names, number) in [
+            ("", 0),
+            ("*", 1),
+            ("a, b", 1),
+            ("\"2 (x\"", 1),
+            ("FIRST 2 (a, b)", 2),
+            ("any 3(a, b, c)", 3),
+            ("2 (a, b)", 2),
+            ("ANY 1 (*)", 1),
+        ] {
+            assert_eq!(awaited(names), number, "{names}");
+        }
+    }
 }

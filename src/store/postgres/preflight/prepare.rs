@@ -5,11 +5,13 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::super::{Connected, Database};
-use super::{DOING, Facts, is_not_allowed, remedies, segments_ready};
+use super::{DOING, Facts, is_not_allowed, kept, present, remedies};
 use crate::store::StoreError;
 
 /// Longest wait for the checkpoint.
 const CHECKPOINT_MAX: Duration = Duration::from_secs(300);
+/// Room that WAL segments leave on the disk: PostgreSQL ends if it cannot write a segment.
+pub const ROOM_LEFT: u64 = 128 << 20;
 /// Rows at the end of `orders` that are read.
 const TAIL_ROWS: i64 = 100_000;
 /// The same in pages.
@@ -47,7 +49,7 @@ pub async fn run(
     let prewarmed = prewarm(database, session).await?;
     let mut made = make_segments(database, session, facts, segments).await?;
     let checkpointed = checkpoint(session, facts).await?;
-    if let Some(ready) = segments_ready(database, session).await? {
+    if let Some((ready, _)) = present(database, session).await? {
         made.detail.push_str(&format!("; {ready} are ready"));
     }
     Ok(vec![prewarmed, made, checkpointed])
@@ -59,13 +61,23 @@ async fn make_segments(
     facts: &Facts,
     wanted: u64,
 ) -> Result<Step, StoreError> {
+    let count = match facts.segments_ready {
+        Some(ready) if ready >= wanted => 0,
+        _ => segments_to_pass(facts, wanted),
+    };
+    if count > 0
+        && let Some(reason) = obstacle(facts, count)
+    {
+        return Ok(Step {
+            name: "wal_segments",
+            done: false,
+            detail: reason,
+            sql: Vec::new(),
+        });
+    }
     // An empty segment is not switched, so a record comes first. Switches use up what is ready and make the rest;
     // the checkpoint then recycles all of them but the last ones.
     let switch = "SELECT pg_logical_emit_message(false, 'millrace', ''); SELECT pg_switch_wal()";
-    let count = match facts.segments_ready {
-        Some(ready) if ready >= wanted => 0,
-        _ => wanted + 2,
-    };
     for _ in 0..count {
         match database.timed(DOING, session.batch_execute(switch)).await {
             Err(error) if is_not_allowed(&error) => {
@@ -81,14 +93,46 @@ async fn make_segments(
             switched => switched?,
         }
     }
+    let mut detail = match count {
+        0 => "enough were ready".to_owned(),
+        count => format!("went through {count}"),
+    };
+    if count > 0 && !kept::followed(database, session).await? {
+        detail.push_str("; a standby, a slot or the archive is still behind, so repeat it later");
+    }
     Ok(Step {
         name: "wal_segments",
         done: true,
-        detail: match count {
-            0 => "enough were ready".to_owned(),
-            count => format!("went through {count}"),
-        },
+        detail,
         sql: Vec::new(),
+    })
+}
+
+/// Segments to go through until a checkpoint can recycle `wanted`: those before the last one, less the ones that
+/// `wal_keep_size` keeps.
+fn segments_to_pass(facts: &Facts, wanted: u64) -> u64 {
+    let kept = facts.wal_keep_size.div_ceil(facts.segment_bytes);
+    let behind = facts.segments_behind.unwrap_or(0);
+    wanted + 2 + kept.saturating_sub(behind.saturating_sub(1))
+}
+
+/// The reason why going through `count` segments would harm or be of no use.
+fn obstacle(facts: &Facts, count: u64) -> Option<String> {
+    let mut stuck = facts.kept.iter().filter(|kept| kept.stuck);
+    if let Some(kept) = stuck.next() {
+        return Some(format!(
+            "{} would keep them all from being recycled: {}",
+            kept.holder, kept.remedy
+        ));
+    }
+    let bytes = count.saturating_sub(facts.segments_ready.unwrap_or(0)) * facts.segment_bytes;
+    let room = facts.room?;
+    (room.wal < bytes + ROOM_LEFT).then(|| {
+        format!(
+            "they take {} MB of the {} MB that the disk of pg_wal has, and PostgreSQL ends if that is full",
+            bytes >> 20,
+            room.wal >> 20
+        )
     })
 }
 
@@ -161,4 +205,59 @@ async fn prewarm(database: &Database, session: &Connected) -> Result<Step, Store
         ),
         sql: Vec::new(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Room;
+    use super::super::kept::Kept;
+    use super::*;
+
+    #[test]
+    fn segments_are_passed_until_the_kept_ones_are_behind() {
+        let mut facts = Facts::good();
+        facts.segments_ready = Some(0);
+        assert_eq!(segments_to_pass(&facts, 6), 8);
+        facts.wal_keep_size = 32 * facts.segment_bytes;
+        facts.segments_behind = Some(3);
+        assert_eq!(segments_to_pass(&facts, 6), 38);
+        facts.segments_behind = Some(40);
+        assert_eq!(segments_to_pass(&facts, 6), 8);
+        facts.segments_behind = None;
+        assert_eq!(segments_to_pass(&facts, 6), 40);
+    }
+
+    #[test]
+    fn no_segment_is_made_that_the_disk_does_not_hold_or_nobody_recycles() {
+        let mut facts = Facts::good();
+        facts.segments_ready = Some(2);
+        assert_eq!(obstacle(&facts, 10), None, "nothing is known of the disk");
+        let new = 8 * facts.segment_bytes;
+        let room = |wal: u64| Room {
+            rows: 1 << 40,
+            wal,
+            shared: false,
+        };
+        facts.room = Some(room(new + ROOM_LEFT));
+        assert_eq!(obstacle(&facts, 10), None);
+        facts.room = Some(room(new + ROOM_LEFT - 1));
+        let reason = obstacle(&facts, 10).expect("a reason");
+        assert!(reason.contains("they take 128 MB"), "{reason}");
+        facts.room = None;
+        let slot = |stuck| Kept {
+            holder: "replication slot gone".to_owned(),
+            bytes: Some(0),
+            stuck,
+            archive: false,
+            remedy: "drop it".to_owned(),
+        };
+        facts.kept = vec![slot(false)];
+        assert_eq!(obstacle(&facts, 10), None, "it is read");
+        facts.kept.push(slot(true));
+        let reason = obstacle(&facts, 10).expect("a reason");
+        assert!(
+            reason.contains("slot gone") && reason.contains("drop it"),
+            "{reason}"
+        );
+    }
 }

@@ -47,7 +47,7 @@ pub struct Measured {
 /// The database's error. The table is dropped in any case, or [`StoreError::ScratchLeft`] says that it is not.
 pub async fn measure(
     database: &Database,
-    session: &Connected,
+    (session, backend): (&Connected, i32),
     rows: usize,
 ) -> Result<Option<Measured>, StoreError> {
     // Storage parameters are not part of LIKE.
@@ -56,8 +56,6 @@ pub async fn measure(
              WITH (fillfactor = 70, autovacuum_enabled = off)"
     );
     let doing = "creating a scratch table";
-    let backend = database.timed(doing, session.query_one("SELECT pg_backend_pid()", &[]));
-    let backend: i32 = backend.await?.get(0);
     match database.timed(doing, session.batch_execute(&create)).await {
         Err(error) if is_not_allowed(&error) => return Ok(None),
         created => created?,
@@ -75,8 +73,20 @@ pub async fn measure(
         Ok(_) => drop_table(database, session).await,
         Err(_) => drop_behind(database, backend).await,
     };
-    dropped.map_err(|error| StoreError::ScratchLeft(error.to_string()))?;
+    dropped.map_err(left)?;
     measured
+}
+
+/// Ends a preflight whose session has this process id, and drops its table.
+///
+/// # Errors
+/// [`StoreError::ScratchLeft`].
+pub async fn give_up(database: &Database, backend: i32) -> Result<(), StoreError> {
+    drop_behind(database, backend).await.map_err(left)
+}
+
+fn left(error: StoreError) -> StoreError {
+    StoreError::ScratchLeft(error.to_string())
 }
 
 async fn commits(database: &Database, session: &Connected) -> Result<Vec<Duration>, StoreError> {
