@@ -5,10 +5,11 @@ set -eu
 millrace=${1:?usage: run.sh PATH-TO-MILLRACE}
 work=$(mktemp -d)
 chmod 755 "$work"
-server='' nginx=''
+server='' nginx='' driven=''
 failed=0
 
 stop() {
+    [ -z "$driven" ] || kill "$driven" 2>/dev/null || true
     [ -z "$nginx" ] || kill "$nginx" 2>/dev/null || true
     [ -z "$server" ] || { kill "$server" && wait "$server"; } 2>/dev/null || true
     rm -rf "$work"
@@ -183,6 +184,62 @@ if [ -n "$browser" ]; then
     same "Chromium: a SKU of the data plane" 1 "$(page "http://$data/v1/skus/A" | grep -c '"sku_id":"A"')"
     same "Chromium: a problem of the data plane" 1 "$(page "http://$data/nothing" | grep -c 'not_found')"
     same "Chromium: the control plane" 1 "$(page "http://$control/metrics" | grep -c '^# TYPE millrace_requests_total\|^# HELP' | sed 's/^[1-9].*/1/')"
+    # The dashboard with a hand on the mouse, over the pipe on which the browser takes messages that end in NUL.
+    curl -fs -o /dev/null -X PUT "http://$control/admin/v1/skus/B" \
+        -d '{"unit_price": 100, "currency": "EUR", "total": 50000000}'
+    mkfifo "$work/orders"
+    : >"$work/answers"
+    "$browser" --headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking \
+        --disable-component-update --disable-sync --user-data-dir="$work/driven" --remote-debugging-pipe \
+        3<"$work/orders" 4>"$work/answers" 2>"$work/browser.log" &
+    driven=$!
+    exec 8>"$work/orders"
+    tab=''
+    # $1 method, $2 parameters; the answer is in $answer.
+    tell() {
+        # Counted in a file: a shell between $( and ) keeps no variable.
+        echo . >>"$work/told"
+        at=$(wc -l <"$work/told" | tr -d ' ') tries=0
+        printf '{"id":%d,%s"method":"%s","params":%s}\0' "$at" "$tab" "$1" "$2" >&8
+        until answer=$(tr '\0' '\n' <"$work/answers" | grep "^{\"id\":$at,"); do
+            tries=$((tries + 1))
+            kill -0 "$driven" 2>/dev/null && [ "$tries" -lt 600 ] || { cat "$work/browser.log" && return 1; }
+            sleep 0.1
+        done
+    }
+    told() { printf '%s' "$answer" | sed -n "s/.*\"$1\":\"\([^\"]*\)\".*/\1/p"; }
+    # Evaluates $1, a promise of a text without quotes.
+    seen() {
+        tell Runtime.evaluate "{\"awaitPromise\":true,\"returnByValue\":true,\"expression\":\"$1\"}" && told value
+    }
+    # Waits until $1 is true of the page, and then takes $2 from it; 60 seconds at most.
+    once() {
+        seen "new Promise(done => { const until = Date.now() + 60000; const look = setInterval(() => { try { \
+            if ($1) { clearInterval(look); done(String($2)); return; } } catch { } \
+            if (Date.now() > until) { clearInterval(look); done('never'); } }, 50); })" | tr -d '\\'
+    }
+    button="document.getElementById('preflight')"
+    report="document.getElementById('preflight-report')"
+    chips="[...$report.querySelectorAll('.chip')]"
+    tell Target.createTarget '{"url":"about:blank"}'
+    tell Target.attachToTarget "{\"flatten\":true,\"targetId\":\"$(told targetId)\"}"
+    tab="\"sessionId\":\"$(told sessionId)\","
+    tell Runtime.enable '{}'
+    tell Log.enable '{}'
+    tell Page.navigate "{\"url\":\"http://$control/\"}"
+    same "Chromium, dashboard: the live figures arrive" true \
+        "$(once "document.body.innerText.includes('50,000,000')" true)"
+    same "Chromium, dashboard: the button of the preflight is off while it measures" true \
+        "$(once "$button" "($button.click(), $button.disabled)")"
+    same "Chromium, dashboard: its table has every check" 14 \
+        "$(once "$chips.length && !$button.disabled" "$chips.length")"
+    same "Chromium, dashboard: a check that fails is visible" "bad WAL segments" \
+        "$(once true "$chips.filter(chip => chip.checkVisibility() && chip.textContent === 'bad').map(chip => 'bad ' + chip.closest('tr').cells[1].textContent)[0]")"
+    same "Chromium, dashboard: its console has no error" 0 \
+        "$(tr '\0' '\n' <"$work/answers" | grep -c 'Runtime.exceptionThrown\|Log.entryAdded\|"type":"error"\|"type":"warning"')"
+    exec 8>&-
+    kill "$driven" 2>/dev/null || true
+    wait "$driven" 2>/dev/null || true
 else
     skip "Chromium is not installed"
 fi
