@@ -148,6 +148,8 @@ struct Proof<'a> {
     tried: &'a mut Tried,
     /// How often an order is looked for before it is recovered.
     checks: u32,
+    /// Whether a broker forgets at once what is settled, not after ten minutes.
+    forgets_at_once: bool,
     data_dir: DataDir,
     backend: Option<Backend>,
 }
@@ -165,6 +167,7 @@ impl<'a> Proof<'a> {
             bug: bug.map(|name| format!("bug@{name}")),
             tried,
             checks: 1,
+            forgets_at_once: false,
             data_dir,
             backend: match form {
                 Form::Broker(kind) => Some(Backend::start(kind)),
@@ -198,6 +201,9 @@ impl<'a> Proof<'a> {
             all.extend_from_slice(backend.env());
             // A key that Millrace makes by itself would be lost with its machine.
             all.push(("MILLRACE_RECEIPT__KEY".to_owned(), RECEIPT_KEY.to_owned()));
+            if self.forgets_at_once {
+                all.push(("MILLRACE_QUEUE__RETAIN_MS".to_owned(), "0".to_owned()));
+            }
         }
         if self.platform.is_some() {
             let more = [
@@ -229,6 +235,7 @@ impl<'a> Proof<'a> {
         let point = (cycle % 2 == 1 && self.bug.is_none()).then(|| self.tried.points.next());
         let mut settings = Settings::choose(&mut self.random);
         self.checks = self.random.random_range(1..=3);
+        self.forgets_at_once = self.random.random_bool(0.5);
         match point.unwrap_or_default() {
             // Points that are passed only if segments come and go, memory is full, or much is left over.
             "journal.segment_created"
