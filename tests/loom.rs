@@ -15,6 +15,8 @@
 
 #[path = "../src/state/stock/counter.rs"]
 mod counter;
+#[path = "../src/queue/logged/linger.rs"]
+mod linger;
 #[path = "../src/queue/mpmc.rs"]
 mod mpmc;
 #[path = "../src/queue/logged/mpsc.rs"]
@@ -433,6 +435,7 @@ mod sync {
 }
 
 use counter::{BelowCommitted, NotEnough, StockCounter, StockSnapshot};
+use linger::Linger;
 use loom::future::block_on;
 use loom::sync::Arc;
 use loom::thread;
@@ -1008,6 +1011,30 @@ fn a_worker_that_gives_up_waiting_takes_no_wake_up_with_it() {
         mpmc.push(1).unwrap();
         other.join().unwrap();
         assert_eq!(worker.join().unwrap(), [1]);
+    });
+}
+
+/// A worker that rests between two batches for as long as nobody waits.
+#[test]
+fn a_resting_worker_does_not_sleep_through_an_order_that_somebody_waits_for() {
+    bounded(3, || {
+        let queue = Arc::new((MpmcQueue::new(4), Linger::new()));
+        let worker = spawn(&queue, |(mpmc, linger)| {
+            let mut taken = Vec::new();
+            while taken.len() < 3 {
+                if !taken.is_empty() {
+                    block_on(linger.until_pressing(usize::MAX));
+                }
+                linger.clear();
+                taken.extend(block_on(mpmc.take(3)).expect("it is open"));
+            }
+            taken
+        });
+        for number in [1, 2, 3] {
+            queue.0.push(number).unwrap();
+            queue.1.press();
+        }
+        assert_eq!(worker.join().unwrap(), [1, 2, 3]);
     });
 }
 

@@ -82,6 +82,13 @@ pub trait OrderQueue: Send + Sync + fmt::Debug {
     /// Takes 1 to `max` orders, and waits for the first. `None` once the queue is closed and empty.
     fn take(&self, max: usize) -> Pin<Box<dyn Future<Output = Option<Batch>> + Send + '_>>;
 
+    /// Returns once the next batch should not wait for more orders: a sender waits for one of the queue's, the queue
+    /// holds `enough`, or it is closed. May return earlier. At once unless it is a durable queue.
+    fn until_pressing(&self, enough: usize) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+        let _ = enough;
+        Box::pin(std::future::ready(()))
+    }
+
     /// Whether a push would be rejected now.
     fn is_full(&self) -> bool;
 

@@ -402,16 +402,7 @@ pub fn put_skus(
         let body = json!({ "unit_price": unit_price, "currency": "EUR", "total": total });
         let target = format!("/admin/v1/skus/{sku}");
         let put = || try_call(control, "PUT", &target, &[], &body.to_string());
-        // The proofs give the database 400 ms a step, and a busy machine may need longer.
-        let mut answer = put();
-        until("a SKU is put on sale", PATIENCE, || {
-            let is_settled = answer.as_ref().map_or(true, |answer| answer.status != 503);
-            if !is_settled {
-                answer = put();
-            }
-            is_settled
-        });
-        let answer = answer?;
+        let answer = decided("a SKU is put on sale", put)?;
         assert!((200..300).contains(&answer.status), "{answer:?}");
         checker.offers(sku, unit_price, *total);
     }
@@ -436,6 +427,22 @@ pub fn check(
     findings
 }
 
+/// Asks until the answer is no 503: the proofs give the database 400 ms a step, and a busy machine may need longer.
+fn decided(
+    what: &str,
+    mut ask: impl FnMut() -> std::io::Result<Answer>,
+) -> std::io::Result<Answer> {
+    let mut answer = ask();
+    until(what, PATIENCE, || {
+        let is_decided = answer.as_ref().map_or(true, |answer| answer.status != 503);
+        if !is_decided {
+            answer = ask();
+        }
+        is_decided
+    });
+    answer
+}
+
 /// Asks for some acknowledged orders again, under the same keys: each has to be the same order.
 pub fn retry_some(
     data: SocketAddr,
@@ -447,7 +454,8 @@ pub fn retry_some(
     let mut random = StdRng::seed_from_u64(seed);
     let mut connection = Connection::open(data).expect("connect");
     for (request, id) in checker.some_acknowledged(count, &mut random) {
-        let answer = place(&mut connection, checker, &request, false).expect("an answer");
+        let again = || place(&mut connection, checker, &request, false);
+        let answer = decided("an order is looked up", again).expect("an answer");
         let same = answer.status == 200
             && answer.field("idempotency-replayed") == Some("true")
             && answer.json()["order_id"].as_str() == Some(&id.to_string());

@@ -41,7 +41,8 @@ impl World {
     /// One look of the deadline task at a clock that shows `seconds`, as `pipeline::orders::deadlines`
     /// does it. Returns how many orders somebody's deadline has passed for.
     fn expire(&self, seconds: u64) -> usize {
-        let now = self.at(seconds);
+        // Deadlines count in whole milliseconds, rounded up.
+        let now = self.at(seconds) + Duration::from_millis(1);
         let due = self.pending.due(now);
         for order in &due {
             if order.is_overdue(now) && order.slot.abandon() {

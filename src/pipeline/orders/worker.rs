@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
 use super::apply::{How, Isolated, Parts, Refusal};
-use super::worker_pool::{PrimaryGuard, WorkerPool, has_enough_for_two};
+use super::worker_pool::{PrimaryGuard, WorkerPool, has_enough_for_two, linger};
 use crate::backoff::Backoff;
 use crate::faults::crash_point;
 use crate::metrics::Metrics;
@@ -155,6 +155,7 @@ impl Worker {
             };
             let Some(taken) = taken else { break };
             self.note_taken(taken.orders(), rows_max);
+            let is_all = taken.orders().len() < rows_max;
             let claimed: Orders = taken
                 .orders()
                 .iter()
@@ -171,7 +172,13 @@ impl Worker {
             if has_enough_for_two(&*queue, rows_max) {
                 pool.request_help();
             }
+            let nobody_waits = is_all && claimed.iter().all(|order| order.slot.is_durable());
+            let started = Instant::now();
             pool.request_help_while(self.write(claimed)).await?;
+            pool.note_batch(started.elapsed());
+            if nobody_waits && self.slot.shard == 0 {
+                linger(&*queue, rows_max).await;
+            }
         }
         Ok(())
     }

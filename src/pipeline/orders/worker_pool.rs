@@ -5,8 +5,11 @@
 //! into more batches. So the others sleep until their help is requested:
 //!
 //! * by a worker that has taken a batch and leaves enough for another one ([`has_enough_for_two`]), and
-//! * by a worker that is busy with a batch for longer than [`HELP_AFTER`], repeatedly and whatever the cause:
-//!   no order waits longer than that for a worker that hangs.
+//! * by a worker that is busy with a batch for several times as long as batches took lately, repeatedly and whatever
+//!   the cause: no order waits longer than [`HELP_AFTER_MAX`] for a worker that hangs.
+//!
+//! After a batch of which every sender had its answer already the primary worker rests ([`linger`]), so that such
+//! orders share a batch too.
 //!
 //! Each request wakes one worker for one batch. A worker that finds another full batch waiting takes
 //! it without a request.
@@ -14,7 +17,7 @@
 use std::future::Future;
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -24,18 +27,36 @@ use crate::queue::OrderQueue;
 /// Orders in the queue that justify another worker: at this number the rows of a batch cost several times its
 /// fixed work.
 const HELP_ROWS: usize = 500;
-/// A worker that is busy for longer than this, several times the duration of a batch, requests help.
-pub const HELP_AFTER: Duration = Duration::from_millis(10);
+/// A worker that is busy for so many times the recent duration of a batch requests help.
+const HELP_AFTER_BATCHES: u32 = 4;
+/// Least time after which help is requested: the scheduler of a busy machine delays a batch this long.
+const HELP_AFTER_MIN: Duration = Duration::from_millis(4);
+/// Longest time after which help is requested.
+pub const HELP_AFTER_MAX: Duration = Duration::from_millis(100);
+
+/// Longest rest after a batch of acknowledged orders. Their rows are this much later, which nobody waits for.
+const LINGER: Duration = Duration::from_millis(20);
 
 /// Whether `queue` holds enough orders for a second worker, each taking at most `rows_max` at once.
 pub fn has_enough_for_two(queue: &dyn OrderQueue, rows_max: usize) -> bool {
     queue.ahead() >= HELP_ROWS.min(rows_max) || queue.is_full()
 }
 
+/// Rests until `queue` presses or has enough for a batch of at most `rows_max`, at most [`LINGER`].
+pub async fn linger(queue: &dyn OrderQueue, rows_max: usize) {
+    let enough = HELP_ROWS.min(rows_max);
+    if queue.ahead() < enough {
+        let _ = tokio::time::timeout(LINGER, queue.until_pressing(enough)).await;
+    }
+}
+
 /// The state shared by the workers of one queue.
 #[derive(Debug, Default)]
 pub struct WorkerPool {
     requests: Notify,
+    /// Recent duration of a batch in microseconds, at most [`HELP_AFTER_MAX`]: an average in which the newest counts an
+    /// eighth. Relaxed throughout, because it is an estimate.
+    batch_micros: AtomicU64,
     /// The primary worker has ended, so the others take orders without a request.
     primary_is_gone: AtomicBool,
 }
@@ -57,11 +78,26 @@ impl WorkerPool {
         self.requests.notify_one();
     }
 
-    /// Runs `work` to its end, and requests help whenever it has gone on for another [`HELP_AFTER`].
+    /// How long a worker is busy with one batch before it requests help: it follows the batches, so that neither a
+    /// PostgreSQL 5 ms away brings help for every batch nor a stall of one that is near goes unnoticed for long.
+    fn help_after(&self) -> Duration {
+        let batch = Duration::from_micros(self.batch_micros.load(Ordering::Relaxed));
+        (batch * HELP_AFTER_BATCHES).clamp(HELP_AFTER_MIN, HELP_AFTER_MAX)
+    }
+
+    /// Notes how long a batch took.
+    pub fn note_batch(&self, took: Duration) {
+        let took = took.min(HELP_AFTER_MAX).as_micros() as u64;
+        let before = self.batch_micros.load(Ordering::Relaxed);
+        let average = before - before / 8 + took / 8;
+        self.batch_micros.store(average, Ordering::Relaxed);
+    }
+
+    /// Runs `work` to its end, and requests help whenever it has gone on for too long.
     pub async fn request_help_while<T>(&self, work: impl Future<Output = T>) -> T {
         let mut work = pin!(work);
         loop {
-            match tokio::time::timeout(HELP_AFTER, &mut work).await {
+            match tokio::time::timeout(self.help_after(), &mut work).await {
                 Ok(done) => return done,
                 Err(_) => self.request_help(),
             }
@@ -131,6 +167,22 @@ mod tests {
         assert_eq!(pool.request_help_while(async { 7 }).await, 7);
         let woken = tokio::time::timeout(Duration::from_millis(20), pool.help_requested()).await;
         assert!(woken.is_err(), "somebody was woken");
+    }
+
+    #[test]
+    fn help_is_requested_after_several_times_a_recent_batch_within_bounds() {
+        let pool = WorkerPool::default();
+        assert_eq!(pool.help_after(), HELP_AFTER_MIN);
+        let batches = |took| (0..100).for_each(|_| pool.note_batch(took));
+        batches(Duration::from_millis(10));
+        let after = pool.help_after();
+        let expected = Duration::from_millis(38)..=Duration::from_millis(40);
+        assert!(expected.contains(&after), "{after:?}");
+        // An outage is no batch to wait for.
+        batches(Duration::from_secs(60));
+        assert_eq!(pool.help_after(), HELP_AFTER_MAX);
+        batches(Duration::from_micros(100));
+        assert_eq!(pool.help_after(), HELP_AFTER_MIN);
     }
 
     #[tokio::test]

@@ -242,6 +242,7 @@ impl Appender {
         let count = rest.len();
         if shared.spill.orders() == 0 {
             push_what_fits(&shared.ring, &mut rest);
+            shared.linger.holds(shared.ring.depth());
         }
         self.leave_in_log(at, count, rest, may);
     }

@@ -5,9 +5,11 @@
 //!
 //! * `queue`: the [`crate::queue::OrderQueue`] over all of it; `shared`: state of queue and threads;
 //! * `appender`: the thread that gathers groups and appends them; `mpsc`: its input; `parker`: its wake-up;
+//! * `linger`: acknowledged orders gather, because nobody waits for their rows;
 //! * `spill`: orders that wait in the log; `reader`: the thread that reads them back.
 
 mod appender;
+mod linger;
 mod mpsc;
 mod parker;
 mod queue;

@@ -141,11 +141,18 @@ impl OrderQueue for LoggedQueue {
                 closed: true,
             });
         }
-        self.shared.ring.push(order)
+        self.shared.ring.push(order)?;
+        self.shared.linger.press();
+        Ok(())
     }
 
     fn take(&self, max: usize) -> Pin<Box<dyn Future<Output = Option<Batch>> + Send + '_>> {
+        self.shared.linger.clear();
         self.shared.ring.take(max)
+    }
+
+    fn until_pressing(&self, enough: usize) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+        Box::pin(self.shared.linger.until_pressing(enough))
     }
 
     fn is_full(&self) -> bool {
@@ -163,6 +170,7 @@ impl OrderQueue for LoggedQueue {
 
     fn close(&self) {
         self.shared.incoming.close();
+        self.shared.linger.press();
         self.shared.wake_reader();
     }
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::linger::Linger;
 use super::mpsc::MpscQueue;
 use super::spill::Spill;
 use crate::metrics::Metrics;
@@ -37,6 +38,7 @@ pub struct QueueParts {
 pub(super) struct Shared {
     pub(super) ring: RingQueue,
     pub(super) capacity: usize,
+    pub(super) linger: Linger,
     pub(super) incoming: MpscQueue<Incoming>,
     pub(super) spill: Spill,
     /// Wakes the reader.
@@ -67,6 +69,7 @@ impl Shared {
         Shared {
             ring: RingQueue::new(parts.capacity),
             capacity: parts.capacity,
+            linger: Linger::new(),
             incoming: MpscQueue::new(parts.capacity),
             spill: Spill::default(),
             reader: OnceLock::new(),

@@ -424,15 +424,23 @@ impl Drop for StopAtEnd<'_> {
     }
 }
 
+fn is_too_slow(ended: &Ended) -> bool {
+    let sentences = [
+        "no answer from the database",
+        "no connection to the database became free",
+    ];
+    sentences
+        .iter()
+        .any(|sentence| ended.log.contains(sentence))
+}
+
 /// Starts it as whoever keeps a service running does: again, where the database was too slow to
 /// answer, which the short steps of these cases bring about on a busy machine.
 fn start(data_dir: &Path, settings: &[(String, String)], log: &Path) -> Result<Served, Ended> {
     let deadline = Instant::now() + PATIENCE;
     loop {
         match Served::try_start(data_dir, settings, log) {
-            Err(ended)
-                if ended.log.contains("no answer from the database")
-                    && Instant::now() < deadline => {}
+            Err(ended) if is_too_slow(&ended) && Instant::now() < deadline => {}
             started => return started,
         }
     }
