@@ -51,7 +51,21 @@ fn sale(orders: u64) -> Sale {
 
 /// A database at `url` with our schema in it.
 async fn migrated(url: &str) -> Database {
-    let database = Database::new(url, SCHEMA, 4, STEP).expect("a URL");
+    migrate(Database::new(url, SCHEMA, 4, STEP).expect("a URL")).await
+}
+
+/// The database of `server`.
+fn of(server: &Server) -> Database {
+    let config = server.config(standby::DATABASE);
+    Database::with_config(config, SCHEMA, 4, STEP).expect("a pool")
+}
+
+/// The same, with our schema in it.
+async fn migrated_of(server: &Server) -> Database {
+    migrate(of(server)).await
+}
+
+async fn migrate(database: Database) -> Database {
     let mut session = database.connect("test").await.expect("connect");
     schema::migrate(&mut session, SCHEMA)
         .await
@@ -292,15 +306,7 @@ fn a_standby_that_is_away_is_found_and_the_scratch_table_goes_all_the_same() {
 fn a_standby_and_read_only_sessions_are_refused_before_anything_is_done() {
     block_on(async {
         let pair = Pair::start().await;
-        let of = |server: &Server| {
-            let config = server.config(standby::DATABASE);
-            Database::with_config(config, SCHEMA, 4, STEP).expect("a pool")
-        };
-        let (primary, follower) = (of(&pair.primary), of(&pair.standby));
-        let mut session = primary.connect("test").await.expect("connect");
-        schema::migrate(&mut session, SCHEMA)
-            .await
-            .expect("migrate");
+        let (primary, follower) = (migrated_of(&pair.primary).await, of(&pair.standby));
         pair.standby
             .until("SELECT to_regclass('millrace.refinery_schema_history') IS NOT NULL")
             .await;
@@ -332,12 +338,7 @@ fn a_standby_and_read_only_sessions_are_refused_before_anything_is_done() {
 fn prepare_on_a_primary_waits_for_its_standby_and_tells_if_commits_wait_for_more() {
     block_on(async {
         let pair = Pair::start().await;
-        let config = pair.primary.config(standby::DATABASE);
-        let database = Database::with_config(config, SCHEMA, 4, STEP).expect("a pool");
-        let mut session = database.connect("test").await.expect("connect");
-        schema::migrate(&mut session, SCHEMA)
-            .await
-            .expect("migrate");
+        let database = migrated_of(&pair.primary).await;
         let asynchronous = look(&database, sale(1_000), false).await;
         let found = check(&asynchronous, "replication");
         assert_eq!(found.verdict, Verdict::Warn, "{found:?}");
@@ -379,12 +380,7 @@ fn whoever_keeps_wal_is_named_and_prepare_does_not_fill_the_disk_for_it() {
         let dir = test_dir();
         let archive = [("archive_mode", "on"), ("archive_command", "/bin/true")];
         let server = Server::start_in(dir.path(), &archive).await;
-        let config = server.config(standby::DATABASE);
-        let database = Database::with_config(config, SCHEMA, 4, STEP).expect("a pool");
-        let mut session = database.connect("test").await.expect("connect");
-        schema::migrate(&mut session, SCHEMA)
-            .await
-            .expect("migrate");
+        let database = migrated_of(&server).await;
         let orders = 20 * (16 << 20) / WAL_BYTES;
         let segments = "SELECT count(*) FROM pg_ls_waldir() WHERE name ~ '^[0-9A-F]{24}$'";
 
@@ -429,12 +425,7 @@ fn an_archive_that_takes_nothing_is_bad() {
         let dir = test_dir();
         let archive = [("archive_mode", "on"), ("archive_command", "/bin/false")];
         let server = Server::start_in(dir.path(), &archive).await;
-        let config = server.config(standby::DATABASE);
-        let database = Database::with_config(config, SCHEMA, 4, STEP).expect("a pool");
-        let mut session = database.connect("test").await.expect("connect");
-        schema::migrate(&mut session, SCHEMA)
-            .await
-            .expect("migrate");
+        let database = migrated_of(&server).await;
         server.sql("SELECT pg_switch_wal()").await;
         server
             .until("SELECT failed_count > 0 FROM pg_stat_archiver")

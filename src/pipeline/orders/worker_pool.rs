@@ -42,7 +42,7 @@ pub fn has_enough_for_two(queue: &dyn OrderQueue, rows_max: usize) -> bool {
     queue.ahead() >= HELP_ROWS.min(rows_max) || queue.is_full()
 }
 
-/// Rests until `queue` presses or has enough for a batch of at most `rows_max`, at most [`LINGER`].
+/// Rests until `queue` presses or has enough for a batch of at most `rows_max`, 20 ms at most.
 pub async fn linger(queue: &dyn OrderQueue, rows_max: usize) {
     let enough = HELP_ROWS.min(rows_max);
     if queue.ahead() < enough {
