@@ -163,6 +163,44 @@ fn a_sender_that_may_not_be_told_is_woken_when_its_order_is_left_on_the_disk() {
     assert_eq!((sender, other), (2, 1));
 }
 
+/// Acknowledges an order and waits until it is in memory.
+async fn accept(queue: &LoggedQueue, id: u64) {
+    let before = queue.ahead();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let accepted = PendingOrder::appending(order(id).order.clone(), deadline, None);
+    let durable = queue.durable().unwrap();
+    let permit = durable.reserve(None).unwrap();
+    durable.append(Arc::new(accepted), permit).unwrap();
+    while queue.ahead() == before {
+        tokio::task::yield_now().await;
+    }
+}
+
+#[test]
+fn a_rest_ends_once_a_backlog_has_filled_its_half_of_the_ring_or_somebody_waits() {
+    run(async {
+        let dir = tempfile::tempdir().unwrap();
+        let queue = start_journal(dir.path(), parts(4));
+        accept(&queue, 1).await;
+        let mut rest = ByHand::new(queue.until_pressing(500));
+        assert!(rest.look().is_pending(), "nobody waits");
+        accept(&queue, 2).await;
+        rest.future.await;
+        queue.take(4).await.unwrap().ack();
+        accept(&queue, 3).await;
+        let mut rest = ByHand::new(queue.until_pressing(500));
+        assert!(rest.look().is_pending(), "nobody waits");
+        queue.push(order(4)).unwrap();
+        rest.future.await;
+        queue.take(4).await.unwrap().ack();
+        // Full of it already when the rest begins.
+        for id in 5..7 {
+            accept(&queue, id).await;
+        }
+        queue.until_pressing(500).await;
+    });
+}
+
 // --- Tools ----------------------------------------------------------------------------------
 
 fn order(id: u64) -> Arc<PendingOrder> {

@@ -39,15 +39,16 @@ const LINGER: Duration = Duration::from_millis(20);
 
 /// Whether `queue` holds enough orders for a second worker, each taking at most `rows_max` at once.
 pub fn has_enough_for_two(queue: &dyn OrderQueue, rows_max: usize) -> bool {
-    queue.ahead() >= HELP_ROWS.min(rows_max) || queue.is_full()
+    queue.ahead() >= enough(rows_max) || queue.is_full()
 }
 
 /// Rests until `queue` presses or has enough for a batch of at most `rows_max`, 20 ms at most.
 pub async fn linger(queue: &dyn OrderQueue, rows_max: usize) {
-    let enough = HELP_ROWS.min(rows_max);
-    if queue.ahead() < enough {
-        let _ = tokio::time::timeout(LINGER, queue.until_pressing(enough)).await;
-    }
+    let _ = tokio::time::timeout(LINGER, queue.until_pressing(enough(rows_max))).await;
+}
+
+fn enough(rows_max: usize) -> usize {
+    HELP_ROWS.min(rows_max)
 }
 
 /// The state shared by the workers of one queue.

@@ -152,7 +152,13 @@ impl OrderQueue for LoggedQueue {
     }
 
     fn until_pressing(&self, enough: usize) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
-        Box::pin(self.shared.linger.until_pressing(enough))
+        Box::pin(async move {
+            // Of a backlog in the log no more is ever in memory.
+            let enough = enough.min(self.shared.read_back_max());
+            if self.shared.ring.depth() < enough {
+                self.shared.linger.until_pressing(enough).await;
+            }
+        })
     }
 
     fn is_full(&self) -> bool {

@@ -30,8 +30,7 @@ pub(super) fn read_back(shared: &Shared) {
         if shared.cut.load(Ordering::Acquire) {
             return shared.ring.close();
         }
-        // Half of the ring stays free for waiting orders.
-        if shared.ring.depth() >= (shared.capacity / 2).max(1) {
+        if shared.ring.depth() >= shared.read_back_max() {
             thread::park_timeout(ROOM_TICK);
             continue;
         }

@@ -143,11 +143,19 @@ impl Shared {
         }
     }
 
+    /// Most orders that are read back into the ring: half of it stays free for waiting orders.
+    pub(super) fn read_back_max(&self) -> usize {
+        (self.capacity / 2).max(1)
+    }
+
     /// Pushes an order into the ring and waits for room. False: the queue ends first.
     pub(super) fn push_or_wait(&self, mut order: Arc<PendingOrder>) -> bool {
         loop {
             match self.ring.push(order) {
-                Ok(()) => return true,
+                Ok(()) => {
+                    self.linger.holds(self.ring.depth());
+                    return true;
+                }
                 Err(Rejected { closed: true, .. }) => return false,
                 Err(Rejected {
                     order: rejected, ..
