@@ -49,7 +49,7 @@ impl Shop {
 
     /// Sends an operator's request whose commit is cut.
     async fn cut(&self, cut: Cut, method: &str, target: &str, body: Value) -> Answer {
-        self.proxy.cut_beside_workers(cut);
+        self.proxy.cut_change_of_stock(cut);
         let answer = self.server.control(method, target, body).await;
         assert!(self.proxy.has_cut(), "{method} {target} has committed");
         assert_eq!(answer.status, 503, "{cut:?}: {answer:?}");

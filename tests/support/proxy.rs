@@ -37,6 +37,8 @@ struct Shared {
     cut: Mutex<Option<Cut>>,
     /// The next cut is not for a worker.
     spare_workers: AtomicBool,
+    /// The next cut is for a transaction that changes stock.
+    only_stock: AtomicBool,
     late: AtomicUsize,
     frozen: watch::Sender<bool>,
     severed: watch::Sender<()>,
@@ -46,8 +48,10 @@ struct Shared {
 }
 
 impl Shared {
-    fn take_cut(&self, of_worker: bool) -> Option<Cut> {
-        if of_worker && self.spare_workers.load(Ordering::SeqCst) {
+    fn take_cut(&self, of_worker: bool, of_stock: bool) -> Option<Cut> {
+        if of_worker && self.spare_workers.load(Ordering::SeqCst)
+            || !of_stock && self.only_stock.load(Ordering::SeqCst)
+        {
             return None;
         }
         let cut = self.cut.lock().unwrap().take();
@@ -82,6 +86,7 @@ impl Proxy {
             socket: Mutex::new(socket.to_owned()),
             cut: Mutex::new(None),
             spare_workers: AtomicBool::new(false),
+            only_stock: AtomicBool::new(false),
             late: AtomicUsize::new(0),
             frozen: watch::Sender::new(false),
             severed: watch::Sender::new(()),
@@ -141,6 +146,13 @@ impl Proxy {
     pub fn cut_beside_workers(&self, cut: Cut) {
         self.shared.spare_workers.store(true, Ordering::SeqCst);
         self.cut(cut);
+    }
+
+    /// Cuts the next connection that commits a change of stock and is not a worker's: an operator's, and
+    /// nothing that a task in the background happens to commit at that moment.
+    pub fn cut_change_of_stock(&self, cut: Cut) {
+        self.shared.only_stock.store(true, Ordering::SeqCst);
+        self.cut_beside_workers(cut);
     }
 
     /// Cuts the next connection that commits, and lets nobody in afterwards.
@@ -213,6 +225,8 @@ async fn relay(client: TcpStream, shared: Arc<Shared>) {
     let (mut asked, mut answered) = (BytesMut::new(), BytesMut::new());
     let mut frozen = shared.frozen.subscribe();
     let (mut started, mut of_worker, mut swallow) = (false, false, None);
+    // Of the transaction that is open.
+    let mut of_stock = false;
     loop {
         if frozen.wait_for(|frozen| !frozen).await.is_err() {
             return;
@@ -227,7 +241,7 @@ async fn relay(client: TcpStream, shared: Arc<Shared>) {
         }
         while let Some(message) = next_message(&mut asked, started) {
             if started && &message[..] == b"Q\0\0\0\x0bCOMMIT\0" {
-                match shared.take_cut(of_worker) {
+                match shared.take_cut(of_worker, std::mem::take(&mut of_stock)) {
                     Some(Cut::Before) => return,
                     Some(Cut::Late(after)) => {
                         let _late = Late::count(&shared);
@@ -243,9 +257,12 @@ async fn relay(client: TcpStream, shared: Arc<Shared>) {
             }
             if !started {
                 // The first message has the session's name in it.
-                let worker = b"millrace worker";
-                of_worker = message.windows(worker.len()).any(|part| part == worker);
+                of_worker = contains(&message, b"millrace worker");
             }
+            // Operators' statements are prepared anew each time, so their text passes here. BEGIN and ROLLBACK are
+            // simple queries.
+            of_stock =
+                contains(&message, b"INTO stock_log") || of_stock && message.first() != Some(&b'Q');
             started = true;
             if server_write.write_all(&message).await.is_err() {
                 return;
@@ -266,6 +283,10 @@ async fn relay(client: TcpStream, shared: Arc<Shared>) {
             }
         }
     }
+}
+
+fn contains(message: &[u8], part: &[u8]) -> bool {
+    message.windows(part.len()).any(|window| window == part)
 }
 
 fn next_message(buffer: &mut BytesMut, typed: bool) -> Option<Bytes> {
