@@ -19,6 +19,7 @@ mod brokers;
 mod callbacks;
 mod costs;
 mod cross_check;
+mod database_away;
 mod duplicates;
 mod engine;
 mod fixture;
@@ -132,6 +133,10 @@ const CASES: &[Case] = &[
     Case {
         name: "latency",
         run: |lab| Box::pin(latency::run(lab)),
+    },
+    Case {
+        name: "database_away",
+        run: |lab| Box::pin(database_away::run(lab)),
     },
     Case {
         name: "duplicates",
