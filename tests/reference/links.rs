@@ -28,10 +28,13 @@ fn files(dir: &Path, found: &mut Vec<PathBuf>) {
 
 /// The documents for people, relative to the repository. The changelog speaks of the past.
 fn documents() -> Vec<PathBuf> {
-    let mut found: Vec<_> = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"]
-        .iter()
-        .map(|name| root().join(name))
-        .collect();
+    let at_the_root = [
+        "README.md",
+        "README.zh-CN.md",
+        "ARCHITECTURE.md",
+        "CONTRIBUTING.md",
+    ];
+    let mut found: Vec<_> = at_the_root.iter().map(|name| root().join(name)).collect();
     for folder in ["docs", "perf"] {
         files(&root().join(folder), &mut found);
     }
