@@ -5,7 +5,7 @@
 190 clicks a second for 5 s, one after the other. `kill` is kill -9 of Redis; `power` also shuts its file system
 down without flushing (EXT4_IOC_SHUTDOWN on an ext4 image, which needs root). pip install redis
 """
-import fcntl, os, struct, subprocess, sys, tempfile, time
+import fcntl, os, shutil, struct, subprocess, sys, tempfile, time
 import redis
 
 policy, cause = sys.argv[1], sys.argv[2]
@@ -60,3 +60,4 @@ server.terminate()
 server.wait()
 if cause == 'power':
     run('umount', data)
+shutil.rmtree(home)
