@@ -12,8 +12,11 @@ use crate::store::postgres::order_log::{self, LogName};
 use crate::store::postgres::{Database, NodeLease};
 
 const INTERVAL: Duration = Duration::from_secs(1);
-/// Number of intervals after which the log is looked at, even if nobody orders.
+/// Number of intervals after which the log is looked at.
 const LOOK_EVERY: u32 = 30;
+/// The same while nothing is appended: otherwise nobody would know that the broker is away until the first order of a
+/// sale is refused.
+const LOOK_IDLE_EVERY: u32 = 5;
 
 /// Moves the place once a second, until the future is dropped or another process has taken over. A journal keeps its
 /// place by deleting segments. After a failover the database is told anew which log is in use, because it may have
@@ -28,15 +31,18 @@ pub async fn keep(
     let mut tick = tokio::time::interval(INTERVAL);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let (mut noted, mut of_restore) = (0, watermarks.restores());
-    let (mut told, mut ticks) = (false, 0_u32);
+    let (mut told, mut ticks, mut last) = (false, 0, None);
     loop {
         tick.tick().await;
         let Some(durable) = queue.durable() else {
             continue;
         };
-        ticks = (ticks + 1) % LOOK_EVERY;
-        if ticks == 0 {
+        let end = durable.last_position();
+        let is_idle = std::mem::replace(&mut last, end) == end;
+        ticks += 1;
+        if ticks >= if is_idle { LOOK_IDLE_EVERY } else { LOOK_EVERY } {
             durable.look();
+            ticks = 0;
         }
         // Read first: what is settled now is in a database on which nothing is missing, if that one takes the note.
         let (span, restores) = (durable.settled_up_to(), watermarks.restores());
