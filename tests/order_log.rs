@@ -267,10 +267,10 @@ fn a_redis_that_may_lose_orders_is_refused_in_a_sentence() {
             let log = dir.path().join("log");
             let refused = Served::try_start(dir.path(), &shop.settings(), &log);
             let refused = refused.err().expect("it may lose orders");
-            assert!(
-                refused.log.contains(setting) && refused.log.contains(needed),
-                "{refused:?}"
-            );
+            let log = &refused.log;
+            assert!(log.contains(setting) && log.contains(needed), "{refused:?}");
+            // The control plane that ends with such a start is not another error.
+            assert!(!log.contains("poisoned"), "{refused:?}");
             configure(setting, needed);
         }
         let served = shop.start(dir.path());

@@ -74,7 +74,21 @@ pub(super) struct Planes {
     pub(super) refresh: Refresh,
     /// Wakes the connections that wait for orders.
     pub(super) wake_all: WakeAll,
-    control_task: (oneshot::Sender<()>, JoinHandle<Option<()>>),
+    control_task: ControlTask,
+}
+
+/// The control plane's task. Dropping it asks the task to end, also in a start that failed.
+struct ControlTask {
+    stop: Option<oneshot::Sender<()>>,
+    task: JoinHandle<Option<()>>,
+    supervisor: Supervisor,
+}
+
+impl Drop for ControlTask {
+    fn drop(&mut self) {
+        // Before the sender is dropped: an end that was asked for poisons nothing.
+        self.supervisor.stop();
+    }
 }
 
 impl Planes {
@@ -116,9 +130,9 @@ impl Planes {
 
     /// Stops the control plane, within `limit`.
     pub(super) async fn stop_control(self, limit: Duration) {
-        let (stop, task) = self.control_task;
-        let _ = stop.send(());
-        let _ = tokio::time::timeout(limit, task).await;
+        let mut control = self.control_task;
+        control.stop.take();
+        let _ = tokio::time::timeout(limit, &mut control.task).await;
     }
 }
 
@@ -167,7 +181,7 @@ fn serve_control(
     control: &ControlPlane,
     listener: TcpListener,
     supervisor: &Supervisor,
-) -> std::io::Result<(oneshot::Sender<()>, JoinHandle<Option<()>>)> {
+) -> std::io::Result<ControlTask> {
     listener.set_nonblocking(true)?;
     let listener = tokio::net::TcpListener::from_std(listener)?;
     let (stop, stopped) = oneshot::channel::<()>();
@@ -180,7 +194,11 @@ fn serve_control(
             tracing::error!(reason = %error, "the control plane stopped");
         }
     });
-    Ok((stop, task))
+    Ok(ControlTask {
+        stop: Some(stop),
+        task,
+        supervisor: supervisor.clone(),
+    })
 }
 
 /// Serves `service` on the configured engine; returns the function that refreshes its gauges.
