@@ -46,14 +46,14 @@ fn documents() -> Vec<PathBuf> {
 }
 
 /// A document without its fenced blocks.
-fn prose(text: &str) -> String {
+pub(super) fn prose(text: &str) -> String {
     let outside = text.split("\n```").step_by(2);
     // The rest of the closing line of a fence is empty.
     outside.collect::<Vec<_>>().join("\n")
 }
 
 /// The anchor that GitHub gives a heading.
-fn anchor(heading: &str) -> String {
+pub(super) fn anchor(heading: &str) -> String {
     heading
         .chars()
         .filter(|one| one.is_alphanumeric() || matches!(one, ' ' | '-' | '_'))

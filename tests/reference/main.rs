@@ -1,10 +1,12 @@
 //! The documents say what the code says: generated pages and tables are current (`pages`,
-//! `states`), and every path, link and name in them exists (`links`).
+//! `states`), every path, link and name in them exists (`links`), and the runbook, the alert rules and the dashboard for
+//! Grafana agree with the code (`runbook`).
 //!
 //! `UPDATE_REFERENCE=1 cargo test --test reference` writes the generated parts anew.
 
 mod links;
 mod pages;
+mod runbook;
 mod states;
 
 /// What brings a generated part up to date.
