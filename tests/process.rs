@@ -369,6 +369,19 @@ fn a_missing_prerequisite_is_one_sentence_with_its_remedy() {
         "{said}"
     );
     assert!(said.contains("data_plane.listen"), "{said}");
+
+    // A command that only looks makes no PostgreSQL to look at.
+    let empty = test_dir();
+    for (args, code) in [(["audit"], 1), (["preflight"], 2)] {
+        let output = millrace(&args)
+            .env("MILLRACE_DATA_DIR", empty.path())
+            .output()
+            .expect("run millrace");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{said}");
+        assert!(said.contains("no database to look at"), "{said}");
+        assert_eq!(empty.path().read_dir().expect("a directory").count(), 0);
+    }
 }
 
 #[test]

@@ -31,7 +31,7 @@ use tokio::runtime::Handle;
 use self::background::{Background, Handles};
 pub use self::clock::ClockError;
 pub use self::error::StartError;
-pub use self::open::{OpenDatabase, open_database, prepare_schema};
+pub use self::open::{OpenDatabase, open_database, open_existing_database, prepare_schema};
 use self::order_path::OrderPath;
 use self::ownership::Ownership;
 use self::planes::{Listeners, Planes};

@@ -24,6 +24,18 @@ pub struct OpenDatabase {
 /// # Errors
 /// If no database can be opened.
 pub async fn open_database(config: &Config) -> Result<OpenDatabase, StartError> {
+    open(config, true).await
+}
+
+/// The same for a command that only looks: where our own server has never run, none is made.
+///
+/// # Errors
+/// As [`open_database`], and if there is none.
+pub async fn open_existing_database(config: &Config) -> Result<OpenDatabase, StartError> {
+    open(config, false).await
+}
+
+async fn open(config: &Config, may_make: bool) -> Result<OpenDatabase, StartError> {
     let settings = &config.database;
     let step = Duration::from_millis(settings.step_timeout_ms);
     if !settings.url.is_empty() {
@@ -39,6 +51,7 @@ pub async fn open_database(config: &Config) -> Result<OpenDatabase, StartError> 
         options.bin_dir = Some(PathBuf::from(&settings.embedded_bin_dir));
     }
     options.wal_bytes = settings.embedded_wal_bytes;
+    options.may_make = may_make;
     let embedded = Embedded::start(options).await?;
     tracing::info!(
         version = embedded.version(), directory = %embedded.home().display(),

@@ -7,7 +7,7 @@ use clap::Args;
 use super::client::{call_with_token, running_server};
 use super::output::print;
 use super::{ConfigArgs, logging};
-use crate::app::open_database;
+use crate::app::open_existing_database;
 use crate::config::Config;
 use crate::pipeline::admin::audit::{audit, within};
 
@@ -39,7 +39,7 @@ pub async fn run(args: &AuditArgs) -> anyhow::Result<bool> {
 }
 
 async fn offline(config: &Config) -> anyhow::Result<serde_json::Value> {
-    let open = open_database(config).await?;
+    let open = open_existing_database(config).await?;
     let timeout = Duration::from_millis(config.control_plane.audit_timeout_ms);
     let verdict = within(timeout, audit(&open.database, None)).await;
     open.database.close();

@@ -9,7 +9,7 @@ use super::client::{call_with_token, running_server};
 use super::output::print;
 use super::signals::Signals;
 use super::{ConfigArgs, logging};
-use crate::app::{open_database, preflight as wiring};
+use crate::app::{open_existing_database, preflight as wiring};
 use crate::config::Config;
 use crate::pipeline::admin::preflight::{Sale, preflight_until};
 
@@ -67,7 +67,7 @@ async fn offline(config: &Config, args: &PreflightArgs) -> anyhow::Result<Value>
     let settings = wiring::settings(config, None)?;
     // One that comes while our own server starts is heard afterwards, so that the server is stopped.
     let mut signals = Signals::new()?;
-    let open = open_database(config).await?;
+    let open = open_existing_database(config).await?;
     let sale = Sale {
         orders: args.orders,
         rate: args.rate,

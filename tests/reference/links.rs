@@ -35,7 +35,7 @@ fn documents() -> Vec<PathBuf> {
         "CONTRIBUTING.md",
     ];
     let mut found: Vec<_> = at_the_root.iter().map(|name| root().join(name)).collect();
-    for folder in ["docs", "perf"] {
+    for folder in ["deploy", "docs", "perf"] {
         files(&root().join(folder), &mut found);
     }
     found.retain(|path| path.extension().is_some_and(|extension| extension == "md"));

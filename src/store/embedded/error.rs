@@ -17,6 +17,15 @@ pub enum EmbeddedError {
         /// Versions that were found but are older than 15.
         found: Vec<String>,
     },
+    /// A command that only looks found nothing to look at.
+    #[error(
+        "there is no database to look at: database.url is not set, and Millrace has not made a PostgreSQL          in {}; run this with the settings and in the directory of the service (data_dir), or start it once",
+        .data_dir.display()
+    )]
+    NoCluster {
+        /// `data_dir`.
+        data_dir: PathBuf,
+    },
     /// `database.embedded_bin_dir` names a directory without a usable server.
     #[error(
         "database.embedded_bin_dir is {}, but `postgres`, `initdb` and `pg_ctl` of \
@@ -214,6 +223,7 @@ impl EmbeddedError {
             | Self::WouldNotStop { .. }
             | Self::Database { .. } => true,
             Self::NotFound { .. }
+            | Self::NoCluster { .. }
             | Self::BinDir { .. }
             | Self::VersionMissing { .. }
             | Self::Foreign { .. }

@@ -68,10 +68,12 @@ pub struct EmbeddedOptions {
     pub stop_timeout: Duration,
     /// `database.embedded_wal_bytes`: bytes of WAL segments that each start makes ready.
     pub wal_bytes: u64,
+    /// Whether a cluster is made if there is none.
+    pub may_make: bool,
 }
 
 impl EmbeddedOptions {
-    /// Defaults: search for the binaries, 30 s to stop, no WAL made ready.
+    /// Defaults: search for the binaries, 30 s to stop, no WAL made ready, a cluster is made if there is none.
     #[must_use]
     pub fn new(data_dir: impl Into<PathBuf>) -> Self {
         Self {
@@ -81,6 +83,7 @@ impl EmbeddedOptions {
             fallback_root: PathBuf::from("/var/lib/millrace"),
             stop_timeout: Duration::from_secs(30),
             wal_bytes: 0,
+            may_make: true,
         }
     }
 }
@@ -135,6 +138,10 @@ impl Embedded {
     }
 
     fn prepare(options: EmbeddedOptions) -> Result<Self, EmbeddedError> {
+        if !options.may_make && !Home::is_there(&options.data_dir) {
+            let data_dir = options.data_dir;
+            return Err(EmbeddedError::NoCluster { data_dir });
+        }
         let home = Home::find_or_make(&options.data_dir, &options.fallback_root)?;
         let lock = cluster::lock(&home)?;
         let data = home.data();

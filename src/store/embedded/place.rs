@@ -48,7 +48,15 @@ pub(super) struct Home {
     pub user: ServerUser,
 }
 
+/// The file of `data_dir` that names the home of a cluster that lives elsewhere.
+const POINTER: &str = "postgres.location";
+
 impl Home {
+    /// Whether a cluster was made for `data_dir`.
+    pub fn is_there(data_dir: &Path) -> bool {
+        data_dir.join(POINTER).exists() || data_dir.join("postgres").join("data").exists()
+    }
+
     /// Finds the home of `data_dir`, or makes one that the server's user may enter.
     pub fn find_or_make(data_dir: &Path, fallback_root: &Path) -> Result<Self, EmbeddedError> {
         let root = rustix::process::geteuid().is_root();
@@ -60,7 +68,7 @@ impl Home {
             .canonicalize()
             .map_err(io("find the real path of", data_dir))?;
 
-        let pointer = data_dir.join("postgres.location");
+        let pointer = data_dir.join(POINTER);
         match std::fs::read(&pointer) {
             Ok(bytes) => return Self::elsewhere(pointer, &bytes),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
