@@ -99,6 +99,8 @@ metrics! {
             "Orders that are queued or being written.";
         orders_remembered = gauge("millrace_orders_remembered"):
             "Orders kept in memory for idempotency and purchase limits.";
+        remembered_ratio = float_gauge("millrace_orders_remembered_ratio"):
+            "Share of orders.remembered_max in use, 0 to 1; at 1 every new order is refused.";
         batch_flushes = counters("millrace_batch_flushes_total", "reason", &FLUSHES):
             "Batches taken from the queue, by the reason for their size: idle, the queue was empty; full, \
              workers.batch_rows_max was reached.";
@@ -158,11 +160,11 @@ metrics! {
              there were too many of one kind (the log says how many of each).";
         ready = gauge("millrace_ready"):
             "1 while every check of /readyz passes.";
-        stalled_seconds = seconds_gauge("millrace_stalled_seconds"):
+        stalled_seconds = float_gauge("millrace_stalled_seconds"):
             "Time for which orders have waited without any being written; 0 while none waits.";
         poisoned = gauge("millrace_poisoned"):
             "1 once an internal fault has stopped the process from taking orders.";
-        recovery_seconds = seconds_gauge("millrace_recovery_seconds"):
+        recovery_seconds = float_gauge("millrace_recovery_seconds"):
             "Duration of the last start, from the first step to the recovered state.";
         recovered_orders = gauge("millrace_recovered_orders"):
             "Orders of the idempotency window that the last start read from the database.";

@@ -41,15 +41,15 @@ metrics! {
             "Payments that must be refunded, by reason; docs/PAYMENTS.md has the action for each.";
         orphan_payments = gauge("millrace_orphan_payments"):
             "Verified payments without an order.";
-        orphan_oldest_seconds = seconds_gauge("millrace_orphan_payment_oldest_seconds"):
+        orphan_oldest_seconds = float_gauge("millrace_orphan_payment_oldest_seconds"):
             "Age of the oldest payment without an order; alert if it exceeds the duration of the configured checks.";
         refunds_due = gauge("millrace_refunds_due"):
             "Payments that must be refunded and are not recorded as refunded.";
-        refund_due_oldest_seconds = seconds_gauge("millrace_refund_due_oldest_seconds"):
+        refund_due_oldest_seconds = float_gauge("millrace_refund_due_oldest_seconds"):
             "Time for which the oldest payment that must be refunded has waited for an operator.";
         orders_expired = counter("millrace_orders_expired_total"):
             "Orders that were not paid in time and whose units became free.";
-        expiry_backlog_seconds = seconds_gauge("millrace_expiry_backlog_seconds"):
+        expiry_backlog_seconds = float_gauge("millrace_expiry_backlog_seconds"):
             "Delay of the oldest expiry that is due.";
         expiry_rows = counter("millrace_expiry_rows_total"):
             "Rows read to find orders that must expire.";

@@ -42,7 +42,7 @@ macro_rules! metrics {
     (@type counters $name:tt) => { $crate::metrics::Counters };
     (@type gauge $name:tt) => { prometheus::IntGauge };
     (@type gauges $name:tt) => { prometheus::IntGaugeVec };
-    (@type seconds_gauge $name:tt) => { prometheus::Gauge };
+    (@type float_gauge $name:tt) => { prometheus::Gauge };
     (@type histogram $name:tt) => { prometheus::Histogram };
 }
 
@@ -163,7 +163,7 @@ impl Registrar {
         self.add(Histogram::with_opts(options)?, "histogram", String::new())
     }
 
-    pub(super) fn seconds_gauge(&mut self, name: &str, help: &str) -> prometheus::Result<Gauge> {
+    pub(super) fn float_gauge(&mut self, name: &str, help: &str) -> prometheus::Result<Gauge> {
         self.add(Gauge::new(name, help)?, "gauge", String::new())
     }
 

@@ -177,6 +177,7 @@ pub(super) async fn metrics(State(plane): State<ControlPlane>) -> Response {
         metrics
             .orders_remembered
             .set(parts.state.buyers.len() as i64);
+        metrics.remembered_ratio.set(parts.state.buyers.used());
         for sku in parts.state.catalogue.all() {
             let stock = sku.counter().snapshot();
             metrics.observe_stock(sku.id.as_str(), stock.free, stock.held, stock.sold);
