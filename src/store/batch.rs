@@ -18,7 +18,6 @@
 //! A commit in doubt is resolved by the batch's number, see `fenced`.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use futures_util::SinkExt;
@@ -121,7 +120,6 @@ impl Work<'_> {
 pub struct BatchWriter {
     row: FencedWriter,
     session: Option<Session>,
-    round_trip: Option<Duration>,
     buffer: BytesMut,
 }
 
@@ -143,7 +141,6 @@ impl BatchWriter {
         BatchWriter {
             row: FencedWriter::new(database, lease, shard, "worker"),
             session: None,
-            round_trip: None,
             buffer: BytesMut::new(),
         }
     }
@@ -157,11 +154,6 @@ impl BatchWriter {
             Some(_) => Ok(()),
             None => self.connect().await.map(|_| ()),
         }
-    }
-
-    /// The shortest round trip to the server that was seen while connecting; `None` before the first connection.
-    pub fn round_trip(&self) -> Option<Duration> {
-        self.round_trip
     }
 
     /// Number of commits that the database acknowledged and lost, as found so far.
@@ -403,18 +395,27 @@ impl BatchWriter {
             return Ok(true);
         }
         let step = self.row.database.step_timeout();
-        let mut round_trip = self.round_trip.unwrap_or(Duration::MAX);
-        let mut prepare = async |doing: &'static str, sql: &str| {
-            let started = Instant::now();
-            let prepared = timed(doing, step, client.prepare(sql)).await?;
-            round_trip = round_trip.min(started.elapsed());
-            prepared.map_err(|source| WriteError::Retry(StoreError::Statement { doing, source }))
+        let prepare = |doing: &'static str, sql: &'static str| {
+            let client = &client;
+            async move {
+                let prepared = timed(doing, step, client.prepare(sql)).await?;
+                prepared
+                    .map_err(|source| WriteError::Retry(StoreError::Statement { doing, source }))
+            }
         };
-        let fence = prepare("preparing the fence", &fence_statement()).await?;
+        let fence = timed(
+            "preparing the fence",
+            step,
+            client.prepare(&fence_statement()),
+        )
+        .await?;
+        let fence = fence.map_err(|source| {
+            let doing = "preparing the fence";
+            WriteError::Retry(StoreError::Statement { doing, source })
+        })?;
         let copy = prepare("preparing the COPY", copy::STATEMENT).await?;
         let counter = prepare("preparing a counter", COUNTER).await?;
         let counters = prepare("preparing the counters", COUNTERS).await?;
-        self.round_trip = Some(round_trip);
         self.session = Some(Session {
             client,
             backend,

@@ -176,9 +176,6 @@ impl Worker {
             let started = Instant::now();
             pool.request_help_while(self.write(claimed)).await?;
             pool.note_batch(started.elapsed());
-            if let Some(round_trip) = self.writer.round_trip() {
-                pool.note_round_trip(round_trip);
-            }
             if nobody_waits && self.slot.shard == 0 {
                 linger(&*queue, rows_max).await;
             }

@@ -6,9 +6,7 @@
 //!
 //! * by a worker that has taken a batch and leaves enough for another one ([`has_enough_for_two`]), and
 //! * by a worker that is busy with a batch for several times as long as batches took lately, repeatedly and whatever
-//!   the cause: no order waits longer than [`HELP_AFTER_MAX`] for a worker that hangs;
-//! * if PostgreSQL is a network away, by a worker that is half-way through a batch: it waits for the network then, and
-//!   nobody's processor.
+//!   the cause: no order waits longer than [`HELP_AFTER_MAX`] for a worker that hangs.
 //!
 //! After a batch of which every sender had its answer already the primary worker rests ([`linger`]), so that such
 //! orders share a batch too.
@@ -33,8 +31,6 @@ const HELP_ROWS: usize = 500;
 const HELP_AFTER_BATCHES: u32 = 4;
 /// Least time after which help is requested: the scheduler of a busy machine delays a batch this long.
 const HELP_AFTER_MIN: Duration = Duration::from_millis(4);
-/// Round trip from which on a batch is mostly a wait for the network. Within one machine it is 100 to 300 µs.
-const FAR: Duration = Duration::from_micros(700);
 /// Longest time after which help is requested.
 pub const HELP_AFTER_MAX: Duration = Duration::from_millis(100);
 
@@ -56,29 +52,14 @@ fn enough(rows_max: usize) -> usize {
 }
 
 /// The state shared by the workers of one queue.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct WorkerPool {
     requests: Notify,
-    /// Shortest round trip to PostgreSQL that a connecting worker has seen, in microseconds. It never rises, so a busy
-    /// moment is not taken for a distance.
-    round_trip_micros: AtomicU64,
     /// Recent duration of a batch in microseconds, at most [`HELP_AFTER_MAX`]: an average in which the newest counts an
     /// eighth. Relaxed throughout, because it is an estimate.
     batch_micros: AtomicU64,
     /// The primary worker has ended, so the others take orders without a request.
     primary_is_gone: AtomicBool,
-}
-
-impl Default for WorkerPool {
-    fn default() -> Self {
-        WorkerPool {
-            requests: Notify::default(),
-            // Near, until it is known.
-            round_trip_micros: AtomicU64::new(0),
-            batch_micros: AtomicU64::default(),
-            primary_is_gone: AtomicBool::default(),
-        }
-    }
 }
 
 impl WorkerPool {
@@ -98,25 +79,11 @@ impl WorkerPool {
         self.requests.notify_one();
     }
 
-    /// How long a worker is busy with one batch before it requests help: it follows the batches.
+    /// How long a worker is busy with one batch before it requests help: it follows the batches, so that neither a
+    /// PostgreSQL 5 ms away brings help for every batch nor a stall of one that is near goes unnoticed for long.
     fn help_after(&self) -> Duration {
         let batch = Duration::from_micros(self.batch_micros.load(Ordering::Relaxed));
-        let round_trip = Duration::from_micros(self.round_trip_micros.load(Ordering::Relaxed));
-        if round_trip >= FAR {
-            (batch / 2).clamp(round_trip, HELP_AFTER_MAX)
-        } else {
-            (batch * HELP_AFTER_BATCHES).clamp(HELP_AFTER_MIN, HELP_AFTER_MAX)
-        }
-    }
-
-    /// Notes the shortest round trip to PostgreSQL of a worker's connection.
-    pub fn note_round_trip(&self, round_trip: Duration) {
-        let micros = (round_trip.min(HELP_AFTER_MAX).as_micros() as u64).max(1);
-        let _ =
-            self.round_trip_micros
-                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |before| {
-                    (before == 0 || micros < before).then_some(micros)
-                });
+        (batch * HELP_AFTER_BATCHES).clamp(HELP_AFTER_MIN, HELP_AFTER_MAX)
     }
 
     /// Notes how long a batch took.
@@ -217,20 +184,6 @@ mod tests {
         assert_eq!(pool.help_after(), HELP_AFTER_MAX);
         batches(Duration::from_micros(100));
         assert_eq!(pool.help_after(), HELP_AFTER_MIN);
-    }
-
-    #[test]
-    fn help_is_requested_half_way_through_a_batch_if_postgresql_is_a_network_away() {
-        let pool = WorkerPool::default();
-        (0..100).for_each(|_| pool.note_batch(Duration::from_millis(16)));
-        pool.note_round_trip(Duration::from_millis(5));
-        let after = pool.help_after();
-        let expected = Duration::from_millis(7)..=Duration::from_millis(8);
-        assert!(expected.contains(&after), "{after:?}");
-        // A later connection was made on a busy machine, an earlier one was not.
-        pool.note_round_trip(Duration::from_micros(200));
-        pool.note_round_trip(Duration::from_millis(9));
-        assert!(pool.help_after() > Duration::from_millis(16), "it is near");
     }
 
     #[tokio::test]
