@@ -1,0 +1,51 @@
+"""A client for Millrace, the order intake of a flash sale. README.md has an example."""
+
+from .client import AsyncMillrace, Millrace, Options, Placement
+from .errors import (
+    DeadlineExceeded,
+    IdempotencyKeyReused,
+    InvalidRequest,
+    MillraceError,
+    NotCancellable,
+    OrderFailed,
+    PurchaseLimit,
+    RateLimited,
+    Refused,
+    SaleClosed,
+    SaleNotOpen,
+    SalePaused,
+    SoldOut,
+    Unauthorized,
+    UnknownOrder,
+    UnknownSku,
+)
+from .openapi.models import Order, OrderStatus, Problem, RefundReason, Sku, SkuState
+
+__all__ = [
+    "AsyncMillrace",
+    "DeadlineExceeded",
+    "IdempotencyKeyReused",
+    "InvalidRequest",
+    "Millrace",
+    "MillraceError",
+    "NotCancellable",
+    "Options",
+    "Order",
+    "OrderFailed",
+    "OrderStatus",
+    "Placement",
+    "Problem",
+    "PurchaseLimit",
+    "RateLimited",
+    "RefundReason",
+    "Refused",
+    "SaleClosed",
+    "SaleNotOpen",
+    "SalePaused",
+    "Sku",
+    "SkuState",
+    "SoldOut",
+    "Unauthorized",
+    "UnknownOrder",
+    "UnknownSku",
+]
