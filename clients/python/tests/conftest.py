@@ -27,7 +27,10 @@ from millrace import Millrace
 REPOSITORY = Path(__file__).parents[3]
 TOKEN = "a-shop"
 SECRET = base64.b64encode(b"the payment platform and Millrace know it").decode()
-SERVER_WAIT = 2
+SERVER_WAIT = 10
+"""Seconds that the server waits at most; so much that a busy machine does not run out of it."""
+IMPATIENT = 2
+"""Seconds that the clients of tests wait in which the database stands still."""
 
 
 def until(condition: Callable[[], Any], what: str, seconds: float = 60) -> Any:
@@ -103,8 +106,8 @@ class Server:
         self.process.kill()
         self.process.wait()
 
-    def client(self, token: str | None = TOKEN, **http: Any) -> Millrace:
-        return Millrace(self.url, token, server_wait=SERVER_WAIT, trust_env=False, **http)
+    def client(self, token: str | None = TOKEN, server_wait: int = SERVER_WAIT, **http: Any) -> Millrace:
+        return Millrace(self.url, token, server_wait=server_wait, trust_env=False, **http)
 
     def put_sku(self, sku_id: str, total: int, **terms: Any) -> str:
         terms = {"unit_price": 1000, "currency": "EUR", "total": total, **terms}

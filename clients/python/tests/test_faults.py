@@ -8,14 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from conftest import Seen, Server, until
+from conftest import IMPATIENT, Seen, Server, until
 
 from millrace import DeadlineExceeded, Millrace, MillraceError, OrderStatus, Placement
 
 
 def test_clicks_that_meet_a_database_that_stands_still_are_decided_afterwards(server: Server, key: str) -> None:
     sku, seen, clicks = server.put_sku("frozen", 8), Seen(), range(8)
-    with server.client(event_hooks=seen.hooks) as millrace, ThreadPoolExecutor(len(clicks)) as threads:
+    client = server.client(server_wait=IMPATIENT, event_hooks=seen.hooks)
+    with client as millrace, ThreadPoolExecutor(len(clicks)) as threads:
         with server.frozen_database():
             placing = [
                 threads.submit(millrace.place, f"u-{n}", sku, idempotency_key=key, deadline=120.0) for n in clicks
@@ -111,7 +112,8 @@ def test_a_server_killed_in_a_rush_leaves_each_click_one_order(server: Server) -
 
 def test_an_undecided_click_whose_server_dies_is_placed_after_all(server: Server) -> None:
     sku, seen = server.put_sku("undecided", 5), Seen()
-    with server.client(event_hooks=seen.hooks) as millrace, ThreadPoolExecutor(1) as threads:
+    client = server.client(server_wait=IMPATIENT, event_hooks=seen.hooks)
+    with client as millrace, ThreadPoolExecutor(1) as threads:
         with server.frozen_database():
             click = threads.submit(millrace.place, "u-1", sku, deadline=180.0)
             until(lambda: 202 in seen.statuses or click.done(), "an undecided order")
