@@ -8,7 +8,7 @@ if grep -n '"resolved"' package-lock.json; then
     exit 1
 fi
 rm -rf dist
-npm ci --ignore-scripts
+npm ci
 npm run --silent stale || {
     echo "src/openapi.ts is out of date: run \`npm run generate\` in clients/typescript" >&2
     exit 1

@@ -14,7 +14,7 @@
 import { randomUUID } from 'node:crypto';
 import { setTimeout as sleep } from 'node:timers/promises';
 import createClient, { type Client } from 'openapi-fetch';
-import type { components, paths } from './openapi.js';
+import type { components, operations, paths } from './openapi.js';
 
 export type { components, paths } from './openapi.js';
 /** An order as Millrace answers it. `order_id` is a string: its 64 bits do not fit a number. */
@@ -22,8 +22,8 @@ export type Order = components['schemas']['Order'];
 /** A problem as Millrace answers it (RFC 9457). */
 export type Problem = components['schemas']['Problem'];
 /** The order to place. Ids are strings; `quantity` and `adjustment` are safe integers. */
-export type OrderRequest = Omit<components['schemas']['OrderRequest'], 'user_id' | 'sku_id'> &
-  { user_id: string; sku_id: string };
+export type OrderRequest = { [K in keyof Wire]: K extends 'user_id' | 'sku_id' ? string : Wire[K] };
+type Wire = components['schemas']['OrderRequest'];
 
 /** `baseUrl` is the data plane's, `token` its `data_plane.token`. Defaults: 30,000 ms, and 7 s as the server's. */
 export interface ClientOptions {
@@ -138,8 +138,10 @@ export class Millrace {
     const body = JSON.stringify(request);
     const isEnough = (order: Order) => isDecided(order) || (respondAsync && order.status === 'accepted');
     const { order, response, attempts } = await this.#until(isEnough, click, options, (wait, signal) => {
-      const prefer = respondAsync ? `respond-async, wait=${wait}` : `wait=${wait}`;
-      const header = { 'Idempotency-Key': idempotencyKey, Prefer: prefer };
+      const header: operations['placeOrder']['parameters']['header'] = {
+        'Idempotency-Key': idempotencyKey,
+        Prefer: respondAsync ? `respond-async, wait=${wait}` : `wait=${wait}`,
+      };
       return this.http.POST('/v1/orders', { params: { header }, body: request, bodySerializer: () => body, signal });
     });
     return { order, idempotencyKey, replayed: response.headers.has('Idempotency-Replayed'), attempts };
@@ -223,7 +225,7 @@ function requireText(name: string, value: unknown, form: RegExp, click: Click): 
   throw new MillraceError('invalid_field', `${name}: must be a string that matches ${form}`, click);
 }
 
-function requireSafe<K extends string>(from: { readonly [name in K]?: unknown }, names: K[], click: Click): void {
+function requireSafe<T>(from: T, names: (keyof T & string)[], click: Click): void {
   const name = names.find((one) => from[one] !== undefined && !Number.isSafeInteger(from[one]));
   if (name) throw new MillraceError('unsafe_integer', `${name}: is not an integer within ±(2^53 - 1)`, click);
 }

@@ -66,6 +66,29 @@ test('an accepted order is decided by long poll once the database goes on', asyn
   assert.deepEqual(server.rows('POLLED'), new Map([['u-1', [order.order_id]]]));
 });
 
+test('an order whose answer is lost is found by the next try, and so is a cancellation', async () => {
+  await server.putSku('LOST', {});
+  const placing = await server.losing(2);
+  const { order, replayed, attempts } = await placing.client.place({ user_id: 'u-1', sku_id: 'LOST' });
+  placing.end();
+  assert.deepEqual([replayed, attempts], [true, 3]);
+  assert.deepEqual(server.rows('LOST'), new Map([['u-1', [order.order_id]]]));
+  const cancelling = await server.losing(1);
+  assert.equal((await cancelling.client.cancel(order.order_id)).status, 'cancelled');
+  cancelling.end();
+});
+
+test('if each answer is lost, the error says that the order may exist', async () => {
+  await server.putSku('SILENT', {});
+  const { client, end } = await server.losing(Number.POSITIVE_INFINITY);
+  const error: unknown = await client.place({ user_id: 'u-1', sku_id: 'SILENT' }, { deadlineMs: 3_000 }).catch((reason: unknown) => reason);
+  end();
+  assert.ok(error instanceof DeadlineExceeded, String(error));
+  assert.deepEqual([error.mayExist, error.orderId], [true, undefined]);
+  const { order } = await server.client().place({ user_id: 'u-1', sku_id: 'SILENT' }, { idempotencyKey: error.idempotencyKey });
+  assert.deepEqual(server.rows('SILENT'), new Map([['u-1', [order.order_id]]]));
+});
+
 test('an abort ends the call at once, and the click can be repeated', async () => {
   await server.putSku('ABORTED', {});
   const request = { user_id: 'u-1', sku_id: 'ABORTED' };

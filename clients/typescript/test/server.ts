@@ -3,6 +3,7 @@ import assert from 'node:assert/strict';
 import { execFileSync, spawn, type ChildProcess } from 'node:child_process';
 import { createHmac, randomUUID } from 'node:crypto';
 import { chmodSync, existsSync, mkdtempSync, openSync, readFileSync, rmSync } from 'node:fs';
+import { connect, createServer, type AddressInfo } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join, resolve } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
@@ -91,6 +92,28 @@ export class Server {
 
   operator(): Client<paths> {
     return createClient<paths>({ baseUrl: `http://${this.control}` });
+  }
+
+  /** A way to the server on which the first `count` answers are lost. Each connection carries one request. */
+  async losing(count: number): Promise<{ client: Millrace; end: () => void }> {
+    let left = count;
+    const [host, port] = this.data.split(':');
+    const proxy = createServer((near) => {
+      const far = connect(Number(port), host);
+      near.on('error', () => far.destroy()).pipe(far);
+      far.on('error', () => near.destroy()).on('data', (answer: Buffer) => {
+        if (left > 0) {
+          left -= 1;
+          near.destroy();
+          far.destroy();
+        } else {
+          near.end(answer);
+        }
+      });
+    });
+    await new Promise<void>((done) => proxy.listen(0, '127.0.0.1', done));
+    const client = this.client({ baseUrl: `http://127.0.0.1:${(proxy.address() as AddressInfo).port}` });
+    return { client, end: () => proxy.close() };
   }
 
   async putSku(sku_id: string, terms: Partial<components['schemas']['SkuRequest']>): Promise<void> {
