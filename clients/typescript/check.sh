@@ -3,6 +3,10 @@
 set -eu
 cd "$(dirname "$0")"
 
+command -v npm >/dev/null || {
+    echo "there is no npm: install Node 20 or newer" >&2
+    exit 1
+}
 if grep -n '"resolved"' package-lock.json; then
     echo "package-lock.json names hosts: run npm in this folder, where .npmrc leaves them out" >&2
     exit 1
