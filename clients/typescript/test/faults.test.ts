@@ -21,7 +21,6 @@ test('clicks go through once the database goes on, each with one order', async (
   await server.putSku('STOPPED', {});
   const client = server.client({ waitSeconds: 1 });
   server.stopDatabase();
-  const started = performance.now();
   const placed: Promise<Placed>[] = [];
   const undecided = await server.answers('undecided', 'timed_out', 'overloaded');
   for (let user = 0; user < 10; user += 1) placed.push(client.place({ user_id: `u-${user}`, sku_id: 'STOPPED' }));
@@ -30,7 +29,6 @@ test('clicks go through once the database goes on, each with one order', async (
   server.continueDatabase();
   const orders = await Promise.all(placed);
   assert.ok(orders.some(({ attempts }) => attempts > 1));
-  assert.ok(performance.now() - started >= 1_000, 'the server waits a second before it gives one up');
   const expected = orders.map(({ order }): [string, string[]] => [order.user_id, [order.order_id]]);
   assert.ok(orders.every(({ order }) => order.status === 'pending_payment'));
   assert.deepEqual(new Map([...server.rows('STOPPED')].sort()), new Map(expected.sort()));
@@ -89,6 +87,16 @@ test('if each answer is lost, the error says that the order may exist', async ()
   assert.deepEqual(server.rows('SILENT'), new Map([['u-1', [order.order_id]]]));
 });
 
+test('if nothing listens, the error says that no order exists', async () => {
+  // An address of its own: on a connection that is kept alive, a request may have been read before it was cut.
+  const { client, end } = await server.losing(0);
+  end();
+  const error: unknown = await client.place({ user_id: 'u-1', sku_id: 'ANY' }, { deadlineMs: 1_000 }).catch((reason: unknown) => reason);
+  assert.ok(error instanceof DeadlineExceeded, String(error));
+  assert.deepEqual([error.mayExist, error.orderId], [false, undefined]);
+  assert.ok(error.idempotencyKey);
+});
+
 test('an abort ends the call at once, and the click can be repeated', async () => {
   await server.putSku('ABORTED', {});
   const request = { user_id: 'u-1', sku_id: 'ABORTED' };
@@ -126,11 +134,6 @@ test('each click of a rush has one order though the server is killed in the midd
   await until('a third of the answers', () => answered >= CLICKS / 3);
   await server.kill('SIGKILL');
   assert.ok(answered < CLICKS, 'in the middle');
-  const down = client.waitUntilDecided('1', { deadlineMs: 500 }).catch((reason: unknown) => reason);
-  assert.ok((await down) instanceof DeadlineExceeded);
-  const unsent: unknown = await client.place({ user_id: 'u-x', sku_id: 'RUSH' }, { deadlineMs: 500 }).catch((reason: unknown) => reason);
-  assert.ok(unsent instanceof DeadlineExceeded);
-  assert.equal(unsent.mayExist, false, 'nothing listened');
   await server.startAgain();
   const placed = await rush;
   assert.ok(placed.some(({ attempts }) => attempts > 1));
