@@ -380,8 +380,18 @@ fn a_missing_prerequisite_is_one_sentence_with_its_remedy() {
         let said = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(code), "{said}");
         assert!(said.contains("no database to look at"), "{said}");
+        assert!(said.contains("has not made a PostgreSQL in "), "{said}");
         assert_eq!(empty.path().read_dir().expect("a directory").count(), 0);
     }
+    // A home in which nothing was made is no database either.
+    std::fs::create_dir(empty.path().join("postgres")).expect("a home");
+    let output = millrace(&["audit"])
+        .env("MILLRACE_DATA_DIR", empty.path())
+        .output()
+        .expect("run millrace");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(!empty.path().join("postgres/data").exists(), "{said}");
 }
 
 #[test]

@@ -19,7 +19,8 @@ pub enum EmbeddedError {
     },
     /// A command that only looks found nothing to look at.
     #[error(
-        "there is no database to look at: database.url is not set, and Millrace has not made a PostgreSQL          in {}; run this with the settings and in the directory of the service (data_dir), or start it once",
+        "there is no database to look at: database.url is not set, and Millrace has not made a PostgreSQL \
+         in {}; run this with the settings and in the directory of the service (data_dir), or start it once",
         .data_dir.display()
     )]
     NoCluster {

@@ -138,9 +138,12 @@ impl Embedded {
     }
 
     fn prepare(options: EmbeddedOptions) -> Result<Self, EmbeddedError> {
+        let nothing = EmbeddedError::NoCluster {
+            data_dir: options.data_dir.clone(),
+        };
+        // Before a home is made.
         if !options.may_make && !Home::is_there(&options.data_dir) {
-            let data_dir = options.data_dir;
-            return Err(EmbeddedError::NoCluster { data_dir });
+            return Err(nothing);
         }
         let home = Home::find_or_make(&options.data_dir, &options.fallback_root)?;
         let lock = cluster::lock(&home)?;
@@ -148,6 +151,7 @@ impl Embedded {
         let found = cluster::inspect(&home)?;
         let needed = match found {
             Found::Ours { major } => Some((major, data.as_path())),
+            Found::Nothing if !options.may_make => return Err(nothing),
             Found::Nothing => None,
         };
         let installation = binaries::find(options.bin_dir.as_deref(), &home.user, needed)?;

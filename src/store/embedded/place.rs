@@ -52,9 +52,9 @@ pub(super) struct Home {
 const POINTER: &str = "postgres.location";
 
 impl Home {
-    /// Whether a cluster was made for `data_dir`.
+    /// Whether `data_dir` has a home already, with or without a cluster in it.
     pub fn is_there(data_dir: &Path) -> bool {
-        data_dir.join(POINTER).exists() || data_dir.join("postgres").join("data").exists()
+        data_dir.join(POINTER).exists() || data_dir.join("postgres").exists()
     }
 
     /// Finds the home of `data_dir`, or makes one that the server's user may enter.
