@@ -36,7 +36,7 @@ pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
     let mut order = Template::order(HOT, "");
     let mut findings = Vec::new();
     let names = ROUND_TRIPS_MS.map(|ms| format!("PostgreSQL {ms} ms away"));
-    let names = [&*names[0], &*names[1], &*names[2]];
+    let names = names.each_ref().map(String::as_str);
     for rate in RATES {
         let mut p50s: [Vec<f64>; 3] = Default::default();
         let rounds = alternate(lab.rounds(), names, async |side| {

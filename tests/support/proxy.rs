@@ -32,13 +32,19 @@ pub enum Cut {
     Late(Duration),
 }
 
+/// Whose COMMIT is cut.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Target {
+    Anyone,
+    /// Not a worker.
+    BesideWorkers,
+    /// Somebody beside workers whose transaction changes stock.
+    StockChange,
+}
+
 struct Shared {
     socket: Mutex<PathBuf>,
-    cut: Mutex<Option<Cut>>,
-    /// The next cut is not for a worker.
-    spare_workers: AtomicBool,
-    /// The next cut is for a transaction that changes stock.
-    only_stock: AtomicBool,
+    cut: Mutex<Option<(Target, Cut)>>,
     late: AtomicUsize,
     frozen: watch::Sender<bool>,
     severed: watch::Sender<()>,
@@ -49,16 +55,16 @@ struct Shared {
 
 impl Shared {
     fn take_cut(&self, of_worker: bool, of_stock: bool) -> Option<Cut> {
-        if of_worker && self.spare_workers.load(Ordering::SeqCst)
-            || !of_stock && self.only_stock.load(Ordering::SeqCst)
-        {
-            return None;
-        }
-        let cut = self.cut.lock().unwrap().take();
-        if cut.is_some() && self.last.load(Ordering::SeqCst) {
+        let is_meant = |(target, _): &mut (Target, Cut)| match target {
+            Target::Anyone => true,
+            Target::BesideWorkers => !of_worker,
+            Target::StockChange => !of_worker && of_stock,
+        };
+        let (_, cut) = self.cut.lock().unwrap().take_if(is_meant)?;
+        if self.last.load(Ordering::SeqCst) {
             self.closed.store(true, Ordering::SeqCst);
         }
-        cut
+        Some(cut)
     }
 }
 
@@ -85,8 +91,6 @@ impl Proxy {
         let shared = Arc::new(Shared {
             socket: Mutex::new(socket.to_owned()),
             cut: Mutex::new(None),
-            spare_workers: AtomicBool::new(false),
-            only_stock: AtomicBool::new(false),
             late: AtomicUsize::new(0),
             frozen: watch::Sender::new(false),
             severed: watch::Sender::new(()),
@@ -139,20 +143,22 @@ impl Proxy {
 
     /// Cuts the next connection that commits.
     pub fn cut(&self, cut: Cut) {
-        *self.shared.cut.lock().unwrap() = Some(cut);
+        self.cut_of(Target::Anyone, cut);
+    }
+
+    fn cut_of(&self, target: Target, cut: Cut) {
+        *self.shared.cut.lock().unwrap() = Some((target, cut));
     }
 
     /// Cuts the next connection that commits and is not a worker's.
     pub fn cut_beside_workers(&self, cut: Cut) {
-        self.shared.spare_workers.store(true, Ordering::SeqCst);
-        self.cut(cut);
+        self.cut_of(Target::BesideWorkers, cut);
     }
 
     /// Cuts the next connection that commits a change of stock and is not a worker's: an operator's, and
     /// nothing that a task in the background happens to commit at that moment.
     pub fn cut_change_of_stock(&self, cut: Cut) {
-        self.shared.only_stock.store(true, Ordering::SeqCst);
-        self.cut_beside_workers(cut);
+        self.cut_of(Target::StockChange, cut);
     }
 
     /// Cuts the next connection that commits, and lets nobody in afterwards.
