@@ -1,11 +1,12 @@
 //! The commands. Exit codes: 0 done, 1 failed, 2 wrong usage. A preflight: 0 nothing is bad, 1 something is, 2 it
-//! could not be made.
+//! could not be made. The check of a draw: 0 it is right, 1 it is not, 2 there is nothing to judge.
 
 mod audit;
 mod client;
 mod config_check;
 mod config_reference;
 mod demo;
+mod draw;
 mod load;
 mod logging;
 mod migrate;
@@ -52,6 +53,11 @@ enum Command {
     ///
     /// Exit code 0: nothing is bad; 1: something is; 2: the preflight could not be made.
     Preflight(preflight::PreflightArgs),
+    /// Check a published draw.
+    Draw {
+        #[command(subcommand)]
+        command: draw::DrawCommand,
+    },
     /// Bring the database schema up to date, or print its SQL.
     Migrate(migrate::MigrateArgs),
     /// Look at the order log, check it, or give it up.
@@ -93,7 +99,7 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     take_panics();
     let failed = match cli.command {
-        Command::Preflight(_) => ExitCode::from(2),
+        Command::Preflight(_) | Command::Draw { .. } => ExitCode::from(2),
         _ => ExitCode::FAILURE,
     };
     let result = tokio::runtime::Builder::new_multi_thread()
@@ -136,6 +142,7 @@ async fn run(cli: Cli) -> anyhow::Result<bool> {
         Command::Load(args) => load::run(args).await,
         Command::Audit(args) => audit::run(&args).await,
         Command::Preflight(args) => preflight::run(&args).await,
+        Command::Draw { command } => draw::run(&command),
         Command::Migrate(args) => migrate::run(&args).await,
         Command::Queue(args) => queue::run(&args).await,
         Command::Config {

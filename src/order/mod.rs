@@ -18,6 +18,7 @@
 //! `accepted` and `undecided` are answered before a row exists and are never stored.
 //! [`OrderStatus::may_become`] is the transition table, and a test walks every pair.
 
+pub mod draw;
 mod id;
 pub mod log_place;
 pub mod payment;
