@@ -70,7 +70,7 @@ pub const BUGS: [&str; 25] = [
 ];
 
 /// Everything that runs under supervision as long as the process does.
-pub const SUPERVISED: [&str; 25] = [
+pub const SUPERVISED: [&str; 26] = [
     "a worker",
     "the wait for the workers",
     "the deadline task",
@@ -85,6 +85,7 @@ pub const SUPERVISED: [&str; 25] = [
     "the retry of parked orders",
     "the deletion of old rows",
     "the storage of pauses",
+    "the count of dead letters",
     "the settlement of cancellations",
     "the eviction of old orders",
     "the supervision of the embedded PostgreSQL",

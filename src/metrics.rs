@@ -116,6 +116,8 @@ metrics! {
             "Failed attempts to write a batch, which were retried.";
         dead_letters = counter("millrace_dead_letters_total"):
             "Rows that the database refused and that became dead letters.";
+        dead_letters_open = gauge("millrace_dead_letters_open"):
+            "Dead letters that an operator has neither retried nor discarded, counted every few seconds, up to 10,000.";
         orders_parked = gauge("millrace_orders_parked"):
             "Orders parked because the database refuses their SKU's counters.";
         commits_lost = counter("millrace_commits_lost_total"):

@@ -206,6 +206,8 @@ fn a_full_journal_refuses_before_anything_is_held_and_takes_orders_again_when_th
             (refused.status, refused.code().as_str()),
             (503, "journal_full")
         );
+        let live = server.control("GET", "/admin/v1/live", Value::Null).await;
+        assert_eq!(live.json()["order_log"]["state"], "full");
         admin.batch_execute("COMMIT").await.unwrap();
         until_status(&server, ids.last().unwrap(), "pending_payment").await;
         let deadline = Instant::now() + PATIENCE;

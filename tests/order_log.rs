@@ -170,6 +170,8 @@ fn keeps_what_was_accepted(kind: Kind) {
                     let problem = answer.json();
                     assert_eq!(problem["code"], "queue_unavailable", "{problem}");
                     assert!(answer.field("retry-after").is_some(), "{answer:?}");
+                    let live = call(second.control, "GET", "/admin/v1/live", &[], "").json();
+                    assert_eq!(live["order_log"]["state"], "away", "{live}");
                     true
                 }
                 // Sent when the broker died, or not answered in time: a restart may find it, or nothing was sent.

@@ -12,6 +12,7 @@ use super::ownership::Ownership;
 use crate::config::{Config, Retention};
 use crate::metrics::Metrics;
 use crate::pipeline::WakeAll;
+use crate::pipeline::admin::open_letters;
 use crate::pipeline::admin::pauses::Pauses;
 use crate::pipeline::admin::pruning::{PrunedBelow, Pruning};
 use crate::pipeline::failover::health::{self, Health, Looker};
@@ -111,6 +112,10 @@ impl Background {
         let (callbacks, payments, orphan_checks) = background.settle_payments(parts)?;
         let operators = parts.database().with_own_pool(OPERATORS_POOL)?;
         let (parking, pauses) = background.serve_operators(parts, &operators)?;
+        background.run(
+            "the count of dead letters",
+            open_letters::keep(operators.clone(), parts.metrics.clone()),
+        );
         let canceller = Canceller::new(
             Arc::clone(parts.state),
             parts.database().clone(),

@@ -21,6 +21,8 @@ const RETRY: &str = "/admin/v1/orphan-payments/{id}/retry";
 const CLOSE: &str = "/admin/v1/orphan-payments/{id}/close";
 const REFUNDED: &str = "/admin/v1/orders/{order_id}/refunded";
 const ORDER: &str = "/v1/orders/{order_id}";
+const HISTORY: &str = "/admin/v1/orders/{order_id}";
+const OF_USER: &str = "/admin/v1/users/{user_id}/orders";
 const LIST: &str = "/v1/users/{user_id}/orders";
 const CANCEL: &str = "/v1/orders/{order_id}/cancel";
 
@@ -245,9 +247,58 @@ pub async fn check(server: &TestServer, database: &TestDatabase, checker: &mut C
         assert_eq!(recorded.json()["restocked"], restocked, "{recorded:?}");
     }
     let recorded = shop.post(REFUNDED, &id(&late), refund, 200).await;
+    histories(&mut shop, &paid, &late).await;
     assert_eq!(recorded.json()["refund_reason"], "order_cancelled");
     let audit = shop.get("/admin/v1/audit", "", "", 200).await;
     assert_eq!(audit["payments"]["refunded"]["amount"]["EUR"], 300);
+}
+
+/// Orders as an operator looks them up: one that was paid and then refunded, and one that was cancelled and then paid.
+async fn histories(shop: &mut Asker<'_>, paid: &Value, late: &Value) {
+    let history = shop.get(HISTORY, &id(paid), "", 200).await;
+    assert_eq!(history["order"]["status"], "refunded", "{history:#}");
+    assert_eq!(history["place"], "database");
+    assert_eq!(history["payments"][0]["reference"], "re-1");
+    let event = &history["payment_events"][0];
+    assert_eq!(event["kind"], "payment.succeeded");
+    let body: Value = serde_json::from_str(event["body"].as_str().expect("a body")).expect("JSON");
+    assert_eq!(body["data"]["order_id"], paid["order_id"]);
+    let entry = &history["stock_log"][0];
+    assert_eq!(entry["cause"], "restocked after a refund");
+    assert_eq!(
+        (&entry["sold_delta"], &entry["total_delta"]),
+        (&json!(-1), &json!(0))
+    );
+    let history = shop.get(HISTORY, &id(late), "", 200).await;
+    let entry = &history["stock_log"][0];
+    assert_eq!(
+        (&entry["cause"], &entry["held_delta"]),
+        (&json!("cancelled"), &json!(-1))
+    );
+    // Payments name it, and it is not there.
+    let history = shop.get(HISTORY, "123456789", "", 200).await;
+    assert_eq!(
+        (&history["order"], &history["place"]),
+        (&Value::Null, &Value::Null)
+    );
+    assert_eq!(history["payments"].as_array().map(Vec::len), Some(1));
+    shop.get(HISTORY, "1", "", 404).await;
+    shop.get(HISTORY, "x", "", 404).await;
+    shop.get(HISTORY, &id(paid), "?all=1", 400).await;
+
+    let page = shop.get(OF_USER, "payer-3", "", 200).await;
+    assert_eq!(page["orders"][0]["order_id"], late["order_id"]);
+    let full = shop.get(OF_USER, "payer-3", "?limit=1", 200).await;
+    let query = format!("?before={}", full["next_before"].as_str().expect("more"));
+    let rest = shop.get(OF_USER, "payer-3", &query, 200).await;
+    assert_eq!(rest["orders"], json!([]));
+    assert_eq!(
+        shop.get(OF_USER, "nobody", "", 200).await["orders"],
+        json!([])
+    );
+    for query in ["?limit=0", "?limit=101", "?before=x", "?page=2"] {
+        shop.get(OF_USER, "payer-3", query, 400).await;
+    }
 }
 
 /// What is refused of a platform's messages, in its own dialect.

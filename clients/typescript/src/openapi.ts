@@ -126,6 +126,23 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/admin/v1/orders/{order_id}": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** An order, with everything that is known of it */
+        get: operations["getOrderHistory"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/admin/v1/orders/{order_id}/refunded": {
         parameters: {
             query?: never;
@@ -387,6 +404,23 @@ export interface paths {
         put?: never;
         /** Resume one sale */
         post: operations["resumeSku"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/admin/v1/users/{user_id}/orders": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** A user's orders, newest first */
+        get: operations["listOrdersOfUser"];
+        put?: never;
+        post?: never;
         delete?: never;
         options?: never;
         head?: never;
@@ -774,6 +808,12 @@ export interface components {
             /** @description The provider's reference of the refund. */
             reference?: string | null;
         };
+        CountersRefused: {
+            /** @description Acknowledged orders that wait until it is mended. */
+            parked: number;
+            /** @description The database's message at the last attempt. */
+            reason: string;
+        };
         /** @description ISO 4217. */
         Currency: string;
         DeadLetter: {
@@ -817,8 +857,13 @@ export interface components {
                 }[];
             };
             connections: number;
+            /** @description Rows that the database refused since the start of the process. */
             dead_letters: number;
+            /** @description Dead letters that wait for an operator, counted every few seconds, up to 10,000. */
+            dead_letters_open: number;
             now: components["schemas"]["Time"];
+            /** @description `null` with `queue.backend = "memory"`. */
+            order_log: components["schemas"]["OrderLog"] | null;
             /** @description Answers to orders by outcome, since the start of the process. */
             orders: components["schemas"]["Totals"];
             orders_in_flight: number;
@@ -844,7 +889,7 @@ export interface components {
                 depth: number;
             };
             reason: string | null;
-            skus: components["schemas"]["Sku"][];
+            skus: components["schemas"]["OperatorSku"][];
             /** @enum {string} */
             state: "recovering" | "ready" | "not_ready" | "draining" | "poisoned";
         };
@@ -860,6 +905,28 @@ export interface components {
         Note: {
             /** @description At most 1,000 bytes. */
             note?: string | null;
+        };
+        /** @description A SKU as operators see it. */
+        OperatorSku: {
+            closes_at: components["schemas"]["Time"] | null;
+            /** @description Why its sale is paused, if the database refuses its counters: resuming cannot help until its row is mended. */
+            counters_refused: components["schemas"]["CountersRefused"] | null;
+            currency: components["schemas"]["Currency"];
+            free: number;
+            held: number;
+            now: components["schemas"]["Time"];
+            opens_at: components["schemas"]["Time"] | null;
+            /** @description Whether an operator has paused this SKU, other than with every sale. */
+            paused: boolean;
+            per_user_limit: number | null;
+            sku_id: components["schemas"]["SkuId"];
+            sold: number;
+            /** @enum {string} */
+            state: "open" | "not_open" | "closed" | "paused" | "sold_out";
+            title: string;
+            total: number;
+            /** Format: int64 */
+            unit_price: number;
         };
         Order: {
             /** Format: int64 */
@@ -885,6 +952,19 @@ export interface components {
             /** @enum {string} */
             status: "accepted" | "undecided" | "pending_payment" | "paid" | "cancelled" | "expired" | "failed" | "refund_due" | "refunded";
             user_id: components["schemas"]["UserId"];
+        };
+        OrderHistory: {
+            dead_letter: components["schemas"]["DeadLetter"] | null;
+            /** @description `null`: payments name it, and it is not there. */
+            order: components["schemas"]["Order"] | null;
+            /** @description The messages about these payments, as far as `retention` has left them. */
+            payment_events: components["schemas"]["PaymentEvent"][];
+            /** @description The payments that name it, oldest first. */
+            payments: components["schemas"]["Payment"][];
+            /** @description Where it is. */
+            place: ("in_flight" | "order_log" | "database") | null;
+            /** @description The entries of the stock log that name this order alone: cancelled, retried, recovered, refunded. What a batch or a transaction moves for several orders together is one entry, which names none of them. */
+            stock_log: components["schemas"]["StockLogEntry"][];
         };
         /**
          * @description A 64-bit, time-ordered integer as a string.
@@ -912,6 +992,21 @@ export interface components {
             next_before: components["schemas"]["OrderId"] | null;
             /** @description Newest first. */
             orders: components["schemas"]["Order"][];
+        };
+        OrderLog: {
+            bytes: number;
+            bytes_max: number;
+            /** @description Why it is not open. */
+            detail: string | null;
+            /** @description Orders that are not settled in the database. */
+            outstanding: number;
+            /**
+             * @description What the next order with `respond-async` would meet. `busy`: too many are being appended at this moment. `no_lease`: the database has not answered for longer than `queue.journal.lease_ms`. `away`: the broker takes nothing. Orders that wait go on in each of them.
+             * @enum {string}
+             */
+            state: "open" | "busy" | "full" | "failed" | "no_lease" | "away";
+            /** @description Its name in messages. */
+            title: string;
         };
         /**
          * @description Unknown and duplicate members are refused. The whole body has at most 16 KiB.
@@ -979,6 +1074,19 @@ export interface components {
             reference: string | null;
             refund_reason: components["schemas"]["RefundReason"] | null;
             state: components["schemas"]["PaymentState"];
+        };
+        PaymentEvent: {
+            /** @description As it came; what is not UTF-8 is replaced. */
+            body: string;
+            /** @description The provider's name for it. */
+            event_id: string;
+            /** Format: int64 */
+            id: number;
+            /** @description What it reports, in the provider's words. */
+            kind: string;
+            payment_id: string;
+            provider: components["schemas"]["Provider"];
+            received_at: components["schemas"]["Time"];
         };
         PaymentList: {
             /**
@@ -1132,18 +1240,22 @@ export interface components {
         SkuList: {
             /** @description Whether every sale is paused. */
             paused: boolean;
-            skus: components["schemas"]["Sku"][];
+            skus: components["schemas"]["OperatorSku"][];
         };
         /** @description The SKU as it now stands, and what was changed. */
         SkuPut: {
             /** @description The terms that differ from before, among them those that were left out and took their defaults. Empty where the SKU was created. */
             changed: ("title" | "unit_price" | "currency" | "per_user_limit" | "opens_at" | "closes_at" | "total")[];
             closes_at: components["schemas"]["Time"] | null;
+            /** @description Why its sale is paused, if the database refuses its counters: resuming cannot help until its row is mended. */
+            counters_refused: components["schemas"]["CountersRefused"] | null;
             currency: components["schemas"]["Currency"];
             free: number;
             held: number;
             now: components["schemas"]["Time"];
             opens_at: components["schemas"]["Time"] | null;
+            /** @description Whether an operator has paused this SKU, other than with every sale. */
+            paused: boolean;
             per_user_limit: number | null;
             sku_id: components["schemas"]["SkuId"];
             sold: number;
@@ -1208,6 +1320,24 @@ export interface components {
         };
         /** @description SQL for someone who may run it. */
         Statements: string[];
+        StockLogEntry: {
+            at: components["schemas"]["Time"];
+            cause: string;
+            /** Format: int64 */
+            held_after: number;
+            /** Format: int64 */
+            held_delta: number;
+            /** Format: int64 */
+            id: number;
+            /** Format: int64 */
+            sold_after: number;
+            /** Format: int64 */
+            sold_delta: number;
+            /** Format: int64 */
+            total_after: number;
+            /** Format: int64 */
+            total_delta: number;
+        };
         /**
          * @example {
          *       "id": "evt_1",
@@ -2177,6 +2307,36 @@ export interface operations {
             421: components["responses"]["Problem421_misdirected"];
         };
     };
+    getOrderHistory: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                order_id: components["schemas"]["OrderId"];
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Its row or its place in the queue, its payments and their messages, its dead letter. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["OrderHistory"];
+                };
+            };
+            400: components["responses"]["Problem400_invalid_field_unknown_field"];
+            401: components["responses"]["Problem401_unauthorized"];
+            404: components["responses"]["Problem404_not_found_unknown_order"];
+            405: components["responses"]["MethodNotAllowed"];
+            415: components["responses"]["Problem415_unsupported_media_type"];
+            421: components["responses"]["Problem421_misdirected"];
+            500: components["responses"]["Problem500_internal"];
+            503: components["responses"]["Problem503_not_ready"];
+        };
+    };
     recordRefund: {
         parameters: {
             query?: never;
@@ -2605,7 +2765,7 @@ export interface operations {
                     [name: string]: unknown;
                 };
                 content: {
-                    "application/json": components["schemas"]["Sku"];
+                    "application/json": components["schemas"]["OperatorSku"];
                 };
             };
             400: components["responses"]["Problem400_bad_request_and_3"];
@@ -2646,7 +2806,7 @@ export interface operations {
                     [name: string]: unknown;
                 };
                 content: {
-                    "application/json": components["schemas"]["Sku"];
+                    "application/json": components["schemas"]["OperatorSku"];
                 };
             };
             400: components["responses"]["Problem400_bad_request_and_4"];
@@ -2680,7 +2840,7 @@ export interface operations {
                     [name: string]: unknown;
                 };
                 content: {
-                    "application/json": components["schemas"]["Sku"];
+                    "application/json": components["schemas"]["OperatorSku"];
                 };
             };
             400: components["responses"]["Problem400_bad_request_and_3"];
@@ -2694,6 +2854,41 @@ export interface operations {
             421: components["responses"]["Problem421_misdirected"];
             500: components["responses"]["Problem500_internal"];
             503: components["responses"]["Problem503_not_ready_not_stored"];
+        };
+    };
+    listOrdersOfUser: {
+        parameters: {
+            query?: {
+                /** @description Only orders older than this one: `next_before` of the page before. */
+                before?: components["schemas"]["OrderId"];
+                /** @description Orders in a page. */
+                limit?: number;
+            };
+            header?: never;
+            path: {
+                user_id: components["schemas"]["UserId"];
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description A page: orders of the idempotency window, or all of them where `database.user_index` is on. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["OrderList"];
+                };
+            };
+            400: components["responses"]["Problem400_invalid_field_unknown_field"];
+            401: components["responses"]["Problem401_unauthorized"];
+            404: components["responses"]["Problem404_not_found"];
+            405: components["responses"]["MethodNotAllowed"];
+            415: components["responses"]["Problem415_unsupported_media_type"];
+            421: components["responses"]["Problem421_misdirected"];
+            500: components["responses"]["Problem500_internal"];
+            503: components["responses"]["Problem503_not_ready"];
         };
     };
     health: {

@@ -5,6 +5,7 @@ use axum::response::{IntoResponse, Response};
 
 use crate::http::problem::{MEDIA_TYPE, Problem};
 use crate::pipeline::admin::operator::OperatorError;
+use crate::pipeline::orders::lookup::LookupError;
 use crate::profile::ProfileError;
 use crate::store::StoreError;
 
@@ -59,6 +60,18 @@ impl From<OperatorError> for Failure {
             }
             OperatorError::Store(error) => return error.into(),
         })
+    }
+}
+
+impl From<LookupError> for Failure {
+    fn from(error: LookupError) -> Self {
+        match error {
+            LookupError::Store(error) => error.into(),
+            LookupError::Log(_) => {
+                tracing::error!(reason = %error, "an operator's request failed");
+                Failure(Problem::new(500, "internal", error.to_string()))
+            }
+        }
     }
 }
 

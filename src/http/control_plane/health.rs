@@ -11,6 +11,10 @@ use crate::logging;
 use crate::pipeline::failover::health::STALE;
 use crate::pipeline::orders::deadlines::look_at_progress;
 
+/// Why nothing may be acknowledged although the order log is sound.
+pub(super) const NO_LEASE: &str =
+    "the database has not answered for longer than queue.journal.lease_ms";
+
 /// One named check of readiness.
 #[derive(Debug, Serialize)]
 struct ReadyCheck {
@@ -101,7 +105,7 @@ fn checks(parts: &Parts) -> Vec<ReadyCheck> {
             Some(reason) => {
                 format!("takes no orders; respond-async is refused until it does: {reason}")
             }
-            None if !parts.acknowledge.holds() => "the database has not answered for longer than queue.journal.lease_ms; respond-async is refused".into(),
+            None if !parts.acknowledge.holds() => format!("{NO_LEASE}; respond-async is refused"),
             None => format!("{} orders are not rows yet", durable.outstanding()),
         };
         let ok = failure.is_none() && away.is_none() && parts.acknowledge.holds();

@@ -4,11 +4,12 @@ use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
-use super::health::failing;
+use super::health::{NO_LEASE, failing};
 use super::{ControlPlane, Parts};
-use crate::http::wire::SkuView;
+use crate::http::wire::OperatorSkuView;
 use crate::metrics::{Metrics, Totals};
 use crate::order::{Refusal, UnixMillis};
+use crate::queue::NotDurable;
 
 /// `GET /admin/v1/live`. Counters count from the start of the process; rates are differences.
 #[derive(Debug, Serialize)]
@@ -20,7 +21,7 @@ struct Live {
     reason: Option<String>,
     /// Whether every sale is paused.
     paused: bool,
-    skus: Vec<SkuView>,
+    skus: Vec<OperatorSkuView>,
     /// Answers to orders by outcome.
     orders: Totals,
     queue: Queue,
@@ -29,7 +30,12 @@ struct Live {
     batches: Batches,
     batch_retries: Totals,
     orders_parked: i64,
+    /// Since the start.
     dead_letters: u64,
+    /// Counted every few seconds, up to 10,000.
+    dead_letters_open: i64,
+    /// `null` with a volatile queue.
+    order_log: Option<OrderLog>,
     payments: Payments,
 }
 
@@ -44,6 +50,20 @@ struct Payments {
     refunds_due: i64,
     refund_due_oldest_seconds: f64,
     orders_expired: u64,
+}
+
+/// The log of orders that are acknowledged before they are rows.
+#[derive(Debug, Serialize)]
+struct OrderLog {
+    title: String,
+    /// What the next order with `respond-async` would meet: `open`, `busy`, `full`, `failed`, `no_lease` or `away`.
+    state: &'static str,
+    /// Why it is not open.
+    detail: Option<String>,
+    bytes: u64,
+    bytes_max: i64,
+    /// Orders that are not settled in the database.
+    outstanding: u64,
 }
 
 #[derive(Debug, Serialize)]
@@ -92,6 +112,8 @@ pub(super) async fn live(State(plane): State<ControlPlane>) -> Response {
         batch_retries: metrics.batch_retries.totals(),
         orders_parked: metrics.orders_parked.get(),
         dead_letters: metrics.dead_letters.get(),
+        dead_letters_open: metrics.dead_letters_open.get(),
+        order_log: parts.and_then(|parts| order_log(metrics, parts)),
         payments: payments(metrics, parts),
     };
     axum::Json(live).into_response()
@@ -110,11 +132,41 @@ fn state(parts: &Parts) -> (&'static str, Option<String>) {
     }
 }
 
-fn skus(parts: &Parts) -> Vec<SkuView> {
+fn order_log(metrics: &Metrics, parts: &Parts) -> Option<OrderLog> {
+    let durable = parts.queue.durable()?;
+    let (bytes, bytes_max) = (durable.bytes(), metrics.journal_bytes_max.get());
+    // As an order would, and given back at once.
+    let (state, detail) = match durable.reserve(None).map(drop) {
+        Ok(()) => ("open", None),
+        Err(NotDurable::Busy) => ("busy", None),
+        Err(NotDurable::Full) => (
+            "full",
+            Some(format!(
+                "{} MiB of {} MiB are in use, or the disk is full; {} orders are not rows yet",
+                bytes >> 20,
+                bytes_max >> 20,
+                durable.outstanding()
+            )),
+        ),
+        Err(NotDurable::Failed) => ("failed", durable.failure()),
+        Err(NotDurable::NoLease) => ("no_lease", Some(NO_LEASE.to_owned())),
+        Err(NotDurable::Away) => ("away", durable.away()),
+    };
+    Some(OrderLog {
+        title: durable.title(),
+        state,
+        detail,
+        bytes,
+        bytes_max,
+        outstanding: durable.outstanding(),
+    })
+}
+
+fn skus(parts: &Parts) -> Vec<OperatorSkuView> {
     let catalogue = &parts.state.catalogue;
     let all = catalogue.all();
     all.iter()
-        .map(|sku| SkuView::of(sku, catalogue.is_paused()))
+        .map(|sku| OperatorSkuView::of(sku, catalogue.is_paused()))
         .collect()
 }
 

@@ -14,6 +14,7 @@ mod extract;
 mod failure;
 mod health;
 mod live;
+mod orders;
 mod payments;
 mod preflight;
 mod profile;
@@ -36,6 +37,7 @@ use crate::pipeline::admin::preflight::Preflighter;
 use crate::pipeline::failover::health::Health;
 use crate::pipeline::failover::lease::AcknowledgeLease;
 use crate::pipeline::orders::intake::Intake;
+use crate::pipeline::orders::lookup::OrderLookup;
 use crate::pipeline::payments::processor::PaymentsHandle;
 use crate::pipeline::payments::reconciler::OrphanChecks;
 use crate::queue::OrderQueue;
@@ -68,6 +70,10 @@ pub struct Parts {
     pub intake: Arc<Intake>,
     /// The queue, for its depth.
     pub queue: Arc<dyn OrderQueue>,
+    /// Finds orders wherever they are.
+    pub lookup: OrderLookup,
+    /// Whether the database has the index by user, so that a whole history can be listed.
+    pub user_index: bool,
     /// The right to acknowledge orders before they are rows.
     pub acknowledge: Arc<AcknowledgeLease>,
     /// The last check of the database.

@@ -11,7 +11,7 @@ use axum::routing::{self, MethodFilter, MethodRouter};
 use super::extract::{self, Accepts};
 use super::failure::Failure;
 use super::{
-    ControlPlane, access, audit, dashboard, dead_letters, document, health, live, payments,
+    ControlPlane, access, audit, dashboard, dead_letters, document, health, live, orders, payments,
     preflight, profile, skus,
 };
 use crate::http::problem::Problem;
@@ -198,6 +198,11 @@ fn table() -> Vec<Route> {
             "/admin/v1/orphan-payments/{id}/close",
             payments::close,
         )),
+        get("/admin/v1/orders/{order_id}", orders::history),
+        with_query(
+            &["limit", "before"],
+            get("/admin/v1/users/{user_id}/orders", orders::of_user),
+        ),
         with_body(post(
             "/admin/v1/orders/{order_id}/refunded",
             payments::refunded,

@@ -9,7 +9,7 @@ use super::extract::{Body, Segment, idempotency_key};
 use super::failure::Failure;
 use super::{ControlPlane, Parts};
 use crate::http::problem::Problem;
-use crate::http::wire::{PutSkuView, RestockBody, SkuBody, SkuView};
+use crate::http::wire::{OperatorSkuView, PutSkuView, RestockBody, SkuBody};
 use crate::order::{IdempotencyKey, SkuId};
 use crate::state::stock::Sku;
 
@@ -18,7 +18,7 @@ pub(super) async fn list(State(plane): State<ControlPlane>) -> Result<Response, 
     let skus = catalogue.all();
     let views: Vec<_> = skus
         .iter()
-        .map(|sku| SkuView::of(sku, catalogue.is_paused()))
+        .map(|sku| OperatorSkuView::of(sku, catalogue.is_paused()))
         .collect();
     Ok(axum::Json(json!({ "skus": views, "paused": catalogue.is_paused() })).into_response())
 }
@@ -37,7 +37,7 @@ pub(super) async fn put(
     } else {
         StatusCode::OK
     };
-    let view = SkuView::of(&put.sku, parts.state.catalogue.is_paused());
+    let view = OperatorSkuView::of(&put.sku, parts.state.catalogue.is_paused());
     let answer = PutSkuView::of(view, put.changed);
     Ok((status, axum::Json(answer)).into_response())
 }
@@ -98,8 +98,8 @@ fn paused(parts: &Parts) -> Response {
     axum::Json(json!({ "paused": paused })).into_response()
 }
 
-fn view(parts: &Parts, sku: &Sku) -> axum::Json<SkuView> {
-    axum::Json(SkuView::of(sku, parts.state.catalogue.is_paused()))
+fn view(parts: &Parts, sku: &Sku) -> axum::Json<OperatorSkuView> {
+    axum::Json(OperatorSkuView::of(sku, parts.state.catalogue.is_paused()))
 }
 
 fn parse_id(text: &str) -> Result<SkuId, Problem> {

@@ -1,6 +1,7 @@
 //! The context of every handler of the data plane: the parts that it calls, and the look-ups that
 //! handlers share.
 
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -13,7 +14,7 @@ use crate::http::server::tokio_bridge::{self, TaskLost};
 use crate::http::wire::OrderView;
 use crate::metrics::Metrics;
 use crate::order::receipt::ReceiptKeys;
-use crate::order::{Order, OrderId, OrderStatus};
+use crate::order::{Order, OrderId};
 use crate::pipeline::orders::cancel::Canceller;
 use crate::pipeline::orders::intake::Intake;
 use crate::pipeline::orders::lookup::{Found, LookupError, OrderLookup};
@@ -21,7 +22,6 @@ use crate::pipeline::payments::callbacks::CallbacksHandle;
 use crate::queue::OrderQueue;
 use crate::state::State;
 use crate::store::StoreError;
-use crate::store::postgres::Database;
 use crate::store::postgres::orders::StoredOrder;
 
 /// The context of every handler.
@@ -34,8 +34,6 @@ pub struct Context {
     pub queue: Arc<dyn OrderQueue>,
     /// Finds orders wherever they are.
     pub lookup: OrderLookup,
-    /// For lists of orders.
-    pub database: Database,
     /// Cancels orders.
     pub canceller: Canceller,
     /// Stores payment callbacks.
@@ -81,18 +79,9 @@ impl Context {
         }
     }
 
-    /// The view of a row. An order past its payment deadline is shown as expired, even if its row
-    /// still says `pending_payment`.
+    /// The view of a row as it stands now.
     pub(super) fn stored_view<'a>(&self, order: &'a StoredOrder) -> OrderView<'a> {
-        let orphans = &self.state.orphans;
-        let past = order.status == OrderStatus::PendingPayment
-            && orphans.is_late(order.id, order.expires_at, self.state.ids.real_now());
-        let status = if past {
-            OrderStatus::Expired
-        } else {
-            order.status
-        };
-        OrderView::stored(order, status, &self.receipts)
+        OrderView::stored_now(order, &self.state, &self.receipts)
     }
 
     /// Looks for an order wherever it may be, until `deadline` at most. Costs no task if it is in memory.
@@ -107,7 +96,7 @@ impl Context {
         }
         let lookup = self.lookup.clone();
         let found = self.on_tokio(request, deadline, async move { lookup.find(id).await })?;
-        found.map_err(|error| lookup_problem(id, &error))
+        found.map_err(|error| lookup_problem(&id, &error))
     }
 
     /// Looks for an order in the database, until `deadline` at most.
@@ -119,7 +108,7 @@ impl Context {
     ) -> Result<Option<StoredOrder>, Problem> {
         let lookup = self.lookup.clone();
         let found = self.on_tokio(request, deadline, async move { lookup.stored(id).await })?;
-        found.map_err(|error| lookup_problem(id, &error))
+        found.map_err(|error| lookup_problem(&id, &error))
     }
 
     /// Looks for an order on the disk, until `deadline` at most. Costs nothing if none are there.
@@ -134,7 +123,7 @@ impl Context {
         }
         let lookup = self.lookup.clone();
         let found = self.on_tokio(request, deadline, async move { lookup.on_disk(id).await })?;
-        found.map_err(|error| lookup_problem(id, &error))
+        found.map_err(|error| lookup_problem(&id, &error))
     }
 
     /// The expected time until an order that is queued now becomes a row, in milliseconds, by the
@@ -144,12 +133,12 @@ impl Context {
     }
 }
 
-/// The answer to a request whose order could not be looked for.
-fn lookup_problem(id: OrderId, error: &LookupError) -> Problem {
+/// The answer to a request whose order, or whose buyer's orders, could not be looked for.
+pub(super) fn lookup_problem(of: &dyn fmt::Display, error: &LookupError) -> Problem {
     match error {
         LookupError::Store(error) => database_problem(error),
         LookupError::Log(error) => {
-            tracing::error!(order_id = %id, reason = %error, "the journal cannot be read");
+            tracing::error!(%of, reason = %error, "the journal cannot be read");
             Problem::internal()
         }
     }

@@ -3,13 +3,14 @@
 //! | module | content |
 //! |---|---|
 //! | [`json`] | the only way from JSON to a struct |
-//! | [`orders`], [`skus`], [`dead_letters`], [`payments`] | bodies and views |
+//! | [`orders`], [`order_history`], [`skus`], [`dead_letters`], [`payments`] | bodies and views |
 //! | [`headers`], [`query`] | header fields and query fields |
 //! | [`mod@write`] | writing an answer |
 
 pub mod dead_letters;
 pub mod headers;
 pub mod json;
+pub mod order_history;
 pub mod orders;
 pub mod payments;
 pub mod query;
@@ -22,7 +23,7 @@ pub use dead_letters::{DeadLetterView, NoteBody};
 pub use headers::{idempotency_key, no_batch_key, parse_key, require_identity};
 pub use json::no_members;
 pub use orders::{ATTRIBUTES_BYTES_MAX, BatchLine, OrderBody, OrderList, OrderView};
-pub use skus::{PutSkuView, RestockBody, SkuBody, SkuView};
+pub use skus::{OperatorSkuView, PutSkuView, RestockBody, SkuBody, SkuView};
 
 #[cfg(test)]
 mod tests {

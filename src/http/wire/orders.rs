@@ -14,6 +14,8 @@ use crate::order::receipt::{Receipt, ReceiptKeys, SignedParts};
 use crate::order::{
     Currency, KeyHash, Order, OrderId, OrderStatus, Quantity, SkuId, SkuTag, UserId,
 };
+use crate::pipeline::orders::lookup::Found;
+use crate::state::State;
 use crate::store::postgres::orders::StoredOrder;
 
 /// Longest `attributes` in bytes, as it came.
@@ -137,6 +139,17 @@ pub struct OrderList<'a> {
     pub next_before: Option<OrderId>,
 }
 
+impl<'a> OrderList<'a> {
+    /// A page of at most `limit` orders, the newest first.
+    pub fn of(orders: Vec<OrderView<'a>>, limit: usize) -> Self {
+        let last = orders.last().filter(|_| orders.len() == limit);
+        OrderList {
+            next_before: last.map(OrderView::order_id),
+            orders,
+        }
+    }
+}
+
 /// An order in an answer.
 #[derive(Debug, Serialize)]
 pub struct OrderView<'a> {
@@ -197,6 +210,39 @@ impl<'a> OrderView<'a> {
             estimated_wait_ms: Some(estimated_wait_ms),
             ..Self::of(order, OrderStatus::Accepted, keys)
         }
+    }
+
+    /// An order, wherever it was found.
+    pub fn found(order: &'a Found, state: &State, keys: &ReceiptKeys) -> Self {
+        match order {
+            Found::InFlight(pending) => {
+                let is_durable = pending.slot.is_durable();
+                let status = if is_durable {
+                    OrderStatus::Accepted
+                } else {
+                    OrderStatus::Undecided
+                };
+                Self::of(&pending.order, status, keys)
+            }
+            Found::OnDisk(order) => Self::of(order, OrderStatus::Accepted, keys),
+            Found::Recent(pending) => Self::of(&pending.order, OrderStatus::PendingPayment, keys),
+            Found::Stored(order) => Self::stored_now(order, state, keys),
+        }
+    }
+
+    /// An order from the database as it stands now: one past its payment deadline is shown as expired, even if its
+    /// row still says `pending_payment`.
+    pub fn stored_now(order: &'a StoredOrder, state: &State, keys: &ReceiptKeys) -> Self {
+        let is_past = order.status == OrderStatus::PendingPayment
+            && state
+                .orphans
+                .is_late(order.id, order.expires_at, state.ids.real_now());
+        let status = if is_past {
+            OrderStatus::Expired
+        } else {
+            order.status
+        };
+        Self::stored(order, status, keys)
     }
 
     /// An order from the database, whose status is `status` by now.

@@ -10,18 +10,52 @@ use crate::http::problem::Problem;
 use crate::order::{Currency, SkuId, UnixMillis};
 use crate::state::stock::{SaleTerms, Sku};
 
+/// A SKU as operators see it.
+#[derive(Debug, Serialize)]
+pub struct OperatorSkuView {
+    #[serde(flatten)]
+    sku: SkuView,
+    /// Whether an operator has paused this SKU, other than with every sale.
+    paused: bool,
+    /// Why its sale is paused, if the database refuses its counters: resuming cannot help until its row is mended.
+    counters_refused: Option<CountersRefusedView>,
+}
+
+#[derive(Debug, Serialize)]
+struct CountersRefusedView {
+    /// The database's message at the last attempt.
+    reason: String,
+    /// Acknowledged orders that are parked.
+    parked: u64,
+}
+
+impl OperatorSkuView {
+    /// A SKU as it is now. `all_paused`: every sale is paused.
+    pub fn of(sku: &Sku, all_paused: bool) -> Self {
+        let refused = sku.fault().refused();
+        OperatorSkuView {
+            sku: SkuView::of(sku, all_paused),
+            paused: sku.is_paused(),
+            counters_refused: refused.map(|refused| CountersRefusedView {
+                reason: refused.reason.to_string(),
+                parked: refused.parked,
+            }),
+        }
+    }
+}
+
 /// The answer to a `PUT` of a SKU.
 #[derive(Debug, Serialize)]
 pub struct PutSkuView {
     #[serde(flatten)]
-    sku: SkuView,
+    sku: OperatorSkuView,
     /// The terms that differ from before. A term that was left out takes its default.
     changed: Vec<&'static str>,
 }
 
 impl PutSkuView {
     /// A SKU after the change, with the changed terms.
-    pub fn of(sku: SkuView, changed: Vec<&'static str>) -> Self {
+    pub fn of(sku: OperatorSkuView, changed: Vec<&'static str>) -> Self {
         PutSkuView { sku, changed }
     }
 }

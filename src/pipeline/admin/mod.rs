@@ -10,6 +10,7 @@ pub mod audit;
 mod changes;
 pub(in crate::pipeline) mod limits;
 pub(in crate::pipeline) mod lost_answers;
+pub mod open_letters;
 pub mod operator;
 pub mod pauses;
 pub mod preflight;

@@ -13,13 +13,14 @@
 //! when memory, the disk and memory again are asked, in this sequence, is not in flight. An order is stored
 //! before it is noted as recent, and noted as recent before it leaves memory.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 
-use crate::order::{Order, OrderId};
+use crate::order::{Order, OrderId, UserId};
 use crate::queue::OrderQueue;
 use crate::state::State;
-use crate::state::pending::PendingOrder;
+use crate::state::pending::{PendingOrder, SlotState};
 use crate::store::StoreError;
 use crate::store::postgres::orders::{self, StoredOrder};
 use crate::store::postgres::{Database, parked};
@@ -131,6 +132,58 @@ impl OrderLookup {
         }
         let stored = self.stored(id).await?;
         Ok(stored.map(|stored| Found::Stored(Box::new(stored))))
+    }
+
+    /// A buyer's newest orders below `before`, the newest first, at most `limit`: those of the idempotency window, or
+    /// all of them with `whole_history`, which needs `database.user_index`. Without any of the window, and without
+    /// `whole_history`, the database is not asked.
+    ///
+    /// # Errors
+    /// [`LookupError`].
+    pub async fn of_user(
+        &self,
+        user_id: &UserId,
+        before: OrderId,
+        limit: usize,
+        whole_history: bool,
+    ) -> Result<Vec<Found>, LookupError> {
+        let mut found = BTreeMap::new();
+        let mut elsewhere = Vec::new();
+        for known in self.state.buyers.page(user_id, before, limit) {
+            let id = known.order_id;
+            match self.under_way(id).await? {
+                Some(order) => drop(found.insert(id, order)),
+                None => elsewhere.push(id),
+            }
+        }
+        let stored = if whole_history {
+            orders::of_user(&self.database, user_id, before, limit as i64).await?
+        } else if elsewhere.is_empty() {
+            Vec::new()
+        } else {
+            orders::find_among(&self.database, &elsewhere).await?
+        };
+        // A row that is there says more than the order in flight that it was.
+        let stored = stored.into_iter();
+        found.extend(stored.map(|order| (order.id, Found::Stored(Box::new(order)))));
+        Ok(found.into_values().rev().take(limit).collect())
+    }
+
+    /// An order that is in memory and not decided, or on the disk.
+    async fn under_way(&self, id: OrderId) -> Result<Option<Found>, LookupError> {
+        let undecided = || {
+            let pending = self.state.pending.get(id)?;
+            let state = pending.slot.state();
+            let is_undecided = !state.is_final() || state == SlotState::OnDisk;
+            is_undecided.then_some(Found::InFlight(pending))
+        };
+        if let Some(found) = undecided() {
+            return Ok(Some(found));
+        }
+        if let Some(order) = self.on_disk(id).await? {
+            return Ok(Some(Found::OnDisk(Box::new(order))));
+        }
+        Ok(undecided())
     }
 
     /// Whether an order will become a row: it is in memory, on the disk or parked.

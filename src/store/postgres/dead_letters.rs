@@ -41,7 +41,7 @@ pub struct DeadLetter {
 const COLUMNS: &str = "d.id, (extract(epoch FROM d.at) * 1000)::int8, d.order_id, d.user_id, s.sku_id, d.sku, d.quantity,
     d.amount, d.currency, d.sqlstate, d.reason, d.attributes, (extract(epoch FROM d.discarded_at) * 1000)::int8, d.note";
 
-fn from_row(row: &tokio_postgres::Row) -> Result<DeadLetter, StoreError> {
+pub(super) fn from_row(row: &tokio_postgres::Row) -> Result<DeadLetter, StoreError> {
     let raw: i64 = row.get(2);
     Ok(DeadLetter {
         id: row.get(0),
@@ -118,6 +118,29 @@ pub async fn find(database: &Database, id: i64) -> Result<Option<DeadLetter>, St
         )
         .await?;
     row.as_ref().map(from_row).transpose()
+}
+
+/// The query for the dead letter of an order ($1).
+pub(super) fn of_order() -> String {
+    format!("SELECT {COLUMNS} FROM dead_letters d JOIN sku s ON s.id = d.sku WHERE d.order_id = $1")
+}
+
+/// Number of open dead letters, counted up to `most`.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn count_open(database: &Database, most: i64) -> Result<i64, StoreError> {
+    let client = database.pooled().await?;
+    let row = database
+        .timed(
+            "counting the dead letters",
+            client.query_one(
+                "SELECT count(*) FROM (SELECT FROM dead_letters WHERE discarded_at IS NULL LIMIT $1) open",
+                &[&most],
+            ),
+        )
+        .await?;
+    Ok(row.get(0))
 }
 
 /// Discards a dead letter: its order stays `failed`. Returns false if there is no such open dead letter.

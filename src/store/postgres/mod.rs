@@ -28,6 +28,7 @@ pub mod clock;
 mod connector;
 pub mod dead_letters;
 pub mod lease;
+pub mod order_history;
 pub mod order_log;
 pub mod orders;
 pub mod parked;

@@ -68,7 +68,7 @@ const COLUMNS: &str = "p.id, p.provider, p.payment_id, p.order_ref, p.order_id, 
     OR EXISTS (SELECT FROM dead_letters d WHERE d.order_id = p.order_id) AS has_order,
     (extract(epoch FROM least(p.received_at, p.paid_at)) * 1000)::int8 AS counts_at";
 
-fn from_row(row: &Row) -> Result<StoredPayment, StoreError> {
+pub(super) fn from_row(row: &Row) -> Result<StoredPayment, StoreError> {
     let id: i64 = row.get(0);
     let unexpected = |what: &str| StoreError::Data(format!("payment {id}: {what}"));
     Ok(StoredPayment {
@@ -133,6 +133,11 @@ pub async fn find(database: &Database, id: i64) -> Result<Option<StoredPayment>,
         .timed("reading a payment", client.query_opt(&sql, &[&id]))
         .await?;
     row.as_ref().map(from_row).transpose()
+}
+
+/// The query for the payments that name an order ($1), oldest first, at most $2.
+pub(super) fn of_order() -> String {
+    format!("SELECT {COLUMNS} FROM payments p WHERE p.order_id = $1 ORDER BY p.id LIMIT $2")
 }
 
 /// Orphans with ids above `after` whose order exists, oldest first, at most `limit`.
