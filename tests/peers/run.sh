@@ -229,6 +229,7 @@ if [ -n "$browser" ]; then
     tell Page.navigate "{\"url\":\"http://$control/\"}"
     same "Chromium, dashboard: the live figures arrive" true \
         "$(once "document.body.innerText.includes('50,000,000')" true)"
+    once true "(location.hash = '#/checks')" >/dev/null
     same "Chromium, dashboard: the button of the preflight is off while it measures" true \
         "$(once "$button" "($button.click(), $button.disabled)")"
     same "Chromium, dashboard: its table has every check" 14 \

@@ -7,6 +7,7 @@
 pub mod allocations;
 pub mod broker_admin;
 pub mod brokers;
+pub mod browser;
 pub mod http;
 pub mod listening;
 pub mod pgbouncer;

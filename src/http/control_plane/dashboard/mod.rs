@@ -1,4 +1,10 @@
-//! The live dashboard: one page that loads nothing from elsewhere, and its login.
+//! The dashboard: one page that loads nothing from elsewhere, and its login.
+//!
+//! `page.html` has the pages that its head leads to. `styles` and `scripts` are put together into one style sheet and
+//! one script when the program is built, so that a nonce admits each and nothing is fetched. A file of `scripts` has one
+//! noun; they share one scope, and each uses only what stands before it, but for `poll`, which `start.js` has.
+
+use std::sync::LazyLock;
 
 use axum::Form;
 use axum::extract::State;
@@ -14,7 +20,34 @@ use super::failure::Failure;
 use super::sessions::{COOKIE, SESSION_LASTS};
 use crate::http::problem::Problem;
 
-const DASHBOARD: &str = include_str!("dashboard.html");
+const PAGE: &str = include_str!("page.html");
+const STYLES: &str = concat!(
+    include_str!("styles/base.css"),
+    include_str!("styles/layout.css"),
+    include_str!("styles/parts.css"),
+);
+const SCRIPTS: &str = concat!(
+    include_str!("scripts/dom.js"),
+    include_str!("scripts/api.js"),
+    include_str!("scripts/dialog.js"),
+    include_str!("scripts/state.js"),
+    include_str!("scripts/chart.js"),
+    include_str!("scripts/sku_parts.js"),
+    include_str!("scripts/live.js"),
+    include_str!("scripts/skus.js"),
+    include_str!("scripts/sku_form.js"),
+    include_str!("scripts/payments.js"),
+    include_str!("scripts/dead_letters.js"),
+    include_str!("scripts/order_history.js"),
+    include_str!("scripts/orders.js"),
+    include_str!("scripts/checks.js"),
+    include_str!("scripts/start.js"),
+);
+/// The page with its styles and scripts; what differs between requests is not filled in yet.
+static DASHBOARD: LazyLock<String> = LazyLock::new(|| {
+    let styled = PAGE.replacen("__STYLES__", STYLES, 1);
+    styled.replacen("__SCRIPTS__", SCRIPTS, 1)
+});
 const LOGIN: &str = include_str!("login.html");
 /// Placeholder in the pages for the nonce of their one script and their one style sheet.
 const NONCE: &str = "__NONCE__";
