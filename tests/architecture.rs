@@ -128,6 +128,12 @@ const UNSUPERVISED: &[(&str, usize, &str)] = &[
         "a part of a request, which is told that its task is lost",
     ),
     (
+        "src/http/peers/server.rs",
+        3,
+        "a connection, whose end its caller sees; its feeder, whose end ends the connection; a call, which its caller \
+         waits for",
+    ),
+    (
         "src/http/data_plane/context.rs",
         1,
         "a part of a request, which waits for it",
@@ -402,10 +408,11 @@ fn crates(source: &Source, broken: &mut Vec<String>) {
             "state is plain memory, usable from any thread",
         );
     }
-    if !source.is_in("src/http/server/") && !source.is_in("src/http/data_plane/") {
+    let on_coroutines = ["src/http/server/", "src/http/data_plane/", "src/http/peers/"];
+    if !on_coroutines.iter().any(|folder| source.is_in(folder)) {
         deny(
             &["may", "may_minihttp"],
-            "coroutines stay in the server and the data plane",
+            "coroutines stay in the server, the data plane and the link between nodes",
         );
     }
     if floor(source.module()).is_some_and(|floor| floor < 3) {

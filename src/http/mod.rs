@@ -5,6 +5,7 @@
 //! | [`server`] | the server on coroutines that carries the data plane |
 //! | [`message`], [`problem`] | requests and responses; errors as RFC 9457 documents |
 //! | [`wire`] | the JSON of both planes |
+//! | [`peers`] | the link between the nodes of a cluster |
 //! | [`tokens`], [`origin`] | who may ask: bearer tokens, and requests that other sites make a browser send |
 //! | [`data_plane`] | for the shop's backend and payment platforms |
 //! | [`control_plane`] | for operators |
@@ -13,6 +14,7 @@ pub mod control_plane;
 pub mod data_plane;
 pub mod message;
 pub mod origin;
+pub mod peers;
 pub mod problem;
 pub mod server;
 pub mod tokens;

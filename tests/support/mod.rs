@@ -14,6 +14,7 @@ pub mod pgbouncer;
 pub mod pipe;
 pub mod postgres;
 pub mod proxy;
+pub mod relay;
 pub mod sale;
 pub mod served;
 pub mod server;
