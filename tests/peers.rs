@@ -12,7 +12,7 @@ use std::thread::Thread;
 use std::time::{Duration, Instant};
 
 use millrace::http::message::{Request, Response};
-use millrace::http::peers::frame::{CallParts, Frame, Hello};
+use millrace::http::peers::frame::{CallParts, Frame, Hello, decode};
 use millrace::http::peers::key::ClusterKey;
 use millrace::http::peers::link::{Peer, PendingCall};
 use millrace::http::peers::pool::Peers;
@@ -504,6 +504,41 @@ fn a_caller_that_knows_the_secret_and_not_the_protocol_is_cut_off() {
     });
 }
 
+/// The seeds of the fuzz target, altered at random; the property is that of `fuzz_targets/node_frame.rs`.
+#[test]
+fn an_altered_frame_is_refused_or_is_written_to_the_same_bytes_again() {
+    use rand::rngs::StdRng;
+    use rand::{Rng, SeedableRng};
+    let seeds = concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz/seeds/node_frame");
+    let seeds: Vec<Vec<u8>> = std::fs::read_dir(seeds)
+        .expect("the seeds")
+        .map(|file| std::fs::read(file.expect("a file").path()).expect("its bytes"))
+        .collect();
+    let seed = rand::rng().random();
+    println!("seed={seed}");
+    let mut random = StdRng::seed_from_u64(seed);
+    let mut taken = 0;
+    for turn in 0..30_000 {
+        let mut bytes = seeds[turn % seeds.len()].clone();
+        for _ in 0..random.random_range(0..4) {
+            let at = random.random_range(0..bytes.len());
+            match random.random_range(0..4) {
+                0 => bytes[at] ^= 1 << random.random_range(0..8),
+                1 => bytes[at] = random.random(),
+                2 => bytes.truncate(at + 1),
+                _ => bytes.insert(at, random.random()),
+            }
+        }
+        if let Ok(frame) = decode(bytes::Bytes::from(bytes.clone())) {
+            taken += 1;
+            let mut again = bytes::BytesMut::new();
+            frame.put(&mut again);
+            assert_eq!(again[4..], bytes[..], "{frame:?}");
+        }
+    }
+    assert!(taken > 0);
+}
+
 #[test]
 fn a_cut_at_any_byte_ends_a_call_and_its_end_is_true() {
     on_runtime(|| {
@@ -601,11 +636,10 @@ fn a_connection_that_is_silent_ends_and_calls_end_at_their_deadline() {
             "{:?}",
             begun.elapsed()
         );
-        assert!(
-            last_error(&here.peers).contains("does not answer"),
-            "{}",
-            last_error(&here.peers)
-        );
+        // Noted an instant after the calls have ended.
+        until("the reason", || {
+            last_error(&here.peers).contains("does not answer")
+        });
         relay.freeze(false);
         connected(&here.peers, 2);
         let again = begin(&here.peers, 2, &call("/echo", b"again")).expect("it is sent");
