@@ -7,11 +7,9 @@
 //! 4. Memory is rebuilt from the database alone: SKUs, units of parked orders, unpaid orders, the orders of the
 //!    idempotency window, and older live orders of SKUs with a purchase limit.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-
-use tokio::sync::mpsc;
 
 use super::StartError;
 use super::order_log::OwnedLog;
@@ -19,10 +17,10 @@ use super::ownership::Ownership;
 use crate::config::{Backend, Config};
 use crate::faults::{bug, crash_point};
 use crate::http::control_plane::ControlPlane;
-use crate::order::{ClockReading, IdClock, Order, OrderId, OrderStatus, SkuId, SkuNumber};
+use crate::order::{ClockReading, IdClock, OrderId, SkuNumber};
+use crate::pipeline::failover::log_replay::{self, LogReplay};
 use crate::pipeline::failover::replay::{Applied, Replayer};
 use crate::pipeline::orders::parking;
-use crate::queue::log::record::Record;
 use crate::state::State;
 use crate::state::buyers::Buyers;
 use crate::state::expiry_index::ExpiryIndex;
@@ -42,8 +40,6 @@ use crate::store::postgres::{Database, NodeLease, audit, orders, parked, payment
 
 /// Recently written orders that are answered from memory, about 200 bytes each.
 const RECENT_ORDERS: usize = 65_536;
-/// Orders of the log that are read, looked up and written at once.
-const PART: usize = 20_000;
 /// Interval of progress reports.
 const PROGRESS: Duration = Duration::from_secs(1);
 
@@ -86,39 +82,6 @@ pub(super) async fn state(
     Ok(Arc::new(state))
 }
 
-/// The database's number of each SKU. A database that has lost SKUs, in a failover or as a backup from before
-/// them, gives their numbers to others; an order was placed for a `sku_id`.
-struct Numbers(HashMap<SkuId, SkuNumber>);
-
-/// The number of no SKU.
-const NO_SKU: SkuNumber = SkuNumber(0);
-
-impl Numbers {
-    async fn read(database: &Database) -> Result<Self, StoreError> {
-        let skus = skus::load_all(database).await?.into_iter();
-        Ok(Numbers(
-            skus.map(|sku| (SkuId::clone(&sku.id), sku.number))
-                .collect(),
-        ))
-    }
-
-    /// The number of the SKU of an order of the log.
-    fn of(&self, order: &Order) -> SkuNumber {
-        match self.0.get(&*order.sku_id) {
-            Some(number) => *number,
-            None if self.0.values().any(|number| *number == order.sku) => {
-                tracing::error!(
-                    order_id = %order.id, sku_id = %order.sku_id,
-                    "the SKU of an acknowledged order is not in this database, which has given its number to another SKU; \
-                     the order is kept and takes no units of that SKU"
-                );
-                NO_SKU
-            }
-            None => order.sku,
-        }
-    }
-}
-
 /// Replays the order log: writes to the database the orders that only the log has.
 async fn replay(
     config: &Config,
@@ -135,49 +98,19 @@ async fn replay(
     }
     let title = &name.title;
     let started = Instant::now();
-    let (parts, mut read) = mpsc::channel::<Vec<Order>>(1);
-    let reading = tokio::task::spawn_blocking(move || {
-        let mut part = Vec::with_capacity(PART);
-        let result = log.records(|record| {
-            if let Record::Order(order) = record {
-                part.push(*order);
-            }
-            if part.len() == PART {
-                // If the receiver is gone, the start has failed.
-                let _ = parts.blocking_send(std::mem::replace(&mut part, Vec::with_capacity(PART)));
-            }
-        });
-        let _ = parts.blocking_send(part);
-        result
-    });
+    let (mut parts, reading) = log_replay::orders_of(move |each| log.records(each));
     let shard = i16::try_from(config.worker_count()).unwrap_or(i16::MAX);
-    let mut replayer = Replayer::new(
+    let replayer = Replayer::new(
         database.clone(),
         BatchWriter::new(database.clone(), lease, shard),
         config.workers.batch_rows_max,
     );
-    let numbers = Numbers::read(database).await?;
+    let mut replay = LogReplay::new(database, replayer, orphans, clock.now()).await?;
     let mut told = Instant::now();
     let mut done = 0;
-    let now = clock.now();
-    while let Some(part) = read.recv().await {
+    while let Some(part) = parts.recv().await {
         done += part.len() as u64;
-        let mut part: Vec<(Order, OrderStatus)> = part
-            .into_iter()
-            .map(|mut order| {
-                order.sku = numbers.of(&order);
-                let status = if orphans.is_late(order.id, order.expires_at, now) {
-                    OrderStatus::Expired
-                } else {
-                    OrderStatus::PendingPayment
-                };
-                (order, status)
-            })
-            .collect();
-        if bug("skip_a_replay") {
-            part.pop();
-        }
-        replayer.apply(&part).await?;
+        replay.apply(part).await?;
         crash_point("recovery.replayed_part");
         let of = total.map_or_else(String::new, |total| format!(" of {total}"));
         control.progress(format!("replaying {title}: {done}{of} orders"));
@@ -203,7 +136,7 @@ async fn replay(
         present,
         refused,
         parked,
-    } = replayer.applied();
+    } = replay.applied();
     crash_point("recovery.replayed");
     control.metrics().journal_replayed.set(written as i64);
     tracing::info!(
