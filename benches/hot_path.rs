@@ -23,8 +23,8 @@ use millrace::http::server::limits::BodyLimits;
 use millrace::http::wire::{OrderBody, OrderView};
 use millrace::order::receipt::{Issuer, ReceiptKeys, SignedParts};
 use millrace::order::{
-    Currency, IdClock, IdempotencyKey, KeyHash, Order, OrderId, OrderStatus, PayloadHash, Quantity,
-    Refusal, SkuId, SkuNumber, UnixMillis, UserId,
+    Currency, IdClock, IdempotencyKey, KeyHash, Lane, Order, OrderId, OrderStatus, PayloadHash,
+    Quantity, Refusal, SkuId, SkuNumber, UnixMillis, UserId,
 };
 use millrace::pipeline::orders::intake::{Admission, Intake, OrderRequest};
 use millrace::queue::log::file::sector::{self, Seal};
@@ -50,7 +50,7 @@ const ISSUER: Issuer = Issuer {
 };
 
 fn clock() -> IdClock {
-    IdClock::new(1, UnixMillis(0), UnixMillis(i64::MAX))
+    IdClock::new(UnixMillis(0), UnixMillis(i64::MAX))
 }
 
 fn order(id: u64) -> Order {
@@ -173,7 +173,12 @@ fn stock(c: &mut Criterion) {
 
 fn ids(c: &mut Criterion) {
     let clock = clock();
-    c.bench_function("order_id/next", |b| b.iter(|| clock.next().unwrap()));
+    let user = UserId::new("u-1234567").unwrap();
+    c.bench_function("order_id/lane_of_buyer", |b| {
+        b.iter(|| Lane::of(black_box(&user)));
+    });
+    let lane = Lane::of(&user);
+    c.bench_function("order_id/next", |b| b.iter(|| clock.next(lane).unwrap()));
     let key = key();
     c.bench_function("order/key_hash", |b| b.iter(|| KeyHash::of(black_box(key))));
     let sku = SkuId::new("IPHONE-15").unwrap();
@@ -185,7 +190,7 @@ fn ids(c: &mut Criterion) {
 fn buyers(c: &mut Criterion) {
     let clock = clock();
     let entry = || BuyerOrder {
-        order_id: clock.next().unwrap(),
+        order_id: clock.next(Lane::FIRST).unwrap(),
         key: Some(KeyHash([7; 16])),
         payload: PayloadHash(42),
         sku: SkuNumber(1),

@@ -90,7 +90,7 @@ impl Real {
             poison: Default::default(),
             throughput: Default::default(),
             progress: Default::default(),
-            ids: IdClock::new(1, UnixMillis(0), UnixMillis(i64::MAX)),
+            ids: IdClock::new(UnixMillis(0), UnixMillis(i64::MAX)),
         });
         let queue: Arc<dyn OrderQueue> = Arc::new(RingQueue::new(capacity));
         let intake = Intake::new(Arc::clone(&state), Arc::clone(&queue), PAYMENT_TTL_MS);
@@ -463,7 +463,9 @@ struct Round {
     claimed: Vec<Arc<PendingOrder>>,
     /// Persisted and not paid: id, SKU and units.
     unpaid: Vec<(u64, usize, u32)>,
-    last_id: u64,
+    /// By buyer.
+    last_ids: HashMap<usize, u64>,
+    last_ms: UnixMillis,
     started: Instant,
 }
 
@@ -514,7 +516,8 @@ impl Round {
             random,
             claimed: Vec::new(),
             unpaid: Vec::new(),
-            last_id: 0,
+            last_ids: HashMap::new(),
+            last_ms: UnixMillis(0),
             started: Instant::now(),
         }
     }
@@ -624,8 +627,15 @@ impl Round {
         }
         if let Ok(Admission::Placed(pending)) = admitted {
             let (order, id) = (&pending.order, pending.order.id.get());
-            assert!(id > self.last_id, "ids increase");
-            self.last_id = id;
+            let last = self.last_ids.entry(ask.user).or_insert(0);
+            assert!(id > *last, "the ids of a buyer increase");
+            *last = id;
+            let ms = order.id.millis();
+            assert!(
+                ms >= self.last_ms,
+                "ids increase from millisecond to millisecond"
+            );
+            self.last_ms = ms;
             assert_eq!(order.user_id, user_id(ask.user));
             assert!(Arc::ptr_eq(&order.sku_id, &self.real.sku(ask.sku).id));
             assert_eq!(

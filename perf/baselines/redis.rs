@@ -9,7 +9,7 @@ use std::time::Duration;
 use millrace::http::message::{Request, Response};
 use millrace::http::server::Service;
 use millrace::http::server::tokio_bridge;
-use millrace::order::{IdClock, UnixMillis};
+use millrace::order::{IdClock, Lane, UnixMillis};
 use redis::aio::MultiplexedConnection;
 use redis::streams::{StreamReadOptions, StreamReadReply};
 use redis::{AsyncCommands, Script};
@@ -77,7 +77,7 @@ impl Stream {
         Ok(Stream {
             redis: connection,
             script: Script::new(TAKE_AND_APPEND),
-            ids: IdClock::new(1, UnixMillis::now(), UnixMillis(i64::MAX)),
+            ids: IdClock::new(UnixMillis::now(), UnixMillis(i64::MAX)),
             runtime: Handle::current(),
         })
     }
@@ -135,7 +135,7 @@ impl Service for Stream {
         let Ok(body) = serde_json::from_slice::<Body<'_>>(request.body) else {
             return refuse(response, 400, "malformed_json");
         };
-        let Ok(id) = self.ids.next() else {
+        let Ok(id) = self.ids.next(Lane::FIRST) else {
             return refuse(response, 503, "no_id");
         };
         let (mut redis, script) = (self.redis.clone(), self.script.clone());

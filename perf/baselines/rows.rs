@@ -6,7 +6,7 @@ use deadpool_postgres::{Manager, ManagerConfig, Pool, RecyclingMethod};
 use millrace::http::message::{Request, Response};
 use millrace::http::server::Service;
 use millrace::http::server::tokio_bridge;
-use millrace::order::{IdClock, UnixMillis};
+use millrace::order::{IdClock, Lane, UnixMillis};
 use tokio::runtime::Handle;
 use tokio_postgres::NoTls;
 
@@ -64,7 +64,7 @@ impl Rows {
         Ok(Rows {
             pool,
             // By the second, because a service that is started again begins above the last one.
-            ids: IdClock::new(1, UnixMillis::now(), UnixMillis(i64::MAX)),
+            ids: IdClock::new(UnixMillis::now(), UnixMillis(i64::MAX)),
             runtime: Handle::current(),
             statement: if with_stock { TAKE_AND_INSERT } else { INSERT },
         })
@@ -76,7 +76,7 @@ impl Service for Rows {
         let Ok(body) = serde_json::from_slice::<Body<'_>>(request.body) else {
             return refuse(response, 400, "malformed_json");
         };
-        let Ok(id) = self.ids.next() else {
+        let Ok(id) = self.ids.next(Lane::FIRST) else {
             return refuse(response, 503, "no_id");
         };
         let (pool, statement) = (self.pool.clone(), self.statement);

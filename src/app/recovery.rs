@@ -36,7 +36,7 @@ use crate::store::StoreError;
 use crate::store::batch::BatchWriter;
 use crate::store::postgres::order_log::LogName;
 use crate::store::postgres::window::{self, ReadProgress};
-use crate::store::postgres::{Database, NodeLease, audit, orders, parked, payments, skus};
+use crate::store::postgres::{Database, NodeLease, audit, lanes, orders, parked, payments, skus};
 
 /// Recently written orders that are answered from memory, about 200 bytes each.
 const RECENT_ORDERS: usize = 65_536;
@@ -69,11 +69,13 @@ pub(super) async fn state(
     }
     control.progress("reading the database".to_owned());
     let leased_until = ownership.ids_leased_until;
-    let ids = IdClock::going_on(clock, lease.node as u8, high_water, leased_until);
+    let ids = IdClock::going_on(clock, high_water, leased_until);
     // From here on keys are known for this long. Orders of the log belong to an earlier window.
     let window_from = OrderId::floor_of(ids.now());
     let window_ms = config.orders.idempotency_window_ms;
     audit::note_window(database, lease, window_from, window_ms).await?;
+    // Not earlier: an earlier release may have leased ids in the log alone.
+    lanes::note_cutover(database, lease, window_from).await?;
     let state = recover(config, database, lease, ids, orphans, poison, control).await?;
     state.catalogue.set_paused(ownership.paused);
     let metrics = control.metrics();

@@ -4,13 +4,16 @@ use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use super::UnixMillis;
+use super::{Lane, UnixMillis};
 
 /// A 64-bit, time-ordered order id. Layout, from the most significant bit:
 ///
 /// ```text
-///   0 │ 41 bits: milliseconds since 2024-01-01 │ 6 bits: node │ 16 bits: sequence
+///   0 │ 41 bits: milliseconds since 2024-01-01 │ 6 bits: lane of the buyer │ 16 bits: sequence
 /// ```
+///
+/// The ids of one buyer ascend. Ids of different buyers ascend from millisecond to millisecond. Ids of releases
+/// before lanes have the number of a node, 0, in the place of the lane ([`Cutover`](super::Cutover)).
 ///
 /// Positive as a `bigint` until the year 2093. Written in JSON as a string, because JavaScript
 /// numbers lose bits above 2^53.
@@ -20,7 +23,7 @@ pub struct OrderId(u64);
 /// 2024-01-01T00:00:00Z in Unix milliseconds, the zero of id timestamps.
 const EPOCH_MS: u64 = 1_704_067_200_000;
 const SEQUENCE_BITS: u32 = 16;
-const NODE_BITS: u32 = 6;
+const LANE_BITS: u32 = 6;
 
 impl OrderId {
     /// The lowest id.
@@ -59,7 +62,12 @@ impl OrderId {
 
     /// Time of the id clock at which the id was given out, in Unix milliseconds.
     pub fn millis(self) -> UnixMillis {
-        UnixMillis(((self.0 >> (SEQUENCE_BITS + NODE_BITS)) + EPOCH_MS) as i64)
+        UnixMillis(((self.0 >> (SEQUENCE_BITS + LANE_BITS)) + EPOCH_MS) as i64)
+    }
+
+    /// The bits of the lane; meaningful from the [`Cutover`](super::Cutover) on.
+    pub(super) fn lane_bits(self) -> Lane {
+        Lane::from_bits(self.0 >> SEQUENCE_BITS)
     }
 
     /// The lowest id of a moment: every id given out before is smaller.
@@ -67,7 +75,7 @@ impl OrderId {
         let ms = u64::try_from(moment.0)
             .unwrap_or(0)
             .saturating_sub(EPOCH_MS);
-        OrderId((ms << (SEQUENCE_BITS + NODE_BITS)).clamp(1, i64::MAX as u64))
+        OrderId((ms << (SEQUENCE_BITS + LANE_BITS)).clamp(1, i64::MAX as u64))
     }
 }
 
@@ -127,6 +135,8 @@ impl ClockReading {
 /// The clock's time is the wall clock, read once at start, plus a monotonic clock since. It is
 /// never below the high-water mark of earlier processes, which is leased ahead in the database. A
 /// full millisecond borrows from the next. No id is given out at or beyond the lease.
+///
+/// All lanes share one sequence, so that an id costs one access to one word whatever its lane.
 #[derive(Debug)]
 pub struct IdClock {
     /// `milliseconds since EPOCH_MS << 16 | sequence` of the last id given out. Relaxed
@@ -134,26 +144,19 @@ pub struct IdClock {
     last: AtomicU64,
     /// First millisecond (since EPOCH_MS) that is not leased.
     leased_until: AtomicU64,
-    node: u64,
     base_ms: u64,
     ahead_ms: u64,
     started: Instant,
 }
 
 impl IdClock {
-    /// A clock for node 0 to 63. It starts no earlier than `high_water` and gives out ids below
-    /// `leased_until`.
-    pub fn new(node: u8, high_water: UnixMillis, leased_until: UnixMillis) -> Self {
-        Self::going_on(ClockReading::take(), node, high_water, leased_until)
+    /// A clock that starts no earlier than `high_water` and gives out ids below `leased_until`.
+    pub fn new(high_water: UnixMillis, leased_until: UnixMillis) -> Self {
+        Self::going_on(ClockReading::take(), high_water, leased_until)
     }
 
     /// Same as [`IdClock::new`], from an earlier reading that was compared with another clock.
-    pub fn going_on(
-        clock: ClockReading,
-        node: u8,
-        high_water: UnixMillis,
-        leased_until: UnixMillis,
-    ) -> Self {
+    pub fn going_on(clock: ClockReading, high_water: UnixMillis, leased_until: UnixMillis) -> Self {
         let since_epoch = |moment: UnixMillis| {
             u64::try_from(moment.0)
                 .unwrap_or(0)
@@ -164,7 +167,6 @@ impl IdClock {
         IdClock {
             last: AtomicU64::new(base_ms << SEQUENCE_BITS),
             leased_until: AtomicU64::new(since_epoch(leased_until)),
-            node: u64::from(node) & ((1 << NODE_BITS) - 1),
             base_ms,
             ahead_ms: base_ms - wall_ms,
             started: Instant::now(),
@@ -200,19 +202,19 @@ impl IdClock {
         OrderId::floor_of(UnixMillis(self.now().0.saturating_sub(back)))
     }
 
-    /// The next id.
+    /// The next id in a lane.
     ///
     /// # Errors
     /// [`IdLeaseExhausted`] if the id would be beyond the lease.
-    pub fn next(&self) -> Result<OrderId, IdLeaseExhausted> {
-        self.next_at(Instant::now())
+    pub fn next(&self, lane: Lane) -> Result<OrderId, IdLeaseExhausted> {
+        self.next_at(Instant::now(), lane)
     }
 
     /// [`IdClock::next`] for a caller that has read the monotonic clock already.
     ///
     /// # Errors
     /// [`IdLeaseExhausted`] if the id would be beyond the lease.
-    pub fn next_at(&self, now: Instant) -> Result<OrderId, IdLeaseExhausted> {
+    pub fn next_at(&self, now: Instant, lane: Lane) -> Result<OrderId, IdLeaseExhausted> {
         let now = self.ms_at(now) << SEQUENCE_BITS;
         let step = |last: u64| (last + 1).max(now);
         let previous = self
@@ -226,8 +228,9 @@ impl IdClock {
         if ms >= self.leased_until.load(Ordering::Relaxed) {
             return Err(IdLeaseExhausted);
         }
+        let lane = u64::from(lane.get());
         Ok(OrderId(
-            (((ms << NODE_BITS) | self.node) << SEQUENCE_BITS) | sequence,
+            (((ms << LANE_BITS) | lane) << SEQUENCE_BITS) | sequence,
         ))
     }
 
@@ -244,32 +247,51 @@ impl IdClock {
 mod tests {
     use super::*;
 
+    fn lane(number: u8) -> Lane {
+        Lane::new(number).unwrap()
+    }
+
     fn clock() -> IdClock {
-        IdClock::new(3, UnixMillis(0), UnixMillis::now().plus_ms(3_600_000))
+        IdClock::new(UnixMillis(0), UnixMillis::now().plus_ms(3_600_000))
     }
 
     #[test]
     fn ids_increase_and_a_full_millisecond_borrows_the_next() {
         let clock = clock();
-        let mut last = clock.next().unwrap();
+        let mut last = clock.next(lane(3)).unwrap();
         for _ in 0..200_000 {
-            let id = clock.next().unwrap();
+            let id = clock.next(lane(3)).unwrap();
             assert!(id > last);
             last = id;
         }
     }
 
     #[test]
+    fn ids_of_different_lanes_are_different_and_name_their_lane() {
+        let clock = clock();
+        let mut seen = std::collections::HashSet::new();
+        let mut before = OrderId::MIN;
+        for n in 0..200_000_u32 {
+            let lane = lane((n % 64) as u8);
+            let id = clock.next(lane).unwrap();
+            assert_eq!(id.lane_bits(), lane);
+            assert!(seen.insert(id));
+            assert!(before.millis() <= id.millis(), "{before} {id}");
+            before = id;
+        }
+    }
+
+    #[test]
     fn ids_start_beyond_the_high_water_mark_of_a_predecessor() {
         let ahead = UnixMillis::now().plus_ms(60_000);
-        let clock = IdClock::new(0, ahead, ahead.plus_ms(1_000));
-        assert!(clock.next().unwrap().millis() >= ahead);
+        let clock = IdClock::new(ahead, ahead.plus_ms(1_000));
+        assert!(clock.next(lane(3)).unwrap().millis() >= ahead);
     }
 
     #[test]
     fn a_clock_that_is_ahead_shortens_no_window() {
-        let before = clock().next().unwrap();
-        let ahead = IdClock::new(0, UnixMillis::now().plus_ms(60_000), UnixMillis(i64::MAX));
+        let before = clock().next(lane(3)).unwrap();
+        let ahead = IdClock::new(UnixMillis::now().plus_ms(60_000), UnixMillis(i64::MAX));
         assert!(ahead.window_floor(30_000) <= before);
         assert!(ahead.real_now() < UnixMillis::now().plus_ms(1_000));
     }
@@ -280,22 +302,22 @@ mod tests {
             wall: UnixMillis(1_800_000_000_000),
             at: Instant::now(),
         };
-        let clock = IdClock::going_on(reading, 0, UnixMillis(0), UnixMillis(i64::MAX));
+        let clock = IdClock::going_on(reading, UnixMillis(0), UnixMillis(i64::MAX));
         let since_ms = clock.real_now().0 - reading.wall.0;
         assert!((0..600_000).contains(&since_ms), "{since_ms}");
     }
 
     #[test]
     fn nothing_is_given_out_beyond_the_lease() {
-        let clock = IdClock::new(0, UnixMillis(0), UnixMillis::now());
-        assert_eq!(clock.next(), Err(IdLeaseExhausted));
+        let clock = IdClock::new(UnixMillis(0), UnixMillis::now());
+        assert_eq!(clock.next(lane(3)), Err(IdLeaseExhausted));
         clock.extend_lease(UnixMillis::now().plus_ms(10_000));
-        assert!(clock.next().is_ok());
+        assert!(clock.next(lane(3)).is_ok());
     }
 
     #[test]
     fn the_decimal_form_round_trips_and_nothing_else_parses() {
-        let id = clock().next().unwrap();
+        let id = clock().next(lane(3)).unwrap();
         assert_eq!(OrderId::parse(&id.to_string()), Some(id));
         for bad in [
             "",
@@ -315,7 +337,7 @@ mod tests {
     fn the_floor_of_a_moment_lies_below_its_ids() {
         let clock = clock();
         let before = clock.now();
-        let id = clock.next().unwrap();
+        let id = clock.next(lane(3)).unwrap();
         assert!(OrderId::floor_of(before) <= id);
         assert!(OrderId::floor_of(id.millis().plus_ms(1)) > id);
     }

@@ -20,6 +20,7 @@
 
 pub mod draw;
 mod id;
+mod lane;
 pub mod log_place;
 pub mod payment;
 pub mod receipt;
@@ -34,6 +35,7 @@ use sha2::{Digest, Sha256};
 use smol_str::SmolStr;
 
 pub use id::{ClockReading, IdClock, IdLeaseExhausted, IdRange, OrderId};
+pub use lane::{Cutover, Lane};
 pub use refusal::Refusal;
 pub use status::{Ended, OrderStatus};
 

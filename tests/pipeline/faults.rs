@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use millrace::order::{Order, Refusal, UserId};
+use millrace::order::{Lane, Order, Refusal, UserId};
 use millrace::pipeline::orders::parking::{Parking, ParkingHandle};
 use millrace::pipeline::orders::worker::WorkerError;
 use millrace::state::buyers::BuyerOrder;
@@ -42,9 +42,10 @@ async fn faulty() -> (Line, ParkingHandle) {
 /// Puts an order into the queue that a journal has: it was acknowledged.
 fn accepted(line: &Line, user: &str, sku: &str) -> Arc<PendingOrder> {
     let sku = line.sku(sku);
+    let user_id = UserId::new(user).unwrap();
     let order = Order {
-        id: line.state.ids.next().unwrap(),
-        user_id: UserId::new(user).unwrap(),
+        id: line.state.ids.next(Lane::of(&user_id)).unwrap(),
+        user_id,
         ..order(&sku, 1)
     };
     sku.hold(order.quantity).unwrap().commit();

@@ -63,7 +63,7 @@ impl Line {
             poison: Default::default(),
             throughput: Default::default(),
             progress: Default::default(),
-            ids: IdClock::new(0, sale.taken.id_high_water, hour),
+            ids: IdClock::new(sale.taken.id_high_water, hour),
         });
         let queue: Arc<dyn OrderQueue> = Arc::new(RingQueue::new(capacity));
         let intake = Arc::new(Intake::new(Arc::clone(&state), Arc::clone(&queue), 900_000));

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use millrace::order::{Ended, Order, UserId};
+use millrace::order::{Ended, Lane, Order, UserId};
 use millrace::pipeline::failover::restore::{Restorer, Watermarks};
 use millrace::state::buyers::BuyerOrder;
 use millrace::state::pending::PendingOrder;
@@ -37,9 +37,10 @@ async fn no_unit_and_no_key_is_held_by_an_order_that_is_nowhere() {
     all_persisted(&written).await;
     let sku = line.sku("A");
     let enter = |user: &str| {
+        let user_id = UserId::new(user).unwrap();
         let order = Order {
-            id: line.state.ids.next().unwrap(),
-            user_id: UserId::new(user).unwrap(),
+            id: line.state.ids.next(Lane::of(&user_id)).unwrap(),
+            user_id,
             ..order(&sku, 3)
         };
         sku.hold(order.quantity).unwrap().commit();

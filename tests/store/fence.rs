@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use millrace::order::{IdClock, UnixMillis};
+use millrace::order::{IdClock, Lane, UnixMillis};
 use millrace::store::StoreError;
 use millrace::store::WriteError;
 use millrace::store::postgres::lease::{self, ID_LEASE_MS, NodeGuard};
@@ -121,6 +121,7 @@ async fn order_ids_never_go_back_over_restarts() {
     let database = Database::with_config(test.config(), SCHEMA, 2, STEP).unwrap();
     let mut client = database.connect("test").await.unwrap();
     schema::migrate(&mut client, SCHEMA).await.unwrap();
+    let lane = Lane::new(9).unwrap();
     let mut last = None;
     for round in 0..4 {
         let taken = loop {
@@ -131,10 +132,10 @@ async fn order_ids_never_go_back_over_restarts() {
             }
         };
         assert_eq!(taken.lease.epoch, round + 1);
-        let ids = IdClock::new(0, taken.id_high_water, taken.ids_leased_until);
-        let first = ids.next().unwrap();
+        let ids = IdClock::new(taken.id_high_water, taken.ids_leased_until);
+        let first = ids.next(lane).unwrap();
         assert!(last < Some(first), "{last:?} {first}");
-        last = Some(ids.next().unwrap());
+        last = Some(ids.next(lane).unwrap());
         if round % 2 == 0 {
             // A crash: everything leased may have been given out.
             let until = ids.now().plus_ms(ID_LEASE_MS);
@@ -146,7 +147,7 @@ async fn order_ids_never_go_back_over_restarts() {
                 .await
                 .unwrap();
             ids.extend_lease(until);
-            last = Some(ids.next().unwrap());
+            last = Some(ids.next(lane).unwrap());
             let row = client
                 .query_one("SELECT ids_leased_until_ms FROM node", &[])
                 .await

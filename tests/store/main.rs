@@ -10,6 +10,7 @@ mod support;
 mod audit;
 mod batches;
 mod fence;
+mod lanes;
 mod outcome;
 mod present;
 mod pruning;

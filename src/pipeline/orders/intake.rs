@@ -20,7 +20,7 @@ use super::rate_limit::RateLimits;
 use crate::config::RateLimit;
 use crate::faults::bug;
 use crate::order::{
-    Currency, KeyHash, Order, OrderId, PayloadHash, Quantity, Refusal, SkuId, UserId,
+    Currency, KeyHash, Lane, Order, OrderId, PayloadHash, Quantity, Refusal, SkuId, UserId,
 };
 use crate::queue::{DurableQueue, NotDurable, OrderQueue, Permit};
 use crate::state::State;
@@ -66,6 +66,10 @@ pub enum Admission {
 
 /// Orders that are admitted whatever the estimated wait, so that the estimate is corrected.
 const PROBE_ORDERS: usize = 64;
+
+/// The id in the quote of an order that cannot be placed. `screen` compares the quote with earlier orders and keeps
+/// nothing of it.
+const NO_ORDER: OrderId = OrderId::MAX;
 
 const NOT_READY: u8 = 0;
 const OPEN: u8 = 1;
@@ -191,17 +195,17 @@ impl Intake {
             sku.window_now()
         };
         let amount = amount(&terms, request).and_then(|amount| window.map(|()| amount));
-        // A request under a known key is answered even without a new id.
-        let (order_id, id) = match state.ids.next_at(now) {
-            Ok(id) => (id, Ok(())),
-            Err(_) => (OrderId::MAX, Err(Refusal::NotReady)),
-        };
         let available = sku.counter().free();
-        let room = if available < request.quantity.get() && !bug("hold_without_checking") {
-            Err(Refusal::SoldOut { available })
-        } else {
-            id.and_then(|()| self.room(request))
-        };
+        let (order_id, room) =
+            if available < request.quantity.get() && !bug("hold_without_checking") {
+                (NO_ORDER, Err(Refusal::SoldOut { available }))
+            } else {
+                // A request under a known key is answered even without a new id.
+                match state.ids.next_at(now, Lane::of(&request.user_id)) {
+                    Ok(id) => (id, self.room(request)),
+                    Err(_) => (NO_ORDER, Err(Refusal::NotReady)),
+                }
+            };
         let (sku_id, quantity) = (&request.sku_id, request.quantity);
         let entry = BuyerOrder {
             order_id,

@@ -5,6 +5,7 @@
 //!   one place where connections are made;
 //! * [`pooling`]: detects a pooler that shares our sessions with other clients;
 //! * [`clock`]: the server's clock;
+//! * [`lanes`]: from which order id on ids name the lanes of buyers;
 //! * [`lease`]: the right to write, and the lease of order ids;
 //! * [`order_log`]: the database's record of the order log;
 //! * `by_key`: reads by primary key, whose cost does not depend on the size of the table;
@@ -27,6 +28,7 @@ mod by_key;
 pub mod clock;
 mod connector;
 pub mod dead_letters;
+pub mod lanes;
 pub mod lease;
 pub mod order_history;
 pub mod order_log;

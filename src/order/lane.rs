@@ -1,0 +1,108 @@
+//! Lanes: the 64 parts into which buyers are divided.
+
+use sha2::{Digest, Sha256};
+
+use super::{OrderId, UserId};
+
+/// A part of the buyers. A buyer is in one lane for good, and a lane belongs to one node at a time, so keys, limits
+/// and records of a buyer stay in one process. A single node has all lanes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Lane(u8);
+
+impl Lane {
+    /// Lane 0.
+    pub const FIRST: Lane = Lane(0);
+
+    /// Number of lanes. It is in every order id, so it must never change.
+    pub const COUNT: usize = 64;
+
+    /// The lane with this number; `None` unless it is 0 to 63.
+    pub fn new(number: u8) -> Option<Self> {
+        (usize::from(number) < Self::COUNT).then_some(Lane(number))
+    }
+
+    /// The lane of a buyer: the first 6 bits of the SHA-256 of the user id. The hash is cryptographic because user
+    /// ids may be chosen by buyers, who could otherwise crowd one lane.
+    pub fn of(user: &UserId) -> Self {
+        Lane(Sha256::digest(user.as_str().as_bytes())[0] >> 2)
+    }
+
+    /// Every lane, ascending.
+    pub fn all() -> impl Iterator<Item = Lane> {
+        (0..Self::COUNT as u8).map(Lane)
+    }
+
+    /// Its number, 0 to 63.
+    pub fn get(self) -> u8 {
+        self.0
+    }
+
+    pub(super) fn from_bits(bits: u64) -> Self {
+        Lane((bits & (Self::COUNT as u64 - 1)) as u8)
+    }
+}
+
+/// The first id that names its lane. Releases before lanes wrote the number of a node in its place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cutover(pub OrderId);
+
+impl Cutover {
+    /// The lane of the order `id`. `None`: the id is older than lanes, and the lane is that of the `user_id` in the
+    /// order's row.
+    pub fn lane_of(self, id: OrderId) -> Option<Lane> {
+        (id >= self.0).then(|| id.lane_bits())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn user(text: &str) -> UserId {
+        UserId::new(text).unwrap()
+    }
+
+    #[test]
+    fn the_lane_of_a_buyer_never_changes() {
+        // The first 6 bits of `printf %s u-42 | sha256sum`, which is 16ec…
+        for (text, lane) in LANES {
+            assert_eq!(Lane::of(&user(text)).get(), lane, "{text}");
+        }
+    }
+
+    /// Computed by another program.
+    const LANES: [(&str, u8); 3] = [("u-42", 5), ("a", 50), ("buyer-1", 11)];
+
+    #[test]
+    fn buyers_are_spread_over_all_lanes() {
+        let mut buyers = [0_u32; Lane::COUNT];
+        for n in 0..64_000 {
+            buyers[usize::from(Lane::of(&user(&format!("u-{n}"))).get())] += 1;
+        }
+        // 1,000 each on average, with a standard deviation of 31.
+        assert!(
+            buyers.iter().all(|count| (800..1_200).contains(count)),
+            "{buyers:?}"
+        );
+    }
+
+    #[test]
+    fn a_lane_is_0_to_63() {
+        assert_eq!(Lane::new(63).map(Lane::get), Some(63));
+        assert_eq!(Lane::new(64), None);
+        assert_eq!(Lane::all().count(), Lane::COUNT);
+    }
+
+    #[test]
+    fn ids_below_the_cutover_name_no_lane() {
+        let id = |value| OrderId::new(value).unwrap();
+        let cutover = Cutover(id(100 << 22));
+        assert_eq!(cutover.lane_of(id((99 << 22) | (5 << 16))), None);
+        assert_eq!(cutover.lane_of(id(100 << 22)), Lane::new(0));
+        assert_eq!(
+            cutover.lane_of(id((100 << 22) | (5 << 16) | 7)),
+            Lane::new(5)
+        );
+        assert_eq!(cutover.lane_of(OrderId::MAX), Lane::new(63));
+    }
+}
