@@ -7,6 +7,7 @@
 //! * [`sticky_refusals`]: refusals under their keys; bounded, and lost at a restart.
 //! * [`orphans`]: orders for which a verified payment waits.
 //! * [`expiry_index`]: when unpaid orders expire.
+//! * [`lanes`]: with several nodes, which lanes of buyers are open here.
 //! * [`throughput`]: the recent rate of database writes.
 //! * [`progress`]: whether orders are written while orders wait.
 //! * [`poison`]: the fail-stop flag.
@@ -20,6 +21,7 @@
 pub mod buyers;
 pub mod effects;
 pub mod expiry_index;
+pub mod lanes;
 pub mod orphans;
 pub mod pending;
 pub mod poison;
