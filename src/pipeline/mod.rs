@@ -1,7 +1,8 @@
 //! The life of an order: [`orders`] admits it and writes its row, [`payments`] settles it, [`failover`]
-//! recovers it after restarts and failovers, [`admin`] serves operators.
+//! recovers it after restarts and failovers, [`admin`] serves operators, [`cluster`] shares a sale with other nodes.
 
 pub mod admin;
+pub mod cluster;
 pub mod failover;
 pub mod orders;
 pub mod payments;

@@ -57,6 +57,39 @@ pub const COUNTER: &str = "
     SELECT $1::int4, 'orders', $3::text, $2::int8, m.total, m.held, m.sold
       FROM (SELECT) one LEFT JOIN moved m ON true";
 
+/// [`COUNTERS`] for the share of a node, $4.
+const SHARE_COUNTERS: &str = "
+    WITH wanted AS (
+        SELECT w.sku, w.units FROM unnest($1::int4[], $2::int8[]) AS w (sku, units)
+    ), locked AS (
+        SELECT s.sku, w.units FROM stock_share s JOIN wanted w ON w.sku = s.sku WHERE s.node = $4
+         ORDER BY s.sku FOR UPDATE OF s
+    ), moved AS (
+        UPDATE stock_share s SET held = s.held + l.units FROM locked l WHERE s.sku = l.sku AND s.node = $4
+        RETURNING s.sku, s.lent, s.held, s.sold
+    )
+    INSERT INTO stock_log (sku, node, cause, reference, held_delta, total_after, held_after, sold_after)
+    SELECT w.sku, $4, 'orders', $3, w.units, m.lent, m.held, m.sold
+      FROM wanted w LEFT JOIN moved m ON m.sku = w.sku ORDER BY w.sku";
+
+/// [`COUNTER`] for the share of a node, $4.
+const SHARE_COUNTER: &str = "
+    WITH moved AS (
+        UPDATE stock_share SET held = held + $2::int8 WHERE sku = $1::int4 AND node = $4::int2 RETURNING lent, held, sold
+    )
+    INSERT INTO stock_log (sku, node, cause, reference, held_delta, total_after, held_after, sold_after)
+    SELECT $1::int4, $4::int2, 'orders', $3::text, $2::int8, m.lent, m.held, m.sold
+      FROM (SELECT) one LEFT JOIN moved m ON true";
+
+/// The table with the counters of the units that a process sells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum StockTable {
+    /// `sku`: a single node has all units.
+    Sku,
+    /// `stock_share`: several nodes; each has a row of its own.
+    Share,
+}
+
 /// Sent before [`fence_statement`]: the lock keeps the triggers that it looks for unchanged until the end.
 const BEGIN: &str = "BEGIN; LOCK TABLE orders IN ROW EXCLUSIVE MODE";
 
@@ -119,6 +152,7 @@ impl Work<'_> {
 #[derive(Debug)]
 pub struct BatchWriter {
     row: FencedWriter,
+    stock: StockTable,
     session: Option<Session>,
     buffer: BytesMut,
 }
@@ -140,8 +174,17 @@ impl BatchWriter {
     pub fn new(database: Database, lease: NodeLease, shard: i16) -> Self {
         BatchWriter {
             row: FencedWriter::new(database, lease, shard, "worker"),
+            stock: StockTable::Sku,
             session: None,
             buffer: BytesMut::new(),
+        }
+    }
+
+    /// The same for a node among several: its batches move the node's share.
+    pub fn on_share(self) -> Self {
+        BatchWriter {
+            stock: StockTable::Share,
+            ..self
         }
     }
 
@@ -335,7 +378,11 @@ impl BatchWriter {
                 ([sku], [units]) => (&session.counter, sku, units),
                 _ => (&session.counters, &skus, &units),
             };
-        let parameters = [skus, units, &reference];
+        let parameters: [&(dyn ToSql + Sync); 4] = [skus, units, &reference, &node];
+        let parameters = match self.stock {
+            StockTable::Sku => &parameters[..3],
+            StockTable::Share => &parameters[..],
+        };
         let mut sink = std::pin::pin!(sink);
         let copy = async {
             sink.as_mut().send(rows).await?;
@@ -343,7 +390,7 @@ impl BatchWriter {
         };
         let move_and_commit = async {
             tokio::join!(
-                client.execute(counters, &parameters),
+                client.execute(counters, parameters),
                 client.batch_execute("COMMIT"),
             )
         };
@@ -414,8 +461,12 @@ impl BatchWriter {
             WriteError::Retry(StoreError::Statement { doing, source })
         })?;
         let copy = prepare("preparing the COPY", copy::STATEMENT).await?;
-        let counter = prepare("preparing a counter", COUNTER).await?;
-        let counters = prepare("preparing the counters", COUNTERS).await?;
+        let (counter, counters) = match self.stock {
+            StockTable::Sku => (COUNTER, COUNTERS),
+            StockTable::Share => (SHARE_COUNTER, SHARE_COUNTERS),
+        };
+        let counter = prepare("preparing a counter", counter).await?;
+        let counters = prepare("preparing the counters", counters).await?;
         self.session = Some(Session {
             client,
             backend,

@@ -58,6 +58,14 @@ pub enum StoreError {
         "another Millrace is active on this database{0}; stop it first, or give this one a database.schema of its own"
     )]
     AlreadyActive(String),
+    /// Nodes of a cluster have not left this database.
+    #[error(
+        "this database belongs to several nodes, and these have not left it: {nodes}; a process on its own would neither know their orders nor their stock, so let them leave, each with its log, first"
+    )]
+    NodesRemain {
+        /// Their numbers, separated by commas.
+        nodes: String,
+    },
     /// The database has other orders under these ids: a defect, or a journal of another history.
     #[error(
         "{count} orders have ids under which the database has orders of other buyers or with other contents ({ids}): either this journal and this database do not belong together, or one of them was edited; nothing of them is written"
@@ -257,6 +265,7 @@ impl StoreError {
             | StoreError::Schema(_)
             | StoreError::Fenced { .. }
             | StoreError::AlreadyActive(_)
+            | StoreError::NodesRemain { .. }
             | StoreError::OtherOrders { .. }
             | StoreError::Data(_) => false,
         }

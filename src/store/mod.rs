@@ -6,11 +6,13 @@
 //! * [`batch`]: the writer of a worker: a batch and its counters in one transaction, exactly once.
 //! * `fenced`: the row that numbers a writer's transactions, so that an in-doubt commit is resolved and never
 //!   guessed.
+//! * [`cluster`]: several nodes: membership, lanes, shares of stock, takeover.
 //! * [`copy`]: the rows of a batch in the binary form of COPY.
 //! * [`settlement`]: payments, expiry and refunds of orders that are rows.
 //! * [`embedded`]: Millrace's own PostgreSQL, used if no other is configured.
 
 pub mod batch;
+pub mod cluster;
 pub mod copy;
 pub mod embedded;
 mod error;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tokio_postgres::Row;
+use tokio_postgres::{Row, Transaction};
 
 use super::{Connected, Database};
 use crate::order::UnixMillis;
@@ -30,7 +30,7 @@ pub struct NodeLease {
 
 impl NodeLease {
     /// The error of a write that found the row of the node with another epoch, and did not look which.
-    pub(super) fn is_lost(self) -> StoreError {
+    pub(in crate::store) fn is_lost(self) -> StoreError {
         StoreError::Fenced {
             found: 0,
             ours: self.epoch,
@@ -68,57 +68,25 @@ pub async fn take_over(
     ids_from: UnixMillis,
 ) -> Result<Taken, StoreError> {
     const NODE: i16 = 0;
+    let doing = "taking the node over";
     let transaction = guard
         .transaction()
         .await
-        .map_err(StoreError::statement("taking the node over"))?;
-    let doing = "taking the node over";
-    let row: Option<Row> = transaction
-        .query_opt(
-            "SELECT ids_leased_until_ms, paused FROM node WHERE node = $1 FOR UPDATE",
-            &[&NODE],
-        )
-        .await
         .map_err(StoreError::statement(doing))?;
-    let paused = row.as_ref().is_some_and(|row| row.get(1));
-    let high_water = UnixMillis(row.map_or(0, |row| row.get(0))).max(ids_from);
-    let leased_until = high_water.plus_ms(ID_LEASE_MS);
-    let epoch: i64 = transaction
-        .query_one(
-            "INSERT INTO node (node, epoch, ids_leased_until_ms, started_at) VALUES ($1, 1, $2, now())
-             ON CONFLICT (node) DO UPDATE SET epoch = node.epoch + 1,
-                 ids_leased_until_ms = excluded.ids_leased_until_ms, started_at = now()
-             RETURNING epoch",
-            &[&NODE, &leased_until.0],
-        )
-        .await
-        .map_err(StoreError::statement(doing))?
-        .get(0);
-    // Waits for a predecessor's transactions, which lock their writer's row.
-    transaction
-        .execute(
-            "UPDATE writer SET epoch = $2 WHERE node = $1",
-            &[&NODE, &epoch],
-        )
-        .await
-        .map_err(StoreError::statement(
-            "waiting for the writers of an earlier process",
-        ))?;
-    transaction
-        .execute(
-            "INSERT INTO writer (node, shard, epoch) SELECT $1, s::int2, $2 FROM generate_series(0, $3::int4 - 1) s
-             ON CONFLICT DO NOTHING",
-            &[&NODE, &epoch, &i32::from(shards)],
-        )
-        .await
-        .map_err(StoreError::statement(doing))?;
+    let Raised {
+        lease,
+        id_high_water,
+        ids_leased_until,
+        paused,
+    } = raise_epoch(&transaction, NODE, shards, ids_from).await?;
+    alone(&transaction, NODE).await?;
     // Applies to all orders placed before this start, in a database that an earlier release created.
     let identity = transaction
         .query_one(
             "UPDATE database_identity
                 SET receipts_1_until_ms = coalesce(receipts_1_until_ms, $1)
              RETURNING uuid_send(id), receipts_1_until_ms",
-            &[&high_water.0],
+            &[&id_high_water.0],
         )
         .await
         .map_err(StoreError::statement(doing))?;
@@ -132,12 +100,102 @@ pub async fn take_over(
         .await
         .map_err(StoreError::statement(doing))?;
     Ok(Taken {
-        lease: NodeLease { node: NODE, epoch },
-        id_high_water: high_water,
-        ids_leased_until: leased_until,
+        lease,
+        id_high_water,
+        ids_leased_until,
         paused,
         receipts,
         guard,
+    })
+}
+
+/// Makes a node the only one. The units and lanes of nodes that have not left are theirs.
+async fn alone(transaction: &Transaction<'_>, node: i16) -> Result<(), StoreError> {
+    let doing = "looking for other nodes";
+    let others: Option<String> = transaction
+        .query_one(
+            "SELECT string_agg(node::text, ', ' ORDER BY node) FROM node WHERE state IN ('joining', 'active', 'dead')",
+            &[],
+        )
+        .await
+        .map_err(StoreError::statement(doing))?
+        .get(0);
+    if let Some(nodes) = others {
+        return Err(StoreError::NodesRemain { nodes });
+    }
+    transaction
+        .execute(
+            "UPDATE node SET state = 'single', home = NULL, address = NULL WHERE node = $1 AND state = 'left'",
+            &[&node],
+        )
+        .await
+        .map(|_| ())
+        .map_err(StoreError::statement(doing))
+}
+
+/// A node whose epoch was raised.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::store) struct Raised {
+    pub(in crate::store) lease: NodeLease,
+    /// As [`Taken::id_high_water`].
+    pub(in crate::store) id_high_water: UnixMillis,
+    /// As [`Taken::ids_leased_until`].
+    pub(in crate::store) ids_leased_until: UnixMillis,
+    paused: bool,
+}
+
+/// Raises the epoch of a node, whose row need not exist, waits until writers of an older epoch are gone, and leases ids.
+pub(in crate::store) async fn raise_epoch(
+    transaction: &Transaction<'_>,
+    node: i16,
+    shards: i16,
+    ids_from: UnixMillis,
+) -> Result<Raised, StoreError> {
+    let doing = "raising a node's epoch";
+    let row: Option<Row> = transaction
+        .query_opt(
+            "SELECT ids_leased_until_ms, paused FROM node WHERE node = $1 FOR UPDATE",
+            &[&node],
+        )
+        .await
+        .map_err(StoreError::statement(doing))?;
+    let paused = row.as_ref().is_some_and(|row| row.get(1));
+    let high_water = UnixMillis(row.map_or(0, |row| row.get(0))).max(ids_from);
+    let leased_until = high_water.plus_ms(ID_LEASE_MS);
+    let epoch: i64 = transaction
+        .query_one(
+            "INSERT INTO node (node, epoch, ids_leased_until_ms, started_at) VALUES ($1, 1, $2, now())
+             ON CONFLICT (node) DO UPDATE SET epoch = node.epoch + 1,
+                 ids_leased_until_ms = excluded.ids_leased_until_ms, started_at = now()
+             RETURNING epoch",
+            &[&node, &leased_until.0],
+        )
+        .await
+        .map_err(StoreError::statement(doing))?
+        .get(0);
+    // Waits for a predecessor's transactions, which lock their writer's row.
+    transaction
+        .execute(
+            "UPDATE writer SET epoch = $2 WHERE node = $1",
+            &[&node, &epoch],
+        )
+        .await
+        .map_err(StoreError::statement(
+            "waiting for the writers of an earlier process",
+        ))?;
+    transaction
+        .execute(
+            "INSERT INTO writer (node, shard, epoch) SELECT $1, s::int2, $2 FROM generate_series(0, $3::int4 - 1) s
+             ON CONFLICT DO NOTHING",
+            &[&node, &epoch, &i32::from(shards)],
+        )
+        .await
+        .map_err(StoreError::statement(doing))?;
+    Ok(Raised {
+        lease: NodeLease { node, epoch },
+        id_high_water: high_water,
+        ids_leased_until: leased_until,
+        paused,
     })
 }
 
@@ -151,6 +209,34 @@ pub async fn claim(database: &Database) -> Result<Connected, StoreError> {
     if lock_out_others(database, &guard).await? {
         return Ok(guard);
     }
+    Err(already_active(database, &guard).await)
+}
+
+/// Keeps single processes away from this schema, for as long as the returned connection lives. Other nodes of a cluster
+/// may share it.
+///
+/// # Errors
+/// [`StoreError::AlreadyActive`] if a single process is active.
+pub async fn share(database: &Database, name: &str) -> Result<Connected, StoreError> {
+    let guard = database.connect(name).await?;
+    let is_shared: bool = database
+        .timed("locking out single processes", async {
+            guard
+                .query_one(
+                    "SELECT pg_try_advisory_lock_shared(hashtextextended($1, 0))",
+                    &[&lock_name(database)],
+                )
+                .await
+                .map(|row| row.get(0))
+        })
+        .await?;
+    if is_shared {
+        return Ok(guard);
+    }
+    Err(already_active(database, &guard).await)
+}
+
+async fn already_active(database: &Database, guard: &Connected) -> StoreError {
     let holder = guard
         .query_opt(
             "SELECT a.client_addr::text, a.backend_start::text FROM pg_locks l JOIN pg_stat_activity a USING (pid)
@@ -167,7 +253,7 @@ pub async fn claim(database: &Database) -> Result<Connected, StoreError> {
             let since = row.get::<_, Option<String>>(1).unwrap_or_else(|| "?".into());
             format!(" (from {from}, connected since {since})")
         });
-    Err(StoreError::AlreadyActive(holder.unwrap_or_default()))
+    StoreError::AlreadyActive(holder.unwrap_or_default())
 }
 
 /// Tries to take the lock for this session. Returns true if it has it.

@@ -1,6 +1,7 @@
 //! The database's record of the order log: the log that may hold acknowledged orders which are not rows yet, the
 //! place up to which they are settled, the end of its process's right to acknowledge, and the progress of workers.
 
+use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
 
 use super::{Connected, Database, NodeLease};
@@ -50,32 +51,40 @@ pub async fn noted(database: &Database, guard: &Connected) -> Result<Option<Note
         .timed(
             "reading which order log is in use",
             guard.query_opt(
-                "SELECT replace(journal_id::text, '-', ''), journal_in_use, epoch, lease_until::text, lease_ms,
-                        coalesce(log_title, 'the journal'), log_epoch, log_number, log_offset
-                   FROM node WHERE node = 0 AND journal_id IS NOT NULL",
+                &format!("SELECT {COLUMNS} FROM node WHERE node = 0 AND journal_id IS NOT NULL"),
                 &[],
             ),
         )
         .await?;
+    Ok(row.map(|row| noted_log(&row, 0)))
+}
+
+/// The columns of `node` that [`noted_log`] reads.
+pub(in crate::store) const COLUMNS: &str =
+    "replace(journal_id::text, '-', ''), journal_in_use, epoch, lease_until::text, lease_ms,
+    coalesce(log_title, 'the journal'), log_epoch, log_number, log_offset";
+
+/// The log in a row with [`COLUMNS`], from its column `at` on. Its `journal_id` must not be NULL.
+pub(in crate::store) fn noted_log(row: &Row, at: usize) -> NotedLog {
     let unsigned = |at: i64| u64::try_from(at).unwrap_or(0);
-    Ok(row.map(|row| NotedLog {
-        name: row.get(0),
-        title: row.get(5),
-        in_use: row.get(1),
-        place: row.get::<_, Option<i64>>(6).map(|epoch| Position {
+    NotedLog {
+        name: row.get(at),
+        title: row.get(at + 5),
+        in_use: row.get(at + 1),
+        place: row.get::<_, Option<i64>>(at + 6).map(|epoch| Position {
             place: Place {
                 epoch: unsigned(epoch),
-                number: unsigned(row.get::<_, Option<i64>>(7).unwrap_or(0)),
+                number: unsigned(row.get::<_, Option<i64>>(at + 7).unwrap_or(0)),
             },
-            offset: unsigned(row.get::<_, Option<i64>>(8).unwrap_or(0)),
+            offset: unsigned(row.get::<_, Option<i64>>(at + 8).unwrap_or(0)),
         }),
-        renewal: row.get::<_, Option<String>>(3).map(|until| Renewal {
-            of: (row.get(2), until),
+        renewal: row.get::<_, Option<String>>(at + 3).map(|until| Renewal {
+            of: (row.get(at + 2), until),
             lease_ms: row
-                .get::<_, Option<i64>>(4)
+                .get::<_, Option<i64>>(at + 4)
                 .and_then(|ms| u64::try_from(ms).ok()),
         }),
-    }))
+    }
 }
 
 /// Records that `log` is in use by the holder of `lease`, before it acknowledges anything. `place`:

@@ -1,0 +1,353 @@
+//! The row of a node: joining, renewing, leaving.
+//!
+//! ```text
+//!            join               activate                          leave, nothing left
+//!   (no row) ────► joining ─────────────► active ───────────────────────────────► left
+//!                     ▲                     │ counter stands still, log fenced      │
+//!                     │ join, own home      ▼                                       │ join
+//!                     └─────────────────── dead ──► replayed by another ──► left ◄──┘
+//! ```
+//!
+//! One active process a database, or the nodes of one cluster: each process of a cluster holds the advisory lock of
+//! [`crate::store::postgres::lease`] shared, a single one exclusively.
+
+use tokio_postgres::{Error, Row, Transaction};
+
+use super::lanes::{self, LaneRow};
+use super::takeover::{self, DeadNode};
+use crate::order::UnixMillis;
+use crate::store::StoreError;
+use crate::store::postgres::lease::{self, Raised};
+use crate::store::postgres::{Connected, Database, NodeLease};
+
+/// Highest number of a node.
+const NODE_MAX: i16 = 63;
+
+/// A process that wants to be a node.
+#[derive(Clone, Debug)]
+pub struct Candidate<'a> {
+    /// The id of its `data_dir`, a UUID.
+    pub home: &'a str,
+    /// The id of its order log, a UUID, if it is durable.
+    pub log: Option<&'a str>,
+    /// Host and port at which other nodes reach it.
+    pub address: &'a str,
+    /// The newest format of a group that it can read.
+    pub reads_format: i16,
+    /// Number of its writers.
+    pub shards: i16,
+    /// No id may lie before this moment.
+    pub ids_from: UnixMillis,
+}
+
+/// The row that a process has got.
+#[derive(Debug)]
+pub struct Joined {
+    /// The right to write.
+    pub lease: NodeLease,
+    /// All ids of earlier processes on this row lie before this moment.
+    pub id_high_water: UnixMillis,
+    /// End of the lease of ids.
+    pub ids_leased_until: UnixMillis,
+    /// The lanes of the row, blocked until its log is replayed.
+    pub lanes: Vec<LaneRow>,
+    /// Dead nodes whose logs an earlier process on this row had begun to replay: they have to be replayed now.
+    pub inherited: Vec<DeadNode>,
+}
+
+/// The outcome of trying to join.
+#[derive(Debug)]
+pub enum Join {
+    /// The process has a row.
+    Joined(Joined),
+    /// Another node replays the log of the row of this `data_dir`; try again when it has finished.
+    BeingReplayed {
+        /// The row.
+        node: i16,
+        /// The node that replays it.
+        by: i16,
+    },
+    /// All 64 rows are taken.
+    Full,
+}
+
+/// The row of a node, for people and for other nodes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeRow {
+    /// Its number.
+    pub node: i16,
+    /// Its epoch.
+    pub epoch: i64,
+    /// `single`, `joining`, `active`, `dead` or `left`.
+    pub state: String,
+    /// Moves with every renewal.
+    pub renewals: i64,
+    /// Where other nodes reach it.
+    pub address: Option<String>,
+    /// The newest format of a group that it can read.
+    pub reads_format: i16,
+    /// The node that replays its log.
+    pub taken_by: Option<i16>,
+    /// The title of its order log.
+    pub log: Option<String>,
+}
+
+/// Takes a row: the one that `home` names, else one that nobody needs, else a new one. Raises its epoch, which fences an
+/// earlier process on it, and blocks its lanes until its log is replayed.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn join(session: &mut Connected, candidate: &Candidate<'_>) -> Result<Join, StoreError> {
+    let doing = "joining the cluster";
+    let transaction = session
+        .transaction()
+        .await
+        .map_err(StoreError::statement(doing))?;
+    let step = StoreError::statement;
+    // Processes that join together do so one after the other.
+    transaction
+        .execute(
+            "SELECT pg_advisory_xact_lock(hashtextextended('millrace join:' || current_schema(), 0))",
+            &[],
+        )
+        .await
+        .map_err(step(doing))?;
+    let found = choose(&transaction, candidate).await.map_err(step(doing))?;
+    let node = match found {
+        Choice::Row(node) => node,
+        Choice::BeingReplayed { node, by } => return Ok(Join::BeingReplayed { node, by }),
+        Choice::Full => return Ok(Join::Full),
+    };
+    let Raised {
+        lease,
+        id_high_water,
+        ids_leased_until,
+        ..
+    } = lease::raise_epoch(&transaction, node, candidate.shards, candidate.ids_from).await?;
+    let joining = async {
+        transaction
+            .execute(
+                "UPDATE node SET state = 'joining', home = $2::text::uuid, address = $3, reads_format = $4,
+                        renewals = abs(renewals) + 1, taken_by = NULL, taken_epoch = NULL WHERE node = $1",
+                &[
+                    &node,
+                    &candidate.home,
+                    &candidate.address,
+                    &candidate.reads_format,
+                ],
+            )
+            .await?;
+        let inherited = takeover::inherit(&transaction, node, lease).await?;
+        let blocked = takeover::block(&transaction, node).await?;
+        Ok::<_, Error>((inherited, blocked))
+    };
+    let (inherited, blocked) = joining.await.map_err(step(doing))?;
+    let lanes = blocked.iter().map(lanes::lane_row);
+    let lanes = lanes.collect::<Result<_, _>>()?;
+    transaction.commit().await.map_err(step(doing))?;
+    Ok(Join::Joined(Joined {
+        lease,
+        id_high_water,
+        ids_leased_until,
+        lanes,
+        inherited,
+    }))
+}
+
+enum Choice {
+    Row(i16),
+    BeingReplayed { node: i16, by: i16 },
+    Full,
+}
+
+async fn choose(transaction: &Transaction<'_>, candidate: &Candidate<'_>) -> Result<Choice, Error> {
+    let home = transaction
+        .query_opt(
+            "SELECT node, taken_by FROM node WHERE home = $1::text::uuid",
+            &[&candidate.home],
+        )
+        .await?;
+    if let Some(row) = home {
+        let node = row.get(0);
+        return Ok(match row.get(1) {
+            Some(by) => Choice::BeingReplayed { node, by },
+            None => Choice::Row(node),
+        });
+    }
+    // The row of a single node belongs to whoever has its log. A log that may hold orders is nobody else's.
+    let unused = transaction
+        .query_opt(
+            "SELECT node FROM node
+              WHERE (state = 'left' AND NOT journal_in_use)
+                 OR (state = 'single' AND (NOT journal_in_use OR journal_id = $1::text::uuid))
+              ORDER BY state = 'single' DESC, node LIMIT 1",
+            &[&candidate.log],
+        )
+        .await?;
+    if let Some(row) = unused {
+        return Ok(Choice::Row(row.get(0)));
+    }
+    let new: Option<i16> = transaction
+        .query_one(
+            "SELECT min(n)::int2 FROM generate_series(0, $1::int4) n WHERE NOT EXISTS (SELECT FROM node WHERE node = n)",
+            &[&i32::from(NODE_MAX)],
+        )
+        .await?
+        .get(0);
+    Ok(new.map_or(Choice::Full, Choice::Row))
+}
+
+/// Makes a node active after its own log was replayed: its lanes are blocked no longer.
+///
+/// # Errors
+/// [`StoreError::Fenced`] if the node was taken over; otherwise if the database does not answer.
+pub async fn activate(database: &Database, lease: NodeLease) -> Result<(), StoreError> {
+    let mut client = database.pooled().await?;
+    let work = async {
+        let transaction = client.transaction().await?;
+        let changed = transaction
+            .execute(
+                "UPDATE node SET state = 'active' WHERE node = $1 AND epoch = $2 AND state IN ('joining', 'active')",
+                &[&lease.node, &lease.epoch],
+            )
+            .await?;
+        if changed == 0 {
+            return Ok(false);
+        }
+        transaction
+            .execute(
+                "UPDATE lane SET blocked_by = NULL WHERE node = $1 AND blocked_by = $1",
+                &[&lease.node],
+            )
+            .await?;
+        transaction.commit().await?;
+        Ok(true)
+    };
+    match database.timed("becoming an active node", work).await? {
+        true => Ok(()),
+        false => Err(lease.is_lost()),
+    }
+}
+
+/// Renews: moves the counter and leases ids up to `ids_until`. Returns the counter.
+///
+/// # Errors
+/// [`StoreError::Fenced`] if the node was taken over.
+pub async fn renew(
+    database: &Database,
+    session: &Connected,
+    lease: NodeLease,
+    ids_until: UnixMillis,
+) -> Result<i64, StoreError> {
+    let row = database
+        .timed(
+            "renewing the membership",
+            session.query_opt(
+                "UPDATE node SET renewals = renewals + 1, ids_leased_until_ms = greatest(ids_leased_until_ms, $3)
+                  WHERE node = $1 AND epoch = $2 AND state IN ('joining', 'active') RETURNING renewals",
+                &[&lease.node, &lease.epoch, &ids_until.0],
+            ),
+        )
+        .await?;
+    row.map(|row| row.get(0)).ok_or_else(|| lease.is_lost())
+}
+
+/// Leaves. A node that still has lanes, or whose log may hold orders, only gives its counter up, so that another takes
+/// over at once; returns false then. The last node of a cluster leaves its lanes to nobody, with its units. Every id
+/// that the node has given out lies before `used`.
+///
+/// # Errors
+/// [`StoreError::Fenced`] if the node was taken over; otherwise if the database does not answer.
+pub async fn leave(
+    database: &Database,
+    lease: NodeLease,
+    used: UnixMillis,
+) -> Result<bool, StoreError> {
+    let mut client = database.pooled().await?;
+    let work = async {
+        let transaction = client.transaction().await?;
+        let row = transaction
+            .query_opt(
+                "SELECT journal_in_use, EXISTS (SELECT FROM node o WHERE o.node <> $1 AND o.state IN ('joining', 'active', 'dead'))
+                   FROM node WHERE node = $1 AND epoch = $2 AND state IN ('joining', 'active') FOR UPDATE",
+                &[&lease.node, &lease.epoch],
+            )
+            .await?;
+        let Some(row) = row else {
+            return Ok(None);
+        };
+        let (log_in_use, has_others): (bool, bool) = (row.get(0), row.get(1));
+        let lanes = transaction
+            .query(
+                "SELECT blocked_by IS NOT NULL FROM lane WHERE node = $1 ORDER BY lane FOR UPDATE",
+                &[&lease.node],
+            )
+            .await?;
+        let is_blocked = lanes.iter().any(|row| row.get::<_, bool>(0));
+        if log_in_use || is_blocked || (has_others && !lanes.is_empty()) {
+            transaction
+                .execute(
+                    "UPDATE node SET renewals = -abs(renewals) - 1 WHERE node = $1",
+                    &[&lease.node],
+                )
+                .await?;
+            transaction.commit().await?;
+            return Ok(Some(false));
+        }
+        transaction
+            .execute(
+                "UPDATE lane SET node = NULL, ids_until_ms = greatest(ids_until_ms, $2) WHERE node = $1",
+                &[&lease.node, &used.0],
+            )
+            .await?;
+        takeover::dissolve(&transaction, lease.node).await?;
+        // The epoch too, so that nothing of the process that leaves comes behind.
+        transaction
+            .execute(
+                "UPDATE node SET state = 'left', epoch = epoch + 1, ids_leased_until_ms = $2 WHERE node = $1",
+                &[&lease.node, &used.0],
+            )
+            .await?;
+        transaction
+            .execute(
+                "UPDATE writer SET epoch = epoch + 1 WHERE node = $1",
+                &[&lease.node],
+            )
+            .await?;
+        transaction.commit().await?;
+        Ok(Some(true))
+    };
+    let left = database.timed("leaving the cluster", work).await?;
+    left.ok_or_else(|| lease.is_lost())
+}
+
+/// Every node.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn nodes(database: &Database) -> Result<Vec<NodeRow>, StoreError> {
+    let client = database.pooled().await?;
+    let rows = database
+        .timed(
+            "reading the nodes",
+            client.query(
+                "SELECT node, epoch, state, renewals, address, reads_format, taken_by, log_title FROM node ORDER BY node",
+                &[],
+            ),
+        )
+        .await?;
+    Ok(rows.iter().map(node_row).collect())
+}
+
+fn node_row(row: &Row) -> NodeRow {
+    NodeRow {
+        node: row.get(0),
+        epoch: row.get(1),
+        state: row.get(2),
+        renewals: row.get(3),
+        address: row.get(4),
+        reads_format: row.get(5),
+        taken_by: row.get(6),
+        log: row.get(7),
+    }
+}

@@ -1,0 +1,439 @@
+//! Units that a node may sell.
+//!
+//! ```text
+//!   sku:          total = held + sold + lent + pool        held, sold: outside of any share; pool: lent to nobody
+//!   stock_share:  lent  = held + sold + free               one row a node, changed by that node alone
+//! ```
+//!
+//! A node that runs dry takes units from the pool. If the pool has too few, the node leaves a *want*. Wants are served
+//! oldest first, and while there is one the pool lends to nobody else. Each node looks at wants, gives back what it
+//! has free, and marks its share with the number of the want. When every share is marked and the pool is still too
+//! small, the SKU is sold out.
+
+use tokio_postgres::{Error, Transaction};
+
+use super::in_force;
+use crate::order::SkuNumber;
+use crate::store::StoreError;
+use crate::store::postgres::{Database, NodeLease};
+
+/// The counters of a node's share.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Share {
+    /// Units lent to the node.
+    pub lent: i64,
+    /// Of these, units of unpaid orders that are rows.
+    pub held: i64,
+    /// Of these, units of paid orders that were not swept yet.
+    pub sold: i64,
+}
+
+/// The outcome of asking for units.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lent {
+    /// Units that were lent now.
+    pub units: i64,
+    /// Sold units that left the share, with as many units of `lent`; they are in `sku.sold` now.
+    pub swept: i64,
+    /// The number of the want that was left because too few were there.
+    pub want: Option<i64>,
+}
+
+/// A want that is not served yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Want {
+    /// Its number: the lower, the older.
+    pub number: i64,
+    /// The SKU.
+    pub sku: SkuNumber,
+    /// The node that wants.
+    pub node: i16,
+    /// Units that it needs at least.
+    pub units: i64,
+}
+
+/// Whether units for a want may still turn up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Supply {
+    /// The pool has enough for it: ask again.
+    Pool,
+    /// Some node has not looked at the want yet or is being taken over, or a total is being lowered.
+    Unanswered,
+    /// Every node has given back what it had free after the want was left, and the pool has too few.
+    None,
+}
+
+/// The outcome of lowering a total.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lowered {
+    /// It is the new total.
+    Done,
+    /// Free units are still lent; lending has stopped.
+    Waiting,
+    /// Orders have taken more than the new total; lending goes on.
+    Refused {
+        /// Units held and sold, in all shares and outside.
+        committed: i64,
+    },
+}
+
+/// A SKU's counters outside of shares, locked.
+struct Pool {
+    total: i64,
+    committed: i64,
+    lent: i64,
+    is_recalled: bool,
+}
+
+impl Pool {
+    async fn lock(transaction: &Transaction<'_>, sku: SkuNumber) -> Result<Option<Self>, Error> {
+        let row = transaction
+            .query_opt(
+                "SELECT total, held + sold, lent, recall IS NOT NULL FROM sku WHERE id = $1 FOR UPDATE",
+                &[&sku.0],
+            )
+            .await?;
+        Ok(row.map(|row| Pool {
+            total: row.get(0),
+            committed: row.get(1),
+            lent: row.get(2),
+            is_recalled: row.get(3),
+        }))
+    }
+
+    fn free(&self) -> i64 {
+        self.total - self.committed - self.lent
+    }
+}
+
+/// Lends the node up to `wanted` units; if the pool has fewer than `least`, lends nothing and leaves a want for
+/// `least`. `least` is one whole order. Sweeps the sold units of the share.
+///
+/// The row tells the outcome of a lost answer: `lent` of the node's own share, which nobody else changes.
+///
+/// # Errors
+/// [`StoreError::Fenced`] if the node was taken over; otherwise if the database does not answer.
+pub async fn lend(
+    database: &Database,
+    lease: NodeLease,
+    sku: SkuNumber,
+    wanted: i64,
+    least: i64,
+) -> Result<Lent, StoreError> {
+    let mut client = database.pooled().await?;
+    let work = async {
+        let transaction = client.transaction().await?;
+        if !in_force(&transaction, lease).await? {
+            return Ok(None);
+        }
+        let Some(pool) = Pool::lock(&transaction, sku).await? else {
+            return Ok(Some(Err(sku)));
+        };
+        let oldest = transaction
+            .query_opt(
+                "SELECT node, number FROM stock_want WHERE sku = $1 ORDER BY number LIMIT 1",
+                &[&sku.0],
+            )
+            .await?;
+        let is_next = oldest.is_none_or(|oldest| oldest.get::<_, i16>(0) == lease.node);
+        let units = match pool.free() {
+            _ if pool.is_recalled || !is_next => 0,
+            free if free < least => 0,
+            free => free.min(wanted.max(least)),
+        };
+        // Sold units first: they leave `lent`, which the trigger sums up, before they enter `sold`.
+        let swept: i64 = transaction
+            .query_opt(
+                "WITH own AS (SELECT sold FROM stock_share WHERE sku = $1 AND node = $2 FOR UPDATE)
+                 UPDATE stock_share s SET lent = s.lent - own.sold, sold = 0 FROM own
+                  WHERE s.sku = $1 AND s.node = $2 AND own.sold > 0 RETURNING own.sold",
+                &[&sku.0, &lease.node],
+            )
+            .await?
+            .map_or(0, |row| row.get(0));
+        if swept > 0 {
+            transaction
+                .execute(
+                    "UPDATE sku SET sold = sold + $2 WHERE id = $1",
+                    &[&sku.0, &swept],
+                )
+                .await?;
+        }
+        let want = if units > 0 {
+            transaction
+                .execute(
+                    "INSERT INTO stock_share (sku, node, lent) VALUES ($1, $2, $3)
+                     ON CONFLICT (sku, node) DO UPDATE SET lent = stock_share.lent + $3",
+                    &[&sku.0, &lease.node, &units],
+                )
+                .await?;
+            withdraw_in(&transaction, lease, sku).await?;
+            None
+        } else {
+            let row = transaction
+                .query_one(
+                    "INSERT INTO stock_want (sku, node, units) VALUES ($1, $2, $3)
+                     ON CONFLICT (sku, node) DO UPDATE SET units = least(stock_want.units, $3) RETURNING number",
+                    &[&sku.0, &lease.node, &least],
+                )
+                .await?;
+            Some(row.get(0))
+        };
+        transaction.commit().await?;
+        Ok(Some(Ok(Lent { units, swept, want })))
+    };
+    match database.timed("lending stock to a node", work).await? {
+        None => Err(lease.is_lost()),
+        Some(lent) => lent.map_err(|sku| StoreError::Data(format!("there is no SKU {}", sku.0))),
+    }
+}
+
+/// Gives `units` of the node's share back to the pool. The node has taken them out of its memory before.
+///
+/// # Errors
+/// A CHECK violation if orders have taken them; [`StoreError::Fenced`] if the node was taken over.
+pub async fn give_back(
+    database: &Database,
+    lease: NodeLease,
+    sku: SkuNumber,
+    units: i64,
+) -> Result<(), StoreError> {
+    give(database, lease, sku, units, None).await
+}
+
+/// Answers a want: gives back `units`, which is everything that the node had free after it read the want, and marks
+/// the share.
+///
+/// # Errors
+/// Those of [`give_back`].
+pub async fn answer(
+    database: &Database,
+    lease: NodeLease,
+    want: &Want,
+    units: i64,
+) -> Result<(), StoreError> {
+    give(database, lease, want.sku, units, Some(want.number)).await
+}
+
+async fn give(
+    database: &Database,
+    lease: NodeLease,
+    sku: SkuNumber,
+    units: i64,
+    answered: Option<i64>,
+) -> Result<(), StoreError> {
+    let mut client = database.pooled().await?;
+    let work = async {
+        let transaction = client.transaction().await?;
+        if !in_force(&transaction, lease).await? {
+            return Ok(false);
+        }
+        // The trigger locks the SKU's row after the share's; locked here, it comes first.
+        Pool::lock(&transaction, sku).await?;
+        transaction
+            .execute(
+                "UPDATE stock_share SET lent = lent - $3, answered = greatest(answered, coalesce($4::int8, 0))
+                  WHERE sku = $1 AND node = $2",
+                &[&sku.0, &lease.node, &units, &answered],
+            )
+            .await?;
+        transaction.commit().await?;
+        Ok(true)
+    };
+    match database.timed("giving stock back", work).await? {
+        true => Ok(()),
+        false => Err(lease.is_lost()),
+    }
+}
+
+/// Wants that are not served yet, oldest first.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn wants(database: &Database) -> Result<Vec<Want>, StoreError> {
+    let client = database.pooled().await?;
+    let rows = database
+        .timed(
+            "reading wants of stock",
+            client.query(
+                "SELECT number, sku, node, units FROM stock_want ORDER BY number",
+                &[],
+            ),
+        )
+        .await?;
+    let want = |row: &tokio_postgres::Row| Want {
+        number: row.get(0),
+        sku: SkuNumber(row.get(1)),
+        node: row.get(2),
+        units: row.get(3),
+    };
+    Ok(rows.iter().map(want).collect())
+}
+
+/// Whether units for a want of this node may still turn up. `sold_out` may be answered after [`Supply::None`] only,
+/// and then [`withdraw`] lets the pool lend to others again.
+///
+/// # Errors
+/// If the database does not answer, or the want is not there.
+pub async fn supply(database: &Database, want: &Want) -> Result<Supply, StoreError> {
+    let client = database.pooled().await?;
+    // Memory takes units before the row says so, and the row returns them before memory does. So a share that has
+    // nothing free by its row has nothing free in memory. A dead node answers nothing until its share is merged.
+    let row = database
+        .timed(
+            "asking whether a SKU is sold out",
+            client.query_one(
+                "SELECT s.total - s.held - s.sold - s.lent >= $3 AND s.recall IS NULL,
+                        s.recall IS NOT NULL
+                        OR EXISTS (SELECT FROM stock_share o WHERE o.sku = s.id AND o.node <> $2 AND o.answered < $4
+                                      AND o.lent > o.held + o.sold)
+                   FROM sku s WHERE s.id = $1",
+                &[&want.sku.0, &want.node, &want.units, &want.number],
+            ),
+        )
+        .await?;
+    Ok(match (row.get(0), row.get(1)) {
+        (true, _) => Supply::Pool,
+        (false, true) => Supply::Unanswered,
+        (false, false) => Supply::None,
+    })
+}
+
+/// Withdraws the node's want of a SKU.
+///
+/// # Errors
+/// [`StoreError::Fenced`] if the node was taken over; otherwise if the database does not answer.
+pub async fn withdraw(
+    database: &Database,
+    lease: NodeLease,
+    sku: SkuNumber,
+) -> Result<(), StoreError> {
+    let mut client = database.pooled().await?;
+    let work = async {
+        let transaction = client.transaction().await?;
+        if !in_force(&transaction, lease).await? {
+            return Ok(false);
+        }
+        withdraw_in(&transaction, lease, sku).await?;
+        transaction.commit().await?;
+        Ok(true)
+    };
+    match database.timed("withdrawing a want of stock", work).await? {
+        true => Ok(()),
+        false => Err(lease.is_lost()),
+    }
+}
+
+async fn withdraw_in(
+    transaction: &Transaction<'_>,
+    lease: NodeLease,
+    sku: SkuNumber,
+) -> Result<(), Error> {
+    transaction
+        .execute(
+            "DELETE FROM stock_want WHERE sku = $1 AND node = $2",
+            &[&sku.0, &lease.node],
+        )
+        .await
+        .map(|_| ())
+}
+
+/// Lowers a SKU's total, or takes a step towards it. The first call stops lending, so that free units come back.
+/// Called again until it is [`Lowered::Done`], or given up with [`end_recall`].
+///
+/// # Errors
+/// [`StoreError::Fenced`] if the node was taken over; otherwise if the database does not answer.
+pub async fn lower_total(
+    database: &Database,
+    lease: NodeLease,
+    sku: SkuNumber,
+    total: i64,
+) -> Result<Lowered, StoreError> {
+    let mut client = database.pooled().await?;
+    let work = async {
+        let transaction = client.transaction().await?;
+        if !in_force(&transaction, lease).await? {
+            return Ok(None);
+        }
+        Pool::lock(&transaction, sku).await?;
+        let row = transaction
+            .query_one(
+                "SELECT s.held + s.sold + s.lent, s.held + s.sold + coalesce(sum(o.held + o.sold), 0)::int8
+                   FROM sku s LEFT JOIN stock_share o ON o.sku = s.id WHERE s.id = $1 GROUP BY s.id",
+                &[&sku.0],
+            )
+            .await?;
+        let (least, committed): (i64, i64) = (row.get(0), row.get(1));
+        let lowered = match () {
+            () if total >= least => Lowered::Done,
+            () if total < committed => Lowered::Refused { committed },
+            () => Lowered::Waiting,
+        };
+        let (new, recall) = match lowered {
+            Lowered::Done => (Some(total), None),
+            Lowered::Waiting => (None, Some(total)),
+            Lowered::Refused { .. } => (None, None),
+        };
+        transaction
+            .execute(
+                "UPDATE sku SET total = coalesce($2, total), recall = $3 WHERE id = $1",
+                &[&sku.0, &new, &recall],
+            )
+            .await?;
+        transaction.commit().await?;
+        Ok(Some(lowered))
+    };
+    database
+        .timed("lowering a total", work)
+        .await?
+        .ok_or_else(|| lease.is_lost())
+}
+
+/// Gives up lowering a total: lending goes on.
+///
+/// # Errors
+/// [`StoreError::Fenced`] if the node was taken over; otherwise if the database does not answer.
+pub async fn end_recall(
+    database: &Database,
+    lease: NodeLease,
+    sku: SkuNumber,
+) -> Result<(), StoreError> {
+    let mut client = database.pooled().await?;
+    let work = async {
+        let transaction = client.transaction().await?;
+        if !in_force(&transaction, lease).await? {
+            return Ok(false);
+        }
+        transaction
+            .execute("UPDATE sku SET recall = NULL WHERE id = $1", &[&sku.0])
+            .await?;
+        transaction.commit().await?;
+        Ok(true)
+    };
+    match database.timed("giving a recall up", work).await? {
+        true => Ok(()),
+        false => Err(lease.is_lost()),
+    }
+}
+
+/// The node's share of a SKU.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn share_of(database: &Database, node: i16, sku: SkuNumber) -> Result<Share, StoreError> {
+    let client = database.pooled().await?;
+    let row = database
+        .timed(
+            "reading a share of stock",
+            client.query_opt(
+                "SELECT lent, held, sold FROM stock_share WHERE sku = $1 AND node = $2",
+                &[&sku.0, &node],
+            ),
+        )
+        .await?;
+    Ok(row.map_or_else(Share::default, |row| Share {
+        lent: row.get(0),
+        held: row.get(1),
+        sold: row.get(2),
+    }))
+}

@@ -1,0 +1,369 @@
+//! What becomes of a node that is gone.
+//!
+//! ```text
+//!   1. fence     one transaction: its epoch up, its lanes to the survivor, blocked     it can commit nothing
+//!   2.           the survivor appends its marker to the dead node's log                it can acknowledge nothing
+//!   3.           the survivor replays the log under the dead node's new epoch          its shares stay its own
+//!   4. finish    one transaction: the log is settled, the shares are merged, lanes unblocked
+//! ```
+//!
+//! If the survivor dies in between, whoever fences the survivor inherits the dead node, at a further epoch, and replays
+//! its log again: replaying is idempotent.
+
+use std::convert::Infallible;
+use std::time::Duration;
+
+use tokio_postgres::{Error, Row, Transaction};
+
+use super::in_force;
+use super::lanes::{self, LaneRow};
+use crate::order::UnixMillis;
+use crate::store::StoreError;
+use crate::store::postgres::order_log::{self, NotedLog};
+use crate::store::postgres::{Connected, Database, NodeLease};
+
+/// Time that backends of the dead node get to end their transactions, before they are terminated.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// A node that seems to be gone, as it was seen last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Suspect {
+    /// Its number.
+    pub node: i16,
+    /// Its epoch.
+    pub epoch: i64,
+    /// Its counter, which has stood still.
+    pub renewals: i64,
+}
+
+/// A node that can commit nothing any more.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeadNode {
+    /// The right to write as the dead node, for its replay.
+    pub lease: NodeLease,
+    /// Its order log, if it had one.
+    pub log: Option<NotedLog>,
+    /// Every id that it has leased in the database lies before this moment. Its log may have leased more.
+    pub ids_until: UnixMillis,
+}
+
+/// The result of fencing a suspect.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Takeover {
+    /// The suspect first, then the dead nodes whose replay it had begun.
+    pub dead: Vec<DeadNode>,
+    /// The lanes that are the survivor's now, each blocked until the log of its `blocked_by` is replayed.
+    pub lanes: Vec<LaneRow>,
+}
+
+/// Fences a suspect for the node `by`. `None`: it has renewed meanwhile, or another node was faster; nothing has
+/// changed then. Backends that keep a row of the suspect locked are terminated after a second.
+///
+/// # Errors
+/// [`StoreError::Fenced`] if the survivor itself was taken over; otherwise if the database does not answer.
+pub async fn fence(
+    database: &Database,
+    session: &mut Connected,
+    by: NodeLease,
+    suspect: Suspect,
+) -> Result<Option<Takeover>, StoreError> {
+    let backend: i32 = database
+        .timed(
+            "asking for our backend",
+            session.query_one("SELECT pg_backend_pid()", &[]),
+        )
+        .await?
+        .get(0);
+    let fencing = database.timed("fencing a node", fence_in(session, by, suspect));
+    let fenced = tokio::select! {
+        fenced = fencing => fenced?,
+        never = keep_ending(database, backend, suspect.node) => match never {},
+    };
+    match fenced {
+        Attempt::NotInForce => Err(by.is_lost()),
+        Attempt::NotSuspect => Ok(None),
+        Attempt::Done(fenced, rows) => {
+            let lanes = rows.iter().map(lanes::lane_row);
+            let lanes = lanes.collect::<Result<_, _>>()?;
+            Ok(Some(Takeover {
+                dead: fenced,
+                lanes,
+            }))
+        }
+    }
+}
+
+enum Attempt {
+    /// The survivor was taken over itself.
+    NotInForce,
+    /// The suspect is not what it was.
+    NotSuspect,
+    Done(Vec<DeadNode>, Vec<Row>),
+}
+
+async fn fence_in(
+    session: &mut Connected,
+    by: NodeLease,
+    suspect: Suspect,
+) -> Result<Attempt, Error> {
+    let transaction = session.transaction().await?;
+    // The step's time limit bounds the wait, and backends in the way are ended meanwhile.
+    transaction
+        .batch_execute("SET LOCAL lock_timeout = 0")
+        .await?;
+    // Both rows in order of their numbers, the suspect's for its new epoch.
+    if by.node < suspect.node && !in_force(&transaction, by).await? {
+        return Ok(Attempt::NotInForce);
+    }
+    let found = transaction
+        .query_opt(
+            "SELECT FROM node WHERE node = $1 AND epoch = $2 AND renewals = $3
+                AND (state IN ('joining', 'active') OR state = 'single' AND journal_in_use) FOR UPDATE",
+            &[&suspect.node, &suspect.epoch, &suspect.renewals],
+        )
+        .await?;
+    if by.node >= suspect.node && !in_force(&transaction, by).await? {
+        return Ok(Attempt::NotInForce);
+    }
+    if found.is_none() || by.node == suspect.node {
+        return Ok(Attempt::NotSuspect);
+    }
+    let mut fenced = vec![raise(&transaction, suspect.node, by).await?];
+    fenced.extend(inherit(&transaction, suspect.node, by).await?);
+    transaction
+        .execute("DELETE FROM stock_want WHERE node = $1", &[&suspect.node])
+        .await?;
+    let rows = transaction
+        .query(
+            &format!(
+                "UPDATE lane l SET node = $2, epoch = l.epoch + 1, blocked_by = coalesce(l.blocked_by, $1),
+                        ids_until_ms = greatest(l.ids_until_ms, n.ids_leased_until_ms)
+                   FROM node n WHERE l.node = $1 AND n.node = $1 RETURNING {}",
+                lane_columns()
+            ),
+            &[&suspect.node, &by.node],
+        )
+        .await?;
+    transaction.commit().await?;
+    Ok(Attempt::Done(fenced, rows))
+}
+
+/// The columns of a lane, qualified.
+fn lane_columns() -> String {
+    let columns = lanes::COLUMNS.split(", ");
+    let columns: Vec<String> = columns.map(|column| format!("l.{column}")).collect();
+    columns.join(", ")
+}
+
+/// Makes a node dead, for `by`: raises its epoch and those of its writers, whose transactions have ended then.
+async fn raise(transaction: &Transaction<'_>, node: i16, by: NodeLease) -> Result<DeadNode, Error> {
+    transaction
+        .execute(
+            "SELECT FROM writer WHERE node = $1 ORDER BY shard FOR UPDATE",
+            &[&node],
+        )
+        .await?;
+    let row = transaction
+        .query_one(
+            &format!(
+                "UPDATE node SET epoch = epoch + 1, state = 'dead', taken_by = $2, taken_epoch = $3 WHERE node = $1
+                 RETURNING epoch, ids_leased_until_ms, journal_id IS NOT NULL, {}",
+                order_log::COLUMNS
+            ),
+            &[&node, &by.node, &by.epoch],
+        )
+        .await?;
+    let lease = NodeLease {
+        node,
+        epoch: row.get(0),
+    };
+    transaction
+        .execute(
+            "UPDATE writer SET epoch = $2 WHERE node = $1",
+            &[&node, &lease.epoch],
+        )
+        .await?;
+    Ok(DeadNode {
+        lease,
+        log: row.get::<_, bool>(2).then(|| order_log::noted_log(&row, 3)),
+        ids_until: UnixMillis(row.get(1)),
+    })
+}
+
+/// Takes over the dead nodes whose logs `from` was replaying.
+pub(super) async fn inherit(
+    transaction: &Transaction<'_>,
+    from: i16,
+    by: NodeLease,
+) -> Result<Vec<DeadNode>, Error> {
+    let dead = transaction
+        .query(
+            "SELECT node FROM node WHERE taken_by = $1 AND node <> $1 ORDER BY node FOR UPDATE",
+            &[&from],
+        )
+        .await?;
+    let mut fenced = Vec::with_capacity(dead.len());
+    for row in &dead {
+        fenced.push(raise(transaction, row.get(0), by).await?);
+    }
+    Ok(fenced)
+}
+
+/// Blocks the lanes of a node that starts again, until its own log is replayed. Returns all its lanes.
+pub(super) async fn block(transaction: &Transaction<'_>, node: i16) -> Result<Vec<Row>, Error> {
+    transaction
+        .execute("DELETE FROM stock_want WHERE node = $1", &[&node])
+        .await?;
+    // Orders that were in memory alone are gone, so units may be free that the process before had none of.
+    transaction
+        .execute(
+            "UPDATE stock_share SET answered = 0 WHERE node = $1 AND answered > 0",
+            &[&node],
+        )
+        .await?;
+    transaction
+        .query(
+            &format!(
+                "UPDATE lane SET epoch = epoch + 1, blocked_by = coalesce(blocked_by, $1) WHERE node = $1 RETURNING {}",
+                lanes::COLUMNS
+            ),
+            &[&node],
+        )
+        .await
+}
+
+/// Ends the takeover of `dead` by `by`, after its log was replayed: the log is settled, the lanes that waited for it are
+/// unblocked, its shares become the survivor's.
+///
+/// If the dead node had no lane, nobody has its buyers, and its units go back to `sku`.
+///
+/// # Errors
+/// [`StoreError::Fenced`] if either was taken over, or the takeover was inherited by another node.
+pub async fn finish(database: &Database, by: NodeLease, dead: NodeLease) -> Result<(), StoreError> {
+    let mut client = database.pooled().await?;
+    let work = async {
+        let transaction = client.transaction().await?;
+        if by.node < dead.node && !in_force(&transaction, by).await? {
+            return Ok(false);
+        }
+        let is_ours = transaction
+            .query_opt(
+                "SELECT FROM node WHERE node = $1 AND epoch = $2 AND taken_by = $3 AND taken_epoch = $4 FOR UPDATE",
+                &[&dead.node, &dead.epoch, &by.node, &by.epoch],
+            )
+            .await?
+            .is_some();
+        if !is_ours || (by.node >= dead.node && !in_force(&transaction, by).await?) {
+            return Ok(false);
+        }
+        let unblocked = transaction
+            .execute(
+                "UPDATE lane SET blocked_by = NULL WHERE blocked_by = $1",
+                &[&dead.node],
+            )
+            .await?;
+        if unblocked == 0 {
+            dissolve(&transaction, dead.node).await?;
+        } else {
+            merge(&transaction, dead.node, by.node).await?;
+        }
+        transaction
+            .execute(
+                "UPDATE node SET state = 'left', taken_by = NULL, taken_epoch = NULL, journal_in_use = false
+                  WHERE node = $1",
+                &[&dead.node],
+            )
+            .await?;
+        transaction.commit().await?;
+        Ok(true)
+    };
+    match database.timed("ending a takeover", work).await? {
+        true => Ok(()),
+        false => Err(by.is_lost()),
+    }
+}
+
+/// The SKUs of a node's shares, locked.
+const LOCK_SKUS: &str = "
+    SELECT FROM sku WHERE id IN (SELECT sku FROM stock_share WHERE node = $1) ORDER BY id FOR UPDATE";
+
+/// Makes the shares of one node those of another. Units that were free in them are news to every want.
+async fn merge(transaction: &Transaction<'_>, from: i16, to: i16) -> Result<(), Error> {
+    transaction.execute(LOCK_SKUS, &[&from]).await?;
+    let rows = transaction
+        .query(
+            "DELETE FROM stock_share WHERE node = $1 RETURNING sku, lent, held, sold",
+            &[&from],
+        )
+        .await?;
+    let column = |at: usize| -> Vec<i64> { rows.iter().map(|row| row.get(at)).collect() };
+    let skus: Vec<i32> = rows.iter().map(|row| row.get(0)).collect();
+    transaction
+        .execute(
+            "INSERT INTO stock_share (sku, node, lent, held, sold)
+             SELECT w.sku, $1, w.lent, w.held, w.sold
+               FROM unnest($2::int4[], $3::int8[], $4::int8[], $5::int8[]) AS w (sku, lent, held, sold)
+             ON CONFLICT (sku, node) DO UPDATE
+                SET lent = stock_share.lent + excluded.lent, held = stock_share.held + excluded.held,
+                    sold = stock_share.sold + excluded.sold, answered = 0",
+            &[&to, &skus, &column(1), &column(2), &column(3)],
+        )
+        .await
+        .map(|_| ())
+}
+
+/// Takes a node's shares apart: free units go to the pool, held and sold ones to `sku`.
+pub(super) async fn dissolve(transaction: &Transaction<'_>, node: i16) -> Result<(), Error> {
+    transaction.execute(LOCK_SKUS, &[&node]).await?;
+    let rows = transaction
+        .query(
+            "DELETE FROM stock_share WHERE node = $1 RETURNING sku, held, sold",
+            &[&node],
+        )
+        .await?;
+    let column = |at: usize| -> Vec<i64> { rows.iter().map(|row| row.get(at)).collect() };
+    let skus: Vec<i32> = rows.iter().map(|row| row.get(0)).collect();
+    transaction
+        .execute(
+            "UPDATE sku s SET held = s.held + w.held, sold = s.sold + w.sold
+               FROM unnest($1::int4[], $2::int8[], $3::int8[]) AS w (sku, held, sold) WHERE s.id = w.sku",
+            &[&skus, &column(1), &column(2)],
+        )
+        .await
+        .map(|_| ())
+}
+
+/// Ends blockers once every [`PATIENCE`], until it is dropped.
+async fn keep_ending(database: &Database, backend: i32, node: i16) -> Infallible {
+    loop {
+        tokio::time::sleep(PATIENCE).await;
+        if let Err(error) = end_blockers(database, backend, node).await {
+            tracing::warn!(
+                node, reason = %error,
+                "backends of a node that is gone could not be terminated; retrying (pg_terminate_backend needs the same role \
+                 or pg_signal_backend)"
+            );
+        }
+    }
+}
+
+/// Terminates the backends of the dead node that `backend` waits for. Only those bear its name; another process that
+/// fences the same node is left alone.
+async fn end_blockers(database: &Database, backend: i32, node: i16) -> Result<(), StoreError> {
+    let client = database.pooled().await?;
+    let of_node = format!("^millrace [a-z]+ {node}(/[0-9]+)?$");
+    let ended = database
+        .timed(
+            "ending the backends of a node that is gone",
+            client.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+                  WHERE pid = ANY (pg_blocking_pids($1)) AND application_name ~ $2",
+                &[&backend, &of_node],
+            ),
+        )
+        .await?;
+    if ended > 0 {
+        tracing::warn!(node, ended, "terminated backends of a node that is gone");
+    }
+    Ok(())
+}

@@ -1,0 +1,16 @@
+//! Several nodes on one database.
+//!
+//! * `twin`: the transactions of `store::cluster` on a real PostgreSQL, against a naive arbiter, by the same random
+//!   operations;
+//! * `database`: what an arbiter in memory cannot show: concurrent transactions, locks, a schema of before;
+//! * `takeover`: the log of a dead node on a real broker;
+//!
+//! `MILLRACE_ROUNDS` (default 1) multiplies the rounds of what is random, `MILLRACE_SEED` replays one run of it.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod arbiter;
+mod database;
+mod takeover;
+mod twin;

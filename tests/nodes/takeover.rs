@@ -1,0 +1,205 @@
+//! The log of a dead node on a real broker.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use millrace::order::{Lane, Order, SkuNumber, UnixMillis};
+use millrace::pipeline::cluster::takeover::{Replaying, replay};
+use millrace::queue::log::broker::redis::{RedisBroker, RedisSettings};
+use millrace::queue::log::broker::{
+    BeforeStart, Broker, Known, Owner, PATIENCE, Place, SendError, frame, while_away,
+};
+use millrace::queue::log::record::GroupBytes;
+use millrace::state::orphans::Orphans;
+use millrace::store::batch::BatchWriter;
+use millrace::store::cluster::takeover::{self, DeadNode, Suspect};
+use millrace::store::cluster::{lanes, membership, shares};
+use millrace::store::postgres::order_log::{self, LogName};
+use millrace::store::postgres::{NodeLease, skus};
+
+use crate::support::brokers::{Broker as Server, Kind};
+use crate::support::sale::{order, refs};
+use crate::twin::Bed;
+
+const SKU: SkuNumber = SkuNumber(1);
+
+/// A node that keeps its log on a broker.
+struct LoggingNode {
+    lease: NodeLease,
+    owner: Owner,
+    client: Arc<dyn Broker>,
+    place: Place,
+}
+
+fn client(server: &Server, node: i16) -> Arc<dyn Broker> {
+    let client = RedisBroker::new(RedisSettings {
+        url: format!("redis://{}/", server.address()),
+        stream: format!("millrace:test:{node}"),
+        replicas_min: 0,
+        timeout: Duration::from_secs(20),
+    });
+    let client: Arc<dyn Broker> = Arc::new(client.unwrap());
+    while_away(PATIENCE, || client.check()).unwrap();
+    client
+}
+
+async fn identity(bed: &Bed) -> [u8; 16] {
+    let row = bed
+        .session
+        .query_one("SELECT uuid_send(id) FROM database_identity", &[]);
+    row.await.unwrap().get::<_, &[u8]>(0).try_into().unwrap()
+}
+
+impl LoggingNode {
+    /// Joins with an empty log.
+    async fn join(bed: &Bed, server: &Server, home: u64) -> Self {
+        let lease = bed.join(home).await;
+        let (client, database) = (client(server, lease.node), identity(bed).await);
+        let owner = Owner {
+            database,
+            node: lease.node as u16,
+        };
+        let before = BeforeStart {
+            broker: Arc::clone(&client),
+            owner,
+            epoch: lease.epoch as u64,
+            known: Known {
+                in_use: false,
+                place: None,
+            },
+            patience: PATIENCE,
+        };
+        let taken = tokio::task::spawn_blocking(move || before.take_over(|_| {}));
+        let marker = taken.await.unwrap().unwrap().marker;
+        let name = LogName {
+            id: format!("{:032x}", lease.node),
+            title: client.title(),
+        };
+        order_log::note(&bed.database, lease, &name, Some(marker))
+            .await
+            .unwrap();
+        LoggingNode {
+            lease,
+            owner,
+            client,
+            place: marker.place,
+        }
+    }
+
+    /// Appends a group, as the node acknowledges its orders.
+    async fn append(&mut self, orders: &[Order]) -> Result<u64, SendError> {
+        self.place.number += 1;
+        let mut group = GroupBytes::default();
+        group.begin(self.lease.epoch, self.place.number);
+        orders.iter().for_each(|order| group.push_order(order));
+        let frame = frame::encode(self.owner, self.place, group.as_bytes());
+        let (client, place) = (Arc::clone(&self.client), self.place);
+        tokio::task::spawn_blocking(move || client.send(place, &frame))
+            .await
+            .unwrap()
+    }
+}
+
+async fn fence(bed: &Bed, by: NodeLease, node: i16) -> takeover::Takeover {
+    let nodes = membership::nodes(&bed.database).await.unwrap();
+    let row = nodes.iter().find(|row| row.node == node).unwrap();
+    let suspect = Suspect {
+        node,
+        epoch: row.epoch,
+        renewals: row.renewals,
+    };
+    let mut session = bed.database.connect("test").await.unwrap();
+    let fenced = takeover::fence(&bed.database, &mut session, by, suspect).await;
+    fenced.unwrap().unwrap()
+}
+
+/// Replays a dead node's log and returns how many orders were written and were there.
+async fn replayed(bed: &Bed, server: &Server, dead: &DeadNode) -> (u64, u64) {
+    let orphans = Orphans::default();
+    let with = Replaying {
+        broker: client(server, dead.lease.node),
+        identity: identity(bed).await,
+        shard: 1,
+        rows_max: 2,
+        orphans: &orphans,
+        now: UnixMillis::now(),
+    };
+    let replayed = replay(&bed.database, dead, with).await.unwrap();
+    assert_eq!(replayed.applied.refused + replayed.applied.parked, 0);
+    (replayed.applied.written, replayed.applied.present)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_dead_node_has_acknowledged_is_written_by_whoever_inherits_it_and_nothing_after() {
+    let Some(server) = Server::start(Kind::Redis) else {
+        return;
+    };
+    let bed = Bed::open().await;
+    bed.skus(&[10]).await;
+    let mut dead = LoggingNode::join(&bed, &server, 1).await;
+    let survivor = LoggingNode::join(&bed, &server, 2).await;
+    let heir = LoggingNode::join(&bed, &server, 3).await;
+    lanes::claim_free(&bed.database, dead.lease).await.unwrap();
+    shares::lend(&bed.database, dead.lease, SKU, 8, 1)
+        .await
+        .unwrap();
+    let sku = skus::load_all(&bed.database).await.unwrap().remove(0);
+    let orders: Vec<Order> = (0..5).map(|_| order(&sku, 1)).collect();
+    dead.append(&orders[..3]).await.unwrap();
+    dead.append(&orders[3..]).await.unwrap();
+    let mut writer = BatchWriter::new(bed.database.clone(), dead.lease, 0).on_share();
+    writer.write(&refs(&orders[..2])).await.unwrap();
+
+    let taken = fence(&bed, survivor.lease, dead.lease.node).await;
+    assert_eq!(taken.lanes.len(), Lane::COUNT);
+    assert!(
+        writer.write(&refs(&orders[2..3])).await.is_err(),
+        "it can commit nothing"
+    );
+    assert_eq!(replayed(&bed, &server, &taken.dead[0]).await, (3, 2));
+    let late = dead.append(&[order(&sku, 1)]).await;
+    assert!(
+        matches!(late, Err(SendError::Stale(_))),
+        "it can acknowledge nothing: {late:?}"
+    );
+    let share = async |node: i16| {
+        let share = shares::share_of(&bed.database, node, SKU).await.unwrap();
+        (share.lent, share.held)
+    };
+    assert_eq!(
+        share(dead.lease.node).await,
+        (8, 5),
+        "its units are still its own"
+    );
+
+    // The survivor dies too, before it has finished.
+    let taken = fence(&bed, heir.lease, survivor.lease.node).await;
+    let nodes: Vec<i16> = taken.dead.iter().map(|dead| dead.lease.node).collect();
+    assert_eq!(nodes, [survivor.lease.node, dead.lease.node]);
+    assert!(
+        taken
+            .lanes
+            .iter()
+            .all(|lane| lane.blocked_by == Some(dead.lease.node))
+    );
+    for (node, found) in taken.dead.iter().zip([(0, 0), (0, 5)]) {
+        assert_eq!(
+            replayed(&bed, &server, node).await,
+            found,
+            "{:?}",
+            node.lease
+        );
+        takeover::finish(&bed.database, heir.lease, node.lease)
+            .await
+            .unwrap();
+    }
+    assert_eq!(share(heir.lease.node).await, (8, 5));
+    assert_eq!(bed.number("SELECT count(*) FROM orders").await, 5);
+    assert_eq!(
+        bed.number("SELECT count(*) FROM lane WHERE blocked_by IS NOT NULL")
+            .await,
+        0
+    );
+    let log = "SELECT sum(held_delta)::int8 FROM stock_log WHERE node IS NOT NULL";
+    assert_eq!(bed.number(log).await, 5);
+}
