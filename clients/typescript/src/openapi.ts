@@ -1245,7 +1245,7 @@ export interface components {
         /** @description The SKU as it now stands, and what was changed. */
         SkuPut: {
             /** @description The terms that differ from before, among them those that were left out and took their defaults. Empty where the SKU was created. */
-            changed: ("title" | "unit_price" | "currency" | "per_user_limit" | "opens_at" | "closes_at" | "total")[];
+            changed: components["schemas"]["SkuTerm"][];
             closes_at: components["schemas"]["Time"] | null;
             /** @description Why its sale is paused, if the database refuses its counters: resuming cannot help until its row is mended. */
             counters_refused: components["schemas"]["CountersRefused"] | null;
@@ -1289,6 +1289,8 @@ export interface components {
              */
             unit_price: number;
         };
+        /** @enum {string} */
+        SkuTerm: "title" | "unit_price" | "currency" | "per_user_limit" | "opens_at" | "closes_at" | "total";
         /**
          * @example {
          *       "type": "payment.succeeded",
