@@ -14,12 +14,13 @@ use std::time::{Duration, Instant};
 use millrace::http::message::{Request, Response};
 use millrace::http::peers::frame::{CallParts, Frame, Hello, decode};
 use millrace::http::peers::key::ClusterKey;
-use millrace::http::peers::link::{Peer, PendingCall};
+use millrace::http::peers::link::PendingCall;
 use millrace::http::peers::pool::Peers;
 use millrace::http::peers::server::{PeerServer, PeerService, Terms};
 use millrace::http::peers::{CALLS_MAX, Hint, Identity, NotRun, Outcome, PROTOCOL, Unsent};
 use millrace::http::server::{dispatcher::Dispatcher, wake};
 use millrace::order::OrderId;
+use millrace::state::lanes::NodeAddress;
 use millrace::supervise::Supervisor;
 use support::relay::{Relay, Way};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -135,9 +136,9 @@ fn pool(key: ClusterKey, own: Identity) -> Peers {
     Peers::new(key, own, wake_all, Supervisor::default())
 }
 
-fn peer(node: u8, address: SocketAddr) -> Peer {
-    let address = address.to_string();
-    Peer { node, address }
+fn peer(node: u8, address: SocketAddr) -> NodeAddress {
+    let address = address.to_string().into();
+    NodeAddress { node, address }
 }
 
 /// Wakes a thread.
@@ -226,7 +227,7 @@ fn calls_among_three_nodes_arrive_once_and_their_answers_with_whom_they_are_for(
     const CALLS: usize = 400;
     on_runtime(|| {
         let nodes: Vec<Node> = (0..3).map(Node::start).collect();
-        let all: Vec<Peer> = (0..)
+        let all: Vec<NodeAddress> = (0..)
             .zip(&nodes)
             .map(|(node, one)| peer(node, one.server.address()))
             .collect();

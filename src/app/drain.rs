@@ -30,6 +30,7 @@ pub(super) async fn drain(millrace: Millrace) -> bool {
         mut path,
         planes,
         service,
+        node,
         background,
         ownership,
         supervisor,
@@ -45,6 +46,9 @@ pub(super) async fn drain(millrace: Millrace) -> bool {
     let mut clean = run_empty(&config, &mut path).await;
     service.stop_waiting();
     clean &= settle_rest(&state, &path, &planes.wake_all).await;
+    if let Some(node) = node {
+        node.stop(MARGIN).await;
+    }
     close_connections(&planes.engine).await;
     planes.stop_control(MARGIN).await;
     background.stop();

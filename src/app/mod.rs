@@ -12,6 +12,7 @@ pub(crate) mod brokers;
 mod clock;
 mod drain;
 mod error;
+pub mod nodes;
 mod open;
 mod order_log;
 mod order_path;
@@ -31,6 +32,7 @@ use tokio::runtime::Handle;
 use self::background::{Background, Handles};
 pub use self::clock::ClockError;
 pub use self::error::StartError;
+use self::nodes::{Node, NodeParts};
 pub use self::open::{OpenDatabase, open_database, open_existing_database, prepare_schema};
 use self::order_path::OrderPath;
 use self::ownership::Ownership;
@@ -38,8 +40,10 @@ use self::planes::{Listeners, Planes};
 use crate::config::Config;
 use crate::http::control_plane;
 use crate::http::data_plane::context::Context;
+use crate::http::data_plane::nodes::Nodes;
 use crate::http::data_plane::payments::providers::Providers;
 use crate::http::data_plane::router::Router;
+use crate::http::peers::pool::Peers;
 use crate::http::tokens::Tokens;
 use crate::metrics::Metrics;
 use crate::pipeline::admin::audit::Auditor;
@@ -64,6 +68,7 @@ pub struct Millrace {
     path: OrderPath,
     planes: Planes,
     service: Arc<Router>,
+    node: Option<Node>,
     background: Background,
     ownership: Ownership,
     supervisor: Supervisor,
@@ -75,6 +80,14 @@ impl Millrace {
     /// # Errors
     /// [`StartError`]; everything started is stopped again.
     pub async fn start(config: Config) -> Result<Self, StartError> {
+        Self::start_as(config, None).await
+    }
+
+    /// The same as a node of a cluster, where `node` says which.
+    ///
+    /// # Errors
+    /// [`StartError`]; everything started is stopped again.
+    pub async fn start_as(config: Config, node: Option<NodeParts>) -> Result<Self, StartError> {
         let started = Instant::now();
         let providers = start_checks::look(&config)?;
         make_directory(&config.data_dir).map_err(|source| StartError::data_dir(&config, source))?;
@@ -108,7 +121,10 @@ impl Millrace {
             metrics: &metrics,
         };
         let (background, handles) = Background::start(&parts, supervisor.clone()).await?;
-        let service = data_plane_service(&parts, &handles, providers);
+        let (nodes, joining) = node.map(|node| node.join(&planes, &supervisor)).unzip();
+        let service = data_plane_service(&parts, &handles, providers, nodes);
+        let joined = joining.map(|joining| joining.serve(&service, &supervisor));
+        let node = joined.transpose()?;
         planes.gate.open(Arc::clone(&service));
         planes
             .control
@@ -130,6 +146,7 @@ impl Millrace {
             path,
             planes,
             service,
+            node,
             background,
             ownership,
             supervisor,
@@ -149,6 +166,11 @@ impl Millrace {
     /// The database.
     pub fn database(&self) -> &Database {
         &self.ownership.database
+    }
+
+    /// The links to the other nodes, if this process is one of a cluster.
+    pub fn peers(&self) -> Option<&Arc<Peers>> {
+        self.node.as_ref().map(|node| &node.peers)
     }
 
     /// Waits until an internal fault stops the process from taking orders.
@@ -174,6 +196,7 @@ fn data_plane_service(
     parts: &background::Parts<'_>,
     handles: &Handles,
     providers: Providers,
+    nodes: Option<Nodes>,
 ) -> Arc<Router> {
     let config = parts.config;
     let context = Context {
@@ -192,6 +215,7 @@ fn data_plane_service(
         runtime: Handle::current(),
         metrics: parts.metrics.clone(),
         order_timeout: Duration::from_millis(config.orders.timeout_ms),
+        nodes,
         stopping: Default::default(),
     };
     let tokens = Tokens::new(&config.data_plane.token.0);

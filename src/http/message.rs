@@ -108,6 +108,14 @@ impl Response {
         self.fields.push_str("\r\n");
     }
 
+    /// Appends fields that a [`Response`] elsewhere has: each as `Name: value\r\n`, and safe already.
+    pub fn header_lines(&mut self, lines: &[u8]) {
+        // Always ASCII; anything else would not be a field.
+        if let Ok(lines) = std::str::from_utf8(lines) {
+            self.fields.push_str(lines);
+        }
+    }
+
     /// The fields so far, each as `Name: value\r\n`.
     pub fn fields(&self) -> &str {
         &self.fields

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 
 use millrace::app::Millrace;
+use millrace::app::nodes::NodeParts;
 use millrace::config::Config;
 use serde_json::{Value, json};
 
@@ -28,8 +29,25 @@ impl TestServer {
         Self::start_at(database.url(), configure).await
     }
 
+    /// The same as a node of a cluster.
+    pub async fn start_node(
+        database: &TestDatabase,
+        configure: impl FnOnce(&mut Config),
+        node: NodeParts,
+    ) -> Self {
+        Self::start_as(database.url(), configure, Some(node)).await
+    }
+
     /// The same on whatever `url` leads to.
     pub async fn start_at(url: String, configure: impl FnOnce(&mut Config)) -> Self {
+        Self::start_as(url, configure, None).await
+    }
+
+    async fn start_as(
+        url: String,
+        configure: impl FnOnce(&mut Config),
+        node: Option<NodeParts>,
+    ) -> Self {
         let data_dir = test_dir();
         let mut config = Config {
             data_dir: data_dir.path().to_path_buf(),
@@ -41,7 +59,9 @@ impl TestServer {
         // The same in every process of a test, as in a shop.
         config.receipt.key.0 = vec![RECEIPT_KEY.to_owned()];
         configure(&mut config);
-        let millrace = Millrace::start(config).await.expect("start Millrace");
+        let millrace = Millrace::start_as(config, node)
+            .await
+            .expect("start Millrace");
         TestServer {
             data: millrace.data_plane,
             control: millrace.control_plane,

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
 
+use super::nodes::Nodes;
 use crate::http::message::Request;
 use crate::http::problem::Problem;
 use crate::http::server::tokio_bridge::{self, TaskLost};
@@ -48,6 +49,8 @@ pub struct Context {
     pub metrics: Metrics,
     /// Longest wait for persistence.
     pub order_timeout: Duration,
+    /// The other nodes of the cluster; `None` for a single node.
+    pub nodes: Option<Nodes>,
     /// Set at shutdown: requests that wait for an undecided order are answered at once.
     pub stopping: AtomicBool,
 }

@@ -1,14 +1,18 @@
 //! The routes of the data plane: authorizes a request, finds its handler, writes its problem.
 
 use std::borrow::Cow;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::context::Context;
+use super::nodes::{self, Origin};
 use super::payments::notify;
 use super::payments::providers::{PaymentProvider, Providers};
 use super::{orders, skus};
 use crate::http::message::{Request, Response};
 use crate::http::origin::SiteFields;
+use crate::http::peers::Hint;
+use crate::http::peers::server::{PeerService, Terms};
 use crate::http::problem::Problem;
 use crate::http::server::Service;
 use crate::http::server::limits::{BodyRule, Targets};
@@ -19,6 +23,8 @@ use crate::order::{OrderId, SkuId, UserId};
 
 const ORDERS_PATH: &str = "/v1/orders";
 const BATCH_PATH: &str = "/v1/orders:batch";
+/// Not among [`ROUTES`]: a single node has none.
+const LANES_PATH: &str = "/v1/lanes";
 /// The targets of payment platforms begin with this.
 const PAYMENTS_PATH: &str = "/v1/payments/";
 
@@ -82,6 +88,13 @@ impl Router {
         self.context.stopping.store(true, Ordering::Release);
     }
 
+    fn answer(&self, request: &Request<'_>, origin: Origin, response: &mut Response) {
+        if let Err(problem) = self.route(request, origin, response) {
+            self.count_refusal(&problem);
+            problem.write_to(response);
+        }
+    }
+
     fn check_head(&self, head: &Request<'_>) -> Result<(), Problem> {
         let path = head.path();
         // A payment platform has no token: it signs its message, which is verified as a whole.
@@ -108,10 +121,16 @@ impl Router {
         Ok(())
     }
 
-    fn route(&self, request: &Request<'_>, response: &mut Response) -> Result<(), Problem> {
+    fn route(
+        &self,
+        request: &Request<'_>,
+        origin: Origin,
+        response: &mut Response,
+    ) -> Result<(), Problem> {
         let path = request.path();
         let context = &self.context;
-        if let Some(word) = provider_word(path) {
+        // A callback is stored where it comes in.
+        if let (Some(word), Origin::Client) = (provider_word(path), origin) {
             let provider = self.provider(path, word)?;
             allow(request, response, "POST")?;
             notify::notify(context, request, response, provider);
@@ -121,19 +140,25 @@ impl Router {
             // RFC 9110 15.5.16: names the encodings that the client may retry with.
             response.header("Accept-Encoding", "identity");
         })?;
-        let route = Route::find(path).ok_or_else(|| not_found(path))?;
+        let is_there =
+            |route: &Route| !matches!(route, Route::ReadLanes) || context.nodes.is_some();
+        let route = Route::find(path).filter(is_there);
+        let route = route.ok_or_else(|| not_found(path))?;
         allow(request, response, route.method())?;
         query::only(request.query(), route.query_fields())?;
         match route {
-            Route::CreateOrder => orders::create::one(context, request, response),
-            Route::CreateOrders => orders::create::batch(context, request, response),
-            Route::ReadOrder(id) => orders::read::one(context, request, response, id),
+            Route::CreateOrder => orders::create::one(context, request, origin, response),
+            Route::CreateOrders => orders::batch::batch(context, request, origin, response),
+            Route::ReadOrder(id) => orders::read::one(context, request, origin, response, id),
             Route::CancelOrder(id) => {
                 no_members(request.body)?;
-                orders::cancel::cancel(context, request, response, id)
+                orders::cancel::cancel(context, request, origin, response, id)
             }
-            Route::ReadOrders(user_id) => orders::read::list(context, request, response, user_id),
+            Route::ReadOrders(user_id) => {
+                orders::read::list(context, request, origin, response, user_id)
+            }
             Route::ReadSku(id) => skus::get(context, response, &id),
+            Route::ReadLanes => nodes::lanes::get(context.nodes.as_ref(), response),
         }
     }
 
@@ -160,9 +185,22 @@ impl Service for Router {
     }
 
     fn call(&self, request: &Request<'_>, response: &mut Response) {
-        if let Err(problem) = self.route(request, response) {
-            self.count_refusal(&problem);
-            problem.write_to(response);
+        self.answer(request, Origin::Client, response);
+    }
+}
+
+/// The end of a link: requests that another node has authorized.
+impl PeerService for Arc<Router> {
+    fn call(&self, request: &Request<'_>, terms: Terms, response: &mut Response) {
+        self.answer(request, Origin::Node(terms), response);
+    }
+
+    fn hint(&self, from: u8, hint: Hint) {
+        if let Hint::Payment(_) = hint {
+            self.context.callbacks.look_for_orphans();
+        }
+        if let Some(nodes) = &self.context.nodes {
+            (nodes.on_hint)(from, hint);
         }
     }
 }
@@ -175,6 +213,8 @@ enum Route {
     CancelOrder(OrderId),
     ReadOrders(UserId),
     ReadSku(SkuId),
+    /// Only in a cluster.
+    ReadLanes,
 }
 
 impl Route {
@@ -183,6 +223,7 @@ impl Route {
         match path {
             ORDERS_PATH => return Some(Route::CreateOrder),
             BATCH_PATH => return Some(Route::CreateOrders),
+            LANES_PATH => return Some(Route::ReadLanes),
             _ => {}
         }
         match path.strip_prefix("/v1/")?.split_once('/')? {
@@ -206,7 +247,9 @@ impl Route {
     fn method(&self) -> &'static str {
         match self {
             Route::CreateOrder | Route::CreateOrders | Route::CancelOrder(_) => "POST",
-            Route::ReadOrder(_) | Route::ReadOrders(_) | Route::ReadSku(_) => "GET",
+            Route::ReadOrder(_) | Route::ReadOrders(_) | Route::ReadSku(_) | Route::ReadLanes => {
+                "GET"
+            }
         }
     }
 
@@ -218,7 +261,8 @@ impl Route {
             Route::CreateOrder
             | Route::CreateOrders
             | Route::CancelOrder(_)
-            | Route::ReadSku(_) => &[],
+            | Route::ReadSku(_)
+            | Route::ReadLanes => &[],
         }
     }
 }

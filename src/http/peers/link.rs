@@ -29,6 +29,7 @@ use super::outbox::{Outbox, Refused};
 use super::{CALLS_MAX, Hint, Identity, Outcome, PING_EVERY, SILENCE_MAX, TICK, Unsent};
 use crate::backoff::Backoff;
 use crate::pipeline::WakeAll;
+use crate::state::lanes::NodeAddress;
 use crate::supervise::Supervisor;
 
 /// Pauses between attempts to connect.
@@ -40,20 +41,11 @@ const LIVED: Duration = Duration::from_secs(5);
 /// A check that comes so late says that this process stood still, not the other side.
 const STALL: Duration = Duration::from_millis(500);
 
-/// A node as others reach it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Peer {
-    /// Its number.
-    pub node: u8,
-    /// Its `cluster.advertise`: host and port.
-    pub address: String,
-}
-
 /// The state of a link, for operators.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LinkReport {
     /// The node.
-    pub peer: Peer,
+    pub peer: NodeAddress,
     /// The process at its end; `None` while there is no connection.
     pub identity: Option<Identity>,
     /// Calls that have no answer yet.
@@ -363,7 +355,7 @@ fn wake(wake_all: &WakeAll, woken: &mut Vec<Waker>) {
 }
 
 struct Shared {
-    peer: Peer,
+    peer: NodeAddress,
     key: ClusterKey,
     own: Identity,
     wake_all: WakeAll,
@@ -380,7 +372,7 @@ pub struct Link {
 impl Link {
     /// Keeps a connection to `peer` from now on. Must be called on a tokio runtime.
     pub fn keep(
-        peer: Peer,
+        peer: NodeAddress,
         key: ClusterKey,
         own: Identity,
         wake_all: WakeAll,
@@ -399,7 +391,7 @@ impl Link {
     }
 
     /// The node at its end.
-    pub fn peer(&self) -> &Peer {
+    pub fn peer(&self) -> &NodeAddress {
         &self.shared.peer
     }
 
@@ -455,7 +447,7 @@ impl Drop for Link {
 async fn keep(shared: Arc<Shared>) {
     let mut backoff = CONNECT_AGAIN;
     loop {
-        let Peer { node, address } = &shared.peer;
+        let NodeAddress { node, address } = &shared.peer;
         let error = match greet::call(&shared.key, &shared.own, *node, address).await {
             Err(error) => error,
             Ok(opened) => {
@@ -487,7 +479,7 @@ fn note(shared: &Shared, error: &OpenError) {
     if last.as_ref() == Some(&text) {
         return;
     }
-    let Peer { node, address } = &shared.peer;
+    let NodeAddress { node, address } = &shared.peer;
     tracing::warn!(node, %address, reason = %text, "no connection to a node; trying again");
     *last = Some(text);
 }

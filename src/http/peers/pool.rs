@@ -9,9 +9,10 @@ use parking_lot::Mutex;
 
 use super::frame::CallParts;
 use super::key::ClusterKey;
-use super::link::{Link, LinkReport, Peer, PendingCall};
+use super::link::{Link, LinkReport, PendingCall};
 use super::{Hint, Identity, Unsent};
 use crate::pipeline::WakeAll;
+use crate::state::lanes::NodeAddress;
 use crate::supervise::Supervisor;
 
 /// Nodes of a cluster at most.
@@ -51,7 +52,7 @@ impl Peers {
 
     /// Keeps a link to each of these nodes and to no other; this process itself is left out. A link stays while its
     /// node has the same address. Must be called on a tokio runtime.
-    pub fn keep(&self, nodes: &[Peer]) {
+    pub fn keep(&self, nodes: &[NodeAddress]) {
         let _keeping = self.keeping.lock();
         let old = self.links.load_full();
         let mut links: Links = [const { None }; NODES_MAX];

@@ -4,12 +4,14 @@
 //! |---|---|
 //! | [`json`] | the only way from JSON to a struct |
 //! | [`orders`], [`order_history`], [`skus`], [`dead_letters`], [`payments`] | bodies and views |
+//! | `lanes` | the lanes of a cluster |
 //! | [`headers`], [`query`] | header fields and query fields |
 //! | [`mod@write`] | writing an answer |
 
 pub mod dead_letters;
 pub mod headers;
 pub mod json;
+mod lanes;
 pub mod order_history;
 pub mod orders;
 pub mod payments;
@@ -22,7 +24,8 @@ pub mod write;
 pub use dead_letters::{DeadLetterView, NoteBody};
 pub use headers::{idempotency_key, no_batch_key, parse_key, require_identity};
 pub use json::no_members;
-pub use orders::{ATTRIBUTES_BYTES_MAX, BatchLine, OrderBody, OrderList, OrderView};
+pub use lanes::{LaneView, LanesView};
+pub use orders::{ATTRIBUTES_BYTES_MAX, BatchLine, OrderBody, OrderList, OrderView, UndecidedView};
 pub use skus::{OperatorSkuView, PutSkuView, RestockBody, SkuBody, SkuView};
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! The JSON of orders: the bodies that place them, and the views that show them.
 
+use std::borrow::Cow;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
@@ -107,8 +108,8 @@ impl<'a> OrderBody<'a> {
 pub struct BatchLine<'a> {
     /// The order.
     pub body: OrderBody<'a>,
-    /// The hash of its key.
-    pub key: Option<KeyHash>,
+    /// Its idempotency key, which is valid.
+    pub key: Option<Cow<'a, str>>,
 }
 
 impl<'a> BatchLine<'a> {
@@ -118,15 +119,18 @@ impl<'a> BatchLine<'a> {
     /// As [`OrderBody::parse`], and `invalid_idempotency_key`.
     pub fn parse(line: &'a [u8]) -> Result<Self, Problem> {
         let mut members: OrderMembers<'a> = from_object(line)?;
-        let key = members.idempotency_key.take();
-        let key = key
-            .as_ref()
-            .map(|key| parse_key(key.as_str()))
-            .transpose()?;
+        let key = members.idempotency_key.take().map(Text::into_inner);
+        key.as_deref().map(parse_key).transpose()?;
         Ok(BatchLine {
             body: OrderBody::check(members)?,
-            key: key.map(KeyHash::of),
+            key,
         })
+    }
+
+    /// The hash of its key.
+    pub fn key_hash(&self) -> Option<KeyHash> {
+        let key = self.key.as_deref()?;
+        parse_key(key).ok().map(KeyHash::of)
     }
 }
 
@@ -278,6 +282,35 @@ impl<'a> OrderView<'a> {
             receipt: currency.filter(|_| status != OrderStatus::Failed).map(sign),
             estimated_wait_ms: None,
             attributes: order.attributes.as_deref().and_then(json::raw),
+        }
+    }
+}
+
+/// An order that was passed on to another node, whose answer did not come. It may or may not exist.
+#[derive(Debug, Serialize)]
+pub struct UndecidedView<'a> {
+    /// Always null: the id is not known here.
+    order_id: Option<OrderId>,
+    user_id: &'a str,
+    sku_id: &'a str,
+    quantity: u32,
+    adjustment: i64,
+    status: &'static str,
+    /// A retry under this key tells what became of it, and places it if nothing did.
+    idempotency_key: &'a str,
+}
+
+impl<'a> UndecidedView<'a> {
+    /// The order that `body` asked for, under `key`.
+    pub fn new(body: &'a OrderBody<'_>, key: &'a str) -> Self {
+        UndecidedView {
+            order_id: None,
+            user_id: body.user_id.as_str(),
+            sku_id: body.sku_id.as_str(),
+            quantity: body.quantity.get(),
+            adjustment: body.adjustment,
+            status: OrderStatus::Undecided.as_str(),
+            idempotency_key: key,
         }
     }
 }

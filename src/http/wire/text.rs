@@ -12,10 +12,15 @@ use super::json;
 #[derive(Debug)]
 pub(super) struct Text<'a>(Cow<'a, str>);
 
-impl Text<'_> {
+impl<'a> Text<'a> {
     /// The text.
     pub(super) fn as_str(&self) -> &str {
         &self.0
+    }
+
+    /// The text by itself.
+    pub(super) fn into_inner(self) -> Cow<'a, str> {
+        self.0
     }
 }
 

@@ -15,7 +15,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
-use super::settler::Settler;
+use super::settler::{Settler, Signals};
 use crate::faults::bug;
 use crate::order::payment::Delivery;
 use crate::order::{OrderId, UnixMillis};
@@ -51,8 +51,18 @@ pub enum NotStored {
 
 struct Request {
     delivery: Delivery,
+    owner: Owner,
     answer: oneshot::Sender<Result<(), NotStored>>,
     _incoming: Option<IncomingPayment>,
+}
+
+/// The process that owns the lane of a payment's order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Owner {
+    /// This one: the payment is matched at once, if that is possible.
+    Here,
+    /// Another node, or none at this moment: the payment is stored as an orphan, and the owner matches it.
+    Elsewhere,
 }
 
 /// Registers a payment that has arrived and is not stored yet; dropping it ends the registration.
@@ -83,6 +93,7 @@ impl Drop for IncomingPayment {
 pub struct CallbacksHandle {
     requests: mpsc::Sender<Request>,
     state: Arc<State>,
+    signals: Arc<Signals>,
 }
 
 impl CallbacksHandle {
@@ -91,10 +102,19 @@ impl CallbacksHandle {
     /// # Errors
     /// [`NotStored`]: nothing is stored, or the outcome is unknown. Delivering the same message again is safe.
     pub async fn ingest(&self, delivery: Delivery) -> Result<(), NotStored> {
+        self.ingest_for(delivery, Owner::Here).await
+    }
+
+    /// The same for an order that another node may own.
+    ///
+    /// # Errors
+    /// As [`CallbacksHandle::ingest`].
+    pub async fn ingest_for(&self, delivery: Delivery, owner: Owner) -> Result<(), NotStored> {
         let (answer, answered) = oneshot::channel();
         let request = Request {
             _incoming: IncomingPayment::new(&self.state, &delivery),
             delivery,
+            owner,
             answer,
         };
         self.requests
@@ -110,6 +130,11 @@ impl CallbacksHandle {
             return Ok(());
         }
         answered.await.unwrap_or(Err(NotStored::Stopped))
+    }
+
+    /// Another node has stored a payment for an order of this one: it is looked for soon.
+    pub fn look_for_orphans(&self) {
+        self.signals.set_may_have_orphans(true);
     }
 
     /// The time of a callback's arrival, in milliseconds since the epoch.
@@ -142,6 +167,7 @@ impl Callbacks {
         let handle = CallbacksHandle {
             requests: sender,
             state: Arc::clone(&settler.parts.state),
+            signals: Arc::clone(&settler.parts.signals),
         };
         let callbacks = Callbacks {
             settler,
@@ -178,7 +204,12 @@ impl Callbacks {
         let mut parts = vec![requests];
         while let Some(mut part) = parts.pop() {
             let deliveries: Vec<&Delivery> = part.iter().map(|one| &one.delivery).collect();
-            let stored = self.store(&deliveries).await;
+            let elsewhere: Vec<OrderId> = part
+                .iter()
+                .filter(|one| one.owner == Owner::Elsewhere)
+                .filter_map(|one| one.delivery.notice.payment.as_ref()?.order_id())
+                .collect();
+            let stored = self.store(&deliveries, &elsewhere).await;
             if let Err(error) = &stored
                 && !error.is_transient()
                 && part.len() > 1
@@ -204,8 +235,12 @@ impl Callbacks {
         }
     }
 
-    /// Stores messages and matches their payments to their orders.
-    async fn store(&mut self, deliveries: &[&Delivery]) -> Result<(), StoreError> {
+    /// Stores messages and matches their payments to their orders, except for orders that are `elsewhere`.
+    async fn store(
+        &mut self,
+        deliveries: &[&Delivery],
+        elsewhere: &[OrderId],
+    ) -> Result<(), StoreError> {
         let state = Arc::clone(&self.settler.parts.state);
         let signals = Arc::clone(&self.settler.parts.signals);
         let now = state.ids.real_now();
@@ -213,13 +248,13 @@ impl Callbacks {
             let payments = deliveries.iter().map(|one| &one.notice.payment);
             payments.filter_map(|payment| payment.as_ref()?.order_id())
         };
-        let in_flight: Vec<OrderId> = orders()
+        let unmatchable: Vec<OrderId> = orders()
             .filter(|id| {
                 let in_flight = state.pending.get(*id).is_some();
                 if !in_flight {
                     state.recent_orders.forget(*id);
                 }
-                in_flight
+                in_flight || elsewhere.contains(id)
             })
             .collect();
         let arrival = |match_now| Arrival {
@@ -232,7 +267,9 @@ impl Callbacks {
         // While row locks are unavailable, payments are stored without waiting for rows and matched later.
         let match_now = !signals.rows_are_held();
         let first = if match_now { matched } else { unmatched };
-        let mut stored = self.ingest(deliveries, first, &in_flight).await;
+        let mut stored = self
+            .ingest(deliveries, first, &unmatchable, elsewhere)
+            .await;
         if let Err(error) = &stored
             && match_now
             && !matches!(error, StoreError::Fenced { .. })
@@ -243,7 +280,9 @@ impl Callbacks {
                 signals.set_rows_are_held(true);
             }
             tracing::warn!(reason = %error, payments = deliveries.len(), "payments could not be matched now; storing them first, matching later");
-            stored = self.ingest(deliveries, unmatched, &in_flight).await;
+            stored = self
+                .ingest(deliveries, unmatched, &unmatchable, elsewhere)
+                .await;
         }
         stored
     }
@@ -252,10 +291,13 @@ impl Callbacks {
         &mut self,
         deliveries: &[&Delivery],
         arrival: Arrival,
-        in_flight: &[OrderId],
+        unmatchable: &[OrderId],
+        elsewhere: &[OrderId],
     ) -> Result<(), StoreError> {
         let (moving, writer) = self.settler.writer().await?;
-        let settlement = payments::ingest(writer, deliveries, arrival, in_flight).await?;
+        let mut settlement = payments::ingest(writer, deliveries, arrival, unmatchable).await?;
+        // Their owner keeps them from expiring, and matches them.
+        settlement.orphans.retain(|(id, _)| !elsewhere.contains(id));
         let payments = &self.settler.parts.metrics.payments;
         let count = deliveries.len();
         payments.events.inc_by(settlement.events);

@@ -2,8 +2,10 @@
 
 use std::time::Instant;
 
+use super::elsewhere::{self, Away};
 use super::follow::{Followed, GRACE, follow};
 use crate::http::data_plane::context::{Context, database_problem, unknown_order};
+use crate::http::data_plane::nodes::{Origin, Place};
 use crate::http::message::{Request, Response};
 use crate::http::problem::Problem;
 use crate::http::wire::write;
@@ -14,10 +16,35 @@ use crate::pipeline::orders::cancel::CancelError;
 pub(in crate::http::data_plane) fn cancel(
     context: &Context,
     request: &Request<'_>,
+    origin: Origin,
     response: &mut Response,
     id: OrderId,
 ) -> Result<(), Problem> {
-    let until = Instant::now() + context.order_timeout;
+    let until = Instant::now() + origin.limit(context.order_timeout);
+    match elsewhere::place(context, request, origin, until + GRACE, id)? {
+        Place::Here(held) => {
+            let cancelled = here(context, request, response, id, until);
+            held.vouched(cancelled, response)
+        }
+        Place::Elsewhere(nodes, lane) => {
+            let away = Away {
+                nodes,
+                lane,
+                request,
+            };
+            elsewhere::repeatable(context, away, "POST", response, until)
+        }
+    }
+}
+
+/// Cancels an order of this process.
+fn here(
+    context: &Context,
+    request: &Request<'_>,
+    response: &mut Response,
+    id: OrderId,
+    until: Instant,
+) -> Result<(), Problem> {
     let deadline = until + GRACE;
     match follow(context, request, id, until, deadline)? {
         Followed::InFlight(_) | Followed::OnDisk(_) => {

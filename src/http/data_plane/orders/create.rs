@@ -1,40 +1,41 @@
-//! Placing orders: one (`POST /v1/orders`) or a batch (`POST /v1/orders:batch`). Both admit first and
-//! wait afterwards, and both give each order the same answer.
+//! Placing an order: `POST /v1/orders`, and what each line of a [`batch`](super::batch) has in common with it.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::elsewhere::{self, Away};
 use super::follow::wait_for_other;
 use super::preference::Preference;
 use crate::backoff::Backoff;
 use crate::http::data_plane::context::Context;
+use crate::http::data_plane::nodes::{self, Origin, Place};
 use crate::http::message::{Request, Response};
 use crate::http::problem::Problem;
 use crate::http::server::wake::wait;
-use crate::http::wire::{BatchLine, OrderBody, OrderView, idempotency_key, no_batch_key, write};
+use crate::http::wire::{OrderBody, OrderView, idempotency_key, write};
 use crate::order::{KeyHash, OrderStatus, Refusal};
 use crate::pipeline::orders::intake::{Admission, OrderRequest};
 use crate::pipeline::orders::lookup::Found;
 use crate::state::pending::{PendingOrder, SlotState};
 
-/// Most orders in one batch.
-const BATCH_ORDERS_MAX: usize = 1_000;
-/// Bytes of an answer with its order and its receipt. A refusal is shorter.
-const LINE_BYTES_TYPICAL: usize = 416;
-
 /// Pauses before a retried order that is nowhere to be found is looked for again.
 const LOOK_AGAIN: Backoff = Backoff::new(Duration::from_millis(1), Duration::from_millis(250));
 
 /// An order that was admitted.
-enum Admitted {
+pub(super) enum Admitted {
     /// By this request.
     Placed(Arc<PendingOrder>),
-    /// By an earlier request under the same key; and where it is now.
-    Earlier(Found),
+    /// By an earlier request under the same key.
+    Earlier {
+        /// Where it is now.
+        found: Found,
+        /// Whether that was a request of the client's, and not an attempt of another node to pass this one on.
+        replayed: bool,
+    },
 }
 
 /// The answer about one order.
-enum Answer {
+pub(super) enum Answer {
     /// The order exists, or may exist.
     Order {
         found: Found,
@@ -56,15 +57,23 @@ impl Answer {
         }
     }
 
+    /// The status of the single call.
+    pub(super) fn status(&self) -> u16 {
+        match self {
+            Answer::Order { http_status, .. } => *http_status,
+            Answer::Problem(problem) => problem.status,
+        }
+    }
+
     /// Whether it acknowledges an order as durable that this request has placed.
-    fn is_acknowledgement(&self) -> bool {
+    pub(super) fn is_acknowledgement(&self) -> bool {
         let accepted = OrderStatus::Accepted;
         matches!(self, Answer::Order { status, replayed: false, .. } if *status == accepted)
     }
 }
 
 /// The view of an order, wherever it was found.
-fn view<'a>(context: &Context, found: &'a Found, status: OrderStatus) -> OrderView<'a> {
+pub(super) fn view<'a>(context: &Context, found: &'a Found, status: OrderStatus) -> OrderView<'a> {
     let order = match found {
         Found::InFlight(pending) | Found::Recent(pending) => &pending.order,
         Found::OnDisk(order) => order,
@@ -80,18 +89,18 @@ fn view<'a>(context: &Context, found: &'a Found, status: OrderStatus) -> OrderVi
 
 /// The client's preferences, as far as they can be honoured.
 #[derive(Clone, Copy)]
-struct Wanted {
+pub(super) struct Wanted {
     /// Answer as soon as the order is durable.
     respond_async: bool,
     /// The wait that the client named, at most the order timeout.
     asked: Option<Duration>,
     /// The longest wait.
-    wait: Duration,
+    pub(super) wait: Duration,
 }
 
 impl Wanted {
     /// The preferences in a request. `respond-async` needs a queue that survives the process.
-    fn of(context: &Context, request: &Request<'_>) -> Self {
+    fn of(context: &Context, request: &Request<'_>, origin: Origin) -> Self {
         let preference = Preference::parse(request.header_values("prefer"));
         let respond_async = preference.respond_async && context.queue.durable().is_some();
         let asked = preference.wait.filter(|_| !respond_async);
@@ -99,12 +108,12 @@ impl Wanted {
         Wanted {
             respond_async,
             asked: wait,
-            wait: wait.unwrap_or(context.order_timeout),
+            wait: origin.limit(wait.unwrap_or(context.order_timeout)),
         }
     }
 
     /// Names the preference that was honoured. `accepted`: an order was acknowledged as durable.
-    fn say_applied(self, response: &mut Response, accepted: bool) {
+    pub(super) fn say_applied(self, response: &mut Response, accepted: bool) {
         if accepted {
             response.header("Preference-Applied", "respond-async");
         } else if let Some(wait) = self.asked {
@@ -120,17 +129,32 @@ impl Wanted {
 pub(in crate::http::data_plane) fn one(
     context: &Context,
     request: &Request<'_>,
+    origin: Origin,
     response: &mut Response,
 ) -> Result<(), Problem> {
     check_open(context)?;
     require_media_type(request, &["application/json"])?;
-    let key = idempotency_key(request.header_values("idempotency-key"))?.map(KeyHash::of);
+    let key = idempotency_key(request.header_values("idempotency-key"))?;
     let body = OrderBody::parse(request.body)?;
-    let creation = Creation::begin(context, request);
-    let answer = match creation.admit(body, key) {
+    let creation = Creation::begin(context, request, origin);
+    let held = match nodes::place(context.nodes.as_ref(), origin, &body.user_id)? {
+        Place::Here(held) => held,
+        Place::Elsewhere(nodes, lane) => {
+            let until = creation.started + creation.wanted.wait;
+            let away = Away {
+                nodes,
+                lane,
+                request,
+            };
+            return elsewhere::one(context, away, response, &body, key, until);
+        }
+    };
+    let own_key = origin.has_own_keys();
+    let answer = match creation.admit(body, key.map(KeyHash::of), own_key) {
         Ok(admitted) => creation.wait(admitted),
         Err(problem) => Answer::Problem(problem),
     };
+    held.vouch(answer.status())?;
     creation
         .wanted
         .say_applied(response, answer.is_acknowledgement());
@@ -156,90 +180,31 @@ pub(in crate::http::data_plane) fn one(
     Ok(())
 }
 
-/// `POST /v1/orders:batch`: one order a line, one answer a line, in the same sequence. All lines
-/// are admitted before any is waited for.
-pub(in crate::http::data_plane) fn batch(
-    context: &Context,
-    request: &Request<'_>,
-    response: &mut Response,
-) -> Result<(), Problem> {
-    check_open(context)?;
-    require_media_type(
-        request,
-        &[
-            "application/x-ndjson",
-            "application/jsonl",
-            "application/json",
-        ],
-    )?;
-    no_batch_key(request.header("idempotency-key").is_some())?;
-    let body = request.body.strip_suffix(b"\n").unwrap_or(request.body);
-    if body.is_empty() {
-        return Err(Problem::new(
-            400,
-            "malformed_json",
-            "a batch has one order on each line, and this has none",
-        ));
-    }
-    let lines = || body.split(|byte| *byte == b'\n');
-    if lines().nth(BATCH_ORDERS_MAX).is_some() {
-        let detail = format!("a batch has at most {BATCH_ORDERS_MAX} orders");
-        return Err(Problem::new(413, "body_too_large", detail));
-    }
-    let creation = Creation::begin(context, request);
-    let admitted: Vec<Result<Admitted, Problem>> = lines()
-        .map(|line| {
-            let BatchLine { body, key } = BatchLine::parse(line)?;
-            creation.admit(body, key)
-        })
-        .collect();
-    let answers: Vec<Answer> = admitted
-        .into_iter()
-        .map(|admitted| match admitted {
-            Ok(admitted) => creation.wait(admitted),
-            Err(problem) => Answer::Problem(problem),
-        })
-        .collect();
-    response.set_status(200);
-    response.header("Content-Type", "application/x-ndjson");
-    let accepted = answers.iter().any(Answer::is_acknowledgement);
-    creation.wanted.say_applied(response, accepted);
-    let out = response.body_mut();
-    // Reserved at once: growing in steps copies all earlier lines each time.
-    out.reserve(answers.len() * LINE_BYTES_TYPICAL);
-    for answer in &answers {
-        match answer {
-            Answer::Problem(problem) => write::ndjson_line(out, problem.status, problem),
-            Answer::Order {
-                found,
-                status,
-                http_status,
-                ..
-            } => write::ndjson_line(out, *http_status, &view(context, found, *status)),
-        }
-    }
-    Ok(())
-}
-
 /// A request that creates orders.
-struct Creation<'r> {
-    context: &'r Context,
-    request: &'r Request<'r>,
-    wanted: Wanted,
-    started: Instant,
+pub(super) struct Creation<'r> {
+    pub(super) context: &'r Context,
+    pub(super) request: &'r Request<'r>,
+    pub(super) wanted: Wanted,
+    pub(super) started: Instant,
 }
 
 impl<'r> Creation<'r> {
-    fn begin(context: &'r Context, request: &'r Request<'r>) -> Self {
+    pub(super) fn begin(context: &'r Context, request: &'r Request<'r>, origin: Origin) -> Self {
         Creation {
             context,
             request,
-            wanted: Wanted::of(context, request),
+            wanted: Wanted::of(context, request, origin),
             started: Instant::now(),
         }
     }
 
-    fn admit(&self, body: OrderBody<'_>, key: Option<KeyHash>) -> Result<Admitted, Problem> {
+    /// `own_key`: the key is that of a node, so an order under it is this request's.
+    pub(super) fn admit(
+        &self,
+        body: OrderBody<'_>,
+        key: Option<KeyHash>,
+        own_key: bool,
+    ) -> Result<Admitted, Problem> {
         let Creation {
             context, request, ..
         } = *self;
@@ -257,6 +222,10 @@ impl<'r> Creation<'r> {
             .intake
             .check_rate(&order.user_id)
             .map_err(|refusal| refuse(context, refusal))?;
+        let earlier = |found| Admitted::Earlier {
+            found,
+            replayed: !own_key,
+        };
         let mut backoff = LOOK_AGAIN;
         loop {
             let admission = context
@@ -268,13 +237,13 @@ impl<'r> Creation<'r> {
                 Admission::Duplicate {
                     pending: Some(pending),
                     ..
-                } => return Ok(Admitted::Earlier(Found::InFlight(pending))),
+                } => return Ok(earlier(Found::InFlight(pending))),
                 Admission::Duplicate { id, pending: None } => id,
             };
             // One deadline for all orders of a batch: no request waits beyond the order timeout.
             let deadline = self.started + context.order_timeout;
             if let Some(found) = context.find(request, deadline, id)? {
-                return Ok(Admitted::Earlier(found));
+                return Ok(earlier(found));
             }
             // The first request is between claiming the key and registering its order, or is
             // undoing that. Either takes microseconds; afterwards this request finds the order or
@@ -291,35 +260,41 @@ impl<'r> Creation<'r> {
     }
 
     /// Waits for an admitted order as long as the client wants, and answers.
-    fn wait(&self, admitted: Admitted) -> Answer {
+    pub(super) fn wait(&self, admitted: Admitted) -> Answer {
         let Creation {
             context, request, ..
         } = *self;
         let deadline = self.started + self.wanted.wait;
-        let found = match admitted {
+        let (found, replayed) = match admitted {
             Admitted::Placed(pending) => {
                 let state = wait_for_own(context, request, &pending, deadline);
                 return answer_by_slot(context, pending, state, false);
             }
-            Admitted::Earlier(found) => found,
+            Admitted::Earlier { found, replayed } => (found, replayed),
         };
         match found {
             Found::InFlight(pending) => {
                 let is_enough =
                     |pending: &PendingOrder| self.wanted.respond_async && pending.slot.is_durable();
                 let state = wait_for_other(context, request, &pending, deadline, is_enough);
-                answer_by_slot(context, pending, state, true)
+                answer_by_slot(context, pending, state, replayed)
             }
-            Found::Recent(pending) => answer_by_slot(context, pending, SlotState::Persisted, true),
+            Found::Recent(pending) => {
+                answer_by_slot(context, pending, SlotState::Persisted, replayed)
+            }
             // Another process may have abandoned it.
             Found::OnDisk(_) if !may_acknowledge(context) => {
                 Answer::Problem(refuse(context, Refusal::NotReady))
             }
-            Found::OnDisk(_) => accepted(context, found, true),
+            Found::OnDisk(_) => accepted(context, found, replayed),
             Found::Stored(ref stored) => {
-                count(context, "replayed");
                 let status = stored.status;
-                Answer::order(found, status, 200, true)
+                if replayed || status == OrderStatus::Failed {
+                    count(context, "replayed");
+                    return Answer::order(found, status, 200, true);
+                }
+                count(context, "created");
+                Answer::order(found, status, 201, false)
             }
         }
     }
@@ -438,18 +413,18 @@ fn refuse(context: &Context, refusal: Refusal) -> Problem {
     Problem::from(refusal)
 }
 
-fn count(context: &Context, outcome: &'static str) {
+pub(super) fn count(context: &Context, outcome: &'static str) {
     context.metrics.orders.count(outcome);
 }
 
-fn check_open(context: &Context) -> Result<(), Problem> {
+pub(super) fn check_open(context: &Context) -> Result<(), Problem> {
     context
         .intake
         .check_open()
         .map_err(|refusal| refuse(context, refusal))
 }
 
-fn require_media_type(request: &Request<'_>, allowed: &[&str]) -> Result<(), Problem> {
+pub(super) fn require_media_type(request: &Request<'_>, allowed: &[&str]) -> Result<(), Problem> {
     let media_type = request.header("content-type").map(|value| {
         let media_type = value.split(|byte| *byte == b';').next().unwrap_or_default();
         media_type.trim_ascii()

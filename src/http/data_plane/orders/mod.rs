@@ -1,7 +1,9 @@
 //! `/v1/orders`: placing, reading and cancelling orders.
 
+pub(super) mod batch;
 pub(super) mod cancel;
 pub(super) mod create;
+mod elsewhere;
 mod follow;
 mod preference;
 pub(super) mod read;

@@ -2,8 +2,10 @@
 
 use std::time::{Duration, Instant};
 
+use super::elsewhere::{self, Away};
 use super::follow::{Followed, GRACE, follow};
 use crate::http::data_plane::context::{Context, lookup_problem, unknown_order};
+use crate::http::data_plane::nodes::{self, Origin, Place};
 use crate::http::message::{Request, Response};
 use crate::http::problem::Problem;
 use crate::http::wire::{OrderList, OrderView, query, write};
@@ -19,13 +21,43 @@ const PARKED_RECHECK: Duration = Duration::from_millis(500);
 pub(in crate::http::data_plane) fn one(
     context: &Context,
     request: &Request<'_>,
+    origin: Origin,
     response: &mut Response,
     id: OrderId,
 ) -> Result<(), Problem> {
     let wait = Duration::from_secs(query::number(request.query(), "wait")?.unwrap_or(0));
     let started = Instant::now();
-    let until = started + wait.min(context.order_timeout);
+    let until = started + origin.limit(wait.min(context.order_timeout));
     let deadline = started + context.order_timeout + GRACE;
+    match elsewhere::place(context, request, origin, deadline, id) {
+        Ok(Place::Here(held)) => {
+            let read = here(context, request, response, id, (until, deadline));
+            held.vouched(read, response)
+        }
+        Ok(Place::Elsewhere(nodes, lane)) => {
+            let away = Away {
+                nodes,
+                lane,
+                request,
+            };
+            elsewhere::read(context, away, response, id, until)
+        }
+        // A closed lane: what is a row can be told all the same.
+        Err(problem) if problem.status == 503 => {
+            elsewhere::from_row(context, request, response, id, problem)
+        }
+        Err(problem) => Err(problem),
+    }
+}
+
+/// Reads an order of this process.
+fn here(
+    context: &Context,
+    request: &Request<'_>,
+    response: &mut Response,
+    id: OrderId,
+    (until, deadline): (Instant, Instant),
+) -> Result<(), Problem> {
     match follow(context, request, id, until, deadline)? {
         Followed::InFlight(pending) => {
             let status = if pending.slot.is_durable() {
@@ -81,6 +113,30 @@ pub(in crate::http::data_plane) fn one(
 
 /// `GET /v1/users/{user_id}/orders?limit=&before=`, newest first.
 pub(in crate::http::data_plane) fn list(
+    context: &Context,
+    request: &Request<'_>,
+    origin: Origin,
+    response: &mut Response,
+    user_id: UserId,
+) -> Result<(), Problem> {
+    match nodes::place(context.nodes.as_ref(), origin, &user_id)? {
+        Place::Here(held) => {
+            let listed = list_here(context, request, response, user_id);
+            held.vouched(listed, response)
+        }
+        Place::Elsewhere(nodes, lane) => {
+            let away = Away {
+                nodes,
+                lane,
+                request,
+            };
+            let until = Instant::now() + context.order_timeout;
+            elsewhere::repeatable(context, away, "GET", response, until)
+        }
+    }
+}
+
+fn list_here(
     context: &Context,
     request: &Request<'_>,
     response: &mut Response,

@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 
 use super::providers::{CallbackError, PaymentProvider};
 use crate::http::data_plane::context::Context;
+use crate::http::data_plane::nodes;
 use crate::http::message::{Request, Response};
 use crate::order::UnixMillis;
-use crate::order::payment::Delivery;
-use crate::pipeline::payments::callbacks::NotStored;
+use crate::order::payment::{Delivery, Payment};
+use crate::pipeline::payments::callbacks::{NotStored, Owner};
 
 /// Longest time until a platform is told to deliver again. Platforms time out after about five
 /// seconds.
@@ -33,9 +34,18 @@ pub(in crate::http::data_plane) fn notify(
                 notice,
                 received_at,
             };
-            let storing = async move { callbacks.ingest(delivery).await };
+            let order_id = delivery.notice.payment.as_ref().and_then(Payment::order_id);
+            let owner = order_id.map(|id| nodes::owner(context.nodes.as_ref(), id));
+            // The lane is not handed over before the payment is stored.
+            let (owner, _held) = owner.unwrap_or((Owner::Here, nodes::Held::default()));
+            let storing = async move { callbacks.ingest_for(delivery, owner).await };
             match context.on_tokio(request, started + ANSWER_WITHIN, storing) {
-                Ok(Ok(())) => Ok(()),
+                Ok(Ok(())) => {
+                    if let (Owner::Elsewhere, Some(id)) = (owner, order_id) {
+                        nodes::tell_owner(context.nodes.as_ref(), id);
+                    }
+                    Ok(())
+                }
                 Ok(Err(NotStored::Busy | NotStored::Stopped | NotStored::Store(_))) | Err(_) => {
                     Err(CallbackError::NotStored)
                 }
