@@ -5,10 +5,12 @@
 mod support;
 
 use std::net::TcpListener;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use millrace::app::nodes::NodeParts;
+use millrace::config::Config;
+use millrace::http::peers::Hint;
 use millrace::http::peers::key::ClusterKey;
 use millrace::order::{Cutover, Lane, OrderId, UserId};
 use millrace::state::lanes::{Lanes, NodeAddress};
@@ -18,6 +20,7 @@ use support::http::{Answer, Connection, try_call};
 use support::postgres::TestDatabase;
 use support::relay::{Relay, Way};
 use support::server::TestServer;
+use support::webhook::{Paid, SECRET as PAYMENT_SECRET};
 
 const SECRET: &str = "the secret of the nodes in this test";
 const SKU: &str = "A";
@@ -29,6 +32,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 struct Node {
     server: TestServer,
     lanes: Arc<Lanes>,
+    /// News from other nodes.
+    hints: Arc<Mutex<Vec<(u8, Hint)>>>,
     /// The way of the others to this node.
     relay: Relay,
     _database: TestDatabase,
@@ -50,6 +55,10 @@ fn buyer_of(node: usize, numbers: &mut impl Iterator<Item = usize>) -> String {
     names.find(|name| owner_of(name) == node).expect("endless")
 }
 
+fn accept_payments(config: &mut Config) {
+    config.payments.standard.secret.0 = vec![PAYMENT_SECRET.to_owned()];
+}
+
 impl Cluster {
     async fn start() -> Self {
         Self::start_where(|_| true).await
@@ -66,6 +75,7 @@ impl Cluster {
             if has_contact(node) {
                 lanes.contact(u64::MAX);
             }
+            let hints = Arc::<Mutex<Vec<(u8, Hint)>>>::default();
             let parts = NodeParts {
                 listener,
                 key: ClusterKey::new(SECRET).expect("a good secret"),
@@ -74,14 +84,18 @@ impl Cluster {
                 epoch: 1,
                 lanes: Arc::clone(&lanes),
                 cutover: Cutover(OrderId::MIN),
-                on_hint: Box::new(|_, _| {}),
+                on_hint: {
+                    let hints = Arc::clone(&hints);
+                    Box::new(move |from, hint| hints.lock().unwrap().push((from, hint)))
+                },
             };
-            let server = TestServer::start_node(&database, |_| {}, parts).await;
+            let server = TestServer::start_node(&database, accept_payments, parts).await;
             server.put_sku(SKU, UNITS, json!({})).await;
             server.put_sku(SOLD_OUT, 0, json!({})).await;
             nodes.push(Node {
                 server,
                 lanes,
+                hints,
                 relay,
                 _database: database,
             });
@@ -249,6 +263,46 @@ fn an_order_is_the_same_at_every_node() {
                 "node {node}: one order of two a turn is left"
             );
             cluster.server(node).assert_audit().await;
+        }
+        cluster.stop().await;
+    });
+}
+
+#[test]
+fn a_callback_at_another_node_is_stored_there_and_the_owner_is_told() {
+    block_on(async {
+        let cluster = Cluster::start().await;
+        let mut numbers = 0..;
+        for (from, owner) in [(1, 1), (0, 1), (2, 0)] {
+            let user = buyer_of(owner, &mut numbers);
+            let order = cluster.server(from).order(&user, SKU, None).await.json();
+            let paid = Paid::of(&order);
+            let answer = paid.deliver(cluster.server(from).data).await;
+            assert_eq!(answer.status, 200, "{answer:?}");
+            let read = format!("/v1/orders/{}", paid.order);
+            let status = cluster.server(owner).get(&read).await.json()["status"].clone();
+            let payments = cluster
+                .server(from)
+                .control("GET", "/admin/v1/payments?state=orphan", Value::Null)
+                .await;
+            let is_orphan = payments.json().to_string().contains(&paid.payment);
+            if from == owner {
+                assert_eq!((status, is_orphan), (json!("paid"), false), "{payments:?}");
+                continue;
+            }
+            // The owner has another database here, so it finds nothing.
+            assert_eq!(
+                (status, is_orphan),
+                (json!("pending_payment"), true),
+                "{payments:?}"
+            );
+            let id = OrderId::parse(&paid.order).expect("an id");
+            let told = (from as u8, Hint::Payment(id));
+            let deadline = Instant::now() + PATIENCE;
+            while !cluster.nodes[owner].hints.lock().unwrap().contains(&told) {
+                assert!(Instant::now() < deadline, "{told:?}: it was not told");
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
         }
         cluster.stop().await;
     });
