@@ -9,7 +9,7 @@ use super::ControlPlane;
 use super::extract::{Body, Segment};
 use super::failure::Failure;
 use crate::http::problem::Problem;
-use crate::http::wire::{DeadLetterView, NoteBody};
+use crate::http::wire::{DeadLetterView, NoteBody, query};
 use crate::store::postgres::dead_letters;
 
 #[derive(Debug, Deserialize)]
@@ -85,7 +85,7 @@ pub(super) async fn discard(
 }
 
 fn parse_id(text: &str) -> Result<i64, Problem> {
-    text.parse().map_err(|_| {
+    query::decimal(text).ok_or_else(|| {
         Problem::new(
             404,
             "unknown_dead_letter",

@@ -12,6 +12,7 @@ use super::failure::Failure;
 use super::{ControlPlane, Parts};
 use crate::http::problem::Problem;
 use crate::http::wire::payments::{CloseBody, PaymentView, RefundedBody};
+use crate::http::wire::query;
 use crate::order::OrderId;
 use crate::order::payment::PaymentState;
 use crate::store::postgres::orders;
@@ -195,5 +196,5 @@ fn unknown_payment(id: &str) -> Problem {
 }
 
 fn parse_id(text: &str) -> Result<i64, Problem> {
-    text.parse().map_err(|_| unknown_payment(text))
+    query::decimal(text).ok_or_else(|| unknown_payment(text))
 }

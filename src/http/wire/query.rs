@@ -43,11 +43,33 @@ pub fn number(query: &str, name: &str) -> Result<Option<u64>, Problem> {
     let Some(text) = value(query, name) else {
         return Ok(None);
     };
-    text.parse().map(Some).map_err(|_| {
+    decimal(text).map(Some).ok_or_else(|| {
         Problem::new(
             400,
             "invalid_field",
             format!("{name}: must be a whole number, 0 or more"),
         )
     })
+}
+
+/// The number that `text` writes in digits alone: no sign, which the standard library takes too.
+pub fn decimal<T: std::str::FromStr>(text: &str) -> Option<T> {
+    let is_plain = text.bytes().all(|byte| byte.is_ascii_digit());
+    text.parse().ok().filter(|_| is_plain)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_is_digits_alone() {
+        assert_eq!(number("wait=7&limit=007", "wait").ok(), Some(Some(7)));
+        assert_eq!(number("limit=007", "limit").ok(), Some(Some(7)));
+        assert_eq!(number("wait=7", "limit").ok(), Some(None));
+        for value in ["", "+5", "-0", "5 ", "5.0", "18446744073709551616"] {
+            let refused = number(&format!("wait={value}"), "wait").unwrap_err();
+            assert_eq!((refused.status, refused.code), (400, "invalid_field"));
+        }
+    }
 }
