@@ -3,6 +3,9 @@
 //! The server is Millrace's own embedded one. It starts with the first [`TestDatabase`] and stops
 //! with the last. `initdb` takes about a second, so its result is kept under cargo's target
 //! directory and copied.
+//!
+//! It is of the newest version that is installed, or, if the environment has
+//! `MILLRACE_DATABASE__EMBEDDED_BIN_DIR`, that of this directory (`./x test --postgres`).
 
 use std::{
     fs::{File, Permissions},
@@ -173,6 +176,7 @@ pub async fn copy_template(data_dir: &Path) {
 /// Options for a test's server. Without `fsync` only a power loss could hurt it.
 pub fn options(data_dir: &Path) -> EmbeddedOptions {
     let mut options = EmbeddedOptions::new(data_dir);
+    options.bin_dir = bin_dir();
     options.settings = [
         ("fsync", "off"),
         ("shared_buffers", "64MB"),
@@ -185,9 +189,23 @@ pub fn options(data_dir: &Path) -> EmbeddedOptions {
 
 const PREFIX: &str = "millrace-test-";
 
+/// The setting that chooses the server of all tests.
+pub const BIN_DIR: &str = "MILLRACE_DATABASE__EMBEDDED_BIN_DIR";
+
+/// The directory of the programs that were chosen for the tests.
+fn bin_dir() -> Option<PathBuf> {
+    let dir = std::env::var_os(BIN_DIR).filter(|dir| !dir.is_empty());
+    dir.map(PathBuf::from)
+}
+
+/// One for each server that was chosen, for a cluster runs only with the version that made it.
 fn template() -> PathBuf {
     let uid = rustix::process::geteuid().as_raw();
-    Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("postgres-template-{uid}"))
+    let mut name = format!("postgres-template-{uid}");
+    if let Some(dir) = bin_dir() {
+        name.push_str(&dir.to_string_lossy().replace('/', "-"));
+    }
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join(name)
 }
 
 /// Keeps owners and modes, which the server insists on.

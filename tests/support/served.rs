@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::http::{call, try_call};
-use super::postgres::{copy_template, test_dir};
+use super::postgres::{BIN_DIR, copy_template, test_dir};
 
 /// How long any step of a process may take.
 pub const PATIENCE: Duration = Duration::from_secs(90);
@@ -20,7 +20,8 @@ pub const PATIENCE: Duration = Duration::from_secs(90);
 /// How soon a condition is looked at again.
 const LOOK: Duration = Duration::from_millis(2);
 
-/// The binary with these arguments, and without whatever the caller's environment would configure.
+/// The binary with these arguments, and without whatever the caller's environment would configure
+/// but the PostgreSQL that was chosen for the tests.
 pub fn millrace(args: &[&str]) -> Command {
     let binary = env!("CARGO_BIN_EXE_millrace");
     let mut command = if ignores_hangups() {
@@ -31,7 +32,8 @@ pub fn millrace(args: &[&str]) -> Command {
         Command::new(binary)
     };
     command.args(args);
-    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("MILLRACE_")) {
+    let ours = |name: &str| name.starts_with("MILLRACE_") && name != BIN_DIR;
+    for (name, _) in std::env::vars().filter(|(name, _)| ours(name)) {
         command.env_remove(name);
     }
     // A gigabyte a cluster, for sales.
