@@ -1,9 +1,10 @@
 //! The documents say what the code says: generated pages and tables are current (`pages`,
 //! `states`), every path, link and name in them exists (`links`), and the runbook, the alert rules and the dashboard for
-//! Grafana agree with the code (`runbook`).
+//! Grafana agree with the code (`runbook`), and the table of fuzz targets is complete (`fuzz`).
 //!
 //! `UPDATE_REFERENCE=1 cargo test --test reference` writes the generated parts anew.
 
+mod fuzz;
 mod links;
 mod pages;
 mod runbook;

@@ -22,6 +22,8 @@
 //! connection that failed, or whose answer was not the wanted one, is closed, and the next call looks the master up.
 
 mod codes;
+#[cfg(feature = "fuzz")]
+pub mod fuzz;
 mod message;
 mod promise;
 mod read;
