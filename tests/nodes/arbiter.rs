@@ -1,5 +1,5 @@
 //! The arbiter, done naively: what PostgreSQL does in `store::cluster`, as one struct that is obviously right. The test
-//! `twin` holds the two against each other.
+//! `twin` holds the two against each other; the model runs nodes on this one.
 
 use std::collections::BTreeMap;
 
@@ -358,7 +358,9 @@ impl Arbiter {
             pool.sold += swept;
         }
         if units > 0 {
-            self.shares.entry((sku, lease.node)).or_default().lent += units;
+            let share = self.shares.entry((sku, lease.node)).or_default();
+            share.lent += units;
+            share.answered = 0;
             self.withdraw(lease, sku)?;
             return Ok((units, swept, None));
         }
@@ -388,7 +390,7 @@ impl Arbiter {
         lease: Lease,
         sku: Sku,
         units: i64,
-        answered: Option<i64>,
+        answer: Option<(i64, i64)>,
     ) -> Result<(), Refused> {
         self.check(lease)?;
         let Some(share) = self.shares.get_mut(&(sku, lease.node)) else {
@@ -397,8 +399,12 @@ impl Arbiter {
         if share.held + share.sold > share.lent - units {
             return Err(Refused::Check);
         }
+        if let Some((number, lent)) = answer
+            && share.lent == lent
+        {
+            share.answered = share.answered.max(number);
+        }
         share.lent -= units;
-        share.answered = share.answered.max(answered.unwrap_or(0));
         Ok(())
     }
 

@@ -72,7 +72,11 @@ async fn sell(database: &Database, sellers: &mut [Seller], at: usize) -> bool {
                     .filter(|other| other.lease.node != own.node)
                 {
                     let units = std::mem::take(&mut other.free);
-                    shares::answer(database, other.lease, own, units)
+                    let lent = shares::share_of(database, other.lease.node, SKU)
+                        .await
+                        .unwrap()
+                        .lent;
+                    shares::answer(database, other.lease, own, units, lent)
                         .await
                         .unwrap();
                 }
@@ -214,7 +218,7 @@ async fn busy(database: &Database, lease: NodeLease, nodes: &[NodeLease], random
         4 => {
             let wants = shares::wants(database).await.unwrap();
             match wants.iter().find(|want| want.node != lease.node) {
-                Some(want) => shares::answer(database, lease, want, 0).await,
+                Some(want) => shares::answer(database, lease, want, 0, 0).await,
                 None => shares::withdraw(database, lease, sku).await,
             }
         }

@@ -4,6 +4,8 @@
 //!   operations;
 //! * `database`: what an arbiter in memory cannot show: concurrent transactions, locks, a schema of before;
 //! * `takeover`: the log of a dead node on a real broker;
+//! * `model`: nodes, brokers and clients in virtual time on the naive arbiter, with a planted defect for each rule of
+//!   the protocol.
 //!
 //! `MILLRACE_ROUNDS` (default 1) multiplies the rounds of what is random, `MILLRACE_SEED` replays one run of it.
 
@@ -12,5 +14,6 @@ mod support;
 
 mod arbiter;
 mod database;
+mod model;
 mod takeover;
 mod twin;

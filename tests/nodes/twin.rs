@@ -495,11 +495,13 @@ impl Run {
             .get(&(naive.sku, lease.node))
             .copied()
             .unwrap_or_default();
+        let lent = share.lent - i64::from(self.random.random_bool(0.2));
         let free = share.lent - share.held - share.sold + i64::from(self.random.random_bool(0.05));
-        let found = refused(shares::answer(&self.bed.database, real(lease), &want, free).await);
+        let found =
+            refused(shares::answer(&self.bed.database, real(lease), &want, free, lent).await);
         let expected = self
             .arbiter
-            .give_back(lease, naive.sku, free, Some(naive.number));
+            .give_back(lease, naive.sku, free, Some((naive.number, lent)));
         assert_eq!(found, expected, "answer {lease:?} {want:?} {free}");
         format!("{lease:?} {want:?} {free}")
     }

@@ -163,7 +163,7 @@ pub async fn lend(
             transaction
                 .execute(
                     "INSERT INTO stock_share (sku, node, lent) VALUES ($1, $2, $3)
-                     ON CONFLICT (sku, node) DO UPDATE SET lent = stock_share.lent + $3",
+                     ON CONFLICT (sku, node) DO UPDATE SET lent = stock_share.lent + $3, answered = 0",
                     &[&sku.0, &lease.node, &units],
                 )
                 .await?;
@@ -201,8 +201,9 @@ pub async fn give_back(
     give(database, lease, sku, units, None).await
 }
 
-/// Answers a want: gives back `units`, which is everything that the node had free after it read the want, and marks
-/// the share.
+/// Answers a want: gives back `units`, which is everything that the node had free after it read the want, of `lent`
+/// units in its memory. Marks the share if these are all that is lent: the rest may have free units, as after a
+/// takeover that has ended meanwhile.
 ///
 /// # Errors
 /// Those of [`give_back`].
@@ -211,8 +212,9 @@ pub async fn answer(
     lease: NodeLease,
     want: &Want,
     units: i64,
+    lent: i64,
 ) -> Result<(), StoreError> {
-    give(database, lease, want.sku, units, Some(want.number)).await
+    give(database, lease, want.sku, units, Some((want.number, lent))).await
 }
 
 async fn give(
@@ -220,8 +222,9 @@ async fn give(
     lease: NodeLease,
     sku: SkuNumber,
     units: i64,
-    answered: Option<i64>,
+    answer: Option<(i64, i64)>,
 ) -> Result<(), StoreError> {
+    let (number, lent) = answer.unzip();
     let mut client = database.pooled().await?;
     let work = async {
         let transaction = client.transaction().await?;
@@ -232,9 +235,10 @@ async fn give(
         Pool::lock(&transaction, sku).await?;
         transaction
             .execute(
-                "UPDATE stock_share SET lent = lent - $3, answered = greatest(answered, coalesce($4::int8, 0))
+                "UPDATE stock_share SET lent = lent - $3,
+                        answered = CASE WHEN lent = $5::int8 THEN greatest(answered, $4::int8) ELSE answered END
                   WHERE sku = $1 AND node = $2",
-                &[&sku.0, &lease.node, &units, &answered],
+                &[&sku.0, &lease.node, &units, &number, &lent],
             )
             .await?;
         transaction.commit().await?;
