@@ -4,6 +4,7 @@
 //! differ by at most one, so a balanced cluster is at rest, and after a node has come or gone each lane moves at most
 //! once.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
 use crate::order::Lane;
@@ -37,21 +38,37 @@ pub fn moves(active: &[i16], movable: &[(Lane, i16)], fixed: &[i16]) -> Vec<Move
         let by_count = lanes.iter().min_by_key(|(node, count)| (**count, **node));
         by_count.map(|(node, count)| (*node, *count))
     };
+    let mut to_give: BTreeMap<i16, Vec<Lane>> = BTreeMap::new();
+    for &(lane, from) in movable.iter().rev() {
+        if lanes.contains_key(&from) {
+            to_give.entry(from).or_default().push(lane);
+        }
+    }
     // Those of nodes that leave first, because they have to move.
-    let (stay, leave): (Vec<_>, Vec<_>) = movable
-        .iter()
-        .partition(|(_, owner)| lanes.contains_key(owner));
-    for &(lane, from) in leave.into_iter().chain(stay) {
+    let leave = movable.iter().filter(|(_, from)| !lanes.contains_key(from));
+    for &(lane, from) in &leave.copied().collect::<Vec<_>>() {
         let Some((to, fewest)) = least(&lanes) else {
             break;
         };
-        match lanes.get(&from).copied() {
-            Some(count) if count <= fewest + 1 => continue,
-            Some(count) => {
-                lanes.insert(from, count - 1);
-            }
-            None => {}
+        lanes.insert(to, fewest + 1);
+        moves.push(Move { lane, from, to });
+    }
+    // Then from the node with the most to the one with the fewest.
+    while let Some((to, fewest)) = least(&lanes) {
+        let givers = lanes
+            .iter()
+            .filter(|(node, _)| to_give.get(node).is_some_and(|lanes| !lanes.is_empty()));
+        let most = givers.max_by_key(|(node, count)| (**count, Reverse(**node)));
+        let Some((from, count)) = most.map(|(node, count)| (*node, *count)) else {
+            break;
+        };
+        if count <= fewest + 1 {
+            break;
         }
+        let Some(lane) = to_give.get_mut(&from).and_then(Vec::pop) else {
+            break;
+        };
+        lanes.insert(from, count - 1);
         lanes.insert(to, fewest + 1);
         moves.push(Move { lane, from, to });
     }
