@@ -70,7 +70,7 @@ pub const BUGS: [&str; 25] = [
 ];
 
 /// Everything that runs under supervision as long as the process does.
-pub const SUPERVISED: [&str; 26] = [
+pub const SUPERVISED: [&str; 27] = [
     "a worker",
     "the wait for the workers",
     "the deadline task",
@@ -88,6 +88,7 @@ pub const SUPERVISED: [&str; 26] = [
     "the count of dead letters",
     "the settlement of cancellations",
     "the eviction of old orders",
+    "the delivery of events",
     "the supervision of the embedded PostgreSQL",
     "the control plane",
     "a dispatcher",

@@ -153,6 +153,21 @@ metrics! {
         payments = group(Payments): "Payments, and orders that are not paid.";
         stock = gauges("millrace_stock_units", &["sku_id", "state"], "`sku_id`; `state`: `free`, `held`, `sold`"):
             "Units of each SKU by state; held units belong to unpaid orders.";
+        events_delivered = labelled_counter("millrace_events_delivered_total", &["sink"], "`sink`"):
+            "Events that a sink has taken.";
+        events_failures = labelled_counter("millrace_events_failures_total", &["sink"], "`sink`"):
+            "Attempts to deliver an event that failed; each is repeated.";
+        events_slots_given_up = labelled_counter("millrace_events_slots_given_up_total", &["sink"], "`sink`"):
+            "Replication slots dropped because a sink was more than events.lag_bytes_max behind; it is refilled from \
+             the rows.";
+        events_kept_bytes = gauges("millrace_events_kept_bytes", &["sink"], "`sink`"):
+            "Bytes of WAL that PostgreSQL keeps for a sink.";
+        events_behind_seconds = gauges("millrace_events_behind_seconds", &["sink"], "`sink`"):
+            "Age of the oldest event that is read and that the sink has not taken; 0 if there is none.";
+        events_waiting = gauges("millrace_events_waiting", &["sink"], "`sink`"):
+            "Events that wait one by one in the database, because the sink did not take them while it took others.";
+        events_dead_letters = gauges("millrace_events_dead_letters", &["sink"], "`sink`"):
+            "Dead letters of a sink: events that it did not take for a day.";
         connections = gauge("millrace_connections"):
             "Open connections of the data plane.";
         connections_cut = counters("millrace_connections_cut_total", "reason", &CLOSES):
@@ -211,6 +226,33 @@ impl Metrics {
     /// Sets the age of the oldest row of a table, in seconds.
     pub fn set_oldest_row(&self, table: &str, seconds: i64) {
         self.oldest_row.with_label_values(&[table]).set(seconds);
+    }
+
+    /// Sets how far a sink of events is: the age of its oldest event in milliseconds, the events that wait one by one,
+    /// and its dead letters.
+    pub fn observe_sink(&self, sink: &str, behind_ms: u64, waiting: i64, dead_letters: i64) {
+        let seconds = i64::try_from(behind_ms / 1_000).unwrap_or(i64::MAX);
+        self.events_behind_seconds
+            .with_label_values(&[sink])
+            .set(seconds);
+        self.events_waiting.with_label_values(&[sink]).set(waiting);
+        self.events_dead_letters
+            .with_label_values(&[sink])
+            .set(dead_letters);
+        // Counters exist from the start, so that a rate begins at zero.
+        for counter in [
+            &self.events_delivered,
+            &self.events_failures,
+            &self.events_slots_given_up,
+        ] {
+            counter.with_label_values(&[sink]);
+        }
+    }
+
+    /// Sets the bytes of WAL that are kept for a sink.
+    pub fn observe_kept(&self, sink: &str, bytes: u64) {
+        let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
+        self.events_kept_bytes.with_label_values(&[sink]).set(bytes);
     }
 
     /// Sets the counters of a SKU, in units.

@@ -408,7 +408,11 @@ fn crates(source: &Source, broken: &mut Vec<String>) {
             "state is plain memory, usable from any thread",
         );
     }
-    let on_coroutines = ["src/http/server/", "src/http/data_plane/", "src/http/peers/"];
+    let on_coroutines = [
+        "src/http/server/",
+        "src/http/data_plane/",
+        "src/http/peers/",
+    ];
     if !on_coroutines.iter().any(|folder| source.is_in(folder)) {
         deny(
             &["may", "may_minihttp"],

@@ -89,7 +89,7 @@ async fn a_fresh_start_makes_a_durable_private_cluster_that_answers() {
         ("full_page_writes", "on"),
         ("data_checksums", "on"),
         ("listen_addresses", ""),
-        ("wal_level", "logical"),
+        ("wal_level", "replica"),
         ("server_encoding", "UTF8"),
         ("max_connections", "100"),
     ] {
@@ -108,6 +108,42 @@ async fn a_fresh_start_makes_a_durable_private_cluster_that_answers() {
     assert_eq!(run.mode() & 0o777, 0o700);
     let data = std::fs::metadata(embedded.home().join("data")).unwrap();
     assert_ne!(data.uid(), 0, "PostgreSQL must not run as root");
+    embedded.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn the_log_can_be_decoded_where_that_is_asked_for_and_for_as_long_as_there_are_slots() {
+    let dir = made().await;
+    let start = async |logical: bool| {
+        let mut options = options(dir.path());
+        options.logical = logical;
+        Embedded::start(options).await.unwrap()
+    };
+    let level = async |embedded: &Embedded| {
+        let client = connect(&embedded.config(DATABASE)).await;
+        let row = client.query_one("SHOW wal_level", &[]).await.unwrap();
+        row.get::<_, String>(0)
+    };
+    let embedded = start(true).await;
+    assert_eq!(level(&embedded).await, "logical");
+    let sql = "SELECT pg_create_logical_replication_slot('s', 'pgoutput')";
+    connect(&embedded.config(DATABASE))
+        .await
+        .query(sql, &[])
+        .await
+        .unwrap();
+    embedded.stop().await.unwrap();
+    let embedded = start(false).await;
+    assert_eq!(level(&embedded).await, "logical", "the slot needs it");
+    let sql = "SELECT pg_drop_replication_slot('s')";
+    connect(&embedded.config(DATABASE))
+        .await
+        .query(sql, &[])
+        .await
+        .unwrap();
+    embedded.stop().await.unwrap();
+    let embedded = start(false).await;
+    assert_eq!(level(&embedded).await, "replica");
     embedded.stop().await.unwrap();
 }
 

@@ -1,6 +1,8 @@
 //! The OpenAPI document is valid, names exactly the routes that there are, and tells the truth:
 //! real answers of a running Millrace are held against it, status by status.
 
+#[path = "openapi/events.rs"]
+mod events;
 #[path = "providers/fixture.rs"]
 #[allow(dead_code, reason = "it is shared with the tests of the providers")]
 mod fixture;
@@ -717,6 +719,7 @@ fn real_answers_are_what_it_says() {
             checker.check(method, path, &answer);
         }
         payments::check(&server, &database, &mut checker).await;
+        events::check(&server, &database, &mut checker).await;
         for path in [
             "/admin/v1/audit",
             "/admin/v1/live",
@@ -751,6 +754,7 @@ fn real_answers_are_what_it_says() {
                 .replace("{user_id}", "u")
                 .replace("{provider}", "standard")
                 .replace("{id}", "1")
+                .replace("{sink}", "erp")
                 .replace("/profile", "/profile?seconds=1");
             for wrong in ["DELETE", "OPTIONS", "TRACE", "PROPFIND"] {
                 let answer = request(address, wrong, &target, &[token], String::new()).await;

@@ -18,6 +18,13 @@ fn needs(name: &str) -> Vec<(&'static str, &'static str)> {
             vec![("MILLRACE_QUEUE__JOURNAL__RETAIN_FOR_SLOTS", "standby")]
         }
         "the deletion of old rows" => vec![("MILLRACE_RETENTION__STOCK_LOG_DAYS", "7")],
+        "the delivery of events" => vec![
+            ("MILLRACE_EVENTS__SINKS__SHOP__URL", "http://127.0.0.1:1/"),
+            (
+                "MILLRACE_EVENTS__SINKS__SHOP__SECRET",
+                "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",
+            ),
+        ],
         "minihttp" => vec![("MILLRACE_DATA_PLANE__ENGINE", "minihttp")],
         _ => Vec::new(),
     }

@@ -6,15 +6,17 @@ use std::time::{Duration, Instant};
 use tokio::sync::Mutex;
 use tokio::task::AbortHandle;
 
-use super::StartError;
 use super::order_path::OrderPath;
 use super::ownership::Ownership;
+use super::{StartError, events};
 use crate::config::{Config, Retention};
 use crate::metrics::Metrics;
 use crate::pipeline::WakeAll;
 use crate::pipeline::admin::open_letters;
 use crate::pipeline::admin::pauses::Pauses;
 use crate::pipeline::admin::pruning::{PrunedBelow, Pruning};
+use crate::pipeline::events::feeder::Feeder;
+use crate::pipeline::events::status::Sinks;
 use crate::pipeline::failover::health::{self, Health, Looker};
 use crate::pipeline::failover::lease::{self, Leases};
 use crate::pipeline::failover::restore::Restorer;
@@ -59,7 +61,8 @@ const POSTGRES_WATCH: Duration = Duration::from_millis(250);
 pub(super) fn connections_max(config: &Config) -> usize {
     let (settlers, parking, pauses, health) = (3 * (1 + SETTLER_POOL), 1, 1, 1);
     let tasks = OPERATORS_POOL + WATCH_POOL + settlers + parking + pauses + health;
-    config.worker_count() + config.database.pool_size + 1 + tasks + 3
+    let feeders = config.events.sinks.len() * events::CONNECTIONS;
+    config.worker_count() + config.database.pool_size + 1 + tasks + 3 + feeders
 }
 
 /// The running tasks.
@@ -92,6 +95,7 @@ pub(super) struct Handles {
     pub(super) pauses: Arc<Pauses>,
     pub(super) canceller: Canceller,
     pub(super) health: Arc<Health>,
+    pub(super) sinks: Sinks,
     pub(super) orphan_checks: OrphanChecks,
     /// The operators' own pool, so that they never wait behind buyers' look-ups.
     pub(super) operators: Database,
@@ -130,7 +134,12 @@ impl Background {
         // So that a client that is told that orders are taken finds the service ready.
         looker.look().await;
         background.run("the database health check", health::keep(looker));
+        let (feeders, sinks) = events::feeders(parts)?;
+        for feeder in feeders {
+            background.run("the delivery of events", Feeder::run(feeder));
+        }
         let handles = Handles {
+            sinks,
             callbacks,
             payments,
             parking,

@@ -72,9 +72,24 @@ fn redis(_: &Config) -> Result<Arc<dyn Broker>, ConfigError> {
 
 #[cfg(feature = "kafka")]
 fn kafka(config: &Config) -> Result<Arc<dyn Broker>, ConfigError> {
-    use crate::queue::log::broker::kafka::{KafkaBroker, KafkaSettings, Mechanism, Sasl, Tls};
+    use crate::queue::log::broker::kafka::KafkaBroker;
+    needed("queue.kafka.bootstrap", &config.queue.kafka.bootstrap)?;
+    made(
+        "queue.kafka.bootstrap",
+        KafkaBroker::new(kafka_settings(config)?),
+    )
+}
+
+/// How to connect to Kafka.
+///
+/// # Errors
+/// [`ConfigError::Field`] with the setting that is invalid.
+#[cfg(feature = "kafka")]
+pub(super) fn kafka_settings(
+    config: &Config,
+) -> Result<crate::queue::log::broker::kafka::KafkaSettings, ConfigError> {
+    use crate::queue::log::broker::kafka::{KafkaSettings, Mechanism, Sasl, Tls};
     let settings = &config.queue.kafka;
-    needed("queue.kafka.bootstrap", &settings.bootstrap)?;
     let sasl = match settings.sasl_mechanism.as_str() {
         "" => None,
         mechanism => Some(Sasl {
@@ -91,7 +106,7 @@ fn kafka(config: &Config) -> Result<Arc<dyn Broker>, ConfigError> {
     if has_ca_file && !settings.tls {
         return fault("queue.kafka.ca_file", "needs queue.kafka.tls = true");
     }
-    let client = KafkaBroker::new(KafkaSettings {
+    Ok(KafkaSettings {
         bootstrap: settings.bootstrap.clone(),
         topic: config.kafka_topic(),
         partition: 0,
@@ -101,8 +116,7 @@ fn kafka(config: &Config) -> Result<Arc<dyn Broker>, ConfigError> {
         }),
         sasl,
         timeout: TIMEOUT,
-    });
-    made("queue.kafka.bootstrap", client)
+    })
 }
 
 #[cfg(not(feature = "kafka"))]

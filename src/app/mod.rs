@@ -12,6 +12,7 @@ pub(crate) mod brokers;
 mod clock;
 mod drain;
 mod error;
+mod events;
 pub mod nodes;
 mod open;
 mod order_log;
@@ -32,6 +33,7 @@ use tokio::runtime::Handle;
 use self::background::{Background, Handles};
 pub use self::clock::ClockError;
 pub use self::error::StartError;
+pub use self::events::slots_database;
 use self::nodes::{Node, NodeParts};
 pub use self::open::{OpenDatabase, open_database, open_existing_database, prepare_schema};
 use self::order_path::OrderPath;
@@ -244,6 +246,7 @@ fn control_plane_parts(
         user_index: config.database.user_index,
         acknowledge: Arc::clone(&path.acknowledge),
         health: handles.health,
+        sinks: handles.sinks,
         order_timeout: Duration::from_millis(config.orders.timeout_ms),
         database: operators.clone(),
         payments: handles.payments.clone(),

@@ -52,6 +52,7 @@ async fn open(config: &Config, may_make: bool) -> Result<OpenDatabase, StartErro
     }
     options.wal_bytes = settings.embedded_wal_bytes;
     options.may_make = may_make;
+    options.logical = !config.events.sinks.is_empty();
     let embedded = Embedded::start(options).await?;
     tracing::info!(
         version = embedded.version(), directory = %embedded.home().display(),

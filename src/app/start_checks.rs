@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use rustix::fs::{Access, access};
 
-use super::{StartError, brokers, open_database, receipt_keys};
+use super::{StartError, brokers, events, open_database, receipt_keys};
 use crate::config::{Backend, Config, Migrate};
 use crate::http::data_plane::payments::providers::Providers;
 use crate::store::embedded::Embedded;
@@ -31,6 +31,7 @@ pub(super) fn look(config: &Config) -> Result<Providers, StartError> {
         })?;
     }
     receipt_keys::look(config)?;
+    events::look(config)?;
     let settings = &config.database;
     if !settings.url.is_empty() {
         // Certificates are read here; nothing is connected to.
@@ -80,6 +81,7 @@ pub async fn check(config: &Config, connect: bool) -> Result<bool, StartError> {
         Migrate::Auto => schema::inspect(&mut client, &settings.schema).await?,
         Migrate::Never => schema::check(&mut client, &settings.schema).await?,
     }
+    events::check(config, &database).await?;
     Ok(true)
 }
 

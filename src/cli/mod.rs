@@ -7,6 +7,7 @@ mod config_check;
 mod config_reference;
 mod demo;
 mod draw;
+mod events;
 mod load;
 mod logging;
 mod migrate;
@@ -63,6 +64,8 @@ enum Command {
     /// Look at the order log, check it, or give it up.
     #[command(alias = "journal")]
     Queue(queue::QueueArgs),
+    /// Manage the events for the shop's other systems.
+    Events(events::EventsArgs),
     /// Look at the configuration.
     Config {
         #[command(subcommand)]
@@ -145,6 +148,7 @@ async fn run(cli: Cli) -> anyhow::Result<bool> {
         Command::Draw { command } => draw::run(&command),
         Command::Migrate(args) => migrate::run(&args).await,
         Command::Queue(args) => queue::run(&args).await,
+        Command::Events(args) => events::run(&args).await,
         Command::Config {
             command: ConfigCommand::Check(args),
         } => config_check::run(&args).await,

@@ -1,6 +1,6 @@
 //! Checks that each setting is valid, and that they are consistent with one another.
 
-use super::{Config, ConfigError, Retention, log, payments, reference};
+use super::{Config, ConfigError, Retention, events, log, payments, reference};
 
 const DAY_MS: u64 = 86_400_000;
 
@@ -11,6 +11,7 @@ const DAY_MS: u64 = 86_400_000;
 pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
     ranges(config)?;
     payments::check(&config.payments, &config.receipt)?;
+    events::check(config)?;
     retention(config)?;
     log::check(&config.log)?;
     schema(&config.database.schema)?;
@@ -43,15 +44,29 @@ fn ranges(config: &Config) -> Result<(), ConfigError> {
         let Some((least, most)) = field.range else {
             continue;
         };
-        let mut levels = field.path.split('.');
-        let value = levels.try_fold(&values, |value, level| value.get(level));
-        if let Some(value) = value.and_then(toml::Value::as_integer)
-            && !(least..=most).contains(&value)
-        {
-            return fault(&field.path, format!("{value} is not {least} to {most}"));
+        for value in at(&values, &field.path) {
+            if let Some(value) = value.as_integer()
+                && !(least..=most).contains(&value)
+            {
+                return fault(&field.path, format!("{value} is not {least} to {most}"));
+            }
         }
     }
     Ok(())
+}
+
+/// The values of a field: one, or one for each name where its path has a level that the operator names.
+fn at<'a>(values: &'a toml::Value, path: &str) -> Vec<&'a toml::Value> {
+    path.split('.').fold(vec![values], |values, level| {
+        let values = values.into_iter();
+        match level {
+            reference::NAME => values
+                .filter_map(toml::Value::as_table)
+                .flat_map(|table| table.values())
+                .collect(),
+            level => values.filter_map(|value| value.get(level)).collect(),
+        }
+    })
 }
 
 fn retention(config: &Config) -> Result<(), ConfigError> {

@@ -3,6 +3,8 @@
 
 use std::collections::HashMap;
 
+use super::events;
+
 pub(super) const ENV_PREFIX: &str = "MILLRACE_";
 pub(super) const FILE_SUFFIX: &str = "_FILE";
 
@@ -74,11 +76,15 @@ fn overlay(
     let unknown = || format!("there is no configuration field {}", keys.join("."));
     let (field, sections) = keys.split_last().ok_or_else(unknown)?;
     let (mut into, mut like) = (table, defaults);
-    for section in sections {
-        like = like
-            .get(*section)
-            .and_then(toml::Value::as_table)
-            .ok_or_else(unknown)?;
+    let of_each_sink = toml::Table::try_from(super::EventSink::default()).map_err(|_| unknown())?;
+    for (level, section) in sections.iter().enumerate() {
+        like = match sections[..level].join(".") == events::SINKS {
+            true => &of_each_sink,
+            false => like
+                .get(*section)
+                .and_then(toml::Value::as_table)
+                .ok_or_else(unknown)?,
+        };
         into = into
             .entry(*section)
             .or_insert_with(|| toml::Value::Table(toml::Table::new()))

@@ -60,6 +60,11 @@ impl Config {
     /// The configuration as TOML, without secrets.
     pub fn to_toml(&self) -> String {
         let mut shown = self.clone();
+        for sink in shown.events.sinks.values_mut() {
+            hide(sink.secret.0.iter_mut());
+            // An address may have a password in it.
+            hide([&mut sink.url].into_iter().filter(|url| url.contains('@')));
+        }
         let lists = [
             &mut shown.data_plane.token,
             &mut shown.control_plane.token,
@@ -69,17 +74,13 @@ impl Config {
         ];
         let texts = [
             &mut shown.database.url,
+            &mut shown.events.database_url,
             &mut shown.queue.redis.url,
             &mut shown.queue.kafka.sasl_password.0,
             &mut shown.queue.rocketmq.secret_key.0,
             &mut shown.payments.wechatpay.apiv3_key.0,
         ];
-        lists
-            .into_iter()
-            .flat_map(|list| &mut list.0)
-            .chain(texts)
-            .filter(|text| !text.is_empty())
-            .for_each(|text| *text = "(hidden)".into());
+        hide(lists.into_iter().flat_map(|list| &mut list.0).chain(texts));
         toml::to_string_pretty(&shown).unwrap_or_default()
     }
 
@@ -127,6 +128,13 @@ impl Config {
             dir.clone()
         }
     }
+}
+
+/// Hides the texts that are not empty.
+fn hide<'a>(texts: impl Iterator<Item = &'a mut String>) {
+    texts
+        .filter(|text| !text.is_empty())
+        .for_each(|text| *text = "(hidden)".into());
 }
 
 #[cfg(test)]
@@ -232,6 +240,52 @@ mod tests {
         shown.payments.wechatpay.public_keys.clear();
         assert!(!format!("{shown:?}").contains(secret));
         assert!(!shown.to_toml().contains(secret));
+    }
+
+    #[test]
+    fn a_sink_comes_from_the_environment_and_its_secret_is_never_shown() {
+        let config = parse(
+            "[events.sinks.erp]\nurl = \"https://erp.example\"\nsecret = [\"s3cret1\", \"s3cret2\"]",
+            &[
+                ("MILLRACE_EVENTS__SINKS__SHOP__URL", "https://me:s3cret3@shop.example"),
+                ("MILLRACE_EVENTS__SINKS__SHOP__SECRET", "s3cret4"),
+                ("MILLRACE_EVENTS__SINKS__SHOP__IN_FLIGHT_MAX", "4"),
+                ("MILLRACE_EVENTS__INCLUDE", "receipt"),
+            ],
+        )
+        .unwrap();
+        assert_eq!(config.events.sinks.len(), 2);
+        assert_eq!(config.events.sinks["shop"].in_flight_max, 4);
+        assert_eq!(config.events.sinks["erp"].secret.0.len(), 2);
+        assert_eq!(config.events.include, [crate::config::EventMember::Receipt]);
+        assert!(!config.to_toml().contains("s3cret"), "{}", config.to_toml());
+        for (text, why) in [
+            ("[events.sinks.a_b]\nurl = \"u\"\nsecret = \"s\"", "a to z"),
+            ("[events.sinks.a]\nsecret = \"s\"", "url"),
+            ("[events.sinks.a]\nurl = \"u\"", "secret is missing"),
+            (
+                "[payments.standard]\nsecret = \"whsec_c2VjcmV0\"\n[events.sinks.a]\nurl = \"u\"\nsecret = \"c2VjcmV0\"",
+                "make another one",
+            ),
+            (
+                "[events.sinks.a]\nurl = \"u\"\nsecret = \"s\"\nin_flight_max = 0",
+                "in_flight_max",
+            ),
+            (
+                "[events.sinks.a]\nurl = \"u\"\nsecret = \"s\"\nurls = \"\"",
+                "urls",
+            ),
+        ] {
+            let message = parse(text, &[]).unwrap_err().to_string();
+            assert!(message.contains(why), "{text}: {message}");
+        }
+        let unknown = parse("", &[("MILLRACE_EVENTS__SINKS__SHOP__URLS", "u")]);
+        assert!(
+            unknown
+                .unwrap_err()
+                .to_string()
+                .contains("no configuration field")
+        );
     }
 
     #[test]

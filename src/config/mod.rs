@@ -14,12 +14,14 @@ use serde::{Deserialize, Serialize};
 
 mod check;
 mod environment;
+mod events;
 mod given;
 mod load;
 mod log;
 mod payments;
 pub mod reference;
 
+pub use events::{EventMember, EventSink, EventSinkKind, Events};
 pub use given::given_fields;
 pub use payments::{
     AlipayPayments, Payments, Receipt, Secret, StandardPayments, StripePayments, WechatpayPayments,
@@ -82,6 +84,8 @@ pub struct Config {
     pub payments: Payments,
     /// Keys that sign receipts.
     pub receipt: Receipt,
+    /// Events for the shop's other systems.
+    pub events: Events,
     /// Deletion of old rows.
     pub retention: Retention,
     /// Log level and format.
@@ -520,6 +524,7 @@ impl Default for Config {
             rate_limit: RateLimit::default(),
             payments: Payments::default(),
             receipt: Receipt::default(),
+            events: Events::default(),
             retention: Retention::default(),
             log: Log::default(),
         }

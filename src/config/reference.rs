@@ -7,7 +7,10 @@ use std::sync::LazyLock;
 
 use serde_json::Value;
 
-use super::Config;
+use super::{Config, EventSink};
+
+/// The level of a path whose names are chosen by the operator.
+pub(super) const NAME: &str = "<name>";
 
 /// One setting of the page.
 #[derive(Debug)]
@@ -79,6 +82,13 @@ fn walk(root: &Value, schema: &Value, default: &toml::Value, path: &str, out: &m
             );
         }
         return;
+    }
+    // A table of tables, of which `NAME` stands for each.
+    let each = &target["additionalProperties"];
+    if follow(root, each)["properties"].is_object() {
+        let of_each = toml::Value::try_from(EventSink::default());
+        let of_each = of_each.unwrap_or_else(|_| default.clone());
+        return walk(root, each, &of_each, &format!("{path}.{NAME}"), out);
     }
     let bound = |name: &str| schema[name].as_i64();
     out.push(Field {
@@ -201,13 +211,16 @@ mod tests {
             let set = |value: i64| {
                 // Passes whatever fields require of one another.
                 let more = [
-                    ("MILLRACE_ORDERS__REMEMBERED_MAX", 1_000_000_000),
-                    ("MILLRACE_QUEUE__CAPACITY", 1),
+                    ("MILLRACE_ORDERS__REMEMBERED_MAX", "1000000000"),
+                    ("MILLRACE_QUEUE__CAPACITY", "1"),
+                    ("MILLRACE_EVENTS__SINKS__SHOP__URL", "https://shop.example"),
+                    ("MILLRACE_EVENTS__SINKS__SHOP__SECRET", "c2VjcmV0"),
                 ];
                 let more = more
                     .into_iter()
-                    .map(|(name, value)| (name.to_owned(), value.to_string()));
-                let own = (field.variable(), value.to_string());
+                    .map(|(name, value)| (name.to_owned(), value.to_owned()));
+                let variable = field.variable().replace("<NAME>", "SHOP");
+                let own = (variable, value.to_string());
                 let env = more.filter(|(name, _)| *name != own.0).chain([own.clone()]);
                 Config::parse("", "test", env)
             };

@@ -9,6 +9,7 @@
 //! | [`tokens`], [`origin`] | who may ask: bearer tokens, and requests that other sites make a browser send |
 //! | [`data_plane`] | for the shop's backend and payment platforms |
 //! | [`control_plane`] | for operators |
+//! | [`webhook`] | the client that sends events to others |
 
 pub mod control_plane;
 pub mod data_plane;
@@ -18,6 +19,7 @@ pub mod peers;
 pub mod problem;
 pub mod server;
 pub mod tokens;
+pub mod webhook;
 pub mod wire;
 
 /// The OpenAPI 3.1 document of both planes as JSON, made from `openapi.yaml` by `build.rs`.

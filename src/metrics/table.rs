@@ -40,6 +40,7 @@ macro_rules! metrics {
     (@type group $table:ident) => { $table };
     (@type counter $name:tt) => { prometheus::IntCounter };
     (@type counters $name:tt) => { $crate::metrics::Counters };
+    (@type labelled_counter $name:tt) => { prometheus::IntCounterVec };
     (@type gauge $name:tt) => { prometheus::IntGauge };
     (@type gauges $name:tt) => { prometheus::IntGaugeVec };
     (@type float_gauge $name:tt) => { prometheus::Gauge };
@@ -147,6 +148,17 @@ impl Registrar {
         Ok(Counters {
             by_value: by_value.collect(),
         })
+    }
+
+    pub(super) fn labelled_counter(
+        &mut self,
+        name: &str,
+        help: &str,
+        labels: &[&str],
+        described: &str,
+    ) -> prometheus::Result<IntCounterVec> {
+        let metric = IntCounterVec::new(Opts::new(name, help), labels)?;
+        self.add(metric, "counter", described.to_owned())
     }
 
     pub(super) fn gauge(&mut self, name: &str, help: &str) -> prometheus::Result<IntGauge> {

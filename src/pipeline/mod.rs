@@ -1,8 +1,10 @@
 //! The life of an order: [`orders`] admits it and writes its row, [`payments`] settles it, [`failover`]
-//! recovers it after restarts and failovers, [`admin`] serves operators, [`cluster`] shares a sale with other nodes.
+//! recovers it after restarts and failovers, [`admin`] serves operators, [`cluster`] shares a sale with other nodes,
+//! [`events`] tells other systems.
 
 pub mod admin;
 pub mod cluster;
+pub mod events;
 pub mod failover;
 pub mod orders;
 pub mod payments;

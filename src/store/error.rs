@@ -99,6 +99,9 @@ pub enum StoreError {
         /// Free bytes.
         free: u64,
     },
+    /// Events cannot be read from this database.
+    #[error("{0}")]
+    Events(String),
     /// Stored data contradicts itself or this release.
     #[error("unexpected data in the database: {0}")]
     Data(String),
@@ -267,6 +270,7 @@ impl StoreError {
             | StoreError::AlreadyActive(_)
             | StoreError::NodesRemain { .. }
             | StoreError::OtherOrders { .. }
+            | StoreError::Events(_)
             | StoreError::Data(_) => false,
         }
     }

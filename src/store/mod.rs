@@ -9,6 +9,8 @@
 //! * [`cluster`]: several nodes: membership, lanes, shares of stock, takeover.
 //! * [`copy`]: the rows of a batch in the binary form of COPY.
 //! * [`settlement`]: payments, expiry and refunds of orders that are rows.
+//! * [`events`]: changes of orders and payments, decoded from the write-ahead log, for other systems; [`pgoutput`]: the
+//!   messages in which PostgreSQL tells them.
 //! * [`embedded`]: Millrace's own PostgreSQL, used if no other is configured.
 
 pub mod batch;
@@ -16,7 +18,9 @@ pub mod cluster;
 pub mod copy;
 pub mod embedded;
 mod error;
+pub mod events;
 mod fenced;
+pub mod pgoutput;
 pub mod postgres;
 pub mod schema;
 pub mod settlement;

@@ -177,10 +177,13 @@ pub async fn copy_template(data_dir: &Path) {
 pub fn options(data_dir: &Path) -> EmbeddedOptions {
     let mut options = EmbeddedOptions::new(data_dir);
     options.bin_dir = bin_dir();
+    options.logical = true;
     options.settings = [
         ("fsync", "off"),
         ("shared_buffers", "64MB"),
         ("max_connections", "300"),
+        // A sink of events has one, and many tests have sinks.
+        ("max_replication_slots", "100"),
     ]
     .map(|(name, value)| (name.to_owned(), value.to_owned()))
     .to_vec();

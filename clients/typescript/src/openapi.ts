@@ -109,6 +109,91 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/admin/v1/event-dead-letters": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** Events that a sink did not take for a day, newest first */
+        get: operations["listEventDeadLetters"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/admin/v1/event-dead-letters/{id}/discard": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /** Do not deliver its event */
+        post: operations["discardEventDeadLetter"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/admin/v1/event-dead-letters/{id}/retry": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /** Deliver its event again, for another day */
+        post: operations["retryEventDeadLetter"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/admin/v1/events": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** Sinks of events, and how far each is */
+        get: operations["listEventSinks"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/admin/v1/events/{sink}/resync": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /** Refill a sink from the rows, also one that is disabled */
+        post: operations["resyncEventSink"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/admin/v1/live": {
         parameters: {
             query?: never;
@@ -835,6 +920,60 @@ export interface components {
         };
         DeadLetterList: {
             dead_letters: components["schemas"]["DeadLetter"][];
+        };
+        EventDeadLetter: {
+            attempts: number;
+            /** @description `null` once it is to be delivered again. */
+            dead_at: components["schemas"]["Time"] | null;
+            /** @description As it is sent, see docs/EVENTS.md. */
+            event: Record<string, unknown> | null;
+            event_id: string;
+            first_failed_at: components["schemas"]["Time"];
+            /** Format: int64 */
+            id: number;
+            reason: string;
+            sink: string;
+            type: string;
+        };
+        EventDeadLetterList: {
+            event_dead_letters: components["schemas"]["EventDeadLetter"][];
+        };
+        EventSink: {
+            /**
+             * Format: int64
+             * @description Age of the oldest event that it has not taken.
+             */
+            behind_ms: number;
+            /** Format: int64 */
+            dead_letters: number;
+            /**
+             * Format: int64
+             * @description Bytes of WAL that PostgreSQL keeps for it.
+             */
+            kept_bytes: number;
+            name: string;
+            /** @description Why it gets no events. */
+            reason: string | null;
+            /**
+             * @description `elsewhere`: another process reads its slot.
+             * @enum {string}
+             */
+            state: "delivering" | "failing" | "refilling" | "disabled" | "elsewhere";
+            /** @description Its kind and address. */
+            to: string;
+            /**
+             * Format: int64
+             * @description Events that it did not take while it took others.
+             */
+            waiting: number;
+        };
+        EventSinkList: {
+            sinks: components["schemas"]["EventSink"][];
+        };
+        EventSinkResync: {
+            sink: string;
+            /** @constant */
+            state: "refilling";
         };
         IdempotencyKey: string;
         Latencies: {
@@ -1641,6 +1780,20 @@ export interface components {
                 };
             };
         };
+        /** @description Not found: `not_found`, `unknown_sink`. */
+        Problem404_not_found_unknown_sink: {
+            headers: {
+                [name: string]: unknown;
+            };
+            content: {
+                "application/problem+json": components["schemas"]["Problem"] & {
+                    /** @enum {unknown} */
+                    code?: "not_found" | "unknown_sink";
+                    /** @constant */
+                    status?: 404;
+                };
+            };
+        };
         /** @description Not found: `not_found`, `unknown_sku`. */
         Problem404_not_found_unknown_sku: {
             headers: {
@@ -2277,6 +2430,164 @@ export interface operations {
             404: components["responses"]["Problem404_not_found_unknown_dead_letter_unknown_sku"];
             405: components["responses"]["MethodNotAllowed"];
             409: components["responses"]["Problem409_refused_again_sold_out"];
+            413: components["responses"]["Problem413_body_too_large"];
+            415: components["responses"]["Problem415_unsupported_media_type"];
+            421: components["responses"]["Problem421_misdirected"];
+            500: components["responses"]["Problem500_internal"];
+            503: components["responses"]["Problem503_not_ready"];
+        };
+    };
+    listEventDeadLetters: {
+        parameters: {
+            query?: {
+                /** @description Most of them. */
+                limit?: number;
+                /** @description Those of this sink alone. */
+                sink?: string;
+            };
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description The dead letters. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["EventDeadLetterList"];
+                };
+            };
+            400: components["responses"]["Problem400_invalid_field_unknown_field"];
+            401: components["responses"]["Problem401_unauthorized"];
+            405: components["responses"]["MethodNotAllowed"];
+            415: components["responses"]["Problem415_unsupported_media_type"];
+            421: components["responses"]["Problem421_misdirected"];
+            500: components["responses"]["Problem500_internal"];
+            503: components["responses"]["Problem503_not_ready"];
+        };
+    };
+    discardEventDeadLetter: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                id: number;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description The dead letter, which is deleted. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["EventDeadLetter"];
+                };
+            };
+            400: components["responses"]["Problem400_bad_request_and_3"];
+            401: components["responses"]["Problem401_unauthorized"];
+            403: components["responses"]["Problem403_cross_origin"];
+            404: components["responses"]["Problem404_not_found_unknown_dead_letter"];
+            405: components["responses"]["MethodNotAllowed"];
+            413: components["responses"]["Problem413_body_too_large"];
+            415: components["responses"]["Problem415_unsupported_media_type"];
+            421: components["responses"]["Problem421_misdirected"];
+            500: components["responses"]["Problem500_internal"];
+            503: components["responses"]["Problem503_not_ready"];
+        };
+    };
+    retryEventDeadLetter: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                id: number;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description It is delivered soon. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["EventDeadLetter"];
+                };
+            };
+            400: components["responses"]["Problem400_bad_request_and_3"];
+            401: components["responses"]["Problem401_unauthorized"];
+            403: components["responses"]["Problem403_cross_origin"];
+            404: components["responses"]["Problem404_not_found_unknown_dead_letter"];
+            405: components["responses"]["MethodNotAllowed"];
+            413: components["responses"]["Problem413_body_too_large"];
+            415: components["responses"]["Problem415_unsupported_media_type"];
+            421: components["responses"]["Problem421_misdirected"];
+            500: components["responses"]["Problem500_internal"];
+            503: components["responses"]["Problem503_not_ready"];
+        };
+    };
+    listEventSinks: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description The sinks of this process. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["EventSinkList"];
+                };
+            };
+            400: components["responses"]["Problem400_invalid_field_unknown_field"];
+            401: components["responses"]["Problem401_unauthorized"];
+            405: components["responses"]["MethodNotAllowed"];
+            415: components["responses"]["Problem415_unsupported_media_type"];
+            421: components["responses"]["Problem421_misdirected"];
+            500: components["responses"]["Problem500_internal"];
+            503: components["responses"]["Problem503_not_ready"];
+        };
+    };
+    resyncEventSink: {
+        parameters: {
+            query?: {
+                /** @description Every order with a higher id is told again as it stands, and every open payment; 0 for all. Without it, what changed since the sink's place. */
+                after?: string;
+            };
+            header?: never;
+            path: {
+                sink: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description It is noted; the refill begins within a second or two. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["EventSinkResync"];
+                };
+            };
+            400: components["responses"]["Problem400_bad_request_and_3"];
+            401: components["responses"]["Problem401_unauthorized"];
+            403: components["responses"]["Problem403_cross_origin"];
+            404: components["responses"]["Problem404_not_found_unknown_sink"];
+            405: components["responses"]["MethodNotAllowed"];
             413: components["responses"]["Problem413_body_too_large"];
             415: components["responses"]["Problem415_unsupported_media_type"];
             421: components["responses"]["Problem421_misdirected"];

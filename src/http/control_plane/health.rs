@@ -47,11 +47,13 @@ pub(super) async fn readyz(State(plane): State<ControlPlane>) -> Response {
     let look = parts.and_then(|parts| parts.health.last());
     let memory = parts.and_then(|parts| memory(&parts.state));
     let unready = parts.and_then(preflight::warning);
+    let events = parts.map(|parts| parts.sinks.warnings());
     let warnings: Vec<Warning> = look
         .iter()
         .flat_map(|look| &look.warnings)
         .chain(&memory)
         .chain(&unready)
+        .chain(events.iter().flatten())
         .map(|(name, detail)| Warning { name, detail })
         .collect();
     let ready = checks.iter().all(|check| check.ok);

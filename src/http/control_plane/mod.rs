@@ -10,6 +10,7 @@ mod audit;
 mod dashboard;
 mod dead_letters;
 mod document;
+mod events;
 mod extract;
 mod failure;
 mod health;
@@ -34,6 +35,7 @@ use crate::order::receipt::ReceiptKeys;
 use crate::pipeline::admin::audit::Auditor;
 use crate::pipeline::admin::operator::Operator;
 use crate::pipeline::admin::preflight::Preflighter;
+use crate::pipeline::events::status::Sinks;
 use crate::pipeline::failover::health::Health;
 use crate::pipeline::failover::lease::AcknowledgeLease;
 use crate::pipeline::orders::intake::Intake;
@@ -78,6 +80,8 @@ pub struct Parts {
     pub acknowledge: Arc<AcknowledgeLease>,
     /// The last check of the database.
     pub health: Arc<Health>,
+    /// The sinks of events.
+    pub sinks: Sinks,
     /// Longest wait of an order, and so the longest time without a write while an order waits.
     pub order_timeout: Duration,
     /// The database.

@@ -11,8 +11,8 @@ use axum::routing::{self, MethodFilter, MethodRouter};
 use super::extract::{self, Accepts};
 use super::failure::Failure;
 use super::{
-    ControlPlane, access, audit, dashboard, dead_letters, document, health, live, orders, payments,
-    preflight, profile, skus,
+    ControlPlane, access, audit, dashboard, dead_letters, document, events, health, live, orders,
+    payments, preflight, profile, skus,
 };
 use crate::http::problem::Problem;
 
@@ -184,6 +184,17 @@ fn table() -> Vec<Route> {
             "/admin/v1/dead-letters/{id}/discard",
             dead_letters::discard,
         )),
+        get("/admin/v1/events", events::list_sinks),
+        with_query(
+            &["after"],
+            post("/admin/v1/events/{sink}/resync", events::resync),
+        ),
+        with_query(
+            &["sink", "limit"],
+            get("/admin/v1/event-dead-letters", events::list),
+        ),
+        post("/admin/v1/event-dead-letters/{id}/retry", events::retry),
+        post("/admin/v1/event-dead-letters/{id}/discard", events::discard),
         with_query(
             &["state", "limit", "before"],
             get("/admin/v1/payments", payments::all),

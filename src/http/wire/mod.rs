@@ -3,12 +3,13 @@
 //! | module | content |
 //! |---|---|
 //! | [`json`] | the only way from JSON to a struct |
-//! | [`orders`], [`order_history`], [`skus`], [`dead_letters`], [`payments`] | bodies and views |
+//! | [`orders`], [`order_history`], [`skus`], [`dead_letters`], [`payments`], [`events`] | bodies and views |
 //! | `lanes` | the lanes of a cluster |
 //! | [`headers`], [`query`] | header fields and query fields |
 //! | [`mod@write`] | writing an answer |
 
 pub mod dead_letters;
+pub mod events;
 pub mod headers;
 pub mod json;
 mod lanes;

@@ -70,10 +70,13 @@ pub struct EmbeddedOptions {
     pub wal_bytes: u64,
     /// Whether a cluster is made if there is none.
     pub may_make: bool,
+    /// Whether the write-ahead log can be decoded, for events.
+    pub logical: bool,
 }
 
 impl EmbeddedOptions {
-    /// Defaults: search for the binaries, 30 s to stop, no WAL made ready, a cluster is made if there is none.
+    /// Defaults: search for the binaries, 30 s to stop, no WAL made ready, a cluster is made if there is none, no logical
+    /// decoding.
     #[must_use]
     pub fn new(data_dir: impl Into<PathBuf>) -> Self {
         Self {
@@ -84,6 +87,7 @@ impl EmbeddedOptions {
             stop_timeout: Duration::from_secs(30),
             wal_bytes: 0,
             may_make: true,
+            logical: false,
         }
     }
 }
@@ -299,12 +303,18 @@ impl Embedded {
         spawn_blocking(move || server::take_over(&home, &installation, &socket_lock, patience))
             .await??;
         let log = self.home.log();
+        // A server with slots does not start without.
+        let is_logical = self.options.logical || has_slots(&self.home.data());
+        let wal_level = if is_logical { "logical" } else { "replica" };
         let (starting, from) = server::start(
             &self.home,
             &self.installation,
             &self.socket_dir.path,
             &[
-                &[wal::setting(self.options.wal_bytes)],
+                &[
+                    wal::setting(self.options.wal_bytes),
+                    ("wal_level".to_owned(), wal_level.to_owned()),
+                ],
                 &*self.options.settings,
             ]
             .concat(),
@@ -426,6 +436,12 @@ async fn keep_log_bounded(log: PathBuf) {
             tracing::warn!(%error, "the log of PostgreSQL could not be shortened");
         }
     }
+}
+
+/// Whether a cluster has replication slots: a folder each.
+fn has_slots(data: &Path) -> bool {
+    let slots = std::fs::read_dir(data.join("pg_replslot"));
+    slots.is_ok_and(|mut slots| slots.next().is_some())
 }
 
 fn percent_encoded(bytes: &[u8]) -> String {

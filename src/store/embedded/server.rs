@@ -42,7 +42,6 @@ const SETTINGS: &[(&str, &str)] = &[
     ("max_connections", "100"),
     ("shared_buffers", "256MB"),
     // A sale is a burst of WAL: few checkpoints in it, and the space for that.
-    ("wal_level", "logical"),
     ("max_wal_size", "8GB"),
     ("checkpoint_timeout", "15min"),
     ("wal_compression", "on"),

@@ -7,6 +7,8 @@
 //!   └── codes    what an error says
 //! ```
 //!
+//! `producer` sends records with keys to other topics, for events.
+//!
 //! The messages are those of the crate `kafka-protocol`; the connection is our own, because a client library repeats
 //! and batches by itself and hides what is certain.
 //!
@@ -21,6 +23,7 @@
 
 mod codes;
 mod link;
+mod producer;
 mod records;
 mod sasl;
 mod session;
@@ -47,6 +50,7 @@ use parking_lot::Mutex;
 
 use super::{Broker, BrokerError, Place, Position, SendError, Stored};
 
+pub use producer::{KeyedRecord, Producer};
 pub use sasl::{Mechanism, Sasl};
 
 use codes::OFFSET_OUT_OF_RANGE;

@@ -16,24 +16,7 @@ pub(super) const OVERHEAD_BYTES: usize = 100;
 
 /// The batch of one record whose value is `frame`.
 pub(super) fn batch(frame: &[u8]) -> Result<Bytes, String> {
-    let now = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
-    let record = Record {
-        transactional: false,
-        control: false,
-        delete_horizon: false,
-        partition_leader_epoch: NO_PARTITION_LEADER_EPOCH,
-        producer_id: NO_PRODUCER_ID,
-        producer_epoch: NO_PRODUCER_EPOCH,
-        timestamp_type: TimestampType::Creation,
-        offset: 0,
-        sequence: NO_SEQUENCE,
-        timestamp: i64::try_from(now.as_millis()).unwrap_or(i64::MAX),
-        key: None,
-        value: Some(Bytes::copy_from_slice(frame)),
-        headers: Default::default(),
-    };
+    let record = record(0, None, Bytes::copy_from_slice(frame));
     let options = RecordEncodeOptions {
         version: 2,
         compression: Compression::None,
@@ -41,6 +24,29 @@ pub(super) fn batch(frame: &[u8]) -> Result<Bytes, String> {
     let mut buffer = BytesMut::with_capacity(frame.len() + OVERHEAD_BYTES);
     RecordBatchEncoder::encode(&mut buffer, [&record], &options).map_err(|e| e.to_string())?;
     Ok(buffer.freeze())
+}
+
+/// A record of this moment, with its place in its batch.
+pub(super) fn record(offset: i64, key: Option<Bytes>, value: Bytes) -> Record {
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    Record {
+        transactional: false,
+        control: false,
+        delete_horizon: false,
+        partition_leader_epoch: NO_PARTITION_LEADER_EPOCH,
+        producer_id: NO_PRODUCER_ID,
+        producer_epoch: NO_PRODUCER_EPOCH,
+        timestamp_type: TimestampType::Creation,
+        offset,
+        // The encoder begins another batch where numbers do not go on, and a server takes one in a request.
+        sequence: NO_SEQUENCE.wrapping_add(i32::try_from(offset).unwrap_or(i32::MAX)),
+        timestamp: i64::try_from(now.as_millis()).unwrap_or(i64::MAX),
+        key,
+        value: Some(value),
+        headers: Default::default(),
+    }
 }
 
 /// Frames of an answer.

@@ -162,7 +162,40 @@ impl Cluster {
         }
     }
 
-    fn link(&self, server: &Server, deadline: Instant) -> Result<Link, BrokerError> {
+    /// The leader of each partition of the topic, by number. It has to be there.
+    pub(super) fn leaders(&self, deadline: Instant) -> Result<Vec<Server>, BrokerError> {
+        let mut link = self.any(deadline)?;
+        let metadata = self.metadata(&mut link, deadline)?;
+        let topic = &self.settings.topic;
+        let of = |code| {
+            codes::of_question(
+                &link.server.to_string(),
+                code,
+                Some(&format!("topic {topic}")),
+            )
+        };
+        let found = match metadata.topics.first() {
+            Some(found) if found.error_code == 0 => found,
+            Some(found) if found.error_code != UNKNOWN_TOPIC_OR_PARTITION => {
+                return Err(of(found.error_code));
+            }
+            _ => {
+                return Err(BrokerError::Away(format!(
+                    "topic {topic} is missing: make it, with the partitions and the retention that its readers want"
+                )));
+            }
+        };
+        let mut partitions: Vec<_> = found.partitions.iter().collect();
+        partitions.sort_by_key(|partition| partition.partition_index);
+        let leader = |partition: &&MetadataResponsePartition| match self.led(&metadata, partition) {
+            Some(Found::Led { server, .. }) => Ok(server),
+            _ => Err(of(LEADER_NOT_AVAILABLE)),
+        };
+        partitions.iter().map(leader).collect()
+    }
+
+    /// A connection to one server.
+    pub(super) fn link(&self, server: &Server, deadline: Instant) -> Result<Link, BrokerError> {
         Link::open(
             server,
             self.tls.as_ref(),

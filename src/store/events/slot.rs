@@ -1,0 +1,493 @@
+//! The publication, and the replication slot of a sink.
+//!
+//! A slot is read by peeking and moved on by itself once what was read is delivered, so that a crash between the two
+//! delivers again and loses nothing.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::{StreamExt, pin_mut};
+use tokio_postgres::error::SqlState;
+use tokio_postgres::types::ToSql;
+
+use super::{Transaction, rows};
+use crate::order::UnixMillis;
+use crate::store::pgoutput::{Decoder, Lsn, Message};
+use crate::store::postgres::{Connected, Database};
+use crate::store::{StoreError, quoted};
+
+/// Longest decoding of one reading: the server may have to go through `events.lag_bytes_max` of WAL first.
+const DECODING: Duration = Duration::from_secs(600);
+
+/// Longest wait for a slot: it begins once every transaction that writes just now has ended.
+const MAKING: Duration = Duration::from_secs(60);
+
+/// Takes the lock of a slot, which one session alone has.
+const LOCK: &str =
+    "SELECT pg_try_advisory_lock(hashtextextended('millrace events:' || $1::text, 0))";
+
+/// Name of the publication of a schema.
+pub fn publication_of(schema: &str) -> String {
+    format!("millrace_{schema}")
+}
+
+/// Name of the slot of a sink.
+pub fn slot_of(schema: &str, sink: &str) -> String {
+    format!("millrace_{schema}_{sink}")
+}
+
+/// Most changes of one transaction that are read; Millrace's own have 100,000 at most.
+const CHANGES_MAX: usize = 200_000;
+
+/// What was read.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Reading {
+    /// Whole transactions, in the order of their commits.
+    pub transactions: Vec<Transaction>,
+    /// Whether the next one, which somebody else made, has more changes than are held in memory.
+    pub is_overlong: bool,
+}
+
+/// What a slot looks like from outside.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlotState {
+    /// Everything before it is on the server's disk.
+    pub flushed: Lsn,
+    /// `None`: there is no slot, or it has lost its place.
+    pub slot: Option<Slot>,
+    /// Whether there is one that has lost its place.
+    pub is_lost: bool,
+}
+
+/// A usable slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slot {
+    /// Everything before it is delivered.
+    pub confirmed: Lsn,
+    /// Bytes of WAL that the server keeps for it.
+    pub kept_bytes: u64,
+    /// What is not delivered was written by this transaction or a later one. With its epoch.
+    pub oldest_xid: i64,
+}
+
+/// A connection that reads the slot of one sink. It holds a lock, so that one process alone reads it.
+#[derive(Debug)]
+pub struct SlotReader {
+    client: Connected,
+    database: Database,
+    slot: String,
+    publication: String,
+}
+
+impl SlotReader {
+    /// Connects and takes the lock; `None` if another process has it.
+    ///
+    /// # Errors
+    /// If the database does not answer.
+    pub async fn open(database: &Database, sink: &str) -> Result<Option<Self>, StoreError> {
+        let client = database.connect(&format!("millrace events {sink}")).await?;
+        let reader = SlotReader {
+            slot: slot_of(database.schema(), sink),
+            publication: publication_of(database.schema()),
+            database: database.clone(),
+            client,
+        };
+        let taken = reader
+            .one("locking the slot of a sink", LOCK, &[&reader.slot])
+            .await?;
+        Ok(taken.get::<_, bool>(0).then_some(reader))
+    }
+
+    async fn one(
+        &self,
+        doing: &'static str,
+        sql: &str,
+        parameters: &[&(dyn ToSql + Sync)],
+    ) -> Result<tokio_postgres::Row, StoreError> {
+        let asking = self.client.query_one(sql, parameters);
+        self.database.timed(doing, asking).await
+    }
+
+    /// How the slot is.
+    ///
+    /// # Errors
+    /// If the database does not answer.
+    pub async fn state(&self) -> Result<SlotState, StoreError> {
+        let row = self
+            .one(
+                "looking at a replication slot",
+                "SELECT (pg_current_wal_flush_lsn() - '0/0')::int8, s.slot_name IS NOT NULL,
+                        coalesce(s.wal_status = 'lost', false), (s.confirmed_flush_lsn - '0/0')::int8,
+                        (pg_current_wal_flush_lsn() - s.restart_lsn)::int8,
+                        pg_snapshot_xmax(pg_current_snapshot())::text::int8 - age(s.catalog_xmin)
+                   FROM (SELECT) one LEFT JOIN pg_replication_slots s
+                        ON s.slot_name = $1::text AND s.database = current_database()",
+                &[&self.slot],
+            )
+            .await?;
+        let lsn = |column| {
+            Lsn(row
+                .get::<_, Option<i64>>(column)
+                .unwrap_or(0)
+                .cast_unsigned())
+        };
+        let (is_there, is_lost): (bool, bool) = (row.get(1), row.get(2));
+        let slot = Slot {
+            confirmed: lsn(3),
+            kept_bytes: u64::try_from(row.get::<_, Option<i64>>(4).unwrap_or(0)).unwrap_or(0),
+            oldest_xid: row.get::<_, Option<i64>>(5).unwrap_or(0),
+        };
+        Ok(SlotState {
+            flushed: lsn(0),
+            slot: (is_there && !is_lost).then_some(slot),
+            is_lost,
+        })
+    }
+
+    /// Makes the slot. Events begin with the transactions that are committed from then on. On return every
+    /// transaction that was at work meanwhile has ended, so that what the slot does not tell can be seen in the rows.
+    ///
+    /// # Errors
+    /// If the server refuses it or does not answer.
+    pub async fn make(&self) -> Result<(), StoreError> {
+        let doing = "making a replication slot";
+        let late = |_| StoreError::Timeout {
+            doing,
+            after: MAKING,
+        };
+        let making = async {
+            self.client
+                .execute(
+                    "SELECT pg_create_logical_replication_slot($1::text::name, 'pgoutput')",
+                    &[&self.slot],
+                )
+                .await?;
+            let row = self
+                .client
+                .query_one(
+                    "SELECT pg_snapshot_xmax(pg_current_snapshot())::text::int8",
+                    &[],
+                )
+                .await?;
+            let newest: i64 = row.get(0);
+            loop {
+                let row = self
+                    .client
+                    .query_one(
+                        "SELECT pg_snapshot_xmin(pg_current_snapshot())::text::int8 >= $1",
+                        &[&newest],
+                    )
+                    .await?;
+                if row.get(0) {
+                    return Ok(());
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        let made = tokio::time::timeout(MAKING, making).await.map_err(late)?;
+        made.map_err(StoreError::statement(doing))
+    }
+
+    /// Drops the slot, if it is there.
+    ///
+    /// # Errors
+    /// If the database does not answer.
+    pub async fn drop_slot(&self) -> Result<(), StoreError> {
+        drop_slots(
+            &self.client,
+            &self.database,
+            std::slice::from_ref(&self.slot),
+        )
+        .await
+    }
+
+    /// Reads transactions from the slot's place on, until they have `rows_max` messages, and leaves the place where
+    /// it is.
+    ///
+    /// # Errors
+    /// If the server cannot decode, or does not answer.
+    pub async fn peek(&self, rows_max: i32) -> Result<Reading, StoreError> {
+        let doing = "decoding the write-ahead log";
+        let reading = async {
+            let parameters: [&(dyn ToSql + Sync); 3] = [&self.slot, &rows_max, &self.publication];
+            let messages = self
+                .client
+                .query_raw(
+                    "SELECT data FROM pg_logical_slot_peek_binary_changes($1::text::name, NULL, $2, 'proto_version', '1',
+                            'publication_names', $3, 'binary', 'true')",
+                    parameters,
+                )
+                .await
+                .map_err(StoreError::statement(doing))?;
+            pin_mut!(messages);
+            let mut assembler = Assembler::default();
+            while let Some(row) = messages.next().await {
+                let row = row.map_err(StoreError::statement(doing))?;
+                assembler.take(Bytes::copy_from_slice(row.get(0)))?;
+                if assembler.changes.len() > CHANGES_MAX {
+                    assembler.read.is_overlong = true;
+                    break;
+                }
+            }
+            Ok(assembler.read)
+        };
+        match tokio::time::timeout(DECODING, reading).await {
+            Ok(read) => read,
+            Err(_) => Err(StoreError::Timeout {
+                doing,
+                after: DECODING,
+            }),
+        }
+    }
+
+    /// Moves the place of the slot forward: everything before `to` is delivered.
+    ///
+    /// # Errors
+    /// If the database does not answer.
+    pub async fn advance(&self, to: Lsn) -> Result<(), StoreError> {
+        let doing = "moving a replication slot on";
+        let to = to.to_string();
+        let parameters: [&(dyn ToSql + Sync); 2] = [&self.slot, &to];
+        let moving = self.client.execute(
+            "SELECT pg_replication_slot_advance($1::text::name, $2::text::pg_lsn)",
+            &parameters,
+        );
+        match tokio::time::timeout(DECODING, moving).await {
+            Ok(moved) => moved.map(|_| ()).map_err(StoreError::statement(doing)),
+            Err(_) => Err(StoreError::Timeout {
+                doing,
+                after: DECODING,
+            }),
+        }
+    }
+}
+
+/// Puts messages together to transactions.
+#[derive(Default)]
+struct Assembler {
+    decoder: Decoder,
+    open: Option<(u32, UnixMillis)>,
+    changes: Vec<super::Change>,
+    messages: i32,
+    read: Reading,
+}
+
+impl Assembler {
+    fn take(&mut self, message: Bytes) -> Result<(), StoreError> {
+        let message = self.decoder.decode(message)?;
+        self.messages = self.messages.saturating_add(1);
+        match (&message, self.open) {
+            (Message::Begin { xid, committed_at }, None) => {
+                self.open = Some((*xid, *committed_at));
+            }
+            (Message::Commit { end }, Some((xid, _))) => {
+                self.open = None;
+                self.read.transactions.push(Transaction {
+                    xid,
+                    end: *end,
+                    changes: std::mem::take(&mut self.changes),
+                    messages: std::mem::take(&mut self.messages),
+                });
+            }
+            (Message::Insert(_) | Message::Update { .. }, Some((_, at))) => {
+                self.changes.extend(rows::change_of(&message, at)?);
+            }
+            (Message::Other, _) => {}
+            _ => {
+                return Err(StoreError::Data(
+                    "the write-ahead log is decoded into messages in an order that cannot be"
+                        .to_owned(),
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Makes the publication of the schema, or brings it up to date. Before any slot: a slot knows only publications that
+/// were there before the changes that it tells.
+///
+/// # Errors
+/// If the role may not, or the database does not answer.
+pub async fn publish(database: &Database) -> Result<(), StoreError> {
+    let name = publication_of(database.schema());
+    let client = database.pooled().await?;
+    let there = database
+        .timed(
+            "looking for the publication",
+            client.query_opt("SELECT FROM pg_publication WHERE pubname = $1", &[&name]),
+        )
+        .await?;
+    if there.is_some() {
+        return Ok(());
+    }
+    // Rows that retention deletes are no event.
+    let sql = format!(
+        "CREATE PUBLICATION {} FOR TABLE orders, dead_letters, payments WITH (publish = 'insert, update')",
+        quoted(&name)
+    );
+    database
+        .timed(
+            "making the publication of the events (the role needs CREATE on the database)",
+            client.batch_execute(&sql),
+        )
+        .await
+}
+
+/// Drops the slots of all sinks, the publication, and the places of the sinks. What waits for a sink and its dead
+/// letters stay. Returns the names of the slots that were dropped.
+///
+/// # Errors
+/// If a slot is being read, or the database does not answer.
+pub async fn drop_all(database: &Database, slots_at: &Database) -> Result<Vec<String>, StoreError> {
+    // Names of sinks have no underscore, so `shop` does not take the slots of the schema `shop_eu` for its own.
+    let prefix = format!("{}_", publication_of(database.schema()));
+    let client = slots_at.connect("millrace events drop").await?;
+    let rows = slots_at
+        .timed(
+            "looking for replication slots",
+            client.query(
+                "SELECT slot_name::text FROM pg_replication_slots
+                  WHERE starts_with(slot_name::text, $1) AND strpos(substr(slot_name::text, length($1) + 1), '_') = 0
+                    AND plugin = 'pgoutput' AND database = current_database()",
+                &[&prefix],
+            ),
+        )
+        .await?;
+    let slots: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
+    for slot in &slots {
+        let row = slots_at
+            .timed(
+                "locking the slot of a sink",
+                client.query_one(LOCK, &[slot]),
+            )
+            .await?;
+        if !row.get::<_, bool>(0) {
+            return Err(StoreError::Events(format!(
+                "the slot {slot} is read by a Millrace that runs; stop it, or take its sinks out of its configuration first"
+            )));
+        }
+    }
+    drop_slots(&client, slots_at, &slots).await?;
+    let client = database.pooled().await?;
+    let sql = format!(
+        "DROP PUBLICATION IF EXISTS {}; DELETE FROM event_sinks",
+        quoted(&publication_of(database.schema()))
+    );
+    database
+        .timed("dropping the publication", client.batch_execute(&sql))
+        .await?;
+    Ok(slots)
+}
+
+async fn drop_slots(
+    client: &tokio_postgres::Client,
+    database: &Database,
+    slots: &[String],
+) -> Result<(), StoreError> {
+    database
+        .timed(
+            "dropping a replication slot",
+            client.execute(
+                "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots
+                  WHERE slot_name::text = ANY ($1)",
+                &[&slots],
+            ),
+        )
+        .await
+        .map(|_| ())
+}
+
+/// Checks that the publication is there, or that the role may make it.
+///
+/// # Errors
+/// [`StoreError::Events`] with the remedy.
+pub async fn check_publication(database: &Database) -> Result<(), StoreError> {
+    let client = database.pooled().await?;
+    let name = publication_of(database.schema());
+    let row = database
+        .timed(
+            "looking for the publication",
+            client.query_one(
+                "SELECT EXISTS (SELECT FROM pg_publication WHERE pubname = $1)
+                        OR has_database_privilege(current_database(), 'CREATE'), current_database()::text",
+                &[&name],
+            ),
+        )
+        .await?;
+    let (may, in_database): (bool, &str) = (row.get(0), row.get(1));
+    if may {
+        return Ok(());
+    }
+    Err(StoreError::Events(format!(
+        "the role of database.url may not make the publication of the events: GRANT CREATE ON DATABASE {} to it, or make it: \
+         CREATE PUBLICATION {name} FOR TABLE {schema}.orders, {schema}.dead_letters, {schema}.payments WITH (publish = \
+         'insert, update')",
+        quoted(in_database),
+        schema = quoted(database.schema()),
+    )))
+}
+
+/// Checks that events can be read here: the server's settings, the role's rights, and a slot that is free. Makes a
+/// slot that ends with the session.
+///
+/// # Errors
+/// [`StoreError::Events`] with the remedy.
+pub async fn check(database: &Database) -> Result<(), StoreError> {
+    let client = database.connect("millrace config check").await?;
+    let row = database
+        .timed(
+            "looking at the server's settings",
+            client.query_one(
+                "SELECT current_setting('wal_level'), pg_is_in_recovery(), current_setting('max_replication_slots')",
+                &[],
+            ),
+        )
+        .await?;
+    let (level, is_standby, slots_max): (&str, bool, &str) = (row.get(0), row.get(1), row.get(2));
+    if is_standby {
+        return Err(StoreError::Events(
+            "events.database_url leads to a standby; events are read from the primary".to_owned(),
+        ));
+    }
+    if level != "logical" {
+        return Err(StoreError::Events(format!(
+            "events need wal_level = logical, and the server has {level}: set it and restart the server (a managed \
+             service has a switch for it, such as rds.logical_replication or cloudsql.logical_decoding)"
+        )));
+    }
+    let name = format!("millrace_check_{}", std::process::id());
+    let made = tokio::time::timeout(
+        MAKING,
+        client.execute(
+            "SELECT pg_create_logical_replication_slot($1::text::name, 'pgoutput', true)",
+            &[&name],
+        ),
+    )
+    .await
+    .map_err(|_| {
+        StoreError::Events(
+            "a replication slot could not be made within a minute: a transaction that has written stays open; end it \
+             (pg_stat_activity, pg_prepared_xacts)"
+                .to_owned(),
+        )
+    })?;
+    match made {
+        // It ends with the session.
+        Ok(_) => Ok(()),
+        Err(error) if error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => {
+            Err(StoreError::Events(
+                "the role may not make replication slots: ALTER ROLE … REPLICATION, or the managed service's role for it \
+                 (such as rds_replication); or name another role in events.database_url"
+                    .to_owned(),
+            ))
+        }
+        Err(error) if error.code() == Some(&SqlState::CONFIGURATION_LIMIT_EXCEEDED) => {
+            Err(StoreError::Events(format!(
+                "all {slots_max} replication slots of the server are in use: raise max_replication_slots, or drop those that \
+                 nobody needs (pg_replication_slots)"
+            )))
+        }
+        Err(error) => Err(StoreError::statement("making a replication slot")(error)),
+    }
+}
