@@ -480,7 +480,7 @@ impl Arbiter {
         node: Node,
         epoch: i64,
         renewals: i64,
-    ) -> Result<Option<(Vec<Lease>, Vec<usize>)>, Refused> {
+    ) -> Result<Option<Fenced>, Refused> {
         self.check(by)?;
         let is_suspect = |row: &NodeRow| {
             (row.epoch, row.renewals) == (epoch, renewals)
@@ -577,6 +577,9 @@ impl Arbiter {
         shares.collect()
     }
 }
+
+/// The fenced nodes, and the survivor's new lanes.
+pub type Fenced = (Vec<Lease>, Vec<usize>);
 
 /// Length of a lease of ids, as `lease::ID_LEASE_MS`.
 pub const ID_LEASE: i64 = 60_000;

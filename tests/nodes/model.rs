@@ -1431,11 +1431,9 @@ impl World {
             2 | 14 | 15 => self.homes[home].is_cut_from_database ^= true,
             3 => self.homes[home].is_cut_from_broker ^= true,
             4 | 5 => self.homes[home].is_paused ^= true,
-            6 => {
-                if self.homes[home].process.is_some() {
-                    self.saw("killed");
-                    self.end(home);
-                }
+            6 if self.homes[home].process.is_some() => {
+                self.saw("killed");
+                self.end(home);
             }
             7 => self.heal(),
             // Outages are short, or nobody would ever be suspect.
