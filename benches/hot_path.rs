@@ -35,7 +35,7 @@ use millrace::state::buyers::{BuyerOrder, Buyers, Claimed, NothingSticky};
 use millrace::state::pending::{Pending, PendingOrder, Settled, Slot};
 use millrace::state::recent_orders::RecentOrders;
 use millrace::state::sticky_refusals::StickyRefusals;
-use millrace::state::stock::{Catalogue, SaleTerms, Sku, StockCounter};
+use millrace::state::stock::{Catalogue, SaleTerms, Sku, StockCounter, WaitlistTerms};
 use millrace::store::copy;
 
 /// As the program itself.
@@ -84,6 +84,7 @@ fn state(total: u32) -> Arc<State> {
         per_user_limit: Some(1),
         opens_at: None,
         closes_at: None,
+        waitlist: WaitlistTerms::default(),
     };
     let catalogue = Catalogue::default();
     catalogue.add([Sku::new(
@@ -122,6 +123,7 @@ fn request(number: u64) -> OrderRequest<'static> {
         key: Some(KeyHash::of(key())),
         wait: Duration::from_secs(7),
         respond_async: false,
+        waitlist: false,
     }
 }
 
@@ -183,7 +185,7 @@ fn ids(c: &mut Criterion) {
     c.bench_function("order/key_hash", |b| b.iter(|| KeyHash::of(black_box(key))));
     let sku = SkuId::new("IPHONE-15").unwrap();
     c.bench_function("order/payload_hash", |b| {
-        b.iter(|| PayloadHash::of(black_box(&sku), Quantity::ONE, 0, None));
+        b.iter(|| PayloadHash::of(black_box(&sku), Quantity::ONE, 0, None, false));
     });
 }
 

@@ -18,7 +18,7 @@ pub const VARIABLE: Option<&str> = if cfg!(feature = "faults") {
 };
 
 /// Every point at which a process can be made to crash, along the way of an order.
-pub const CRASH_POINTS: [&str; 19] = [
+pub const CRASH_POINTS: [&str; 21] = [
     "journal.segment_created",
     "journal.segment_renamed",
     "journal.before_write",
@@ -36,6 +36,8 @@ pub const CRASH_POINTS: [&str; 19] = [
     "worker.committed",
     "settlement.before_commit",
     "settlement.committed",
+    "waitlist.selected",
+    "waitlist.assigned",
     "recovery.replayed_part",
     "recovery.replayed",
 ];
@@ -70,7 +72,7 @@ pub const BUGS: [&str; 25] = [
 ];
 
 /// Everything that runs under supervision as long as the process does.
-pub const SUPERVISED: [&str; 27] = [
+pub const SUPERVISED: [&str; 28] = [
     "a worker",
     "the wait for the workers",
     "the deadline task",
@@ -82,6 +84,7 @@ pub const SUPERVISED: [&str; 27] = [
     "callbacks",
     "the payment processor",
     "expiry",
+    "the assignment of units",
     "the retry of parked orders",
     "the deletion of old rows",
     "the storage of pauses",

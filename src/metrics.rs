@@ -12,10 +12,12 @@ use prometheus::{Encoder, Registry, TextEncoder};
 #[macro_use]
 mod table;
 mod payments;
+mod waitlist;
 
 pub use payments::Payments;
 pub use table::{Counters, Totals};
 use table::{Described, Registrar};
+pub use waitlist::Waitlist;
 
 /// Upper bounds in seconds: from a local commit to beyond the order timeout.
 const SECONDS: [f64; 14] = [
@@ -26,10 +28,12 @@ const ROWS: [f64; 11] = [
 ];
 
 /// Values of `outcome`: the result of an order, or the code of its refusal.
-const OUTCOMES: [&str; 23] = [
+const OUTCOMES: [&str; 25] = [
     "sold_out",
     "created",
     "accepted",
+    "waitlisted",
+    "waitlist_full",
     "replayed",
     "purchase_limit",
     "overloaded",
@@ -150,6 +154,7 @@ metrics! {
             "Rows deleted by retention.";
         oldest_row = gauges("millrace_oldest_row_seconds", &["table"], "`table`: `orders`, `payment_events`, `stock_journal`"):
             "Age of the oldest row when retention last ran.";
+        waitlist = group(Waitlist): "Orders that wait for units.";
         payments = group(Payments): "Payments, and orders that are not paid.";
         stock = gauges("millrace_stock_units", &["sku_id", "state"], "`sku_id`; `state`: `free`, `held`, `sold`"):
             "Units of each SKU by state; held units belong to unpaid orders.";
@@ -262,6 +267,13 @@ impl Metrics {
                 .with_label_values(&[sku_id, state])
                 .set(i64::from(units));
         }
+    }
+
+    /// Sets the length of a SKU's waiting list, and the units kept for it.
+    pub fn observe_waitlist(&self, sku_id: &str, orders: usize, kept: u32) {
+        let (waiting, units) = (&self.waitlist.waiting, &self.waitlist.kept);
+        waiting.with_label_values(&[sku_id]).set(orders as i64);
+        units.with_label_values(&[sku_id]).set(i64::from(kept));
     }
 
     /// Batches that took at most so many seconds: each bound of the histogram with its cumulative

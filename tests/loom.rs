@@ -1410,6 +1410,54 @@ fn a_total_that_is_lowered_while_units_are_held_stays_above_them() {
 }
 
 #[test]
+fn a_unit_that_comes_back_while_somebody_joins_is_kept_or_was_taken_before() {
+    bounded(3, || {
+        let stock = Arc::new(StockCounter::new(1, 1, 0));
+        let joins = spawn(&stock, |stock| stock.begin_waiting());
+        let expiry = spawn(&stock, |stock| stock.release(1));
+        // Whoever holds the unit got it before anybody waited.
+        let newcomer = stock.hold(1).is_ok();
+        check(stock.snapshot());
+        joins.join().unwrap();
+        expiry.join().unwrap();
+        assert!(newcomer ^ (stock.kept() == 1));
+        assert_eq!(stock.hold(1), Err(NotEnough { available: 0 }));
+        stock.end_waiting();
+        assert_eq!(stock.free(), u32::from(!newcomer));
+    });
+}
+
+#[test]
+fn a_unit_that_comes_back_while_the_last_one_leaves_is_free() {
+    bounded(3, || {
+        let stock = Arc::new(StockCounter::new(2, 2, 0));
+        stock.begin_waiting();
+        let leaves = spawn(&stock, |stock| stock.end_waiting());
+        let expiry = spawn(&stock, |stock| stock.release(1));
+        check(stock.snapshot());
+        leaves.join().unwrap();
+        expiry.join().unwrap();
+        assert!(!stock.is_waiting());
+        assert_eq!((stock.free(), stock.kept()), (1, 0));
+    });
+}
+
+#[test]
+fn kept_units_are_taken_once_beside_a_total_that_is_lowered() {
+    bounded(3, || {
+        let stock = Arc::new(StockCounter::new(2, 1, 0));
+        stock.begin_waiting();
+        let operator = spawn(&stock, |stock| stock.set_total(1).is_ok());
+        let assigner = spawn(&stock, |stock| stock.take_kept(1));
+        check(stock.snapshot());
+        let (lowered, taken) = (operator.join().unwrap(), assigner.join().unwrap());
+        assert!(lowered ^ taken, "one unit, and two that want it");
+        assert_eq!(stock.kept(), 0);
+        assert_eq!(stock.snapshot().total, if lowered { 1 } else { 2 });
+    });
+}
+
+#[test]
 fn a_total_that_is_raised_and_lowered_beside_a_release_adds_up() {
     bounded(3, || {
         let stock = Arc::new(StockCounter::new(1, 1, 0));

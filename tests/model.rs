@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 
 use millrace::metrics::Metrics;
 use millrace::order::{
-    Currency, Ended, IdClock, IdempotencyKey, KeyHash, OrderId, Quantity, Refusal, SkuId,
-    SkuNumber, UnixMillis, UserId,
+    Currency, Ended, IdClock, IdempotencyKey, KeyHash, OrderId, OrderUnits, Quantity, Refusal,
+    SkuId, SkuNumber, UnixMillis, UserId,
 };
 use millrace::pipeline::orders::intake::{Admission, Intake, OrderRequest};
 use millrace::pipeline::{WakeAll, orders::deadlines, wake_directly};
@@ -27,7 +27,9 @@ use millrace::queue::{Batch, Durability, OrderQueue, Rejected, RingQueue};
 use millrace::state::State;
 use millrace::state::buyers::{Buyers, Eviction, LiveOrder};
 use millrace::state::pending::{Pending, PendingOrder, SlotState};
-use millrace::state::stock::{Catalogue, SaleTerms, Sku, StockCounter, StockSnapshot};
+use millrace::state::stock::{
+    Catalogue, SaleTerms, Sku, StockCounter, StockSnapshot, WaitlistTerms,
+};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -52,6 +54,7 @@ fn terms(limit: Option<u32>) -> SaleTerms {
         per_user_limit: limit,
         opens_at: None,
         closes_at: None,
+        waitlist: WaitlistTerms::default(),
     }
 }
 
@@ -177,6 +180,7 @@ struct Ask {
     adjustment: i64,
     attributes: Option<&'static str>,
     key: Option<u8>,
+    waitlist: bool,
 }
 
 impl Ask {
@@ -190,12 +194,14 @@ impl Ask {
             key: self.key.map(|key| key_hash(&format!("key-{key}"))),
             wait,
             respond_async: false,
+            waitlist: self.waitlist,
         }
     }
 
     fn same_body(&self, other: &Ask) -> bool {
-        (self.sku, self.units, self.adjustment, self.attributes)
-            == (other.sku, other.units, other.adjustment, other.attributes)
+        self.waitlist == other.waitlist
+            && (self.sku, self.units, self.adjustment, self.attributes)
+                == (other.sku, other.units, other.adjustment, other.attributes)
     }
 }
 
@@ -217,11 +223,65 @@ struct ModelSku {
     opens_at: Option<i64>,
     closes_at: Option<i64>,
     paused: bool,
+    list: Vec<Waiting>,
+    /// Units that nobody holds while somebody waits.
+    kept: u32,
+    list_max: u32,
+    skips: bool,
+}
+
+/// An order on a waiting list.
+#[derive(Clone, Copy, Debug)]
+struct Waiting {
+    id: u64,
+    units: u32,
+    is_row: bool,
 }
 
 impl ModelSku {
     fn free(&self) -> u32 {
-        self.total - self.held - self.sold
+        self.total - self.held - self.sold - self.kept
+    }
+
+    /// Units that an order held come back.
+    fn give_back(&mut self, units: u32) {
+        self.held -= units;
+        if !self.list.is_empty() {
+            self.kept += units;
+        }
+    }
+
+    fn join(&mut self, id: u64, units: u32) {
+        self.kept += self.free();
+        let is_row = false;
+        self.list.push(Waiting { id, units, is_row });
+    }
+
+    /// Whether it was on the list.
+    fn leave(&mut self, id: u64) -> bool {
+        let before = self.list.len();
+        self.list.retain(|one| one.id != id);
+        if self.list.is_empty() {
+            self.kept = 0;
+        }
+        self.list.len() < before
+    }
+
+    /// The orders that are next for the kept units.
+    fn next(&self, max: usize) -> Vec<Waiting> {
+        let (mut kept, mut next) = (self.kept, Vec::new());
+        for one in &self.list {
+            if !one.is_row || next.len() == max || kept == 0 {
+                break;
+            }
+            if one.units <= kept {
+                kept -= one.units;
+                next.push(*one);
+            } else if !self.skips {
+                break;
+            }
+        }
+        next
     }
 }
 
@@ -236,7 +296,7 @@ struct InFlight {
 
 #[derive(Debug, PartialEq, Eq)]
 enum Answer {
-    Placed { amount: i64 },
+    Placed { amount: i64, waits: bool },
     Duplicate { id: u64, in_flight: bool },
     Refused(Refusal),
 }
@@ -351,9 +411,14 @@ impl Model {
             }
         }
         if ask.units > sku.free() {
-            return Refused(Refusal::SoldOut {
-                available: sku.free(),
-            });
+            if !ask.waitlist || ask.units > sku.total {
+                return Refused(Refusal::SoldOut {
+                    available: sku.free(),
+                });
+            }
+            if sku.list.len() >= sku.list_max as usize {
+                return Refused(Refusal::WaitlistFull);
+            }
         }
         if self.queue.len() >= self.capacity {
             return Refused(Refusal::Overloaded);
@@ -366,11 +431,16 @@ impl Model {
         if self.remembered.len() + self.aged.len() >= room {
             return Refused(Refusal::MemoryFull);
         }
-        Answer::Placed { amount }
+        let waits = ask.units > sku.free();
+        Answer::Placed { amount, waits }
     }
 
-    fn place(&mut self, id: u64, ask: &Ask, deadline_hour: u32, woken: Arc<Woken>) {
-        self.skus[ask.sku].held += ask.units;
+    fn place(&mut self, id: u64, ask: &Ask, waits: bool, deadline_hour: u32, woken: Arc<Woken>) {
+        if waits {
+            self.skus[ask.sku].join(id, ask.units);
+        } else {
+            self.skus[ask.sku].held += ask.units;
+        }
         let known = Known {
             ask: ask.clone(),
             live: true,
@@ -392,9 +462,17 @@ impl Model {
 
     fn abandon(&mut self, id: u64) -> InFlight {
         let order = self.in_flight.remove(&id).expect("in flight");
-        self.skus[order.ask.sku].held -= order.ask.units;
+        self.take_share(id, &order.ask);
         self.remembered.remove(&id);
         order
+    }
+
+    /// Takes from an order in flight its units, or its place on the list.
+    fn take_share(&mut self, id: u64, ask: &Ask) {
+        let sku = &mut self.skus[ask.sku];
+        if !sku.leave(id) {
+            sku.give_back(ask.units);
+        }
     }
 
     fn end(&mut self, id: u64, as_what: End) -> InFlight {
@@ -403,11 +481,14 @@ impl Model {
             End::Persisted => {
                 let order = self.in_flight.remove(&id).expect("in flight");
                 self.rows.insert(id, (order.ask.clone(), true));
+                let list = self.skus[order.ask.sku].list.iter_mut();
+                list.filter(|one| one.id == id)
+                    .for_each(|one| one.is_row = true);
                 order
             }
             End::Failed => {
                 let order = self.in_flight.remove(&id).expect("in flight");
-                self.skus[order.ask.sku].held -= order.ask.units;
+                self.take_share(id, &order.ask);
                 if let Some(known) = self.remembered.get_mut(&id) {
                     known.live = false;
                 }
@@ -501,6 +582,10 @@ impl Round {
                         opens_at: None,
                         closes_at: None,
                         paused: false,
+                        list: Vec::new(),
+                        kept: 0,
+                        list_max: WaitlistTerms::default().max,
+                        skips: false,
                     })
                     .collect(),
                 remembered: BTreeMap::new(),
@@ -534,12 +619,14 @@ impl Round {
 
     fn step(&mut self) {
         match self.random.random_range(0..100) {
-            0..50 => self.admit(),
+            0..46 => self.admit(),
+            46..50 => self.assign(),
             50..65 => self.work(),
             65..80 => self.settle(),
             80..84 => self.expire(),
             84..86 => self.pay(),
-            86..89 => self.cancel(),
+            86..88 => self.cancel(),
+            88 => self.leave_list(),
             89..91 => self.set_total(),
             91..94 => self.set_terms(),
             94..96 => self.pause(),
@@ -592,6 +679,7 @@ impl Round {
                 .unwrap(),
             attributes: [None, None, Some("{}"), Some(r#"{"a":1}"#)][random.random_range(0..4)],
             key: random.random_bool(0.6).then(|| random.random_range(0..6)),
+            waitlist: random.random_bool(0.4),
         }
     }
 
@@ -609,6 +697,7 @@ impl Round {
             Err(refusal) => Answer::Refused(*refusal),
             Ok(Admission::Placed(pending)) => Answer::Placed {
                 amount: pending.order.amount,
+                waits: pending.order.waits(),
             },
             Ok(Admission::Duplicate { id, pending }) => Answer::Duplicate {
                 id: id.get(),
@@ -643,8 +732,11 @@ impl Round {
                 (ask.units, ask.adjustment)
             );
             assert_eq!(order.attributes.as_deref(), ask.attributes);
-            assert_eq!(order.expires_at, order.created_at.plus_ms(PAYMENT_TTL_MS));
-            self.model.place(id, &ask, deadline_hour, woken);
+            let waits = order.waits();
+            if !waits {
+                assert_eq!(order.expires_at, order.created_at.plus_ms(PAYMENT_TTL_MS));
+            }
+            self.model.place(id, &ask, waits, deadline_hour, woken);
         }
     }
 
@@ -727,6 +819,7 @@ impl Round {
         let ended = self.model.end(order.order.id.get(), as_what);
         assert!(ended.woken.count() > 0, "the buyer sleeps on");
         let (state, unpaid) = match as_what {
+            End::Persisted if order.order.waits() => (SlotState::Persisted, None),
             End::Persisted => {
                 let unpaid = (order.order.id.get(), ended.ask.sku, ended.ask.units);
                 (SlotState::Persisted, Some(unpaid))
@@ -775,6 +868,8 @@ impl Round {
             self.end_once(id);
             self.real.sku(sku).counter().unsell(units);
             self.model.skus[sku].sold -= units;
+            self.model.skus[sku].held += units;
+            self.model.skus[sku].give_back(units);
         }
     }
 
@@ -788,7 +883,56 @@ impl Round {
         if self.end_once(id).unwrap_or(true) {
             self.real.sku(sku).counter().release(units);
         }
-        self.model.skus[sku].held -= units;
+        self.model.skus[sku].give_back(units);
+    }
+
+    /// A row that waits is cancelled, or its list has ended.
+    fn leave_list(&mut self) {
+        let at = self.any_sku();
+        let waiting = self.model.skus[at].list.clone();
+        let rows: Vec<_> = waiting.iter().filter(|one| one.is_row).collect();
+        if rows.is_empty() {
+            return;
+        }
+        let left = rows[self.random.random_range(0..rows.len())];
+        let units = OrderUnits {
+            order_id: OrderId::new(left.id).unwrap(),
+            user_id: user_id(self.model.rows[&left.id].0.user),
+            sku: SkuNumber(at as i32 + 1),
+            quantity: left.units,
+        };
+        self.real.state.end_waiting([&units], Ended::Cancelled);
+        self.model.end_row(left.id);
+        assert!(self.model.skus[at].leave(left.id));
+    }
+
+    /// Kept units go to the next in line; now and then the transaction fails, or one of them leaves meanwhile.
+    fn assign(&mut self) {
+        let at = self.any_sku();
+        let max = self.random.random_range(1..5);
+        let sku = self.real.sku(at);
+        let skips = self.model.skus[at].skips;
+        let selected = sku.waitlist().select(sku.counter(), skips, max);
+        let next = self.model.skus[at].next(max);
+        let expected: Vec<_> = next
+            .iter()
+            .map(|one| (OrderId::new(one.id).unwrap(), one.units))
+            .collect();
+        assert_eq!(selected, expected);
+        self.compare();
+        if self.random.random_bool(0.2) {
+            sku.waitlist().give_back(sku.counter(), &selected);
+            return;
+        }
+        let ids: Vec<OrderId> = selected.iter().map(|(id, _)| *id).collect();
+        self.real.state.assigned(&sku, &ids, UnixMillis::now());
+        for one in next {
+            let sku = &mut self.model.skus[at];
+            sku.kept -= one.units;
+            sku.held += one.units;
+            sku.leave(one.id);
+            self.unpaid.push((one.id, at, one.units));
+        }
     }
 
     /// A row's order is over, and its units no longer count; asking again changes nothing.
@@ -818,6 +962,9 @@ impl Round {
         } else {
             assert_eq!(answer, Ok(()));
             sku.total = total;
+            if !sku.list.is_empty() {
+                sku.kept = total - sku.held - sku.sold;
+            }
         }
     }
 
@@ -839,6 +986,8 @@ impl Round {
         }
         sku.limit = random.random_bool(0.5).then(|| random.random_range(1..8));
         sku.unit_price = [0, 1, 100, i64::MAX][random.random_range(0..4)];
+        sku.list_max = random.random_range(0..6);
+        sku.skips = random.random_bool(0.3);
         let sku = sku.clone();
         let state = Arc::clone(&self.real.state);
         // As `pipeline::admin::limits` does.
@@ -871,6 +1020,11 @@ impl Round {
             unit_price: sku.unit_price,
             opens_at: sku.opens_at.map(UnixMillis),
             closes_at: sku.closes_at.map(UnixMillis),
+            waitlist: WaitlistTerms {
+                max: sku.list_max,
+                skips: sku.skips,
+                ..WaitlistTerms::default()
+            },
             ..terms(sku.limit)
         });
     }
@@ -919,10 +1073,20 @@ impl Round {
             let expected = StockSnapshot {
                 total: sku.total,
                 free: sku.free(),
-                held: sku.held,
+                held: sku.held + sku.kept,
                 sold: sku.sold,
             };
-            assert_eq!(self.real.sku(at).counter().snapshot(), expected, "SKU {at}");
+            let real = self.real.sku(at);
+            assert_eq!(real.counter().snapshot(), expected, "SKU {at}");
+            assert!(
+                sku.list.is_empty() || expected.free == 0,
+                "nobody waits beside a free unit"
+            );
+            assert_eq!(real.waitlist().len(), sku.list.len());
+            for (before, one) in sku.list.iter().enumerate() {
+                let id = OrderId::new(one.id).unwrap();
+                assert_eq!(real.waitlist().position(id), Some(before + 1));
+            }
         }
         let buyers = &self.real.state.buyers;
         let aged = &self.model.aged;
@@ -1068,6 +1232,7 @@ fn click(user: u64) -> OrderRequest<'static> {
         key: Some(key_hash("k")),
         wait: HOUR,
         respond_async: false,
+        waitlist: false,
     }
 }
 

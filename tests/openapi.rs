@@ -170,6 +170,58 @@ const JSON: (&str, &str) = ("Content-Type", "application/json");
 const SHOP: (&str, &str) = ("Authorization", "Bearer shop");
 const OPS: (&str, &str) = ("Authorization", "Bearer ops");
 
+/// Orders that wait for units, assigned ones, and the refusals that only they meet.
+#[test]
+fn waiting_orders_are_what_it_says() {
+    block_on(async {
+        let database = TestDatabase::create().await;
+        let server = TestServer::start(&database, |_| {}).await;
+        let mut checker = Checker::new();
+        let terms = json!({
+            "unit_price": 5, "currency": "EUR", "total": 1, "waitlist_max": 1, "waitlist_skips": true,
+            "waitlist_payment_ttl_ms": 60_000, "assign_between": ["00:00Z", "23:59+00:00"],
+        });
+        let put = server.control("PUT", "/admin/v1/skus/A", terms).await;
+        checker.check("PUT", "/admin/v1/skus/{sku_id}", &put);
+        let order = |user: &str| json!({ "user_id": user, "sku_id": "A", "waitlist": true });
+        let mut ids = Vec::new();
+        for (user, status) in [("a", 201), ("b", 202), ("b", 200), ("c", 409)] {
+            let answer = server.post(order(user), Some("k"), &[]).await;
+            assert_eq!(answer.status, status, "{answer:?}");
+            checker.check("POST", "/v1/orders", &answer);
+            ids.extend(answer.json()["order_id"].as_str().map(str::to_owned));
+        }
+        let (first, waiting) = (&ids[0], &ids[1]);
+        let line = json!({ "user_id": "d", "sku_id": "A", "waitlist": true }).to_string();
+        let ndjson = [("Content-Type", "application/x-ndjson")];
+        let batch = request(server.data, "POST", "/v1/orders:batch", &ndjson, line).await;
+        checker.check("POST", "/v1/orders:batch", &batch);
+        let path = "/v1/orders/{order_id}";
+        let get = |id: &str| format!("/v1/orders/{id}");
+        checker.check("GET", path, &server.get(&get(waiting)).await);
+        checker.check("GET", "/v1/skus/{sku_id}", &server.get("/v1/skus/A").await);
+        let cancel = "/v1/orders/{order_id}/cancel";
+        for (id, only, status) in [
+            (first, "?only=waitlisted", 409),
+            (first, "?only=x", 400),
+            (waiting, "?only=waitlisted", 200),
+        ] {
+            let target = format!("{}/cancel{only}", get(id));
+            let answer = request(server.data, "POST", &target, &[], String::new()).await;
+            assert_eq!(answer.status, status, "{answer:?}");
+            checker.check("POST", cancel, &answer);
+        }
+        for target in ["/admin/v1/live", "/admin/v1/audit"] {
+            checker.check(
+                "GET",
+                target,
+                &server.control("GET", target, Value::Null).await,
+            );
+        }
+        assert!(server.stop().await);
+    });
+}
+
 #[test]
 fn real_answers_are_what_it_says() {
     block_on(async {

@@ -15,7 +15,7 @@ use millrace::app::{OpenDatabase, open_database, prepare_schema};
 use millrace::config::Config;
 use millrace::order::payment::{Delivery, Notice, Payment, Provider};
 use millrace::order::{Currency, Order, OrderId, SkuId, UnixMillis};
-use millrace::state::stock::SaleTerms;
+use millrace::state::stock::{SaleTerms, WaitlistTerms};
 use millrace::store::batch::BatchWriter;
 use millrace::store::postgres::{Database, lease, skus};
 use millrace::store::settlement::SettlementWriter;
@@ -69,6 +69,7 @@ pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
         per_user_limit: None,
         opens_at: None,
         closes_at: None,
+        waitlist: WaitlistTerms::default(),
     };
     let hot = SkuId::new(HOT)?;
     let sku = skus::put(&database, taken.lease, &hot, &terms, u32::MAX).await?;

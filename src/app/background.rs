@@ -25,6 +25,7 @@ use crate::pipeline::orders::cancel::Canceller;
 use crate::pipeline::orders::deadlines;
 use crate::pipeline::orders::intake::Intake;
 use crate::pipeline::orders::parking::{Parking, ParkingHandle};
+use crate::pipeline::payments::assigner::Assigner;
 use crate::pipeline::payments::callbacks::{Callbacks, CallbacksHandle};
 use crate::pipeline::payments::expiry::Expiry;
 use crate::pipeline::payments::processor::{PaymentProcessor, PaymentsHandle};
@@ -59,7 +60,7 @@ const POSTGRES_WATCH: Duration = Duration::from_millis(250);
 /// Connections that a service opens at most: each worker's, the pool of look-ups, the node's lock, those of the
 /// tasks below, and one each for an audit, a preflight and a deletion of old rows.
 pub(super) fn connections_max(config: &Config) -> usize {
-    let (settlers, parking, pauses, health) = (3 * (1 + SETTLER_POOL), 1, 1, 1);
+    let (settlers, parking, pauses, health) = (4 * (1 + SETTLER_POOL), 1, 1, 1);
     let tasks = OPERATORS_POOL + WATCH_POOL + settlers + parking + pauses + health;
     let feeders = config.events.sinks.len() * events::CONNECTIONS;
     config.worker_count() + config.database.pool_size + 1 + tasks + 3 + feeders
@@ -232,7 +233,7 @@ impl Background {
         Ok(())
     }
 
-    /// Callbacks, the payment processor and expiry, each with a connection of its own.
+    /// Callbacks, the payment processor, expiry and assignment, each with a connection of its own.
     fn settle_payments(
         &mut self,
         parts: &Parts<'_>,
@@ -271,6 +272,12 @@ impl Background {
         let window_ms = config.orders.idempotency_window_ms;
         let expiry = Expiry::new(settler(writers.expiry())?, window_ms);
         self.run("expiry", expiry.run());
+        let assigner = Assigner::new(
+            settler(writers.assigner())?,
+            config.orders.payment_ttl_ms,
+            config.orders.waitlist_ttl_ms,
+        );
+        self.run("the assignment of units", assigner.run());
         Ok((callbacks_handle, payments_handle, orphan_checks))
     }
 

@@ -96,12 +96,12 @@ pub(super) struct Writers {
 
 impl Writers {
     fn beside(workers: usize) -> Self {
-        let workers = i16::try_from(workers).unwrap_or(i16::MAX - 5);
+        let workers = i16::try_from(workers).unwrap_or(i16::MAX - 6);
         Writers { workers }
     }
 
     fn count(self) -> i16 {
-        self.workers + 5
+        self.workers + 6
     }
 
     pub(super) fn parking(self) -> i16 {
@@ -118,5 +118,9 @@ impl Writers {
 
     pub(super) fn callbacks(self) -> i16 {
         self.workers + 4
+    }
+
+    pub(super) fn assigner(self) -> i16 {
+        self.workers + 5
     }
 }

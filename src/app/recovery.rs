@@ -17,7 +17,7 @@ use super::ownership::Ownership;
 use crate::config::{Backend, Config};
 use crate::faults::{bug, crash_point};
 use crate::http::control_plane::ControlPlane;
-use crate::order::{ClockReading, IdClock, OrderId, SkuNumber};
+use crate::order::{ClockReading, IdClock, OrderId, SkuNumber, UnixMillis};
 use crate::pipeline::failover::log_replay::{self, LogReplay};
 use crate::pipeline::failover::replay::{Applied, Replayer};
 use crate::pipeline::orders::parking;
@@ -192,7 +192,15 @@ async fn recover(
         hold_parked(&catalogue, database, lease, floor).await?;
     }
     let expiry_index = ExpiryIndex::default();
-    expiry_index.note(orders::unpaid_below(database, lease, floor).await?);
+    let mut waiting: Vec<(SkuNumber, OrderId, u32)> = Vec::new();
+    for open in orders::open_below(database, lease, floor).await? {
+        let units = &open.units;
+        if open.waits() {
+            waiting.push((units.sku, units.order_id, units.quantity));
+        } else {
+            expiry_index.note([(units.order_id, open.expires_at)]);
+        }
+    }
     let (limited, others): (Vec<_>, Vec<_>) = catalogue
         .all()
         .into_iter()
@@ -203,8 +211,12 @@ async fn recover(
     let restored = window::load(
         database,
         floor,
-        |user, order, payable_until| {
-            expiry_index.note(payable_until.map(|until| (order.order_id, until)));
+        |user, order, open_until| {
+            if open_until == Some(UnixMillis::NEVER) {
+                waiting.push((order.sku, order.order_id, order.quantity.get()));
+            } else {
+                expiry_index.note(open_until.map(|until| (order.order_id, until)));
+            }
             let limited = order.is_live() && limited.contains(&order.sku);
             buyers.restore(user, order, limited);
         },
@@ -216,6 +228,7 @@ async fn recover(
     if !limited.is_empty() {
         count_older(database, limited, &buyers, floor, control).await?;
     }
+    wait_again(&catalogue, waiting);
     Ok(State {
         catalogue,
         buyers,
@@ -229,6 +242,20 @@ async fn recover(
         throughput: ThroughputEstimator::default(),
         progress: Progress::default(),
     })
+}
+
+/// Puts orders that wait for units back on their lists. Units that are free are kept for them.
+fn wait_again(catalogue: &Catalogue, mut waiting: Vec<(SkuNumber, OrderId, u32)>) {
+    waiting.sort_unstable();
+    for orders in waiting.chunk_by(|one, next| one.0 == next.0) {
+        let Some(sku) = orders.first().and_then(|one| catalogue.by_number(one.0)) else {
+            continue;
+        };
+        for (_, id, units) in orders {
+            sku.waitlist().restore(sku.counter(), *id, *units);
+        }
+        tracing::info!(sku_id = %sku.id, orders = orders.len(), "orders wait for units of this SKU");
+    }
 }
 
 /// Holds the units of parked orders. Their SKUs' rows do not count them and may be wrong, so the held units are

@@ -352,6 +352,10 @@ pub struct Orders {
     /// Time to pay in milliseconds; the buyer sees its end as `expires_at`.
     #[schemars(range(min = 1_000, max = 31_536_000_000_i64))]
     pub payment_ttl_ms: u64,
+    /// Time for which an order waits for units at most, in milliseconds, if its SKU has no
+    /// `closes_at`; then it expires.
+    #[schemars(range(min = 1_000, max = 31_536_000_000_i64))]
+    pub waitlist_ttl_ms: u64,
     /// Time for which a key and a buyer's orders are kept in memory, in milliseconds. A longer
     /// window reads more at start. Purchase limits count live orders of any age.
     #[schemars(range(min = 1_000, max = 31_536_000_000_i64))]
@@ -614,6 +618,7 @@ impl Default for Orders {
         Orders {
             timeout_ms: 7_000,
             payment_ttl_ms: 900_000,
+            waitlist_ttl_ms: 86_400_000,
             idempotency_window_ms: 86_400_000,
             remembered_max: 10_000_000,
             sticky_refusals_max: 100_000,

@@ -128,6 +128,11 @@ impl From<Refusal> for Problem {
                 available: Some(available),
                 ..Problem::new(409, code, "not enough units are free")
             },
+            Refusal::WaitlistFull => Problem::new(
+                409,
+                code,
+                "no unit is free, and as many orders wait as waitlist_max allows",
+            ),
             Refusal::Backlogged { retry_after_ms } => Problem::new(
                 503,
                 code,

@@ -5,15 +5,16 @@
 //! ```text
 //!                             paid in time, in full            given back
 //!   accepted ──► pending_payment ─────────────────► paid ───────────────────┐
-//!      │              │   │ │                                              ▼
-//!      │              │   │ └─ paid wrongly or late ──► refund_due ───► refunded
-//!      │              │   └──► expired ───────────────────▲
-//!      │              └──────► cancelled ─────────────────┤  (paid all the same)
-//!      └─► failed (the database refused the row) ─────────┘
+//!    │ │              ▲   │ │ │                                             ▼
+//!    │ │     assigned │   │ │ └─ paid wrongly or late ─► refund_due ───► refunded
+//!    │ └► waitlisted ─┘   │ └──► expired ──────────────────▲
+//!    │         └──────────┴────► cancelled, expired ───────┤  (paid all the same)
+//!    └─► failed (the database refused the row) ────────────┘
 //! ```
 //!
 //! A paid order stays paid: a second payment is itself `refund_due` ([`payment::judge`]).
-//! An `accepted` order that is written too late to be paid becomes `expired` directly.
+//! An `accepted` order that is written too late to be paid becomes `expired` directly. An order that waits for
+//! units ([`Order::waits`]) becomes `waitlisted`; a payment for it is given back and changes nothing.
 //!
 //! `accepted` and `undecided` are answered before a row exists and are never stored.
 //! [`OrderStatus::may_become`] is the transition table, and a test walks every pair.
@@ -51,6 +52,10 @@ impl UnixMillis {
         let ms = since.map_or(0, |d| i64::try_from(d.as_millis()).unwrap_or(i64::MAX));
         UnixMillis(ms.saturating_add(crate::faults::clock_off_ms()))
     }
+
+    /// The `expires_at` of an order that has no time to pay yet, because it waits for units: 9999-01-01T00:00:00Z.
+    /// It stays if the order ends while it waits. A moment that every conversion keeps exactly.
+    pub const NEVER: UnixMillis = UnixMillis(253_370_764_800_000);
 
     /// This moment plus a number of milliseconds, saturating.
     pub fn plus_ms(self, ms: u64) -> Self {
@@ -290,13 +295,25 @@ pub struct PayloadHash(pub u64);
 impl PayloadHash {
     /// The hash of a request. Each part is length-prefixed or of fixed size, so that different
     /// requests have different inputs.
-    pub fn of(sku: &SkuId, quantity: Quantity, adjustment: i64, attributes: Option<&str>) -> Self {
+    /// `waitlist`: the request accepts to wait for units. It is part of the hash only if true, so that hashes of
+    /// orders from before stay valid.
+    pub fn of(
+        sku: &SkuId,
+        quantity: Quantity,
+        adjustment: i64,
+        attributes: Option<&str>,
+        waitlist: bool,
+    ) -> Self {
         let mut hasher = Sha256::new();
         hasher.update([u8::try_from(sku.as_str().len()).unwrap_or(u8::MAX)]);
         hasher.update(sku.as_str().as_bytes());
         hasher.update(quantity.get().to_be_bytes());
         hasher.update(adjustment.to_be_bytes());
         hasher.update(attributes.unwrap_or_default().as_bytes());
+        if waitlist {
+            // No JSON object ends like this.
+            hasher.update(b"\0waitlist");
+        }
         let digest = hasher.finalize();
         let mut first = [0; 8];
         first.copy_from_slice(&digest[..8]);
@@ -333,7 +350,7 @@ pub struct Order {
     pub currency: Currency,
     /// Time of admission.
     pub created_at: UnixMillis,
-    /// End of the time to pay.
+    /// End of the time to pay; [`UnixMillis::NEVER`] if the order waits for units.
     pub expires_at: UnixMillis,
     /// Hash of its idempotency key, if it came with one.
     pub key: Option<KeyHash>,
@@ -341,6 +358,31 @@ pub struct Order {
     pub payload: PayloadHash,
     /// The shop's JSON object, unchanged, at most 1 KiB.
     pub attributes: Option<Box<str>>,
+}
+
+impl Order {
+    /// Whether it waits for units, holding none, and has no time to pay yet.
+    pub fn waits(&self) -> bool {
+        self.expires_at == UnixMillis::NEVER
+    }
+
+    /// The status of a durable order that is not a row yet.
+    pub fn acknowledged_status(&self) -> OrderStatus {
+        if self.waits() {
+            OrderStatus::Waitlisted
+        } else {
+            OrderStatus::Accepted
+        }
+    }
+
+    /// The status of its row if it is written in time.
+    pub fn status_in_time(&self) -> OrderStatus {
+        if self.waits() {
+            OrderStatus::Waitlisted
+        } else {
+            OrderStatus::PendingPayment
+        }
+    }
 }
 
 /// The units of an order, with its buyer.
@@ -401,18 +443,33 @@ mod tests {
     #[test]
     fn payload_hash_sees_every_member() {
         let sku = |text| SkuId::new(text).unwrap();
-        let base = PayloadHash::of(&sku("A"), Quantity::ONE, 0, None);
-        assert_eq!(base, PayloadHash::of(&sku("A"), Quantity::ONE, 0, None));
-        assert_ne!(base, PayloadHash::of(&sku("B"), Quantity::ONE, 0, None));
+        let base = PayloadHash::of(&sku("A"), Quantity::ONE, 0, None, false);
+        assert_eq!(
+            base,
+            PayloadHash::of(&sku("A"), Quantity::ONE, 0, None, false)
+        );
         assert_ne!(
             base,
-            PayloadHash::of(&sku("A"), Quantity::new(2).unwrap(), 0, None)
+            PayloadHash::of(&sku("B"), Quantity::ONE, 0, None, false)
         );
-        assert_ne!(base, PayloadHash::of(&sku("A"), Quantity::ONE, -1, None));
         assert_ne!(
             base,
-            PayloadHash::of(&sku("A"), Quantity::ONE, 0, Some("{}"))
+            PayloadHash::of(&sku("A"), Quantity::new(2).unwrap(), 0, None, false)
         );
+        assert_ne!(
+            base,
+            PayloadHash::of(&sku("A"), Quantity::ONE, -1, None, false)
+        );
+        assert_ne!(
+            base,
+            PayloadHash::of(&sku("A"), Quantity::ONE, 0, Some("{}"), false)
+        );
+        assert_ne!(
+            base,
+            PayloadHash::of(&sku("A"), Quantity::ONE, 0, None, true)
+        );
+        // Hashes of rows that are there already stay valid.
+        assert_eq!(base.0, 0x2A30_4CD9_C986_ED31);
     }
 
     #[test]

@@ -102,6 +102,8 @@ words!(
         OrderCancelled = "order_cancelled",
         /// The payment arrived after the order had expired.
         OrderExpired = "order_expired",
+        /// No units were assigned to the order: it waits for them, or has left the waiting list.
+        NotAssigned = "not_assigned",
         /// The database had refused the order.
         OrderFailed = "order_failed",
         /// Another payment had paid the order.
@@ -198,6 +200,8 @@ pub struct OrderFacts {
     pub amount: i64,
     /// Currency.
     pub currency: Currency,
+    /// Whether it ever had time to pay; false for an order that waits for units, or has left the list.
+    pub was_payable: bool,
 }
 
 /// Effect of a payment on its order.
@@ -233,6 +237,11 @@ pub fn judge(order: &OrderFacts, amount: i64, currency: Currency) -> Verdict {
             }
         }
         OrderStatus::Paid => refund(RefundReason::AlreadyPaid, false),
+        // It keeps its place, and gains none.
+        OrderStatus::Waitlisted => refund(RefundReason::NotAssigned, false),
+        OrderStatus::Cancelled | OrderStatus::Expired if !order.was_payable => {
+            refund(RefundReason::NotAssigned, true)
+        }
         OrderStatus::Cancelled => refund(RefundReason::OrderCancelled, true),
         OrderStatus::Expired => refund(RefundReason::OrderExpired, true),
         OrderStatus::Failed => refund(RefundReason::OrderFailed, true),
@@ -287,6 +296,7 @@ mod tests {
                 status,
                 amount: 100,
                 currency: eur(),
+                was_payable: status != OrderStatus::Waitlisted,
             };
             let usd = Currency::new("USD").unwrap();
             for (amount, currency) in [
@@ -318,6 +328,28 @@ mod tests {
                     assert!(status.may_become(next), "{status} -> {next}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn a_payment_buys_no_place_on_a_waiting_list() {
+        for (status, order_too) in [
+            (OrderStatus::Waitlisted, false),
+            (OrderStatus::Cancelled, true),
+            (OrderStatus::Expired, true),
+        ] {
+            let order = OrderFacts {
+                status,
+                amount: 100,
+                currency: eur(),
+                was_payable: false,
+            };
+            let reason = RefundReason::NotAssigned;
+            assert_eq!(
+                judge(&order, 100, eur()),
+                Verdict::Refund { reason, order_too },
+                "{status}"
+            );
         }
     }
 

@@ -45,6 +45,8 @@ pub enum Refusal {
         /// Units that are free.
         available: u32,
     },
+    /// No unit is free, and as many orders wait for one as the SKU's list may have.
+    WaitlistFull,
     /// The estimate says that the order could not be written within its wait.
     Backlogged {
         /// Time until it could be, in milliseconds.
@@ -77,6 +79,7 @@ impl Refusal {
             Refusal::SaleClosed => "sale_closed",
             Refusal::PurchaseLimit { .. } => "purchase_limit",
             Refusal::SoldOut { .. } => "sold_out",
+            Refusal::WaitlistFull => "waitlist_full",
             Refusal::Backlogged { .. } | Refusal::Overloaded | Refusal::MemoryFull => "overloaded",
             Refusal::JournalFull => "journal_full",
             Refusal::JournalFailed => "journal_failed",
@@ -114,6 +117,7 @@ mod tests {
             Refusal::SaleClosed,
             Refusal::PurchaseLimit { limit: 1, taken: 1 },
             Refusal::SoldOut { available: 0 },
+            Refusal::WaitlistFull,
             Refusal::Backlogged { retry_after_ms: 1 },
             Refusal::Overloaded,
             Refusal::MemoryFull,

@@ -9,13 +9,15 @@ pub enum OrderStatus {
     Accepted,
     /// Being written when the wait ran out. It becomes one of the others, or was never written.
     Undecided,
+    /// Waiting for units: it holds none, and they count toward the buyer's purchase limit.
+    Waitlisted,
     /// Persisted, with its units held, and payable until it expires.
     PendingPayment,
     /// Paid in time and in full; its units are sold.
     Paid,
-    /// Cancelled before payment; its units are free.
+    /// Cancelled before payment; it holds no units.
     Cancelled,
-    /// Not paid in time; its units are free.
+    /// Not paid in time, or not assigned any units while its waiting list lasted; it holds none.
     Expired,
     /// The database refused the row; its units are free, and a dead letter keeps it for an
     /// operator.
@@ -28,9 +30,10 @@ pub enum OrderStatus {
 
 impl OrderStatus {
     /// Every status, in the order of an order's life.
-    pub const ALL: [OrderStatus; 9] = [
+    pub const ALL: [OrderStatus; 10] = [
         OrderStatus::Accepted,
         OrderStatus::Undecided,
+        OrderStatus::Waitlisted,
         OrderStatus::PendingPayment,
         OrderStatus::Paid,
         OrderStatus::Cancelled,
@@ -45,6 +48,7 @@ impl OrderStatus {
         match self {
             OrderStatus::Accepted => "accepted",
             OrderStatus::Undecided => "undecided",
+            OrderStatus::Waitlisted => "waitlisted",
             OrderStatus::PendingPayment => "pending_payment",
             OrderStatus::Paid => "paid",
             OrderStatus::Cancelled => "cancelled",
@@ -71,6 +75,7 @@ impl OrderStatus {
             OrderStatus::Expired => Some(4),
             OrderStatus::RefundDue => Some(5),
             OrderStatus::Refunded => Some(6),
+            OrderStatus::Waitlisted => Some(7),
         }
     }
 
@@ -81,19 +86,25 @@ impl OrderStatus {
             .find(|status| status.code() == Some(code))
     }
 
-    /// Whether its units count against the stock and the buyer's purchase limit.
+    /// Whether its units count toward the buyer's purchase limit.
     pub fn is_live(self) -> bool {
         Ended::of(self).is_none()
+    }
+
+    /// Whether its units are taken from the stock. A waiting order is live and holds none.
+    pub fn holds_units(self) -> bool {
+        self.is_live() && self != OrderStatus::Waitlisted
     }
 
     /// The transition table: whether an order in this status may next be in `next`.
     pub fn may_become(self, next: OrderStatus) -> bool {
         use OrderStatus::{
             Accepted, Cancelled, Expired, Failed, Paid, PendingPayment, RefundDue, Refunded,
-            Undecided,
+            Undecided, Waitlisted,
         };
         match self {
-            Accepted | Undecided => matches!(next, PendingPayment | Failed | Expired),
+            Accepted | Undecided => matches!(next, Waitlisted | PendingPayment | Failed | Expired),
+            Waitlisted => matches!(next, PendingPayment | Cancelled | Expired),
             PendingPayment => matches!(next, Paid | Cancelled | Expired | RefundDue),
             Paid => matches!(next, Refunded),
             Cancelled | Expired | Failed => matches!(next, RefundDue),
@@ -103,12 +114,12 @@ impl OrderStatus {
     }
 }
 
-/// The way in which an order stopped holding units.
+/// The way in which an order stopped holding units, or waiting for them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Ended {
     /// Cancelled, or its money must be or was refunded.
     Cancelled,
-    /// Not paid in time.
+    /// Not paid in time, or still waiting when its list ended.
     Expired,
     /// Refused by the database: a dead letter.
     Failed,
@@ -120,6 +131,7 @@ impl Ended {
         match status {
             OrderStatus::Accepted
             | OrderStatus::Undecided
+            | OrderStatus::Waitlisted
             | OrderStatus::PendingPayment
             | OrderStatus::Paid => None,
             OrderStatus::Cancelled | OrderStatus::RefundDue | OrderStatus::Refunded => {
@@ -162,7 +174,7 @@ mod tests {
         }
         codes.sort_unstable();
         codes.dedup();
-        assert_eq!(codes, [1, 2, 3, 4, 5, 6]);
+        assert_eq!(codes, [1, 2, 3, 4, 5, 6, 7]);
     }
 
     #[test]
@@ -184,6 +196,9 @@ mod tests {
         assert!(OrderStatus::PendingPayment.may_become(OrderStatus::Paid));
         assert!(!OrderStatus::Refunded.may_become(OrderStatus::RefundDue));
         assert!(!OrderStatus::Expired.may_become(OrderStatus::Paid));
+        // Money buys no place on a waiting list.
+        assert!(!OrderStatus::Waitlisted.may_become(OrderStatus::Paid));
+        assert!(!OrderStatus::Waitlisted.may_become(OrderStatus::RefundDue));
         // A paid order stays paid until the money is refunded.
         assert!(!OrderStatus::Paid.may_become(OrderStatus::RefundDue));
     }

@@ -12,6 +12,8 @@
 //! | left to the next process, in the journal | stay held | stays | stays in the map |
 //! | parked in the database until its SKU's counters are accepted | stay held | stays | leaves the map |
 //!
+//! An order that waits holds no units: wherever its units would become free, it leaves its list instead.
+//!
 //! An order with a committed row:
 //!
 //! | outcome | units | buyer's record |
@@ -21,6 +23,10 @@
 //! | refunded and restocked | sold become free | stays, no longer live |
 //! | refunded and withdrawn | sold leave the total | stays, no longer live |
 //! | lost in a failover, and found nowhere else | become free, once | removed |
+//! | waiting, and assigned units | kept become held | stays |
+//! | waiting, and cancelled or expired | none | stays, no longer live |
+//!
+//! Units that become free while orders wait are kept for these (`state::stock`).
 //!
 //! *Once*: two tasks may learn of the same end. The task that ends the entry in the buyer's record
 //! frees the units. If that entry is gone, the task that moved the row does.
@@ -30,9 +36,9 @@ use std::time::Instant;
 
 use super::State;
 use super::pending::{PendingOrder, Settled};
-use super::stock::StockCounter;
+use super::stock::{Sku, StockCounter};
 use crate::faults::bug;
-use crate::order::{Ended, Order, OrderUnits, SkuNumber, UnixMillis};
+use crate::order::{Ended, Order, OrderId, OrderUnits, SkuNumber, UnixMillis};
 
 /// The caller's evidence that an order has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,6 +71,12 @@ impl State {
         }
         // Before it leaves the map, so that it is found in one of the two at any moment.
         self.recent_orders.note(pending);
+        if pending.order.waits() {
+            // From here on it may be assigned units.
+            self.with_sku(pending.order.sku, |sku| {
+                sku.waitlist().row_written(pending.order.id);
+            });
+        }
         pending.slot.settle(Settled::Persisted);
         self.pending.remove(pending.order.id);
     }
@@ -130,6 +142,47 @@ impl State {
         }
     }
 
+    /// Ends orders that held no units, because they waited for them.
+    pub fn end_waiting<'a>(&self, orders: impl IntoIterator<Item = &'a OrderUnits>, how: Ended) {
+        for units in orders {
+            self.recent_orders.forget(units.order_id);
+            self.deactivate(units, how);
+            self.with_sku(units.sku, |sku| sku.leave_waitlist(units.order_id));
+        }
+    }
+
+    /// Records that waiting orders of one SKU were assigned the units that were taken for them, payable until
+    /// `expires_at`.
+    pub fn assigned(&self, sku: &Sku, orders: &[OrderId], expires_at: UnixMillis) {
+        self.expiry_index
+            .note(orders.iter().map(|id| (*id, expires_at)));
+        sku.waitlist().remove(sku.counter(), orders.iter().copied());
+    }
+
+    /// After a failover: the row of an order waits, whose assignment is lost. It has its place again, and the units
+    /// that it held are kept for the list.
+    pub fn waits_again(&self, units: &OrderUnits) {
+        self.recent_orders.forget(units.order_id);
+        self.with_sku(units.sku, |sku| {
+            let is_new = sku
+                .waitlist()
+                .restore(sku.counter(), units.order_id, units.quantity);
+            if is_new {
+                sku.counter().release(units.quantity);
+            }
+        });
+    }
+
+    /// A lower bound of the ids of orders that wait.
+    pub fn first_waiting(&self) -> Option<OrderId> {
+        let waiting = self.catalogue.waiting();
+        waiting
+            .iter()
+            .filter_map(|sku| sku.waitlist().first())
+            .map(|first| OrderId::floor_of(first.millis()))
+            .min()
+    }
+
     /// Records a matched payment: held units become sold.
     pub fn paid(&self, units: &OrderUnits) {
         self.with_counter(units.sku, |counter| counter.sell(units.quantity));
@@ -158,7 +211,12 @@ impl State {
 
     /// Removes an order that exists nowhere any more: its units and its key are free.
     pub fn lost(&self, units: &OrderUnits) {
-        self.end_unpaid(units, Ended::Cancelled, Row::Found);
+        let sku = self.catalogue.by_number(units.sku);
+        if sku.is_some_and(|sku| sku.waitlist().has(units.order_id)) {
+            self.end_waiting([units], Ended::Cancelled);
+        } else {
+            self.end_unpaid(units, Ended::Cancelled, Row::Found);
+        }
         self.buyers.forget(&units.user_id, units.order_id);
     }
 
@@ -169,12 +227,16 @@ impl State {
 
     /// A SKU that memory does not know has no units here.
     fn with_counter(&self, sku: SkuNumber, moved: impl FnOnce(&StockCounter)) {
+        self.with_sku(sku, |sku| moved(sku.counter()));
+    }
+
+    fn with_sku(&self, sku: SkuNumber, change: impl FnOnce(&Sku)) {
         if let Some(sku) = self.catalogue.by_number(sku) {
-            moved(sku.counter());
+            change(&sku);
         }
     }
 
-    /// Releases the units of an order in flight. Its SKU must be in the catalogue.
+    /// Releases the units of an order in flight, or its place on the waiting list. Its SKU must be in the catalogue.
     fn release(&self, order: &Order) {
         let sku = self.catalogue.by_number(order.sku);
         assert!(
@@ -182,8 +244,10 @@ impl State {
             "order {} is of a SKU that has left the catalogue",
             order.id
         );
-        if let Some(sku) = sku {
-            sku.counter().release(order.quantity.get());
+        match sku {
+            Some(sku) if order.waits() => sku.leave_waitlist(order.id),
+            Some(sku) => sku.counter().release(order.quantity.get()),
+            None => {}
         }
     }
 }

@@ -214,7 +214,7 @@ impl BatchWriter {
         self.row.unknown.is_some()
     }
 
-    /// Writes `orders` as payable and moves their SKUs' counters, all or nothing. See
+    /// Writes `orders` as payable, or as waiting if they wait for units, and moves their SKUs' counters, all or nothing. See
     /// [`BatchWriter::write_as`].
     ///
     /// # Errors
@@ -222,7 +222,7 @@ impl BatchWriter {
     pub async fn write(&mut self, orders: &[&Order]) -> Result<(), WriteError> {
         let rows: Vec<_> = orders
             .iter()
-            .map(|order| (*order, OrderStatus::PendingPayment))
+            .map(|order| (*order, order.status_in_time()))
             .collect();
         self.write_as(&rows).await
     }
@@ -567,7 +567,7 @@ fn commit_result(
 /// The units of each SKU in a batch, by id, so that every transaction locks in the same order.
 fn units_by_sku(rows: &[(&Order, OrderStatus)]) -> (Vec<i32>, Vec<i64>) {
     let mut units = BTreeMap::new();
-    for (order, _) in rows.iter().filter(|(_, status)| status.is_live()) {
+    for (order, _) in rows.iter().filter(|(_, status)| status.holds_units()) {
         *units.entry(order.sku.0).or_insert(0_i64) += i64::from(order.quantity.get());
     }
     units.into_iter().unzip()

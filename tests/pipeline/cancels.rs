@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use millrace::order::OrderId;
-use millrace::pipeline::orders::cancel::{CancelError, Canceller, Unresolved};
+use millrace::pipeline::orders::cancel::{CancelError, Canceller, Unresolved, Which};
 use millrace::state::pending::PendingOrder;
 
 use crate::line::{LONG, Line, all_persisted, until};
@@ -33,13 +33,13 @@ async fn a_cancellation_of_unknown_outcome_is_seen_through_and_too_many_are_refu
         .await
         .unwrap();
     for id in &ids[..2] {
-        let unknown = canceller.cancel(*id).await;
+        let unknown = canceller.cancel(*id, Which::Unpaid).await;
         assert!(matches!(unknown, Err(CancelError::Store(_))), "{unknown:?}");
     }
-    let refused = canceller.cancel(ids[2]).await;
+    let refused = canceller.cancel(ids[2], Which::Unpaid).await;
     assert!(matches!(refused, Err(CancelError::Busy)), "{refused:?}");
     // Asked for again it takes no more room.
-    let unknown = canceller.cancel(ids[0]).await;
+    let unknown = canceller.cancel(ids[0], Which::Unpaid).await;
     assert!(matches!(unknown, Err(CancelError::Store(_))), "{unknown:?}");
     assert_eq!(unresolved.lost(), 2);
     let resolving = tokio::spawn(canceller.clone().resolve_lost());
@@ -51,7 +51,7 @@ async fn a_cancellation_of_unknown_outcome_is_seen_through_and_too_many_are_refu
         .number("SELECT count(*) FROM orders WHERE status = 3");
     assert_eq!(cancelled.await, 2);
     assert_eq!(line.sku("A").counter().snapshot().held, 1);
-    canceller.cancel(ids[2]).await.unwrap();
+    canceller.cancel(ids[2], Which::Unpaid).await.unwrap();
     assert_eq!(line.sku("A").counter().snapshot().held, 0);
     line.sale.assert_audit(Some(&line.state)).await;
     resolving.abort();

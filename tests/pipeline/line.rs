@@ -217,6 +217,7 @@ pub fn request(user: &str, sku: &str, units: u32, wait: Duration) -> OrderReques
         key: Some(key_hash(&format!("key-of-{user}"))),
         wait,
         respond_async: false,
+        waitlist: false,
     }
 }
 

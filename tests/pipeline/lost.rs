@@ -3,12 +3,14 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use millrace::order::{Ended, Lane, Order, UserId};
+use millrace::order::{Ended, Lane, Order, OrderUnits, UserId};
 use millrace::pipeline::failover::restore::{Restorer, Watermarks};
+use millrace::pipeline::orders::intake::{Admission, OrderRequest};
 use millrace::state::buyers::BuyerOrder;
+use millrace::state::effects::Row;
 use millrace::state::pending::PendingOrder;
 
-use crate::line::{LONG, Line, all_persisted, until};
+use crate::line::{LONG, Line, all_persisted, request, until};
 use crate::support::sale::{Sale, order};
 
 fn restorer(line: &Line) -> (Restorer, Arc<Watermarks>) {
@@ -143,4 +145,77 @@ async fn an_order_comes_back_as_it_had_ended() {
     assert_eq!(status(&payable).await, "pending_payment");
     assert_eq!(line.sale.number("SELECT held FROM sku").await, 1);
     assert_eq!(sku.counter().snapshot().held, 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn orders_that_waited_wait_again_in_their_places_and_an_assignment_that_was_lost_is_made_anew()
+ {
+    let sale = Sale::open(2).await;
+    sale.sku("A", 1).await;
+    let database = sale.database.clone();
+    let mut line = Line::open(sale, 64).await;
+    line.start_worker(database, 8);
+    let holder = line.place("holder", "A", 1, LONG).unwrap();
+    let join = |user: &str| {
+        let request = OrderRequest {
+            waitlist: true,
+            ..request(user, "A", 1, LONG)
+        };
+        match line.intake.admit(&request, None).unwrap() {
+            Admission::Placed(pending) => pending,
+            Admission::Duplicate { id, .. } => panic!("{user} has order {id} already"),
+        }
+    };
+    let [assigned, lost, cancelled] = ["assigned", "lost", "cancelled"].map(join);
+    let all = vec![holder, assigned, lost, cancelled];
+    all_persisted(&all).await;
+    let [holder, assigned, lost, cancelled] = all.try_into().unwrap();
+    let sku = line.sku("A");
+    let units = |pending: &PendingOrder| OrderUnits::of(&pending.order);
+    let place = |pending: &PendingOrder| sku.waitlist().position(pending.order.id);
+    // What memory knows, and the database has forgotten.
+    line.state
+        .end_unpaid(&units(&holder), Ended::Cancelled, Row::Moved);
+    let next = sku.waitlist().select(sku.counter(), false, 10);
+    assert_eq!(next, [(assigned.order.id, 1)]);
+    let later = assigned.order.created_at.plus_ms(900_000);
+    line.state.assigned(&sku, &[assigned.order.id], later);
+    line.state
+        .end_waiting([&units(&cancelled)], Ended::Cancelled);
+    assert_eq!(
+        (place(&assigned), place(&lost), place(&cancelled)),
+        (None, Some(1), None)
+    );
+    line.sale
+        .sql(&format!(
+            "DELETE FROM orders WHERE order_id = {}",
+            lost.order.id
+        ))
+        .await;
+
+    let (restorer, watermarks) = restorer(&line);
+    let watching = tokio::spawn(restorer.watch());
+    watermarks.report_lost();
+    until("all is restored", || watermarks.restores() > 0).await;
+    watching.abort();
+    assert_eq!(
+        (place(&assigned), place(&lost), place(&cancelled)),
+        (Some(1), Some(2), None)
+    );
+    assert_eq!((sku.counter().kept(), sku.counter().free()), (1, 0));
+    let next = sku.waitlist().select(sku.counter(), false, 10);
+    assert_eq!(next, [(assigned.order.id, 1)]);
+    for (pending, status) in [
+        (&assigned, "waitlisted"),
+        (&lost, "waitlisted"),
+        (&cancelled, "cancelled"),
+        (&holder, "cancelled"),
+    ] {
+        let sql = format!(
+            "SELECT status FROM order_rows WHERE order_id = {}",
+            pending.order.id
+        );
+        let row = line.sale.admin().query_one(&sql, &[]).await.unwrap();
+        assert_eq!(row.get::<_, String>(0), status);
+    }
 }

@@ -22,7 +22,11 @@ type Row = Vec<String>;
 fn order_statuses() -> Vec<Row> {
     let cells = |status: OrderStatus| {
         let code = status.code().map_or("–".into(), |code| code.to_string());
-        let units = if status.is_live() { "counted" } else { "free" };
+        let units = match (status.holds_units(), status.is_live()) {
+            (true, _) => "counted",
+            (false, true) => "awaited",
+            (false, false) => "free",
+        };
         vec![format!("`{status}`"), code, units.to_owned()]
     };
     OrderStatus::ALL.map(cells).to_vec()
@@ -61,6 +65,7 @@ fn verdicts() -> Vec<Row> {
             status,
             amount: 100,
             currency: currency("EUR"),
+            was_payable: status != OrderStatus::Waitlisted,
         };
         let outcomes = kinds.map(|(kind, amount, currency)| {
             let (payment, order) = match judge(&facts, amount, currency) {

@@ -173,7 +173,14 @@ async fn a_sum_over_orders_that_move_meanwhile_is_neither_false_alarm_nor_exact(
                 writer.write(&refs(&batch)).await.unwrap();
                 placed.extend(batch.iter().map(|order| order.id));
                 let id = placed.swap_remove(placed.len() / 7);
-                let cancelled = transitions::cancel(&sale.database, sale.lease(), id, None).await;
+                let cancelled = transitions::cancel(
+                    &sale.database,
+                    sale.lease(),
+                    id,
+                    None,
+                    transitions::Which::Unpaid,
+                )
+                .await;
                 cancelled.unwrap();
             }
         }));

@@ -103,7 +103,14 @@ async fn cancelling_while_batches_are_written_leaves_an_unbroken_journal() {
     ];
     let cancel = async {
         for order in &cancelled {
-            let moved = transitions::cancel(&sale.database, sale.lease(), order.id, None).await;
+            let moved = transitions::cancel(
+                &sale.database,
+                sale.lease(),
+                order.id,
+                None,
+                transitions::Which::Unpaid,
+            )
+            .await;
             assert!(
                 matches!(
                     moved,

@@ -94,7 +94,13 @@ async fn an_order_is_deleted_once_nobody_needs_it_and_its_units_stay_counted() {
     stays.extend(place(&sale, &free, 1).await);
     let cancelled = place(&sale, &free, 2).await;
     for order in &cancelled {
-        let done = transitions::cancel(&sale.database, sale.lease(), order.id, None);
+        let done = transitions::cancel(
+            &sale.database,
+            sale.lease(),
+            order.id,
+            None,
+            transitions::Which::Unpaid,
+        );
         done.await.unwrap();
     }
     // An orphan may still bring a refund about.
@@ -266,7 +272,13 @@ async fn whatever_happens_in_whatever_sequence_the_audit_stays_content() {
             }
             3 if !open.is_empty() => {
                 let order = open.swap_remove(random.random_range(0..open.len()));
-                let done = transitions::cancel(&sale.database, sale.lease(), order.id, None);
+                let done = transitions::cancel(
+                    &sale.database,
+                    sale.lease(),
+                    order.id,
+                    None,
+                    transitions::Which::Unpaid,
+                );
                 done.await.unwrap();
             }
             4..8 => {

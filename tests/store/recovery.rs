@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use millrace::order::{Currency, Ended, Order, OrderId, OrderStatus, SkuId, UnixMillis, UserId};
 use millrace::state::buyers::{BuyerOrder, Buyers, Claimed, Eviction, LiveOrder, NothingSticky};
-use millrace::state::stock::{SaleTerms, Sku};
+use millrace::state::stock::{DayTime, DayWindow, SaleTerms, Sku, WaitlistTerms};
 use millrace::store::StoreError;
 use millrace::store::postgres::{skus, window};
 
@@ -22,6 +22,15 @@ async fn skus_come_back_with_their_terms_and_counters() {
         per_user_limit: Some(u32::MAX),
         opens_at: Some(UnixMillis(1_700_000_000_001)),
         closes_at: Some(UnixMillis(253_402_300_799_999)),
+        waitlist: WaitlistTerms {
+            max: 7,
+            skips: true,
+            payment_ttl_ms: Some(1_000),
+            assign_between: DayWindow::new(
+                DayTime::parse("22:00+08:00").unwrap(),
+                DayTime::parse("06:30-03:30").unwrap(),
+            ),
+        },
     };
     let none = SaleTerms {
         title: String::new(),
@@ -29,6 +38,7 @@ async fn skus_come_back_with_their_terms_and_counters() {
         per_user_limit: None,
         opens_at: None,
         closes_at: None,
+        waitlist: WaitlistTerms::default(),
         ..all.clone()
     };
     for (name, terms, total) in [("!~", &all, u32::MAX), ("none", &none, 0)] {

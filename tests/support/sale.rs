@@ -9,7 +9,7 @@ use millrace::order::{
 };
 use millrace::pipeline::admin::audit::{audit, audit_in_parts};
 use millrace::state::State;
-use millrace::state::stock::{SaleTerms, Sku};
+use millrace::state::stock::{SaleTerms, Sku, WaitlistTerms};
 use millrace::store::batch::BatchWriter;
 use millrace::store::postgres::audit::PartRows;
 use millrace::store::postgres::lease::{self, Taken};
@@ -95,6 +95,7 @@ impl Sale {
             per_user_limit,
             opens_at: None,
             closes_at: None,
+            waitlist: WaitlistTerms::default(),
         };
         skus::put(
             &self.database,
@@ -221,7 +222,7 @@ pub fn order(sku: &Sku, units: u32) -> Order {
         created_at: now,
         expires_at: now.plus_ms(900_000),
         key: Some(KeyHash::of(IdempotencyKey::new(&key).unwrap())),
-        payload: PayloadHash::of(&sku.id, quantity, 0, None),
+        payload: PayloadHash::of(&sku.id, quantity, 0, None, false),
         attributes: None,
     }
 }

@@ -677,7 +677,7 @@ export interface paths {
         };
         get?: never;
         put?: never;
-        /** Cancel an unpaid order and return its stock; idempotent */
+        /** Cancel an unpaid order and return its stock, or leave the waiting list; idempotent */
         post: operations["cancelOrder"];
         delete?: never;
         options?: never;
@@ -800,8 +800,10 @@ export interface components {
                 live?: {
                     free: number;
                     held: number;
+                    kept: number;
                     sold: number;
                     total: number;
+                    waiting: number;
                 };
                 /**
                  * Format: int64
@@ -815,6 +817,11 @@ export interface components {
                 sold_by_orders: number;
                 /** Format: int64 */
                 total: number;
+                /**
+                 * Format: int64
+                 * @description Rows that wait for units.
+                 */
+                waiting: number;
             }[];
         };
         /**
@@ -841,6 +848,11 @@ export interface components {
             sku_id: components["schemas"]["SkuId"] | number;
             /** @description 1 to 48 characters of visible ASCII; an integer means its decimal string. */
             user_id: components["schemas"]["UserId"] | number;
+            /**
+             * @description Join the waiting list if no units are free. It is part of what a key stands for, so joining after a `sold_out` takes a new key.
+             * @default false
+             */
+            waitlist?: boolean;
         };
         /** @description What became of one line: an order or a problem, with the status that it would have had alone. */
         BatchVerdict: {
@@ -856,18 +868,21 @@ export interface components {
             currency: components["schemas"]["Currency"];
             /** @description With an order that was accepted just now: how long it will take to become a row, by the rate of late. */
             estimated_wait_ms?: number;
-            expires_at: components["schemas"]["Time"];
+            /** @description The end of the time to pay; null while the order waits for units, and if it never had any. */
+            expires_at: components["schemas"]["Time"] | null;
             /** @enum {integer} */
             http_status: 200 | 201 | 202;
             order_id: components["schemas"]["OrderId"];
+            /** @description With `waitlisted`: the number of orders that wait ahead of it, plus one. It only falls. */
+            position?: number;
             quantity: number;
-            /** @description With every order that there is, or will be. */
-            receipt?: components["schemas"]["Receipt"];
+            /** @description With every order that there is, or will be; null while it waits for units, and if it never had any. */
+            receipt?: components["schemas"]["Receipt"] | null;
             /** @description With an order whose money must go back, or went back. */
             refund_reason?: components["schemas"]["RefundReason"];
             sku_id: components["schemas"]["SkuId"];
             /** @enum {string} */
-            status: "accepted" | "undecided" | "pending_payment" | "paid" | "cancelled" | "expired" | "failed" | "refund_due" | "refunded";
+            status: "accepted" | "undecided" | "waitlisted" | "pending_payment" | "paid" | "cancelled" | "expired" | "failed" | "refund_due" | "refunded";
             user_id: components["schemas"]["UserId"];
         } | {
             /** @description With sold_out: units that are free. */
@@ -1031,6 +1046,16 @@ export interface components {
             skus: components["schemas"]["OperatorSku"][];
             /** @enum {string} */
             state: "recovering" | "ready" | "not_ready" | "draining" | "poisoned";
+            waitlist: {
+                /** @description Waiting orders that were assigned units, since the start of the process. */
+                assigned: number;
+                /** @description Orders that waited until the end of their list, since the start of the process. */
+                expired: number;
+                /** @description How long the oldest order has waited. */
+                oldest_seconds: number;
+                /** @description How long units have been kept that the next order could have. */
+                overdue_seconds: number;
+            };
         };
         /** @description A number of payments, and their sum. */
         Money: {
@@ -1047,6 +1072,7 @@ export interface components {
         };
         /** @description A SKU as operators see it. */
         OperatorSku: {
+            assign_between: string[] | null;
             closes_at: components["schemas"]["Time"] | null;
             /** @description Why its sale is paused, if the database refuses its counters: resuming cannot help until its row is mended. */
             counters_refused: components["schemas"]["CountersRefused"] | null;
@@ -1066,6 +1092,11 @@ export interface components {
             total: number;
             /** Format: int64 */
             unit_price: number;
+            /** @description Orders that wait for units. */
+            waiting: number;
+            waitlist_max: number;
+            waitlist_payment_ttl_ms: number | null;
+            waitlist_skips: boolean;
         };
         Order: {
             /** Format: int64 */
@@ -1080,16 +1111,19 @@ export interface components {
             currency: components["schemas"]["Currency"];
             /** @description With an order that was accepted just now: how long it will take to become a row, by the rate of late. */
             estimated_wait_ms?: number;
-            expires_at: components["schemas"]["Time"];
+            /** @description The end of the time to pay; null while the order waits for units, and if it never had any. */
+            expires_at: components["schemas"]["Time"] | null;
             order_id: components["schemas"]["OrderId"];
+            /** @description With `waitlisted`: the number of orders that wait ahead of it, plus one. It only falls. */
+            position?: number;
             quantity: number;
-            /** @description With every order that there is, or will be. */
-            receipt?: components["schemas"]["Receipt"];
+            /** @description With every order that there is, or will be; null while it waits for units, and if it never had any. */
+            receipt?: components["schemas"]["Receipt"] | null;
             /** @description With an order whose money must go back, or went back. */
             refund_reason?: components["schemas"]["RefundReason"];
             sku_id: components["schemas"]["SkuId"];
             /** @enum {string} */
-            status: "accepted" | "undecided" | "pending_payment" | "paid" | "cancelled" | "expired" | "failed" | "refund_due" | "refunded";
+            status: "accepted" | "undecided" | "waitlisted" | "pending_payment" | "paid" | "cancelled" | "expired" | "failed" | "refund_due" | "refunded";
             user_id: components["schemas"]["UserId"];
         };
         OrderHistory: {
@@ -1174,6 +1208,11 @@ export interface components {
             sku_id: components["schemas"]["SkuId"] | number;
             /** @description 1 to 48 characters of visible ASCII; an integer means its decimal string. */
             user_id: components["schemas"]["UserId"] | number;
+            /**
+             * @description Join the waiting list if no units are free. It is part of what a key stands for, so joining after a `sold_out` takes a new key.
+             * @default false
+             */
+            waitlist?: boolean;
         };
         Paused: {
             paused: boolean;
@@ -1323,14 +1362,14 @@ export interface components {
          * @description Why money must go back.
          * @enum {string}
          */
-        RefundReason: "order_cancelled" | "order_expired" | "order_failed" | "already_paid" | "already_refunded" | "amount_mismatch" | "currency_mismatch" | "receipt_missing" | "receipt_invalid" | "sold_out" | "ordered_again" | "unknown_sku";
+        RefundReason: "order_cancelled" | "order_expired" | "not_assigned" | "order_failed" | "already_paid" | "already_refunded" | "amount_mismatch" | "currency_mismatch" | "receipt_missing" | "receipt_invalid" | "sold_out" | "ordered_again" | "unknown_sku";
         RefundRecorded: {
             order_id: components["schemas"]["OrderId"];
             refund_reason: components["schemas"]["RefundReason"] | null;
             /** @description Units that went back on sale with this call. */
             restocked: number;
             /** @enum {string} */
-            status: "accepted" | "undecided" | "pending_payment" | "paid" | "cancelled" | "expired" | "failed" | "refund_due" | "refunded";
+            status: "accepted" | "undecided" | "waitlisted" | "pending_payment" | "paid" | "cancelled" | "expired" | "failed" | "refund_due" | "refunded";
         };
         /**
          * @example {
@@ -1359,6 +1398,7 @@ export interface components {
         };
         /** @description total = free + held + sold in every answer. */
         Sku: {
+            assign_between: string[] | null;
             closes_at: components["schemas"]["Time"] | null;
             currency: components["schemas"]["Currency"];
             free: number;
@@ -1374,6 +1414,11 @@ export interface components {
             total: number;
             /** Format: int64 */
             unit_price: number;
+            /** @description Orders that wait for units. */
+            waiting: number;
+            waitlist_max: number;
+            waitlist_payment_ttl_ms: number | null;
+            waitlist_skips: boolean;
         };
         SkuId: string;
         SkuList: {
@@ -1383,6 +1428,7 @@ export interface components {
         };
         /** @description The SKU as it now stands, and what was changed. */
         SkuPut: {
+            assign_between: string[] | null;
             /** @description The terms that differ from before, among them those that were left out and took their defaults. Empty where the SKU was created. */
             changed: components["schemas"]["SkuTerm"][];
             closes_at: components["schemas"]["Time"] | null;
@@ -1404,6 +1450,11 @@ export interface components {
             total: number;
             /** Format: int64 */
             unit_price: number;
+            /** @description Orders that wait for units. */
+            waiting: number;
+            waitlist_max: number;
+            waitlist_payment_ttl_ms: number | null;
+            waitlist_skips: boolean;
         };
         /**
          * @example {
@@ -1415,6 +1466,8 @@ export interface components {
          *     }
          */
         SkuRequest: {
+            /** @description Two different times of day with their offsets, as in `["09:00+08:00", "22:00+08:00"]`: units are assigned from the first until before the second only. Always where it is left out. */
+            assign_between?: string[] | null;
             closes_at?: string | null;
             currency: components["schemas"]["Currency"];
             opens_at?: string | null;
@@ -1427,9 +1480,18 @@ export interface components {
              * @description Minor units.
              */
             unit_price: number;
+            /** @description Orders that may wait for units; 100,000 where it is left out, 0 for no waiting list. */
+            waitlist_max?: number | null;
+            /** @description Time to pay after units were assigned; `orders.payment_ttl_ms` where it is left out. */
+            waitlist_payment_ttl_ms?: number | null;
+            /**
+             * @description Whether an order is passed over if the units that are there do not suffice for it; it may then wait for ever. Otherwise nobody is served before an earlier order.
+             * @default false
+             */
+            waitlist_skips?: boolean;
         };
         /** @enum {string} */
-        SkuTerm: "title" | "unit_price" | "currency" | "per_user_limit" | "opens_at" | "closes_at" | "total";
+        SkuTerm: "title" | "unit_price" | "currency" | "per_user_limit" | "opens_at" | "closes_at" | "waitlist_max" | "waitlist_skips" | "waitlist_payment_ttl_ms" | "assign_between" | "total";
         /**
          * @example {
          *       "type": "payment.succeeded",
@@ -1836,6 +1898,20 @@ export interface components {
                 };
             };
         };
+        /** @description Refused: `already_assigned`, `not_cancellable`. */
+        Problem409_already_assigned_not_cancellable: {
+            headers: {
+                [name: string]: unknown;
+            };
+            content: {
+                "application/problem+json": components["schemas"]["Problem"] & {
+                    /** @enum {unknown} */
+                    code?: "already_assigned" | "not_cancellable";
+                    /** @constant */
+                    status?: 409;
+                };
+            };
+        };
         /** @description Another audit of this database has not ended: `audit_running`. */
         Problem409_audit_running: {
             headers: {
@@ -1873,20 +1949,6 @@ export interface components {
                 "application/problem+json": components["schemas"]["Problem"] & {
                     /** @enum {unknown} */
                     code?: "not_an_orphan";
-                    /** @constant */
-                    status?: 409;
-                };
-            };
-        };
-        /** @description Refused: `not_cancellable`. */
-        Problem409_not_cancellable: {
-            headers: {
-                [name: string]: unknown;
-            };
-            content: {
-                "application/problem+json": components["schemas"]["Problem"] & {
-                    /** @enum {unknown} */
-                    code?: "not_cancellable";
                     /** @constant */
                     status?: 409;
                 };
@@ -1934,15 +1996,15 @@ export interface components {
                 };
             };
         };
-        /** @description Refused: `purchase_limit`, `sale_closed`, `sale_not_open`, `sale_paused`, `sold_out`. */
-        Problem409_purchase_limit_and_4: {
+        /** @description Refused: `purchase_limit`, `sale_closed`, `sale_not_open`, `sale_paused`, `sold_out`, `waitlist_full`. */
+        Problem409_purchase_limit_and_5: {
             headers: {
                 [name: string]: unknown;
             };
             content: {
                 "application/problem+json": components["schemas"]["Problem"] & {
                     /** @enum {unknown} */
-                    code?: "purchase_limit" | "sale_closed" | "sale_not_open" | "sale_paused" | "sold_out";
+                    code?: "purchase_limit" | "sale_closed" | "sale_not_open" | "sale_paused" | "sold_out" | "waitlist_full";
                     /** @constant */
                     status?: 409;
                 };
@@ -3417,7 +3479,7 @@ export interface operations {
                     "application/json": components["schemas"]["Order"];
                 };
             };
-            /** @description With `Preference-Applied: respond-async`: `accepted`, durable in the queue; it becomes a row, or a dead letter that GET shows as `failed`. Without: `undecided`, the wait ran out while its batch was being written; GET it, or retry under the same key. */
+            /** @description With `Preference-Applied: respond-async`: `accepted`, durable in the queue; it becomes a row, or a dead letter that GET shows as `failed`. Without: `undecided`, the wait ran out while its batch was being written; GET it, or retry under the same key. With or without: `waitlisted`, on the waiting list and as durable as the order would be. */
             202: {
                 headers: {
                     Location: components["headers"]["Location"];
@@ -3434,7 +3496,7 @@ export interface operations {
             404: components["responses"]["Problem404_unknown_sku"];
             405: components["responses"]["MethodNotAllowed"];
             408: components["responses"]["Problem408_request_timeout"];
-            409: components["responses"]["Problem409_purchase_limit_and_4"];
+            409: components["responses"]["Problem409_purchase_limit_and_5"];
             413: components["responses"]["Problem413_body_too_large"];
             415: components["responses"]["Problem415_unsupported_media_type"];
             417: components["responses"]["Problem417_bad_request"];
@@ -3494,7 +3556,7 @@ export interface operations {
     getOrder: {
         parameters: {
             query?: {
-                /** @description Seconds to wait until it is decided, capped at the order timeout. */
+                /** @description Seconds to wait until it is decided, and no longer `waitlisted`, capped at the order timeout. */
                 wait?: number;
             };
             header?: never;
@@ -3532,7 +3594,10 @@ export interface operations {
     };
     cancelOrder: {
         parameters: {
-            query?: never;
+            query?: {
+                /** @description Cancel it only if it waits for units; an order that has them is left alone and answered `already_assigned`. */
+                only?: "waitlisted";
+            };
             header?: never;
             path: {
                 order_id: components["schemas"]["OrderId"];
@@ -3556,7 +3621,7 @@ export interface operations {
             404: components["responses"]["Problem404_not_found_unknown_order"];
             405: components["responses"]["MethodNotAllowed"];
             408: components["responses"]["Problem408_request_timeout"];
-            409: components["responses"]["Problem409_not_cancellable"];
+            409: components["responses"]["Problem409_already_assigned_not_cancellable"];
             413: components["responses"]["Problem413_body_too_large"];
             415: components["responses"]["Problem415_unsupported_media_type"];
             417: components["responses"]["Problem417_bad_request"];

@@ -187,6 +187,7 @@ pub(super) async fn metrics(State(plane): State<ControlPlane>) -> Response {
         for sku in parts.state.catalogue.all() {
             let stock = sku.counter().snapshot();
             metrics.observe_stock(sku.id.as_str(), stock.free, stock.held, stock.sold);
+            metrics.observe_waitlist(sku.id.as_str(), sku.waitlist().len(), sku.counter().kept());
         }
     }
     let text = [(

@@ -36,7 +36,17 @@ struct Live {
     dead_letters_open: i64,
     /// `null` with a volatile queue.
     order_log: Option<OrderLog>,
+    waitlist: Waitlist,
     payments: Payments,
+}
+
+/// Waiting lists, since the start; each SKU has the number of orders that wait for it.
+#[derive(Debug, Serialize)]
+struct Waitlist {
+    assigned: u64,
+    expired: u64,
+    oldest_seconds: f64,
+    overdue_seconds: f64,
 }
 
 /// Payments since the start. The payment processor counts open ones every few seconds.
@@ -114,6 +124,12 @@ pub(super) async fn live(State(plane): State<ControlPlane>) -> Response {
         dead_letters: metrics.dead_letters.get(),
         dead_letters_open: metrics.dead_letters_open.get(),
         order_log: parts.and_then(|parts| order_log(metrics, parts)),
+        waitlist: Waitlist {
+            assigned: metrics.waitlist.assigned.get(),
+            expired: metrics.waitlist.expired.get(),
+            oldest_seconds: metrics.waitlist.oldest_seconds.get(),
+            overdue_seconds: metrics.waitlist.overdue_seconds.get(),
+        },
         payments: payments(metrics, parts),
     };
     axum::Json(live).into_response()

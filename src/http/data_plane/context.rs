@@ -15,15 +15,19 @@ use crate::http::server::tokio_bridge::{self, TaskLost};
 use crate::http::wire::OrderView;
 use crate::metrics::Metrics;
 use crate::order::receipt::ReceiptKeys;
-use crate::order::{Order, OrderId};
+use crate::order::{Order, OrderId, OrderStatus, SkuNumber};
 use crate::pipeline::orders::cancel::Canceller;
 use crate::pipeline::orders::intake::Intake;
 use crate::pipeline::orders::lookup::{Found, LookupError, OrderLookup};
 use crate::pipeline::payments::callbacks::CallbacksHandle;
 use crate::queue::OrderQueue;
 use crate::state::State;
+use crate::state::stock::HasLeft;
 use crate::store::StoreError;
 use crate::store::postgres::orders::StoredOrder;
+
+/// Interval at which requests that wait for units look whether the process stops.
+const STOPPING_LOOK: Duration = Duration::from_secs(1);
 
 /// The context of every handler.
 pub struct Context {
@@ -85,6 +89,45 @@ impl Context {
     /// The view of a row as it stands now.
     pub(super) fn stored_view<'a>(&self, order: &'a StoredOrder) -> OrderView<'a> {
         OrderView::stored_now(order, &self.state, &self.receipts)
+    }
+
+    /// The view of an order in memory or on the disk.
+    pub(super) fn view<'a>(&self, order: &'a Order, status: OrderStatus) -> OrderView<'a> {
+        OrderView::now(order, status, &self.state, &self.receipts)
+    }
+
+    /// The position of an order on its waiting list; `None` if it is not there.
+    pub(super) fn position(&self, sku: SkuNumber, id: OrderId) -> Option<usize> {
+        self.state.catalogue.by_number(sku)?.waitlist().position(id)
+    }
+
+    /// Waits until an order has left its waiting list, or `until`. Returns whether it is there still.
+    pub(super) fn stays_on_list(
+        &self,
+        request: &Request<'_>,
+        until: Instant,
+        sku: SkuNumber,
+        id: OrderId,
+    ) -> Result<bool, Problem> {
+        let Some(sku) = self.state.catalogue.by_number(sku) else {
+            return Ok(false);
+        };
+        loop {
+            if !sku.waitlist().has(id) {
+                return Ok(false);
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() || self.is_stopping() {
+                return Ok(true);
+            }
+            let has_left = HasLeft::new(Arc::clone(&sku), id);
+            let slice = left.min(STOPPING_LOOK);
+            let deadline = Instant::now() + 2 * STOPPING_LOOK;
+            self.on_tokio(request, deadline, async move {
+                // Either is looked at again above.
+                let _ = tokio::time::timeout(slice, has_left).await;
+            })?;
+        }
     }
 
     /// Looks for an order wherever it may be, until `deadline` at most. Costs no task if it is in memory.

@@ -258,11 +258,8 @@ impl Route {
         match self {
             Route::ReadOrder(_) => &["wait"],
             Route::ReadOrders(_) => &["limit", "before"],
-            Route::CreateOrder
-            | Route::CreateOrders
-            | Route::CancelOrder(_)
-            | Route::ReadSku(_)
-            | Route::ReadLanes => &[],
+            Route::CancelOrder(_) => &["only"],
+            Route::CreateOrder | Route::CreateOrders | Route::ReadSku(_) | Route::ReadLanes => &[],
         }
     }
 }

@@ -13,7 +13,8 @@ use super::time::Time;
 use crate::http::problem::Problem;
 use crate::order::receipt::{Receipt, ReceiptKeys, SignedParts};
 use crate::order::{
-    Currency, KeyHash, Order, OrderId, OrderStatus, Quantity, SkuId, SkuTag, UserId,
+    Currency, KeyHash, Order, OrderId, OrderStatus, Quantity, SkuId, SkuNumber, SkuTag, UnixMillis,
+    UserId,
 };
 use crate::pipeline::orders::lookup::Found;
 use crate::state::State;
@@ -34,6 +35,9 @@ struct OrderMembers<'a> {
     adjustment: i64,
     #[serde(borrow, default)]
     attributes: Option<&'a RawValue>,
+    /// Join the waiting list if no units are free.
+    #[serde(default)]
+    waitlist: bool,
     /// Only on a line of a batch; a single order has the header.
     #[serde(borrow, default)]
     idempotency_key: Option<Text<'a>>,
@@ -56,6 +60,8 @@ pub struct OrderBody<'a> {
     pub adjustment: i64,
     /// The shop's own object, unchanged.
     pub attributes: Option<&'a str>,
+    /// Join the waiting list if no units are free.
+    pub waitlist: bool,
 }
 
 impl<'a> OrderBody<'a> {
@@ -99,6 +105,7 @@ impl<'a> OrderBody<'a> {
                 .ok_or_else(|| field("quantity", &format!("must be 1 to {}", Quantity::MAX)))?,
             adjustment: members.adjustment,
             attributes,
+            waitlist: members.waitlist,
         })
     }
 }
@@ -165,14 +172,18 @@ pub struct OrderView<'a> {
     amount: i64,
     currency: &'a str,
     status: &'static str,
+    /// Only of an order that waits for units: the number of orders ahead of it, plus one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    position: Option<usize>,
     /// Only of an order whose money is or was to be refunded.
     #[serde(skip_serializing_if = "Option::is_none")]
     refund_reason: Option<&'a str>,
     created_at: Time,
-    expires_at: Time,
-    /// Only of an order that exists, or will.
+    /// `null` if it waits for units, or has never had any.
+    expires_at: Option<Time>,
+    /// Only of an order that exists, or will; `null` if it waits for units, or has never had any.
     #[serde(skip_serializing_if = "Option::is_none")]
-    receipt: Option<Receipt>,
+    receipt: Option<Option<Receipt>>,
     /// Only of an order that was accepted just now.
     #[serde(skip_serializing_if = "Option::is_none")]
     estimated_wait_ms: Option<u64>,
@@ -184,6 +195,23 @@ impl<'a> OrderView<'a> {
     /// Its id.
     pub fn order_id(&self) -> OrderId {
         self.order_id
+    }
+
+    /// An order in flight or a recent one, with its position if it waits for units.
+    pub fn now(order: &'a Order, status: OrderStatus, state: &State, keys: &ReceiptKeys) -> Self {
+        Self::of(order, status, keys).placed(order.sku, status, state)
+    }
+
+    /// The same with its position if it waits for units.
+    fn placed(self, sku: SkuNumber, status: OrderStatus, state: &State) -> Self {
+        if status != OrderStatus::Waitlisted {
+            return self;
+        }
+        let sku = state.catalogue.by_number(sku);
+        OrderView {
+            position: sku.and_then(|sku| sku.waitlist().position(self.order_id)),
+            ..self
+        }
     }
 
     /// An order in flight, or one whose row was just committed. An order that may never exist has no
@@ -199,10 +227,12 @@ impl<'a> OrderView<'a> {
             amount: order.amount,
             currency: order.currency.as_str(),
             status: status.as_str(),
+            position: None,
             refund_reason: None,
             created_at: Time(order.created_at),
-            expires_at: Time(order.expires_at),
-            receipt: has_receipt.then(|| keys.sign(&SignedParts::from(order))),
+            expires_at: until(order.expires_at),
+            receipt: has_receipt
+                .then(|| (!order.waits()).then(|| keys.sign(&SignedParts::from(order)))),
             estimated_wait_ms: None,
             attributes: order.attributes.as_deref().and_then(json::raw),
         }
@@ -222,14 +252,17 @@ impl<'a> OrderView<'a> {
             Found::InFlight(pending) => {
                 let is_durable = pending.slot.is_durable();
                 let status = if is_durable {
-                    OrderStatus::Accepted
+                    pending.order.acknowledged_status()
                 } else {
                     OrderStatus::Undecided
                 };
-                Self::of(&pending.order, status, keys)
+                Self::now(&pending.order, status, state, keys)
             }
-            Found::OnDisk(order) => Self::of(order, OrderStatus::Accepted, keys),
-            Found::Recent(pending) => Self::of(&pending.order, OrderStatus::PendingPayment, keys),
+            Found::OnDisk(order) => Self::now(order, order.acknowledged_status(), state, keys),
+            Found::Recent(pending) => {
+                let order = &pending.order;
+                Self::now(order, order.status_in_time(), state, keys)
+            }
             Found::Stored(order) => Self::stored_now(order, state, keys),
         }
     }
@@ -246,7 +279,7 @@ impl<'a> OrderView<'a> {
         } else {
             order.status
         };
-        Self::stored(order, status, keys)
+        Self::stored(order, status, keys).placed(order.sku, status, state)
     }
 
     /// An order from the database, whose status is `status` by now.
@@ -266,7 +299,11 @@ impl<'a> OrderView<'a> {
                 payload: order.payload,
             })
         };
-        let currency = Currency::new(&order.currency).ok();
+        // A receipt recovers a lost order, so an order without units has none.
+        let currency = Currency::new(&order.currency)
+            .ok()
+            .filter(|_| order.expires_at != UnixMillis::NEVER);
+        let has_receipt = status != OrderStatus::Failed;
         OrderView {
             order_id: order.id,
             user_id: &order.user_id,
@@ -276,10 +313,11 @@ impl<'a> OrderView<'a> {
             amount: order.amount,
             currency: &order.currency,
             status: status.as_str(),
+            position: None,
             refund_reason: order.refund_reason.as_deref(),
             created_at: Time(order.created_at),
-            expires_at: Time(order.expires_at),
-            receipt: currency.filter(|_| status != OrderStatus::Failed).map(sign),
+            expires_at: until(order.expires_at),
+            receipt: has_receipt.then(|| currency.map(sign)),
             estimated_wait_ms: None,
             attributes: order.attributes.as_deref().and_then(json::raw),
         }
@@ -313,6 +351,11 @@ impl<'a> UndecidedView<'a> {
             idempotency_key: key,
         }
     }
+}
+
+/// The end of the time to pay; `None` if it has not begun.
+fn until(expires_at: UnixMillis) -> Option<Time> {
+    (expires_at != UnixMillis::NEVER).then_some(Time(expires_at))
 }
 
 #[cfg(test)]

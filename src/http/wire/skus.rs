@@ -1,6 +1,7 @@
 //! The JSON of SKUs.
 
 use std::fmt;
+use std::ops::RangeInclusive;
 
 use serde::{Deserialize, Serialize};
 
@@ -8,7 +9,9 @@ use super::json::from_object;
 use super::time::{self, Time};
 use crate::http::problem::Problem;
 use crate::order::{Currency, SkuId, UnixMillis};
-use crate::state::stock::{SaleTerms, Sku};
+use crate::state::stock::{
+    DayTime, DayWindow, SaleTerms, Sku, WAITLIST_MAX_DEFAULT, WaitlistTerms,
+};
 
 /// A SKU as operators see it.
 #[derive(Debug, Serialize)]
@@ -75,6 +78,12 @@ pub struct SkuView {
     opens_at: Option<Time>,
     closes_at: Option<Time>,
     per_user_limit: Option<u32>,
+    /// Orders that wait for units.
+    waiting: usize,
+    waitlist_max: u32,
+    waitlist_skips: bool,
+    waitlist_payment_ttl_ms: Option<u64>,
+    assign_between: Option<[String; 2]>,
     now: Time,
 }
 
@@ -101,6 +110,14 @@ impl SkuView {
             opens_at: terms.opens_at.map(Time),
             closes_at: terms.closes_at.map(Time),
             per_user_limit: terms.per_user_limit,
+            waiting: sku.waitlist().len(),
+            waitlist_max: terms.waitlist.max,
+            waitlist_skips: terms.waitlist.skips,
+            waitlist_payment_ttl_ms: terms.waitlist.payment_ttl_ms,
+            assign_between: terms
+                .waitlist
+                .assign_between
+                .map(|between| [between.from.to_string(), between.to.to_string()]),
             now: Time(now),
         }
     }
@@ -119,6 +136,14 @@ struct SkuMembers {
     opens_at: Option<String>,
     #[serde(default)]
     closes_at: Option<String>,
+    #[serde(default)]
+    waitlist_max: Option<u32>,
+    #[serde(default)]
+    waitlist_skips: bool,
+    #[serde(default)]
+    waitlist_payment_ttl_ms: Option<u64>,
+    #[serde(default)]
+    assign_between: Option<Vec<String>>,
 }
 
 /// The body of `PUT /admin/v1/skus/{sku_id}`, checked.
@@ -132,6 +157,10 @@ pub struct SkuBody {
 
 /// Longest title in bytes.
 const TITLE_BYTES_MAX: usize = 200;
+/// Most orders that a waiting list may have.
+const WAITLIST_MAX_MOST: u32 = 10_000_000;
+/// Times to pay after assignment, as of `orders.payment_ttl_ms`.
+const PAYMENT_TTL_MS: RangeInclusive<u64> = 1_000..=31_536_000_000;
 
 impl SkuBody {
     /// Parses and checks a body; a missing title is the id.
@@ -172,6 +201,29 @@ impl SkuBody {
         {
             return Err(field("closes_at", &"must be after opens_at"));
         }
+        let waitlist = WaitlistTerms {
+            max: members.waitlist_max.unwrap_or(WAITLIST_MAX_DEFAULT),
+            skips: members.waitlist_skips,
+            payment_ttl_ms: members.waitlist_payment_ttl_ms,
+            assign_between: match &members.assign_between {
+                None => None,
+                Some(between) => {
+                    Some(day_window(between).map_err(|what| field("assign_between", &what))?)
+                }
+            },
+        };
+        if waitlist.max > WAITLIST_MAX_MOST {
+            let what = format!("must be 0 to {WAITLIST_MAX_MOST}");
+            return Err(field("waitlist_max", &what));
+        }
+        if waitlist
+            .payment_ttl_ms
+            .is_some_and(|ttl_ms| !PAYMENT_TTL_MS.contains(&ttl_ms))
+        {
+            let (least, most) = (PAYMENT_TTL_MS.start(), PAYMENT_TTL_MS.end());
+            let what = format!("must be {least} to {most}");
+            return Err(field("waitlist_payment_ttl_ms", &what));
+        }
         Ok(SkuBody {
             terms: SaleTerms {
                 title,
@@ -180,10 +232,25 @@ impl SkuBody {
                 per_user_limit: members.per_user_limit,
                 opens_at,
                 closes_at,
+                waitlist,
             },
             total: members.total,
         })
     }
+}
+
+/// Reads a part of the day.
+fn day_window(between: &[String]) -> Result<DayWindow, String> {
+    let [from, to] = between else {
+        return Err("must be two times of day, from and to".to_owned());
+    };
+    let time = |text: &str| {
+        DayTime::parse(text).ok_or_else(|| {
+            format!("{text:?} is no time of day with an offset, such as 09:00+08:00")
+        })
+    };
+    let window = DayWindow::new(time(from)?, time(to)?);
+    window.ok_or_else(|| "must be two different times of day; leave it out for always".to_owned())
 }
 
 /// The body of `POST /admin/v1/skus/{sku_id}/restock`.
@@ -242,6 +309,26 @@ mod tests {
             (
                 r#"{"unit_price":1,"currency":"EUR","total":1,"opens_at":"tomorrow"}"#,
                 "opens_at",
+            ),
+            (
+                r#"{"unit_price":1,"currency":"EUR","total":1,"waitlist_max":10000001}"#,
+                "waitlist_max",
+            ),
+            (
+                r#"{"unit_price":1,"currency":"EUR","total":1,"waitlist_payment_ttl_ms":999}"#,
+                "waitlist_payment_ttl_ms",
+            ),
+            (
+                r#"{"unit_price":1,"currency":"EUR","total":1,"assign_between":["9:00","22:00Z"]}"#,
+                "assign_between",
+            ),
+            (
+                r#"{"unit_price":1,"currency":"EUR","total":1,"assign_between":["09:00Z"]}"#,
+                "assign_between",
+            ),
+            (
+                r#"{"unit_price":1,"currency":"EUR","total":1,"assign_between":["09:00Z","17:00+08:00"]}"#,
+                "assign_between",
             ),
         ] {
             let problem = parse(bad).unwrap_err();

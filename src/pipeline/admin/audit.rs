@@ -20,6 +20,9 @@ use crate::store::postgres::audit::{
 /// The name of the check that is omitted while orders are in flight or counters move.
 pub const LIVE_CHECK: &str = "live counters are those of the database";
 
+/// Time for which units may be kept for an order that could have them, until it is a fault.
+const OVERDUE: Duration = Duration::from_secs(1);
+
 /// Audits a running service, one at a time.
 #[derive(Debug)]
 pub struct Auditor {
@@ -167,6 +170,8 @@ pub struct SkuFigures {
     sold: i64,
     held_by_orders: i64,
     sold_by_orders: i64,
+    /// Orders that wait for units.
+    waiting: i64,
     /// Maximum error of the two sums in units, because units moved while the orders were read.
     moved: i64,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -180,6 +185,13 @@ pub struct LiveFigures {
     free: u32,
     held: u32,
     sold: u32,
+    /// Part of `held`: units that no order holds, kept for waiting ones.
+    kept: u32,
+    /// Orders on the waiting list.
+    waiting: usize,
+    /// Milliseconds for which units have been kept that the next order could have.
+    #[serde(skip)]
+    overdue_ms: u128,
 }
 
 /// Audits the database, and the live counters if `state` is given.
@@ -222,6 +234,12 @@ fn live(state: &State) -> Vec<(SkuId, LiveFigures)> {
             free: stock.free,
             held: stock.held,
             sold: stock.sold,
+            kept: sku.counter().kept(),
+            waiting: sku.waitlist().len(),
+            overdue_ms: match sku.waitlist().overdue() {
+                overdue if overdue > OVERDUE => overdue.as_millis(),
+                _ => 0,
+            },
         };
         (SkuId::clone(&sku.id), figures)
     })
@@ -244,6 +262,9 @@ fn result(
     if quiet {
         checks.push(live_check(found, live_of));
     }
+    if live.is_some() {
+        checks.push(overdue_check(found, live_of));
+    }
     Audit {
         ok: checks.iter().all(|check| check.ok),
         checks,
@@ -257,6 +278,7 @@ fn result(
                 sold: sku.sold,
                 held_by_orders: sku.held_by_orders,
                 sold_by_orders: sku.sold_by_orders,
+                waiting: sku.waiting,
                 moved: moved(sku),
                 live: live_of(&sku.sku_id),
             })
@@ -325,6 +347,19 @@ fn order_checks(found: &DatabaseAudit) -> Vec<Check> {
                 )
             })
         }),
+        over_skus(
+            found,
+            "I5",
+            "waiting orders are served in their order",
+            |sku| {
+                sku.is_overtaken.then(|| {
+                    format!(
+                        "{}: an order waits that joined before one that was served",
+                        sku.sku_id
+                    )
+                })
+            },
+        ),
         count("I4", "no key has two orders", found.duplicated_keys),
         count(
             "I2",
@@ -387,10 +422,26 @@ fn live_check(found: &DatabaseAudit, live_of: impl Fn(&str) -> Option<LiveFigure
         } else {
             (sku.total, sku.held)
         };
+        // Kept units are free in the database, until they are assigned.
         let same = i64::from(figures.total) == total
-            && i64::from(figures.held) == held
-            && i64::from(figures.sold) == sku.sold;
+            && i64::from(figures.held) == held + i64::from(figures.kept)
+            && i64::from(figures.sold) == sku.sold
+            && (!found.at_one_moment || figures.waiting as i64 == sku.waiting);
         (!same).then(|| format!("{}: memory has {figures:?}", sku.sku_id))
+    })
+}
+
+/// Nobody waits while units are there that they could have.
+fn overdue_check(found: &DatabaseAudit, live_of: impl Fn(&str) -> Option<LiveFigures>) -> Check {
+    let name = "nobody waits for units that are there";
+    over_skus(found, "I5", name, |sku| {
+        let figures = live_of(&sku.sku_id)?;
+        (figures.overdue_ms > 0).then(|| {
+            format!(
+                "{}: {} orders wait, and {} units have been kept for the next one for {} ms",
+                sku.sku_id, figures.waiting, figures.kept, figures.overdue_ms
+            )
+        })
     })
 }
 

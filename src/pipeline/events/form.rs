@@ -63,7 +63,8 @@ struct OrderData<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     refund_reason: Option<&'a str>,
     created_at: Time,
-    expires_at: Time,
+    /// `null` while it waits for units, and if it never had any.
+    expires_at: Option<Time>,
     #[serde(skip_serializing_if = "Option::is_none")]
     receipt: Option<Receipt>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -120,8 +121,10 @@ impl Former {
 
     fn order<'a>(&self, order: &'a StoredOrder, previous: Option<OrderStatus>) -> OrderData<'a> {
         let currency = Currency::new(&order.currency).ok();
-        let currency =
-            currency.filter(|_| self.include.receipt && order.status != OrderStatus::Failed);
+        // An order that never had units has no receipt.
+        let never = order.expires_at == UnixMillis::NEVER;
+        let currency = currency
+            .filter(|_| self.include.receipt && order.status != OrderStatus::Failed && !never);
         let attributes = order.attributes.as_deref();
         OrderData {
             order_id: order.id,
@@ -135,7 +138,7 @@ impl Former {
             previous_status: previous.map(OrderStatus::as_str),
             refund_reason: order.refund_reason.as_deref(),
             created_at: Time(order.created_at),
-            expires_at: Time(order.expires_at),
+            expires_at: (!never).then_some(Time(order.expires_at)),
             receipt: currency.map(|currency| {
                 self.receipts.sign(&SignedParts {
                     id: order.id,
@@ -163,6 +166,7 @@ fn order_kind(status: OrderStatus) -> Option<&'static str> {
     match status {
         // Neither is ever a row.
         OrderStatus::Accepted | OrderStatus::Undecided => None,
+        OrderStatus::Waitlisted => Some("order.waitlisted"),
         OrderStatus::PendingPayment => Some("order.placed"),
         OrderStatus::Paid => Some("order.paid"),
         OrderStatus::Cancelled => Some("order.cancelled"),

@@ -117,7 +117,7 @@ impl<'a> LogReplay<'a> {
                 let status = if is_late {
                     OrderStatus::Expired
                 } else {
-                    OrderStatus::PendingPayment
+                    order.status_in_time()
                 };
                 (order, status)
             })

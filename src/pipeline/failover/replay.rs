@@ -105,7 +105,7 @@ impl Replayer {
         }
         let (parked, written): (Vec<_>, Vec<_>) = missing
             .into_iter()
-            .partition(|(order, status)| status.is_live() && self.faulted.contains(&order.sku));
+            .partition(|(order, status)| status.holds_units() && self.faulted.contains(&order.sku));
         for (how, orders) in [(How::Write, written), (How::Park, parked)] {
             for part in orders.chunks(self.rows_max) {
                 self.store(how, part.to_vec()).await?;
@@ -172,11 +172,12 @@ impl Replayer {
                         "the database refuses this SKU's counters: its orders of the order log are parked until its row in `sku` is repaired"
                     );
                     self.faulted.insert(sku);
-                    // Orders that have ended move no counter.
-                    let (live, ended): (Vec<_>, Vec<_>) =
-                        orders.into_iter().partition(|(_, status)| status.is_live());
-                    parts.push(How::Write, ended);
-                    parts.push(How::Park, live);
+                    // Orders that have ended, or wait for units, move no counter.
+                    let (holding, others): (Vec<_>, Vec<_>) = orders
+                        .into_iter()
+                        .partition(|(_, status)| status.holds_units());
+                    parts.push(How::Write, others);
+                    parts.push(How::Park, holding);
                 }
             }
         }

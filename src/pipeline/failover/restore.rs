@@ -221,7 +221,7 @@ impl Restorer {
         lost
     }
 
-    /// Ends again, in the same way, each ended order that the database has as payable: its units may belong to
+    /// Ends again, in the same way, each ended order that the database has as payable or waiting: its units may belong to
     /// another order by now, and the stock does not suffice for both.
     async fn end_again(&self) -> Result<(), StoreError> {
         let state = Arc::clone(&self.state);
@@ -230,11 +230,11 @@ impl Restorer {
         let mut again = 0;
         for part in ended.chunks(PART) {
             let ids: Vec<OrderId> = part.iter().map(|(id, _)| *id).collect();
-            let payable: HashSet<_> = orders::payable_among(&self.database, &ids)
+            let open: HashSet<_> = orders::open_among(&self.database, &ids)
                 .await?
                 .into_iter()
                 .collect();
-            for (id, how) in part.iter().filter(|(id, _)| payable.contains(id)) {
+            for (id, how) in part.iter().filter(|(id, _)| open.contains(id)) {
                 transitions::end(&self.database, self.lease, *id, *how).await?;
                 again += 1;
             }
@@ -297,6 +297,7 @@ impl Restorer {
         }
         // Orders that ended while their rows were being restored.
         self.end_again().await?;
+        self.wait_again().await?;
         // The database may have parked orders again, or have lost the fact that they were unparked.
         parking::recount(&self.state, &self.database, &self.metrics).await?;
         match reading.await {
@@ -307,6 +308,32 @@ impl Restorer {
             Ok(Err(error)) => Err(StoreError::Data(error.to_string())),
             Err(panic) => Err(StoreError::Data(panic.to_string())),
         }
+    }
+
+    /// Puts orders back on their lists whose assignment the database has lost: their rows wait, and memory has
+    /// them as live and not on the list. Their units are kept for the list, so that whoever is first has them.
+    async fn wait_again(&self) -> Result<(), StoreError> {
+        let open = orders::open_below(&self.database, self.lease, OrderId::MAX).await?;
+        let mut again = 0;
+        for order in open.iter().filter(|open| open.waits()) {
+            let units = &order.units;
+            let known = self.state.buyers.find(&units.user_id, units.order_id);
+            let is_in_flight = self.state.pending.get(units.order_id).is_some();
+            let sku = self.state.catalogue.by_number(units.sku);
+            let is_listed = sku.is_some_and(|sku| sku.waitlist().has(units.order_id));
+            if known.is_some_and(|known| known.is_live()) && !is_in_flight && !is_listed {
+                self.state.waits_again(units);
+                again += 1;
+            }
+        }
+        if again > 0 {
+            tracing::error!(
+                orders = again,
+                "the database has lost the assignment of units to orders; they wait again, in their places, and are \
+                 assigned units anew"
+            );
+        }
+        Ok(())
     }
 
     /// Releases the units and keys of live orders that are neither in the database nor in flight nor in the
@@ -362,10 +389,15 @@ impl Restorer {
         if self.state.pending.get(order.id).is_some() {
             return None;
         }
+        let sku = self.state.catalogue.by_number(order.sku);
+        if sku.is_some_and(|sku| sku.waitlist().has(order.id)) {
+            return Some(OrderStatus::Waitlisted);
+        }
         let known = self.state.buyers.find(&order.user_id, order.id);
         Some(match known.map(|known| known.ended) {
-            // Its units are held in memory, so they must be held in the database.
-            Some(None) => OrderStatus::PendingPayment,
+            // Its units are held in memory, so they must be held in the database. An order that waited when it was
+            // recorded waits again, see `wait_again`.
+            Some(None) => order.status_in_time(),
             Some(Some(ended)) => ended.status(),
             // The order has left the idempotency window, long after its payment deadline.
             None => OrderStatus::Expired,

@@ -11,12 +11,13 @@ use std::time::Duration;
 use tokio::sync::Notify;
 
 use crate::backoff::Backoff;
-use crate::order::{Ended, OrderId, OrderStatus, OrderUnits, UserId};
+use crate::order::{Ended, OrderId, OrderStatus, OrderUnits, UnixMillis, UserId};
 use crate::state::State;
 use crate::state::effects::Row;
 use crate::state::pending::PendingOrder;
 use crate::store::StoreError;
 use crate::store::postgres::orders::{self, StoredOrder};
+pub use crate::store::postgres::transitions::Which;
 use crate::store::postgres::transitions::{self, Transition};
 use crate::store::postgres::{Database, NodeLease};
 use crate::sync::Guarded;
@@ -37,6 +38,9 @@ pub enum CancelError {
     /// Its status no longer permits it.
     #[error("order {0} is {1} and cannot be cancelled")]
     NotCancellable(OrderId, OrderStatus),
+    /// Only a waiting order was to be cancelled, and this one has its units.
+    #[error("order {0} is {1}: it does not wait any more, and was not cancelled")]
+    AlreadyAssigned(OrderId, OrderStatus),
     /// Too many cancellations are in doubt; nothing was sent.
     #[error("too many cancellations wait for the database's answer")]
     Busy,
@@ -58,8 +62,9 @@ pub struct Unresolved {
 struct Entry {
     /// Calls under way.
     calls: u32,
-    /// The answer to one was lost.
-    is_lost: bool,
+    /// The answer to one was lost: what it was about. A cancellation of any unpaid order covers one of a waiting
+    /// order.
+    lost: Option<Which>,
     /// The order, if it was written a moment ago.
     recent: Option<Arc<PendingOrder>>,
 }
@@ -83,11 +88,16 @@ impl Unresolved {
     /// Number of orders whose cancellation is in doubt.
     pub fn lost(&self) -> usize {
         self.orders
-            .with(|orders| orders.values().filter(|entry| entry.is_lost).count())
+            .with(|orders| orders.values().filter(|entry| entry.lost.is_some()).count())
     }
 
     /// Enters an order before its cancellation is sent. Returns `None` if the list is full.
-    fn enter(self: &Arc<Self>, id: OrderId, recent: Option<Arc<PendingOrder>>) -> Option<Ticket> {
+    fn enter(
+        self: &Arc<Self>,
+        id: OrderId,
+        which: Which,
+        recent: Option<Arc<PendingOrder>>,
+    ) -> Option<Ticket> {
         self.orders.with(|orders| {
             if orders.len() >= self.max && !orders.contains_key(&id) {
                 return None;
@@ -98,16 +108,18 @@ impl Unresolved {
             Some(Ticket {
                 unresolved: Arc::clone(self),
                 id,
+                which,
                 is_known: false,
             })
         })
     }
 
     /// The next cancellation in doubt after `after`, or the first.
-    fn next(&self, after: Option<OrderId>) -> Option<(OrderId, Option<Arc<PendingOrder>>)> {
+    fn next(&self, after: Option<OrderId>) -> Option<(OrderId, Lost)> {
         self.orders.with(|orders| {
             let lost = |(id, entry): (&OrderId, &Entry)| {
-                entry.is_lost.then(|| (*id, entry.recent.clone()))
+                let recent = entry.recent.clone();
+                entry.lost.map(|which| (*id, Lost { which, recent }))
             };
             let from = after.map_or(std::ops::Bound::Unbounded, std::ops::Bound::Excluded);
             orders
@@ -119,7 +131,7 @@ impl Unresolved {
     fn mark_resolved(&self, id: OrderId) {
         self.orders.with(|orders| {
             if let Some(entry) = orders.get_mut(&id) {
-                entry.is_lost = false;
+                entry.lost = None;
                 if entry.calls == 0 {
                     orders.remove(&id);
                 }
@@ -128,11 +140,19 @@ impl Unresolved {
     }
 }
 
+/// A cancellation whose answer was lost.
+#[derive(Debug)]
+struct Lost {
+    which: Which,
+    recent: Option<Arc<PendingOrder>>,
+}
+
 /// A call under way. If it is dropped without [`Ticket::known`], its outcome is in doubt.
 #[derive(Debug)]
 struct Ticket {
     unresolved: Arc<Unresolved>,
     id: OrderId,
+    which: Which,
     is_known: bool,
 }
 
@@ -148,8 +168,13 @@ impl Drop for Ticket {
         self.unresolved.orders.with(|orders| {
             if let Some(entry) = orders.get_mut(&self.id) {
                 entry.calls -= 1;
-                entry.is_lost |= !self.is_known;
-                if entry.calls == 0 && !entry.is_lost {
+                if !self.is_known {
+                    entry.lost = match entry.lost {
+                        Some(Which::Unpaid) => Some(Which::Unpaid),
+                        Some(Which::Waiting) | None => Some(self.which),
+                    };
+                }
+                if entry.calls == 0 && entry.lost.is_none() {
                     orders.remove(&self.id);
                 }
             }
@@ -186,22 +211,22 @@ impl Canceller {
         self
     }
 
-    /// Cancels an unpaid order and returns it; its units are free when this returns. An order already cancelled
-    /// is returned unchanged.
+    /// Cancels an unpaid order, or one that waits for units, and returns it; its units are free when this
+    /// returns. An order already cancelled is returned unchanged.
     ///
     /// Must not be dropped half-way: run it as a task of its own.
     ///
     /// # Errors
     /// [`CancelError`]; the order is unchanged, unless the database's answer was lost. Then the outcome is
     /// resolved in the background, and repeating the request tells it.
-    pub async fn cancel(&self, id: OrderId) -> Result<StoredOrder, CancelError> {
+    pub async fn cancel(&self, id: OrderId, which: Which) -> Result<StoredOrder, CancelError> {
         let recent = self.state.recent_orders.get(id, self.state.ids.real_now());
         let ticket = self
             .unresolved
-            .enter(id, recent.clone())
+            .enter(id, which, recent.clone())
             .ok_or(CancelError::Busy)?;
         self.state.recent_orders.forget(id);
-        let moved = self.cancel_row(id).await;
+        let moved = self.cancel_row(id, which).await;
         if !moved.as_ref().is_err_and(StoreError::is_transient) {
             ticket.known();
         }
@@ -211,10 +236,16 @@ impl Canceller {
                 return Err(CancelError::Unknown(id));
             }
             Ok(Transition::StandsAt(OrderStatus::Cancelled)) => {}
+            Ok(Transition::StandsAt(
+                status @ (OrderStatus::Accepted | OrderStatus::PendingPayment | OrderStatus::Paid),
+            )) if which == Which::Waiting => {
+                return Err(CancelError::AlreadyAssigned(id, status));
+            }
             Ok(Transition::StandsAt(status)) => {
                 return Err(CancelError::NotCancellable(id, status));
             }
             Ok(Transition::Now(units)) => self.cancelled(&units, Row::Moved),
+            Ok(Transition::Left(units)) => self.left(&units),
             Err(error) => return Err(error.into()),
         }
         let order = orders::find(&self.database, id).await?;
@@ -224,9 +255,9 @@ impl Canceller {
     }
 
     /// An order past its deadline is not cancelled any more: it expires.
-    async fn cancel_row(&self, id: OrderId) -> Result<Transition, StoreError> {
+    async fn cancel_row(&self, id: OrderId, which: Which) -> Result<Transition, StoreError> {
         let now = self.state.ids.real_now();
-        transitions::cancel(&self.database, self.lease, id, Some(now)).await
+        transitions::cancel(&self.database, self.lease, id, Some(now), which).await
     }
 
     /// Resolves cancellations in doubt until the future is dropped.
@@ -249,9 +280,9 @@ impl Canceller {
     /// Tries each once, unless the database is away. Returns the number resolved.
     async fn resolve_round(&self) -> usize {
         let (mut at, mut resolved, mut failures) = (None, 0, 0);
-        while let Some((id, recent)) = self.unresolved.next(at) {
+        while let Some((id, lost)) = self.unresolved.next(at) {
             at = Some(id);
-            if self.resolve(id, recent).await {
+            if self.resolve(id, lost).await {
                 self.unresolved.mark_resolved(id);
                 resolved += 1;
                 failures = 0;
@@ -268,10 +299,11 @@ impl Canceller {
 
     /// Repeats a cancellation in doubt instead of querying it: the first statement may still be waiting in the
     /// server and take effect after any query. Returns true if the outcome is known.
-    async fn resolve(&self, id: OrderId, recent: Option<Arc<PendingOrder>>) -> bool {
+    async fn resolve(&self, id: OrderId, Lost { which, recent }: Lost) -> bool {
         // Without a deadline: the first attempt was in time.
-        match transitions::cancel(&self.database, self.lease, id, None).await {
+        match transitions::cancel(&self.database, self.lease, id, None, which).await {
             Ok(Transition::Now(units)) => self.cancelled(&units, Row::Moved),
+            Ok(Transition::Left(units)) => self.left(&units),
             Ok(Transition::StandsAt(OrderStatus::Cancelled)) => {
                 match orders::find(&self.database, id).await {
                     Ok(Some(order)) => self.give_back_stored(&order),
@@ -289,8 +321,10 @@ impl Canceller {
     /// Frees the units of an order that was written a moment ago and has no row any more: a failover lost it,
     /// and the buyer has cancelled it. If it is restored later, it is restored as cancelled.
     fn give_back_lost(&self, recent: Option<&PendingOrder>) {
-        if let Some(PendingOrder { order, .. }) = recent {
-            self.cancelled(&OrderUnits::of(order), Row::Found);
+        match recent.map(|recent| &recent.order) {
+            Some(order) if order.waits() => self.left(&OrderUnits::of(order)),
+            Some(order) => self.cancelled(&OrderUnits::of(order), Row::Found),
+            None => {}
         }
     }
 
@@ -302,8 +336,16 @@ impl Canceller {
                 sku: order.sku,
                 quantity: order.quantity,
             };
-            self.cancelled(&units, Row::Found);
+            if order.expires_at == UnixMillis::NEVER {
+                self.left(&units);
+            } else {
+                self.cancelled(&units, Row::Found);
+            }
         }
+    }
+
+    fn left(&self, units: &OrderUnits) {
+        self.state.end_waiting([units], Ended::Cancelled);
     }
 
     fn cancelled(&self, units: &OrderUnits, row: Row) {

@@ -2,10 +2,13 @@
 //!
 //! ```text
 //!   quote ───────────────┬─ there is stock and room ─► place: claim the key ─► hold stock ─► register ─► enqueue
-//!   price, sale window,  │                             (key, sale window and
-//!   id, stock, room      │                              purchase limit decide)
+//!   price, sale window,  │                             (key, sale window and    (or join the
+//!   id, stock, room      │                              purchase limit decide)   waiting list)
 //!                        └─ there is none ───────────► screen: the order under the key, or the refusal
 //! ```
+//!
+//! An order that accepts to wait for units joins the waiting list if none are free, and takes the same way without
+//! holding any.
 //!
 //! Most requests of a sale end in `screen`, which writes nothing and holds nothing. In `place` each step
 //! leaves a guard; if a later step refuses, dropping the guards undoes the earlier ones. No lock is held
@@ -20,14 +23,15 @@ use super::rate_limit::RateLimits;
 use crate::config::RateLimit;
 use crate::faults::bug;
 use crate::order::{
-    Currency, KeyHash, Lane, Order, OrderId, PayloadHash, Quantity, Refusal, SkuId, UserId,
+    Currency, KeyHash, Lane, Order, OrderId, PayloadHash, Quantity, Refusal, SkuId, UnixMillis,
+    UserId,
 };
 use crate::queue::{DurableQueue, NotDurable, OrderQueue, Permit};
 use crate::state::State;
-use crate::state::buyers::{BuyerOrder, Claimed, Sticky};
+use crate::state::buyers::{BuyerClaim, BuyerOrder, Claimed, Sticky};
 use crate::state::pending::PendingOrder;
 use crate::state::sticky_refusals::StickyRefusals;
-use crate::state::stock::{SaleTerms, Sku};
+use crate::state::stock::{Hold, Placed, SaleTerms, Sku, WaitPlace};
 
 /// A client's request for an order, each member validated on its own.
 #[derive(Clone, Debug)]
@@ -48,6 +52,8 @@ pub struct OrderRequest<'a> {
     pub wait: Duration,
     /// Acknowledge the order as soon as it is durable in the queue; requires a durable queue.
     pub respond_async: bool,
+    /// Join the waiting list if no units are free.
+    pub waitlist: bool,
 }
 
 /// An admitted order, new or earlier.
@@ -196,21 +202,33 @@ impl Intake {
         };
         let amount = amount(&terms, request).and_then(|amount| window.map(|()| amount));
         let available = sku.counter().free();
-        let (order_id, room) =
-            if available < request.quantity.get() && !bug("hold_without_checking") {
-                (NO_ORDER, Err(Refusal::SoldOut { available }))
-            } else {
-                // A request under a known key is answered even without a new id.
-                match state.ids.next_at(now, Lane::of(&request.user_id)) {
-                    Ok(id) => (id, self.room(request)),
-                    Err(_) => (NO_ORDER, Err(Refusal::NotReady)),
-                }
-            };
+        let is_short = available < request.quantity.get() && !bug("hold_without_checking");
+        let may_wait = || {
+            let total = sku.counter().snapshot().total;
+            request.waitlist && request.quantity.get() <= total
+        };
+        let (order_id, room) = if is_short && !may_wait() {
+            (NO_ORDER, Err(Refusal::SoldOut { available }))
+        } else if is_short && sku.waitlist().len() >= terms.waitlist.max as usize {
+            (NO_ORDER, Err(Refusal::WaitlistFull))
+        } else {
+            // A request under a known key is answered even without a new id.
+            match state.ids.next_at(now, Lane::of(&request.user_id)) {
+                Ok(id) => (id, self.room(request)),
+                Err(_) => (NO_ORDER, Err(Refusal::NotReady)),
+            }
+        };
         let (sku_id, quantity) = (&request.sku_id, request.quantity);
         let entry = BuyerOrder {
             order_id,
             key: request.key,
-            payload: PayloadHash::of(sku_id, quantity, request.adjustment, request.attributes),
+            payload: PayloadHash::of(
+                sku_id,
+                quantity,
+                request.adjustment,
+                request.attributes,
+                request.waitlist,
+            ),
             sku: sku.number,
             quantity,
             ended: None,
@@ -220,6 +238,7 @@ impl Intake {
             entry,
             amount,
             limit: terms.per_user_limit,
+            waitlist_max: terms.waitlist.max,
             currency: terms.currency,
             sku,
         };
@@ -260,31 +279,33 @@ impl Intake {
         Ok(self.duplicate(earlier))
     }
 
-    /// Claims the key, holds the units and queues the order.
+    /// Claims the key, holds the units or joins the waiting list, and queues the order.
     fn place(
         &self,
         request: &OrderRequest<'_>,
         waker: Option<&Arc<Waker>>,
-        quote: Quote,
+        mut quote: Quote,
         room: Room<'_>,
     ) -> Result<Admission, Refusal> {
         let state = &self.state;
         let sticky = self.under_key(request, &quote);
-        let gate = quote.amount.map(drop);
-        let claimed =
-            state
-                .buyers
-                .claim(&request.user_id, quote.entry, quote.limit, gate, &sticky)?;
-        let claim = match claimed {
-            Claimed::Fresh(claim) => claim,
-            Claimed::Duplicate(id) => return Ok(self.duplicate(id)),
-        };
-        let hold = match quote.sku.hold(request.quantity) {
-            Ok(hold) => hold,
-            Err(refusal) => return Err(claim.refuse(refusal, &sticky)),
+        let (claim, share) = if request.waitlist {
+            match self.claim_share_or_place(request, &mut quote, &sticky)? {
+                Ok(claimed) => claimed,
+                Err(duplicate) => return Ok(self.duplicate(duplicate)),
+            }
+        } else {
+            let claim = match self.claim(request, &quote, &sticky)? {
+                Claimed::Fresh(claim) => claim,
+                Claimed::Duplicate(id) => return Ok(self.duplicate(id)),
+            };
+            match quote.sku.hold(request.quantity) {
+                Ok(hold) => (claim, Share::Units(hold)),
+                Err(refusal) => return Err(claim.refuse(refusal, &sticky)),
+            }
         };
         let deadline = quote.now + request.wait;
-        let order = self.order(request, quote)?;
+        let order = self.order(request, quote, &share)?;
         let pending = Arc::new(match room {
             Room::InMemory => PendingOrder::new(order, deadline, waker.cloned()),
             Room::Durable(..) => PendingOrder::appending(order, deadline, waker.cloned()),
@@ -293,7 +314,7 @@ impl Intake {
         state.pending.insert(&pending);
         // From here on the code that settles the order accounts for both: once registered, the order may
         // already be past its deadline and abandoned.
-        hold.commit();
+        share.commit();
         claim.commit();
         let enqueued = match room {
             Room::InMemory => self.queue.push(Arc::clone(&pending)),
@@ -313,9 +334,70 @@ impl Intake {
         Ok(Admission::Placed(pending))
     }
 
-    fn order(&self, request: &OrderRequest<'_>, quote: Quote) -> Result<Order, Refusal> {
+    /// Claims the key of a fresh order.
+    fn claim<'a>(
+        &'a self,
+        request: &'a OrderRequest<'_>,
+        quote: &Quote,
+        sticky: &UnderKey<'_>,
+    ) -> Result<Claimed<'a>, Refusal> {
+        let gate = quote.amount.map(drop);
+        let buyers = &self.state.buyers;
+        buyers.claim(&request.user_id, quote.entry, quote.limit, gate, sticky)
+    }
+
+    /// Claims the key of an order that accepts to wait, and holds its units or joins the list, in one step under
+    /// the list's lock, with a fresh id: on a list the order of ids is the order of joining. The inner error is
+    /// the earlier order under the key.
+    fn claim_share_or_place<'a>(
+        &'a self,
+        request: &'a OrderRequest<'_>,
+        quote: &mut Quote,
+        sticky: &UnderKey<'_>,
+    ) -> Result<Result<(BuyerClaim<'a>, Share), OrderId>, Refusal> {
+        let sku = Arc::clone(&quote.sku);
+        let (units, max) = (request.quantity.get(), quote.waitlist_max);
+        let placed = sku.waitlist().hold_or_join(sku.counter(), units, max, || {
+            let id = self
+                .state
+                .ids
+                .next_at(quote.now, Lane::of(&request.user_id));
+            quote.entry.order_id = id.map_err(|_| Err(Refusal::NotReady))?;
+            match self.claim(request, quote, sticky).map_err(Err)? {
+                Claimed::Fresh(claim) => Ok((quote.entry.order_id, claim)),
+                Claimed::Duplicate(id) => Err(Ok(id)),
+            }
+        });
+        let (placed, id, claim) = match placed {
+            Ok(placed) => placed,
+            Err(Ok(duplicate)) => return Ok(Err(duplicate)),
+            Err(Err(refusal)) => return Err(refusal),
+        };
+        let refusal = match placed {
+            Placed::Held => {
+                return Ok(Ok((claim, Share::Units(Hold::of(&sku, request.quantity)))));
+            }
+            Placed::Joined => return Ok(Ok((claim, Share::Place(WaitPlace::of(&sku, id))))),
+            Placed::Full => Refusal::WaitlistFull,
+            Placed::TooMany => Refusal::SoldOut {
+                available: sku.counter().free(),
+            },
+        };
+        Err(claim.refuse(refusal, sticky))
+    }
+
+    fn order(
+        &self,
+        request: &OrderRequest<'_>,
+        quote: Quote,
+        share: &Share,
+    ) -> Result<Order, Refusal> {
         // By the same clock that later decides whether it is late.
         let created_at = self.state.ids.real_at(quote.now);
+        let expires_at = match share {
+            Share::Units(_) => created_at.plus_ms(self.payment_ttl_ms),
+            Share::Place(_) => UnixMillis::NEVER,
+        };
         Ok(Order {
             id: quote.entry.order_id,
             sku: quote.sku.number,
@@ -324,7 +406,7 @@ impl Intake {
             amount: quote.amount?,
             currency: quote.currency,
             created_at,
-            expires_at: created_at.plus_ms(self.payment_ttl_ms),
+            expires_at,
             key: request.key,
             payload: quote.entry.payload,
             attributes: request.attributes.map(Box::from),
@@ -359,7 +441,24 @@ struct Quote {
     /// answered.
     amount: Result<i64, Refusal>,
     limit: Option<u32>,
+    waitlist_max: u32,
     currency: Currency,
+}
+
+/// What an order has of its SKU: units, or a place on the waiting list. Dropping it gives it back.
+enum Share {
+    Units(Hold),
+    Place(WaitPlace),
+}
+
+impl Share {
+    /// Leaves it to the order.
+    fn commit(self) {
+        match self {
+            Share::Units(hold) => hold.commit(),
+            Share::Place(place) => place.commit(),
+        }
+    }
 }
 
 /// Room for one order, in memory or in a durable queue.

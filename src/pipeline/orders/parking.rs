@@ -291,7 +291,7 @@ impl Parking {
         if self.state.is_late(order, now) {
             OrderStatus::Expired
         } else {
-            OrderStatus::PendingPayment
+            order.status_in_time()
         }
     }
 

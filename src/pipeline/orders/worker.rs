@@ -299,7 +299,7 @@ impl Worker {
     }
 
     /// Sets aside orders of one SKU whose counters are refused: gives back unacknowledged orders, and leaves
-    /// the others to be parked or, if too late, to be written as expired, which moves no counter.
+    /// the others to be parked or, if they move no counter, to be written: as expired if too late, or as waiting.
     fn set_aside(&self, part: Orders, parts: &mut Parts<Arc<PendingOrder>>) {
         let now = self.state.ids.real_now();
         let (recorded, waiting): (Orders, Orders) = part
@@ -308,11 +308,11 @@ impl Worker {
         if !waiting.is_empty() {
             self.settle(&waiting, State::unwritten);
         }
-        let (late, payable) = recorded
+        let (uncounted, payable) = recorded
             .into_iter()
-            .partition(|pending| self.state.is_late(&pending.order, now));
+            .partition(|pending| pending.order.waits() || self.state.is_late(&pending.order, now));
         parts.push(How::Park, payable);
-        parts.push(How::Write, late);
+        parts.push(How::Write, uncounted);
     }
 
     fn note_fault(&self, sku: SkuNumber, part: &Orders, reason: &str) {
@@ -381,7 +381,7 @@ impl Worker {
                 let status = if *expired {
                     OrderStatus::Expired
                 } else {
-                    OrderStatus::PendingPayment
+                    pending.order.status_in_time()
                 };
                 (&pending.order, status)
             })
@@ -491,9 +491,10 @@ impl Worker {
         }
         let payable_until =
             |pending: &Arc<PendingOrder>| (pending.order.id, pending.order.expires_at);
+        let has_time = |pending: &&Arc<PendingOrder>| !pending.order.waits();
         self.state
             .expiry_index
-            .note(payable.iter().map(payable_until));
+            .note(payable.iter().filter(has_time).map(payable_until));
         self.settle(&payable, State::persisted);
         self.settle(&late, State::expired);
         if let Some(queue) = self.queue.durable() {

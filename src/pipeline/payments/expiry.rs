@@ -449,6 +449,7 @@ impl Expiry {
         let least = deferred
             .chain(self.work.least())
             .chain(state.expiry_index.least())
+            .chain(state.first_waiting())
             .chain([state.ids.window_floor(self.window_ms)])
             .min();
         let Some(least) = least else {

@@ -1,9 +1,10 @@
-//! Payments, refunds and expiry of orders that are rows. Three tasks, each with a connection of its own:
+//! Payments, refunds, expiry and assignment of orders that are rows. Four tasks, each with a connection of its own:
 //!
 //! ```text
 //!   providers ──► callbacks ──┐
 //!   operators ──► processor ──┼──► store::settlement ──► payments, orders, sku
-//!   time      ──► expiry    ──┘          │
+//!   time      ──► expiry    ──┤          │
+//!   units     ──► assigner  ──┘          │
 //!                                        └─ after each commit: counters and buyers in memory
 //! ```
 //!
@@ -11,8 +12,10 @@
 //! * [`processor`]: refunds and decisions of operators; [`reconciler`]: orphan payments (payments without an
 //!   order);
 //! * [`expiry`]: expires orders that were not paid in time;
-//! * [`settler`]: the parts that all three share.
+//! * [`assigner`]: assigns units that come back to the orders that wait for them;
+//! * [`settler`]: the parts that all of them share.
 
+pub mod assigner;
 pub mod callbacks;
 pub mod expiry;
 pub mod processor;

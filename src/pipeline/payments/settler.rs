@@ -118,8 +118,10 @@ impl Settler {
     async fn correct_memory(&self) -> Result<(), StoreError> {
         let _alone = self.parts.signals.moving.write().await;
         let (database, lease) = (&self.parts.database, self.parts.lease);
-        let unpaid = orders::unpaid_below(database, lease, OrderId::MAX).await?;
-        self.parts.state.expiry_index.note(unpaid);
+        let open = orders::open_below(database, lease, OrderId::MAX).await?;
+        let payable = open.iter().filter(|open| !open.waits());
+        let until = payable.map(|open| (open.units.order_id, open.expires_at));
+        self.parts.state.expiry_index.note(until);
         for found in skus::load_all(&self.parts.database).await? {
             let Some(sku) = self.parts.state.catalogue.by_number(found.number) else {
                 continue;
@@ -130,8 +132,12 @@ impl Settler {
             );
             if found < live {
                 sku.counter().hold_again(live - found);
-            } else if found > live && sku.counter().hold(found - live).is_ok() {
-                sku.counter().sell(found - live);
+            } else if found > live {
+                let units = found - live;
+                // While orders wait, no unit is free, and some may be kept.
+                if sku.counter().hold(units).is_ok() || sku.counter().take_kept(units) {
+                    sku.counter().sell(units);
+                }
             }
             if found != live {
                 tracing::error!(sku_id = %sku.id, sold = found, believed = live, "the database has lost payments or refunds; the sold counter in memory is set to the database's");

@@ -5,6 +5,11 @@
 //! separate word, checked by a sequence number. `free` and `held` are derived, so `total = free +
 //! held + sold` in every snapshot by construction (I2).
 //!
+//! While orders wait for units of the SKU, no unit is free: a unit that comes back is *kept* for them, in the
+//! step in which it comes back, and counts as held. The word is then in its *waiting form*, in which a hold finds
+//! nothing free, at no cost to holds while nobody waits. The list of waiting orders chooses the form
+//! (`state::stock::waitlist`).
+//!
 //! `tests/loom.rs` compiles this file against loom's primitives.
 
 use crate::sync::{AtomicU32, AtomicU64, Guarded, Ordering, fence};
@@ -16,7 +21,7 @@ pub struct StockSnapshot {
     pub total: u32,
     /// Units neither held nor sold.
     pub free: u32,
-    /// Units held by unpaid orders.
+    /// Units held by unpaid orders, or kept for waiting ones.
     pub held: u32,
     /// Units sold to paid orders.
     pub sold: u32,
@@ -40,10 +45,13 @@ pub struct BelowCommitted {
 /// The counters of one SKU. See the module's text for the protocol.
 #[derive(Debug)]
 pub struct StockCounter {
-    /// `total << 32 | taken`; `taken ≤ total` always. A hold needs no ordering with other memory:
-    /// no other thread's writes depend on it. The compare-and-swaps are therefore relaxed on
-    /// failure, and `AcqRel` on success for the snapshot's sequence check.
+    /// `total << 32 | taken` with `taken ≤ total`, or the waiting form ([`waiting`]), which no such pair has. A
+    /// hold needs no ordering with other memory: no other thread's writes depend on it. The compare-and-swaps
+    /// are therefore relaxed on failure, and `AcqRel` on success for the snapshot's sequence check.
     word: AtomicU64,
+    /// In the waiting form: units that no order holds, kept for the waiting list; part of what is taken. Else 0.
+    /// The word changes into, out of and within its waiting form under this lock only.
+    kept: Guarded<u32>,
     /// Units sold; part of `taken`. Written under `moving`, between two increments of `sequence`.
     sold: AtomicU32,
     /// Odd while a writer moves units between `held` and `sold` (a seqlock after Boehm, "Can
@@ -57,8 +65,37 @@ const fn pack(total: u32, taken: u32) -> u64 {
     (total as u64) << 32 | taken as u64
 }
 
-const fn unpack(word: u64) -> (u32, u32) {
+const fn halves(word: u64) -> (u32, u32) {
     ((word >> 32) as u32, word as u32)
+}
+
+/// The word while orders wait: its low half is the higher one. All `total` units are taken.
+const fn waiting(total: u32) -> u64 {
+    if total == 0 {
+        pack(1, 2)
+    } else {
+        pack(0, total)
+    }
+}
+
+const fn is_waiting(word: u64) -> bool {
+    let (high, low) = halves(word);
+    low > high
+}
+
+/// Total and taken units.
+const fn unpack(word: u64) -> (u32, u32) {
+    match halves(word) {
+        (0, total) if total > 0 => (total, total),
+        (1, 2) => (0, 0),
+        open => open,
+    }
+}
+
+/// Free units. In the waiting form none, by the same subtraction.
+const fn free(word: u64) -> u32 {
+    let (high, low) = halves(word);
+    high.saturating_sub(low)
 }
 
 impl StockCounter {
@@ -74,6 +111,7 @@ impl StockCounter {
         );
         StockCounter {
             word: AtomicU64::new(pack(total, held + sold)),
+            kept: Guarded::new(0),
             sold: AtomicU32::new(sold),
             sequence: AtomicU32::new(0),
             moving: Guarded::new(()),
@@ -87,33 +125,121 @@ impl StockCounter {
     pub fn hold(&self, units: u32) -> Result<(), NotEnough> {
         self.word
             .fetch_update(Ordering::AcqRel, Ordering::Relaxed, |word| {
-                let (total, taken) = unpack(word);
-                (units <= total - taken).then(|| pack(total, taken + units))
+                let (total, taken) = halves(word);
+                (units <= free(word)).then(|| pack(total, taken + units))
             })
             .map(|_| ())
-            .map_err(|word| {
-                let (total, taken) = unpack(word);
-                NotEnough {
-                    available: total - taken,
-                }
+            .map_err(|word| NotEnough {
+                available: free(word),
             })
     }
 
-    /// Releases `units` that were held and not sold.
+    /// Releases `units` that were held and not sold: they are free, or kept if orders wait.
     ///
     /// # Panics
     /// If fewer are taken: units would be created from nothing.
     pub fn release(&self, units: u32) {
-        let released = self
-            .word
-            .fetch_update(Ordering::AcqRel, Ordering::Relaxed, |word| {
-                let (total, taken) = unpack(word);
-                taken.checked_sub(units).map(|taken| pack(total, taken))
+        self.change(
+            |total, taken| Some((total, taken.checked_sub(units)?)),
+            |total, kept| {
+                let kept = kept.checked_add(units).filter(|kept| *kept <= total)?;
+                Some((total, kept))
+            },
+        )
+        .unwrap_or_else(|taken| panic!("released {units} units where only {taken} were taken"));
+    }
+
+    /// Changes total and taken units, or total and kept units in the waiting form. `None` changes nothing; the
+    /// error is then the number of units that orders have taken.
+    fn change(
+        &self,
+        mut open: impl FnMut(u32, u32) -> Option<(u32, u32)>,
+        mut while_waiting: impl FnMut(u32, u32) -> Option<(u32, u32)>,
+    ) -> Result<(), u32> {
+        loop {
+            let changed = self
+                .word
+                .fetch_update(Ordering::AcqRel, Ordering::Relaxed, |word| {
+                    if is_waiting(word) {
+                        return None;
+                    }
+                    let (total, taken) = halves(word);
+                    open(total, taken).map(|(total, taken)| pack(total, taken))
+                });
+            match changed {
+                Ok(_) => return Ok(()),
+                Err(word) if !is_waiting(word) => return Err(halves(word).1),
+                Err(_) => {}
+            }
+            let changed = self.kept.with(|kept| {
+                // Under the lock the form stays. Acquire: after the change of whoever held it before.
+                let word = self.word.load(Ordering::Acquire);
+                if !is_waiting(word) {
+                    return None;
+                }
+                let (before, _) = unpack(word);
+                let Some((total, now_kept)) = while_waiting(before, *kept) else {
+                    return Some(Err(before - *kept));
+                };
+                *kept = now_kept;
+                if total != before {
+                    // No compare: in this form the word changes only under the lock.
+                    self.word.swap(waiting(total), Ordering::AcqRel);
+                }
+                Some(Ok(()))
             });
-        if let Err(word) = released {
-            let (_, taken) = unpack(word);
-            panic!("released {units} units where only {taken} were taken");
+            // Else the list has ended in between.
+            if let Some(changed) = changed {
+                return changed;
+            }
         }
+    }
+
+    /// From now on orders wait: every free unit is kept for them, and so is every unit that comes back.
+    pub fn begin_waiting(&self) {
+        self.kept.with(|kept| {
+            let begun = self
+                .word
+                .fetch_update(Ordering::AcqRel, Ordering::Relaxed, |word| {
+                    (!is_waiting(word)).then(|| waiting(halves(word).0))
+                });
+            if let Ok(word) = begun {
+                *kept = free(word);
+            }
+        });
+    }
+
+    /// Nobody waits any more: the kept units are free.
+    pub fn end_waiting(&self) {
+        self.kept.with(|kept| {
+            let word = self.word.load(Ordering::Acquire);
+            if is_waiting(word) {
+                let (total, _) = unpack(word);
+                self.word.swap(pack(total, total - *kept), Ordering::AcqRel);
+                *kept = 0;
+            }
+        });
+    }
+
+    /// Whether orders wait.
+    pub fn is_waiting(&self) -> bool {
+        is_waiting(self.word.load(Ordering::Relaxed))
+    }
+
+    /// Units that are kept for waiting orders.
+    pub fn kept(&self) -> u32 {
+        self.kept.with(|kept| *kept)
+    }
+
+    /// Takes kept units for orders that have waited. False: fewer are kept, and nothing is taken.
+    pub fn take_kept(&self, units: u32) -> bool {
+        self.kept.with(|kept| match kept.checked_sub(units) {
+            Some(left) => {
+                *kept = left;
+                true
+            }
+            None => false,
+        })
     }
 
     /// Moves `units` from held to sold.
@@ -151,16 +277,15 @@ impl StockCounter {
         self.move_sold(
             |sold| sold.checked_sub(units),
             |counter| {
-                let withdrawn =
-                    counter
-                        .word
-                        .fetch_update(Ordering::AcqRel, Ordering::Relaxed, |word| {
-                            let (total, taken) = unpack(word);
-                            Some(pack(total.checked_sub(units)?, taken.checked_sub(units)?))
-                        });
-                if let Err(word) = withdrawn {
-                    panic!("withdrew {units} units from {:?}", unpack(word));
-                }
+                counter
+                    .change(
+                        |total, taken| Some((total.checked_sub(units)?, taken.checked_sub(units)?)),
+                        |total, kept| {
+                            let total = total.checked_sub(units)?;
+                            (kept <= total).then_some((total, kept))
+                        },
+                    )
+                    .unwrap_or_else(|taken| panic!("withdrew {units} units of {taken}"));
             },
         );
     }
@@ -189,26 +314,24 @@ impl StockCounter {
     /// # Errors
     /// [`BelowCommitted`] if orders have taken more.
     pub fn set_total(&self, total: u32) -> Result<(), BelowCommitted> {
-        self.word
-            .fetch_update(Ordering::AcqRel, Ordering::Relaxed, |word| {
-                let (_, taken) = unpack(word);
-                (taken <= total).then(|| pack(total, taken))
-            })
-            .map(|_| ())
-            .map_err(|word| BelowCommitted {
-                committed: unpack(word).1,
-            })
+        self.change(
+            |_, taken| (taken <= total).then_some((total, taken)),
+            |before, kept| Some((total, total.checked_sub(before - kept)?)),
+        )
+        .map_err(|committed| BelowCommitted { committed })
     }
 
     /// Sets the total to `to` if it is still `from` and orders have not taken more. False: it is
     /// unchanged.
     pub fn replace_total(&self, from: u32, to: u32) -> bool {
-        self.word
-            .fetch_update(Ordering::AcqRel, Ordering::Relaxed, |word| {
-                let (total, taken) = unpack(word);
-                (total == from && taken <= to).then(|| pack(to, taken))
-            })
-            .is_ok()
+        self.change(
+            |total, taken| (total == from && taken <= to).then_some((to, taken)),
+            |total, kept| {
+                let kept = to.checked_sub(total - kept)?;
+                (total == from).then_some((to, kept))
+            },
+        )
+        .is_ok()
     }
 
     /// Only at a start: takes the units of parked orders whose SKU's row is wrong, whatever its total. Its sale
@@ -220,7 +343,8 @@ impl StockCounter {
         let held = self
             .word
             .fetch_update(Ordering::AcqRel, Ordering::Relaxed, |word| {
-                let (total, taken) = unpack(word);
+                // No list has been restored yet.
+                let (total, taken) = halves(word);
                 let taken = taken.checked_add(units)?;
                 Some(pack(total.max(taken), taken))
             });
@@ -231,8 +355,7 @@ impl StockCounter {
 
     /// Units that are free at this instant.
     pub fn free(&self) -> u32 {
-        let (total, taken) = unpack(self.word.load(Ordering::Relaxed));
-        total - taken
+        free(self.word.load(Ordering::Relaxed))
     }
 
     /// A consistent reading.

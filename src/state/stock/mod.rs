@@ -2,6 +2,8 @@
 
 mod counter;
 mod fault;
+mod terms;
+mod waitlist;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -12,64 +14,12 @@ use crossbeam::utils::CachePadded;
 
 use crate::faults::bug;
 use crate::order::receipt::ReceiptSku;
-use crate::order::{Currency, Quantity, Refusal, SkuId, SkuNumber, SkuTag, UnixMillis};
+use crate::order::{OrderId, Quantity, Refusal, SkuId, SkuNumber, SkuTag, UnixMillis};
 use crate::sync::Guarded;
 pub use counter::{BelowCommitted, NotEnough, StockCounter, StockSnapshot};
 pub use fault::{Fault, Parking, Refused, Seen};
-
-/// Terms of sale of a SKU.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SaleTerms {
-    /// Title for people.
-    pub title: String,
-    /// Price of one unit in minor units, 0 or more.
-    pub unit_price: i64,
-    /// Currency of the price.
-    pub currency: Currency,
-    /// Units that one buyer's live orders may hold together; `None` for no limit.
-    pub per_user_limit: Option<u32>,
-    /// Orders are refused before this moment.
-    pub opens_at: Option<UnixMillis>,
-    /// Orders are refused from this moment on.
-    pub closes_at: Option<UnixMillis>,
-}
-
-impl SaleTerms {
-    /// Whether the units of live orders must be known at `now`, for the purchase limit. A sale that
-    /// ended a day ago no longer needs them, and a clock set back by less than a day opens no sale
-    /// without them.
-    pub fn need_units(&self, now: UnixMillis) -> bool {
-        let is_over = self
-            .closes_at
-            .is_some_and(|closes_at| closes_at.plus_ms(OVER_MS) <= now);
-        self.per_user_limit.is_some() && !is_over
-    }
-
-    /// Names, as in JSON, of the terms in which `other` differs.
-    pub fn differing(&self, other: &SaleTerms) -> Vec<&'static str> {
-        let SaleTerms {
-            title,
-            unit_price,
-            currency,
-            per_user_limit,
-            opens_at,
-            closes_at,
-        } = self;
-        let differs = [
-            ("title", *title != other.title),
-            ("unit_price", *unit_price != other.unit_price),
-            ("currency", *currency != other.currency),
-            ("per_user_limit", *per_user_limit != other.per_user_limit),
-            ("opens_at", *opens_at != other.opens_at),
-            ("closes_at", *closes_at != other.closes_at),
-        ];
-        let names = differs.into_iter().filter(|(_, differs)| *differs);
-        names.map(|(name, _)| name).collect()
-    }
-}
-
-/// Time after its end during which a sale's limit is still maintained, in milliseconds: a day.
-const OVER_MS: u64 = 86_400_000;
+pub use terms::{DayTime, DayWindow, SaleTerms, WAITLIST_MAX_DEFAULT, WaitlistTerms};
+pub use waitlist::{HasLeft, Placed, WaitPlace, Waitlist};
 
 /// Whether a SKU is on sale now; the `state` of API.md.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,6 +61,7 @@ pub struct Sku {
     counter: CachePadded<StockCounter>,
     paused: AtomicBool,
     fault: Arc<Fault>,
+    waitlist: Waitlist,
 }
 
 impl Sku {
@@ -129,6 +80,7 @@ impl Sku {
             counter: CachePadded::new(counter),
             paused: AtomicBool::new(paused),
             fault: Arc::default(),
+            waitlist: Waitlist::default(),
         }
     }
 
@@ -145,6 +97,22 @@ impl Sku {
     /// The counters.
     pub fn counter(&self) -> &StockCounter {
         &self.counter
+    }
+
+    /// The orders that wait for its units.
+    pub fn waitlist(&self) -> &Waitlist {
+        &self.waitlist
+    }
+
+    /// Removes an order from the waiting list.
+    pub fn leave_waitlist(&self, id: OrderId) {
+        self.waitlist.remove(&self.counter, [id]);
+    }
+
+    /// Whether waiting orders may be assigned units at `now`.
+    pub fn may_assign(&self, now: UnixMillis) -> bool {
+        let between = self.terms.load().waitlist.assign_between;
+        self.window(now).is_ok() && between.is_none_or(|between| between.has(now))
     }
 
     /// Holds `quantity` of the free units; dropping the guard releases them.
@@ -242,6 +210,14 @@ pub struct Hold {
 }
 
 impl Hold {
+    /// Of units that were taken from the counter of `sku`.
+    pub fn of(sku: &Arc<Sku>, quantity: Quantity) -> Self {
+        Hold {
+            sku: Arc::clone(sku),
+            units: quantity.get(),
+        }
+    }
+
     /// Keeps the units held: the settlement of the order releases them, or its row keeps them.
     pub fn commit(mut self) {
         self.units = 0;
@@ -309,6 +285,17 @@ impl Catalogue {
         all
     }
 
+    /// The SKUs with orders that wait for units.
+    pub fn waiting(&self) -> Vec<Arc<Sku>> {
+        let maps = self.maps.load();
+        let waiting = |sku: &&Arc<Sku>| sku.counter.is_waiting();
+        maps.by_number
+            .values()
+            .filter(waiting)
+            .map(Arc::clone)
+            .collect()
+    }
+
     /// Adds SKUs. An existing SKU is kept, because its counters are in use.
     pub fn add(&self, skus: impl IntoIterator<Item = Sku>) {
         self.changing.with(|()| {
@@ -363,6 +350,7 @@ impl Catalogue {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::order::Currency;
 
     fn sku(total: u32) -> Arc<Sku> {
         let terms = SaleTerms {
@@ -372,6 +360,7 @@ mod tests {
             per_user_limit: None,
             opens_at: None,
             closes_at: None,
+            waitlist: WaitlistTerms::default(),
         };
         Arc::new(Sku::new(
             SkuId::new("A").unwrap(),

@@ -6,7 +6,9 @@ use tokio_postgres::Transaction;
 use super::transitions::fence;
 use super::{Database, NodeLease};
 use crate::order::{Currency, SkuId, SkuNumber, UnixMillis};
-use crate::state::stock::{SaleTerms, Sku, StockCounter};
+use crate::state::stock::{
+    DayTime, DayWindow, SaleTerms, Sku, StockCounter, WAITLIST_MAX_DEFAULT, WaitlistTerms,
+};
 use crate::store::StoreError;
 
 fn data(what: impl std::fmt::Display) -> StoreError {
@@ -15,7 +17,8 @@ fn data(what: impl std::fmt::Display) -> StoreError {
 
 /// The columns of a SKU's row. See `V1__orders_and_stock.sql`.
 const SKU_COLUMNS: &str = "id, sku_id, title, unit_price, currency, total, held, sold, per_user_limit,
-    (extract(epoch FROM opens_at) * 1000)::int8, (extract(epoch FROM closes_at) * 1000)::int8, paused";
+    (extract(epoch FROM opens_at) * 1000)::int8, (extract(epoch FROM closes_at) * 1000)::int8, paused,
+    waitlist_max, waitlist_skips, waitlist_payment_ttl_ms, assign_between";
 
 fn sku_from_row(row: &tokio_postgres::Row) -> Result<Sku, StoreError> {
     let name: &str = row.get(1);
@@ -39,6 +42,8 @@ fn sku_from_row(row: &tokio_postgres::Row) -> Result<Sku, StoreError> {
             .and_then(|limit| u32::try_from(limit).ok()),
         opens_at: row.get::<_, Option<i64>>(9).map(UnixMillis),
         closes_at: row.get::<_, Option<i64>>(10).map(UnixMillis),
+        waitlist: waitlist_terms(row)
+            .ok_or_else(|| data(format!("sku {name}: terms of its waiting list")))?,
     };
     let id = SkuId::new(name).map_err(|e| data(format!("sku {name}: {e}")))?;
     Ok(Sku::new(
@@ -48,6 +53,31 @@ fn sku_from_row(row: &tokio_postgres::Row) -> Result<Sku, StoreError> {
         StockCounter::new(total, held, sold),
         row.get(11),
     ))
+}
+
+fn waitlist_terms(row: &tokio_postgres::Row) -> Option<WaitlistTerms> {
+    let max: Option<i64> = row.get(12);
+    let ttl: Option<i64> = row.get(14);
+    let between: Option<&str> = row.get(15);
+    Some(WaitlistTerms {
+        max: max.map_or(Some(WAITLIST_MAX_DEFAULT), |max| u32::try_from(max).ok())?,
+        skips: row.get(13),
+        payment_ttl_ms: ttl.and_then(|ttl| u64::try_from(ttl).ok()),
+        assign_between: match between {
+            None => None,
+            Some(between) => Some(window_from_text(between)?),
+        },
+    })
+}
+
+/// Reads a window as [`window_text`] writes it.
+fn window_from_text(text: &str) -> Option<DayWindow> {
+    let (from, to) = text.split_once('/')?;
+    DayWindow::new(DayTime::parse(from)?, DayTime::parse(to)?)
+}
+
+fn window_text(window: DayWindow) -> String {
+    format!("{}/{}", window.from, window.to)
 }
 
 /// Locks the terms and total of a SKU, which need not exist yet, until the transaction ends. Workers, which
@@ -93,6 +123,8 @@ pub async fn put(
     total: u32,
 ) -> Result<Sku, StoreError> {
     let doing = "storing a SKU";
+    let waitlist = &terms.waitlist;
+    let max = (waitlist.max != WAITLIST_MAX_DEFAULT).then(|| i64::from(waitlist.max));
     let mut client = database.pooled().await?;
     let work = async {
         let transaction = client.transaction().await?;
@@ -110,11 +142,19 @@ pub async fn put(
         let row = transaction
             .query_one(
                 &format!(
-                    "INSERT INTO sku (sku_id, title, unit_price, currency, total, per_user_limit, opens_at, closes_at)
-                     VALUES ($1, $2, $3, $4, $5, $6, to_timestamp($7::int8 / 1000.0), to_timestamp($8::int8 / 1000.0))
+                    "INSERT INTO sku (sku_id, title, unit_price, currency, total, per_user_limit, opens_at, closes_at,
+                            waitlist_max, waitlist_skips, waitlist_payment_ttl_ms, assign_between,
+                            waitlist_strict_since)
+                     VALUES ($1, $2, $3, $4, $5, $6, to_timestamp($7::int8 / 1000.0), to_timestamp($8::int8 / 1000.0),
+                            $9, $10, $11, $12, CASE WHEN $10 THEN timestamptz 'infinity' END)
                      ON CONFLICT (sku_id) DO UPDATE SET title = excluded.title, unit_price = excluded.unit_price,
                          currency = excluded.currency, total = excluded.total, per_user_limit = excluded.per_user_limit,
-                         opens_at = excluded.opens_at, closes_at = excluded.closes_at
+                         opens_at = excluded.opens_at, closes_at = excluded.closes_at,
+                         waitlist_max = excluded.waitlist_max, waitlist_skips = excluded.waitlist_skips,
+                         waitlist_payment_ttl_ms = excluded.waitlist_payment_ttl_ms,
+                         assign_between = excluded.assign_between,
+                         waitlist_strict_since = CASE WHEN excluded.waitlist_skips THEN timestamptz 'infinity'
+                             WHEN sku.waitlist_skips THEN clock_timestamp() ELSE sku.waitlist_strict_since END
                      RETURNING {SKU_COLUMNS}"
                 ),
                 &[
@@ -126,6 +166,10 @@ pub async fn put(
                     &terms.per_user_limit.map(i64::from),
                     &terms.opens_at.map(|at| at.0),
                     &terms.closes_at.map(|at| at.0),
+                    &max,
+                    &waitlist.skips,
+                    &waitlist.payment_ttl_ms.and_then(|ttl| i64::try_from(ttl).ok()),
+                    &waitlist.assign_between.map(window_text),
                 ],
             )
             .await?;

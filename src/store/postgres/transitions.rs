@@ -12,6 +12,8 @@ use crate::store::StoreError;
 pub enum Transition {
     /// The order has ended now, and its units are released in the database.
     Now(OrderUnits),
+    /// The order has ended now; it waited for units and held none.
+    Left(OrderUnits),
     /// The order has this status; nothing was changed.
     StandsAt(OrderStatus),
     /// There is no such order.
@@ -43,6 +45,16 @@ pub(super) async fn fence(
         .map(|row| row.is_some())
 }
 
+/// The orders that a cancellation is about.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Which {
+    /// Unpaid orders, and those that wait for units.
+    #[default]
+    Unpaid,
+    /// Only those that wait for units.
+    Waiting,
+}
+
 /// Cancels an unpaid order: its status, its SKU's counter and the stock log, all or nothing. With `now`, an
 /// order past its payment deadline is not cancelled; its status is then given as `expired`.
 ///
@@ -53,11 +65,12 @@ pub async fn cancel(
     lease: NodeLease,
     id: OrderId,
     now: Option<UnixMillis>,
+    which: Which,
 ) -> Result<Transition, StoreError> {
-    end_unpaid(database, lease, id, OrderStatus::Cancelled, now).await
+    end_unpaid(database, lease, id, OrderStatus::Cancelled, now, which).await
 }
 
-/// Ends an order that is payable in the database as it had ended before a failover.
+/// Ends an order that is open in the database as it had ended before a failover.
 ///
 /// # Errors
 /// As [`cancel`].
@@ -71,7 +84,7 @@ pub async fn end(
         Ended::Expired => OrderStatus::Expired,
         Ended::Cancelled | Ended::Failed => OrderStatus::Cancelled,
     };
-    end_unpaid(database, lease, id, to, None).await
+    end_unpaid(database, lease, id, to, None, Which::Unpaid).await
 }
 
 async fn end_unpaid(
@@ -80,6 +93,7 @@ async fn end_unpaid(
     id: OrderId,
     to: OrderStatus,
     now: Option<UnixMillis>,
+    which: Which,
 ) -> Result<Transition, StoreError> {
     let cause = to.as_str();
     let mut client = database.pooled().await?;
@@ -88,22 +102,34 @@ async fn end_unpaid(
         if !fence(&transaction, lease).await? {
             return Ok(None);
         }
-        let (from, to) = (OrderStatus::PendingPayment.code(), to.code());
+        let to = to.code();
+        let from: &[OrderStatus] = match which {
+            Which::Unpaid => &[OrderStatus::PendingPayment, OrderStatus::Waitlisted],
+            Which::Waiting => &[OrderStatus::Waitlisted],
+        };
+        let from: Vec<i16> = from.iter().filter_map(|status| status.code()).collect();
+        // An order that waits keeps its `expires_at`, which tells it from one that had time to pay.
         let row = transaction
             .query_opt(
                 "UPDATE orders SET status = $3
-                  WHERE order_id = $1 AND status = $2 AND ($4::int8 IS NULL OR expires_at > to_timestamp($4 / 1000.0))
-                 RETURNING user_id, sku, quantity",
+                  WHERE order_id = $1 AND status = ANY ($2)
+                    AND ($4::int8 IS NULL OR expires_at > to_timestamp($4 / 1000.0))
+                 RETURNING user_id, sku, quantity, expires_at = '9999-01-01 00:00:00+00'",
                 &[&id.as_i64(), &from, &to, &now.map(|now| now.0)],
             )
             .await?;
+        if let Some(row) = row.as_ref().filter(|row| row.get(3)) {
+            transaction.commit().await?;
+            return Ok(Some(Transition::Left(units_of(id, row))));
+        }
         let Some(row) = row else {
             // A parked order becomes a cancelled row. Its units are in no counter of the database.
+            let is_any = which == Which::Unpaid;
             let parked = transaction
                 .query_opt(
                     "WITH gone AS (
                          DELETE FROM parked_orders
-                          WHERE order_id = $1 AND ($3::int8 IS NULL OR expires_at > to_timestamp($3 / 1000.0))
+                          WHERE order_id = $1 AND $4 AND ($3::int8 IS NULL OR expires_at > to_timestamp($3 / 1000.0))
                          RETURNING *
                      )
                      INSERT INTO orders (order_id, user_id, sku, quantity, adjustment, amount, currency, status,
@@ -111,7 +137,7 @@ async fn end_unpaid(
                      SELECT order_id, user_id, sku, quantity, adjustment, amount, currency, $2,
                             created_at, expires_at, key_hash, payload_hash, attributes
                        FROM gone RETURNING user_id, sku, quantity",
-                    &[&id.as_i64(), &to, &now.map(|now| now.0)],
+                    &[&id.as_i64(), &to, &now.map(|now| now.0), &is_any],
                 )
                 .await?;
             if let Some(row) = parked {
@@ -130,7 +156,9 @@ async fn end_unpaid(
                 word.as_deref()
                     .and_then(OrderStatus::from_word)
                     .map(|found| match found {
-                        OrderStatus::PendingPayment | OrderStatus::Accepted => OrderStatus::Expired,
+                        OrderStatus::PendingPayment | OrderStatus::Accepted if is_any => {
+                            OrderStatus::Expired
+                        }
                         other => other,
                     });
             // The fence has locked a row, so with synchronous replication this waits for the standby to

@@ -351,7 +351,8 @@ fn how_it_ended(row: &Row) -> Result<Option<Ended>, StoreError> {
 }
 
 /// Passes every order from `floor` on, dead letters included, and every parked order to `remember`, so that
-/// keys and limits survive a restart, with the payment deadline if the order is payable. `tell` gets the
+/// keys and limits survive a restart, with the payment deadline if the order is open; an order that waits for
+/// units has none ([`UnixMillis::NEVER`]). `tell` gets the
 /// progress about once a second. Returns the number of orders.
 ///
 /// # Errors
@@ -367,7 +368,7 @@ pub async fn load(
     let columns = "order_id, user_id, sku, quantity, key_hash, payload_hash";
     let range = "WHERE order_id >= $1 AND order_id <= $2 ORDER BY order_id LIMIT $3";
     let orders = format!(
-        "SELECT {columns}, status, CASE WHEN status = 1 THEN expires_at END
+        "SELECT {columns}, status, CASE WHEN status IN (1, 7) THEN expires_at END
            FROM orders {range}"
     );
     let dead_letters =
@@ -397,8 +398,8 @@ pub async fn load(
                     quantity: order.quantity,
                     ended: how_it_ended(row)?,
                 };
-                let payable_until = row.get::<_, Option<Moment>>(7);
-                remember(user_id, remembered, payable_until.map(|until| until.0));
+                let open_until = row.get::<_, Option<Moment>>(7);
+                remember(user_id, remembered, open_until.map(|until| until.0));
                 last = Some(order.order_id);
             }
             Ok((rows.len() as i64, last))

@@ -274,6 +274,7 @@ fn locked_from_row(row: &Row, is_dead_letter: bool) -> Option<(OrderId, Locked)>
                 status,
                 amount: row.get(2),
                 currency: Currency::new(row.get(3)).ok()?,
+                was_payable: row.get(7),
             },
             sku: SkuNumber(row.get(4)),
             quantity: u32::try_from(row.get::<_, i32>(5)).ok()?,

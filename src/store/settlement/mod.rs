@@ -20,7 +20,8 @@
 //! * this file: the writer, and a transaction around a piece of work;
 //! * [`payments`]: messages of providers, and the matching of payments to their orders (`matching`);
 //! * [`expiry`]: orders that were not paid in time;
-//! * [`refunds`]: refunds that an operator records.
+//! * [`refunds`]: refunds that an operator records;
+//! * [`waitlist`]: orders that wait for units.
 //!
 //! The pieces of work are functions of their module, with the writer as first parameter:
 //! `payments::ingest(writer, …)`, `expiry::end_overdue(writer, …)`.
@@ -30,6 +31,7 @@ mod matching;
 pub mod payments;
 pub mod refunds;
 mod statements;
+pub mod waitlist;
 
 use std::time::Duration;
 

@@ -42,16 +42,16 @@ const WAITING: &str = "
 
 /// Locked by id, as every transaction does.
 const LOCK_ORDERS: &str = "
-    SELECT order_id, status, amount, currency, sku, quantity, user_id
+    SELECT order_id, status, amount, currency, sku, quantity, user_id, expires_at < '9999-01-01 00:00:00+00'
       FROM orders WHERE order_id = ANY ($1) ORDER BY order_id FOR UPDATE";
 
 /// The same, skipping locked rows.
 const TRY_ORDERS: &str = "
-    SELECT order_id, status, amount, currency, sku, quantity, user_id
+    SELECT order_id, status, amount, currency, sku, quantity, user_id, expires_at < '9999-01-01 00:00:00+00'
       FROM orders WHERE order_id = ANY ($1) ORDER BY order_id FOR UPDATE SKIP LOCKED";
 
 const LOCK_DEAD_LETTERS: &str = "
-    SELECT order_id, status, amount, currency, sku, quantity, user_id
+    SELECT order_id, status, amount, currency, sku, quantity, user_id, expires_at < '9999-01-01 00:00:00+00'
       FROM dead_letters WHERE order_id = ANY ($1) ORDER BY order_id FOR UPDATE";
 
 /// Guarded: an order moves only from the status that its verdict was based on.
@@ -120,6 +120,26 @@ const EXPIRE: &str = "
     UPDATE orders o SET status = 4 FROM due WHERE o.order_id = due.order_id AND o.status = 1
     RETURNING o.order_id, o.user_id, o.sku, o.quantity";
 
+/// Makes waiting orders payable. Locked by id; a locked row is waited for, because none behind it may be served
+/// before.
+const ASSIGN: &str = "
+    WITH next AS (
+        SELECT order_id FROM orders WHERE order_id = ANY ($1) AND status = 7 ORDER BY order_id FOR UPDATE
+    )
+    UPDATE orders o SET status = 1, expires_at = to_timestamp($2::int8 / 1000.0),
+           assigned_at = to_timestamp($3::int8 / 1000.0)
+      FROM next WHERE o.order_id = next.order_id AND o.status = 7
+    RETURNING o.order_id, o.user_id, o.sku, o.quantity";
+
+/// Ends the wait of orders that hold no units.
+const END_WAITING: &str = "
+    WITH ended AS (
+        SELECT order_id FROM orders WHERE order_id = ANY ($1) AND status = 7
+         ORDER BY order_id FOR UPDATE SKIP LOCKED
+    )
+    UPDATE orders o SET status = 4 FROM ended WHERE o.order_id = ended.order_id AND o.status = 7
+    RETURNING o.order_id, o.user_id, o.sku, o.quantity";
+
 /// Those of these SKUs whose row is not locked.
 const FREE_SKUS: &str = "SELECT id FROM sku WHERE id = ANY ($1) ORDER BY id FOR UPDATE SKIP LOCKED";
 
@@ -155,6 +175,8 @@ pub(super) enum Sql {
     GiveUp,
     Look,
     Expire,
+    Assign,
+    EndWaiting,
     FreeSkus,
     UnpaidChanges,
     UnpaidFrom,
@@ -163,7 +185,7 @@ pub(super) enum Sql {
     Counters,
 }
 
-const SQL: [&str; 20] = [
+const SQL: [&str; 22] = [
     FENCE,
     EVENTS,
     KNOWN,
@@ -178,6 +200,8 @@ const SQL: [&str; 20] = [
     GIVE_UP,
     LOOK,
     EXPIRE,
+    ASSIGN,
+    END_WAITING,
     FREE_SKUS,
     UNPAID_CHANGES,
     UNPAID_FROM,

@@ -13,7 +13,7 @@ use crate::http::message::{Request, Response};
 use crate::http::problem::Problem;
 use crate::http::server::wake::wait;
 use crate::http::wire::{OrderBody, OrderView, idempotency_key, write};
-use crate::order::{KeyHash, OrderStatus, Refusal};
+use crate::order::{KeyHash, Order, OrderStatus, Refusal};
 use crate::pipeline::orders::intake::{Admission, OrderRequest};
 use crate::pipeline::orders::lookup::Found;
 use crate::state::pending::{PendingOrder, SlotState};
@@ -42,6 +42,8 @@ pub(super) enum Answer {
         status: OrderStatus,
         http_status: u16,
         replayed: bool,
+        /// Whether this request has placed it, and learns only that it is durable in the queue.
+        is_acknowledged: bool,
     },
     /// The order does not exist.
     Problem(Problem),
@@ -54,6 +56,7 @@ impl Answer {
             status,
             http_status,
             replayed,
+            is_acknowledged: false,
         }
     }
 
@@ -67,8 +70,13 @@ impl Answer {
 
     /// Whether it acknowledges an order as durable that this request has placed.
     pub(super) fn is_acknowledgement(&self) -> bool {
-        let accepted = OrderStatus::Accepted;
-        matches!(self, Answer::Order { status, replayed: false, .. } if *status == accepted)
+        matches!(
+            self,
+            Answer::Order {
+                is_acknowledged: true,
+                ..
+            }
+        )
     }
 }
 
@@ -83,7 +91,7 @@ pub(super) fn view<'a>(context: &Context, found: &'a Found, status: OrderStatus)
         OrderStatus::Accepted => {
             OrderView::accepted(order, context.estimated_wait_ms(), &context.receipts)
         }
-        status => OrderView::of(order, status, &context.receipts),
+        status => context.view(order, status),
     }
 }
 
@@ -165,6 +173,7 @@ pub(in crate::http::data_plane) fn one(
             status,
             http_status,
             replayed,
+            is_acknowledged: _,
         } => (found, status, http_status, replayed),
     };
     if http_status == 201 {
@@ -217,6 +226,7 @@ impl<'r> Creation<'r> {
             key,
             wait: self.wanted.wait,
             respond_async: self.wanted.respond_async,
+            waitlist: body.waitlist,
         };
         context
             .intake
@@ -261,6 +271,40 @@ impl<'r> Creation<'r> {
 
     /// Waits for an admitted order as long as the client wants, and answers.
     pub(super) fn wait(&self, admitted: Admitted) -> Answer {
+        let answer = self.decide(admitted);
+        match &answer {
+            Answer::Order {
+                found: Found::InFlight(pending) | Found::Recent(pending),
+                status: OrderStatus::Waitlisted,
+                replayed,
+                ..
+            } if self.has_left(&pending.order) => {
+                self.left(&pending.order, *replayed).unwrap_or(answer)
+            }
+            _ => answer,
+        }
+    }
+
+    fn has_left(&self, order: &Order) -> bool {
+        self.context.position(order.sku, order.id).is_none()
+    }
+
+    /// The answer about an order that has left its waiting list since it was found: its row tells.
+    fn left(&self, order: &Order, replayed: bool) -> Option<Answer> {
+        let deadline = self.started + self.context.order_timeout;
+        let found = self.context.find_stored(self.request, deadline, order.id);
+        let stored = found.ok().flatten()?;
+        let status = stored.status;
+        let http_status = match status {
+            _ if replayed => 200,
+            OrderStatus::PendingPayment => 201,
+            _ => 202,
+        };
+        let found = Found::Stored(Box::new(stored));
+        Some(Answer::order(found, status, http_status, replayed))
+    }
+
+    fn decide(&self, admitted: Admitted) -> Answer {
         let Creation {
             context, request, ..
         } = *self;
@@ -308,13 +352,26 @@ fn may_acknowledge(context: &Context) -> bool {
 }
 
 fn accepted(context: &Context, found: Found, replayed: bool) -> Answer {
-    let (http_status, outcome) = if replayed {
-        (200, "replayed")
-    } else {
-        (202, "accepted")
+    let status = match &found {
+        Found::InFlight(pending) | Found::Recent(pending) => pending.order.acknowledged_status(),
+        Found::OnDisk(order) => order.acknowledged_status(),
+        Found::Stored(stored) => stored.status,
     };
-    count(context, outcome);
-    Answer::order(found, OrderStatus::Accepted, http_status, replayed)
+    count(
+        context,
+        if replayed {
+            "replayed"
+        } else {
+            status.as_str()
+        },
+    );
+    Answer::Order {
+        found,
+        status,
+        http_status: if replayed { 200 } else { 202 },
+        replayed,
+        is_acknowledged: !replayed,
+    }
 }
 
 /// The answer about an order in flight, by the `state` of its slot.
@@ -331,10 +388,10 @@ fn answer_by_slot(
     }
     match state {
         SlotState::Persisted => {
-            let (http_status, outcome) = if replayed {
-                (200, "replayed")
-            } else {
-                (201, "created")
+            let (http_status, outcome) = match replayed {
+                true => (200, "replayed"),
+                false if pending.order.waits() => (202, "waitlisted"),
+                false => (201, "created"),
             };
             count(context, outcome);
             // An order of the journal may have waited past its payment deadline.
@@ -344,7 +401,7 @@ fn answer_by_slot(
             let status = if late {
                 OrderStatus::Expired
             } else {
-                OrderStatus::PendingPayment
+                pending.order.status_in_time()
             };
             Answer::order(Found::InFlight(pending), status, http_status, replayed)
         }

@@ -10,12 +10,16 @@ use crate::http::message::{Request, Response};
 use crate::http::problem::Problem;
 use crate::http::wire::{OrderList, OrderView, query, write};
 use crate::order::{OrderId, OrderStatus, UserId};
+use crate::pipeline::orders::lookup::Found;
 
 /// Orders in one page of a user's list, unless the request says otherwise.
 const LIMIT_DEFAULT: u64 = 20;
 
 /// Interval at which a parked order is looked for by requests that wait for it.
 const PARKED_RECHECK: Duration = Duration::from_millis(500);
+
+/// Pause before an order is read again that has left its waiting list since.
+const LEFT_RECHECK: Duration = Duration::from_millis(5);
 
 /// `GET /v1/orders/{order_id}?wait=N`.
 pub(in crate::http::data_plane) fn one(
@@ -60,53 +64,48 @@ fn here(
 ) -> Result<(), Problem> {
     match follow(context, request, id, until, deadline)? {
         Followed::InFlight(pending) => {
-            let status = if pending.slot.is_durable() {
-                OrderStatus::Accepted
-            } else {
-                OrderStatus::Undecided
-            };
-            write::json(
-                response,
-                200,
-                &OrderView::of(&pending.order, status, &context.receipts),
-            );
+            let found = Found::InFlight(pending);
+            let view = OrderView::found(&found, &context.state, &context.receipts);
+            write::json(response, 200, &view);
             return Ok(());
         }
         Followed::OnDisk(order) => {
-            write::json(
-                response,
-                200,
-                &OrderView::of(&order, OrderStatus::Accepted, &context.receipts),
-            );
+            let view = context.view(&order, order.acknowledged_status());
+            write::json(response, 200, &view);
             return Ok(());
         }
         Followed::Never => return Err(unknown_order(id)),
         Followed::Elsewhere => {}
     }
     if let Some(recent) = context.lookup.recent(id) {
-        write::json(
-            response,
-            200,
-            &OrderView::of(
-                &recent.order,
-                OrderStatus::PendingPayment,
-                &context.receipts,
-            ),
-        );
-        return Ok(());
+        let order = &recent.order;
+        // An order that has left its list is read from the database.
+        if !order.waits() || context.stays_on_list(request, until, order.sku, id)? {
+            let view = context.view(order, order.status_in_time());
+            write::json(response, 200, &view);
+            return Ok(());
+        }
     }
     loop {
         let stored = context
             .find_stored(request, deadline, id)?
             .ok_or_else(|| unknown_order(id))?;
+        let is_waiting = stored.status == OrderStatus::Waitlisted;
+        let stays = is_waiting && context.stays_on_list(request, until, stored.sku, id)?;
         let left = until.saturating_duration_since(Instant::now());
-        if stored.status != OrderStatus::Accepted || left.is_zero() || context.is_stopping() {
+        let is_open = is_waiting || stored.status == OrderStatus::Accepted;
+        if !is_open || stays || left.is_zero() || context.is_stopping() {
             write::json(response, 200, &context.stored_view(&stored));
             return Ok(());
         }
-        // Parked in the database; nothing wakes us when that ends.
+        // Parked in the database; nothing wakes us when that ends. Or it has left its list since its row was read.
+        let recheck = if is_waiting {
+            LEFT_RECHECK
+        } else {
+            PARKED_RECHECK
+        };
         context.on_tokio(request, deadline, async move {
-            tokio::time::sleep(left.min(PARKED_RECHECK)).await;
+            tokio::time::sleep(left.min(recheck)).await;
         })?;
     }
 }

@@ -45,6 +45,10 @@ pub struct SkuAudit {
     pub held_by_orders: i64,
     /// Units of paid orders, deleted ones included.
     pub sold_by_orders: i64,
+    /// Orders that wait for units, as each was read.
+    pub waiting: i64,
+    /// Whether an order still waits although a later one was served by the same strict list.
+    pub is_overtaken: bool,
     /// Units of parked orders, which memory holds and `held` does not count.
     pub parked: i64,
     /// Units that moved while its orders were read.
@@ -70,6 +74,8 @@ pub struct DatabaseAudit {
     pub skus: Vec<SkuAudit>,
     /// Rows of `orders`.
     pub orders: i64,
+    /// Whether all of them were read as of one moment.
+    pub at_one_moment: bool,
     /// Orders that `retention` has deleted.
     pub orders_pruned: i64,
     /// Orders under a key that another order had already, within the idempotency window then in force.
@@ -154,6 +160,8 @@ pub async fn run_watching<T: Send>(
             sold,
             held_by_orders: units.held,
             sold_by_orders: units.sold + counters.pruned.1,
+            waiting: units.waiting,
+            is_overtaken: units.is_overtaken,
             parked: counters.parked,
             motion: chain.motion,
             before: orders
@@ -172,6 +180,7 @@ pub async fn run_watching<T: Send>(
     let found = DatabaseAudit {
         skus,
         orders: orders.orders,
+        at_one_moment: orders.parts.len() == 1,
         orders_pruned: orders.after.values().map(|sku| sku.pruned.0).sum(),
         duplicated_keys,
         orders_without_sku: unknown.map(|(_, units)| units.orders).sum(),

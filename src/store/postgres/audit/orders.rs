@@ -9,14 +9,18 @@ use crate::store::StoreError;
 /// Orders above an id, by SKU. The LATERAL look-ups use an index whatever the statistics say.
 const ORDERS: &str = "
     WITH part AS MATERIALIZED (
-        SELECT order_id, sku, quantity, status, amount, currency
+        SELECT order_id, sku, quantity, status, amount, currency, assigned_at,
+               ((order_id >> 22) << 16) | (order_id & 65535) AS turn
           FROM orders WHERE order_id > $1 ORDER BY order_id LIMIT $2
     )
     SELECT part.sku, count(*), max(part.order_id),
            coalesce(sum(quantity) FILTER (WHERE status = 1), 0)::int8,
            coalesce(sum(quantity) FILTER (WHERE status = 2), 0)::int8,
            count(*) FILTER (WHERE status = 2 AND paid.found IS NULL),
-           count(*) FILTER (WHERE status = 5 AND due.found IS NULL)
+           count(*) FILTER (WHERE status = 5 AND due.found IS NULL),
+           count(*) FILTER (WHERE status = 7), min(part.turn) FILTER (WHERE status = 7),
+           max(part.turn) FILTER (WHERE assigned_at >= coalesce(
+               (SELECT s.waitlist_strict_since FROM sku s WHERE s.id = part.sku), '-infinity'))
       FROM part
       LEFT JOIN LATERAL (
           SELECT 1 AS found FROM payments p WHERE part.status = 2 AND p.order_id = part.order_id
@@ -45,6 +49,14 @@ pub(super) struct Units {
     pub(super) orders: i64,
     pub(super) held: i64,
     pub(super) sold: i64,
+    /// Rows that wait for units.
+    pub(super) waiting: i64,
+    /// The turn of the first of them.
+    pub(super) first_waiting: Option<i64>,
+    /// The turn of the last order that was assigned units while its list was strict.
+    pub(super) last_assigned: Option<i64>,
+    /// Whether an order still waits that joined before one that was served.
+    pub(super) is_overtaken: bool,
 }
 
 /// The sums of the orders, and the counters at the moments at which the first and the last part was read (the
@@ -90,6 +102,9 @@ pub(super) async fn read<T: Send>(
             above = above.max(row.get(2));
             units.held += row.get::<_, i64>(3);
             units.sold += row.get::<_, i64>(4);
+            units.waiting += row.get::<_, i64>(7);
+            units.first_waiting = units.first_waiting.or(row.get(8));
+            units.last_assigned = units.last_assigned.max(row.get(9));
             paid_without_payment += row.get::<_, i64>(5);
             refund_due_without_payment += row.get::<_, i64>(6);
         }
@@ -99,6 +114,7 @@ pub(super) async fn read<T: Send>(
             let (Some(later), Some(earlier)) = (looks.pop(), looks.pop()) else {
                 unreachable!("it looks before and after it reads the counters");
             };
+            note_overtaken(session, &mut by_sku).await?;
             return Ok(Orders {
                 orders: by_sku.values().map(|units| units.orders).sum(),
                 by_sku,
@@ -112,6 +128,27 @@ pub(super) async fn read<T: Send>(
         }
         before = before.or(found);
     }
+}
+
+/// Whether the first waiting order of a SKU still waits, although a later one was served. An earlier part may have
+/// read it before it was served itself.
+const STILL_WAITS: &str = "
+    SELECT FROM orders WHERE order_id BETWEEN ($1::int8 >> 16) << 22 AND (($1::int8 >> 16) << 22) + 4194303
+       AND (order_id & 65535) = ($1::int8 & 65535) AND sku = $2 AND status = 7";
+
+async fn note_overtaken(
+    session: &Session,
+    by_sku: &mut BTreeMap<i32, Units>,
+) -> Result<(), StoreError> {
+    for (sku, units) in by_sku {
+        if let Some(first) = units
+            .first_waiting
+            .filter(|_| units.first_waiting < units.last_assigned)
+        {
+            units.is_overtaken = !session.query(STILL_WAITS, &[&first, sku]).await?.is_empty();
+        }
+    }
+    Ok(())
 }
 
 /// The sums of the dead letters.

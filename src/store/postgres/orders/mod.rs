@@ -13,7 +13,9 @@ use tokio_postgres::types::ToSql;
 
 pub use self::present::{absent_among, present_among};
 use super::{Database, NodeLease};
-use crate::order::{KeyHash, OrderId, OrderStatus, PayloadHash, SkuNumber, UnixMillis, UserId};
+use crate::order::{
+    KeyHash, OrderId, OrderStatus, OrderUnits, PayloadHash, SkuNumber, UnixMillis, UserId,
+};
 use crate::store::StoreError;
 
 /// An order as stored in the database.
@@ -39,7 +41,7 @@ pub struct StoredOrder {
     pub status: OrderStatus,
     /// Time of admission.
     pub created_at: UnixMillis,
-    /// Payment deadline.
+    /// Payment deadline; [`UnixMillis::NEVER`] if no units were ever assigned to it.
     pub expires_at: UnixMillis,
     /// The shop's JSON object.
     pub attributes: Option<String>,
@@ -170,23 +172,35 @@ pub async fn find(database: &Database, id: OrderId) -> Result<Option<StoredOrder
     row.as_ref().map(from_row).transpose()
 }
 
-/// Those of these orders that are payable in the database.
+/// An order that is open in the database: payable, or waiting for units.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OpenOrder {
+    /// The order and its units.
+    pub units: OrderUnits,
+    /// Payment deadline; [`UnixMillis::NEVER`] if it waits.
+    pub expires_at: UnixMillis,
+}
+
+impl OpenOrder {
+    /// Whether it waits for units.
+    pub fn waits(&self) -> bool {
+        self.expires_at == UnixMillis::NEVER
+    }
+}
+
+/// Those of these orders that are payable in the database, or wait for units.
 ///
 /// # Errors
 /// If the database does not answer.
-pub async fn payable_among(
-    database: &Database,
-    ids: &[OrderId],
-) -> Result<Vec<OrderId>, StoreError> {
+pub async fn open_among(database: &Database, ids: &[OrderId]) -> Result<Vec<OrderId>, StoreError> {
     let client = database.pooled().await?;
     let ids: Vec<i64> = ids.iter().map(|id| id.as_i64()).collect();
-    let payable = OrderStatus::PendingPayment.code();
     let rows = database
         .timed(
             "looking which orders are payable",
             client.query(
-                "SELECT order_id FROM orders WHERE order_id = ANY ($1) AND status = $2",
-                &[&ids, &payable],
+                "SELECT order_id FROM orders WHERE order_id = ANY ($1) AND status IN (1, 7)",
+                &[&ids],
             ),
         )
         .await?;
@@ -196,23 +210,23 @@ pub async fn payable_among(
         .collect())
 }
 
-/// Unpaid orders with ids below `window_floor`, from the recorded lowest one on.
+/// Open orders with ids below `window_floor`, from the recorded lowest one on.
 ///
 /// # Errors
 /// If the database does not answer.
-pub async fn unpaid_below(
+pub async fn open_below(
     database: &Database,
     lease: NodeLease,
     window_floor: OrderId,
-) -> Result<Vec<(OrderId, UnixMillis)>, StoreError> {
+) -> Result<Vec<OpenOrder>, StoreError> {
     let doing = "looking for unpaid orders";
     let client = database.pooled().await?;
     let parameters: [&(dyn ToSql + Sync); 2] = [&lease.node, &window_floor.as_i64()];
     // Without a step timeout, because there may be many.
     let rows = client
         .query_raw(
-            "SELECT order_id, (extract(epoch FROM expires_at) * 1000)::int8 FROM orders
-              WHERE order_id >= (SELECT unpaid_from FROM node WHERE node = $1) AND order_id < $2 AND status = 1",
+            "SELECT order_id, user_id, sku, quantity, (extract(epoch FROM expires_at) * 1000)::int8 FROM orders
+              WHERE order_id >= (SELECT unpaid_from FROM node WHERE node = $1) AND order_id < $2 AND status IN (1, 7)",
             parameters,
         )
         .await
@@ -221,7 +235,15 @@ pub async fn unpaid_below(
     let mut found = Vec::new();
     while let Some(row) = rows.next().await {
         let row = row.map_err(StoreError::statement(doing))?;
-        found.extend(OrderId::from_i64(row.get(0)).map(|id| (id, UnixMillis(row.get(1)))));
+        found.extend(OrderId::from_i64(row.get(0)).map(|order_id| OpenOrder {
+            units: OrderUnits {
+                order_id,
+                user_id: UserId::from_row(row.get(1)),
+                sku: SkuNumber(row.get(2)),
+                quantity: u32::try_from(row.get::<_, i32>(3)).unwrap_or(0),
+            },
+            expires_at: UnixMillis(row.get(4)),
+        }));
     }
     Ok(found)
 }

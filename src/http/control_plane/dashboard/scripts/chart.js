@@ -6,9 +6,13 @@ const KEEP = 120; // seconds
 // group is shown as the last.
 const GROUPS = [
   ["placed", "placed", ["created"]],
-  ["accepted", "accepted early", ["accepted"]],
+  ["accepted", "accepted early or waitlisted", ["accepted", "waitlisted"]],
   ["replayed", "replayed", ["replayed"]],
-  ["refused", "sold out or refused", ["sold_out", "purchase_limit", "sale_not_open", "sale_closed", "sale_paused"]],
+  [
+    "refused",
+    "sold out or refused",
+    ["sold_out", "waitlist_full", "purchase_limit", "sale_not_open", "sale_closed", "sale_paused"],
+  ],
   [
     "busy",
     "overloaded or rate-limited",

@@ -3,6 +3,7 @@
 const ORDER_STATES = {
   accepted: ["accepted, not a row yet", "warn"],
   undecided: ["being written", "warn"],
+  waitlisted: ["waits for units", "warn"],
   pending_payment: ["waits for payment", ""],
   paid: ["paid", "good"],
   cancelled: ["cancelled", ""],

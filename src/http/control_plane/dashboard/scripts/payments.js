@@ -7,6 +7,8 @@ const REFUND_REASONS = {
   order_expired:
     "The order had expired before its payment was booked; its units may be sold by now. Send the money back.",
   order_cancelled: "The buyer had cancelled the order and paid all the same. Send the money back.",
+  not_assigned:
+    "The order waits for units, or has left the waiting list without any. Send the money back; it keeps its place, and gains none.",
   order_failed: "The database had refused the order; a dead letter keeps it. Send the money back, and mend the cause.",
   already_paid:
     "A second payment of an order that is paid and stays paid. Send this one back, not the one that paid it.",

@@ -1,5 +1,6 @@
 """Contains all the data models used in inputs/outputs"""
 
+from .cancel_order_only import CancelOrderOnly
 from .order import Order
 from .order_attributes import OrderAttributes
 from .order_list import OrderList
@@ -12,6 +13,7 @@ from .sku import Sku
 from .sku_state import SkuState
 
 __all__ = (
+    "CancelOrderOnly",
     "Order",
     "OrderAttributes",
     "OrderList",

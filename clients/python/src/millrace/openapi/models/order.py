@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from attrs import define as _attrs_define
 
@@ -30,11 +30,12 @@ class Order:
         currency (str): ISO 4217.
         status (OrderStatus):
         created_at (datetime.datetime): RFC 3339, UTC with milliseconds.
-        expires_at (datetime.datetime): RFC 3339, UTC with milliseconds.
+        expires_at (datetime.datetime | None): The end of the time to pay; null while the order waits for units, and if
+            it never had any.
+        position (int | Unset): With `waitlisted`: the number of orders that wait ahead of it, plus one. It only falls.
         refund_reason (RefundReason | Unset): Why money must go back.
-        receipt (str | Unset): The order in a signed, compact form, for the pass-back field of the payment platform. It
-            carries everything but `attributes`, and recovers an order only of the `sku_id` and the database that it was
-            made for.
+        receipt (None | str | Unset): With every order that there is, or will be; null while it waits for units, and if
+            it never had any.
         estimated_wait_ms (int | Unset): With an order that was accepted just now: how long it will take to become a
             row, by the rate of late.
         attributes (OrderAttributes | Unset):
@@ -49,9 +50,10 @@ class Order:
     currency: str
     status: OrderStatus
     created_at: datetime.datetime
-    expires_at: datetime.datetime
+    expires_at: datetime.datetime | None
+    position: int | Unset = UNSET
     refund_reason: RefundReason | Unset = UNSET
-    receipt: str | Unset = UNSET
+    receipt: None | str | Unset = UNSET
     estimated_wait_ms: int | Unset = UNSET
     attributes: OrderAttributes | Unset = UNSET
 
@@ -74,13 +76,23 @@ class Order:
 
         created_at = self.created_at.isoformat()
 
-        expires_at = self.expires_at.isoformat()
+        expires_at: None | str
+        if isinstance(self.expires_at, datetime.datetime):
+            expires_at = self.expires_at.isoformat()
+        else:
+            expires_at = self.expires_at
+
+        position = self.position
 
         refund_reason: str | Unset = UNSET
         if not isinstance(self.refund_reason, Unset):
             refund_reason = self.refund_reason.value
 
-        receipt = self.receipt
+        receipt: None | str | Unset
+        if isinstance(self.receipt, Unset):
+            receipt = UNSET
+        else:
+            receipt = self.receipt
 
         estimated_wait_ms = self.estimated_wait_ms
 
@@ -104,6 +116,8 @@ class Order:
                 "expires_at": expires_at,
             }
         )
+        if position is not UNSET:
+            field_dict["position"] = position
         if refund_reason is not UNSET:
             field_dict["refund_reason"] = refund_reason
         if receipt is not UNSET:
@@ -138,7 +152,22 @@ class Order:
 
         created_at = datetime.datetime.fromisoformat(d.pop("created_at"))
 
-        expires_at = datetime.datetime.fromisoformat(d.pop("expires_at"))
+        def _parse_expires_at(data: object) -> datetime.datetime | None:
+            if data is None:
+                return data
+            try:
+                if not isinstance(data, str):
+                    raise TypeError()
+                expires_at_type_0 = datetime.datetime.fromisoformat(data)
+
+                return expires_at_type_0
+            except (TypeError, ValueError, AttributeError, KeyError):
+                pass
+            return cast(datetime.datetime | None, data)
+
+        expires_at = _parse_expires_at(d.pop("expires_at"))
+
+        position = d.pop("position", UNSET)
 
         _refund_reason = d.pop("refund_reason", UNSET)
         refund_reason: RefundReason | Unset
@@ -147,7 +176,14 @@ class Order:
         else:
             refund_reason = RefundReason(_refund_reason)
 
-        receipt = d.pop("receipt", UNSET)
+        def _parse_receipt(data: object) -> None | str | Unset:
+            if data is None:
+                return data
+            if isinstance(data, Unset):
+                return data
+            return cast(None | str | Unset, data)
+
+        receipt = _parse_receipt(d.pop("receipt", UNSET))
 
         estimated_wait_ms = d.pop("estimated_wait_ms", UNSET)
 
@@ -169,6 +205,7 @@ class Order:
             status=status,
             created_at=created_at,
             expires_at=expires_at,
+            position=position,
             refund_reason=refund_reason,
             receipt=receipt,
             estimated_wait_ms=estimated_wait_ms,

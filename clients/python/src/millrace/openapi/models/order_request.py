@@ -25,6 +25,8 @@ class OrderRequest:
         adjustment (int | Unset): Minor units that the shop adds or takes off; unit_price × quantity + adjustment is
             never negative. Default: 0.
         attributes (None | OrderRequestAttributesType0 | Unset): The shop's own, stored as it came; at most 1,024 bytes.
+        waitlist (bool | Unset): Join the waiting list if no units are free. It is part of what a key stands for, so
+            joining after a `sold_out` takes a new key. Default: False.
     """
 
     user_id: int | str
@@ -32,6 +34,7 @@ class OrderRequest:
     quantity: int | Unset = 1
     adjustment: int | Unset = 0
     attributes: None | OrderRequestAttributesType0 | Unset = UNSET
+    waitlist: bool | Unset = False
 
     def to_dict(self) -> dict[str, Any]:
         from ..models.order_request_attributes_type_0 import OrderRequestAttributesType0  # noqa: PLC0415
@@ -54,6 +57,8 @@ class OrderRequest:
         else:
             attributes = self.attributes
 
+        waitlist = self.waitlist
+
         field_dict: dict[str, Any] = {}
 
         field_dict.update(
@@ -68,6 +73,8 @@ class OrderRequest:
             field_dict["adjustment"] = adjustment
         if attributes is not UNSET:
             field_dict["attributes"] = attributes
+        if waitlist is not UNSET:
+            field_dict["waitlist"] = waitlist
 
         return field_dict
 
@@ -108,12 +115,15 @@ class OrderRequest:
 
         attributes = _parse_attributes(d.pop("attributes", UNSET))
 
+        waitlist = d.pop("waitlist", UNSET)
+
         order_request = cls(
             user_id=user_id,
             sku_id=sku_id,
             quantity=quantity,
             adjustment=adjustment,
             attributes=attributes,
+            waitlist=waitlist,
         )
 
         return order_request

@@ -11,6 +11,7 @@ class OrderStatus(StrEnum):
     REFUNDED = "refunded"
     REFUND_DUE = "refund_due"
     UNDECIDED = "undecided"
+    WAITLISTED = "waitlisted"
 
     def __str__(self) -> str:
         return str(self.value)

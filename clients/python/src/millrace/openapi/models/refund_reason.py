@@ -6,6 +6,7 @@ class RefundReason(StrEnum):
     ALREADY_REFUNDED = "already_refunded"
     AMOUNT_MISMATCH = "amount_mismatch"
     CURRENCY_MISMATCH = "currency_mismatch"
+    NOT_ASSIGNED = "not_assigned"
     ORDERED_AGAIN = "ordered_again"
     ORDER_CANCELLED = "order_cancelled"
     ORDER_EXPIRED = "order_expired"

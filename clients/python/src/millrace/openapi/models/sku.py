@@ -28,6 +28,11 @@ class Sku:
         opens_at (datetime.datetime | None):
         closes_at (datetime.datetime | None):
         per_user_limit (int | None):
+        waiting (int): Orders that wait for units.
+        waitlist_max (int):
+        waitlist_skips (bool):
+        waitlist_payment_ttl_ms (int | None):
+        assign_between (list[str] | None):
         now (datetime.datetime): RFC 3339, UTC with milliseconds.
     """
 
@@ -43,6 +48,11 @@ class Sku:
     opens_at: datetime.datetime | None
     closes_at: datetime.datetime | None
     per_user_limit: int | None
+    waiting: int
+    waitlist_max: int
+    waitlist_skips: bool
+    waitlist_payment_ttl_ms: int | None
+    assign_between: list[str] | None
     now: datetime.datetime
 
     def to_dict(self) -> dict[str, Any]:
@@ -79,6 +89,22 @@ class Sku:
         per_user_limit: int | None
         per_user_limit = self.per_user_limit
 
+        waiting = self.waiting
+
+        waitlist_max = self.waitlist_max
+
+        waitlist_skips = self.waitlist_skips
+
+        waitlist_payment_ttl_ms: int | None
+        waitlist_payment_ttl_ms = self.waitlist_payment_ttl_ms
+
+        assign_between: list[str] | None
+        if isinstance(self.assign_between, list):
+            assign_between = self.assign_between
+
+        else:
+            assign_between = self.assign_between
+
         now = self.now.isoformat()
 
         field_dict: dict[str, Any] = {}
@@ -97,6 +123,11 @@ class Sku:
                 "opens_at": opens_at,
                 "closes_at": closes_at,
                 "per_user_limit": per_user_limit,
+                "waiting": waiting,
+                "waitlist_max": waitlist_max,
+                "waitlist_skips": waitlist_skips,
+                "waitlist_payment_ttl_ms": waitlist_payment_ttl_ms,
+                "assign_between": assign_between,
                 "now": now,
             }
         )
@@ -161,6 +192,34 @@ class Sku:
 
         per_user_limit = _parse_per_user_limit(d.pop("per_user_limit"))
 
+        waiting = d.pop("waiting")
+
+        waitlist_max = d.pop("waitlist_max")
+
+        waitlist_skips = d.pop("waitlist_skips")
+
+        def _parse_waitlist_payment_ttl_ms(data: object) -> int | None:
+            if data is None:
+                return data
+            return cast(int | None, data)
+
+        waitlist_payment_ttl_ms = _parse_waitlist_payment_ttl_ms(d.pop("waitlist_payment_ttl_ms"))
+
+        def _parse_assign_between(data: object) -> list[str] | None:
+            if data is None:
+                return data
+            try:
+                if not isinstance(data, list):
+                    raise TypeError()
+                assign_between_type_0 = cast(list[str], data)
+
+                return assign_between_type_0
+            except (TypeError, ValueError, AttributeError, KeyError):
+                pass
+            return cast(list[str] | None, data)
+
+        assign_between = _parse_assign_between(d.pop("assign_between"))
+
         now = datetime.datetime.fromisoformat(d.pop("now"))
 
         sku = cls(
@@ -176,6 +235,11 @@ class Sku:
             opens_at=opens_at,
             closes_at=closes_at,
             per_user_limit=per_user_limit,
+            waiting=waiting,
+            waitlist_max=waitlist_max,
+            waitlist_skips=waitlist_skips,
+            waitlist_payment_ttl_ms=waitlist_payment_ttl_ms,
+            assign_between=assign_between,
             now=now,
         )
 

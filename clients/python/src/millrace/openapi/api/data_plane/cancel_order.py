@@ -6,20 +6,34 @@ import httpx
 
 from ... import errors
 from ...client import AuthenticatedClient, Client
+from ...models.cancel_order_only import CancelOrderOnly
 from ...models.order import Order
 from ...models.problem import Problem
-from ...types import Response
+from ...types import UNSET, Response, Unset
 
 
 def _get_kwargs(
     order_id: str,
+    *,
+    only: CancelOrderOnly | Unset = UNSET,
 ) -> dict[str, Any]:
+
+    params: dict[str, Any] = {}
+
+    json_only: str | Unset = UNSET
+    if not isinstance(only, Unset):
+        json_only = only.value
+
+    params["only"] = json_only
+
+    params = {k: v for k, v in params.items() if v is not UNSET and v is not None}
 
     _kwargs: dict[str, Any] = {
         "method": "post",
         "url": "/v1/orders/{order_id}/cancel".format(
             order_id=quote(str(order_id), safe=""),
         ),
+        "params": params,
     }
 
     return _kwargs
@@ -130,11 +144,13 @@ def sync_detailed(
     order_id: str,
     *,
     client: AuthenticatedClient | Client,
+    only: CancelOrderOnly | Unset = UNSET,
 ) -> Response[Order | Problem]:
-    """Cancel an unpaid order and return its stock; idempotent
+    """Cancel an unpaid order and return its stock, or leave the waiting list; idempotent
 
     Args:
         order_id (str): A 64-bit, time-ordered integer as a string.
+        only (CancelOrderOnly | Unset):
 
     Raises:
         errors.UnexpectedStatus: If the server returns an undocumented status code and Client.raise_on_unexpected_status is True.
@@ -146,6 +162,7 @@ def sync_detailed(
 
     kwargs = _get_kwargs(
         order_id=order_id,
+        only=only,
     )
 
     response = client.get_httpx_client().request(
@@ -159,11 +176,13 @@ def sync(
     order_id: str,
     *,
     client: AuthenticatedClient | Client,
+    only: CancelOrderOnly | Unset = UNSET,
 ) -> Order | Problem | None:
-    """Cancel an unpaid order and return its stock; idempotent
+    """Cancel an unpaid order and return its stock, or leave the waiting list; idempotent
 
     Args:
         order_id (str): A 64-bit, time-ordered integer as a string.
+        only (CancelOrderOnly | Unset):
 
     Raises:
         errors.UnexpectedStatus: If the server returns an undocumented status code and Client.raise_on_unexpected_status is True.
@@ -176,6 +195,7 @@ def sync(
     return sync_detailed(
         order_id=order_id,
         client=client,
+        only=only,
     ).parsed
 
 
@@ -183,11 +203,13 @@ async def asyncio_detailed(
     order_id: str,
     *,
     client: AuthenticatedClient | Client,
+    only: CancelOrderOnly | Unset = UNSET,
 ) -> Response[Order | Problem]:
-    """Cancel an unpaid order and return its stock; idempotent
+    """Cancel an unpaid order and return its stock, or leave the waiting list; idempotent
 
     Args:
         order_id (str): A 64-bit, time-ordered integer as a string.
+        only (CancelOrderOnly | Unset):
 
     Raises:
         errors.UnexpectedStatus: If the server returns an undocumented status code and Client.raise_on_unexpected_status is True.
@@ -199,6 +221,7 @@ async def asyncio_detailed(
 
     kwargs = _get_kwargs(
         order_id=order_id,
+        only=only,
     )
 
     response = await client.get_async_httpx_client().request(**kwargs)
@@ -210,11 +233,13 @@ async def asyncio(
     order_id: str,
     *,
     client: AuthenticatedClient | Client,
+    only: CancelOrderOnly | Unset = UNSET,
 ) -> Order | Problem | None:
-    """Cancel an unpaid order and return its stock; idempotent
+    """Cancel an unpaid order and return its stock, or leave the waiting list; idempotent
 
     Args:
         order_id (str): A 64-bit, time-ordered integer as a string.
+        only (CancelOrderOnly | Unset):
 
     Raises:
         errors.UnexpectedStatus: If the server returns an undocumented status code and Client.raise_on_unexpected_status is True.
@@ -228,5 +253,6 @@ async def asyncio(
         await asyncio_detailed(
             order_id=order_id,
             client=client,
+            only=only,
         )
     ).parsed

@@ -1,0 +1,285 @@
+//! Assignment of units to waiting orders, and the end of their wait. A task and a connection of its own.
+//!
+//! ```text
+//!   unit comes back ──► kept (state::stock, in the same step)
+//!                         │ every tick: the next in line, whose rows are written
+//!                         ▼
+//!                       selected ──► UPDATE 7 → 1, counters, COMMIT ──► payable, off the list
+//!                         ▲                   │ nothing changed, or not these
+//!                         └── kept again ◄────┘
+//! ```
+//!
+//! A unit is assigned once: the list gives it to one transaction, whose UPDATE moves only rows that still wait,
+//! and an unknown COMMIT is looked up before anything else happens (`store::fenced`). A crash between any two steps
+//! leaves rows that wait or rows that are payable, and a start rebuilds the list and the kept units from those.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::processor::PAUSE;
+use super::settler::Settler;
+use crate::backoff::Backoff;
+use crate::faults::crash_point;
+use crate::order::{Ended, OrderId, SkuNumber, UnixMillis};
+use crate::state::stock::Sku;
+use crate::store::StoreError;
+use crate::store::settlement::waitlist;
+
+/// Interval between two looks for units and for ends.
+const LOOK: Duration = Duration::from_millis(50);
+/// Orders assigned, or ended, in one transaction at most.
+const ORDERS_MAX: usize = 2_000;
+/// Delay until a SKU is tried again whose rows are locked or whose counters are refused: first and longest.
+const DEFER: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
+
+/// A SKU that failed by itself.
+#[derive(Debug)]
+struct Deferred {
+    retry_at: Instant,
+    backoff: Backoff,
+}
+
+/// Orders of one SKU, with the units that are taken for them.
+struct Selected {
+    sku: Arc<Sku>,
+    orders: Vec<(OrderId, u32)>,
+}
+
+/// The task.
+pub struct Assigner {
+    settler: Settler,
+    /// `orders.payment_ttl_ms`.
+    payment_ttl_ms: u64,
+    /// `orders.waitlist_ttl_ms`.
+    waitlist_ttl_ms: u64,
+    deferred: BTreeMap<SkuNumber, Deferred>,
+    /// Whether each SKU has a transaction of its own, because one of several has failed.
+    one_by_one: bool,
+}
+
+impl Assigner {
+    /// The task, not yet running.
+    pub fn new(settler: Settler, payment_ttl_ms: u64, waitlist_ttl_ms: u64) -> Self {
+        Assigner {
+            settler,
+            payment_ttl_ms,
+            waitlist_ttl_ms,
+            deferred: BTreeMap::new(),
+            one_by_one: false,
+        }
+    }
+
+    /// Runs until the future is dropped or another process takes over.
+    pub async fn run(mut self) {
+        loop {
+            let pause = match self.step().await {
+                Ok(true) => None,
+                Ok(false) => Some(LOOK),
+                Err(error) => {
+                    self.settler.note_failure(&error);
+                    Some(if error.is_overlong() { LOOK } else { PAUSE })
+                }
+            };
+            if self.settler.parts.state.poison.is_set() {
+                return;
+            }
+            match pause {
+                Some(pause) => tokio::time::sleep(pause).await,
+                None => tokio::task::yield_now().await,
+            }
+        }
+    }
+
+    /// One look at every list, and at most one transaction for each group of SKUs. Returns true if there is more to
+    /// do.
+    async fn step(&mut self) -> Result<bool, StoreError> {
+        let skus = self.settler.parts.state.catalogue.waiting();
+        let mut more = false;
+        // Ends first: what has ended is not assigned.
+        for sku in &skus {
+            more |= self.end_due(sku).await?;
+        }
+        let now = UnixMillis::now();
+        let mut groups: BTreeMap<u64, Vec<Arc<Sku>>> = BTreeMap::new();
+        for sku in skus {
+            if self.settler.parts.state.catalogue.is_paused()
+                || !sku.may_assign(now)
+                || self.is_deferred(sku.number)
+            {
+                sku.waitlist().rest();
+                continue;
+            }
+            let ttl_ms = sku.terms().waitlist.payment_ttl_ms;
+            let ttl_ms = ttl_ms.unwrap_or(self.payment_ttl_ms);
+            groups.entry(ttl_ms).or_default().push(sku);
+        }
+        for (ttl_ms, skus) in groups {
+            if self.one_by_one {
+                for sku in skus {
+                    more |= self.assign_next(&[sku], ttl_ms).await?;
+                }
+            } else {
+                more |= self.assign_next(&skus, ttl_ms).await?;
+            }
+        }
+        self.one_by_one &= more;
+        self.note_metrics();
+        Ok(more)
+    }
+
+    fn is_deferred(&self, sku: SkuNumber) -> bool {
+        let deferred = self.deferred.get(&sku);
+        deferred.is_some_and(|deferred| deferred.retry_at > Instant::now())
+    }
+
+    /// Assigns kept units to the next orders of these SKUs. Returns whether there were any.
+    async fn assign_next(&mut self, skus: &[Arc<Sku>], ttl_ms: u64) -> Result<bool, StoreError> {
+        let mut selected = Vec::new();
+        let mut left = ORDERS_MAX;
+        for sku in skus {
+            let skips = sku.terms().waitlist.skips;
+            let orders = sku.waitlist().select(sku.counter(), skips, left);
+            left -= orders.len();
+            if !orders.is_empty() {
+                let sku = Arc::clone(sku);
+                selected.push(Selected { sku, orders });
+            }
+            if left == 0 {
+                break;
+            }
+        }
+        if selected.is_empty() {
+            return Ok(false);
+        }
+        crash_point("waitlist.selected");
+        match self.assign(&selected, ttl_ms).await {
+            Ok(()) => {
+                for Selected { sku, .. } in &selected {
+                    self.deferred.remove(&sku.number);
+                }
+                Ok(true)
+            }
+            Err(error) => {
+                for Selected { sku, orders } in &selected {
+                    sku.waitlist().give_back(sku.counter(), orders);
+                }
+                if !error.is_about_rows() {
+                    return Err(error);
+                }
+                match &*selected {
+                    [Selected { sku, .. }] => self.defer(sku, &error),
+                    _ => self.one_by_one = true,
+                }
+                Ok(true)
+            }
+        }
+    }
+
+    /// One transaction. On an error nothing has changed.
+    async fn assign(&mut self, selected: &[Selected], ttl_ms: u64) -> Result<(), StoreError> {
+        let state = Arc::clone(&self.settler.parts.state);
+        let ids: Vec<OrderId> = selected
+            .iter()
+            .flat_map(|selected| selected.orders.iter().map(|(id, _)| *id))
+            .collect();
+        for id in &ids {
+            state.recent_orders.forget(*id);
+        }
+        let started = Instant::now();
+        let now = state.ids.real_now();
+        let expires_at = now.plus_ms(ttl_ms);
+        let (moving, writer) = self.settler.writer().await?;
+        let assigned = waitlist::assign(writer, &ids, now, expires_at).await?;
+        crash_point("waitlist.assigned");
+        let mut by_sku: BTreeMap<SkuNumber, Vec<OrderId>> = BTreeMap::new();
+        for units in &assigned {
+            by_sku.entry(units.sku).or_default().push(units.order_id);
+        }
+        for Selected { sku, orders } in selected {
+            let assigned = by_sku.remove(&sku.number).unwrap_or_default();
+            // Sorted by id, both of them.
+            let (_, gone): (Vec<_>, Vec<_>) = orders
+                .iter()
+                .partition(|(id, _)| assigned.binary_search(id).is_ok());
+            state.assigned(sku, &assigned, expires_at);
+            if !gone.is_empty() {
+                // Cancelled meanwhile. Whoever did it removes them too.
+                let ids = gone.iter().map(|(id, _)| *id);
+                sku.waitlist().remove(sku.counter(), ids);
+                sku.waitlist().give_back(sku.counter(), &gone);
+            }
+        }
+        drop(moving);
+        let metrics = &self.settler.parts.metrics.waitlist;
+        metrics.assigned.inc_by(assigned.len() as u64);
+        metrics
+            .assign_seconds
+            .observe(started.elapsed().as_secs_f64());
+        tracing::debug!(
+            orders = assigned.len(),
+            "units were assigned to waiting orders"
+        );
+        Ok(())
+    }
+
+    /// Ends the wait of orders whose list has ended: all after `closes_at`, and without one those that have waited
+    /// for `orders.waitlist_ttl_ms`. Returns whether there may be more.
+    async fn end_due(&mut self, sku: &Arc<Sku>) -> Result<bool, StoreError> {
+        let state = Arc::clone(&self.settler.parts.state);
+        let before = match sku.terms().closes_at {
+            Some(closes_at) if UnixMillis::now() >= closes_at => OrderId::MAX,
+            Some(_) => return Ok(false),
+            None => state.ids.window_floor(self.waitlist_ttl_ms),
+        };
+        let due = sku.waitlist().joined_before(before, ORDERS_MAX);
+        if due.is_empty() {
+            return Ok(false);
+        }
+        for id in &due {
+            state.recent_orders.forget(*id);
+        }
+        let (moving, writer) = self.settler.writer().await?;
+        let ended = waitlist::end(writer, &due).await?;
+        state.end_waiting(&ended, Ended::Expired);
+        drop(moving);
+        let metrics = &self.settler.parts.metrics.waitlist;
+        metrics.expired.inc_by(ended.len() as u64);
+        tracing::info!(
+            sku_id = %sku.id, orders = ended.len(),
+            "orders have waited until the end of their list without units, and are expired"
+        );
+        // Rows that were locked, or have just been cancelled, are looked at again at the next tick.
+        Ok(ended.len() == ORDERS_MAX)
+    }
+
+    /// Defers a SKU: it is tried again by itself.
+    fn defer(&mut self, sku: &Arc<Sku>, error: &StoreError) {
+        let deferred = self.deferred.entry(sku.number).or_insert_with(|| Deferred {
+            retry_at: Instant::now(),
+            backoff: DEFER,
+        });
+        deferred.retry_at = Instant::now() + deferred.backoff.pause();
+        if deferred.backoff.is_at_longest() {
+            tracing::error!(
+                sku_id = %sku.id, reason = %error,
+                "waiting orders of this SKU are not assigned its units for now: a session holds locks on rows of this SKU \
+                 (see pg_locks), or its row in `sku` disagrees with its orders (run the audit); retrying"
+            );
+        }
+    }
+
+    fn note_metrics(&self) {
+        let parts = &self.settler.parts;
+        let now = parts.state.ids.now();
+        let (mut oldest_ms, mut overdue) = (0, Duration::ZERO);
+        for sku in parts.state.catalogue.waiting() {
+            let since = sku.waitlist().first().map(OrderId::millis);
+            oldest_ms = oldest_ms.max(since.map_or(0, |since| now.0 - since.0));
+            overdue = overdue.max(sku.waitlist().overdue());
+        }
+        let metrics = &parts.metrics.waitlist;
+        metrics.oldest_seconds.set(oldest_ms as f64 / 1_000.0);
+        metrics.overdue_seconds.set(overdue.as_secs_f64());
+    }
+}

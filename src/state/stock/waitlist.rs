@@ -1,0 +1,568 @@
+//! The waiting list of one SKU: orders without units, in the order in which they joined.
+//!
+//! ```text
+//!   join ──► joining ──row written──► waiting ──select──► assigning ──committed──► off the list
+//!               │                       │  ▲                  │
+//!               └── never written ──────┤  └── not committed ─┘
+//!                                       └── cancelled, or the list ended ────────► off the list
+//! ```
+//!
+//! Ids are given out under the list's lock, so that the order of joining is that of their turns
+//! ([`OrderId::turn`]), in memory, in the rows and after a restart. While the list has
+//! an order, whatever its state, the SKU's counter is in its waiting form. An order that is not a row yet is not
+//! assigned, and neither is any behind it: it may still be abandoned.
+//!
+//! Locks: the list, then a shard of the buyers' map or the counter's kept units.
+
+use std::collections::{HashMap, VecDeque};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use super::{Sku, StockCounter};
+use crate::order::OrderId;
+use crate::sync::Guarded;
+
+/// Orders in a block of the queue; a block is split at twice as many. Finding a position costs a step for each
+/// block before it.
+const BLOCK: usize = 512;
+
+/// State of an order on the list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// Its row is not written yet.
+    Joining,
+    /// Its row is committed.
+    Waiting,
+    /// A transaction that assigns units to it is under way.
+    Assigning,
+}
+
+/// An order on the list.
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    id: OrderId,
+    units: u32,
+    stage: Stage,
+}
+
+/// Entries by turn, in blocks, so that inserting, removing and ranking are cheap anywhere.
+#[derive(Debug, Default)]
+struct Queue {
+    /// None is empty.
+    blocks: VecDeque<Vec<Entry>>,
+}
+
+impl Queue {
+    fn block_of(&self, id: OrderId) -> usize {
+        let before =
+            |block: &Vec<Entry>| block.last().is_some_and(|last| last.id.turn() < id.turn());
+        self.blocks.partition_point(before)
+    }
+
+    /// Block and index of an entry.
+    fn find(&self, id: OrderId) -> Option<(usize, usize)> {
+        let at = self.block_of(id);
+        let found = place_in(self.blocks.get(at)?, id);
+        found.ok().map(|index| (at, index))
+    }
+
+    /// Number of entries before this one.
+    fn rank(&self, id: OrderId) -> Option<usize> {
+        let (at, index) = self.find(id)?;
+        Some(self.blocks.iter().take(at).map(Vec::len).sum::<usize>() + index)
+    }
+
+    /// Adds an entry unless it is there.
+    fn insert(&mut self, entry: Entry) -> bool {
+        let at = self.block_of(entry.id);
+        let last = self.blocks.len().saturating_sub(1);
+        let Some(block) = self.blocks.get_mut(at.min(last)) else {
+            self.blocks.push_back(vec![entry]);
+            return true;
+        };
+        let Err(index) = place_in(block, entry.id) else {
+            return false;
+        };
+        if at > last && block.len() >= BLOCK {
+            // At the end, where nearly all come: full blocks are left as they are.
+            self.blocks.push_back(vec![entry]);
+            return true;
+        }
+        block.insert(index, entry);
+        if block.len() >= 2 * BLOCK {
+            let upper = block.split_off(BLOCK);
+            self.blocks.insert(at.min(last) + 1, upper);
+        }
+        true
+    }
+
+    fn remove(&mut self, id: OrderId) -> Option<Entry> {
+        let (at, index) = self.find(id)?;
+        let block = self.blocks.get_mut(at)?;
+        let entry = block.remove(index);
+        if block.is_empty() {
+            self.blocks.remove(at);
+        }
+        Some(entry)
+    }
+
+    fn get_mut(&mut self, id: OrderId) -> Option<&mut Entry> {
+        let (at, index) = self.find(id)?;
+        self.blocks.get_mut(at)?.get_mut(index)
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &Entry> {
+        self.blocks.iter().flatten()
+    }
+
+    fn iter_mut(&mut self) -> impl Iterator<Item = &mut Entry> {
+        self.blocks.iter_mut().flatten()
+    }
+}
+
+fn place_in(block: &[Entry], id: OrderId) -> Result<usize, usize> {
+    block.binary_search_by_key(&id.turn(), |one| one.id.turn())
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    queue: Queue,
+    /// Requests that wait until an order has left the list.
+    watchers: HashMap<OrderId, Vec<(u64, Waker)>>,
+    next_watcher: u64,
+    /// Since when units are kept that the next order could have.
+    servable_since: Option<Instant>,
+}
+
+/// Where an order that accepts to wait was placed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Placed {
+    /// Units were free and nobody waits: it holds them.
+    Held,
+    /// On the list.
+    Joined,
+    /// Nowhere: the list has as many orders as it may.
+    Full,
+    /// Nowhere: it asks for more units than the SKU has in total.
+    TooMany,
+}
+
+/// The waiting list of one SKU.
+#[derive(Debug, Default)]
+pub struct Waitlist {
+    inner: Guarded<Inner>,
+    /// Orders on the list, written under its lock.
+    len: AtomicUsize,
+}
+
+impl Waitlist {
+    /// Orders on the list.
+    pub fn len(&self) -> usize {
+        self.len.load(Ordering::Relaxed)
+    }
+
+    /// Whether nobody waits.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Places an order of `units`: it holds them if they are free and nobody waits, and else joins the list, which
+    /// may have `max` orders. `claim` gives the order its id and enters it into its buyer's record. It runs under
+    /// the list's lock and must not block.
+    ///
+    /// # Errors
+    /// That of `claim`; nothing is placed.
+    pub fn hold_or_join<C, E>(
+        &self,
+        counter: &StockCounter,
+        units: u32,
+        max: u32,
+        claim: impl FnOnce() -> Result<(OrderId, C), E>,
+    ) -> Result<(Placed, OrderId, C), E> {
+        self.inner.with(|inner| {
+            let (id, claimed) = claim()?;
+            let placed = if counter.hold(units).is_ok() {
+                Placed::Held
+            } else if units > counter.snapshot().total {
+                Placed::TooMany
+            } else if self.len() >= max as usize {
+                Placed::Full
+            } else {
+                let stage = Stage::Joining;
+                self.insert(inner, counter, Entry { id, units, stage });
+                Placed::Joined
+            };
+            Ok((placed, id, claimed))
+        })
+    }
+
+    fn insert(&self, inner: &mut Inner, counter: &StockCounter, entry: Entry) {
+        if inner.queue.insert(entry) && self.len.fetch_add(1, Ordering::Relaxed) == 0 {
+            counter.begin_waiting();
+        }
+    }
+
+    /// Enters an order whose row waits, at its place by id, unless it is there. True: it was not.
+    pub fn restore(&self, counter: &StockCounter, id: OrderId, units: u32) -> bool {
+        self.inner.with(|inner| {
+            if inner.queue.find(id).is_some() {
+                return false;
+            }
+            let stage = Stage::Waiting;
+            self.insert(inner, counter, Entry { id, units, stage });
+            true
+        })
+    }
+
+    /// The row of a joining order is committed: it may be assigned units.
+    pub fn row_written(&self, id: OrderId) {
+        self.inner.with(|inner| {
+            if let Some(entry) = inner.queue.get_mut(id)
+                && entry.stage == Stage::Joining
+            {
+                entry.stage = Stage::Waiting;
+            }
+        });
+    }
+
+    /// Removes orders. Requests that wait for them are woken, and after the last one the kept units are free.
+    pub fn remove(&self, counter: &StockCounter, ids: impl IntoIterator<Item = OrderId>) {
+        let woken = self.inner.with(|inner| {
+            let mut woken = Vec::new();
+            for id in ids {
+                if inner.queue.remove(id).is_none() {
+                    continue;
+                }
+                woken.extend(inner.watchers.remove(&id));
+                if self.len.fetch_sub(1, Ordering::Relaxed) == 1 {
+                    counter.end_waiting();
+                    inner.servable_since = None;
+                }
+            }
+            woken
+        });
+        for (_, waker) in woken.into_iter().flatten() {
+            waker.wake();
+        }
+    }
+
+    /// Number of orders before this one, plus one; `None` if it is not on the list.
+    pub fn position(&self, id: OrderId) -> Option<usize> {
+        self.inner
+            .with(|inner| inner.queue.rank(id))
+            .map(|rank| rank + 1)
+    }
+
+    /// Whether an order is on the list.
+    pub fn has(&self, id: OrderId) -> bool {
+        self.inner.with(|inner| inner.queue.find(id).is_some())
+    }
+
+    /// The first order on the list.
+    pub fn first(&self) -> Option<OrderId> {
+        self.inner
+            .with(|inner| inner.queue.iter().next().map(|entry| entry.id))
+    }
+
+    /// Takes kept units for the next orders, at most `max` of them, which are being assigned from now on. Strict:
+    /// none is passed over; with `skips` an order for which the kept units do not suffice is.
+    pub fn select(&self, counter: &StockCounter, skips: bool, max: usize) -> Vec<(OrderId, u32)> {
+        self.inner.with(|inner| {
+            let mut kept = counter.kept();
+            let mut selected = Vec::new();
+            for entry in inner.queue.iter_mut() {
+                if kept == 0 || selected.len() == max {
+                    break;
+                }
+                match entry.stage {
+                    Stage::Assigning => continue,
+                    Stage::Joining => break,
+                    Stage::Waiting => {}
+                }
+                if entry.units <= kept {
+                    kept -= entry.units;
+                    entry.stage = Stage::Assigning;
+                    selected.push((entry.id, entry.units));
+                } else if !skips {
+                    break;
+                }
+            }
+            let units = selected.iter().map(|(_, units)| *units).sum();
+            // Only this method takes kept units. A lower total may have taken some away meanwhile.
+            if !counter.take_kept(units) {
+                for (id, _) in selected.drain(..) {
+                    inner.wait_again(id);
+                }
+            }
+            if selected.is_empty() {
+                inner.servable_since = None;
+            } else {
+                inner.servable_since.get_or_insert_with(Instant::now);
+            }
+            selected
+        })
+    }
+
+    /// Gives back units that were taken for orders that were not assigned them. Those that are still on the list
+    /// wait again.
+    pub fn give_back(&self, counter: &StockCounter, orders: &[(OrderId, u32)]) {
+        self.inner
+            .with(|inner| orders.iter().for_each(|(id, _)| inner.wait_again(*id)));
+        counter.release(orders.iter().map(|(_, units)| *units).sum());
+    }
+
+    /// Orders that were in line, from the first on, whose rows are written and which joined before `id`; at most
+    /// `max`.
+    pub fn joined_before(&self, id: OrderId, max: usize) -> Vec<OrderId> {
+        self.inner.with(|inner| {
+            let waiting = |entry: &&Entry| entry.stage == Stage::Waiting;
+            let before = inner
+                .queue
+                .iter()
+                .take_while(|entry| entry.id.turn() < id.turn());
+            before
+                .filter(waiting)
+                .take(max)
+                .map(|entry| entry.id)
+                .collect()
+        })
+    }
+
+    /// Forgets since when the next order could have been served: it may not be served now.
+    pub fn rest(&self) {
+        self.inner.with(|inner| inner.servable_since = None);
+    }
+
+    /// How long units have been kept that the next order could have.
+    pub fn overdue(&self) -> Duration {
+        let since = self.inner.with(|inner| inner.servable_since);
+        since.map_or(Duration::ZERO, |since| since.elapsed())
+    }
+}
+
+impl Inner {
+    fn wait_again(&mut self, id: OrderId) {
+        if let Some(entry) = self.queue.get_mut(id) {
+            entry.stage = Stage::Waiting;
+        }
+    }
+}
+
+/// An order's place on its list. Dropping it leaves the list; [`WaitPlace::commit`] leaves the order there, for
+/// whoever settles it.
+#[derive(Debug)]
+#[must_use = "dropping a place leaves the list"]
+pub struct WaitPlace {
+    sku: Arc<Sku>,
+    id: Option<OrderId>,
+}
+
+impl WaitPlace {
+    /// The place of an order that has joined.
+    pub fn of(sku: &Arc<Sku>, id: OrderId) -> Self {
+        WaitPlace {
+            sku: Arc::clone(sku),
+            id: Some(id),
+        }
+    }
+
+    /// Keeps the place.
+    pub fn commit(mut self) {
+        self.id = None;
+    }
+}
+
+impl Drop for WaitPlace {
+    fn drop(&mut self) {
+        if let Some(id) = self.id {
+            self.sku.waitlist().remove(self.sku.counter(), [id]);
+        }
+    }
+}
+
+/// Completes once an order is not on its list.
+#[derive(Debug)]
+#[must_use = "futures do nothing unless polled"]
+pub struct HasLeft {
+    sku: Arc<Sku>,
+    id: OrderId,
+    watcher: Option<u64>,
+}
+
+impl HasLeft {
+    /// Of an order on the list of `sku`.
+    pub fn new(sku: Arc<Sku>, id: OrderId) -> Self {
+        let watcher = None;
+        HasLeft { sku, id, watcher }
+    }
+}
+
+impl Future for HasLeft {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
+        let (sku, id) = (Arc::clone(&self.sku), self.id);
+        let this = &mut *self;
+        sku.waitlist().inner.with(|inner| {
+            if inner.queue.find(id).is_none() {
+                return Poll::Ready(());
+            }
+            let watcher = *this.watcher.get_or_insert_with(|| {
+                inner.next_watcher += 1;
+                inner.next_watcher
+            });
+            let all = inner.watchers.entry(id).or_default();
+            all.retain(|(known, _)| *known != watcher);
+            all.push((watcher, context.waker().clone()));
+            Poll::Pending
+        })
+    }
+}
+
+impl Drop for HasLeft {
+    fn drop(&mut self) {
+        let (id, Some(watcher)) = (self.id, self.watcher) else {
+            return;
+        };
+        self.sku.waitlist().inner.with(|inner| {
+            if let Some(all) = inner.watchers.get_mut(&id) {
+                all.retain(|(known, _)| *known != watcher);
+                if all.is_empty() {
+                    inner.watchers.remove(&id);
+                }
+            }
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id(value: u64) -> OrderId {
+        OrderId::new(value).unwrap()
+    }
+
+    fn join(list: &Waitlist, counter: &StockCounter, value: u64, units: u32) -> Placed {
+        let placed = list.hold_or_join(counter, units, 10_000, || Ok::<_, ()>((id(value), ())));
+        placed.unwrap().0
+    }
+
+    fn joined(list: &Waitlist, counter: &StockCounter, orders: &[(u64, u32)]) {
+        for (value, units) in orders {
+            assert_eq!(join(list, counter, *value, *units), Placed::Joined);
+            list.row_written(id(*value));
+        }
+    }
+
+    #[test]
+    fn a_unit_that_comes_back_is_kept_for_whoever_waits_and_is_free_after_the_last() {
+        let (list, counter) = (Waitlist::default(), StockCounter::new(1, 0, 0));
+        assert_eq!(join(&list, &counter, 1, 1), Placed::Held);
+        joined(&list, &counter, &[(2, 1)]);
+        counter.release(1);
+        let kept = counter.snapshot();
+        assert_eq!((kept.free, kept.held, counter.kept()), (0, 1, 1));
+        assert!(counter.hold(1).is_err(), "a newcomer overtakes");
+        assert_eq!(join(&list, &counter, 3, 1), Placed::Joined);
+        assert_eq!(list.select(&counter, false, 10), [(id(2), 1)]);
+        assert_eq!(list.select(&counter, false, 10), []);
+        list.remove(&counter, [id(2), id(3)]);
+        // Order 2 holds the unit.
+        assert_eq!((counter.free(), counter.snapshot().held), (0, 1));
+        counter.release(1);
+        assert_eq!(counter.free(), 1);
+    }
+
+    #[test]
+    fn a_strict_list_waits_for_its_first_order_and_a_skipping_one_passes_it_over() {
+        for (skips, expected) in [(false, vec![]), (true, vec![(id(2), 1), (id(3), 1)])] {
+            let (list, counter) = (Waitlist::default(), StockCounter::new(4, 0, 0));
+            counter.hold(4).unwrap();
+            joined(&list, &counter, &[(1, 3), (2, 1), (3, 1)]);
+            counter.release(2);
+            assert_eq!(list.select(&counter, skips, 10), expected, "skips: {skips}");
+        }
+    }
+
+    #[test]
+    fn nobody_is_assigned_before_an_earlier_order_is_a_row() {
+        let (list, counter) = (Waitlist::default(), StockCounter::new(2, 2, 0));
+        assert_eq!(join(&list, &counter, 1, 1), Placed::Joined);
+        joined(&list, &counter, &[(2, 1)]);
+        counter.release(2);
+        assert_eq!(list.select(&counter, false, 10), []);
+        list.row_written(id(1));
+        assert_eq!(list.select(&counter, false, 10), [(id(1), 1), (id(2), 1)]);
+    }
+
+    #[test]
+    fn what_was_not_assigned_goes_to_the_next() {
+        let (list, counter) = (Waitlist::default(), StockCounter::new(2, 2, 0));
+        joined(&list, &counter, &[(1, 1), (2, 1)]);
+        counter.release(1);
+        let selected = list.select(&counter, false, 10);
+        // Cancelled meanwhile.
+        list.remove(&counter, [id(1)]);
+        list.give_back(&counter, &selected);
+        assert_eq!(list.select(&counter, false, 10), [(id(2), 1)]);
+        // Not committed.
+        list.give_back(&counter, &[(id(2), 1)]);
+        assert!(list.overdue() > Duration::ZERO);
+        assert_eq!(list.select(&counter, false, 10), [(id(2), 1)]);
+    }
+
+    #[test]
+    fn the_list_is_bounded_and_refuses_what_it_could_never_serve() {
+        let (list, counter) = (Waitlist::default(), StockCounter::new(1, 1, 0));
+        let place = |value, units| {
+            let placed = list.hold_or_join(&counter, units, 1, || Ok::<_, ()>((id(value), ())));
+            placed.unwrap().0
+        };
+        assert_eq!(place(1, 2), Placed::TooMany);
+        assert_eq!(place(2, 1), Placed::Joined);
+        assert_eq!(place(3, 1), Placed::Full);
+        assert_eq!(list.len(), 1);
+    }
+
+    #[test]
+    fn positions_are_those_of_a_sorted_vector_whatever_joins_and_leaves() {
+        let (list, counter) = (Waitlist::default(), StockCounter::new(1, 1, 0));
+        let mut twin: Vec<u64> = Vec::new();
+        let mut random = 7_u64;
+        for step in 0..20_000_u64 {
+            random = random
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            match random >> 62 {
+                0 if !twin.is_empty() => {
+                    let gone = twin.remove((random >> 20) as usize % twin.len());
+                    list.remove(&counter, [id(gone)]);
+                }
+                1 => {
+                    let value = 1 + (random >> 24) % 30_000;
+                    let is_new = list.restore(&counter, id(value), 1);
+                    assert_eq!(is_new, twin.binary_search(&value).is_err());
+                    if let Err(at) = twin.binary_search(&value) {
+                        twin.insert(at, value);
+                    }
+                }
+                _ => {
+                    list.restore(&counter, id(30_001 + step), 1);
+                    twin.push(30_001 + step);
+                }
+            }
+        }
+        assert_eq!(list.len(), twin.len());
+        for (rank, value) in twin.iter().enumerate() {
+            assert_eq!(list.position(id(*value)), Some(rank + 1));
+        }
+        assert_eq!(list.first().map(OrderId::get), twin.first().copied());
+        assert!(counter.is_waiting());
+        list.remove(&counter, twin.into_iter().map(id));
+        assert!(!counter.is_waiting() && list.is_empty());
+    }
+}

@@ -1,0 +1,76 @@
+//! Orders that wait for units: assigning them, and ending their wait.
+
+use super::SettlementWriter;
+use super::statements::{Change, Changes, Closing, Sql};
+use crate::order::{OrderId, OrderUnits, SkuNumber, UnixMillis, UserId};
+use crate::store::StoreError;
+
+/// Makes those of `orders` payable until `expires_at` that still wait, and moves their units to `held`, all or
+/// nothing. Returns them. The caller has units in memory for all of them.
+///
+/// # Errors
+/// On an error nothing has changed. [`StoreError::is_about_rows`] if a row cannot be locked, or a SKU's counters
+/// are refused.
+pub async fn assign(
+    writer: &mut SettlementWriter,
+    orders: &[OrderId],
+    now: UnixMillis,
+    expires_at: UnixMillis,
+) -> Result<Vec<OrderUnits>, StoreError> {
+    let ids: Vec<i64> = orders.iter().map(|id| id.as_i64()).collect();
+    writer
+        .transact("assigning units", async |client, statements| {
+            let assign = statements.of(client, Sql::Assign).await?;
+            let rows = client.query(assign, &[&ids, &expires_at.0, &now.0]).await?;
+            let assigned = units_of(&rows);
+            let mut changes = Changes::default();
+            for units in &assigned {
+                let change = Change {
+                    held: i64::from(units.quantity),
+                    ..Change::default()
+                };
+                changes.add(units.sku, change);
+            }
+            let from = assigned.first().map_or(0, |first| first.order_id.get());
+            let reference = format!("{} orders from {from}", assigned.len());
+            let mut closing = Closing::default();
+            closing.move_counters(&[("assigned", changes)], &reference);
+            Ok((assigned, closing))
+        })
+        .await
+}
+
+/// Expires those of `orders` that still wait. They hold no units, so no counter moves. Skips locked rows.
+///
+/// # Errors
+/// On an error nothing has changed.
+pub async fn end(
+    writer: &mut SettlementWriter,
+    orders: &[OrderId],
+) -> Result<Vec<OrderUnits>, StoreError> {
+    let ids: Vec<i64> = orders.iter().map(|id| id.as_i64()).collect();
+    writer
+        .transact("ending a waiting list", async |client, statements| {
+            let end = statements.of(client, Sql::EndWaiting).await?;
+            let rows = client.query(end, &[&ids]).await?;
+            Ok((units_of(&rows), Closing::default()))
+        })
+        .await
+}
+
+/// Reads rows of id, buyer, SKU and quantity; sorted by id.
+fn units_of(rows: &[tokio_postgres::Row]) -> Vec<OrderUnits> {
+    let mut units: Vec<OrderUnits> = rows
+        .iter()
+        .filter_map(|row| {
+            Some(OrderUnits {
+                order_id: OrderId::from_i64(row.get(0))?,
+                user_id: UserId::from_row(row.get(1)),
+                sku: SkuNumber(row.get(2)),
+                quantity: u32::try_from(row.get::<_, i32>(3)).unwrap_or(0),
+            })
+        })
+        .collect();
+    units.sort_unstable_by_key(|units| units.order_id);
+    units
+}
