@@ -60,6 +60,9 @@ pub struct LoadArgs {
     /// Ask the server to wait at most this long (Prefer: wait=N), in seconds.
     #[arg(long, value_name = "SECONDS")]
     wait: Option<u32>,
+    /// Buyers join the waiting list if no units are free, and with --pay they pay once they are assigned some.
+    #[arg(long)]
+    waitlist: bool,
     /// Play the payment platform too: this share of placed orders is paid, 0 to 1, through callbacks
     /// to POST /v1/payments/standard/notify of the target.
     ///
@@ -132,6 +135,7 @@ pub async fn run(args: LoadArgs) -> anyhow::Result<bool> {
         one_order_per_buyer: args.one_order_per_buyer,
         double_click_share: args.duplicates,
         quantity: args.quantity,
+        waitlist: args.waitlist,
         mode: args.mode,
         wait_s: args.wait,
         connections: args.connections,

@@ -9,13 +9,14 @@ use std::time::{Duration, Instant};
 
 use super::arrival::Arrival;
 use super::error::LoadError;
-use super::outcome::Answer;
+use super::outcome::{Answer, AnswerKind};
 use super::platform::PlacedOrder;
 use super::recorder::{LiveCounters, Recorder};
 use super::request_template::RequestTemplate;
 use super::schedule::Cursor;
 use super::sender::{Fault, Reply, Sender, Traffic};
 use super::target::Target;
+use super::waiting::WaitingOrder;
 
 /// How long connections may take to be made before the load begins.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
@@ -46,6 +47,7 @@ pub(super) fn spawn(
     connections: usize,
     live: Arc<LiveCounters>,
     payments_tx: Option<mpsc::Sender<PlacedOrder>>,
+    waiting_tx: Option<mpsc::Sender<WaitingOrder>>,
 ) -> Result<JoinHandle<io::Result<Recorder>>, LoadError> {
     let failed = |e: io::Error| LoadError::Thread {
         what: "sending thread",
@@ -61,6 +63,7 @@ pub(super) fn spawn(
         cursor,
         live,
         payments_tx,
+        waiting_tx,
     };
     std::thread::Builder::new()
         .name("loadgen".to_owned())
@@ -87,6 +90,8 @@ struct Buyers {
     shown_at: Instant,
     /// Takes placed orders to the payment platform; none without payments.
     payments_tx: Option<mpsc::Sender<PlacedOrder>>,
+    /// Takes orders that wait for units to those who ask for them; none if nobody waits.
+    waiting_tx: Option<mpsc::Sender<WaitingOrder>>,
 }
 
 impl Traffic for Buyers {
@@ -128,6 +133,17 @@ impl Traffic for Buyers {
         {
             // A platform that has given up takes no more orders.
             let _ = payments_tx.send(order);
+        }
+        if let Some(waiting_tx) = &self.waiting_tx
+            && answer.kind == AnswerKind::Waitlisted
+            && let Some(order_id) = answer.order_id
+        {
+            let Arrival { buyer, sku, .. } = arrival;
+            let _ = waiting_tx.send(WaitingOrder {
+                buyer,
+                sku,
+                order_id,
+            });
         }
         self.record(&arrival, now, &answer);
     }

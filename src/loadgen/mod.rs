@@ -14,6 +14,7 @@
 //!                                              POST /v1/payments/standard/notify     │
 //!                                                                                    │
 //!            stock: GET /v1/skus/… every 100 ms        follow_up: GET /v1/orders/…   │
+//!            waiting: GET /v1/orders/… of who is next                                │
 //!                            └───────────────► report ◄──────────────┴───────────────┘
 //!                                                │
 //!                                    table (terminal) · page (HTML) · serde (--json)
@@ -44,6 +45,7 @@ pub mod sender;
 mod stock;
 mod table;
 mod target;
+mod waiting;
 
 #[cfg(test)]
 mod test_server;
@@ -66,3 +68,4 @@ pub use report::{
 };
 pub use run::{run, run_until};
 pub use table::render_table;
+pub use waiting::WaitlistReport;

@@ -19,6 +19,8 @@ pub enum AnswerKind {
     Created,
     /// `202`: placed and durable in the queue.
     Accepted,
+    /// `202` with status `waitlisted`: it waits for units.
+    Waitlisted,
     /// `200`: the order that an earlier request under the same key placed.
     Replayed,
     /// `202` with status `undecided`: settled later, see the follow-up.
@@ -46,9 +48,10 @@ impl AnswerKind {
     pub(super) const COUNT: usize = Self::ALL.len();
 
     /// Every kind, in the order of a table: good news first.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Created,
         Self::Accepted,
+        Self::Waitlisted,
         Self::Replayed,
         Self::Undecided,
         Self::SoldOut,
@@ -66,6 +69,7 @@ impl AnswerKind {
         match self {
             Self::Created => "created",
             Self::Accepted => "accepted",
+            Self::Waitlisted => "waitlisted",
             Self::Replayed => "replayed",
             Self::Undecided => "undecided",
             Self::SoldOut => "sold_out",
@@ -84,6 +88,7 @@ impl AnswerKind {
         match self {
             Self::Created => "201 placed",
             Self::Accepted => "202 accepted",
+            Self::Waitlisted => "202 waitlisted",
             Self::Replayed => "200 replayed",
             Self::Undecided => "202 undecided",
             Self::SoldOut => "409 sold out",
@@ -97,7 +102,7 @@ impl AnswerKind {
         }
     }
 
-    /// Whether the request placed an order of its own.
+    /// Whether the request placed an order of its own that has its units.
     pub fn is_placed(self) -> bool {
         matches!(self, Self::Created | Self::Accepted)
     }
@@ -172,6 +177,7 @@ impl Answer {
             };
             let kind = match http_status {
                 _ if state == "undecided" => AnswerKind::Undecided,
+                202 if state == "waitlisted" => AnswerKind::Waitlisted,
                 201 => AnswerKind::Created,
                 202 => AnswerKind::Accepted,
                 _ => AnswerKind::Replayed,

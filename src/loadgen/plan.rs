@@ -51,6 +51,11 @@ pub struct LoadPlan {
     pub double_click_ms_max: u64,
     /// Units in each order, 1 to 10,000.
     pub quantity: u32,
+    /// Buyers join the waiting list if no units are free, and pay once they are assigned some.
+    pub waitlist: bool,
+    /// How long after the last answer buyers wait for units, in milliseconds, at most a day. They give up
+    /// earlier if no units of their SKU can come back any more.
+    pub waitlist_after_ms: u64,
     /// Whether answers wait for the database or only for the queue.
     pub mode: OrderMode,
     /// Seconds to wait (`Prefer: wait=N`); none leaves it to the server.
@@ -115,6 +120,8 @@ impl Default for LoadPlan {
             double_click_share: 0.0,
             double_click_ms_max: 50,
             quantity: 1,
+            waitlist: false,
+            waitlist_after_ms: 60_000,
             mode: OrderMode::Wait,
             wait_s: None,
             rate: RateProfile::Constant { per_second: 1000.0 },
@@ -219,7 +226,10 @@ impl LoadPlan {
         if self.pay_share > 0.0 {
             self.signer()?;
         }
-        if self.pay_grace_ms > DAY_MS || self.watch_after_ms > DAY_MS {
+        if self.pay_grace_ms > DAY_MS
+            || self.watch_after_ms > DAY_MS
+            || self.waitlist_after_ms > DAY_MS
+        {
             return bad("what comes after the last answer must be over within a day");
         }
         if !(1..=1000).contains(&self.pay_connections) {

@@ -9,6 +9,7 @@ use super::outcome::{AnswerKind, Outcomes};
 use super::plan::LoadPlan;
 use super::platform::PaymentReport;
 use super::recorder::{Recorder, add, microseconds, ms};
+use super::waiting::WaitlistReport;
 
 /// Quantile points of a distribution: nine a decade of `1 - p`, down to one in a million.
 const DECADES: i32 = 6;
@@ -61,6 +62,9 @@ pub struct LoadReport {
     pub stock: Vec<StockSeries>,
     /// Final statuses of undecided orders.
     pub undecided: UndecidedReport,
+    /// What became of orders that waited for units, if the plan has any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub waitlist: Option<WaitlistReport>,
     /// The payments, if the plan has any.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub payments: Option<PaymentReport>,
@@ -265,6 +269,7 @@ impl LoadReport {
             series,
             stock: Vec::new(),
             undecided: UndecidedReport::default(),
+            waitlist: None,
             payments: None,
             outcomes: None,
         }

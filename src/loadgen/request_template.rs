@@ -15,6 +15,7 @@ use super::plan::LoadPlan;
 pub(super) struct RequestTemplate {
     skus: Vec<String>,
     quantity: u32,
+    waitlist: bool,
     user_prefix: String,
     key_prefix: String,
     lines: Option<Vec<OrderLine>>,
@@ -26,6 +27,7 @@ impl RequestTemplate {
         Self {
             skus: plan.skus.iter().map(|s| s.sku_id.clone()).collect(),
             quantity: plan.quantity,
+            waitlist: plan.waitlist,
             user_prefix: plan.user_prefix.clone(),
             key_prefix: plan.key_prefix.clone(),
             lines: None,
@@ -37,6 +39,7 @@ impl RequestTemplate {
         Self {
             skus,
             quantity: 1,
+            waitlist: false,
             user_prefix: String::new(),
             key_prefix: String::new(),
             lines: Some(lines),
@@ -104,10 +107,15 @@ impl RequestTemplate {
                 let user = self.user(arrival.buyer);
                 let _ = write!(
                     body,
-                    r#"{{"user_id":{},"sku_id":{},"quantity":{}}}"#,
+                    r#"{{"user_id":{},"sku_id":{},"quantity":{}{}}}"#,
                     Quoted(&user),
                     Quoted(self.sku(arrival.sku)),
-                    self.quantity
+                    self.quantity,
+                    if self.waitlist {
+                        r#","waitlist":true"#
+                    } else {
+                        ""
+                    }
                 );
                 Bytes::from(body)
             }

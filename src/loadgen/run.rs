@@ -4,7 +4,7 @@ use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Barrier, OnceLock};
+use std::sync::{Arc, Barrier, OnceLock, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -24,6 +24,7 @@ use super::request_template::RequestTemplate;
 use super::schedule::{Cursor, Schedule};
 use super::stock::StockWatch;
 use super::target::Target;
+use super::waiting::WaitingBuyers;
 
 /// How often stock is looked at and progress is shown.
 const TICK: Duration = Duration::from_millis(100);
@@ -68,7 +69,14 @@ pub async fn run_until(
         ready: Barrier::new(plan.threads_here()),
         start: OnceLock::new(),
     });
-    let (mut sending, delivery) = Sending::start(&plan, shared, &schedule)?;
+    let (mut sending, delivery, waiting) = Sending::start(&plan, shared, &schedule)?;
+    // Ends with this function, should it be dropped.
+    let mut waiting = waiting.map(|waiting| {
+        let mut tasks = tokio::task::JoinSet::new();
+        tasks.spawn(waiting.ask());
+        tasks
+    });
+    let mut waited = None;
     let begun = sending.begun().await?;
     let started_at = jiff::Timestamp::now();
 
@@ -83,7 +91,13 @@ pub async fn run_until(
             if sent_at.is_none() && sending.is_finished() {
                 sent_at = Some(Instant::now());
             }
-            let settled = delivery.as_ref().is_none_or(WebhookDelivery::is_finished);
+            if let Some(tasks) = &mut waiting
+                && let Some(report) = tasks.try_join_next()
+            {
+                waited = report.ok();
+            }
+            let settled = delivery.as_ref().is_none_or(WebhookDelivery::is_finished)
+                && waiting.as_ref().is_none_or(tokio::task::JoinSet::is_empty);
             let watched = sent_at.is_some_and(|at| interrupted || at.elapsed() >= watch_after);
             if settled && watched {
                 break;
@@ -119,6 +133,7 @@ pub async fn run_until(
     let (recorder, outcomes) = join_records(parts, &plan, &template, interval_ms);
     let mut report = LoadReport::draw(&plan, &recorder, interval_ms);
     report.payments = payments;
+    report.waitlist = waited;
     report.outcomes = outcomes;
     report.started_at = format!("{started_at:.3}");
     report.interrupted = interrupted;
@@ -154,7 +169,7 @@ impl Sending {
         plan: &LoadPlan,
         shared: Arc<RunShared>,
         schedule: &Arc<Schedule>,
-    ) -> Result<(Self, Option<WebhookDelivery>), LoadError> {
+    ) -> Result<(Self, Option<WebhookDelivery>, Option<WaitingBuyers>), LoadError> {
         let count = plan.threads_here();
         let opened = if plan.pay_share > 0.0 {
             let end = Duration::try_from_secs_f64(schedule.seconds_expected());
@@ -167,6 +182,19 @@ impl Sending {
             None
         };
         let (delivery, payments_tx) = opened.unzip();
+        let (waiting_tx, waiting) = plan
+            .waitlist
+            .then(|| {
+                let (waiting_tx, orders) = mpsc::channel();
+                let waiting = WaitingBuyers {
+                    shared: Arc::clone(&shared),
+                    orders,
+                    payments_tx: payments_tx.clone(),
+                    wait_after: Duration::from_millis(plan.waitlist_after_ms),
+                };
+                (waiting_tx, waiting)
+            })
+            .unzip();
         let mut sending = Self {
             shared,
             lives: Vec::new(),
@@ -184,9 +212,10 @@ impl Sending {
                 connections,
                 live,
                 payments_tx.clone(),
+                waiting_tx.clone(),
             )?);
         }
-        Ok((sending, delivery))
+        Ok((sending, delivery, waiting))
     }
 
     /// Moment zero, once all threads are connected.

@@ -51,6 +51,16 @@ fn headlines(report: &LoadReport) -> String {
     for stock in report.stock.iter().filter_map(stock_line) {
         line("stock", stock);
     }
+    if let Some(waitlist) = report.waitlist {
+        let value = format!(
+            "{} orders joined; {} were assigned units, {} ended without, {} still wait",
+            HumanCount(waitlist.joined),
+            HumanCount(waitlist.assigned),
+            HumanCount(waitlist.ended),
+            HumanCount(waitlist.waiting)
+        );
+        line("waiting", value);
+    }
     if report.undecided.orders > 0 {
         line("undecided", undecided_line(&report.undecided));
     }

@@ -431,6 +431,7 @@ fn request(user: &str, quantity: u32) -> OrderRequest {
         adjustment: 0,
         amount: 100 * i64::from(quantity),
         attributes: Some(json!({ "user": user })),
+        waitlist: false,
     }
 }
 

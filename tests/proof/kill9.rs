@@ -71,11 +71,13 @@ impl Form {
     /// The points that it crashes at.
     fn points(self) -> Vec<&'static str> {
         let is_ours = |point: &&str| match self {
-            Form::Orders => !point.starts_with("log.") && !point.starts_with("settlement."),
-            Form::Payments => point.starts_with("settlement."),
+            Form::Orders => !["log.", "settlement.", "waitlist."]
+                .iter()
+                .any(|others| point.starts_with(others)),
+            Form::Payments => point.starts_with("settlement.") || point.starts_with("waitlist."),
             // Most of the journal's are about its files.
             Form::Broker(_) => {
-                !point.starts_with("journal.")
+                !point.starts_with("journal.") && !point.starts_with("waitlist.")
                     || ["journal.acknowledged", "journal.read_back"].contains(point)
             }
         };
@@ -349,6 +351,7 @@ impl<'a> Proof<'a> {
             "journal.segment_created" | "journal.segment_renamed" | "recovery.replayed" => 1,
             "journal.before_retire" | "journal.after_retire" => self.random.random_range(1..=2),
             "recovery.replayed_part" | "log.marked" => 1,
+            "waitlist.selected" | "waitlist.assigned" => self.random.random_range(1..=3),
             _ => self.random.random_range(1..=30),
         };
         let mut all = self.environment(settings);
@@ -395,6 +398,7 @@ impl<'a> Proof<'a> {
             (load.threads, load.respond_async, load.batch_max) = (8, 90, 60);
         }
         load.platform = self.platform.as_ref();
+        load.waits = self.platform.is_some();
         let (stop, data) = (AtomicBool::new(false), served.data);
         std::thread::scope(|scope| {
             scope.spawn(|| load.run(&stop));
@@ -454,6 +458,7 @@ impl<'a> Proof<'a> {
         let mut load = Load::prepare(&served, &self.checker, u64::MAX, &mut self.random)
             .map_err(|e| format!("no SKU can be put on sale: {e}"))?;
         load.platform = self.platform.as_ref();
+        load.waits = self.platform.is_some();
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
             scope.spawn(|| load.run(&stop));

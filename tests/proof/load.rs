@@ -34,6 +34,8 @@ pub struct Load<'a> {
     pub batch_max: usize,
     /// Whether some orders are cancelled again.
     pub cancels: bool,
+    /// Whether some buyers wait if no units are free.
+    pub waits: bool,
     /// The payment platform, if buyers pay.
     pub platform: Option<&'a Platform>,
 }
@@ -64,6 +66,7 @@ impl<'a> Load<'a> {
             respond_async: random.random_range(10..=90),
             batch_max: random.random_range(3..=60),
             cancels: true,
+            waits: false,
             platform: None,
         })
     }
@@ -183,6 +186,7 @@ impl Shop<'_> {
             attributes: random
                 .random_bool(0.3)
                 .then(|| json!({ "address_id": user, "gift": "ü \"\n" })),
+            waitlist: self.load.waits && random.random_bool(0.5),
             user,
             sku,
             quantity,
@@ -370,6 +374,9 @@ fn body(request: &OrderRequest) -> Value {
     if let Some(attributes) = &request.attributes {
         body["attributes"] = attributes.clone();
     }
+    if request.waitlist {
+        body["waitlist"] = true.into();
+    }
     body
 }
 
@@ -399,7 +406,9 @@ pub fn put_skus(
             continue;
         }
         let unit_price = 100 + number as i64;
-        let body = json!({ "unit_price": unit_price, "currency": "EUR", "total": total });
+        let body = json!({
+            "unit_price": unit_price, "currency": "EUR", "total": total, "waitlist_max": 50,
+        });
         let target = format!("/admin/v1/skus/{sku}");
         let put = || try_call(control, "PUT", &target, &[], &body.to_string());
         let answer = decided("a SKU is put on sale", put)?;

@@ -278,6 +278,10 @@ impl Platform {
 impl Records {
     /// Notes an order as a buyer was told of it, the first time.
     pub fn is_told(&mut self, answer: &Value) -> Option<i64> {
+        // Not to be paid yet, or never.
+        if answer["expires_at"].is_null() {
+            return None;
+        }
         let id = answer["order_id"].as_str().and_then(|id| id.parse().ok());
         let (Some(id), Some(order)) = (id, known(answer)) else {
             let false_answer = format!("no order to pay: {answer}");

@@ -322,6 +322,7 @@ impl Proof {
             adjustment: 0,
             amount: self.checker.unit_price(sku).expect("on sale"),
             attributes: None,
+            waitlist: false,
         }
     }
 

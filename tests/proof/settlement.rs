@@ -593,7 +593,13 @@ impl<'a> Life<'a> {
         self.note(format!("cancel {at}"));
         let order = &self.model.orders[at].order;
         let (lease, now) = (self.sale.lease(), Some(self.now));
-        let told = transitions::cancel(&self.sale.database, lease, order.id, now);
+        let told = transitions::cancel(
+            &self.sale.database,
+            lease,
+            order.id,
+            now,
+            transitions::Which::Unpaid,
+        );
         let told = told.await.map_err(said)?;
         let pending = Place::There(OrderStatus::PendingPayment);
         let expected = match self.model.orders[at].place {

@@ -23,6 +23,13 @@ const PAY_SHARE: f64 = 0.7;
 /// Callbacks under way at once. With 256 their latency was that of the platform's own queue.
 const PAY_CONNECTIONS: usize = 1_000;
 
+/// Orders on a waiting list at most: every buyer of a demo may wait.
+const WAITLIST_MAX: u32 = 5_000_000;
+/// How long a buyer who waited has to pay. Three of ten do not, and their units come back again.
+const ASSIGNED_TTL_MS: u64 = 4_000;
+/// How long after the rush units may go on coming back.
+const REFLOW_MS_MAX: u64 = 120_000;
+
 /// How long payments that are too late come after an order's expiry, and its units may take to be back.
 const TOO_LATE_MS: u64 = 3_000;
 
@@ -133,13 +140,14 @@ impl Sale<'_> {
             let body = json!({
                 "title": item.title, "unit_price": item.unit_price, "currency": CURRENCY,
                 "total": (f64::from(args.stock) * item.stock_share) as u32, "per_user_limit": 1,
+                "waitlist_max": WAITLIST_MAX, "waitlist_payment_ttl_ms": ASSIGNED_TTL_MS,
             });
             let path = format!("/admin/v1/skus/{}", item.sku_id);
             self.call(control, "PUT", &path, Some(&body)).await?;
         }
         status(&format!(
             "On sale at http://{control}: {} units of {} SKUs, one to a buyer; {} buyers within {} s, {} clicks a second at the peak, \
-         3 of 10 double clicks; 7 of 10 orders are paid, the others expire after {} s",
+         3 of 10 double clicks; 7 of 10 orders are paid, the others expire after {} s and their units go to whoever waits",
             args.stock,
             CATALOGUE.len(),
             buyers(args),
@@ -162,6 +170,8 @@ impl Sale<'_> {
             one_order_per_buyer: true,
             double_click_share: 0.3,
             mode: OrderMode::Mixed,
+            waitlist: true,
+            waitlist_after_ms: REFLOW_MS_MAX,
             seed: args.seed,
             keep_outcomes: true,
             pay_share: PAY_SHARE,

@@ -29,6 +29,8 @@ pub struct OrderRequest {
     pub amount: i64,
     /// Its attributes.
     pub attributes: Option<Value>,
+    /// Whether it waits if no units are free.
+    pub waitlist: bool,
 }
 
 /// An answer, whole or one line of a batch's.
@@ -401,8 +403,12 @@ fn claim(request: &OrderRequest, answer: &OrderAnswer) -> Result<Claim, &'static
         202 if state == "undecided" && (in_batch || !respond_async) => {
             return Ok(Claim::Undecided);
         }
+        // Waits for units, with Preference-Applied or without.
+        202 if state == "waitlisted" => {}
         202 if state != "accepted" || !respond_async => {
-            return Err("202 is `accepted` with Preference-Applied or `undecided` without");
+            return Err(
+                "202 is `accepted` with Preference-Applied, `undecided` without, or `waitlisted`",
+            );
         }
         200..=202 => {}
         _ => return Err("no such status"),
@@ -502,7 +508,7 @@ fn check_stock(findings: &mut Findings, offers: &BTreeMap<String, SkuOffer>, row
         match row.status.as_str() {
             "pending_payment" => *held += row.quantity,
             "paid" => *sold += row.quantity,
-            "cancelled" | "expired" | "failed" | "refund_due" | "refunded" => {}
+            "waitlisted" | "cancelled" | "expired" | "failed" | "refund_due" | "refunded" => {}
             other => findings.fault(format!("no such status: {other}: {row:?}")),
         }
     }

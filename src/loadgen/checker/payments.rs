@@ -331,6 +331,7 @@ impl Comparison<'_> {
         };
         let agrees = match row.status.as_str() {
             "paid" => matched == 1 && payments.iter().filter(pays).count() == 1,
+            "waitlisted" => matched == 0,
             "refund_due" => matched == 0 && standing("refund_due") > 0,
             "refunded" => matched == 0 && standing("refunded") > 0,
             // Any payment for it moves it on.

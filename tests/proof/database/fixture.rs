@@ -224,6 +224,7 @@ impl Fixture {
                     respond_async: crowd.respond_async,
                     batch_max: 20,
                     cancels: crowd.cancels,
+                    waits: false,
                     platform: crowd.platform.as_ref(),
                 };
                 let stop = &stop;

@@ -22,6 +22,7 @@ pub fn requests(report: &LoadReport) -> Checker {
             adjustment: 0,
             amount: item.map_or(0, |item| item.unit_price),
             attributes: None,
+            waitlist: true,
         };
         let attempt = AttemptRecord {
             life: 0,
@@ -44,7 +45,10 @@ fn claim(outcome: &Outcome<'_>) -> Claim {
         id.map_or(Claim::Unknown, Claim::Accepted)
     };
     match outcome.kind {
-        AnswerKind::Created | AnswerKind::Accepted | AnswerKind::Replayed => accepted(),
+        AnswerKind::Created
+        | AnswerKind::Accepted
+        | AnswerKind::Waitlisted
+        | AnswerKind::Replayed => accepted(),
         AnswerKind::Undecided => match outcome.final_status {
             Some("unknown_order") | None => Claim::Undecided,
             Some(_) => accepted(),

@@ -2,6 +2,8 @@
 
 use std::collections::{HashMap, HashSet};
 
+use serde_json::Value;
+
 use super::{Evidence, check};
 use crate::loadgen::{AnswerKind, Check, LoadReport};
 
@@ -15,6 +17,7 @@ pub fn checks(evidence: &Evidence<'_>) -> Vec<Check> {
         told_no_has_none(evidence, &buyers),
         nobody_undecided(evidence, &buyers),
         double_clicks_bought_once(evidence),
+        nobody_waits_beside_units(evidence),
     ]
 }
 
@@ -105,10 +108,35 @@ fn double_clicks_bought_once(evidence: &Evidence<'_>) -> Check {
     )
 }
 
+fn nobody_waits_beside_units(evidence: &Evidence<'_>) -> Check {
+    let skus = || evidence.audit["skus"].as_array().into_iter().flatten();
+    let count = |sku: &Value, name: &str| sku[name].as_u64().unwrap_or(0);
+    let sum = |name: &str| skus().map(|sku| count(sku, name)).sum::<u64>();
+    let beside = skus().filter(|sku| {
+        let (units, held) = (count(sku, "total"), count(sku, "held"));
+        count(sku, "waiting") > 0 && units > held + count(sku, "sold")
+    });
+    let beside = beside.count();
+    let waited = evidence.report.waitlist.unwrap_or_default();
+    check(
+        "No unit is free while somebody waits for it",
+        beside == 0,
+        format!(
+            "{} of {} units sold; {} buyers waited, {} of them got a unit that came back, {} wait still",
+            sum("sold"),
+            sum("total"),
+            waited.joined,
+            waited.assigned,
+            sum("waiting"),
+        ),
+    )
+}
+
 /// Whether an order can have this status at the end of a sale in which nobody cancels and no row is
 /// refused. The checks of payments say whether it should.
 fn is_of_a_sale(status: &str) -> bool {
     [
+        "waitlisted",
         "pending_payment",
         "paid",
         "expired",
@@ -138,7 +166,10 @@ fn buyers(report: &LoadReport) -> Buyers<'_> {
         let buyer = (outcome.user.to_string(), outcome.sku);
         let view = buyers.entry(buyer).or_default();
         match outcome.kind {
-            AnswerKind::Created | AnswerKind::Accepted | AnswerKind::Replayed => {
+            AnswerKind::Created
+            | AnswerKind::Accepted
+            | AnswerKind::Waitlisted
+            | AnswerKind::Replayed => {
                 view.is_placed = true;
             }
             AnswerKind::Undecided => match outcome.final_status {
