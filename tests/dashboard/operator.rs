@@ -109,6 +109,8 @@ fn a_sku_is_created_changed_restocked_and_paused() {
             ("Currency", "CNY"),
             ("Total", "100"),
             ("Units a buyer", "2"),
+            ("Orders that may wait", "50"),
+            ("Assign between", "09:00+08:00 to 21:00+08:00"),
         ] {
             desk.browser.enter(label, text);
         }
@@ -121,6 +123,9 @@ fn a_sku_is_created_changed_restocked_and_paused() {
         assert_eq!(skus["skus"], json!([]), "nothing before it was confirmed");
         desk.browser.click("Create");
         desk.browser.sees("IPHONE/15 is created.");
+        let sku = desk.get("/admin/v1/skus").await["skus"][0].clone();
+        assert_eq!(sku["waitlist_max"], 50, "{sku}");
+        assert_eq!(sku["assign_between"], json!(["09:00+08:00", "21:00+08:00"]));
         assert_eq!(desk.order("u", "IPHONE/15").await.status, 201);
 
         // What stops buyers is said before it is done, and may be left.

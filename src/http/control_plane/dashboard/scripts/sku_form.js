@@ -12,9 +12,14 @@ const TERM_WORDS = {
   per_user_limit: "Units a buyer",
   opens_at: "Opens",
   closes_at: "Closes",
+  waitlist_max: "Orders that may wait",
+  waitlist_payment_ttl_ms: "Time to pay once assigned",
+  assign_between: "Assign between",
+  waitlist_skips: "Later orders may pass",
 };
-const NUMBERS = ["unit_price", "total", "per_user_limit"];
+const NUMBERS = ["unit_price", "total", "per_user_limit", "waitlist_max", "waitlist_payment_ttl_ms"];
 const TIMES = ["opens_at", "closes_at"];
+const FLAGS = ["waitlist_skips"];
 const UNITS_MAX = 4294967295;
 
 // What a change of a term does to a sale: a sentence, and whether it stops buyers.
@@ -44,6 +49,16 @@ const CONSEQUENCES = {
           now ? "From then on orders are refused with 409 sale_closed." : "The sale has no end.",
           Boolean(now) && (!was || Date.parse(now) < Date.parse(was)),
         ],
+  waitlist_max: () => ["Further orders that would wait are refused with 409 waitlist_full; who waits already stays."],
+  waitlist_payment_ttl_ms: () => ["It counts for orders that are assigned from now on."],
+  assign_between: (sku, was, now) => [
+    now ? "Units that come back at other times are kept until then." : "Units that come back are assigned at once.",
+  ],
+  waitlist_skips: (sku, was, now) => [
+    now
+      ? "A later order may take units that do not suffice for an earlier one, which may then wait for ever."
+      : "Nobody is served while an earlier order waits.",
+  ],
 };
 
 let base = null; // The SKU as the form got it; null: a new one.
@@ -63,7 +78,18 @@ const shownTerm = (name, value, sku) =>
         ? count(value)
         : TIMES.includes(name)
           ? moment(value)
-          : String(value);
+          : FLAGS.includes(name)
+            ? value
+              ? "yes"
+              : "no"
+            : fieldText(name, value);
+
+// A term as the text of its field.
+function fieldText(name, value) {
+  if (value === null || value === undefined) return "";
+  if (Array.isArray(value)) return value.join(" to ");
+  return TIMES.includes(name) ? toLocal(value) : String(value);
+}
 
 // A moment as the value of an input in the browser's time zone, and back.
 function toLocal(iso) {
@@ -90,7 +116,8 @@ function fillForm(sku) {
   const form = $("sku-form").elements;
   for (const name of ["sku_id", ...Object.keys(TERM_WORDS)]) {
     const value = sku ? sku[name] : name === "currency" && live && live.skus.length ? live.skus[0].currency : null;
-    form[name].value = TIMES.includes(name) ? toLocal(value) : value === null || value === undefined ? "" : value;
+    if (FLAGS.includes(name)) form[name].checked = Boolean(value);
+    else form[name].value = fieldText(name, value);
     // Browsers write a time in their own way; unchanged, it keeps its milliseconds.
     form[name].dataset.was = form[name].value;
     form[name].removeAttribute("aria-invalid");
@@ -162,6 +189,17 @@ function formTerms() {
   terms.per_user_limit = form.per_user_limit.value.trim() ? wholeNumber(form.per_user_limit.value) : null;
   if (terms.per_user_limit !== null && !(terms.per_user_limit >= 1 && terms.per_user_limit <= UNITS_MAX))
     wrong("per_user_limit", "Units a buyer: 1 or more, or empty.");
+  terms.waitlist_max = form.waitlist_max.value.trim() ? wholeNumber(form.waitlist_max.value) : null;
+  if (Number.isNaN(terms.waitlist_max)) wrong("waitlist_max", "Orders that may wait: a whole number, or empty.");
+  const ttl = form.waitlist_payment_ttl_ms.value;
+  terms.waitlist_payment_ttl_ms = ttl.trim() ? wholeNumber(ttl) : null;
+  if (Number.isNaN(terms.waitlist_payment_ttl_ms))
+    wrong("waitlist_payment_ttl_ms", "Time to pay once assigned: milliseconds, or empty.");
+  const between = form.assign_between.value.trim();
+  terms.assign_between = between ? between.split(/\s+to\s+/) : null;
+  if (terms.assign_between && terms.assign_between.length !== 2)
+    wrong("assign_between", "Assign between: as in 09:00+08:00 to 21:00+08:00, or empty.");
+  terms.waitlist_skips = form.waitlist_skips.checked;
   for (const name of TIMES) {
     const input = form[name];
     if (input.validity.badInput) wrong(name, TERM_WORDS[name] + ": the time is not complete.");

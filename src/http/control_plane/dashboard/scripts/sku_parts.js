@@ -32,6 +32,9 @@ function units(sku) {
       unit(sku.held, "held", "h"),
       unit(sku.sold, "sold", "s"),
       unit(sku.total, "in total"),
+      sku.waiting
+        ? el("span", {}, el("b", {}, count(sku.waiting)), sku.waiting === 1 ? " order waits" : " orders wait")
+        : null,
     ),
   ];
 }
