@@ -221,7 +221,7 @@ async fn check(receiver: &Receiver, client: &tokio_postgres::Client, orders: usi
             "{} events are not heard",
             missing()
         );
-        tokio::time::sleep(Duration::from_millis(200)).await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
     }
     let (mut newest, mut bodies) = (
         HashMap::<String, i32>::new(),
