@@ -203,10 +203,10 @@ fn callbacks_are_answered_and_take_effect_while_the_order_queue_is_full() {
             });
             orders.extend(join_all(placed).await);
         }
-        // Workers cannot write while somebody holds their rows; the payment processor's row is the last.
+        // Workers cannot write while somebody holds their rows; the row of callbacks is the last but one, before the assigner's.
         let mut client = shop.database.connect().await;
         let transaction = client.transaction().await.unwrap();
-        let hold = "SELECT FROM millrace.writer WHERE shard < (SELECT max(shard) FROM millrace.writer) FOR UPDATE";
+        let hold = "SELECT FROM millrace.writer WHERE shard <> (SELECT max(shard) - 1 FROM millrace.writer) FOR UPDATE";
         transaction.query(hold, &[]).await.unwrap();
         let full = |user: String| {
             let shop = &shop;
