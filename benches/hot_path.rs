@@ -85,6 +85,7 @@ fn state(total: u32) -> Arc<State> {
         opens_at: None,
         closes_at: None,
         waitlist: WaitlistTerms::default(),
+        draw: None,
     };
     let catalogue = Catalogue::default();
     catalogue.add([Sku::new(

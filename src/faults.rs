@@ -18,7 +18,7 @@ pub const VARIABLE: Option<&str> = if cfg!(feature = "faults") {
 };
 
 /// Every point at which a process can be made to crash, along the way of an order.
-pub const CRASH_POINTS: [&str; 21] = [
+pub const CRASH_POINTS: [&str; 24] = [
     "journal.segment_created",
     "journal.segment_renamed",
     "journal.before_write",
@@ -38,6 +38,9 @@ pub const CRASH_POINTS: [&str; 21] = [
     "settlement.committed",
     "waitlist.selected",
     "waitlist.assigned",
+    "draw.fixed",
+    "draw.ranked",
+    "draw.drawn",
     "recovery.replayed_part",
     "recovery.replayed",
 ];
@@ -72,7 +75,7 @@ pub const BUGS: [&str; 25] = [
 ];
 
 /// Everything that runs under supervision as long as the process does.
-pub const SUPERVISED: [&str; 28] = [
+pub const SUPERVISED: [&str; 29] = [
     "a worker",
     "the wait for the workers",
     "the deadline task",
@@ -85,6 +88,7 @@ pub const SUPERVISED: [&str; 28] = [
     "the payment processor",
     "expiry",
     "the assignment of units",
+    "the draws",
     "the retry of parked orders",
     "the deletion of old rows",
     "the storage of pauses",

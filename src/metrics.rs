@@ -28,11 +28,12 @@ const ROWS: [f64; 11] = [
 ];
 
 /// Values of `outcome`: the result of an order, or the code of its refusal.
-const OUTCOMES: [&str; 25] = [
+const OUTCOMES: [&str; 26] = [
     "sold_out",
     "created",
     "accepted",
     "waitlisted",
+    "draw_under_way",
     "waitlist_full",
     "replayed",
     "purchase_limit",

@@ -55,6 +55,7 @@ fn terms(limit: Option<u32>) -> SaleTerms {
         opens_at: None,
         closes_at: None,
         waitlist: WaitlistTerms::default(),
+        draw: None,
     }
 }
 

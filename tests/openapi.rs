@@ -16,11 +16,13 @@ use jsonschema::Validator;
 use millrace::http::OPENAPI;
 use millrace::http::control_plane;
 use millrace::http::data_plane::router::ROUTES;
+use millrace::order::UnixMillis;
 use serde_json::{Value, json};
 use support::block_on;
 use support::http::Answer;
 use support::postgres::TestDatabase;
 use support::server::{TestServer, request};
+use support::waiting::wait_until;
 use support::webhook::SECRET;
 
 fn document() -> Value {
@@ -169,6 +171,70 @@ impl Checker {
 const JSON: (&str, &str) = ("Content-Type", "application/json");
 const SHOP: (&str, &str) = ("Authorization", "Bearer shop");
 const OPS: (&str, &str) = ("Authorization", "Bearer ops");
+
+/// A draw from its terms to its published file, and the refusals that only it meets.
+#[test]
+fn a_draw_is_what_it_says() {
+    block_on(async {
+        let database = TestDatabase::create().await;
+        let server = TestServer::start(&database, |_| {}).await;
+        let mut checker = Checker::new();
+        let now = UnixMillis::now();
+        let terms = json!({
+            "unit_price": 5, "currency": "EUR", "total": 1, "allocation": "draw", "draw_beacon": "drand round 7",
+            "opens_at": UnixMillis(now.0 - 60_000).to_string(), "draw_at": now.plus_ms(4_000).to_string(),
+            "closes_at": now.plus_ms(600_000).to_string(),
+        });
+        let (sku, draw) = ("/admin/v1/skus/{sku_id}", "/admin/v1/skus/{sku_id}/draw");
+        let mut put = async |terms: &Value, status: u16| {
+            let answer = server
+                .control("PUT", "/admin/v1/skus/D", terms.clone())
+                .await;
+            assert_eq!(answer.status, status, "{answer:?}");
+            checker.check("PUT", sku, &answer);
+        };
+        put(&terms, 201).await;
+        put(&terms, 200).await;
+        let order = |user: &str| json!({ "user_id": user, "sku_id": "D" });
+        let entered = server.post(order("a"), Some("k"), &[]).await;
+        assert_eq!(entered.status, 202, "{entered:?}");
+        let mut other = terms.clone();
+        other["unit_price"] = json!(6);
+        put(&other, 409).await;
+        checker.check("POST", "/v1/orders", &entered);
+        let supply = async |beacon: &str| {
+            let body = json!({ "beacon": beacon });
+            server.control("POST", "/admin/v1/skus/D/draw", body).await
+        };
+        let early = supply("4242").await;
+        assert_eq!(early.status, 409, "{early:?}");
+        checker.check("POST", draw, &early);
+        let published = async |checker: &mut Checker, state: &str| {
+            let is_there = async || server.get("/v1/skus/D").await.json()["state"] == state;
+            wait_until(state, is_there).await;
+            let page = server.get("/v1/skus/D/draw?limit=1").await;
+            assert_eq!(page.status, 200, "{page:?}");
+            checker.check("GET", "/v1/skus/{sku_id}/draw", &page);
+            let sku = server.get("/v1/skus/D").await;
+            checker.check("GET", "/v1/skus/{sku_id}", &sku);
+        };
+        published(&mut checker, "entries_open").await;
+        published(&mut checker, "entries_fixed").await;
+        let late = server.post(order("late"), None, &[]).await;
+        assert_eq!(late.code(), "draw_under_way");
+        checker.check("POST", "/v1/orders", &late);
+        for (beacon, status) in [("a b", 400), ("4242", 200), ("4242", 200), ("4243", 409)] {
+            let answer = supply(beacon).await;
+            assert_eq!(answer.status, status, "{answer:?}");
+            checker.check("POST", draw, &answer);
+        }
+        published(&mut checker, "drawn").await;
+        for target in ["/v1/skus/E/draw", "/v1/skus/D/draw?limit=0"] {
+            checker.check("GET", "/v1/skus/{sku_id}/draw", &server.get(target).await);
+        }
+        assert!(server.stop().await);
+    });
+}
 
 /// Orders that wait for units, assigned ones, and the refusals that only they meet.
 #[test]
@@ -833,8 +899,13 @@ fn real_answers_are_what_it_says() {
             .filter(|operation| !succeeds(operation))
             .map(|(_, path)| path)
             .collect();
-        // A retry that succeeds is in tests/contract.rs.
-        assert_eq!(never, ["/admin/v1/dead-letters/{id}/retry"]);
+        // A retry that succeeds is in tests/contract.rs, a draw above.
+        let elsewhere = [
+            "/v1/skus/{sku_id}/draw",
+            "/admin/v1/dead-letters/{id}/retry",
+            "/admin/v1/skus/{sku_id}/draw",
+        ];
+        assert_eq!(never, elsewhere);
         assert!(server.stop().await);
     });
 }

@@ -70,6 +70,7 @@ pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
         opens_at: None,
         closes_at: None,
         waitlist: WaitlistTerms::default(),
+        draw: None,
     };
     let hot = SkuId::new(HOT)?;
     let sku = skus::put(&database, taken.lease, &hot, &terms, u32::MAX).await?;

@@ -23,6 +23,7 @@ use crate::pipeline::failover::restore::Restorer;
 use crate::pipeline::failover::{log_place, wal_retention};
 use crate::pipeline::orders::cancel::Canceller;
 use crate::pipeline::orders::deadlines;
+use crate::pipeline::orders::drawer::Drawer;
 use crate::pipeline::orders::intake::Intake;
 use crate::pipeline::orders::parking::{Parking, ParkingHandle};
 use crate::pipeline::payments::assigner::Assigner;
@@ -61,7 +62,9 @@ const POSTGRES_WATCH: Duration = Duration::from_millis(250);
 /// tasks below, and one each for an audit, a preflight and a deletion of old rows.
 pub(super) fn connections_max(config: &Config) -> usize {
     let (settlers, parking, pauses, health) = (4 * (1 + SETTLER_POOL), 1, 1, 1);
-    let tasks = OPERATORS_POOL + WATCH_POOL + settlers + parking + pauses + health;
+    // The draw that is made, and a beacon that comes in meanwhile.
+    let draws = 2;
+    let tasks = OPERATORS_POOL + WATCH_POOL + settlers + parking + pauses + health + draws;
     let feeders = config.events.sinks.len() * events::CONNECTIONS;
     config.worker_count() + config.database.pool_size + 1 + tasks + 3 + feeders
 }
@@ -278,6 +281,12 @@ impl Background {
             config.orders.waitlist_ttl_ms,
         );
         self.run("the assignment of units", assigner.run());
+        let drawer = Drawer {
+            state: Arc::clone(parts.state),
+            database: parts.database().clone(),
+            lease: ownership.lease,
+        };
+        self.run("the draws", drawer.run());
         Ok((callbacks_handle, payments_handle, orphan_checks))
     }
 

@@ -210,6 +210,7 @@ fn data_plane_service(
             Arc::clone(&parts.path.queue),
             parts.ownership.database.clone(),
         ),
+        database: parts.ownership.database.clone(),
         canceller: handles.canceller.clone(),
         callbacks: handles.callbacks.clone(),
         receipts: Arc::clone(&parts.ownership.receipts),

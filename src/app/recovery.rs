@@ -36,7 +36,9 @@ use crate::store::StoreError;
 use crate::store::batch::BatchWriter;
 use crate::store::postgres::order_log::LogName;
 use crate::store::postgres::window::{self, ReadProgress};
-use crate::store::postgres::{Database, NodeLease, audit, lanes, orders, parked, payments, skus};
+use crate::store::postgres::{
+    Database, NodeLease, audit, draws, lanes, orders, parked, payments, skus,
+};
 
 /// Recently written orders that are answered from memory, about 200 bytes each.
 const RECENT_ORDERS: usize = 65_536;
@@ -228,6 +230,12 @@ async fn recover(
     if !limited.is_empty() {
         count_older(database, limited, &buyers, floor, control).await?;
     }
+    for sku in catalogue.all() {
+        if sku.draw().is_some_and(|draw| draw.is_drawn()) {
+            let places = draws::waiting_places(database, sku.number).await?;
+            sku.waitlist().take_places(places);
+        }
+    }
     wait_again(&catalogue, waiting);
     Ok(State {
         catalogue,
@@ -253,6 +261,9 @@ fn wait_again(catalogue: &Catalogue, mut waiting: Vec<(SkuNumber, OrderId, u32)>
         };
         for (_, id, units) in orders {
             sku.waitlist().restore(sku.counter(), *id, *units);
+        }
+        if let Some(draw) = sku.draw() {
+            draw.note_entry();
         }
         tracing::info!(sku_id = %sku.id, orders = orders.len(), "orders wait for units of this SKU");
     }

@@ -3,6 +3,7 @@
 use anyhow::Context;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
+use hyper::StatusCode;
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
 
@@ -29,6 +30,29 @@ pub async fn call_with_token(
     token: Option<&str>,
 ) -> anyhow::Result<Value> {
     let doing = || format!("{method} http://{address}{path}");
+    let body = body.map(Value::to_string).unwrap_or_default();
+    let (status, body) = send(address, method, path, None, body, token).await?;
+    let body: Value = serde_json::from_slice(&body)
+        .with_context(|| format!("{}: the answer is not JSON", doing()))?;
+    anyhow::ensure!(
+        status.is_success(),
+        "{}: {status}: {}",
+        doing(),
+        body["detail"].as_str().unwrap_or_default()
+    );
+    Ok(body)
+}
+
+/// Sends one request of this media type and returns status and body, whatever they are.
+pub async fn send(
+    address: &str,
+    method: &str,
+    path: &str,
+    media_type: Option<&str>,
+    body: String,
+    token: Option<&str>,
+) -> anyhow::Result<(StatusCode, Bytes)> {
+    let doing = || format!("{method} http://{address}{path}");
     let stream = tokio::net::TcpStream::connect(address)
         .await
         .with_context(doing)?;
@@ -42,7 +66,9 @@ pub async fn call_with_token(
     if let Some(token) = token {
         request = request.header("authorization", format!("Bearer {token}"));
     }
-    let body = body.map(Value::to_string).unwrap_or_default();
+    if let Some(media_type) = media_type {
+        request = request.header("content-type", media_type);
+    }
     let answer = sender
         .send_request(request.body(Full::new(Bytes::from(body)))?)
         .await
@@ -55,13 +81,5 @@ pub async fn call_with_token(
         .with_context(doing)?
         .to_bytes();
     driver.abort();
-    let body: Value = serde_json::from_slice(&body)
-        .with_context(|| format!("{}: the answer is not JSON", doing()))?;
-    anyhow::ensure!(
-        status.is_success(),
-        "{}: {status}: {}",
-        doing(),
-        body["detail"].as_str().unwrap_or_default()
-    );
-    Ok(body)
+    Ok((status, body))
 }

@@ -106,7 +106,7 @@ fn open(path: &Path) -> anyhow::Result<Box<dyn BufRead>> {
 }
 
 /// The verdict for people.
-fn words(verdict: &Verdict) -> String {
+pub(super) fn words(verdict: &Verdict) -> String {
     let mut text = format!(
         "The draw of {} at {}: {} entries for {} units, {} winners.\n\n",
         verdict.sku_id, verdict.draw_at, verdict.entries, verdict.units, verdict.winners

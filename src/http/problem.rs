@@ -119,6 +119,11 @@ impl From<Refusal> for Problem {
                 Problem::new(409, code, format!("the sale opens at {opens_at}"))
             }
             Refusal::SaleClosed => Problem::new(409, code, "the sale is over"),
+            Refusal::DrawUnderWay => Problem::new(
+                409,
+                code,
+                "the entries of the draw have ended, and it is not made yet",
+            ),
             Refusal::PurchaseLimit { limit, taken } => Problem::new(
                 409,
                 code,

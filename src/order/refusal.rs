@@ -33,6 +33,8 @@ pub enum Refusal {
     },
     /// The sale is over.
     SaleClosed,
+    /// The entries of the draw have ended, and it is not made yet.
+    DrawUnderWay,
     /// The buyer's live orders would exceed the SKU's limit.
     PurchaseLimit {
         /// The limit in units.
@@ -77,6 +79,7 @@ impl Refusal {
             Refusal::SalePaused => "sale_paused",
             Refusal::SaleNotOpen { .. } => "sale_not_open",
             Refusal::SaleClosed => "sale_closed",
+            Refusal::DrawUnderWay => "draw_under_way",
             Refusal::PurchaseLimit { .. } => "purchase_limit",
             Refusal::SoldOut { .. } => "sold_out",
             Refusal::WaitlistFull => "waitlist_full",
@@ -115,6 +118,7 @@ mod tests {
                 opens_at: UnixMillis(0),
             },
             Refusal::SaleClosed,
+            Refusal::DrawUnderWay,
             Refusal::PurchaseLimit { limit: 1, taken: 1 },
             Refusal::SoldOut { available: 0 },
             Refusal::WaitlistFull,

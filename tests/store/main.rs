@@ -9,6 +9,7 @@ mod support;
 
 mod audit;
 mod batches;
+mod draws;
 mod fence;
 mod lanes;
 mod outcome;

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use millrace::order::{Currency, Ended, Order, OrderId, OrderStatus, SkuId, UnixMillis, UserId};
 use millrace::state::buyers::{BuyerOrder, Buyers, Claimed, Eviction, LiveOrder, NothingSticky};
-use millrace::state::stock::{DayTime, DayWindow, SaleTerms, Sku, WaitlistTerms};
+use millrace::state::stock::{DayTime, DayWindow, DrawTerms, SaleTerms, Sku, WaitlistTerms};
 use millrace::store::StoreError;
 use millrace::store::postgres::{skus, window};
 
@@ -31,6 +31,10 @@ async fn skus_come_back_with_their_terms_and_counters() {
                 DayTime::parse("06:30-03:30").unwrap(),
             ),
         },
+        draw: Some(DrawTerms {
+            at: UnixMillis(1_700_000_000_002),
+            beacon: Some("drand, round 7".into()),
+        }),
     };
     let none = SaleTerms {
         title: String::new(),
@@ -39,6 +43,7 @@ async fn skus_come_back_with_their_terms_and_counters() {
         opens_at: None,
         closes_at: None,
         waitlist: WaitlistTerms::default(),
+        draw: None,
         ..all.clone()
     };
     for (name, terms, total) in [("!~", &all, u32::MAX), ("none", &none, 0)] {

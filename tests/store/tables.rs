@@ -226,6 +226,7 @@ async fn a_role_without_privileges_suffices() {
             opens_at: None,
             closes_at: None,
             waitlist: millrace::state::stock::WaitlistTerms::default(),
+            draw: None,
         };
         let sku = postgres::skus::put(&database, taken.lease, &sku, &terms, 10)
             .await

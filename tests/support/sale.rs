@@ -96,6 +96,7 @@ impl Sale {
             opens_at: None,
             closes_at: None,
             waitlist: WaitlistTerms::default(),
+            draw: None,
         };
         skus::put(
             &self.database,

@@ -444,6 +444,26 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/admin/v1/skus/{sku_id}/draw": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Supply the beacon of a draw whose entries are fixed
+         * @description The draw is then made in the background. The same beacon again changes nothing.
+         */
+        post: operations["supplyBeacon"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/admin/v1/skus/{sku_id}/pause": {
         parameters: {
             query?: never;
@@ -724,6 +744,26 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/v1/skus/{sku_id}/draw": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * The published draw of a SKU, in pages
+         * @description NDJSON: a line about the draw, then one for each entry, in the order of rank. All pages one after the other are the file that `millrace draw verify` checks. The entries and the seed are there once the draw is made. The schemas here are arrays with one item on each line.
+         */
+        get: operations["getDraw"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/v1/users/{user_id}/orders": {
         parameters: {
             query?: never;
@@ -896,6 +936,15 @@ export interface components {
             title: string;
             type: string;
         };
+        Beacon: string;
+        /**
+         * @example {
+         *       "beacon": "9f86d081884c7d65"
+         *     }
+         */
+        BeaconRequest: {
+            beacon: components["schemas"]["Beacon"];
+        };
         /**
          * @example {
          *       "note": "sent back by bank transfer",
@@ -935,6 +984,32 @@ export interface components {
         };
         DeadLetterList: {
             dead_letters: components["schemas"]["DeadLetter"][];
+        };
+        /** @description What is not known yet is null. */
+        Draw: {
+            beacon: components["schemas"]["Beacon"] | null;
+            commitment: components["schemas"]["Hex32"];
+            /** @constant */
+            draw: "millrace-draw-1";
+            draw_at: components["schemas"]["Time"];
+            draw_beacon: string | null;
+            entries: number | null;
+            entries_hash: components["schemas"]["Hex32"] | null;
+            fixed_at: components["schemas"]["Time"] | null;
+            seed: components["schemas"]["Hex32"] | null;
+            sku_id: components["schemas"]["SkuId"];
+            /** @enum {string} */
+            state: "entries_open" | "entries_fixed" | "drawn";
+            /** @description Units that are drawn for. */
+            units: number | null;
+        };
+        DrawEntry: {
+            entry: components["schemas"]["Hex32"];
+            place: number;
+            quantity: number;
+            /** @description The first digits of the rank. */
+            rank: string;
+            won: boolean;
         };
         EventDeadLetter: {
             attempts: number;
@@ -990,6 +1065,7 @@ export interface components {
             /** @constant */
             state: "refilling";
         };
+        Hex32: string;
         IdempotencyKey: string;
         Latencies: {
             /** Format: int64 */
@@ -1072,11 +1148,22 @@ export interface components {
         };
         /** @description A SKU as operators see it. */
         OperatorSku: {
+            /**
+             * @description Only of a SKU that is drawn.
+             * @enum {string}
+             */
+            allocation?: "draw";
             assign_between: string[] | null;
             closes_at: components["schemas"]["Time"] | null;
             /** @description Why its sale is paused, if the database refuses its counters: resuming cannot help until its row is mended. */
             counters_refused: components["schemas"]["CountersRefused"] | null;
             currency: components["schemas"]["Currency"];
+            /** @description Only of a SKU that is drawn. Until then every order is an entry. */
+            draw_at?: components["schemas"]["Time"];
+            /** @description Only of a SKU that is drawn; null if the seed alone ranks. */
+            draw_beacon?: string | null;
+            /** @description Only of a SKU that is drawn. SHA-256 of the seed. */
+            draw_commitment?: components["schemas"]["Hex32"];
             free: number;
             held: number;
             now: components["schemas"]["Time"];
@@ -1087,7 +1174,7 @@ export interface components {
             sku_id: components["schemas"]["SkuId"];
             sold: number;
             /** @enum {string} */
-            state: "open" | "not_open" | "closed" | "paused" | "sold_out";
+            state: "open" | "not_open" | "closed" | "paused" | "sold_out" | "entries_open" | "entries_fixed" | "drawn";
             title: string;
             total: number;
             /** Format: int64 */
@@ -1109,12 +1196,14 @@ export interface components {
             attributes?: Record<string, unknown>;
             created_at: components["schemas"]["Time"];
             currency: components["schemas"]["Currency"];
+            /** @description With an entry of a draw; it finds the entry in the published draw. */
+            entry_token?: string;
             /** @description With an order that was accepted just now: how long it will take to become a row, by the rate of late. */
             estimated_wait_ms?: number;
             /** @description The end of the time to pay; null while the order waits for units, and if it never had any. */
             expires_at: components["schemas"]["Time"] | null;
             order_id: components["schemas"]["OrderId"];
-            /** @description With `waitlisted`: the number of orders that wait ahead of it, plus one. It only falls. */
+            /** @description With `waitlisted`: the number of orders that wait ahead of it, plus one. It only falls. An entry of a draw has one once the draw is made. */
             position?: number;
             quantity: number;
             /** @description With every order that there is, or will be; null while it waits for units, and if it never had any. */
@@ -1398,9 +1487,20 @@ export interface components {
         };
         /** @description total = free + held + sold in every answer. */
         Sku: {
+            /**
+             * @description Only of a SKU that is drawn.
+             * @enum {string}
+             */
+            allocation?: "draw";
             assign_between: string[] | null;
             closes_at: components["schemas"]["Time"] | null;
             currency: components["schemas"]["Currency"];
+            /** @description Only of a SKU that is drawn. Until then every order is an entry. */
+            draw_at?: components["schemas"]["Time"];
+            /** @description Only of a SKU that is drawn; null if the seed alone ranks. */
+            draw_beacon?: string | null;
+            /** @description Only of a SKU that is drawn. SHA-256 of the seed. */
+            draw_commitment?: components["schemas"]["Hex32"];
             free: number;
             held: number;
             now: components["schemas"]["Time"];
@@ -1409,7 +1509,7 @@ export interface components {
             sku_id: components["schemas"]["SkuId"];
             sold: number;
             /** @enum {string} */
-            state: "open" | "not_open" | "closed" | "paused" | "sold_out";
+            state: "open" | "not_open" | "closed" | "paused" | "sold_out" | "entries_open" | "entries_fixed" | "drawn";
             title: string;
             total: number;
             /** Format: int64 */
@@ -1428,6 +1528,11 @@ export interface components {
         };
         /** @description The SKU as it now stands, and what was changed. */
         SkuPut: {
+            /**
+             * @description Only of a SKU that is drawn.
+             * @enum {string}
+             */
+            allocation?: "draw";
             assign_between: string[] | null;
             /** @description The terms that differ from before, among them those that were left out and took their defaults. Empty where the SKU was created. */
             changed: components["schemas"]["SkuTerm"][];
@@ -1435,6 +1540,12 @@ export interface components {
             /** @description Why its sale is paused, if the database refuses its counters: resuming cannot help until its row is mended. */
             counters_refused: components["schemas"]["CountersRefused"] | null;
             currency: components["schemas"]["Currency"];
+            /** @description Only of a SKU that is drawn. Until then every order is an entry. */
+            draw_at?: components["schemas"]["Time"];
+            /** @description Only of a SKU that is drawn; null if the seed alone ranks. */
+            draw_beacon?: string | null;
+            /** @description Only of a SKU that is drawn. SHA-256 of the seed. */
+            draw_commitment?: components["schemas"]["Hex32"];
             free: number;
             held: number;
             now: components["schemas"]["Time"];
@@ -1445,7 +1556,7 @@ export interface components {
             sku_id: components["schemas"]["SkuId"];
             sold: number;
             /** @enum {string} */
-            state: "open" | "not_open" | "closed" | "paused" | "sold_out";
+            state: "open" | "not_open" | "closed" | "paused" | "sold_out" | "entries_open" | "entries_fixed" | "drawn";
             title: string;
             total: number;
             /** Format: int64 */
@@ -1466,10 +1577,18 @@ export interface components {
          *     }
          */
         SkuRequest: {
+            /**
+             * @description `draw`: until draw_at every order is an entry, one of a user, and units then go out by rank (docs/DRAW.md). First come, first served where it is left out.
+             * @enum {unknown}
+             */
+            allocation?: "draw" | null;
             /** @description Two different times of day with their offsets, as in `["09:00+08:00", "22:00+08:00"]`: units are assigned from the first until before the second only. Always where it is left out. */
             assign_between?: string[] | null;
             closes_at?: string | null;
             currency: components["schemas"]["Currency"];
+            draw_at?: string | null;
+            /** @description With `draw`: the name, with source and notation, of a public value that takes part in the ranks and that nobody can know before draw_at. */
+            draw_beacon?: string | null;
             opens_at?: string | null;
             per_user_limit?: number | null;
             /** @description At most 200 bytes; the id where it is left out. */
@@ -1491,7 +1610,7 @@ export interface components {
             waitlist_skips?: boolean;
         };
         /** @enum {string} */
-        SkuTerm: "title" | "unit_price" | "currency" | "per_user_limit" | "opens_at" | "closes_at" | "waitlist_max" | "waitlist_skips" | "waitlist_payment_ttl_ms" | "assign_between" | "total";
+        SkuTerm: "title" | "unit_price" | "currency" | "per_user_limit" | "opens_at" | "closes_at" | "waitlist_max" | "waitlist_skips" | "waitlist_payment_ttl_ms" | "assign_between" | "allocation" | "draw_at" | "draw_beacon" | "total";
         /**
          * @example {
          *       "type": "payment.succeeded",
@@ -1772,6 +1891,20 @@ export interface components {
                 };
             };
         };
+        /** @description Not found: `no_draw`, `not_found`, `unknown_sku`. */
+        Problem404_no_draw_not_found_unknown_sku: {
+            headers: {
+                [name: string]: unknown;
+            };
+            content: {
+                "application/problem+json": components["schemas"]["Problem"] & {
+                    /** @enum {unknown} */
+                    code?: "no_draw" | "not_found" | "unknown_sku";
+                    /** @constant */
+                    status?: 404;
+                };
+            };
+        };
         /** @description Not found: `not_found`. */
         Problem404_not_found: {
             headers: {
@@ -1898,6 +2031,20 @@ export interface components {
                 };
             };
         };
+        /** @description Refused: `allocation_fixed`, `draw_fixed`, `total_below_committed`. */
+        Problem409_allocation_fixed_draw_fixed_total_below_committed: {
+            headers: {
+                [name: string]: unknown;
+            };
+            content: {
+                "application/problem+json": components["schemas"]["Problem"] & {
+                    /** @enum {unknown} */
+                    code?: "allocation_fixed" | "draw_fixed" | "total_below_committed";
+                    /** @constant */
+                    status?: 409;
+                };
+            };
+        };
         /** @description Refused: `already_assigned`, `not_cancellable`. */
         Problem409_already_assigned_not_cancellable: {
             headers: {
@@ -1935,6 +2082,34 @@ export interface components {
                 "application/problem+json": components["schemas"]["Problem"] & {
                     /** @enum {unknown} */
                     code?: "counters_refused";
+                    /** @constant */
+                    status?: 409;
+                };
+            };
+        };
+        /** @description Refused: `draw_fixed`, `entries_not_fixed`, `no_beacon`. */
+        Problem409_draw_fixed_entries_not_fixed_no_beacon: {
+            headers: {
+                [name: string]: unknown;
+            };
+            content: {
+                "application/problem+json": components["schemas"]["Problem"] & {
+                    /** @enum {unknown} */
+                    code?: "draw_fixed" | "entries_not_fixed" | "no_beacon";
+                    /** @constant */
+                    status?: 409;
+                };
+            };
+        };
+        /** @description Refused: `draw_under_way`, `purchase_limit`, `sale_closed`, `sale_not_open`, `sale_paused`, `sold_out`, `waitlist_full`. */
+        Problem409_draw_under_way_and_6: {
+            headers: {
+                [name: string]: unknown;
+            };
+            content: {
+                "application/problem+json": components["schemas"]["Problem"] & {
+                    /** @enum {unknown} */
+                    code?: "draw_under_way" | "purchase_limit" | "sale_closed" | "sale_not_open" | "sale_paused" | "sold_out" | "waitlist_full";
                     /** @constant */
                     status?: 409;
                 };
@@ -1991,20 +2166,6 @@ export interface components {
                 "application/problem+json": components["schemas"]["Problem"] & {
                     /** @enum {unknown} */
                     code?: "profile_running";
-                    /** @constant */
-                    status?: 409;
-                };
-            };
-        };
-        /** @description Refused: `purchase_limit`, `sale_closed`, `sale_not_open`, `sale_paused`, `sold_out`, `waitlist_full`. */
-        Problem409_purchase_limit_and_5: {
-            headers: {
-                [name: string]: unknown;
-            };
-            content: {
-                "application/problem+json": components["schemas"]["Problem"] & {
-                    /** @enum {unknown} */
-                    code?: "purchase_limit" | "sale_closed" | "sale_not_open" | "sale_paused" | "sold_out" | "waitlist_full";
                     /** @constant */
                     status?: 409;
                 };
@@ -2306,6 +2467,8 @@ export interface components {
         "Idempotency-Replayed": "true";
         /** @description Path of the order. */
         Location: string;
+        /** @description The next page, if there is one (RFC 8288, `rel="next"`). */
+        NextPage: string;
         /** @description The preference that was honoured, as it was (RFC 7240). */
         "Preference-Applied": string;
         /** @description Seconds. */
@@ -3115,7 +3278,45 @@ export interface operations {
             403: components["responses"]["Problem403_cross_origin"];
             404: components["responses"]["Problem404_not_found"];
             405: components["responses"]["MethodNotAllowed"];
-            409: components["responses"]["Problem409_total_below_committed"];
+            409: components["responses"]["Problem409_allocation_fixed_draw_fixed_total_below_committed"];
+            413: components["responses"]["Problem413_body_too_large"];
+            415: components["responses"]["Problem415_unsupported_media_type"];
+            421: components["responses"]["Problem421_misdirected"];
+            500: components["responses"]["Problem500_internal"];
+            503: components["responses"]["Problem503_not_ready"];
+        };
+    };
+    supplyBeacon: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                sku_id: components["schemas"]["SkuId"];
+            };
+            cookie?: never;
+        };
+        /** @description At most 64 KiB. */
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["BeaconRequest"];
+            };
+        };
+        responses: {
+            /** @description The line about the draw. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Draw"];
+                };
+            };
+            400: components["responses"]["Problem400_bad_request_and_3"];
+            401: components["responses"]["Problem401_unauthorized"];
+            403: components["responses"]["Problem403_cross_origin"];
+            404: components["responses"]["Problem404_no_draw_not_found_unknown_sku"];
+            405: components["responses"]["MethodNotAllowed"];
+            409: components["responses"]["Problem409_draw_fixed_entries_not_fixed_no_beacon"];
             413: components["responses"]["Problem413_body_too_large"];
             415: components["responses"]["Problem415_unsupported_media_type"];
             421: components["responses"]["Problem421_misdirected"];
@@ -3496,7 +3697,7 @@ export interface operations {
             404: components["responses"]["Problem404_unknown_sku"];
             405: components["responses"]["MethodNotAllowed"];
             408: components["responses"]["Problem408_request_timeout"];
-            409: components["responses"]["Problem409_purchase_limit_and_5"];
+            409: components["responses"]["Problem409_draw_under_way_and_6"];
             413: components["responses"]["Problem413_body_too_large"];
             415: components["responses"]["Problem415_unsupported_media_type"];
             417: components["responses"]["Problem417_bad_request"];
@@ -3712,6 +3913,48 @@ export interface operations {
             400: components["responses"]["Problem400_bad_request_invalid_field_unknown_field"];
             401: components["responses"]["Problem401_unauthorized"];
             404: components["responses"]["Problem404_not_found_unknown_sku"];
+            405: components["responses"]["MethodNotAllowed"];
+            408: components["responses"]["Problem408_request_timeout"];
+            413: components["responses"]["Problem413_body_too_large"];
+            415: components["responses"]["Problem415_unsupported_media_type"];
+            417: components["responses"]["Problem417_bad_request"];
+            421: components["responses"]["Problem421_misdirected"];
+            431: components["responses"]["Problem431_head_too_large"];
+            500: components["responses"]["Problem500_internal"];
+            501: components["responses"]["Problem501_bad_request"];
+            503: components["responses"]["Problem503_not_ready_overloaded"];
+            505: components["responses"]["Problem505_bad_request"];
+        };
+    };
+    getDraw: {
+        parameters: {
+            query?: {
+                /** @description Only entries behind this place. The line about the draw comes with 0 only. */
+                after?: number;
+                /** @description Entries at most. */
+                limit?: number;
+            };
+            header?: never;
+            path: {
+                sku_id: components["schemas"]["SkuId"];
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description The page. */
+            200: {
+                headers: {
+                    Link: components["headers"]["NextPage"];
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/x-ndjson": (components["schemas"]["DrawEntry"] | components["schemas"]["Draw"])[];
+                };
+            };
+            400: components["responses"]["Problem400_bad_request_invalid_field_unknown_field"];
+            401: components["responses"]["Problem401_unauthorized"];
+            404: components["responses"]["Problem404_no_draw_not_found_unknown_sku"];
             405: components["responses"]["MethodNotAllowed"];
             408: components["responses"]["Problem408_request_timeout"];
             413: components["responses"]["Problem413_body_too_large"];

@@ -8,6 +8,7 @@
 
 mod catalogue;
 mod checks;
+mod draw;
 mod result;
 mod sale;
 mod settings;
@@ -18,6 +19,7 @@ use std::path::PathBuf;
 use anyhow::Context;
 use clap::Args;
 
+use self::draw::Draw;
 use self::sale::Sale;
 use self::settings::Settings;
 use self::status::{clear, status};
@@ -66,6 +68,9 @@ pub struct DemoArgs {
     /// Run this command with `sh` when half of the rush is over, to disturb something; it has to succeed.
     #[arg(long, value_name = "COMMAND")]
     at_half: Option<String>,
+    /// Show a draw instead of a rush: entries, the draw, and the verdict on what is published, in millrace-draw.ndjson.
+    #[arg(long, conflicts_with_all = ["at_half", "page", "seed"])]
+    draw: bool,
     /// Print the figures as JSON on standard output.
     #[arg(long)]
     json: bool,
@@ -86,19 +91,32 @@ pub async fn run(args: DemoArgs) -> anyhow::Result<bool> {
         None => "Millrace and its own PostgreSQL",
     };
     status(&format!("Starting {server} ..."));
-    let sale = Sale {
-        args: &args,
-        secret,
-        data_token: config.data_plane.token.0.first().cloned(),
-        control_token: config.control_plane.token.0.first().cloned(),
-        answer_ms_max: (config.orders.timeout_ms + ANSWER_MS_BOUND) as f64,
-    };
+    let data_token = config.data_plane.token.0.first().cloned();
+    let control_token = config.control_plane.token.0.first().cloned();
+    let answer_ms_max = (config.orders.timeout_ms + ANSWER_MS_BOUND) as f64;
     let started = tokio::select! {
         started = Millrace::start(config) => started.map_err(anyhow::Error::from),
         signal = signals.recv() => Err(anyhow::anyhow!("{signal} came before the sale began")),
     };
     clear();
-    let kept = sale.run(started?, &mut signals).await;
+    let started = started?;
+    let kept = if args.draw {
+        let draw = Draw {
+            args: &args,
+            data_token,
+            control_token,
+        };
+        draw.run(started, &mut signals).await
+    } else {
+        let sale = Sale {
+            args: &args,
+            secret,
+            data_token,
+            control_token,
+            answer_ms_max,
+        };
+        sale.run(started, &mut signals).await
+    };
     clear();
     if !matches!(kept, Ok(true)) {
         release();

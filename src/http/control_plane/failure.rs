@@ -46,6 +46,13 @@ impl From<OperatorError> for Failure {
             OperatorError::TotalBelowCommitted(_) => {
                 Problem::new(409, "total_below_committed", detail)
             }
+            OperatorError::DrawFixed { .. } | OperatorError::BeaconFixed(_) => {
+                Problem::new(409, "draw_fixed", detail)
+            }
+            OperatorError::AllocationFixed => Problem::new(409, "allocation_fixed", detail),
+            OperatorError::NoDraw(_) => Problem::new(404, "no_draw", detail),
+            OperatorError::NoBeaconWanted => Problem::new(409, "no_beacon", detail),
+            OperatorError::EntriesNotFixed => Problem::new(409, "entries_not_fixed", detail),
             OperatorError::TotalOutOfRange => Problem::new(400, "invalid_field", detail),
             OperatorError::KeyReused { .. } => Problem::new(422, "idempotency_key_reused", detail),
             OperatorError::SoldOut { available } => Problem {

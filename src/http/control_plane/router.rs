@@ -170,6 +170,7 @@ fn table() -> Vec<Route> {
         get("/admin/v1/skus", skus::list),
         with_body(put("/admin/v1/skus/{sku_id}", skus::put)),
         with_body(post("/admin/v1/skus/{sku_id}/restock", skus::restock)),
+        with_body(post("/admin/v1/skus/{sku_id}/draw", skus::draw)),
         post("/admin/v1/skus/{sku_id}/pause", skus::pause),
         post("/admin/v1/skus/{sku_id}/resume", skus::resume),
         post("/admin/v1/pause", skus::pause_all),

@@ -9,7 +9,7 @@ use super::extract::{Body, Segment, idempotency_key};
 use super::failure::Failure;
 use super::{ControlPlane, Parts};
 use crate::http::problem::Problem;
-use crate::http::wire::{OperatorSkuView, PutSkuView, RestockBody, SkuBody};
+use crate::http::wire::{DrawBody, OperatorSkuView, PutSkuView, RestockBody, SkuBody};
 use crate::order::{IdempotencyKey, SkuId};
 use crate::state::stock::Sku;
 
@@ -61,6 +61,18 @@ pub(super) async fn restock(
         response.headers_mut().insert("idempotency-replayed", value);
     }
     Ok(response)
+}
+
+pub(super) async fn draw(
+    State(plane): State<ControlPlane>,
+    Segment(sku_id): Segment,
+    Body(body): Body,
+) -> Result<Response, Failure> {
+    let parts = plane.parts()?;
+    let id = parse_id(&sku_id)?;
+    let beacon = DrawBody::parse(&body)?;
+    let header = parts.operator.supply_beacon(&id, &beacon).await?;
+    Ok(axum::Json(header).into_response())
 }
 
 pub(super) async fn pause(

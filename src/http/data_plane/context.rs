@@ -24,6 +24,7 @@ use crate::queue::OrderQueue;
 use crate::state::State;
 use crate::state::stock::HasLeft;
 use crate::store::StoreError;
+use crate::store::postgres::Database;
 use crate::store::postgres::orders::StoredOrder;
 
 /// Interval at which requests that wait for units look whether the process stops.
@@ -39,6 +40,8 @@ pub struct Context {
     pub queue: Arc<dyn OrderQueue>,
     /// Finds orders wherever they are.
     pub lookup: OrderLookup,
+    /// For published draws.
+    pub database: Database,
     /// Cancels orders.
     pub canceller: Canceller,
     /// Stores payment callbacks.

@@ -3,7 +3,7 @@
 //! ```text
 //!   server ──► router ──┬─► orders   (create, read, cancel)
 //!                       ├─► payments (notify, providers)
-//!                       └─► skus
+//!                       └─► skus, draws
 //!              each handler: fn(&Context, &Request, &mut Response) -> Result<(), Problem>
 //! ```
 //!
@@ -14,6 +14,7 @@
 //! if it must, by parking its coroutine ([`wake`](super::server::wake)).
 
 pub mod context;
+mod draws;
 pub mod nodes;
 mod orders;
 pub mod payments;

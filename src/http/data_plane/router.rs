@@ -8,7 +8,7 @@ use super::context::Context;
 use super::nodes::{self, Origin};
 use super::payments::notify;
 use super::payments::providers::{PaymentProvider, Providers};
-use super::{orders, skus};
+use super::{draws, orders, skus};
 use crate::http::message::{Request, Response};
 use crate::http::origin::SiteFields;
 use crate::http::peers::Hint;
@@ -30,13 +30,14 @@ const PAYMENTS_PATH: &str = "/v1/payments/";
 
 /// Method and path of every route of the data plane, as OpenAPI writes paths. `Route::find` knows
 /// the same ones; `tests/openapi.rs` asks for each.
-pub const ROUTES: [(&str, &str); 7] = [
+pub const ROUTES: [(&str, &str); 8] = [
     ("POST", ORDERS_PATH),
     ("POST", BATCH_PATH),
     ("GET", "/v1/orders/{order_id}"),
     ("POST", "/v1/orders/{order_id}/cancel"),
     ("GET", "/v1/users/{user_id}/orders"),
     ("GET", "/v1/skus/{sku_id}"),
+    ("GET", "/v1/skus/{sku_id}/draw"),
     ("POST", "/v1/payments/{provider}/notify"),
 ];
 
@@ -158,6 +159,7 @@ impl Router {
                 orders::read::list(context, request, origin, response, user_id)
             }
             Route::ReadSku(id) => skus::get(context, response, &id),
+            Route::ReadDraw(id) => draws::page(context, request, response, id),
             Route::ReadLanes => nodes::lanes::get(context.nodes.as_ref(), response),
         }
     }
@@ -213,6 +215,7 @@ enum Route {
     CancelOrder(OrderId),
     ReadOrders(UserId),
     ReadSku(SkuId),
+    ReadDraw(SkuId),
     /// Only in a cluster.
     ReadLanes,
 }
@@ -237,8 +240,12 @@ impl Route {
                 UserId::new(&user).ok().map(Route::ReadOrders)
             }
             ("skus", rest) => {
-                let id = percent_decoded(rest)?;
-                SkuId::new(&id).ok().map(Route::ReadSku)
+                let (id, route): (_, fn(SkuId) -> Route) = match rest.split_once('/') {
+                    None => (rest, Route::ReadSku),
+                    Some((id, "draw")) => (id, Route::ReadDraw),
+                    Some(_) => return None,
+                };
+                SkuId::new(&percent_decoded(id)?).ok().map(route)
             }
             _ => None,
         }
@@ -247,9 +254,11 @@ impl Route {
     fn method(&self) -> &'static str {
         match self {
             Route::CreateOrder | Route::CreateOrders | Route::CancelOrder(_) => "POST",
-            Route::ReadOrder(_) | Route::ReadOrders(_) | Route::ReadSku(_) | Route::ReadLanes => {
-                "GET"
-            }
+            Route::ReadOrder(_)
+            | Route::ReadOrders(_)
+            | Route::ReadSku(_)
+            | Route::ReadDraw(_)
+            | Route::ReadLanes => "GET",
         }
     }
 
@@ -258,6 +267,7 @@ impl Route {
         match self {
             Route::ReadOrder(_) => &["wait"],
             Route::ReadOrders(_) => &["limit", "before"],
+            Route::ReadDraw(_) => &["limit", "after"],
             Route::CancelOrder(_) => &["only"],
             Route::CreateOrder | Route::CreateOrders | Route::ReadSku(_) | Route::ReadLanes => &[],
         }

@@ -27,7 +27,7 @@ pub use headers::{idempotency_key, no_batch_key, parse_key, require_identity};
 pub use json::no_members;
 pub use lanes::{LaneView, LanesView};
 pub use orders::{ATTRIBUTES_BYTES_MAX, BatchLine, OrderBody, OrderList, OrderView, UndecidedView};
-pub use skus::{OperatorSkuView, PutSkuView, RestockBody, SkuBody, SkuView};
+pub use skus::{DrawBody, OperatorSkuView, PutSkuView, RestockBody, SkuBody, SkuView};
 
 #[cfg(test)]
 mod tests {

@@ -175,6 +175,9 @@ pub struct OrderView<'a> {
     /// Only of an order that waits for units: the number of orders ahead of it, plus one.
     #[serde(skip_serializing_if = "Option::is_none")]
     position: Option<usize>,
+    /// Only of an entry of a draw: finds it in the published draw.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    entry_token: Option<String>,
     /// Only of an order whose money is or was to be refunded.
     #[serde(skip_serializing_if = "Option::is_none")]
     refund_reason: Option<&'a str>,
@@ -202,16 +205,24 @@ impl<'a> OrderView<'a> {
         Self::of(order, status, keys).placed(order.sku, status, state)
     }
 
-    /// The same with its position if it waits for units.
-    fn placed(self, sku: SkuNumber, status: OrderStatus, state: &State) -> Self {
-        if status != OrderStatus::Waitlisted {
+    /// The same with its position if it waits for units. An entry of a draw has its token, and a position once the draw is
+    /// made.
+    fn placed(mut self, sku: SkuNumber, status: OrderStatus, state: &State) -> Self {
+        let Some(sku) = state.catalogue.by_number(sku) else {
             return self;
+        };
+        if status == OrderStatus::Waitlisted && sku.is_drawn() {
+            self.position = sku.waitlist().position(self.order_id);
         }
-        let sku = state.catalogue.by_number(sku);
-        OrderView {
-            position: sku.and_then(|sku| sku.waitlist().position(self.order_id)),
-            ..self
+        let entries_until = sku.terms().draw.as_ref().map(|draw| draw.at);
+        if let Some(until) = entries_until
+            && self.created_at.0 < until
+            && let Some(draw) = sku.draw()
+        {
+            let token = draw.token(&UserId::from_row(self.user_id));
+            self.entry_token = Some(token.to_string());
         }
+        self
     }
 
     /// An order in flight, or one whose row was just committed. An order that may never exist has no
@@ -228,6 +239,7 @@ impl<'a> OrderView<'a> {
             currency: order.currency.as_str(),
             status: status.as_str(),
             position: None,
+            entry_token: None,
             refund_reason: None,
             created_at: Time(order.created_at),
             expires_at: until(order.expires_at),
@@ -314,6 +326,7 @@ impl<'a> OrderView<'a> {
             currency: &order.currency,
             status: status.as_str(),
             position: None,
+            entry_token: None,
             refund_reason: order.refund_reason.as_deref(),
             created_at: Time(order.created_at),
             expires_at: until(order.expires_at),

@@ -8,9 +8,10 @@ use serde::{Deserialize, Serialize};
 use super::json::from_object;
 use super::time::{self, Time};
 use crate::http::problem::Problem;
+use crate::order::draw::{Beacon, Commitment};
 use crate::order::{Currency, SkuId, UnixMillis};
 use crate::state::stock::{
-    DayTime, DayWindow, SaleTerms, Sku, WAITLIST_MAX_DEFAULT, WaitlistTerms,
+    DayTime, DayWindow, DrawTerms, SaleTerms, Sku, WAITLIST_MAX_DEFAULT, WaitlistTerms,
 };
 
 /// A SKU as operators see it.
@@ -63,6 +64,29 @@ impl PutSkuView {
     }
 }
 
+/// The draw of a SKU.
+#[derive(Debug, Serialize)]
+struct DrawView {
+    allocation: &'static str,
+    draw_at: Time,
+    draw_beacon: Option<String>,
+    /// SHA-256 of the seed.
+    draw_commitment: Option<Commitment>,
+}
+
+impl DrawView {
+    fn of(sku: &Sku) -> Option<Self> {
+        let terms = sku.terms();
+        let draw = terms.draw.as_ref()?;
+        Some(DrawView {
+            allocation: DRAW,
+            draw_at: Time(draw.at),
+            draw_beacon: draw.beacon.clone(),
+            draw_commitment: sku.draw().map(|draw| draw.commitment()),
+        })
+    }
+}
+
 /// A SKU in an answer of either plane.
 #[derive(Debug, Serialize)]
 pub struct SkuView {
@@ -84,6 +108,8 @@ pub struct SkuView {
     waitlist_skips: bool,
     waitlist_payment_ttl_ms: Option<u64>,
     assign_between: Option<[String; 2]>,
+    #[serde(flatten)]
+    draw: Option<DrawView>,
     now: Time,
 }
 
@@ -118,6 +144,7 @@ impl SkuView {
                 .waitlist
                 .assign_between
                 .map(|between| [between.from.to_string(), between.to.to_string()]),
+            draw: DrawView::of(sku),
             now: Time(now),
         }
     }
@@ -144,6 +171,12 @@ struct SkuMembers {
     waitlist_payment_ttl_ms: Option<u64>,
     #[serde(default)]
     assign_between: Option<Vec<String>>,
+    #[serde(default)]
+    allocation: Option<String>,
+    #[serde(default)]
+    draw_at: Option<String>,
+    #[serde(default)]
+    draw_beacon: Option<String>,
 }
 
 /// The body of `PUT /admin/v1/skus/{sku_id}`, checked.
@@ -155,6 +188,10 @@ pub struct SkuBody {
     pub total: u32,
 }
 
+/// The `allocation` of a SKU that is drawn.
+const DRAW: &str = "draw";
+/// Longest name of a beacon in characters.
+const BEACON_NAME_MAX: usize = 256;
 /// Longest title in bytes.
 const TITLE_BYTES_MAX: usize = 200;
 /// Most orders that a waiting list may have.
@@ -201,6 +238,41 @@ impl SkuBody {
         {
             return Err(field("closes_at", &"must be after opens_at"));
         }
+        let draw_at = moment("draw_at", members.draw_at)?;
+        let draw = match members.allocation.as_deref() {
+            Some(DRAW) => {
+                let at = draw_at
+                    .ok_or_else(|| field("draw_at", &"allocation is draw, so it must be there"))?;
+                let is_within = opens_at.is_some_and(|opens_at| opens_at < at)
+                    && closes_at.is_some_and(|closes_at| at <= closes_at);
+                if !is_within {
+                    let what = "must be after opens_at, and not after closes_at; a draw needs both";
+                    return Err(field("draw_at", &what));
+                }
+                let beacon = members.draw_beacon;
+                if beacon.as_deref().is_some_and(|name| !is_beacon_name(name)) {
+                    let what = format!("must be 1 to {BEACON_NAME_MAX} characters on one line");
+                    return Err(field("draw_beacon", &what));
+                }
+                Some(DrawTerms { at, beacon })
+            }
+            None => match (draw_at, &members.draw_beacon) {
+                (None, None) => None,
+                (Some(_), _) => {
+                    return Err(field("draw_at", &"goes only with \"allocation\": \"draw\""));
+                }
+                (None, Some(_)) => {
+                    return Err(field(
+                        "draw_beacon",
+                        &"goes only with \"allocation\": \"draw\"",
+                    ));
+                }
+            },
+            Some(_) => {
+                let what = "must be \"draw\"; leave it out for first come, first served";
+                return Err(field("allocation", &what));
+            }
+        };
         let waitlist = WaitlistTerms {
             max: members.waitlist_max.unwrap_or(WAITLIST_MAX_DEFAULT),
             skips: members.waitlist_skips,
@@ -233,9 +305,32 @@ impl SkuBody {
                 opens_at,
                 closes_at,
                 waitlist,
+                draw,
             },
             total: members.total,
         })
+    }
+}
+
+fn is_beacon_name(name: &str) -> bool {
+    (1..=BEACON_NAME_MAX).contains(&name.chars().count()) && !name.chars().any(char::is_control)
+}
+
+/// The body of `POST /admin/v1/skus/{sku_id}/draw`.
+#[derive(Debug, Deserialize)]
+pub struct DrawBody {
+    beacon: String,
+}
+
+impl DrawBody {
+    /// Parses and checks a body: the beacon.
+    ///
+    /// # Errors
+    /// As [`super::orders::OrderBody::parse`].
+    pub fn parse(body: &[u8]) -> Result<Beacon, Problem> {
+        let body: Self = from_object(body)?;
+        Beacon::new(&body.beacon)
+            .map_err(|e| Problem::new(400, "invalid_field", format!("beacon: {e}")))
     }
 }
 
@@ -329,6 +424,23 @@ mod tests {
             (
                 r#"{"unit_price":1,"currency":"EUR","total":1,"assign_between":["09:00Z","17:00+08:00"]}"#,
                 "assign_between",
+            ),
+            (
+                r#"{"unit_price":1,"currency":"EUR","total":1,"allocation":"lottery"}"#,
+                "allocation",
+            ),
+            (
+                r#"{"unit_price":1,"currency":"EUR","total":1,"draw_at":"2026-12-01T12:00:00Z"}"#,
+                "draw_at",
+            ),
+            (
+                r#"{"unit_price":1,"currency":"EUR","total":1,"allocation":"draw","draw_at":"2026-12-01T12:00:00Z"}"#,
+                "draw_at",
+            ),
+            (
+                r#"{"unit_price":1,"currency":"EUR","total":1,"allocation":"draw","draw_at":"2026-12-01T12:00:00Z",
+                    "opens_at":"2026-12-01T11:00:00Z","closes_at":"2026-12-01T13:00:00Z","draw_beacon":""}"#,
+                "draw_beacon",
             ),
         ] {
             let problem = parse(bad).unwrap_err();

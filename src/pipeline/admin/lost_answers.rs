@@ -150,7 +150,7 @@ impl LostAnswers {
                         catalogue.add([row]);
                     }
                     (Some(sku), Some(row)) => {
-                        sku.set_terms(SaleTerms::clone(&row.terms()));
+                        sku.adopt_terms(&row);
                         let total = row.counter().snapshot().total;
                         if let Err(error) = sku.counter().set_total(total) {
                             tracing::error!(sku_id = %id, reason = %error, "the total in the database could not be put in force; set it again");

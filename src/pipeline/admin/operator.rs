@@ -8,9 +8,10 @@ use std::sync::Arc;
 use tokio::sync::Mutex;
 
 use super::changes::{Retried, check_number};
-use super::limits;
 use super::lost_answers::{LostAnswer, LostAnswers};
 use super::pauses::Pauses;
+use super::{draws, limits};
+use crate::order::draw::{Beacon, Header};
 use crate::order::{OrderId, Quantity, Refusal, SkuId};
 use crate::pipeline::orders::parking::ParkingHandle;
 use crate::pipeline::payments::processor::PaymentsHandle;
@@ -35,6 +36,32 @@ pub enum OperatorError {
     /// The new total is less than the units that orders have taken.
     #[error(transparent)]
     TotalBelowCommitted(#[from] BelowCommitted),
+    /// Terms of a draw that somebody has entered.
+    #[error(
+        "the draw has entries, so its terms stay as they are: {}",
+        changed.join(", ")
+    )]
+    DrawFixed {
+        /// The terms that would have changed.
+        changed: Vec<&'static str>,
+    },
+    /// The allocation of a SKU with a waiting list.
+    #[error("allocation: orders wait for units of this SKU; it can change once nobody waits")]
+    AllocationFixed,
+    /// A SKU without a draw.
+    #[error("{0} is sold first come, first served")]
+    NoDraw(SkuId),
+    /// A beacon for a draw that has none.
+    #[error("beacon: the terms of the draw name none, so the seed alone ranks")]
+    NoBeaconWanted,
+    /// A beacon before the entries are fixed.
+    #[error(
+        "beacon: the entries are not fixed yet, and whoever knows the beacon could still enter; send it after draw_at"
+    )]
+    EntriesNotFixed,
+    /// Another beacon than the one that is stored.
+    #[error("beacon: the draw has the beacon {0:?} already")]
+    BeaconFixed(String),
     /// The new total is out of range.
     #[error("total: must be 0 to 4294967295")]
     TotalOutOfRange,
@@ -178,17 +205,23 @@ impl Operator {
                 changed: Vec::new(),
             });
         };
-        let storing = async {
-            skus::put(&self.database, self.lease, id, &terms, total)
-                .await
-                .and_then(|made| check_number(&self.state, &made))
-        };
         let mut changed = sku.terms().differing(&terms);
+        // Held until the terms are in force: nobody enters meanwhile.
+        let _unentered = draws::begin_change(&sku, &changed)?;
+        let mut stored = None;
+        let storing = async {
+            let made = skus::put(&self.database, self.lease, id, &terms, total).await?;
+            check_number(&self.state, &made)?;
+            stored = Some(made);
+            Ok::<(), StoreError>(())
+        };
         if sku.counter().snapshot().total != total {
             changed.push("total");
         }
         self.change_total(&sku, total, storing).await?;
-        sku.set_terms(terms);
+        if let Some(stored) = stored {
+            sku.adopt_terms(&stored);
+        }
         Ok(Put {
             sku,
             is_new: false,
@@ -418,6 +451,21 @@ impl Operator {
     ) -> Result<Recorded, StoreError> {
         let _turn = self.one_at_a_time.lock().await;
         self.payments.record_refund(order_id, note).await
+    }
+
+    /// Supplies the beacon of a draw whose entries are fixed. The draw is then made in the background. The first line of
+    /// the published draw is returned.
+    ///
+    /// # Errors
+    /// [`OperatorError::NoDraw`], [`OperatorError::NoBeaconWanted`], [`OperatorError::EntriesNotFixed`],
+    /// [`OperatorError::BeaconFixed`], or the database's error.
+    pub async fn supply_beacon(
+        &self,
+        id: &SkuId,
+        beacon: &Beacon,
+    ) -> Result<Header, OperatorError> {
+        let sku = self.known(id)?;
+        draws::supply_beacon(&self.database, self.lease, &sku, beacon).await
     }
 
     async fn open_dead_letter(&self, id: i64) -> Result<DeadLetter, OperatorError> {

@@ -31,7 +31,7 @@ use crate::state::State;
 use crate::state::buyers::{BuyerClaim, BuyerOrder, Claimed, Sticky};
 use crate::state::pending::PendingOrder;
 use crate::state::sticky_refusals::StickyRefusals;
-use crate::state::stock::{Hold, Placed, SaleTerms, Sku, WaitPlace};
+use crate::state::stock::{Draw, DrawPhase, Hold, Placed, SaleTerms, Sku, WaitPlace};
 
 /// A client's request for an order, each member validated on its own.
 #[derive(Clone, Debug)]
@@ -200,16 +200,27 @@ impl Intake {
         } else {
             sku.window_now()
         };
+        // Until the draw, every order of the SKU is an entry, whether units are free or not.
+        let draw = terms.draw.as_ref().and_then(|draw| {
+            let entered = sku.draw().filter(|draw| !draw.is_drawn())?;
+            Some((entered, draw.at))
+        });
+        let window = window.and_then(|()| match &draw {
+            Some((draw, at)) => self.takes_entries(draw, *at, now),
+            None => Ok(()),
+        });
         let amount = amount(&terms, request).and_then(|amount| window.map(|()| amount));
         let available = sku.counter().free();
         let is_short = available < request.quantity.get() && !bug("hold_without_checking");
         let may_wait = || {
             let total = sku.counter().snapshot().total;
-            request.waitlist && request.quantity.get() <= total
+            (request.waitlist || draw.is_some()) && request.quantity.get() <= total
         };
         let (order_id, room) = if is_short && !may_wait() {
             (NO_ORDER, Err(Refusal::SoldOut { available }))
-        } else if is_short && sku.waitlist().len() >= terms.waitlist.max as usize {
+        } else if (is_short || draw.is_some())
+            && sku.waitlist().len() >= terms.waitlist.max as usize
+        {
             (NO_ORDER, Err(Refusal::WaitlistFull))
         } else {
             // A request under a known key is answered even without a new id.
@@ -237,12 +248,31 @@ impl Intake {
             now,
             entry,
             amount,
-            limit: terms.per_user_limit,
+            // One entry of a user: none beside an earlier one, however few units it is for.
+            limit: match draw {
+                Some(_) => {
+                    let limit = terms.per_user_limit.unwrap_or(u32::MAX);
+                    Some(limit.min(request.quantity.get()))
+                }
+                None => terms.per_user_limit,
+            },
             waitlist_max: terms.waitlist.max,
+            draw,
             currency: terms.currency,
             sku,
         };
         Ok((quote, room))
+    }
+
+    /// Whether a draw takes entries at `now`, by the clock that also says when an order was created.
+    fn takes_entries(&self, draw: &Draw, until: UnixMillis, now: Instant) -> Result<(), Refusal> {
+        if draw.is_changing() {
+            Err(Refusal::SalePaused)
+        } else if draw.phase() == DrawPhase::Open && self.state.ids.real_at(now) < until {
+            Ok(())
+        } else {
+            Err(Refusal::DrawUnderWay)
+        }
     }
 
     /// Reserves room for one order in the queue, before its stock is held.
@@ -289,7 +319,7 @@ impl Intake {
     ) -> Result<Admission, Refusal> {
         let state = &self.state;
         let sticky = self.under_key(request, &quote);
-        let (claim, share) = if request.waitlist {
+        let (claim, share) = if request.waitlist || quote.draw.is_some() {
             match self.claim_share_or_place(request, &mut quote, &sticky)? {
                 Ok(claimed) => claimed,
                 Err(duplicate) => return Ok(self.duplicate(duplicate)),
@@ -347,8 +377,8 @@ impl Intake {
     }
 
     /// Claims the key of an order that accepts to wait, and holds its units or joins the list, in one step under
-    /// the list's lock, with a fresh id: on a list the order of ids is the order of joining. The inner error is
-    /// the earlier order under the key.
+    /// the list's lock, with a fresh id: on a list the order of ids is the order of joining. An entry of a draw joins in
+    /// any case; under the lock the draw takes it or is closed. The inner error is the earlier order under the key.
     fn claim_share_or_place<'a>(
         &'a self,
         request: &'a OrderRequest<'_>,
@@ -357,17 +387,33 @@ impl Intake {
     ) -> Result<Result<(BuyerClaim<'a>, Share), OrderId>, Refusal> {
         let sku = Arc::clone(&quote.sku);
         let (units, max) = (request.quantity.get(), quote.waitlist_max);
-        let placed = sku.waitlist().hold_or_join(sku.counter(), units, max, || {
+        let draw = quote.draw.clone();
+        let claim = || -> Result<(OrderId, BuyerClaim<'a>), Result<OrderId, Refusal>> {
             let id = self
                 .state
                 .ids
                 .next_at(quote.now, Lane::of(&request.user_id));
             quote.entry.order_id = id.map_err(|_| Err(Refusal::NotReady))?;
+            if let Some((draw, at)) = &draw
+                && let Err(refusal) = self.takes_entries(draw, *at, quote.now)
+            {
+                quote.amount = Err(refusal);
+            }
             match self.claim(request, quote, sticky).map_err(Err)? {
-                Claimed::Fresh(claim) => Ok((quote.entry.order_id, claim)),
+                Claimed::Fresh(claim) => {
+                    if let Some((draw, _)) = &draw {
+                        draw.note_entry();
+                    }
+                    Ok((quote.entry.order_id, claim))
+                }
                 Claimed::Duplicate(id) => Err(Ok(id)),
             }
-        });
+        };
+        let (list, counter) = (sku.waitlist(), sku.counter());
+        let placed = match &draw {
+            Some(_) => list.enter(counter, units, max, claim),
+            None => list.hold_or_join(counter, units, max, claim),
+        };
         let (placed, id, claim) = match placed {
             Ok(placed) => placed,
             Err(Ok(duplicate)) => return Ok(Err(duplicate)),
@@ -442,6 +488,8 @@ struct Quote {
     amount: Result<i64, Refusal>,
     limit: Option<u32>,
     waitlist_max: u32,
+    /// Of an order that enters a draw: the draw, and when its entries end.
+    draw: Option<(Arc<Draw>, UnixMillis)>,
     currency: Currency,
 }
 

@@ -138,7 +138,8 @@ impl Assigner {
         let mut selected = Vec::new();
         let mut left = ORDERS_MAX;
         for sku in skus {
-            let skips = sku.terms().waitlist.skips;
+            // An entry of a draw that asks for more than is left is passed over, and keeps its rank.
+            let skips = sku.terms().waitlist.skips || sku.draw().is_some();
             let orders = sku.waitlist().select(sku.counter(), skips, left);
             left -= orders.len();
             if !orders.is_empty() {

@@ -1,6 +1,7 @@
 //! The catalogue: the SKUs on sale, with their terms and counters.
 
 mod counter;
+mod draw;
 mod fault;
 mod terms;
 mod waitlist;
@@ -9,7 +10,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use crossbeam::utils::CachePadded;
 
 use crate::faults::bug;
@@ -17,8 +18,9 @@ use crate::order::receipt::ReceiptSku;
 use crate::order::{OrderId, Quantity, Refusal, SkuId, SkuNumber, SkuTag, UnixMillis};
 use crate::sync::Guarded;
 pub use counter::{BelowCommitted, NotEnough, StockCounter, StockSnapshot};
+pub use draw::{Draw, DrawChange, DrawPhase};
 pub use fault::{Fault, Parking, Refused, Seen};
-pub use terms::{DayTime, DayWindow, SaleTerms, WAITLIST_MAX_DEFAULT, WaitlistTerms};
+pub use terms::{DayTime, DayWindow, DrawTerms, SaleTerms, WAITLIST_MAX_DEFAULT, WaitlistTerms};
 pub use waitlist::{HasLeft, Placed, WaitPlace, Waitlist};
 
 /// Whether a SKU is on sale now; the `state` of API.md.
@@ -34,6 +36,12 @@ pub enum SaleState {
     Paused,
     /// Open, and no unit is free.
     SoldOut,
+    /// Open until the draw, which each order enters.
+    EntriesOpen,
+    /// Entries have ended, and the draw is not made yet.
+    EntriesFixed,
+    /// Open, and its draw is made.
+    Drawn,
 }
 
 impl SaleState {
@@ -45,6 +53,9 @@ impl SaleState {
             SaleState::Closed => "closed",
             SaleState::Paused => "paused",
             SaleState::SoldOut => "sold_out",
+            SaleState::EntriesOpen => "entries_open",
+            SaleState::EntriesFixed => "entries_fixed",
+            SaleState::Drawn => "drawn",
         }
     }
 }
@@ -62,6 +73,7 @@ pub struct Sku {
     paused: AtomicBool,
     fault: Arc<Fault>,
     waitlist: Waitlist,
+    draw: ArcSwapOption<Draw>,
 }
 
 impl Sku {
@@ -81,6 +93,7 @@ impl Sku {
             paused: AtomicBool::new(paused),
             fault: Arc::default(),
             waitlist: Waitlist::default(),
+            draw: ArcSwapOption::empty(),
         }
     }
 
@@ -89,9 +102,22 @@ impl Sku {
         self.terms.load()
     }
 
-    /// Replaces the terms.
+    /// Replaces the terms, and leaves the draw as it is.
     pub fn set_terms(&self, terms: SaleTerms) {
         self.terms.store(Arc::new(terms));
+    }
+
+    /// Takes over the terms of `stored`, and its draw.
+    pub fn adopt_terms(&self, stored: &Sku) {
+        let (terms, draw) = (stored.terms.load_full(), stored.draw());
+        // Whoever sees terms that name a draw finds it.
+        if draw.is_some() {
+            self.set_draw(draw);
+            self.terms.store(terms);
+        } else {
+            self.terms.store(terms);
+            self.set_draw(None);
+        }
     }
 
     /// The counters.
@@ -104,6 +130,26 @@ impl Sku {
         &self.waitlist
     }
 
+    /// Its draw, if its terms name one.
+    pub fn draw(&self) -> Option<Arc<Draw>> {
+        self.draw.load_full()
+    }
+
+    /// Sets its draw. The draw that it has already stays: its secrets do not change.
+    pub fn set_draw(&self, draw: Option<Arc<Draw>>) {
+        match draw {
+            None => self.draw.store(None),
+            Some(draw) if self.draw.load().is_none() => self.draw.store(Some(draw)),
+            Some(_) => {}
+        }
+    }
+
+    /// Whether units may go out as far as its draw goes: it has none, or it is made.
+    pub fn is_drawn(&self) -> bool {
+        let draw = self.draw.load();
+        draw.as_ref().is_none_or(|draw| draw.is_drawn())
+    }
+
     /// Removes an order from the waiting list.
     pub fn leave_waitlist(&self, id: OrderId) {
         self.waitlist.remove(&self.counter, [id]);
@@ -112,7 +158,9 @@ impl Sku {
     /// Whether waiting orders may be assigned units at `now`.
     pub fn may_assign(&self, now: UnixMillis) -> bool {
         let between = self.terms.load().waitlist.assign_between;
-        self.window(now).is_ok() && between.is_none_or(|between| between.has(now))
+        self.window(now).is_ok()
+            && between.is_none_or(|between| between.has(now))
+            && self.is_drawn()
     }
 
     /// Holds `quantity` of the free units; dropping the guard releases them.
@@ -194,8 +242,13 @@ impl Sku {
             Err(Refusal::SaleNotOpen { .. }) => SaleState::NotOpen,
             Err(Refusal::SaleClosed) => SaleState::Closed,
             Err(_) => SaleState::Paused,
-            Ok(()) if self.counter.free() == 0 => SaleState::SoldOut,
-            Ok(()) => SaleState::Open,
+            Ok(()) => match self.draw.load().as_ref().map(|draw| draw.phase()) {
+                Some(DrawPhase::Open | DrawPhase::Closed) => SaleState::EntriesOpen,
+                Some(DrawPhase::Fixed) => SaleState::EntriesFixed,
+                Some(DrawPhase::Drawn) => SaleState::Drawn,
+                None if self.counter.free() == 0 => SaleState::SoldOut,
+                None => SaleState::Open,
+            },
         }
     }
 }
@@ -361,6 +414,7 @@ mod tests {
             opens_at: None,
             closes_at: None,
             waitlist: WaitlistTerms::default(),
+            draw: None,
         };
         Arc::new(Sku::new(
             SkuId::new("A").unwrap(),

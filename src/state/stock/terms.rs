@@ -21,6 +21,17 @@ pub struct SaleTerms {
     pub closes_at: Option<UnixMillis>,
     /// Its waiting list.
     pub waitlist: WaitlistTerms,
+    /// Its draw; `None` if units go to whoever comes first.
+    pub draw: Option<DrawTerms>,
+}
+
+/// Terms of a draw.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DrawTerms {
+    /// Until this moment every order is an entry.
+    pub at: UnixMillis,
+    /// The name of the public value that takes part in the ranks; `None` if the seed alone ranks.
+    pub beacon: Option<String>,
 }
 
 /// Orders on a waiting list at most, unless a SKU says otherwise.
@@ -130,14 +141,14 @@ impl DayWindow {
 }
 
 impl SaleTerms {
-    /// Whether the units of live orders must be known at `now`, for the purchase limit. A sale that
-    /// ended a day ago no longer needs them, and a clock set back by less than a day opens no sale
-    /// without them.
+    /// Whether the units of live orders must be known at `now`, for the purchase limit, or because a
+    /// draw takes one entry of a user. A sale that ended a day ago no longer needs them, and a clock
+    /// set back by less than a day opens no sale without them.
     pub fn need_units(&self, now: UnixMillis) -> bool {
         let is_over = self
             .closes_at
             .is_some_and(|closes_at| closes_at.plus_ms(OVER_MS) <= now);
-        self.per_user_limit.is_some() && !is_over
+        (self.per_user_limit.is_some() || self.draw.is_some()) && !is_over
     }
 
     /// Names, as in JSON, of the terms in which `other` differs.
@@ -150,7 +161,14 @@ impl SaleTerms {
             opens_at,
             closes_at,
             waitlist,
+            draw,
         } = self;
+        let of_draw = |terms: &SaleTerms| {
+            let draw = terms.draw.clone();
+            draw.map_or((None, None), |draw| (Some(draw.at), draw.beacon))
+        };
+        let (draw_at, draw_beacon) = of_draw(self);
+        let (other_at, other_beacon) = of_draw(other);
         let WaitlistTerms {
             max,
             skips,
@@ -174,6 +192,9 @@ impl SaleTerms {
                 "assign_between",
                 assign_between != other.waitlist.assign_between,
             ),
+            ("allocation", draw.is_some() != other.draw.is_some()),
+            ("draw_at", draw_at != other_at),
+            ("draw_beacon", draw_beacon != other_beacon),
         ];
         let names = differs.into_iter().filter(|(_, differs)| *differs);
         names.map(|(name, _)| name).collect()

@@ -43,29 +43,56 @@ enum Stage {
 /// An order on the list.
 #[derive(Clone, Copy, Debug)]
 struct Entry {
+    /// The list is sorted by it: the turn of its id; after a draw the place of an entry in it, which is below every turn.
+    key: u64,
     id: OrderId,
     units: u32,
     stage: Stage,
 }
 
-/// Entries by turn, in blocks, so that inserting, removing and ranking are cheap anywhere.
+/// Entries by key, in blocks, so that inserting, removing and ranking are cheap anywhere.
 #[derive(Debug, Default)]
 struct Queue {
     /// None is empty.
     blocks: VecDeque<Vec<Entry>>,
+    /// After a draw, the places of its entries. They stay when an entry leaves: it may come back.
+    places: HashMap<OrderId, u32, foldhash::fast::RandomState>,
+    /// After a draw, an id that no entry is below.
+    least: Option<OrderId>,
 }
 
 impl Queue {
-    fn block_of(&self, id: OrderId) -> usize {
-        let before =
-            |block: &Vec<Entry>| block.last().is_some_and(|last| last.id.turn() < id.turn());
+    fn key(&self, id: OrderId) -> u64 {
+        self.places
+            .get(&id)
+            .map_or(id.turn(), |place| (*place).into())
+    }
+
+    fn block_of(&self, key: u64) -> usize {
+        let before = |block: &Vec<Entry>| block.last().is_some_and(|last| last.key < key);
         self.blocks.partition_point(before)
+    }
+
+    /// Puts the entries of a draw, and all that come back, in the order of their places, before all others.
+    fn take_places(&mut self, places: impl IntoIterator<Item = (OrderId, u32)>) {
+        self.places.extend(places);
+        let mut entries: Vec<Entry> = self.blocks.drain(..).flatten().collect();
+        for entry in &mut entries {
+            entry.key = self.key(entry.id);
+        }
+        entries.sort_unstable_by_key(|entry| entry.key);
+        self.least = self.places.keys().min().copied();
+        self.blocks = entries.chunks(BLOCK).map(<[Entry]>::to_vec).collect();
     }
 
     /// Block and index of an entry.
     fn find(&self, id: OrderId) -> Option<(usize, usize)> {
-        let at = self.block_of(id);
-        let found = place_in(self.blocks.get(at)?, id);
+        let key = self.key(id);
+        let at = self.block_of(key);
+        let found = self
+            .blocks
+            .get(at)?
+            .binary_search_by_key(&key, |one| one.key);
         found.ok().map(|index| (at, index))
     }
 
@@ -76,14 +103,20 @@ impl Queue {
     }
 
     /// Adds an entry unless it is there.
-    fn insert(&mut self, entry: Entry) -> bool {
-        let at = self.block_of(entry.id);
+    fn insert(&mut self, id: OrderId, units: u32, stage: Stage) -> bool {
+        let entry = Entry {
+            key: self.key(id),
+            id,
+            units,
+            stage,
+        };
+        let at = self.block_of(entry.key);
         let last = self.blocks.len().saturating_sub(1);
         let Some(block) = self.blocks.get_mut(at.min(last)) else {
             self.blocks.push_back(vec![entry]);
             return true;
         };
-        let Err(index) = place_in(block, entry.id) else {
+        let Err(index) = block.binary_search_by_key(&entry.key, |one| one.key) else {
             return false;
         };
         if at > last && block.len() >= BLOCK {
@@ -121,10 +154,6 @@ impl Queue {
     fn iter_mut(&mut self) -> impl Iterator<Item = &mut Entry> {
         self.blocks.iter_mut().flatten()
     }
-}
-
-fn place_in(block: &[Entry], id: OrderId) -> Result<usize, usize> {
-    block.binary_search_by_key(&id.turn(), |one| one.id.turn())
 }
 
 #[derive(Debug, Default)]
@@ -182,25 +211,57 @@ impl Waitlist {
         max: u32,
         claim: impl FnOnce() -> Result<(OrderId, C), E>,
     ) -> Result<(Placed, OrderId, C), E> {
+        let hold = || counter.hold(units).is_ok();
+        self.place(counter, units, max, hold, claim)
+    }
+
+    /// The same for an entry of a draw, which holds nothing although units are free.
+    ///
+    /// # Errors
+    /// That of `claim`; nothing is placed.
+    pub fn enter<C, E>(
+        &self,
+        counter: &StockCounter,
+        units: u32,
+        max: u32,
+        claim: impl FnOnce() -> Result<(OrderId, C), E>,
+    ) -> Result<(Placed, OrderId, C), E> {
+        self.place(counter, units, max, || false, claim)
+    }
+
+    fn place<C, E>(
+        &self,
+        counter: &StockCounter,
+        units: u32,
+        max: u32,
+        hold: impl FnOnce() -> bool,
+        claim: impl FnOnce() -> Result<(OrderId, C), E>,
+    ) -> Result<(Placed, OrderId, C), E> {
         self.inner.with(|inner| {
             let (id, claimed) = claim()?;
-            let placed = if counter.hold(units).is_ok() {
+            let placed = if hold() {
                 Placed::Held
             } else if units > counter.snapshot().total {
                 Placed::TooMany
             } else if self.len() >= max as usize {
                 Placed::Full
             } else {
-                let stage = Stage::Joining;
-                self.insert(inner, counter, Entry { id, units, stage });
+                self.insert(inner, counter, id, units, Stage::Joining);
                 Placed::Joined
             };
             Ok((placed, id, claimed))
         })
     }
 
-    fn insert(&self, inner: &mut Inner, counter: &StockCounter, entry: Entry) {
-        if inner.queue.insert(entry) && self.len.fetch_add(1, Ordering::Relaxed) == 0 {
+    fn insert(
+        &self,
+        inner: &mut Inner,
+        counter: &StockCounter,
+        id: OrderId,
+        units: u32,
+        stage: Stage,
+    ) {
+        if inner.queue.insert(id, units, stage) && self.len.fetch_add(1, Ordering::Relaxed) == 0 {
             counter.begin_waiting();
         }
     }
@@ -211,10 +272,27 @@ impl Waitlist {
             if inner.queue.find(id).is_some() {
                 return false;
             }
-            let stage = Stage::Waiting;
-            self.insert(inner, counter, Entry { id, units, stage });
+            self.insert(inner, counter, id, units, Stage::Waiting);
             true
         })
+    }
+
+    /// Runs `change` while nobody joins or enters.
+    pub fn locked<R>(&self, change: impl FnOnce() -> R) -> R {
+        self.inner.with(|_| change())
+    }
+
+    /// Number of orders whose rows are not written yet.
+    pub fn joining(&self) -> usize {
+        self.inner.with(|inner| {
+            let joining = |entry: &&Entry| entry.stage == Stage::Joining;
+            inner.queue.iter().filter(joining).count()
+        })
+    }
+
+    /// Puts the entries of a draw in the order of their places, before all other orders, whichever come back later.
+    pub fn take_places(&self, places: impl IntoIterator<Item = (OrderId, u32)>) {
+        self.inner.with(|inner| inner.queue.take_places(places));
     }
 
     /// The row of a joining order is committed: it may be assigned units.
@@ -261,10 +339,12 @@ impl Waitlist {
         self.inner.with(|inner| inner.queue.find(id).is_some())
     }
 
-    /// The first order on the list.
+    /// The lowest id on the list; after a draw one that none is below.
     pub fn first(&self) -> Option<OrderId> {
-        self.inner
-            .with(|inner| inner.queue.iter().next().map(|entry| entry.id))
+        self.inner.with(|inner| {
+            let first = inner.queue.iter().next().map(|entry| entry.id);
+            first.map(|first| inner.queue.least.map_or(first, |least| first.min(least)))
+        })
     }
 
     /// Takes kept units for the next orders, at most `max` of them, which are being assigned from now on. Strict:
@@ -319,10 +399,10 @@ impl Waitlist {
     pub fn joined_before(&self, id: OrderId, max: usize) -> Vec<OrderId> {
         self.inner.with(|inner| {
             let waiting = |entry: &&Entry| entry.stage == Stage::Waiting;
-            let before = inner
-                .queue
-                .iter()
-                .take_while(|entry| entry.id.turn() < id.turn());
+            let is_by_id = inner.queue.places.is_empty();
+            let all = inner.queue.iter();
+            let before = all.take_while(|entry| !is_by_id || entry.id.turn() < id.turn());
+            let before = before.filter(|entry| entry.id.turn() < id.turn());
             before
                 .filter(waiting)
                 .take(max)
@@ -526,6 +606,35 @@ mod tests {
         assert_eq!(place(2, 1), Placed::Joined);
         assert_eq!(place(3, 1), Placed::Full);
         assert_eq!(list.len(), 1);
+    }
+
+    #[test]
+    fn a_draw_puts_its_entries_in_the_order_of_their_places_before_whoever_joins_later() {
+        let (list, counter) = (Waitlist::default(), StockCounter::new(9, 0, 0));
+        for value in 1..=5 {
+            let entered = list.enter(&counter, 1, 10, || Ok::<_, ()>((id(1 << 40 | value), ())));
+            assert_eq!(entered.unwrap().0, Placed::Joined, "units are free");
+        }
+        assert_eq!(list.joining(), 5);
+        let at = |value: u64| id(1 << 40 | value);
+        (1..=5).for_each(|value| list.row_written(at(value)));
+        assert_eq!(list.joining(), 0);
+        // Cancelled before the draw, and back after it, as by a failover.
+        list.remove(&counter, [at(2)]);
+        list.take_places([(at(4), 1), (at(2), 2), (at(1), 3), (at(5), 4), (at(3), 5)]);
+        list.restore(&counter, at(2), 1);
+        assert_eq!(join(&list, &counter, 1 << 40 | 6, 1), Placed::Joined);
+        list.row_written(at(6));
+        let order: Vec<_> = list
+            .select(&counter, false, 10)
+            .into_iter()
+            .map(|(id, _)| id)
+            .collect();
+        assert_eq!(order, [4, 2, 1, 5, 3, 6].map(at));
+        assert_eq!(list.position(at(1)), Some(3));
+        assert_eq!(list.first(), Some(at(1)));
+        list.remove(&counter, [at(2), at(4)]);
+        assert_eq!(list.position(at(1)), Some(1));
     }
 
     #[test]

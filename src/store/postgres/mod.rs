@@ -14,6 +14,7 @@
 //! * [`payments`]: lists of payments, and orphans that are due for a check;
 //! * [`parked`]: orders of SKUs whose counters the database refuses;
 //! * [`dead_letters`]: orders that the database refused, their retry and discarding;
+//! * [`draws`]: the secrets of draws, their entries and their outcome;
 //! * [`skus`]: reading and administration of SKUs;
 //! * [`replication`]: replication to standbys, and holders of old row versions;
 //! * [`preflight`]: what tells before a sale whether the database will hold it;
@@ -28,6 +29,7 @@ mod by_key;
 pub mod clock;
 mod connector;
 pub mod dead_letters;
+pub mod draws;
 pub mod lanes;
 pub mod lease;
 pub mod order_history;

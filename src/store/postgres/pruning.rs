@@ -31,7 +31,7 @@ const ORDERS: &str = "
         SELECT o.order_id FROM orders o
          WHERE o.order_id = ANY (ARRAY (SELECT order_id FROM part)) AND o.status IN (2, 3, 4, 6)
            AND EXISTS (SELECT FROM sku s WHERE s.id = o.sku AND
-                       (o.status <> 2 OR s.per_user_limit IS NULL OR s.closes_at < to_timestamp($4::int8 / 1000.0)))
+                       (o.status <> 2 OR s.per_user_limit IS NULL AND s.allocation IS NULL OR s.closes_at < to_timestamp($4::int8 / 1000.0)))
            AND (o.status <> 2 OR EXISTS
                (SELECT FROM payments p WHERE p.order_id = o.order_id AND p.state = 'matched'
                    AND p.amount = o.amount AND p.currency = o.currency))

@@ -1,13 +1,18 @@
 //! SKUs: reading them, and their administration. Every change of a counter is entered in the stock log with its cause, in the same
 //! transaction.
 
+use std::sync::Arc;
+
 use tokio_postgres::Transaction;
 
+use super::draws::{self, StoredDraw};
 use super::transitions::fence;
 use super::{Database, NodeLease};
+use crate::order::draw::{NoRandomness, Salt, Seed};
 use crate::order::{Currency, SkuId, SkuNumber, UnixMillis};
 use crate::state::stock::{
-    DayTime, DayWindow, SaleTerms, Sku, StockCounter, WAITLIST_MAX_DEFAULT, WaitlistTerms,
+    DayTime, DayWindow, Draw, DrawPhase, DrawTerms, SaleTerms, Sku, StockCounter,
+    WAITLIST_MAX_DEFAULT, WaitlistTerms,
 };
 use crate::store::StoreError;
 
@@ -18,7 +23,8 @@ fn data(what: impl std::fmt::Display) -> StoreError {
 /// The columns of a SKU's row. See `V1__orders_and_stock.sql`.
 const SKU_COLUMNS: &str = "id, sku_id, title, unit_price, currency, total, held, sold, per_user_limit,
     (extract(epoch FROM opens_at) * 1000)::int8, (extract(epoch FROM closes_at) * 1000)::int8, paused,
-    waitlist_max, waitlist_skips, waitlist_payment_ttl_ms, assign_between";
+    waitlist_max, waitlist_skips, waitlist_payment_ttl_ms, assign_between,
+    (extract(epoch FROM draw_at) * 1000)::int8, draw_beacon";
 
 fn sku_from_row(row: &tokio_postgres::Row) -> Result<Sku, StoreError> {
     let name: &str = row.get(1);
@@ -44,6 +50,10 @@ fn sku_from_row(row: &tokio_postgres::Row) -> Result<Sku, StoreError> {
         closes_at: row.get::<_, Option<i64>>(10).map(UnixMillis),
         waitlist: waitlist_terms(row)
             .ok_or_else(|| data(format!("sku {name}: terms of its waiting list")))?,
+        draw: row.get::<_, Option<i64>>(16).map(|at| DrawTerms {
+            at: UnixMillis(at),
+            beacon: row.get(17),
+        }),
     };
     let id = SkuId::new(name).map_err(|e| data(format!("sku {name}: {e}")))?;
     Ok(Sku::new(
@@ -107,7 +117,39 @@ pub async fn load_all(database: &Database) -> Result<Vec<Sku>, StoreError> {
         .query(&format!("SELECT {SKU_COLUMNS} FROM sku ORDER BY id"), &[])
         .await
         .map_err(StoreError::statement("reading the SKUs"))?;
-    rows.iter().map(sku_from_row).collect()
+    let mut draws = draws::load_all(&client).await?;
+    let skus = rows.iter().map(sku_from_row);
+    skus.map(|sku| {
+        let sku = sku?;
+        sku.set_draw(draws.remove(&sku.number).as_ref().map(draw_of));
+        Ok(sku)
+    })
+    .collect()
+}
+
+/// A stored draw, as memory knows it.
+fn draw_of(stored: &StoredDraw) -> Arc<Draw> {
+    let phase = match (stored.is_drawn, &stored.fixed) {
+        (true, _) => DrawPhase::Drawn,
+        (false, Some(_)) => DrawPhase::Fixed,
+        (false, None) => DrawPhase::Open,
+    };
+    let has_beacon = stored.beacon.is_some();
+    let commitment = stored.seed.commitment();
+    Arc::new(Draw::new(commitment, &stored.salt, phase, has_beacon))
+}
+
+/// A SKU with its draw, from the rows of both.
+fn with_draw(
+    sku: &tokio_postgres::Row,
+    draw: Option<&tokio_postgres::Row>,
+) -> Result<Sku, StoreError> {
+    let sku = sku_from_row(sku)?;
+    if sku.terms().draw.is_some() {
+        let draw = draw.ok_or_else(|| data(format!("sku {}: its draw has no secrets", sku.id)))?;
+        sku.set_draw(Some(draw_of(&draws::from_row(draw)?)));
+    }
+    Ok(sku)
 }
 
 /// Creates a SKU or replaces its terms and total, and returns its new state.
@@ -125,6 +167,13 @@ pub async fn put(
     let doing = "storing a SKU";
     let waitlist = &terms.waitlist;
     let max = (waitlist.max != WAITLIST_MAX_DEFAULT).then(|| i64::from(waitlist.max));
+    let draw = terms.draw.as_ref();
+    let is_by_id = draw.is_none() && !waitlist.skips;
+    // Of a draw that has secrets already, these are dropped.
+    let secrets = draw
+        .map(|_| Ok::<_, NoRandomness>((Seed::random()?, Salt::random()?)))
+        .transpose()
+        .map_err(data)?;
     let mut client = database.pooled().await?;
     let work = async {
         let transaction = client.transaction().await?;
@@ -144,17 +193,21 @@ pub async fn put(
                 &format!(
                     "INSERT INTO sku (sku_id, title, unit_price, currency, total, per_user_limit, opens_at, closes_at,
                             waitlist_max, waitlist_skips, waitlist_payment_ttl_ms, assign_between,
-                            waitlist_strict_since)
+                            waitlist_strict_since, allocation, draw_at, draw_beacon)
                      VALUES ($1, $2, $3, $4, $5, $6, to_timestamp($7::int8 / 1000.0), to_timestamp($8::int8 / 1000.0),
-                            $9, $10, $11, $12, CASE WHEN $10 THEN timestamptz 'infinity' END)
+                            $9, $10, $11, $12, CASE WHEN NOT $13 THEN timestamptz 'infinity' END,
+                            CASE WHEN $14::int8 IS NOT NULL THEN 'draw' END, to_timestamp($14::int8 / 1000.0), $15)
                      ON CONFLICT (sku_id) DO UPDATE SET title = excluded.title, unit_price = excluded.unit_price,
                          currency = excluded.currency, total = excluded.total, per_user_limit = excluded.per_user_limit,
                          opens_at = excluded.opens_at, closes_at = excluded.closes_at,
                          waitlist_max = excluded.waitlist_max, waitlist_skips = excluded.waitlist_skips,
                          waitlist_payment_ttl_ms = excluded.waitlist_payment_ttl_ms,
                          assign_between = excluded.assign_between,
-                         waitlist_strict_since = CASE WHEN excluded.waitlist_skips THEN timestamptz 'infinity'
-                             WHEN sku.waitlist_skips THEN clock_timestamp() ELSE sku.waitlist_strict_since END
+                         waitlist_strict_since = CASE WHEN NOT $13 THEN timestamptz 'infinity'
+                             WHEN sku.waitlist_strict_since = timestamptz 'infinity' THEN clock_timestamp()
+                             ELSE sku.waitlist_strict_since END,
+                         allocation = excluded.allocation, draw_at = excluded.draw_at,
+                         draw_beacon = excluded.draw_beacon
                      RETURNING {SKU_COLUMNS}"
                 ),
                 &[
@@ -170,9 +223,17 @@ pub async fn put(
                     &waitlist.skips,
                     &waitlist.payment_ttl_ms.and_then(|ttl| i64::try_from(ttl).ok()),
                     &waitlist.assign_between.map(window_text),
+                    &is_by_id,
+                    &draw.map(|draw| draw.at.0),
+                    &draw.and_then(|draw| draw.beacon.as_deref()),
                 ],
             )
             .await?;
+        let number = row.get(0);
+        if let Some((seed, salt)) = &secrets {
+            draws::keep_secrets(&transaction, number, seed, salt).await?;
+        }
+        let draw = draws::row(&transaction, number).await?;
         transaction
             .execute(
                 "INSERT INTO stock_log (sku, cause, reference, total_delta, total_after, held_after, sold_after)
@@ -181,10 +242,10 @@ pub async fn put(
             )
             .await?;
         transaction.commit().await?;
-        Ok(Some(row))
+        Ok(Some((row, draw)))
     };
     match database.timed(doing, work).await? {
-        Some(row) => sku_from_row(&row),
+        Some((sku, draw)) => with_draw(&sku, draw.as_ref()),
         None => Err(lease.is_lost()),
     }
 }
@@ -224,11 +285,17 @@ pub async fn find_committed(database: &Database, id: &SkuId) -> Result<Option<Sk
                 &[&id.as_str()],
             )
             .await?;
+        let draw = match &row {
+            Some(row) => draws::row(&transaction, row.get(0)).await?,
+            None => None,
+        };
         transaction.commit().await?;
-        Ok(row)
+        Ok(row.map(|row| (row, draw)))
     };
-    let row = database.timed("looking a SKU up", work).await?;
-    row.as_ref().map(sku_from_row).transpose()
+    let found = database.timed("looking a SKU up", work).await?;
+    found
+        .map(|(sku, draw)| with_draw(&sku, draw.as_ref()))
+        .transpose()
 }
 
 /// Stores whether every sale is paused.

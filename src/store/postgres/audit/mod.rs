@@ -17,6 +17,7 @@
 //! Rows that `retention` has deleted are summed up in checkpoints. None are deleted during an audit: both take
 //! the same lock.
 
+mod draws;
 mod keys;
 mod orders;
 mod payments;
@@ -47,7 +48,7 @@ pub struct SkuAudit {
     pub sold_by_orders: i64,
     /// Orders that wait for units, as each was read.
     pub waiting: i64,
-    /// Whether an order still waits although a later one was served by the same strict list.
+    /// Whether an order still waits although a later one was served by the same strict list, or by rank.
     pub is_overtaken: bool,
     /// Units of parked orders, which memory holds and `held` does not count.
     pub parked: i64,
@@ -148,6 +149,7 @@ pub async fn run_watching<T: Send>(
     let duplicated_keys = keys::duplicates(&mut session, &orders.parts).await?;
     let dead_letters = orders::read_dead_letters(&mut session).await?;
     let payments = payments::read(&mut session).await?;
+    let overtaken = draws::overtaken(&session).await?;
     let events_without_payment = payments::events_without_payment(&mut session).await?;
     let sku = |(number, counters): (&i32, &stock::Counters)| {
         let units = orders.by_sku.get(number).copied().unwrap_or_default();
@@ -161,7 +163,7 @@ pub async fn run_watching<T: Send>(
             held_by_orders: units.held,
             sold_by_orders: units.sold + counters.pruned.1,
             waiting: units.waiting,
-            is_overtaken: units.is_overtaken,
+            is_overtaken: units.is_overtaken || overtaken.contains(number),
             parked: counters.parked,
             motion: chain.motion,
             before: orders

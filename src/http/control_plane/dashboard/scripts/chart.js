@@ -11,7 +11,15 @@ const GROUPS = [
   [
     "refused",
     "sold out or refused",
-    ["sold_out", "waitlist_full", "purchase_limit", "sale_not_open", "sale_closed", "sale_paused"],
+    [
+      "sold_out",
+      "waitlist_full",
+      "draw_under_way",
+      "purchase_limit",
+      "sale_not_open",
+      "sale_closed",
+      "sale_paused",
+    ],
   ],
   [
     "busy",

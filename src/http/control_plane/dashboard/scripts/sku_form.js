@@ -3,7 +3,18 @@
 // A `PUT` replaces every term, so all that came goes back, those included that this form has no field for: only these
 // members of a SKU are no terms. A new term that people are to change here gets a field in page.html, which `name`s it,
 // and a line in CONSEQUENCES.
-const NO_TERMS = ["sku_id", "free", "held", "sold", "state", "now", "paused", "counters_refused", "waiting"];
+const NO_TERMS = [
+  "sku_id",
+  "free",
+  "held",
+  "sold",
+  "state",
+  "now",
+  "paused",
+  "counters_refused",
+  "waiting",
+  "draw_commitment",
+];
 const TERM_WORDS = {
   title: "Title",
   unit_price: "Unit price",

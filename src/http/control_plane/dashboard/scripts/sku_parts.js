@@ -6,6 +6,9 @@ const STATE_WORDS = {
   closed: ["closed", ""],
   paused: ["paused", "warn"],
   sold_out: ["sold out", "bad"],
+  entries_open: ["entries until the draw", "good"],
+  entries_fixed: ["before the draw", "warn"],
+  drawn: ["drawn", "good"],
 };
 
 function stateChip(sku) {

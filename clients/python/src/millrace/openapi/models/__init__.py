@@ -10,6 +10,7 @@ from .order_status import OrderStatus
 from .problem import Problem
 from .refund_reason import RefundReason
 from .sku import Sku
+from .sku_allocation import SkuAllocation
 from .sku_state import SkuState
 
 __all__ = (
@@ -23,5 +24,6 @@ __all__ = (
     "Problem",
     "RefundReason",
     "Sku",
+    "SkuAllocation",
     "SkuState",
 )

@@ -33,6 +33,8 @@ class Order:
         expires_at (datetime.datetime | None): The end of the time to pay; null while the order waits for units, and if
             it never had any.
         position (int | Unset): With `waitlisted`: the number of orders that wait ahead of it, plus one. It only falls.
+            An entry of a draw has one once the draw is made.
+        entry_token (str | Unset): With an entry of a draw; it finds the entry in the published draw.
         refund_reason (RefundReason | Unset): Why money must go back.
         receipt (None | str | Unset): With every order that there is, or will be; null while it waits for units, and if
             it never had any.
@@ -52,6 +54,7 @@ class Order:
     created_at: datetime.datetime
     expires_at: datetime.datetime | None
     position: int | Unset = UNSET
+    entry_token: str | Unset = UNSET
     refund_reason: RefundReason | Unset = UNSET
     receipt: None | str | Unset = UNSET
     estimated_wait_ms: int | Unset = UNSET
@@ -83,6 +86,8 @@ class Order:
             expires_at = self.expires_at
 
         position = self.position
+
+        entry_token = self.entry_token
 
         refund_reason: str | Unset = UNSET
         if not isinstance(self.refund_reason, Unset):
@@ -118,6 +123,8 @@ class Order:
         )
         if position is not UNSET:
             field_dict["position"] = position
+        if entry_token is not UNSET:
+            field_dict["entry_token"] = entry_token
         if refund_reason is not UNSET:
             field_dict["refund_reason"] = refund_reason
         if receipt is not UNSET:
@@ -169,6 +176,8 @@ class Order:
 
         position = d.pop("position", UNSET)
 
+        entry_token = d.pop("entry_token", UNSET)
+
         _refund_reason = d.pop("refund_reason", UNSET)
         refund_reason: RefundReason | Unset
         if isinstance(_refund_reason, Unset):
@@ -206,6 +215,7 @@ class Order:
             created_at=created_at,
             expires_at=expires_at,
             position=position,
+            entry_token=entry_token,
             refund_reason=refund_reason,
             receipt=receipt,
             estimated_wait_ms=estimated_wait_ms,

@@ -6,7 +6,9 @@ from typing import Any, TypeVar, cast
 
 from attrs import define as _attrs_define
 
+from ..models.sku_allocation import SkuAllocation
 from ..models.sku_state import SkuState
+from ..types import UNSET, Unset
 
 T = TypeVar("T", bound="Sku")
 
@@ -34,6 +36,10 @@ class Sku:
         waitlist_payment_ttl_ms (int | None):
         assign_between (list[str] | None):
         now (datetime.datetime): RFC 3339, UTC with milliseconds.
+        allocation (SkuAllocation | Unset): Only of a SKU that is drawn.
+        draw_at (datetime.datetime | Unset): RFC 3339, UTC with milliseconds.
+        draw_beacon (None | str | Unset): Only of a SKU that is drawn; null if the seed alone ranks.
+        draw_commitment (str | Unset):
     """
 
     sku_id: str
@@ -54,6 +60,10 @@ class Sku:
     waitlist_payment_ttl_ms: int | None
     assign_between: list[str] | None
     now: datetime.datetime
+    allocation: SkuAllocation | Unset = UNSET
+    draw_at: datetime.datetime | Unset = UNSET
+    draw_beacon: None | str | Unset = UNSET
+    draw_commitment: str | Unset = UNSET
 
     def to_dict(self) -> dict[str, Any]:
         sku_id = self.sku_id
@@ -107,6 +117,22 @@ class Sku:
 
         now = self.now.isoformat()
 
+        allocation: str | Unset = UNSET
+        if not isinstance(self.allocation, Unset):
+            allocation = self.allocation.value
+
+        draw_at: str | Unset = UNSET
+        if not isinstance(self.draw_at, Unset):
+            draw_at = self.draw_at.isoformat()
+
+        draw_beacon: None | str | Unset
+        if isinstance(self.draw_beacon, Unset):
+            draw_beacon = UNSET
+        else:
+            draw_beacon = self.draw_beacon
+
+        draw_commitment = self.draw_commitment
+
         field_dict: dict[str, Any] = {}
 
         field_dict.update(
@@ -131,6 +157,14 @@ class Sku:
                 "now": now,
             }
         )
+        if allocation is not UNSET:
+            field_dict["allocation"] = allocation
+        if draw_at is not UNSET:
+            field_dict["draw_at"] = draw_at
+        if draw_beacon is not UNSET:
+            field_dict["draw_beacon"] = draw_beacon
+        if draw_commitment is not UNSET:
+            field_dict["draw_commitment"] = draw_commitment
 
         return field_dict
 
@@ -222,6 +256,31 @@ class Sku:
 
         now = datetime.datetime.fromisoformat(d.pop("now"))
 
+        _allocation = d.pop("allocation", UNSET)
+        allocation: SkuAllocation | Unset
+        if isinstance(_allocation, Unset):
+            allocation = UNSET
+        else:
+            allocation = SkuAllocation(_allocation)
+
+        _draw_at = d.pop("draw_at", UNSET)
+        draw_at: datetime.datetime | Unset
+        if isinstance(_draw_at, Unset):
+            draw_at = UNSET
+        else:
+            draw_at = datetime.datetime.fromisoformat(_draw_at)
+
+        def _parse_draw_beacon(data: object) -> None | str | Unset:
+            if data is None:
+                return data
+            if isinstance(data, Unset):
+                return data
+            return cast(None | str | Unset, data)
+
+        draw_beacon = _parse_draw_beacon(d.pop("draw_beacon", UNSET))
+
+        draw_commitment = d.pop("draw_commitment", UNSET)
+
         sku = cls(
             sku_id=sku_id,
             title=title,
@@ -241,6 +300,10 @@ class Sku:
             waitlist_payment_ttl_ms=waitlist_payment_ttl_ms,
             assign_between=assign_between,
             now=now,
+            allocation=allocation,
+            draw_at=draw_at,
+            draw_beacon=draw_beacon,
+            draw_commitment=draw_commitment,
         )
 
         return sku

@@ -3,6 +3,9 @@ from enum import StrEnum
 
 class SkuState(StrEnum):
     CLOSED = "closed"
+    DRAWN = "drawn"
+    ENTRIES_FIXED = "entries_fixed"
+    ENTRIES_OPEN = "entries_open"
     NOT_OPEN = "not_open"
     OPEN = "open"
     PAUSED = "paused"
