@@ -127,7 +127,7 @@ fn a_receipt_finds_its_sku_where_the_database_numbers_it_anew() {
         let phone = order(&server, "PHONE").await;
         assert!(server.stop().await);
         let lost = "SET search_path = millrace;
-            TRUNCATE orders, sku, stock_share, stock_want, stock_log RESTART IDENTITY";
+            TRUNCATE orders, sku, stock_share, stock_want, stock_log, draws RESTART IDENTITY";
         database.connect().await.batch_execute(lost).await.unwrap();
         let server = open(&database, ["CASE", "PHONE"], |_| {}).await;
         let answer = Paid::of(&phone).deliver(server.data).await;
@@ -151,7 +151,7 @@ fn a_number_that_memory_knows_as_another_sku_stops_the_process() {
         let database = TestDatabase::create().await;
         let server = open(&database, ["PHONE", "CASE"], |_| {}).await;
         let lost = "SET search_path = millrace;
-            TRUNCATE orders, sku, stock_share, stock_want, stock_log RESTART IDENTITY";
+            TRUNCATE orders, sku, stock_share, stock_want, stock_log, draws RESTART IDENTITY";
         database.connect().await.batch_execute(lost).await.unwrap();
         let body = json!({ "unit_price": 1, "currency": "EUR", "total": 5 });
         let answer = server.control("PUT", "/admin/v1/skus/CABLE", body).await;
