@@ -13,8 +13,7 @@ use super::time::Time;
 use crate::http::problem::Problem;
 use crate::order::receipt::{Receipt, ReceiptKeys, SignedParts};
 use crate::order::{
-    Currency, KeyHash, Order, OrderId, OrderStatus, Quantity, SkuId, SkuNumber, SkuTag, UnixMillis,
-    UserId,
+    Currency, KeyHash, Order, OrderId, OrderStatus, Quantity, SkuId, SkuNumber, UnixMillis, UserId,
 };
 use crate::pipeline::orders::lookup::Found;
 use crate::state::State;
@@ -296,21 +295,7 @@ impl<'a> OrderView<'a> {
 
     /// An order from the database, whose status is `status` by now.
     pub fn stored(order: &'a StoredOrder, status: OrderStatus, keys: &ReceiptKeys) -> Self {
-        let sign = |currency| {
-            keys.sign(&SignedParts {
-                id: order.id,
-                user_id: &order.user_id,
-                sku: SkuTag::of(&order.sku_id),
-                quantity: order.quantity,
-                adjustment: order.adjustment,
-                amount: order.amount,
-                currency,
-                created_at: order.created_at,
-                expires_at: order.expires_at,
-                key: order.key,
-                payload: order.payload,
-            })
-        };
+        let sign = |currency| keys.sign(&order.signed_parts(currency));
         // A receipt recovers a lost order, so an order without units has none.
         let currency = Currency::new(&order.currency)
             .ok()

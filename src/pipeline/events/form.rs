@@ -7,8 +7,8 @@ use serde_json::value::RawValue;
 
 use super::Event;
 use crate::order::payment::PaymentState;
-use crate::order::receipt::{Receipt, ReceiptKeys, SignedParts};
-use crate::order::{Currency, OrderId, OrderStatus, SkuTag, UnixMillis};
+use crate::order::receipt::{Receipt, ReceiptKeys};
+use crate::order::{Currency, OrderId, OrderStatus, UnixMillis};
 use crate::store::events::{Change, Changed, ChangedPayment};
 use crate::store::postgres::orders::StoredOrder;
 
@@ -139,21 +139,7 @@ impl Former {
             refund_reason: order.refund_reason.as_deref(),
             created_at: Time(order.created_at),
             expires_at: (!never).then_some(Time(order.expires_at)),
-            receipt: currency.map(|currency| {
-                self.receipts.sign(&SignedParts {
-                    id: order.id,
-                    user_id: &order.user_id,
-                    sku: SkuTag::of(&order.sku_id),
-                    quantity: order.quantity,
-                    adjustment: order.adjustment,
-                    amount: order.amount,
-                    currency,
-                    created_at: order.created_at,
-                    expires_at: order.expires_at,
-                    key: order.key,
-                    payload: order.payload,
-                })
-            }),
+            receipt: currency.map(|currency| self.receipts.sign(&order.signed_parts(currency))),
             attributes: attributes
                 .filter(|_| self.include.attributes)
                 .and_then(|text| serde_json::from_str(text).ok()),

@@ -17,7 +17,6 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::processor::PAUSE;
 use super::settler::Settler;
 use crate::backoff::Backoff;
 use crate::faults::crash_point;
@@ -73,20 +72,9 @@ impl Assigner {
     /// Runs until the future is dropped or another process takes over.
     pub async fn run(mut self) {
         loop {
-            let pause = match self.step().await {
-                Ok(true) => None,
-                Ok(false) => Some(LOOK),
-                Err(error) => {
-                    self.settler.note_failure(&error);
-                    Some(if error.is_overlong() { LOOK } else { PAUSE })
-                }
-            };
-            if self.settler.parts.state.poison.is_set() {
+            let step = self.step().await;
+            if !self.settler.rest(step, LOOK).await {
                 return;
-            }
-            match pause {
-                Some(pause) => tokio::time::sleep(pause).await,
-                None => tokio::task::yield_now().await,
             }
         }
     }

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use tokio::sync::{OwnedRwLockReadGuard, RwLock};
 
+use super::processor::PAUSE;
 use crate::metrics::Metrics;
 use crate::order::payment::Verdict;
 use crate::order::{OrderId, OrderUnits};
@@ -153,6 +154,27 @@ impl Settler {
         } else {
             tracing::warn!(reason = %error, "payments or expiries are delayed; retrying");
         }
+    }
+
+    /// Waits after a step of a task: for `look` if nothing more is to be done, longer after an error. Returns false
+    /// if the process is poisoned, so that the task ends.
+    pub(super) async fn rest(&self, step: Result<bool, StoreError>, look: Duration) -> bool {
+        let pause = match step {
+            Ok(true) => None,
+            Ok(false) => Some(look),
+            Err(error) => {
+                self.note_failure(&error);
+                Some(if error.is_overlong() { look } else { PAUSE })
+            }
+        };
+        if self.parts.state.poison.is_set() {
+            return false;
+        }
+        match pause {
+            Some(pause) => tokio::time::sleep(pause).await,
+            None => tokio::task::yield_now().await,
+        }
+        true
     }
 
     /// Removes orders that a worker noted as recent after their rows had changed.

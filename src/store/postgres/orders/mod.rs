@@ -13,8 +13,10 @@ use tokio_postgres::types::ToSql;
 
 pub use self::present::{absent_among, present_among};
 use super::{Database, NodeLease};
+use crate::order::receipt::SignedParts;
 use crate::order::{
-    KeyHash, OrderId, OrderStatus, OrderUnits, PayloadHash, SkuNumber, UnixMillis, UserId,
+    Currency, KeyHash, OrderId, OrderStatus, OrderUnits, PayloadHash, SkuNumber, SkuTag,
+    UnixMillis, UserId,
 };
 use crate::store::StoreError;
 
@@ -51,6 +53,25 @@ pub struct StoredOrder {
     pub key: Option<KeyHash>,
     /// The hash of the request.
     pub payload: PayloadHash,
+}
+
+impl StoredOrder {
+    /// What its receipt signs. `currency` is its own, parsed.
+    pub fn signed_parts(&self, currency: Currency) -> SignedParts<'_> {
+        SignedParts {
+            id: self.id,
+            user_id: &self.user_id,
+            sku: SkuTag::of(&self.sku_id),
+            quantity: self.quantity,
+            adjustment: self.adjustment,
+            amount: self.amount,
+            currency,
+            created_at: self.created_at,
+            expires_at: self.expires_at,
+            key: self.key,
+            payload: self.payload,
+        }
+    }
 }
 
 const COLUMNS: &str = "order_id, user_id, sku_id, quantity, adjustment, amount, currency, status,
