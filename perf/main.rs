@@ -33,10 +33,12 @@ mod recovery;
 mod report;
 mod soak;
 mod sold_out;
+mod stalls;
 mod table_size;
 mod wait_mode;
 
 use std::future::Future;
+use std::path::PathBuf;
 use std::pin::Pin;
 
 use clap::{Parser, Subcommand};
@@ -90,6 +92,9 @@ struct RunArgs {
     /// Minutes that the soak lasts; 10, or half a minute with --quick.
     #[arg(long, value_name = "MINUTES")]
     soak_minutes: Option<f64>,
+    /// The `millrace` of an earlier build, to be measured beside this one where a case does that: `latency`.
+    #[arg(long, value_name = "PROGRAM")]
+    earlier: Option<PathBuf>,
 }
 
 type Running<'a> = Pin<Box<dyn Future<Output = anyhow::Result<Vec<Finding>>> + 'a>>;
@@ -133,6 +138,10 @@ const CASES: &[Case] = &[
     Case {
         name: "latency",
         run: |lab| Box::pin(latency::run(lab)),
+    },
+    Case {
+        name: "stalls",
+        run: |lab| Box::pin(stalls::run(lab)),
     },
     Case {
         name: "database_away",
@@ -205,6 +214,7 @@ async fn run(arguments: RunArgs) -> anyhow::Result<std::process::ExitCode> {
     let lab = Lab {
         quick: arguments.quick,
         record: arguments.record,
+        earlier: arguments.earlier,
         soak_minutes: arguments
             .soak_minutes
             .unwrap_or(if arguments.quick { 0.5 } else { 10.0 }),

@@ -1,6 +1,7 @@
 //! T1, T2: the tail of waiting orders at 10,000 a second, beside a transaction an order at 500 a second; and how long a
 //! waiting order takes at 1, 10, 50 and 80 % of the service's capacity. Open loop, from the moment that each was due.
 
+mod earlier;
 mod plot;
 
 use std::path::Path;
@@ -12,6 +13,7 @@ use crate::fixture::database::Postgres;
 use crate::fixture::engine::HOT;
 use crate::fixture::flood::{Flooded, Template, flood, offer};
 use crate::fixture::{Finding, Lab, Scratch, Target, blocking};
+use plot::Curve;
 
 /// Shares of capacity, in percent.
 const SHARES: [u32; 4] = [1, 10, 50, 80];
@@ -94,14 +96,23 @@ pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
                 latency.value_at_quantile(quantile) as f64 / 1_000.0,
             ));
         }
-        curves.push((format!("{share} %"), plot::curve(&latency)));
+        curves.push(Curve::of(format!("{share} %"), &latency));
     }
     server.audit()?;
     drop((server, row));
     postgres.stop().await?;
-    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("perf/latency/latency.svg");
-    if lab.record {
-        std::fs::write(&file, plot::svg(&curves))?;
+    draw(lab, "latency.svg", &curves)?;
+    if let Some(program) = &lab.earlier {
+        findings.extend(earlier::compare(lab, &scratch, program).await?);
     }
     Ok(findings)
+}
+
+/// Writes a picture beside this file, in a recorded run.
+fn draw(lab: &Lab, name: &str, curves: &[Curve]) -> anyhow::Result<()> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("perf/latency");
+    if lab.record {
+        std::fs::write(folder.join(name), plot::svg(curves))?;
+    }
+    Ok(())
 }

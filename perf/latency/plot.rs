@@ -15,22 +15,43 @@ const PLOT_HEIGHT: f64 = 350.0;
 const NINES: f64 = 5.0;
 const COLOURS: [&str; 4] = ["#2a9d8f", "#264653", "#e9a23b", "#c8553d"];
 
-/// Pairs of quantile and milliseconds; `latency` is in microseconds.
-pub fn curve(latency: &Histogram<u64>) -> Vec<(f64, f64)> {
-    latency
-        .iter_quantiles(10)
-        .map(|step| {
-            let ms = step.value_iterated_to() as f64 / 1_000.0;
-            (step.quantile_iterated_to(), ms)
-        })
-        .collect()
+/// A line of the picture.
+pub struct Curve {
+    name: String,
+    /// Quantiles and milliseconds.
+    points: Vec<(f64, f64)>,
+    dashed: bool,
 }
 
-/// A picture of curves, each of pairs of quantile and milliseconds.
-pub fn svg(curves: &[(String, Vec<(f64, f64)>)]) -> String {
+impl Curve {
+    /// Of latencies in microseconds.
+    pub fn of(name: String, latency: &Histogram<u64>) -> Self {
+        let steps = latency.iter_quantiles(10);
+        let points = steps.map(|step| {
+            let ms = step.value_iterated_to() as f64 / 1_000.0;
+            (step.quantile_iterated_to(), ms)
+        });
+        Curve {
+            name,
+            points: points.collect(),
+            dashed: false,
+        }
+    }
+
+    /// The same, dashed.
+    pub fn dashed(self) -> Self {
+        Curve {
+            dashed: true,
+            ..self
+        }
+    }
+}
+
+/// A picture of curves; a dashed one has the colour of the one after it.
+pub fn svg(curves: &[Curve]) -> String {
     let greatest = curves
         .iter()
-        .flat_map(|(_, points)| points)
+        .flat_map(|curve| &curve.points)
         .fold(1.0_f64, |greatest, (_, ms)| greatest.max(*ms));
     // A whole decade above.
     let top_ms = 10_f64.powf(greatest.log10().ceil());
@@ -79,16 +100,27 @@ pub fn svg(curves: &[(String, Vec<(f64, f64)>)]) -> String {
             TOP + PLOT_HEIGHT + 20.0
         );
     }
-    for (number, (name, points)) in curves.iter().enumerate() {
-        let colour = COLOURS[number % COLOURS.len()];
-        let path: Vec<String> = points
+    let mut colours = COLOURS.iter().cycle().peekable();
+    for (number, curve) in curves.iter().enumerate() {
+        let colour = match curve.dashed {
+            true => colours.peek().copied(),
+            false => colours.next(),
+        };
+        let (colour, name) = (colour.unwrap_or(&"black"), &curve.name);
+        let dashes = if curve.dashed {
+            " stroke-dasharray=\"5 4\""
+        } else {
+            ""
+        };
+        let path: Vec<String> = curve
+            .points
             .iter()
             .map(|(quantile, ms)| format!("{:.1},{:.1}", x(*quantile), y(*ms)))
             .collect();
         let line = TOP + 20.0 * number as f64;
         let _ = writeln!(
             out,
-            "<polyline fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\" points=\"{}\"/>\
+            "<polyline fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\"{dashes} points=\"{}\"/>\
              <text x=\"{}\" y=\"{}\" fill=\"{colour}\">{name}</text>",
             path.join(" "),
             LEFT + PLOT_WIDTH + 20.0,
