@@ -36,6 +36,7 @@ mod sold_out;
 mod stalls;
 mod table_size;
 mod wait_mode;
+mod waiting_list;
 
 use std::future::Future;
 use std::path::PathBuf;
@@ -158,6 +159,10 @@ const CASES: &[Case] = &[
     Case {
         name: "mixed_sale",
         run: |lab| Box::pin(mixed_sale::run(lab)),
+    },
+    Case {
+        name: "waiting_list",
+        run: |lab| Box::pin(waiting_list::run(lab)),
     },
     Case {
         name: "overload",
