@@ -124,7 +124,7 @@ async fn coalesced(settlement: &mut SettlementWriter, notices: &[Notice]) -> any
             })
             .collect();
         let part: Vec<&Delivery> = part.iter().collect();
-        payments::ingest(settlement, &part, arrival, &[]).await?;
+        payments::ingest(settlement, &part, arrival, &[], &[]).await?;
     }
     Ok(())
 }

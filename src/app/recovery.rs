@@ -188,7 +188,7 @@ async fn recover(
         config.queue.capacity.min(config.orders.remembered_max),
     );
     let catalogue = Catalogue::default();
-    catalogue.add(skus::load_all(database).await?);
+    catalogue.add(skus::load_all(database, lease).await?);
     let floor = ids.window_floor(config.orders.idempotency_window_ms);
     if !bug("sell_what_is_parked") {
         hold_parked(&catalogue, database, lease, floor).await?;

@@ -90,6 +90,10 @@ impl From<Refusal> for Problem {
     fn from(refusal: Refusal) -> Self {
         let code = refusal.code();
         match refusal {
+            Refusal::StockElsewhere => {
+                let detail = "this node has sold its share of the SKU, and whether another has units left is not known yet; nothing was held";
+                Problem::new(503, code, detail).retry_after(1)
+            }
             Refusal::NotReady => Problem::new(
                 503,
                 code,

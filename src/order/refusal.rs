@@ -47,6 +47,8 @@ pub enum Refusal {
         /// Units that are free.
         available: u32,
     },
+    /// This node has too few units, and others may have some: to be looked for, or asked again.
+    StockElsewhere,
     /// No unit is free, and as many orders wait for one as the SKU's list may have.
     WaitlistFull,
     /// The estimate says that the order could not be written within its wait.
@@ -70,7 +72,7 @@ impl Refusal {
     /// The stable `code` of API.md.
     pub fn code(self) -> &'static str {
         match self {
-            Refusal::NotReady => "not_ready",
+            Refusal::NotReady | Refusal::StockElsewhere => "not_ready",
             Refusal::Draining => "draining",
             Refusal::RateLimited { .. } => "rate_limited",
             Refusal::UnknownSku => "unknown_sku",
@@ -121,6 +123,7 @@ mod tests {
             Refusal::DrawUnderWay,
             Refusal::PurchaseLimit { limit: 1, taken: 1 },
             Refusal::SoldOut { available: 0 },
+            Refusal::StockElsewhere,
             Refusal::WaitlistFull,
             Refusal::Backlogged { retry_after_ms: 1 },
             Refusal::Overloaded,

@@ -22,6 +22,7 @@
 //! | expired, cancelled, or found failed or cancelled after a failover | become free, once | stays, no longer live |
 //! | refunded and restocked | sold become free | stays, no longer live |
 //! | refunded and withdrawn | sold leave the total | stays, no longer live |
+//! | refunded, at a node | swept sold units leave the share | stays, no longer live |
 //! | lost in a failover, and found nowhere else | become free, once | removed |
 //! | waiting, and assigned units | kept become held | stays |
 //! | waiting, and cancelled or expired | none | stays, no longer live |
@@ -198,6 +199,12 @@ impl State {
     pub fn withdrawn(&self, units: &OrderUnits) {
         self.deactivate(units, Ended::Cancelled);
         self.with_counter(units.sku, |counter| counter.withdraw(units.quantity));
+    }
+
+    /// Records a refund of a node's order, before which `swept` sold units have left the node's share.
+    pub fn refunded_to_pool(&self, units: &OrderUnits, swept: u32) {
+        self.deactivate(units, Ended::Cancelled);
+        self.with_counter(units.sku, |counter| counter.withdraw(swept));
     }
 
     /// Records an order recovered for a refund. `held`: its units were held in memory until now.

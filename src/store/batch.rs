@@ -33,62 +33,29 @@ use crate::faults::{bug, crash_point};
 use crate::order::{Order, OrderStatus};
 
 /// Moves `held` of each SKU once, locking by id, and writes the stock log. The LEFT JOIN makes an unknown SKU
-/// violate NOT NULL, which aborts the transaction.
-pub const COUNTERS: &str = "
+/// violate NOT NULL, which aborts the transaction. Written out by [`Ledger::sql`](crate::store::Ledger::sql).
+const COUNTERS: &str = "
     WITH wanted AS (
         SELECT w.sku, w.units FROM unnest($1::int4[], $2::int8[]) AS w (sku, units)
     ), locked AS (
-        SELECT s.id, w.units FROM sku s JOIN wanted w ON w.sku = s.id ORDER BY s.id FOR UPDATE OF s
+        SELECT s.@id, w.units FROM @ledger s JOIN wanted w ON w.sku = s.@id@own ORDER BY s.@id FOR UPDATE OF s
     ), moved AS (
-        UPDATE sku s SET held = s.held + l.units FROM locked l WHERE s.id = l.id
-        RETURNING s.id, s.total, s.held, s.sold
+        UPDATE @ledger s SET held = s.held + l.units FROM locked l WHERE s.@id = l.@id@own
+        RETURNING s.@id, s.@total, s.held, s.sold
     )
-    INSERT INTO stock_log (sku, cause, reference, held_delta, total_after, held_after, sold_after)
-    SELECT w.sku, 'orders', $3, w.units, m.total, m.held, m.sold
-      FROM wanted w LEFT JOIN moved m ON m.id = w.sku ORDER BY w.sku";
+    INSERT INTO stock_log (sku, @columncause, reference, held_delta, total_after, held_after, sold_after)
+    SELECT w.sku, @node'orders', $3, w.units, m.@total, m.held, m.sold
+      FROM wanted w LEFT JOIN moved m ON m.@id = w.sku ORDER BY w.sku";
 
 /// The same for a single SKU, the common case in a sale: the update locks the row, so there is no locking order
 /// to keep and nothing to sort or join.
 pub const COUNTER: &str = "
     WITH moved AS (
-        UPDATE sku SET held = held + $2::int8 WHERE id = $1::int4 RETURNING total, held, sold
+        UPDATE @ledger SET held = held + $2::int8 WHERE @id = $1::int4@own RETURNING @total, held, sold
     )
-    INSERT INTO stock_log (sku, cause, reference, held_delta, total_after, held_after, sold_after)
-    SELECT $1::int4, 'orders', $3::text, $2::int8, m.total, m.held, m.sold
+    INSERT INTO stock_log (sku, @columncause, reference, held_delta, total_after, held_after, sold_after)
+    SELECT $1::int4, @node'orders', $3::text, $2::int8, m.@total, m.held, m.sold
       FROM (SELECT) one LEFT JOIN moved m ON true";
-
-/// [`COUNTERS`] for the share of a node, $4.
-const SHARE_COUNTERS: &str = "
-    WITH wanted AS (
-        SELECT w.sku, w.units FROM unnest($1::int4[], $2::int8[]) AS w (sku, units)
-    ), locked AS (
-        SELECT s.sku, w.units FROM stock_share s JOIN wanted w ON w.sku = s.sku WHERE s.node = $4
-         ORDER BY s.sku FOR UPDATE OF s
-    ), moved AS (
-        UPDATE stock_share s SET held = s.held + l.units FROM locked l WHERE s.sku = l.sku AND s.node = $4
-        RETURNING s.sku, s.lent, s.held, s.sold
-    )
-    INSERT INTO stock_log (sku, node, cause, reference, held_delta, total_after, held_after, sold_after)
-    SELECT w.sku, $4, 'orders', $3, w.units, m.lent, m.held, m.sold
-      FROM wanted w LEFT JOIN moved m ON m.sku = w.sku ORDER BY w.sku";
-
-/// [`COUNTER`] for the share of a node, $4.
-const SHARE_COUNTER: &str = "
-    WITH moved AS (
-        UPDATE stock_share SET held = held + $2::int8 WHERE sku = $1::int4 AND node = $4::int2 RETURNING lent, held, sold
-    )
-    INSERT INTO stock_log (sku, node, cause, reference, held_delta, total_after, held_after, sold_after)
-    SELECT $1::int4, $4::int2, 'orders', $3::text, $2::int8, m.lent, m.held, m.sold
-      FROM (SELECT) one LEFT JOIN moved m ON true";
-
-/// The table with the counters of the units that a process sells.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum StockTable {
-    /// `sku`: a single node has all units.
-    Sku,
-    /// `stock_share`: several nodes; each has a row of its own.
-    Share,
-}
 
 /// Sent before [`fence_statement`]: the lock keeps the triggers that it looks for unchanged until the end.
 const BEGIN: &str = "BEGIN; LOCK TABLE orders IN ROW EXCLUSIVE MODE";
@@ -152,7 +119,6 @@ impl Work<'_> {
 #[derive(Debug)]
 pub struct BatchWriter {
     row: FencedWriter,
-    stock: StockTable,
     session: Option<Session>,
     buffer: BytesMut,
 }
@@ -174,17 +140,8 @@ impl BatchWriter {
     pub fn new(database: Database, lease: NodeLease, shard: i16) -> Self {
         BatchWriter {
             row: FencedWriter::new(database, lease, shard, "worker"),
-            stock: StockTable::Sku,
             session: None,
             buffer: BytesMut::new(),
-        }
-    }
-
-    /// The same for a node among several: its batches move the node's share.
-    pub fn on_share(self) -> Self {
-        BatchWriter {
-            stock: StockTable::Share,
-            ..self
         }
     }
 
@@ -290,7 +247,7 @@ impl BatchWriter {
         batch: i64,
         work: Work<'_>,
     ) -> Result<(CopyInSink<Bytes>, bool), WriteError> {
-        let NodeLease { node, epoch } = self.row.lease;
+        let NodeLease { node, epoch, .. } = self.row.lease;
         let client = &session.client;
         let step = self.row.database.step_timeout();
         let fence: [&(dyn ToSql + Sync); 4] = [&node, &self.row.shard, &epoch, &batch];
@@ -378,11 +335,7 @@ impl BatchWriter {
                 ([sku], [units]) => (&session.counter, sku, units),
                 _ => (&session.counters, &skus, &units),
             };
-        let parameters: [&(dyn ToSql + Sync); 4] = [skus, units, &reference, &node];
-        let parameters = match self.stock {
-            StockTable::Sku => &parameters[..3],
-            StockTable::Share => &parameters[..],
-        };
+        let parameters: [&(dyn ToSql + Sync); 3] = [skus, units, &reference];
         let mut sink = std::pin::pin!(sink);
         let copy = async {
             sink.as_mut().send(rows).await?;
@@ -390,7 +343,7 @@ impl BatchWriter {
         };
         let move_and_commit = async {
             tokio::join!(
-                client.execute(counters, parameters),
+                client.execute(counters, &parameters),
                 client.batch_execute("COMMIT"),
             )
         };
@@ -442,31 +395,19 @@ impl BatchWriter {
             return Ok(true);
         }
         let step = self.row.database.step_timeout();
-        let prepare = |doing: &'static str, sql: &'static str| {
+        let prepare = |doing: &'static str, sql: String| {
             let client = &client;
             async move {
-                let prepared = timed(doing, step, client.prepare(sql)).await?;
+                let prepared = timed(doing, step, client.prepare(&sql)).await?;
                 prepared
                     .map_err(|source| WriteError::Retry(StoreError::Statement { doing, source }))
             }
         };
-        let fence = timed(
-            "preparing the fence",
-            step,
-            client.prepare(&fence_statement()),
-        )
-        .await?;
-        let fence = fence.map_err(|source| {
-            let doing = "preparing the fence";
-            WriteError::Retry(StoreError::Statement { doing, source })
-        })?;
-        let copy = prepare("preparing the COPY", copy::STATEMENT).await?;
-        let (counter, counters) = match self.stock {
-            StockTable::Sku => (COUNTER, COUNTERS),
-            StockTable::Share => (SHARE_COUNTER, SHARE_COUNTERS),
-        };
-        let counter = prepare("preparing a counter", counter).await?;
-        let counters = prepare("preparing the counters", counters).await?;
+        let lease = self.row.lease;
+        let fence = prepare("preparing the fence", fence_statement()).await?;
+        let copy = prepare("preparing the COPY", copy::STATEMENT.to_owned()).await?;
+        let counter = prepare("preparing a counter", lease.sql(COUNTER)).await?;
+        let counters = prepare("preparing the counters", lease.sql(COUNTERS)).await?;
         self.session = Some(Session {
             client,
             backend,
@@ -513,7 +454,7 @@ impl BatchWriter {
         sqlstate: &str,
         reason: &str,
     ) -> Result<(), StoreError> {
-        let NodeLease { node, epoch } = self.row.lease;
+        let NodeLease { node, epoch, .. } = self.row.lease;
         let client = self.row.database.pooled().await?;
         let key = order.key.map(|key| key.0.to_vec());
         let parameters: [&(dyn ToSql + Sync); 16] = [

@@ -61,7 +61,7 @@ impl FencedWriter {
 
     /// Connects and resolves the transaction that the last connection left in doubt.
     pub(super) async fn resolve(&mut self) -> Result<Resolved, WriteError> {
-        let NodeLease { node, epoch } = self.lease;
+        let NodeLease { node, epoch, .. } = self.lease;
         let client = self
             .database
             .connect(&self.name)

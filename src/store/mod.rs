@@ -20,12 +20,14 @@ pub mod embedded;
 mod error;
 pub mod events;
 mod fenced;
+mod ledger;
 pub mod pgoutput;
 pub mod postgres;
 pub mod schema;
 pub mod settlement;
 
 pub use error::{StoreError, WriteError};
+pub use ledger::Ledger;
 
 /// A name as an SQL identifier.
 fn quoted(name: &str) -> String {

@@ -3,6 +3,7 @@
 //! * `twin`: the transactions of `store::cluster` on a real PostgreSQL, against a naive arbiter, by the same random
 //!   operations;
 //! * `database`: what an arbiter in memory cannot show: concurrent transactions, locks, a schema of before;
+//! * `lending`: the task that lends in running nodes, with buyers at several at once;
 //! * `takeover`: the log of a dead node on a real broker;
 //! * `model`: nodes, brokers and clients in virtual time on the naive arbiter, with a planted defect for each rule of
 //!   the protocol.
@@ -14,6 +15,7 @@ mod support;
 
 mod arbiter;
 mod database;
+mod lending;
 mod model;
 mod takeover;
 mod twin;

@@ -143,11 +143,14 @@ async fn what_a_dead_node_has_acknowledged_is_written_by_whoever_inherits_it_and
     shares::lend(&bed.database, dead.lease, SKU, 8, 1)
         .await
         .unwrap();
-    let sku = skus::load_all(&bed.database).await.unwrap().remove(0);
+    let sku = skus::load_all(&bed.database, dead.lease)
+        .await
+        .unwrap()
+        .remove(0);
     let orders: Vec<Order> = (0..5).map(|_| order(&sku, 1)).collect();
     dead.append(&orders[..3]).await.unwrap();
     dead.append(&orders[3..]).await.unwrap();
-    let mut writer = BatchWriter::new(bed.database.clone(), dead.lease, 0).on_share();
+    let mut writer = BatchWriter::new(bed.database.clone(), dead.lease, 0);
     writer.write(&refs(&orders[..2])).await.unwrap();
 
     let taken = fence(&bed, survivor.lease, dead.lease.node).await;

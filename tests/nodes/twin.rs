@@ -1,13 +1,14 @@
 //! The transactions on PostgreSQL and the naive arbiter, by the same random operations.
 
 use millrace::order::{Lane, SkuNumber, UnixMillis};
-use millrace::store::StoreError;
 use millrace::store::cluster::lanes::{self, HandOver, HandedOver};
 use millrace::store::cluster::membership::{self, Candidate, Join, Joined};
-use millrace::store::cluster::shares::{self, Lowered, Supply, Want};
+use millrace::store::cluster::recall::{self, Lowered};
+use millrace::store::cluster::shares::{self, Supply, Want};
 use millrace::store::cluster::takeover::{self, Suspect};
 use millrace::store::postgres::{Connected, Database, NodeLease};
 use millrace::store::schema;
+use millrace::store::{Ledger, StoreError};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -46,6 +47,16 @@ impl Bed {
                 .await
                 .unwrap();
         }
+    }
+
+    /// The same, with their entries in the stock log.
+    pub async fn logged_skus(&self, totals: &[i64]) {
+        self.skus(totals).await;
+        self.sql(
+            "INSERT INTO stock_log (sku, cause, reference, total_delta, total_after, held_after, sold_after)
+             SELECT id, 'admin', 'put', total, total, held, sold FROM sku",
+        )
+        .await;
     }
 
     pub async fn sql(&self, statements: &str) {
@@ -110,6 +121,7 @@ fn real(lease: Lease) -> NodeLease {
     NodeLease {
         node: lease.node,
         epoch: lease.epoch,
+        ledger: Ledger::Share,
     }
 }
 
@@ -360,8 +372,9 @@ impl Run {
             }
             82..=84 => {
                 let total = self.random.random_range(10..60);
-                let found =
-                    refused(shares::lower_total(&database, real(lease), number, total).await);
+                let found = refused(
+                    recall::lower_total(&database, real(lease), number, total, "put", None).await,
+                );
                 let expected = self.arbiter.lower_total(lease, sku, total);
                 let found = found.map(|lowered| match lowered {
                     Lowered::Done => arbiter::Lowered::Done,
@@ -372,7 +385,7 @@ impl Run {
                 ("lower", format!("{lease:?} {sku} {total} {expected:?}"))
             }
             85 => {
-                let found = refused(shares::end_recall(&database, real(lease), number).await);
+                let found = refused(recall::end_recall(&database, real(lease), number).await);
                 let expected = self.arbiter.check(lease).map(|()| {
                     self.arbiter.pools.get_mut(&sku).unwrap().recall = None;
                 });

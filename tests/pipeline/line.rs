@@ -50,7 +50,7 @@ impl Line {
     /// Recovers from `sale` and opens the intake; no worker runs yet.
     pub async fn open(sale: Sale, capacity: usize) -> Self {
         let catalogue = Catalogue::default();
-        catalogue.add(skus::load_all(&sale.database).await.unwrap());
+        catalogue.add(skus::load_all(&sale.database, sale.lease()).await.unwrap());
         let hour = UnixMillis::now().plus_ms(3_600_000);
         let state = Arc::new(State {
             recent_orders: millrace::state::recent_orders::RecentOrders::with_capacity(1_000),

@@ -1,6 +1,6 @@
 //! Random lives of orders and payments on a real PostgreSQL, beside a model that is obviously
 //! right. After each event the rows, the counters of the database and those in memory are what
-//! the model says.
+//! the model says. Every second life is that of a node among several, whose units are its share.
 //!
 //! A life goes wrong by its seed: `MILLRACE_SEED=<seed> cargo test --test proof -- settlement 1`
 //! runs that one alone, and the seed then joins `PAST_SEEDS`.
@@ -11,7 +11,9 @@ use futures_util::future::try_join3;
 use millrace::order::payment::{Delivery, Notice, Payment, PaymentState, Provider, RefundReason};
 use millrace::order::{Currency, IdRange, Order, OrderId, OrderStatus, UnixMillis};
 use millrace::state::stock::{Sku, StockSnapshot};
+use millrace::store::Ledger;
 use millrace::store::batch::BatchWriter;
+use millrace::store::cluster::shares;
 use millrace::store::postgres::{self, transitions};
 use millrace::store::settlement::payments::{self, Arrival};
 use millrace::store::settlement::refunds::{self, Closed, Recorded, RefundNote};
@@ -199,6 +201,8 @@ struct Life<'a> {
     writers: &'a mut Writers,
     sku: Sku,
     model: Model,
+    /// Units of the sale that are in no share: refunded ones, until they are lent again. The sold ones among them.
+    pool: (u32, u32),
     random: StdRng,
     now: UnixMillis,
     /// The messages so far.
@@ -227,13 +231,16 @@ pub fn run(lives: u64) -> Result<String, Why> {
     let seeds = (0..lives).map(|number| first.wrapping_add(number));
     let (mut events, mut payments) = (0, 0);
     block_on(async {
-        let sale = Sale::open(2).await;
-        let mut writers = Writers {
+        let single = Sale::open(2).await;
+        let mut node = Sale::open(2).await;
+        node.become_a_node(2).await;
+        let mut writers = [&single, &node].map(|sale| Writers {
             orders: sale.writer(0),
             settlement: SettlementWriter::new(sale.database.clone(), sale.lease(), 1),
-        };
+        });
         for seed in PAST_SEEDS.iter().copied().chain(seeds) {
-            let mut life = Life::begin(&sale, &mut writers, seed).await;
+            let at = (seed % 2) as usize;
+            let mut life = Life::begin([&single, &node][at], &mut writers[at], seed).await;
             if let Err(why) = life.run().await {
                 let last = life.story.len().saturating_sub(12);
                 let story = life.story[last..].join(", ");
@@ -242,7 +249,10 @@ pub fn run(lives: u64) -> Result<String, Why> {
             events += life.story.len();
             payments += life.model.payments.len();
         }
-        match sale.faults().await.as_slice() {
+        match [single.faults().await, node.faults().await]
+            .concat()
+            .as_slice()
+        {
             [] => Ok(()),
             faults => Err(format!("the audit fails: {faults:?}")),
         }
@@ -259,8 +269,15 @@ impl<'a> Life<'a> {
         let total = random.random_range(3..12);
         // A seed may be run twice.
         let skus = sale.number("SELECT count(*) FROM sku").await;
+        let sku = sale.sku(&format!("S-{skus}"), total).await;
+        if sale.lease().ledger == Ledger::Share {
+            let lent = shares::lend(&sale.database, sale.lease(), sku.number, total.into(), 1);
+            assert_eq!(lent.await.map(|lent| lent.units).unwrap(), i64::from(total));
+            sku.counter().set_total(total).unwrap();
+        }
         Life {
-            sku: sale.sku(&format!("S-{skus}"), total).await,
+            sku,
+            pool: (0, 0),
             payments_above: sale
                 .number("SELECT coalesce(max(id), 0) FROM payments")
                 .await,
@@ -278,8 +295,35 @@ impl<'a> Life<'a> {
         }
     }
 
+    /// A node: what is free in the pool comes back to its share, and what it has sold leaves it.
+    async fn lend(&mut self) -> Step<()> {
+        let (free, sold) = self.pool;
+        if free == 0 {
+            return Ok(());
+        }
+        let lent = shares::lend(
+            &self.sale.database,
+            self.sale.lease(),
+            self.sku.number,
+            free.into(),
+            1,
+        );
+        let lent = lent.await.map_err(said)?;
+        same("units lent", &lent.units, &i64::from(free))?;
+        self.note(format!("lend {free}"));
+        let counter = self.sku.counter();
+        let swept = u32::try_from(lent.swept).map_err(said)?;
+        counter.withdraw(swept);
+        counter
+            .set_total(counter.snapshot().total + free)
+            .map_err(said)?;
+        self.pool = (0, sold + swept);
+        Ok(())
+    }
+
     async fn run(&mut self) -> Step<()> {
         for _ in 0..EVENTS {
+            self.lend().await?;
             self.now = self.now.plus_ms(self.random.random_range(0..250));
             match self.random.random_range(0..100) {
                 0..18 => self.place(),
@@ -431,7 +475,7 @@ impl<'a> Life<'a> {
         };
         let deliveries: Vec<&Delivery> = together.iter().collect();
         let settlement = &mut self.writers.settlement;
-        let settled = payments::ingest(settlement, &deliveries, arrival, &in_flight);
+        let settled = payments::ingest(settlement, &deliveries, arrival, &in_flight, &[]);
         let settled = settled.await.map_err(said)?;
         let (mut new, mut orders) = (0, Vec::new());
         for delivery in together {
@@ -643,10 +687,17 @@ impl<'a> Life<'a> {
             self.sale
                 .sql(&format!(
                     "BEGIN; DELETE FROM orders WHERE order_id = {};
-                     WITH moved AS (UPDATE sku SET held = held - {units} WHERE id = {} RETURNING *)
-                     INSERT INTO stock_log (sku, cause, reference, held_delta, total_after, held_after, sold_after)
-                     SELECT id, 'lost', 'a test', -{units}, total, held, sold FROM moved; COMMIT",
-                    order.id, order.sku.0
+                     {}; COMMIT",
+                    order.id,
+                    self.sale.lease().ledger.sql(
+                        self.sale.lease().node,
+                        &format!(
+                            "WITH moved AS (UPDATE @ledger SET held = held - {units} WHERE @id = {}@own RETURNING *)
+                             INSERT INTO stock_log (sku, @columncause, reference, held_delta, total_after, held_after, sold_after)
+                             SELECT @id, @node'lost', 'a test', -{units}, @total, held, sold FROM moved",
+                            order.sku.0
+                        )
+                    )
                 ))
                 .await;
         }
@@ -768,6 +819,7 @@ impl<'a> Life<'a> {
             }
             Recorded::Already => !done && (known || before == Place::There(OrderStatus::Refunded)),
             Recorded::StandsAt(status) => !done && before == Place::There(status),
+            Recorded::UnitsElsewhere => false,
             Recorded::Unknown => !self.model.orders[at].is_there(),
         };
         match is_right {
@@ -819,7 +871,7 @@ impl<'a> Life<'a> {
     }
 
     /// As the payment processor moves the counters in memory.
-    fn move_memory(&self, moved: &[UnitMove]) {
+    fn move_memory(&mut self, moved: &[UnitMove]) {
         for UnitMove { units, to } in moved {
             let quantity = &units.quantity;
             let counter = self.sku.counter();
@@ -829,6 +881,12 @@ impl<'a> Life<'a> {
                 Destination::Restocked => counter.unsell(*quantity),
                 Destination::Withdrawn => counter.withdraw(*quantity),
                 Destination::Nowhere => {}
+                Destination::Pool { swept, is_free } => {
+                    counter.withdraw(*swept);
+                    self.pool.1 += *swept;
+                    self.pool.1 -= *quantity;
+                    self.pool.0 += if *is_free { *quantity } else { 0 };
+                }
             }
         }
     }
@@ -846,7 +904,12 @@ impl<'a> Life<'a> {
                 "SELECT payment_id, state, refund_reason FROM payment_list WHERE id > $1 ORDER BY id",
                 &[&self.payments_above],
             ),
-            client.query_one("SELECT total, held, sold FROM sku WHERE id = $1", &[&sku]),
+            client.query_one(
+                "SELECT total, sku.held + coalesce(sum(h.held), 0)::int8, sku.sold + coalesce(sum(h.sold), 0)::int8
+                   FROM sku LEFT JOIN (SELECT sku, held, sold FROM stock_share) h (of, held, sold) ON h.of = id
+                  WHERE id = $1 GROUP BY id",
+                &[&sku],
+            ),
         )
         .await
         .map_err(said)?;
@@ -897,7 +960,11 @@ impl<'a> Life<'a> {
         same(
             "live counters",
             &[live_total, live_held, live_sold],
-            &[total, held + in_flight, sold],
+            &[
+                total - self.pool.0 - self.pool.1,
+                held + in_flight,
+                sold - self.pool.1,
+            ],
         )
     }
 }

@@ -123,7 +123,10 @@ async fn an_edit_that_was_undone_by_hand_is_no_break() {
         .await;
     assert_eq!(sale.faults().await, [""; 0]);
     // One that orders were written upon is.
-    let sku = skus::load_all(&sale.database).await.unwrap().remove(0);
+    let sku = skus::load_all(&sale.database, sale.lease())
+        .await
+        .unwrap()
+        .remove(0);
     sale.sql("UPDATE sku SET held = held + 1 WHERE sku_id = 'A'")
         .await;
     let mut writer = sale.writer(0);
@@ -145,7 +148,10 @@ async fn a_counter_that_is_wrong_is_explained_by_place_and_units() {
     assert!(gap[0].contains("(orders batch 0/0/"), "{gap:?}");
     assert!(gap[0].contains("held -2"), "{gap:?}");
     // Orders that come upon it put the gap between two entries.
-    let sku = skus::load_all(&sale.database).await.unwrap().remove(0);
+    let sku = skus::load_all(&sale.database, sale.lease())
+        .await
+        .unwrap()
+        .remove(0);
     let mut writer = sale.writer(0);
     writer.write(&refs(&orders(&sku, 1))).await.unwrap();
     let audit = audit::run(&sale.database).await.unwrap();

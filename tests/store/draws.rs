@@ -146,7 +146,7 @@ async fn the_secrets_of_a_sku_never_change_and_another_process_makes_no_draw() {
     assert_eq!(sku.draw().unwrap().commitment(), first);
     let stored = sale.number("SELECT count(*) FROM draws").await;
     assert_eq!(stored, 1);
-    let loaded = skus::load_all(&sale.database).await.unwrap();
+    let loaded = skus::load_all(&sale.database, sale.lease()).await.unwrap();
     assert_eq!(loaded[0].draw().unwrap().commitment(), first);
     assert_eq!(loaded[0].terms().draw, sku.terms().draw);
     let replaced = NodeLease {

@@ -54,20 +54,27 @@ async fn skus_come_back_with_their_terms_and_counters() {
         assert_eq!((**put.terms()).clone(), *terms);
     }
     let mut writer = sale.writer(0);
-    let first = skus::load_all(&sale.database).await.unwrap().remove(0);
+    let first = skus::load_all(&sale.database, sale.lease())
+        .await
+        .unwrap()
+        .remove(0);
     writer.write(&refs(&orders(&first, 7))).await.unwrap();
     sale.sql("UPDATE sku SET held = held - 3, sold = 3 WHERE sku_id = '!~'")
         .await;
     let id = SkuId::new("none").unwrap();
-    assert!(skus::set_paused(&sale.database, &id, true).await.unwrap());
+    assert!(
+        skus::set_paused(&sale.database, sale.lease(), &id, true)
+            .await
+            .unwrap()
+    );
     let nobody = SkuId::new("nobody").unwrap();
     assert!(
-        !skus::set_paused(&sale.database, &nobody, true)
+        !skus::set_paused(&sale.database, sale.lease(), &nobody, true)
             .await
             .unwrap()
     );
 
-    let loaded = skus::load_all(&sale.database).await.unwrap();
+    let loaded = skus::load_all(&sale.database, sale.lease()).await.unwrap();
     let figures: Vec<_> = loaded
         .iter()
         .map(|sku| {
@@ -88,7 +95,7 @@ async fn a_sku_row_that_contradicts_itself_is_named() {
     sale.sku("A", 5).await;
     sale.sql("ALTER TABLE sku DROP CONSTRAINT sku_not_oversold; UPDATE sku SET held = 6")
         .await;
-    let refused = skus::load_all(&sale.database).await;
+    let refused = skus::load_all(&sale.database, sale.lease()).await;
     assert!(
         matches!(&refused, Err(StoreError::Data(what)) if what.contains("sku A")),
         "{refused:?}"

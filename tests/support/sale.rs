@@ -4,13 +4,15 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
 use millrace::order::{
-    Currency, IdempotencyKey, KeyHash, Order, OrderId, PayloadHash, Quantity, SkuId, SkuNumber,
-    UnixMillis, UserId,
+    Currency, IdempotencyKey, KeyHash, Lane, Order, OrderId, PayloadHash, Quantity, SkuId,
+    SkuNumber, UnixMillis, UserId,
 };
 use millrace::pipeline::admin::audit::{audit, audit_in_parts};
 use millrace::state::State;
 use millrace::state::stock::{SaleTerms, Sku, WaitlistTerms};
 use millrace::store::batch::BatchWriter;
+use millrace::store::cluster::lanes;
+use millrace::store::cluster::membership::{self, Candidate, Join};
 use millrace::store::postgres::audit::PartRows;
 use millrace::store::postgres::lease::{self, Taken};
 use millrace::store::postgres::{Database, NodeLease, skus};
@@ -77,6 +79,31 @@ impl Sale {
     /// The same database through a proxy.
     pub fn through(&self, proxy: &Proxy, step: Duration) -> Database {
         Database::with_config(proxy.config(&self.config), SCHEMA, 4, step).unwrap()
+    }
+
+    /// Goes on as one of several nodes, with every lane.
+    pub async fn become_a_node(&mut self, shards: i16) {
+        let mut session = self.database.connect("test").await.unwrap();
+        let candidate = Candidate {
+            home: "00000000-0000-0000-0000-000000000001",
+            log: None,
+            address: "127.0.0.1:8082",
+            reads_format: 1,
+            shards,
+            ids_from: UnixMillis::now(),
+        };
+        let joined = membership::join(&mut session, &candidate).await.unwrap();
+        let Join::Joined(joined) = joined else {
+            panic!("{joined:?}");
+        };
+        self.taken.lease = joined.lease;
+        membership::activate(&self.database, joined.lease)
+            .await
+            .unwrap();
+        let lanes = lanes::claim_free(&self.database, joined.lease)
+            .await
+            .unwrap();
+        assert_eq!(lanes.len(), Lane::COUNT);
     }
 
     pub fn writer(&self, shard: i16) -> BatchWriter {

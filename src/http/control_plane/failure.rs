@@ -59,6 +59,10 @@ impl From<OperatorError> for Failure {
                 available: Some(available),
                 ..Problem::new(409, "sold_out", detail)
             },
+            OperatorError::StockElsewhere | OperatorError::UnitsOut => {
+                Problem::new(503, "not_ready", detail).retry_after(1)
+            }
+            OperatorError::DrawAtNodes => Problem::new(409, "draw_at_nodes", detail),
             OperatorError::RefusedAgain(_) => Problem::new(409, "refused_again", detail),
             OperatorError::CountersRefused { .. } => Problem::new(409, "counters_refused", detail),
             OperatorError::PauseNotStored { .. } | OperatorError::ResumeNotStored { .. } => {

@@ -17,6 +17,7 @@ use crate::order::OrderId;
 use crate::order::payment::PaymentState;
 use crate::store::postgres::orders;
 use crate::store::postgres::payments::{self, StoredPayment};
+use crate::store::settlement::Destination;
 use crate::store::settlement::refunds::{Closed, Recorded};
 
 #[derive(Debug, Deserialize)]
@@ -167,7 +168,9 @@ pub(super) async fn refunded(
         Recorded::Done(moved) => {
             tracing::info!(%order_id, "an operator has recorded a refund");
             moved.map_or(0, |moved| match moved.to {
-                crate::store::settlement::Destination::Restocked => moved.units.quantity,
+                Destination::Restocked | Destination::Pool { is_free: true, .. } => {
+                    moved.units.quantity
+                }
                 _ => 0,
             })
         }
@@ -176,6 +179,13 @@ pub(super) async fn refunded(
             let detail =
                 format!("order {order_id} is {status}: none of its payments has to be refunded");
             return Err(Problem::new(409, "not_refundable", detail).into());
+        }
+        Recorded::UnitsElsewhere => {
+            let detail = format!(
+                "the units of order {order_id} are counted as sold by another node, which passes them on within a second; \
+                 nothing has changed: send the request again"
+            );
+            return Err(Problem::new(503, "not_ready", detail).retry_after(1).into());
         }
         Recorded::Unknown => return Err(unknown().into()),
     };

@@ -39,7 +39,7 @@ pub(super) async fn put(
     };
     let view = OperatorSkuView::of(&put.sku, parts.state.catalogue.is_paused());
     let answer = PutSkuView::of(view, put.changed);
-    Ok((status, axum::Json(answer)).into_response())
+    told(parts, (status, axum::Json(answer)).into_response()).await
 }
 
 pub(super) async fn restock(
@@ -60,7 +60,7 @@ pub(super) async fn restock(
     if replayed && let Ok(value) = "true".parse() {
         response.headers_mut().insert("idempotency-replayed", value);
     }
-    Ok(response)
+    told(parts, response).await
 }
 
 pub(super) async fn draw(
@@ -81,7 +81,7 @@ pub(super) async fn pause(
 ) -> Result<Response, Failure> {
     let parts = plane.parts()?;
     let sku = parts.operator.pause(&parse_id(&sku_id)?).await?;
-    Ok(view(parts, &sku).into_response())
+    told(parts, view(parts, &sku).into_response()).await
 }
 
 pub(super) async fn resume(
@@ -90,19 +90,38 @@ pub(super) async fn resume(
 ) -> Result<Response, Failure> {
     let parts = plane.parts()?;
     let sku = parts.operator.resume(&parse_id(&sku_id)?).await?;
-    Ok(view(parts, &sku).into_response())
+    told(parts, view(parts, &sku).into_response()).await
 }
 
 pub(super) async fn pause_all(State(plane): State<ControlPlane>) -> Result<Response, Failure> {
     let parts = plane.parts()?;
     parts.operator.pause_all().await?;
-    Ok(paused(parts))
+    told(parts, paused(parts)).await
 }
 
 pub(super) async fn resume_all(State(plane): State<ControlPlane>) -> Result<Response, Failure> {
     let parts = plane.parts()?;
     parts.operator.resume_all().await?;
-    Ok(paused(parts))
+    told(parts, paused(parts)).await
+}
+
+/// Names the nodes that have not taken a change over within a second. It is in force at this one.
+async fn told(parts: &Parts, mut response: Response) -> Result<Response, Failure> {
+    let unreached: Vec<String> = match parts.operator.unreached().await {
+        Ok(nodes) => nodes.iter().map(i16::to_string).collect(),
+        Err(error) => {
+            tracing::warn!(reason = %error, "which nodes know an operator's change cannot be told");
+            vec!["unknown".to_owned()]
+        }
+    };
+    if !unreached.is_empty()
+        && let Ok(value) = unreached.join(", ").parse()
+    {
+        response
+            .headers_mut()
+            .insert("millrace-unreached-nodes", value);
+    }
+    Ok(response)
 }
 
 fn paused(parts: &Parts) -> Response {

@@ -118,7 +118,7 @@ impl SkuView {
     pub fn of(sku: &Sku, all_paused: bool) -> Self {
         let now = UnixMillis::now();
         let terms = sku.terms();
-        let stock = sku.counter().snapshot();
+        let stock = sku.stock();
         SkuView {
             sku_id: SkuId::clone(&sku.id),
             title: terms.title.clone(),

@@ -189,6 +189,9 @@ pub struct LiveFigures {
     kept: u32,
     /// Orders on the waiting list.
     waiting: usize,
+    /// The node that has these of its share.
+    #[serde(skip)]
+    node: Option<i16>,
     /// Milliseconds for which units have been kept that the next order could have.
     #[serde(skip)]
     overdue_ms: u128,
@@ -236,6 +239,7 @@ fn live(state: &State) -> Vec<(SkuId, LiveFigures)> {
             sold: stock.sold,
             kept: sku.counter().kept(),
             waiting: sku.waitlist().len(),
+            node: sku.shared().map(|shared| shared.node),
             overdue_ms: match sku.waitlist().overdue() {
                 overdue if overdue > OVERDUE => overdue.as_millis(),
                 _ => 0,
@@ -259,6 +263,16 @@ fn result(
     };
     let mut checks = order_checks(found);
     checks.extend(payment_checks(&found.payment_faults));
+    if found.skus.iter().any(|sku| !sku.shares.is_empty()) {
+        checks.push(shares_check(found));
+    }
+    if found.is_by_lane {
+        let name = "each node holds the units of its lanes' orders";
+        checks.push(over_skus(found, "I2", name, |sku| {
+            let wrong = sku.misplaced.first()?;
+            Some(format!("{}: {wrong:?}", sku.sku_id))
+        }));
+    }
     if quiet {
         checks.push(live_check(found, live_of));
     }
@@ -416,18 +430,41 @@ fn payment_checks(faults: &PaymentFaults) -> [Check; 3] {
 fn live_check(found: &DatabaseAudit, live_of: impl Fn(&str) -> Option<LiveFigures>) -> Check {
     over_skus(found, "I2", LIVE_CHECK, |sku| {
         let figures = live_of(&sku.sku_id)?;
-        // While it has parked orders, its row is known to be wrong.
-        let (total, held) = if sku.parked > 0 {
-            (figures.total.into(), sku.held_by_orders + sku.parked)
-        } else {
-            (sku.total, sku.held)
+        let (total, held, sold) = match figures.node {
+            Some(node) => sku.share_of(node),
+            // While it has parked orders, its row is known to be wrong.
+            None if sku.parked > 0 => {
+                let held = sku.held_by_orders + sku.parked;
+                (figures.total.into(), held, sku.sold)
+            }
+            None => (sku.total, sku.held, sku.sold),
         };
         // Kept units are free in the database, until they are assigned.
         let same = i64::from(figures.total) == total
             && i64::from(figures.held) == held + i64::from(figures.kept)
-            && i64::from(figures.sold) == sku.sold
+            && i64::from(figures.sold) == sold
             && (!found.at_one_moment || figures.waiting as i64 == sku.waiting);
         (!same).then(|| format!("{}: memory has {figures:?}", sku.sku_id))
+    })
+}
+
+/// What nodes may sell is part of the sale, and no node has taken more than it may sell.
+fn shares_check(found: &DatabaseAudit) -> Check {
+    over_skus(found, "I1", "no node sells what is not lent to it", |sku| {
+        let lent: i64 = sku.shares.iter().map(|share| share.lent).sum();
+        let over = sku
+            .shares
+            .iter()
+            .find(|share| share.held + share.sold > share.lent);
+        if let Some(over) = over {
+            return Some(format!("{}: {over:?}", sku.sku_id));
+        }
+        (lent != sku.lent).then(|| {
+            format!(
+                "{}: its nodes have {lent} units, and its row says {}",
+                sku.sku_id, sku.lent
+            )
+        })
     })
 }
 

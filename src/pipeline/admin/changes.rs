@@ -33,7 +33,7 @@ impl Retried {
 
 /// Stops the process if the database has a SKU under another number than memory: a failover has lost SKUs since
 /// the start, and any further write by number would concern another SKU.
-pub(super) fn check_number(state: &State, made: &Sku) -> Result<(), StoreError> {
+pub(in crate::pipeline) fn check_number(state: &State, made: &Sku) -> Result<(), StoreError> {
     let catalogue = &state.catalogue;
     let known = catalogue.get(&made.id);
     let is_another = |known: &Arc<Sku>| known.id != made.id;

@@ -13,7 +13,7 @@ use crate::store::postgres::{Database, window};
 ///
 /// # Errors
 /// The database's error; nothing has changed.
-pub(super) async fn count<'a>(
+pub(in crate::pipeline) async fn count<'a>(
     state: &'a State,
     database: &Database,
     id: &SkuId,

@@ -17,7 +17,7 @@ use crate::order::SkuId;
 use crate::state::State;
 use crate::state::stock::SaleTerms;
 use crate::store::StoreError;
-use crate::store::postgres::{Database, dead_letters, skus};
+use crate::store::postgres::{Database, NodeLease, dead_letters, skus};
 
 /// Pause after a lost answer, and after a failed attempt to resolve it.
 const PAUSE: Duration = Duration::from_millis(500);
@@ -36,6 +36,7 @@ pub(super) enum LostAnswer {
 pub(super) struct LostAnswers {
     state: Arc<State>,
     database: Database,
+    lease: NodeLease,
     /// Held while terms are changed; taken before `turn`.
     changing_terms: Arc<Mutex<()>>,
     /// Held while an operator's request is carried out, and while an outcome is resolved.
@@ -55,12 +56,14 @@ impl LostAnswers {
     pub(super) fn new(
         state: Arc<State>,
         database: Database,
+        lease: NodeLease,
         changing_terms: Arc<Mutex<()>>,
         turn: Arc<Mutex<HashMap<i64, Retried>>>,
     ) -> Self {
         LostAnswers {
             state,
             database,
+            lease,
             changing_terms,
             turn,
             open: Arc::default(),
@@ -120,7 +123,7 @@ impl LostAnswers {
         let (mut _changing, mut _counting) = (None, None);
         if let LostAnswer::Sku(id) = lost {
             _changing = Some(self.changing_terms.lock().await);
-            if let Some(row) = skus::find_committed(&self.database, id).await? {
+            if let Some(row) = skus::find_committed(&self.database, self.lease, id).await? {
                 // A stored limit takes effect as one whose answer arrived.
                 let terms = SaleTerms::clone(&row.terms());
                 _counting = limits::count(&self.state, &self.database, id, &terms).await?;
@@ -143,7 +146,7 @@ impl LostAnswers {
             LostAnswer::Sku(id) => {
                 match (
                     catalogue.get(id),
-                    skus::find_committed(&self.database, id).await?,
+                    skus::find_committed(&self.database, self.lease, id).await?,
                 ) {
                     (None, Some(row)) => {
                         check_number(&self.state, &row)?;
@@ -152,7 +155,9 @@ impl LostAnswers {
                     (Some(sku), Some(row)) => {
                         sku.adopt_terms(&row);
                         let total = row.counter().snapshot().total;
-                        if let Err(error) = sku.counter().set_total(total) {
+                        if sku.shared().is_none()
+                            && let Err(error) = sku.counter().set_total(total)
+                        {
                             tracing::error!(sku_id = %id, reason = %error, "the total in the database could not be put in force; set it again");
                         }
                     }

@@ -8,7 +8,7 @@
 //! * [`preflight`]: tells whether database and order log will hold a sale.
 
 pub mod audit;
-mod changes;
+pub(in crate::pipeline) mod changes;
 mod draws;
 pub(in crate::pipeline) mod limits;
 pub(in crate::pipeline) mod lost_answers;

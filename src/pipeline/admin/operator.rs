@@ -4,6 +4,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use tokio::sync::Mutex;
 
@@ -13,15 +14,22 @@ use super::pauses::Pauses;
 use super::{draws, limits};
 use crate::order::draw::{Beacon, Header};
 use crate::order::{OrderId, Quantity, Refusal, SkuId};
+use crate::pipeline::cluster::{lending, terms};
 use crate::pipeline::orders::parking::ParkingHandle;
 use crate::pipeline::payments::processor::PaymentsHandle;
 use crate::state::State;
 use crate::state::buyers::LiveOrder;
 use crate::state::stock::{BelowCommitted, SaleTerms, Sku};
-use crate::store::StoreError;
+use crate::store::cluster::recall::{self, Lowered};
 use crate::store::postgres::dead_letters::{self, DeadLetter};
 use crate::store::postgres::{Database, NodeLease, skus};
 use crate::store::settlement::refunds::{Recorded, RefundNote};
+use crate::store::{Ledger, StoreError};
+
+/// Time that free units have to come back when a total is lowered.
+const RECALL: Duration = Duration::from_secs(2);
+/// Interval at which it is asked whether they have.
+const ASK: Duration = Duration::from_millis(50);
 
 /// Reason why an operator's request was not carried out. Unless the variant says otherwise, nothing has
 /// changed.
@@ -62,6 +70,11 @@ pub enum OperatorError {
     /// Another beacon than the one that is stored.
     #[error("beacon: the draw has the beacon {0:?} already")]
     BeaconFixed(String),
+    /// Units that have to leave the sale are at a node that does not give them back.
+    #[error(
+        "total: a node has free units of this SKU and has not given them back within two seconds; nothing has changed: send the request again"
+    )]
+    UnitsOut,
     /// The new total is out of range.
     #[error("total: must be 0 to 4294967295")]
     TotalOutOfRange,
@@ -77,6 +90,16 @@ pub enum OperatorError {
         /// Free units.
         available: u32,
     },
+    /// Whether a node has units for a dead letter's order is not known.
+    #[error(
+        "this node has too few units, and which others have is not known yet; nothing has changed: send the request again"
+    )]
+    StockElsewhere,
+    /// A draw, where several nodes sell.
+    #[error(
+        "allocation: a draw needs a single node; with several, a SKU is sold first come, first served"
+    )]
+    DrawAtNodes,
     /// The database refuses a dead letter's row again.
     #[error("the database refuses the row again: {0}")]
     RefusedAgain(String),
@@ -158,6 +181,7 @@ impl Operator {
         let lost = LostAnswers::new(
             Arc::clone(&state),
             database.clone(),
+            lease,
             Arc::clone(&changing_terms),
             Arc::clone(&one_at_a_time),
         );
@@ -189,6 +213,9 @@ impl Operator {
         terms: SaleTerms,
         total: u32,
     ) -> Result<Put, OperatorError> {
+        if terms.draw.is_some() && self.lease.ledger == Ledger::Share {
+            return Err(OperatorError::DrawAtNodes);
+        }
         let _changing = self.changing_terms.lock().await;
         // Held until the terms are in force.
         let _counting = limits::count(&self.state, &self.database, id, &terms).await?;
@@ -215,8 +242,12 @@ impl Operator {
             stored = Some(made);
             Ok::<(), StoreError>(())
         };
-        if sku.counter().snapshot().total != total {
+        let before = sku.stock().total;
+        if before != total {
             changed.push("total");
+        }
+        if sku.shared().is_some() && total < before {
+            self.recall(&sku, total, "put", None).await?;
         }
         self.change_total(&sku, total, storing).await?;
         if let Some(stored) = stored {
@@ -253,14 +284,58 @@ impl Operator {
             self.adopt_total(&sku).await?;
             return Ok((sku, true));
         }
-        let total = i64::from(sku.counter().snapshot().total).checked_add(units);
+        let before = match sku.shared() {
+            None => sku.counter().snapshot().total,
+            Some(_) => skus::total_of(&self.database, id).await?.unwrap_or(0),
+        };
+        let total = i64::from(before).checked_add(units);
         let total = total
             .and_then(|total| u32::try_from(total).ok())
             .ok_or(OperatorError::TotalOutOfRange)?;
-        let storing = skus::restock(&self.database, self.lease, id, units, key);
-        self.change_total(&sku, total, storing).await?;
+        if sku.shared().is_some() && units < 0 {
+            self.recall(&sku, total, "restock", key).await?;
+        } else {
+            let storing = skus::restock(&self.database, self.lease, id, units, key);
+            self.change_total(&sku, total, storing).await?;
+        }
         tracing::info!(sku_id = %id, units, total, "an operator has restocked");
         Ok((sku, false))
+    }
+
+    /// Lowers the total of a SKU that several nodes sell: their free units come back first, within a second.
+    async fn recall(
+        &self,
+        sku: &Sku,
+        total: u32,
+        reference: &str,
+        key: Option<&str>,
+    ) -> Result<(), OperatorError> {
+        let (database, lease) = (&self.database, self.lease);
+        let asked = Instant::now();
+        loop {
+            let lowered =
+                recall::lower_total(database, lease, sku.number, total.into(), reference, key);
+            match lowered.await? {
+                Lowered::Done => return Ok(()),
+                Lowered::Refused { committed } => {
+                    let committed = u32::try_from(committed).unwrap_or(u32::MAX);
+                    return Err(BelowCommitted { committed }.into());
+                }
+                Lowered::Waiting if asked.elapsed() < RECALL => tokio::time::sleep(ASK).await,
+                Lowered::Waiting => {
+                    recall::end_recall(database, lease, sku.number).await?;
+                    return Err(OperatorError::UnitsOut);
+                }
+            }
+        }
+    }
+
+    /// The nodes that have not taken over within a second what operators have changed. None if there is one node.
+    ///
+    /// # Errors
+    /// If the database does not answer.
+    pub async fn unreached(&self) -> Result<Vec<i16>, StoreError> {
+        terms::unreached(&self.database, self.lease).await
     }
 
     /// Stores a new total and puts it in force.
@@ -270,7 +345,8 @@ impl Operator {
         total: u32,
         storing: impl Future<Output = Result<(), StoreError>>,
     ) -> Result<(), OperatorError> {
-        if total < sku.counter().snapshot().total {
+        let is_alone = sku.shared().is_none();
+        if is_alone && total < sku.counter().snapshot().total {
             // From here on no buyer can take the units that are about to be removed.
             sku.counter().set_total(total)?;
         }
@@ -279,16 +355,23 @@ impl Operator {
         let id = SkuId::clone(&sku.id);
         self.lost.note(&stored, LostAnswer::Sku(id));
         if let Err(error) = stored {
-            if !error.is_transient() {
+            if !error.is_transient() && is_alone {
                 self.adopt_total(sku).await?;
             }
             return Err(error.into());
         }
-        Ok(sku.counter().set_total(total)?)
+        // What a node has of it comes by lending.
+        if is_alone {
+            sku.counter().set_total(total)?;
+        }
+        Ok(())
     }
 
     /// Sets the total in memory to the database's.
     async fn adopt_total(&self, sku: &Sku) -> Result<(), OperatorError> {
+        if sku.shared().is_some() {
+            return Ok(());
+        }
         match skus::total_of(&self.database, &sku.id).await? {
             Some(total) => Ok(sku.counter().set_total(total)?),
             None => Err(OperatorError::UnknownSku(SkuId::clone(&sku.id))),
@@ -382,10 +465,13 @@ impl Operator {
         let hold = match earlier {
             // An earlier retry whose answer was lost still holds them.
             Some(retried) => retried.hold,
-            None => sku.hold(quantity).map_err(|refusal| match refusal {
-                Refusal::SoldOut { available } => OperatorError::SoldOut { available },
-                _ => OperatorError::UnknownDeadLetter(id),
-            })?,
+            None => lending::hold(&sku, quantity)
+                .await
+                .map_err(|refusal| match refusal {
+                    Refusal::SoldOut { available } => OperatorError::SoldOut { available },
+                    Refusal::StockElsewhere => OperatorError::StockElsewhere,
+                    _ => OperatorError::UnknownDeadLetter(id),
+                })?,
         };
         let retried = Retried {
             hold,

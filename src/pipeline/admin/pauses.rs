@@ -113,6 +113,27 @@ impl Pauses {
         self.store(&switch, call).await
     }
 
+    /// Takes over whether a sale is paused as another node has stored it, unless an operator of this one wants something
+    /// that is not stored yet.
+    pub fn adopt(&self, sku: &Arc<Sku>, paused: bool) {
+        if self.is_stored(Some(sku.number)) {
+            sku.set_paused(paused);
+        }
+    }
+
+    /// The same for every sale.
+    pub fn adopt_all(&self, paused: bool) {
+        if self.is_stored(None) {
+            self.state.catalogue.set_paused(paused);
+        }
+    }
+
+    fn is_stored(&self, key: Option<SkuNumber>) -> bool {
+        let switches = self.switches.lock();
+        let wanted = switches.get(&key).map(|switch| switch.wanted.lock());
+        wanted.is_none_or(|wanted| wanted.stored == wanted.calls)
+    }
+
     /// Stores the wish of the last call, unless an earlier turn has stored `call` or a later one.
     async fn store(&self, switch: &Switch, call: u64) -> Result<(), StoreError> {
         let _turn = switch.storing.lock().await;
@@ -125,7 +146,7 @@ impl Pauses {
         };
         let stored = match &switch.target {
             Target::Sku(sku) => {
-                let stored = skus::set_paused(&self.database, &sku.id, paused).await;
+                let stored = skus::set_paused(&self.database, self.lease, &sku.id, paused).await;
                 stored.map(|_| ())
             }
             Target::Everything => skus::set_all_paused(&self.database, self.lease, paused).await,

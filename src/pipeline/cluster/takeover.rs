@@ -90,7 +90,7 @@ pub async fn replay(
         },
         patience: PATIENCE,
     };
-    let writer = BatchWriter::new(database.clone(), lease, with.shard).on_share();
+    let writer = BatchWriter::new(database.clone(), lease, with.shard);
     let replayer = Replayer::new(database.clone(), writer, with.rows_max);
     let mut replay = LogReplay::new(database, replayer, with.orphans, with.now).await?;
     let (mut parts, reading) = log_replay::orders_of(move |each| {

@@ -51,11 +51,7 @@ const NO_SKU: SkuNumber = SkuNumber(0);
 
 impl Numbers {
     async fn read(database: &Database) -> Result<Self, StoreError> {
-        let skus = skus::load_all(database).await?.into_iter();
-        Ok(Numbers(
-            skus.map(|sku| (SkuId::clone(&sku.id), sku.number))
-                .collect(),
-        ))
+        Ok(Numbers(skus::numbers(database).await?))
     }
 
     /// The number of the SKU of an order of the log.

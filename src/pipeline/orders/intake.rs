@@ -206,6 +206,8 @@ impl Intake {
             Some((entered, draw.at))
         });
         let window = window.and_then(|()| match &draw {
+            // A list has one owner, and nodes have none yet.
+            Some(_) if sku.shared().is_some() => Err(Refusal::SalePaused),
             Some((draw, at)) => self.takes_entries(draw, *at, now),
             None => Ok(()),
         });
@@ -213,11 +215,14 @@ impl Intake {
         let available = sku.counter().free();
         let is_short = available < request.quantity.get() && !bug("hold_without_checking");
         let may_wait = || {
+            if sku.shared().is_some() {
+                return false;
+            }
             let total = sku.counter().snapshot().total;
             (request.waitlist || draw.is_some()) && request.quantity.get() <= total
         };
         let (order_id, room) = if is_short && !may_wait() {
-            (NO_ORDER, Err(Refusal::SoldOut { available }))
+            (NO_ORDER, Err(sku.refuse(request.quantity, available)))
         } else if (is_short || draw.is_some())
             && sku.waitlist().len() >= terms.waitlist.max as usize
         {
@@ -319,7 +324,8 @@ impl Intake {
     ) -> Result<Admission, Refusal> {
         let state = &self.state;
         let sticky = self.under_key(request, &quote);
-        let (claim, share) = if request.waitlist || quote.draw.is_some() {
+        let may_join = request.waitlist && quote.sku.shared().is_none();
+        let (claim, share) = if may_join || quote.draw.is_some() {
             match self.claim_share_or_place(request, &mut quote, &sticky)? {
                 Ok(claimed) => claimed,
                 Err(duplicate) => return Ok(self.duplicate(duplicate)),

@@ -218,7 +218,7 @@ impl Parking {
                 let units = sku.fault().refused().map_or(0, |refused| refused.units);
                 if moved == 0
                     && let Some(reason) =
-                        skus::try_counters(&self.database, sku.number, units).await?
+                        skus::try_counters(&self.database, self.lease, sku.number, units).await?
                 {
                     sku.fault().set(&reason, units);
                     self.count(sku, 0);
@@ -264,7 +264,9 @@ impl Parking {
         seen: crate::state::stock::Seen,
     ) -> Result<Tried, StoreError> {
         let before = sku.counter().snapshot().total;
-        if let Some(total) = skus::total_of(&self.database, &sku.id).await?
+        // The units of a node are what is lent to it.
+        if sku.shared().is_none()
+            && let Some(total) = skus::total_of(&self.database, &sku.id).await?
             && total != before
             && !sku.counter().replace_total(before, total)
         {

@@ -248,13 +248,13 @@ impl Callbacks {
             let payments = deliveries.iter().map(|one| &one.notice.payment);
             payments.filter_map(|payment| payment.as_ref()?.order_id())
         };
-        let unmatchable: Vec<OrderId> = orders()
+        let in_flight: Vec<OrderId> = orders()
             .filter(|id| {
                 let in_flight = state.pending.get(*id).is_some();
                 if !in_flight {
                     state.recent_orders.forget(*id);
                 }
-                in_flight || elsewhere.contains(id)
+                in_flight
             })
             .collect();
         let arrival = |match_now| Arrival {
@@ -267,9 +267,7 @@ impl Callbacks {
         // While row locks are unavailable, payments are stored without waiting for rows and matched later.
         let match_now = !signals.rows_are_held();
         let first = if match_now { matched } else { unmatched };
-        let mut stored = self
-            .ingest(deliveries, first, &unmatchable, elsewhere)
-            .await;
+        let mut stored = self.ingest(deliveries, first, &in_flight, elsewhere).await;
         if let Err(error) = &stored
             && match_now
             && !matches!(error, StoreError::Fenced { .. })
@@ -281,7 +279,7 @@ impl Callbacks {
             }
             tracing::warn!(reason = %error, payments = deliveries.len(), "payments could not be matched now; storing them first, matching later");
             stored = self
-                .ingest(deliveries, unmatched, &unmatchable, elsewhere)
+                .ingest(deliveries, unmatched, &in_flight, elsewhere)
                 .await;
         }
         stored
@@ -291,11 +289,12 @@ impl Callbacks {
         &mut self,
         deliveries: &[&Delivery],
         arrival: Arrival,
-        unmatchable: &[OrderId],
+        in_flight: &[OrderId],
         elsewhere: &[OrderId],
     ) -> Result<(), StoreError> {
         let (moving, writer) = self.settler.writer().await?;
-        let mut settlement = payments::ingest(writer, deliveries, arrival, unmatchable).await?;
+        let mut settlement =
+            payments::ingest(writer, deliveries, arrival, in_flight, elsewhere).await?;
         // Their owner keeps them from expiring, and matches them.
         settlement.orphans.retain(|(id, _)| !elsewhere.contains(id));
         let payments = &self.settler.parts.metrics.payments;

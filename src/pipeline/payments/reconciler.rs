@@ -20,10 +20,12 @@ use super::settler::{Settler, Signals};
 use crate::faults::bug;
 use crate::order::payment::{PaymentState, RefundReason};
 use crate::order::receipt::{ReceiptKeys, ReceiptOrder};
-use crate::order::{Order, OrderId, OrderUnits, Refusal, UnixMillis};
+use crate::order::{Order, OrderId, OrderUnits, Quantity, Refusal, UnixMillis};
+use crate::pipeline::cluster::lending;
 use crate::pipeline::orders::lookup::OrderLookup;
 use crate::queue::OrderQueue;
 use crate::state::buyers::{BuyerClaim, BuyerOrder, Claimed, NothingSticky};
+use crate::state::stock::Sku;
 use crate::store::postgres::payments::StoredPayment;
 use crate::store::{StoreError, postgres, settlement};
 
@@ -50,6 +52,8 @@ enum Decision {
     RecoverForRefund(Order, RefundReason),
     /// Leave the payment to be refunded, without an order.
     GiveUp(RefundReason),
+    /// Others may have units for it, which are asked for.
+    Ask(Arc<Sku>, Quantity),
     /// Decide later.
     Later,
 }
@@ -309,10 +313,19 @@ impl Reconciler {
                 let database = &self.settler.parts.database;
                 return postgres::payments::note_order(database, payment.id, receipt.id).await;
             }
-            Some(Ok(receipt)) => self.decide_on(payment, receipt),
+            Some(Ok(receipt)) => match self.decide_on(payment, receipt.clone()) {
+                Decision::Ask(sku, quantity) => {
+                    // Released at once: what it says is looked at again.
+                    drop(lending::hold(&sku, quantity).await);
+                    self.decide_on(payment, receipt)
+                }
+                decision => decision,
+            },
         };
         match decision {
-            Decision::Later => return self.put_off(payment, payment.checks, IN_FLIGHT_MS).await,
+            Decision::Later | Decision::Ask(..) => {
+                return self.put_off(payment, payment.checks, IN_FLIGHT_MS).await;
+            }
             Decision::GiveUp(reason) => {
                 let (_moving, writer) = self.settler.writer().await?;
                 if !settlement::payments::give_up(writer, payment.id, reason, now).await? {
@@ -434,7 +447,10 @@ impl Reconciler {
         } else if payment.amount != order.amount {
             Decision::RecoverForRefund(order, RefundReason::AmountMismatch)
         } else if !held && sku.counter().free() < order.quantity.get() {
-            Decision::RecoverForRefund(order, RefundReason::SoldOut)
+            match sku.refuse(order.quantity, 0) {
+                Refusal::StockElsewhere => Decision::Ask(sku, order.quantity),
+                _ => Decision::RecoverForRefund(order, RefundReason::SoldOut),
+            }
         } else {
             Decision::Recover { order, held }
         }

@@ -14,7 +14,7 @@ use tokio::sync::{OwnedRwLockReadGuard, RwLock};
 use super::processor::PAUSE;
 use crate::metrics::Metrics;
 use crate::order::payment::Verdict;
-use crate::order::{OrderId, OrderUnits};
+use crate::order::{OrderId, SkuNumber};
 use crate::state::State;
 use crate::state::effects::Row;
 use crate::store::StoreError;
@@ -123,7 +123,7 @@ impl Settler {
         let payable = open.iter().filter(|open| !open.waits());
         let until = payable.map(|open| (open.units.order_id, open.expires_at));
         self.parts.state.expiry_index.note(until);
-        for found in skus::load_all(&self.parts.database).await? {
+        for found in skus::load_all(database, lease).await? {
             let Some(sku) = self.parts.state.catalogue.by_number(found.number) else {
                 continue;
             };
@@ -189,7 +189,7 @@ impl Settler {
     }
 
     /// Applies a committed settlement to memory: orphans, metrics of verdicts, units.
-    pub(super) async fn apply_settlement(&mut self, settlement: &Settlement) {
+    pub async fn apply_settlement(&mut self, settlement: &Settlement) {
         let payments = &self.parts.metrics.payments;
         for (order_id, paid_at) in &settlement.orphans {
             self.parts.state.orphans.insert(*order_id, *paid_at);
@@ -213,7 +213,7 @@ impl Settler {
     }
 
     /// Applies committed moves of units to memory.
-    pub(super) async fn apply_moves(&mut self, moved: &[UnitMove]) {
+    pub async fn apply_moves(&mut self, moved: &[UnitMove]) {
         let state = Arc::clone(&self.parts.state);
         for moved in moved {
             let units = &moved.units;
@@ -225,12 +225,16 @@ impl Settler {
                 Destination::Sold => state.paid(units),
                 Destination::Free(how) => state.end_unpaid(units, how, Row::Moved),
                 Destination::Nowhere => {}
+                Destination::Pool { swept, .. } => {
+                    wait_until_sold(&state, units.sku, swept).await;
+                    state.refunded_to_pool(units, swept);
+                }
                 Destination::Restocked => {
-                    wait_until_sold(&state, units).await;
+                    wait_until_sold(&state, units.sku, units.quantity).await;
                     state.restocked(units);
                 }
                 Destination::Withdrawn => {
-                    wait_until_sold(&state, units).await;
+                    wait_until_sold(&state, units.sku, units.quantity).await;
                     state.withdrawn(units);
                 }
             }
@@ -238,14 +242,14 @@ impl Settler {
     }
 }
 
-/// Waits for the payment of refunded units to reach memory: another settler committed it and may not have
+/// Waits for the payments of units that leave the sold ones to reach memory: another settler committed it and may not have
 /// updated memory yet.
-async fn wait_until_sold(state: &State, units: &OrderUnits) {
-    let Some(sku) = state.catalogue.by_number(units.sku) else {
+pub(crate) async fn wait_until_sold(state: &State, sku: SkuNumber, units: u32) {
+    let Some(sku) = state.catalogue.by_number(sku) else {
         return;
     };
     for _ in 0..COUNTER_LOOKS {
-        if sku.counter().snapshot().sold >= units.quantity {
+        if sku.counter().snapshot().sold >= units {
             return;
         }
         tokio::time::sleep(COUNTER_LOOK).await;

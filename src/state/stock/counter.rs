@@ -12,6 +12,8 @@
 //!
 //! `tests/loom.rs` compiles this file against loom's primitives.
 
+use std::cell::Cell;
+
 use crate::sync::{AtomicU32, AtomicU64, Guarded, Ordering, fence};
 
 /// A consistent reading of one SKU's counters, in units.
@@ -319,6 +321,61 @@ impl StockCounter {
             |before, kept| Some((total, total.checked_sub(before - kept)?)),
         )
         .map_err(|committed| BelowCommitted { committed })
+    }
+
+    /// A node: units were lent to it, and are free.
+    ///
+    /// # Panics
+    /// If the sum does not fit.
+    pub fn lend(&self, units: u32) {
+        self.change(
+            |total, taken| Some((total.checked_add(units)?, taken)),
+            |total, kept| Some((total.checked_add(units)?, kept.checked_add(units)?)),
+        )
+        .unwrap_or_else(|taken| panic!("{units} units more than {taken} do not fit"));
+    }
+
+    /// A node: takes all free units out of its share, and returns their number and what was lent before.
+    pub fn take_free(&self) -> (u32, u32) {
+        let before = Cell::new((0, 0));
+        let _ = self.change(
+            |total, taken| {
+                before.set((total - taken, total));
+                Some((taken, taken))
+            },
+            |total, _| {
+                before.set((0, total));
+                None
+            },
+        );
+        before.get()
+    }
+
+    /// A node: units of unpaid orders came with their lane.
+    ///
+    /// # Panics
+    /// If the sum does not fit.
+    pub fn receive_held(&self, units: u32) {
+        self.change(
+            |total, taken| Some((total.checked_add(units)?, taken.checked_add(units)?)),
+            |total, kept| Some((total.checked_add(units)?, kept)),
+        )
+        .unwrap_or_else(|taken| panic!("{units} units more than {taken} do not fit"));
+    }
+
+    /// A node: units of unpaid orders left with their lane.
+    ///
+    /// # Panics
+    /// If fewer are taken.
+    pub fn give_held(&self, units: u32) {
+        self.change(
+            |total, taken| Some((total.checked_sub(units)?, taken.checked_sub(units)?)),
+            |total, kept| {
+                let total = total.checked_sub(units)?;
+                (kept <= total).then_some((total, kept))
+            },
+        )
+        .unwrap_or_else(|taken| panic!("gave {units} units of {taken}"));
     }
 
     /// Sets the total to `to` if it is still `from` and orders have not taken more. False: it is

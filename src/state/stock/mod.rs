@@ -3,6 +3,7 @@
 mod counter;
 mod draw;
 mod fault;
+mod shared;
 mod terms;
 mod waitlist;
 
@@ -20,6 +21,7 @@ use crate::sync::Guarded;
 pub use counter::{BelowCommitted, NotEnough, StockCounter, StockSnapshot};
 pub use draw::{Draw, DrawChange, DrawPhase};
 pub use fault::{Fault, Parking, Refused, Seen};
+pub use shared::{Ask, SaleStock, Shared, TooManyAsk, Wanted};
 pub use terms::{DayTime, DayWindow, DrawTerms, SaleTerms, WAITLIST_MAX_DEFAULT, WaitlistTerms};
 pub use waitlist::{HasLeft, Placed, WaitPlace, Waitlist};
 
@@ -74,6 +76,8 @@ pub struct Sku {
     fault: Arc<Fault>,
     waitlist: Waitlist,
     draw: ArcSwapOption<Draw>,
+    /// `None`: a single node sells it.
+    shared: Option<Box<Shared>>,
 }
 
 impl Sku {
@@ -94,6 +98,37 @@ impl Sku {
             fault: Arc::default(),
             waitlist: Waitlist::default(),
             draw: ArcSwapOption::empty(),
+            shared: None,
+        }
+    }
+
+    /// The same as `node` sees it, which sells its share of it.
+    pub fn at_node(self, node: i16) -> Self {
+        Sku {
+            shared: Some(Box::new(Shared::new(node))),
+            ..self
+        }
+    }
+
+    /// What a node knows of it beside its own share; `None`: a single node sells it.
+    pub fn shared(&self) -> Option<&Shared> {
+        self.shared.as_deref()
+    }
+
+    /// The counters of the whole sale, for people. A node that has not read them yet knows its own share alone.
+    pub fn stock(&self) -> StockSnapshot {
+        let sale = self.shared().and_then(Shared::sale);
+        sale.map_or_else(|| self.counter.snapshot(), |sale| sale.stock)
+    }
+
+    /// The refusal of an order for which too few units are free here.
+    pub fn refuse(&self, quantity: Quantity, available: u32) -> Refusal {
+        match self.shared() {
+            None => Refusal::SoldOut { available },
+            Some(shared) if shared.is_sold_out(quantity.get()) => Refusal::SoldOut {
+                available: self.stock().free.min(quantity.get() - 1),
+            },
+            Some(_) => Refusal::StockElsewhere,
         }
     }
 
@@ -166,7 +201,7 @@ impl Sku {
     /// Holds `quantity` of the free units; dropping the guard releases them.
     ///
     /// # Errors
-    /// [`Refusal::SoldOut`] if fewer are free.
+    /// [`Refusal::SoldOut`] if fewer are free; at a node also [`Refusal::StockElsewhere`].
     pub fn hold(self: &Arc<Self>, quantity: Quantity) -> Result<Hold, Refusal> {
         match self.counter.hold(quantity.get()) {
             Ok(()) => Ok(Hold {
@@ -178,7 +213,7 @@ impl Sku {
                 sku: Arc::clone(self),
                 units: 0,
             }),
-            Err(NotEnough { available }) => Err(Refusal::SoldOut { available }),
+            Err(NotEnough { available }) => Err(self.refuse(quantity, available)),
         }
     }
 
@@ -236,6 +271,13 @@ impl Sku {
         }
     }
 
+    fn free(&self) -> u32 {
+        match self.shared() {
+            None => self.counter.free(),
+            Some(_) => self.stock().free,
+        }
+    }
+
     /// The `state` of API.md at `now`.
     pub fn state(&self, now: UnixMillis) -> SaleState {
         match self.window(now) {
@@ -246,7 +288,7 @@ impl Sku {
                 Some(DrawPhase::Open | DrawPhase::Closed) => SaleState::EntriesOpen,
                 Some(DrawPhase::Fixed) => SaleState::EntriesFixed,
                 Some(DrawPhase::Drawn) => SaleState::Drawn,
-                None if self.counter.free() == 0 => SaleState::SoldOut,
+                None if self.free() == 0 => SaleState::SoldOut,
                 None => SaleState::Open,
             },
         }
@@ -345,6 +387,22 @@ impl Catalogue {
         maps.by_number
             .values()
             .filter(waiting)
+            .map(Arc::clone)
+            .collect()
+    }
+
+    /// Number of SKUs.
+    pub fn count(&self) -> usize {
+        self.maps.load().by_number.len()
+    }
+
+    /// The SKUs of which requests want units that this node's share has not.
+    pub fn wanted(&self) -> Vec<Arc<Sku>> {
+        let maps = self.maps.load();
+        let wanted = |sku: &&Arc<Sku>| sku.shared().and_then(Shared::wanted).is_some();
+        maps.by_number
+            .values()
+            .filter(wanted)
             .map(Arc::clone)
             .collect()
     }

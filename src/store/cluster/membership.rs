@@ -16,9 +16,9 @@ use tokio_postgres::{Error, Row, Transaction};
 use super::lanes::{self, LaneRow};
 use super::takeover::{self, DeadNode};
 use crate::order::UnixMillis;
-use crate::store::StoreError;
 use crate::store::postgres::lease::{self, Raised};
 use crate::store::postgres::{Connected, Database, NodeLease};
+use crate::store::{Ledger, StoreError};
 
 /// Highest number of a node.
 const NODE_MAX: i16 = 63;
@@ -123,7 +123,14 @@ pub async fn join(session: &mut Connected, candidate: &Candidate<'_>) -> Result<
         id_high_water,
         ids_leased_until,
         ..
-    } = lease::raise_epoch(&transaction, node, candidate.shards, candidate.ids_from).await?;
+    } = lease::raise_epoch(
+        &transaction,
+        node,
+        candidate.shards,
+        candidate.ids_from,
+        Ledger::Share,
+    )
+    .await?;
     let joining = async {
         transaction
             .execute(

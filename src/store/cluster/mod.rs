@@ -2,7 +2,9 @@
 //!
 //! * [`membership`]: a node's row: joining, renewing, leaving;
 //! * [`lanes`]: which node has which lane, and hand-over;
-//! * [`shares`]: units that a node may sell: lending, giving back, wants, recall;
+//! * [`shares`]: units that a node may sell: lending, giving back, wants; [`recall`]: lowering a total;
+//! * [`stock`]: what nodes read of their shares and of the sale as a whole;
+//! * [`terms`]: what operators change, and which nodes know it;
 //! * [`takeover`]: what becomes of a node that is gone.
 //!
 //! Rules of every transaction here:
@@ -17,8 +19,11 @@
 
 pub mod lanes;
 pub mod membership;
+pub mod recall;
 pub mod shares;
+pub mod stock;
 pub mod takeover;
+pub mod terms;
 
 use tokio_postgres::Transaction;
 

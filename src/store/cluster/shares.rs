@@ -63,22 +63,8 @@ pub enum Supply {
     None,
 }
 
-/// The outcome of lowering a total.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Lowered {
-    /// It is the new total.
-    Done,
-    /// Free units are still lent; lending has stopped.
-    Waiting,
-    /// Orders have taken more than the new total; lending goes on.
-    Refused {
-        /// Units held and sold, in all shares and outside.
-        committed: i64,
-    },
-}
-
 /// A SKU's counters outside of shares, locked.
-struct Pool {
+pub(super) struct Pool {
     total: i64,
     committed: i64,
     lent: i64,
@@ -86,7 +72,10 @@ struct Pool {
 }
 
 impl Pool {
-    async fn lock(transaction: &Transaction<'_>, sku: SkuNumber) -> Result<Option<Self>, Error> {
+    pub(super) async fn lock(
+        transaction: &Transaction<'_>,
+        sku: SkuNumber,
+    ) -> Result<Option<Self>, Error> {
         let row = transaction
             .query_opt(
                 "SELECT total, held + sold, lent, recall IS NOT NULL FROM sku WHERE id = $1 FOR UPDATE",
@@ -109,7 +98,7 @@ impl Pool {
 /// Lends the node up to `wanted` units; if the pool has fewer than `least`, lends nothing and leaves a want for
 /// `least`. `least` is one whole order. Sweeps the sold units of the share.
 ///
-/// The row tells the outcome of a lost answer: `lent` of the node's own share, which nobody else changes.
+/// The row tells the outcome of a lost answer: see [`super::stock::books`].
 ///
 /// # Errors
 /// [`StoreError::Fenced`] if the node was taken over; otherwise if the database does not answer.
@@ -120,6 +109,30 @@ pub async fn lend(
     wanted: i64,
     least: i64,
 ) -> Result<Lent, StoreError> {
+    borrow(database, lease, sku, wanted, Some(least)).await
+}
+
+/// The same for a share that is not dry: it leaves no want.
+///
+/// # Errors
+/// Those of [`lend`].
+pub async fn refill(
+    database: &Database,
+    lease: NodeLease,
+    sku: SkuNumber,
+    wanted: i64,
+) -> Result<Lent, StoreError> {
+    borrow(database, lease, sku, wanted, None).await
+}
+
+async fn borrow(
+    database: &Database,
+    lease: NodeLease,
+    sku: SkuNumber,
+    wanted: i64,
+    want: Option<i64>,
+) -> Result<Lent, StoreError> {
+    let least = want.unwrap_or(1);
     let mut client = database.pooled().await?;
     let work = async {
         let transaction = client.transaction().await?;
@@ -141,33 +154,20 @@ pub async fn lend(
             free if free < least => 0,
             free => free.min(wanted.max(least)),
         };
-        // Sold units first: they leave `lent`, which the trigger sums up, before they enter `sold`.
-        let swept: i64 = transaction
-            .query_opt(
-                "WITH own AS (SELECT sold FROM stock_share WHERE sku = $1 AND node = $2 FOR UPDATE)
-                 UPDATE stock_share s SET lent = s.lent - own.sold, sold = 0 FROM own
-                  WHERE s.sku = $1 AND s.node = $2 AND own.sold > 0 RETURNING own.sold",
-                &[&sku.0, &lease.node],
-            )
-            .await?
-            .map_or(0, |row| row.get(0));
-        if swept > 0 {
-            transaction
-                .execute(
-                    "UPDATE sku SET sold = sold + $2 WHERE id = $1",
-                    &[&sku.0, &swept],
-                )
-                .await?;
-        }
+        let swept = sweep_in(&transaction, lease, &[sku]).await?;
+        let swept = swept.first().map_or(0, |(_, units)| *units);
         let want = if units > 0 {
             transaction
                 .execute(
-                    "INSERT INTO stock_share (sku, node, lent) VALUES ($1, $2, $3)
-                     ON CONFLICT (sku, node) DO UPDATE SET lent = stock_share.lent + $3, answered = 0",
+                    "INSERT INTO stock_share (sku, node, lent, borrowed) VALUES ($1, $2, $3, $3)
+                     ON CONFLICT (sku, node) DO UPDATE
+                        SET lent = stock_share.lent + $3, borrowed = stock_share.borrowed + $3, answered = 0",
                     &[&sku.0, &lease.node, &units],
                 )
                 .await?;
             withdraw_in(&transaction, lease, sku).await?;
+            None
+        } else if want.is_none() {
             None
         } else {
             let row = transaction
@@ -186,6 +186,80 @@ pub async fn lend(
         None => Err(lease.is_lost()),
         Some(lent) => lent.map_err(|sku| StoreError::Data(format!("there is no SKU {}", sku.0))),
     }
+}
+
+/// Takes the sold units of these SKUs ($1) out of the share of node $2. Their SKUs are locked. $3: they count as swept by the
+/// node's lending, which learns of a lost answer by that.
+pub(in crate::store) const SWEEP: &str = "
+    WITH own AS (
+        SELECT sku, sold FROM stock_share WHERE sku = ANY ($1) AND node = $2 AND sold > 0 ORDER BY sku FOR UPDATE
+    ), left_it AS (
+        UPDATE stock_share s SET lent = s.lent - own.sold, sold = 0, swept = s.swept + CASE WHEN $3 THEN own.sold ELSE 0 END
+          FROM own WHERE s.sku = own.sku AND s.node = $2
+        RETURNING own.sku, own.sold
+    )
+    SELECT sku, sold FROM left_it ORDER BY sku";
+
+/// Moves the sold units of the node's shares to `sku`. The SKUs are locked.
+async fn sweep_in(
+    transaction: &Transaction<'_>,
+    lease: NodeLease,
+    skus: &[SkuNumber],
+) -> Result<Vec<(SkuNumber, i64)>, Error> {
+    let skus: Vec<i32> = skus.iter().map(|sku| sku.0).collect();
+    // They leave `lent`, which the trigger sums up, before they enter `sold`.
+    let rows = transaction
+        .query(SWEEP, &[&skus, &lease.node, &true])
+        .await?;
+    let swept: Vec<(SkuNumber, i64)> = rows
+        .iter()
+        .map(|row| (SkuNumber(row.get(0)), row.get(1)))
+        .collect();
+    if !swept.is_empty() {
+        let skus: Vec<i32> = swept.iter().map(|(sku, _)| sku.0).collect();
+        let units: Vec<i64> = swept.iter().map(|(_, units)| *units).collect();
+        transaction
+            .execute(
+                "UPDATE sku s SET sold = s.sold + w.units
+                   FROM unnest($1::int4[], $2::int8[]) AS w (sku, units) WHERE s.id = w.sku",
+                &[&skus, &units],
+            )
+            .await?;
+    }
+    Ok(swept)
+}
+
+/// Moves the sold units of the node's shares of these SKUs to `sku`, where a refund finds them whichever node has the lane
+/// by then. Returns them by SKU, ascending.
+///
+/// # Errors
+/// [`StoreError::Fenced`] if the node was taken over; otherwise if the database does not answer.
+pub async fn sweep(
+    database: &Database,
+    lease: NodeLease,
+    skus: &[SkuNumber],
+) -> Result<Vec<(SkuNumber, i64)>, StoreError> {
+    let mut client = database.pooled().await?;
+    let ids: Vec<i32> = skus.iter().map(|sku| sku.0).collect();
+    let work = async {
+        let transaction = client.transaction().await?;
+        if !in_force(&transaction, lease).await? {
+            return Ok(None);
+        }
+        transaction
+            .execute(
+                "SELECT FROM sku WHERE id = ANY ($1) ORDER BY id FOR UPDATE",
+                &[&ids],
+            )
+            .await?;
+        let swept = sweep_in(&transaction, lease, skus).await?;
+        transaction.commit().await?;
+        Ok(Some(swept))
+    };
+    let swept = database
+        .timed("moving sold units to their SKUs", work)
+        .await?;
+    swept.ok_or_else(|| lease.is_lost())
 }
 
 /// Gives `units` of the node's share back to the pool. The node has taken them out of its memory before.
@@ -235,7 +309,7 @@ async fn give(
         Pool::lock(&transaction, sku).await?;
         transaction
             .execute(
-                "UPDATE stock_share SET lent = lent - $3,
+                "UPDATE stock_share SET lent = lent - $3, borrowed = borrowed - $3,
                         answered = CASE WHEN lent = $5::int8 THEN greatest(answered, $4::int8) ELSE answered END
                   WHERE sku = $1 AND node = $2",
                 &[&sku.0, &lease.node, &units, &number, &lent],
@@ -340,84 +414,6 @@ async fn withdraw_in(
         )
         .await
         .map(|_| ())
-}
-
-/// Lowers a SKU's total, or takes a step towards it. The first call stops lending, so that free units come back.
-/// Called again until it is [`Lowered::Done`], or given up with [`end_recall`].
-///
-/// # Errors
-/// [`StoreError::Fenced`] if the node was taken over; otherwise if the database does not answer.
-pub async fn lower_total(
-    database: &Database,
-    lease: NodeLease,
-    sku: SkuNumber,
-    total: i64,
-) -> Result<Lowered, StoreError> {
-    let mut client = database.pooled().await?;
-    let work = async {
-        let transaction = client.transaction().await?;
-        if !in_force(&transaction, lease).await? {
-            return Ok(None);
-        }
-        Pool::lock(&transaction, sku).await?;
-        let row = transaction
-            .query_one(
-                "SELECT s.held + s.sold + s.lent, s.held + s.sold + coalesce(sum(o.held + o.sold), 0)::int8
-                   FROM sku s LEFT JOIN stock_share o ON o.sku = s.id WHERE s.id = $1 GROUP BY s.id",
-                &[&sku.0],
-            )
-            .await?;
-        let (least, committed): (i64, i64) = (row.get(0), row.get(1));
-        let lowered = match () {
-            () if total >= least => Lowered::Done,
-            () if total < committed => Lowered::Refused { committed },
-            () => Lowered::Waiting,
-        };
-        let (new, recall) = match lowered {
-            Lowered::Done => (Some(total), None),
-            Lowered::Waiting => (None, Some(total)),
-            Lowered::Refused { .. } => (None, None),
-        };
-        transaction
-            .execute(
-                "UPDATE sku SET total = coalesce($2, total), recall = $3 WHERE id = $1",
-                &[&sku.0, &new, &recall],
-            )
-            .await?;
-        transaction.commit().await?;
-        Ok(Some(lowered))
-    };
-    database
-        .timed("lowering a total", work)
-        .await?
-        .ok_or_else(|| lease.is_lost())
-}
-
-/// Gives up lowering a total: lending goes on.
-///
-/// # Errors
-/// [`StoreError::Fenced`] if the node was taken over; otherwise if the database does not answer.
-pub async fn end_recall(
-    database: &Database,
-    lease: NodeLease,
-    sku: SkuNumber,
-) -> Result<(), StoreError> {
-    let mut client = database.pooled().await?;
-    let work = async {
-        let transaction = client.transaction().await?;
-        if !in_force(&transaction, lease).await? {
-            return Ok(false);
-        }
-        transaction
-            .execute("UPDATE sku SET recall = NULL WHERE id = $1", &[&sku.0])
-            .await?;
-        transaction.commit().await?;
-        Ok(true)
-    };
-    match database.timed("giving a recall up", work).await? {
-        true => Ok(()),
-        false => Err(lease.is_lost()),
-    }
 }
 
 /// The node's share of a SKU.

@@ -18,9 +18,9 @@ use tokio_postgres::{Error, Row, Transaction};
 use super::in_force;
 use super::lanes::{self, LaneRow};
 use crate::order::UnixMillis;
-use crate::store::StoreError;
 use crate::store::postgres::order_log::{self, NotedLog};
 use crate::store::postgres::{Connected, Database, NodeLease};
+use crate::store::{Ledger, StoreError};
 
 /// Time that backends of the dead node get to end their transactions, before they are terminated.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -155,7 +155,8 @@ fn lane_columns() -> String {
     columns.join(", ")
 }
 
-/// Makes a node dead, for `by`: raises its epoch and those of its writers, whose transactions have ended then.
+/// Makes a node dead, for `by`: raises its epoch and those of its writers, whose transactions have ended then. A single
+/// node had no shares, so its log is replayed on `sku`.
 async fn raise(transaction: &Transaction<'_>, node: i16, by: NodeLease) -> Result<DeadNode, Error> {
     transaction
         .execute(
@@ -167,7 +168,8 @@ async fn raise(transaction: &Transaction<'_>, node: i16, by: NodeLease) -> Resul
         .query_one(
             &format!(
                 "UPDATE node SET epoch = epoch + 1, state = 'dead', taken_by = $2, taken_epoch = $3 WHERE node = $1
-                 RETURNING epoch, ids_leased_until_ms, journal_id IS NOT NULL, {}",
+                 RETURNING epoch, ids_leased_until_ms, journal_id IS NOT NULL,
+                           EXISTS (SELECT FROM stock_share WHERE node = $1), {}",
                 order_log::COLUMNS
             ),
             &[&node, &by.node, &by.epoch],
@@ -176,6 +178,11 @@ async fn raise(transaction: &Transaction<'_>, node: i16, by: NodeLease) -> Resul
     let lease = NodeLease {
         node,
         epoch: row.get(0),
+        ledger: if row.get(3) {
+            Ledger::Share
+        } else {
+            Ledger::Sku
+        },
     };
     transaction
         .execute(
@@ -185,7 +192,7 @@ async fn raise(transaction: &Transaction<'_>, node: i16, by: NodeLease) -> Resul
         .await?;
     Ok(DeadNode {
         lease,
-        log: row.get::<_, bool>(2).then(|| order_log::noted_log(&row, 3)),
+        log: row.get::<_, bool>(2).then(|| order_log::noted_log(&row, 4)),
         ids_until: UnixMillis(row.get(1)),
     })
 }

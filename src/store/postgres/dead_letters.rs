@@ -200,12 +200,12 @@ pub async fn revive(
         let (order_id, sku, quantity): (i64, i32, i32) = (row.get(0), row.get(1), row.get(2));
         transaction
             .execute(
-                "WITH moved AS (
-                     UPDATE sku SET held = held + $2::int8 WHERE id = $1 RETURNING total, held, sold
+                &lease.sql("WITH moved AS (
+                     UPDATE @ledger SET held = held + $2::int8 WHERE @id = $1@own RETURNING @total, held, sold
                  )
-                 INSERT INTO stock_log (sku, cause, reference, held_delta, total_after, held_after, sold_after)
-                 SELECT w.sku, 'dead letter retried', $3, $2::int8, m.total, m.held, m.sold
-                   FROM (SELECT $1::int4 AS sku) w LEFT JOIN moved m ON true",
+                 INSERT INTO stock_log (sku, @columncause, reference, held_delta, total_after, held_after, sold_after)
+                 SELECT w.sku, @node'dead letter retried', $3, $2::int8, m.@total, m.held, m.sold
+                   FROM (SELECT $1::int4 AS sku) w LEFT JOIN moved m ON true"),
                 &[&sku, &i64::from(quantity), &order_id.to_string()],
             )
             .await?;

@@ -7,7 +7,7 @@ use tokio_postgres::{Row, Transaction};
 use super::{Connected, Database};
 use crate::order::UnixMillis;
 use crate::order::receipt::Issuer;
-use crate::store::StoreError;
+use crate::store::{Ledger, StoreError};
 
 /// `application_name` of the session whose lock makes a process the active one.
 const GUARD_NAME: &str = "millrace node 0";
@@ -26,9 +26,16 @@ pub struct NodeLease {
     pub node: i16,
     /// The fencing token; rises with every start.
     pub epoch: i64,
+    /// The counters of the units that it sells.
+    pub ledger: Ledger,
 }
 
 impl NodeLease {
+    /// Writes out a statement that moves counters: see [`Ledger::sql`].
+    pub(in crate::store) fn sql(self, statement: &str) -> String {
+        self.ledger.sql(self.node, statement)
+    }
+
     /// The error of a write that found the row of the node with another epoch, and did not look which.
     pub(in crate::store) fn is_lost(self) -> StoreError {
         StoreError::Fenced {
@@ -78,7 +85,7 @@ pub async fn take_over(
         id_high_water,
         ids_leased_until,
         paused,
-    } = raise_epoch(&transaction, NODE, shards, ids_from).await?;
+    } = raise_epoch(&transaction, NODE, shards, ids_from, Ledger::Sku).await?;
     alone(&transaction, NODE).await?;
     // Applies to all orders placed before this start, in a database that an earlier release created.
     let identity = transaction
@@ -150,6 +157,7 @@ pub(in crate::store) async fn raise_epoch(
     node: i16,
     shards: i16,
     ids_from: UnixMillis,
+    ledger: Ledger,
 ) -> Result<Raised, StoreError> {
     let doing = "raising a node's epoch";
     let row: Option<Row> = transaction
@@ -192,7 +200,11 @@ pub(in crate::store) async fn raise_epoch(
         .await
         .map_err(StoreError::statement(doing))?;
     Ok(Raised {
-        lease: NodeLease { node, epoch },
+        lease: NodeLease {
+            node,
+            epoch,
+            ledger,
+        },
         id_high_water: high_water,
         ids_leased_until: leased_until,
         paused,

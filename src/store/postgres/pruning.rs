@@ -74,7 +74,7 @@ const EVENTS: &str = "
 /// Reads entries of a SKU beyond its checkpoint, oldest first.
 const ENTRIES: &str = "
     SELECT j.id, j.total_delta, j.held_delta, j.sold_delta, j.total_after, j.held_after, j.sold_after,
-           j.at < to_timestamp($3::int8 / 1000.0)
+           j.at < to_timestamp($3::int8 / 1000.0), j.node IS NOT NULL
       FROM stock_log j
      WHERE j.sku = $1 AND j.id > coalesce((SELECT through_id FROM stock_log_checkpoint WHERE sku = $1), 0)
      ORDER BY j.id LIMIT $2";
@@ -296,7 +296,9 @@ async fn fold(
     for row in earlier {
         let (change, after) = (triple(row, 1), triple(row, 4));
         let next = [0, 1, 2].map(|at| sum[at] + change[at]);
-        if next != after || !row.get::<_, bool>(7) {
+        // A node's entry has the counters of its share, which change without entries too.
+        let follows = next == after || row.get(8);
+        if !follows || !row.get::<_, bool>(7) {
             break;
         }
         (sum, through) = (next, Some(row.get::<_, i64>(0)));

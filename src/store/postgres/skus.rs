@@ -1,9 +1,10 @@
 //! SKUs: reading them, and their administration. Every change of a counter is entered in the stock log with its cause, in the same
 //! transaction.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
-use tokio_postgres::Transaction;
+use tokio_postgres::{Error, GenericClient, Transaction};
 
 use super::draws::{self, StoredDraw};
 use super::transitions::fence;
@@ -14,25 +15,29 @@ use crate::state::stock::{
     DayTime, DayWindow, Draw, DrawPhase, DrawTerms, SaleTerms, Sku, StockCounter,
     WAITLIST_MAX_DEFAULT, WaitlistTerms,
 };
-use crate::store::StoreError;
+use crate::store::cluster::terms;
+use crate::store::{Ledger, StoreError};
 
 fn data(what: impl std::fmt::Display) -> StoreError {
     StoreError::Data(what.to_string())
 }
 
-/// The columns of a SKU's row. See `V1__orders_and_stock.sql`.
+/// The columns of a SKU's row. At a node the counters are those of its share instead ([`shares_of`]). See `V1__orders_and_stock.sql`.
 const SKU_COLUMNS: &str = "id, sku_id, title, unit_price, currency, total, held, sold, per_user_limit,
     (extract(epoch FROM opens_at) * 1000)::int8, (extract(epoch FROM closes_at) * 1000)::int8, paused,
     waitlist_max, waitlist_skips, waitlist_payment_ttl_ms, assign_between,
     (extract(epoch FROM draw_at) * 1000)::int8, draw_beacon";
 
-fn sku_from_row(row: &tokio_postgres::Row) -> Result<Sku, StoreError> {
+fn sku_from_row(row: &tokio_postgres::Row, shares: &Shares) -> Result<Sku, StoreError> {
     let name: &str = row.get(1);
-    let units = |index: usize| -> Result<u32, StoreError> {
-        u32::try_from(row.get::<_, i64>(index))
-            .map_err(|_| data(format!("sku {name}: a counter is out of range")))
+    let counters = match shares {
+        None => [row.get(5), row.get(6), row.get(7)],
+        Some((_, shares)) => shares.get(&row.get(0)).copied().unwrap_or_default(),
     };
-    let (total, held, sold) = (units(5)?, units(6)?, units(7)?);
+    let [total, held, sold] = counters.map(|units: i64| {
+        u32::try_from(units).map_err(|_| data(format!("sku {name}: a counter is out of range")))
+    });
+    let (total, held, sold) = (total?, held?, sold?);
     if held.checked_add(sold).is_none_or(|taken| taken > total) {
         return Err(data(format!(
             "sku {name}: held {held} + sold {sold} exceed total {total}"
@@ -56,13 +61,12 @@ fn sku_from_row(row: &tokio_postgres::Row) -> Result<Sku, StoreError> {
         }),
     };
     let id = SkuId::new(name).map_err(|e| data(format!("sku {name}: {e}")))?;
-    Ok(Sku::new(
-        id,
-        SkuNumber(row.get(0)),
-        terms,
-        StockCounter::new(total, held, sold),
-        row.get(11),
-    ))
+    let counter = StockCounter::new(total, held, sold);
+    let sku = Sku::new(id, SkuNumber(row.get(0)), terms, counter, row.get(11));
+    Ok(match shares {
+        None => sku,
+        Some((node, _)) => sku.at_node(*node),
+    })
 }
 
 fn waitlist_terms(row: &tokio_postgres::Row) -> Option<WaitlistTerms> {
@@ -107,24 +111,58 @@ async fn lock(
         .map(|_| ())
 }
 
-/// Every SKU with its counters.
+/// A node and its shares by SKU: lent, held, sold. `None`: a single node has all of `sku`.
+type Shares = Option<(i16, HashMap<i32, [i64; 3]>)>;
+
+/// The counters of the node's shares, if it has such.
+async fn shares_of(client: &impl GenericClient, lease: NodeLease) -> Result<Shares, Error> {
+    if lease.ledger == Ledger::Sku {
+        return Ok(None);
+    }
+    let sql = "SELECT sku, lent, held, sold FROM stock_share WHERE node = $1";
+    let rows = client.query(sql, &[&lease.node]).await?;
+    let share = |row: &tokio_postgres::Row| (row.get(0), [row.get(1), row.get(2), row.get(3)]);
+    Ok(Some((lease.node, rows.iter().map(share).collect())))
+}
+
+/// Every SKU with the counters of this process.
 ///
 /// # Errors
 /// If a row contradicts itself, or the database's error.
-pub async fn load_all(database: &Database) -> Result<Vec<Sku>, StoreError> {
+pub async fn load_all(database: &Database, lease: NodeLease) -> Result<Vec<Sku>, StoreError> {
     let client = database.pooled().await?;
     let rows = client
         .query(&format!("SELECT {SKU_COLUMNS} FROM sku ORDER BY id"), &[])
         .await
         .map_err(StoreError::statement("reading the SKUs"))?;
+    let shares = shares_of(&**client, lease).await;
+    let shares = shares.map_err(StoreError::statement("reading the shares of stock"))?;
     let mut draws = draws::load_all(&client).await?;
-    let skus = rows.iter().map(sku_from_row);
+    let skus = rows.iter().map(|row| sku_from_row(row, &shares));
     skus.map(|sku| {
         let sku = sku?;
         sku.set_draw(draws.remove(&sku.number).as_ref().map(draw_of));
         Ok(sku)
     })
     .collect()
+}
+
+/// The database's number of each SKU.
+///
+/// # Errors
+/// If a row contradicts itself, or the database's error.
+pub async fn numbers(database: &Database) -> Result<HashMap<SkuId, SkuNumber>, StoreError> {
+    let client = database.pooled().await?;
+    let rows = client
+        .query("SELECT sku_id, id FROM sku", &[])
+        .await
+        .map_err(StoreError::statement("reading the numbers of SKUs"))?;
+    let number = |row: &tokio_postgres::Row| {
+        let name: &str = row.get(0);
+        let id = SkuId::new(name).map_err(|e| data(format!("sku {name}: {e}")))?;
+        Ok((id, SkuNumber(row.get(1))))
+    };
+    rows.iter().map(number).collect()
 }
 
 /// A stored draw, as memory knows it.
@@ -141,12 +179,13 @@ fn draw_of(stored: &StoredDraw) -> Arc<Draw> {
 
 /// A SKU with its draw, from the rows of both.
 fn with_draw(
-    sku: &tokio_postgres::Row,
-    draw: Option<&tokio_postgres::Row>,
+    (sku, draw, shares): &(tokio_postgres::Row, Option<tokio_postgres::Row>, Shares),
 ) -> Result<Sku, StoreError> {
-    let sku = sku_from_row(sku)?;
+    let sku = sku_from_row(sku, shares)?;
     if sku.terms().draw.is_some() {
-        let draw = draw.ok_or_else(|| data(format!("sku {}: its draw has no secrets", sku.id)))?;
+        let draw = draw
+            .as_ref()
+            .ok_or_else(|| data(format!("sku {}: its draw has no secrets", sku.id)))?;
         sku.set_draw(Some(draw_of(&draws::from_row(draw)?)));
     }
     Ok(sku)
@@ -236,25 +275,30 @@ pub async fn put(
         let draw = draws::row(&transaction, number).await?;
         transaction
             .execute(
-                "INSERT INTO stock_log (sku, cause, reference, total_delta, total_after, held_after, sold_after)
-                 SELECT id, 'admin', 'put', total - $2, total, held, sold FROM sku WHERE sku_id = $1",
+                &lease.sql("INSERT INTO stock_log (sku, @columncause, reference, total_delta, total_after, held_after, sold_after)
+                 SELECT id, @node'admin', 'put', total - $2, total, held, sold FROM sku WHERE sku_id = $1"),
                 &[&id.as_str(), &before],
             )
             .await?;
+        terms::note(&*transaction, lease).await?;
+        let shares = shares_of(&*transaction, lease).await?;
         transaction.commit().await?;
-        Ok(Some((row, draw)))
+        Ok(Some((row, draw, shares)))
     };
-    match database.timed(doing, work).await? {
-        Some((sku, draw)) => with_draw(&sku, draw.as_ref()),
-        None => Err(lease.is_lost()),
-    }
+    let stored = database.timed(doing, work).await?;
+    with_draw(&stored.ok_or_else(|| lease.is_lost())?)
 }
 
 /// Stores whether a SKU is paused. Returns false if there is no such SKU.
 ///
 /// # Errors
 /// If the database does not answer.
-pub async fn set_paused(database: &Database, id: &SkuId, paused: bool) -> Result<bool, StoreError> {
+pub async fn set_paused(
+    database: &Database,
+    lease: NodeLease,
+    id: &SkuId,
+    paused: bool,
+) -> Result<bool, StoreError> {
     let mut client = database.pooled().await?;
     let work = async {
         let transaction = client.transaction().await?;
@@ -264,6 +308,7 @@ pub async fn set_paused(database: &Database, id: &SkuId, paused: bool) -> Result
                 &[&id.as_str(), &paused],
             )
             .await?;
+        terms::note(&*transaction, lease).await?;
         transaction.commit().await?;
         Ok(changed == 1)
     };
@@ -274,7 +319,11 @@ pub async fn set_paused(database: &Database, id: &SkuId, paused: bool) -> Result
 ///
 /// # Errors
 /// If the database does not answer.
-pub async fn find_committed(database: &Database, id: &SkuId) -> Result<Option<Sku>, StoreError> {
+pub async fn find_committed(
+    database: &Database,
+    lease: NodeLease,
+    id: &SkuId,
+) -> Result<Option<Sku>, StoreError> {
     let mut client = database.pooled().await?;
     let work = async {
         let transaction = client.transaction().await?;
@@ -289,16 +338,15 @@ pub async fn find_committed(database: &Database, id: &SkuId) -> Result<Option<Sk
             Some(row) => draws::row(&transaction, row.get(0)).await?,
             None => None,
         };
+        let shares = shares_of(&*transaction, lease).await?;
         transaction.commit().await?;
-        Ok(row.map(|row| (row, draw)))
+        Ok(row.map(|row| (row, draw, shares)))
     };
     let found = database.timed("looking a SKU up", work).await?;
-    found
-        .map(|(sku, draw)| with_draw(&sku, draw.as_ref()))
-        .transpose()
+    found.as_ref().map(with_draw).transpose()
 }
 
-/// Stores whether every sale is paused.
+/// Stores whether every sale is paused, at every node.
 ///
 /// # Errors
 /// If the database does not answer; [`StoreError::Fenced`] if this process may not write any more.
@@ -316,6 +364,12 @@ pub async fn set_all_paused(
                 &[&lease.node, &paused, &lease.epoch],
             )
             .await?;
+        if lease.ledger == Ledger::Share && changed == 1 {
+            transaction
+                .execute("UPDATE node SET paused = $1 WHERE paused <> $1", &[&paused])
+                .await?;
+            terms::note(&*transaction, lease).await?;
+        }
         transaction.commit().await?;
         Ok(changed)
     };
@@ -347,15 +401,16 @@ pub async fn restock(
         lock(&transaction, database.schema(), id).await?;
         transaction
             .execute(
-                "WITH moved AS (
+                &lease.sql("WITH moved AS (
                      UPDATE sku SET total = total + $2 WHERE sku_id = $1 RETURNING id, total, held, sold
                  )
-                 INSERT INTO stock_log (sku, cause, reference, total_delta, total_after, held_after, sold_after,
+                 INSERT INTO stock_log (sku, @columncause, reference, total_delta, total_after, held_after, sold_after,
                                             request_key)
-                 SELECT id, 'admin', 'restock', $2, total, held, sold, $3 FROM moved",
+                 SELECT id, @node'admin', 'restock', $2, total, held, sold, $3 FROM moved"),
                 &[&id.as_str(), &units, &request_key],
             )
             .await?;
+        terms::note(&*transaction, lease).await?;
         transaction.commit().await?;
         Ok(true)
     };
@@ -410,6 +465,7 @@ pub async fn total_of(database: &Database, id: &SkuId) -> Result<Option<u32>, St
 /// If the database does not answer.
 pub async fn try_counters(
     database: &Database,
+    lease: NodeLease,
     sku: SkuNumber,
     units: u32,
 ) -> Result<Option<String>, StoreError> {
@@ -418,7 +474,7 @@ pub async fn try_counters(
         let transaction = client.transaction().await?;
         let tried = transaction
             .execute(
-                "UPDATE sku SET held = held + $2::int8 WHERE id = $1",
+                &lease.sql("UPDATE @ledger SET held = held + $2::int8 WHERE @id = $1@own"),
                 &[&sku.0, &i64::from(units)],
             )
             .await;

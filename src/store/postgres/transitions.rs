@@ -173,12 +173,12 @@ async fn end_unpaid(
         // audit follows the chain by number.
         transaction
             .execute(
-                "WITH moved AS (
-                     UPDATE sku SET held = held - $2::int8 WHERE id = $1 RETURNING total, held, sold
+                &lease.sql("WITH moved AS (
+                     UPDATE @ledger SET held = held - $2::int8 WHERE @id = $1@own RETURNING @total, held, sold
                  )
-                 INSERT INTO stock_log (sku, cause, reference, held_delta, total_after, held_after, sold_after)
-                 SELECT w.sku, $4, $3, -$2::int8, m.total, m.held, m.sold
-                   FROM (SELECT $1::int4 AS sku) w LEFT JOIN moved m ON true",
+                 INSERT INTO stock_log (sku, @columncause, reference, held_delta, total_after, held_after, sold_after)
+                 SELECT w.sku, @node$4, $3, -$2::int8, m.@total, m.held, m.sold
+                   FROM (SELECT $1::int4 AS sku) w LEFT JOIN moved m ON true"),
                 &[&sku, &i64::from(quantity), &id.to_string(), &cause],
             )
             .await?;

@@ -72,6 +72,14 @@ pub enum Destination {
     Restocked,
     /// From sold out of the sale: the SKU's total drops by the same number.
     Withdrawn,
+    /// At a node: out of the sold units of the sale, which are not those of its share. `swept` sold units have left its
+    /// share before.
+    Pool {
+        /// Units that left the share.
+        swept: u32,
+        /// Whether the order's units are free in the pool; else they are out of the sale.
+        is_free: bool,
+    },
     /// Nowhere: only the order's status has changed.
     Nowhere,
 }
@@ -223,7 +231,7 @@ impl SettlementWriter {
             &Statements,
         ) -> Result<(T, Closing<'a>), tokio_postgres::Error>,
     ) -> Result<(T, Closing<'a>), Attempt> {
-        let NodeLease { node, epoch } = self.row.lease;
+        let NodeLease { node, epoch, .. } = self.row.lease;
         let fence: [&(dyn ToSql + Sync); 4] = [&node, &self.row.shard, &epoch, &number];
         let move_number = session.statements.of(&session.client, Sql::Fence).await?;
         let begin = format!("BEGIN READ WRITE; SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}");
@@ -309,7 +317,7 @@ impl SettlementWriter {
         self.session = Some(Session {
             client: resolved.client,
             backend: resolved.backend,
-            statements: Statements::default(),
+            statements: Statements::new(self.row.lease),
         });
         Ok(())
     }

@@ -29,7 +29,9 @@ pub struct Arrival {
 }
 
 /// Stores messages and their payments and matches new payments, all or nothing. Payments of `in_flight`
-/// orders, and of orders whose row is locked, stay orphans for a moment.
+/// orders, and of orders whose row is locked, stay orphans for a moment. So do those of orders that are `elsewhere`, at
+/// another node: their rows are locked, so that this node's orphan and the expiry of the order at the other one see each
+/// other.
 ///
 /// # Errors
 /// On an error nothing is stored.
@@ -38,12 +40,13 @@ pub async fn ingest(
     deliveries: &[&Delivery],
     arrival: Arrival,
     in_flight: &[OrderId],
+    elsewhere: &[OrderId],
 ) -> Result<Settlement, StoreError> {
     let payments = first_reports(deliveries);
     let mut orders: Vec<i64> = payments
         .iter()
         .filter_map(|(_, payment)| payment.order_id())
-        .filter(|id| arrival.match_now && !in_flight.contains(id))
+        .filter(|id| arrival.match_now && !in_flight.contains(id) && !elsewhere.contains(id))
         .map(OrderId::as_i64)
         .collect();
     orders.sort_unstable();
@@ -63,6 +66,11 @@ pub async fn ingest(
             ];
             let store_events = statements.of(client, Sql::Events).await?;
             let known = statements.of(client, Sql::Known).await?;
+            if !elsewhere.is_empty() && arrival.match_now {
+                let ids: Vec<i64> = elsewhere.iter().map(|id| id.as_i64()).collect();
+                let share = statements.of(client, Sql::ShareOrders).await?;
+                client.execute(share, &[&ids]).await?;
+            }
             // One flush, the locks in their order. The first error is the cause; those after it only say that
             // the transaction is aborted.
             let (events, known, locked) = tokio::join!(

@@ -1,9 +1,13 @@
 //! Refunds that an operator has made. Millrace records them; it never calls a provider.
 
+use tokio_postgres::Error;
+
 use super::statements::{Change, Changes, Closing, Sql};
 use super::{Destination, SettlementWriter, UnitMove};
 use crate::order::{OrderId, OrderStatus, OrderUnits, SkuNumber, UnixMillis, UserId};
-use crate::store::StoreError;
+use crate::store::cluster::shares::SWEEP;
+use crate::store::postgres::{Connected, NodeLease};
+use crate::store::{Ledger, StoreError};
 
 /// An operator's note about a refund.
 #[derive(Clone, Debug)]
@@ -25,6 +29,9 @@ pub enum Recorded {
     Already,
     /// The order has another status, and none of its payments is to be refunded.
     StandsAt(OrderStatus),
+    /// The order is paid, and another node counts its units as sold. It gives them to `sku` within a second; nothing has
+    /// changed.
+    UnitsElsewhere,
     /// There is no such order.
     Unknown,
 }
@@ -103,6 +110,16 @@ pub async fn record(
             }
             _ if due > 0 => nothing(Recorded::Done(None)),
             OrderStatus::Paid => {
+                let (sku, quantity) = (SkuNumber(row.get(4)), row.get::<_, i32>(5));
+                let units = i64::from(quantity);
+                let lease = statements.lease();
+                let swept = match lease.ledger {
+                    Ledger::Sku => None,
+                    Ledger::Share => match sweep(client, lease, sku, units).await? {
+                        None => return nothing(Recorded::UnitsElsewhere),
+                        swept => swept,
+                    },
+                };
                 mark_refunded("matched").await?;
                 client
                     .execute(
@@ -115,24 +132,36 @@ pub async fn record(
                         ],
                     )
                     .await?;
-                let (sku, quantity) = (SkuNumber(row.get(4)), row.get::<_, i32>(5));
-                let units = i64::from(quantity);
                 let (cause, to, total) = if note.restock {
                     ("restocked after a refund", Destination::Restocked, 0)
                 } else {
                     ("refunded, not restocked", Destination::Withdrawn, -units)
                 };
-                let mut changes = Changes::default();
-                changes.add(
-                    sku,
-                    Change {
-                        total,
-                        held: 0,
-                        sold: -units,
-                    },
-                );
                 let mut closing = Closing::default();
-                closing.move_counters(&[(cause, changes)], &order_id.to_string());
+                let to = match swept {
+                    None => {
+                        let mut changes = Changes::default();
+                        let change = Change { total, held: 0, sold: -units };
+                        changes.add(sku, change);
+                        closing.move_counters(&[(cause, changes)], &order_id.to_string());
+                        to
+                    }
+                    Some(swept) => {
+                        closing.add(
+                            Sql::RefundSwept,
+                            vec![
+                                Box::new(sku.0),
+                                Box::new(total),
+                                Box::new(-units),
+                                Box::new(cause),
+                                Box::new(order_id.to_string()),
+                                Box::new(lease.node),
+                                Box::new(i64::from(swept)),
+                            ],
+                        );
+                        Destination::Pool { swept, is_free: note.restock }
+                    }
+                };
                 let units = OrderUnits {
                     order_id,
                     user_id: UserId::from_row(row.get(6)),
@@ -147,6 +176,32 @@ pub async fn record(
         }
     })
     .await
+}
+
+/// Moves the sold units of the node's share to `sku`, where those of lanes that have moved are too, and returns their
+/// number. `None`, with nothing changed: there are fewer than `units` then, because another node has not moved its own yet.
+async fn sweep(
+    client: &Connected,
+    lease: NodeLease,
+    sku: SkuNumber,
+    units: i64,
+) -> Result<Option<u32>, Error> {
+    let is_there: bool = client
+        .query_one(
+            "SELECT s.sold + coalesce((SELECT sold FROM stock_share WHERE sku = s.id AND node = $2), 0) >= $3
+               FROM sku s WHERE s.id = $1 FOR UPDATE OF s",
+            &[&sku.0, &lease.node, &units],
+        )
+        .await?
+        .get(0);
+    if !is_there {
+        return Ok(None);
+    }
+    let swept = client
+        .query(SWEEP, &[&vec![sku.0], &lease.node, &false])
+        .await?;
+    let swept = swept.first().map_or(0, |row| row.get::<_, i64>(1));
+    Ok(Some(u32::try_from(swept).unwrap_or(u32::MAX)))
 }
 
 /// Closes a payment without an order: an operator has dealt with the money.

@@ -9,6 +9,7 @@ use tokio_postgres::{Client, Error, Statement};
 
 use crate::order::SkuNumber;
 use crate::store::fenced::FENCE;
+use crate::store::postgres::NodeLease;
 
 /// Stores messages. A message already stored, about the same payment, is left alone.
 const EVENTS: &str = "
@@ -50,6 +51,10 @@ const TRY_ORDERS: &str = "
     SELECT order_id, status, amount, currency, sku, quantity, user_id, expires_at < '9999-01-01 00:00:00+00'
       FROM orders WHERE order_id = ANY ($1) ORDER BY order_id FOR UPDATE SKIP LOCKED";
 
+/// Keeps these orders as they are until the transaction ends.
+const SHARE_ORDERS: &str =
+    "SELECT FROM orders WHERE order_id = ANY ($1) ORDER BY order_id FOR SHARE";
+
 const LOCK_DEAD_LETTERS: &str = "
     SELECT order_id, status, amount, currency, sku, quantity, user_id, expires_at < '9999-01-01 00:00:00+00'
       FROM dead_letters WHERE order_id = ANY ($1) ORDER BY order_id FOR UPDATE";
@@ -78,7 +83,8 @@ const GIVE_UP: &str = "
        AND NOT EXISTS (SELECT FROM orders o WHERE o.order_id = p.order_id)
        AND NOT EXISTS (SELECT FROM dead_letters d WHERE d.order_id = p.order_id)";
 
-const LOCK_SKUS: &str = "SELECT id FROM sku WHERE id = ANY ($1) ORDER BY id FOR UPDATE";
+/// The counters that move, by SKU. Written out by [`Ledger::sql`](crate::store::Ledger::sql), as the two below.
+const LOCK_SKUS: &str = "SELECT @id FROM @ledger WHERE @id = ANY ($1)@own ORDER BY @id FOR UPDATE";
 
 /// Moves counters of locked SKUs and then writes the stock log, so that its entries are numbered in the order
 /// of the moves. The LEFT JOIN makes an unknown SKU violate NOT NULL, which aborts the transaction.
@@ -86,13 +92,21 @@ const COUNTERS: &str = "
     WITH wanted AS (
         SELECT * FROM unnest($1::int4[], $2::int8[], $3::int8[], $4::int8[]) AS w (sku, total, held, sold)
     ), moved AS (
-        UPDATE sku s SET total = s.total + w.total, held = s.held + w.held, sold = s.sold + w.sold
-          FROM wanted w WHERE s.id = w.sku RETURNING s.id, s.total, s.held, s.sold
+        UPDATE @ledger s SET @total = s.@total + w.total, held = s.held + w.held, sold = s.sold + w.sold
+          FROM wanted w WHERE s.@id = w.sku@own RETURNING s.@id, s.@total, s.held, s.sold
     )
-    INSERT INTO stock_log (sku, cause, reference, total_delta, held_delta, sold_delta,
+    INSERT INTO stock_log (sku, @columncause, reference, total_delta, held_delta, sold_delta,
                                total_after, held_after, sold_after)
-    SELECT w.sku, $5, $6, w.total, w.held, w.sold, m.total, m.held, m.sold
-      FROM wanted w LEFT JOIN moved m ON m.id = w.sku ORDER BY w.sku";
+    SELECT w.sku, @node$5, $6, w.total, w.held, w.sold, m.@total, m.held, m.sold
+      FROM wanted w LEFT JOIN moved m ON m.@id = w.sku ORDER BY w.sku";
+
+/// Takes sold units of a node's order out of `sku`, which gets those that were swept out of its share, $7.
+const REFUND_SWEPT: &str = "
+    WITH moved AS (
+        UPDATE sku SET total = total + $2::int8, sold = sold + $3::int8 + $7::int8 WHERE id = $1 RETURNING total, held, sold
+    )
+    INSERT INTO stock_log (sku, node, cause, reference, total_delta, sold_delta, total_after, held_after, sold_after)
+    SELECT $1::int4, $6::int2, $4::text, $5::text, $2::int8, $3::int8, total, held, sold FROM moved";
 
 /// Reads at most $3 rows of a range of ids: returns their count, the last id, and the unpaid orders past their
 /// deadline. $5: one SKU, or NULL for all.
@@ -141,7 +155,8 @@ const END_WAITING: &str = "
     RETURNING o.order_id, o.user_id, o.sku, o.quantity";
 
 /// Those of these SKUs whose row is not locked.
-const FREE_SKUS: &str = "SELECT id FROM sku WHERE id = ANY ($1) ORDER BY id FOR UPDATE SKIP LOCKED";
+const FREE_SKUS: &str =
+    "SELECT @id FROM @ledger WHERE @id = ANY ($1)@own ORDER BY @id FOR UPDATE SKIP LOCKED";
 
 const UNPAID_CHANGES: &str = "SELECT unpaid_changes FROM node WHERE node = $1";
 
@@ -183,9 +198,11 @@ pub(super) enum Sql {
     Recover,
     LockSkus,
     Counters,
+    RefundSwept,
+    ShareOrders,
 }
 
-const SQL: [&str; 22] = [
+const SQL: [&str; 24] = [
     FENCE,
     EVENTS,
     KNOWN,
@@ -208,11 +225,16 @@ const SQL: [&str; 22] = [
     RECOVER,
     LOCK_SKUS,
     COUNTERS,
+    REFUND_SWEPT,
+    SHARE_ORDERS,
 ];
 
 /// The statements prepared so far, in the order of [`Sql`].
-#[derive(Debug, Default)]
-pub(super) struct Statements([OnceCell<Statement>; SQL.len()]);
+#[derive(Debug)]
+pub(super) struct Statements {
+    lease: NodeLease,
+    prepared: [OnceCell<Statement>; SQL.len()],
+}
 
 /// Changes of the counters of each SKU, by id, so that every transaction locks in the same order.
 #[derive(Debug, Default)]
@@ -236,11 +258,21 @@ impl Changes {
 }
 
 impl Statements {
+    pub(super) fn new(lease: NodeLease) -> Self {
+        let prepared = Default::default();
+        Statements { lease, prepared }
+    }
+
+    /// The lease of the process that they are written for.
+    pub(super) fn lease(&self) -> NodeLease {
+        self.lease
+    }
+
     /// A statement, prepared on `client`.
     pub(super) async fn of(&self, client: &Client, sql: Sql) -> Result<&Statement, Error> {
         let index = sql as usize;
-        let prepare = || client.prepare(SQL[index]);
-        self.0[index].get_or_try_init(prepare).await
+        let prepare = async || client.prepare(&self.lease.sql(SQL[index])).await;
+        self.prepared[index].get_or_try_init(prepare).await
     }
 }
 

@@ -17,6 +17,7 @@ use crate::order::{KeyHash, Order, OrderStatus, Refusal};
 use crate::pipeline::orders::intake::{Admission, OrderRequest};
 use crate::pipeline::orders::lookup::Found;
 use crate::state::pending::{PendingOrder, SlotState};
+use crate::state::stock::{Ask, TooManyAsk};
 
 /// Pauses before a retried order that is nowhere to be found is looked for again.
 const LOOK_AGAIN: Backoff = Backoff::new(Duration::from_millis(1), Duration::from_millis(250));
@@ -238,10 +239,10 @@ impl<'r> Creation<'r> {
         };
         let mut backoff = LOOK_AGAIN;
         loop {
-            let admission = context
-                .intake
-                .admit(&order, Some(request.waker))
-                .map_err(|refusal| refuse(context, refusal))?;
+            let admission = match context.intake.admit(&order, Some(request.waker)) {
+                Err(Refusal::StockElsewhere) if self.stock_may_have_come(&order)? => continue,
+                admission => admission.map_err(|refusal| refuse(context, refusal))?,
+            };
             let id = match admission {
                 Admission::Placed(pending) => return Ok(Admitted::Placed(pending)),
                 Admission::Duplicate {
@@ -266,6 +267,26 @@ impl<'r> Creation<'r> {
             context.on_tokio(request, deadline, async move {
                 tokio::time::sleep(pause).await;
             })?;
+        }
+    }
+
+    /// At a node whose share is dry: waits until units came, or it is known that there are none. False: it has no share.
+    fn stock_may_have_come(&self, order: &OrderRequest<'_>) -> Result<bool, Problem> {
+        let context = self.context;
+        let Some(sku) = context.state.catalogue.get(&order.sku_id) else {
+            return Ok(false);
+        };
+        let ask = Ask::new(&sku, order.quantity.get());
+        let Some(ask) = ask.map_err(|TooManyAsk| refuse(context, Refusal::Overloaded))? else {
+            return Ok(false);
+        };
+        let deadline = self.started + self.wanted.wait;
+        // It ends by itself at the deadline, and gives its place up.
+        let asking = async move { tokio::time::timeout_at(deadline.into(), ask).await };
+        let answered = context.on_tokio(self.request, deadline, asking);
+        match answered {
+            Ok(Ok(())) => Ok(true),
+            Ok(Err(_)) | Err(_) => Err(refuse(context, Refusal::StockElsewhere)),
         }
     }
 

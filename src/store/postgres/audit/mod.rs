@@ -12,22 +12,25 @@
 //!   most the units that those entries moved ([`SkuAudit::motion`]);
 //! * `payments`, dead letters: rows that belong together are written in one transaction and read in one
 //!   statement;
-//! * `keys`: an order's key never changes.
+//! * `keys`: an order's key never changes;
+//! * `nodes`: what the shares hold is compared with the orders of their lanes only if neither moved meanwhile.
 //!
 //! Rows that `retention` has deleted are summed up in checkpoints. None are deleted during an audit: both take
 //! the same lock.
 
 mod draws;
 mod keys;
+mod nodes;
 mod orders;
 mod payments;
 mod session;
 mod stock;
 
 pub use self::keys::note_window;
+pub use self::nodes::Misplaced;
 use self::session::Session;
 pub use self::session::{LOCK, PartRows, SESSION};
-pub use self::stock::Motion;
+pub use self::stock::{Motion, NodeShare};
 use super::Database;
 use crate::store::StoreError;
 
@@ -38,10 +41,16 @@ pub struct SkuAudit {
     pub sku_id: String,
     /// `sku.total`.
     pub total: i64,
-    /// `sku.held`.
+    /// `sku.held`, and that of the nodes' shares.
     pub held: i64,
-    /// `sku.sold`.
+    /// `sku.sold`, and that of the nodes' shares.
     pub sold: i64,
+    /// `sku.lent`: units that nodes may sell.
+    pub lent: i64,
+    /// The nodes' shares.
+    pub shares: Vec<NodeShare>,
+    /// Those of them that hold other units than the orders of their lanes.
+    pub misplaced: Vec<Misplaced>,
     /// Units of payable orders.
     pub held_by_orders: i64,
     /// Units of paid orders, deleted ones included.
@@ -63,6 +72,14 @@ pub struct SkuAudit {
     /// Descriptions of the differences between log and counters: the entries, and the units. At most
     /// [`GAPS_MAX`].
     pub gaps: Vec<String>,
+}
+
+impl SkuAudit {
+    /// What is lent to a node, and its held and sold units.
+    pub fn share_of(&self, node: i16) -> (i64, i64, i64) {
+        let share = self.shares.iter().find(|share| share.node == node);
+        share.map_or((0, 0, 0), |share| (share.lent, share.held, share.sold))
+    }
 }
 
 /// Maximum of gaps described for one SKU.
@@ -87,6 +104,8 @@ pub struct DatabaseAudit {
     pub dead_letters: i64,
     /// Orders that are both a row and a dead letter.
     pub both_row_and_dead_letter: i64,
+    /// Whether several nodes serve the sale, and what their shares hold could be compared with the orders of their lanes.
+    pub is_by_lane: bool,
     /// Payments by state, currency and reason of a refund.
     pub payments: Vec<PaymentSum>,
     /// Contradictions among payments.
@@ -151,6 +170,7 @@ pub async fn run_watching<T: Send>(
     let payments = payments::read(&mut session).await?;
     let overtaken = draws::overtaken(&session).await?;
     let events_without_payment = payments::events_without_payment(&mut session).await?;
+    let misplaced = nodes::misplaced(&mut session).await?;
     let sku = |(number, counters): (&i32, &stock::Counters)| {
         let units = orders.by_sku.get(number).copied().unwrap_or_default();
         let chain = chains.get(number).cloned().unwrap_or_default();
@@ -160,6 +180,14 @@ pub async fn run_watching<T: Send>(
             total,
             held,
             sold,
+            lent: counters.lent,
+            shares: counters.shares.clone(),
+            misplaced: misplaced
+                .iter()
+                .flatten()
+                .filter(|(sku, _)| sku == number)
+                .map(|(_, misplaced)| *misplaced)
+                .collect(),
             held_by_orders: units.held,
             sold_by_orders: units.sold + counters.pruned.1,
             waiting: units.waiting,
@@ -188,6 +216,7 @@ pub async fn run_watching<T: Send>(
         orders_without_sku: unknown.map(|(_, units)| units.orders).sum(),
         dead_letters: dead_letters.count,
         both_row_and_dead_letter: dead_letters.also_rows,
+        is_by_lane: misplaced.is_some(),
         payments: payments.sums,
         payment_faults: PaymentFaults {
             events_without_payment,

@@ -8,19 +8,27 @@ use super::GAPS_MAX;
 use super::session::{Session, each};
 use crate::store::StoreError;
 
-/// Counters of every SKU, the number of its newest entry, and its checkpoints.
+/// Counters of every SKU, those of the nodes' shares included, the number of its newest entry, and its checkpoints.
 pub(super) const SKUS: &str = "
-    SELECT s.id, s.sku_id, s.total, s.held, s.sold, coalesce(j.id, c.through_id, 0), coalesce(c.through_id, 0),
+    SELECT s.id, s.sku_id, s.total, s.held + h.held, s.sold + h.sold, coalesce(j.id, c.through_id, 0), coalesce(c.through_id, 0),
            coalesce(c.total, 0), coalesce(c.held, 0), coalesce(c.sold, 0), coalesce(o.orders, 0), coalesce(o.sold, 0),
-           (SELECT coalesce(sum(p.quantity), 0) FROM parked_orders p WHERE p.sku = s.id)::int8
+           (SELECT coalesce(sum(p.quantity), 0) FROM parked_orders p WHERE p.sku = s.id)::int8, s.lent,
+           h.nodes, h.lent, h.helds, h.solds, h.newest
       FROM sku s
+     CROSS JOIN LATERAL (SELECT coalesce(sum(held), 0)::int8 AS held, coalesce(sum(sold), 0)::int8 AS sold,
+                                array_agg(node) AS nodes, array_agg(lent) AS lent, array_agg(held) AS helds,
+                                array_agg(sold) AS solds,
+                                array_agg(coalesce((SELECT id FROM stock_log l WHERE l.sku = s.id AND l.node = o.node
+                                                     ORDER BY id DESC LIMIT 1), 0)) AS newest
+                           FROM stock_share o WHERE sku = s.id) h
       LEFT JOIN LATERAL (SELECT id FROM stock_log WHERE sku = s.id ORDER BY id DESC LIMIT 1) j ON true
       LEFT JOIN stock_log_checkpoint c ON c.sku = s.id
       LEFT JOIN orders_checkpoint o ON o.sku = s.id";
 
-/// Entries above a SKU and a number, in order of both.
+/// Entries above a SKU and a number, in order of both. A node's entry has the counters of its share behind it, which
+/// change without an entry when units are lent or lanes move. So only its changes are added up.
 const ENTRIES: &str = "
-    SELECT sku, id, total_delta, held_delta, sold_delta, total_after, held_after, sold_after
+    SELECT sku, id, total_delta, held_delta, sold_delta, total_after, held_after, sold_after, node
       FROM stock_log WHERE (sku, id) > ($1, $2) ORDER BY sku, id LIMIT $3";
 
 const ENTRY: &str = "
@@ -36,7 +44,7 @@ pub(super) struct Counters {
     pub(super) sku_id: String,
     pub(super) now: Triple,
     /// Its newest entry, or 0. Counters do not change without an entry.
-    pub(super) newest: i64,
+    newest: i64,
     /// Entries up to this one are included in `checkpoint`.
     pub(super) checkpoint_through: i64,
     /// The sum of those entries.
@@ -45,6 +53,34 @@ pub(super) struct Counters {
     pub(super) pruned: (i64, i64),
     /// Units of parked orders.
     pub(super) parked: i64,
+    /// Units lent to nodes.
+    pub(super) lent: i64,
+    /// The nodes' shares.
+    pub(super) shares: Vec<NodeShare>,
+}
+
+/// The share of a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NodeShare {
+    /// The node.
+    pub node: i16,
+    /// Units lent to it.
+    pub lent: i64,
+    /// Of these, units of payable orders.
+    pub held: i64,
+    /// Of these, units of paid orders that are not in `sku.sold`.
+    pub sold: i64,
+    /// Its newest entry, or 0.
+    pub(super) newest: i64,
+}
+
+impl Counters {
+    /// The newest entry of a node's share, or of units outside of any share. Nodes write at the same time, so the newest
+    /// of all does not tell whether an earlier one was committed.
+    fn newest(&self, node: Option<i16>) -> i64 {
+        let share = self.shares.iter().find(|share| Some(share.node) == node);
+        share.map_or(self.newest, |share| share.newest)
+    }
 }
 
 pub(super) fn counters(rows: &[Row]) -> BTreeMap<i32, Counters> {
@@ -59,10 +95,26 @@ pub(super) fn counters(rows: &[Row]) -> BTreeMap<i32, Counters> {
                 checkpoint: triple(row, 7),
                 pruned: (row.get(10), row.get(11)),
                 parked: row.get(12),
+                lent: row.get(13),
+                shares: shares(row),
             };
             (row.get(0), counters)
         })
         .collect()
+}
+
+fn shares(row: &Row) -> Vec<NodeShare> {
+    let nodes: Vec<i16> = row.get::<_, Option<_>>(14).unwrap_or_default();
+    let column = |at: usize| -> Vec<i64> { row.get::<_, Option<_>>(at).unwrap_or_default() };
+    let (lent, held, sold, newest) = (column(15), column(16), column(17), column(18));
+    let share = |(at, node): (usize, i16)| NodeShare {
+        node,
+        lent: lent[at],
+        held: held[at],
+        sold: sold[at],
+        newest: newest[at],
+    };
+    nodes.into_iter().enumerate().map(share).collect()
 }
 
 /// Units that moved between two moments, each direction by itself.
@@ -143,11 +195,15 @@ pub(super) async fn read(
             let (Some(chain), Some(counters)) = (chains.get_mut(&sku), after.get(&sku)) else {
                 continue;
             };
-            if id <= counters.checkpoint_through || id > counters.newest {
+            let node: Option<i16> = row.get(8);
+            if id <= counters.checkpoint_through || id > counters.newest(node) {
                 continue;
             }
             let change = (row.get(2), row.get(3), row.get(4));
-            let left = (row.get(5), row.get(6), row.get(7));
+            let left = match node {
+                Some(_) => plus(chain.last, change),
+                None => (row.get(5), row.get(6), row.get(7)),
+            };
             let gap = minus(minus(left, chain.last), change);
             if gap != (0, 0, 0) {
                 chain.breaks += 1;
@@ -157,7 +213,7 @@ pub(super) async fn read(
             }
             chain.sum = plus(chain.sum, change);
             (chain.last, chain.last_id) = (left, id);
-            if id > before.get(&sku).map_or(0, |counters| counters.newest) {
+            if id > before.get(&sku).map_or(0, |counters| counters.newest(node)) {
                 chain.motion.add(change);
             }
         }

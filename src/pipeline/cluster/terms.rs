@@ -1,0 +1,96 @@
+//! Terms of SKUs, totals and pauses reach every node: each looks for changes that operators have made at any node, and
+//! says which one it has taken over last.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::pipeline::admin::changes::check_number;
+use crate::pipeline::admin::limits;
+use crate::pipeline::admin::pauses::Pauses;
+use crate::state::State;
+use crate::state::stock::SaleTerms;
+use crate::store::cluster::terms::{self, Changes};
+use crate::store::postgres::{Database, NodeLease, skus};
+use crate::store::{Ledger, StoreError};
+
+/// Interval between two looks. An operator waits for the other nodes for a second.
+const LOOK: Duration = Duration::from_millis(200);
+/// Time that an operator waits for the other nodes.
+const REACH: Duration = Duration::from_secs(1);
+/// Interval at which it is asked whether they have a change.
+const ASK: Duration = Duration::from_millis(50);
+
+/// Takes over what operators change at other nodes.
+pub struct Terms {
+    /// The state in memory.
+    pub state: Arc<State>,
+    /// The database.
+    pub database: Database,
+    /// The lease of this node.
+    pub lease: NodeLease,
+    /// Pauses that this node stores itself.
+    pub pauses: Arc<Pauses>,
+}
+
+impl Terms {
+    /// Runs until the future is dropped or another process takes over.
+    pub async fn run(self) {
+        let mut seen = None;
+        loop {
+            match self.look(seen).await {
+                Ok(changes) => seen = Some(changes),
+                Err(error @ StoreError::Fenced { .. }) => {
+                    self.state.poison.set(error.to_string());
+                    return;
+                }
+                Err(error) => {
+                    tracing::warn!(reason = %error, "changes of operators at other nodes are not taken over for now; retrying");
+                }
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    /// Takes over what has changed since `seen`, and returns what is in force now.
+    async fn look(&self, seen: Option<Changes>) -> Result<Changes, StoreError> {
+        let changes = terms::last(&self.database).await?;
+        if seen == Some(changes) {
+            return Ok(changes);
+        }
+        self.pauses.adopt_all(changes.is_paused);
+        for stored in skus::load_all(&self.database, self.lease).await? {
+            check_number(&self.state, &stored)?;
+            let Some(sku) = self.state.catalogue.get(&stored.id) else {
+                self.state.catalogue.add([stored]);
+                continue;
+            };
+            let terms = SaleTerms::clone(&stored.terms());
+            if !sku.terms().differing(&terms).is_empty() {
+                // A limit is in force once the live orders of this node's buyers are known.
+                let _counting = limits::count(&self.state, &self.database, &sku.id, &terms).await?;
+                sku.adopt_terms(&stored);
+            }
+            self.pauses.adopt(&sku, stored.is_paused());
+        }
+        terms::note_seen(&self.database, self.lease, changes.number).await?;
+        Ok(changes)
+    }
+}
+
+/// Waits until every other node has taken over what was committed before, for a second. Returns those that have not.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn unreached(database: &Database, lease: NodeLease) -> Result<Vec<i16>, StoreError> {
+    if lease.ledger == Ledger::Sku {
+        return Ok(Vec::new());
+    }
+    let (changes, asked) = (terms::last(database).await?, Instant::now());
+    loop {
+        let left = terms::unreached(database, lease, changes.number).await?;
+        if left.is_empty() || asked.elapsed() >= REACH {
+            return Ok(left);
+        }
+        tokio::time::sleep(ASK).await;
+    }
+}

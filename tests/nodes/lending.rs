@@ -1,0 +1,455 @@
+//! Lending in running nodes: the real task, real shares, buyers at several nodes at once.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use millrace::metrics::Metrics;
+use millrace::order::{IdClock, OrderId, OrderStatus, Quantity, Refusal, SkuNumber, UnixMillis};
+use millrace::pipeline::admin::audit::audit;
+use millrace::pipeline::cluster::lending::{Lending, LendingParts};
+use millrace::pipeline::payments::settler::{Settler, SettlerParts, Signals};
+use millrace::state::State;
+use millrace::state::buyers::Buyers;
+use millrace::state::effects::Row;
+use millrace::state::pending::Pending;
+use millrace::state::sticky_refusals::StickyRefusals;
+use millrace::state::stock::{Ask, Catalogue, Sku};
+use millrace::store::batch::BatchWriter;
+use millrace::store::cluster::recall::{self, Lowered};
+use millrace::store::cluster::{lanes, shares};
+use millrace::store::postgres::transitions::{self, Transition, Which};
+use millrace::store::postgres::{Database, NodeLease, skus};
+use millrace::store::settlement::SettlementWriter;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use tokio::sync::Mutex;
+use tokio::task::JoinHandle;
+
+use crate::support::proxy::{Cut, Proxy};
+use crate::support::sale::{SCHEMA, count, order};
+use crate::twin::Bed;
+
+/// Longer than anything here takes.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A node as far as stock goes.
+struct Node {
+    lease: NodeLease,
+    database: Database,
+    state: Arc<State>,
+    writer: Mutex<BatchWriter>,
+    lending: JoinHandle<()>,
+}
+
+impl Node {
+    async fn start(bed: &Bed, home: u64) -> Arc<Self> {
+        let lease = bed.join(home).await;
+        Self::start_on(bed, lease, bed.database.clone()).await
+    }
+
+    /// Whose lending has a database of its own.
+    async fn start_on(bed: &Bed, lease: NodeLease, for_lending: Database) -> Arc<Self> {
+        let database = bed.database.clone();
+        let catalogue = Catalogue::default();
+        catalogue.add(skus::load_all(&database, lease).await.unwrap());
+        let hour = UnixMillis::now().plus_ms(3_600_000);
+        let state = Arc::new(State {
+            recent_orders: millrace::state::recent_orders::RecentOrders::with_capacity(1_000),
+            expiry_index: millrace::state::expiry_index::ExpiryIndex::default(),
+            orphans: millrace::state::orphans::Orphans::default(),
+            catalogue,
+            buyers: Buyers::new(1_000_000, 10_000),
+            sticky_refusals: StickyRefusals::with_capacity(1_000),
+            pending: Arc::new(Pending::with_capacity(1_000)),
+            poison: Default::default(),
+            throughput: Default::default(),
+            progress: Default::default(),
+            ids: IdClock::new(UnixMillis(0), hour),
+        });
+        let lending = Lending::new(LendingParts {
+            state: Arc::clone(&state),
+            database: for_lending,
+            lease,
+        });
+        Arc::new(Node {
+            writer: Mutex::new(BatchWriter::new(database.clone(), lease, 0)),
+            database,
+            lease,
+            state,
+            lending: tokio::spawn(lending.run()),
+        })
+    }
+
+    fn sku(&self) -> Arc<Sku> {
+        self.state.catalogue.by_number(SkuNumber(1)).unwrap()
+    }
+
+    /// Buys as a request does. The order, or `None`: sold out.
+    async fn buy(&self, units: u32) -> Option<OrderId> {
+        let (sku, deadline) = (self.sku(), Instant::now() + PATIENCE);
+        let hold = loop {
+            assert!(Instant::now() < deadline, "neither sold nor sold out");
+            match sku.hold(Quantity::new(units).unwrap()) {
+                Ok(hold) => break hold,
+                Err(Refusal::SoldOut { .. }) => return None,
+                Err(Refusal::StockElsewhere) => {
+                    let ask = Ask::new(&sku, units).unwrap().unwrap();
+                    let _ = tokio::time::timeout(Duration::from_secs(2), ask).await;
+                }
+                Err(other) => panic!("{other:?}"),
+            }
+        };
+        let order = order(&sku, units);
+        hold.commit();
+        let mut writer = self.writer.lock().await;
+        writer.write(&[&order]).await.unwrap();
+        Some(order.id)
+    }
+
+    async fn cancel(&self, id: OrderId) {
+        let ended = transitions::cancel(&self.database, self.lease, id, None, Which::Unpaid).await;
+        if let Transition::Now(units) = ended.unwrap() {
+            let ended = millrace::order::Ended::Cancelled;
+            self.state.end_unpaid(&units, ended, Row::Moved);
+        }
+    }
+
+    /// Until memory has what the row has.
+    async fn agrees(&self) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let sku = self.sku();
+            let memory = sku.counter().snapshot();
+            let row = shares::share_of(&self.database, self.lease.node, sku.number);
+            let row = row.await.unwrap();
+            let of_memory = [memory.total, memory.held, memory.sold].map(i64::from);
+            if of_memory == [row.lent, row.held, row.sold] {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{memory:?} and {row:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.lending.abort();
+    }
+}
+
+async fn three(bed: &Bed) -> [Arc<Node>; 3] {
+    [
+        Node::start(bed, 1).await,
+        Node::start(bed, 2).await,
+        Node::start(bed, 3).await,
+    ]
+}
+
+/// Every promise over all shares.
+async fn assert_sound(bed: &Bed, nodes: &[Arc<Node>]) {
+    for node in nodes {
+        node.agrees().await;
+        let audit = audit(&bed.database, Some(&node.state)).await.unwrap();
+        assert!(audit.ok, "{:#?}", audit.checks);
+        assert!(
+            !node.state.poison.is_set(),
+            "{:?}",
+            node.state.poison.reason()
+        );
+    }
+    let wrong = "SELECT count(*) FROM sku s WHERE lent <> (SELECT coalesce(sum(lent), 0) FROM stock_share WHERE sku = s.id)";
+    assert_eq!(bed.number(wrong).await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_thousand_units_over_three_nodes_with_all_clicks_on_one_of_them() {
+    let bed = Bed::open().await;
+    bed.logged_skus(&[1_000]).await;
+    let nodes = three(&bed).await;
+    let (placed, refused) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(0)));
+    let buyers = (0..40).map(|_| {
+        let node = Arc::clone(&nodes[1]);
+        let (placed, refused) = (Arc::clone(&placed), Arc::clone(&refused));
+        tokio::spawn(async move {
+            for _ in 0..30 {
+                match node.buy(1).await {
+                    Some(_) => placed.fetch_add(1, Ordering::Relaxed),
+                    None => refused.fetch_add(1, Ordering::Relaxed),
+                };
+            }
+        })
+    });
+    for buyer in buyers.collect::<Vec<_>>() {
+        buyer.await.unwrap();
+    }
+    assert_eq!(placed.load(Ordering::Relaxed), 1_000);
+    assert_eq!(refused.load(Ordering::Relaxed), 200);
+    assert_eq!(bed.number("SELECT count(*) FROM orders").await, 1_000);
+    assert_sound(&bed, &nodes).await;
+    assert_eq!(bed.number("SELECT count(*) FROM stock_want").await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_unit_that_comes_back_at_one_node_is_sold_at_another() {
+    let bed = Bed::open().await;
+    bed.logged_skus(&[3]).await;
+    let nodes = three(&bed).await;
+    let mut orders = Vec::new();
+    while let Some(id) = nodes[0].buy(1).await {
+        orders.push(id);
+    }
+    assert_eq!(orders.len(), 3);
+    assert_eq!(nodes[2].buy(1).await, None);
+    nodes[0].cancel(orders[0]).await;
+    // Sold out was said within the last second; afterwards it is looked for again.
+    let deadline = Instant::now() + PATIENCE;
+    while nodes[2].buy(1).await.is_none() {
+        assert!(Instant::now() < deadline);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    // An order of two, where one unit is free.
+    nodes[0].cancel(orders[1]).await;
+    assert_eq!(nodes[2].buy(2).await, None);
+    assert_sound(&bed, &nodes).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn buyers_and_cancellations_at_three_nodes_never_oversell_and_leave_nothing_behind() {
+    let seed = count("MILLRACE_SEED", rand::random::<u32>().into());
+    println!("MILLRACE_SEED={seed}");
+    let bed = Bed::open().await;
+    bed.logged_skus(&[60]).await;
+    let nodes = three(&bed).await;
+    let steps = 60 * count("MILLRACE_ROUNDS", 1);
+    let buyers = (0..9_u64).map(|buyer| {
+        let node = Arc::clone(&nodes[buyer as usize % 3]);
+        let mut random = StdRng::seed_from_u64(seed ^ buyer);
+        tokio::spawn(async move {
+            let mut own = Vec::new();
+            for _ in 0..steps {
+                if random.random_bool(0.6) || own.is_empty() {
+                    own.extend(node.buy(random.random_range(1..=3)).await);
+                } else {
+                    let at = random.random_range(0..own.len());
+                    node.cancel(own.swap_remove(at)).await;
+                }
+            }
+        })
+    });
+    for buyer in buyers.collect::<Vec<_>>() {
+        buyer.await.unwrap();
+    }
+    assert_sound(&bed, &nodes).await;
+    // What is free is sold to the last unit, wherever it is.
+    let mut more = 0;
+    while nodes[0].buy(1).await.is_some() {
+        more += 1;
+    }
+    println!("{more} units were free");
+    let held = "SELECT sum(held)::int8 FROM stock_share";
+    assert_eq!(bed.number(held).await, 60);
+    assert_sound(&bed, &nodes).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn memory_follows_the_row_where_the_answer_to_a_commit_was_lost() {
+    for cut in [
+        Cut::Before,
+        Cut::After,
+        Cut::AfterInSilence,
+        Cut::Late(Duration::from_millis(900)),
+    ] {
+        let bed = Bed::open().await;
+        bed.logged_skus(&[40]).await;
+        let proxy = Proxy::start(&bed.test.config()).await;
+        let database = Database::with_config(
+            proxy.config(&bed.test.config()),
+            SCHEMA,
+            2,
+            Duration::from_millis(500),
+        );
+        let lease = bed.join(1).await;
+        let unlucky = Node::start_on(&bed, lease, database.unwrap()).await;
+        let other = Node::start(&bed, 2).await;
+        let nodes = [Arc::clone(&unlucky), Arc::clone(&other)];
+        // Cut at some moment while most of the units go from one node to the other and back.
+        for _ in 0..3 {
+            proxy.cut(cut);
+            let deadline = Instant::now() + PATIENCE;
+            while !proxy.has_cut() {
+                assert!(Instant::now() < deadline, "{cut:?}");
+                for node in &nodes {
+                    let id = node.buy(30).await;
+                    node.cancel(id.unwrap()).await;
+                }
+            }
+        }
+        let mut placed = 0;
+        while unlucky.buy(1).await.is_some() {
+            placed += 1;
+        }
+        assert_eq!(placed, 40, "{cut:?}");
+        assert_sound(&bed, &nodes).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_total_is_lowered_once_the_free_units_are_back() {
+    let bed = Bed::open().await;
+    bed.logged_skus(&[100]).await;
+    let nodes = three(&bed).await;
+    for node in &nodes {
+        for _ in 0..10 {
+            assert!(node.buy(1).await.is_some());
+        }
+    }
+    let lease = nodes[0].lease;
+    let lower = |total| recall::lower_total(&bed.database, lease, SkuNumber(1), total, "put", None);
+    let refused = lower(29).await.unwrap();
+    assert_eq!(refused, Lowered::Refused { committed: 30 });
+    let deadline = Instant::now() + PATIENCE;
+    while lower(35).await.unwrap() != Lowered::Done {
+        assert!(Instant::now() < deadline);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let mut placed = 30;
+    while nodes[1].buy(1).await.is_some() {
+        placed += 1;
+    }
+    assert_eq!(placed, 35);
+    assert_sound(&bed, &nodes).await;
+}
+
+#[tokio::test]
+async fn the_audit_finds_what_was_changed_by_hand_at_a_node() {
+    let bed = Bed::open().await;
+    bed.logged_skus(&[10]).await;
+    let node = Node::start(&bed, 1).await;
+    lanes::claim_free(&bed.database, node.lease).await.unwrap();
+    for _ in 0..4 {
+        node.buy(1).await.unwrap();
+    }
+    let nodes = [Arc::clone(&node)];
+    assert_sound(&bed, &nodes).await;
+    node.lending.abort();
+    for (damage, mended) in [
+        (
+            "UPDATE stock_share SET held = held - 1",
+            "UPDATE stock_share SET held = held + 1",
+        ),
+        (
+            "UPDATE stock_share SET sold = sold + 1, lent = lent + 1",
+            "UPDATE stock_share SET sold = sold - 1, lent = lent - 1",
+        ),
+        (
+            "INSERT INTO node (node, epoch, ids_leased_until_ms, started_at) VALUES (9, 1, 0, now());
+             UPDATE stock_share SET held = held - 1, lent = lent - 1;
+             INSERT INTO stock_share (sku, node, lent, held) VALUES (1, 9, 1, 1)",
+            "DELETE FROM stock_share WHERE node = 9; DELETE FROM node WHERE node = 9;
+             UPDATE stock_share SET held = held + 1, lent = lent + 1",
+        ),
+        (
+            "UPDATE sku SET total = total + 1",
+            "UPDATE sku SET total = total - 1",
+        ),
+        (
+            "UPDATE stock_log SET held_delta = held_delta + 1 WHERE id = (SELECT min(id) FROM stock_log WHERE node IS NOT NULL)",
+            "UPDATE stock_log SET held_delta = held_delta - 1 WHERE id = (SELECT min(id) FROM stock_log WHERE node IS NOT NULL)",
+        ),
+        (
+            "DELETE FROM stock_log WHERE id = (SELECT max(id) FROM stock_log)",
+            "",
+        ),
+    ] {
+        bed.sql(damage).await;
+        let found = audit(&bed.database, None).await.unwrap();
+        assert!(!found.ok, "{damage}");
+        bed.sql(mended).await;
+    }
+    let memory = audit(&bed.database, Some(&node.state)).await.unwrap();
+    assert!(!memory.ok);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn paid_units_are_swept_and_a_refund_at_another_node_finds_them() {
+    use millrace::order::payment::{Delivery, Notice, Payment, Provider};
+    use millrace::store::settlement::payments::{self, Arrival};
+    use millrace::store::settlement::refunds::{self, Recorded, RefundNote};
+    let bed = Bed::open().await;
+    bed.logged_skus(&[10]).await;
+    let (seller, other) = (Node::start(&bed, 1).await, Node::start(&bed, 2).await);
+    let id = seller.buy(2).await.unwrap();
+    let metrics = Metrics::new().unwrap();
+    let settler = |node: &Node| {
+        Settler::new(SettlerParts {
+            state: Arc::clone(&node.state),
+            database: node.database.clone(),
+            lease: node.lease,
+            writer: SettlementWriter::new(node.database.clone(), node.lease, 1),
+            signals: Arc::new(Signals::default()),
+            metrics: metrics.clone(),
+        })
+    };
+    let delivery = Delivery {
+        notice: Notice {
+            provider: Provider::Standard,
+            event_id: "evt".to_owned(),
+            kind: "payment.succeeded".to_owned(),
+            body: Box::from(&b"{}"[..]),
+            payment: Some(Payment {
+                payment_id: "pay".to_owned(),
+                order_ref: id.to_string(),
+                amount: 200,
+                currency: millrace::order::Currency::new("EUR").unwrap(),
+                receipt: None,
+                made_at: None,
+            }),
+        },
+        received_at: UnixMillis::now(),
+    };
+    let now = UnixMillis::now();
+    let arrival = Arrival {
+        now,
+        check_at: now,
+        match_now: true,
+        with_waiting: false,
+    };
+    let mut paying = settler(&seller);
+    let mut writer = SettlementWriter::new(bed.database.clone(), seller.lease, 1);
+    let settled = payments::ingest(&mut writer, &[&delivery], arrival, &[], &[])
+        .await
+        .unwrap();
+    paying.apply_settlement(&settled).await;
+    // Its lane is the other node's by now.
+    let note = RefundNote {
+        reference: Some("r".to_owned()),
+        note: None,
+        restock: true,
+    };
+    let deadline = Instant::now() + PATIENCE;
+    let mut writer = SettlementWriter::new(bed.database.clone(), other.lease, 1);
+    let moved = loop {
+        match refunds::record(&mut writer, id, &note, now).await.unwrap() {
+            Recorded::Done(moved) => break moved.unwrap(),
+            Recorded::UnitsElsewhere => assert!(Instant::now() < deadline, "they are not swept"),
+            found => panic!("{found:?}"),
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    settler(&other).apply_moves(&[moved]).await;
+    let status = format!("SELECT status::int8 FROM orders WHERE order_id = {id}");
+    assert_eq!(
+        bed.number(&status).await,
+        i64::from(OrderStatus::Refunded.code().unwrap())
+    );
+    let nodes = [seller, other];
+    assert_sound(&bed, &nodes).await;
+    let mut placed = 0;
+    while nodes[1].buy(1).await.is_some() {
+        placed += 1;
+    }
+    assert_eq!(placed, 10, "refunded units are on sale again");
+    assert_sound(&bed, &nodes).await;
+}
