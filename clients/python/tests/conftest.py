@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,8 @@ def until(condition: Callable[[], Any], what: str, seconds: float = 60) -> Any:
 class Server:
     """`millrace serve`, in a directory of its own. Stopped and started again, it keeps its addresses."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, settings: Mapping[str, str]) -> None:
+        self.directory, self.settings = directory, settings
         self.binary = Path(os.environ.get("MILLRACE_BINARY") or REPOSITORY / "target/debug/millrace").absolute()
         self.data_plane = self.control_plane = "127.0.0.1:0"
         self.process: subprocess.Popen[bytes] | None = None
@@ -65,6 +65,7 @@ class Server:
             "MILLRACE_ORDERS__TIMEOUT_MS": str(SERVER_WAIT * 1000),
             "MILLRACE_RATE_LIMIT__PER_USER": "20/s",
             "MILLRACE_PAYMENTS__STANDARD__SECRET": f"whsec_{SECRET}",
+            **self.settings,
         }
         with (self.directory / "log").open("ab") as log:
             process = subprocess.Popen(
@@ -208,12 +209,12 @@ class Seen:
             self.statuses.append(response.status_code)
 
 
-@pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
+@contextmanager
+def temporary_server(settings: Mapping[str, str]) -> Iterator[Server]:
     # Not pytest's directory: as root, PostgreSQL runs as another user, who may not enter that.
     directory = Path(tempfile.mkdtemp(prefix="millrace-client-"))
     directory.chmod(0o755)
-    server = Server(directory)
+    server = Server(directory, settings)
     try:
         yield server
         server.terminate()
@@ -222,6 +223,12 @@ def server() -> Iterator[Server]:
         if server.process and server.process.poll() is None:
             server.kill()
         shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    with temporary_server({}) as server:
+        yield server
 
 
 @pytest.fixture

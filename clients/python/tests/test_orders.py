@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from conftest import SERVER_WAIT, TOKEN, Server, until
 
 from millrace import (
+    AlreadyAssigned,
     AsyncMillrace,
+    DeadlineExceeded,
+    DrawUnderWay,
     IdempotencyKeyReused,
     InvalidRequest,
     Millrace,
@@ -26,6 +32,7 @@ from millrace import (
     Unauthorized,
     UnknownOrder,
     UnknownSku,
+    WaitlistFull,
 )
 from millrace.openapi.api.data_plane import get_sku, list_orders
 from millrace.openapi.models import OrderList
@@ -133,6 +140,63 @@ def test_cancelling_is_idempotent_and_returns_the_unit(server: Server, millrace:
     assert millrace.place("u-2", sku).order.status == OrderStatus.PENDING_PAYMENT
 
 
+def test_the_waiting_list_from_joining_to_paying(server: Server, millrace: Millrace, key: str) -> None:
+    sku = server.put_sku("waiting", 1, waitlist_max=2)
+    first = millrace.place("u-1", sku, waitlist=True).order
+    assert first.status == OrderStatus.PENDING_PAYMENT
+    with pytest.raises(SoldOut):
+        millrace.place("u-2", sku, idempotency_key=key)
+    joined = [millrace.place(user, sku, idempotency_key=f"{key}-wait", waitlist=True) for user in ("u-2", "u-3")]
+    second, third = (placed.order for placed in joined)
+    assert (second.status, second.position, third.position) == (OrderStatus.WAITLISTED, 1, 2)
+    assert second.receipt is None and second.expires_at is None
+    with pytest.raises(WaitlistFull) as full:
+        millrace.place("u-4", sku, waitlist=True)
+    assert isinstance(full.value, Refused)
+    with pytest.raises(DeadlineExceeded) as late:
+        millrace.wait_until_assigned(third.order_id, deadline=0.5)
+    assert late.value.order_id == third.order_id
+
+    with ThreadPoolExecutor(1) as threads:
+        assigned = threads.submit(millrace.wait_until_assigned, second.order_id, 60.0)
+        millrace.cancel(first.order_id)
+        second = assigned.result(60)
+    assert second.status == OrderStatus.PENDING_PAYMENT and second.receipt and second.expires_at
+    again = millrace.place("u-2", sku, idempotency_key=f"{key}-wait", waitlist=True)
+    assert again.replayed and again.order.receipt == second.receipt
+    with pytest.raises(AlreadyAssigned) as stays:
+        millrace.cancel(second.order_id, only="waitlisted")
+    assert stays.value.order_id == second.order_id
+    for _ in range(2):
+        assert millrace.cancel(third.order_id, only="waitlisted").status == OrderStatus.CANCELLED
+    assert millrace.wait_until_assigned(third.order_id).status == OrderStatus.CANCELLED
+
+
+def test_while_a_draw_is_made_orders_are_refused(server: Server, millrace: Millrace) -> None:
+    times = zip(("opens_at", "draw_at", "closes_at"), (-3600, 2, 3600), strict=True)
+    terms = {name: (datetime.now(UTC) + timedelta(seconds=seconds)).isoformat() for name, seconds in times}
+    # Without its beacon the draw is never made.
+    sku = server.put_sku("drawn", 1, allocation="draw", draw_beacon="a lottery's numbers", **terms)
+    users = itertools.count()
+
+    def is_refused() -> bool:
+        try:
+            entry = millrace.place(f"u-{next(users)}", sku).order
+        except DrawUnderWay as refused:
+            return isinstance(refused, Refused)
+        assert entry.status == OrderStatus.WAITLISTED and entry.entry_token and not entry.position
+        return False
+
+    until(is_refused, "the end of the entries")
+
+
+def test_an_option_that_is_none_is_refused(server: Server, millrace: Millrace) -> None:
+    place: Any = millrace.place
+    with pytest.raises(TypeError, match="idempotency_keys"):
+        place("u-1", server.put_sku("typo", 1), idempotency_keys="click-1")
+    assert server.orders("typo") == {}
+
+
 def test_a_paid_order_is_not_cancellable(server: Server, millrace: Millrace, key: str) -> None:
     sku = server.put_sku("paid", 1)
     placed = millrace.place("u-1", sku, idempotency_key=key)
@@ -154,8 +218,8 @@ def test_the_generated_calls_read_what_is_there(server: Server, millrace: Millra
 
 
 def test_a_status_that_a_newer_server_added_is_no_error() -> None:
-    status = OrderStatus("waitlisted")
-    assert status == "waitlisted" and str(status) == "waitlisted" and status == OrderStatus("waitlisted")
+    status = OrderStatus("reserved")
+    assert status == "reserved" and str(status) == "reserved" and status == OrderStatus("reserved")
     assert status not in set(OrderStatus) and OrderStatus("paid") is OrderStatus.PAID
 
 
@@ -175,8 +239,15 @@ def test_the_same_in_asyncio(server: Server) -> None:
             assert (await millrace.cancel(accepted.order.order_id)).status == OrderStatus.CANCELLED
             with pytest.raises(SoldOut):
                 await millrace.place("u-6", sku, 46)
+            waits = (await millrace.place("u-6", sku, 46, waitlist=True)).order
+            assert waits.status == OrderStatus.WAITLISTED
+            server.admin("POST", f"skus/{sku}/restock", {"quantity": 1})
+            assigned = await millrace.wait_until_assigned(waits.order_id)
+            assert assigned.status == OrderStatus.PENDING_PAYMENT
+            with pytest.raises(AlreadyAssigned):
+                await millrace.cancel(waits.order_id, only="waitlisted")
             sku_now = await get_sku.asyncio(sku, client=millrace.api)
-            assert isinstance(sku_now, Sku) and sku_now.held == 5
+            assert isinstance(sku_now, Sku) and sku_now.held == 51
 
     asyncio.run(clicks())
-    assert server.orders(sku) == {f"u-{user}": 1 for user in range(6)}
+    assert server.orders(sku) == {f"u-{user}": 1 for user in range(7)}

@@ -39,6 +39,8 @@ export interface PlaceOptions extends CallOptions {
   idempotencyKey?: string | undefined;
   respondAsync?: boolean | undefined;
 }
+/** `only: 'waitlisted'`: an order that was assigned units meanwhile keeps them. */
+export interface CancelOptions extends CallOptions { only?: 'waitlisted' | undefined }
 /** `replayed`: another request under this key had placed it, of an earlier call or an earlier try of this one. */
 export interface Placed { order: Order; idempotencyKey: string; replayed: boolean; attempts: number }
 /** What is known of a click. `mayExist`: its order exists, or may: an answer was lost, or nothing is decided yet. */
@@ -75,9 +77,15 @@ export class PurchaseLimit extends MillraceError { declare readonly code: 'purch
 export class SaleNotOpen extends MillraceError { declare readonly code: 'sale_not_open'; }
 export class SaleClosed extends MillraceError { declare readonly code: 'sale_closed'; }
 export class SalePaused extends MillraceError { declare readonly code: 'sale_paused'; }
+/** As many orders wait for units as may, or the SKU has no waiting list. */
+export class WaitlistFull extends MillraceError { declare readonly code: 'waitlist_full'; }
+/** Entries have ended, and the draw is not made yet. */
+export class DrawUnderWay extends MillraceError { declare readonly code: 'draw_under_way'; }
 export class UnknownSku extends MillraceError { declare readonly code: 'unknown_sku'; }
 export class UnknownOrder extends MillraceError { declare readonly code: 'unknown_order'; }
 export class NotCancellable extends MillraceError { declare readonly code: 'not_cancellable'; }
+/** The order does not wait for units any more; with `only: 'waitlisted'` it was not cancelled. */
+export class AlreadyAssigned extends MillraceError { declare readonly code: 'already_assigned'; }
 export class IdempotencyKeyReused extends MillraceError { declare readonly code: 'idempotency_key_reused'; }
 export class RateLimited extends MillraceError { declare readonly code: 'rate_limited'; }
 export class Unauthorized extends MillraceError { declare readonly code: 'unauthorized'; }
@@ -90,12 +98,14 @@ export class Aborted extends MillraceError { declare readonly code: 'aborted'; }
 
 const BY_CODE = new Map<string, typeof MillraceError>(Object.entries({
   sold_out: SoldOut, purchase_limit: PurchaseLimit, sale_not_open: SaleNotOpen, sale_closed: SaleClosed,
-  sale_paused: SalePaused, unknown_sku: UnknownSku, unknown_order: UnknownOrder, not_cancellable: NotCancellable,
+  sale_paused: SalePaused, waitlist_full: WaitlistFull, draw_under_way: DrawUnderWay, unknown_sku: UnknownSku,
+  unknown_order: UnknownOrder, not_cancellable: NotCancellable, already_assigned: AlreadyAssigned,
   idempotency_key_reused: IdempotencyKeyReused, rate_limited: RateLimited, unauthorized: Unauthorized,
 }));
 /** Codes that say that no order is under the key. */
 const NOT_PLACED = new Set([
   'timed_out', 'unknown_order', 'sold_out', 'purchase_limit', 'sale_not_open', 'sale_closed', 'sale_paused',
+  'waitlist_full', 'draw_under_way',
 ]);
 /** Statuses after which the same request is repeated: nothing is decided, or nothing was placed. */
 const REPEATED = new Set([408, 502, 503, 504]);
@@ -106,9 +116,14 @@ const MARGIN_MS = 5_000;
 /** Longest jitter before the second try, doubled for each further one up to the longest of all. */
 const JITTER_MS = { first: 200, max: 2_000 };
 
-/** Whether an order has become a row, or never will. */
+/** Whether an order has become a row, or never will. One that waits for units is decided. */
 export function isDecided(order: Order): boolean {
   return order.status !== 'accepted' && order.status !== 'undecided';
+}
+
+/** Whether an order has left the waiting list, or was never on it. */
+function hasLeftTheList(order: Order): boolean {
+  return isDecided(order) && order.status !== 'waitlisted';
 }
 
 /** A client of one Millrace. Share one in the whole process: it has no state but its connections. */
@@ -148,16 +163,26 @@ export class Millrace {
   }
 
   /** Waits by long poll until an `accepted` or `undecided` order is decided. */
-  async waitUntilDecided(orderId: string, options: CallOptions = {}): Promise<Order> {
-    const { order } = await this.#until(isDecided, clickOf(orderId), options, (wait, signal) =>
-      this.http.GET('/v1/orders/{order_id}', { params: { path: { order_id: orderId }, query: { wait } }, signal }));
-    return order;
+  waitUntilDecided(orderId: string, options: CallOptions = {}): Promise<Order> {
+    return this.#poll(isDecided, orderId, options);
+  }
+
+  /** Waits by long poll until a `waitlisted` order has left the waiting list: with units to pay, or without any. */
+  waitUntilAssigned(orderId: string, options: CallOptions = {}): Promise<Order> {
+    return this.#poll(hasLeftTheList, orderId, options);
   }
 
   /** Cancels an unpaid order and returns its stock. Cancelling it again answers the same. */
-  async cancel(orderId: string, options: CallOptions = {}): Promise<Order> {
+  async cancel(orderId: string, options: CancelOptions = {}): Promise<Order> {
+    const query = options.only === undefined ? {} : { only: options.only };
     const { order } = await this.#until(() => true, clickOf(orderId), options, (_wait, signal) =>
-      this.http.POST('/v1/orders/{order_id}/cancel', { params: { path: { order_id: orderId } }, signal }));
+      this.http.POST('/v1/orders/{order_id}/cancel', { params: { path: { order_id: orderId }, query }, signal }));
+    return order;
+  }
+
+  async #poll(isEnough: (order: Order) => boolean, orderId: string, options: CallOptions): Promise<Order> {
+    const { order } = await this.#until(isEnough, clickOf(orderId), options, (wait, signal) =>
+      this.http.GET('/v1/orders/{order_id}', { params: { path: { order_id: orderId }, query: { wait } }, signal }));
     return order;
   }
 

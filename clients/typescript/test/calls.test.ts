@@ -2,10 +2,11 @@
 import assert from 'node:assert/strict';
 import { after, before, test } from 'node:test';
 import {
-  IdempotencyKeyReused, isDecided, MillraceError, NotCancellable, OrderFailed, PurchaseLimit, RateLimited, SaleClosed,
-  SaleNotOpen, SalePaused, SoldOut, Unauthorized, UnknownOrder, UnknownSku, type Millrace,
+  AlreadyAssigned, DeadlineExceeded, DrawUnderWay, IdempotencyKeyReused, isDecided, MillraceError, NotCancellable,
+  OrderFailed, PurchaseLimit, RateLimited, SaleClosed, SaleNotOpen, SalePaused, SoldOut, Unauthorized, UnknownOrder,
+  UnknownSku, WaitlistFull, type Millrace,
 } from '../src/index.js';
-import { Server } from './server.js';
+import { Server, until } from './server.js';
 
 let server: Server;
 let millrace: Millrace;
@@ -133,6 +134,47 @@ test('cancelling twice answers the same, and the unit is free again', async () =
     assert.equal((await millrace.cancel(order.order_id)).status, 'cancelled');
   }
   await millrace.place({ user_id: 'u-2', sku_id: 'CANCELLED' });
+});
+
+test('the waiting list, from joining to paying', async () => {
+  await server.putSku('WAITING', { total: 1, waitlist_max: 2 });
+  const join = (user_id: string) => millrace.place({ user_id, sku_id: 'WAITING', waitlist: true });
+  const { order: first } = await join('u-1');
+  assert.equal(first.status, 'pending_payment', 'a unit was free');
+  const { order: second, idempotencyKey } = await join('u-2');
+  const { order: third } = await join('u-3');
+  assert.deepEqual([second.status, second.position, second.receipt, second.expires_at], ['waitlisted', 1, null, null]);
+  assert.deepEqual([third.status, third.position], ['waitlisted', 2]);
+  const full = await thrown(WaitlistFull, join('u-4'));
+  assert.deepEqual([full.code, full.mayExist], ['waitlist_full', false]);
+  const late = await thrown(DeadlineExceeded, millrace.waitUntilAssigned(third.order_id, { deadlineMs: 500 }));
+  assert.equal(late.orderId, third.order_id);
+
+  const [assigned] = await Promise.all([millrace.waitUntilAssigned(second.order_id), millrace.cancel(first.order_id)]);
+  assert.deepEqual([assigned.order_id, assigned.status], [second.order_id, 'pending_payment']);
+  assert.ok(assigned.receipt && assigned.expires_at);
+  const again = await millrace.place({ user_id: 'u-2', sku_id: 'WAITING', waitlist: true }, { idempotencyKey });
+  assert.deepEqual([again.replayed, again.order.receipt], [true, assigned.receipt]);
+  const stays = await thrown(AlreadyAssigned, millrace.cancel(second.order_id, { only: 'waitlisted' }));
+  assert.equal(stays.orderId, second.order_id);
+  for (let times = 0; times < 2; times += 1) {
+    assert.equal((await millrace.cancel(third.order_id, { only: 'waitlisted' })).status, 'cancelled');
+  }
+  assert.equal((await millrace.waitUntilAssigned(third.order_id)).status, 'cancelled');
+});
+
+test('orders are refused while a draw is made', async () => {
+  const at = (seconds: number) => new Date(Date.now() + seconds * 1_000).toISOString();
+  const times = { opens_at: at(-3_600), draw_at: at(2), closes_at: at(3_600) };
+  // Without its beacon the draw is never made.
+  await server.putSku('DRAWN', { allocation: 'draw', draw_beacon: 'a lottery', ...times });
+  let users = 0;
+  await until('the end of the entries', async () => {
+    const click = millrace.place({ user_id: `u-${users += 1}`, sku_id: 'DRAWN' });
+    const error: unknown = await click.then(({ order }) => assert.equal(order.status, 'waitlisted'), (reason: unknown) => reason);
+    assert.ok(error === undefined || (error instanceof DrawUnderWay && !error.mayExist), String(error));
+    return error !== undefined;
+  });
 });
 
 test('a paid order is not cancelled, and a replay of its click shows it as paid', async () => {

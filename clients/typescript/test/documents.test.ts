@@ -41,5 +41,5 @@ test('the example of the README runs', async () => {
   assert.match(out, /^order \d+ of u-42: please pay 1999.00 CNY$/m);
   assert.match(out, /^u-42 clicked again: the same order$/m);
   assert.match(out, /^u-43: sold out, 0 left$/m);
-  assert.match(out, /^order \d+: cancelled$/m);
+  assert.match(out, /^u-43: waitlisted, number 1 in line\norder \d+: cancelled\norder \d+ of u-43: pending_payment$/m);
 });

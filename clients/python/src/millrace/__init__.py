@@ -1,8 +1,10 @@
 """A client for Millrace, the order intake of a flash sale. README.md has an example."""
 
-from .client import AsyncMillrace, Millrace, Options, Placement
+from .client import AsyncMillrace, Millrace, Placement
 from .errors import (
+    AlreadyAssigned,
     DeadlineExceeded,
+    DrawUnderWay,
     IdempotencyKeyReused,
     InvalidRequest,
     MillraceError,
@@ -18,18 +20,20 @@ from .errors import (
     Unauthorized,
     UnknownOrder,
     UnknownSku,
+    WaitlistFull,
 )
 from .openapi.models import Order, OrderStatus, Problem, RefundReason, Sku, SkuState
 
 __all__ = [
+    "AlreadyAssigned",
     "AsyncMillrace",
     "DeadlineExceeded",
+    "DrawUnderWay",
     "IdempotencyKeyReused",
     "InvalidRequest",
     "Millrace",
     "MillraceError",
     "NotCancellable",
-    "Options",
     "Order",
     "OrderFailed",
     "OrderStatus",
@@ -48,4 +52,5 @@ __all__ = [
     "Unauthorized",
     "UnknownOrder",
     "UnknownSku",
+    "WaitlistFull",
 ]

@@ -12,14 +12,21 @@ import time
 import uuid
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from typing import Any, Self, TypedDict, TypeVar, Unpack
+from typing import Any, Literal, Self, TypeVar
 
 import httpx
 
 from .errors import BY_CODE, MillraceError, UnknownOrder
 from .openapi import Client
 from .openapi.api.data_plane import cancel_order, get_order, place_order
-from .openapi.models import Order, OrderRequest, OrderRequestAttributesType0, OrderStatus, Problem
+from .openapi.models import (
+    CancelOrderOnly,
+    Order,
+    OrderRequest,
+    OrderRequestAttributesType0,
+    OrderStatus,
+    Problem,
+)
 from .openapi.types import UNSET
 
 GRACE_S = 3.0  # an answer may take so much longer than the wait that the server was asked for
@@ -27,6 +34,10 @@ PAUSE_S, PAUSE_S_MAX = 0.1, 2.0  # before the first repetition on average, and a
 # 502 comes from proxies. Under a key, or for a GET or a cancellation, repeating is safe whatever became of the request.
 REPEATED = {502, 503, 504}
 UNREADABLE = (ValueError, KeyError, TypeError, AttributeError)
+UNDECIDED = {OrderStatus.UNDECIDED}
+UNWRITTEN = UNDECIDED | {OrderStatus.ACCEPTED}
+UNASSIGNED = UNWRITTEN | {OrderStatus.WAITLISTED}
+Only = Literal["waitlisted"]
 T = TypeVar("T")
 
 
@@ -40,21 +51,6 @@ class Placement:
     """The click's key: the caller's, or the random one that was made for it."""
     replayed: bool
     """An earlier request under this key placed it; perhaps one of this very call, whose answer was lost."""
-
-
-class Options(TypedDict, total=False):
-    """Options of `place`."""
-
-    adjustment: int
-    """Minor units that the shop adds or takes off; 0."""
-    attributes: Mapping[str, Any] | None
-    """The shop's own, stored as it came; at most 1,024 bytes of JSON."""
-    idempotency_key: str | None
-    """One a click, 1 to 64 visible ASCII characters; a random one."""
-    respond_async: bool
-    """Return as soon as the order is durable, with status `accepted`, before it is a row; False."""
-    deadline: float
-    """Seconds for all tries; 30."""
 
 
 @dataclass(frozen=True)
@@ -118,13 +114,25 @@ class _Tries:
         return BY_CODE.get(code, MillraceError)(problem, self.key, self.order_id, None)
 
 
-def _place(server_wait: int, user_id: str, sku_id: str, quantity: int, options: Options) -> _Steps[Placement]:
-    given = options.get("idempotency_key")
-    key = uuid.uuid4().hex if given is None else given
-    attributes, respond_async = options.get("attributes"), options.get("respond_async", False)
-    sent = UNSET if attributes is None else OrderRequestAttributesType0.from_dict(attributes)
-    body = OrderRequest(user_id, sku_id, quantity=quantity, adjustment=options.get("adjustment", 0), attributes=sent)
-    tries = _Tries(options.get("deadline", 30.0), server_wait, key)
+def _place(
+    server_wait: int,
+    user_id: str,
+    sku_id: str,
+    quantity: int,
+    adjustment: int,
+    attributes: Mapping[str, Any] | None,
+    idempotency_key: str | None,
+    respond_async: bool,
+    waitlist: bool,
+    deadline: float,
+) -> _Steps[Placement]:
+    key = uuid.uuid4().hex if idempotency_key is None else idempotency_key
+    body = OrderRequest(user_id, sku_id, quantity=quantity, adjustment=adjustment)
+    if attributes is not None:
+        body.attributes = OrderRequestAttributesType0.from_dict(attributes)
+    if waitlist:
+        body.waitlist = True
+    tries = _Tries(deadline, server_wait, key)
 
     def call(wait: int) -> dict[str, Any]:
         prefer = f"respond-async, wait={wait}" if respond_async else f"wait={wait}"
@@ -134,7 +142,7 @@ def _place(server_wait: int, user_id: str, sku_id: str, quantity: int, options: 
         order, headers = yield from tries.order(call)
         tries.order_id = order.order_id
         try:
-            order = yield from _decide(tries, order.order_id, order, accepted_is_enough=respond_async)
+            order = yield from _until(tries, order.order_id, UNDECIDED if respond_async else UNWRITTEN, order)
         except UnknownOrder as cause:
             # It was undecided, and was not written after all: the click is repeated under its key.
             tries.order_id = None
@@ -145,20 +153,18 @@ def _place(server_wait: int, user_id: str, sku_id: str, quantity: int, options: 
         return Placement(order, key, headers.get("Idempotency-Replayed") == "true")
 
 
-def _decide(
-    tries: _Tries, order_id: str, order: Order | None = None, accepted_is_enough: bool = False
-) -> _Steps[Order]:
-    """Polls until the order is decided; `order` is what is known of it."""
-    waiting = {OrderStatus.UNDECIDED} if accepted_is_enough else {OrderStatus.UNDECIDED, OrderStatus.ACCEPTED}
-    while order is None or order.status in waiting:
+def _until(tries: _Tries, order_id: str, passed: set[OrderStatus], order: Order | None = None) -> _Steps[Order]:
+    """Polls until the order's status is none of `passed`; `order` is what is known of it."""
+    while order is None or order.status in passed:
         if order is not None:  # A server that is about to end answers a long poll at once.
             yield from tries.pause(TimeoutError(f"order {order_id} is {order.status}"))
         order, _ = yield from tries.order(lambda wait: get_order._get_kwargs(order_id, wait=wait))
     return order
 
 
-def _cancel(tries: _Tries, order_id: str) -> _Steps[Order]:
-    order, _ = yield from tries.order(lambda _wait: cancel_order._get_kwargs(order_id))
+def _cancel(tries: _Tries, order_id: str, only: Only | None) -> _Steps[Order]:
+    condition = UNSET if only is None else CancelOrderOnly(only)
+    order, _ = yield from tries.order(lambda _wait: cancel_order._get_kwargs(order_id, only=condition))
     return order
 
 
@@ -175,17 +181,56 @@ class Millrace:
         self.api = Client(base_url=url).set_httpx_client(self._http)
         """For the generated calls, for example `get_sku.sync("IPHONE-15", client=millrace.api)`."""
 
-    def place(self, user_id: str, sku_id: str, quantity: int = 1, **options: Unpack[Options]) -> Placement:
-        """Places an order, once: see `Options`. Returns when its row is committed, unless `respond_async`."""
-        return self._run(_place(self._server_wait, user_id, sku_id, quantity, options))
+    def place(
+        self,
+        user_id: str,
+        sku_id: str,
+        quantity: int = 1,
+        *,
+        adjustment: int = 0,
+        attributes: Mapping[str, Any] | None = None,
+        idempotency_key: str | None = None,
+        respond_async: bool = False,
+        waitlist: bool = False,
+        deadline: float = 30.0,
+    ) -> Placement:
+        """Places an order, once. Returns when its row is committed, or when it waits for units.
+
+        `adjustment`: minor units that the shop adds or takes off. `attributes`: the shop's own, stored as it came; at most
+        1,024 bytes of JSON. `idempotency_key`: one a click, 1 to 64 visible ASCII characters; a random one if it is left
+        out. `respond_async`: return as soon as the order is durable, with status `accepted`, before it is a row.
+        `waitlist`: join the waiting list if no units are free; the order is `waitlisted` then. `deadline`: seconds for all
+        tries.
+        """
+        return self._run(
+            _place(
+                self._server_wait,
+                user_id,
+                sku_id,
+                quantity,
+                adjustment,
+                attributes,
+                idempotency_key,
+                respond_async,
+                waitlist,
+                deadline,
+            )
+        )
 
     def wait_until_decided(self, order_id: str, deadline: float = 30.0) -> Order:
         """Polls an accepted or undecided order until it is neither."""
-        return self._run(_decide(_Tries(deadline, self._server_wait, order_id=order_id), order_id))
+        return self._run(_until(_Tries(deadline, self._server_wait, order_id=order_id), order_id, UNWRITTEN))
 
-    def cancel(self, order_id: str, deadline: float = 30.0) -> Order:
-        """Cancels an unpaid order; an order that is cancelled already is answered like the first time."""
-        return self._run(_cancel(_Tries(deadline, self._server_wait, order_id=order_id), order_id))
+    def wait_until_assigned(self, order_id: str, deadline: float = 30.0) -> Order:
+        """Polls an order on the waiting list until it has left it: with units to pay, or `expired` or `cancelled`."""
+        return self._run(_until(_Tries(deadline, self._server_wait, order_id=order_id), order_id, UNASSIGNED))
+
+    def cancel(self, order_id: str, deadline: float = 30.0, *, only: Only | None = None) -> Order:
+        """Cancels an unpaid order; an order that is cancelled already is answered like the first time.
+
+        `only="waitlisted"`: an order that was assigned units meanwhile keeps them, and `AlreadyAssigned` is raised.
+        """
+        return self._run(_cancel(_Tries(deadline, self._server_wait, order_id=order_id), order_id, only))
 
     def _run(self, steps: _Steps[T]) -> T:
         reply: httpx.Response | httpx.TransportError | None = None
@@ -223,14 +268,42 @@ class AsyncMillrace:
         self._http = httpx.AsyncClient(base_url=url, headers=headers, timeout=server_wait + GRACE_S, **http)
         self.api = Client(base_url=url).set_async_httpx_client(self._http)
 
-    async def place(self, user_id: str, sku_id: str, quantity: int = 1, **options: Unpack[Options]) -> Placement:
-        return await self._run(_place(self._server_wait, user_id, sku_id, quantity, options))
+    async def place(
+        self,
+        user_id: str,
+        sku_id: str,
+        quantity: int = 1,
+        *,
+        adjustment: int = 0,
+        attributes: Mapping[str, Any] | None = None,
+        idempotency_key: str | None = None,
+        respond_async: bool = False,
+        waitlist: bool = False,
+        deadline: float = 30.0,
+    ) -> Placement:
+        return await self._run(
+            _place(
+                self._server_wait,
+                user_id,
+                sku_id,
+                quantity,
+                adjustment,
+                attributes,
+                idempotency_key,
+                respond_async,
+                waitlist,
+                deadline,
+            )
+        )
 
     async def wait_until_decided(self, order_id: str, deadline: float = 30.0) -> Order:
-        return await self._run(_decide(_Tries(deadline, self._server_wait, order_id=order_id), order_id))
+        return await self._run(_until(_Tries(deadline, self._server_wait, order_id=order_id), order_id, UNWRITTEN))
 
-    async def cancel(self, order_id: str, deadline: float = 30.0) -> Order:
-        return await self._run(_cancel(_Tries(deadline, self._server_wait, order_id=order_id), order_id))
+    async def wait_until_assigned(self, order_id: str, deadline: float = 30.0) -> Order:
+        return await self._run(_until(_Tries(deadline, self._server_wait, order_id=order_id), order_id, UNASSIGNED))
+
+    async def cancel(self, order_id: str, deadline: float = 30.0, *, only: Only | None = None) -> Order:
+        return await self._run(_cancel(_Tries(deadline, self._server_wait, order_id=order_id), order_id, only))
 
     async def _run(self, steps: _Steps[T]) -> T:
         reply: httpx.Response | httpx.TransportError | None = None

@@ -54,6 +54,14 @@ class SalePaused(Refused):
     """`sale_paused`"""
 
 
+class WaitlistFull(Refused):
+    """`waitlist_full`: as many orders wait for units as may, or the SKU has no waiting list (`waitlist_max` is 0)."""
+
+
+class DrawUnderWay(Refused):
+    """`draw_under_way`: entries have ended, and the draw is not made yet; afterwards orders are taken again."""
+
+
 class UnknownSku(MillraceError):
     """`unknown_sku`"""
 
@@ -64,6 +72,10 @@ class UnknownOrder(MillraceError):
 
 class NotCancellable(MillraceError):
     """`not_cancellable`: the order is paid, say, or has expired."""
+
+
+class AlreadyAssigned(MillraceError):
+    """`already_assigned`: the order has units, or is about to; it does not wait, and was not cancelled."""
 
 
 class IdempotencyKeyReused(MillraceError):
@@ -98,9 +110,12 @@ BY_CODE: dict[str, type[MillraceError]] = {
     "sale_not_open": SaleNotOpen,
     "sale_closed": SaleClosed,
     "sale_paused": SalePaused,
+    "waitlist_full": WaitlistFull,
+    "draw_under_way": DrawUnderWay,
     "unknown_sku": UnknownSku,
     "unknown_order": UnknownOrder,
     "not_cancellable": NotCancellable,
+    "already_assigned": AlreadyAssigned,
     "idempotency_key_reused": IdempotencyKeyReused,
     "rate_limited": RateLimited,
     "unauthorized": Unauthorized,
