@@ -5,16 +5,20 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use millrace::metrics::Metrics;
-use millrace::order::{IdClock, OrderId, OrderStatus, Quantity, Refusal, SkuNumber, UnixMillis};
+use millrace::order::{
+    IdClock, OrderId, OrderStatus, Quantity, Refusal, SkuId, SkuNumber, UnixMillis,
+};
 use millrace::pipeline::admin::audit::audit;
+use millrace::pipeline::admin::pauses::Pauses;
 use millrace::pipeline::cluster::lending::{Lending, LendingParts};
+use millrace::pipeline::cluster::terms::{self, Terms};
 use millrace::pipeline::payments::settler::{Settler, SettlerParts, Signals};
 use millrace::state::State;
 use millrace::state::buyers::Buyers;
 use millrace::state::effects::Row;
 use millrace::state::pending::Pending;
 use millrace::state::sticky_refusals::StickyRefusals;
-use millrace::state::stock::{Ask, Catalogue, Sku};
+use millrace::state::stock::{Ask, Catalogue, SaleTerms, Sku};
 use millrace::store::batch::BatchWriter;
 use millrace::store::cluster::recall::{self, Lowered};
 use millrace::store::cluster::{lanes, shares};
@@ -131,6 +135,26 @@ impl Node {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
+
+    /// Until its answers about the SKU have the counters of the whole sale.
+    async fn says_what_the_rows_say(&self, bed: &Bed) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let sku = self.sku();
+            let said = sku.stock();
+            assert_eq!(said.total, said.free + said.held + said.sold);
+            let rows = "SELECT s.total * 1000000 + (s.held + coalesce(sum(h.held), 0)::int8) * 1000
+                             + s.sold + coalesce(sum(h.sold), 0)::int8
+                          FROM sku s LEFT JOIN stock_share h ON h.sku = s.id WHERE s.id = 1 GROUP BY s.id";
+            let told = [said.total, said.held, said.sold].map(i64::from);
+            let told = told[0] * 1_000_000 + told[1] * 1_000 + told[2];
+            if sku.shared().unwrap().is_fresh() && told == bed.number(rows).await {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{said:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
 }
 
 impl Drop for Node {
@@ -147,10 +171,26 @@ async fn three(bed: &Bed) -> [Arc<Node>; 3] {
     ]
 }
 
+/// Sells every unit that is free anywhere. Units that came back within the last second may be said to be sold out.
+async fn sell_out(bed: &Bed, node: &Node, total: i64) {
+    let deadline = Instant::now() + PATIENCE;
+    while bed.number("SELECT sum(held)::int8 FROM stock_share").await < total {
+        assert!(
+            Instant::now() < deadline,
+            "units are left that nobody can buy"
+        );
+        if node.buy(1).await.is_none() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+    assert_eq!(node.buy(1).await, None);
+}
+
 /// Every promise over all shares.
 async fn assert_sound(bed: &Bed, nodes: &[Arc<Node>]) {
     for node in nodes {
         node.agrees().await;
+        node.says_what_the_rows_say(bed).await;
         let audit = audit(&bed.database, Some(&node.state)).await.unwrap();
         assert!(audit.ok, "{:#?}", audit.checks);
         assert!(
@@ -243,13 +283,7 @@ async fn buyers_and_cancellations_at_three_nodes_never_oversell_and_leave_nothin
     }
     assert_sound(&bed, &nodes).await;
     // What is free is sold to the last unit, wherever it is.
-    let mut more = 0;
-    while nodes[0].buy(1).await.is_some() {
-        more += 1;
-    }
-    println!("{more} units were free");
-    let held = "SELECT sum(held)::int8 FROM stock_share";
-    assert_eq!(bed.number(held).await, 60);
+    sell_out(&bed, &nodes[0], 60).await;
     assert_sound(&bed, &nodes).await;
 }
 
@@ -293,6 +327,44 @@ async fn memory_follows_the_row_where_the_answer_to_a_commit_was_lost() {
         assert_eq!(placed, 40, "{cut:?}");
         assert_sound(&bed, &nodes).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_is_killed_at_any_moment_goes_on_from_its_rows() {
+    let seed = count("MILLRACE_SEED", rand::random::<u32>().into());
+    println!("MILLRACE_SEED={seed}");
+    let mut random = StdRng::seed_from_u64(seed);
+    let bed = Bed::open().await;
+    bed.logged_skus(&[400]).await;
+    let other = Node::start(&bed, 2).await;
+    for _ in 0..12 * count("MILLRACE_ROUNDS", 1) {
+        let victim = Node::start(&bed, 1).await;
+        let buyers = [&victim, &other].map(|node| {
+            let node = Arc::clone(node);
+            tokio::spawn(async move {
+                for _ in 0..6 {
+                    // Most of what is free goes from one node to the other.
+                    if let Some(id) = node.buy(60).await {
+                        node.cancel(id).await;
+                    }
+                    node.buy(1).await;
+                }
+            })
+        });
+        tokio::time::sleep(Duration::from_millis(random.random_range(5..120))).await;
+        let [of_victim, of_other] = buyers;
+        victim.lending.abort();
+        of_victim.abort();
+        let _ = of_victim.await;
+        drop(victim);
+        // The other node has to wait for a dead one's units, so the next process on its row comes first.
+        let again = Node::start(&bed, 1).await;
+        of_other.await.unwrap();
+        drop(again);
+    }
+    let victim = Node::start(&bed, 1).await;
+    sell_out(&bed, &other, 400).await;
+    assert_sound(&bed, &[victim, other]).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -370,6 +442,71 @@ async fn the_audit_finds_what_was_changed_by_hand_at_a_node() {
     }
     let memory = audit(&bed.database, Some(&node.state)).await.unwrap();
     assert!(!memory.ok);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_an_operator_changes_at_one_node_is_in_force_at_the_others_or_they_are_named() {
+    let bed = Bed::open().await;
+    bed.logged_skus(&[10]).await;
+    let (own, other) = (Node::start(&bed, 1).await, Node::start(&bed, 2).await);
+    let pauses = Pauses::new(Arc::clone(&other.state), bed.database.clone(), other.lease);
+    let terms = Terms {
+        state: Arc::clone(&other.state),
+        database: bed.database.clone(),
+        lease: other.lease,
+        pauses: Arc::new(pauses),
+    };
+    let running = tokio::spawn(terms.run());
+    let put = async |name: &str, title: &str, total| {
+        let mut terms = SaleTerms::clone(&own.sku().terms());
+        terms.title = title.to_owned();
+        let id = SkuId::new(name).unwrap();
+        let stored = skus::put(&bed.database, own.lease, &id, &terms, total).await;
+        stored.unwrap();
+    };
+    // Terms, a new SKU, a pause of one sale and of all: whatever is committed, the other node has it.
+    put("S0", "another title", 12).await;
+    put("S1", "a new one", 7).await;
+    let paused = skus::set_paused(&bed.database, own.lease, &own.sku().id, true).await;
+    assert!(paused.unwrap());
+    skus::set_all_paused(&bed.database, own.lease, true)
+        .await
+        .unwrap();
+    assert_eq!(
+        terms::unreached(&bed.database, own.lease).await.unwrap(),
+        Vec::<i16>::new()
+    );
+    assert_eq!(other.sku().terms().title, "another title");
+    assert!(other.sku().is_paused() && other.state.catalogue.is_paused());
+    let new = other
+        .state
+        .catalogue
+        .get(&SkuId::new("S1").unwrap())
+        .unwrap();
+    assert!(new.shared().is_some(), "it is sold from a share");
+    skus::set_all_paused(&bed.database, own.lease, false)
+        .await
+        .unwrap();
+    assert_eq!(
+        terms::unreached(&bed.database, own.lease).await.unwrap(),
+        Vec::<i16>::new()
+    );
+    assert!(!other.state.catalogue.is_paused());
+    // Units that a total was raised by are lent like all others.
+    let deadline = Instant::now() + PATIENCE;
+    while other.sku().stock().total != 12 {
+        assert!(Instant::now() < deadline);
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let mut placed = 0;
+    while other.buy(1).await.is_some() {
+        placed += 1;
+    }
+    assert_eq!(placed, 12);
+    running.abort();
+    put("S0", "nobody hears of it", 12).await;
+    let unreached = terms::unreached(&bed.database, own.lease).await.unwrap();
+    assert_eq!(unreached, [other.lease.node]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -480,22 +480,23 @@ impl Lending {
         shared: &Shared,
         wanted: Wanted,
     ) -> Result<(), StoreError> {
-        let used = self.shares.get(&sku.number).map_or(0, OwnShare::used);
+        let share = self.shares.get(&sku.number);
+        let used = share.map_or(0, OwnShare::used);
         let missing = wanted.least.saturating_sub(sku.counter().free()).max(1);
-        let lent = self
-            .lend(sku, used.max(wanted.units), Some(missing))
-            .await?;
+        // A want that stands may be for fewer: orders have taken what was here. Then these come first, because the pool
+        // keeps them for it.
+        let standing = share.and_then(|share| share.want);
+        let least = missing.min(standing.map_or(u32::MAX, |want| units(want.units)));
+        let lent = self.lend(sku, used.max(wanted.units), Some(least)).await?;
         if lent.units > 0 {
             shared.answer_all();
         }
         if let Some(share) = self.shares.get_mut(&sku.number) {
-            // An earlier want keeps its units if they are fewer.
-            let before = share.want.map_or(i64::MAX, |want| want.units);
             share.want = lent.want.map(|number| Want {
                 number,
                 sku: sku.number,
                 node: self.parts.lease.node,
-                units: before.min(missing.into()),
+                units: least.into(),
             });
         }
         Ok(())
