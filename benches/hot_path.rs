@@ -96,6 +96,7 @@ fn state(total: u32) -> Arc<State> {
         false,
     )]);
     Arc::new(State {
+        lanes: None,
         sticky_refusals: millrace::state::sticky_refusals::StickyRefusals::with_capacity(1_000),
         recent_orders: millrace::state::recent_orders::RecentOrders::with_capacity(1_000),
         expiry_index: millrace::state::expiry_index::ExpiryIndex::default(),

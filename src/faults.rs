@@ -107,8 +107,16 @@ pub const SUPERVISED: [&str; 29] = [
     "log-append",
 ];
 
-/// The same, in a process that is one node of several. No setting makes one yet, so `tests/supervision.rs` leaves them out.
-pub const SUPERVISED_IN_CLUSTER: [&str; 2] = ["the link to a node", "the server of other nodes"];
+/// The same, in a process that is one node of several. `tests/supervision.rs` leaves them out.
+pub const SUPERVISED_IN_CLUSTER: [&str; 7] = [
+    "the link to a node",
+    "the server of other nodes",
+    "the renewal of the membership",
+    "the lanes of this node",
+    "the takeovers of dead nodes",
+    "the lending of stock",
+    "the terms set at other nodes",
+];
 
 /// How a supervised task is made to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

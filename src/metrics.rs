@@ -11,9 +11,11 @@ use prometheus::{Encoder, Registry, TextEncoder};
 
 #[macro_use]
 mod table;
+mod cluster;
 mod payments;
 mod waitlist;
 
+pub use cluster::Cluster;
 pub use payments::Payments;
 pub use table::{Counters, Totals};
 use table::{Described, Registrar};
@@ -157,6 +159,7 @@ metrics! {
             "Age of the oldest row when retention last ran.";
         waitlist = group(Waitlist): "Orders that wait for units.";
         payments = group(Payments): "Payments, and orders that are not paid.";
+        cluster = group(Cluster): "This process as one of several nodes.";
         stock = gauges("millrace_stock_units", &["sku_id", "state"], "`sku_id`; `state`: `free`, `held`, `sold`"):
             "Units of each SKU by state; held units belong to unpaid orders.";
         events_delivered = labelled_counter("millrace_events_delivered_total", &["sink"], "`sink`"):

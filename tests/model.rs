@@ -88,6 +88,7 @@ impl Real {
             recent_orders: millrace::state::recent_orders::RecentOrders::with_capacity(1_000),
             expiry_index: millrace::state::expiry_index::ExpiryIndex::default(),
             orphans: millrace::state::orphans::Orphans::default(),
+            lanes: None,
             catalogue,
             buyers: Buyers::new(remembered_max, 64),
             pending: Arc::new(Pending::with_capacity(64)),

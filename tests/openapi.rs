@@ -838,9 +838,15 @@ fn real_answers_are_what_it_says() {
         }
         payments::check(&server, &database, &mut checker).await;
         events::check(&server, &database, &mut checker).await;
+        let drain = "/admin/v1/nodes/{node}/drain";
+        let target = drain.replace("{node}", "0");
+        let answer = request(server.control, "POST", &target, &[ops], String::new()).await;
+        assert_eq!(answer.status, 404, "{answer:?}");
+        checker.check("POST", drain, &answer);
         for path in [
             "/admin/v1/audit",
             "/admin/v1/live",
+            "/admin/v1/nodes",
             "/admin/v1/skus",
             letters,
         ] {
@@ -873,6 +879,7 @@ fn real_answers_are_what_it_says() {
                 .replace("{provider}", "standard")
                 .replace("{id}", "1")
                 .replace("{sink}", "erp")
+                .replace("{node}", "0")
                 .replace("/profile", "/profile?seconds=1");
             for wrong in ["DELETE", "OPTIONS", "TRACE", "PROPFIND"] {
                 let answer = request(address, wrong, &target, &[token], String::new()).await;
@@ -899,10 +906,11 @@ fn real_answers_are_what_it_says() {
             .filter(|operation| !succeeds(operation))
             .map(|(_, path)| path)
             .collect();
-        // A retry that succeeds is in tests/contract.rs, a draw above.
+        // A retry that succeeds is in tests/contract.rs, a node in tests/cluster, a draw above.
         let elsewhere = [
             "/v1/skus/{sku_id}/draw",
             "/admin/v1/dead-letters/{id}/retry",
+            "/admin/v1/nodes/{node}/drain",
             "/admin/v1/skus/{sku_id}/draw",
         ];
         assert_eq!(never, elsewhere);

@@ -83,6 +83,7 @@ fn parts(capacity: usize) -> QueueParts {
         wake_all: Arc::new(|wakers| wakers.into_iter().for_each(Waker::wake)),
         may_acknowledge: Arc::new(|| true),
         on_end: Arc::new(|reason| panic!("{reason}")),
+        contact: None,
         metrics: Metrics::new().unwrap(),
     }
 }

@@ -15,6 +15,9 @@ use crate::pipeline::WakeAll;
 use crate::pipeline::admin::open_letters;
 use crate::pipeline::admin::pauses::Pauses;
 use crate::pipeline::admin::pruning::{PrunedBelow, Pruning};
+use crate::pipeline::cluster::lending::{Lending, LendingParts};
+use crate::pipeline::cluster::member::Member;
+use crate::pipeline::cluster::terms::Terms;
 use crate::pipeline::events::feeder::Feeder;
 use crate::pipeline::events::status::Sinks;
 use crate::pipeline::failover::health::{self, Health, Looker};
@@ -66,7 +69,13 @@ pub(super) fn connections_max(config: &Config) -> usize {
     let draws = 2;
     let tasks = OPERATORS_POOL + WATCH_POOL + settlers + parking + pauses + health + draws;
     let feeders = config.events.sinks.len() * events::CONNECTIONS;
-    config.worker_count() + config.database.pool_size + 1 + tasks + 3 + feeders
+    // The renewal, its pool, the lanes, the lending, the terms, and a takeover.
+    let node = if config.cluster.enabled {
+        1 + 2 + 2 + 1 + 1 + 1
+    } else {
+        0
+    };
+    config.worker_count() + config.database.pool_size + 1 + tasks + 3 + feeders + node
 }
 
 /// The running tasks.
@@ -83,6 +92,8 @@ pub(super) struct Parts<'a> {
     pub(super) ownership: &'a Ownership,
     pub(super) wake_all: &'a WakeAll,
     pub(super) metrics: &'a Metrics,
+    /// The membership of a node.
+    pub(super) member: Option<Arc<Member>>,
 }
 
 impl Parts<'_> {
@@ -120,6 +131,9 @@ impl Background {
         let (callbacks, payments, orphan_checks) = background.settle_payments(parts)?;
         let operators = parts.database().with_own_pool(OPERATORS_POOL)?;
         let (parking, pauses) = background.serve_operators(parts, &operators)?;
+        if parts.member.is_some() {
+            background.share_stock(parts, &pauses)?;
+        }
         background.run(
             "the count of dead letters",
             open_letters::keep(operators.clone(), parts.metrics.clone()),
@@ -182,28 +196,31 @@ impl Background {
             ownership,
             ..
         } = parts;
-        let leases = Leases {
-            guard: Arc::clone(&ownership.guard),
-            lease: ownership.lease,
-            state: Arc::clone(state),
-            acknowledge: Arc::clone(&path.acknowledge),
-            queue: Arc::clone(&path.queue),
-        };
-        leases.renew().await?;
-        self.run("the leases", lease::keep(leases));
         let watching = parts.database().with_own_pool(WATCH_POOL)?;
         let pruned_below = PrunedBelow::default();
-        let restorer = Restorer {
-            state: Arc::clone(state),
-            queue: Arc::clone(&path.queue),
-            database: watching.clone(),
-            lease: ownership.lease,
-            watermarks: Arc::clone(&path.watermarks),
-            pruned_below: Arc::clone(&pruned_below),
-            metrics: parts.metrics.clone(),
-            rows_max: config.workers.batch_rows_max,
-        };
-        self.run("the watch for lost commits", restorer.watch());
+        // A node renews its membership instead, and starts again after a failover.
+        if let Some(guard) = &ownership.guard {
+            let leases = Leases {
+                guard: Arc::clone(guard),
+                lease: ownership.lease,
+                state: Arc::clone(state),
+                acknowledge: Arc::clone(&path.acknowledge),
+                queue: Arc::clone(&path.queue),
+            };
+            leases.renew().await?;
+            self.run("the leases", lease::keep(leases));
+            let restorer = Restorer {
+                state: Arc::clone(state),
+                queue: Arc::clone(&path.queue),
+                database: watching.clone(),
+                lease: ownership.lease,
+                watermarks: Arc::clone(&path.watermarks),
+                pruned_below: Arc::clone(&pruned_below),
+                metrics: parts.metrics.clone(),
+                rows_max: config.workers.batch_rows_max,
+            };
+            self.run("the watch for lost commits", restorer.watch());
+        }
         if let Some(log) = path.log_name.clone() {
             let (queue, watermarks) = (Arc::clone(&path.queue), Arc::clone(&path.watermarks));
             let placing =
@@ -290,6 +307,25 @@ impl Background {
         Ok((callbacks_handle, payments_handle, orphan_checks))
     }
 
+    /// A node's shares of stock, and what operators change at other nodes.
+    fn share_stock(&mut self, parts: &Parts<'_>, pauses: &Arc<Pauses>) -> Result<(), StartError> {
+        let lease = parts.ownership.lease;
+        let lending = Lending::new(LendingParts {
+            state: Arc::clone(parts.state),
+            database: parts.database().with_own_pool(1)?,
+            lease,
+        });
+        self.run("the lending of stock", lending.run());
+        let terms = Terms {
+            state: Arc::clone(parts.state),
+            database: parts.database().with_own_pool(1)?,
+            lease,
+            pauses: Arc::clone(pauses),
+        };
+        self.run("the terms set at other nodes", terms.run());
+        Ok(())
+    }
+
     /// Parked orders and pauses.
     fn serve_operators(
         &mut self,
@@ -312,7 +348,11 @@ impl Background {
         Ok((parking_handle, pauses))
     }
 
-    fn run(&mut self, name: &'static str, work: impl Future<Output = ()> + Send + 'static) {
+    pub(super) fn run(
+        &mut self,
+        name: &'static str,
+        work: impl Future<Output = ()> + Send + 'static,
+    ) {
         let task = self.supervisor.task(name, work);
         self.tasks.push(task.abort_handle());
     }

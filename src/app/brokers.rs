@@ -11,16 +11,16 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 /// The same if replicas have to confirm: Redis gives their disks a part of it.
 const REPLICAS_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The client that the settings name. It has not connected yet.
+/// The client of a node's order log; 0 for a process that is no node of a cluster. It has not connected yet.
 ///
 /// # Errors
 /// [`ConfigError::Field`] with the setting that is missing or invalid, or if this build lacks the backend.
-pub(crate) fn client(config: &Config) -> Result<Arc<dyn Broker>, ConfigError> {
+pub(crate) fn client(config: &Config, node: u8) -> Result<Arc<dyn Broker>, ConfigError> {
     match config.queue.backend {
         Backend::Journal | Backend::Memory => fault("queue.backend", "is not a broker"),
-        Backend::Redis => redis(config),
-        Backend::Kafka => kafka(config),
-        Backend::RocketMq => rocketmq(config),
+        Backend::Redis => redis(config, node),
+        Backend::Kafka => kafka(config, node),
+        Backend::RocketMq => rocketmq(config, node),
     }
 }
 
@@ -49,13 +49,13 @@ fn made<B: Broker + 'static>(
 }
 
 #[cfg(feature = "redis")]
-fn redis(config: &Config) -> Result<Arc<dyn Broker>, ConfigError> {
+fn redis(config: &Config, node: u8) -> Result<Arc<dyn Broker>, ConfigError> {
     use crate::queue::log::broker::redis::{RedisBroker, RedisSettings};
     let settings = &config.queue.redis;
     needed("queue.redis.url", &settings.url)?;
     let client = RedisBroker::new(RedisSettings {
         url: settings.url.clone(),
-        stream: config.redis_stream(),
+        stream: config.redis_stream(node),
         replicas_min: settings.replicas_min,
         timeout: match settings.replicas_min {
             0 => TIMEOUT,
@@ -66,18 +66,19 @@ fn redis(config: &Config) -> Result<Arc<dyn Broker>, ConfigError> {
 }
 
 #[cfg(not(feature = "redis"))]
-fn redis(_: &Config) -> Result<Arc<dyn Broker>, ConfigError> {
+fn redis(_: &Config, _: u8) -> Result<Arc<dyn Broker>, ConfigError> {
     absent("redis")
 }
 
 #[cfg(feature = "kafka")]
-fn kafka(config: &Config) -> Result<Arc<dyn Broker>, ConfigError> {
-    use crate::queue::log::broker::kafka::KafkaBroker;
+fn kafka(config: &Config, node: u8) -> Result<Arc<dyn Broker>, ConfigError> {
+    use crate::queue::log::broker::kafka::{KafkaBroker, KafkaSettings};
     needed("queue.kafka.bootstrap", &config.queue.kafka.bootstrap)?;
-    made(
-        "queue.kafka.bootstrap",
-        KafkaBroker::new(kafka_settings(config)?),
-    )
+    let settings = KafkaSettings {
+        partition: node.into(),
+        ..kafka_settings(config)?
+    };
+    made("queue.kafka.bootstrap", KafkaBroker::new(settings))
 }
 
 /// How to connect to Kafka.
@@ -120,12 +121,12 @@ pub(super) fn kafka_settings(
 }
 
 #[cfg(not(feature = "kafka"))]
-fn kafka(_: &Config) -> Result<Arc<dyn Broker>, ConfigError> {
+fn kafka(_: &Config, _: u8) -> Result<Arc<dyn Broker>, ConfigError> {
     absent("kafka")
 }
 
 #[cfg(feature = "rocketmq")]
-fn rocketmq(config: &Config) -> Result<Arc<dyn Broker>, ConfigError> {
+fn rocketmq(config: &Config, node: u8) -> Result<Arc<dyn Broker>, ConfigError> {
     use crate::queue::log::broker::rocketmq::{RocketMqBroker, RocketMqSettings};
     let settings = &config.queue.rocketmq;
     needed("queue.rocketmq.namesrv", &settings.namesrv)?;
@@ -142,7 +143,7 @@ fn rocketmq(config: &Config) -> Result<Arc<dyn Broker>, ConfigError> {
         Ok(RocketMqBroker::new(RocketMqSettings {
             namesrv: settings.namesrv.clone(),
             topic: config.rocketmq_topic(),
-            queue: 0,
+            queue: node.into(),
             access_key,
             secret_key,
             timeout: TIMEOUT,
@@ -151,7 +152,7 @@ fn rocketmq(config: &Config) -> Result<Arc<dyn Broker>, ConfigError> {
 }
 
 #[cfg(not(feature = "rocketmq"))]
-fn rocketmq(_: &Config) -> Result<Arc<dyn Broker>, ConfigError> {
+fn rocketmq(_: &Config, _: u8) -> Result<Arc<dyn Broker>, ConfigError> {
     absent("rocketmq")
 }
 

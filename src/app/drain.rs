@@ -1,7 +1,7 @@
 //! The drain: queued orders are written, every client is answered, and the database is released.
 //!
 //! ```text
-//!   close the intake ─► run the queue empty ─► settle the remaining orders ─► answer the requests in flight
+//!   (a node of a cluster: hand every lane over ─►) close the intake ─► run the queue empty ─► settle the remaining orders ─► answer the requests in flight
 //!     ─► stop the control plane and the tasks ─► release leases and order log ─► PostgreSQL
 //! ```
 
@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::Millrace;
+use super::nodes::Left;
 use super::order_path::OrderPath;
 use super::ownership::Ownership;
 use super::planes::{RunningEngine, remove_addresses};
@@ -37,6 +38,9 @@ pub(super) async fn drain(millrace: Millrace) -> bool {
         ..
     } = millrace;
     tracing::info!(in_flight = state.pending.len(), "draining");
+    if let Some(node) = node.as_ref().filter(|_| !state.poison.is_set()) {
+        node.hand_everything_over().await;
+    }
     supervisor.stop();
     path.intake.drain();
     if let RunningEngine::Hardened(server) = &planes.engine {
@@ -46,13 +50,14 @@ pub(super) async fn drain(millrace: Millrace) -> bool {
     let mut clean = run_empty(&config, &mut path).await;
     service.stop_waiting();
     clean &= settle_rest(&state, &path, &planes.wake_all).await;
-    if let Some(node) = node {
-        node.stop(MARGIN).await;
-    }
+    let left = match node {
+        Some(node) => node.stop(MARGIN).await,
+        None => None,
+    };
     close_connections(&planes.engine).await;
     planes.stop_control(MARGIN).await;
     background.stop();
-    clean &= let_go(&config, &state, &path, ownership).await;
+    clean &= let_go(&config, &state, &path, ownership, left).await;
     remove_addresses(&config.data_dir);
     clean &= !state.poison.is_set();
     tracing::info!(clean, "stopped");
@@ -121,7 +126,13 @@ async fn close_connections(engine: &RunningEngine) {
 
 /// Releases the leases and the order log, and stops our own PostgreSQL. Returns true if no acknowledged order is
 /// left in the log.
-async fn let_go(config: &Config, state: &State, path: &OrderPath, ownership: Ownership) -> bool {
+async fn let_go(
+    config: &Config,
+    state: &State,
+    path: &OrderPath,
+    ownership: Ownership,
+    left: Option<Left>,
+) -> bool {
     let Ownership {
         database,
         embedded,
@@ -129,7 +140,9 @@ async fn let_go(config: &Config, state: &State, path: &OrderPath, ownership: Own
         guard,
         ..
     } = ownership;
-    if let Err(error) = lease::give_back(&database, lease, state.ids.now()).await {
+    if left.is_none()
+        && let Err(error) = lease::give_back(&database, lease, state.ids.now()).await
+    {
         tracing::debug!(reason = %error, "the lease of order ids could not be returned; the next start begins its ids a little later");
     }
     let mut clean = true;
@@ -146,8 +159,13 @@ async fn let_go(config: &Config, state: &State, path: &OrderPath, ownership: Own
             }
         }
     }
-    // Its task was aborted and drops it at its next await.
-    drop(wait_for_sole_owner(guard).await);
+    if let Some(left) = left {
+        clean &= left.leave(state).await;
+    }
+    if let Some(guard) = guard {
+        // Its task was aborted and drops it at its next await.
+        drop(wait_for_sole_owner(guard).await);
+    }
     database.close();
     if let Some(embedded) = embedded {
         // Its task was aborted too.

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use super::clock::ClockError;
 use crate::config::{Config, ConfigError};
+use crate::http::peers::key::KeyError;
+use crate::pipeline::cluster::takeover::TakeoverError;
 use crate::queue::log::broker::BrokerError;
 use crate::queue::log::broker::reader::ReadError;
 use crate::queue::log::file::JournalError;
@@ -94,6 +96,17 @@ pub enum StartError {
     /// The broker's log cannot be taken over or read.
     #[error(transparent)]
     Log(#[from] ReadError),
+    /// Every number of a node is taken.
+    #[error(
+        "all 64 numbers of nodes are taken by nodes that have not left; stop one of them, or let the logs of those that are gone be replayed"
+    )]
+    ClusterFull,
+    /// The secret of the cluster cannot be used.
+    #[error(transparent)]
+    ClusterKey(#[from] KeyError),
+    /// A node that was gone could not be taken over.
+    #[error(transparent)]
+    Takeover(#[from] TakeoverError),
     /// The clocks differ.
     #[error(transparent)]
     Clock(#[from] ClockError),

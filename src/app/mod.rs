@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   start:  start checks ─► listeners, planes ─► ownership: journal read or broker asked, PostgreSQL, schema, clocks, take over
+//!                                               (a node of a cluster: PostgreSQL, schema, clocks, join, broker asked)
 //!           ─► recovery: broker's log read, order log replayed, memory rebuilt ─► order path: queue, workers
 //!           ─► background tasks ─► the data plane's service, the intake opens
 //!   drain:  the same from the end, see `drain`
@@ -13,6 +14,7 @@ mod clock;
 mod drain;
 mod error;
 mod events;
+mod joining;
 pub mod nodes;
 mod open;
 mod order_log;
@@ -34,6 +36,7 @@ use self::background::{Background, Handles};
 pub use self::clock::ClockError;
 pub use self::error::StartError;
 pub use self::events::slots_database;
+use self::joining::JoinParts;
 use self::nodes::{Node, NodeParts};
 pub use self::open::{OpenDatabase, open_database, open_existing_database, prepare_schema};
 use self::order_path::OrderPath;
@@ -85,7 +88,7 @@ impl Millrace {
         Self::start_as(config, None).await
     }
 
-    /// The same as a node of a cluster, where `node` says which.
+    /// The same, with lanes that `node` deals by hand, for tests of requests at any node.
     ///
     /// # Errors
     /// [`StartError`]; everything started is stopped again.
@@ -100,8 +103,21 @@ impl Millrace {
         let poison = Arc::<Poison>::default();
         let poisoning = Arc::clone(&poison);
         let supervisor = Supervisor::new(Arc::new(move |reason| poisoning.set(reason)));
+        let cluster = nodes::listener(&config)?;
         let planes = Planes::serve(&config, listeners, &metrics, &supervisor)?;
-        let mut ownership = Ownership::take(&config, &planes, &receipt_secrets).await?;
+        let mut ownership = match cluster {
+            None => Ownership::take(&config, &planes, &receipt_secrets).await?,
+            Some(listener) => {
+                let joining = JoinParts {
+                    config: &config,
+                    listener,
+                    planes: &planes,
+                    poison: &poison,
+                    supervisor: &supervisor,
+                };
+                Ownership::join(joining, &receipt_secrets).await?
+            }
+        };
         let state = recovery::state(&config, &mut ownership, poison, &planes.control).await?;
         let seconds = started.elapsed().as_secs_f64();
         metrics.recovery_seconds.set(seconds);
@@ -114,6 +130,7 @@ impl Millrace {
             &supervisor,
         );
         let path = path.await?;
+        let joined = ownership.node.take();
         let parts = background::Parts {
             config: &config,
             state: &state,
@@ -121,12 +138,20 @@ impl Millrace {
             ownership: &ownership,
             wake_all: &planes.wake_all,
             metrics: &metrics,
+            member: joined.as_ref().map(|joined| Arc::clone(&joined.member)),
         };
-        let (background, handles) = Background::start(&parts, supervisor.clone()).await?;
+        let (mut background, handles) = Background::start(&parts, supervisor.clone()).await?;
+        let node = match &joined {
+            None => node,
+            Some(joined) => Some(joined.parts(&config, &ownership, &state)?),
+        };
         let (nodes, joining) = node.map(|node| node.join(&planes, &supervisor)).unzip();
         let service = data_plane_service(&parts, &handles, providers, nodes);
-        let joined = joining.map(|joining| joining.serve(&service, &supervisor));
-        let node = joined.transpose()?;
+        let calls = joining.map(|joining| joining.serve(&service, &supervisor));
+        let mut node = calls.transpose()?;
+        if let (Some(joined), Some(node)) = (joined, &mut node) {
+            node.live(joined, &parts, &handles, &mut background).await?;
+        }
         planes.gate.open(Arc::clone(&service));
         planes
             .control
@@ -245,6 +270,7 @@ fn control_plane_parts(
             operators.clone(),
         ),
         user_index: config.database.user_index,
+        member: parts.member.clone(),
         acknowledge: Arc::clone(&path.acknowledge),
         health: handles.health,
         sinks: handles.sinks,

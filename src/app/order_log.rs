@@ -140,32 +140,52 @@ impl OwnedLog {
     }
 }
 
-/// Opens, reads and checks the log as far as that changes nothing; `None` if the queue is volatile.
+/// Opens, reads and checks the log of a node as far as that changes nothing; `None` if the queue is volatile. A process
+/// that is no node of a cluster is node 0.
 pub(super) async fn find(
     config: &Config,
     control: &ControlPlane,
+    node: u8,
 ) -> Result<Option<FoundLog>, StartError> {
-    let queue = &config.queue;
-    let place = match queue.backend {
+    match config.queue.backend {
         Backend::Memory => return Ok(None),
         Backend::Journal => return journal(config, control).await.map(Some),
-        Backend::Redis => config.redis_stream(),
-        Backend::Kafka => config.kafka_topic(),
-        Backend::RocketMq => config.rocketmq_topic(),
-    };
-    let broker = brokers::client(config)?;
-    control.progress(format!("asking {}", broker.title()));
-    let asking = Arc::clone(&broker);
-    let warnings = tokio::task::spawn_blocking(move || checked(&*asking)).await;
-    for warning in warnings.map_err(|panic| StartError::Engine(std::io::Error::other(panic)))?? {
+        Backend::Redis | Backend::Kafka | Backend::RocketMq => {}
+    }
+    control.progress("asking the broker of the order log".to_owned());
+    let config = config.clone();
+    let found = tokio::task::spawn_blocking(move || broker(&config, node)).await;
+    let (broker, name) =
+        found.map_err(|panic| StartError::Engine(std::io::Error::other(panic)))??;
+    Ok(Some(FoundLog::Broker { broker, name }))
+}
+
+/// The broker of a node's log, checked, and the log's name. Blocks.
+pub(super) fn broker(config: &Config, node: u8) -> Result<(Arc<dyn Broker>, String), StartError> {
+    let broker = brokers::client(config, node)?;
+    for warning in checked(&*broker)? {
         tracing::warn!("{}: {warning}", broker.title());
     }
-    let digest = Sha256::digest(format!("{:?}\0{place}", queue.backend));
-    let name = digest[..16]
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
-    Ok(Some(FoundLog::Broker { broker, name }))
+    Ok((broker, name_of(config, node)))
+}
+
+/// The name of a node's log on a broker, derived from backend and place.
+pub(super) fn name_of(config: &Config, node: u8) -> String {
+    let backend = config.queue.backend;
+    // Node 0 has the names of releases that knew no other.
+    let numbered = |topic: String| match node {
+        0 => topic,
+        node => format!("{topic}\0{node}"),
+    };
+    let place = match backend {
+        Backend::Memory | Backend::Journal => String::new(),
+        Backend::Redis => config.redis_stream(node),
+        Backend::Kafka => numbered(config.kafka_topic()),
+        Backend::RocketMq => numbered(config.rocketmq_topic()),
+    };
+    let digest = Sha256::digest(format!("{backend:?}\0{place}"));
+    let name = digest[..16].iter().map(|byte| format!("{byte:02x}"));
+    name.collect()
 }
 
 /// Checks the broker's settings. A broker that is away is waited for.

@@ -12,13 +12,13 @@ use super::ownership::Ownership;
 use super::planes::Planes;
 use crate::config::{Backend, Config};
 use crate::metrics::Metrics;
-use crate::pipeline::failover::lease::AcknowledgeLease;
+use crate::pipeline::failover::lease::{self, AcknowledgeLease};
 use crate::pipeline::failover::restore::Watermarks;
 use crate::pipeline::orders::intake::Intake;
 use crate::pipeline::orders::worker::{Worker, WorkerError, WorkerSlot};
 use crate::pipeline::orders::worker_pool::WorkerPool;
 use crate::queue::log::broker::BrokerLimits;
-use crate::queue::{LoggedQueue, OrderQueue, QueueParts, RingQueue};
+use crate::queue::{LogContact, LoggedQueue, OrderQueue, QueueParts, RingQueue};
 use crate::state::State;
 use crate::store::batch::BatchWriter;
 use crate::store::postgres::order_log::{self, LogName};
@@ -50,7 +50,10 @@ impl OrderPath {
         metrics: &Metrics,
         supervisor: &Supervisor,
     ) -> Result<Self, StartError> {
-        let acknowledge = Arc::new(AcknowledgeLease::new(config.queue.journal.lease_ms));
+        let acknowledge = match &ownership.node {
+            None => Arc::new(AcknowledgeLease::new(config.queue.journal.lease_ms)),
+            Some(node) => Arc::clone(&node.member.acknowledge),
+        };
         let (queue, log_name): (Arc<dyn OrderQueue>, _) = match config.queue.backend {
             Backend::Memory => (Arc::new(RingQueue::new(config.queue.capacity)), None),
             Backend::Journal | Backend::Redis | Backend::Kafka | Backend::RocketMq => {
@@ -123,6 +126,13 @@ async fn start_logged(
         wake_all: Arc::clone(&planes.wake_all),
         may_acknowledge: Arc::new(move || may_acknowledge.holds()),
         on_end: Arc::new(move |reason| poison.set(reason)),
+        contact: ownership.node.as_ref().map(|node| {
+            let member = Arc::clone(&node.member);
+            LogContact {
+                now_ms: lease::now_ms,
+                note: Arc::new(move |sent_ms| member.contact(sent_ms)),
+            }
+        }),
         metrics: metrics.clone(),
     };
     let (bytes_max, retain) = (settings.bytes_max, !settings.retain_for_slots.0.is_empty());

@@ -4,29 +4,34 @@ use std::sync::Arc;
 
 use tokio::sync::Mutex;
 
+use super::joining::{self, JoinParts, JoinedNode};
 use super::open::{OpenDatabase, open_database, prepare_schema};
-use super::order_log::{self, OwnedLog};
+use super::order_log::{self, FoundLog, OwnedLog};
 use super::planes::Planes;
 use super::{StartError, clock};
 use crate::config::Config;
-use crate::order::receipt::ReceiptKeys;
+use crate::order::receipt::{Issuer, ReceiptKeys};
 use crate::order::{ClockReading, UnixMillis};
 use crate::store::embedded::Embedded;
 use crate::store::postgres::lease::{self, NodeGuard, Taken};
-use crate::store::postgres::order_log::LogName;
+use crate::store::postgres::order_log::{LogName, NotedLog};
 use crate::store::postgres::{self, Database, NodeLease};
 
-/// The exclusive resources of the process that owns a database.
+/// The exclusive resources of the process that owns a database, or is a node of a cluster that does.
 pub(super) struct Ownership {
     pub(super) database: Database,
     pub(super) embedded: Option<Arc<Mutex<Embedded>>>,
     pub(super) lease: NodeLease,
-    /// Keeps other processes away from this database.
-    pub(super) guard: Arc<Mutex<NodeGuard>>,
+    /// Keeps other processes away from this database; `None` for a node, whose membership does that.
+    pub(super) guard: Option<Arc<Mutex<NodeGuard>>>,
+    /// The membership of a node.
+    pub(super) node: Option<JoinedNode>,
     /// The order log and its name, if the queue is durable.
     pub(super) log: Option<(OwnedLog, LogName)>,
     pub(super) clock: ClockReading,
     pub(super) receipts: Arc<ReceiptKeys>,
+    /// The identity of the database.
+    pub(super) identity: [u8; 16],
     pub(super) writers: Writers,
     /// All ids of predecessors lie before this moment.
     pub(super) id_high_water: UnixMillis,
@@ -36,6 +41,15 @@ pub(super) struct Ownership {
     pub(super) paused: bool,
 }
 
+/// A row of `node` that was taken.
+pub(super) struct Owned {
+    pub(super) lease: NodeLease,
+    pub(super) id_high_water: UnixMillis,
+    pub(super) ids_leased_until: UnixMillis,
+    pub(super) paused: bool,
+    pub(super) receipts: Issuer,
+}
+
 impl Ownership {
     /// Reads the order log, opens the database, migrates its schema, compares the clocks and takes the node over.
     pub(super) async fn take(
@@ -43,7 +57,7 @@ impl Ownership {
         planes: &Planes,
         receipt_secrets: &[String],
     ) -> Result<Self, StartError> {
-        let log = order_log::find(config, &planes.control).await?;
+        let log = order_log::find(config, &planes.control, 0).await?;
         planes.control.progress("opening the database".to_owned());
         let OpenDatabase { database, embedded } = open_database(config).await?;
         let guard = lease::claim(&database).await?;
@@ -51,7 +65,7 @@ impl Ownership {
         let noted = planes.write_addresses(&config.data_dir);
         noted.map_err(|source| StartError::data_dir(config, source))?;
         prepare_schema(config, &database).await?;
-        let noted = postgres::order_log::noted(&database, &guard).await?;
+        let noted = postgres::order_log::noted(&database, &guard, 0).await?;
         order_log::check(config, log.as_ref(), noted.as_ref())?;
         let clock = clock::check(config, &database, &guard, embedded.is_some()).await?;
         let logged = log.as_ref().map(|log| log.id_high_water());
@@ -62,29 +76,87 @@ impl Ownership {
             id_high_water,
             ids_leased_until,
             paused,
-            receipts: issuer,
+            receipts,
             guard,
         } = lease::take_over(guard, writers.count(), ids_from).await?;
         let guard = NodeGuard::keep(database.clone(), guard).await?;
-        Ok(Ownership {
-            database,
-            embedded: embedded.map(|embedded| Arc::new(Mutex::new(embedded))),
+        let owned = Owned {
             lease,
-            guard: Arc::new(Mutex::new(guard)),
-            log: log.map(|log| {
-                let name = LogName {
-                    id: log.name(),
-                    title: log.title(),
-                };
-                (log.owned(issuer.database, lease, noted.as_ref()), name)
-            }),
-            clock,
-            receipts: Arc::new(ReceiptKeys::new(receipt_secrets, &issuer)),
-            writers,
             id_high_water,
             ids_leased_until,
             paused,
+            receipts,
+        };
+        let log = log.map(|log| owned.log(log, noted.as_ref()));
+        Ok(Ownership {
+            embedded: embedded.map(|embedded| Arc::new(Mutex::new(embedded))),
+            guard: Some(Arc::new(Mutex::new(guard))),
+            ..owned.of(database, log, clock, receipt_secrets, writers)
         })
+    }
+
+    /// Opens the database, migrates its schema, compares the clocks and joins the cluster, then finds the order log of the
+    /// node that this process has become. From the joining on its membership is renewed.
+    pub(super) async fn join(
+        parts: JoinParts<'_>,
+        receipt_secrets: &[String],
+    ) -> Result<Self, StartError> {
+        let (config, planes) = (parts.config, parts.planes);
+        let control = &planes.control;
+        control.progress("opening the database".to_owned());
+        let OpenDatabase { database, .. } = open_database(config).await?;
+        let shared = lease::share(&database, joining::NAME).await?;
+        let noted = planes.write_addresses(&config.data_dir);
+        noted.map_err(|source| StartError::data_dir(config, source))?;
+        prepare_schema(config, &database).await?;
+        let clock = clock::check(config, &database, &shared, false).await?;
+        let (owned, node) = joining::join(parts, &database, shared, clock).await?;
+        let number = u8::try_from(owned.lease.node).unwrap_or(u8::MAX);
+        let log = order_log::find(config, control, number).await?;
+        let session = database.connect(joining::NAME).await?;
+        let noted = postgres::order_log::noted(&database, &session, owned.lease.node).await?;
+        order_log::check(config, log.as_ref(), noted.as_ref())?;
+        let log = log.map(|log| owned.log(log, noted.as_ref()));
+        let writers = Writers::beside(config.worker_count());
+        Ok(Ownership {
+            node: Some(node),
+            ..owned.of(database, log, clock, receipt_secrets, writers)
+        })
+    }
+}
+
+impl Owned {
+    fn log(&self, log: FoundLog, noted: Option<&NotedLog>) -> (OwnedLog, LogName) {
+        let name = LogName {
+            id: log.name(),
+            title: log.title(),
+        };
+        (log.owned(self.receipts.database, self.lease, noted), name)
+    }
+
+    fn of(
+        self,
+        database: Database,
+        log: Option<(OwnedLog, LogName)>,
+        clock: ClockReading,
+        receipt_secrets: &[String],
+        writers: Writers,
+    ) -> Ownership {
+        Ownership {
+            database,
+            embedded: None,
+            lease: self.lease,
+            guard: None,
+            node: None,
+            log,
+            clock,
+            receipts: Arc::new(ReceiptKeys::new(receipt_secrets, &self.receipts)),
+            identity: self.receipts.database,
+            writers,
+            id_high_water: self.id_high_water,
+            ids_leased_until: self.ids_leased_until,
+            paused: self.paused,
+        }
     }
 }
 
@@ -95,13 +167,17 @@ pub(super) struct Writers {
 }
 
 impl Writers {
-    fn beside(workers: usize) -> Self {
+    pub(super) fn beside(workers: usize) -> Self {
         let workers = i16::try_from(workers).unwrap_or(i16::MAX - 6);
         Writers { workers }
     }
 
-    fn count(self) -> i16 {
+    pub(super) fn count(self) -> i16 {
         self.workers + 6
+    }
+
+    pub(super) fn replay(self) -> i16 {
+        self.workers
     }
 
     pub(super) fn parking(self) -> i16 {

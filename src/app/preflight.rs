@@ -16,7 +16,7 @@ pub fn settings(config: &Config, service: Option<&Metrics>) -> Result<Settings, 
         Backend::Memory => LogProbe::Memory,
         Backend::Journal => LogProbe::Journal(config.journal_dir()),
         Backend::Redis | Backend::Kafka | Backend::RocketMq => {
-            LogProbe::Broker(brokers::client(config)?, service.cloned())
+            LogProbe::Broker(brokers::client(config, 0)?, service.cloned())
         }
     };
     Ok(Settings {

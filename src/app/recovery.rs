@@ -7,23 +7,26 @@
 //! 4. Memory is rebuilt from the database alone: SKUs, units of parked orders, unpaid orders, the orders of the
 //!    idempotency window, and older live orders of SKUs with a purchase limit.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::StartError;
+use super::joining::JoinedNode;
 use super::order_log::OwnedLog;
 use super::ownership::Ownership;
 use crate::config::{Backend, Config};
 use crate::faults::{bug, crash_point};
 use crate::http::control_plane::ControlPlane;
-use crate::order::{ClockReading, IdClock, OrderId, SkuNumber, UnixMillis};
+use crate::order::{IdClock, LaneSet, OrderId, SkuNumber};
+use crate::pipeline::failover::lease::now_ms;
+use crate::pipeline::failover::loading;
 use crate::pipeline::failover::log_replay::{self, LogReplay};
 use crate::pipeline::failover::replay::{Applied, Replayer};
 use crate::pipeline::orders::parking;
 use crate::state::State;
 use crate::state::buyers::Buyers;
 use crate::state::expiry_index::ExpiryIndex;
+use crate::state::lanes::NodeLanes;
 use crate::state::orphans::Orphans;
 use crate::state::pending::Pending;
 use crate::state::poison::Poison;
@@ -32,13 +35,13 @@ use crate::state::recent_orders::RecentOrders;
 use crate::state::sticky_refusals::StickyRefusals;
 use crate::state::stock::Catalogue;
 use crate::state::throughput::ThroughputEstimator;
-use crate::store::StoreError;
 use crate::store::batch::BatchWriter;
+use crate::store::cluster::{self, membership};
+use crate::store::postgres::lease::ID_LEASE_MS;
 use crate::store::postgres::order_log::LogName;
-use crate::store::postgres::window::{self, ReadProgress};
-use crate::store::postgres::{
-    Database, NodeLease, audit, draws, lanes, orders, parked, payments, skus,
-};
+use crate::store::postgres::window::ReadProgress;
+use crate::store::postgres::{Database, NodeLease, audit, lanes, orders, parked, payments, skus};
+use crate::store::{Ledger, StoreError};
 
 /// Recently written orders that are answered from memory, about 200 bytes each.
 const RECENT_ORDERS: usize = 65_536;
@@ -52,33 +55,48 @@ pub(super) async fn state(
     poison: Arc<Poison>,
     control: &ControlPlane,
 ) -> Result<Arc<State>, StartError> {
-    let (database, lease, clock) = (&ownership.database, ownership.lease, ownership.clock);
-    let orphans = orphans(database).await?;
+    let (lease, clock) = (ownership.lease, ownership.clock);
+    let orphans = orphans(&ownership.database).await?;
     let mut high_water = ownership.id_high_water;
     if let Some((log, name)) = ownership.log.take() {
-        let log = replay(
-            config,
-            database,
-            lease,
-            (log, &name),
-            &orphans,
-            clock,
-            control,
-        )
-        .await?;
+        let log = replay(config, ownership, (log, &name), &orphans, control).await?;
         high_water = high_water.max(log.id_high_water());
         ownership.log = Some((log, name));
+    }
+    if let Some(node) = ownership.node.as_ref().filter(|node| node.had_lanes) {
+        // From the marker in its log on, an earlier process on this row can answer only as long as its contact lasts.
+        node.member.wait_for_answers_of(now_ms());
     }
     control.progress("reading the database".to_owned());
     let leased_until = ownership.ids_leased_until;
     let ids = IdClock::going_on(clock, high_water, leased_until);
+    let mut node = ownership.node.take();
+    let mut lanes = LaneSet::ALL;
+    if let Some(node) = &mut node {
+        lanes = lanes_of(ownership, node, &ids, &orphans, control).await?;
+    }
+    let database = &ownership.database;
     // From here on keys are known for this long. Orders of the log belong to an earlier window.
     let window_from = OrderId::floor_of(ids.now());
     let window_ms = config.orders.idempotency_window_ms;
     audit::note_window(database, lease, window_from, window_ms).await?;
     // Not earlier: an earlier release may have leased ids in the log alone.
-    lanes::note_cutover(database, lease, window_from).await?;
-    let state = recover(config, database, lease, ids, orphans, poison, control).await?;
+    let cutover = lanes::note_cutover(database, lease, window_from).await?;
+    let of_node = node.as_ref().map(|node| {
+        let open = Arc::clone(&node.member.lanes);
+        let of_node = NodeLanes {
+            lanes: open,
+            cutover,
+        };
+        (of_node, lanes)
+    });
+    let state = recover(config, ownership, ids, orphans, poison, of_node, control).await?;
+    if node.is_some()
+        && let Some(least) = state.expiry_index.least()
+    {
+        cluster::lanes::note_unpaid(&ownership.database, lease, least).await?;
+    }
+    ownership.node = node;
     state.catalogue.set_paused(ownership.paused);
     let metrics = control.metrics();
     metrics.recovered_orders.set(state.buyers.len() as i64);
@@ -89,13 +107,21 @@ pub(super) async fn state(
 /// Replays the order log: writes to the database the orders that only the log has.
 async fn replay(
     config: &Config,
-    database: &Database,
-    lease: NodeLease,
+    ownership: &Ownership,
     (log, name): (OwnedLog, &LogName),
     orphans: &Orphans,
-    clock: ClockReading,
     control: &ControlPlane,
 ) -> Result<OwnedLog, StartError> {
+    let database = &ownership.database;
+    let ledger = match &ownership.node {
+        // The units of its orders are nobody's share yet.
+        Some(node) if node.was_single => Ledger::Sku,
+        _ => ownership.lease.ledger,
+    };
+    let lease = NodeLease {
+        ledger,
+        ..ownership.lease
+    };
     let total = log.total();
     if total == Some(0) {
         return Ok(log);
@@ -103,13 +129,13 @@ async fn replay(
     let title = &name.title;
     let started = Instant::now();
     let (mut parts, reading) = log_replay::orders_of(move |each| log.records(each));
-    let shard = i16::try_from(config.worker_count()).unwrap_or(i16::MAX);
     let replayer = Replayer::new(
         database.clone(),
-        BatchWriter::new(database.clone(), lease, shard),
+        BatchWriter::new(database.clone(), lease, ownership.writers.replay()),
         config.workers.batch_rows_max,
     );
-    let mut replay = LogReplay::new(database, replayer, orphans, clock.now()).await?;
+    let now = ownership.clock.now();
+    let mut replay = LogReplay::new(database, replayer, orphans, now).await?;
     let mut told = Instant::now();
     let mut done = 0;
     while let Some(part) = parts.recv().await {
@@ -168,13 +194,14 @@ async fn orphans(database: &Database) -> Result<Orphans, StoreError> {
 /// Rebuilds the in-memory state from the database.
 async fn recover(
     config: &Config,
-    database: &Database,
-    lease: NodeLease,
+    ownership: &Ownership,
     ids: IdClock,
     orphans: Orphans,
     poison: Arc<Poison>,
+    node: Option<(NodeLanes, LaneSet)>,
     control: &ControlPlane,
 ) -> Result<State, StoreError> {
+    let (database, lease) = (&ownership.database, ownership.lease);
     let workers_hold = config.worker_count() * config.workers.batch_rows_max;
     let before_the_ring = match config.queue.backend {
         Backend::Journal | Backend::Redis | Backend::Kafka | Backend::RocketMq => {
@@ -193,80 +220,65 @@ async fn recover(
     if !bug("sell_what_is_parked") {
         hold_parked(&catalogue, database, lease, floor).await?;
     }
-    let expiry_index = ExpiryIndex::default();
-    let mut waiting: Vec<(SkuNumber, OrderId, u32)> = Vec::new();
-    for open in orders::open_below(database, lease, floor).await? {
-        let units = &open.units;
-        if open.waits() {
-            waiting.push((units.sku, units.order_id, units.quantity));
-        } else {
-            expiry_index.note([(units.order_id, open.expires_at)]);
-        }
-    }
-    let (limited, others): (Vec<_>, Vec<_>) = catalogue
-        .all()
-        .into_iter()
-        .partition(|sku| sku.terms().need_units(ids.real_now()));
-    let limited: HashSet<_> = limited.iter().map(|sku| sku.number).collect();
-    buyers.note_incomplete(others.iter().map(|sku| sku.number));
-    let started = Instant::now();
-    let restored = window::load(
-        database,
-        floor,
-        |user, order, open_until| {
-            if open_until == Some(UnixMillis::NEVER) {
-                waiting.push((order.sku, order.order_id, order.quantity.get()));
-            } else {
-                expiry_index.note(open_until.map(|until| (order.order_id, until)));
-            }
-            let limited = order.is_live() && limited.contains(&order.sku);
-            buyers.restore(user, order, limited);
-        },
-        |progress| tell(control, "reading the idempotency window", progress),
-    )
-    .await?;
-    let ms = started.elapsed().as_millis() as u64;
-    tracing::info!(orders = restored, ms, "recovered the idempotency window");
-    if !limited.is_empty() {
-        count_older(database, limited, &buyers, floor, control).await?;
-    }
-    for sku in catalogue.all() {
-        if sku.draw().is_some_and(|draw| draw.is_drawn()) {
-            let places = draws::waiting_places(database, sku.number).await?;
-            sku.waitlist().take_places(places);
-        }
-    }
-    wait_again(&catalogue, waiting);
-    Ok(State {
+    let (lanes, loaded) = match node {
+        None => (None, LaneSet::ALL),
+        Some((lanes, loaded)) => (Some(lanes), loaded),
+    };
+    let state = State {
         catalogue,
         buyers,
         sticky_refusals: StickyRefusals::with_capacity(config.orders.sticky_refusals_max),
         recent_orders: RecentOrders::with_capacity(RECENT_ORDERS),
         pending: Arc::new(Pending::with_capacity(in_flight_max)),
-        expiry_index,
+        expiry_index: ExpiryIndex::default(),
         orphans,
+        lanes,
         poison,
         ids,
         throughput: ThroughputEstimator::default(),
         progress: Progress::default(),
-    })
+    };
+    if !loaded.is_empty() {
+        let tell = |doing: &str, progress| tell(control, doing, progress);
+        let started = Instant::now();
+        let loaded = loading::load(&state, database, lease, floor, loaded, tell).await?;
+        let ms = started.elapsed().as_millis() as u64;
+        tracing::info!(
+            orders = loaded.orders,
+            ms,
+            "recovered the idempotency window"
+        );
+    }
+    Ok(state)
 }
 
-/// Puts orders that wait for units back on their lists. Units that are free are kept for them.
-fn wait_again(catalogue: &Catalogue, mut waiting: Vec<(SkuNumber, OrderId, u32)>) {
-    waiting.sort_unstable();
-    for orders in waiting.chunk_by(|one, next| one.0 == next.0) {
-        let Some(sku) = orders.first().and_then(|one| catalogue.by_number(one.0)) else {
-            continue;
-        };
-        for (_, id, units) in orders {
-            sku.waitlist().restore(sku.counter(), *id, *units);
-        }
-        if let Some(draw) = sku.draw() {
-            draw.note_entry();
-        }
-        tracing::info!(sku_id = %sku.id, orders = orders.len(), "orders wait for units of this SKU");
+/// The lanes of a node that starts: nodes that an earlier process on its row had begun to take over are finished, lanes
+/// that are nobody's are taken, and the clock of ids is raised above those of earlier owners. Returns those that are to be
+/// loaded.
+async fn lanes_of(
+    ownership: &Ownership,
+    node: &mut JoinedNode,
+    ids: &IdClock,
+    orphans: &Orphans,
+    control: &ControlPlane,
+) -> Result<LaneSet, StartError> {
+    let (database, lease) = (&ownership.database, ownership.lease);
+    control.progress("replaying the logs of nodes that were gone".to_owned());
+    node.takeovers.finish_begun(orphans).await?;
+    membership::activate(database, lease).await?;
+    cluster::lanes::claim_free(database, lease).await?;
+    let rows = cluster::lanes::all(database).await?;
+    let ours = rows
+        .iter()
+        .filter(|row| row.node == Some(lease.node) && row.blocked_by.is_none());
+    for row in ours {
+        ids.raise(row.ids_until);
+        node.loaded.insert(row.lane, row.epoch);
     }
+    let until = ids.now().plus_ms(ID_LEASE_MS);
+    membership::lease_ids(database, lease, until).await?;
+    ids.extend_lease(until);
+    Ok(node.loaded.keys().copied().collect())
 }
 
 /// Holds the units of parked orders. Their SKUs' rows do not count them and may be wrong, so the held units are
@@ -300,39 +312,6 @@ async fn hold_parked(
              accepts them (see the audit)"
         );
     }
-    Ok(())
-}
-
-/// Loads live orders older than the window, which purchase limits count.
-async fn count_older(
-    database: &Database,
-    limited: HashSet<SkuNumber>,
-    buyers: &Buyers,
-    floor: OrderId,
-    control: &ControlPlane,
-) -> Result<(), StoreError> {
-    let limited: Vec<_> = limited.into_iter().collect();
-    let started = Instant::now();
-    let mut orders = 0_u64;
-    window::load_live_orders(
-        database,
-        &limited,
-        floor,
-        |user, order| {
-            orders += 1;
-            buyers.restore_live(user, order);
-        },
-        |progress| {
-            tell(
-                control,
-                "reading the older orders that limits count",
-                progress,
-            )
-        },
-    )
-    .await?;
-    let ms = started.elapsed().as_millis() as u64;
-    tracing::info!(orders, ms, "recovered the older orders that limits count");
     Ok(())
 }
 

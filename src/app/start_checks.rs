@@ -20,7 +20,7 @@ pub(super) fn look(config: &Config) -> Result<Providers, StartError> {
     let mut directories = vec![("data_dir", config.data_dir.clone())];
     match config.queue.backend {
         Backend::Memory => {}
-        Backend::Redis | Backend::Kafka | Backend::RocketMq => drop(brokers::client(config)?),
+        Backend::Redis | Backend::Kafka | Backend::RocketMq => drop(brokers::client(config, 0)?),
         Backend::Journal => directories.push(("queue.journal.dir", config.journal_dir())),
     }
     for (field, path) in directories {

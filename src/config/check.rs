@@ -1,6 +1,6 @@
 //! Checks that each setting is valid, and that they are consistent with one another.
 
-use super::{Config, ConfigError, Retention, events, log, payments, reference};
+use super::{Config, ConfigError, Retention, cluster, events, log, payments, reference};
 
 const DAY_MS: u64 = 86_400_000;
 
@@ -12,6 +12,7 @@ pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
     ranges(config)?;
     payments::check(&config.payments, &config.receipt)?;
     events::check(config)?;
+    cluster::check(config)?;
     retention(config)?;
     log::check(&config.log)?;
     schema(&config.database.schema)?;

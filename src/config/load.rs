@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{Config, ConfigError, DEFAULT_FILE, check, environment};
+use super::{Config, ConfigError, DEFAULT_FILE, check, cluster, environment};
 
 impl Config {
     /// Reads the file (`file`, else [`DEFAULT_FILE`] if it exists), overlays the environment and
@@ -78,6 +78,7 @@ impl Config {
             &mut shown.queue.redis.url,
             &mut shown.queue.kafka.sasl_password.0,
             &mut shown.queue.rocketmq.secret_key.0,
+            &mut shown.cluster.secret.0,
             &mut shown.payments.wechatpay.apiv3_key.0,
         ];
         hide(lists.into_iter().flat_map(|list| &mut list.0).chain(texts));
@@ -94,11 +95,11 @@ impl Config {
         }
     }
 
-    /// The key of the order log's stream in Redis.
-    pub fn redis_stream(&self) -> String {
+    /// The key of the stream in Redis that is a node's order log.
+    pub fn redis_stream(&self, node: u8) -> String {
         match self.queue.redis.stream.as_str() {
-            "" => format!("millrace:{}:0", self.database.schema),
-            stream => stream.to_owned(),
+            "" => format!("millrace:{}:{node}", self.database.schema),
+            stream => stream.replace(cluster::NODE, &node.to_string()),
         }
     }
 

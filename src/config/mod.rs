@@ -13,6 +13,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 mod check;
+mod cluster;
 mod environment;
 mod events;
 mod given;
@@ -21,6 +22,7 @@ mod log;
 mod payments;
 pub mod reference;
 
+pub use cluster::Cluster;
 pub use events::{EventMember, EventSink, EventSinkKind, Events};
 pub use given::given_fields;
 pub use payments::{
@@ -86,6 +88,8 @@ pub struct Config {
     pub receipt: Receipt,
     /// Events for the shop's other systems.
     pub events: Events,
+    /// Several nodes on one database.
+    pub cluster: Cluster,
     /// Deletion of old rows.
     pub retention: Retention,
     /// Log level and format.
@@ -242,7 +246,7 @@ pub struct Queue {
 pub struct Redis {
     /// `redis://` or, with TLS, `rediss://[user:password@]host[:port]`. Redis or Valkey, one primary.
     pub url: String,
-    /// Key of the stream. Empty: `millrace:{schema}:0`, for node 0.
+    /// Key of the stream. Empty: `millrace:{schema}:{node}`; a process that is no node of a cluster is node 0.
     pub stream: String,
     /// Replicas that must confirm each group (`WAIT`, from 7.2 on `WAITAOF`) before its orders are acknowledged.
     #[schemars(range(min = 0, max = 16))]
@@ -255,7 +259,8 @@ pub struct Redis {
 pub struct Kafka {
     /// Brokers to ask first: `host:port`, separated by commas.
     pub bootstrap: String,
-    /// The topic. Empty: `millrace-{schema}`. Partition 0 is used.
+    /// The topic. Empty: `millrace-{schema}`. Each node of a cluster uses the partition of its number, others
+    /// partition 0.
     pub topic: String,
     /// Whether connections use TLS, with the system's certificate authorities or those of `ca_file`.
     pub tls: bool,
@@ -277,7 +282,7 @@ pub struct Kafka {
 pub struct RocketMq {
     /// Name servers: `host:port`, separated by semicolons.
     pub namesrv: String,
-    /// The topic. Empty: `millrace-{schema}`. Queue 0 is used.
+    /// The topic. Empty: `millrace-{schema}`. Each node of a cluster uses the queue of its number, others queue 0.
     pub topic: String,
     /// Access key, if the broker checks permissions.
     pub access_key: String,
@@ -529,6 +534,7 @@ impl Default for Config {
             payments: Payments::default(),
             receipt: Receipt::default(),
             events: Events::default(),
+            cluster: Cluster::default(),
             retention: Retention::default(),
             log: Log::default(),
         }

@@ -72,7 +72,7 @@ impl OrderId {
     }
 
     /// The bits of the lane; meaningful from the [`Cutover`](super::Cutover) on.
-    pub(super) fn lane_bits(self) -> Lane {
+    pub(crate) fn lane_bits(self) -> Lane {
         Lane::from_bits(self.0 >> SEQUENCE_BITS)
     }
 
@@ -184,9 +184,18 @@ impl IdClock {
         self.base_ms + u64::try_from(since).unwrap_or(u64::MAX >> 24)
     }
 
-    /// The clock's time: monotonic, and never before an id of an earlier process.
+    /// The clock's time: monotonic, and never before an id of an earlier process, or of an earlier owner of a lane.
     pub fn now(&self) -> UnixMillis {
-        UnixMillis((self.ms_at(Instant::now()) + EPOCH_MS) as i64)
+        let last_ms = self.last.load(Ordering::Relaxed) >> SEQUENCE_BITS;
+        UnixMillis((self.ms_at(Instant::now()).max(last_ms) + EPOCH_MS) as i64)
+    }
+
+    /// Lets no further id lie before `moment`. The lease has to reach beyond it before ids are given out again.
+    pub fn raise(&self, moment: UnixMillis) {
+        let ms = u64::try_from(moment.0)
+            .unwrap_or(0)
+            .saturating_sub(EPOCH_MS);
+        self.last.fetch_max(ms << SEQUENCE_BITS, Ordering::Relaxed);
     }
 
     /// Real time as this process knows it: the wall clock at its start plus a monotonic clock
@@ -204,8 +213,8 @@ impl IdClock {
     /// The lowest id that may belong to the last `window_ms`. After a crash this clock is ahead of
     /// real time by the unused lease of the previous process; the window is not shortened by that.
     pub fn window_floor(&self, window_ms: u64) -> OrderId {
-        let back = i64::try_from(window_ms.saturating_add(self.ahead_ms)).unwrap_or(i64::MAX);
-        OrderId::floor_of(UnixMillis(self.now().0.saturating_sub(back)))
+        let back = i64::try_from(window_ms).unwrap_or(i64::MAX);
+        OrderId::floor_of(UnixMillis(self.real_now().0.saturating_sub(back)))
     }
 
     /// The next id in a lane.
@@ -300,6 +309,20 @@ mod tests {
         let ahead = IdClock::new(UnixMillis::now().plus_ms(60_000), UnixMillis(i64::MAX));
         assert!(ahead.window_floor(30_000) <= before);
         assert!(ahead.real_now() < UnixMillis::now().plus_ms(1_000));
+    }
+
+    #[test]
+    fn a_clock_that_is_raised_goes_on_from_there_and_shortens_no_window() {
+        let clock = IdClock::new(UnixMillis(0), UnixMillis(i64::MAX));
+        let before = clock.next(lane(3)).unwrap();
+        let ahead = UnixMillis::now().plus_ms(60_000);
+        clock.raise(ahead);
+        clock.raise(UnixMillis(0));
+        let id = clock.next(lane(4)).unwrap();
+        assert!(id.millis() >= ahead && clock.now() >= ahead, "{id}");
+        assert!(clock.next(lane(5)).unwrap().turn() > id.turn());
+        assert!(clock.window_floor(30_000) <= before);
+        assert!(clock.real_now() < UnixMillis::now().plus_ms(1_000));
     }
 
     #[test]

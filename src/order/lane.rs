@@ -42,6 +42,54 @@ impl Lane {
     }
 }
 
+/// Some of the lanes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LaneSet(u64);
+
+impl LaneSet {
+    /// Every lane.
+    pub const ALL: LaneSet = LaneSet(u64::MAX);
+
+    /// Whether it has this lane.
+    pub fn has(self, lane: Lane) -> bool {
+        self.0 >> lane.0 & 1 == 1
+    }
+
+    /// Adds a lane.
+    pub fn insert(&mut self, lane: Lane) {
+        self.0 |= 1 << lane.0;
+    }
+
+    /// Its lanes, ascending.
+    pub fn iter(self) -> impl Iterator<Item = Lane> {
+        Lane::all().filter(move |lane| self.has(*lane))
+    }
+
+    /// Number of its lanes.
+    pub fn len(self) -> usize {
+        self.0.count_ones() as usize
+    }
+
+    /// Whether it has none.
+    pub fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+}
+
+impl Extend<Lane> for LaneSet {
+    fn extend<I: IntoIterator<Item = Lane>>(&mut self, lanes: I) {
+        lanes.into_iter().for_each(|lane| self.insert(lane));
+    }
+}
+
+impl FromIterator<Lane> for LaneSet {
+    fn from_iter<I: IntoIterator<Item = Lane>>(lanes: I) -> Self {
+        let mut set = LaneSet::default();
+        set.extend(lanes);
+        set
+    }
+}
+
 /// The first id that names its lane. Releases before lanes wrote the number of a node in its place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cutover(pub OrderId);
@@ -91,6 +139,16 @@ mod tests {
         assert_eq!(Lane::new(63).map(Lane::get), Some(63));
         assert_eq!(Lane::new(64), None);
         assert_eq!(Lane::all().count(), Lane::COUNT);
+    }
+
+    #[test]
+    fn a_set_has_what_was_put_into_it() {
+        let lane = |number| Lane::new(number).unwrap();
+        let set: LaneSet = [63, 0, 5].map(lane).into_iter().collect();
+        assert_eq!(set.iter().map(Lane::get).collect::<Vec<_>>(), [0, 5, 63]);
+        assert!(set.has(lane(63)) && !set.has(lane(1)));
+        assert_eq!((set.len(), LaneSet::ALL.len()), (3, Lane::COUNT));
+        assert!(LaneSet::default().is_empty());
     }
 
     #[test]

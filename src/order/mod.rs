@@ -36,7 +36,7 @@ use sha2::{Digest, Sha256};
 use smol_str::SmolStr;
 
 pub use id::{ClockReading, IdClock, IdLeaseExhausted, IdRange, OrderId};
-pub use lane::{Cutover, Lane};
+pub use lane::{Cutover, Lane, LaneSet};
 pub use refusal::Refusal;
 pub use status::{Ended, OrderStatus};
 

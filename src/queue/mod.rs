@@ -29,7 +29,7 @@ use std::sync::Arc;
 use crate::order::{Order, OrderId, UnixMillis};
 use crate::state::pending::PendingOrder;
 pub use log::Permit;
-pub use logged::{LoggedQueue, QueueParts};
+pub use logged::{LogContact, LoggedQueue, QueueParts};
 pub use ring::RingQueue;
 
 /// The events that an order in the queue survives.

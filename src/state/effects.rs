@@ -39,7 +39,7 @@ use super::State;
 use super::pending::{PendingOrder, Settled};
 use super::stock::{Sku, StockCounter};
 use crate::faults::bug;
-use crate::order::{Ended, Order, OrderId, OrderUnits, SkuNumber, UnixMillis};
+use crate::order::{Ended, LaneSet, Order, OrderId, OrderUnits, SkuNumber, UnixMillis};
 
 /// The caller's evidence that an order has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -225,6 +225,20 @@ impl State {
             self.end_unpaid(units, Ended::Cancelled, Row::Found);
         }
         self.buyers.forget(&units.user_id, units.order_id);
+    }
+
+    /// Forgets everything of lanes that another node owns now. Walks all buyers. Ranges of the expiry index stay: whoever
+    /// looks at the rows of a range passes over those of other nodes.
+    pub fn forget_lanes(&self, lanes: LaneSet) {
+        self.buyers.forget_lanes(lanes);
+        self.recent_orders.forget_lanes(lanes);
+        // Every order that waits has an id that names its lane: lists are younger than lanes.
+        let leaves = |id: &OrderId| lanes.has(id.lane_bits());
+        for sku in self.catalogue.waiting() {
+            let waiting = sku.waitlist().joined_before(OrderId::MAX, usize::MAX);
+            sku.waitlist()
+                .remove(sku.counter(), waiting.into_iter().filter(leaves));
+        }
     }
 
     /// `None`: the buyer's record does not have the order.

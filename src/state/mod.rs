@@ -36,6 +36,7 @@ use std::sync::Arc;
 
 use self::buyers::Buyers;
 use self::expiry_index::ExpiryIndex;
+use self::lanes::NodeLanes;
 use self::orphans::Orphans;
 use self::pending::Pending;
 use self::poison::Poison;
@@ -63,6 +64,8 @@ pub struct State {
     pub expiry_index: ExpiryIndex,
     /// Orders for which a payment waits.
     pub orphans: Orphans,
+    /// The lanes of buyers, if several nodes serve the sale; a process on its own has all of them.
+    pub lanes: Option<NodeLanes>,
     /// The fail-stop flag.
     pub poison: Arc<Poison>,
     /// Source of order ids.

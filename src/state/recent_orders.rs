@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::pending::PendingOrder;
 use super::set_associative::Sets;
-use crate::order::{OrderId, UnixMillis};
+use crate::order::{Lane, LaneSet, OrderId, UnixMillis};
 
 /// Recently written orders by id.
 pub struct RecentOrders {
@@ -37,6 +37,15 @@ impl RecentOrders {
     /// Every order in it.
     pub fn all(&self) -> Vec<Arc<PendingOrder>> {
         self.orders.all()
+    }
+
+    /// Removes the orders of lanes that another node owns now.
+    pub fn forget_lanes(&self, lanes: LaneSet) {
+        for pending in self.orders.all() {
+            if lanes.has(Lane::of(&pending.order.user_id)) {
+                self.forget(pending.order.id);
+            }
+        }
     }
 
     /// Removes an order. Call it before its row is changed: from then on the database is asked.

@@ -55,7 +55,7 @@ pub enum StoreError {
     },
     /// Another process is active on this database.
     #[error(
-        "another Millrace is active on this database{0}; stop it first, or give this one a database.schema of its own"
+        "another Millrace is active on this database{0}; stop it first, give this one a database.schema of its own, or let several serve the sale by cluster.enabled = true in each of them"
     )]
     AlreadyActive(String),
     /// Nodes of a cluster have not left this database.

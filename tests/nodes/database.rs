@@ -145,7 +145,7 @@ async fn a_dead_node_makes_sold_out_wait_for_its_share() {
         Supply::Unanswered,
         "its log may hold orders"
     );
-    takeover::finish(&bed.database, survivor, fenced.dead[0].lease)
+    takeover::finish(&bed.database, survivor, fenced.dead[0].lease, UnixMillis(0))
         .await
         .unwrap();
     let share = shares::share_of(&bed.database, survivor.node, SKU)
@@ -504,7 +504,7 @@ async fn the_log_of_a_single_node_that_is_gone_is_replayed_before_anybody_has_a_
     let log = fenced.dead[0].log.as_ref().unwrap();
     assert!(log.in_use && log.name.ends_with("0a"), "{log:?}");
     assert_eq!(lanes::claim_free(&bed.database, node).await.unwrap(), []);
-    takeover::finish(&bed.database, node, fenced.dead[0].lease)
+    takeover::finish(&bed.database, node, fenced.dead[0].lease, UnixMillis(0))
         .await
         .unwrap();
     let lanes = lanes::claim_free(&bed.database, node).await.unwrap();

@@ -192,7 +192,7 @@ async fn what_a_dead_node_has_acknowledged_is_written_by_whoever_inherits_it_and
             "{:?}",
             node.lease
         );
-        takeover::finish(&bed.database, heir.lease, node.lease)
+        takeover::finish(&bed.database, heir.lease, node.lease, UnixMillis(0))
             .await
             .unwrap();
     }

@@ -552,7 +552,10 @@ impl Run {
         }
         let at = self.random.random_range(0..self.begun.len());
         let (by, dead) = self.begun[at];
-        let found = refused(takeover::finish(&self.bed.database, real(by), real(dead)).await);
+        let found = refused(
+            takeover::finish(&self.bed.database, real(by), real(dead), UnixMillis(0)).await,
+        )
+        .map(drop);
         let expected = self.arbiter.finish(by, dead);
         assert_eq!(found, expected, "{by:?} {dead:?}");
         if expected.is_ok() {

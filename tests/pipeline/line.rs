@@ -53,6 +53,7 @@ impl Line {
         catalogue.add(skus::load_all(&sale.database, sale.lease()).await.unwrap());
         let hour = UnixMillis::now().plus_ms(3_600_000);
         let state = Arc::new(State {
+            lanes: None,
             recent_orders: millrace::state::recent_orders::RecentOrders::with_capacity(1_000),
             expiry_index: millrace::state::expiry_index::ExpiryIndex::default(),
             orphans: millrace::state::orphans::Orphans::default(),

@@ -151,7 +151,7 @@ pub(super) fn verify(config: &Config) -> anyhow::Result<bool> {
 }
 
 fn connect(config: &Config) -> anyhow::Result<Arc<dyn Broker>> {
-    let broker = brokers::client(config)?;
+    let broker = brokers::client(config, 0)?;
     for warning in while_away(PATIENCE, || broker.check())? {
         say(&format!("{}: {warning}", broker.title()));
     }

@@ -275,7 +275,7 @@ async fn abandon(args: &AbandonArgs) -> anyhow::Result<bool> {
     let open = open_database(&config).await?;
     let guard = lease::claim(&open.database).await?;
     prepare_schema(&config, &open.database).await?;
-    let noted = order_log::noted(&open.database, &guard).await?;
+    let noted = order_log::noted(&open.database, &guard, 0).await?;
     let noted_name = noted.as_ref().map(|noted| noted.name.clone());
     let done = match noted.filter(|noted| noted.in_use) {
         Some(noted) => {

@@ -8,6 +8,7 @@ use serde::Serialize;
 use super::{ControlPlane, Parts, preflight};
 use crate::faults::bug;
 use crate::logging;
+use crate::pipeline::cluster::member::Member;
 use crate::pipeline::failover::health::STALE;
 use crate::pipeline::orders::deadlines::look_at_progress;
 
@@ -113,6 +114,10 @@ fn checks(parts: &Parts) -> Vec<ReadyCheck> {
         let ok = failure.is_none() && away.is_none() && parts.acknowledge.holds();
         check("journal", ok, detail);
     }
+    if let Some(member) = &parts.member {
+        let (ok, detail) = membership(member);
+        check("membership", ok, detail);
+    }
     let (ok, detail) = match parts.health.last() {
         None => (false, "not looked at yet".into()),
         Some(look) => match &look.failure {
@@ -126,6 +131,21 @@ fn checks(parts: &Parts) -> Vec<ReadyCheck> {
     };
     check("database", ok, detail);
     checks
+}
+
+/// Whether this node renews its membership, and the detail of the check. A node without lanes is ready: it passes
+/// requests on.
+fn membership(member: &Member) -> (bool, String) {
+    let (node, ago_ms) = (member.lease.node, member.renewed_ago_ms());
+    let lanes = member.lanes.open_here().len();
+    if ago_ms >= member.lease_ms {
+        let detail = format!(
+            "node {node} has renewed nothing for {} s, and may be taken over",
+            ago_ms / 1_000
+        );
+        return (false, detail);
+    }
+    (true, format!("node {node} has {lanes} lanes open"))
 }
 
 /// Whether orders are written while orders wait, and the detail of the check.
@@ -169,6 +189,12 @@ pub(super) async fn metrics(State(plane): State<ControlPlane>) -> Response {
             .stalled_seconds
             .set(parts.state.progress.stalled_for().as_secs_f64());
         metrics.poisoned.set(i64::from(parts.state.poison.is_set()));
+        if let Some(member) = &parts.member {
+            let age = member.renewed_ago_ms() as f64 / 1_000.0;
+            metrics.cluster.renewal_age_seconds.set(age);
+            let open = member.lanes.open_here().len();
+            metrics.cluster.lanes_open.set(open as i64);
+        }
         metrics.queue_depth.set(parts.queue.depth() as i64);
         if let Some(durable) = parts.queue.durable() {
             metrics.journal_bytes.set(durable.bytes() as i64);

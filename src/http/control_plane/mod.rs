@@ -15,6 +15,7 @@ mod extract;
 mod failure;
 mod health;
 mod live;
+mod nodes;
 mod orders;
 mod payments;
 mod preflight;
@@ -35,6 +36,7 @@ use crate::order::receipt::ReceiptKeys;
 use crate::pipeline::admin::audit::Auditor;
 use crate::pipeline::admin::operator::Operator;
 use crate::pipeline::admin::preflight::Preflighter;
+use crate::pipeline::cluster::member::Member;
 use crate::pipeline::events::status::Sinks;
 use crate::pipeline::failover::health::Health;
 use crate::pipeline::failover::lease::AcknowledgeLease;
@@ -76,6 +78,8 @@ pub struct Parts {
     pub lookup: OrderLookup,
     /// Whether the database has the index by user, so that a whole history can be listed.
     pub user_index: bool,
+    /// The membership of a node of a cluster.
+    pub member: Option<Arc<Member>>,
     /// The right to acknowledge orders before they are rows.
     pub acknowledge: Arc<AcknowledgeLease>,
     /// The last check of the database.

@@ -11,8 +11,8 @@ use axum::routing::{self, MethodFilter, MethodRouter};
 use super::extract::{self, Accepts};
 use super::failure::Failure;
 use super::{
-    ControlPlane, access, audit, dashboard, dead_letters, document, events, health, live, orders,
-    payments, preflight, profile, skus,
+    ControlPlane, access, audit, dashboard, dead_letters, document, events, health, live, nodes,
+    orders, payments, preflight, profile, skus,
 };
 use crate::http::problem::Problem;
 
@@ -185,6 +185,8 @@ fn table() -> Vec<Route> {
             "/admin/v1/dead-letters/{id}/discard",
             dead_letters::discard,
         )),
+        get("/admin/v1/nodes", nodes::list),
+        post("/admin/v1/nodes/{node}/drain", nodes::drain),
         get("/admin/v1/events", events::list_sinks),
         with_query(
             &["after"],

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | [`json`] | the only way from JSON to a struct |
 //! | [`orders`], [`order_history`], [`skus`], [`dead_letters`], [`payments`], [`events`] | bodies and views |
-//! | `lanes` | the lanes of a cluster |
+//! | `lanes`, `nodes` | the lanes and the nodes of a cluster |
 //! | [`headers`], [`query`] | header fields and query fields |
 //! | [`mod@write`] | writing an answer |
 
@@ -13,6 +13,7 @@ pub mod events;
 pub mod headers;
 pub mod json;
 mod lanes;
+mod nodes;
 pub mod order_history;
 pub mod orders;
 pub mod payments;
@@ -26,6 +27,7 @@ pub use dead_letters::{DeadLetterView, NoteBody};
 pub use headers::{idempotency_key, no_batch_key, parse_key, require_identity};
 pub use json::no_members;
 pub use lanes::{LaneView, LanesView};
+pub use nodes::{NodeView, NodesView};
 pub use orders::{ATTRIBUTES_BYTES_MAX, BatchLine, OrderBody, OrderList, OrderView, UndecidedView};
 pub use skus::{DrawBody, OperatorSkuView, PutSkuView, RestockBody, SkuBody, SkuView};
 

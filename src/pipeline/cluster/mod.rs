@@ -3,14 +3,20 @@
 //!
 //! * [`watch`]: when another node is suspect, and [`balance`]: which lanes should move; both need neither PostgreSQL nor
 //!   a clock, so a model can drive them;
+//! * [`member`]: renewing, and seeing the other nodes;
+//! * [`lane_keeper`]: opening, closing and handing over lanes;
+//! * [`held`]: lanes that do not move while their orders do;
 //! * [`lending`]: the node's shares of stock;
 //! * [`terms`]: operators' changes at other nodes;
-//! * [`takeover`]: replaying the log of a node that is gone.
+//! * [`takeover`]: replaying the log of a node that is gone, and taking its lanes over.
 //!
 //! [docs/NODES.md](../../../docs/NODES.md) says what stands and what does not.
 
 pub mod balance;
+pub mod held;
+pub mod lane_keeper;
 pub mod lending;
+pub mod member;
 pub mod takeover;
 pub mod terms;
 pub mod watch;

@@ -10,17 +10,26 @@
 //! begun again by whoever inherits it: the epoch of the marker rises, and orders that are there are left alone.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use crate::order::UnixMillis;
+use tokio::sync::Notify;
+
+use super::lending;
+use super::member::Member;
+use crate::backoff::Backoff;
+use crate::metrics::Metrics;
+use crate::order::{ClockReading, SkuNumber, UnixMillis};
 use crate::pipeline::failover::lease::now_ms;
 use crate::pipeline::failover::log_replay::{self, LogReplay};
 use crate::pipeline::failover::replay::{Applied, Replayer};
 use crate::queue::log::broker::reader::ReadError;
 use crate::queue::log::broker::{BeforeStart, Broker, Known, Owner, PATIENCE};
+use crate::state::State;
 use crate::state::orphans::Orphans;
 use crate::store::StoreError;
 use crate::store::batch::BatchWriter;
-use crate::store::cluster::takeover::DeadNode;
+use crate::store::cluster::shares::Share;
+use crate::store::cluster::takeover::{self, DeadNode, Suspect};
 use crate::store::postgres::Database;
 
 /// Reasons why a log could not be replayed.
@@ -35,6 +44,9 @@ pub enum TakeoverError {
     /// The thread that reads it has ended.
     #[error("reading the log of a node that is gone: {0}")]
     Ended(#[from] tokio::task::JoinError),
+    /// The settings of this node do not lead to it.
+    #[error("{0}")]
+    Unreachable(String),
 }
 
 /// The conditions of a replay.
@@ -114,4 +126,174 @@ pub async fn replay(
         id_high_water,
         silent_since_ms,
     })
+}
+
+/// Pauses before a log is read again that could not be.
+const AGAIN: Backoff = Backoff::new(Duration::from_millis(500), Duration::from_secs(10));
+
+/// Finds the order log of a node: its client, checked, and its name in the database.
+pub type FindLog = Arc<dyn Fn(i16) -> Result<(Arc<dyn Broker>, String), String> + Send + Sync>;
+
+/// The parts of whoever takes dead nodes over.
+pub struct TakeoverParts {
+    /// The membership.
+    pub member: Arc<Member>,
+    /// The database.
+    pub database: Database,
+    /// Finds order logs. Blocks.
+    pub find_log: FindLog,
+    /// The identity of the database.
+    pub identity: [u8; 16],
+    /// The writer of dead nodes that replays.
+    pub shard: i16,
+    /// Most rows of a transaction.
+    pub rows_max: usize,
+    /// The clock of this process.
+    pub clock: ClockReading,
+    /// Woken when lanes have come.
+    pub changed: Arc<Notify>,
+    /// The metrics.
+    pub metrics: Metrics,
+}
+
+/// Takes dead nodes over, one after the other.
+pub struct Takeovers {
+    parts: TakeoverParts,
+    /// Fenced, and not finished.
+    begun: Vec<DeadNode>,
+}
+
+impl Takeovers {
+    /// Begins with the nodes that an earlier process on this row had fenced and not finished.
+    pub fn new(parts: TakeoverParts, inherited: Vec<DeadNode>) -> Self {
+        Takeovers {
+            parts,
+            begun: inherited,
+        }
+    }
+
+    /// Finishes what an earlier process had begun, before memory has any share.
+    ///
+    /// # Errors
+    /// The first that cannot be finished.
+    pub async fn finish_begun(&mut self, orphans: &Orphans) -> Result<(), TakeoverError> {
+        while let Some(dead) = self.begun.first().cloned() {
+            self.settle(&dead, orphans).await?;
+            self.begun.remove(0);
+        }
+        Ok(())
+    }
+
+    async fn settle_begun(&mut self, state: &State) -> Result<(), TakeoverError> {
+        while let Some(dead) = self.begun.first().cloned() {
+            let merged = self.settle(&dead, &state.orphans).await?;
+            self.begun.remove(0);
+            lending::merged(state, &merged);
+            self.parts.changed.notify_one();
+        }
+        Ok(())
+    }
+
+    /// Runs until the future is dropped or this node is taken over itself.
+    pub async fn run(mut self, state: Arc<State>) {
+        let mut seen = self.parts.member.watch();
+        let mut backoff = AGAIN;
+        loop {
+            let suspects = seen.borrow_and_update().suspects.clone();
+            let mut step = Ok(());
+            for suspect in suspects {
+                step = self.fence(suspect).await;
+            }
+            if step.is_ok() {
+                step = self.settle_begun(&state).await;
+            }
+            match step {
+                Ok(()) => backoff.reset(),
+                Err(TakeoverError::Store(error @ StoreError::Fenced { .. })) => {
+                    // It is this node, or another has inherited the dead one meanwhile; its own renewal knows.
+                    tracing::warn!(reason = %error, "a takeover was given up");
+                    self.begun.clear();
+                    self.parts.member.look_now();
+                }
+                Err(error) => {
+                    tracing::error!(
+                        reason = %error,
+                        "a node that is gone could not be taken over; its lanes stay closed; retrying"
+                    );
+                    tokio::time::sleep(backoff.pause()).await;
+                    continue;
+                }
+            }
+            if state.poison.is_set() || seen.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    async fn fence(&mut self, suspect: Suspect) -> Result<(), TakeoverError> {
+        let TakeoverParts {
+            member, database, ..
+        } = &self.parts;
+        let mut session = database
+            .connect(&format!("millrace takeover {}", member.lease.node))
+            .await?;
+        let fenced = takeover::fence(database, &mut session, member.lease, suspect).await?;
+        let Some(taken) = fenced else {
+            return Ok(());
+        };
+        tracing::warn!(
+            node = suspect.node,
+            lanes = taken.lanes.len(),
+            gave_up = suspect.renewals < 0,
+            "a node is gone: fenced it; its lanes are ours once its log is replayed"
+        );
+        member.note_taken(taken.lanes.iter().map(|row| row.lane).collect());
+        self.parts.metrics.cluster.takeovers.inc();
+        self.begun.extend(taken.dead);
+        Ok(())
+    }
+
+    /// Replays the log of a dead node and ends its takeover. Returns the shares that became this node's.
+    async fn settle(
+        &self,
+        dead: &DeadNode,
+        orphans: &Orphans,
+    ) -> Result<Vec<(SkuNumber, Share)>, TakeoverError> {
+        let parts = &self.parts;
+        let (ids_until, silent_since_ms) = match dead.log.as_ref().filter(|log| log.in_use) {
+            // Nothing is acknowledged before its row then, and the row's writers are fenced.
+            None => (dead.ids_until, now_ms()),
+            Some(log) => {
+                let (find, node) = (Arc::clone(&parts.find_log), dead.lease.node);
+                let found = tokio::task::spawn_blocking(move || find(node)).await?;
+                let (broker, name) = found.map_err(TakeoverError::Unreachable)?;
+                if name != log.name {
+                    return Err(TakeoverError::Unreachable(format!(
+                        "the log of node {node} is {} ({}), and the settings of this node lead to {}: give all nodes the \
+                         same queue settings",
+                        log.title,
+                        log.name,
+                        broker.title()
+                    )));
+                }
+                let with = Replaying {
+                    broker,
+                    identity: parts.identity,
+                    shard: parts.shard,
+                    rows_max: parts.rows_max,
+                    orphans,
+                    now: parts.clock.now(),
+                };
+                let replayed = replay(&parts.database, dead, with).await?;
+                let ids_until = dead.ids_until.max(replayed.id_high_water);
+                (ids_until, replayed.silent_since_ms)
+            }
+        };
+        // Before its lanes are unblocked: whoever looks then finds that they have to wait.
+        parts.member.wait_for_answers_of(silent_since_ms);
+        let (by, dead) = (parts.member.lease, dead.lease);
+        let merged = takeover::finish(&parts.database, by, dead, ids_until).await?;
+        tracing::warn!(node = dead.node, "took over a node that is gone");
+        Ok(merged)
+    }
 }

@@ -52,6 +52,15 @@ impl AcknowledgeLease {
         }
     }
 
+    /// The right of a node of a cluster, which its log alone limits: whoever takes the node over marks its log first. It
+    /// lasts until it is revoked.
+    pub fn of_log() -> Self {
+        AcknowledgeLease {
+            lease_ms: 0,
+            until_ms: AtomicU64::new(u64::MAX),
+        }
+    }
+
     /// Whether this process holds the lease now.
     pub fn holds(&self) -> bool {
         now_ms() < self.until_ms.load(Ordering::Acquire)

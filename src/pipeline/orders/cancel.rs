@@ -211,6 +211,12 @@ impl Canceller {
         self
     }
 
+    /// Orders whose cancellation is under way or in doubt.
+    pub fn in_doubt(&self) -> Vec<OrderId> {
+        let orders = &self.unresolved.orders;
+        orders.with(|orders| orders.keys().copied().collect())
+    }
+
     /// Cancels an unpaid order, or one that waits for units, and returns it; its units are free when this
     /// returns. An order already cancelled is returned unchanged.
     ///

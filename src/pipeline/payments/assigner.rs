@@ -21,6 +21,7 @@ use super::settler::Settler;
 use crate::backoff::Backoff;
 use crate::faults::crash_point;
 use crate::order::{Ended, OrderId, SkuNumber, UnixMillis};
+use crate::pipeline::cluster::held::hold;
 use crate::state::stock::Sku;
 use crate::store::StoreError;
 use crate::store::settlement::waitlist;
@@ -141,6 +142,22 @@ impl Assigner {
         if selected.is_empty() {
             return Ok(false);
         }
+        let state = Arc::clone(&self.settler.parts.state);
+        let database = self.settler.parts.database.clone();
+        let orders = selected.iter().flat_map(|selected| &selected.orders);
+        let ids: Vec<OrderId> = orders.map(|(id, _)| *id).collect();
+        let count = ids.len();
+        let held = hold(state.lanes.as_ref(), &database, ids).await;
+        if held
+            .as_ref()
+            .map_or(true, |(_, here, _)| here.len() < count)
+        {
+            // The lane of one is about to move, or opens again; the others wait for that.
+            for Selected { sku, orders } in &selected {
+                sku.waitlist().give_back(sku.counter(), orders);
+            }
+            return held.map(|_| false);
+        }
         crash_point("waitlist.selected");
         match self.assign(&selected, ttl_ms).await {
             Ok(()) => {
@@ -222,6 +239,8 @@ impl Assigner {
             None => state.ids.window_floor(self.waitlist_ttl_ms),
         };
         let due = sku.waitlist().joined_before(before, ORDERS_MAX);
+        let database = self.settler.parts.database.clone();
+        let (_held, due, _) = hold(state.lanes.as_ref(), &database, due).await?;
         if due.is_empty() {
             return Ok(false);
         }

@@ -16,13 +16,15 @@
 //! that takes too long is made shorter. A SKU whose row is locked, or whose counters are refused, is deferred
 //! by itself and takes turns with the others.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::settler::Settler;
 use crate::backoff::Backoff;
 use crate::faults::bug;
 use crate::order::{IdRange, OrderId, SkuNumber, UnixMillis};
+use crate::pipeline::cluster::held::hold;
 use crate::state::expiry_index::{Due, Nearness, Ranges};
 use crate::store::StoreError;
 use crate::store::settlement::expiry::{self, Overdue};
@@ -291,8 +293,18 @@ impl Expiry {
     /// Expires orders, in the database and in memory. Orders whose rows were locked, and orders that were paid
     /// in time, are noted for later.
     async fn expire(&mut self, part: &[Overdue], now: UnixMillis) -> Result<(), StoreError> {
-        let state = &self.settler.parts.state;
-        let with_orphans = !state.orphans.is_empty();
+        let state = Arc::clone(&self.settler.parts.state);
+        // Payments for orders of this node may be stored at others.
+        let with_orphans = !state.orphans.is_empty() || state.lanes.is_some();
+        let (database, all) = (
+            &self.settler.parts.database,
+            part.iter().map(|one| one.order_id),
+        );
+        // A range has orders of other nodes too, which they expire.
+        let (_held, here, closed) = hold(state.lanes.as_ref(), database, all.collect()).await?;
+        let of_node = state.lanes.as_ref();
+        let of_node: Option<HashSet<OrderId>> = of_node.map(|_| here.iter().copied().collect());
+        let is_here = |id| of_node.as_ref().is_none_or(|here| here.contains(id));
         let paid = |one: &Overdue| {
             with_orphans
                 && state.orphans.paid_in_time(one.order_id, one.expires_at)
@@ -300,7 +312,7 @@ impl Expiry {
         };
         let ids: Vec<OrderId> = part
             .iter()
-            .filter(|one| !paid(one))
+            .filter(|one| is_here(&one.order_id) && !paid(one))
             .map(|one| one.order_id)
             .collect();
         let started = Instant::now();
@@ -324,7 +336,7 @@ impl Expiry {
         }
         drop(moving);
         let mut done = expired.iter().map(|one| one.units.order_id).peekable();
-        let mut left: Vec<OrderId> = part.iter().map(|one| one.order_id).collect();
+        let mut left: Vec<OrderId> = here.into_iter().chain(closed).collect();
         left.sort_unstable();
         left.retain(|id| done.next_if_eq(id).is_none());
         let later = now.plus_ms(AGAIN_MS);

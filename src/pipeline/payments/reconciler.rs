@@ -21,6 +21,7 @@ use crate::faults::bug;
 use crate::order::payment::{PaymentState, RefundReason};
 use crate::order::receipt::{ReceiptKeys, ReceiptOrder};
 use crate::order::{Order, OrderId, OrderUnits, Quantity, Refusal, UnixMillis};
+use crate::pipeline::cluster::held::hold;
 use crate::pipeline::cluster::lending;
 use crate::pipeline::orders::lookup::OrderLookup;
 use crate::queue::OrderQueue;
@@ -213,16 +214,20 @@ impl Reconciler {
 
     /// Matches the orphans of these orders to them. Returns true if any matched.
     async fn match_orders(&mut self, orders: &[OrderId]) -> Result<bool, StoreError> {
+        // Orders of other nodes are matched there.
+        let state = Arc::clone(&self.settler.parts.state);
+        let database = self.settler.parts.database.clone();
+        let (_held, orders, _) = hold(state.lanes.as_ref(), &database, orders.to_vec()).await?;
         if orders.is_empty() {
             return Ok(false);
         }
         let settler = &mut self.settler;
         let now = settler.parts.state.ids.real_now();
-        for order_id in orders {
+        for order_id in &orders {
             settler.parts.state.recent_orders.forget(*order_id);
         }
         let (moving, writer) = settler.writer().await?;
-        let settlement = settlement::payments::match_orphans(writer, orders, now).await?;
+        let settlement = settlement::payments::match_orphans(writer, &orders, now).await?;
         settler.apply_settlement(&settlement).await;
         drop(moving);
         Ok(!settlement.matched.is_empty())
@@ -236,7 +241,15 @@ impl Reconciler {
             postgres::payments::due_orphans(&self.settler.parts.database, now, CHECKS_MAX).await?;
         let full = due.len() as i64 == CHECKS_MAX;
         let checks = self.orphan_checks;
+        let state = Arc::clone(&self.settler.parts.state);
+        let database = self.settler.parts.database.clone();
         for payment in due {
+            let ids: Vec<OrderId> = payment.order_id.into_iter().collect();
+            let (_held, here, _) = hold(state.lanes.as_ref(), &database, ids).await?;
+            if here.is_empty() && payment.order_id.is_some() {
+                // Its owner decides.
+                continue;
+            }
             if payment.has_order || self.is_under_way(payment.order_id).await? {
                 // Matched in the next pass, or once the order is a row.
                 self.put_off(&payment, payment.checks, IN_FLIGHT_MS).await?;

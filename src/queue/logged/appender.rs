@@ -33,6 +33,8 @@ pub(super) struct Appender {
     /// group, and orders of a group that the log did not take.
     held_back: Vec<Incoming>,
     backoff: Backoff,
+    /// When the group was sent first, by the clock of the contact.
+    sent_at_ms: Option<u64>,
 }
 
 /// What a step of the thread came to.
@@ -58,6 +60,7 @@ impl Appender {
             lease: None,
             held_back: Vec::new(),
             backoff,
+            sent_at_ms: None,
         }
     }
 
@@ -181,6 +184,9 @@ impl Appender {
         let permits = self.orders.iter().map(|(_, permit)| permit).chain(leased);
         let reserved = permits.map(Permit::sectors).sum();
         let started = Instant::now();
+        if let Some(contact) = &self.shared.parts.contact {
+            self.sent_at_ms.get_or_insert_with(contact.now_ms);
+        }
         let appended = self.writer.append(&self.group.group(), reserved);
         let metrics = &self.shared.parts.metrics;
         metrics
@@ -198,6 +204,11 @@ impl Appender {
         metrics.journal_orders.inc_by(group.orders.into());
         self.backoff.reset();
         self.shared.set_back();
+        if let (Some(contact), Some(sent_at_ms)) =
+            (&self.shared.parts.contact, self.sent_at_ms.take())
+        {
+            (contact.note)(sent_at_ms);
+        }
         if let Some((done, permit)) = self.lease.take() {
             permit.spend();
             let _ = done.send(true);
@@ -283,6 +294,7 @@ impl Appender {
 
     /// The log has certainly not taken the group: its orders are gathered again, unless their deadlines pass.
     fn take_back(&mut self) {
+        self.sent_at_ms = None;
         if let Some((done, _permit)) = self.lease.take() {
             let _ = done.send(false);
         }

@@ -18,4 +18,4 @@ mod shared;
 mod spill;
 
 pub use queue::LoggedQueue;
-pub use shared::QueueParts;
+pub use shared::{LogContact, QueueParts};

@@ -31,8 +31,20 @@ pub struct QueueParts {
     pub may_acknowledge: Arc<dyn Fn() -> bool + Send + Sync>,
     /// Called with the reason if a thread of the queue ends unasked: the process has to stop.
     pub on_end: Arc<dyn Fn(String) + Send + Sync>,
+    /// Takes groups as signs of contact to the log, at a node of a cluster.
+    pub contact: Option<LogContact>,
     /// The metrics.
     pub metrics: Metrics,
+}
+
+/// Whoever counts each group that is durable as a contact to the log. A contact is as old as the first sending of its
+/// group: a group that the log has already may have a marker behind it.
+#[derive(Clone)]
+pub struct LogContact {
+    /// The clock, in milliseconds; it must not stand still while the machine sleeps.
+    pub now_ms: fn() -> u64,
+    /// Called with the moment of the first sending.
+    pub note: Arc<dyn Fn(u64) + Send + Sync>,
 }
 
 pub(super) struct Shared {

@@ -33,7 +33,8 @@ use parking_lot::RwLock;
 pub use self::record::LiveOrder;
 use self::record::{CountDelta, Entry, Record, Rule};
 use crate::order::{
-    Ended, KeyHash, Order, OrderId, PayloadHash, Quantity, Refusal, SkuNumber, UserId,
+    Ended, KeyHash, Lane, LaneSet, Order, OrderId, PayloadHash, Quantity, Refusal, SkuNumber,
+    UserId,
 };
 
 /// One order in a buyer's record.
@@ -333,6 +334,17 @@ impl Buyers {
     /// Removes an order that was never written: its key may be used afresh.
     pub fn forget(&self, user_id: &UserId, order_id: OrderId) {
         self.with_record(user_id, order_id, |record| ((), record.remove(order_id)));
+    }
+
+    /// Forgets the buyers of lanes that another node owns now. Walks all.
+    pub fn forget_lanes(&self, lanes: LaneSet) {
+        self.records.retain(|user_id, record| {
+            let leaves = lanes.has(Lane::of(user_id));
+            if leaves {
+                self.count(record.departure());
+            }
+            !leaves
+        });
     }
 
     /// Releases an order's units from the purchase limit and keeps its key. `Some(true)`: it was live

@@ -335,6 +335,16 @@ impl Record {
         delta
     }
 
+    /// The change of the counts if all of its orders leave.
+    pub(super) fn departure(&self) -> CountDelta {
+        let mut delta = CountDelta::default();
+        match self {
+            Record::Few(few) => few.iter().for_each(|entry| delta.leave(entry)),
+            Record::Many(many) => many.all().for_each(|entry| delta.leave(&entry)),
+        }
+        delta
+    }
+
     /// Sets the end of an order, or (`None`) that its units count again. `Some(true)`: this has
     /// changed whether they count. An order that had ended keeps its end. An order that stays only
     /// for its units goes when they no longer count.

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 use crossbeam::utils::CachePadded;
 
-use crate::order::Lane;
+use crate::order::{Cutover, Lane, LaneSet};
 use crate::sync::{AtomicU64, Guarded, Ordering};
 
 mod door;
@@ -52,6 +52,15 @@ pub enum Standing {
         /// Its owner.
         owner: NodeAddress,
     },
+}
+
+/// The lanes of a node, for tasks that act on orders.
+#[derive(Clone, Debug)]
+pub struct NodeLanes {
+    /// Which lanes are open here.
+    pub lanes: Arc<Lanes>,
+    /// Which order ids name their lane.
+    pub cutover: Cutover,
 }
 
 /// The lanes.
@@ -115,6 +124,14 @@ impl Lanes {
             })
     }
 
+    /// Admits work on those of some lanes that are open here. A lane is not handed over while its pass lives.
+    pub fn enter_among(&self, lanes: LaneSet) -> (LaneSet, Vec<LanePass<'_>>) {
+        let entered = lanes
+            .iter()
+            .filter_map(|lane| Some((lane, self.door(lane).pass()?)));
+        entered.unzip()
+    }
+
     /// Opens a lane that this process has taken. Returns false if a higher epoch is known.
     pub fn open(&self, lane: Lane, epoch: u64) -> bool {
         self.set(lane, epoch, Standing::Here { epoch }, Door::open)
@@ -134,6 +151,15 @@ impl Lanes {
             Standing::Elsewhere { epoch, owner },
             Door::shut,
         )
+    }
+
+    /// The lanes that are open here.
+    pub fn open_here(&self) -> LaneSet {
+        let standings = self.snapshot().into_iter();
+        standings
+            .filter(|(_, standing)| matches!(standing, Standing::Here { .. }))
+            .map(|(lane, _)| lane)
+            .collect()
     }
 
     /// Whether a lane is closed and every request that had passed is answered.

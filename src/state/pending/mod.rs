@@ -7,7 +7,7 @@ use std::hash::{Hash, Hasher};
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
-use crate::order::{Order, OrderId};
+use crate::order::{Lane, LaneSet, Order, OrderId};
 use crate::sync::{AtomicU64, AtomicUsize, DashMap, Entry, Ordering, Waker};
 pub use slot::{Settled, Slot, SlotState};
 
@@ -237,6 +237,13 @@ impl Pending {
         }
         self.next_due_ms.fetch_min(next, Ordering::AcqRel);
         due
+    }
+
+    /// Those of `lanes` that have an order in flight. Walks all.
+    pub fn among(&self, lanes: LaneSet) -> LaneSet {
+        let orders = self.orders.iter();
+        let of = orders.map(|entry| Lane::of(&entry.key().0.order.user_id));
+        of.filter(|lane| lanes.has(*lane)).collect()
     }
 
     /// Every order in flight, for the final settlement at shutdown.

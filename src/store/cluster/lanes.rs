@@ -9,12 +9,14 @@
 //!          └── the last node leaves ──┴────────────────────────────────────────────────────┘
 //! ```
 
+use std::collections::{BTreeMap, HashMap};
+
 use tokio_postgres::{Error, Row, Transaction};
 
 use super::in_force;
-use crate::order::{Lane, SkuNumber, UnixMillis};
+use crate::order::{Lane, LaneSet, OrderId, SkuNumber, UnixMillis};
 use crate::store::StoreError;
-use crate::store::postgres::{Database, NodeLease};
+use crate::store::postgres::{Database, NodeLease, lease};
 
 /// The row of a lane.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +63,27 @@ pub async fn all(database: &Database) -> Result<Vec<LaneRow>, StoreError> {
     rows.iter().map(lane_row).collect()
 }
 
+/// Some lanes, once no transaction changes them.
+///
+/// # Errors
+/// If the database does not answer, or a transaction still holds one of them.
+pub async fn locked(database: &Database, lanes: LaneSet) -> Result<Vec<LaneRow>, StoreError> {
+    let client = database.pooled().await?;
+    let numbers: Vec<i16> = lanes.iter().map(|lane| i16::from(lane.get())).collect();
+    let rows = database
+        .timed(
+            "looking up the outcome of a hand-over",
+            client.query(
+                &format!(
+                    "SELECT {COLUMNS} FROM lane WHERE lane = ANY ($1) ORDER BY lane FOR SHARE"
+                ),
+                &[&numbers],
+            ),
+        )
+        .await?;
+    rows.iter().map(lane_row).collect()
+}
+
 /// Takes every lane that is nobody's, with the units of their unpaid orders. All of them or none, because these units
 /// are one number. None while the log of a single node, which had all lanes, may hold orders. Returns the lanes that
 /// were taken.
@@ -96,6 +119,7 @@ pub async fn claim_free(database: &Database, lease: NodeLease) -> Result<Vec<Lan
             .await?;
         if !taken.is_empty() {
             held_into_share(&transaction, lease.node).await?;
+            lease::take_unpaid_from(&transaction, lease.node).await?;
         }
         transaction.commit().await?;
         Ok(Some(taken))
@@ -233,6 +257,7 @@ pub async fn hand_over(
         transaction
             .execute(INTO_SHARE, &[&over.to, &skus, &units])
             .await?;
+        share_unpaid_from(&transaction, lease.node, over.to).await?;
         transaction.commit().await?;
         Ok(Some(HandedOver::Yes {
             epoch: moved.get(0),
@@ -242,4 +267,127 @@ pub async fn hand_over(
         .timed("handing a lane over", work)
         .await?
         .ok_or_else(|| lease.is_lost())
+}
+
+/// Has the node `to`, which gets lanes of `from`, look for unpaid orders from where `from` did.
+pub(super) async fn share_unpaid_from(
+    transaction: &Transaction<'_>,
+    from: i16,
+    to: i16,
+) -> Result<(), Error> {
+    transaction
+        .execute(
+            "UPDATE node n SET unpaid_changes = n.unpaid_changes + 1, unpaid_from = least(n.unpaid_from, g.unpaid_from)
+               FROM node g WHERE n.node = $2 AND g.node = $1",
+            &[&from, &to],
+        )
+        .await
+        .map(|_| ())
+}
+
+/// Has the node look for unpaid orders from `least` on at the latest: it has loaded lanes with older ones.
+///
+/// # Errors
+/// [`StoreError::Fenced`] if the node was taken over; otherwise if the database does not answer.
+pub async fn note_unpaid(
+    database: &Database,
+    lease: NodeLease,
+    least: OrderId,
+) -> Result<(), StoreError> {
+    let client = database.pooled().await?;
+    let noted = database
+        .timed(
+            "noting the oldest unpaid order",
+            client.execute(
+                "UPDATE node SET unpaid_changes = unpaid_changes + 1, unpaid_from = least(unpaid_from, $3)
+                  WHERE node = $1 AND epoch = $2",
+                &[&lease.node, &lease.epoch, &least.as_i64()],
+            ),
+        )
+        .await?;
+    if noted == 1 {
+        Ok(())
+    } else {
+        Err(lease.is_lost())
+    }
+}
+
+/// The lane of a row of `orders` or `parked_orders`: in its id, of its `user_id` for ids from before lanes.
+const OF_ROW: &str = "
+    CASE WHEN order_id >= (SELECT lanes_from FROM database_identity) THEN (order_id >> 16) & 63
+         ELSE get_byte(sha256(convert_to(user_id, 'UTF8')), 0) >> 2 END";
+
+fn lane_of(row: &Row, at: usize) -> Option<Lane> {
+    let number = u8::try_from(row.get::<_, i64>(at));
+    number.ok().and_then(Lane::new)
+}
+
+/// Units of the unpaid orders of these lanes, by SKU, ascending. The lanes are closed and drained in this process, so
+/// nothing moves.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn held_by(
+    database: &Database,
+    lease: NodeLease,
+    lanes: LaneSet,
+) -> Result<BTreeMap<Lane, Vec<(SkuNumber, i64)>>, StoreError> {
+    let client = database.pooled().await?;
+    let numbers: Vec<i64> = lanes.iter().map(|lane| i64::from(lane.get())).collect();
+    // Without a step timeout, because there may be many.
+    let rows = client
+        .query(
+            &format!(
+                "SELECT lane::int8, sku, sum(quantity)::int8
+                   FROM (SELECT {OF_ROW} AS lane, sku, quantity FROM orders
+                          WHERE order_id >= (SELECT unpaid_from FROM node WHERE node = $1) AND status = 1) o
+                  WHERE lane = ANY ($2) GROUP BY lane, sku ORDER BY lane, sku"
+            ),
+            &[&lease.node, &numbers],
+        )
+        .await
+        .map_err(StoreError::statement("adding up what the orders of lanes hold"))?;
+    let mut held = BTreeMap::<Lane, Vec<_>>::new();
+    for row in &rows {
+        if let Some(lane) = lane_of(row, 0) {
+            held.entry(lane)
+                .or_default()
+                .push((SkuNumber(row.get(1)), row.get(2)));
+        }
+    }
+    Ok(held)
+}
+
+/// The lanes with parked orders, which stay where they are.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn parked(database: &Database) -> Result<LaneSet, StoreError> {
+    let client = database.pooled().await?;
+    let sql = format!("SELECT DISTINCT ({OF_ROW})::int8 FROM parked_orders");
+    let rows = database
+        .timed("looking for parked orders", client.query(&sql, &[]))
+        .await?;
+    Ok(rows.iter().filter_map(|row| lane_of(row, 0)).collect())
+}
+
+/// The lanes of orders whose ids are from before lanes, by their rows.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn of_rows(
+    database: &Database,
+    ids: &[OrderId],
+) -> Result<HashMap<OrderId, Lane>, StoreError> {
+    let client = database.pooled().await?;
+    let ids: Vec<i64> = ids.iter().map(|id| id.as_i64()).collect();
+    let sql = format!("SELECT order_id, ({OF_ROW})::int8 FROM orders WHERE order_id = ANY ($1)");
+    let rows = database
+        .timed(
+            "looking up the lanes of orders",
+            client.query(&sql, &[&ids]),
+        )
+        .await?;
+    let pair = |row: &Row| Some((OrderId::from_i64(row.get(0))?, lane_of(row, 1)?));
+    Ok(rows.iter().filter_map(pair).collect())
 }

@@ -16,6 +16,7 @@ use tokio_postgres::{Error, Row, Transaction};
 use super::lanes::{self, LaneRow};
 use super::takeover::{self, DeadNode};
 use crate::order::UnixMillis;
+use crate::order::receipt::Issuer;
 use crate::store::postgres::lease::{self, Raised};
 use crate::store::postgres::{Connected, Database, NodeLease};
 use crate::store::{Ledger, StoreError};
@@ -51,6 +52,12 @@ pub struct Joined {
     pub ids_leased_until: UnixMillis,
     /// The lanes of the row, blocked until its log is replayed.
     pub lanes: Vec<LaneRow>,
+    /// Whether it was the row of a process on its own: the orders of its log have their units in `sku`.
+    pub was_single: bool,
+    /// Whether an operator has paused every sale.
+    pub paused: bool,
+    /// The issuer of receipts: this database.
+    pub receipts: Issuer,
     /// Dead nodes whose logs an earlier process on this row had begun to replay: they have to be replayed now.
     pub inherited: Vec<DeadNode>,
 }
@@ -90,6 +97,29 @@ pub struct NodeRow {
     pub taken_by: Option<i16>,
     /// The title of its order log.
     pub log: Option<String>,
+    /// Whether it is to hand everything over and leave.
+    pub drain: bool,
+}
+
+impl NodeRow {
+    /// Whether it may own lanes: a process has it, or had it a moment ago.
+    pub fn is_alive(&self) -> bool {
+        matches!(self.state.as_str(), "joining" | "active")
+    }
+
+    /// Whether it may be given lanes.
+    pub fn is_active(&self) -> bool {
+        self.state == "active" && !self.drain && self.renewals >= 0
+    }
+}
+
+/// What a node sees when it renews.
+#[derive(Clone, Debug)]
+pub struct Look {
+    /// Every node, this one too.
+    pub nodes: Vec<NodeRow>,
+    /// The server's timeline: it changes if a standby is promoted.
+    pub timeline: String,
 }
 
 /// Takes a row: the one that `home` names, else one that nobody needs, else a new one. Raises its epoch, which fences an
@@ -113,8 +143,8 @@ pub async fn join(session: &mut Connected, candidate: &Candidate<'_>) -> Result<
         .await
         .map_err(step(doing))?;
     let found = choose(&transaction, candidate).await.map_err(step(doing))?;
-    let node = match found {
-        Choice::Row(node) => node,
+    let (node, was_single) = match found {
+        Choice::Row { node, was_single } => (node, was_single),
         Choice::BeingReplayed { node, by } => return Ok(Join::BeingReplayed { node, by }),
         Choice::Full => return Ok(Join::Full),
     };
@@ -122,7 +152,7 @@ pub async fn join(session: &mut Connected, candidate: &Candidate<'_>) -> Result<
         lease,
         id_high_water,
         ids_leased_until,
-        ..
+        paused,
     } = lease::raise_epoch(
         &transaction,
         node,
@@ -135,7 +165,7 @@ pub async fn join(session: &mut Connected, candidate: &Candidate<'_>) -> Result<
         transaction
             .execute(
                 "UPDATE node SET state = 'joining', home = $2::text::uuid, address = $3, reads_format = $4,
-                        renewals = abs(renewals) + 1, taken_by = NULL, taken_epoch = NULL WHERE node = $1",
+                        renewals = abs(renewals) + 1, taken_by = NULL, taken_epoch = NULL, drain = false WHERE node = $1",
                 &[
                     &node,
                     &candidate.home,
@@ -151,18 +181,22 @@ pub async fn join(session: &mut Connected, candidate: &Candidate<'_>) -> Result<
     let (inherited, blocked) = joining.await.map_err(step(doing))?;
     let lanes = blocked.iter().map(lanes::lane_row);
     let lanes = lanes.collect::<Result<_, _>>()?;
+    let receipts = lease::issuer(&transaction, id_high_water).await?;
     transaction.commit().await.map_err(step(doing))?;
     Ok(Join::Joined(Joined {
         lease,
         id_high_water,
         ids_leased_until,
         lanes,
+        was_single,
+        paused,
+        receipts,
         inherited,
     }))
 }
 
 enum Choice {
-    Row(i16),
+    Row { node: i16, was_single: bool },
     BeingReplayed { node: i16, by: i16 },
     Full,
 }
@@ -178,13 +212,16 @@ async fn choose(transaction: &Transaction<'_>, candidate: &Candidate<'_>) -> Res
         let node = row.get(0);
         return Ok(match row.get(1) {
             Some(by) => Choice::BeingReplayed { node, by },
-            None => Choice::Row(node),
+            None => Choice::Row {
+                node,
+                was_single: false,
+            },
         });
     }
     // The row of a single node belongs to whoever has its log. A log that may hold orders is nobody else's.
     let unused = transaction
         .query_opt(
-            "SELECT node FROM node
+            "SELECT node, state = 'single' FROM node
               WHERE (state = 'left' AND NOT journal_in_use)
                  OR (state = 'single' AND (NOT journal_in_use OR journal_id = $1::text::uuid))
               ORDER BY state = 'single' DESC, node LIMIT 1",
@@ -192,7 +229,10 @@ async fn choose(transaction: &Transaction<'_>, candidate: &Candidate<'_>) -> Res
         )
         .await?;
     if let Some(row) = unused {
-        return Ok(Choice::Row(row.get(0)));
+        return Ok(Choice::Row {
+            node: row.get(0),
+            was_single: row.get(1),
+        });
     }
     let new: Option<i16> = transaction
         .query_one(
@@ -201,7 +241,10 @@ async fn choose(transaction: &Transaction<'_>, candidate: &Candidate<'_>) -> Res
         )
         .await?
         .get(0);
-    Ok(new.map_or(Choice::Full, Choice::Row))
+    Ok(new.map_or(Choice::Full, |node| Choice::Row {
+        node,
+        was_single: false,
+    }))
 }
 
 /// Makes a node active after its own log was replayed: its lanes are blocked no longer.
@@ -259,6 +302,78 @@ pub async fn renew(
     row.map(|row| row.get(0)).ok_or_else(|| lease.is_lost())
 }
 
+/// Renews as [`renew`] does, and looks at every node.
+///
+/// # Errors
+/// Those of [`renew`].
+pub async fn renew_and_look(
+    database: &Database,
+    session: &Connected,
+    lease: NodeLease,
+    ids_until: UnixMillis,
+) -> Result<Look, StoreError> {
+    renew(database, session, lease, ids_until).await?;
+    let looking = async {
+        tokio::try_join!(
+            session.query(NODES, &[]),
+            session.query_one(
+                "SELECT left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)",
+                &[]
+            ),
+        )
+    };
+    let (nodes, timeline) = database.timed("looking at the nodes", looking).await?;
+    Ok(Look {
+        nodes: nodes.iter().map(node_row).collect(),
+        timeline: timeline.get(0),
+    })
+}
+
+/// Leases ids up to `until`, without moving the counter.
+///
+/// # Errors
+/// [`StoreError::Fenced`] if the node was taken over.
+pub async fn lease_ids(
+    database: &Database,
+    lease: NodeLease,
+    until: UnixMillis,
+) -> Result<(), StoreError> {
+    let client = database.pooled().await?;
+    let leased = database
+        .timed(
+            "leasing order ids",
+            client.execute(
+                "UPDATE node SET ids_leased_until_ms = greatest(ids_leased_until_ms, $3)
+                  WHERE node = $1 AND epoch = $2 AND state IN ('joining', 'active')",
+                &[&lease.node, &lease.epoch, &until.0],
+            ),
+        )
+        .await?;
+    if leased == 1 {
+        Ok(())
+    } else {
+        Err(lease.is_lost())
+    }
+}
+
+/// Asks a node to hand everything over and leave. False: there is no such node that is active.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn ask_to_leave(database: &Database, node: i16) -> Result<bool, StoreError> {
+    let client = database.pooled().await?;
+    let asked = database
+        .timed(
+            "asking a node to leave",
+            client.execute(
+                "UPDATE node SET drain = true WHERE node = $1 AND state IN ('joining', 'active')",
+                &[&node],
+            ),
+        )
+        .await?;
+    Ok(asked == 1)
+}
+
 /// Leaves. A node that still has lanes, or whose log may hold orders, only gives its counter up, so that another takes
 /// over at once; returns false then. The last node of a cluster leaves its lanes to nobody, with its units. Every id
 /// that the node has given out lies before `used`.
@@ -311,8 +426,14 @@ pub async fn leave(
         // The epoch too, so that nothing of the process that leaves comes behind.
         transaction
             .execute(
-                "UPDATE node SET state = 'left', epoch = epoch + 1, ids_leased_until_ms = $2 WHERE node = $1",
-                &[&lease.node, &used.0],
+                "UPDATE node SET state = 'left', epoch = epoch + 1, ids_leased_until_ms = $2,
+                        unpaid_from = CASE WHEN $3 THEN unpaid_from ELSE $4 END WHERE node = $1",
+                &[
+                    &lease.node,
+                    &used.0,
+                    &!lanes.is_empty(),
+                    &lease::NOTHING_UNPAID,
+                ],
             )
             .await?;
         transaction
@@ -335,16 +456,58 @@ pub async fn leave(
 pub async fn nodes(database: &Database) -> Result<Vec<NodeRow>, StoreError> {
     let client = database.pooled().await?;
     let rows = database
-        .timed(
-            "reading the nodes",
-            client.query(
-                "SELECT node, epoch, state, renewals, address, reads_format, taken_by, log_title FROM node ORDER BY node",
-                &[],
-            ),
-        )
+        .timed("reading the nodes", client.query(NODES, &[]))
         .await?;
     Ok(rows.iter().map(node_row).collect())
 }
+
+/// A node, and what it has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Holdings {
+    /// Its row.
+    pub node: NodeRow,
+    /// Its lanes.
+    pub lanes: i64,
+    /// Of these, those that wait for a log.
+    pub lanes_blocked: i64,
+    /// Units of all SKUs that are lent to it.
+    pub units_lent: i64,
+    /// Of these, units of unpaid orders that are rows.
+    pub units_held: i64,
+    /// Whether its order log may hold orders that are not rows yet.
+    pub log_in_use: bool,
+}
+
+/// Every node of a cluster, with what it has.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn holdings(database: &Database) -> Result<Vec<Holdings>, StoreError> {
+    let client = database.pooled().await?;
+    let sql = "
+        SELECT n.node, n.epoch, n.state, n.renewals, n.address, n.reads_format, n.taken_by, n.log_title, n.drain,
+               l.lanes, l.blocked, s.lent, s.held, n.journal_in_use
+          FROM node n,
+               LATERAL (SELECT count(*) AS lanes, count(blocked_by) AS blocked FROM lane WHERE node = n.node) l,
+               LATERAL (SELECT coalesce(sum(lent), 0)::int8 AS lent, coalesce(sum(held), 0)::int8 AS held
+                          FROM stock_share WHERE node = n.node) s
+         WHERE n.state <> 'single' ORDER BY n.node";
+    let rows = database
+        .timed("reading what the nodes have", client.query(sql, &[]))
+        .await?;
+    let of = |row: &Row| Holdings {
+        node: node_row(row),
+        lanes: row.get(9),
+        lanes_blocked: row.get(10),
+        units_lent: row.get(11),
+        units_held: row.get(12),
+        log_in_use: row.get(13),
+    };
+    Ok(rows.iter().map(of).collect())
+}
+
+const NODES: &str = "
+    SELECT node, epoch, state, renewals, address, reads_format, taken_by, log_title, drain FROM node ORDER BY node";
 
 fn node_row(row: &Row) -> NodeRow {
     NodeRow {
@@ -356,5 +519,6 @@ fn node_row(row: &Row) -> NodeRow {
         reads_format: row.get(5),
         taken_by: row.get(6),
         log: row.get(7),
+        drain: row.get(8),
     }
 }

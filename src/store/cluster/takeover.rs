@@ -17,9 +17,10 @@ use tokio_postgres::{Error, Row, Transaction};
 
 use super::in_force;
 use super::lanes::{self, LaneRow};
-use crate::order::UnixMillis;
+use super::shares::Share;
+use crate::order::{SkuNumber, UnixMillis};
 use crate::store::postgres::order_log::{self, NotedLog};
-use crate::store::postgres::{Connected, Database, NodeLease};
+use crate::store::postgres::{Connected, Database, NodeLease, lease};
 use crate::store::{Ledger, StoreError};
 
 /// Time that backends of the dead node get to end their transactions, before they are terminated.
@@ -144,6 +145,7 @@ async fn fence_in(
             &[&suspect.node, &by.node],
         )
         .await?;
+    lanes::share_unpaid_from(&transaction, suspect.node, by.node).await?;
     transaction.commit().await?;
     Ok(Attempt::Done(fenced, rows))
 }
@@ -242,16 +244,22 @@ pub(super) async fn block(transaction: &Transaction<'_>, node: i16) -> Result<Ve
 /// Ends the takeover of `dead` by `by`, after its log was replayed: the log is settled, the lanes that waited for it are
 /// unblocked, its shares become the survivor's.
 ///
-/// If the dead node had no lane, nobody has its buyers, and its units go back to `sku`.
+/// If the dead node had no lane, nobody has its buyers, and its units go back to `sku`. Every id that it has leased in its
+/// log lies before `ids_until`. Returns the shares that became the survivor's.
 ///
 /// # Errors
 /// [`StoreError::Fenced`] if either was taken over, or the takeover was inherited by another node.
-pub async fn finish(database: &Database, by: NodeLease, dead: NodeLease) -> Result<(), StoreError> {
+pub async fn finish(
+    database: &Database,
+    by: NodeLease,
+    dead: NodeLease,
+    ids_until: UnixMillis,
+) -> Result<Vec<(SkuNumber, Share)>, StoreError> {
     let mut client = database.pooled().await?;
     let work = async {
         let transaction = client.transaction().await?;
         if by.node < dead.node && !in_force(&transaction, by).await? {
-            return Ok(false);
+            return Ok(None);
         }
         let is_ours = transaction
             .query_opt(
@@ -261,33 +269,32 @@ pub async fn finish(database: &Database, by: NodeLease, dead: NodeLease) -> Resu
             .await?
             .is_some();
         if !is_ours || (by.node >= dead.node && !in_force(&transaction, by).await?) {
-            return Ok(false);
+            return Ok(None);
         }
         let unblocked = transaction
             .execute(
-                "UPDATE lane SET blocked_by = NULL WHERE blocked_by = $1",
-                &[&dead.node],
+                "UPDATE lane SET blocked_by = NULL, ids_until_ms = greatest(ids_until_ms, $2) WHERE blocked_by = $1",
+                &[&dead.node, &ids_until.0],
             )
             .await?;
-        if unblocked == 0 {
+        let merged = if unblocked == 0 {
             dissolve(&transaction, dead.node).await?;
+            Vec::new()
         } else {
-            merge(&transaction, dead.node, by.node).await?;
-        }
+            merge(&transaction, dead.node, by.node).await?
+        };
         transaction
             .execute(
-                "UPDATE node SET state = 'left', taken_by = NULL, taken_epoch = NULL, journal_in_use = false
-                  WHERE node = $1",
-                &[&dead.node],
+                "UPDATE node SET state = 'left', taken_by = NULL, taken_epoch = NULL, journal_in_use = false,
+                        unpaid_from = CASE WHEN $2 THEN $3 ELSE unpaid_from END WHERE node = $1",
+                &[&dead.node, &(unblocked > 0), &lease::NOTHING_UNPAID],
             )
             .await?;
         transaction.commit().await?;
-        Ok(true)
+        Ok(Some(merged))
     };
-    match database.timed("ending a takeover", work).await? {
-        true => Ok(()),
-        false => Err(by.is_lost()),
-    }
+    let merged = database.timed("ending a takeover", work).await?;
+    merged.ok_or_else(|| by.is_lost())
 }
 
 /// The SKUs of a node's shares, locked.
@@ -295,7 +302,11 @@ const LOCK_SKUS: &str = "
     SELECT FROM sku WHERE id IN (SELECT sku FROM stock_share WHERE node = $1) ORDER BY id FOR UPDATE";
 
 /// Makes the shares of one node those of another. Units that were free in them are news to every want.
-async fn merge(transaction: &Transaction<'_>, from: i16, to: i16) -> Result<(), Error> {
+async fn merge(
+    transaction: &Transaction<'_>,
+    from: i16,
+    to: i16,
+) -> Result<Vec<(SkuNumber, Share)>, Error> {
     transaction.execute(LOCK_SKUS, &[&from]).await?;
     let rows = transaction
         .query(
@@ -315,8 +326,14 @@ async fn merge(transaction: &Transaction<'_>, from: i16, to: i16) -> Result<(), 
                     sold = stock_share.sold + excluded.sold, answered = 0",
             &[&to, &skus, &column(1), &column(2), &column(3)],
         )
-        .await
-        .map(|_| ())
+        .await?;
+    let share = |row: &Row| Share {
+        lent: row.get(1),
+        held: row.get(2),
+        sold: row.get(3),
+    };
+    let shares = rows.iter().map(|row| (SkuNumber(row.get(0)), share(row)));
+    Ok(shares.collect())
 }
 
 /// Takes a node's shares apart: free units go to the pool, held and sold ones to `sku`.

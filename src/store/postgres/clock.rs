@@ -24,9 +24,9 @@ pub async fn read(database: &Database, session: &Connected) -> Result<ServerCloc
             "reading the database's clock",
             session.query_one(
                 "SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8,
-                        (SELECT (extract(epoch FROM greatest(started_at,
-                                     lease_until - lease_ms * interval '1 millisecond')) * 1000)::int8
-                           FROM node WHERE node = 0)",
+                        (SELECT (extract(epoch FROM max(greatest(started_at,
+                                     lease_until - lease_ms * interval '1 millisecond'))) * 1000)::int8
+                           FROM node)",
                 &[],
             ),
         )

@@ -80,6 +80,13 @@ pub async fn take_over(
         .transaction()
         .await
         .map_err(StoreError::statement(doing))?;
+    // Nodes of a cluster that have left may have given out ids beyond those of this row.
+    let of_lanes: Option<i64> = transaction
+        .query_one("SELECT max(ids_until_ms) FROM lane", &[])
+        .await
+        .map_err(StoreError::statement(doing))?
+        .get(0);
+    let ids_from = ids_from.max(UnixMillis(of_lanes.unwrap_or(0)));
     let Raised {
         lease,
         id_high_water,
@@ -87,21 +94,7 @@ pub async fn take_over(
         paused,
     } = raise_epoch(&transaction, NODE, shards, ids_from, Ledger::Sku).await?;
     alone(&transaction, NODE).await?;
-    // Applies to all orders placed before this start, in a database that an earlier release created.
-    let identity = transaction
-        .query_one(
-            "UPDATE database_identity
-                SET receipts_1_until_ms = coalesce(receipts_1_until_ms, $1)
-             RETURNING uuid_send(id), receipts_1_until_ms",
-            &[&id_high_water.0],
-        )
-        .await
-        .map_err(StoreError::statement(doing))?;
-    let receipts = Issuer {
-        database: <[u8; 16]>::try_from(identity.get::<_, &[u8]>(0))
-            .map_err(|_| StoreError::Data("the database's identity is no UUID".to_owned()))?,
-        version_1_until: UnixMillis(identity.get(1)),
-    };
+    let receipts = issuer(&transaction, id_high_water).await?;
     transaction
         .commit()
         .await
@@ -113,6 +106,28 @@ pub async fn take_over(
         paused,
         receipts,
         guard,
+    })
+}
+
+/// The issuer of receipts. Version 1 of them holds for orders placed before the first start of a release that knows
+/// version 2, in a database that an earlier release created.
+pub(in crate::store) async fn issuer(
+    transaction: &Transaction<'_>,
+    id_high_water: UnixMillis,
+) -> Result<Issuer, StoreError> {
+    let identity = transaction
+        .query_one(
+            "UPDATE database_identity
+                SET receipts_1_until_ms = coalesce(receipts_1_until_ms, $1)
+             RETURNING uuid_send(id), receipts_1_until_ms",
+            &[&id_high_water.0],
+        )
+        .await
+        .map_err(StoreError::statement("reading the database's identity"))?;
+    Ok(Issuer {
+        database: <[u8; 16]>::try_from(identity.get::<_, &[u8]>(0))
+            .map_err(|_| StoreError::Data("the database's identity is no UUID".to_owned()))?,
+        version_1_until: UnixMillis(identity.get(1)),
     })
 }
 
@@ -136,9 +151,33 @@ async fn alone(transaction: &Transaction<'_>, node: i16) -> Result<(), StoreErro
             &[&node],
         )
         .await
-        .map(|_| ())
+        .map_err(StoreError::statement(doing))?;
+    take_unpaid_from(transaction, node)
+        .await
         .map_err(StoreError::statement(doing))
 }
+
+/// Has a node that takes the lanes that are nobody's look for unpaid orders from where the nodes did that left them.
+pub(in crate::store) async fn take_unpaid_from(
+    transaction: &Transaction<'_>,
+    node: i16,
+) -> Result<(), tokio_postgres::Error> {
+    transaction
+        .execute(
+            "WITH others AS (
+                 UPDATE node SET unpaid_from = $2 FROM (SELECT node AS of, unpaid_from AS was FROM node) b
+                  WHERE node = of AND node <> $1 AND state IN ('single', 'left') AND unpaid_from < $2 RETURNING was
+             )
+             UPDATE node SET unpaid_changes = unpaid_changes + 1, unpaid_from = least(unpaid_from, (SELECT min(was) FROM others))
+              WHERE node = $1 AND EXISTS (SELECT FROM others)",
+            &[&node, &NOTHING_UNPAID],
+        )
+        .await
+        .map(|_| ())
+}
+
+/// `unpaid_from` of a node that left nothing behind.
+pub(in crate::store) const NOTHING_UNPAID: i64 = i64::MAX;
 
 /// A node whose epoch was raised.
 #[derive(Clone, Copy, Debug)]
@@ -148,7 +187,7 @@ pub(in crate::store) struct Raised {
     pub(in crate::store) id_high_water: UnixMillis,
     /// As [`Taken::ids_leased_until`].
     pub(in crate::store) ids_leased_until: UnixMillis,
-    paused: bool,
+    pub(in crate::store) paused: bool,
 }
 
 /// Raises the epoch of a node, whose row need not exist, waits until writers of an older epoch are gone, and leases ids.

@@ -42,17 +42,21 @@ pub struct NotedLog {
     pub renewal: Option<Renewal>,
 }
 
-/// The recorded log, read on the connection of [`lease::claim`](super::lease::claim).
+/// The recorded log of a node, read on the connection of [`lease::claim`](super::lease::claim).
 ///
 /// # Errors
 /// If the database does not answer.
-pub async fn noted(database: &Database, guard: &Connected) -> Result<Option<NotedLog>, StoreError> {
+pub async fn noted(
+    database: &Database,
+    guard: &Connected,
+    node: i16,
+) -> Result<Option<NotedLog>, StoreError> {
     let row = database
         .timed(
             "reading which order log is in use",
             guard.query_opt(
-                &format!("SELECT {COLUMNS} FROM node WHERE node = 0 AND journal_id IS NOT NULL"),
-                &[],
+                &format!("SELECT {COLUMNS} FROM node WHERE node = $1 AND journal_id IS NOT NULL"),
+                &[&node],
             ),
         )
         .await?;

@@ -1,0 +1,139 @@
+//! Reading orders back into memory: at a start, and when a node gets lanes of another.
+//!
+//! What is read of a lane: its unpaid orders and those that wait for units, the orders of the idempotency window, older
+//! live orders of SKUs with a purchase limit. Counters are not touched: they are those of the database.
+
+use std::collections::{BTreeMap, HashSet};
+use std::time::Instant;
+
+use crate::order::{Lane, LaneSet, OrderId, SkuNumber, UnixMillis, UserId};
+use crate::state::State;
+use crate::state::stock::Catalogue;
+use crate::store::StoreError;
+use crate::store::postgres::window::{self, ReadProgress};
+use crate::store::postgres::{Database, NodeLease, draws, orders};
+
+/// Orders that were read.
+#[derive(Debug, Default)]
+pub struct Loaded {
+    /// Orders of the idempotency window.
+    pub orders: u64,
+    /// Units of unpaid orders by SKU, those of parked orders left out.
+    pub held: BTreeMap<SkuNumber, i64>,
+}
+
+/// Reads the orders of some lanes. None of them may be open here, and memory must have nothing of them. `floor` is the
+/// lowest id of the idempotency window; `tell` gets the progress about once a second.
+///
+/// # Errors
+/// If a row is not one of ours, or the database's error. Memory may have a part of the lanes then.
+pub async fn load(
+    state: &State,
+    database: &Database,
+    lease: NodeLease,
+    floor: OrderId,
+    lanes: LaneSet,
+    mut tell: impl FnMut(&str, ReadProgress),
+) -> Result<Loaded, StoreError> {
+    let is_wanted = |user: &UserId| lanes == LaneSet::ALL || lanes.has(Lane::of(user));
+    let mut loaded = Loaded::default();
+    let mut waiting: Vec<(SkuNumber, OrderId, u32)> = Vec::new();
+    for open in orders::open_below(database, lease, floor).await? {
+        let units = &open.units;
+        if !is_wanted(&units.user_id) {
+            continue;
+        }
+        if open.waits() {
+            waiting.push((units.sku, units.order_id, units.quantity));
+        } else {
+            *loaded.held.entry(units.sku).or_default() += i64::from(units.quantity);
+            state.expiry_index.note([(units.order_id, open.expires_at)]);
+        }
+    }
+    let (limited, others): (Vec<_>, Vec<_>) = state
+        .catalogue
+        .all()
+        .into_iter()
+        .partition(|sku| sku.terms().need_units(state.ids.real_now()));
+    let limited: HashSet<_> = limited.iter().map(|sku| sku.number).collect();
+    let others = others.iter().map(|sku| sku.number);
+    state.buyers.note_incomplete(others);
+    window::load(
+        database,
+        floor,
+        |user, order, open_until| {
+            if !is_wanted(&user) {
+                return;
+            }
+            loaded.orders += 1;
+            if open_until == Some(UnixMillis::NEVER) {
+                waiting.push((order.sku, order.order_id, order.quantity.get()));
+            } else if let Some(until) = open_until {
+                *loaded.held.entry(order.sku).or_default() += i64::from(order.quantity.get());
+                state.expiry_index.note([(order.order_id, until)]);
+            }
+            let limited = order.is_live() && limited.contains(&order.sku);
+            state.buyers.restore(user, order, limited);
+        },
+        |progress| tell("reading the idempotency window", progress),
+    )
+    .await?;
+    if !limited.is_empty() {
+        count_older(state, database, limited, floor, is_wanted, tell).await?;
+    }
+    for sku in state.catalogue.all() {
+        if sku.draw().is_some_and(|draw| draw.is_drawn()) {
+            let places = draws::waiting_places(database, sku.number).await?;
+            sku.waitlist().take_places(places);
+        }
+    }
+    wait_again(&state.catalogue, waiting);
+    Ok(loaded)
+}
+
+/// Puts orders that wait for units back on their lists. Units that are free are kept for them.
+fn wait_again(catalogue: &Catalogue, mut waiting: Vec<(SkuNumber, OrderId, u32)>) {
+    waiting.sort_unstable();
+    for orders in waiting.chunk_by(|one, next| one.0 == next.0) {
+        let Some(sku) = orders.first().and_then(|one| catalogue.by_number(one.0)) else {
+            continue;
+        };
+        for (_, id, units) in orders {
+            sku.waitlist().restore(sku.counter(), *id, *units);
+        }
+        if let Some(draw) = sku.draw() {
+            draw.note_entry();
+        }
+        tracing::info!(sku_id = %sku.id, orders = orders.len(), "orders wait for units of this SKU");
+    }
+}
+
+/// Loads live orders older than the window, which purchase limits count.
+async fn count_older(
+    state: &State,
+    database: &Database,
+    limited: HashSet<SkuNumber>,
+    floor: OrderId,
+    is_wanted: impl Fn(&UserId) -> bool,
+    mut tell: impl FnMut(&str, ReadProgress),
+) -> Result<(), StoreError> {
+    let limited: Vec<_> = limited.into_iter().collect();
+    let started = Instant::now();
+    let mut orders = 0_u64;
+    window::load_live_orders(
+        database,
+        &limited,
+        floor,
+        |user, order| {
+            if is_wanted(&user) {
+                orders += 1;
+                state.buyers.restore_live(user, order);
+            }
+        },
+        |progress| tell("reading the older orders that limits count", progress),
+    )
+    .await?;
+    let ms = started.elapsed().as_millis() as u64;
+    tracing::info!(orders, ms, "recovered the older orders that limits count");
+    Ok(())
+}

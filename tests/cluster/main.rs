@@ -1,0 +1,393 @@
+//! Several nodes serve one sale: processes on one PostgreSQL, with their order logs on one Redis. What happens when they
+//! come, go in an orderly way, are killed with -9 and lose their directories, or are paused for longer than their lease.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod nodes;
+
+use std::time::{Duration, Instant};
+
+use millrace::config::{Backend, Config};
+use rustix::process::Signal;
+use serde_json::json;
+use support::block_on;
+use support::http::{call, try_call};
+use support::server::TestServer;
+use support::waiting::wait_until;
+use support::webhook::Paid;
+
+use nodes::{Buyers, Cluster, LEASE_MS, Node, Placed, assert_all_there, order_at};
+
+const SKU: &str = "A";
+const UNITS: u32 = 1_000_000;
+
+/// A third of 64 lanes each.
+const THIRDS: [usize; 3] = [21, 21, 22];
+
+/// Three nodes with a SKU on sale, each with a third of the lanes.
+async fn three(cluster: &Cluster) -> [Node; 3] {
+    let nodes = ["one", "two", "three"].map(|name| cluster.start(name));
+    Cluster::wait_for_lanes(&nodes.each_ref(), &THIRDS).await;
+    nodes[0].served.put_sku(SKU, UNITS);
+    Cluster::wait_for_sku(&nodes.each_ref(), SKU).await;
+    nodes
+}
+
+#[test]
+fn every_node_serves_every_buyer() {
+    block_on(async {
+        let Some(cluster) = Cluster::open().await else {
+            return;
+        };
+        let nodes = three(&cluster).await;
+        for number in 0..60 {
+            let body = json!({ "user_id": format!("u-{number}"), "sku_id": SKU }).to_string();
+            let at = |shift: usize| nodes[(number + shift) % 3].served.data;
+            let fields = [
+                ("Content-Type", "application/json"),
+                ("Idempotency-Key", "k"),
+            ];
+            let placed = call(at(0), "POST", "/v1/orders", &fields, &body);
+            assert_eq!(placed.status, 201, "{placed:?}");
+            let id = placed.json()["order_id"].as_str().unwrap().to_owned();
+            // The same request at another node, and the order at the third.
+            let again = call(at(1), "POST", "/v1/orders", &fields, &body);
+            assert_eq!((again.status, &again.json()["order_id"]), (200, &json!(id)));
+            assert_eq!(order_at(at(2), &id)["status"], "pending_payment");
+            let list = call(
+                at(2),
+                "GET",
+                &format!("/v1/users/u-{number}/orders"),
+                &[],
+                "",
+            );
+            assert_eq!(list.json()["orders"].as_array().map(Vec::len), Some(1));
+        }
+        // One after the other leaves; what it had is elsewhere, and the last one leaves nothing behind.
+        let [one, two, three] = nodes;
+        let id_of = |node: &Node, number: usize| {
+            let target = format!("/v1/users/u-{number}/orders");
+            let list = call(node.served.data, "GET", &target, &[], "").json();
+            list["orders"][0]["order_id"].as_str().map(str::to_owned)
+        };
+        let before: Vec<_> = (0..60).map(|number| id_of(&three, number)).collect();
+        let held = |node: &Node| {
+            let nodes = call(node.served.control, "GET", "/admin/v1/nodes", &[], "").json();
+            let units = |of: &serde_json::Value| of["units_held"].as_i64();
+            let held = nodes["nodes"]
+                .as_array()
+                .map(|of| of.iter().filter_map(units).sum::<i64>());
+            (nodes["node"].clone(), held)
+        };
+        assert_eq!(held(&two), (json!(1), Some(60)), "the rows of all shares");
+        let drain = call(
+            two.served.control,
+            "POST",
+            "/admin/v1/nodes/0/drain",
+            &[],
+            "",
+        );
+        assert_eq!(drain.status, 200, "{drain:?}");
+        Cluster::wait_for_lanes(&[&one, &two, &three], &[32, 32]).await;
+        assert_eq!(id_of(&one, 0), before[0], "it passes requests on");
+        one.stop();
+        assert_eq!(held(&two), (json!(1), Some(60)));
+        two.stop();
+        Cluster::wait_for_lanes(&[&three], &[64]).await;
+        let after: Vec<_> = (0..60).map(|number| id_of(&three, number)).collect();
+        assert_eq!(before, after);
+        three.stop();
+        let client = cluster.database.connect().await;
+        let free = "SELECT count(*) FROM millrace.lane WHERE node IS NULL";
+        let free: i64 = client.query_one(free, &[]).await.unwrap().get(0);
+        assert_eq!(free, 64, "the last one has left its lanes to nobody");
+        let held = "SELECT held FROM millrace.sku";
+        let held: i64 = client.query_one(held, &[]).await.unwrap().get(0);
+        assert_eq!(held, 60, "with the units of their unpaid orders");
+    });
+}
+
+#[test]
+fn orders_are_paid_or_expire_wherever_their_callbacks_come_in_and_their_lanes_go() {
+    block_on(async {
+        let Some(cluster) = Cluster::with_payment_ttl_ms(6_000).await else {
+            return;
+        };
+        let nodes = three(&cluster).await;
+        let mut placed = Vec::new();
+        for number in 0..48 {
+            let body = json!({ "user_id": format!("p-{number}"), "sku_id": SKU }).to_string();
+            let fields = [("Content-Type", "application/json")];
+            let at = nodes[number % 3].served.data;
+            let order = call(at, "POST", "/v1/orders", &fields, &body);
+            assert_eq!(order.status, 201, "{order:?}");
+            placed.push(order.json());
+        }
+        // Every other one is paid, at another node; meanwhile the lanes of the first node move.
+        let drain = call(
+            nodes[1].served.control,
+            "POST",
+            "/admin/v1/nodes/0/drain",
+            &[],
+            "",
+        );
+        assert_eq!(drain.status, 200, "{drain:?}");
+        for (number, order) in placed.iter().enumerate().step_by(2) {
+            let paid = Paid::of(order);
+            let answer = paid.deliver(nodes[(number + 1) % 3].served.data).await;
+            assert_eq!(answer.status, 200, "{answer:?}");
+        }
+        for (number, order) in placed.iter().enumerate() {
+            let expected = if number % 2 == 0 { "paid" } else { "expired" };
+            let id = order["order_id"].as_str().unwrap();
+            wait_until(&format!("order {number} is {expected}"), async || {
+                order_at(nodes[number % 3].served.data, id)["status"] == expected
+            })
+            .await;
+        }
+        for node in &nodes {
+            wait_until("every node has the counters of the sale", async || {
+                let sku = call(node.served.data, "GET", &format!("/v1/skus/{SKU}"), &[], "").json();
+                let units = |name: &str| sku[name].as_u64().unwrap_or(u64::MAX);
+                assert_eq!(
+                    u64::from(UNITS),
+                    units("free") + units("held") + units("sold"),
+                    "{sku}"
+                );
+                (units("held"), units("sold")) == (0, 24)
+            })
+            .await;
+            let audit = call(node.served.control, "GET", "/admin/v1/audit", &[], "").json();
+            assert_eq!(audit["ok"], true, "{audit:#}");
+        }
+        for node in nodes {
+            node.stop();
+        }
+    });
+}
+
+#[test]
+fn a_node_that_is_killed_and_loses_its_directory_loses_nothing_that_was_acknowledged() {
+    block_on(async {
+        let Some(cluster) = Cluster::open().await else {
+            return;
+        };
+        let [one, two, three] = three(&cluster).await;
+        let all = [&one, &two, &three].map(|node| node.served.data);
+        let buyers = Buyers::start(8, SKU, all.to_vec());
+        buyers.wait_for(200).await;
+        let killed = Instant::now();
+        let (data_dir, left) = (three.data_dir.clone(), all[..2].to_vec());
+        three.served.kill();
+        std::fs::remove_dir_all(data_dir).expect("delete its directory");
+        buyers.go_to(left);
+        Cluster::wait_for_lanes(&[&one, &two], &[32, 32]).await;
+        println!("lanes were elsewhere after {:?}", killed.elapsed());
+        buyers.wait_for(200).await;
+        let (placed, strange) = buyers.stop();
+        let strange: Vec<_> = strange
+            .into_iter()
+            .filter(|what| !what.starts_with("lost:"))
+            .collect();
+        assert!(strange.is_empty(), "{strange:?}");
+        assert_all_there(&cluster.database, &placed).await;
+        // Its buyers' keys are known where their lanes are now.
+        for placed in placed.iter().step_by(17) {
+            let again = placed.again(one.served.data, SKU);
+            assert_eq!(again.json()["order_id"], placed.order_id, "{again:?}");
+        }
+        // A new machine takes the place.
+        let four = cluster.start("four");
+        Cluster::wait_for_lanes(&[&one, &two, &four], &THIRDS).await;
+        for node in [one, two, four] {
+            node.stop();
+        }
+    });
+}
+
+#[test]
+fn nodes_that_are_all_killed_and_started_again_go_on_with_what_they_had() {
+    block_on(async {
+        let Some(cluster) = Cluster::open().await else {
+            return;
+        };
+        let nodes = three(&cluster).await;
+        let buyers = Buyers::start(6, SKU, nodes.iter().map(|node| node.served.data).collect());
+        buyers.wait_for(150).await;
+        for node in nodes {
+            node.served.kill();
+        }
+        let (placed, _) = buyers.stop();
+        let nodes = ["one", "two", "three"].map(|name| cluster.start(name));
+        Cluster::wait_for_lanes(&nodes.each_ref(), &THIRDS).await;
+        assert_all_there(&cluster.database, &placed).await;
+        for (number, placed) in placed.iter().enumerate().step_by(11) {
+            let again = placed.again(nodes[number % 3].served.data, SKU);
+            assert_eq!(again.json()["order_id"], placed.order_id, "{again:?}");
+        }
+        for node in nodes {
+            node.stop();
+        }
+    });
+}
+
+#[test]
+fn a_process_on_its_own_and_nodes_take_turns_at_one_database() {
+    block_on(async {
+        let Some(cluster) = Cluster::open().await else {
+            return;
+        };
+        let redis = cluster.redis();
+        let alone = || {
+            let redis = redis.clone();
+            let configure = move |config: &mut Config| {
+                config.queue.backend = Backend::Redis;
+                config.queue.redis.url = redis;
+            };
+            TestServer::start_at(cluster.database.url(), configure)
+        };
+        let single = alone().await;
+        single.put_sku(SKU, UNITS, json!({})).await;
+        let mut placed = Vec::new();
+        for number in 0..20 {
+            let user = format!("u-{number}");
+            let order = single.order(&user, SKU, Some("k")).await;
+            placed.push(Placed::of(&user, "k", &order));
+        }
+        let refused = cluster.try_start("one").err().expect("it must not start");
+        assert!(
+            refused.log.contains("another Millrace is active"),
+            "{}",
+            refused.log
+        );
+        assert!(single.stop().await);
+
+        let [one, two] = ["one", "two"].map(|name| cluster.start(name));
+        Cluster::wait_for_lanes(&[&one, &two], &[32, 32]).await;
+        for placed in &placed {
+            let again = placed.again(two.served.data, SKU);
+            assert_eq!(again.json()["order_id"], placed.order_id, "{again:?}");
+        }
+        for number in 20..40 {
+            let user = format!("u-{number}");
+            let body = json!({ "user_id": user, "sku_id": SKU }).to_string();
+            let fields = [
+                ("Content-Type", "application/json"),
+                ("Idempotency-Key", "k"),
+            ];
+            let order = call(one.served.data, "POST", "/v1/orders", &fields, &body);
+            placed.push(Placed::of(&user, "k", &order));
+        }
+        one.stop();
+        two.stop();
+
+        let single = alone().await;
+        for placed in &placed {
+            let again = placed.again(single.data, SKU);
+            assert_eq!(again.json()["order_id"], placed.order_id, "{again:?}");
+        }
+        assert_eq!(single.stock(SKU).await.1, 40);
+        single.assert_audit().await;
+        assert!(single.stop().await);
+    });
+}
+
+#[test]
+fn nodes_that_are_replaced_one_after_the_other_refuse_for_a_moment_and_no_more() {
+    block_on(async {
+        let Some(cluster) = Cluster::open().await else {
+            return;
+        };
+        let mut nodes = Vec::from(three(&cluster).await);
+        let names = ["one", "two", "three"];
+        let buyers = Buyers::start(6, SKU, nodes.iter().map(|node| node.served.data).collect());
+        for name in names {
+            buyers.wait_for(60).await;
+            let node = nodes.remove(0);
+            // Its load balancer has been told.
+            buyers.go_to(nodes.iter().map(|node| node.served.data).collect());
+            // Requests that are under way there.
+            buyers.wait_for(20).await;
+            node.stop();
+            nodes.push(cluster.start(name));
+            let all: Vec<&Node> = nodes.iter().collect();
+            Cluster::wait_for_lanes(&all, &THIRDS).await;
+            buyers.go_to(nodes.iter().map(|node| node.served.data).collect());
+        }
+        buyers.wait_for(60).await;
+        let (placed, strange) = buyers.stop();
+        assert!(strange.is_empty(), "{strange:?}");
+        assert_all_there(&cluster.database, &placed).await;
+        for node in nodes {
+            node.stop();
+        }
+    });
+}
+
+#[test]
+fn a_node_that_is_paused_for_longer_than_its_lease_acknowledges_nothing_more() {
+    block_on(async {
+        let Some(cluster) = Cluster::open().await else {
+            return;
+        };
+        let [one, two, mut three] = three(&cluster).await;
+        let all = [&one, &two, &three].map(|node| node.served.data);
+        let buyers = Buyers::start(6, SKU, all.to_vec());
+        buyers.wait_for(100).await;
+        three.signal(Signal::STOP);
+        buyers.go_to(all[..2].to_vec());
+        Cluster::wait_for_lanes(&[&one, &two], &[32, 32]).await;
+        // Orders that wait at the paused node's door, for buyers of every lane.
+        let paused = three.served.data;
+        let late: Vec<_> = (0..40)
+            .map(|number| {
+                std::thread::spawn(move || {
+                    let body = json!({ "user_id": format!("late-{number}"), "sku_id": SKU });
+                    let fields = [
+                        ("Content-Type", "application/json"),
+                        ("Prefer", "respond-async"),
+                    ];
+                    try_call(paused, "POST", "/v1/orders", &fields, &body.to_string())
+                })
+            })
+            .collect();
+        buyers.wait_for(50).await;
+        three.signal(Signal::CONT);
+        for answer in late {
+            // Passed on to the owner, or refused, or the process has ended; never acknowledged by itself.
+            if let Ok(Ok(answer)) = answer.join()
+                && matches!(answer.status, 201 | 202)
+                && answer.json()["status"] != "undecided"
+                && let Some(id) = answer.json()["order_id"].as_str()
+            {
+                let client = cluster.database.connect().await;
+                let id: i64 = id.parse().expect("an id");
+                wait_until("an acknowledged order is a row", async || {
+                    let sql = "SELECT FROM millrace.orders WHERE order_id = $1";
+                    client.query_opt(sql, &[&id]).await.unwrap().is_some()
+                })
+                .await;
+            }
+        }
+        let ended = three
+            .served
+            .ended_by(Instant::now() + Duration::from_millis(20 * LEASE_MS));
+        let log = std::fs::read_to_string(&three.log).unwrap_or_default();
+        assert_eq!(ended.and_then(|ended| ended.code()), Some(1), "{log}");
+        assert!(log.contains("was taken over"), "{log}");
+        let (placed, strange) = buyers.stop();
+        let strange: Vec<_> = strange
+            .into_iter()
+            .filter(|what| !what.starts_with("lost:"))
+            .collect();
+        assert!(strange.is_empty(), "{strange:?}");
+        assert_all_there(&cluster.database, &placed).await;
+        // Started again on its directory, it is a node like any other.
+        let again = cluster.start("three");
+        Cluster::wait_for_lanes(&[&one, &two, &again], &THIRDS).await;
+        for node in [one, two, again] {
+            node.stop();
+        }
+    });
+}
