@@ -50,9 +50,11 @@ fn orders_that_wait_while_none_is_written_make_it_unready_until_one_is() {
 
         let mut blocker = database.connect().await;
         let lock = blocker.transaction().await.expect("begin");
-        lock.execute("SELECT 1 FROM millrace.sku FOR UPDATE", &[])
-            .await
-            .expect("lock");
+        let locked = lock.query_one(
+            "SELECT pg_backend_pid(), 'secret' FROM millrace.sku FOR UPDATE",
+            &[],
+        );
+        let pid: i32 = locked.await.expect("lock").get(0);
         let undecided = server.order("u", "A", None).await;
         assert_eq!(undecided.json()["status"], "undecided", "{undecided:?}");
         wait_until("it is unready", async || {
@@ -61,6 +63,21 @@ fn orders_that_wait_while_none_is_written_make_it_unready_until_one_is() {
         .await;
         let (_, detail) = check(&server, "progress").await;
         assert!(detail.contains("1 wait"), "{detail}");
+        let named = format!("held up by session {pid} (");
+        wait_until("the session is named", async || {
+            check(&server, "progress").await.1.contains(&named)
+        })
+        .await;
+        let (_, detail) = check(&server, "progress").await;
+        assert!(detail.contains("idle in transaction, since "), "{detail}");
+        assert!(
+            detail.contains(&format!("pg_terminate_backend({pid})")),
+            "{detail}"
+        );
+        assert!(
+            detail.contains("SELECT pg_backend_pid) (") && !detail.contains("secret"),
+            "of its statement no value: {detail}"
+        );
         assert!(
             check(&server, "database").await.0,
             "which answers all the while"

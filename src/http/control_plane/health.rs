@@ -163,6 +163,9 @@ fn progress(parts: &Parts) -> (bool, String) {
     if let Some(reason) = parts.state.progress.failure() {
         detail.push_str(&format!("; the last attempt: {reason}"));
     }
+    if let Some(blockers) = parts.health.last().and_then(|look| look.blockers.clone()) {
+        detail.push_str(&format!("; held up by {blockers}"));
+    }
     (false, detail)
 }
 

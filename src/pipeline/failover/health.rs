@@ -9,6 +9,7 @@ use arc_swap::ArcSwapOption;
 
 use crate::store::StoreError;
 use crate::store::postgres::Database;
+use crate::store::postgres::blockers::blockers;
 use crate::store::postgres::replication::{self, HORIZON_HELD, Horizon, Replication};
 
 /// Interval between two checks.
@@ -25,6 +26,8 @@ pub struct Look {
     pub failure: Option<String>,
     /// Warnings of later trouble, as name and detail.
     pub warnings: Vec<(&'static str, String)>,
+    /// Sessions of others whose locks ours wait for, or waited for a moment ago: between two attempts none waits.
+    pub blockers: Option<String>,
 }
 
 /// The last check, shared with its readers.
@@ -45,6 +48,8 @@ pub struct Looker {
     database: Database,
     health: Arc<Health>,
     held_since: HeldSince,
+    /// The last blockers that were seen, and when.
+    blockers: Option<(Instant, String)>,
 }
 
 impl Looker {
@@ -54,23 +59,23 @@ impl Looker {
             database,
             health,
             held_since: HeldSince::default(),
+            blockers: None,
         }
     }
 
     /// Checks once.
     pub async fn look(&mut self) {
         let at = Instant::now();
-        let look = match self.ask().await {
-            Ok(warnings) => Look {
-                at,
-                failure: None,
-                warnings,
-            },
-            Err(error) => Look {
-                at,
-                failure: Some(error.to_string()),
-                warnings: Vec::new(),
-            },
+        let (failure, warnings) = match self.ask().await {
+            Ok(warnings) => (None, warnings),
+            Err(error) => (Some(error.to_string()), Vec::new()),
+        };
+        self.blockers = self.blockers.take().filter(|(seen, _)| at - *seen < STALE);
+        let look = Look {
+            at,
+            failure,
+            warnings,
+            blockers: self.blockers.as_ref().map(|(_, names)| names.clone()),
         };
         self.health.last.store(Some(Arc::new(look)));
     }
@@ -80,6 +85,10 @@ impl Looker {
         // A role without access to these views gets no warning.
         let replication = replication::read(&self.database).await;
         let horizons = replication::horizons(&self.database, HORIZON_HELD).await;
+        let blocked_by = blockers(&self.database).await.unwrap_or_default();
+        if !blocked_by.is_empty() {
+            self.blockers = Some((Instant::now(), blocked_by.join("; ")));
+        }
         let mut warnings = Vec::new();
         warnings.extend(replication.ok().and_then(|seen| asynchronous(&seen)));
         let now = Instant::now();

@@ -17,6 +17,7 @@
 //! * [`draws`]: the secrets of draws, their entries and their outcome;
 //! * [`skus`]: reading and administration of SKUs;
 //! * [`replication`]: replication to standbys, and holders of old row versions;
+//! * [`blockers`]: sessions of others whose locks our sessions wait for;
 //! * [`preflight`]: what tells before a sale whether the database will hold it;
 //! * [`audit`]: recomputes every promise that the database can show;
 //! * [`pruning`]: deletes rows past their retention.
@@ -25,6 +26,7 @@
 //! as first parameter: `orders::find(&database, id)`.
 
 pub mod audit;
+pub mod blockers;
 mod by_key;
 pub mod clock;
 mod connector;
