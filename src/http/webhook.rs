@@ -219,13 +219,12 @@ impl Webhook {
 
 impl Sink for Webhook {
     fn title(&self) -> String {
-        let (scheme, host) = (
-            self.url.scheme_str().unwrap_or_default(),
-            self.url.authority(),
-        );
+        // Without the query, which some receivers use for a token.
         format!(
-            "webhook {scheme}://{}",
-            host.map_or("", |host| host.as_str())
+            "webhook {}://{}{}",
+            self.url.scheme_str().unwrap_or_default(),
+            self.url.authority().map_or("", |host| host.as_str()),
+            self.url.path()
         )
     }
 

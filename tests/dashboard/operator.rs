@@ -60,6 +60,19 @@ impl Desk {
         assert_eq!(answer.status, 200, "{answer:?}");
     }
 
+    /// Runs the runbook's query for what somebody has added to the table `orders`; returns the remedies.
+    async fn strangers(&self) -> Vec<String> {
+        let runbook = std::fs::read_to_string("docs/RUNBOOK.md").expect("the runbook");
+        let query = runbook
+            .split("\ndb \"")
+            .find(|block| block.starts_with("SELECT format('ALTER TABLE"))
+            .and_then(|block| block.split('"').next())
+            .expect("the query");
+        let rows = self.database.connect().await.query(query, &[]).await;
+        let rows = rows.expect("what was added");
+        rows.iter().map(|row| row.get("remedy")).collect()
+    }
+
     async fn until_live(&self, what: &str, condition: impl Fn(&Value) -> bool) {
         wait_until(what, async || condition(&self.get("/admin/v1/live").await)).await;
     }
@@ -252,6 +265,9 @@ fn payments_are_decided_closed_and_refunded_and_an_order_shows_its_whole_history
         desk.browser.click("To be refunded");
         desk.browser
             .sees("A second payment of an order that is paid and stays paid.");
+        // It is work for afterwards: a number, and no line in the head.
+        let why = desk.browser.value("$('why').textContent");
+        assert!(!why.to_string().contains("refund"), "{why}");
         desk.picture("refunds");
         desk.browser.click_in("already paid", "Record the refund…");
         desk.browser.sees("The order itself is paid and stays so.");
@@ -319,7 +335,11 @@ fn dead_letters_are_retried_and_discarded_and_only_open_ones_are_counted() {
             return;
         };
         desk.server.put_sku("A", 10, Value::Null).await;
-        desk.sql("ALTER TABLE millrace.orders ADD CONSTRAINT no_b CHECK (user_id NOT LIKE 'b%')")
+        assert_eq!(desk.strangers().await, [""; 0], "all of it is Millrace's");
+        desk.sql("ALTER TABLE millrace.orders ADD CONSTRAINT no_b CHECK (user_id NOT LIKE 'b%');
+                  CREATE FUNCTION millrace.stranger() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
+                  CREATE TRIGGER \"by hand\" BEFORE INSERT ON millrace.orders
+                     FOR EACH ROW EXECUTE FUNCTION millrace.stranger()")
             .await;
         for user in ["bea", "bob", "ben", "bud"] {
             assert_eq!(desk.order(user, "A").await.status, 500);
@@ -337,8 +357,23 @@ fn dead_letters_are_retried_and_discarded_and_only_open_ones_are_counted() {
         desk.browser.click("Retry all");
         desk.browser.sees("0 orders are written.");
         desk.browser.click("Cancel");
-        desk.sql("ALTER TABLE millrace.orders DROP CONSTRAINT no_b")
-            .await;
+        let remedies = desk.strangers().await;
+        assert_eq!(
+            remedies,
+            [
+                "ALTER TABLE millrace.orders DROP CONSTRAINT no_b",
+                "DROP TRIGGER \"by hand\" ON millrace.orders"
+            ]
+        );
+        for remedy in &remedies {
+            desk.sql(&format!("SET lock_timeout = '2s'; {remedy}"))
+                .await;
+        }
+        assert_eq!(desk.strangers().await, [""; 0]);
+        let letters = desk.get("/admin/v1/dead-letters").await;
+        let letters = letters["dead_letters"].as_array().expect("letters");
+        let bea = letters.iter().find(|letter| letter["user_id"] == "bea");
+        let bea = bea.expect("hers")["order_id"].clone();
         desk.browser.click_in("bea", "Retry…");
         desk.browser.click("Retry");
         desk.browser.sees("is written and payable.");
@@ -361,6 +396,13 @@ fn dead_letters_are_retried_and_discarded_and_only_open_ones_are_counted() {
         assert_eq!(live["dead_letters"], 4, "since the start");
         desk.browser.click("Live");
         desk.browser.sees("open; 4 since the start");
+        desk.browser.click("Orders");
+        desk.browser
+            .enter("Order or buyer", bea.as_str().expect("an id"));
+        desk.browser.press("Enter");
+        desk.browser
+            .sees("It was a dead letter until an operator retried it");
+        desk.browser.sees("a waiting buyer was told 500");
         assert_eq!(desk.server.stock("A").await, (7, 3, 0));
         desk.close().await;
     });
@@ -403,6 +445,90 @@ fn a_sku_that_the_database_has_paused_says_what_can_help() {
         desk.browser.click("Audit now");
         desk.browser.sees("every promise holds");
         desk.picture("audit");
+        desk.close().await;
+    });
+}
+
+#[test]
+fn a_session_that_locks_the_orders_is_named_and_what_it_cost_stays_on_the_page() {
+    block_on(async {
+        let Some(mut desk) = Desk::open(|config| config.orders.timeout_ms = 1_000).await else {
+            return;
+        };
+        desk.server.put_sku("A", 10, Value::Null).await;
+        desk.browser.sees("since the start; lately 0");
+        let mut blocker = desk.database.connect().await;
+        let lock = blocker.transaction().await.expect("begin");
+        let pid: i32 = lock
+            .query_one("SELECT pg_backend_pid()", &[])
+            .await
+            .expect("its pid")
+            .get(0);
+        lock.batch_execute("LOCK TABLE millrace.orders IN ACCESS EXCLUSIVE MODE")
+            .await
+            .expect("lock");
+        // Another one, behind it.
+        let behind = desk.database.connect().await;
+        let waits = behind.batch_execute("BEGIN; LOCK TABLE millrace.orders IN SHARE MODE; COMMIT");
+        let meanwhile = async {
+            let order = desk.order("u", "A").await;
+            assert!([202, 504].contains(&order.status), "{order:?}");
+            desk.browser.sees("Orders are not written");
+            desk.browser.sees(&format!("session {pid} ("));
+            desk.browser.sees("idle in transaction");
+            desk.browser.sees("LOCK TABLE millrace.orders IN");
+            desk.browser.sees("waits for a lock itself");
+            desk.browser
+                .sees(&format!("SELECT pg_terminate_backend({pid})"));
+            desk.picture("blocked");
+            desk.sql(&format!("SELECT pg_terminate_backend({pid})"))
+                .await;
+            desk.browser.sees("Taking orders");
+            desk.browser.sees("1\nsince the start; lately 1");
+            desk.picture("after-the-lock");
+        };
+        let (waited, ()) = tokio::join!(waits, meanwhile);
+        waited.expect("it came to its turn");
+        assert!(lock.rollback().await.is_err(), "the session was ended");
+        desk.close().await;
+    });
+}
+
+#[test]
+fn a_warning_is_a_line_with_its_name_that_leads_to_its_place() {
+    block_on(async {
+        let Some(mut desk) = Desk::open(|_| {}).await else {
+            return;
+        };
+        let title = "document.title";
+        assert_eq!(desk.browser.value(title), "Taking orders · Millrace");
+        let soon = millrace::order::UnixMillis(millrace::order::UnixMillis::now().0 + 1_800_000);
+        let terms = json!({ "opens_at": soon.to_string() });
+        desk.server.put_sku("A", 10, terms).await;
+        desk.browser
+            .sees("there was no preflight in the last 24 hours");
+        desk.browser.sees("Taking orders");
+        assert_eq!(
+            desk.browser.value(title),
+            "Taking orders, 1 warning · Millrace"
+        );
+        let stands_out = "(() => { const of = (id) => getComputedStyle(document.querySelector(id)).backgroundColor; \
+            return of('#warnings li') !== of('#state') && of('#warnings li') !== of('body'); })()";
+        desk.browser.until("a colour of its own", stands_out);
+        desk.picture("warning");
+        desk.browser.size(360, 740);
+        desk.browser.until(
+            "no scroll to the side",
+            "document.documentElement.scrollWidth <= innerWidth",
+        );
+        desk.browser.click("preflight");
+        desk.browser.sees("Readiness");
+        let found = "[...document.querySelectorAll('#readiness tr')].map((row) => row.innerText.split(/\\s+/, 2).join(' '))";
+        let names = ["recovery", "intake", "progress", "journal", "database"];
+        let mut expected: Vec<String> = names.iter().map(|name| format!("ok {name}")).collect();
+        expected.push("warning preflight".to_owned());
+        assert_eq!(desk.browser.value(found), json!(expected));
+        desk.picture("readiness");
         desk.close().await;
     });
 }

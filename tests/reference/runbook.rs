@@ -110,6 +110,28 @@ fn every_refund_reason_has_its_heading() {
     assert_eq!(without_help(&reasons), Vec::<String>::new());
 }
 
+/// The words that the head of the dashboard may say, but for the one that all is well.
+#[test]
+fn the_runbook_has_every_word_of_the_dashboards_head() {
+    let source = read("src/http/control_plane/dashboard/scripts/state.js");
+    let (head, _) = source
+        .split_once("\n}\n\n// ")
+        .expect("the end of headline");
+    let starts = ["return [\"", ": [\"", "return [\n      \""];
+    let words: BTreeSet<&str> = starts
+        .iter()
+        .flat_map(|start| head.split(start).skip(1))
+        .filter_map(|rest| rest.split_once('"').map(|(word, _)| word))
+        .collect();
+    assert!(words.len() >= 11, "found only {words:?}");
+    let runbook = read(RUNBOOK);
+    let missing: Vec<_> = words
+        .iter()
+        .filter(|word| !runbook.contains(&format!("*{word}*")))
+        .collect();
+    assert!(missing.is_empty(), "{missing:?}");
+}
+
 // --- Alerts -----------------------------------------------------------------------------------
 
 #[derive(Default)]

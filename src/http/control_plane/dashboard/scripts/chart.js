@@ -29,6 +29,17 @@ const GROUPS = [
   ["wrong", "invalid requests", ["unknown_sku", "invalid_field", "idempotency_key_reused", "other"]],
   ["lost", "late or failed", ["timed_out", "undecided", "unwritten", "failed"]],
 ];
+// Answers that nobody should miss: name, values of `live.orders`, emphasis if there were any lately.
+const TOTALS = [
+  ["late or failed", GROUPS.find(([colour]) => colour === "lost")[2], "alarm"],
+  ["overloaded", ["overloaded"], "hint"],
+  ["refused while paused", ["sale_paused"]],
+  [
+    "refused with another 503",
+    ["not_ready", "draining", "journal_full", "journal_failed", "queue_unavailable"],
+    "hint",
+  ],
+];
 const GROUPED = new Set(GROUPS.flatMap(([, , outcomes]) => outcomes));
 const REST = ["other", "other outcomes"];
 

@@ -16,6 +16,23 @@ const table = (titles, rows) =>
     el("tbody", {}, rows),
   );
 
+function showReadiness() {
+  const shown = [
+    ...checks.map(({ name, ok, detail }) => [ok ? "ok" : "fails", ok ? "good" : "bad", name, detail]),
+    ...warnings.map(({ name, detail }) => ["warning", "warn", name, detail]),
+  ];
+  keyed(
+    $("readiness"),
+    shown.map((row, i) => [i + row[2], ...row]),
+    ([key]) => key,
+    ([, , , name]) => el("tr", {}, el("td"), el("td", {}, el("code", {}, name)), el("td")),
+    (row, [, word, is, , detail]) => {
+      if (row.firstChild.textContent !== word) row.firstChild.replaceChildren(chip(word, is));
+      say(row.lastChild, detail);
+    },
+  );
+}
+
 async function audit() {
   const note = $("audit-note");
   $("audit").disabled = true;

@@ -45,7 +45,7 @@ function retryLetter(letter, changed) {
         letter.sku_id +
         " again and writes the row. The buyer may then pay " +
         money(letter.amount, letter.currency) +
-        " within the usual time from now, and has to be told.",
+        " within the usual time from now. The buyer was told 500 before, and has to be told.",
       "If the cause is still there, the database refuses it again and nothing changes.",
     ],
     act: () => send("POST", "dead-letters/" + letter.id + "/retry"),

@@ -3,6 +3,7 @@
 const STOCK_SHOWN = 40;
 const rates = []; // The orders a second of each group, the newest last.
 const burn = new Map(); // The free units of each SKU, likewise.
+const sums = []; // The answers since the start of each kind of TOTALS, likewise.
 let last = null; // The poll before: {at, live}.
 
 // A tile is [name, value, note, emphasis: none, "hint" or "alarm"].
@@ -53,6 +54,8 @@ function record(at) {
     if (points.length > KEEP) points.shift();
     burn.set(sku.sku_id, points);
   }
+  sums.push(TOTALS.map(([, outcomes]) => outcomes.reduce((sum, name) => sum + (live.orders[name] || 0), 0)));
+  if (sums.length > KEEP) sums.shift();
   const figures = { groups, since, before };
   last = { at, live };
   return figures;
@@ -100,7 +103,7 @@ function showLive({ groups, since, before }) {
       "to be refunded",
       count(p.refunds_due),
       p.refunds_due ? "the oldest for " + age(p.refund_due_oldest_seconds) : "none",
-      p.refunds_due > 0 && "hint",
+      refundOverdue(p) && "hint",
     ],
     [
       "orders expired",
@@ -123,7 +126,21 @@ function showLive({ groups, since, before }) {
     (item, { n }) => say(item.lastChild, rate(n)),
   );
   drawChart($("chart"), rates);
+  showTotals();
   showStock();
+}
+
+// What the chart no longer shows.
+function showTotals() {
+  tiles(
+    $("totals"),
+    TOTALS.map(([name, , loud], i) => {
+      const now = sums[sums.length - 1][i];
+      // Counters of a restarted process begin at zero.
+      const fresh = Math.max(0, now - sums[0][i]);
+      return [name, count(now), "since the start; lately " + count(fresh), fresh > 0 && loud];
+    }),
+  );
 }
 
 function showStock() {

@@ -155,6 +155,12 @@ function storyOf({ order, payments, payment_events: events, dead_letter: letter,
       add(letter.discarded_at, "", "Discarded by an operator" + (letter.note ? ": " + letter.note : "") + ".");
   }
   for (const entry of stock) {
+    if (entry.cause === "dead letter retried")
+      add(
+        entry.at,
+        "warn",
+        "It was a dead letter until an operator retried it: the database had refused its row, and a waiting buyer was told 500.",
+      );
     const moved = [
       ["total", entry.total_delta],
       ["held", entry.held_delta],

@@ -15,9 +15,9 @@ const ROUTES = {
   orders: (text) => ["orders", () => openOrders(text || "")],
   payments: (state) => ["payments", () => openPayments(state)],
   "dead-letters": (which) => ["letters", () => openLetters(which === "discarded")],
-  checks: () => ["checks", () => {}],
+  checks: () => ["checks", showReadiness],
 };
-const ON_POLL = { live: showLive, skus: showSkus, sku: showSku };
+const ON_POLL = { live: showLive, skus: showSkus, sku: showSku, checks: showReadiness };
 
 let page = "";
 

@@ -46,14 +46,28 @@ function headline() {
   return ["Taking orders", isPart ? "warn" : "good", []];
 }
 
+// Each by its name, under which the runbook has a heading.
+function showWarnings() {
+  keyed(
+    $("warnings"),
+    warnings.map((warning, i) => ({ key: i + warning.name, ...warning })),
+    (warning) => warning.key,
+    ({ name }) => el("li", {}, link("checks", name), " ", el("span")),
+    (line, { detail }) => say(line.lastChild, detail + "."),
+  );
+}
+
 // Orphans are counted every few seconds, so one that the last check has just decided may still be in the count.
 const overdue = (p) => p.orphans > 0 && p.orphan_oldest_seconds > p.orphan_checks_seconds + 10;
+// Some refunds are due in every sale; one that waits for longer than a day is an alert.
+const refundOverdue = (p) => p.refunds_due > 0 && p.refund_due_oldest_seconds > 86400;
 
 function showState() {
   const [word, is, reasons] = headline();
   $("state").dataset.is = is;
   say($("word"), word);
-  document.title = word + " · Millrace";
+  document.title = word + (warnings.length ? ", " + many(warnings.length, "warning") : "") + " · Millrace";
+  showWarnings();
   const why = reasons.map((text) => el("span", {}, text));
   if (live) {
     const refused = live.skus.filter((sku) => sku.counters_refused);
@@ -77,14 +91,6 @@ function showState() {
       );
     if (overdue(live.payments))
       why.push(link("payments/orphan", "Payments are without an order for longer than their checks take."));
-    if (live.payments.refunds_due > 0)
-      why.push(
-        link(
-          "payments/refund_due",
-          many(live.payments.refunds_due, "payment has", "payments have") + " to be refunded.",
-        ),
-      );
-    for (const warning of warnings) why.push(el("span", {}, warning.detail + "."));
     if (!why.length) why.push(el("span", {}, checks.map((check) => check.name + " " + check.detail).join(" · ")));
   }
   // A link that somebody is about to follow stays.
@@ -98,7 +104,7 @@ function showState() {
   badge(
     $("count-payments"),
     live.payments.orphans + live.payments.refunds_due,
-    overdue(live.payments) || live.payments.refunds_due > 0,
+    overdue(live.payments) || refundOverdue(live.payments),
   );
   badge($("count-letters"), live.dead_letters_open, true);
 }
