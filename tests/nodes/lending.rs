@@ -5,8 +5,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use millrace::metrics::Metrics;
+use millrace::order::payment::{Delivery, Notice, Payment, Provider};
 use millrace::order::{
-    IdClock, OrderId, OrderStatus, Quantity, Refusal, SkuId, SkuNumber, UnixMillis,
+    Currency, IdClock, OrderId, OrderStatus, Quantity, Refusal, SkuId, SkuNumber, UnixMillis,
 };
 use millrace::pipeline::admin::audit::audit;
 use millrace::pipeline::admin::pauses::Pauses;
@@ -24,7 +25,9 @@ use millrace::store::cluster::recall::{self, Lowered};
 use millrace::store::cluster::{lanes, shares};
 use millrace::store::postgres::transitions::{self, Transition, Which};
 use millrace::store::postgres::{Database, NodeLease, skus};
-use millrace::store::settlement::SettlementWriter;
+use millrace::store::settlement::payments::{self, Arrival};
+use millrace::store::settlement::refunds::{self, Recorded, RefundNote};
+use millrace::store::settlement::{SettlementWriter, expiry};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use tokio::sync::Mutex;
@@ -510,11 +513,74 @@ async fn what_an_operator_changes_at_one_node_is_in_force_at_the_others_or_they_
     assert_eq!(unreached, [other.lease.node]);
 }
 
+/// A callback about a payment of `amount` for this order.
+fn payment_of(id: OrderId, amount: i64) -> Delivery {
+    Delivery {
+        notice: Notice {
+            provider: Provider::Standard,
+            event_id: "evt".to_owned(),
+            kind: "payment.succeeded".to_owned(),
+            body: Box::from(&b"{}"[..]),
+            payment: Some(Payment {
+                payment_id: "pay".to_owned(),
+                order_ref: id.to_string(),
+                amount,
+                currency: Currency::new("EUR").unwrap(),
+                receipt: None,
+                made_at: None,
+            }),
+        },
+        received_at: UnixMillis::now(),
+    }
+}
+
+fn arrival(now: UnixMillis) -> Arrival {
+    Arrival {
+        now,
+        check_at: now,
+        match_now: true,
+        with_waiting: false,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_order_does_not_expire_while_another_node_stores_its_payment() {
+    let bed = Bed::open().await;
+    bed.logged_skus(&[10]).await;
+    let (owner, other) = (Node::start(&bed, 1).await, Node::start(&bed, 2).await);
+    let id = owner.buy(1).await.unwrap();
+    let proxy = Proxy::start(&bed.test.config()).await;
+    let config = proxy.config(&bed.test.config());
+    let slow = Database::with_config(config, SCHEMA, 2, Duration::from_secs(10)).unwrap();
+    let (mut storing, mut expiring) = (
+        SettlementWriter::new(slow, other.lease, 1),
+        SettlementWriter::new(bed.database.clone(), owner.lease, 1),
+    );
+    let (now, delivery) = (UnixMillis::now(), payment_of(id, 100));
+    let later = now.plus_ms(86_400_000);
+    // The payment is on its way: nothing of it is committed.
+    proxy.cut(Cut::Late(Duration::from_secs(1)));
+    let (deliveries, elsewhere) = ([&delivery], [id]);
+    let stored = payments::ingest(&mut storing, &deliveries, arrival(now), &[], &elsewhere);
+    let meanwhile = async {
+        let deadline = Instant::now() + PATIENCE;
+        while proxy.late() == 0 {
+            assert!(Instant::now() < deadline);
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        expiry::end_overdue(&mut expiring, &[id], later, true).await
+    };
+    let (stored, meanwhile) = tokio::join!(stored, meanwhile);
+    assert_eq!(stored.unwrap().orphans.len(), 1);
+    assert_eq!(meanwhile.unwrap(), [], "its row is locked");
+    let afterwards = expiry::end_overdue(&mut expiring, &[id], later, true).await;
+    assert_eq!(afterwards.unwrap(), [], "it was paid in time");
+    let matched = payments::match_orphans(&mut expiring, &[id], now).await;
+    assert_eq!(matched.unwrap().matched.len(), 1);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn paid_units_are_swept_and_a_refund_at_another_node_finds_them() {
-    use millrace::order::payment::{Delivery, Notice, Payment, Provider};
-    use millrace::store::settlement::payments::{self, Arrival};
-    use millrace::store::settlement::refunds::{self, Recorded, RefundNote};
     let bed = Bed::open().await;
     bed.logged_skus(&[10]).await;
     let (seller, other) = (Node::start(&bed, 1).await, Node::start(&bed, 2).await);
@@ -530,30 +596,9 @@ async fn paid_units_are_swept_and_a_refund_at_another_node_finds_them() {
             metrics: metrics.clone(),
         })
     };
-    let delivery = Delivery {
-        notice: Notice {
-            provider: Provider::Standard,
-            event_id: "evt".to_owned(),
-            kind: "payment.succeeded".to_owned(),
-            body: Box::from(&b"{}"[..]),
-            payment: Some(Payment {
-                payment_id: "pay".to_owned(),
-                order_ref: id.to_string(),
-                amount: 200,
-                currency: millrace::order::Currency::new("EUR").unwrap(),
-                receipt: None,
-                made_at: None,
-            }),
-        },
-        received_at: UnixMillis::now(),
-    };
+    let delivery = payment_of(id, 200);
     let now = UnixMillis::now();
-    let arrival = Arrival {
-        now,
-        check_at: now,
-        match_now: true,
-        with_waiting: false,
-    };
+    let arrival = arrival(now);
     let mut paying = settler(&seller);
     let mut writer = SettlementWriter::new(bed.database.clone(), seller.lease, 1);
     let settled = payments::ingest(&mut writer, &[&delivery], arrival, &[], &[])

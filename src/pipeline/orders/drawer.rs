@@ -47,7 +47,9 @@ impl Drawer {
                 let (Some(terms), Some(draw)) = (terms, draw) else {
                     continue;
                 };
-                if draw.is_drawn() || self.state.ids.real_now() < terms.at {
+                // Among several nodes nobody draws yet: a list has one owner.
+                let is_shared = sku.shared().is_some();
+                if is_shared || draw.is_drawn() || self.state.ids.real_now() < terms.at {
                     continue;
                 }
                 if let Err(error) = self.advance(&sku, &terms, &draw).await {
