@@ -216,6 +216,10 @@ async fn recover(
     );
     let catalogue = Catalogue::default();
     catalogue.add(skus::load_all(database, lease).await?);
+    if node.is_some() {
+        // Not before: a lane that is given to an active node comes with units, which would be counted twice.
+        membership::activate(database, lease).await?;
+    }
     let floor = ids.window_floor(config.orders.idempotency_window_ms);
     if !bug("sell_what_is_parked") {
         hold_parked(&catalogue, database, lease, floor).await?;
@@ -265,13 +269,13 @@ async fn lanes_of(
     let (database, lease) = (&ownership.database, ownership.lease);
     control.progress("replaying the logs of nodes that were gone".to_owned());
     node.takeovers.finish_begun(orphans).await?;
-    membership::activate(database, lease).await?;
     cluster::lanes::claim_free(database, lease).await?;
     let rows = cluster::lanes::all(database).await?;
-    let ours = rows
-        .iter()
-        .filter(|row| row.node == Some(lease.node) && row.blocked_by.is_none());
-    for row in ours {
+    // Those that its own log has blocked are free of it once this node is active.
+    let is_ours = |row: &&cluster::lanes::LaneRow| {
+        row.node == Some(lease.node) && row.blocked_by.is_none_or(|by| by == lease.node)
+    };
+    for row in rows.iter().filter(is_ours) {
         ids.raise(row.ids_until);
         node.loaded.insert(row.lane, row.epoch);
     }
