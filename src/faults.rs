@@ -46,7 +46,7 @@ pub const CRASH_POINTS: [&str; 24] = [
 ];
 
 /// Every defect that can be enabled.
-pub const BUGS: [&str; 25] = [
+pub const BUGS: [&str; 26] = [
     "acknowledge_before_broker",
     "unknown_is_success",
     "no_fence",
@@ -72,6 +72,7 @@ pub const BUGS: [&str; 25] = [
     "ready_without_progress",
     "pause_when_stored",
     "sell_what_is_parked",
+    "forget_what_falls_due_while_loading",
 ];
 
 /// Everything that runs under supervision as long as the process does.

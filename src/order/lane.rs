@@ -50,6 +50,16 @@ impl LaneSet {
     /// Every lane.
     pub const ALL: LaneSet = LaneSet(u64::MAX);
 
+    /// The set with these lanes, a bit each.
+    pub fn from_bits(bits: u64) -> Self {
+        LaneSet(bits)
+    }
+
+    /// Its lanes, a bit each.
+    pub fn bits(self) -> u64 {
+        self.0
+    }
+
     /// Whether it has this lane.
     pub fn has(self, lane: Lane) -> bool {
         self.0 >> lane.0 & 1 == 1

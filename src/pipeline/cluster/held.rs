@@ -3,7 +3,8 @@
 
 use std::collections::HashMap;
 
-use crate::order::{LaneSet, OrderId};
+use crate::faults::bug;
+use crate::order::{Lane, LaneSet, OrderId};
 use crate::state::lanes::{LanePass, NodeLanes, Standing};
 use crate::store::StoreError;
 use crate::store::cluster::lanes;
@@ -15,7 +16,7 @@ pub struct HeldLanes<'a> {
 }
 
 /// Holds the lanes of these orders, as far as they are open here. Returns the orders of these; then those of lanes that are
-/// open nowhere, which may open here. A process on its own has all.
+/// open nowhere, or that are about to open here. A process on its own has all.
 ///
 /// # Errors
 /// If an id is from before lanes, and the database does not tell whose the order is.
@@ -41,9 +42,16 @@ pub async fn hold<'a>(
     };
     let lane_of = |id: &OrderId| of.cutover.lane_of(*id).or_else(|| old.get(id).copied());
     let wanted: LaneSet = ids.iter().filter_map(lane_of).collect();
+    // Before the doors: a lane that is not coming any more is open, or was.
+    let coming = of.lanes.coming();
     let (held, passes) = of.lanes.enter_among(wanted);
-    let is_closed = |lane| of.lanes.standing(lane) == Standing::Closed;
-    let closed: LaneSet = wanted.iter().filter(|lane| is_closed(*lane)).collect();
+    let is_later = |lane: &Lane| match of.lanes.standing(*lane) {
+        Standing::Closed | Standing::Here { .. } => !held.has(*lane),
+        Standing::Elsewhere { .. } => {
+            coming.has(*lane) && !bug("forget_what_falls_due_while_loading")
+        }
+    };
+    let closed: LaneSet = wanted.iter().filter(is_later).collect();
     let among = |set: LaneSet| {
         let is_in = move |id: &&OrderId| lane_of(id).is_some_and(|lane| set.has(lane));
         ids.iter().filter(is_in).copied().collect::<Vec<_>>()

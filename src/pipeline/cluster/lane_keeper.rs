@@ -276,6 +276,8 @@ impl LaneKeeper {
             .filter(|row| !self.loaded.contains_key(&row.lane))
             .copied()
             .collect();
+        let doors = Arc::clone(&self.parts.lanes.lanes);
+        doors.set_coming(ours.iter().map(|row| row.lane).collect());
         // The units of a dead node's orders came with its share.
         let taken = self.parts.member.taken();
         let (from_the_dead, given): (Vec<_>, Vec<_>) =
@@ -285,13 +287,13 @@ impl LaneKeeper {
                 self.load(&coming, is_given).await?;
             }
         }
-        let doors = &self.parts.lanes.lanes;
         let open = doors.open_here();
         for row in ours {
             if self.loaded.get(&row.lane) == Some(&row.epoch) && !open.has(row.lane) {
                 doors.open(row.lane, u64::try_from(row.epoch).unwrap_or(0));
             }
         }
+        doors.set_coming(LaneSet::default());
         Ok(())
     }
 

@@ -73,6 +73,8 @@ pub struct Lanes {
     changing: Guarded<()>,
     version: AtomicU64,
     answers_until_ms: AtomicU64,
+    /// Lanes that are ours and not open yet, a bit each: their orders are being loaded.
+    coming: AtomicU64,
 }
 
 impl Default for Lanes {
@@ -90,6 +92,7 @@ impl Lanes {
             changing: Guarded::default(),
             version: AtomicU64::new(0),
             answers_until_ms: AtomicU64::new(0),
+            coming: AtomicU64::new(0),
         }
     }
 
@@ -160,6 +163,17 @@ impl Lanes {
             .filter(|(_, standing)| matches!(standing, Standing::Here { .. }))
             .map(|(lane, _)| lane)
             .collect()
+    }
+
+    /// Notes which lanes are ours and about to be opened. Requests of them are passed on to their last owner meanwhile, which
+    /// sends them back.
+    pub fn set_coming(&self, lanes: LaneSet) {
+        self.coming.store(lanes.bits(), Ordering::Release);
+    }
+
+    /// The lanes that are ours and about to be opened.
+    pub fn coming(&self) -> LaneSet {
+        LaneSet::from_bits(self.coming.load(Ordering::Acquire))
     }
 
     /// Whether a lane is closed and every request that had passed is answered.
