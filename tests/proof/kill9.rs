@@ -403,11 +403,11 @@ impl<'a> Proof<'a> {
         }
         load.platform = self.platform.as_ref();
         load.waits = self.platform.is_some();
-        let (stop, data) = (AtomicBool::new(false), served.data);
+        let (stop, doors) = (AtomicBool::new(false), served.data.into());
         std::thread::scope(|scope| {
             scope.spawn(|| load.run(&stop));
             if let Some(platform) = load.platform {
-                scope.spawn(|| platform.run(data, &stop));
+                scope.spawn(|| platform.run(&doors, &stop));
             }
             moment(&mut served);
             served.kill();
@@ -425,7 +425,7 @@ impl<'a> Proof<'a> {
         let Some(platform) = &self.platform else {
             return Ok(check(served.data, &self.checker, &config, seed));
         };
-        platform.deliver_all(served.data, all)?;
+        platform.deliver_all(&served.data.into(), all)?;
         let mut said = Findings::default();
         self.until_settled(|| {
             let found = block_on(read_rows(&config));
@@ -463,11 +463,11 @@ impl<'a> Proof<'a> {
             .map_err(|e| format!("no SKU can be put on sale: {e}"))?;
         load.platform = self.platform.as_ref();
         load.waits = self.platform.is_some();
-        let stop = AtomicBool::new(false);
+        let (stop, doors) = (AtomicBool::new(false), served.data.into());
         std::thread::scope(|scope| {
             scope.spawn(|| load.run(&stop));
             if let Some(platform) = load.platform {
-                scope.spawn(|| platform.run(served.data, &stop));
+                scope.spawn(|| platform.run(&doors, &stop));
             }
             std::thread::sleep(Duration::from_millis(200));
             stop.store(true, Ordering::Relaxed);

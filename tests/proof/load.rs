@@ -1,6 +1,7 @@
 //! Mixed load of orders, batches, retries and cancellations; every answer goes to the checker.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -12,6 +13,7 @@ use serde_json::{Value, json};
 use super::checker::{
     Attempt, Checker, Findings, OrderAnswer, OrderRequest, StoredRows, read_rows,
 };
+use super::doors::{Caller, Doors};
 use super::outcome::block_on;
 use super::platform::Platform;
 use crate::support::http::{Answer, Connection, try_call};
@@ -20,8 +22,8 @@ use crate::support::waiting::until;
 
 /// Requests one after the other, from several threads.
 pub struct Load<'a> {
-    /// The data plane.
-    pub data: SocketAddr,
+    /// The data plane; each request takes any of the doors.
+    pub doors: Arc<Doors>,
     pub checker: &'a Checker,
     /// The SKUs of the orders; one that stands here twice is bought twice as often.
     pub skus: Vec<String>,
@@ -58,7 +60,7 @@ impl<'a> Load<'a> {
         ];
         put_skus(served.control, checker, &offers)?;
         Ok(Load {
-            data: served.data,
+            doors: Arc::new(served.data.into()),
             checker,
             skus: vec![hot, plain, "B".to_owned(), "C".to_owned(), "C".to_owned()],
             seed: random.random(),
@@ -90,13 +92,13 @@ impl<'a> Load<'a> {
                         next: 0,
                         again: open,
                         bought: Vec::new(),
-                        connection: None,
+                        caller: Caller::new(&self.doors),
                     };
                     while !stop.load(Ordering::Relaxed) {
                         match shop.next_step() {
                             Ok(count) => accepted.fetch_add(count, Ordering::Relaxed),
                             // The server is gone, or it ended this connection.
-                            Err(_) if shop.connect().is_err() => break,
+                            Err(_) if shop.caller.gives_up() => break,
                             Err(_) => 0,
                         };
                     }
@@ -117,15 +119,10 @@ struct Shop<'a> {
     again: Vec<OrderRequest>,
     /// Users with an order.
     bought: Vec<String>,
-    connection: Option<Connection>,
+    caller: Caller<'a>,
 }
 
 impl Shop<'_> {
-    fn connect(&mut self) -> std::io::Result<()> {
-        self.connection = Some(Connection::open(self.load.data)?);
-        Ok(())
-    }
-
     fn send(
         &mut self,
         method: &str,
@@ -133,15 +130,9 @@ impl Shop<'_> {
         fields: &[(&str, &str)],
         body: &str,
     ) -> std::io::Result<Answer> {
-        if self.connection.is_none() {
-            self.connect()?;
-        }
-        let connection = self.connection.as_mut().expect("just made");
-        let answer = connection.send(method, target, fields, body);
-        if answer.is_err() {
-            self.connection = None;
-        }
-        answer
+        let door = self.random.random_range(0..usize::MAX);
+        let ask = |connection: &mut Connection| connection.send(method, target, fields, body);
+        self.caller.call(door, ask)
     }
 
     /// Does one of the things that shops do; returns how many orders were accepted.
@@ -481,6 +472,10 @@ pub fn compare_counters(data: SocketAddr, found: &StoredRows, findings: &mut Fin
         let answer = connection
             .send("GET", &format!("/v1/skus/{sku}"), &[], "")
             .expect("an answer");
+        if answer.status != 200 {
+            findings.fault(format!("{sku} is not answered: {answer:?}"));
+            continue;
+        }
         let live = answer.json();
         let units = |name: &str| live[name].as_i64().unwrap_or(i64::MIN / 4);
         if units("total") != units("free") + units("held") + units("sold") {
@@ -500,7 +495,15 @@ pub fn compare_counters(data: SocketAddr, found: &StoredRows, findings: &mut Fin
 pub fn audit(control: SocketAddr, findings: &mut Findings) {
     match try_call(control, "GET", "/admin/v1/audit", &[], "") {
         Ok(answer) if answer.json()["ok"] == Value::Bool(true) => {}
-        answer => findings.fault(format!("the audit fails: {answer:?}")),
+        Ok(answer) => {
+            let said = answer.json();
+            let checks = said["checks"].as_array().cloned().unwrap_or_default();
+            let failing = checks.iter().filter(|check| check["ok"] != true);
+            let failing: Vec<String> = failing.map(Value::to_string).collect();
+            let status = answer.status;
+            findings.fault(format!("the audit fails: {status}: {failing:?}"));
+        }
+        Err(error) => findings.fault(format!("the audit fails: {error}")),
     }
 }
 

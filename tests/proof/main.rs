@@ -12,11 +12,26 @@ mod crash_states;
 mod database;
 #[cfg(target_os = "linux")]
 mod disk;
+mod doors;
 mod every_byte;
 mod journal_fixture;
 mod kill9;
 mod load;
 mod log;
+#[cfg(target_os = "linux")]
+mod nodes;
+#[cfg(not(target_os = "linux"))]
+mod nodes {
+    use super::outcome::Why;
+
+    pub fn run(_faults: u64) -> Result<String, Why> {
+        Err(Why::NotRun("only Linux has network namespaces".to_owned()))
+    }
+
+    pub fn with_bug(faults: u64, _only: Option<&str>, _bug: Option<&str>) -> Result<String, Why> {
+        run(faults)
+    }
+}
 mod nth_call;
 mod order_log;
 mod outcome;
@@ -97,6 +112,12 @@ const PROOFS: &[Proof] = &[
         counts: "cycles on each broker of load with payments, kill -9 of the process, the broker, network or machine, and recovery",
         short: 1,
         run: kill9::run_with_brokers,
+    },
+    Proof {
+        name: "nodes",
+        counts: "faults that happen to three nodes, their database, their broker and their network under load with payments",
+        short: 3,
+        run: nodes::run,
     },
     Proof {
         name: "power",

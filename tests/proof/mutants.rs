@@ -7,7 +7,7 @@ use millrace::faults::BUGS;
 use super::database;
 use super::kill9::{self, Form};
 use super::outcome::Why;
-use super::{progress, recovery};
+use super::{nodes, progress, recovery};
 
 /// How a defect has to come out.
 enum Catch {
@@ -21,11 +21,13 @@ enum Catch {
     Progress(u64),
     /// By the proof of recovery, within so many rounds.
     Recovery(u64),
+    /// By the proof of nodes, within so many of the faults of this name. Where that cannot run, neither can this.
+    Nodes(&'static str, u64),
     /// By this case of the database proof.
     Database(&'static str),
 }
 
-use Catch::{Alone, Database, Kill9, Payments, Progress, Recovery};
+use Catch::{Alone, Database, Kill9, Nodes, Payments, Progress, Recovery};
 
 /// Every defect of [`BUGS`], its description, and the proof that catches it.
 const CAUGHT_BY: &[(&str, &str, Catch)] = &[
@@ -151,6 +153,11 @@ const CAUGHT_BY: &[(&str, &str, Catch)] = &[
         "a start that does not look which SKUs have parked orders",
         Recovery(1),
     ),
+    (
+        "forget_what_falls_due_while_loading",
+        "an order never expires whose time ends while its lane is loaded at another node",
+        Nodes("rolling_restart", 3),
+    ),
 ];
 
 /// Tries the first `count` of them, or the one that `MILLRACE_BUG` names.
@@ -172,6 +179,14 @@ pub fn run(count: u64) -> Result<String, Why> {
             Payments(cycles) => killed(Form::Payments, *cycles, bug),
             Progress(rounds) => said(progress::with_bug(*rounds, Some(bug)).map_err(Why::Failed)),
             Recovery(rounds) => said(recovery::with_bug(*rounds, Some(bug)).map_err(Why::Failed)),
+            Nodes(fault, count) => match nodes::with_bug(*count, Some(fault), Some(bug)) {
+                Err(Why::NotRun(why)) => {
+                    caught.push("(not run)");
+                    eprintln!("not run: {bug}: {why}");
+                    continue;
+                }
+                outcome => said(outcome),
+            },
             Database(case) => said(database::with_bug(3, case, Some(bug))),
         };
         if why.is_none() {

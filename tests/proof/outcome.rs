@@ -70,7 +70,7 @@ pub fn in_series(
     name: &str,
     cycles: u64,
     length: u64,
-    mut series: impl FnMut(u64, u64, &dyn Fn(u64)) -> Result<Findings, String>,
+    mut series: impl FnMut(u64, u64, &(dyn Fn(u64) + Sync)) -> Result<Findings, String>,
 ) -> Result<String, String> {
     let (started, seed) = (Instant::now(), seed());
     let mut sum = Findings::default();

@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 use super::checker::{
     Expected, Findings, KnownOrder, PaymentHistory, PaymentRow, SentPayment, StoredRows,
 };
+use super::doors::{Caller, Doors};
 use crate::support::http::{Connection, try_call};
 use crate::support::served::PATIENCE;
 use crate::support::webhook::{Paid, SECRET, send};
@@ -106,20 +107,20 @@ impl Platform {
         }
     }
 
-    /// Delivers to Millrace at `data` until told to stop, or until nobody answers any more.
-    pub fn run(&self, data: SocketAddr, stop: &AtomicBool) {
-        self.deliver(data, Instant::now, || stop.load(Ordering::Relaxed));
+    /// Delivers to Millrace until told to stop, or until nobody answers any more.
+    pub fn run(&self, doors: &Doors, stop: &AtomicBool) {
+        self.deliver(doors, Instant::now, || stop.load(Ordering::Relaxed));
     }
 
     /// Delivers due messages until all are acknowledged; `all`: also those that are not due yet.
-    pub fn deliver_all(&self, data: SocketAddr, all: bool) -> Result<(), String> {
+    pub fn deliver_all(&self, doors: &Doors, all: bool) -> Result<(), String> {
         let until = Instant::now() + if all { PATIENCE * 60 } else { Duration::ZERO };
         let deadline = Instant::now() + PATIENCE;
         let is_done = || {
             let records = self.records();
             records.on_their_way == 0 && records.queue.first().is_none_or(|(due, ..)| *due > until)
         };
-        self.deliver(data, || until, || is_done() || Instant::now() >= deadline);
+        self.deliver(doors, || until, || is_done() || Instant::now() >= deadline);
         if is_done() {
             return Ok(());
         }
@@ -129,17 +130,17 @@ impl Platform {
 
     fn deliver(
         &self,
-        data: SocketAddr,
+        doors: &Doors,
         horizon: impl Fn() -> Instant + Sync,
         stop: impl Fn() -> bool + Sync,
     ) {
         std::thread::scope(|scope| {
             for _ in 0..THREADS {
                 scope.spawn(|| {
-                    let mut connection = None;
+                    let mut caller = Caller::new(doors);
                     while !stop() {
                         match self.take(horizon()) {
-                            Some(at) if !self.deliver_one(data, &mut connection, at) => break,
+                            Some(at) if !self.deliver_one(&mut caller, at) => break,
                             Some(_) => {}
                             None => std::thread::sleep(Duration::from_millis(1)),
                         }
@@ -161,47 +162,35 @@ impl Platform {
     }
 
     /// False: nobody is there.
-    fn deliver_one(
-        &self,
-        data: SocketAddr,
-        connection: &mut Option<Connection>,
-        at: usize,
-    ) -> bool {
-        let (event, body, is_genuine) = {
-            let records = self.records();
+    fn deliver_one(&self, caller: &mut Caller<'_>, at: usize) -> bool {
+        let (event, body, is_genuine, door) = {
+            let mut records = self.records();
+            let door = records.random.random_range(0..usize::MAX);
             let message = &records.messages[at];
             let is_genuine = records.history.sent[at].is_genuine;
-            (message.event.clone(), message.body(), is_genuine)
+            (message.event.clone(), message.body(), is_genuine, door)
         };
         let secret = if is_genuine { SECRET } else { FALSE_SECRET };
-        if connection.is_none() {
-            *connection = Connection::open(data).ok();
-        }
-        let answer = connection
-            .as_mut()
-            .map(|connection| send(connection, &event, &body, secret));
+        let deliver = |connection: &mut Connection| send(connection, &event, &body, secret);
+        let answer = caller.call(door, deliver);
         let mut records = self.records();
         records.on_their_way -= 1;
         match &answer {
-            Some(Ok(answer)) if is_genuine && (200..300).contains(&answer.status) => {
+            Ok(answer) if is_genuine && (200..300).contains(&answer.status) => {
                 let sent = &mut records.history.sent[at];
                 sent.acknowledged.get_or_insert_with(now_ms);
             }
-            Some(Ok(answer)) if !is_genuine && answer.status == 401 => {}
-            Some(Ok(answer)) if answer.status == 503 => {
-                records.queue_for(at, Instant::now() + AGAIN)
-            }
-            Some(Ok(answer)) => {
+            Ok(answer) if !is_genuine && answer.status == 401 => {}
+            Ok(answer) if answer.status == 503 => records.queue_for(at, Instant::now() + AGAIN),
+            Ok(answer) => {
                 let false_answer = format!("{body} (genuine: {is_genuine}) is answered {answer:?}");
                 records.history.false_answers.push(false_answer);
             }
             // It may or may not have been taken.
-            Some(Err(_)) | None => records.queue_for(at, Instant::now()),
+            Err(_) => records.queue_for(at, Instant::now() + AGAIN),
         }
-        if !matches!(answer, Some(Ok(_))) {
-            *connection = Connection::open(data).ok();
-        }
-        connection.is_some()
+        drop(records);
+        answer.is_ok() || !caller.gives_up()
     }
 
     /// The rows of these orders are taken away, whose buyers have not paid yet. They do it now, and

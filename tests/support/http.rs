@@ -83,6 +83,11 @@ impl Connection {
         })
     }
 
+    /// Gives each answer this long from now on.
+    pub fn set_patience(&self, patience: Duration) -> std::io::Result<()> {
+        self.stream.set_read_timeout(Some(patience))
+    }
+
     /// Sends one request and reads its answer. After an error the connection is of no more use.
     pub fn send(
         &mut self,

@@ -2,6 +2,7 @@
 //! comparison at the end.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -216,7 +217,7 @@ impl Fixture {
         std::thread::scope(|scope| {
             for (crowd, seed) in fixture.crowds.iter().zip(seeds) {
                 let load = Load {
-                    data: fixture.served.data,
+                    doors: Arc::new(fixture.served.data.into()),
                     checker: &crowd.checker,
                     skus: crowd.skus.clone(),
                     seed,
@@ -230,7 +231,7 @@ impl Fixture {
                 let stop = &stop;
                 scope.spawn(move || load.run(stop));
                 if let Some(platform) = &crowd.platform {
-                    scope.spawn(move || platform.run(fixture.served.data, stop));
+                    scope.spawn(move || platform.run(&fixture.served.data.into(), stop));
                 }
             }
             // The threads end also where this panics.
@@ -294,7 +295,7 @@ impl Fixture {
         self.until_quiet()?;
         self.has_bitten()?;
         for platform in self.platforms() {
-            platform.deliver_all(self.served.data, true)?;
+            platform.deliver_all(&self.served.data.into(), true)?;
         }
         let mut said = Findings::default();
         for crowd in &self.crowds {
