@@ -104,6 +104,7 @@ fn state(total: u32) -> Arc<State> {
         catalogue,
         buyers: Buyers::new(1 << 30, 1 << 20),
         pending: Arc::new(Pending::with_capacity(1 << 17)),
+        row_changes: Default::default(),
         poison: Default::default(),
         throughput: Default::default(),
         progress: Default::default(),

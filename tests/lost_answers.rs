@@ -53,6 +53,10 @@ impl Shop {
         let answer = self.server.control(method, target, body).await;
         assert!(self.proxy.has_cut(), "{method} {target} has committed");
         assert_eq!(answer.status, 503, "{cut:?}: {answer:?}");
+        // Until the outcome is known memory and rows may differ, which is no fault of either.
+        let audit = self.server.control("GET", "/admin/v1/audit", Value::Null);
+        let audit = audit.await.json();
+        assert_eq!(audit["ok"], true, "{cut:?} {target}: {audit:#}");
         answer
     }
 

@@ -92,6 +92,7 @@ impl Real {
             catalogue,
             buyers: Buyers::new(remembered_max, 64),
             pending: Arc::new(Pending::with_capacity(64)),
+            row_changes: Default::default(),
             poison: Default::default(),
             throughput: Default::default(),
             progress: Default::default(),

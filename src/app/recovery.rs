@@ -32,6 +32,7 @@ use crate::state::pending::Pending;
 use crate::state::poison::Poison;
 use crate::state::progress::Progress;
 use crate::state::recent_orders::RecentOrders;
+use crate::state::row_changes::RowChanges;
 use crate::state::sticky_refusals::StickyRefusals;
 use crate::state::stock::Catalogue;
 use crate::state::throughput::ThroughputEstimator;
@@ -237,6 +238,7 @@ async fn recover(
         expiry_index: ExpiryIndex::default(),
         orphans,
         lanes,
+        row_changes: RowChanges::default(),
         poison,
         ids,
         throughput: ThroughputEstimator::default(),

@@ -10,6 +10,7 @@
 //! * [`lanes`]: with several nodes, which lanes of buyers are open here.
 //! * [`throughput`]: the recent rate of database writes.
 //! * [`progress`]: whether orders are written while orders wait.
+//! * [`row_changes`]: changes of rows that memory has yet to follow.
 //! * [`poison`]: the fail-stop flag.
 //!
 //! [`State`] is all of it. [`effects`] has its methods: the effects in memory of every outcome of
@@ -27,6 +28,7 @@ pub mod pending;
 pub mod poison;
 pub mod progress;
 pub mod recent_orders;
+pub mod row_changes;
 mod set_associative;
 pub mod sticky_refusals;
 pub mod stock;
@@ -42,6 +44,7 @@ use self::pending::Pending;
 use self::poison::Poison;
 use self::progress::Progress;
 use self::recent_orders::RecentOrders;
+use self::row_changes::RowChanges;
 use self::sticky_refusals::StickyRefusals;
 use self::stock::Catalogue;
 use self::throughput::ThroughputEstimator;
@@ -66,6 +69,8 @@ pub struct State {
     pub orphans: Orphans,
     /// The lanes of buyers, if several nodes serve the sale; a process on its own has all of them.
     pub lanes: Option<NodeLanes>,
+    /// Changes of rows that memory has yet to follow.
+    pub row_changes: RowChanges,
     /// The fail-stop flag.
     pub poison: Arc<Poison>,
     /// Source of order ids.

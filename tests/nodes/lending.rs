@@ -70,6 +70,7 @@ impl Node {
             buyers: Buyers::new(1_000_000, 10_000),
             sticky_refusals: StickyRefusals::with_capacity(1_000),
             pending: Arc::new(Pending::with_capacity(1_000)),
+            row_changes: Default::default(),
             poison: Default::default(),
             throughput: Default::default(),
             progress: Default::default(),

@@ -61,6 +61,7 @@ impl Line {
             buyers: Buyers::new(1_000_000, 10_000),
             sticky_refusals: StickyRefusals::with_capacity(1_000),
             pending: Arc::new(Pending::with_capacity(capacity)),
+            row_changes: Default::default(),
             poison: Default::default(),
             throughput: Default::default(),
             progress: Default::default(),

@@ -215,17 +215,29 @@ pub async fn audit_in_parts(
     rows: PartRows,
 ) -> Result<Audit, StoreError> {
     // Memory and rows show the same moment only if no order was in flight before and after the rows'
-    // snapshot (an order in flight is in memory and not yet a row) and no counter moved.
+    // snapshot (an order in flight is in memory and not yet a row), no change of rows was on its way to memory,
+    // and no counter moved.
     let look = || {
-        state.map(|state| {
-            let in_flight = state.pending.in_flight();
-            (in_flight, live(state))
+        state.map(|state| Look {
+            in_flight: state.pending.in_flight(),
+            row_changes: state.row_changes.at_rest(),
+            live: live(state),
         })
     };
     let (found, [before, after]) = audit::run_watching(database, rows, look).await?;
-    let quiet = before == after && after.as_ref().is_some_and(|(in_flight, _)| *in_flight == 0);
-    let (in_flight, after) = after.unzip();
+    let is_quiet = |look: &Look| look.in_flight == 0 && look.row_changes.is_some();
+    let quiet = before == after && after.as_ref().is_some_and(is_quiet);
+    let in_flight = after.as_ref().map(|look| look.in_flight);
+    let after = after.map(|look| look.live);
     Ok(result(&found, after.as_deref(), in_flight, quiet))
+}
+
+/// Memory at one moment.
+#[derive(PartialEq, Eq)]
+struct Look {
+    in_flight: usize,
+    row_changes: Option<u64>,
+    live: Vec<(SkuId, LiveFigures)>,
 }
 
 fn live(state: &State) -> Vec<(SkuId, LiveFigures)> {
@@ -250,7 +262,7 @@ fn live(state: &State) -> Vec<(SkuId, LiveFigures)> {
     .collect()
 }
 
-/// Evaluates the figures of database and memory. `quiet`: nothing was in flight.
+/// Evaluates the figures of database and memory. `quiet`: both are of one moment.
 fn result(
     found: &DatabaseAudit,
     live: Option<&[(SkuId, LiveFigures)]>,

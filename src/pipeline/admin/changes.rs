@@ -5,6 +5,7 @@ use std::sync::Arc;
 use crate::order::{UnixMillis, UserId};
 use crate::state::State;
 use crate::state::buyers::LiveOrder;
+use crate::state::row_changes::RowChange;
 use crate::state::stock::{Hold, Sku};
 use crate::store::StoreError;
 
@@ -15,6 +16,8 @@ pub(super) struct Retried {
     pub(super) user_id: String,
     pub(super) order: LiveOrder,
     pub(super) expires_at: UnixMillis,
+    /// Dropped after the hold.
+    pub(super) _change: RowChange,
 }
 
 impl Retried {

@@ -5,7 +5,7 @@
 //! without an answer, a reader that gets the same lock sees the outcome. A stored change is applied to memory,
 //! a change that was not stored is undone there. Pauses resolve themselves ([`super::pauses`]).
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,6 +15,7 @@ use super::changes::{Retried, check_number};
 use super::limits;
 use crate::order::SkuId;
 use crate::state::State;
+use crate::state::row_changes::RowChange;
 use crate::state::stock::SaleTerms;
 use crate::store::StoreError;
 use crate::store::postgres::{Database, NodeLease, dead_letters, skus};
@@ -47,7 +48,7 @@ pub(super) struct LostAnswers {
 /// Changes in doubt, at most one for each SKU and dead letter.
 #[derive(Debug, Default)]
 struct Open {
-    lost: BTreeSet<LostAnswer>,
+    lost: BTreeMap<LostAnswer, RowChange>,
     /// Whether the task is running.
     running: bool,
 }
@@ -81,7 +82,8 @@ impl LostAnswers {
             "the database's answer to an operator's change was lost; asking in the background whether it was stored"
         );
         let mut open = self.open.lock();
-        open.lost.insert(lost);
+        let changes = &self.state.row_changes;
+        open.lost.entry(lost).or_insert_with(|| changes.begin());
         if !open.running {
             open.running = true;
             tokio::spawn(self.clone().look());
@@ -92,7 +94,7 @@ impl LostAnswers {
     async fn look(self) {
         loop {
             tokio::time::sleep(PAUSE).await;
-            let all: Vec<LostAnswer> = self.open.lock().lost.iter().cloned().collect();
+            let all: Vec<LostAnswer> = self.open.lock().lost.keys().cloned().collect();
             for lost in all {
                 match self.resolve(&lost).await {
                     Ok(()) => tracing::info!(

@@ -345,6 +345,7 @@ impl Operator {
         total: u32,
         storing: impl Future<Output = Result<(), StoreError>>,
     ) -> Result<(), OperatorError> {
+        let _change = self.state.row_changes.begin();
         let is_alone = sku.shared().is_none();
         if is_alone && total < sku.counter().snapshot().total {
             // From here on no buyer can take the units that are about to be removed.
@@ -462,6 +463,8 @@ impl Operator {
         let expires_at = self.state.ids.real_now().plus_ms(self.payment_ttl_ms);
         let earlier = turn.remove(&id);
         let is_again = earlier.is_some();
+        // Before the hold: the row has none yet.
+        let change = self.state.row_changes.begin();
         let hold = match earlier {
             // An earlier retry whose answer was lost still holds them.
             Some(retried) => retried.hold,
@@ -482,6 +485,7 @@ impl Operator {
                 quantity,
             },
             expires_at,
+            _change: change,
         };
         // Noted before the row exists, so that no start is told to look for unpaid orders only above it.
         self.state

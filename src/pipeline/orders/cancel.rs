@@ -15,6 +15,7 @@ use crate::order::{Ended, OrderId, OrderStatus, OrderUnits, UnixMillis, UserId};
 use crate::state::State;
 use crate::state::effects::Row;
 use crate::state::pending::PendingOrder;
+use crate::state::row_changes::RowChange;
 use crate::store::StoreError;
 use crate::store::postgres::orders::{self, StoredOrder};
 pub use crate::store::postgres::transitions::Which;
@@ -58,8 +59,10 @@ pub struct Unresolved {
 }
 
 /// An order in the list.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Entry {
+    /// While it is in the list, memory may lack what the row has.
+    _change: RowChange,
     /// Calls under way.
     calls: u32,
     /// The answer to one was lost: what it was about. A cancellation of any unpaid order covers one of a waiting
@@ -97,12 +100,18 @@ impl Unresolved {
         id: OrderId,
         which: Which,
         recent: Option<Arc<PendingOrder>>,
+        change: RowChange,
     ) -> Option<Ticket> {
         self.orders.with(|orders| {
             if orders.len() >= self.max && !orders.contains_key(&id) {
                 return None;
             }
-            let entry = orders.entry(id).or_default();
+            let entry = orders.entry(id).or_insert(Entry {
+                _change: change,
+                calls: 0,
+                lost: None,
+                recent: None,
+            });
             entry.calls += 1;
             entry.recent = recent.or_else(|| entry.recent.take());
             Some(Ticket {
@@ -227,9 +236,12 @@ impl Canceller {
     /// resolved in the background, and repeating the request tells it.
     pub async fn cancel(&self, id: OrderId, which: Which) -> Result<StoredOrder, CancelError> {
         let recent = self.state.recent_orders.get(id, self.state.ids.real_now());
+        let changes = &self.state.row_changes;
+        // Until memory is updated, which is after the ticket has gone.
+        let _change = changes.begin();
         let ticket = self
             .unresolved
-            .enter(id, which, recent.clone())
+            .enter(id, which, recent.clone(), changes.begin())
             .ok_or(CancelError::Busy)?;
         self.state.recent_orders.forget(id);
         let moved = self.cancel_row(id, which).await;

@@ -124,6 +124,8 @@ impl Assigner {
 
     /// Assigns kept units to the next orders of these SKUs. Returns whether there were any.
     async fn assign_next(&mut self, skus: &[Arc<Sku>], ttl_ms: u64) -> Result<bool, StoreError> {
+        // Units that are taken for an order are held by no row until the commit.
+        let change = self.settler.parts.state.row_changes.begin();
         let mut selected = Vec::new();
         let mut left = ORDERS_MAX;
         for sku in skus {
@@ -140,6 +142,7 @@ impl Assigner {
             }
         }
         if selected.is_empty() {
+            change.undo();
             return Ok(false);
         }
         let state = Arc::clone(&self.settler.parts.state);

@@ -210,14 +210,13 @@ impl Expiry {
             taken.push(range);
         }
         let started = Instant::now();
-        let (moving, writer) = match self.settler.writer().await {
+        let writer = match self.settler.plain_writer().await {
             Ok(writer) => writer,
             Err(error) => {
                 self.put_back(sku, taken);
                 return Err(error);
             }
         };
-        drop(moving);
         match expiry::look_for_overdue(writer, &taken, rows, now, sku).await {
             Ok(looked) => {
                 let payments = &self.settler.parts.metrics.payments;
@@ -277,8 +276,7 @@ impl Expiry {
                 let mut skus: Vec<SkuNumber> = part.iter().map(|one| one.sku).collect();
                 skus.sort_unstable();
                 skus.dedup();
-                let (moving, writer) = self.settler.writer().await?;
-                drop(moving);
+                let writer = self.settler.plain_writer().await?;
                 let held = expiry::held_skus(writer, &skus).await?;
                 self.one_by_one = held.is_empty();
                 for sku in held {
@@ -441,8 +439,7 @@ impl Expiry {
     }
 
     async fn try_note_least(&mut self) -> Result<Option<OrderId>, StoreError> {
-        let (moving, writer) = self.settler.writer().await?;
-        drop(moving);
+        let writer = self.settler.plain_writer().await?;
         let changes = expiry::unpaid_changes(writer).await?;
         let state = &self.settler.parts.state;
         let deferred = self.deferred.values().filter_map(|one| one.work.least());
@@ -458,9 +455,8 @@ impl Expiry {
         if self.noted.is_some_and(|(noted, _)| noted == least) {
             return Ok(Some(least));
         }
-        let (moving, writer) = self.settler.writer().await?;
+        let writer = self.settler.plain_writer().await?;
         let noted = expiry::note_unpaid_from(writer, changes, least).await?;
-        drop(moving);
         Ok(noted.then_some(least))
     }
 }

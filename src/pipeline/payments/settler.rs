@@ -17,6 +17,7 @@ use crate::order::payment::Verdict;
 use crate::order::{OrderId, SkuNumber};
 use crate::state::State;
 use crate::state::effects::Row;
+use crate::state::row_changes::RowChange;
 use crate::store::StoreError;
 use crate::store::postgres::{Database, NodeLease, orders, skus};
 use crate::store::settlement::{Destination, Settlement, SettlementWriter, UnitMove};
@@ -61,6 +62,12 @@ impl Signals {
     }
 }
 
+/// The right to move units; kept until memory is updated.
+pub(super) struct Moving {
+    _shared: OwnedRwLockReadGuard<()>,
+    _change: RowChange,
+}
+
 /// The parts of a settler.
 pub struct SettlerParts {
     /// The state in memory.
@@ -96,11 +103,19 @@ impl Settler {
         }
     }
 
-    /// Returns the writer and a guard that permits moving units; keep the guard until memory is updated. If a
-    /// failover has lost commits, the sold counters in memory are corrected first.
-    pub(super) async fn writer(
-        &mut self,
-    ) -> Result<(OwnedRwLockReadGuard<()>, &mut SettlementWriter), StoreError> {
+    /// Returns the writer and a guard that permits moving units; keep the guard until memory is updated.
+    pub(super) async fn writer(&mut self) -> Result<(Moving, &mut SettlementWriter), StoreError> {
+        self.plain_writer().await?;
+        let moving = Moving {
+            _shared: Arc::clone(&self.parts.signals.moving).read_owned().await,
+            _change: self.parts.state.row_changes.begin(),
+        };
+        Ok((moving, &mut self.parts.writer))
+    }
+
+    /// Returns the writer, for work that moves no units. If a failover has lost commits, the sold counters in memory
+    /// are corrected first.
+    pub(super) async fn plain_writer(&mut self) -> Result<&mut SettlementWriter, StoreError> {
         self.parts.writer.connected().await?;
         let lost = self.parts.writer.commits_lost();
         if lost > self.commits_lost {
@@ -109,8 +124,7 @@ impl Settler {
             self.parts.metrics.commits_lost.inc_by(newly_lost);
             self.commits_lost = lost;
         }
-        let moving = Arc::clone(&self.parts.signals.moving).read_owned().await;
-        Ok((moving, &mut self.parts.writer))
+        Ok(&mut self.parts.writer)
     }
 
     /// Corrects the sold counters in memory to those of the database. Only settlers move sold units, and none
