@@ -46,7 +46,7 @@ pub const CRASH_POINTS: [&str; 24] = [
 ];
 
 /// Every defect that can be enabled.
-pub const BUGS: [&str; 26] = [
+pub const BUGS: [&str; 31] = [
     "acknowledge_before_broker",
     "unknown_is_success",
     "no_fence",
@@ -73,6 +73,11 @@ pub const BUGS: [&str; 26] = [
     "pause_when_stored",
     "sell_what_is_parked",
     "forget_what_falls_due_while_loading",
+    "two_entries_of_a_user",
+    "assign_before_the_draw",
+    "rank_by_arrival",
+    "stop_at_who_does_not_fit",
+    "forget_the_place",
 ];
 
 /// Everything that runs under supervision as long as the process does.

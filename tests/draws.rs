@@ -166,10 +166,20 @@ fn units_go_out_by_rank_and_the_published_file_shows_it() {
         assert_eq!(open.commitment.to_string(), promised);
         assert_eq!((open.seed, open.entries), (None, None));
 
+        assert_eq!(server.stock("D").await, (10, 0, 0));
         let mut entries = Vec::new();
         for number in 0..12 {
             entries.push(enter(&server, &format!("u-{number}"), 1 + number % 3).await);
         }
+        // Until then the units are nobody's, and nobody can have one: not in an answer, and not in the view.
+        assert_eq!(server.stock("D").await, (0, 10, 0));
+        let client = database.connect().await;
+        let kept = "SELECT free = 0 AND held = 10 AND sold = 0 FROM millrace.sku_list";
+        wait_until("the view has it", async || {
+            let row = client.query_one(kept, &[]).await.unwrap();
+            row.get(0)
+        })
+        .await;
         // One entry of a user; under its key it is the same one.
         let again = server.order("u-1", "D", None).await;
         assert_eq!((again.status, &*again.code()), (409, "purchase_limit"));

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use support::block_on;
 use support::http::{Answer, call, try_call};
 use support::postgres::TestDatabase;
+use support::proxy::{Cut, Proxy};
 use support::served::{DataDir, Served};
 use support::server::{TestServer, request};
 use support::waiting::{PATIENCE, until, wait_until};
@@ -69,6 +70,21 @@ async fn cancel(server: &TestServer, id: &str, query: &str) -> Answer {
 
 async fn sku(server: &TestServer) -> Value {
     server.get("/v1/skus/A").await.json()
+}
+
+/// Units that the view of the database has as free, held and sold.
+async fn in_view(database: &TestDatabase, sku: &str) -> (i64, i64, i64) {
+    let look = "SELECT free, held, sold FROM millrace.sku_list WHERE sku_id = $1";
+    let client = database.connect().await;
+    let row = client.query_one(look, &[&sku]).await.expect("the SKU");
+    (row.get(0), row.get(1), row.get(2))
+}
+
+async fn until_in_view(database: &TestDatabase, sku: &str, wanted: (i64, i64, i64)) {
+    wait_until("the view has it", async || {
+        in_view(database, sku).await == wanted
+    })
+    .await;
 }
 
 /// Asserts that nobody waits beside units that they could have, and that the list in memory is that of the rows.
@@ -214,6 +230,70 @@ fn orders_that_expire_together_are_all_passed_on_and_the_list_survives_a_restart
     });
 }
 
+/// While units are taken for an order, memory is ahead of the rows; from the COMMIT until memory hears of it, the rows are.
+#[test]
+fn an_audit_in_the_midst_of_an_assignment_is_no_false_alarm() {
+    block_on(async {
+        let database = TestDatabase::create().await;
+        let config = database.config();
+        let proxy = Proxy::start(&config).await;
+        let (user, name) = (config.get_user().unwrap(), config.get_dbname().unwrap());
+        let server = TestServer::start_at(proxy.url(user, name), |config| {
+            config.database.step_timeout_ms = 3_000;
+        })
+        .await;
+        server.put_sku("A", 1, json!({})).await;
+        let first = join(&server, "u1", None).await;
+        let second = waits_at(&join(&server, "u2", None).await, 202, 1);
+        let audit = async || {
+            let audit = server.control("GET", "/admin/v1/audit", Value::Null);
+            let audit = audit.await.json();
+            let checks = audit["checks"].as_array().expect("checks").iter();
+            // After a second in this state one is right to fail.
+            let mut broken = checks.filter(|check| {
+                check["ok"] != true && check["name"] != "nobody waits for units that are there"
+            });
+            assert!(broken.next().is_none(), "{audit:#}");
+        };
+        let watcher = database.connect().await;
+        let is_so = async |query: &str| -> bool {
+            let row = watcher.query_one(query, &[]).await.expect("a row");
+            row.get(0)
+        };
+
+        let mut blocker = database.connect().await;
+        let lock = blocker.transaction().await.expect("begin");
+        let rows = "SELECT FROM millrace.orders WHERE status = 7 FOR UPDATE";
+        lock.execute(rows, &[]).await.expect("lock");
+        assert_eq!(cancel(&server, &id(&first), "").await.status, 200);
+        for _ in 0..4 {
+            let waits = "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted)";
+            wait_until("the assignment waits for the row", async || {
+                is_so(waits).await
+            })
+            .await;
+            audit().await;
+        }
+        proxy.cut_change_of_stock(Cut::AfterInSilence);
+        lock.rollback().await.expect("rollback");
+        let assigned_row = "SELECT EXISTS (SELECT FROM millrace.orders WHERE status = 1)";
+        wait_until("the assignment is committed", async || {
+            is_so(assigned_row).await
+        })
+        .await;
+        assert!(proxy.has_cut(), "another transaction was cut");
+        let mut audits = 0;
+        while sku(&server).await["waiting"] == 1 {
+            audit().await;
+            audits += 1;
+        }
+        assert!(audits > 0, "memory heard of it at once");
+        assigned(&server, &second).await;
+        assert_whole(&server).await;
+        assert!(server.stop().await);
+    });
+}
+
 #[test]
 fn a_strict_list_serves_nobody_before_its_first_order_and_a_skipping_one_does() {
     block_on(async {
@@ -293,6 +373,121 @@ fn a_strict_list_serves_nobody_before_its_first_order_and_a_skipping_one_does() 
         assigned(&server, &big).await;
         assert_eq!(server.stock("A").await, (0, 6, 0));
         assert_whole(&server).await;
+        assert!(server.stop().await);
+    });
+}
+
+#[test]
+fn an_order_for_more_units_than_a_lower_total_ends_and_the_list_goes_on() {
+    block_on(async {
+        let database = TestDatabase::create().await;
+        let server = TestServer::start(&database, |_| {}).await;
+        server.put_sku("A", 5, json!({"per_user_limit": 4})).await;
+        let body = json!({"user_id": "u", "sku_id": "A", "quantity": 3});
+        assert_eq!(server.post(body, None, &[]).await.status, 201);
+        assert_eq!(in_view(&database, "A").await, (2, 3, 0));
+        let big = waits_at(&join_for(&server, "big", 4, None, &[]).await, 202, 1);
+        let small = waits_at(&join(&server, "small", None).await, 202, 2);
+        // Two units are kept for the first, which no row holds.
+        assert_eq!(server.stock("A").await, (0, 5, 0));
+        until_in_view(&database, "A", (0, 5, 0)).await;
+        assert_whole(&server).await;
+
+        server.put_sku("A", 3, json!({"per_user_limit": 4})).await;
+        let ended = server.get(&format!("/v1/orders/{big}?wait=5")).await.json();
+        assert_eq!(ended["status"], "expired", "{ended}");
+        assert!(ended["expires_at"].is_null(), "{ended}");
+        assert_eq!(order(&server, &small).await["position"], 1);
+        assert_eq!(
+            join_for(&server, "big", 4, None, &[]).await.code(),
+            "sold_out"
+        );
+        // Its units no longer count toward the limit.
+        let again = waits_at(&join_for(&server, "big", 3, None, &[]).await, 202, 2);
+        let restock = json!({"quantity": 1});
+        server
+            .control("POST", "/admin/v1/skus/A/restock", restock)
+            .await;
+        assigned(&server, &small).await;
+        assert_eq!(server.stock("A").await, (0, 4, 0));
+        assert_eq!(cancel(&server, &again, "").await.status, 200);
+        server
+            .control("POST", "/admin/v1/skus/A/restock", json!({"quantity": 2}))
+            .await;
+        until_in_view(&database, "A", (2, 4, 0)).await;
+        assert_whole(&server).await;
+        assert!(server.stop().await);
+    });
+}
+
+/// A metric of the SKU `A`.
+async fn metric_of(server: &TestServer, name: &str) -> f64 {
+    server.metric(&format!("{name}{{sku_id=\"A\"}}")).await
+}
+
+#[test]
+fn metrics_and_the_live_figures_tell_who_waits_for_how_long_and_what_was_assigned() {
+    block_on(async {
+        let database = TestDatabase::create().await;
+        let server = TestServer::start(&database, |_| {}).await;
+        let live = async || {
+            let live = server.control("GET", "/admin/v1/live", Value::Null);
+            live.await.json()["waitlist"].clone()
+        };
+        server.put_sku("A", 2, json!({})).await;
+        let body = json!({"user_id": "u", "sku_id": "A", "quantity": 2});
+        let first = id(&server.post(body, None, &[]).await);
+        assert_eq!(server.metric("millrace_waitlist_oldest_seconds").await, 0.0);
+        let before = Instant::now();
+        let oldest = waits_at(&join_for(&server, "big", 2, None, &[]).await, 202, 1);
+        let joined = Instant::now();
+        waits_at(&join(&server, "small", None).await, 202, 2);
+        assert_eq!(metric_of(&server, "millrace_waitlist_orders").await, 2.0);
+        assert_eq!(
+            metric_of(&server, "millrace_waitlist_kept_units").await,
+            0.0
+        );
+        wait_until("the oldest has waited for a second", async || {
+            // As of half a second ago at most.
+            let least = joined.elapsed().as_secs_f64();
+            let told = server.metric("millrace_waitlist_oldest_seconds").await;
+            let most = before.elapsed().as_secs_f64();
+            assert!(told < most + 0.01, "{told} s of {most}");
+            told >= 1.0 && least >= 1.0
+        })
+        .await;
+        assert!(live().await["oldest_seconds"].as_f64() >= Some(1.0));
+
+        // One unit does not suffice for the first.
+        let restock = json!({"quantity": 1});
+        server
+            .control("POST", "/admin/v1/skus/A/restock", restock)
+            .await;
+        assert_eq!(
+            metric_of(&server, "millrace_waitlist_kept_units").await,
+            1.0
+        );
+        assert_eq!(server.metric("millrace_waitlist_assigned_total").await, 0.0);
+        assert_eq!(cancel(&server, &first, "").await.status, 200);
+        assigned(&server, &oldest).await;
+        wait_until("both are assigned", async || {
+            server.metric("millrace_waitlist_assigned_total").await == 2.0
+        })
+        .await;
+        assert_eq!(live().await["assigned"], 2);
+        assert_eq!(metric_of(&server, "millrace_waitlist_orders").await, 0.0);
+        assert_eq!(
+            metric_of(&server, "millrace_waitlist_kept_units").await,
+            0.0
+        );
+        let took = server
+            .metric("millrace_waitlist_assign_seconds_count")
+            .await;
+        assert!((1.0..=2.0).contains(&took), "{took} transactions");
+        wait_until("nobody waits", async || {
+            server.metric("millrace_waitlist_oldest_seconds").await == 0.0
+        })
+        .await;
         assert!(server.stop().await);
     });
 }

@@ -17,7 +17,7 @@ metrics! {
         assigned = counter("millrace_waitlist_assigned_total"):
             "Waiting orders that were assigned units.";
         expired = counter("millrace_waitlist_expired_total"):
-            "Orders that waited until the end of their list without units.";
+            "Orders that expired while they waited for units.";
         assign_seconds = histogram("millrace_waitlist_assign_seconds", &SECONDS):
             "Time of a transaction that assigns units to waiting orders.";
     }

@@ -105,6 +105,35 @@ impl Desk {
 }
 
 #[test]
+fn who_waits_for_how_long_and_what_is_assigned_is_on_the_first_page() {
+    block_on(async {
+        let Some(mut desk) = Desk::open(|_| {}).await else {
+            return;
+        };
+        desk.server.put_sku("A", 1, json!({})).await;
+        assert_eq!(desk.order("u", "A").await.status, 201);
+        desk.browser.sees_no("Waiting lists");
+        for user in ["v", "w"] {
+            let body = json!({ "user_id": user, "sku_id": "A", "waitlist": true });
+            assert_eq!(desk.server.post(body, None, &[]).await.status, 202);
+        }
+        desk.browser.sees("2 orders wait");
+        desk.browser.sees("for 1 SKU");
+        let oldest = r"/the oldest waits for\s+\d+ seconds/.test(root.innerText)";
+        desk.browser.until("how long the oldest waits", oldest);
+        let restock = json!({ "quantity": 1 });
+        let restock = desk
+            .server
+            .control("POST", "/admin/v1/skus/A/restock", restock);
+        assert_eq!(restock.await.status, 200);
+        desk.browser.sees("1 order waits");
+        desk.browser.sees("1 assigned, 0 expired since the start");
+        desk.picture("waiting");
+        desk.close().await;
+    });
+}
+
+#[test]
 fn a_sku_is_created_changed_restocked_and_paused() {
     block_on(async {
         let Some(mut desk) = Desk::open(|_| {}).await else {

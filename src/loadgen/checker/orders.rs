@@ -502,18 +502,20 @@ fn check_request(findings: &mut Findings, asked: &Requested, rows: &[&OrderRow])
 
 /// Compares the rows with the counters of each SKU.
 fn check_stock(findings: &mut Findings, offers: &BTreeMap<String, SkuOffer>, rows: &StoredRows) {
-    let mut live: HashMap<&str, (i64, i64)> = HashMap::new();
+    let mut live: HashMap<&str, (i64, i64, bool)> = HashMap::new();
     for row in &rows.orders {
-        let (held, sold) = live.entry(&row.sku).or_default();
+        let (held, sold, waited_for) = live.entry(&row.sku).or_default();
         match row.status.as_str() {
             "pending_payment" => *held += row.quantity,
             "paid" => *sold += row.quantity,
-            "waitlisted" | "cancelled" | "expired" | "failed" | "refund_due" | "refunded" => {}
+            "waitlisted" => *waited_for = true,
+            "cancelled" | "expired" | "failed" | "refund_due" | "refunded" => {}
             other => findings.fault(format!("no such status: {other}: {row:?}")),
         }
     }
     for (sku, offer) in offers {
-        let (held, sold) = live.get(sku.as_str()).copied().unwrap_or_default();
+        let found = live.get(sku.as_str()).copied();
+        let (mut held, sold, waited_for) = found.unwrap_or_default();
         let over = (held + sold - offer.total).max(0);
         if over > 0 {
             findings.oversold += over;
@@ -525,6 +527,10 @@ fn check_stock(findings: &mut Findings, offers: &BTreeMap<String, SkuOffer>, row
         };
         if counters.total != offer.total {
             findings.fault(format!("{sku}: its total is {}", counters.total));
+        }
+        if waited_for {
+            // What nobody holds is kept for whoever waits.
+            held = offer.total - sold;
         }
         let leaked = (counters.held - held).abs() + (counters.sold - sold).abs();
         if leaked > 0 {

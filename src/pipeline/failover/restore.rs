@@ -7,7 +7,7 @@
 //! its row and is in none of these is lost; only synchronous replication excludes that. Its units and its key
 //! are released.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
@@ -17,16 +17,19 @@ use tokio::sync::{Notify, mpsc};
 
 use super::replay::Replayer;
 use crate::metrics::Metrics;
-use crate::order::{Ended, Order, OrderId, OrderStatus, OrderUnits};
+use crate::order::{Ended, Order, OrderId, OrderStatus, OrderUnits, SkuNumber};
 use crate::pipeline::admin::pruning::PrunedBelow;
 use crate::pipeline::orders::lookup::{self, LookupError};
 use crate::pipeline::orders::parking;
 use crate::queue::OrderQueue;
 use crate::state::State;
 use crate::state::effects::Row;
+use crate::state::stock::Sku;
 use crate::store::StoreError;
 use crate::store::batch::BatchWriter;
-use crate::store::postgres::{Database, NodeLease, order_log, orders, replication, transitions};
+use crate::store::postgres::{
+    Database, NodeLease, draws, order_log, orders, replication, transitions,
+};
 
 /// Interval between two comparisons of batch numbers, besides those of the workers.
 const CHECK: Duration = Duration::from_secs(2);
@@ -314,21 +317,31 @@ impl Restorer {
     /// them as live and not on the list. Their units are kept for the list, so that whoever is first has them.
     async fn wait_again(&self) -> Result<(), StoreError> {
         let open = orders::open_below(&self.database, self.lease, OrderId::MAX).await?;
-        let mut again = 0;
-        for order in open.iter().filter(|open| open.waits()) {
-            let units = &order.units;
+        let is_lost = |units: &&OrderUnits| {
             let known = self.state.buyers.find(&units.user_id, units.order_id);
             let is_in_flight = self.state.pending.get(units.order_id).is_some();
             let sku = self.state.catalogue.by_number(units.sku);
             let is_listed = sku.is_some_and(|sku| sku.waitlist().has(units.order_id));
-            if known.is_some_and(|known| known.is_live()) && !is_in_flight && !is_listed {
-                self.state.waits_again(units);
-                again += 1;
+            known.is_some_and(|known| known.is_live()) && !is_in_flight && !is_listed
+        };
+        let waiting = open.iter().filter(|open| open.waits());
+        let again: Vec<&OrderUnits> = waiting.map(|open| &open.units).filter(is_lost).collect();
+        let skus: BTreeSet<SkuNumber> = again.iter().map(|units| units.sku).collect();
+        for sku in skus {
+            let sku = self.state.catalogue.by_number(sku);
+            let is_drawn = |sku: &Arc<Sku>| sku.draw().is_some_and(|draw| draw.is_drawn());
+            if let Some(sku) = sku.filter(is_drawn) {
+                // An entry that had its units when this process started has no place in memory.
+                let places = draws::waiting_places(&self.database, sku.number).await?;
+                sku.waitlist().take_places(places);
             }
         }
-        if again > 0 {
+        for units in &again {
+            self.state.waits_again(units);
+        }
+        if !again.is_empty() {
             tracing::error!(
-                orders = again,
+                orders = again.len(),
                 "the database has lost the assignment of units to orders; they wait again, in their places, and are \
                  assigned units anew"
             );

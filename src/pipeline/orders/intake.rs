@@ -255,11 +255,11 @@ impl Intake {
             amount,
             // One entry of a user: none beside an earlier one, however few units it is for.
             limit: match draw {
-                Some(_) => {
+                Some(_) if !bug("two_entries_of_a_user") => {
                     let limit = terms.per_user_limit.unwrap_or(u32::MAX);
                     Some(limit.min(request.quantity.get()))
                 }
-                None => terms.per_user_limit,
+                _ => terms.per_user_limit,
             },
             waitlist_max: terms.waitlist.max,
             draw,
@@ -400,7 +400,7 @@ impl Intake {
                 .ids
                 .next_at(quote.now, Lane::of(&request.user_id));
             quote.entry.order_id = id.map_err(|_| Err(Refusal::NotReady))?;
-            if let Some((draw, at)) = &draw
+            if let (Ok(_), Some((draw, at))) = (quote.amount, &draw)
                 && let Err(refusal) = self.takes_entries(draw, *at, quote.now)
             {
                 quote.amount = Err(refusal);

@@ -24,10 +24,12 @@ use crate::order::{Ended, OrderId, SkuNumber, UnixMillis};
 use crate::pipeline::cluster::held::hold;
 use crate::state::stock::Sku;
 use crate::store::StoreError;
-use crate::store::settlement::waitlist;
+use crate::store::settlement::waitlist::{self, Ending};
 
 /// Interval between two looks for units and for ends.
 const LOOK: Duration = Duration::from_millis(50);
+/// Interval between two updates of the metrics: to find the oldest entry of a draw is to look at all of them.
+const METRICS: Duration = Duration::from_millis(500);
 /// Orders assigned, or ended, in one transaction at most.
 const ORDERS_MAX: usize = 2_000;
 /// Delay until a SKU is tried again whose rows are locked or whose counters are refused: first and longest.
@@ -54,6 +56,9 @@ pub struct Assigner {
     /// `orders.waitlist_ttl_ms`.
     waitlist_ttl_ms: u64,
     deferred: BTreeMap<SkuNumber, Deferred>,
+    /// The SKUs that the database has as those with a list, and the number of commits that it had lost by then.
+    noted: Option<(Vec<SkuNumber>, u64)>,
+    metrics_at: Option<Instant>,
     /// Whether each SKU has a transaction of its own, because one of several has failed.
     one_by_one: bool,
 }
@@ -66,6 +71,8 @@ impl Assigner {
             payment_ttl_ms,
             waitlist_ttl_ms,
             deferred: BTreeMap::new(),
+            noted: None,
+            metrics_at: None,
             one_by_one: false,
         }
     }
@@ -114,6 +121,7 @@ impl Assigner {
         }
         self.one_by_one &= more;
         self.note_metrics();
+        self.note_lists().await?;
         Ok(more)
     }
 
@@ -129,9 +137,7 @@ impl Assigner {
         let mut selected = Vec::new();
         let mut left = ORDERS_MAX;
         for sku in skus {
-            // An entry of a draw that asks for more than is left is passed over, and keeps its rank.
-            let skips = sku.terms().waitlist.skips || sku.draw().is_some();
-            let orders = sku.waitlist().select(sku.counter(), skips, left);
+            let orders = sku.select_waiting(left);
             left -= orders.len();
             if !orders.is_empty() {
                 let sku = Arc::clone(sku);
@@ -233,15 +239,23 @@ impl Assigner {
     }
 
     /// Ends the wait of orders whose list has ended: all after `closes_at`, and without one those that have waited
-    /// for `orders.waitlist_ttl_ms`. Returns whether there may be more.
+    /// for `orders.waitlist_ttl_ms`; and of those for more units than the SKU has in total, which would hold up all
+    /// behind them for ever. Returns whether there may be more.
     async fn end_due(&mut self, sku: &Arc<Sku>) -> Result<bool, StoreError> {
         let state = Arc::clone(&self.settler.parts.state);
+        let list = sku.waitlist();
         let before = match sku.terms().closes_at {
-            Some(closes_at) if UnixMillis::now() >= closes_at => OrderId::MAX,
-            Some(_) => return Ok(false),
-            None => state.ids.window_floor(self.waitlist_ttl_ms),
+            Some(closes_at) if UnixMillis::now() >= closes_at => Some(OrderId::MAX),
+            Some(_) => None,
+            None => Some(state.ids.window_floor(self.waitlist_ttl_ms)),
         };
-        let due = sku.waitlist().joined_before(before, ORDERS_MAX);
+        let over = before.map(|before| list.joined_before(before, ORDERS_MAX));
+        let (mut due, mut why) = (over.unwrap_or_default(), Ending::Over);
+        // An entry of a draw is passed over, and keeps its rank. Of several nodes each knows its share, not the total.
+        if due.is_empty() && sku.draw().is_none() && sku.shared().is_none() {
+            due = list.unservable(sku.counter(), ORDERS_MAX);
+            why = Ending::Unservable;
+        }
         let database = self.settler.parts.database.clone();
         let (_held, due, _) = hold(state.lanes.as_ref(), &database, due).await?;
         if due.is_empty() {
@@ -251,17 +265,34 @@ impl Assigner {
             state.recent_orders.forget(*id);
         }
         let (moving, writer) = self.settler.writer().await?;
-        let ended = waitlist::end(writer, &due).await?;
+        let ended = waitlist::end(writer, &due, why).await?;
         state.end_waiting(&ended, Ended::Expired);
         drop(moving);
         let metrics = &self.settler.parts.metrics.waitlist;
         metrics.expired.inc_by(ended.len() as u64);
-        tracing::info!(
-            sku_id = %sku.id, orders = ended.len(),
-            "orders have waited until the end of their list without units, and are expired"
-        );
+        if !ended.is_empty() {
+            let reason = match why {
+                Ending::Over => "their list, or their time, is over",
+                Ending::Unservable => "they are for more units than the total of the SKU",
+            };
+            tracing::info!(sku_id = %sku.id, orders = ended.len(), reason, "orders that waited without units are expired");
+        }
         // Rows that were locked, or have just been cancelled, are looked at again at the next tick.
         Ok(ended.len() == ORDERS_MAX)
+    }
+
+    /// Stores which SKUs have a list, if that has changed.
+    async fn note_lists(&mut self) -> Result<(), StoreError> {
+        let waiting = self.settler.parts.state.catalogue.waiting();
+        let mut skus: Vec<SkuNumber> = waiting.iter().map(|sku| sku.number).collect();
+        skus.sort_unstable();
+        let lists = (skus, self.settler.parts.writer.commits_lost());
+        if self.noted.as_ref() != Some(&lists) {
+            let writer = self.settler.plain_writer().await?;
+            waitlist::note_lists(writer, &lists.0).await?;
+            self.noted = Some(lists);
+        }
+        Ok(())
     }
 
     /// Defers a SKU: it is tried again by itself.
@@ -280,12 +311,16 @@ impl Assigner {
         }
     }
 
-    fn note_metrics(&self) {
+    fn note_metrics(&mut self) {
+        if self.metrics_at.is_some_and(|at| at.elapsed() < METRICS) {
+            return;
+        }
+        self.metrics_at = Some(Instant::now());
         let parts = &self.settler.parts;
         let now = parts.state.ids.now();
         let (mut oldest_ms, mut overdue) = (0, Duration::ZERO);
         for sku in parts.state.catalogue.waiting() {
-            let since = sku.waitlist().first().map(OrderId::millis);
+            let since = sku.waitlist().oldest().map(OrderId::millis);
             oldest_ms = oldest_ms.max(since.map_or(0, |since| now.0 - since.0));
             overdue = overdue.max(sku.waitlist().overdue());
         }

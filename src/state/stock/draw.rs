@@ -42,7 +42,7 @@ impl Draw {
             commitment,
             tokens: EntryTokens::new(salt),
             phase: AtomicU8::new(phase as u8),
-            entered: AtomicBool::new(phase > DrawPhase::Open),
+            entered: AtomicBool::new(false),
             changing: AtomicBool::new(false),
             has_beacon: AtomicBool::new(has_beacon),
         }
@@ -82,17 +82,17 @@ impl Draw {
     /// Somebody enters.
     pub fn note_entry(&self) {
         // A load first: of a million entries one writes.
-        if !self.has_entries() {
+        if !self.entered.load(Ordering::Relaxed) {
             self.entered.store(true, Ordering::Relaxed);
         }
     }
 
     /// Whether anybody has entered since this process knows the draw, or it no longer takes entries.
     pub fn has_entries(&self) -> bool {
-        self.entered.load(Ordering::Relaxed)
+        self.entered.load(Ordering::Relaxed) || self.phase() > DrawPhase::Open
     }
 
-    /// Takes no entries until the guard is dropped; `None` if somebody has entered. Call it under the lock of the waiting
+    /// Takes no entries until the guard is dropped; `None` if somebody has entered, or could have. Call it under the lock of the waiting
     /// list.
     pub fn begin_change(self: &Arc<Self>) -> Option<DrawChange> {
         if self.has_entries() {
@@ -143,6 +143,9 @@ mod tests {
         assert!(!draw.is_changing());
         draw.note_entry();
         assert!(draw.begin_change().is_none());
+        let unentered = Draw::new(Commitment([0; 32]), &Salt([1; 32]), DrawPhase::Open, true);
+        unentered.reach(DrawPhase::Fixed);
+        assert!(Arc::new(unentered).begin_change().is_none());
     }
 
     #[test]

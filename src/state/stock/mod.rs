@@ -195,7 +195,15 @@ impl Sku {
         let between = self.terms.load().waitlist.assign_between;
         self.window(now).is_ok()
             && between.is_none_or(|between| between.has(now))
-            && self.is_drawn()
+            && (self.is_drawn() || bug("assign_before_the_draw"))
+    }
+
+    /// Takes kept units for the orders that are next in line, at most `max` of them. An entry of a draw that asks for
+    /// more than is left is passed over, and keeps its rank.
+    pub fn select_waiting(&self, max: usize) -> Vec<(OrderId, u32)> {
+        let is_by_rank = self.draw.load().is_some() && !bug("stop_at_who_does_not_fit");
+        let skips = self.terms.load().waitlist.skips || is_by_rank;
+        self.waitlist.select(&self.counter, skips, max)
     }
 
     /// Holds `quantity` of the free units; dropping the guard releases them.

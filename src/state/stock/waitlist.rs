@@ -22,6 +22,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use super::{Sku, StockCounter};
+use crate::faults::bug;
 use crate::order::OrderId;
 use crate::sync::Guarded;
 
@@ -75,6 +76,9 @@ impl Queue {
 
     /// Puts the entries of a draw, and all that come back, in the order of their places, before all others.
     fn take_places(&mut self, places: impl IntoIterator<Item = (OrderId, u32)>) {
+        if bug("rank_by_arrival") {
+            return;
+        }
         self.places.extend(places);
         let mut entries: Vec<Entry> = self.blocks.drain(..).flatten().collect();
         for entry in &mut entries {
@@ -139,6 +143,9 @@ impl Queue {
         if block.is_empty() {
             self.blocks.remove(at);
         }
+        if bug("forget_the_place") {
+            self.places.remove(&id);
+        }
         Some(entry)
     }
 
@@ -162,6 +169,8 @@ struct Inner {
     /// Requests that wait until an order has left the list.
     watchers: HashMap<OrderId, Vec<(u64, Waker)>>,
     next_watcher: u64,
+    /// No order on the list asks for more units.
+    most: u32,
     /// Since when units are kept that the next order could have.
     servable_since: Option<Instant>,
 }
@@ -261,6 +270,7 @@ impl Waitlist {
         units: u32,
         stage: Stage,
     ) {
+        inner.most = inner.most.max(units);
         if inner.queue.insert(id, units, stage) && self.len.fetch_add(1, Ordering::Relaxed) == 0 {
             counter.begin_waiting();
         }
@@ -347,6 +357,17 @@ impl Waitlist {
         })
     }
 
+    /// The order that has waited for longest.
+    pub fn oldest(&self) -> Option<OrderId> {
+        self.inner.with(|inner| {
+            let mut all = inner.queue.iter().map(|entry| entry.id);
+            match inner.queue.places.is_empty() {
+                true => all.next(),
+                false => all.min_by_key(|id| id.turn()),
+            }
+        })
+    }
+
     /// Takes kept units for the next orders, at most `max` of them, which are being assigned from now on. Strict:
     /// none is passed over; with `skips` an order for which the kept units do not suffice is.
     pub fn select(&self, counter: &StockCounter, skips: bool, max: usize) -> Vec<(OrderId, u32)> {
@@ -408,6 +429,22 @@ impl Waitlist {
                 .take(max)
                 .map(|entry| entry.id)
                 .collect()
+        })
+    }
+
+    /// Orders whose rows wait for more units than the SKU has in total; at most `max`.
+    pub fn unservable(&self, counter: &StockCounter, max: usize) -> Vec<OrderId> {
+        self.inner.with(|inner| {
+            let total = counter.snapshot().total;
+            if inner.most <= total {
+                return Vec::new();
+            }
+            // Whoever asked for so many may have left.
+            let all = inner.queue.iter();
+            inner.most = all.map(|entry| entry.units).max().unwrap_or(0);
+            let unservable = |entry: &&Entry| entry.units > total && entry.stage == Stage::Waiting;
+            let found = inner.queue.iter().filter(unservable).take(max);
+            found.map(|entry| entry.id).collect()
         })
     }
 
@@ -609,6 +646,23 @@ mod tests {
     }
 
     #[test]
+    fn an_order_for_more_units_than_a_lower_total_has_is_told() {
+        let (list, counter) = (Waitlist::default(), StockCounter::new(5, 2, 0));
+        joined(&list, &counter, &[(1, 4), (2, 3), (3, 4)]);
+        assert_eq!(join(&list, &counter, 4, 5), Placed::Joined);
+        assert_eq!(list.unservable(&counter, 10), []);
+        counter.set_total(3).unwrap();
+        // That of the fourth is not a row yet.
+        assert_eq!(list.unservable(&counter, 1), [id(1)]);
+        assert_eq!(list.unservable(&counter, 10), [id(1), id(3)]);
+        list.remove(&counter, [id(1), id(3), id(4)]);
+        assert_eq!(list.unservable(&counter, 10), []);
+        assert_eq!(list.select(&counter, false, 10), []);
+        counter.release(2);
+        assert_eq!(list.select(&counter, false, 10), [(id(2), 3)]);
+    }
+
+    #[test]
     fn a_draw_puts_its_entries_in_the_order_of_their_places_before_whoever_joins_later() {
         let (list, counter) = (Waitlist::default(), StockCounter::new(9, 0, 0));
         for value in 1..=5 {
@@ -635,6 +689,9 @@ mod tests {
         assert_eq!(list.first(), Some(at(1)));
         list.remove(&counter, [at(2), at(4)]);
         assert_eq!(list.position(at(1)), Some(1));
+        list.remove(&counter, [at(1)]);
+        assert_eq!(list.oldest(), Some(at(3)));
+        assert_eq!(list.first(), Some(at(1)), "it may come back");
     }
 
     #[test]

@@ -150,6 +150,10 @@ impl SettlementWriter {
         }
     }
 
+    fn node(&self) -> i16 {
+        self.row.lease.node
+    }
+
     /// Number of commits that the database acknowledged and lost, as found so far.
     pub fn commits_lost(&self) -> u64 {
         self.row.commits_lost()

@@ -145,14 +145,22 @@ const ASSIGN: &str = "
       FROM next WHERE o.order_id = next.order_id AND o.status = 7
     RETURNING o.order_id, o.user_id, o.sku, o.quantity";
 
-/// Ends the wait of orders that hold no units.
+/// Ends the wait of orders that hold no units. $2: only those for more units than their SKU has in total.
 const END_WAITING: &str = "
     WITH ended AS (
-        SELECT order_id FROM orders WHERE order_id = ANY ($1) AND status = 7
+        SELECT order_id FROM orders o WHERE order_id = ANY ($1) AND status = 7
+           AND NOT ($2::bool AND quantity <= (SELECT total FROM sku s WHERE s.id = o.sku))
          ORDER BY order_id FOR UPDATE SKIP LOCKED
     )
     UPDATE orders o SET status = 4 FROM ended WHERE o.order_id = ended.order_id AND o.status = 7
     RETURNING o.order_id, o.user_id, o.sku, o.quantity";
+
+/// Notes that these SKUs, and no others, have orders that wait at node $1.
+const NOTE_LISTS: &str = "
+    WITH ended AS (
+        DELETE FROM waitlists WHERE node = $1 AND sku <> ALL ($2)
+    )
+    INSERT INTO waitlists (node, sku) SELECT $1, unnest($2::int4[]) ON CONFLICT DO NOTHING";
 
 /// Those of these SKUs whose row is not locked.
 const FREE_SKUS: &str =
@@ -192,6 +200,7 @@ pub(super) enum Sql {
     Expire,
     Assign,
     EndWaiting,
+    NoteLists,
     FreeSkus,
     UnpaidChanges,
     UnpaidFrom,
@@ -202,7 +211,7 @@ pub(super) enum Sql {
     ShareOrders,
 }
 
-const SQL: [&str; 24] = [
+const SQL: [&str; 25] = [
     FENCE,
     EVENTS,
     KNOWN,
@@ -219,6 +228,7 @@ const SQL: [&str; 24] = [
     EXPIRE,
     ASSIGN,
     END_WAITING,
+    NOTE_LISTS,
     FREE_SKUS,
     UNPAID_CHANGES,
     UNPAID_FROM,

@@ -1,4 +1,4 @@
-//! Orders that wait for units: assigning them, and ending their wait.
+//! Orders that wait for units: assigning them, ending their wait, and which SKUs have any.
 
 use super::SettlementWriter;
 use super::statements::{Change, Changes, Closing, Sql};
@@ -40,6 +40,15 @@ pub async fn assign(
         .await
 }
 
+/// Why orders no longer wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// Their list, or their time, is over.
+    Over,
+    /// They ask for more units than their SKU has in total. The row decides: a lower total may not be stored yet.
+    Unservable,
+}
+
 /// Expires those of `orders` that still wait. They hold no units, so no counter moves. Skips locked rows.
 ///
 /// # Errors
@@ -47,13 +56,34 @@ pub async fn assign(
 pub async fn end(
     writer: &mut SettlementWriter,
     orders: &[OrderId],
+    why: Ending,
 ) -> Result<Vec<OrderUnits>, StoreError> {
     let ids: Vec<i64> = orders.iter().map(|id| id.as_i64()).collect();
+    let is_unservable = why == Ending::Unservable;
     writer
         .transact("ending a waiting list", async |client, statements| {
             let end = statements.of(client, Sql::EndWaiting).await?;
-            let rows = client.query(end, &[&ids]).await?;
+            let rows = client.query(end, &[&ids, &is_unservable]).await?;
             Ok((units_of(&rows), Closing::default()))
+        })
+        .await
+}
+
+/// Notes that these SKUs, and no others, have orders that wait: `sku_list` shows their units as held.
+///
+/// # Errors
+/// On an error nothing has changed.
+pub async fn note_lists(
+    writer: &mut SettlementWriter,
+    skus: &[SkuNumber],
+) -> Result<(), StoreError> {
+    let node = writer.node();
+    let skus: Vec<i32> = skus.iter().map(|sku| sku.0).collect();
+    writer
+        .transact("noting the waiting lists", async |client, statements| {
+            let note = statements.of(client, Sql::NoteLists).await?;
+            client.execute(note, &[&node, &skus]).await?;
+            Ok(((), Closing::default()))
         })
         .await
 }

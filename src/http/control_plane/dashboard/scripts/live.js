@@ -90,6 +90,24 @@ function showLive({ groups, since, before }) {
       live.dead_letters_open > 0 && "alarm",
     ],
   ]);
+  const w = live.waitlist;
+  const lists = live.skus.filter((sku) => sku.waiting);
+  $("lists").hidden = !lists.length && !w.assigned && !w.expired;
+  tiles($("waiting"), [
+    ["orders wait", count(lists.reduce((sum, sku) => sum + sku.waiting, 0)), "for " + many(lists.length, "SKU")],
+    [
+      "assigned a second",
+      rate(since(before.waitlist.assigned, w.assigned)),
+      count(w.assigned) + " assigned, " + count(w.expired) + " expired since the start",
+    ],
+    ["the oldest waits for", lists.length ? age(w.oldest_seconds) : "–", ""],
+    [
+      "units kept for the next",
+      w.overdue_seconds >= 1 ? age(w.overdue_seconds) : "–",
+      w.overdue_seconds >= 1 ? "not assigned for so long" : "none longer than a second",
+      w.overdue_seconds >= 10 && "alarm",
+    ],
+  ]);
   const p = live.payments;
   tiles($("money"), [
     ["paid their order", count(p.matched), rate(since(before.payments.matched, p.matched)) + " a second"],

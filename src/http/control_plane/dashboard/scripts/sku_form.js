@@ -37,8 +37,13 @@ const UNITS_MAX = 4294967295;
 const CONSEQUENCES = {
   total: (sku, was, now) =>
     now > was
-      ? [many(now - was, "unit") + " more can be bought at once."]
-      : [many(was - now, "free unit leaves", "free units leave") + " the sale and can no longer be bought.", true],
+      ? [many(now - was, "unit") + (sku.waiting ? " more, first for the orders that wait." : " more can be bought at once.")]
+      : [
+          many(was - now, "free unit leaves", "free units leave") +
+            " the sale and can no longer be bought." +
+            (sku.waiting ? " Orders that wait for more than " + count(now) + " expire." : ""),
+          true,
+        ],
   unit_price: () => ["New orders cost this; orders that are placed keep their amount."],
   currency: () => ["New orders are in this currency. The payment of an order that is placed has to be in its old one."],
   per_user_limit: (sku, was, now) => [
