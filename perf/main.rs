@@ -22,6 +22,7 @@ mod cross_check;
 mod database_away;
 mod duplicates;
 mod engine;
+mod entries;
 mod fixture;
 mod journal_sync;
 mod latency;
@@ -119,6 +120,10 @@ const CASES: &[Case] = &[
     Case {
         name: "wait_mode",
         run: |lab| Box::pin(wait_mode::run(lab)),
+    },
+    Case {
+        name: "entries",
+        run: |lab| Box::pin(entries::run(lab)),
     },
     Case {
         name: "batch_endpoint",
