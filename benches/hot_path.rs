@@ -127,6 +127,7 @@ fn request(number: u64) -> OrderRequest<'static> {
         wait: Duration::from_secs(7),
         respond_async: false,
         waitlist: false,
+        trace: None,
     }
 }
 

@@ -25,6 +25,7 @@ pub mod order;
 pub mod pipeline;
 pub mod profile;
 pub mod queue;
+pub mod spans;
 pub mod state;
 pub mod store;
 pub mod supervise;

@@ -177,6 +177,8 @@ metrics! {
             "Events that wait one by one in the database, because the sink did not take them while it took others.";
         events_dead_letters = gauges("millrace_events_dead_letters", &["sink"], "`sink`"):
             "Dead letters of a sink: events that it did not take for a day.";
+        events_disabled = gauges("millrace_events_disabled", &["sink"], "`sink`"):
+            "1 while a sink gets nothing because it wants no more events (410 Gone).";
         connections = gauge("millrace_connections"):
             "Open connections of the data plane.";
         connections_cut = counters("millrace_connections_cut_total", "reason", &CLOSES):
@@ -190,6 +192,10 @@ metrics! {
             "Time for which orders have waited without any being written; 0 while none waits.";
         poisoned = gauge("millrace_poisoned"):
             "1 once an internal fault has stopped the process from taking orders.";
+        spans_delivered = counter("millrace_spans_delivered_total"):
+            "Spans of traced requests that the collector has taken.";
+        spans_dropped = counter("millrace_spans_dropped_total"):
+            "Spans that were dropped because the collector does not take them, or not fast enough.";
         recovery_seconds = float_gauge("millrace_recovery_seconds"):
             "Duration of the last start, from the first step to the recovered state.";
         recovered_orders = gauge("millrace_recovered_orders"):
@@ -238,8 +244,15 @@ impl Metrics {
     }
 
     /// Sets how far a sink of events is: the age of its oldest event in milliseconds, the events that wait one by one,
-    /// and its dead letters.
-    pub fn observe_sink(&self, sink: &str, behind_ms: u64, waiting: i64, dead_letters: i64) {
+    /// its dead letters, and whether it is disabled.
+    pub fn observe_sink(
+        &self,
+        sink: &str,
+        behind_ms: u64,
+        waiting: i64,
+        dead_letters: i64,
+        is_disabled: bool,
+    ) {
         let seconds = i64::try_from(behind_ms / 1_000).unwrap_or(i64::MAX);
         self.events_behind_seconds
             .with_label_values(&[sink])
@@ -248,6 +261,9 @@ impl Metrics {
         self.events_dead_letters
             .with_label_values(&[sink])
             .set(dead_letters);
+        self.events_disabled
+            .with_label_values(&[sink])
+            .set(is_disabled.into());
         // Counters exist from the start, so that a rate begins at zero.
         for counter in [
             &self.events_delivered,

@@ -23,6 +23,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("supervise", 0),
     ("profile", 0),
     ("logging", 0),
+    ("spans", 0),
     ("state", 1),
     ("queue", 1),
     ("store", 1),
@@ -71,6 +72,11 @@ const SIBLINGS: &[(&str, &str, &str)] = &[
         "src/order/mod.rs",
         "faults",
         "the wall clock is read in one place, where a test can set it off",
+    ),
+    (
+        "src/spans/",
+        "order::OrderId",
+        "a sampled order is known by its id, to whoever claims it",
     ),
     ("src/main.rs", "cli", "the program is its command line"),
     (
@@ -132,6 +138,11 @@ const UNSUPERVISED: &[(&str, usize, &str)] = &[
         3,
         "a connection, whose end its caller sees; its feeder, whose end ends the connection; a call, which its caller \
          waits for",
+    ),
+    (
+        "src/http/otlp.rs",
+        1,
+        "a request of the exporter of spans, which waits for it",
     ),
     (
         "src/http/data_plane/context.rs",

@@ -215,6 +215,7 @@ impl Ask {
             wait,
             respond_async: false,
             waitlist: self.waitlist,
+            trace: None,
         }
     }
 
@@ -1709,6 +1710,7 @@ fn click(user: u64) -> OrderRequest<'static> {
         wait: HOUR,
         respond_async: false,
         waitlist: false,
+        trace: None,
     }
 }
 

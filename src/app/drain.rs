@@ -23,6 +23,9 @@ use crate::store::postgres::{Database, NodeLease, lease};
 /// Time that a drain may take beyond the order timeout.
 const MARGIN: Duration = Duration::from_secs(3);
 
+/// Time for the last spans to reach the collector.
+const LAST_SPANS: Duration = Duration::from_secs(2);
+
 /// Drains. Returns true if nothing was left unwritten and nothing failed.
 pub(super) async fn drain(millrace: Millrace) -> bool {
     let Millrace {
@@ -55,9 +58,15 @@ pub(super) async fn drain(millrace: Millrace) -> bool {
         None => None,
     };
     close_connections(&planes.engine).await;
+    let spans = planes.spans.clone();
     planes.stop_control(MARGIN).await;
     background.stop();
     clean &= let_go(&config, &state, &path, ownership, left).await;
+    if let Some(spans) = spans {
+        let last = tokio::task::spawn_blocking(move || spans.shutdown(LAST_SPANS));
+        // Orders are safe by now, whatever becomes of it.
+        let _ = last.await;
+    }
     remove_addresses(&config.data_dir);
     clean &= !state.poison.is_set();
     tracing::info!(clean, "stopped");

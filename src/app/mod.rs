@@ -57,6 +57,7 @@ use crate::pipeline::admin::preflight::Preflighter;
 use crate::pipeline::orders::intake::Intake;
 use crate::pipeline::orders::lookup::OrderLookup;
 use crate::queue::log::file::disk::make_directory;
+use crate::spans::Spans;
 use crate::state::State;
 use crate::state::poison::Poison;
 use crate::store::postgres::Database;
@@ -146,7 +147,7 @@ impl Millrace {
             Some(joined) => Some(joined.parts(&config, &ownership, &state)?),
         };
         let (nodes, joining) = node.map(|node| node.join(&planes, &supervisor)).unzip();
-        let service = data_plane_service(&parts, &handles, providers, nodes);
+        let service = data_plane_service(&parts, &handles, providers, nodes, planes.spans.clone());
         let calls = joining.map(|joining| joining.serve(&service, &supervisor));
         let mut node = calls.transpose()?;
         if let (Some(joined), Some(node)) = (joined, &mut node) {
@@ -224,6 +225,7 @@ fn data_plane_service(
     handles: &Handles,
     providers: Providers,
     nodes: Option<Nodes>,
+    spans: Option<Spans>,
 ) -> Arc<Router> {
     let config = parts.config;
     let context = Context {
@@ -248,7 +250,8 @@ fn data_plane_service(
     };
     let tokens = Tokens::new(&config.data_plane.token.0);
     let trust_network = config.data_plane.trust_network;
-    Arc::new(Router::new(context, providers, tokens, trust_network))
+    let router = Router::new(context, providers, tokens, trust_network);
+    Arc::new(router.with_spans(spans))
 }
 
 /// The parts that the control plane administers after recovery.

@@ -90,6 +90,7 @@ impl OrderPath {
                 config.workers.batch_rows_max,
                 cut_seen.clone(),
             );
+            let worker = worker.with_spans(planes.spans.clone());
             supervisor.task_of(&mut workers, "a worker", work(worker, Arc::clone(state)));
         }
         Ok(OrderPath {

@@ -6,14 +6,17 @@ use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use opentelemetry_otlp::SpanExporter;
+use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use super::StartError;
-use crate::config::{Config, Engine};
+use crate::config::{Config, ConfigError, Engine};
 use crate::http::control_plane::{self, ControlPlane, Refresh};
 use crate::http::data_plane::router::{BODY_RULES, Router};
 use crate::http::message::{Request, Response};
+use crate::http::otlp;
 use crate::http::problem::Problem;
 use crate::http::server::Service;
 use crate::http::server::dispatcher::Dispatcher;
@@ -24,6 +27,8 @@ use crate::http::tokens::Tokens;
 use crate::metrics::Metrics;
 use crate::order::Refusal;
 use crate::pipeline::WakeAll;
+use crate::spans::Spans;
+use crate::spans::export::Bounded;
 use crate::supervise::Supervisor;
 
 /// The file under `data_dir` with both addresses and the process id, while the process runs.
@@ -74,6 +79,8 @@ pub(super) struct Planes {
     pub(super) refresh: Refresh,
     /// Wakes the connections that wait for orders.
     pub(super) wake_all: WakeAll,
+    /// If requests are traced.
+    pub(super) spans: Option<Spans>,
     control_task: ControlTask,
 }
 
@@ -114,6 +121,7 @@ impl Planes {
             engine,
             refresh,
             wake_all: Arc::new(move |wakers| dispatcher.wake_all(wakers)),
+            spans: spans(config, metrics)?,
             control_task,
         })
     }
@@ -134,6 +142,31 @@ impl Planes {
         control.stop.take();
         let _ = tokio::time::timeout(limit, &mut control.task).await;
     }
+}
+
+/// The spans of requests, if there is a collector.
+fn spans(config: &Config, metrics: &Metrics) -> Result<Option<Spans>, StartError> {
+    let Some(exporter) = span_exporter(config)? else {
+        return Ok(None);
+    };
+    let (delivered, dropped) = (&metrics.spans_delivered, &metrics.spans_dropped);
+    let exporter = Bounded::new(exporter, delivered.clone(), dropped.clone());
+    Ok(Some(Spans::new(exporter, config.tracing.sample)))
+}
+
+/// The exporter to the configured collector. It has not connected yet.
+pub(super) fn span_exporter(config: &Config) -> Result<Option<SpanExporter>, StartError> {
+    let url = &config.tracing.otlp_url;
+    if url.is_empty() {
+        return Ok(None);
+    }
+    let exporter = otlp::exporter(url, Handle::current());
+    exporter.map(Some).map_err(|message| {
+        StartError::Config(ConfigError::Field {
+            field: "tracing.otlp_url",
+            message,
+        })
+    })
 }
 
 /// Removes the file with the addresses.

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use rustix::fs::{Access, access};
 
-use super::{StartError, brokers, events, open_database, receipt_keys};
+use super::{StartError, brokers, events, open_database, planes, receipt_keys};
 use crate::config::{Backend, Config, Migrate};
 use crate::http::data_plane::payments::providers::Providers;
 use crate::store::embedded::Embedded;
@@ -32,6 +32,7 @@ pub(super) fn look(config: &Config) -> Result<Providers, StartError> {
     }
     receipt_keys::look(config)?;
     events::look(config)?;
+    planes::span_exporter(config)?;
     let settings = &config.database;
     if !settings.url.is_empty() {
         // Certificates are read here; nothing is connected to.

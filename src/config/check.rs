@@ -1,6 +1,6 @@
 //! Checks that each setting is valid, and that they are consistent with one another.
 
-use super::{Config, ConfigError, Retention, cluster, events, log, payments, reference};
+use super::{Config, ConfigError, Retention, cluster, events, log, payments, reference, spans};
 
 const DAY_MS: u64 = 86_400_000;
 
@@ -15,6 +15,7 @@ pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
     cluster::check(config)?;
     retention(config)?;
     log::check(&config.log)?;
+    spans::check(&config.tracing)?;
     schema(&config.database.schema)?;
     tokens(config)?;
     addresses(config)?;

@@ -109,6 +109,12 @@ fn overlay(
                 .parse()
                 .map_err(|_| format!("{value:?} is not a whole number"))?,
         ),
+        Some(toml::Value::Float(_)) => toml::Value::Float(
+            value
+                .trim()
+                .parse()
+                .map_err(|_| format!("{value:?} is not a number"))?,
+        ),
         Some(toml::Value::Boolean(_)) => toml::Value::Boolean(
             value
                 .trim()

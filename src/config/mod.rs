@@ -21,6 +21,7 @@ mod load;
 mod log;
 mod payments;
 pub mod reference;
+mod spans;
 
 pub use cluster::Cluster;
 pub use events::{EventMember, EventSink, EventSinkKind, Events};
@@ -28,6 +29,7 @@ pub use given::given_fields;
 pub use payments::{
     AlipayPayments, Payments, Receipt, Secret, StandardPayments, StripePayments, WechatpayPayments,
 };
+pub use spans::Tracing;
 
 /// Read if no file is named, and if it exists.
 pub const DEFAULT_FILE: &str = "millrace.toml";
@@ -94,6 +96,8 @@ pub struct Config {
     pub retention: Retention,
     /// Log level and format.
     pub log: Log,
+    /// Traces of requests.
+    pub tracing: Tracing,
 }
 
 /// `[database]`
@@ -537,6 +541,7 @@ impl Default for Config {
             cluster: Cluster::default(),
             retention: Retention::default(),
             log: Log::default(),
+            tracing: Tracing::default(),
         }
     }
 }

@@ -126,6 +126,7 @@ fn kind(schema: &Value) -> String {
         Some("string") => "text".into(),
         Some("array") => "a text or a list of texts".into(),
         Some("integer") => "whole number".into(),
+        Some("number") => "number".into(),
         Some("object") => "a table of texts".into(),
         Some("boolean") => "`true` or `false`".into(),
         _ => "text".into(),

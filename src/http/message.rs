@@ -7,6 +7,8 @@ use std::fmt::{Display, Write as _};
 use std::sync::Arc;
 use std::task::Waker;
 
+use crate::spans::{Trace, TraceFields};
+
 /// One complete request. Every slice borrows from the connection's buffer.
 pub struct Request<'a> {
     /// The method, for example `POST`. `HEAD` arrives as `GET`: the engine withholds the body, so
@@ -24,6 +26,8 @@ pub struct Request<'a> {
     /// To be called before the service parks; [`wake::wait`](super::server::wake::wait) does. It writes the answers
     /// that earlier pipelined requests are owed, so that they never wait behind this one.
     pub before_wait: &'a dyn Fn(),
+    /// Of a sampled request; a service sets it for its handlers.
+    pub trace: Option<&'a Trace>,
 }
 
 impl<'a> Request<'a> {
@@ -45,6 +49,17 @@ impl<'a> Request<'a> {
             .iter()
             .filter(move |header| header.name.eq_ignore_ascii_case(name))
             .map(|header| header.value)
+    }
+
+    /// The fields of W3C Trace Context. A `traceparent` that comes twice is none.
+    pub fn trace_fields(&self) -> TraceFields<'a> {
+        let text = |value: &'a [u8]| std::str::from_utf8(value).ok();
+        let mut parents = self.header_values("traceparent");
+        let parent = parents.next().filter(|_| parents.next().is_none());
+        TraceFields {
+            parent: parent.and_then(text),
+            state: self.header("tracestate").and_then(text),
+        }
     }
 
     /// The value of the first field with this name.

@@ -10,11 +10,15 @@
 //! | [`data_plane`] | for the shop's backend and payment platforms |
 //! | [`control_plane`] | for operators |
 //! | [`webhook`] | the client that sends events to others |
+//! | [`otlp`] | the client that sends spans to a collector |
+//! | [`outgoing`] | the connections of both |
 
 pub mod control_plane;
 pub mod data_plane;
 pub mod message;
 pub mod origin;
+pub mod otlp;
+pub mod outgoing;
 pub mod peers;
 pub mod problem;
 pub mod server;

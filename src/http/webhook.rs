@@ -18,12 +18,9 @@ use bytes::Bytes;
 use futures_util::StreamExt;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::{Method, Request, StatusCode, Uri, header};
-use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
-use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::{TokioExecutor, TokioTimer};
 use ring::hmac;
 
+use crate::http::outgoing::{self, OutgoingClient, causes};
 use crate::pipeline::events::{Delivering, Delivery, Event, Sink};
 
 /// Longest wait for an answer.
@@ -31,9 +28,6 @@ const ANSWER: Duration = Duration::from_secs(10);
 
 /// Bytes of an answer's body that are read, so that the connection can be used again.
 const BODY_BYTES_MAX: usize = 64 * 1024;
-
-/// Longest time for which an idle connection is kept.
-const IDLE: Duration = Duration::from_secs(30);
 
 /// Secrets come with and without their padding.
 const SECRET: GeneralPurpose = GeneralPurpose::new(
@@ -46,7 +40,7 @@ const SECRET_BYTES_MIN: usize = 24;
 
 /// A receiver of webhooks.
 pub struct Webhook {
-    client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
+    client: OutgoingClient,
     url: Uri,
     keys: Vec<hmac::Key>,
     in_flight_max: usize,
@@ -74,20 +68,7 @@ impl Webhook {
     /// # Errors
     /// What is wrong with the address, a secret or the system's certificates, for a sentence that names the setting.
     pub fn new(url: &str, secrets: &[String], in_flight_max: usize) -> Result<Self, String> {
-        let url: Uri = url.parse().map_err(|error| format!("url: {error}"))?;
-        if !matches!(url.scheme_str(), Some("http" | "https")) || url.host().is_none() {
-            return Err(
-                "url: must be https://host/path (or http:// on a network of your own)".to_owned(),
-            );
-        }
-        if url
-            .authority()
-            .is_some_and(|authority| authority.as_str().contains('@'))
-        {
-            return Err(
-                "url: must not have a user in it; messages are signed with secret".to_owned(),
-            );
-        }
+        let url = outgoing::address(url).map_err(|fault| format!("url: {fault}"))?;
         let key = |secret: &String| {
             let text = secret.strip_prefix("whsec_").unwrap_or(secret);
             let bytes = SECRET
@@ -103,20 +84,8 @@ impl Webhook {
             .iter()
             .map(key)
             .collect::<Result<Vec<_>, String>>()?;
-        let provider = rustls::crypto::ring::default_provider();
-        let connector = HttpsConnectorBuilder::new()
-            .with_provider_and_native_roots(provider)
-            .map_err(|error| format!("the system's certificates cannot be read: {error}"))?
-            .https_or_http()
-            .enable_http1()
-            .build();
-        let client = Client::builder(TokioExecutor::new())
-            .pool_timer(TokioTimer::new())
-            .pool_idle_timeout(IDLE)
-            .pool_max_idle_per_host(in_flight_max)
-            .build(connector);
         Ok(Webhook {
-            client,
+            client: outgoing::client(in_flight_max)?,
             url,
             keys,
             in_flight_max,
@@ -142,8 +111,12 @@ impl Webhook {
             .header(
                 "webhook-signature",
                 self.sign(&event.id, &seconds, &event.body),
-            )
-            .body(Full::new(Bytes::copy_from_slice(event.body.as_bytes())));
+            );
+        let request = match &event.traceparent {
+            Some(traceparent) => request.header("traceparent", traceparent),
+            None => request,
+        };
+        let request = request.body(Full::new(Bytes::copy_from_slice(event.body.as_bytes())));
         let request = match request {
             Ok(request) => request,
             Err(error) => return Delivery::Refused(error.to_string()),
@@ -252,18 +225,6 @@ impl Sink for Webhook {
             outcomes
         })
     }
-}
-
-/// An error with its causes in one line.
-fn causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
 }
 
 #[cfg(test)]

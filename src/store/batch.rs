@@ -17,7 +17,7 @@
 //!
 //! A commit in doubt is resolved by the batch's number, see `fenced`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use bytes::{Bytes, BytesMut};
 use futures_util::SinkExt;
@@ -30,7 +30,7 @@ use super::fenced::{FENCE, FencedWriter, Resolved, timed};
 use super::postgres::{Connected, Database, NodeLease, orders};
 use super::{StoreError, WriteError, copy};
 use crate::faults::{bug, crash_point};
-use crate::order::{Order, OrderStatus};
+use crate::order::{Order, OrderId, OrderStatus};
 
 /// Moves `held` of each SKU once, locking by id, and writes the stock log. The LEFT JOIN makes an unknown SKU
 /// violate NOT NULL, which aborts the transaction. Written out by [`Ledger::sql`](crate::store::Ledger::sql).
@@ -73,9 +73,9 @@ const TAKE_PARKED: &str = "DELETE FROM parked_orders WHERE order_id = ANY ($1)";
 
 const DEAD_LETTER: &str = "
     INSERT INTO dead_letters (order_id, user_id, sku, quantity, adjustment, amount, currency,
-        created_at, expires_at, key_hash, payload_hash, attributes, sqlstate, reason)
+        created_at, expires_at, key_hash, payload_hash, attributes, sqlstate, reason, traceparent)
     SELECT $1, $2, $3, $4, $5, $6, $7, to_timestamp($8::int8 / 1000.0), to_timestamp($9::int8 / 1000.0),
-        encode($10::bytea, 'hex')::uuid, $11, $12, $13, $14
+        encode($10::bytea, 'hex')::uuid, $11, $12, $13, $14, $17
       FROM node WHERE node = $15 AND epoch = $16 FOR SHARE
     ON CONFLICT (order_id) DO NOTHING";
 
@@ -121,7 +121,11 @@ pub struct BatchWriter {
     row: FencedWriter,
     session: Option<Session>,
     buffer: BytesMut,
+    traceparents: Traceparents,
 }
+
+/// `traceparent` of orders whose requests are traced.
+pub type Traceparents = HashMap<OrderId, String>;
 
 #[derive(Debug)]
 struct Session {
@@ -131,8 +135,9 @@ struct Session {
     copy: Statement,
     counter: Statement,
     counters: Statement,
-    /// Prepared when it is first needed.
+    /// Prepared when they are first needed.
     park: OnceCell<Statement>,
+    copy_traced: OnceCell<Statement>,
 }
 
 impl BatchWriter {
@@ -142,7 +147,13 @@ impl BatchWriter {
             row: FencedWriter::new(database, lease, shard, "worker"),
             session: None,
             buffer: BytesMut::new(),
+            traceparents: Traceparents::new(),
         }
+    }
+
+    /// What the rows of orders written from now on get.
+    pub fn set_traceparents(&mut self, traceparents: Traceparents) {
+        self.traceparents = traceparents;
     }
 
     /// Connects before the first batch, so that no buyer waits for it.
@@ -251,10 +262,15 @@ impl BatchWriter {
         let client = &session.client;
         let step = self.row.database.step_timeout();
         let fence: [&(dyn ToSql + Sync); 4] = [&node, &self.row.shard, &epoch, &batch];
-        let copy = match work {
-            Work::Write(_) | Work::Unpark(_) => &session.copy,
-            Work::Park(_) => {
-                let prepared = session.park.get_or_try_init(|| client.prepare(copy::PARK));
+        let rare = match work {
+            Work::Park(_) => Some((&session.park, copy::PARK)),
+            _ if !self.traceparents.is_empty() => Some((&session.copy_traced, copy::TRACED)),
+            Work::Write(_) | Work::Unpark(_) => None,
+        };
+        let copy = match rare {
+            None => &session.copy,
+            Some((statement, sql)) => {
+                let prepared = statement.get_or_try_init(|| client.prepare(sql));
                 timed("preparing the COPY", step, prepared)
                     .await?
                     .map_err(retry("preparing the COPY"))?
@@ -319,7 +335,11 @@ impl BatchWriter {
         self.buffer.clear();
         let (skus, units) = match work {
             Work::Write(rows) | Work::Unpark(rows) => {
-                copy::encode(&mut self.buffer, rows.iter().copied());
+                let (buffer, all) = (&mut self.buffer, rows.iter().copied());
+                match self.traceparents.is_empty() {
+                    true => copy::encode(buffer, all),
+                    false => copy::encode_traced(buffer, all, &self.traceparents),
+                }
                 units_by_sku(rows)
             }
             Work::Park(orders) => {
@@ -416,6 +436,7 @@ impl BatchWriter {
             counter,
             counters,
             park: OnceCell::new(),
+            copy_traced: OnceCell::new(),
         });
         Ok(false)
     }
@@ -457,7 +478,7 @@ impl BatchWriter {
         let NodeLease { node, epoch, .. } = self.row.lease;
         let client = self.row.database.pooled().await?;
         let key = order.key.map(|key| key.0.to_vec());
-        let parameters: [&(dyn ToSql + Sync); 16] = [
+        let parameters: [&(dyn ToSql + Sync); 17] = [
             &order.id.as_i64(),
             &order.user_id.as_str(),
             &order.sku.0,
@@ -474,6 +495,7 @@ impl BatchWriter {
             &reason,
             &node,
             &epoch,
+            &self.traceparents.get(&order.id),
         ];
         let (written, found) = self
             .row

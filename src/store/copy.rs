@@ -4,9 +4,11 @@
 //! extension length; each row a 16-bit field count and, for each field, a 32-bit length and its
 //! bytes in the type's binary form; a field count of −1 at the end. All integers big-endian.
 
+use std::collections::HashMap;
+
 use bytes::{BufMut, BytesMut};
 
-use crate::order::{Order, OrderStatus, UnixMillis};
+use crate::order::{Order, OrderId, OrderStatus, UnixMillis};
 
 /// The COPY statement, with its columns in the order in which rows are encoded.
 pub const STATEMENT: &str = "COPY orders (order_id, user_id, sku, quantity, adjustment, amount, \
@@ -14,7 +16,12 @@ pub const STATEMENT: &str = "COPY orders (order_id, user_id, sku, quantity, adju
      FROM STDIN (FORMAT binary)";
 const COLUMNS: i16 = 13;
 
-/// The same for parked orders, which have no status yet.
+/// The same for a batch with orders whose requests are traced.
+pub const TRACED: &str = "COPY orders (order_id, user_id, sku, quantity, adjustment, amount, \
+     currency, status, created_at, expires_at, key_hash, payload_hash, attributes, traceparent) \
+     FROM STDIN (FORMAT binary)";
+
+/// [`STATEMENT`] for parked orders, which have no status yet.
 pub const PARK: &str = "COPY parked_orders (order_id, user_id, sku, quantity, adjustment, amount, \
      currency, created_at, expires_at, key_hash, payload_hash, attributes) \
      FROM STDIN (FORMAT binary)";
@@ -30,35 +37,46 @@ pub fn encode<'a>(
     buffer: &mut BytesMut,
     rows: impl ExactSizeIterator<Item = (&'a Order, OrderStatus)>,
 ) {
-    encode_all(buffer, rows.map(|(order, status)| (order, Some(status))));
+    encode_all(
+        buffer,
+        rows.map(|(order, status)| (order, Some(status), None)),
+    );
+}
+
+/// Encodes rows for [`TRACED`].
+pub fn encode_traced<'a>(
+    buffer: &mut BytesMut,
+    rows: impl ExactSizeIterator<Item = (&'a Order, OrderStatus)>,
+    traceparents: &HashMap<OrderId, String>,
+) {
+    let rows = rows.map(|(order, status)| {
+        let traceparent = traceparents.get(&order.id).map(String::as_str);
+        (order, Some(status), Some(traceparent))
+    });
+    encode_all(buffer, rows);
 }
 
 /// Encodes orders for [`PARK`].
 pub fn encode_parked<'a>(buffer: &mut BytesMut, orders: impl ExactSizeIterator<Item = &'a Order>) {
-    encode_all(buffer, orders.map(|order| (order, None)));
+    encode_all(buffer, orders.map(|order| (order, None, None)));
 }
 
-fn encode_all<'a>(
-    buffer: &mut BytesMut,
-    rows: impl ExactSizeIterator<Item = (&'a Order, Option<OrderStatus>)>,
-) {
+/// An order with the value of each column that a statement may not have.
+type Row<'a> = (&'a Order, Option<OrderStatus>, Option<Option<&'a str>>);
+
+fn encode_all<'a>(buffer: &mut BytesMut, rows: impl ExactSizeIterator<Item = Row<'a>>) {
     buffer.reserve(SIGNATURE.len() + 8 + rows.len() * ROW_BYTES_TYPICAL + 2);
     buffer.put_slice(SIGNATURE);
     buffer.put_i32(0);
     buffer.put_i32(0);
-    for (order, status) in rows {
-        encode_row(buffer, order, status);
+    for row in rows {
+        encode_row(buffer, row);
     }
     buffer.put_i16(-1);
 }
 
-/// Without a `status`, that column is omitted.
-fn encode_row(buffer: &mut BytesMut, order: &Order, status: Option<OrderStatus>) {
-    buffer.put_i16(if status.is_some() {
-        COLUMNS
-    } else {
-        COLUMNS - 1
-    });
+fn encode_row(buffer: &mut BytesMut, (order, status, traceparent): Row<'_>) {
+    buffer.put_i16(COLUMNS - i16::from(status.is_none()) + i16::from(traceparent.is_some()));
     put_i64(buffer, order.id.as_i64());
     put_bytes(buffer, order.user_id.as_str().as_bytes());
     put_i32(buffer, order.sku.0);
@@ -85,6 +103,11 @@ fn encode_row(buffer: &mut BytesMut, order: &Order, status: Option<OrderStatus>)
     match &order.attributes {
         Some(attributes) => put_bytes(buffer, attributes.as_bytes()),
         None => put_null(buffer),
+    }
+    match traceparent {
+        Some(Some(traceparent)) => put_bytes(buffer, traceparent.as_bytes()),
+        Some(None) => put_null(buffer),
+        None => {}
     }
 }
 

@@ -109,6 +109,19 @@ impl Row {
         text.map_err(|_| self.unexpected(column, "is no text"))
     }
 
+    /// The same of a column that the table may not have had when the change was made.
+    ///
+    /// # Errors
+    /// If it is none.
+    pub fn text_if_there(&self, column: &str) -> Result<Option<&str>, StoreError> {
+        let is_there = self.relation.columns.iter().any(|name| name == column);
+        if is_there {
+            self.text(column)
+        } else {
+            Ok(None)
+        }
+    }
+
     /// A whole number of any width.
     ///
     /// # Errors

@@ -6,7 +6,7 @@ use millrace::config::{EventSink, EventSinkKind};
 
 use millrace::queue::log::broker::kafka::{KafkaBroker, KafkaSettings};
 use millrace::queue::log::broker::{Broker as _, Place, Position};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::receiver::{Shop, id};
 use crate::support::block_on;
@@ -34,9 +34,12 @@ fn a_redis_stream_has_an_entry_for_each_event_over_a_restart_of_redis() {
                 ..EventSink::default()
             };
             config.events.sinks = [("stream".to_owned(), sink)].into();
+            // Nobody collects the spans.
+            config.tracing.otlp_url = "http://127.0.0.1:1".to_owned();
+            config.tracing.sample = 0.0;
         })
         .await;
-        let entries = || -> Vec<(String, Value)> {
+        let entries = || -> Vec<(String, String)> {
             let client = redis::Client::open(&*url).expect("a URL");
             let Ok(mut connection) = client.get_connection() else {
                 return Vec::new();
@@ -55,7 +58,7 @@ fn a_redis_stream_has_an_entry_for_each_event_over_a_restart_of_redis() {
                 assert_eq!(event["id"], field("id").as_str());
                 assert_eq!(event["type"], field("type").as_str());
                 assert_eq!(event["data"]["order_id"], field("key").as_str());
-                (field("id"), event)
+                (field("id"), field("traceparent"))
             });
             entries.collect()
         };
@@ -64,7 +67,10 @@ fn a_redis_stream_has_an_entry_for_each_event_over_a_restart_of_redis() {
         wait_until("the first", async || has(format!("{}:1", id(&first)))).await;
         broker.kill9();
         assert_eq!(Paid::of(&first).deliver(shop.server.data).await.status, 200);
-        let second = shop.order("second").await;
+        let body = json!({ "user_id": "second", "sku_id": "A" });
+        let parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+        let fields = [("traceparent", parent)];
+        let second = shop.server.post(body, None, &fields).await.json();
         broker.start_again();
         wait_until_within("the second", PATIENCE, async || {
             has(format!("{}:1", id(&second)))
@@ -77,6 +83,10 @@ fn a_redis_stream_has_an_entry_for_each_event_over_a_restart_of_redis() {
         let all = entries();
         let place = |id: String| all.iter().position(|(known, _)| *known == id);
         assert!(place(format!("{}:1", id(&first))) < place(format!("{}:2", id(&first))));
+        for (known, traceparent) in all {
+            let is_traced = known == format!("{}:1", id(&second));
+            assert_eq!(traceparent.starts_with(&parent[..36]), is_traced, "{known}");
+        }
         shop.close().await;
     });
 }

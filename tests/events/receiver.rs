@@ -27,7 +27,7 @@ pub const SECRETS: [&str; 2] = [
 pub struct Heard {
     /// The header `webhook-id`.
     pub id: String,
-    /// Every header that signs.
+    /// Every header that signs, and `traceparent`; empty if it is not there.
     pub headers: HashMap<String, String>,
     /// The body as it came.
     pub body: String,
@@ -153,7 +153,12 @@ async fn take(
         *count - 1
     };
     let answer = (shared.script.lock().expect("no panic"))(&event, before);
-    let names = ["webhook-id", "webhook-timestamp", "webhook-signature"];
+    let names = [
+        "webhook-id",
+        "webhook-timestamp",
+        "webhook-signature",
+        "traceparent",
+    ];
     heard.push(Heard {
         headers: names.map(|name| (name.to_owned(), field(name))).into(),
         body: String::from_utf8(body.to_vec()).expect("UTF-8"),

@@ -220,6 +220,7 @@ pub fn request(user: &str, sku: &str, units: u32, wait: Duration) -> OrderReques
         wait,
         respond_async: false,
         waitlist: false,
+        trace: None,
     }
 }
 

@@ -159,6 +159,7 @@ async fn orders_that_waited_wait_again_in_their_places_and_an_assignment_that_wa
     let join = |user: &str| {
         let request = OrderRequest {
             waitlist: true,
+            trace: None,
             ..request(user, "A", 1, LONG)
         };
         match line.intake.admit(&request, None).unwrap() {

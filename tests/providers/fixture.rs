@@ -92,6 +92,7 @@ impl Callback {
             body: &self.body,
             waker: &Arc::new(Waker::noop().clone()),
             before_wait: &|| {},
+            trace: None,
         };
         let provider = PROVIDERS.get(provider).expect("configured");
         provider.read(&request, self.at)

@@ -20,6 +20,7 @@ use crate::http::tokens::Tokens;
 use crate::http::wire::{no_members, query, require_identity};
 use crate::order::payment::Provider;
 use crate::order::{OrderId, SkuId, UserId};
+use crate::spans::{RequestSpan, Spans, TraceFields};
 
 const ORDERS_PATH: &str = "/v1/orders";
 const BATCH_PATH: &str = "/v1/orders:batch";
@@ -63,6 +64,8 @@ pub struct Router {
     tokens: Tokens,
     /// Whether requests without a token may name any host, not only this machine.
     trust_network: bool,
+    /// If requests are traced.
+    spans: Option<Spans>,
 }
 
 impl Router {
@@ -81,7 +84,13 @@ impl Router {
             providers,
             tokens,
             trust_network,
+            spans: None,
         }
+    }
+
+    /// The same with requests traced.
+    pub fn with_spans(self, spans: Option<Spans>) -> Self {
+        Router { spans, ..self }
     }
 
     /// From now on requests that wait for an undecided order are answered at once.
@@ -89,11 +98,27 @@ impl Router {
         self.context.stopping.store(true, Ordering::Release);
     }
 
-    fn answer(&self, request: &Request<'_>, origin: Origin, response: &mut Response) {
-        if let Err(problem) = self.route(request, origin, response) {
-            self.count_refusal(&problem);
-            problem.write_to(response);
-        }
+    /// Returns the code of the problem that it answers with.
+    fn answer(
+        &self,
+        request: &Request<'_>,
+        origin: Origin,
+        response: &mut Response,
+    ) -> Option<&'static str> {
+        let problem = self.route(request, origin, response).err()?;
+        self.count_refusal(&problem);
+        problem.write_to(response);
+        Some(problem.code)
+    }
+
+    /// Begins the span of a request, if requests are traced and it is sampled. Anybody may send a callback, so its sender
+    /// has no say in that.
+    fn span(&self, request: &Request<'_>) -> Option<RequestSpan> {
+        let spans = self.spans.as_ref()?;
+        spans.request(&match provider_word(request.path()) {
+            Some(_) => TraceFields::default(),
+            None => request.trace_fields(),
+        })
     }
 
     fn check_head(&self, head: &Request<'_>) -> Result<(), Problem> {
@@ -187,7 +212,17 @@ impl Service for Router {
     }
 
     fn call(&self, request: &Request<'_>, response: &mut Response) {
-        self.answer(request, Origin::Client, response);
+        let Some(span) = self.span(request) else {
+            self.answer(request, Origin::Client, response);
+            return;
+        };
+        let traced = Request {
+            trace: Some(span.trace()),
+            ..*request
+        };
+        let code = self.answer(&traced, Origin::Client, response);
+        let route = template(request.path());
+        span.end(request.method, route, response.status(), code);
     }
 }
 
@@ -271,6 +306,24 @@ impl Route {
             Route::CancelOrder(_) => &["only"],
             Route::CreateOrder | Route::CreateOrders | Route::ReadSku(_) | Route::ReadLanes => &[],
         }
+    }
+}
+
+/// The path of the route at `path`, as OpenAPI writes it.
+fn template(path: &str) -> &'static str {
+    if provider_word(path).is_some() {
+        return "/v1/payments/{provider}/notify";
+    }
+    match Route::find(path) {
+        Some(Route::CreateOrder) => ORDERS_PATH,
+        Some(Route::CreateOrders) => BATCH_PATH,
+        Some(Route::ReadOrder(_)) => "/v1/orders/{order_id}",
+        Some(Route::CancelOrder(_)) => "/v1/orders/{order_id}/cancel",
+        Some(Route::ReadOrders(_)) => "/v1/users/{user_id}/orders",
+        Some(Route::ReadSku(_)) => "/v1/skus/{sku_id}",
+        Some(Route::ReadDraw(_)) => "/v1/skus/{sku_id}/draw",
+        Some(Route::ReadLanes) => LANES_PATH,
+        None => "unknown",
     }
 }
 

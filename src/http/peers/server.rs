@@ -505,6 +505,7 @@ fn run<S: PeerService>(connection: &Connection, service: &S, call: &Call) {
         body: &call.body,
         waker: &waker,
         before_wait: &|| {},
+        trace: None,
     };
     let terms = Terms {
         from: connection.from,

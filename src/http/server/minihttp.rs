@@ -193,6 +193,7 @@ impl<S: Service> Mounted<S> {
                 .waker
                 .get_or_insert_with(|| Arc::new(CoroutineWaker::current())),
             before_wait: &|| {},
+            trace: None,
         };
         // A body that is refused, or too large, is thrown away as it is read.
         self.body.clear();

@@ -253,6 +253,7 @@ impl Deliverer {
                 subject: &event.subject,
                 kind: &event.kind,
                 body: &event.body,
+                traceparent: event.traceparent.as_deref(),
                 attempts,
                 error,
                 is_dead,
@@ -281,6 +282,7 @@ impl Deliverer {
                 subject: one.subject.clone(),
                 kind: one.kind.clone(),
                 body: one.body.clone(),
+                traceparent: one.traceparent.clone(),
                 at: one.first_failed_at,
             })
             .collect();

@@ -188,8 +188,11 @@ impl Feeder {
         let row = self.row.as_ref();
         let is_refilling = row.is_some_and(|row| row.refill.is_some());
         let disabled = row.and_then(|row| row.disabled.clone());
+        let is_disabled = disabled.is_some();
+        let place_at = row.and_then(|row| row.place_at);
         let behind_ms = self.deliverer.behind_ms();
         self.parts.status.change(|status| {
+            status.place_at = place_at;
             status.waiting = waiting.unsigned_abs();
             status.dead_letters = dead.unsigned_abs();
             status.is_refilling = is_refilling;
@@ -198,7 +201,7 @@ impl Feeder {
         });
         self.parts
             .metrics
-            .observe_sink(name, behind_ms, waiting, dead);
+            .observe_sink(name, behind_ms, waiting, dead, is_disabled);
         Ok(())
     }
 

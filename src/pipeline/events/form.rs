@@ -116,6 +116,7 @@ impl Former {
             kind: kind.to_owned(),
             body,
             at: change.at,
+            traceparent: change.traceparent.clone(),
         })
     }
 

@@ -40,6 +40,7 @@ impl Sink for KafkaTopic {
                 .map(|event| KeyedRecord {
                     key: event.subject.clone(),
                     value: event.body.clone(),
+                    traceparent: event.traceparent.clone(),
                 })
                 .collect();
             let producer = Arc::clone(&self.producer);

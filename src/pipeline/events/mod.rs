@@ -41,6 +41,8 @@ pub struct Event {
     pub body: String,
     /// When the change was committed.
     pub at: UnixMillis,
+    /// `traceparent` of the request that placed the order, if that is traced.
+    pub traceparent: Option<String>,
 }
 
 /// What became of the delivery of an event.

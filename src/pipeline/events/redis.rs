@@ -1,4 +1,5 @@
-//! A Redis stream as a sink: an entry for each event, with the fields `id`, `type`, `key` and `event`.
+//! A Redis stream as a sink: an entry for each event, with the fields `id`, `type`, `key` and `event`, and `traceparent`
+//! if its order is traced.
 //!
 //! Entries are added in transactions (`MULTI`), so that of those sent together none stands before an earlier one of its
 //! order that was refused. Nobody but its readers trims the stream.
@@ -71,6 +72,9 @@ impl RedisStream {
                 ("event", &event.body),
             ] {
                 entries.arg(name).arg(value);
+            }
+            if let Some(traceparent) = &event.traceparent {
+                entries.arg("traceparent").arg(traceparent);
             }
         }
         let ids: Vec<String> = entries.query(&mut connection)?;

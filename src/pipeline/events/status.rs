@@ -5,12 +5,16 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
+use crate::order::UnixMillis;
+
 /// A failure is a warning once it has lasted for so long.
 const FAILING: Duration = Duration::from_secs(60);
 
 /// The state of one sink.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SinkStatus {
+    /// When the newest change that it has got was committed.
+    pub place_at: Option<UnixMillis>,
     /// Bytes of WAL that PostgreSQL keeps for it.
     pub kept_bytes: u64,
     /// Age in milliseconds of the oldest event that is read and not delivered.

@@ -27,6 +27,7 @@ use crate::order::{
     UserId,
 };
 use crate::queue::{DurableQueue, NotDurable, OrderQueue, Permit};
+use crate::spans::Trace;
 use crate::state::State;
 use crate::state::buyers::{BuyerClaim, BuyerOrder, Claimed, Sticky};
 use crate::state::pending::PendingOrder;
@@ -54,6 +55,8 @@ pub struct OrderRequest<'a> {
     pub respond_async: bool,
     /// Join the waiting list if no units are free.
     pub waitlist: bool,
+    /// Of a sampled request.
+    pub trace: Option<&'a Trace>,
 }
 
 /// An admitted order, new or earlier.
@@ -340,7 +343,8 @@ impl Intake {
                 Err(refusal) => return Err(claim.refuse(refusal, &sticky)),
             }
         };
-        let deadline = quote.now + request.wait;
+        let began = quote.now;
+        let deadline = began + request.wait;
         let order = self.order(request, quote, &share)?;
         let pending = Arc::new(match room {
             Room::InMemory => PendingOrder::new(order, deadline, waker.cloned()),
@@ -352,6 +356,9 @@ impl Intake {
         // already be past its deadline and abandoned.
         share.commit();
         claim.commit();
+        if let Some(trace) = request.trace {
+            trace.admitted(pending.order.id, began);
+        }
         let enqueued = match room {
             Room::InMemory => self.queue.push(Arc::clone(&pending)),
             Room::Durable(queue, permit) => queue.append(Arc::clone(&pending), permit),
@@ -361,6 +368,9 @@ impl Intake {
             // for it is woken.
             let _ = state.abandon(&pending);
             pending.slot.take_wakers(Waker::wake);
+            if let Some(trace) = request.trace {
+                trace.given_up(pending.order.id);
+            }
             return Err(if rejected.closed {
                 Refusal::Draining
             } else {

@@ -31,6 +31,7 @@ use crate::order::{Order, OrderStatus, SkuNumber, UnixMillis};
 use crate::pipeline::WakeAll;
 use crate::pipeline::failover::restore::Watermarks;
 use crate::queue::{Batch, OrderQueue};
+use crate::spans::{ClaimedOrder, Spans};
 use crate::state::State;
 use crate::state::pending::PendingOrder;
 use crate::state::stock::Parking;
@@ -76,6 +77,8 @@ pub struct Worker {
     cut: watch::Receiver<bool>,
     commits_lost: u64,
     slot: WorkerSlot,
+    /// If requests are traced.
+    spans: Option<Spans>,
     /// Held by the primary worker; however it ends, the others then need no request.
     _primary: Option<PrimaryGuard>,
 }
@@ -118,7 +121,13 @@ impl Worker {
             commits_lost: 0,
             _primary: (slot.shard == 0).then(|| PrimaryGuard::of(&slot.pool)),
             slot,
+            spans: None,
         }
+    }
+
+    /// The same with requests traced.
+    pub fn with_spans(self, spans: Option<Spans>) -> Self {
+        Worker { spans, ..self }
     }
 
     /// Runs until the queue is closed and empty, or `cut` turns true.
@@ -174,13 +183,26 @@ impl Worker {
             }
             let nobody_waits = is_all && claimed.iter().all(|order| order.slot.is_durable());
             let started = Instant::now();
+            let (rows, traced) = (claimed.len(), self.begin_traces(&claimed));
             pool.request_help_while(self.write(claimed)).await?;
             pool.note_batch(started.elapsed());
+            traced.iter().for_each(|order| order.decided(started, rows));
             if nobody_waits && self.slot.shard == 0 {
                 linger(&*queue, rows_max).await;
             }
         }
         Ok(())
+    }
+
+    /// The sampled orders of a batch. Their rows get their `traceparent`.
+    fn begin_traces(&mut self, claimed: &Orders) -> Vec<ClaimedOrder> {
+        let Some(spans) = &self.spans else {
+            return Vec::new();
+        };
+        let traced = spans.claimed(claimed.iter().map(|pending| pending.order.id));
+        let rows = traced.iter().map(|order| (order.id, order.traceparent()));
+        self.writer.set_traceparents(rows.collect());
+        traced
     }
 
     /// Waits for a request (unless primary) and for the first order, then takes a batch.

@@ -20,6 +20,8 @@ pub struct Waiting<'a> {
     pub kind: &'a str,
     /// Its JSON.
     pub body: &'a str,
+    /// The trace that it belongs to.
+    pub traceparent: Option<&'a str>,
     /// Attempts that failed.
     pub attempts: i32,
     /// Why the last one failed, or why there was none.
@@ -43,6 +45,8 @@ pub struct Delivery {
     pub kind: String,
     /// Its JSON.
     pub body: String,
+    /// The trace that it belongs to.
+    pub traceparent: Option<String>,
     /// Attempts that failed.
     pub attempts: i32,
     /// When the first attempt failed.
@@ -57,7 +61,7 @@ pub struct Delivery {
 
 const COLUMNS: &str = "id, sink, event_id, subject, type, body, attempts,
     (extract(epoch FROM first_failed_at) * 1000)::int8, (extract(epoch FROM next_attempt_at) * 1000)::int8, last_error,
-    (extract(epoch FROM dead_at) * 1000)::int8";
+    (extract(epoch FROM dead_at) * 1000)::int8, traceparent";
 
 fn from_row(row: &Row) -> Delivery {
     Delivery {
@@ -72,6 +76,7 @@ fn from_row(row: &Row) -> Delivery {
         next_attempt_at: UnixMillis(row.get(8)),
         last_error: row.get(9),
         dead_at: row.get::<_, Option<i64>>(10).map(UnixMillis),
+        traceparent: row.get(11),
     }
 }
 
@@ -98,13 +103,14 @@ pub async fn add(
             "storing events that a sink did not take",
             client.execute(
                 "INSERT INTO event_deliveries (sink, event_id, subject, type, body, attempts, first_failed_at,
-                        next_attempt_at, last_error, dead_at)
+                        next_attempt_at, last_error, dead_at, traceparent)
                  SELECT $1, e.event_id, e.subject, e.type, e.body, e.attempts, clock_timestamp(),
                         clock_timestamp() + CASE WHEN e.attempts > 0 THEN $2::int8 * interval '1 millisecond'
                                                  ELSE interval '0' END,
-                        e.error, CASE WHEN e.is_dead THEN clock_timestamp() END
-                   FROM unnest($3::text[], $4::text[], $5::text[], $6::text[], $7::int4[], $8::text[], $9::bool[])
-                        WITH ORDINALITY AS e (event_id, subject, type, body, attempts, error, is_dead, place)
+                        e.error, CASE WHEN e.is_dead THEN clock_timestamp() END, e.traceparent
+                   FROM unnest($3::text[], $4::text[], $5::text[], $6::text[], $7::int4[], $8::text[], $9::bool[],
+                               $10::text[]) WITH ORDINALITY
+                        AS e (event_id, subject, type, body, attempts, error, is_dead, traceparent, place)
                   ORDER BY e.place
                  ON CONFLICT (sink, event_id) DO NOTHING",
                 &[
@@ -117,6 +123,7 @@ pub async fn add(
                     &column(events, |event| event.attempts),
                     &column(events, |event| event.error),
                     &column(events, |event| event.is_dead),
+                    &column(events, |event| event.traceparent),
                 ],
             ),
         )

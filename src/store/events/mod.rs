@@ -35,6 +35,8 @@ pub struct Change {
     pub transition: u32,
     /// When it was committed; of a row that was read later, when it was read.
     pub at: UnixMillis,
+    /// `traceparent` of the request that placed the order, if that is traced.
+    pub traceparent: Option<String>,
     /// The row after it.
     pub of: Changed,
 }

@@ -158,7 +158,7 @@ struct Part {
 const ORDER: &str = "order_id, user_id, sku, quantity, adjustment, amount, currency, status,
     (extract(epoch FROM created_at) * 1000)::int8 AS created_at, (extract(epoch FROM expires_at) * 1000)::int8 AS expires_at,
     attributes::text AS attributes, refund_reason, decode(replace(key_hash::text, '-', ''), 'hex') AS key_hash,
-    payload_hash, previous_status";
+    payload_hash, previous_status, traceparent";
 
 const PAYMENT: &str =
     "id, provider, payment_id, order_ref, order_id, amount, currency, state, refund_reason,
@@ -278,6 +278,10 @@ fn change(row: &Row, table: Table) -> Result<Change, StoreError> {
         transition: u32::try_from(row.get::<_, i32>("transition"))
             .map_err(|_| unexpected("no number of a transition"))?,
         at: UnixMillis(row.get("at")),
+        traceparent: match table {
+            Table::Orders | Table::DeadLetters => row.get("traceparent"),
+            Table::Payments => None,
+        },
         of,
     })
 }

@@ -32,6 +32,12 @@ pub(super) fn change_of(message: &Message, at: UnixMillis) -> Result<Option<Chan
         table,
         transition,
         at,
+        traceparent: match table {
+            Table::Orders | Table::DeadLetters => {
+                new.text_if_there("traceparent")?.map(str::to_owned)
+            }
+            Table::Payments => None,
+        },
         of,
     }))
 }

@@ -186,10 +186,11 @@ pub async fn revive(
                      DELETE FROM dead_letters WHERE id = $1 AND discarded_at IS NULL AND status IS NULL RETURNING *
                  )
                  INSERT INTO orders (order_id, user_id, sku, quantity, adjustment, amount, currency, status,
-                        created_at, expires_at, key_hash, payload_hash, attributes, transition, previous_status)
+                        created_at, expires_at, key_hash, payload_hash, attributes, transition, previous_status,
+                        traceparent)
                  SELECT order_id, user_id, sku, quantity, adjustment, amount, currency, 1,
                         created_at, to_timestamp($2::int8 / 1000.0), key_hash, payload_hash,
-                        attributes::json, coalesce(transition, 1) + 1, 0
+                        attributes::json, coalesce(transition, 1) + 1, 0, traceparent
                    FROM gone RETURNING order_id, sku, quantity",
                 &[&id, &expires_at.0],
             )

@@ -16,6 +16,7 @@ use crate::http::wire::{OrderBody, OrderView, idempotency_key, write};
 use crate::order::{KeyHash, Order, OrderStatus, Refusal};
 use crate::pipeline::orders::intake::{Admission, OrderRequest};
 use crate::pipeline::orders::lookup::Found;
+use crate::spans::{self, Trace};
 use crate::state::pending::{PendingOrder, SlotState};
 use crate::state::stock::{Ask, TooManyAsk};
 
@@ -163,6 +164,7 @@ pub(in crate::http::data_plane) fn one(
         Ok(admitted) => creation.wait(admitted),
         Err(problem) => Answer::Problem(problem),
     };
+    let decided_at = request.trace.map(|trace| (trace, Instant::now()));
     held.vouch(answer.status())?;
     creation
         .wanted
@@ -187,6 +189,9 @@ pub(in crate::http::data_plane) fn one(
         response.header("Idempotency-Replayed", "true");
     }
     write::json(response, http_status, &view);
+    if let Some((trace, decided_at)) = decided_at {
+        trace.child("answer", decided_at, vec![spans::order_id(view.order_id())]);
+    }
     Ok(())
 }
 
@@ -228,6 +233,7 @@ impl<'r> Creation<'r> {
             wait: self.wanted.wait,
             respond_async: self.wanted.respond_async,
             waitlist: body.waitlist,
+            trace: request.trace,
         };
         context
             .intake
@@ -332,7 +338,11 @@ impl<'r> Creation<'r> {
         let deadline = self.started + self.wanted.wait;
         let (found, replayed) = match admitted {
             Admitted::Placed(pending) => {
+                let queued_at = request.trace.map(|trace| (trace, Instant::now()));
                 let state = wait_for_own(context, request, &pending, deadline);
+                if let Some((trace, queued_at)) = queued_at {
+                    note_wait(trace, queued_at, &pending, state);
+                }
                 return answer_by_slot(context, pending, state, false);
             }
             Admitted::Earlier { found, replayed } => (found, replayed),
@@ -484,6 +494,16 @@ fn wait_for_own(
         | SlotState::OnDisk => true,
     });
     pending.slot.state()
+}
+
+/// Traces the end of the wait for an order.
+fn note_wait(trace: &Trace, from: Instant, pending: &PendingOrder, state: SlotState) {
+    let id = pending.order.id;
+    if pending.slot.is_durable() {
+        trace.child("order log", from, vec![spans::order_id(id)]);
+    } else if state == SlotState::Abandoned {
+        trace.given_up(id);
+    }
 }
 
 fn refuse(context: &Context, refusal: Refusal) -> Problem {

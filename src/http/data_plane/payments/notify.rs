@@ -12,6 +12,7 @@ use crate::http::message::{Request, Response};
 use crate::order::UnixMillis;
 use crate::order::payment::{Delivery, Payment};
 use crate::pipeline::payments::callbacks::{NotStored, Owner};
+use crate::spans;
 
 /// Longest time until a platform is told to deliver again. Platforms time out after about five
 /// seconds.
@@ -39,7 +40,13 @@ pub(in crate::http::data_plane) fn notify(
             // The lane is not handed over before the payment is stored.
             let (owner, _held) = owner.unwrap_or((Owner::Here, nodes::Held::default()));
             let storing = async move { callbacks.ingest_for(delivery, owner).await };
-            match context.on_tokio(request, started + ANSWER_WITHIN, storing) {
+            let read_at = request.trace.map(|trace| (trace, Instant::now()));
+            let stored = context.on_tokio(request, started + ANSWER_WITHIN, storing);
+            if let Some((trace, read_at)) = read_at {
+                let order = order_id.map(spans::order_id);
+                trace.child("store payment", read_at, order.into_iter().collect());
+            }
+            match stored {
                 Ok(Ok(())) => {
                     if let (Owner::Elsewhere, Some(id)) = (owner, order_id) {
                         nodes::tell_owner(context.nodes.as_ref(), id);

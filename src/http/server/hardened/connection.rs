@@ -220,6 +220,7 @@ impl<'c, S: Service, T: Transport> Connection<'c, S, T> {
                 body: &[],
                 waker: &self.waker,
                 before_wait: &flush,
+                trace: None,
             };
             let total = head.head_bytes.saturating_add(head.body_bytes);
             // Asked once, however many reads the body takes.

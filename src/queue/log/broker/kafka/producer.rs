@@ -24,6 +24,8 @@ pub struct KeyedRecord {
     pub key: String,
     /// Its content.
     pub value: String,
+    /// The header of that name.
+    pub traceparent: Option<String>,
 }
 
 /// Sends records to a topic that is there.
@@ -185,7 +187,13 @@ fn batch<'a>(sent: impl Iterator<Item = &'a KeyedRecord>) -> Result<Bytes, Strin
             let offset = i64::try_from(offset).unwrap_or(i64::MAX);
             let key = Bytes::copy_from_slice(record.key.as_bytes());
             let value = Bytes::copy_from_slice(record.value.as_bytes());
-            records::record(offset, Some(key), value)
+            let mut encoded = records::record(offset, Some(key), value);
+            if let Some(traceparent) = &record.traceparent {
+                let value = Bytes::copy_from_slice(traceparent.as_bytes());
+                let name = StrBytes::from_static_str("traceparent");
+                encoded.headers.insert(name, Some(value));
+            }
+            encoded
         })
         .collect();
     let options = RecordEncodeOptions {
@@ -251,6 +259,7 @@ mod tests {
         let record = |key: &str| KeyedRecord {
             key: key.to_owned(),
             value: "{}".to_owned(),
+            traceparent: (key == "b").then(|| "00-…-01".to_owned()),
         };
         let sent = [record("a"), record("b"), record("c")];
         let mut bytes = batch(sent.iter()).unwrap();
@@ -262,6 +271,10 @@ mod tests {
         );
         let read = kafka_protocol::records::RecordBatchDecoder::decode(&mut bytes).unwrap();
         assert_eq!(read.records.len(), 3);
+        let headers = read.records.iter().map(|record| record.headers.len());
+        assert_eq!(headers.collect::<Vec<_>>(), [0, 1, 0]);
+        let header = read.records[1].headers.get(&b"traceparent"[..]);
+        assert_eq!(header, Some(&Some(Bytes::from("00-…-01"))));
     }
 
     #[test]
@@ -269,6 +282,7 @@ mod tests {
         let long = |key: &str| KeyedRecord {
             key: key.to_owned(),
             value: "x".repeat(400_000),
+            traceparent: None,
         };
         let sent = [long("a"), long("b"), long("c"), long("d"), long("e")];
         assert_eq!(parts(&[0, 1, 2, 4], &sent), [vec![0, 1], vec![2, 4]]);
