@@ -1,6 +1,9 @@
 //! The dashboard: who sees it, who may change something through it, and what its page may do.
 
 mod operator;
+#[allow(dead_code, reason = "the suite of events uses the rest")]
+#[path = "../events/receiver.rs"]
+mod receiver;
 #[path = "../support/mod.rs"]
 mod support;
 

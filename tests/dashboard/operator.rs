@@ -7,6 +7,7 @@ use std::sync::LazyLock;
 use millrace::config::{Config, OneOrMany};
 use serde_json::{Value, json};
 
+use crate::receiver::Receiver;
 use crate::support::block_on;
 use crate::support::browser::Browser;
 use crate::support::http::Answer;
@@ -669,6 +670,90 @@ fn every_page_fits_a_phone_and_can_be_used_with_the_keyboard() {
                 .map((e) => e.outerHTML)";
             assert_eq!(desk.browser.value(nameless), json!([]), "{page}");
         }
+        desk.close().await;
+    });
+}
+
+#[test]
+fn sinks_of_events_are_refilled_and_their_dead_letters_retried_and_discarded() {
+    block_on(async {
+        let receiver = Receiver::start().await;
+        let sink = receiver.sink();
+        let desk = Desk::open(|config| {
+            config.events.sinks.insert("shop".to_owned(), sink);
+        });
+        let Some(mut desk) = desk.await else {
+            return;
+        };
+        desk.server.put_sku("A", 10, Value::Null).await;
+        desk.browser.click("Events");
+        desk.browser.sees("delivering");
+        desk.browser.sees("nothing yet");
+        let order = desk.order("anna", "A").await.json();
+        let id = order["order_id"].as_str().expect("an order").to_owned();
+        receiver.until("order.placed", &id).await;
+        desk.browser.sees_no("nothing yet");
+        desk.picture("sinks");
+
+        // A refill tells it again, from where the operator says.
+        let before = receiver.heard().len();
+        desk.browser.click_in("shop", "Resync…");
+        desk.browser.sees("It hears again what it knows");
+        desk.browser.enter("Orders above", "x");
+        desk.browser.click("Refill");
+        desk.browser
+            .sees("must be an order's id, or 0 for all orders");
+        desk.browser.enter("Orders above", "0");
+        desk.picture("resync");
+        desk.browser.click("Refill");
+        desk.browser.sees("shop is refilled from the rows.");
+        wait_until("the order again", async || receiver.heard().len() > before).await;
+        assert_eq!(receiver.heard()[before].event["resync"], true);
+
+        // What it did not take for a day.
+        desk.sql(
+            "INSERT INTO millrace.event_deliveries (sink, event_id, subject, type, body, attempts, first_failed_at,
+                    next_attempt_at, last_error, dead_at)
+             SELECT 'shop', n || ':1', n::text, 'order.placed',
+                    format('{\"id\":\"%s:1\",\"type\":\"order.placed\",\"data\":{\"order_id\":\"%s\"}}', n, n), 30,
+                    now() - interval '1 day', now(), 'it answered 500 Internal Server Error', now()
+               FROM generate_series(4194305, 4194308) n",
+        )
+        .await;
+        desk.browser.sees("4 events were not taken by a sink.");
+        desk.browser.sees("4 dead letters");
+        desk.browser.click("Not taken");
+        desk.browser.sees("it answered 500 Internal Server Error");
+        desk.picture("event-letters");
+        desk.browser.click_in("4194305:1", "Discard…");
+        desk.browser.sees("unless it is refilled");
+        desk.browser.click("Discard");
+        desk.browser.sees("Discarded.");
+        desk.browser.sees_no("4194305:1");
+        desk.browser.click_in("4194306:1", "Retry…");
+        desk.browser.click("Retry");
+        desk.browser.sees("4194306:1 is delivered again.");
+        receiver.until("order.placed", "4194306").await;
+        desk.browser.click("Retry all…");
+        desk.browser.click("Retry all");
+        desk.browser.sees("2 events are delivered again.");
+        desk.browser
+            .sees("There is none. There is nothing to do here.");
+        for order in ["4194307", "4194308"] {
+            receiver.until("order.placed", order).await;
+        }
+        desk.browser.sees_no("not taken by a sink");
+
+        // One that wants no more gets none, until it is asked for.
+        receiver.answer(|_, _| 410);
+        desk.order("bea", "A").await;
+        desk.browser.click("Sinks");
+        desk.browser.sees("it answered 410 Gone");
+        receiver.answer(|_, _| 204);
+        desk.browser.click_in("shop", "Resync…");
+        desk.browser.sees("It is disabled now");
+        desk.browser.click("Refill");
+        desk.browser.sees("delivering");
         desk.close().await;
     });
 }

@@ -30,9 +30,8 @@ fn invalid(rejection: QueryRejection) -> Failure {
 }
 
 pub(super) async fn list_sinks(State(plane): State<ControlPlane>) -> Result<Response, Failure> {
-    let sinks = &plane.parts()?.sinks.0;
-    let views: Vec<_> = sinks.iter().map(SinkView::of).collect();
-    Ok(axum::Json(json!({ "sinks": views })).into_response())
+    let sinks = SinkView::all(&plane.parts()?.sinks);
+    Ok(axum::Json(json!({ "sinks": sinks })).into_response())
 }
 
 pub(super) async fn resync(

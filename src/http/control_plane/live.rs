@@ -7,6 +7,7 @@ use serde::Serialize;
 use super::health::{NO_LEASE, failing};
 use super::{ControlPlane, Parts};
 use crate::http::wire::OperatorSkuView;
+use crate::http::wire::events::SinkView;
 use crate::metrics::{Metrics, Totals};
 use crate::order::{Refusal, UnixMillis};
 use crate::queue::NotDurable;
@@ -38,6 +39,8 @@ struct Live {
     order_log: Option<OrderLog>,
     waitlist: Waitlist,
     payments: Payments,
+    /// Sinks of events.
+    sinks: Vec<SinkView>,
 }
 
 /// Waiting lists, since the start; each SKU has the number of orders that wait for it.
@@ -131,6 +134,7 @@ pub(super) async fn live(State(plane): State<ControlPlane>) -> Response {
             overdue_seconds: metrics.waitlist.overdue_seconds.get(),
         },
         payments: payments(metrics, parts),
+        sinks: parts.map_or_else(Vec::new, |parts| SinkView::all(&parts.sinks)),
     };
     axum::Json(live).into_response()
 }

@@ -7,26 +7,32 @@ use super::json;
 use super::time::Time;
 use crate::http::problem::Problem;
 use crate::order::OrderId;
-use crate::pipeline::events::status::Shared;
+use crate::pipeline::events::status::{Shared, Sinks};
 use crate::store::events::deliveries::Delivery;
 
 /// A sink as operators see it.
 #[derive(Debug, Serialize)]
-pub struct SinkView<'a> {
-    name: &'a str,
-    to: &'a str,
+pub struct SinkView {
+    name: String,
+    to: String,
     state: &'static str,
     /// Why it gets no events.
     reason: Option<String>,
+    /// When the newest change that it has got was committed.
+    place_at: Option<Time>,
     kept_bytes: u64,
     behind_ms: u64,
     waiting: u64,
     dead_letters: u64,
 }
 
-impl<'a> SinkView<'a> {
-    /// A sink of this process.
-    pub fn of(sink: &'a Shared) -> Self {
+impl SinkView {
+    /// The sinks of this process.
+    pub fn all(sinks: &Sinks) -> Vec<Self> {
+        sinks.0.iter().map(Self::of).collect()
+    }
+
+    fn of(sink: &Shared) -> Self {
         let status = sink.get();
         let (state, reason) = if status.disabled.is_some() {
             ("disabled", status.disabled)
@@ -40,10 +46,11 @@ impl<'a> SinkView<'a> {
             ("delivering", None)
         };
         SinkView {
-            name: &sink.name,
-            to: &sink.title,
+            name: sink.name.clone(),
+            to: sink.title.clone(),
             state,
             reason,
+            place_at: status.place_at.map(Time),
             kept_bytes: status.kept_bytes,
             behind_ms: status.behind_ms,
             waiting: status.waiting,

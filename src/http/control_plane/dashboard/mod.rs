@@ -38,6 +38,7 @@ const SCRIPTS: &str = concat!(
     include_str!("scripts/sku_form.js"),
     include_str!("scripts/payments.js"),
     include_str!("scripts/dead_letters.js"),
+    include_str!("scripts/events.js"),
     include_str!("scripts/order_history.js"),
     include_str!("scripts/orders.js"),
     include_str!("scripts/checks.js"),

@@ -15,9 +15,10 @@ const ROUTES = {
   orders: (text) => ["orders", () => openOrders(text || "")],
   payments: (state) => ["payments", () => openPayments(state)],
   "dead-letters": (which) => ["letters", () => openLetters(which === "discarded")],
+  events: (which) => ["events", () => openEvents(which)],
   checks: () => ["checks", showReadiness],
 };
-const ON_POLL = { live: showLive, skus: showSkus, sku: showSku, checks: showReadiness };
+const ON_POLL = { live: showLive, skus: showSkus, sku: showSku, events: showSinks, checks: showReadiness };
 
 let page = "";
 

@@ -62,6 +62,9 @@ const overdue = (p) => p.orphans > 0 && p.orphan_oldest_seconds > p.orphan_check
 // Some refunds are due in every sale; one that waits for longer than a day is an alert.
 const refundOverdue = (p) => p.refunds_due > 0 && p.refund_due_oldest_seconds > 86400;
 
+// Events that sinks did not take for a day.
+const lostEvents = () => live.sinks.reduce((sum, sink) => sum + sink.dead_letters, 0);
+
 function showState() {
   const [word, is, reasons] = headline();
   $("state").dataset.is = is;
@@ -91,6 +94,8 @@ function showState() {
       );
     if (overdue(live.payments))
       why.push(link("payments/orphan", "Payments are without an order for longer than their checks take."));
+    if (lostEvents() > 0)
+      why.push(link("events/dead-letters", many(lostEvents(), "event was", "events were") + " not taken by a sink."));
     if (!why.length) why.push(el("span", {}, checks.map((check) => check.name + " " + check.detail).join(" · ")));
   }
   // A link that somebody is about to follow stays.
@@ -107,6 +112,7 @@ function showState() {
     overdue(live.payments) || refundOverdue(live.payments),
   );
   badge($("count-letters"), live.dead_letters_open, true);
+  badge($("count-events"), lostEvents(), true);
 }
 
 // The number of things that wait for an operator.
