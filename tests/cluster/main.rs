@@ -146,6 +146,19 @@ fn orders_are_paid_or_expire_wherever_their_callbacks_come_in_and_their_lanes_go
             })
             .await;
         }
+        // An operator's decision about an order is made by the node that has its buyer's lane.
+        let id = placed[1]["order_id"].as_str().unwrap();
+        let target = format!("/admin/v1/orders/{id}/refunded");
+        let fields = [("Content-Type", "application/json")];
+        let mut statuses: Vec<u16> = nodes
+            .iter()
+            .map(|node| {
+                let body = json!({ "reference": "r", "restock": false }).to_string();
+                call(node.served.control, "POST", &target, &fields, &body).status
+            })
+            .collect();
+        statuses.sort_unstable();
+        assert_eq!(statuses, [409, 421, 421], "it has expired");
         for node in &nodes {
             wait_until("every node has the counters of the sale", async || {
                 let sku = call(node.served.data, "GET", &format!("/v1/skus/{SKU}"), &[], "").json();

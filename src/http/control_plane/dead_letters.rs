@@ -5,11 +5,13 @@ use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use serde_json::json;
 
-use super::ControlPlane;
 use super::extract::{Body, Segment};
 use super::failure::Failure;
+use super::{ControlPlane, Parts, nodes};
 use crate::http::problem::Problem;
 use crate::http::wire::{DeadLetterView, NoteBody, query};
+use crate::order::{Lane, UserId};
+use crate::state::lanes::LanePass;
 use crate::store::postgres::dead_letters;
 
 #[derive(Debug, Deserialize)]
@@ -59,11 +61,9 @@ pub(super) async fn retry(
     State(plane): State<ControlPlane>,
     Segment(id): Segment,
 ) -> Result<Response, Failure> {
-    let letter = plane
-        .parts()?
-        .operator
-        .retry_dead_letter(parse_id(&id)?)
-        .await?;
+    let (parts, id) = (plane.parts()?, parse_id(&id)?);
+    let _held = hold(parts, id).await?;
+    let letter = parts.operator.retry_dead_letter(id).await?;
     Ok(
         axum::Json(json!({ "order_id": letter.order_id, "status": "pending_payment" }))
             .into_response(),
@@ -76,12 +76,24 @@ pub(super) async fn discard(
     Body(body): Body,
 ) -> Result<Response, Failure> {
     let note = NoteBody::parse(&body)?.note;
-    let letter = plane
-        .parts()?
-        .operator
-        .discard_dead_letter(parse_id(&id)?, note.as_deref())
-        .await?;
+    let (parts, id) = (plane.parts()?, parse_id(&id)?);
+    let _held = hold(parts, id).await?;
+    let letter = parts.operator.discard_dead_letter(id, note.as_deref());
+    let letter = letter.await?;
     Ok(axum::Json(DeadLetterView::of(&letter)).into_response())
+}
+
+/// Holds the lane of a dead letter's buyer, at a node of a cluster.
+async fn hold(parts: &Parts, id: i64) -> Result<Option<LanePass<'_>>, Failure> {
+    if parts.state.lanes.is_none() {
+        return Ok(None);
+    }
+    let letter = dead_letters::find(&parts.database, id).await?;
+    let lane = letter.map(|letter| Lane::of(&UserId::from_row(&letter.user_id)));
+    Ok(lane
+        .map(|lane| nodes::hold(parts, lane))
+        .transpose()?
+        .flatten())
 }
 
 fn parse_id(text: &str) -> Result<i64, Problem> {

@@ -4,11 +4,13 @@ use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use serde_json::json;
 
-use super::ControlPlane;
 use super::extract::Segment;
 use super::failure::Failure;
+use super::{ControlPlane, Parts};
 use crate::http::problem::Problem;
 use crate::http::wire::{NodeView, NodesView};
+use crate::order::Lane;
+use crate::state::lanes::{LanePass, Standing};
 use crate::store::cluster::membership;
 
 pub(super) async fn list(State(plane): State<ControlPlane>) -> Result<Response, Failure> {
@@ -26,6 +28,28 @@ pub(super) async fn list(State(plane): State<ControlPlane>) -> Result<Response, 
         nodes: nodes.iter().map(NodeView::of).collect(),
     };
     Ok(axum::Json(view).into_response())
+}
+
+/// Holds the lane of a buyer while an operator changes one of its orders: only the node that has the lane knows the order's
+/// buyer. `None`: this process is on its own.
+pub(super) fn hold(parts: &Parts, lane: Lane) -> Result<Option<LanePass<'_>>, Failure> {
+    let Some(of) = &parts.state.lanes else {
+        return Ok(None);
+    };
+    let problem = |standing| match standing {
+        Standing::Elsewhere { owner, .. } => {
+            let detail = format!(
+                "node {} has the lane of this order's buyer; send the request to its control plane",
+                owner.node
+            );
+            Problem::new(421, "misdirected", detail)
+        }
+        Standing::Closed | Standing::Here { .. } => {
+            let detail = "the buyer's lane is moving from one node to another; nothing was changed";
+            Problem::new(503, "not_ready", detail).retry_after(1)
+        }
+    };
+    Ok(of.lanes.enter(lane).map(Some).map_err(problem)?)
 }
 
 pub(super) async fn drain(

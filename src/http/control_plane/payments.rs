@@ -9,12 +9,12 @@ use serde_json::json;
 
 use super::extract::{Body, Segment};
 use super::failure::Failure;
-use super::{ControlPlane, Parts};
+use super::{ControlPlane, Parts, nodes};
 use crate::http::problem::Problem;
 use crate::http::wire::payments::{CloseBody, PaymentView, RefundedBody};
 use crate::http::wire::query;
-use crate::order::OrderId;
 use crate::order::payment::PaymentState;
+use crate::order::{Lane, OrderId, UserId};
 use crate::store::postgres::orders;
 use crate::store::postgres::payments::{self, StoredPayment};
 use crate::store::settlement::Destination;
@@ -114,6 +114,15 @@ pub(super) async fn retry(
     Segment(id): Segment,
 ) -> Result<Response, Failure> {
     let (parts, id) = (plane.parts()?, parse_id(&id)?);
+    let _held = match &parts.state.lanes {
+        None => None,
+        Some(of) => {
+            let payment = payments::find(&parts.database, id).await?;
+            let order_id = payment.and_then(|payment| payment.order_id);
+            let lane = order_id.and_then(|order_id| of.cutover.lane_of(order_id));
+            lane.map(|lane| nodes::hold(parts, lane)).transpose()?
+        }
+    };
     if !parts.payments.retry(id).await? {
         let payment = payments::find(&parts.database, id).await?;
         let payment = payment.ok_or_else(|| unknown_payment(&id.to_string()))?;
@@ -163,6 +172,14 @@ pub(super) async fn refunded(
     let unknown = || Problem::new(404, "unknown_order", format!("there is no order {id}"));
     let order_id = OrderId::parse(&id).ok_or_else(unknown)?;
     let note = RefundedBody::parse(&body)?;
+    let _held = match &parts.state.lanes {
+        None => None,
+        Some(_) => {
+            let order = orders::find(&parts.database, order_id).await?;
+            let user_id = UserId::from_row(&order.ok_or_else(unknown)?.user_id);
+            nodes::hold(parts, Lane::of(&user_id))?
+        }
+    };
     let recorded = parts.operator.record_refund(order_id, note).await?;
     let restocked = match recorded {
         Recorded::Done(moved) => {
