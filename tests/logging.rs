@@ -18,7 +18,7 @@ use support::pipe;
 use support::postgres::{copy_template, options, test_dir};
 use support::served::{PATIENCE, Served, command, millrace, tail};
 use support::waiting::until;
-use support::webhook::SECRET;
+use support::webhook::{SECRET, sign};
 use tokio::runtime::Runtime;
 
 /// Callbacks of a stranger: each would be a line of some 250 bytes, all together more than a pipe
@@ -137,6 +137,18 @@ impl Sale {
             let order = self.order("wait=7");
             assert_eq!(order.status, then, "after {act}: {order:?}");
         }
+    }
+
+    /// An authentic callback of the platform.
+    fn callback(&self, provider: &str, body: &str) -> Answer {
+        let (timestamp, signature) = sign("evt-1", body, SECRET);
+        let fields = [
+            ("webhook-id", "evt-1"),
+            ("webhook-timestamp", &timestamp),
+            ("webhook-signature", &signature),
+        ];
+        let target = format!("/v1/payments/{provider}/notify");
+        call(self.served.data, "POST", &target, &fields, body)
     }
 
     fn is_written(&self, accepted: &Answer) {
@@ -278,6 +290,9 @@ fn a_log_in_a_file_has_the_addresses_first_and_of_a_flood_how_large_it_was() {
     sale.goes_on_and_drains(|sale| {
         assert_eq!((sale.dropped("full"), sale.dropped("sink")), (0, 0));
         held_back.set(sale.dropped("limited"));
+        let unknown = sale.callback("standard", r#"{"type": "payment.suceeded"}"#);
+        assert_eq!(unknown.status, 200, "{unknown:?}");
+        assert_eq!(sale.callback("stripe", "{}").status, 404);
     });
     let text = std::fs::read_to_string(&path).expect("the log");
     let lines: Vec<Value> = text
@@ -286,6 +301,17 @@ fn a_log_in_a_file_has_the_addresses_first_and_of_a_flood_how_large_it_was() {
         .collect();
     let first = lines.iter().take(2).map(|line| line["address"].clone());
     assert_eq!(first.collect::<Vec<_>>(), addresses, "{text}");
+    let line = |message: &str| {
+        let found = lines.iter().find(|line| line["message"] == message);
+        found.unwrap_or_else(|| panic!("no {message:?} in {text}"))
+    };
+    let stored = line("a callback that reports no payment was stored");
+    assert_eq!(
+        (&stored["level"], &stored["kind"]),
+        (&json!("INFO"), &json!("payment.suceeded"))
+    );
+    let unset = line("a payment callback was answered 404: its provider is not configured");
+    assert_eq!(unset["setting"], "payments.stripe");
     let mut kinds: HashMap<&str, u64> = HashMap::new();
     for line in &lines {
         *kinds

@@ -8,7 +8,7 @@ use super::background::Parts;
 #[cfg(feature = "kafka")]
 use super::brokers;
 use crate::config::{Config, ConfigError, EventMember, EventSink, EventSinkKind};
-use crate::http::webhook::Webhook;
+use crate::http::webhook::{Webhook, is_readable_on_the_way};
 use crate::pipeline::events::Sink;
 use crate::pipeline::events::feeder::{Feeder, FeederParts};
 use crate::pipeline::events::form::{Former, Include};
@@ -72,7 +72,15 @@ fn redis(_: &Config, _: &EventSink) -> Result<Arc<dyn Sink>, String> {
 /// Reads what the settings of the sinks name; connects to nothing.
 pub(super) fn look(config: &Config) -> Result<(), StartError> {
     for (name, settings) in &config.events.sinks {
-        sink(config, name, settings)?;
+        let sink = sink(config, name, settings)?;
+        if settings.kind == EventSinkKind::Webhook && is_readable_on_the_way(&settings.url) {
+            tracing::warn!(
+                sink = name,
+                to = sink.title(),
+                "events go over http:// to another machine: the network between can read them. Use https://, or a network of \
+                 your own"
+            );
+        }
     }
     if !config.events.database_url.is_empty() {
         named_database(config)?;

@@ -47,6 +47,7 @@ use crate::http::control_plane;
 use crate::http::data_plane::context::Context;
 use crate::http::data_plane::nodes::Nodes;
 use crate::http::data_plane::payments::providers::Providers;
+use crate::http::data_plane::payments::providers::standard::Standard;
 use crate::http::data_plane::router::Router;
 use crate::http::peers::pool::Peers;
 use crate::http::tokens::Tokens;
@@ -277,6 +278,7 @@ fn control_plane_parts(
         acknowledge: Arc::clone(&path.acknowledge),
         health: handles.health,
         sinks: handles.sinks,
+        settings: Standard::warning(&config.payments.standard),
         order_timeout: Duration::from_millis(config.orders.timeout_ms),
         database: operators.clone(),
         payments: handles.payments.clone(),

@@ -10,6 +10,7 @@ use rustix::fs::{Access, access};
 use super::{StartError, brokers, events, open_database, planes, receipt_keys};
 use crate::config::{Backend, Config, Migrate};
 use crate::http::data_plane::payments::providers::Providers;
+use crate::http::data_plane::payments::providers::standard::Standard;
 use crate::store::embedded::Embedded;
 use crate::store::postgres::Database;
 use crate::store::schema;
@@ -17,6 +18,9 @@ use crate::store::schema;
 /// Reads every key, certificate and directory that the configuration names; changes nothing.
 pub(super) fn look(config: &Config) -> Result<Providers, StartError> {
     let providers = Providers::new(&config.payments)?;
+    if let Some((_, detail)) = Standard::warning(&config.payments.standard) {
+        tracing::warn!(detail, "a payment secret is short");
+    }
     let mut directories = vec![("data_dir", config.data_dir.clone())];
     match config.queue.backend {
         Backend::Memory => {}

@@ -39,8 +39,8 @@ pub struct Payments {
 #[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema, PartialEq)]
 #[serde(deny_unknown_fields, default)]
 pub struct StandardPayments {
-    /// Secrets in base64, with or without the prefix `whsec_`, one or a list. A message signed with
-    /// any of them is accepted, so that secrets can be rotated. None: the path answers `404`.
+    /// Secrets of at least 24 bytes in base64, with or without the prefix `whsec_`, one or a list. A message
+    /// signed with any of them is accepted, so that secrets can be rotated. None: the path answers `404`.
     #[schemars(with = "Vec<String>")]
     pub secret: OneOrMany,
 }

@@ -9,9 +9,9 @@
 //! | [`tokens`], [`origin`] | who may ask: bearer tokens, and requests that other sites make a browser send |
 //! | [`data_plane`] | for the shop's backend and payment platforms |
 //! | [`control_plane`] | for operators |
-//! | [`webhook`] | the client that sends events to others |
+//! | [`webhook`], [`webhook_secret`] | the client that sends events to others; secrets of Standard Webhooks, of both directions |
 //! | [`otlp`] | the client that sends spans to a collector |
-//! | [`outgoing`] | the connections of both |
+//! | [`outgoing`] | the connections of both clients |
 
 pub mod control_plane;
 pub mod data_plane;
@@ -24,6 +24,7 @@ pub mod problem;
 pub mod server;
 pub mod tokens;
 pub mod webhook;
+pub mod webhook_secret;
 pub mod wire;
 
 /// The OpenAPI 3.1 document of both planes as JSON, made from `openapi.yaml` by `build.rs`.

@@ -8,12 +8,12 @@
 //! | anything else, 3xx included, or none within 10 s | tried again |
 
 use std::fmt;
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use bytes::Bytes;
 use futures_util::StreamExt;
 use http_body_util::{BodyExt, Full, Limited};
@@ -21,6 +21,7 @@ use hyper::{Method, Request, StatusCode, Uri, header};
 use ring::hmac;
 
 use crate::http::outgoing::{self, OutgoingClient, causes};
+use super::webhook_secret::{self, BYTES_MIN};
 use crate::pipeline::events::{Delivering, Delivery, Event, Sink};
 
 /// Longest wait for an answer.
@@ -29,14 +30,6 @@ const ANSWER: Duration = Duration::from_secs(10);
 /// Bytes of an answer's body that are read, so that the connection can be used again.
 const BODY_BYTES_MAX: usize = 64 * 1024;
 
-/// Secrets come with and without their padding.
-const SECRET: GeneralPurpose = GeneralPurpose::new(
-    &base64::alphabet::STANDARD,
-    GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
-);
-
-/// Fewest bytes of a secret that signs, as Standard Webhooks asks for.
-const SECRET_BYTES_MIN: usize = 24;
 
 /// A receiver of webhooks.
 pub struct Webhook {
@@ -70,13 +63,11 @@ impl Webhook {
     pub fn new(url: &str, secrets: &[String], in_flight_max: usize) -> Result<Self, String> {
         let url = outgoing::address(url).map_err(|fault| format!("url: {fault}"))?;
         let key = |secret: &String| {
-            let text = secret.strip_prefix("whsec_").unwrap_or(secret);
-            let bytes = SECRET
-                .decode(text)
-                .ok()
-                .filter(|bytes| bytes.len() >= SECRET_BYTES_MIN);
+            let bytes = webhook_secret::bytes(secret).filter(|bytes| bytes.len() >= BYTES_MIN);
             let bytes = bytes.ok_or_else(|| {
-                format!("secret: is not base64 of at least {SECRET_BYTES_MIN} bytes, with or without whsec_ before it")
+                format!(
+                    "secret: is not base64 of at least {BYTES_MIN} bytes, with or without whsec_ before it"
+                )
             })?;
             Ok(hmac::Key::new(hmac::HMAC_SHA256, &bytes))
         };
@@ -227,6 +218,16 @@ impl Sink for Webhook {
     }
 }
 
+/// Whether messages to this address leave the machine in plain text.
+pub fn is_readable_on_the_way(url: &str) -> bool {
+    url.parse::<Uri>().is_ok_and(|url| {
+        let host = url.host().unwrap_or_default();
+        let address = host.trim_matches(['[', ']']).parse::<IpAddr>();
+        let is_here = address.map_or(host == "localhost", |address| address.is_loopback());
+        url.scheme_str() == Some("http") && !is_here
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -242,6 +243,21 @@ mod tests {
             r#"{"test": 2432232314}"#,
         );
         assert_eq!(signature, "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE=");
+    }
+
+    #[test]
+    fn plain_text_is_for_this_machine() {
+        for (url, expected) in [
+            ("http://erp.example/x", true),
+            ("http://10.0.0.7:8090/", true),
+            ("http://localhost.example/", true),
+            ("https://erp.example/x", false),
+            ("http://127.0.0.1:8090/", false),
+            ("http://[::1]:8090/", false),
+            ("http://localhost/", false),
+        ] {
+            assert_eq!(is_readable_on_the_way(url), expected, "{url}");
+        }
     }
 
     #[test]

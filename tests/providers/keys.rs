@@ -2,6 +2,7 @@
 
 use millrace::config::{OneOrMany, Payments};
 use millrace::http::data_plane::payments::providers::Providers;
+use millrace::http::data_plane::payments::providers::standard::Standard;
 use millrace::order::payment::Provider;
 
 use crate::fixture::{KEYS, config, key};
@@ -94,6 +95,30 @@ fn a_key_that_is_none_is_named() {
         assert!(message.contains("payments.standard.secret"), "{message}");
         assert!(!message.contains("%%%"), "{message}");
     }
+}
+
+#[test]
+fn a_secret_that_examples_print_is_refused_and_a_short_one_is_a_warning() {
+    for printed in [
+        "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",
+        "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",
+    ] {
+        let secrets = OneOrMany(vec![printed.into()]);
+        let message = mistake(|config| config.standard.secret = secrets);
+        assert!(message.contains("payments.standard.secret"), "{message}");
+        assert!(!message.contains("MfKQ"), "{message}");
+    }
+    let mut config = config();
+    assert_eq!(Standard::warning(&config.standard), None);
+    config.standard.secret.0.push("whsec_AAAA".into());
+    assert!(Providers::new(&config).is_ok());
+    let (name, detail) = Standard::warning(&config.standard).expect("it is short");
+    assert_eq!(name, "payment_secret_short");
+    assert!(
+        detail.contains("3 bytes") && !detail.contains("AAAA"),
+        "{detail}"
+    );
+    assert_eq!(Standard::warning(&Payments::default().standard), None);
 }
 
 #[test]

@@ -1045,10 +1045,10 @@ export interface components {
             /** @description Why it gets no events. */
             reason: string | null;
             /**
-             * @description `elsewhere`: another process reads its slot.
+             * @description `idle`: no event since the start, so nobody knows whether it would take one. `elsewhere`: another process reads its slot.
              * @enum {string}
              */
-            state: "delivering" | "failing" | "refilling" | "disabled" | "elsewhere";
+            state: "idle" | "delivering" | "failing" | "refilling" | "disabled" | "elsewhere";
             /** @description Its kind and address. */
             to: string;
             /**

@@ -55,6 +55,7 @@ pub(super) async fn readyz(State(plane): State<ControlPlane>) -> Response {
         .chain(&memory)
         .chain(&unready)
         .chain(events.iter().flatten())
+        .chain(parts.and_then(|parts| parts.settings.as_ref()))
         .map(|(name, detail)| Warning { name, detail })
         .collect();
     let ready = checks.iter().all(|check| check.ok);

@@ -86,6 +86,8 @@ pub struct Parts {
     pub health: Arc<Health>,
     /// The sinks of events.
     pub sinks: Sinks,
+    /// The warning about settings in force, if there is one, for `readyz`.
+    pub settings: Option<(&'static str, String)>,
     /// Longest wait of an order, and so the longest time without a write while an order waits.
     pub order_timeout: Duration,
     /// The database.

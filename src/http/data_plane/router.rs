@@ -190,8 +190,15 @@ impl Router {
     }
 
     fn provider(&self, path: &str, word: &str) -> Result<&dyn PaymentProvider, Problem> {
-        let provider = Provider::from_word(word).and_then(|known| self.providers.get(known));
-        provider.ok_or_else(|| not_found(path))
+        let known = Provider::from_word(word).ok_or_else(|| not_found(path))?;
+        self.providers.get(known).ok_or_else(|| {
+            // Anyone may cause it; the log limits lines by kind.
+            tracing::warn!(
+                setting = format_args!("payments.{known}"),
+                "a payment callback was answered 404: its provider is not configured"
+            );
+            not_found(path)
+        })
     }
 
     fn count_refusal(&self, problem: &Problem) {

@@ -42,8 +42,10 @@ impl SinkView {
             ("failing", Some(reason))
         } else if status.is_refilling {
             ("refilling", None)
-        } else {
+        } else if status.has_delivered {
             ("delivering", None)
+        } else {
+            ("idle", None)
         };
         SinkView {
             name: sink.name.clone(),

@@ -23,6 +23,8 @@ const ROUNDS: [Duration; 3] = [
 ];
 /// Pauses before a sink that takes nothing is tried again.
 const AWAY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
+/// The longest of them at first, and for how long: the receiver is being started, or restarted.
+const AWAY_AT_FIRST: (Duration, Duration) = (Duration::from_secs(3), Duration::from_secs(180));
 /// Pauses before an event that waits by itself is tried again, and how long it is tried.
 const WAITING: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(3_600));
 const PATIENCE: Duration = Duration::from_secs(86_400);
@@ -224,9 +226,14 @@ impl Deliverer {
                 "a sink takes no events; retrying. Orders are not concerned"
             );
         }
-        self.status.fail(reason);
+        let since = self.status.fail(reason);
         self.window = open.into_iter().map(|(event, _)| event).collect();
-        self.retry_at = Some(Instant::now() + self.away.jittered_pause());
+        let pause = self.away.jittered_pause();
+        let pause = match since.elapsed() < AWAY_AT_FIRST.1 {
+            true => pause.min(AWAY_AT_FIRST.0),
+            false => pause,
+        };
+        self.retry_at = Some(Instant::now() + pause);
         Ok(false)
     }
 
@@ -236,7 +243,10 @@ impl Deliverer {
         }
         self.away.reset();
         self.retry_at = None;
-        self.status.change(|status| status.failure = None);
+        self.status.change(|status| {
+            status.failure = None;
+            status.has_delivered = true;
+        });
     }
 
     async fn have_wait(
@@ -320,6 +330,9 @@ impl Deliverer {
         }
         let count = delivered.len() as u64;
         deliveries::delivered(database, &delivered).await?;
+        if count > 0 {
+            self.status.change(|status| status.has_delivered = true);
+        }
         self.metrics
             .events_delivered
             .with_label_values(&[name])

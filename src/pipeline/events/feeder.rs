@@ -322,6 +322,8 @@ impl Feeder {
         if !self.deliver().await? {
             return Ok(());
         }
+        // Everything that was read is delivered, so a failure to read is over, without an event too.
+        self.parts.status.change(|status| status.failure = None);
         let end = match is_idle {
             // Nothing before it was left unread.
             true => flushed.max(self.read_to),

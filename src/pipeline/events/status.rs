@@ -15,6 +15,8 @@ const FAILING: Duration = Duration::from_secs(60);
 pub struct SinkStatus {
     /// When the newest change that it has got was committed.
     pub place_at: Option<UnixMillis>,
+    /// Whether it has taken an event since the start.
+    pub has_delivered: bool,
     /// Bytes of WAL that PostgreSQL keeps for it.
     pub kept_bytes: u64,
     /// Age in milliseconds of the oldest event that is read and not delivered.
@@ -63,15 +65,16 @@ impl Shared {
         change(&mut self.status.lock())
     }
 
-    /// Notes that deliveries fail.
-    pub(super) fn fail(&self, reason: String) {
+    /// Notes that deliveries fail. Returns since when.
+    pub(super) fn fail(&self, reason: String) -> Instant {
         self.change(|status| {
             let since = status
                 .failure
                 .take()
                 .map_or_else(Instant::now, |(_, since)| since);
             status.failure = Some((reason, since));
-        });
+            since
+        })
     }
 }
 

@@ -35,6 +35,10 @@ pub(in crate::http::data_plane) fn notify(
                 notice,
                 received_at,
             };
+            let kind = match delivery.notice.payment {
+                None => Some(delivery.notice.kind.clone()),
+                Some(_) => None,
+            };
             let order_id = delivery.notice.payment.as_ref().and_then(Payment::order_id);
             let owner = order_id.map(|id| nodes::owner(context.nodes.as_ref(), id));
             // The lane is not handed over before the payment is stored.
@@ -51,7 +55,7 @@ pub(in crate::http::data_plane) fn notify(
                     if let (Owner::Elsewhere, Some(id)) = (owner, order_id) {
                         nodes::tell_owner(context.nodes.as_ref(), id);
                     }
-                    Ok(())
+                    Ok(kind)
                 }
                 Ok(Err(NotStored::Busy | NotStored::Stopped | NotStored::Store(_))) | Err(_) => {
                     Err(CallbackError::NotStored)
@@ -59,7 +63,13 @@ pub(in crate::http::data_plane) fn notify(
             }
         });
     match outcome {
-        Ok(()) => {
+        Ok(kind) => {
+            if let Some(kind) = kind {
+                tracing::info!(
+                    provider = %provider.provider(), kind,
+                    "a callback that reports no payment was stored"
+                );
+            }
             context.metrics.payments.callbacks.count("stored");
             context
                 .metrics

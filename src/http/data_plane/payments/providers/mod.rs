@@ -103,38 +103,24 @@ pub enum CallbackError {
 }
 
 impl CallbackError {
-    /// The answer to the caller: the kind of error, without any of the values.
+    /// The answer to the caller. A stranger, whose signature does not hold, hears no reason; the sender of an authentic
+    /// message hears the one that the log has, which repeats nothing of the message but the names of its members.
     pub fn problem(&self) -> Problem {
-        let problem = |status, code, detail| Problem::new(status, code, detail);
-        match self {
+        let (status, code) = match self {
             CallbackError::BadSignature(_) | CallbackError::SignatureProbe => {
-                problem(401, "invalid_signature", "the signature does not hold")
+                let detail = "the signature does not hold, or a header field that it needs is missing or comes twice";
+                return Problem::new(401, "invalid_signature", detail);
             }
-            CallbackError::Stale { .. } => problem(
-                400,
-                "stale_callback",
-                "the timestamp is more than 300 seconds from the server's clock",
-            ),
-            CallbackError::NotForUs(_) => problem(
-                400,
-                "wrong_account",
-                "the message is about an account that is not configured here",
-            ),
-            CallbackError::Malformed(_) => {
-                problem(400, "malformed_callback", "the message cannot be read")
+            CallbackError::Stale { .. } => (400, "stale_callback"),
+            CallbackError::NotForUs(_) => (400, "wrong_account"),
+            CallbackError::Malformed(_) => (400, "malformed_callback"),
+            CallbackError::Unbookable(_) => (400, "unbookable_payment"),
+            CallbackError::NotStored => {
+                let detail = "the message could not be stored; send it again";
+                return Problem::new(503, "not_stored", detail).retry_after(1);
             }
-            CallbackError::Unbookable(_) => problem(
-                400,
-                "unbookable_payment",
-                "the payment has no usable id or amount",
-            ),
-            CallbackError::NotStored => problem(
-                503,
-                "not_stored",
-                "the message could not be stored; send it again",
-            )
-            .retry_after(1),
-        }
+        };
+        Problem::new(status, code, self.to_string())
     }
 
     /// Logs the error without any byte of the message but the names of its members. Errors that

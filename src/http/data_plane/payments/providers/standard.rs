@@ -4,9 +4,7 @@
 //! and a body that can be read begins with a brace.
 
 use base64::Engine;
-use base64::alphabet;
 use base64::engine::general_purpose::STANDARD;
-use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
@@ -18,17 +16,15 @@ use super::message::{
 use super::{CallbackError, PaymentProvider};
 use crate::config::{ConfigError, StandardPayments};
 use crate::http::message::Request;
+use crate::http::webhook_secret::{self, BYTES_MIN};
 use crate::order::UnixMillis;
 use crate::order::payment::{Notice, Payment, Provider};
 
 /// The type of a message that tells of a payment.
 const PAID: &str = "payment.succeeded";
 
-/// Secrets come with and without their padding.
-const SECRET: GeneralPurpose = GeneralPurpose::new(
-    &alphabet::STANDARD,
-    GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
-);
+/// The secret of Standard Webhooks' examples, which documents of Millrace printed too: anyone can sign with it.
+const PUBLISHED: &str = "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
 
 /// The provider.
 #[derive(Debug)]
@@ -65,24 +61,47 @@ impl Standard {
     /// The provider, where it has secrets.
     ///
     /// # Errors
-    /// [`ConfigError`] where a secret is not base64.
+    /// [`ConfigError`] where a secret is not base64, or the one that examples print.
     pub fn new(config: &StandardPayments) -> Result<Option<Self>, ConfigError> {
+        let published = webhook_secret::bytes(PUBLISHED);
         let mut secrets = Vec::new();
         for secret in &config.secret.0 {
-            let text = secret.strip_prefix("whsec_").unwrap_or(secret);
-            match SECRET.decode(text) {
-                Ok(bytes) if !bytes.is_empty() => secrets.push(bytes),
-                _ => {
-                    return Err(ConfigError::Field {
-                        field: "payments.standard.secret",
-                        message: "is not base64, with or without whsec_ before it".into(),
-                    });
+            let bytes = webhook_secret::bytes(secret).filter(|bytes| !bytes.is_empty());
+            let message = match bytes {
+                Some(bytes) if Some(&bytes) != published.as_ref() => {
+                    secrets.push(bytes);
+                    continue;
                 }
-            }
+                Some(_) => {
+                    "is the one that examples print: anyone could report payments. echo \"whsec_$(openssl rand -base64 \
+                     32)\" makes another"
+                }
+                None => "is not base64, with or without whsec_ before it",
+            };
+            return Err(ConfigError::Field {
+                field: "payments.standard.secret",
+                message: message.into(),
+            });
         }
         Ok((!secrets.is_empty()).then(|| Standard {
             keys: HmacKeys::new(secrets),
         }))
+    }
+
+    /// The warning that a secret is so short that it may be guessed. No error: a shop that has such a one goes on.
+    pub fn warning(config: &StandardPayments) -> Option<(&'static str, String)> {
+        let lengths = config
+            .secret
+            .0
+            .iter()
+            .filter_map(|secret| webhook_secret::bytes(secret));
+        let shortest = lengths.map(|bytes| bytes.len()).min()?;
+        let detail = format!(
+            "payments.standard.secret: one has {shortest} bytes, and Standard Webhooks asks for {BYTES_MIN}. Whoever \
+             guesses it can report payments. echo \"whsec_$(openssl rand -base64 32)\" makes another; have both in a \
+             list until the platform signs with it"
+        );
+        (shortest < BYTES_MIN).then_some(("payment_secret_short", detail))
     }
 
     /// Reads a body that is verified, of the message with this id.
