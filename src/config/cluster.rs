@@ -16,7 +16,7 @@ pub(super) const NODE: &str = "{node}";
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema, PartialEq)]
 #[serde(deny_unknown_fields, default)]
 pub struct Cluster {
-    /// Whether this process is one of several nodes that serve one sale on one database.
+    /// Whether this process is one of several nodes that serve one sale on one database (docs/NODES.md).
     pub enabled: bool,
     /// Address at which other nodes call this one. It must be reachable by them and by nobody else; port 0 picks a
     /// free one.
@@ -85,10 +85,6 @@ pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
     if config.database.url.is_empty() {
         let message = "is needed with cluster.enabled: all nodes work on one PostgreSQL";
         return fault("database.url", message.to_owned());
-    }
-    if !config.events.sinks.is_empty() {
-        let message = "events are not delivered by several nodes yet; remove the sinks, or set cluster.enabled = false";
-        return fault("events.sinks", message.to_owned());
     }
     if config.retention != Retention::default() {
         let message =

@@ -7,6 +7,7 @@ mod support;
 mod brokers;
 mod changes;
 mod crashes;
+mod nodes;
 mod numbers;
 mod receiver;
 mod refill;

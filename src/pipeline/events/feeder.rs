@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use super::Sink;
 use super::deliverer::{Deliverer, POLL};
 use super::form::Former;
-use super::status::Shared;
+use super::status::{Shared, SinkStatus};
 use crate::backoff::Backoff;
 use crate::metrics::Metrics;
 use crate::order::UnixMillis;
@@ -39,6 +39,8 @@ const POLL_MAX: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_secs(1);
 /// Pauses before the database is asked again.
 const DATABASE_AWAY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
+/// Silence after which another process that reads the slot counts as paused.
+const SILENCE_MAX: Duration = Duration::from_secs(60);
 /// WAL without events after which the slot moves on, and the longest time until it does.
 const IDLE_BYTES: u64 = 1 << 20;
 const IDLE: Duration = Duration::from_secs(10);
@@ -160,10 +162,20 @@ impl Feeder {
     /// Waits until no other process reads the slot.
     async fn open(&mut self) -> Result<SlotReader, StoreError> {
         loop {
-            let reader = SlotReader::open(&self.parts.slots_at, &self.parts.name).await?;
+            let (slots_at, name) = (&self.parts.slots_at, &self.parts.name);
+            let reader = SlotReader::open(slots_at, name, SILENCE_MAX).await?;
+            let is_elsewhere = reader.is_none();
+            if is_elsewhere {
+                // What this process has last seen of the sink is the other one's to tell.
+                self.parts
+                    .status
+                    .change(|status| *status = SinkStatus::default());
+                self.parts.metrics.observe_sink(&self.parts.name, 0, 0, 0);
+                self.observe_kept(0);
+            }
             self.parts
                 .status
-                .change(|status| status.is_elsewhere = reader.is_none());
+                .change(|status| status.is_elsewhere = is_elsewhere);
             match reader {
                 Some(reader) => return Ok(reader),
                 None => tokio::time::sleep(LOOK).await,

@@ -26,6 +26,14 @@ const MAKING: Duration = Duration::from_secs(60);
 const LOCK: &str =
     "SELECT pg_try_advisory_lock(hashtextextended('millrace events:' || $1::text, 0))";
 
+/// Ends the session that has the lock of a slot if it has asked nothing for so many milliseconds.
+const END_IDLE: &str = "SELECT pg_terminate_backend(a.pid)
+      FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+     WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
+       AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+       AND (l.classid::int8 << 32 | l.objid::int8) = hashtextextended('millrace events:' || $1::text, 0)
+       AND a.state = 'idle' AND a.state_change < clock_timestamp() - $2::int8 * interval '1 millisecond'";
+
 /// Name of the publication of a schema.
 pub fn publication_of(schema: &str) -> String {
     format!("millrace_{schema}")
@@ -80,11 +88,16 @@ pub struct SlotReader {
 }
 
 impl SlotReader {
-    /// Connects and takes the lock; `None` if another process has it.
+    /// Connects and takes the lock; `None` if another process has it. A process that runs looks at its slot each second;
+    /// one that has asked nothing for `silence_max` is paused, and the lock is taken from it by and by.
     ///
     /// # Errors
     /// If the database does not answer.
-    pub async fn open(database: &Database, sink: &str) -> Result<Option<Self>, StoreError> {
+    pub async fn open(
+        database: &Database,
+        sink: &str,
+        silence_max: Duration,
+    ) -> Result<Option<Self>, StoreError> {
         let client = database.connect(&format!("millrace events {sink}")).await?;
         let reader = SlotReader {
             slot: slot_of(database.schema(), sink),
@@ -95,7 +108,20 @@ impl SlotReader {
         let taken = reader
             .one("locking the slot of a sink", LOCK, &[&reader.slot])
             .await?;
-        Ok(taken.get::<_, bool>(0).then_some(reader))
+        if taken.get(0) {
+            return Ok(Some(reader));
+        }
+        let doing = "ending the session of a process that is paused";
+        let silence_ms = i64::try_from(silence_max.as_millis()).unwrap_or(i64::MAX);
+        let parameters: [&(dyn ToSql + Sync); 2] = [&reader.slot, &silence_ms];
+        let ending = reader.client.query(END_IDLE, &parameters);
+        if !database.timed(doing, ending).await?.is_empty() {
+            tracing::warn!(
+                slot = reader.slot,
+                "the process that has read this slot is paused; its session was ended"
+            );
+        }
+        Ok(None)
     }
 
     async fn one(
@@ -326,12 +352,21 @@ pub async fn publish(database: &Database) -> Result<(), StoreError> {
         "CREATE PUBLICATION {} FOR TABLE orders, dead_letters, payments WITH (publish = 'insert, update')",
         quoted(&name)
     );
-    database
+    let made = database
         .timed(
             "making the publication of the events (the role needs CREATE on the database)",
             client.batch_execute(&sql),
         )
-        .await
+        .await;
+    match made {
+        // Another node, which reads another sink, was faster.
+        Err(StoreError::Statement { ref source, .. })
+            if source.code() == Some(&SqlState::DUPLICATE_OBJECT) =>
+        {
+            Ok(())
+        }
+        made => made,
+    }
 }
 
 /// Drops the slots of all sinks, the publication, and the places of the sinks. What waits for a sink and its dead
