@@ -147,7 +147,9 @@ impl Millrace {
             None => node,
             Some(joined) => Some(joined.parts(&config, &ownership, &state)?),
         };
-        let (nodes, joining) = node.map(|node| node.join(&planes, &supervisor)).unzip();
+        let (nodes, joining) = node
+            .map(|node| node.join(&config, &planes, &supervisor))
+            .unzip();
         let service = data_plane_service(&parts, &handles, providers, nodes, planes.spans.clone());
         let calls = joining.map(|joining| joining.serve(&service, &supervisor));
         let mut node = calls.transpose()?;

@@ -1,6 +1,6 @@
 //! This process as a node of a cluster: the links to the others, and the server of their calls.
 
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -83,12 +83,17 @@ pub(super) struct Joining {
 
 impl NodeParts {
     /// The data plane's view of the cluster, and what is left to do once there is a service.
-    pub(super) fn join(self, planes: &Planes, supervisor: &Supervisor) -> (Nodes, Joining) {
+    pub(super) fn join(
+        self,
+        config: &Config,
+        planes: &Planes,
+        supervisor: &Supervisor,
+    ) -> (Nodes, Joining) {
         let own = Identity {
             database: self.database,
             node: self.node,
             epoch: self.epoch,
-            data_plane: planes.data_plane.to_string(),
+            data_plane: reachable(planes.data_plane, &config.cluster.advertise),
         };
         let wake_all = Arc::clone(&planes.wake_all);
         let peers = Peers::new(self.key.clone(), own, wake_all, supervisor.clone());
@@ -274,6 +279,17 @@ impl Left {
     }
 }
 
+/// Where clients reach the data plane of this node: where it listens, and if that is every address, the host under which
+/// the other nodes call.
+fn reachable(data_plane: SocketAddr, advertised: &str) -> String {
+    match advertised.rsplit_once(':') {
+        Some((host, _)) if data_plane.ip().is_unspecified() => {
+            format!("{host}:{}", data_plane.port())
+        }
+        _ => data_plane.to_string(),
+    }
+}
+
 fn is_active(seen: &Seen, node: i16) -> bool {
     seen.nodes
         .iter()
@@ -292,4 +308,19 @@ pub(super) fn listener(config: &Config) -> Result<Option<TcpListener>, StartErro
         source,
     })?;
     Ok(Some(listener))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clients_are_told_an_address_that_they_can_call() {
+        let everywhere = SocketAddr::from(([0, 0, 0, 0], 8080));
+        let here = SocketAddr::from(([10, 0, 0, 7], 8080));
+        let advertised = "millrace-0.nodes:8082";
+        assert_eq!(reachable(everywhere, advertised), "millrace-0.nodes:8080");
+        assert_eq!(reachable(here, advertised), "10.0.0.7:8080");
+        assert_eq!(reachable(here, ""), "10.0.0.7:8080");
+    }
 }
