@@ -4,7 +4,7 @@
 
 use std::sync::LazyLock;
 
-use millrace::config::{Config, OneOrMany};
+use millrace::config::{Backend, Config, OneOrMany};
 use serde_json::{Value, json};
 
 use crate::receiver::Receiver;
@@ -754,6 +754,74 @@ fn sinks_of_events_are_refilled_and_their_dead_letters_retried_and_discarded() {
         desk.browser.sees("It is disabled now");
         desk.browser.click("Refill");
         desk.browser.sees("delivering");
+        desk.close().await;
+    });
+}
+
+#[test]
+fn a_node_is_drained_and_its_lanes_are_seen_to_move() {
+    block_on(async {
+        let node = |config: &mut Config| {
+            config.cluster.enabled = true;
+            config.cluster.listen.set_port(0);
+            config.cluster.secret.0 = "the secret of the nodes in this test".to_owned();
+            config.queue.backend = Backend::Memory;
+        };
+        let Some(mut desk) = Desk::open(node).await else {
+            return;
+        };
+        desk.server.put_sku("A", 100, Value::Null).await;
+        assert_eq!(desk.order("u", "A").await.status, 201);
+        desk.browser.click("Nodes");
+        desk.browser.sees("1 node is active");
+        desk.browser.sees("64 lanes, 64 open here");
+        // The last one has nobody to give to, and is told so before anything is done.
+        desk.browser.click("Drain…");
+        desk.browser.sees("No other node is active");
+        desk.browser.click("Cancel");
+        let other = TestServer::start(&desk.database, node).await;
+        desk.browser.sees("2 nodes are active");
+        desk.browser.sees("32 lanes, 32 open here");
+        desk.picture("nodes");
+        desk.browser.click_in("Node 0", "Drain…");
+        desk.browser.sees("Drain node 0?");
+        desk.browser.sees("It hands its 32 lanes");
+        desk.browser.sees("buyers get 503 with Retry-After: 1");
+        let nodes = desk.get("/admin/v1/nodes").await;
+        assert_eq!(
+            nodes["nodes"][0]["drain"], false,
+            "nothing before it was confirmed"
+        );
+        desk.picture("node-drain");
+        desk.browser.click("Drain");
+        desk.browser.sees("Node 0 hands its lanes over.");
+        desk.browser.sees("drained");
+        desk.browser.sees("0 lanes, 0 open here");
+        let nodes = desk.get("/admin/v1/nodes").await;
+        assert_eq!(nodes["nodes"][1]["lanes"], 64, "{nodes}");
+        assert_eq!(nodes["nodes"][1]["units_held"], 1, "{nodes}");
+        // What it answers comes from the other one.
+        assert_eq!(desk.order("u", "A").await.status, 200);
+        desk.picture("nodes-drained");
+        assert_eq!(desk.browser.complaints, Vec::<String>::new());
+        other.assert_audit().await;
+        assert!(desk.server.stop().await);
+        assert!(other.stop().await);
+    });
+}
+
+#[test]
+fn a_process_on_its_own_has_no_page_of_nodes() {
+    block_on(async {
+        let Some(mut desk) = Desk::open(|_| {}).await else {
+            return;
+        };
+        // The first poll has been answered by the time that a later one is.
+        desk.browser.until(
+            "the nodes were asked for",
+            "performance.getEntriesByName(location.origin + '/admin/v1/nodes').length > 0",
+        );
+        desk.browser.sees_no("Nodes");
         desk.close().await;
     });
 }

@@ -41,6 +41,7 @@ const SCRIPTS: &str = concat!(
     include_str!("scripts/events.js"),
     include_str!("scripts/order_history.js"),
     include_str!("scripts/orders.js"),
+    include_str!("scripts/nodes.js"),
     include_str!("scripts/checks.js"),
     include_str!("scripts/start.js"),
 );

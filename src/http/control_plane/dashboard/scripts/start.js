@@ -16,6 +16,7 @@ const ROUTES = {
   payments: (state) => ["payments", () => openPayments(state)],
   "dead-letters": (which) => ["letters", () => openLetters(which === "discarded")],
   events: (which) => ["events", () => openEvents(which)],
+  nodes: () => ["nodes", () => {}],
   checks: () => ["checks", showReadiness],
 };
 const ON_POLL = { live: showLive, skus: showSkus, sku: showSku, events: showSinks, checks: showReadiness };
@@ -58,6 +59,7 @@ async function poll() {
     if (polls++ % 3 === 0 || (live && live.state !== "ready"))
       ({ checks, warnings } = await (await fetch("/readyz", { cache: "no-store", signal })).json());
     live = await answerOf(ADMIN + "live", { signal });
+    if (live.state !== "recovering" && polls % NODES_EVERY === 1) readNodes();
     clockAhead = Date.parse(live.now) - Date.now();
     const figures = record(performance.now());
     showState();
