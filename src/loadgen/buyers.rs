@@ -1,5 +1,6 @@
 //! A thread of buyers: its share of the schedule, its connections, its records.
 
+use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,13 +24,18 @@ const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
 /// Pause between two updates of the p99 on the progress line.
 const SHOW_P99_EVERY: Duration = Duration::from_millis(500);
 
+/// Pause before a click is repeated, as `Retry-After: 1` asks.
+const REPEAT_AFTER: Duration = Duration::from_secs(1);
+
 /// What all threads of a run share.
 pub(super) struct RunShared {
     pub target: Target,
-    /// The address behind the target.
-    pub address: SocketAddr,
+    /// The addresses behind the targets.
+    pub addresses: Vec<SocketAddr>,
     pub template: Arc<RequestTemplate>,
     pub request_timeout: Duration,
+    /// How long a click is repeated from the moment at which it was due.
+    pub repeat: Duration,
     pub interval_ms: u64,
     pub keep_outcomes: bool,
     /// Set to end the load early; answers to requests under way are still awaited.
@@ -53,14 +59,19 @@ pub(super) fn spawn(
         what: "sending thread",
         reason: e.to_string(),
     };
-    let mut sender =
-        Sender::new(shared.address, connections, shared.request_timeout).map_err(failed)?;
+    let mut sender = Sender::over(
+        shared.addresses.clone(),
+        connections,
+        shared.request_timeout,
+    )
+    .map_err(failed)?;
     let mut buyers = Buyers {
         recorder: Recorder::new(shared.interval_ms, shared.keep_outcomes),
         start: Instant::now(),
         shown_at: Instant::now(),
         shared,
         cursor,
+        again: VecDeque::new(),
         live,
         payments_tx,
         waiting_tx,
@@ -80,10 +91,20 @@ pub(super) fn spawn(
         .map_err(failed)
 }
 
+/// A click under way.
+#[derive(Clone, Copy)]
+struct Click {
+    arrival: Arrival,
+    /// Whether an earlier attempt had no answer, so that it may have placed the order.
+    is_uncertain: bool,
+}
+
 /// The traffic of one thread.
 struct Buyers {
     shared: Arc<RunShared>,
     cursor: Cursor,
+    /// Clicks that are repeated, and when; the next one first.
+    again: VecDeque<(Instant, Click)>,
     start: Instant,
     recorder: Recorder,
     live: Arc<LiveCounters>,
@@ -95,9 +116,16 @@ struct Buyers {
 }
 
 impl Traffic for Buyers {
-    type Request = Arrival;
+    type Request = Click;
 
-    fn take_due(&mut self, now: Instant, out: &mut Vec<u8>) -> Option<Arrival> {
+    fn take_due(&mut self, now: Instant, out: &mut Vec<u8>) -> Option<Click> {
+        if let Some((due, click)) = self.again.front().copied()
+            && due <= now
+        {
+            self.again.pop_front();
+            self.write(&click.arrival, out);
+            return Some(click);
+        }
         loop {
             let now_ns = self.since_start_ns(now);
             let arrival = self.cursor.take_due(now_ns)?;
@@ -105,25 +133,28 @@ impl Traffic for Buyers {
             self.live.count_sent();
             let late = Duration::from_nanos(now_ns.saturating_sub(arrival.scheduled_ns));
             if late <= self.shared.request_timeout {
-                let RunShared {
-                    target, template, ..
-                } = &*self.shared;
-                template.write(&arrival, target.order_head(arrival.buyer), out);
-                return Some(arrival);
+                self.write(&arrival, out);
+                return Some(Click {
+                    arrival,
+                    is_uncertain: false,
+                });
             }
             self.record(&arrival, now, &Answer::fault(Fault::NotSent));
         }
     }
 
     fn next_due(&self) -> Option<Instant> {
-        let due_ns = self.cursor.due_ns()?;
-        Some(self.start + Duration::from_nanos(due_ns))
+        let first = self.cursor.due_ns();
+        let first = first.map(|due_ns| self.start + Duration::from_nanos(due_ns));
+        let again = self.again.front().map(|(due, _)| *due);
+        first.into_iter().chain(again).min()
     }
 
-    fn answered(&mut self, arrival: Arrival, now: Instant, answer: Result<Reply<'_>, Fault>) {
+    fn answered(&mut self, click: Click, now: Instant, answer: Result<Reply<'_>, Fault>) {
+        let arrival = click.arrival;
         let reply = match answer {
             Ok(reply) => reply,
-            Err(fault) => return self.record(&arrival, now, &Answer::fault(fault)),
+            Err(fault) => return self.repeat_or_record(click, now, Answer::fault(fault)),
         };
         let replayed = reply.field("idempotency-replayed").is_some();
         let answer = Answer::read(reply.status, replayed, reply.body);
@@ -145,12 +176,15 @@ impl Traffic for Buyers {
                 order_id,
             });
         }
-        self.record(&arrival, now, &answer);
+        self.repeat_or_record(click, now, answer);
     }
 
     fn go_on(&mut self, now: Instant, busy: usize) -> bool {
         if self.shared.stop.load(Ordering::Relaxed) {
             self.cursor.end();
+            for (_, click) in std::mem::take(&mut self.again) {
+                self.record(&click.arrival, now, &Answer::fault(Fault::Closed));
+            }
         }
         if now.saturating_duration_since(self.shown_at) >= SHOW_P99_EVERY {
             self.shown_at = now;
@@ -158,13 +192,47 @@ impl Traffic for Buyers {
                 self.live.show_p99(p99_ms);
             }
         }
-        busy > 0 || self.cursor.due_ns().is_some()
+        busy > 0 || self.cursor.due_ns().is_some() || !self.again.is_empty()
     }
 }
 
 impl Buyers {
     fn since_start_ns(&self, now: Instant) -> u64 {
         now.saturating_duration_since(self.start).as_nanos() as u64
+    }
+
+    fn write(&self, arrival: &Arrival, out: &mut Vec<u8>) {
+        let RunShared {
+            target, template, ..
+        } = &*self.shared;
+        template.write(arrival, target.order_head(arrival.buyer), out);
+    }
+
+    /// Repeats a click whose attempt decided nothing, as long as its buyer has patience.
+    fn repeat_or_record(&mut self, click: Click, now: Instant, answer: Answer) {
+        let has_no_answer = answer.kind == AnswerKind::Transport;
+        let asks_again = answer.kind == AnswerKind::Unavailable || answer.http_status == 421;
+        let is_uncertain = click.is_uncertain || has_no_answer;
+        let again_at = now + REPEAT_AFTER;
+        let until_ns = click.arrival.scheduled_ns + self.shared.repeat.as_nanos() as u64;
+        let may_repeat = !self.shared.stop.load(Ordering::Relaxed)
+            && !self.shared.repeat.is_zero()
+            && self.since_start_ns(again_at) <= until_ns;
+        if (has_no_answer || asks_again) && may_repeat {
+            self.recorder.repeated += 1;
+            self.again.push_back((
+                again_at,
+                Click {
+                    is_uncertain,
+                    ..click
+                },
+            ));
+        } else if asks_again && is_uncertain {
+            // That this attempt placed nothing says nothing of the earlier one.
+            self.record(&click.arrival, now, &Answer::fault(Fault::Closed));
+        } else {
+            self.record(&click.arrival, now, &answer);
+        }
     }
 
     fn record(&mut self, arrival: &Arrival, now: Instant, answer: &Answer) {

@@ -40,7 +40,7 @@ pub(super) async fn resolve(
     let finals = parking_lot::Mutex::new(HashMap::new());
     let askers = (0..connections).map(|_| async {
         let mut client = GetClient::new(
-            &target.address,
+            &target.addresses,
             target.get_headers(),
             Duration::from_secs(WAIT_S + 5),
         );

@@ -18,8 +18,10 @@ const ANSWER_BYTES_MAX: usize = 1 << 20;
 
 /// One kept-alive connection; it is made when it is needed.
 pub(super) struct GetClient {
-    /// `host:port`.
-    address: String,
+    /// `host:port` of servers that answer alike.
+    addresses: Vec<String>,
+    /// The one of them that was reached last.
+    at: usize,
     headers: HeaderMap,
     timeout: Duration,
     connection: Option<SendRequest<Empty<Bytes>>>,
@@ -32,9 +34,10 @@ pub(super) struct Got {
 }
 
 impl GetClient {
-    pub(super) fn new(address: &str, headers: HeaderMap, timeout: Duration) -> Self {
+    pub(super) fn new(addresses: &[String], headers: HeaderMap, timeout: Duration) -> Self {
         Self {
-            address: address.to_owned(),
+            addresses: addresses.to_vec(),
+            at: 0,
             headers,
             timeout,
             connection: None,
@@ -72,12 +75,20 @@ impl GetClient {
     }
 
     async fn take_or_connect(&mut self) -> io::Result<SendRequest<Empty<Bytes>>> {
-        match self.connection.take().filter(|open| !open.is_closed()) {
-            Some(open) => Ok(open),
-            None => tokio::time::timeout(self.timeout, open(&self.address))
-                .await
-                .map_err(|_| io::Error::from(ErrorKind::TimedOut))?,
+        if let Some(open) = self.connection.take().filter(|open| !open.is_closed()) {
+            return Ok(open);
         }
+        let mut failed = io::Error::from(ErrorKind::AddrNotAvailable);
+        for _ in 0..self.addresses.len() {
+            let address = &self.addresses[self.at % self.addresses.len()];
+            let opened = tokio::time::timeout(self.timeout, open(address)).await;
+            match opened.unwrap_or_else(|_| Err(ErrorKind::TimedOut.into())) {
+                Ok(open) => return Ok(open),
+                Err(error) => failed = error,
+            }
+            self.at += 1;
+        }
+        Err(failed)
     }
 }
 

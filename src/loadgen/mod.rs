@@ -14,6 +14,7 @@
 //!                                              POST /v1/payments/standard/notify     │
 //!                                                                                    │
 //!            stock: GET /v1/skus/… every 100 ms        follow_up: GET /v1/orders/…   │
+//!            lanes: GET /v1/lanes every 100 ms                                       │
 //!            waiting: GET /v1/orders/… of who is next                                │
 //!                            └───────────────► report ◄──────────────┴───────────────┘
 //!                                                │
@@ -29,6 +30,7 @@ pub mod checker;
 mod error;
 mod follow_up;
 mod get;
+mod lanes;
 mod orders_file;
 mod outcome;
 mod page;
@@ -53,8 +55,9 @@ mod test_server;
 mod tests;
 
 pub use error::LoadError;
+pub use lanes::{LaneSeries, LaneSpan};
 pub use outcome::{AnswerKind, Outcome, Outcomes};
-pub use page::{Check, PageOptions, render_page};
+pub use page::{Check, KilledNode, PageOptions, render_page};
 pub use plan::{LoadPlan, OrderMode, SkuShare, Token};
 pub use platform::{
     FalseSignatures, Money, PaymentKind, PaymentKindCount, PaymentMessage, PaymentOutcome,

@@ -18,6 +18,8 @@ pub struct PageOptions {
     pub subtitle: Option<String>,
     /// Checks made after the run, in the order of the page; may be empty.
     pub checks: Vec<Check>,
+    /// A node that was killed; marked in the picture of the lanes.
+    pub killed: Option<KilledNode>,
 }
 
 impl Default for PageOptions {
@@ -26,8 +28,18 @@ impl Default for PageOptions {
             title: "Millrace under load".to_owned(),
             subtitle: None,
             checks: Vec::new(),
+            killed: None,
         }
     }
+}
+
+/// A node that was killed during the run.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct KilledNode {
+    /// Its number.
+    pub node: u8,
+    /// When, in milliseconds after the first request's moment.
+    pub at_ms: f64,
 }
 
 /// One checked promise.
@@ -90,7 +102,7 @@ mod tests {
         let options = PageOptions {
             title: "<i>&".to_owned(),
             subtitle: Some("<!-- <script> {{data}}".to_owned()),
-            checks: Vec::new(),
+            ..PageOptions::default()
         };
         let page = render_page(&report, &options);
         assert!(page.contains("<title>&lt;i&gt;&amp;</title>"));

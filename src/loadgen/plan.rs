@@ -26,6 +26,8 @@ const DAY_MS: u64 = 86_400_000;
 pub struct LoadPlan {
     /// The data plane, `http://host:port` with an optional path before `/v1`.
     pub target: String,
+    /// Other nodes of the same sale. Connections are spread over all of them; one that cannot be reached is passed over.
+    pub more_targets: Vec<String>,
     /// Bearer token of the data plane; never written to a report.
     #[serde(skip_serializing)]
     pub token: Option<Token>,
@@ -77,11 +79,16 @@ pub struct LoadPlan {
     /// that could not even be sent for as long is given up and counted. A callback is given up
     /// after 5 s at the latest.
     pub request_timeout_ms: u64,
+    /// How long a buyer repeats a click under its key, in milliseconds from the moment at which it was due, if the
+    /// connection broke or the answer says to ask again (`421`, `503`). 0: never.
+    pub repeat_ms: u64,
     /// A file of orders to replay in place of made-up clicks: one JSON object a line, the body of
     /// `POST /v1/orders`, with an optional `idempotency_key` that goes to the header.
     pub orders: Option<PathBuf>,
     /// Look at each SKU before the load and about every 100 ms during it.
     pub watch_stock: bool,
+    /// Look about every 100 ms which node has which lane.
+    pub watch_lanes: bool,
     /// Keep the answer to every request, about 48 bytes a request.
     pub keep_outcomes: bool,
     /// How long to ask for the final status of `undecided` orders after the load, in milliseconds.
@@ -111,6 +118,7 @@ impl Default for LoadPlan {
     fn default() -> Self {
         Self {
             target: "http://127.0.0.1:8080".to_owned(),
+            more_targets: Vec::new(),
             token: None,
             control_target: None,
             control_token: None,
@@ -131,8 +139,10 @@ impl Default for LoadPlan {
             threads: None,
             seed: 1,
             request_timeout_ms: 10_000,
+            repeat_ms: 0,
             orders: None,
             watch_stock: true,
+            watch_lanes: false,
             keep_outcomes: false,
             follow_up_ms: 30_000,
             pay_share: 0.0,
@@ -229,6 +239,7 @@ impl LoadPlan {
         if self.pay_grace_ms > DAY_MS
             || self.watch_after_ms > DAY_MS
             || self.waitlist_after_ms > DAY_MS
+            || self.repeat_ms > DAY_MS
         {
             return bad("what comes after the last answer must be over within a day");
         }

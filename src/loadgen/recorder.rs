@@ -36,6 +36,8 @@ pub(super) struct Recorder {
     pub undecided: Vec<u64>,
     /// Second requests of double clicks.
     pub double_clicks: u64,
+    /// Repetitions of clicks whose earlier attempt decided nothing.
+    pub repeated: u64,
     /// When the last answer came, in nanoseconds after the start.
     pub last_answer_ns: u64,
 }
@@ -76,6 +78,7 @@ impl Recorder {
             names: Codes::default(),
             undecided: Vec::new(),
             double_clicks: 0,
+            repeated: 0,
             last_answer_ns: 0,
         }
     }
@@ -153,6 +156,7 @@ impl Recorder {
         }
         self.undecided.append(&mut other.undecided);
         self.double_clicks += other.double_clicks;
+        self.repeated += other.repeated;
         self.last_answer_ns = self.last_answer_ns.max(other.last_answer_ns);
     }
 

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use hdrhistogram::{Counter, Histogram};
 use serde::Serialize;
 
+use super::lanes::LaneSeries;
 use super::outcome::{AnswerKind, Outcomes};
 use super::plan::LoadPlan;
 use super::platform::PaymentReport;
@@ -31,6 +32,8 @@ pub struct LoadReport {
     pub answered: u64,
     /// Second requests of double clicks among them.
     pub double_clicks: u64,
+    /// Repetitions of clicks whose earlier attempt decided nothing, if the plan has any.
+    pub repeated: u64,
     /// Orders placed: `201` and `202 accepted`.
     pub placed: u64,
     /// Requests refused with `409`.
@@ -60,6 +63,9 @@ pub struct LoadReport {
     pub series: Series,
     /// Stock over time, by SKU.
     pub stock: Vec<StockSeries>,
+    /// Which node had which lane over time, if the plan watches them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lanes: Option<LaneSeries>,
     /// Final statuses of undecided orders.
     pub undecided: UndecidedReport,
     /// What became of orders that waited for units, if the plan has any.
@@ -226,6 +232,7 @@ impl LoadReport {
             offered,
             answered,
             double_clicks: recorder.double_clicks,
+            repeated: recorder.repeated,
             placed: count_of(AnswerKind::is_placed),
             refused: count_of(AnswerKind::is_refused),
             errors: count_of(AnswerKind::is_error),
@@ -269,6 +276,7 @@ impl LoadReport {
             series,
             stock: Vec::new(),
             undecided: UndecidedReport::default(),
+            lanes: None,
             waitlist: None,
             payments: None,
             outcomes: None,

@@ -13,6 +13,7 @@ use tokio::net::TcpStream;
 use super::buyers::{self, RunShared};
 use super::error::LoadError;
 use super::follow_up;
+use super::lanes::LaneWatch;
 use super::orders_file;
 use super::outcome::{AnswerKind, Outcomes};
 use super::plan::LoadPlan;
@@ -59,10 +60,11 @@ pub async fn run_until(
     let schedule = Arc::new(Schedule::new(&plan, &template));
     let interval_ms = interval_ms(schedule.seconds_expected());
     let shared = Arc::new(RunShared {
-        address: address_of(&target).await?,
+        addresses: addresses_of(&target).await?,
         target: target.clone(),
         template: Arc::clone(&template),
         request_timeout: Duration::from_millis(plan.request_timeout_ms),
+        repeat: Duration::from_millis(plan.repeat_ms),
         interval_ms,
         keep_outcomes: plan.keep_outcomes,
         stop: AtomicBool::new(false),
@@ -117,10 +119,18 @@ pub async fn run_until(
             progress.tick(&snapshot);
         }
     };
+    let mut lanes = plan.watch_lanes.then(|| LaneWatch::of(&target));
+    let sampling = async {
+        match &mut lanes {
+            Some(lanes) => lanes.keep_sampling(begun, TICK).await,
+            None => std::future::pending().await,
+        }
+    };
     // Beside each other: a server that is slow to tell its stock must hold up no stop.
     tokio::select! {
         () = watching => {}
         () = stock.keep_sampling(begun, TICK) => {}
+        () = sampling => {}
     }
     let snapshot = Snapshot {
         phase: Phase::FollowUp,
@@ -143,18 +153,23 @@ pub async fn run_until(
     }
     stock.sample(begun).await;
     report.stock = stock.into_series();
+    report.lanes = lanes.map(LaneWatch::into_series);
     progress.finish();
     Ok(report)
 }
 
-/// The address that a connection to the target reaches.
-async fn address_of(target: &Target) -> Result<SocketAddr, LoadError> {
-    let connected = TcpStream::connect(&target.address).await;
-    let address = connected.and_then(|stream| stream.peer_addr());
-    address.map_err(|source| LoadError::Unreachable {
-        target: target.url.clone(),
-        source,
-    })
+/// The addresses that connections to the target reach.
+async fn addresses_of(target: &Target) -> Result<Vec<SocketAddr>, LoadError> {
+    let mut reached = Vec::new();
+    for address in &target.addresses {
+        let connected = TcpStream::connect(address).await;
+        let address = connected.and_then(|stream| stream.peer_addr());
+        reached.push(address.map_err(|source| LoadError::Unreachable {
+            target: target.url.clone(),
+            source,
+        })?);
+    }
+    Ok(reached)
 }
 
 /// The sending threads; dropping it stops them.

@@ -56,7 +56,7 @@ impl StockWatch {
     ) -> Result<Self, LoadError> {
         let mut own = Self {
             target: target.clone(),
-            client: GetClient::new(&target.address, target.get_headers(), TIMEOUT),
+            client: GetClient::new(&target.addresses, target.get_headers(), TIMEOUT),
             series: Vec::new(),
         };
         own.client

@@ -11,8 +11,8 @@ use super::plan::{LoadPlan, OrderMode, Token};
 pub(super) struct Target {
     /// The URL as it was given, for messages.
     pub url: String,
-    /// `host:port` to connect to.
-    pub address: String,
+    /// `host:port` to connect to, and of those that may be asked in its place.
+    pub addresses: Vec<String>,
     prefix: String,
     get_headers: HeaderMap,
     /// `POST /v1/orders` of buyers with even numbers, then of buyers with odd ones: the request line and all
@@ -25,29 +25,13 @@ pub(super) struct Target {
 impl Target {
     /// Reads the target and the token of a plan.
     pub(super) fn of(plan: &LoadPlan) -> Result<Self, LoadError> {
-        let bad = |reason: String| LoadError::BadTarget {
-            url: plan.target.clone(),
-            reason,
-        };
-        let uri: Uri = plan
-            .target
-            .trim()
-            .parse()
-            .map_err(|e| bad(format!("{e}")))?;
-        match uri.scheme_str() {
-            Some("http") => {}
-            Some(other) => return Err(bad(format!("it is {other}, not http"))),
-            None => return Err(bad("it does not begin with http://".to_owned())),
+        let uri = parse(&plan.target)?;
+        let mut addresses = vec![address_of(&uri)];
+        for more in &plan.more_targets {
+            addresses.push(address_of(&parse(more)?));
         }
-        let host = match uri.host() {
-            Some(host) if !host.is_empty() => host,
-            _ => return Err(bad("it names no host".to_owned())),
-        };
-        if uri.query().is_some() {
-            return Err(bad("it has a query".to_owned()));
-        }
-        let port = uri.port_u16().unwrap_or(80);
         let prefix = uri.path().trim_end_matches('/').to_owned();
+        let host = uri.host().unwrap_or_default();
         let host_header = match uri.port_u16() {
             Some(port) => format!("{host}:{port}"),
             None => host.to_owned(),
@@ -55,7 +39,7 @@ impl Target {
         let mut get_headers = HeaderMap::new();
         get_headers.insert(
             HOST,
-            HeaderValue::from_str(&host_header).map_err(|e| bad(format!("{e}")))?,
+            HeaderValue::from_str(&host_header).map_err(|e| bad(&plan.target, format!("{e}")))?,
         );
         if let Some(token) = &plan.token {
             get_headers.insert(AUTHORIZATION, authorization(token)?);
@@ -84,7 +68,7 @@ impl Target {
         let callback_head = head("/v1/payments/standard/notify", None, None);
         Ok(Self {
             url: plan.target.clone(),
-            address: format!("{host}:{port}"),
+            addresses,
             prefix,
             get_headers,
             order_heads,
@@ -121,10 +105,47 @@ impl Target {
         path
     }
 
+    /// The path of the lanes of several nodes.
+    pub(super) fn lanes_path(&self) -> String {
+        format!("{}/v1/lanes", self.prefix)
+    }
+
     /// The path that waits for an order's outcome.
     pub(super) fn order_path(&self, order_id: u64, wait_s: u64) -> String {
         format!("{}/v1/orders/{order_id}?wait={wait_s}", self.prefix)
     }
+}
+
+fn bad(url: &str, reason: String) -> LoadError {
+    LoadError::BadTarget {
+        url: url.to_owned(),
+        reason,
+    }
+}
+
+/// Reads the URL of a data plane.
+fn parse(url: &str) -> Result<Uri, LoadError> {
+    let uri: Uri = url
+        .trim()
+        .parse()
+        .map_err(|e: hyper::http::uri::InvalidUri| bad(url, e.to_string()))?;
+    match uri.scheme_str() {
+        Some("http") => {}
+        Some(other) => return Err(bad(url, format!("it is {other}, not http"))),
+        None => return Err(bad(url, "it does not begin with http://".to_owned())),
+    }
+    if uri.host().unwrap_or_default().is_empty() {
+        return Err(bad(url, "it names no host".to_owned()));
+    }
+    if uri.query().is_some() {
+        return Err(bad(url, "it has a query".to_owned()));
+    }
+    Ok(uri)
+}
+
+fn address_of(uri: &Uri) -> String {
+    let port = uri.port_u16().unwrap_or(80);
+    format!("{}:{port}", uri.host().unwrap_or_default())
 }
 
 fn authorization(token: &Token) -> Result<HeaderValue, LoadError> {
@@ -152,7 +173,7 @@ mod tests {
             assert!(Target::of(&LoadPlan::new(url)).is_err(), "{url}");
         }
         let target = Target::of(&LoadPlan::new("http://[::1]:8080/shop/")).unwrap();
-        assert_eq!(target.address, "[::1]:8080");
+        assert_eq!(target.addresses, ["[::1]:8080"]);
         let starts = |head: &[u8], with: &str| head.starts_with(with.as_bytes());
         assert!(starts(
             target.order_head(1),

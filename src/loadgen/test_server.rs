@@ -29,6 +29,8 @@ pub(super) struct Rules {
     pub undecided_every: Option<u64>,
     /// Each answer ends its connection.
     pub hang_up: bool,
+    /// The first request under each key is answered `503`.
+    pub refuses_first: bool,
     /// Orders of this user are never answered.
     pub ignored_user: Option<&'static str>,
     /// What every call must carry.
@@ -139,11 +141,18 @@ async fn place(State(shop): State<Arc<Shop>>, headers: HeaderMap, body: Bytes) -
     let order: Value = serde_json::from_slice(&body).unwrap();
     let user = order["user_id"].as_str().unwrap().to_owned();
     let sku = order["sku_id"].as_str().unwrap().to_owned();
-    let number = {
+    let (number, is_first) = {
         let mut records = shop.records.lock();
+        let is_first = records.seen.iter().all(|other| other.key != seen.key);
         records.seen.push(seen.clone());
-        records.seen.len()
+        (records.seen.len(), is_first)
     };
+    if shop.rules.refuses_first && is_first {
+        return answer(
+            StatusCode::SERVICE_UNAVAILABLE,
+            json!({"code": "not_ready"}),
+        );
+    }
     match shop.rules.stall {
         Some((at, pause)) if at == number => {
             let _closed = shop.stalled.write().await;

@@ -66,6 +66,28 @@ async fn what_was_told_agrees_with_what_the_server_did() {
 }
 
 #[tokio::test]
+async fn a_click_that_decided_nothing_is_repeated_under_its_key() {
+    let server = TestServer::start(Rules {
+        refuses_first: true,
+        ..rules()
+    })
+    .await;
+    let report = load(LoadPlan {
+        repeat_ms: 60_000,
+        ..plan(&server)
+    })
+    .await;
+    assert_adds_up(&report);
+    assert_eq!((report.offered, report.repeated), (600, 600));
+    let seen = server.seen();
+    assert_eq!(seen.len(), 1_200);
+    let bodies: HashSet<_> = seen.iter().map(|seen| (&seen.key, &seen.body)).collect();
+    assert_eq!(bodies.len(), 600, "each twice, under one key");
+    assert_eq!(report.count(AnswerKind::Unavailable), 0);
+    assert_eq!(report.placed, 100 + server.taken("COLD"));
+}
+
+#[tokio::test]
 async fn a_stall_shows_in_every_request_that_it_delayed() {
     let server = TestServer::start(Rules {
         stall: Some((300, Duration::from_millis(300))),
@@ -390,6 +412,7 @@ async fn pages_and_tables_can_be_made_of_much_and_of_little() {
             title: "A flash sale through Millrace".to_owned(),
             subtitle: Some("One hot SKU, many times more buyers than units".to_owned()),
             checks,
+            ..PageOptions::default()
         };
         let page = render_page(report, &options);
         assert!(page.contains("application/json"));

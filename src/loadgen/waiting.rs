@@ -79,7 +79,7 @@ impl WaitingBuyers {
             payments_tx,
         };
         let target = &shared.target;
-        let mut client = GetClient::new(&target.address, target.get_headers(), TIMEOUT);
+        let mut client = GetClient::new(&target.addresses, target.get_headers(), TIMEOUT);
         let mut by_sku: HashMap<u16, BTreeMap<u64, u32>> = HashMap::new();
         let mut report = WaitlistReport::default();
         let (mut looked_at, mut over_at) = (Instant::now(), None);

@@ -9,8 +9,8 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::DemoArgs;
+use super::service::Service;
 use super::status::{clear, status};
-use crate::app::Millrace;
 use crate::cli::client::{call_with_token, send};
 use crate::cli::draw::words;
 use crate::cli::output::print;
@@ -49,24 +49,21 @@ impl Draw<'_> {
     /// Takes entries, waits for the draw, and checks what is published. True: every check holds.
     pub(super) async fn run(
         &self,
-        millrace: Millrace,
+        service: Service,
         signals: &mut Signals,
     ) -> anyhow::Result<bool> {
         let held = tokio::select! {
-            held = self.hold(&millrace) => held,
-            reason = millrace.poisoned() => Err(anyhow::anyhow!("Millrace stopped itself: {reason}")),
+            held = self.hold(&service) => held,
+            reason = service.failed() => Err(anyhow::anyhow!(reason)),
             signal = signals.recv() => Err(anyhow::anyhow!("{signal} came before the draw was made")),
         };
-        let clean = millrace.drain().await;
+        let clean = service.drain().await;
         Ok(held? && clean)
     }
 
-    async fn hold(&self, millrace: &Millrace) -> anyhow::Result<bool> {
-        let (data, control) = (
-            millrace.data_plane.to_string(),
-            millrace.control_plane.to_string(),
-        );
-        let count = u64::from(self.args.rate) * u64::from(self.args.duration);
+    async fn hold(&self, service: &Service) -> anyhow::Result<bool> {
+        let (data, control) = (service.data_plane()?, service.control_plane()?);
+        let count = u64::from(self.args.rate()) * u64::from(self.args.duration);
         let draw_at = self.put(&control).await?;
         let earlier = header_of(&*self.page(&data, 0).await?)?;
         status(&format!(

@@ -1,16 +1,19 @@
 //! `millrace demo`: a flash sale on real parts, shown live, then checked.
 //!
 //! ```text
-//!  settings ─► Millrace::start ─► sale ─► drain ─► result
-//!                                  │
-//!             catalogue ─► load ─► wait until settled ─► checks
+//!  settings ─► service ─► sale ─► drain ─► result
+//!                 │         │
+//!                 │         catalogue ─► load ─► wait until settled ─► checks
+//!                 └ Millrace::start, or nodes: processes of their own
 //! ```
 
 mod catalogue;
 mod checks;
 mod draw;
+mod nodes;
 mod result;
 mod sale;
+mod service;
 mod settings;
 mod status;
 
@@ -20,7 +23,9 @@ use anyhow::Context;
 use clap::Args;
 
 use self::draw::Draw;
+use self::nodes::Nodes;
 use self::sale::Sale;
+use self::service::Service;
 use self::settings::Settings;
 use self::status::{clear, status};
 use super::signals::Signals;
@@ -47,9 +52,9 @@ pub struct DemoArgs {
     /// Units on sale, over all SKUs; at least 20.
     #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(20..=10_000_000))]
     stock: u32,
-    /// Clicks a second at the peak, double clicks included.
-    #[arg(long, value_name = "N", default_value_t = 12_000, value_parser = clap::value_parser!(u32).range(10..=200_000))]
-    rate: u32,
+    /// Clicks a second at the peak, double clicks included. [default: 12000, of several nodes 2400]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(10..=200_000))]
+    rate: Option<u32>,
     /// How long the rush lasts, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=3_600))]
     duration: u32,
@@ -68,12 +73,26 @@ pub struct DemoArgs {
     /// Run this command with `sh` when half of the rush is over, to disturb something; it has to succeed.
     #[arg(long, value_name = "COMMAND")]
     at_half: Option<String>,
+    /// Several nodes as processes of their own, on a broker that the settings name. The last one is killed with -9 when half
+    /// of the rush is over, and its directory deleted. They listen on free ports whatever is configured.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(2..=16))]
+    nodes: Option<u8>,
     /// Show a draw instead of a rush: entries, the draw, and the verdict on what is published, in millrace-draw.ndjson.
-    #[arg(long, conflicts_with_all = ["at_half", "page", "seed"])]
+    #[arg(long, conflicts_with_all = ["at_half", "nodes", "page", "seed"])]
     draw: bool,
     /// Print the figures as JSON on standard output.
     #[arg(long)]
     json: bool,
+}
+
+impl DemoArgs {
+    /// Clicks a second at the peak. Several nodes share a machine, and two of three requests go through two of them.
+    fn rate(&self) -> u32 {
+        self.rate.unwrap_or(match self.nodes {
+            None => 12_000,
+            Some(_) => 2_400,
+        })
+    }
 }
 
 /// Runs the sale. True: every promise was kept.
@@ -94,8 +113,18 @@ pub async fn run(args: DemoArgs) -> anyhow::Result<bool> {
     let data_token = config.data_plane.token.0.first().cloned();
     let control_token = config.control_plane.token.0.first().cloned();
     let answer_ms_max = (config.orders.timeout_ms + ANSWER_MS_BOUND) as f64;
+    let file = args.config.config.as_deref();
+    let starting = async {
+        anyhow::Ok(match args.nodes {
+            None => Service::One(Box::new(Millrace::start(config).await?)),
+            Some(count) => {
+                let nodes = Nodes::start(count, &config, file).await?;
+                Service::Several(Box::new(nodes))
+            }
+        })
+    };
     let started = tokio::select! {
-        started = Millrace::start(config) => started.map_err(anyhow::Error::from),
+        started = starting => started,
         signal = signals.recv() => Err(anyhow::anyhow!("{signal} came before the sale began")),
     };
     clear();

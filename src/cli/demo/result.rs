@@ -7,17 +7,24 @@ use serde_json::json;
 
 use super::DemoArgs;
 use crate::cli::output::print_line;
-use crate::loadgen::{Check, LoadReport, PageOptions, render_page, render_table};
+use crate::loadgen::{Check, KilledNode, LoadReport, PageOptions, render_page, render_table};
 
 /// Columns of the table of checks, on any terminal and in a file.
 const TABLE_COLUMNS: u16 = 100;
 
 /// Writes the page, and prints the result.
-pub fn publish(args: &DemoArgs, report: &LoadReport, checks: &[Check]) -> anyhow::Result<()> {
+pub fn publish(
+    args: &DemoArgs,
+    report: &LoadReport,
+    checks: &[Check],
+    killed: Option<KilledNode>,
+) -> anyhow::Result<()> {
     let options = PageOptions {
         title: "Millrace: a flash sale".into(),
         subtitle: Some(format!(
-            "{} units, {} clicks, {} PostgreSQL",
+            "{}{} units, {} clicks, {} PostgreSQL",
+            args.nodes
+                .map_or_else(String::new, |count| format!("{count} nodes, ")),
             args.stock,
             report.offered,
             if args.database_url.is_some() {
@@ -27,6 +34,7 @@ pub fn publish(args: &DemoArgs, report: &LoadReport, checks: &[Check]) -> anyhow
             }
         )),
         checks: checks.to_vec(),
+        killed,
     };
     write_file(&args.page, &render_page(report, &options))?;
     print_line(&if args.json {

@@ -6,17 +6,18 @@ use serde_json::{Value, json};
 
 use super::catalogue::{CATALOGUE, CURRENCY};
 use super::result::publish;
+use super::service::Service;
 use super::status::{LINE_EVERY, clear, status};
 use super::{DemoArgs, PAYMENT_TTL_MS, checks};
-use crate::app::Millrace;
 use crate::cli::client::call_with_token;
 use crate::cli::signals::Signals;
 use crate::loadgen::{
-    Check, LoadPlan, LoadReport, OrderMode, PaymentKind, RateProfile, StderrProgress, Token,
-    WebhookSecret, run_until,
+    Check, KilledNode, LoadPlan, LoadReport, OrderMode, PaymentKind, RateProfile, StderrProgress,
+    Token, WebhookSecret, run_until,
 };
 use crate::logging::say;
 use crate::order::UnixMillis;
+use crate::store::cluster::stock;
 
 /// The share of orders that are paid.
 const PAY_SHARE: f64 = 0.7;
@@ -29,6 +30,9 @@ const WAITLIST_MAX: u32 = 5_000_000;
 const ASSIGNED_TTL_MS: u64 = 4_000;
 /// How long after the rush units may go on coming back.
 const REFLOW_MS_MAX: u64 = 120_000;
+
+/// How long buyers click again under their keys while a lane is closed or a connection has broken.
+const REPEAT_MS: u64 = 20_000;
 
 /// How long payments that are too late come after an order's expiry, and its units may take to be back.
 const TOO_LATE_MS: u64 = 3_000;
@@ -48,15 +52,43 @@ pub struct Sale<'a> {
     pub answer_ms_max: f64,
 }
 
+/// What was seen of a sale.
+struct Held {
+    report: LoadReport,
+    checks: Vec<Check>,
+    killed: Option<KilledNode>,
+}
+
+/// A node that was killed, by the wall clock.
+struct Killing {
+    node: u8,
+    at: jiff::Timestamp,
+}
+
+impl Killing {
+    /// The same, counted from the first click.
+    fn since(&self, report: &LoadReport) -> KilledNode {
+        let started: jiff::Timestamp = report.started_at.parse().unwrap_or(self.at);
+        KilledNode {
+            node: self.node,
+            at_ms: (self.at.as_millisecond() - started.as_millisecond()) as f64,
+        }
+    }
+}
+
 impl Sale<'_> {
     /// Holds the sale, stops the server in any case, and publishes the result. True: every check passed.
-    pub async fn run(self, millrace: Millrace, signals: &mut Signals) -> anyhow::Result<bool> {
+    pub(super) async fn run(self, service: Service, signals: &mut Signals) -> anyhow::Result<bool> {
         let held = tokio::select! {
-            held = self.hold(&millrace, signals) => held,
-            reason = millrace.poisoned() => Err(anyhow::anyhow!("Millrace stopped itself: {reason}")),
+            held = self.hold(&service, signals) => held,
+            reason = service.failed() => Err(anyhow::anyhow!(reason)),
         };
-        let clean = millrace.drain().await;
-        let (report, mut checks) = held?;
+        let clean = service.drain().await;
+        let Held {
+            report,
+            mut checks,
+            killed,
+        } = held?;
         checks.push(Check {
             name: "The service stopped with nothing left over".into(),
             ok: clean,
@@ -67,24 +99,26 @@ impl Sale<'_> {
             },
         });
         clear();
-        publish(self.args, &report, &checks)?;
+        publish(self.args, &report, &checks, killed)?;
         Ok(checks.iter().all(|check| check.ok))
     }
 
     /// Puts the catalogue on sale, runs the rush, waits until payments and expiry are over, and checks.
-    async fn hold(
-        &self,
-        millrace: &Millrace,
-        signals: &mut Signals,
-    ) -> anyhow::Result<(LoadReport, Vec<Check>)> {
-        let control = millrace.control_plane.to_string();
+    async fn hold(&self, service: &Service, signals: &mut Signals) -> anyhow::Result<Held> {
+        let control = service.control_plane()?;
         let opened = Instant::now();
         self.put_catalogue(&control).await?;
-        let plan = self.plan(millrace);
+        if let Some(nodes) = service.nodes() {
+            for item in &CATALOGUE {
+                let token = self.data_token.as_deref();
+                nodes.wait_for_sku(item.sku_id, token).await?;
+            }
+        }
+        let plan = self.plan(service);
         let terms = checks::Terms {
             user_prefix: plan.user_prefix.clone(),
             began_at: UnixMillis::now(),
-            answer_ms_max: self.answer_ms_max,
+            answer_ms_max: self.answer_ms_max + plan.repeat_ms as f64,
             audit_before: self.audit(&control).await?,
         };
         clear();
@@ -93,25 +127,54 @@ impl Sale<'_> {
         let interrupted = async {
             signals.recv().await;
         };
-        let (report, disturbed) =
-            tokio::join!(run_until(plan, &mut progress, interrupted), self.disturb());
-        let report = report?;
+        let (report, disturbed, killed) = tokio::join!(
+            run_until(plan, &mut progress, interrupted),
+            self.disturb(),
+            self.kill(service),
+        );
+        let (report, killed) = (report?, killed.transpose()?);
         status("Auditing: what every buyer was told and paid against every row ...");
-        self.wait_until_quiet(&control).await?;
+        for control in service.control_planes() {
+            self.wait_until_quiet(&control.to_string()).await?;
+        }
         let audit = self
-            .wait_until_settled(&control, &terms.audit_before, &report)
+            .wait_until_settled(service, &terms.audit_before, &report)
             .await?;
-        let mut checks = checks::run(millrace.database(), &report, &terms, &audit).await?;
+        let mut checks = checks::run(service.database(), &report, &terms, &audit).await?;
         checks.extend(disturbed);
+        let killed = killed.map(|killed| killed.since(&report));
+        if let Some(killed) = killed {
+            checks.push(checks::taken_over(&report, killed));
+            for control in service.control_planes().iter().skip(1) {
+                let audit = self.audit(&control.to_string()).await?;
+                checks.push(checks::audit_agrees_at(&control.to_string(), &audit));
+            }
+        }
         tracing::debug!(seconds = opened.elapsed().as_secs_f64(), "the sale is over");
-        Ok((report, checks))
+        Ok(Held {
+            report,
+            checks,
+            killed,
+        })
+    }
+
+    /// Kills a node at half time, if there are several.
+    async fn kill(&self, service: &Service) -> Option<anyhow::Result<Killing>> {
+        let nodes = service.nodes()?;
+        tokio::time::sleep(self.half()).await;
+        let at = jiff::Timestamp::now();
+        let killed = nodes.kill_one().await;
+        Some(killed.map(|node| Killing { node, at }))
+    }
+
+    fn half(&self) -> Duration {
+        Duration::from_secs(self.args.duration.into()) / 2
     }
 
     /// Runs the command of half time, if there is one.
     async fn disturb(&self) -> Option<Check> {
         let command = self.args.at_half.as_ref()?;
-        let half = Duration::from_secs(self.args.duration.into()) / 2;
-        tokio::time::sleep(half).await;
+        tokio::time::sleep(self.half()).await;
         let output = tokio::process::Command::new("sh")
             .args(["-c", command])
             .output()
@@ -137,40 +200,60 @@ impl Sale<'_> {
     async fn put_catalogue(&self, control: &str) -> anyhow::Result<()> {
         let args = self.args;
         for item in &CATALOGUE {
-            let body = json!({
+            let mut body = json!({
                 "title": item.title, "unit_price": item.unit_price, "currency": CURRENCY,
                 "total": (f64::from(args.stock) * item.stock_share) as u32, "per_user_limit": 1,
-                "waitlist_max": WAITLIST_MAX, "waitlist_payment_ttl_ms": ASSIGNED_TTL_MS,
             });
+            if self.has_waitlist() {
+                body["waitlist_max"] = WAITLIST_MAX.into();
+                body["waitlist_payment_ttl_ms"] = ASSIGNED_TTL_MS.into();
+            }
             let path = format!("/admin/v1/skus/{}", item.sku_id);
             self.call(control, "PUT", &path, Some(&body)).await?;
         }
         status(&format!(
             "On sale at http://{control}: {} units of {} SKUs, one to a buyer; {} buyers within {} s, {} clicks a second at the peak, \
-         3 of 10 double clicks; 7 of 10 orders are paid, the others expire after {} s and their units go to whoever waits",
+         3 of 10 double clicks; 7 of 10 orders are paid, the others expire after {} s{}",
             args.stock,
             CATALOGUE.len(),
             buyers(args),
             args.duration,
-            args.rate,
-            PAYMENT_TTL_MS / 1_000
+            args.rate(),
+            PAYMENT_TTL_MS / 1_000,
+            match args.nodes {
+                None => " and their units go to whoever waits".to_owned(),
+                Some(count) => format!(
+                    "; the last of {count} nodes is killed with -9 after {} s, and its directory deleted",
+                    self.half().as_secs_f64()
+                ),
+            }
         ));
         Ok(())
     }
 
-    fn plan(&self, millrace: &Millrace) -> LoadPlan {
+    /// Several nodes have no waiting list yet.
+    fn has_waitlist(&self) -> bool {
+        self.args.nodes.is_none()
+    }
+
+    fn plan(&self, service: &Service) -> LoadPlan {
         let args = self.args;
+        let planes = service.data_planes().into_iter();
+        let mut targets = planes.map(|plane| format!("http://{plane}"));
         let plan = LoadPlan {
-            target: format!("http://{}", millrace.data_plane),
+            target: targets.next().unwrap_or_default(),
+            more_targets: targets.collect(),
+            repeat_ms: service.nodes().map_or(0, |_| REPEAT_MS),
+            watch_lanes: service.nodes().is_some(),
             rate: RateProfile::Step {
-                peak_per_second: f64::from(args.rate),
+                peak_per_second: f64::from(args.rate()),
             },
             duration_ms: Some(u64::from(args.duration) * 1_000),
             buyers: buyers(args),
             one_order_per_buyer: true,
             double_click_share: 0.3,
             mode: OrderMode::Mixed,
-            waitlist: true,
+            waitlist: self.has_waitlist(),
             waitlist_after_ms: REFLOW_MS_MAX,
             seed: args.seed,
             keep_outcomes: true,
@@ -211,18 +294,38 @@ impl Sale<'_> {
     /// back, and returns the audit. The checks report whatever is late.
     async fn wait_until_settled(
         &self,
-        control: &str,
+        service: &Service,
         before: &Value,
         report: &LoadReport,
     ) -> anyhow::Result<Value> {
         let deadline = Instant::now() + SETTLING;
         loop {
-            let audit = self.audit(control).await?;
+            let audit = self.audit_of_all(service).await?;
             if is_settled(before, &audit, report) || Instant::now() >= deadline {
                 return Ok(audit);
             }
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
+    }
+
+    /// The audit by the first node. The free units of the others, and those that are lent to none, are in
+    /// `free_elsewhere`.
+    async fn audit_of_all(&self, service: &Service) -> anyhow::Result<Value> {
+        let mut audit = self.audit(&service.control_plane()?).await?;
+        if service.nodes().is_none() {
+            return Ok(audit);
+        }
+        let (sales, _) = stock::sales(service.database()).await?;
+        let mut free: i64 = sales.iter().map(|sale| sale.pool).sum();
+        for control in service.control_planes().iter().skip(1) {
+            let other = self.audit(&control.to_string()).await?;
+            let skus = other["skus"].as_array().into_iter().flatten();
+            free += skus
+                .filter_map(|sku| sku["live"]["free"].as_i64())
+                .sum::<i64>();
+        }
+        audit["free_elsewhere"] = free.into();
+        Ok(audit)
     }
 
     async fn audit(&self, control: &str) -> anyhow::Result<Value> {
@@ -242,7 +345,7 @@ impl Sale<'_> {
 
 /// Enough that fresh buyers keep coming throughout the rush.
 fn buyers(args: &DemoArgs) -> u32 {
-    args.rate
+    args.rate()
         .saturating_mul(args.duration)
         .max(args.stock.saturating_mul(2))
 }

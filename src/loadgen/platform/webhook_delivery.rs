@@ -55,8 +55,8 @@ impl WebhookDelivery {
         let acknowledged = Arc::new(AtomicU64::new(0));
         let grace_ns = plan.pay_grace_ms.saturating_mul(1_000_000);
         let timeout = CALLBACK_TIMEOUT_MAX.min(shared.request_timeout);
-        let mut sender =
-            Sender::new(shared.address, plan.pay_connections, timeout).map_err(|e| failed(&e))?;
+        let mut sender = Sender::over(shared.addresses.clone(), plan.pay_connections, timeout)
+            .map_err(|e| failed(&e))?;
         let settings = Settings {
             shared: Arc::clone(shared),
             signer,

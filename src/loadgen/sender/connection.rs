@@ -58,6 +58,10 @@ enum State {
 /// A connection, with its request.
 pub(super) struct Connection {
     token: Token,
+    /// Place of its server among the addresses.
+    home: usize,
+    /// Servers that could not be reached for this request.
+    unreachable: usize,
     state: State,
     stream: Option<TcpStream>,
     /// Whether an answer has come on it: only then the server may have closed it while it was idle.
@@ -76,6 +80,8 @@ impl Connection {
     pub(super) fn new(number: usize) -> Self {
         Self {
             token: Token(number),
+            home: number,
+            unreachable: 0,
             state: State::Closed,
             stream: None,
             is_used: false,
@@ -113,25 +119,26 @@ impl Connection {
     /// The request is written, and about to be sent. Returns its turn.
     pub(super) fn begin(&mut self) -> u64 {
         self.turn += 1;
+        self.unreachable = 0;
         self.is_busy = true;
         self.turn
     }
 
     /// Sends the request, on a new connection if there is none.
-    pub(super) fn send(&mut self, address: SocketAddr, registry: &Registry) -> Step {
+    pub(super) fn send(&mut self, addresses: &[SocketAddr], registry: &Registry) -> Step {
         self.written = 0;
         self.answer.clear();
         match self.state {
             State::Open => match self.write() {
                 Step::Unsent => {
-                    self.open(address, registry);
+                    self.open(addresses, registry);
                     self.connecting()
                 }
                 step => step,
             },
             State::Connecting => Step::Wait,
             State::Closed => {
-                self.open(address, registry);
+                self.open(addresses, registry);
                 self.connecting()
             }
         }
@@ -144,11 +151,29 @@ impl Connection {
         }
     }
 
-    /// Begins to connect; an event tells when that is done.
-    pub(super) fn open(&mut self, address: SocketAddr, registry: &Registry) {
+    /// Goes to the next of so many servers, none of which has got a byte of its request. False: it has tried all of
+    /// them. The connections of a server that is gone spread over the others.
+    pub(super) fn go_elsewhere(&mut self, servers: usize) -> bool {
+        self.unreachable += 1;
+        if self.unreachable >= servers {
+            return false;
+        }
         self.disconnect();
+        self.home += match (self.token.0 / servers).is_multiple_of(2) {
+            true => 1,
+            false => servers - 1,
+        };
+        true
+    }
+
+    /// Begins to connect; an event tells when that is done.
+    pub(super) fn open(&mut self, addresses: &[SocketAddr], registry: &Registry) {
+        self.disconnect();
+        let Some(address) = addresses.get(self.home % addresses.len().max(1)) else {
+            return;
+        };
         let interest = Interest::READABLE | Interest::WRITABLE;
-        let opened = TcpStream::connect(address).and_then(|mut stream| {
+        let opened = TcpStream::connect(*address).and_then(|mut stream| {
             registry.register(&mut stream, self.token, interest)?;
             Ok(stream)
         });

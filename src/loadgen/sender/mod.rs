@@ -87,11 +87,11 @@ impl Fault {
     }
 }
 
-/// Connections to one server, and the loop over them.
+/// Connections to one server, or to several that answer alike, and the loop over them.
 pub struct Sender {
     poll: Poll,
     pacer: Pacer,
-    address: SocketAddr,
+    addresses: Vec<SocketAddr>,
     /// How long an answer may take from the moment its request is sent.
     timeout: Duration,
     connections: Vec<Connection>,
@@ -103,13 +103,26 @@ impl Sender {
     /// # Errors
     /// If the system has no descriptors left.
     pub fn new(address: SocketAddr, connections: usize, timeout: Duration) -> io::Result<Self> {
+        Self::over(vec![address], connections, timeout)
+    }
+
+    /// The same to several servers in turn. A connection whose server cannot be reached goes to the next one, and
+    /// stays there.
+    ///
+    /// # Errors
+    /// If the system has no descriptors left.
+    pub fn over(
+        addresses: Vec<SocketAddr>,
+        connections: usize,
+        timeout: Duration,
+    ) -> io::Result<Self> {
         let poll = Poll::new()?;
         // Tokens below are those of connections.
         let pacer = Pacer::start(mio::Waker::new(poll.registry(), Token(connections))?, TICK);
         Ok(Self {
             poll,
             pacer,
-            address,
+            addresses,
             timeout,
             connections: (0..connections).map(Connection::new).collect(),
         })
@@ -125,7 +138,7 @@ impl Sender {
         let mut events = Events::with_capacity(EVENTS);
         let mut scratch = vec![0; READ_BYTES];
         for connection in &mut self.connections {
-            connection.open(self.address, self.poll.registry());
+            connection.open(&self.addresses, self.poll.registry());
         }
         while self.connections.iter().any(Connection::is_connecting) {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -150,7 +163,7 @@ impl Sender {
         let mut events = Events::with_capacity(EVENTS);
         let mut scratch = vec![0; READ_BYTES];
         let mut run = Run {
-            address: self.address,
+            addresses: &self.addresses,
             timeout: self.timeout,
             registry: self.poll.registry().try_clone()?,
             requests: self.connections.iter().map(|_| None).collect(),
@@ -194,7 +207,7 @@ impl Sender {
 
 /// The state of [`Sender::run`].
 struct Run<'a, T: Traffic> {
-    address: SocketAddr,
+    addresses: &'a [SocketAddr],
     timeout: Duration,
     registry: mio::Registry,
     connections: &'a mut Vec<Connection>,
@@ -230,7 +243,7 @@ impl<T: Traffic> Run<'_, T> {
             self.requests[number] = Some(request);
             let turn = connection.begin();
             self.deadlines.push_back((now + self.timeout, number, turn));
-            let step = connection.send(self.address, &self.registry);
+            let step = connection.send(self.addresses, &self.registry);
             self.finish(number, step);
         }
     }
@@ -248,7 +261,7 @@ impl<T: Traffic> Run<'_, T> {
             }
         });
         match step {
-            Step::Unsent => self.connections[number].send(self.address, &self.registry),
+            Step::Unsent => self.connections[number].send(self.addresses, &self.registry),
             step => step,
         }
     }
@@ -261,6 +274,12 @@ impl<T: Traffic> Run<'_, T> {
             Step::Unsent => return self.finish(number, Step::Failed(Fault::Closed)),
             Step::Wait => return,
             Step::Answered => {}
+            Step::Failed(Fault::Connect)
+                if self.connections[number].go_elsewhere(self.addresses.len()) =>
+            {
+                let step = self.connections[number].send(self.addresses, &self.registry);
+                return self.finish(number, step);
+            }
             Step::Failed(fault) => {
                 self.connections[number].close();
                 if let Some(request) = self.requests[number].take() {
@@ -419,6 +438,20 @@ mod tests {
         let mut traffic = OneByOne::new(3, Duration::ZERO);
         sender.run(&mut traffic).unwrap();
         assert_eq!(traffic.statuses, [Err(Fault::Connect); 3]);
+    }
+
+    #[test]
+    fn a_connection_whose_server_is_away_goes_to_the_next_one_and_stays() {
+        let away = {
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            listener.local_addr().unwrap()
+        };
+        let (address, connections) = server(1_000);
+        let mut sender = Sender::over(vec![away, address], 1, Duration::from_secs(10)).unwrap();
+        let mut traffic = OneByOne::new(5, Duration::ZERO);
+        sender.run(&mut traffic).unwrap();
+        assert_eq!(traffic.statuses, [Ok(200); 5]);
+        assert_eq!(connections.try_iter().count(), 1);
     }
 
     #[test]

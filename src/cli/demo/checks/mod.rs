@@ -19,7 +19,7 @@ mod rows;
 use serde_json::Value;
 
 use crate::loadgen::checker::{Findings, StoredRows};
-use crate::loadgen::{Check, LoadReport};
+use crate::loadgen::{Check, KilledNode, LoadReport};
 use crate::order::UnixMillis;
 use crate::pipeline::admin::audit::LIVE_CHECK;
 use crate::store::postgres::Database;
@@ -85,6 +85,39 @@ pub fn live_compared(audit: &Value) -> bool {
     let checks = audit["checks"].as_array();
     let mut checks = checks.into_iter().flatten();
     checks.any(|check| check["name"] == LIVE_CHECK)
+}
+
+/// The same of an audit that another node has made.
+pub fn audit_agrees_at(control: &str, audit: &Value) -> Check {
+    let mut check = audit_agrees(audit);
+    check.name = format!("The audit of the node at {control} agrees");
+    check
+}
+
+/// Whether every lane of a node that was killed is open elsewhere.
+pub fn taken_over(report: &LoadReport, killed: KilledNode) -> Check {
+    let lanes = report.lanes.as_ref();
+    let closed = lanes.map(|lanes| lanes.closed_ms(killed.node, killed.at_ms));
+    let closed = closed.unwrap_or_default();
+    let mut times: Vec<f64> = closed.iter().copied().flatten().collect();
+    times.sort_by(f64::total_cmp);
+    let seconds = |place: usize| times.get(place).copied().unwrap_or_default() / 1_000.0;
+    check(
+        "A node was killed with -9 and lost its directory, and others went on with its buyers",
+        !closed.is_empty() && times.len() == closed.len(),
+        format!(
+            "node {} after {:.1} s; {} of its {} lanes were open elsewhere after {:.1} to {:.1} s (median {:.1} s); {} clicks \
+             asked again",
+            killed.node,
+            killed.at_ms / 1_000.0,
+            times.len(),
+            closed.len(),
+            seconds(0),
+            seconds(times.len().saturating_sub(1)),
+            seconds(times.len() / 2),
+            report.repeated,
+        ),
+    )
 }
 
 fn audit_agrees(audit: &Value) -> Check {

@@ -243,6 +243,8 @@ fn unpaid_units_are_back(rows: &StoredRows, after: &Value) -> Check {
         sold += units(&sku["sold_by_orders"]);
         free += units(&sku["live"]["free"]);
     }
+    // At other nodes, and lent to none.
+    free += after["free_elsewhere"].as_i64().unwrap_or(0);
     check(
         "Every unpaid order expired and its unit is back",
         waiting == 0 && held == 0 && sold + free == total,
