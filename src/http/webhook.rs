@@ -20,8 +20,8 @@ use http_body_util::{BodyExt, Full, Limited};
 use hyper::{Method, Request, StatusCode, Uri, header};
 use ring::hmac;
 
-use crate::http::outgoing::{self, OutgoingClient, causes};
 use super::webhook_secret::{self, BYTES_MIN};
+use crate::http::outgoing::{self, OutgoingClient, causes};
 use crate::pipeline::events::{Delivering, Delivery, Event, Sink};
 
 /// Longest wait for an answer.
@@ -29,7 +29,6 @@ const ANSWER: Duration = Duration::from_secs(10);
 
 /// Bytes of an answer's body that are read, so that the connection can be used again.
 const BODY_BYTES_MAX: usize = 64 * 1024;
-
 
 /// A receiver of webhooks.
 pub struct Webhook {

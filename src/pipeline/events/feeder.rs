@@ -170,7 +170,9 @@ impl Feeder {
                 self.parts
                     .status
                     .change(|status| *status = SinkStatus::default());
-                self.parts.metrics.observe_sink(&self.parts.name, 0, 0, 0);
+                self.parts
+                    .metrics
+                    .observe_sink(&self.parts.name, 0, 0, 0, false);
                 self.observe_kept(0);
             }
             self.parts
