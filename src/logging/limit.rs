@@ -2,6 +2,9 @@
 //!
 //! A kind is the place in the code that writes the line. The number of kinds is therefore bounded,
 //! and no client can choose one.
+//!
+//! A kind that goes on, window after window, says nothing new and buries the others: after its first window few of its
+//! lines are written. Errors are, since each names something for a person to look at.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,8 +15,10 @@ use tracing::callsite::Identifier;
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level};
 
-/// Lines of one kind that are written in each window.
+/// Lines of one kind that are written in a window: its first, or any if they are errors.
 pub(super) const LINES_MAX: u32 = 20;
+/// Lines of one kind that are written in a window that follows one with such lines.
+const GOING_ON_LINES_MAX: u32 = 2;
 /// Length of a window.
 pub(super) const WINDOW: Duration = Duration::from_secs(10);
 
@@ -40,8 +45,9 @@ pub(super) struct Limit {
 struct Kind {
     /// Start of the current window.
     since: Instant,
-    /// Lines written in it.
+    /// Lines written in it, and how many may be.
     written: u32,
+    lines_max: u32,
     held: Option<Held>,
 }
 
@@ -61,12 +67,20 @@ impl Limit {
             let mut kind = self.kinds.entry(metadata.callsite()).or_insert(Kind {
                 since: now,
                 written: 0,
+                lines_max: LINES_MAX,
                 held: None,
             });
-            if now.duration_since(kind.since) >= WINDOW {
+            let age = now.duration_since(kind.since);
+            if age >= WINDOW {
+                let goes_on = age < 2 * WINDOW && *metadata.level() != Level::ERROR;
+                kind.lines_max = if goes_on {
+                    GOING_ON_LINES_MAX
+                } else {
+                    LINES_MAX
+                };
                 (kind.since, kind.written) = (now, 0);
             }
-            if kind.written < LINES_MAX {
+            if kind.written < kind.lines_max {
                 kind.written += 1;
                 return true;
             }
@@ -204,16 +218,31 @@ mod tests {
     }
 
     #[test]
-    fn the_next_window_begins_anew() {
+    fn a_kind_that_goes_on_writes_few_lines_and_all_of_them_again_after_a_pause() {
         with(|limit, admitted| {
-            for at_s in [0, 5, 9, 11, 12_u64] {
+            let write = |at_s: u64| {
                 for _ in 0..15 {
                     tracing::info!(at_s, "again");
                 }
+                admitted.swap(0, Ordering::Relaxed)
+            };
+            assert_eq!([0, 5, 9].map(write), [15, 5, 0]);
+            assert_eq!([11, 12, 22].map(write), [2, 0, 2]);
+            assert_eq!(write(42), 15, "a window without any is between");
+            let told: u64 = limit.due(WINDOW).iter().map(|held| held.lines).sum();
+            assert_eq!(told, 7 * 15 - 20 - 2 - 2 - 15);
+        });
+    }
+
+    #[test]
+    fn errors_that_go_on_are_written_as_before() {
+        with(|_, admitted| {
+            for at_s in [0, 11_u64] {
+                for _ in 0..LINES_MAX + 5 {
+                    tracing::error!(at_s, "again");
+                }
             }
             assert_eq!(admitted.load(Ordering::Relaxed), 2 * u64::from(LINES_MAX));
-            let told: u64 = limit.due(WINDOW).iter().map(|held| held.lines).sum();
-            assert_eq!(told + admitted.load(Ordering::Relaxed), 75);
         });
     }
 
