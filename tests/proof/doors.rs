@@ -7,6 +7,9 @@ use std::time::Duration;
 
 use crate::support::http::{Answer, Connection};
 
+/// Pause of a client that was not answered.
+const AGAIN: Duration = Duration::from_millis(5);
+
 /// Addresses that may be called, shared by all clients.
 pub struct Doors {
     open: Mutex<Vec<SocketAddr>>,
@@ -53,6 +56,10 @@ impl Doors {
             Ok(answer) => answer.status.to_string(),
             Err(_) => "none".to_owned(),
         };
+        if answer.is_err() && self.endures {
+            // As a client that waits a moment before it tries again.
+            std::thread::sleep(AGAIN);
+        }
         let mut answers = self.answers.lock().expect("the answers");
         *answers.entry(name).or_default() += 1;
     }

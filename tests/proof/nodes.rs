@@ -36,7 +36,7 @@ use crate::support::waiting::until;
 /// Machines.
 const NODES: u8 = 3;
 /// Faults on one database; the next begin with an empty one.
-const SERIES: u64 = 17;
+const SERIES: u64 = 20;
 /// How long the last expiries, and everything else that is done in the background, may take.
 const SETTLING: Duration = Duration::from_secs(45);
 const LOOK: Duration = Duration::from_millis(5);

@@ -101,9 +101,14 @@ impl fmt::Display for Fault {
     }
 }
 
-/// All faults, in one random order after the other.
-#[derive(Default)]
+/// First those of the short form, then all faults, in one random order after the other.
 pub struct Deck(Vec<Fault>);
+
+impl Default for Deck {
+    fn default() -> Self {
+        Deck(vec![Fault::RollingRestart, Fault::Paused, Fault::Lost])
+    }
+}
 
 impl Deck {
     /// The next fault.

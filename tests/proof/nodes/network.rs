@@ -7,17 +7,17 @@
 //!              └─ peers ─────┘                 └─ the other machines
 //! ```
 //!
-//! A link is cut by its port of the bridge, which forwards nothing from then on. Neither side notices: what is sent is
-//! lost, and connections stay open.
+//! A link is cut by setting its port of the bridge down. What is sent is lost, and connections stay open.
 //!
 //! The namespaces have no names. They end with the processes that are in them, however those end.
 
 use std::fmt;
 use std::fs::File;
-use std::io::Write as _;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::io::{ErrorKind, Write as _};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
 
@@ -61,6 +61,9 @@ impl fmt::Display for Link {
 }
 
 const OUTSIDE: u8 = 254;
+/// Time in which a machine that is connected is answered.
+const ANSWER: Duration = Duration::from_millis(300);
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A network namespace.
 pub struct Space(File);
@@ -144,14 +147,32 @@ impl Network {
 
     /// Cuts these links of a machine, or mends them.
     pub fn cut(&self, machine: u8, links: &[Link], is_cut: bool) -> Result<(), String> {
-        // Of the states that a port has, 0 is disabled and 3 is forwarding.
-        let state = if is_cut { 0 } else { 3 };
+        let state = if is_cut { "down" } else { "up" };
         let lines = links.iter().map(|link| {
             let port = port(*link, machine);
-            format!("link set {port} type bridge_slave state {state}")
+            format!("link set {port} {state}")
         });
         let lines: Vec<String> = lines.collect();
-        self.outside.within(|| ip(&lines))
+        self.outside.within(|| ip(&lines))?;
+        let space = &self.machines[usize::from(machine) - 1];
+        for link in links {
+            // Nobody listens there, which a machine that is connected is told at once.
+            let nobody = SocketAddr::from((link.outside(), 1));
+            let ask = || TcpStream::connect_timeout(&nobody, ANSWER);
+            let answered = || {
+                let answer = space.within(ask);
+                answer.is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
+            };
+            let deadline = Instant::now() + PATIENCE;
+            while answered() == is_cut {
+                if Instant::now() >= deadline {
+                    return Err(format!(
+                        "the link of machine {machine} to {link} is not {state}"
+                    ));
+                }
+            }
+        }
+        Ok(())
     }
 }
 
