@@ -749,6 +749,15 @@ fn sinks_of_events_are_refilled_and_their_dead_letters_retried_and_discarded() {
         desk.order("bea", "A").await;
         desk.browser.click("Sinks");
         desk.browser.sees("it answered 410 Gone");
+        // Whoever looks at the sale sees it too, and where to go.
+        desk.browser.click("Live");
+        let tile = "document.querySelector('#live-sinks-tiles .alarm')?.innerText.startsWith('shop\\ndisabled')";
+        desk.browser.until("the tile of the sink", tile);
+        desk.browser.sees("events_disabled");
+        desk.browser
+            .until("a badge", "$('count-events').textContent === '1'");
+        desk.picture("sink-disabled");
+        desk.browser.click("events_disabled");
         receiver.answer(|_, _| 204);
         desk.browser.click_in("shop", "Resync…");
         desk.browser.sees("It is disabled now");

@@ -146,6 +146,16 @@ function showLive({ groups, since, before }) {
   drawChart($("chart"), rates);
   showTotals();
   showStock();
+  $("live-sinks").hidden = !live.sinks.length;
+  tiles(
+    $("live-sinks-tiles"),
+    live.sinks.map(({ name, state, reason, behind_ms: behind }) => [
+      name,
+      state,
+      reason || (behind < 1000 ? "up to date" : "behind by " + age(behind / 1000)),
+      isStopped({ state }) ? "alarm" : state === "refilling" && "hint",
+    ]),
+  );
 }
 
 // What the chart no longer shows.

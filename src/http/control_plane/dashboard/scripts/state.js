@@ -52,7 +52,7 @@ function showWarnings() {
     $("warnings"),
     warnings.map((warning, i) => ({ key: i + warning.name, ...warning })),
     (warning) => warning.key,
-    ({ name }) => el("li", {}, link("checks", name), " ", el("span")),
+    ({ name }) => el("li", {}, link(warningPage(name), name), " ", el("span")),
     (line, { detail }) => say(line.lastChild, detail + "."),
   );
 }
@@ -61,6 +61,11 @@ function showWarnings() {
 const overdue = (p) => p.orphans > 0 && p.orphan_oldest_seconds > p.orphan_checks_seconds + 10;
 // Some refunds are due in every sale; one that waits for longer than a day is an alert.
 const refundOverdue = (p) => p.refunds_due > 0 && p.refund_due_oldest_seconds > 86400;
+
+// Whether a sink gets no events just now.
+const isStopped = ({ state }) => state === "failing" || state === "disabled";
+// The page on which a warning is looked after.
+const warningPage = (name) => (name.startsWith("events_") ? "events" : "checks");
 
 // Events that sinks did not take for a day.
 const lostEvents = () => live.sinks.reduce((sum, sink) => sum + sink.dead_letters, 0);
@@ -112,7 +117,7 @@ function showState() {
     overdue(live.payments) || refundOverdue(live.payments),
   );
   badge($("count-letters"), live.dead_letters_open, true);
-  badge($("count-events"), lostEvents(), true);
+  badge($("count-events"), lostEvents() + live.sinks.filter(isStopped).length, true);
 }
 
 // The number of things that wait for an operator.
