@@ -211,6 +211,40 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/admin/v1/nodes": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** Nodes of a cluster, with their lanes, stock and logs */
+        get: operations["listNodes"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/admin/v1/nodes/{node}/drain": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /** Have a node hand all its lanes to the others */
+        post: operations["drainNode"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/admin/v1/orders/{order_id}": {
         parameters: {
             query?: never;
@@ -1042,6 +1076,8 @@ export interface components {
              */
             kept_bytes: number;
             name: string;
+            /** @description When the newest change that it has got was committed. */
+            place_at: components["schemas"]["Time"] | null;
             /** @description Why it gets no events. */
             reason: string | null;
             /**
@@ -1119,6 +1155,8 @@ export interface components {
                 depth: number;
             };
             reason: string | null;
+            /** @description Sinks of events. */
+            sinks: components["schemas"]["EventSink"][];
             skus: components["schemas"]["OperatorSku"][];
             /** @enum {string} */
             state: "recovering" | "ready" | "not_ready" | "draining" | "poisoned";
@@ -1141,6 +1179,52 @@ export interface components {
             };
             /** Format: int64 */
             count: number;
+        };
+        Node: {
+            /** @description Where other nodes reach it. */
+            address: string | null;
+            /** @description Whether it is to hand everything over. */
+            drain: boolean;
+            /**
+             * Format: int64
+             * @description Rises with every process that takes the number.
+             */
+            epoch: number;
+            lanes: number;
+            /** @description Lanes that wait for a log. */
+            lanes_blocked: number;
+            log: string | null;
+            /** @description Whether its order log may hold orders that are not rows yet. */
+            log_in_use: boolean;
+            node: number;
+            /**
+             * @description `joining`: it reads its log. `dead`: it renewed nothing for `cluster.lease_ms`, and another replays its log. `left`: its process has ended, and everything of it is with others.
+             * @enum {string}
+             */
+            state: "joining" | "active" | "dead" | "left";
+            /** @description The node that replays its log. */
+            taken_over_by: number | null;
+            /**
+             * Format: int64
+             * @description Of these, units of unpaid orders.
+             */
+            units_held: number;
+            /**
+             * Format: int64
+             * @description Units of all SKUs that it may sell or has sold.
+             */
+            units_lent: number;
+        };
+        NodeDrain: {
+            /** @constant */
+            drain: true;
+            node: number;
+        };
+        NodeList: {
+            lanes_open_here: number;
+            /** @description The node that answers; `null` for a process on its own. */
+            node: number | null;
+            nodes: components["schemas"]["Node"][];
         };
         Note: {
             /** @description At most 1,000 bytes. */
@@ -1947,6 +2031,20 @@ export interface components {
                 };
             };
         };
+        /** @description Not found: `not_found`, `unknown_node`. */
+        Problem404_not_found_unknown_node: {
+            headers: {
+                [name: string]: unknown;
+            };
+            content: {
+                "application/problem+json": components["schemas"]["Problem"] & {
+                    /** @enum {unknown} */
+                    code?: "not_found" | "unknown_node";
+                    /** @constant */
+                    status?: 404;
+                };
+            };
+        };
         /** @description Not found: `not_found`, `unknown_order`. */
         Problem404_not_found_unknown_order: {
             headers: {
@@ -2241,7 +2339,7 @@ export interface components {
                 };
             };
         };
-        /** @description Asked, without a token, under a name that is neither `localhost` nor a loopback address: `misdirected`. */
+        /** @description Asked, without a token, under a name that is neither `localhost` nor a loopback address; or, with several nodes, about an order whose buyer's lane another node has: `misdirected`. */
         Problem421_misdirected: {
             headers: {
                 [name: string]: unknown;
@@ -2843,6 +2941,65 @@ export interface operations {
             405: components["responses"]["MethodNotAllowed"];
             415: components["responses"]["Problem415_unsupported_media_type"];
             421: components["responses"]["Problem421_misdirected"];
+        };
+    };
+    listNodes: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description By number, as the database has them. A process on its own has none. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["NodeList"];
+                };
+            };
+            400: components["responses"]["Problem400_invalid_field_unknown_field"];
+            401: components["responses"]["Problem401_unauthorized"];
+            405: components["responses"]["MethodNotAllowed"];
+            415: components["responses"]["Problem415_unsupported_media_type"];
+            421: components["responses"]["Problem421_misdirected"];
+            500: components["responses"]["Problem500_internal"];
+            503: components["responses"]["Problem503_not_ready"];
+        };
+    };
+    drainNode: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                node: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description It is noted. The node gives its lanes away, keeps passing requests on, and gets no lane until its process starts again. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["NodeDrain"];
+                };
+            };
+            400: components["responses"]["Problem400_bad_request_and_3"];
+            401: components["responses"]["Problem401_unauthorized"];
+            403: components["responses"]["Problem403_cross_origin"];
+            404: components["responses"]["Problem404_not_found_unknown_node"];
+            405: components["responses"]["MethodNotAllowed"];
+            413: components["responses"]["Problem413_body_too_large"];
+            415: components["responses"]["Problem415_unsupported_media_type"];
+            421: components["responses"]["Problem421_misdirected"];
+            500: components["responses"]["Problem500_internal"];
+            503: components["responses"]["Problem503_not_ready"];
         };
     };
     getOrderHistory: {
