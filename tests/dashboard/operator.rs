@@ -687,7 +687,7 @@ fn sinks_of_events_are_refilled_and_their_dead_letters_retried_and_discarded() {
         };
         desk.server.put_sku("A", 10, Value::Null).await;
         desk.browser.click("Events");
-        desk.browser.sees("delivering");
+        desk.browser.sees("idle");
         desk.browser.sees("nothing yet");
         let order = desk.order("anna", "A").await.json();
         let id = order["order_id"].as_str().expect("an order").to_owned();

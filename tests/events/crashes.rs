@@ -4,7 +4,7 @@
 //!
 //! `MILLRACE_EVENTS_ORDERS=100000 cargo test --test events -- every_committed --nocapture` runs it for longer.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -194,41 +194,56 @@ fn every_committed_change_is_heard_and_no_other_over_kills_and_a_failing_sink() 
     });
 }
 
-/// The rows against what was heard.
-async fn check(receiver: &Receiver, client: &tokio_postgres::Client, orders: usize) {
+/// The number of the newest transition of each order, and its status.
+type Stands = HashMap<String, (i32, i16)>;
+
+async fn rows(client: &tokio_postgres::Client) -> Stands {
     let sql = "SELECT order_id, coalesce(transition, 1)::int4, status FROM millrace.orders";
     let rows = client.query(sql, &[]).await.expect("the orders");
-    assert_eq!(rows.len(), orders);
-    let stands: HashMap<String, (i32, i16)> = rows
-        .iter()
+    rows.iter()
         .map(|row| (row.get::<_, i64>(0).to_string(), (row.get(1), row.get(2))))
-        .collect();
+        .collect()
+}
+
+/// Transitions whose events are not heard.
+fn missing(receiver: &Receiver, stands: &Stands) -> usize {
+    let taken = receiver.taken();
+    let ids: HashSet<&str> = taken.iter().map(|one| one.id.as_str()).collect();
+    let wanted = stands
+        .iter()
+        .flat_map(|(order, (last, _))| (1..=*last).map(move |number| format!("{order}:{number}")));
+    wanted.filter(|id| !ids.contains(id.as_str())).count()
+}
+
+/// The rows against what was heard.
+async fn check(receiver: &Receiver, client: &tokio_postgres::Client, orders: usize) {
     let patience = Duration::from_secs(120)
         + Duration::from_millis(5) * u32::try_from(orders).unwrap_or(u32::MAX);
-    let missing = || {
-        let taken = receiver.taken();
-        let ids: std::collections::HashSet<&str> =
-            taken.iter().map(|one| one.id.as_str()).collect();
-        let wanted = stands.iter().flat_map(|(order, (last, _))| {
-            (1..=*last).map(move |number| format!("{order}:{number}"))
-        });
-        wanted.filter(|id| !ids.contains(id.as_str())).count()
-    };
     let began = Instant::now();
-    while missing() > 0 {
-        assert!(
-            began.elapsed() < patience,
-            "{} events are not heard",
-            missing()
-        );
-        tokio::time::sleep(Duration::from_secs(1)).await;
-    }
+    // The last payments may be matched while the rows are compared: the rows count that stand before and after.
+    let mut stands = rows(client).await;
+    let heard_by_then = loop {
+        while missing(receiver, &stands) > 0 {
+            assert!(
+                began.elapsed() < patience,
+                "{} events are not heard",
+                missing(receiver, &stands)
+            );
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        let heard = receiver.taken();
+        let before = std::mem::replace(&mut stands, rows(client).await);
+        if before == stands {
+            break heard;
+        }
+    };
+    assert_eq!(stands.len(), orders);
     let (mut newest, mut bodies) = (
         HashMap::<String, i32>::new(),
         HashMap::<String, String>::new(),
     );
     let (mut repeats, mut payments) = (0, 0);
-    for heard in receiver.taken() {
+    for heard in heard_by_then {
         if heard.kind().starts_with("payment.") {
             payments += 1;
             continue;

@@ -95,8 +95,9 @@ fn one_node_reads_the_slot_and_another_goes_on_when_it_is_killed() {
         let (database, receiver) = (TestDatabase::create().await, Receiver::start().await);
         let dirs = [test_dir(), test_dir()];
         let first = serve(dirs[0].path(), &database, &receiver).await;
-        wait_until("the first node delivers", async || {
-            state_at(&first) == "delivering"
+        // It has nothing to deliver yet.
+        wait_until("the first node reads the slot", async || {
+            state_at(&first) == "idle"
         })
         .await;
         let second = serve(dirs[1].path(), &database, &receiver).await;
@@ -113,8 +114,8 @@ fn one_node_reads_the_slot_and_another_goes_on_when_it_is_killed() {
         }
         assert_eq!(state_at(&second), "elsewhere");
         first.kill();
-        wait_until("the second node delivers", async || {
-            state_at(&second) == "delivering"
+        wait_until("the second node reads the slot", async || {
+            state_at(&second) != "elsewhere"
         })
         .await;
         let more = buy(&second, 20..40).await;

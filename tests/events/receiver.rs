@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use axum::body::Bytes;
 use axum::http::{HeaderMap, StatusCode, header};
@@ -13,8 +14,11 @@ use serde_json::{Value, json};
 use crate::support::http::Answer;
 use crate::support::postgres::TestDatabase;
 use crate::support::server::TestServer;
-use crate::support::waiting::wait_until;
+use crate::support::waiting::{wait_until, wait_until_within};
 use crate::support::webhook;
+
+/// Longest wait for a slot.
+const SLOT: Duration = Duration::from_secs(120);
 
 /// The secrets that the receiver knows.
 pub const SECRETS: [&str; 2] = [
@@ -213,10 +217,11 @@ impl Shop {
         .await
     }
 
-    /// Waits until there are so many slots: events begin with them.
+    /// Waits until there are so many slots: events begin with them. PostgreSQL makes one once every transaction that is open in
+    /// any database of the server has ended, those of other tests too.
     pub async fn until_it_listens(&self, sinks: usize) {
         let client = self.database.connect().await;
-        wait_until("the slot", async || {
+        wait_until_within("the slot", SLOT, async || {
             let sql = "SELECT FROM pg_replication_slots WHERE database = current_database() AND confirmed_flush_lsn IS NOT NULL";
             client.query(sql, &[]).await.expect("the slots").len() >= sinks
         })
