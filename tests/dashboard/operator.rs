@@ -689,6 +689,13 @@ fn sinks_of_events_are_refilled_and_their_dead_letters_retried_and_discarded() {
         desk.browser.click("Events");
         desk.browser.sees("idle");
         desk.browser.sees("nothing yet");
+        // Events begin with the slot.
+        let slot = "SELECT FROM pg_replication_slots WHERE database = current_database() AND confirmed_flush_lsn IS NOT NULL";
+        let admin = desk.database.connect().await;
+        wait_until("the slot", async || {
+            !admin.query(slot, &[]).await.expect("the slots").is_empty()
+        })
+        .await;
         let order = desk.order("anna", "A").await.json();
         let id = order["order_id"].as_str().expect("an order").to_owned();
         receiver.until("order.placed", &id).await;
