@@ -135,7 +135,8 @@ impl<'a> Probes<'a> {
         };
         let list = answer.json();
         let orders = list["orders"].as_array().map_or(&[][..], Vec::as_slice);
-        let is_it = |order: &Value| order["order_id"] == *id;
+        let wanted = id.to_string();
+        let is_it = |order: &Value| order["order_id"] == wanted;
         if !orders.iter().any(is_it) {
             probe
                 .faults
