@@ -34,7 +34,9 @@ pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
     });
     server.put_sku_with(DRAWN, 1_000, terms)?;
     let client = database::connect(&url).await?;
-    let (mut entry, mut order) = (Template::order(DRAWN, ""), Template::order(HOT, ""));
+    let mut entry = Template::order(DRAWN, "");
+    // Other buyers: a key is one request's.
+    let mut order = Template::order(HOT, "").starting_at(1_000_000_000);
     let window = lab.window();
     // The first of each side grow the maps.
     rate(server.data, CONNECTIONS, window / 4, &mut entry, 202)?;
