@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use tokio_postgres::{Error, Row, Transaction};
 
-use super::in_force;
+use super::transact;
 use crate::order::{Lane, LaneSet, OrderId, SkuNumber, UnixMillis};
 use crate::store::StoreError;
 use crate::store::postgres::{Database, NodeLease, lease};
@@ -91,12 +91,7 @@ pub async fn locked(database: &Database, lanes: LaneSet) -> Result<Vec<LaneRow>,
 /// # Errors
 /// [`StoreError::Fenced`] if the node was taken over; otherwise if the database does not answer.
 pub async fn claim_free(database: &Database, lease: NodeLease) -> Result<Vec<LaneRow>, StoreError> {
-    let mut client = database.pooled().await?;
-    let work = async {
-        let transaction = client.transaction().await?;
-        if !in_force(&transaction, lease).await? {
-            return Ok(None);
-        }
+    let work = async |transaction: &Transaction<'_>| {
         transaction
             .execute(
                 "SELECT FROM lane WHERE node IS NULL ORDER BY lane FOR UPDATE",
@@ -118,18 +113,13 @@ pub async fn claim_free(database: &Database, lease: NodeLease) -> Result<Vec<Lan
             )
             .await?;
         if !taken.is_empty() {
-            held_into_share(&transaction, lease.node).await?;
-            lease::take_unpaid_from(&transaction, lease.node).await?;
+            held_into_share(transaction, lease.node).await?;
+            lease::take_unpaid_from(transaction, lease.node).await?;
         }
-        transaction.commit().await?;
-        Ok(Some(taken))
+        Ok(taken)
     };
-    let taken = database.timed("taking free lanes", work).await?;
-    taken
-        .ok_or_else(|| lease.is_lost())?
-        .iter()
-        .map(lane_row)
-        .collect()
+    let taken = transact(database, lease, "taking free lanes", work).await?;
+    taken.iter().map(lane_row).collect()
 }
 
 /// Moves the units of unpaid orders that are outside of any share into a node's.

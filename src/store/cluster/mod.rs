@@ -25,16 +25,38 @@ pub mod stock;
 pub mod takeover;
 pub mod terms;
 
-use tokio_postgres::Transaction;
+use tokio_postgres::{Error, Transaction};
 
-use super::postgres::NodeLease;
+use super::StoreError;
+use super::postgres::{Database, NodeLease};
+
+/// Does `work` in a transaction of a node whose lease is in force, and commits it.
+///
+/// # Errors
+/// [`StoreError::Fenced`] if the node was taken over; otherwise if the database does not answer.
+async fn transact<T>(
+    database: &Database,
+    lease: NodeLease,
+    doing: &'static str,
+    work: impl AsyncFnOnce(&Transaction<'_>) -> Result<T, Error>,
+) -> Result<T, StoreError> {
+    let mut client = database.pooled().await?;
+    let transacted = async {
+        let transaction = client.transaction().await?;
+        if !in_force(&transaction, lease).await? {
+            return Ok(None);
+        }
+        let done = work(&transaction).await?;
+        transaction.commit().await?;
+        Ok(Some(done))
+    };
+    let done = database.timed(doing, transacted).await?;
+    done.ok_or_else(|| lease.is_lost())
+}
 
 /// Locks the row of a node against raising its epoch, and tells whether the lease is in force: the node was not taken
 /// over and has not left. A dead node's lease, which its successor has for the replay, is not in force here.
-async fn in_force(
-    transaction: &Transaction<'_>,
-    lease: NodeLease,
-) -> Result<bool, tokio_postgres::Error> {
+async fn in_force(transaction: &Transaction<'_>, lease: NodeLease) -> Result<bool, Error> {
     let row = transaction
         .query_opt(
             "SELECT FROM node WHERE node = $1 AND epoch = $2 AND state IN ('joining', 'active') FOR KEY SHARE",

@@ -1,7 +1,9 @@
 //! Lowering a total while units are lent: lending stops until the free ones are back.
 
-use super::in_force;
+use tokio_postgres::Transaction;
+
 use super::shares::Pool;
+use super::transact;
 use crate::order::SkuNumber;
 use crate::store::StoreError;
 use crate::store::postgres::{Database, NodeLease};
@@ -34,13 +36,8 @@ pub async fn lower_total(
     reference: &str,
     request_key: Option<&str>,
 ) -> Result<Lowered, StoreError> {
-    let mut client = database.pooled().await?;
-    let work = async {
-        let transaction = client.transaction().await?;
-        if !in_force(&transaction, lease).await? {
-            return Ok(None);
-        }
-        Pool::lock(&transaction, sku).await?;
+    let work = async |transaction: &Transaction<'_>| {
+        Pool::lock(transaction, sku).await?;
         let row = transaction
             .query_one(
                 "SELECT s.held + s.sold + s.lent, s.held + s.sold + coalesce(sum(o.held + o.sold), 0)::int8
@@ -73,13 +70,9 @@ pub async fn lower_total(
                 &[&sku.0, &new, &recall, &reference, &request_key],
             )
             .await?;
-        transaction.commit().await?;
-        Ok(Some(lowered))
+        Ok(lowered)
     };
-    database
-        .timed("lowering a total", work)
-        .await?
-        .ok_or_else(|| lease.is_lost())
+    transact(database, lease, "lowering a total", work).await
 }
 
 /// Gives up lowering a total: lending goes on.
@@ -91,20 +84,11 @@ pub async fn end_recall(
     lease: NodeLease,
     sku: SkuNumber,
 ) -> Result<(), StoreError> {
-    let mut client = database.pooled().await?;
-    let work = async {
-        let transaction = client.transaction().await?;
-        if !in_force(&transaction, lease).await? {
-            return Ok(false);
-        }
+    let work = async |transaction: &Transaction<'_>| {
         transaction
             .execute("UPDATE sku SET recall = NULL WHERE id = $1", &[&sku.0])
             .await?;
-        transaction.commit().await?;
-        Ok(true)
+        Ok(())
     };
-    match database.timed("giving a recall up", work).await? {
-        true => Ok(()),
-        false => Err(lease.is_lost()),
-    }
+    transact(database, lease, "giving a recall up", work).await
 }

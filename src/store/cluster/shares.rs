@@ -12,7 +12,7 @@
 
 use tokio_postgres::{Error, Transaction};
 
-use super::in_force;
+use super::transact;
 use crate::order::SkuNumber;
 use crate::store::StoreError;
 use crate::store::postgres::{Database, NodeLease};
@@ -133,14 +133,9 @@ async fn borrow(
     want: Option<i64>,
 ) -> Result<Lent, StoreError> {
     let least = want.unwrap_or(1);
-    let mut client = database.pooled().await?;
-    let work = async {
-        let transaction = client.transaction().await?;
-        if !in_force(&transaction, lease).await? {
+    let work = async |transaction: &Transaction<'_>| {
+        let Some(pool) = Pool::lock(transaction, sku).await? else {
             return Ok(None);
-        }
-        let Some(pool) = Pool::lock(&transaction, sku).await? else {
-            return Ok(Some(Err(sku)));
         };
         let oldest = transaction
             .query_opt(
@@ -154,7 +149,7 @@ async fn borrow(
             free if free < least => 0,
             free => free.min(wanted.max(least)),
         };
-        let swept = sweep_in(&transaction, lease, &[sku]).await?;
+        let swept = sweep_in(transaction, lease, &[sku]).await?;
         let swept = swept.first().map_or(0, |(_, units)| *units);
         let want = if units > 0 {
             transaction
@@ -165,7 +160,7 @@ async fn borrow(
                     &[&sku.0, &lease.node, &units],
                 )
                 .await?;
-            withdraw_in(&transaction, lease, sku).await?;
+            withdraw_in(transaction, lease, sku).await?;
             None
         } else if want.is_none() {
             None
@@ -179,13 +174,10 @@ async fn borrow(
                 .await?;
             Some(row.get(0))
         };
-        transaction.commit().await?;
-        Ok(Some(Ok(Lent { units, swept, want })))
+        Ok(Some(Lent { units, swept, want }))
     };
-    match database.timed("lending stock to a node", work).await? {
-        None => Err(lease.is_lost()),
-        Some(lent) => lent.map_err(|sku| StoreError::Data(format!("there is no SKU {}", sku.0))),
-    }
+    let lent = transact(database, lease, "lending stock to a node", work).await?;
+    lent.ok_or_else(|| StoreError::Data(format!("there is no SKU {}", sku.0)))
 }
 
 /// Takes the sold units of these SKUs ($1) out of the share of node $2. Their SKUs are locked. $3: they count as swept by the
@@ -239,27 +231,17 @@ pub async fn sweep(
     lease: NodeLease,
     skus: &[SkuNumber],
 ) -> Result<Vec<(SkuNumber, i64)>, StoreError> {
-    let mut client = database.pooled().await?;
     let ids: Vec<i32> = skus.iter().map(|sku| sku.0).collect();
-    let work = async {
-        let transaction = client.transaction().await?;
-        if !in_force(&transaction, lease).await? {
-            return Ok(None);
-        }
+    let work = async |transaction: &Transaction<'_>| {
         transaction
             .execute(
                 "SELECT FROM sku WHERE id = ANY ($1) ORDER BY id FOR UPDATE",
                 &[&ids],
             )
             .await?;
-        let swept = sweep_in(&transaction, lease, skus).await?;
-        transaction.commit().await?;
-        Ok(Some(swept))
+        sweep_in(transaction, lease, skus).await
     };
-    let swept = database
-        .timed("moving sold units to their SKUs", work)
-        .await?;
-    swept.ok_or_else(|| lease.is_lost())
+    transact(database, lease, "moving sold units to their SKUs", work).await
 }
 
 /// Gives `units` of the node's share back to the pool. The node has taken them out of its memory before.
@@ -299,14 +281,9 @@ async fn give(
     answer: Option<(i64, i64)>,
 ) -> Result<(), StoreError> {
     let (number, lent) = answer.unzip();
-    let mut client = database.pooled().await?;
-    let work = async {
-        let transaction = client.transaction().await?;
-        if !in_force(&transaction, lease).await? {
-            return Ok(false);
-        }
+    let work = async |transaction: &Transaction<'_>| {
         // The trigger locks the SKU's row after the share's; locked here, it comes first.
-        Pool::lock(&transaction, sku).await?;
+        Pool::lock(transaction, sku).await?;
         transaction
             .execute(
                 "UPDATE stock_share SET lent = lent - $3, borrowed = borrowed - $3,
@@ -315,13 +292,9 @@ async fn give(
                 &[&sku.0, &lease.node, &units, &number, &lent],
             )
             .await?;
-        transaction.commit().await?;
-        Ok(true)
+        Ok(())
     };
-    match database.timed("giving stock back", work).await? {
-        true => Ok(()),
-        false => Err(lease.is_lost()),
-    }
+    transact(database, lease, "giving stock back", work).await
 }
 
 /// Wants that are not served yet, oldest first.
@@ -386,20 +359,8 @@ pub async fn withdraw(
     lease: NodeLease,
     sku: SkuNumber,
 ) -> Result<(), StoreError> {
-    let mut client = database.pooled().await?;
-    let work = async {
-        let transaction = client.transaction().await?;
-        if !in_force(&transaction, lease).await? {
-            return Ok(false);
-        }
-        withdraw_in(&transaction, lease, sku).await?;
-        transaction.commit().await?;
-        Ok(true)
-    };
-    match database.timed("withdrawing a want of stock", work).await? {
-        true => Ok(()),
-        false => Err(lease.is_lost()),
-    }
+    let work = async |transaction: &Transaction<'_>| withdraw_in(transaction, lease, sku).await;
+    transact(database, lease, "withdrawing a want of stock", work).await
 }
 
 async fn withdraw_in(
