@@ -135,17 +135,10 @@ async function loadLetters() {
   try {
     const found = (await read("dead-letters?limit=" + limit + (discarded ? "&discarded=true" : ""))).dead_letters;
     list.replaceChildren(
-      found.length
-        ? el(
-            "ul",
-            { className: "cards" },
-            found.map((letter) => letterCard(letter, loadLetters)),
-          )
-        : el(
-            "p",
-            { className: "empty" },
-            discarded ? "There has been none." : "None is open. There is nothing to do here.",
-          ),
+      cardList(
+        found.map((letter) => letterCard(letter, loadLetters)),
+        discarded ? "There has been none." : "None is open. There is nothing to do here.",
+      ),
     );
     $("letters-more").hidden = found.length < limit || limit >= 1000;
     $("letters-all").hidden = found.filter((letter) => !letter.discarded_at).length < 2;

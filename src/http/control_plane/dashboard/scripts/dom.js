@@ -15,6 +15,11 @@ function el(tag, set = {}, ...children) {
   return made;
 }
 
+// A list of cards, or the sentence that says that there are none.
+function cardList(cards, none) {
+  return cards.length ? el("ul", { className: "cards" }, cards) : el("p", { className: "empty" }, none);
+}
+
 const button = (text, act, set = {}) => el("button", { type: "button", on: { click: act }, ...set }, text);
 const link = (to, text, set = {}) => el("a", { href: "#/" + to, ...set }, text);
 const toOrder = (id) => link("orders/" + encodeURIComponent(id), id);

@@ -185,11 +185,7 @@ async function loadEventLetters() {
   const list = $("event-letters-list");
   try {
     const found = (await read("event-dead-letters?limit=" + limit)).event_dead_letters;
-    list.replaceChildren(
-      found.length
-        ? el("ul", { className: "cards" }, found.map(eventCard))
-        : el("p", { className: "empty" }, "There is none. There is nothing to do here."),
-    );
+    list.replaceChildren(cardList(found.map(eventCard), "There is none. There is nothing to do here."));
     $("event-letters-more").hidden = found.length < limit || limit >= 1000;
     $("event-letters-all").hidden = found.length < 2;
   } catch (failure) {

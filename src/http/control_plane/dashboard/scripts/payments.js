@@ -289,13 +289,10 @@ async function loadPayments(older) {
     if (older) list.firstChild.append(...cards);
     else
       list.replaceChildren(
-        cards.length
-          ? el("ul", { className: "cards" }, cards)
-          : el(
-              "p",
-              { className: "empty" },
-              state === "orphan" || state === "refund_due" ? "None. There is nothing to do here." : "None yet.",
-            ),
+        cardList(
+          cards,
+          state === "orphan" || state === "refund_due" ? "None. There is nothing to do here." : "None yet.",
+        ),
       );
     $("payments-more").hidden = !page.next_before;
   } catch (failure) {
