@@ -853,7 +853,15 @@ impl World {
                 epoch,
                 ..LaneMemory::default()
             };
-            process.lanes.insert(at, lane);
+            // A hand-over whose answer was lost has gone through: its units come back with the dead node's share.
+            if let Some(units) = process
+                .lanes
+                .insert(at, lane)
+                .and_then(|lane| lane.in_doubt)
+            {
+                process.lent -= units;
+                process.taken -= units;
+            }
         }
         process.replays.extend(fenced.into_iter().map(Replay::of));
     }
@@ -1632,12 +1640,17 @@ impl Replay {
 
 const STEPS: u32 = 4_000;
 
+/// Runs that were wrong once: a node that took a lane back with a dead node's share, while the answer to its hand-over was
+/// lost.
+const ONCE_WRONG: [u64; 1] = [131_514_915];
+
 #[test]
 fn no_run_of_the_protocol_breaks_a_promise() {
     let first = count("MILLRACE_SEED", rand::random::<u32>().into());
     println!("MILLRACE_SEED={first}");
     let mut seen: BTreeMap<&str, u32> = BTreeMap::new();
-    for seed in first..first + 60 * count("MILLRACE_ROUNDS", 1) {
+    let random = first..first + 60 * count("MILLRACE_ROUNDS", 1);
+    for seed in ONCE_WRONG.into_iter().chain(random) {
         let mut world = World::new(seed, None);
         if let Err(broken) = world.run(STEPS) {
             panic!("MILLRACE_SEED={seed}: {broken}");
