@@ -113,7 +113,7 @@ pub const SUPERVISED: [&str; 29] = [
     "log-append",
 ];
 
-/// The same, in a process that is one node of several. `tests/supervision.rs` leaves them out.
+/// The same, in a process that is one node of several. `tests/program/supervision.rs` leaves them out.
 pub const SUPERVISED_IN_CLUSTER: [&str; 7] = [
     "the link to a node",
     "the server of other nodes",

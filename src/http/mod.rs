@@ -28,5 +28,5 @@ pub mod webhook_secret;
 pub mod wire;
 
 /// The OpenAPI 3.1 document of both planes as JSON, made from `openapi.yaml` by `build.rs`.
-/// `tests/openapi.rs` holds it against the routes and against real answers.
+/// `tests/service/openapi.rs` holds it against the routes and against real answers.
 pub const OPENAPI: &str = include_str!(concat!(env!("OUT_DIR"), "/openapi.json"));

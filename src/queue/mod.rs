@@ -1,7 +1,7 @@
 //! The queue between coroutines and workers, and its durability.
 //!
 //! Every implementation behaves alike, and `tests/queue.rs` checks the ring and the journal,
-//! `tests/order_log.rs` the brokers:
+//! `tests/program/order_log.rs` the brokers:
 //!
 //! * It is bounded: a push into a full queue returns the order.
 //! * Orders leave in the order of arrival, each once, to any number of consumers.

@@ -1,7 +1,7 @@
 //! The order log as the durable queue uses it, on every broker and on the journal.
 //!
 //! The journal takes part in no other file. Elsewhere are: its lock, by which a second process is refused
-//! (`a_journal_is_inspected_verified_locked_and_refused_when_it_is_damaged` in `tests/journal.rs`); a process that was
+//! (`a_journal_is_inspected_verified_locked_and_refused_when_it_is_damaged` in `tests/program/journal.rs`); a process that was
 //! paused and replaced (`a_process_that_was_paused_and_replaced_neither_acknowledges_nor_writes`, there); a full one
 //! behind HTTP (`a_full_journal_refuses_before_anything_is_held_and_takes_orders_again_when_there_is_room`, there); every
 //! crash and every damaged byte (the proofs `crash_states`, `every_byte`, `power` and `kill9`).

@@ -81,7 +81,7 @@ impl Form {
                     || ["journal.acknowledged", "journal.read_back"].contains(point)
             }
         };
-        // A draw has a test of its own, tests/draws.rs.
+        // A draw has a test of its own, tests/service/draws.rs.
         let points = CRASH_POINTS
             .into_iter()
             .filter(|point| !point.starts_with("draw."));

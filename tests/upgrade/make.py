@@ -5,7 +5,7 @@
 
 Builds COMMIT's debug binary in target/upgrade (or takes PATH), sells with it on a fresh PostgreSQL of
 the oldest version that is supported, and ends it with SIGKILL while orders that it has acknowledged are
-in its journal alone. What is left goes to tests/upgrade/VERSION, from which tests/upgrade.rs starts:
+in its journal alone. What is left goes to tests/upgrade/VERSION, from which tests/service/upgrade.rs starts:
 
     database.sql   the schema, by pg_dump --inserts
     journal/       the segments, without the zeros at their ends

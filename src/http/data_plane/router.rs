@@ -30,7 +30,7 @@ const LANES_PATH: &str = "/v1/lanes";
 const PAYMENTS_PATH: &str = "/v1/payments/";
 
 /// Method and path of every route of the data plane, as OpenAPI writes paths. `Route::find` knows
-/// the same ones; `tests/openapi.rs` asks for each.
+/// the same ones; `tests/service/openapi.rs` asks for each.
 pub const ROUTES: [(&str, &str); 8] = [
     ("POST", ORDERS_PATH),
     ("POST", BATCH_PATH),

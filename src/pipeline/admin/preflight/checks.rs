@@ -7,7 +7,7 @@ use crate::order::UnixMillis;
 use crate::store::StoreError;
 use crate::store::postgres::preflight::{Facts, remedies};
 
-/// WAL bytes of an order in its whole life, its payment or its expiry included. `tests/preflight.rs` measures 1,480,
+/// WAL bytes of an order in its whole life, its payment or its expiry included. `tests/program/preflight.rs` measures 1,480,
 /// and a third is added for attributes, small batches and pages that are written whole after a checkpoint.
 pub const WAL_BYTES: u64 = 2_000;
 /// Bytes of its rows and their index entries on the disk, likewise; measured are 1,110.

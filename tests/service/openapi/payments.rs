@@ -6,12 +6,12 @@ use millrace::order::payment::{PaymentState, Provider, RefundReason};
 use millrace::order::{OrderId, OrderStatus};
 use serde_json::{Value, json};
 
-use crate::fixture::{Callback, PROVIDERS, Told};
+use super::fixture::{Callback, PROVIDERS, Told};
+use super::{Checker, JSON, OPS, SHOP, document};
 use crate::support::http::Answer;
 use crate::support::postgres::TestDatabase;
 use crate::support::server::{TestServer, request};
 use crate::support::webhook::{Paid, deliver};
-use crate::{Checker, JSON, OPS, SHOP, document};
 
 const NOTIFY: &str = "/v1/payments/{provider}/notify";
 const PAYMENTS: &str = "/admin/v1/payments";

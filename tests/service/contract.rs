@@ -1,13 +1,11 @@
 //! The rest of the contract over HTTP: cancelling, batches, lists, restocking, dead letters, sticky
 //! refusals, rate limits.
 
-mod support;
-
+use crate::support::block_on;
+use crate::support::http::Answer;
+use crate::support::postgres::TestDatabase;
+use crate::support::server::{TestServer, request};
 use serde_json::{Value, json};
-use support::block_on;
-use support::http::Answer;
-use support::postgres::TestDatabase;
-use support::server::{TestServer, request};
 
 async fn post_raw(server: &TestServer, target: &str, media_type: &str, body: &str) -> Answer {
     request(

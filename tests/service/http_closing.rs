@@ -1,19 +1,17 @@
 //! Connections that are closed right after an answer that had to wait for somebody else.
 
-mod support;
-
 use std::net::TcpListener;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::task::Waker;
 
+use crate::support::http::try_call;
 use millrace::http::message::{Request, Response};
 use millrace::http::server::Service;
 use millrace::http::server::hardened;
 use millrace::http::server::limits::Limits;
 use millrace::http::server::wake;
-use support::http::try_call;
 
 /// Connections in all.
 const CONNECTIONS: usize = 12_000;

@@ -1,12 +1,19 @@
 //! The preflight on a real PostgreSQL: what it finds, what it prepares, what it leaves to others, and that
 //! nothing of it stays behind.
 
-mod support;
-
 use std::process::Stdio;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::support::block_on;
+use crate::support::http::Connection;
+use crate::support::listening::Listening;
+use crate::support::postgres::{TestDatabase, test_dir};
+use crate::support::served::millrace;
+use crate::support::server::{TestServer, request};
+use crate::support::standby::{self, Pair, Server};
+use crate::support::waiting::wait_until_within;
+use crate::support::webhook::{Paid, SECRET};
 use millrace::metrics::Metrics;
 use millrace::order::UnixMillis;
 use millrace::pipeline::admin::preflight::{
@@ -17,15 +24,6 @@ use millrace::store::postgres::Database;
 use millrace::store::{StoreError, schema};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
-use support::block_on;
-use support::http::Connection;
-use support::listening::Listening;
-use support::postgres::{TestDatabase, test_dir};
-use support::served::millrace;
-use support::server::{TestServer, request};
-use support::standby::{self, Pair, Server};
-use support::waiting::wait_until_within;
-use support::webhook::{Paid, SECRET};
 use tokio_postgres::Client;
 
 const SCHEMA: &str = "millrace";

@@ -1,19 +1,17 @@
 //! The waiting list over HTTP, on a real PostgreSQL: units that come back find whoever waits for them, in order,
 //! whatever ends and starts again meanwhile.
 
-mod support;
-
 use std::time::{Duration, Instant};
 
+use crate::support::block_on;
+use crate::support::http::{Answer, call, try_call};
+use crate::support::postgres::TestDatabase;
+use crate::support::proxy::{Cut, Proxy};
+use crate::support::served::{DataDir, Served};
+use crate::support::server::{TestServer, request};
+use crate::support::waiting::{PATIENCE, until, wait_until};
+use crate::support::webhook::{Paid, SECRET};
 use serde_json::{Value, json};
-use support::block_on;
-use support::http::{Answer, call, try_call};
-use support::postgres::TestDatabase;
-use support::proxy::{Cut, Proxy};
-use support::served::{DataDir, Served};
-use support::server::{TestServer, request};
-use support::waiting::{PATIENCE, until, wait_until};
-use support::webhook::{Paid, SECRET};
 
 async fn join(server: &TestServer, user: &str, key: Option<&str>) -> Answer {
     join_for(server, user, 1, key, &[]).await

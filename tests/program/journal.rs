@@ -1,17 +1,15 @@
 //! The journal as a client sees it: acknowledged orders, duplicates, backlog, recovery, limits.
 
-mod support;
-
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use crate::support::block_on;
+use crate::support::http::{Answer, try_call};
+use crate::support::postgres::{TestDatabase, test_dir};
+use crate::support::served::{Served, run};
+use crate::support::server::TestServer;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
-use support::block_on;
-use support::http::{Answer, try_call};
-use support::postgres::{TestDatabase, test_dir};
-use support::served::{Served, run};
-use support::server::TestServer;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -86,7 +84,7 @@ fn what_does_not_fit_in_memory_waits_on_the_disk_and_is_written_when_the_databas
                 })
                 .collect();
             // More than the appender takes at once is refused, and that is said.
-            let answer = support::server::request(
+            let answer = crate::support::server::request(
                 server.data,
                 "POST",
                 "/v1/orders:batch",
@@ -140,7 +138,7 @@ async fn flood(server: &TestServer, prefix: &str, rounds: usize, code: &str) -> 
                 json!({ "user_id": format!("{prefix}-{round}-{line}"), "sku_id": "A" }).to_string()
             })
             .collect();
-        let answer = support::server::request(
+        let answer = crate::support::server::request(
             server.data,
             "POST",
             "/v1/orders:batch",

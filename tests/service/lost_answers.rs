@@ -1,16 +1,14 @@
 //! An operator's changes whose COMMIT is not answered: memory and database agree again by themselves,
 //! whatever came of them.
 
-mod support;
-
 use std::time::{Duration, Instant};
 
+use crate::support::block_on;
+use crate::support::http::Answer;
+use crate::support::postgres::TestDatabase;
+use crate::support::proxy::{Cut, Proxy};
+use crate::support::server::TestServer;
 use serde_json::{Value, json};
-use support::block_on;
-use support::http::Answer;
-use support::postgres::TestDatabase;
-use support::proxy::{Cut, Proxy};
-use support::server::TestServer;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 

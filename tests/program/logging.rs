@@ -1,24 +1,22 @@
 //! Whatever becomes of standard error, the service goes on: the real binary with a log on a full
 //! disk, on nothing, and on pipes that nobody reads or whose reader is gone.
 
-mod support;
-
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::support::http::{Answer, Connection, call};
+use crate::support::pipe;
+use crate::support::postgres::{copy_template, options, test_dir};
+use crate::support::served::{PATIENCE, Served, command, millrace, tail};
+use crate::support::waiting::until;
+use crate::support::webhook::{SECRET, sign};
 use millrace::logging;
 use millrace::store::embedded::{DATABASE, Embedded};
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use support::http::{Answer, Connection, call};
-use support::pipe;
-use support::postgres::{copy_template, options, test_dir};
-use support::served::{PATIENCE, Served, command, millrace, tail};
-use support::waiting::until;
-use support::webhook::{SECRET, sign};
 use tokio::runtime::Runtime;
 
 /// Callbacks of a stranger: each would be a line of some 250 bytes, all together more than a pipe
@@ -374,7 +372,7 @@ fn a_panic_ends_its_thread_also_where_nobody_reads_the_log() {
     let mut again = Command::new(itself);
     again
         .args(["--exact", "--nocapture"])
-        .arg("a_panic_ends_its_thread_also_where_nobody_reads_the_log")
+        .arg("logging::a_panic_ends_its_thread_also_where_nobody_reads_the_log")
         .env(ROLE, "1");
     assert_eq!(ends_by_itself(again.stderr(writer)), Some(7));
     drop(reader);

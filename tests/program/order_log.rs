@@ -1,21 +1,19 @@
 //! The order log on every broker, as a client and an operator see it: the real binary, a real PostgreSQL, the real
 //! broker. A broker that cannot be had here is said not to have been run.
 
-#[path = "order_log/faults.rs"]
 mod faults;
-mod support;
 
 use std::path::Path;
 use std::time::Duration;
 
+use crate::support::block_on;
+use crate::support::broker_admin::redis;
+use crate::support::brokers::{Broker, Kind};
+use crate::support::http::{Answer, call, try_call};
+use crate::support::postgres::{TestDatabase, test_dir};
+use crate::support::served::{Served, run};
+use crate::support::waiting::until;
 use serde_json::{Value, json};
-use support::block_on;
-use support::broker_admin::redis;
-use support::brokers::{Broker, Kind};
-use support::http::{Answer, call, try_call};
-use support::postgres::{TestDatabase, test_dir};
-use support::served::{Served, run};
-use support::waiting::until;
 
 const PATIENCE: Duration = Duration::from_secs(120);
 const ASYNC: &[(&str, &str)] = &[("Prefer", "respond-async")];

@@ -2,12 +2,16 @@
 //! Three whole servers, each with a database of its own and a third of the lanes; the links between them go through relays
 //! that cut and freeze them.
 
-mod support;
-
 use std::net::TcpListener;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use crate::support::block_on;
+use crate::support::http::{Answer, Connection, try_call};
+use crate::support::postgres::TestDatabase;
+use crate::support::relay::{Relay, Way};
+use crate::support::server::TestServer;
+use crate::support::webhook::{Paid, SECRET as PAYMENT_SECRET};
 use millrace::app::nodes::NodeParts;
 use millrace::config::Config;
 use millrace::http::peers::Hint;
@@ -15,12 +19,6 @@ use millrace::http::peers::key::ClusterKey;
 use millrace::order::{Cutover, Lane, OrderId, UserId};
 use millrace::state::lanes::{Lanes, NodeAddress};
 use serde_json::{Value, json};
-use support::block_on;
-use support::http::{Answer, Connection, try_call};
-use support::postgres::TestDatabase;
-use support::relay::{Relay, Way};
-use support::server::TestServer;
-use support::webhook::{Paid, SECRET as PAYMENT_SECRET};
 
 const SECRET: &str = "the secret of the nodes in this test";
 const SKU: &str = "A";
@@ -227,7 +225,7 @@ fn an_order_is_the_same_at_every_node() {
                     );
                     let list = third.get(&format!("/v1/users/{user}/orders?limit=1")).await;
                     assert_eq!(list.json()["orders"][0]["order_id"], id, "{list:?}");
-                    let cancelled = support::server::request(
+                    let cancelled = crate::support::server::request(
                         third.data,
                         "POST",
                         &format!("/v1/orders/{id}/cancel"),
@@ -385,7 +383,7 @@ fn a_batch_is_split_by_lane_and_joined_in_order() {
             for prefer in ["wait=5", "respond-async"] {
                 let fields = [("Content-Type", "application/x-ndjson"), ("Prefer", prefer)];
                 let address = cluster.server(node).data;
-                let answer = support::server::request(
+                let answer = crate::support::server::request(
                     address,
                     "POST",
                     "/v1/orders:batch",
@@ -496,9 +494,14 @@ fn a_closed_lane_an_absent_owner_and_an_old_contact_are_told_apart() {
             (200, &json!("pending_payment"))
         );
         let cancel = format!("/v1/orders/{id}/cancel");
-        let refused =
-            support::server::request(cluster.server(0).data, "POST", &cancel, &[], String::new())
-                .await;
+        let refused = crate::support::server::request(
+            cluster.server(0).data,
+            "POST",
+            &cancel,
+            &[],
+            String::new(),
+        )
+        .await;
         assert_eq!(refused.status, 503);
         cluster.give(lane, 1, 2);
         assert_eq!(
@@ -682,7 +685,8 @@ fn a_silent_link_is_undecided_within_the_wait_and_a_retry_under_the_key_tells() 
             ("Prefer", "wait=1"),
         ];
         let data = cluster.server(0).data;
-        let batch = support::server::request(data, "POST", "/v1/orders:batch", &fields, body);
+        let batch =
+            crate::support::server::request(data, "POST", "/v1/orders:batch", &fields, body);
         let (alone, batch) = tokio::join!(alone, batch);
         assert!(
             begun.elapsed() < Duration::from_millis(2_000),
@@ -756,7 +760,7 @@ fn servers_time() -> Duration {
     process.saturating_sub(time(rustix::time::ClockId::ThreadCPUTime))
 }
 
-/// By hand, in release: `MILLRACE_PASSED_ON=20000 cargo test --release --test passing_on costs -- --nocapture`.
+/// By hand, in release: `MILLRACE_PASSED_ON=20000 cargo test --release --test service passing_on::costs -- --nocapture`.
 #[test]
 fn a_passed_on_order_costs_at_most_1_6_times_the_processor_time_of_a_local_one() {
     const CROWD: usize = 128;

@@ -1,16 +1,14 @@
 //! Profiles of a running service: who may take one, what it shows, and that orders go on.
 
-mod support;
-
 use std::io::Write;
 use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::support::http::{Answer, Connection, call};
+use crate::support::postgres::test_dir;
+use crate::support::served::{PATIENCE, Served};
 use serde_json::json;
-use support::http::{Answer, Connection, call};
-use support::postgres::test_dir;
-use support::served::{PATIENCE, Served};
 
 const OPS: (&str, &str) = ("Authorization", "Bearer ops");
 const ROUTE: &str = "/admin/v1/profile";

@@ -1,17 +1,15 @@
 //! Every door is shut until it is opened: who may call is judged before a body is read, and what a
 //! request brings along is honoured or refused in words.
 
-mod support;
-
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
+use crate::support::block_on;
+use crate::support::http::Answer;
+use crate::support::postgres::TestDatabase;
+use crate::support::server::{TestServer, request};
 use serde_json::{Value, json};
-use support::block_on;
-use support::http::Answer;
-use support::postgres::TestDatabase;
-use support::server::{TestServer, request};
 
 /// What the server says to bytes after which the client sends no more and leaves its side open.
 fn said(address: SocketAddr, input: &str) -> String {
@@ -340,7 +338,7 @@ fn an_array_is_no_order_no_sku_and_no_restock_and_long_integers_are_names() {
 
 /// What `millrace` says to these arguments and settings, and whether it is content.
 fn says(directory: &std::path::Path, args: &[&str], settings: &[(&str, &str)]) -> (bool, String) {
-    let mut command = support::served::millrace(args);
+    let mut command = crate::support::served::millrace(args);
     command
         .current_dir(directory)
         .env("MILLRACE_DATA_PLANE__LISTEN", "127.0.0.1:0")

@@ -1,15 +1,13 @@
 //! Whatever runs as long as the process does: where it ends by itself, the process takes no more orders,
 //! drains and exits with 1. Each by its name, through the real binary, with a deliberate fault.
 
-mod support;
-
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
+use crate::support::postgres::{TestDatabase, copy_template, test_dir};
+use crate::support::served::{PATIENCE, Served, spawn, tail};
 use millrace::faults::SUPERVISED;
-use support::postgres::{TestDatabase, copy_template, test_dir};
-use support::served::{PATIENCE, Served, spawn, tail};
 
 /// Settings without which something of this name does not run.
 fn needs(name: &str) -> Vec<(&'static str, &'static str)> {

@@ -1,15 +1,13 @@
 //! The brokers of the other tests: each one starts, is killed, starts again on its data, is paused, and stops. What is
 //! asked of them here is written by hand from their protocols, so that no client library stands between.
 
-mod support;
-
 use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
-use support::broker_admin::{kafka, kafka_create, kafka_text, redis, rocketmq};
-use support::brokers::{Broker, Kind, Setup};
-use support::waiting::{PATIENCE, until};
+use crate::support::broker_admin::{kafka, kafka_create, kafka_text, redis, rocketmq};
+use crate::support::brokers::{Broker, Kind, Setup};
+use crate::support::waiting::{PATIENCE, until};
 
 /// Takes a broker through its life. `write` leaves something in it, `is_there` finds it.
 fn lives(kind: Kind, write: impl Fn(&Broker), is_there: impl Fn(&Broker) -> bool + Sync) {

@@ -1,29 +1,26 @@
 //! The OpenAPI document is valid, names exactly the routes that there are, and tells the truth:
 //! real answers of a running Millrace are held against it, status by status.
 
-#[path = "openapi/events.rs"]
 mod events;
-#[path = "providers/fixture.rs"]
+#[path = "../providers/fixture.rs"]
 #[allow(dead_code, reason = "it is shared with the tests of the providers")]
 mod fixture;
-#[path = "openapi/payments.rs"]
 mod payments;
-mod support;
 
 use std::collections::BTreeSet;
 
+use crate::support::block_on;
+use crate::support::http::Answer;
+use crate::support::postgres::TestDatabase;
+use crate::support::server::{TestServer, request};
+use crate::support::waiting::wait_until;
+use crate::support::webhook::SECRET;
 use jsonschema::Validator;
 use millrace::http::OPENAPI;
 use millrace::http::control_plane;
 use millrace::http::data_plane::router::ROUTES;
 use millrace::order::UnixMillis;
 use serde_json::{Value, json};
-use support::block_on;
-use support::http::Answer;
-use support::postgres::TestDatabase;
-use support::server::{TestServer, request};
-use support::waiting::wait_until;
-use support::webhook::SECRET;
 
 fn document() -> Value {
     serde_json::from_str(OPENAPI).expect("the document is JSON")
@@ -66,7 +63,7 @@ fn operations(document: &Value) -> BTreeSet<(String, String)> {
 #[test]
 fn it_is_valid_openapi_3_1_with_valid_schemas() {
     let document = document();
-    let meta: Value = serde_json::from_str(include_str!("data/openapi-3.1.schema.json"))
+    let meta: Value = serde_json::from_str(include_str!("../data/openapi-3.1.schema.json"))
         .expect("the OpenAPI Initiative's schema");
     let meta = jsonschema::validator_for(&meta).expect("a schema that compiles");
     let wrong: Vec<_> = meta
@@ -906,7 +903,7 @@ fn real_answers_are_what_it_says() {
             .filter(|operation| !succeeds(operation))
             .map(|(_, path)| path)
             .collect();
-        // A retry that succeeds is in tests/contract.rs, a node in tests/cluster, a draw above.
+        // A retry that succeeds is in tests/service/contract.rs, a node in tests/cluster, a draw above.
         let elsewhere = [
             "/v1/skus/{sku_id}/draw",
             "/admin/v1/dead-letters/{id}/retry",

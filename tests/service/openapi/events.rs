@@ -2,9 +2,9 @@
 
 use serde_json::Value;
 
+use super::{Checker, OPS};
 use crate::support::postgres::TestDatabase;
 use crate::support::server::{TestServer, request};
-use crate::{Checker, OPS};
 
 const SINKS: &str = "/admin/v1/events";
 const RESYNC: &str = "/admin/v1/events/{sink}/resync";

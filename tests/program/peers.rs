@@ -1,8 +1,6 @@
 //! The link between nodes, over real sockets: calls arrive once and their answers with whom they are for; a stranger
 //! gets nothing in; and whatever becomes of the connection, a call ends in time, and what its end says is true.
 
-mod support;
-
 use std::collections::HashMap;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,6 +9,7 @@ use std::task::{Wake, Waker};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
 
+use crate::support::relay::{Relay, Way};
 use millrace::http::message::{Request, Response};
 use millrace::http::peers::frame::{CallParts, Frame, Hello, decode};
 use millrace::http::peers::key::ClusterKey;
@@ -22,7 +21,6 @@ use millrace::http::server::{dispatcher::Dispatcher, wake};
 use millrace::order::OrderId;
 use millrace::state::lanes::NodeAddress;
 use millrace::supervise::Supervisor;
-use support::relay::{Relay, Way};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 const SECRET: &str = "the secret of the nodes in this test";

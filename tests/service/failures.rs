@@ -1,19 +1,17 @@
 //! Failures inside: what a buyer and an operator are told when a part of Millrace or its database
 //! fails.
 
-mod support;
-
 use std::time::{Duration, Instant};
 
+use crate::support::block_on;
+use crate::support::postgres::TestDatabase;
+use crate::support::server::{TestServer, request};
+use crate::support::standby::{DATABASE, Pair, USER};
+use crate::support::waiting::wait_until;
 use futures_util::future::join_all;
 use millrace::state::pending::{Settled, SlotState};
 use millrace::store::postgres::{Database, replication};
 use serde_json::{Value, json};
-use support::block_on;
-use support::postgres::TestDatabase;
-use support::server::{TestServer, request};
-use support::standby::{DATABASE, Pair, USER};
-use support::waiting::wait_until;
 
 /// Holds every row of `sku`, so that workers get stuck with what they have claimed.
 async fn lock_stock(client: &mut tokio_postgres::Client) -> tokio_postgres::Transaction<'_> {
@@ -156,7 +154,7 @@ async fn flood(
     });
     let fields = [("Content-Type", "application/x-ndjson")];
     let answers = join_all(bodies.map(|body| {
-        support::server::request(server.data, "POST", "/v1/orders:batch", &fields, body)
+        crate::support::server::request(server.data, "POST", "/v1/orders:batch", &fields, body)
     }))
     .await;
     let mut statuses = std::collections::BTreeMap::new();
@@ -400,7 +398,7 @@ fn the_deepest_body_that_is_accepted_fits_a_coroutines_stack() {
         };
         let post = async |body: String| {
             let fields = [("Content-Type", "application/json")];
-            support::server::request(server.data, "POST", "/v1/orders", &fields, body).await
+            crate::support::server::request(server.data, "POST", "/v1/orders", &fields, body).await
         };
         for depth in [1, 100, 127, 500] {
             let answer = post(nested(depth)).await;

@@ -1,23 +1,21 @@
 //! A draw as the service makes it: entries without units until `draw_at`, then number and hash, then the seed; units by
 //! rank, and a published file that the verifier finds right. Over restarts and kills at each step.
 
-mod support;
-
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::os::unix::process::ExitStatusExt as _;
 
+use crate::support::block_on;
+use crate::support::http::{Answer, call};
+use crate::support::postgres::{TestDatabase, copy_template, test_dir};
+use crate::support::served::Served;
+use crate::support::server::{TestServer, request};
+use crate::support::waiting::wait_until;
 use millrace::order::draw::verify::{Evidence, Opening, Verdict, header_of, verify};
 use millrace::order::draw::{EntryToken, Header, Row, State};
 use millrace::order::{UnixMillis, UserId};
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use support::block_on;
-use support::http::{Answer, call};
-use support::postgres::{TestDatabase, copy_template, test_dir};
-use support::served::Served;
-use support::server::{TestServer, request};
-use support::waiting::wait_until;
 
 /// Time for entries, in milliseconds: more than they take on a busy machine.
 const ENTRIES_MS: u64 = 6_000;
@@ -523,7 +521,7 @@ fn a_draw_that_is_killed_at_any_step_goes_on_and_is_the_same() {
         let sku = call(served.data, "GET", "/v1/skus/D", &[], "").json();
         sku["state"] == "drawn" && sku["waiting"] == 15
     };
-    support::waiting::until("drawn", support::waiting::PATIENCE, is_drawn);
+    crate::support::waiting::until("drawn", crate::support::waiting::PATIENCE, is_drawn);
     let file = published(served.data, 7);
     let verdict = judge(&file, Vec::new(), openings);
     assert_eq!((verdict.entries, verdict.winners), (20, 5));

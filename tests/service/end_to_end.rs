@@ -1,19 +1,17 @@
 //! A whole Millrace over HTTP, on a real PostgreSQL: what a shop's backend and an operator see.
 
-mod support;
-
 use std::time::{Duration, Instant};
 
+use crate::support::block_on;
+use crate::support::http::{Answer, Connection};
+use crate::support::postgres::TestDatabase;
+use crate::support::server::{TestServer, request};
+use crate::support::waiting::wait_until;
 use futures_util::future::join_all;
 use millrace::config::{Config, Engine};
 use millrace::order::OrderId;
 use millrace::state::buyers::Eviction;
 use serde_json::{Value, json};
-use support::block_on;
-use support::http::{Answer, Connection};
-use support::postgres::TestDatabase;
-use support::server::{TestServer, request};
-use support::waiting::wait_until;
 
 #[test]
 fn a_waiting_order_is_created_once_its_row_is_there() {

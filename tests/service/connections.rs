@@ -2,20 +2,18 @@
 //! certificates, SCRAM, unix sockets, several hosts, a role that is nobody special, and PgBouncer,
 //! whose transaction pooling is refused.
 
-mod support;
-
 use std::process::{Command, Output};
 use std::time::Duration;
 
+use crate::support::listening::{
+    Authority, Listening, PASSWORD, PASSWORD_IN_URL, free_port, of_version_1, self_signed,
+};
+use crate::support::pgbouncer::PgBouncer;
+use crate::support::server::TestServer;
 use futures_util::future::join_all;
 use millrace::store::StoreError;
 use millrace::store::postgres::{Database, pooling};
 use serde_json::Value;
-use support::listening::{
-    Authority, Listening, PASSWORD, PASSWORD_IN_URL, free_port, of_version_1, self_signed,
-};
-use support::pgbouncer::PgBouncer;
-use support::server::TestServer;
 
 const STEP: Duration = Duration::from_secs(5);
 
@@ -162,7 +160,7 @@ fn files_that_are_missing_or_wrong_are_named() {
         assert!(!error.is_transient());
         error.to_string()
     };
-    let dir = support::postgres::test_dir();
+    let dir = crate::support::postgres::test_dir();
     let empty = dir.path().join("empty.pem");
     std::fs::write(&empty, "").expect("write it");
     let pair = Authority::new("one").vouch("one", &[], 2200);
@@ -466,7 +464,7 @@ fn pooling_of_transactions_is_found_whatever_else_goes_on() {
 }
 
 fn millrace(args: &[&str], url: &str, more: &[(&str, &str)]) -> Output {
-    let dir = support::postgres::test_dir();
+    let dir = crate::support::postgres::test_dir();
     let mut command = Command::new(env!("CARGO_BIN_EXE_millrace"));
     for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("MILLRACE_")) {
         command.env_remove(name);

@@ -1,16 +1,14 @@
 //! Readiness is about progress: what `readyz`, the dashboard and the metrics say while orders wait, and
 //! that nothing which others ask of the database holds up the leases, the orders or the answer.
 
-mod support;
-
 use std::cell::Cell;
 
+use crate::support::block_on;
+use crate::support::postgres::TestDatabase;
+use crate::support::server::TestServer;
+use crate::support::waiting::wait_until;
 use futures_util::future::join_all;
 use serde_json::{Value, json};
-use support::block_on;
-use support::postgres::TestDatabase;
-use support::server::TestServer;
-use support::waiting::wait_until;
 
 /// A check of `readyz` by its name: whether it holds, and its detail.
 async fn check(server: &TestServer, name: &str) -> (bool, String) {
@@ -208,7 +206,7 @@ fn operators_who_take_every_connection_hold_up_neither_leases_nor_orders_nor_rea
 fn a_process_that_may_acknowledge_no_more_calls_nothing_accepted() {
     block_on(async {
         let database = TestDatabase::create().await;
-        let proxy = support::proxy::Proxy::start(&database.config()).await;
+        let proxy = crate::support::proxy::Proxy::start(&database.config()).await;
         let config = database.config();
         let url = proxy.url(
             config.get_user().expect("a user"),

@@ -1,19 +1,17 @@
 //! Orders of a SKU whose counters the database refuses: they wait on disk, harm nobody else, survive a
 //! restart, and go on by themselves once somebody has mended the row.
 
-mod support;
-
 use std::path::Path;
 
+use crate::support::block_on;
+use crate::support::http::Answer;
+use crate::support::postgres::{TestDatabase, test_dir};
+use crate::support::server::TestServer;
+use crate::support::waiting::wait_until;
+use crate::support::webhook::{Paid, SECRET, deliver};
 use millrace::config::Config;
 use millrace::pipeline::admin::audit::LIVE_CHECK;
 use serde_json::{Value, json};
-use support::block_on;
-use support::http::Answer;
-use support::postgres::{TestDatabase, test_dir};
-use support::server::TestServer;
-use support::waiting::wait_until;
-use support::webhook::{Paid, SECRET, deliver};
 
 const ASYNC: &[(&str, &str)] = &[("Prefer", "respond-async")];
 
@@ -52,7 +50,7 @@ async fn state(server: &TestServer, sku: &str) -> String {
 
 async fn cancel(server: &TestServer, id: &str) -> Answer {
     let target = format!("/v1/orders/{id}/cancel");
-    support::server::request(server.data, "POST", &target, &[], String::new()).await
+    crate::support::server::request(server.data, "POST", &target, &[], String::new()).await
 }
 
 const PARKED: &str = "SELECT count(*) FROM millrace.parked_orders";

@@ -7,15 +7,15 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 
-use super::support::block_on;
-use super::support::broker_admin::redis;
-use super::support::brokers::{Broker, Kind, Setup};
-use super::support::http::{Answer, try_call};
-use super::support::postgres::{TestDatabase, test_dir};
-use super::support::served::Served;
-use super::support::waiting::until;
-use super::support::wire::{Fault, Way, Wire};
 use super::{ASYNC, PATIENCE, Shop, accepted, assert_audit, body_of, post, status};
+use crate::support::block_on;
+use crate::support::broker_admin::redis;
+use crate::support::brokers::{Broker, Kind, Setup};
+use crate::support::http::{Answer, try_call};
+use crate::support::postgres::{TestDatabase, test_dir};
+use crate::support::served::Served;
+use crate::support::waiting::until;
+use crate::support::wire::{Fault, Way, Wire};
 
 /// Where a proxy may be that is not at a fixed port.
 const ANY: &str = "127.0.0.1:0";

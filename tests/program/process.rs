@@ -1,19 +1,17 @@
 //! The real binary as a process: commands, exit codes, signals, and being killed.
 
-mod support;
-
 use std::io::Read as _;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use crate::support::block_on;
+use crate::support::http::{call, try_call};
+use crate::support::postgres::{TestDatabase, connect, copy_template, test_dir};
+use crate::support::served::{Ended, OwnPostgres, PATIENCE, Served, millrace};
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use support::block_on;
-use support::http::{call, try_call};
-use support::postgres::{TestDatabase, connect, copy_template, test_dir};
-use support::served::{Ended, OwnPostgres, PATIENCE, Served, millrace};
 
 /// Sends orders from several threads until `stop`; returns the ids that were told `201`.
 fn rush(data: SocketAddr, round: usize, stop: &AtomicBool) -> Vec<String> {

@@ -1,7 +1,5 @@
 //! The embedded PostgreSQL, on a real one: its life, its deaths, and what it leaves alone.
 
-mod support;
-
 use std::{
     fs::Permissions,
     os::unix::fs::{MetadataExt, PermissionsExt},
@@ -9,9 +7,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::support::postgres::{TestDatabase, connect, copy_template, options, test_dir};
 use millrace::store::embedded::{DATABASE, Embedded, EmbeddedError, EmbeddedOptions};
 use rustix::process::{Pid, Signal, kill_process};
-use support::postgres::{TestDatabase, connect, copy_template, options, test_dir};
 use tempfile::TempDir;
 
 /// A `data_dir` with a cluster that has been made and stopped.
@@ -507,7 +505,7 @@ async fn each_test_gets_an_empty_database_of_its_own() {
 #[tokio::test]
 async fn a_database_is_made_once_and_dropped_with_its_sessions() {
     let database = TestDatabase::create().await;
-    let cluster = support::postgres::Cluster::shared().await;
+    let cluster = crate::support::postgres::Cluster::shared().await;
     let embedded = cluster.embedded();
     let name = "with \"quotes\" and /";
     embedded.ensure_database(name).await.unwrap();

@@ -1,16 +1,14 @@
 //! A start on the data and the journal of each release before, killed in the middle of a sale. `tests/upgrade/make.py` has made
 //! them with the release's own binary.
 
-mod support;
-
 use std::path::{Path, PathBuf};
 
+use crate::support::block_on;
+use crate::support::postgres::{TestDatabase, test_dir};
+use crate::support::server::{TestServer, request};
+use crate::support::webhook::{self, Paid};
 use millrace::order::UnixMillis;
 use serde_json::{Value, json};
-use support::block_on;
-use support::postgres::{TestDatabase, test_dir};
-use support::server::{TestServer, request};
-use support::webhook::{self, Paid};
 
 /// What the makers' settings were and the tests' have to be: a year, in milliseconds.
 const YEAR_MS: u64 = 31_536_000_000;

@@ -1,0 +1,19 @@
+//! A running service, seen by those who send it requests.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod connections;
+mod contract;
+mod doors;
+mod draws;
+mod end_to_end;
+mod failures;
+mod http_closing;
+mod lost_answers;
+mod openapi;
+mod parked_orders;
+mod passing_on;
+mod progress;
+mod upgrade;
+mod waitlist;
