@@ -165,7 +165,6 @@ pub(super) async fn join(
             database: own_pool,
             find_log: find_log(config),
             identity: receipts.database,
-            shard: writers.replay(),
             rows_max: config.workers.batch_rows_max,
             clock,
             changed: Arc::clone(&changed),

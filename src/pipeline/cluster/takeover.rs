@@ -56,8 +56,6 @@ pub struct Replaying<'a> {
     pub broker: Arc<dyn Broker>,
     /// The identity of the database.
     pub identity: [u8; 16],
-    /// The dead node's writer that does it.
-    pub shard: i16,
     /// Most rows of a transaction.
     pub rows_max: usize,
     /// Orders that payments wait for.
@@ -77,6 +75,9 @@ pub struct Replayed {
     /// lanes open no earlier than a successor's wait after it.
     pub silent_since_ms: u64,
 }
+
+/// The writer of a dead node that replays: the one that every node has, whatever the number of its workers.
+const SHARD: i16 = 0;
 
 /// Takes the log of a dead node over and writes what the database lacks of it, as the dead node.
 ///
@@ -102,7 +103,7 @@ pub async fn replay(
         },
         patience: PATIENCE,
     };
-    let writer = BatchWriter::new(database.clone(), lease, with.shard);
+    let writer = BatchWriter::new(database.clone(), lease, SHARD);
     let replayer = Replayer::new(database.clone(), writer, with.rows_max);
     let mut replay = LogReplay::new(database, replayer, with.orphans, with.now).await?;
     let (mut parts, reading) = log_replay::orders_of(move |each| {
@@ -144,8 +145,6 @@ pub struct TakeoverParts {
     pub find_log: FindLog,
     /// The identity of the database.
     pub identity: [u8; 16],
-    /// The writer of dead nodes that replays.
-    pub shard: i16,
     /// Most rows of a transaction.
     pub rows_max: usize,
     /// The clock of this process.
@@ -279,7 +278,6 @@ impl Takeovers {
                 let with = Replaying {
                     broker,
                     identity: parts.identity,
-                    shard: parts.shard,
                     rows_max: parts.rows_max,
                     orphans,
                     now: parts.clock.now(),
