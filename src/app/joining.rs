@@ -157,21 +157,18 @@ pub(super) async fn join(
         was_single,
         paused,
         receipts,
-        inherited,
+        ..
     } = joined;
-    let takeovers = Takeovers::new(
-        TakeoverParts {
-            member: Arc::clone(&member),
-            database: own_pool,
-            find_log: find_log(config),
-            identity: receipts.database,
-            rows_max: config.workers.batch_rows_max,
-            clock,
-            changed: Arc::clone(&changed),
-            metrics: control.metrics().clone(),
-        },
-        inherited,
-    );
+    let takeovers = Takeovers::new(TakeoverParts {
+        member: Arc::clone(&member),
+        database: own_pool,
+        find_log: find_log(config),
+        identity: receipts.database,
+        rows_max: config.workers.batch_rows_max,
+        clock,
+        changed: Arc::clone(&changed),
+        metrics: control.metrics().clone(),
+    });
     let owned = Owned {
         lease,
         id_high_water,

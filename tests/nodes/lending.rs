@@ -41,16 +41,16 @@ use crate::twin::Bed;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A node as far as stock goes.
-struct Node {
-    lease: NodeLease,
+pub struct Node {
+    pub lease: NodeLease,
     database: Database,
-    state: Arc<State>,
+    pub state: Arc<State>,
     writer: Mutex<BatchWriter>,
     lending: JoinHandle<()>,
 }
 
 impl Node {
-    async fn start(bed: &Bed, home: u64) -> Arc<Self> {
+    pub async fn start(bed: &Bed, home: u64) -> Arc<Self> {
         let lease = bed.join(home).await;
         Self::start_on(bed, lease, bed.database.clone()).await
     }
@@ -125,7 +125,7 @@ impl Node {
     }
 
     /// Until memory has what the row has.
-    async fn agrees(&self) {
+    pub async fn agrees(&self) {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let sku = self.sku();

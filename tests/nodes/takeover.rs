@@ -1,24 +1,32 @@
-//! The log of a dead node on a real broker.
+//! The log of a dead node on a real broker, and the task that takes nodes over.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use millrace::order::{Lane, Order, SkuNumber, UnixMillis};
-use millrace::pipeline::cluster::takeover::{Replaying, replay};
+use millrace::metrics::Metrics;
+use millrace::order::{ClockReading, Lane, Order, SkuNumber, UnixMillis};
+use millrace::pipeline::cluster::member::{Member, Renewing, session_name};
+use millrace::pipeline::cluster::takeover::{Replaying, TakeoverParts, Takeovers, replay};
+use millrace::pipeline::failover::lease::AcknowledgeLease;
 use millrace::queue::log::broker::redis::{RedisBroker, RedisSettings};
 use millrace::queue::log::broker::{
     BeforeStart, Broker, Known, Owner, PATIENCE, Place, SendError, frame, while_away,
 };
 use millrace::queue::log::record::GroupBytes;
+use millrace::state::lanes::Lanes;
 use millrace::state::orphans::Orphans;
 use millrace::store::batch::BatchWriter;
 use millrace::store::cluster::takeover::{self, DeadNode, Suspect};
 use millrace::store::cluster::{lanes, membership, shares};
 use millrace::store::postgres::order_log::{self, LogName};
-use millrace::store::postgres::{NodeLease, skus};
+use millrace::store::postgres::{Database, NodeLease, lease, skus};
+use tokio::task::JoinSet;
 
+use crate::lending::Node;
 use crate::support::brokers::{Broker as Server, Kind};
-use crate::support::sale::{order, refs};
+use crate::support::proxy::{Cut, Proxy};
+use crate::support::sale::{SCHEMA, order, refs};
+use crate::support::waiting::wait_until;
 use crate::twin::Bed;
 
 const SKU: SkuNumber = SkuNumber(1);
@@ -207,4 +215,86 @@ async fn what_a_dead_node_has_acknowledged_is_written_by_whoever_inherits_it_and
     );
     let log = "SELECT sum(held_delta)::int8 FROM stock_log WHERE node IS NOT NULL";
     assert_eq!(bed.number(log).await, 5);
+}
+
+/// Has a node renew its membership and take over who does not. Its takeovers are on a database of their own; the log of
+/// nobody is to be found.
+async fn takes_over(bed: &Bed, node: &Node, database: Database) -> JoinSet<()> {
+    let (lease_ms, answer_lease_ms) = (1_000, 300);
+    let member = Arc::new(Member::new(
+        node.lease,
+        Arc::new(Lanes::new()),
+        lease_ms,
+        answer_lease_ms,
+        Arc::new(AcknowledgeLease::of_log()),
+    ));
+    let name = session_name(node.lease);
+    let session = lease::share(&bed.database, &name).await.unwrap();
+    let renewing = Renewing::new(
+        Arc::clone(&member),
+        bed.database.clone(),
+        session,
+        Arc::clone(&node.state.poison),
+    );
+    let takeovers = Takeovers::new(TakeoverParts {
+        member,
+        database,
+        find_log: Arc::new(|node| Err(format!("the log of node {node} is not there"))),
+        identity: identity(bed).await,
+        rows_max: 100,
+        clock: ClockReading::take(),
+        changed: Arc::default(),
+        metrics: Metrics::new().unwrap(),
+    });
+    let mut tasks = JoinSet::new();
+    tasks.spawn(renewing.run());
+    tasks.spawn(takeovers.run(Arc::clone(&node.state)));
+    tasks
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_takeover_goes_on_although_the_answer_to_one_of_its_commits_is_lost() {
+    for cut in [Cut::Before, Cut::After, Cut::AfterInSilence] {
+        let bed = Bed::open().await;
+        bed.logged_skus(&[20]).await;
+        let proxy = Proxy::start(&bed.test.config()).await;
+        let through = Database::with_config(
+            proxy.config(&bed.test.config()),
+            SCHEMA,
+            2,
+            Duration::from_millis(700),
+        );
+        let survivor = Node::start(&bed, 1).await;
+        let dead = bed.join(2).await;
+        lanes::claim_free(&bed.database, dead).await.unwrap();
+        shares::lend(&bed.database, dead, SKU, 9, 1).await.unwrap();
+        bed.settle(dead, 1, 3, 2).await.unwrap();
+        // Its log may hold orders, so there is time between the two transactions.
+        bed.sql(
+            "UPDATE node SET journal_id = '00000000-0000-0000-0000-00000000000a', journal_in_use = true
+              WHERE node = 1",
+        )
+        .await;
+        proxy.cut(cut);
+        let _tasks = takes_over(&bed, &survivor, through.unwrap()).await;
+        wait_until("it is fenced", async || {
+            bed.number("SELECT count(*) FROM node WHERE state = 'dead'")
+                .await
+                == 1
+        })
+        .await;
+        assert!(proxy.has_cut());
+        proxy.cut(cut);
+        bed.sql("UPDATE node SET journal_in_use = false WHERE node = 1")
+            .await;
+        wait_until("it is taken over", async || {
+            let open = "SELECT count(*) FROM lane WHERE node = 0 AND blocked_by IS NULL";
+            bed.number(open).await == Lane::COUNT as i64
+        })
+        .await;
+        survivor.agrees().await;
+        let stock = survivor.state.catalogue.by_number(SKU).unwrap();
+        assert_eq!(stock.counter().snapshot().held, 3, "{cut:?}");
+        assert!(proxy.has_cut());
+    }
 }

@@ -280,8 +280,11 @@ impl LaneKeeper {
         doors.set_coming(ours.iter().map(|row| row.lane).collect());
         // The units of a dead node's orders came with its share.
         let taken = self.parts.member.taken();
-        let (from_the_dead, given): (Vec<_>, Vec<_>) =
+        let (mut from_the_dead, given): (Vec<_>, Vec<_>) =
             coming.into_iter().partition(|row| taken.has(row.lane));
+        if self.parts.member.is_merging() {
+            from_the_dead.clear();
+        }
         for (coming, is_given) in [(given, true), (from_the_dead, false)] {
             if !coming.is_empty() {
                 self.load(&coming, is_given).await?;

@@ -30,7 +30,7 @@ use crate::store::StoreError;
 use crate::store::batch::BatchWriter;
 use crate::store::cluster::shares::Share;
 use crate::store::cluster::takeover::{self, DeadNode, Suspect};
-use crate::store::postgres::Database;
+use crate::store::postgres::{Database, NodeLease};
 
 /// Reasons why a log could not be replayed.
 #[derive(Debug, thiserror::Error)]
@@ -155,55 +155,68 @@ pub struct TakeoverParts {
     pub metrics: Metrics,
 }
 
-/// Takes dead nodes over, one after the other.
+/// Takes dead nodes over, one after the other. The rows say which it has begun with, also after an answer was lost.
 pub struct Takeovers {
     parts: TakeoverParts,
-    /// Fenced, and not finished.
-    begun: Vec<DeadNode>,
 }
 
 impl Takeovers {
-    /// Begins with the nodes that an earlier process on this row had fenced and not finished.
-    pub fn new(parts: TakeoverParts, inherited: Vec<DeadNode>) -> Self {
-        Takeovers {
-            parts,
-            begun: inherited,
-        }
+    /// The task, not yet running.
+    pub fn new(parts: TakeoverParts) -> Self {
+        Takeovers { parts }
     }
 
-    /// Finishes what an earlier process had begun, before memory has any share.
+    /// Finishes what an earlier process on this row had begun, before memory has any share.
     ///
     /// # Errors
     /// The first that cannot be finished.
-    pub async fn finish_begun(&mut self, orphans: &Orphans) -> Result<(), TakeoverError> {
-        while let Some(dead) = self.begun.first().cloned() {
-            self.settle(&dead, orphans).await?;
-            self.begun.remove(0);
+    pub async fn finish_begun(&self, orphans: &Orphans) -> Result<(), TakeoverError> {
+        let TakeoverParts {
+            member, database, ..
+        } = &self.parts;
+        for dead in takeover::begun(database, member.lease).await?.dead {
+            let ids_until = self.replay(&dead, orphans).await?;
+            self.finish(dead.lease, ids_until).await?;
         }
         Ok(())
     }
 
-    async fn settle_begun(&mut self, state: &State) -> Result<(), TakeoverError> {
-        while let Some(dead) = self.begun.first().cloned() {
-            let merged = self.settle(&dead, &state.orphans).await?;
-            self.begun.remove(0);
-            lending::merged(state, &merged);
+    async fn settle_begun(&self, state: &State) -> Result<(), TakeoverError> {
+        let TakeoverParts {
+            member, database, ..
+        } = &self.parts;
+        let begun = takeover::begun(database, member.lease).await?;
+        member.note_taken(begun.lanes.iter().map(|row| row.lane).collect());
+        for dead in begun.dead {
+            let ids_until = self.replay(&dead, &state.orphans).await?;
+            member.set_merging(true);
+            let merged = self.finish(dead.lease, ids_until).await;
+            if let Ok(merged) = &merged {
+                lending::merged(state, merged);
+            }
+            member.set_merging(false);
+            merged?;
             self.parts.changed.notify_one();
         }
         Ok(())
     }
 
     /// Runs until the future is dropped or this node is taken over itself.
-    pub async fn run(mut self, state: Arc<State>) {
+    pub async fn run(self, state: Arc<State>) {
         let mut seen = self.parts.member.watch();
+        let own = self.parts.member.lease.node;
         let mut backoff = AGAIN;
         loop {
-            let suspects = seen.borrow_and_update().suspects.clone();
+            let now = Arc::clone(&seen.borrow_and_update());
+            let mut has_begun = now.nodes.iter().any(|row| row.taken_by == Some(own));
             let mut step = Ok(());
-            for suspect in suspects {
-                step = self.fence(suspect).await;
+            for suspect in &now.suspects {
+                match self.fence(*suspect).await {
+                    Ok(fenced) => has_begun |= fenced,
+                    Err(error) => step = Err(error),
+                }
             }
-            if step.is_ok() {
+            if has_begun && step.is_ok() {
                 step = self.settle_begun(&state).await;
             }
             match step {
@@ -211,7 +224,6 @@ impl Takeovers {
                 Err(TakeoverError::Store(error @ StoreError::Fenced { .. })) => {
                     // It is this node, or another has inherited the dead one meanwhile; its own renewal knows.
                     tracing::warn!(reason = %error, "a takeover was given up");
-                    self.begun.clear();
                     self.parts.member.look_now();
                 }
                 Err(error) => {
@@ -229,7 +241,8 @@ impl Takeovers {
         }
     }
 
-    async fn fence(&mut self, suspect: Suspect) -> Result<(), TakeoverError> {
+    /// Fences a suspect. False: there was nothing to do.
+    async fn fence(&self, suspect: Suspect) -> Result<bool, TakeoverError> {
         let TakeoverParts {
             member, database, ..
         } = &self.parts;
@@ -238,7 +251,7 @@ impl Takeovers {
             .await?;
         let fenced = takeover::fence(database, &mut session, member.lease, suspect).await?;
         let Some(taken) = fenced else {
-            return Ok(());
+            return Ok(false);
         };
         tracing::warn!(
             node = suspect.node,
@@ -246,18 +259,16 @@ impl Takeovers {
             gave_up = suspect.renewals < 0,
             "a node is gone: fenced it; its lanes are ours once its log is replayed"
         );
-        member.note_taken(taken.lanes.iter().map(|row| row.lane).collect());
         self.parts.metrics.cluster.takeovers.inc();
-        self.begun.extend(taken.dead);
-        Ok(())
+        Ok(true)
     }
 
-    /// Replays the log of a dead node and ends its takeover. Returns the shares that became this node's.
-    async fn settle(
+    /// Replays the log of a dead node. Every id that it has leased lies before the moment that it returns.
+    async fn replay(
         &self,
         dead: &DeadNode,
         orphans: &Orphans,
-    ) -> Result<Vec<(SkuNumber, Share)>, TakeoverError> {
+    ) -> Result<UnixMillis, TakeoverError> {
         let parts = &self.parts;
         let (ids_until, silent_since_ms) = match dead.log.as_ref().filter(|log| log.in_use) {
             // Nothing is acknowledged before its row then, and the row's writers are fenced.
@@ -289,9 +300,41 @@ impl Takeovers {
         };
         // Before its lanes are unblocked: whoever looks then finds that they have to wait.
         parts.member.wait_for_answers_of(silent_since_ms);
-        let (by, dead) = (parts.member.lease, dead.lease);
-        let merged = takeover::finish(&parts.database, by, dead, ids_until).await?;
+        Ok(ids_until)
+    }
+
+    /// Ends a takeover. Returns the shares that became this node's.
+    async fn finish(
+        &self,
+        dead: NodeLease,
+        ids_until: UnixMillis,
+    ) -> Result<Vec<(SkuNumber, Share)>, StoreError> {
+        let (database, by) = (&self.parts.database, self.parts.member.lease);
+        let shares = takeover::shares_of(database, dead).await?;
+        let merged = match takeover::finish(database, by, dead, ids_until).await {
+            Err(error) if error.is_transient() => {
+                tracing::warn!(reason = %error, "the outcome of a takeover is unknown; looking it up");
+                if !self.is_finished(dead).await? {
+                    return Err(error);
+                }
+                shares
+            }
+            ended => ended?,
+        };
         tracing::warn!(node = dead.node, "took over a node that is gone");
         Ok(merged)
+    }
+
+    /// Waits for the database: until it answers, nobody knows whose the shares are.
+    async fn is_finished(&self, dead: NodeLease) -> Result<bool, StoreError> {
+        let mut backoff = AGAIN;
+        loop {
+            let found =
+                takeover::is_finished(&self.parts.database, self.parts.member.lease, dead).await;
+            match found {
+                Err(error) if error.is_transient() => tokio::time::sleep(backoff.pause()).await,
+                found => return found,
+            }
+        }
     }
 }

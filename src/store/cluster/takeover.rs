@@ -169,33 +169,76 @@ async fn raise(transaction: &Transaction<'_>, node: i16, by: NodeLease) -> Resul
     let row = transaction
         .query_one(
             &format!(
-                "UPDATE node SET epoch = epoch + 1, state = 'dead', taken_by = $2, taken_epoch = $3 WHERE node = $1
-                 RETURNING epoch, ids_leased_until_ms, journal_id IS NOT NULL,
-                           EXISTS (SELECT FROM stock_share WHERE node = $1), {}",
-                order_log::COLUMNS
+                "UPDATE node SET epoch = epoch + 1, state = 'dead', taken_by = $2, taken_epoch = $3 WHERE node = $1 RETURNING {}",
+                dead_columns()
             ),
             &[&node, &by.node, &by.epoch],
         )
         .await?;
-    let lease = NodeLease {
-        node,
-        epoch: row.get(0),
-        ledger: if row.get(3) {
-            Ledger::Share
-        } else {
-            Ledger::Sku
-        },
-    };
+    let dead = dead_node(&row);
     transaction
         .execute(
             "UPDATE writer SET epoch = $2 WHERE node = $1",
-            &[&node, &lease.epoch],
+            &[&node, &dead.lease.epoch],
         )
         .await?;
-    Ok(DeadNode {
-        lease,
-        log: row.get::<_, bool>(2).then(|| order_log::noted_log(&row, 4)),
-        ids_until: UnixMillis(row.get(1)),
+    Ok(dead)
+}
+
+/// The columns of `node` that [`dead_node`] reads.
+fn dead_columns() -> String {
+    format!(
+        "node.node, epoch, ids_leased_until_ms, EXISTS (SELECT FROM stock_share s WHERE s.node = node.node),
+         journal_id IS NOT NULL, {}",
+        order_log::COLUMNS
+    )
+}
+
+fn dead_node(row: &Row) -> DeadNode {
+    DeadNode {
+        lease: NodeLease {
+            node: row.get(0),
+            epoch: row.get(1),
+            ledger: if row.get(3) {
+                Ledger::Share
+            } else {
+                Ledger::Sku
+            },
+        },
+        log: row.get::<_, bool>(4).then(|| order_log::noted_log(row, 5)),
+        ids_until: UnixMillis(row.get(2)),
+    }
+}
+
+/// What `by` has begun and not finished, by the rows: nodes that it has fenced or inherited, and its lanes that wait for their
+/// logs. They tell what became of a [`fence`] whose answer was lost.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn begun(database: &Database, by: NodeLease) -> Result<Takeover, StoreError> {
+    let client = database.pooled().await?;
+    let dead = format!(
+        "SELECT {} FROM node WHERE state = 'dead' AND taken_by = $1 AND taken_epoch = $2 ORDER BY node",
+        dead_columns()
+    );
+    let lanes = format!(
+        "SELECT {} FROM lane WHERE node = $1 AND blocked_by <> $1 ORDER BY lane",
+        lanes::COLUMNS
+    );
+    let reading = async {
+        let dead = client.query(&dead, &[&by.node, &by.epoch]).await?;
+        let lanes = client.query(&lanes, &[&by.node]).await?;
+        Ok((dead, lanes))
+    };
+    let (dead, lanes) = database
+        .timed("reading which nodes are taken over", reading)
+        .await?;
+    Ok(Takeover {
+        dead: dead.iter().map(dead_node).collect(),
+        lanes: lanes
+            .iter()
+            .map(lanes::lane_row)
+            .collect::<Result<_, _>>()?,
     })
 }
 
@@ -263,7 +306,7 @@ pub async fn finish(
         }
         let is_ours = transaction
             .query_opt(
-                "SELECT FROM node WHERE node = $1 AND epoch = $2 AND taken_by = $3 AND taken_epoch = $4 FOR UPDATE",
+                &format!("{IS_BEGUN} FOR UPDATE"),
                 &[&dead.node, &dead.epoch, &by.node, &by.epoch],
             )
             .await?
@@ -297,6 +340,75 @@ pub async fn finish(
     merged.ok_or_else(|| by.is_lost())
 }
 
+/// The shares that [`finish`] merges into the survivor's: those of the dead node, if a lane waits for its log. Nothing
+/// changes them once it is replayed.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn shares_of(
+    database: &Database,
+    dead: NodeLease,
+) -> Result<Vec<(SkuNumber, Share)>, StoreError> {
+    let client = database.pooled().await?;
+    let sql = "SELECT sku, lent, held, sold FROM stock_share
+                WHERE node = $1 AND EXISTS (SELECT FROM lane WHERE blocked_by = $1)";
+    let rows = database
+        .timed(
+            "reading the shares of a node that is gone",
+            client.query(sql, &[&dead.node]),
+        )
+        .await?;
+    Ok(rows.iter().map(share_row).collect())
+}
+
+/// Whether `by` has ended the takeover of `dead`, once no transaction of its own can do so any more: after an answer to
+/// [`finish`] was lost.
+///
+/// # Errors
+/// [`StoreError::Fenced`] if `by` was taken over, and whoever did that has inherited `dead`; otherwise if the database does
+/// not answer, or the lost transaction has not ended.
+pub async fn is_finished(
+    database: &Database,
+    by: NodeLease,
+    dead: NodeLease,
+) -> Result<bool, StoreError> {
+    let client = database.pooled().await?;
+    let looking = async {
+        // The lost transaction has this row locked.
+        let begun = client
+            .query_opt(
+                &format!("{IS_BEGUN} FOR SHARE"),
+                &[&dead.node, &dead.epoch, &by.node, &by.epoch],
+            )
+            .await?;
+        // Whoever inherits the dead node raises this epoch in the same transaction.
+        let in_force = client
+            .query_opt(
+                "SELECT FROM node WHERE node = $1 AND epoch = $2 AND state IN ('joining', 'active')",
+                &[&by.node, &by.epoch],
+            )
+            .await?;
+        Ok(in_force.map(|_| begun.is_none()))
+    };
+    let finished = database
+        .timed("looking up the end of a takeover", looking)
+        .await?;
+    finished.ok_or_else(|| by.is_lost())
+}
+
+/// The row of the dead node $1, at the epoch $2, whose takeover by the node $3 at the epoch $4 has not ended.
+const IS_BEGUN: &str =
+    "SELECT FROM node WHERE node = $1 AND epoch = $2 AND taken_by = $3 AND taken_epoch = $4";
+
+fn share_row(row: &Row) -> (SkuNumber, Share) {
+    let share = Share {
+        lent: row.get(1),
+        held: row.get(2),
+        sold: row.get(3),
+    };
+    (SkuNumber(row.get(0)), share)
+}
+
 /// The SKUs of a node's shares, locked.
 const LOCK_SKUS: &str = "
     SELECT FROM sku WHERE id IN (SELECT sku FROM stock_share WHERE node = $1) ORDER BY id FOR UPDATE";
@@ -327,13 +439,7 @@ async fn merge(
             &[&to, &skus, &column(1), &column(2), &column(3)],
         )
         .await?;
-    let share = |row: &Row| Share {
-        lent: row.get(1),
-        held: row.get(2),
-        sold: row.get(3),
-    };
-    let shares = rows.iter().map(|row| (SkuNumber(row.get(0)), share(row)));
-    Ok(shares.collect())
+    Ok(rows.iter().map(share_row).collect())
 }
 
 /// Takes a node's shares apart: free units go to the pool, held and sold ones to `sku`.
