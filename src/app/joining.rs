@@ -24,6 +24,7 @@ use crate::pipeline::failover::lease::AcknowledgeLease;
 use crate::state::State;
 use crate::state::lanes::Lanes;
 use crate::state::poison::Poison;
+use crate::store::Ledger;
 use crate::store::cluster::membership::{self, Candidate, Join, Joined};
 use crate::store::postgres::{Connected, Database, lease};
 use crate::supervise::Supervisor;
@@ -42,9 +43,10 @@ pub(super) struct JoinedNode {
     pub(super) member: Arc<Member>,
     /// Where other nodes call.
     pub(super) listener: TcpListener,
-    /// The lanes of its row, if it had any, and whether it was that of a process on its own.
+    /// Whether its row had lanes.
     pub(super) had_lanes: bool,
-    pub(super) was_single: bool,
+    /// The counters of the orders in its log.
+    pub(super) log_ledger: Ledger,
     /// Takes dead nodes over, those first that an earlier process on this row had begun with.
     pub(super) takeovers: Takeovers,
     /// Woken when something about lanes has changed.
@@ -154,7 +156,7 @@ pub(super) async fn join(
         id_high_water,
         ids_leased_until,
         lanes,
-        was_single,
+        log_ledger,
         paused,
         receipts,
         ..
@@ -180,7 +182,7 @@ pub(super) async fn join(
         member,
         listener,
         had_lanes: !lanes.is_empty(),
-        was_single,
+        log_ledger,
         takeovers,
         changed,
         loaded: BTreeMap::new(),

@@ -36,13 +36,13 @@ use crate::state::row_changes::RowChanges;
 use crate::state::sticky_refusals::StickyRefusals;
 use crate::state::stock::Catalogue;
 use crate::state::throughput::ThroughputEstimator;
+use crate::store::StoreError;
 use crate::store::batch::BatchWriter;
 use crate::store::cluster::{self, membership};
 use crate::store::postgres::lease::ID_LEASE_MS;
 use crate::store::postgres::order_log::LogName;
 use crate::store::postgres::window::ReadProgress;
 use crate::store::postgres::{Database, NodeLease, audit, lanes, orders, parked, payments, skus};
-use crate::store::{Ledger, StoreError};
 
 /// Recently written orders that are answered from memory, about 200 bytes each.
 const RECENT_ORDERS: usize = 65_536;
@@ -114,14 +114,11 @@ async fn replay(
     control: &ControlPlane,
 ) -> Result<OwnedLog, StartError> {
     let database = &ownership.database;
-    let ledger = match &ownership.node {
-        // The units of its orders are nobody's share yet.
-        Some(node) if node.was_single => Ledger::Sku,
-        _ => ownership.lease.ledger,
-    };
+    let own = ownership.lease;
+    let node = ownership.node.as_ref();
     let lease = NodeLease {
-        ledger,
-        ..ownership.lease
+        ledger: node.map_or(own.ledger, |node| node.log_ledger),
+        ..own
     };
     let total = log.total();
     if total == Some(0) {

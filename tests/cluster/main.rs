@@ -221,6 +221,53 @@ fn a_node_that_is_killed_and_loses_its_directory_loses_nothing_that_was_acknowle
 }
 
 #[test]
+fn a_log_that_cannot_be_read_keeps_its_own_lanes_closed_and_no_others_until_it_is_given_up() {
+    block_on(async {
+        let Some(cluster) = Cluster::open().await else {
+            return;
+        };
+        let [one, two, three] = three(&cluster).await;
+        three.served.kill();
+        cluster.delete_log(2);
+        wait_until("somebody takes it over", async || {
+            Cluster::row_of(&one, 2)["state"] == "dead"
+        })
+        .await;
+        let taker = Cluster::row_of(&one, 2)["taken_over_by"].clone();
+        let (taker, other) = if taker == 0 { (one, two) } else { (two, one) };
+        // Another one dies, whose log is there.
+        other.served.kill();
+        wait_until("its lanes are open at the one that is left", async || {
+            let (dealt, nowhere) = Cluster::dealt(taker.served.data);
+            matches!(dealt[..], [42 | 43]) && nowhere == 64 - dealt[0]
+        })
+        .await;
+        let mut statuses = std::collections::BTreeSet::new();
+        for number in 0..100 {
+            let body = json!({ "user_id": format!("u-{number}"), "sku_id": SKU }).to_string();
+            let fields = [("Content-Type", "application/json")];
+            statuses.insert(call(taker.served.data, "POST", "/v1/orders", &fields, &body).status);
+        }
+        assert_eq!(Vec::from_iter(statuses), [201, 503]);
+        // Started again, it does not wait for that log either.
+        taker.served.kill();
+        let name = if taker.data_dir.ends_with("one") {
+            "one"
+        } else {
+            "two"
+        };
+        let taker = cluster.start(name);
+        wait_until("the other lanes are open again", async || {
+            matches!(Cluster::dealt(taker.served.data), (dealt, _) if matches!(dealt[..], [42 | 43]))
+        })
+        .await;
+        taker.abandon_log_of(2);
+        Cluster::wait_for_lanes(&[&taker], &[64]).await;
+        taker.stop();
+    });
+}
+
+#[test]
 fn nodes_that_are_all_killed_and_started_again_go_on_with_what_they_had() {
     block_on(async {
         let Some(cluster) = Cluster::open().await else {

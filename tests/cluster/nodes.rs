@@ -12,6 +12,7 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use crate::support::broker_admin;
 use crate::support::brokers::{Broker, Kind};
 use crate::support::http::{Answer, call, try_call};
 use crate::support::postgres::{TestDatabase, test_dir};
@@ -39,6 +40,7 @@ pub struct Node {
     pub served: Served,
     pub data_dir: PathBuf,
     pub log: PathBuf,
+    config: PathBuf,
 }
 
 impl Cluster {
@@ -69,6 +71,22 @@ impl Cluster {
         format!("redis://{}/", self.broker.address())
     }
 
+    /// Deletes the log of a node.
+    pub fn delete_log(&self, number: i64) {
+        let stream = format!("millrace:millrace:{number}");
+        let deleted = broker_admin::redis(self.broker.address(), &["DEL", &stream]);
+        assert_eq!(deleted, ":1", "{stream}");
+    }
+
+    /// The row of a node as the one at `asked` shows it.
+    pub fn row_of(asked: &Node, number: i64) -> Value {
+        let nodes = try_call(asked.served.control, "GET", "/admin/v1/nodes", &[], "");
+        let nodes = nodes.map(|answer| answer.json()).unwrap_or_default();
+        let rows = nodes["nodes"].as_array().cloned().unwrap_or_default();
+        let row = rows.into_iter().find(|row| row["node"] == number);
+        row.unwrap_or_default()
+    }
+
     /// The same, if it gets that far.
     pub fn try_start(&self, name: &str) -> Result<Node, Ended> {
         let data_dir = self.dir.path().join(name);
@@ -86,6 +104,7 @@ impl Cluster {
             served,
             data_dir,
             log,
+            config,
         })
     }
 
@@ -187,6 +206,17 @@ impl Drop for Cluster {
 impl Node {
     pub fn signal(&self, signal: Signal) {
         self.served.signal(signal);
+    }
+
+    /// Gives up the log of a node, with this one's settings.
+    pub fn abandon_log_of(&self, number: i64) {
+        let config = self.config.to_str().expect("a path in UTF-8");
+        let number = number.to_string();
+        let words = [
+            "queue", "abandon", "--config", config, "--yes", "--node", &number,
+        ];
+        let done = millrace(&words).output().expect("run the program");
+        assert!(done.status.success(), "{done:?}");
     }
 
     /// Waits until a clean end.

@@ -3,13 +3,13 @@
 use std::time::{Duration, Instant};
 
 use millrace::order::{Lane, SkuNumber, UnixMillis};
-use millrace::store::StoreError;
 use millrace::store::cluster::lanes::{self, HandOver, HandedOver};
 use millrace::store::cluster::membership::{self, Join};
 use millrace::store::cluster::shares::{self, Share, Supply};
-use millrace::store::cluster::takeover::{self, Suspect};
+use millrace::store::cluster::takeover::{self, LogEnd, Suspect};
 use millrace::store::postgres::lease;
-use millrace::store::postgres::{Database, NodeLease};
+use millrace::store::postgres::{Connected, Database, NodeLease};
+use millrace::store::{Ledger, StoreError};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -145,9 +145,14 @@ async fn a_dead_node_makes_sold_out_wait_for_its_share() {
         Supply::Unanswered,
         "its log may hold orders"
     );
-    takeover::finish(&bed.database, survivor, fenced.dead[0].lease, UnixMillis(0))
-        .await
-        .unwrap();
+    takeover::finish(
+        &bed.database,
+        survivor,
+        fenced.dead[0].lease,
+        LogEnd::default(),
+    )
+    .await
+    .unwrap();
     let share = shares::share_of(&bed.database, survivor.node, SKU)
         .await
         .unwrap();
@@ -504,7 +509,7 @@ async fn the_log_of_a_single_node_that_is_gone_is_replayed_before_anybody_has_a_
     let log = fenced.dead[0].log.as_ref().unwrap();
     assert!(log.in_use && log.name.ends_with("0a"), "{log:?}");
     assert_eq!(lanes::claim_free(&bed.database, node).await.unwrap(), []);
-    takeover::finish(&bed.database, node, fenced.dead[0].lease, UnixMillis(0))
+    takeover::finish(&bed.database, node, fenced.dead[0].lease, LogEnd::default())
         .await
         .unwrap();
     let lanes = lanes::claim_free(&bed.database, node).await.unwrap();
@@ -512,4 +517,49 @@ async fn the_log_of_a_single_node_that_is_gone_is_replayed_before_anybody_has_a_
     assert!(lanes.iter().all(|row| row.ids_until >= UnixMillis(5_000)));
     let share = shares::share_of(&bed.database, 1, SKU).await.unwrap();
     assert_eq!((share.lent, share.held), (4, 4));
+}
+
+#[tokio::test]
+async fn nobody_has_a_lane_while_a_node_replays_the_log_of_a_single_process() {
+    let mut bed = Bed::open().await;
+    bed.skus(&[10]).await;
+    bed.sql(SINGLE).await;
+    let (first, log) = (uuid(1), uuid(10));
+    let with_log = membership::Candidate {
+        log: Some(&log),
+        ..candidate(0, &first)
+    };
+    let join = async |session: &mut Connected| match membership::join(session, &with_log).await {
+        Ok(Join::Joined(joined)) => joined,
+        other => panic!("{other:?}"),
+    };
+    let joined = join(&mut bed.session).await;
+    assert_eq!((joined.lease.node, joined.log_ledger), (0, Ledger::Sku));
+    let other = bed.join(2).await;
+    assert_eq!(lanes::claim_free(&bed.database, other).await.unwrap(), []);
+    // Its start failed in the middle of the log; the next one goes on with the same counters.
+    let joined = join(&mut bed.session).await;
+    assert_eq!((joined.lease.epoch, joined.log_ledger), (9, Ledger::Sku));
+    assert_eq!(lanes::claim_free(&bed.database, other).await.unwrap(), []);
+    let lanes = lanes::claim_free(&bed.database, joined.lease)
+        .await
+        .unwrap();
+    assert_eq!(lanes.len(), Lane::COUNT);
+    assert_eq!(join(&mut bed.session).await.log_ledger, Ledger::Share);
+}
+
+#[tokio::test]
+async fn ids_go_on_above_those_of_a_single_process_whichever_node_gets_its_lanes() {
+    let mut bed = Bed::open().await;
+    bed.sql(SINGLE).await;
+    bed.sql("UPDATE node SET journal_in_use = false").await;
+    let joined = membership::join(&mut bed.session, &candidate(0, &uuid(1))).await;
+    let Ok(Join::Joined(joined)) = joined else {
+        panic!("{joined:?}");
+    };
+    assert_eq!(joined.lease.node, 0, "it starts, and another is faster");
+    let other = bed.join(2).await;
+    let lanes = lanes::claim_free(&bed.database, other).await.unwrap();
+    assert_eq!(lanes.len(), Lane::COUNT);
+    assert!(lanes.iter().all(|row| row.ids_until >= UnixMillis(5_000)));
 }

@@ -6,8 +6,11 @@ use std::time::Duration;
 use millrace::metrics::Metrics;
 use millrace::order::{ClockReading, Lane, Order, SkuNumber, UnixMillis};
 use millrace::pipeline::cluster::member::{Member, Renewing, session_name};
-use millrace::pipeline::cluster::takeover::{Replaying, TakeoverParts, Takeovers, replay};
+use millrace::pipeline::cluster::takeover::{
+    Replayed, Replaying, TakeoverError, TakeoverParts, Takeovers, replay,
+};
 use millrace::pipeline::failover::lease::AcknowledgeLease;
+use millrace::queue::log::broker::reader::ReadError;
 use millrace::queue::log::broker::redis::{RedisBroker, RedisSettings};
 use millrace::queue::log::broker::{
     BeforeStart, Broker, Known, Owner, PATIENCE, Place, SendError, frame, while_away,
@@ -15,6 +18,7 @@ use millrace::queue::log::broker::{
 use millrace::queue::log::record::GroupBytes;
 use millrace::state::lanes::Lanes;
 use millrace::state::orphans::Orphans;
+use millrace::store::StoreError;
 use millrace::store::batch::BatchWriter;
 use millrace::store::cluster::takeover::{self, DeadNode, Suspect};
 use millrace::store::cluster::{lanes, membership, shares};
@@ -59,7 +63,7 @@ async fn identity(bed: &Bed) -> [u8; 16] {
 }
 
 impl LoggingNode {
-    /// Joins with an empty log.
+    /// Joins with a log that has nothing which is no row.
     async fn join(bed: &Bed, server: &Server, home: u64) -> Self {
         let lease = bed.join(home).await;
         let (client, database) = (client(server, lease.node), identity(bed).await);
@@ -67,13 +71,15 @@ impl LoggingNode {
             database,
             node: lease.node as u16,
         };
+        let noted = order_log::noted(&bed.database, &bed.session, lease.node);
+        let noted = noted.await.unwrap();
         let before = BeforeStart {
             broker: Arc::clone(&client),
             owner,
             epoch: lease.epoch as u64,
             known: Known {
                 in_use: false,
-                place: None,
+                place: noted.and_then(|noted| noted.place),
             },
             patience: PATIENCE,
         };
@@ -121,8 +127,23 @@ async fn fence(bed: &Bed, by: NodeLease, node: i16) -> takeover::Takeover {
     fenced.unwrap().unwrap()
 }
 
+/// Replays a dead node's log and ends its takeover. Returns how many orders were written and were there.
+async fn finished(bed: &Bed, server: &Server, by: NodeLease, dead: &DeadNode) -> (u64, u64) {
+    let replayed = replaying(bed, server, dead).await.unwrap();
+    takeover::finish(&bed.database, by, dead.lease, replayed.end)
+        .await
+        .unwrap();
+    (replayed.applied.written, replayed.applied.present)
+}
+
 /// Replays a dead node's log and returns how many orders were written and were there.
 async fn replayed(bed: &Bed, server: &Server, dead: &DeadNode) -> (u64, u64) {
+    let replayed = replaying(bed, server, dead).await.unwrap();
+    assert_eq!(replayed.applied.refused + replayed.applied.parked, 0);
+    (replayed.applied.written, replayed.applied.present)
+}
+
+async fn replaying(bed: &Bed, server: &Server, dead: &DeadNode) -> Result<Replayed, TakeoverError> {
     let orphans = Orphans::default();
     let with = Replaying {
         broker: client(server, dead.lease.node),
@@ -131,9 +152,7 @@ async fn replayed(bed: &Bed, server: &Server, dead: &DeadNode) -> (u64, u64) {
         orphans: &orphans,
         now: UnixMillis::now(),
     };
-    let replayed = replay(&bed.database, dead, with).await.unwrap();
-    assert_eq!(replayed.applied.refused + replayed.applied.parked, 0);
-    (replayed.applied.written, replayed.applied.present)
+    replay(&bed.database, dead, with).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -196,15 +215,8 @@ async fn what_a_dead_node_has_acknowledged_is_written_by_whoever_inherits_it_and
             .all(|lane| lane.blocked_by == Some(dead.lease.node))
     );
     for (node, found) in taken.dead.iter().zip([(0, 0), (0, 5)]) {
-        assert_eq!(
-            replayed(&bed, &server, node).await,
-            found,
-            "{:?}",
-            node.lease
-        );
-        takeover::finish(&bed.database, heir.lease, node.lease, UnixMillis(0))
-            .await
-            .unwrap();
+        let done = finished(&bed, &server, heir.lease, node).await;
+        assert_eq!(done, found, "{:?}", node.lease);
     }
     assert_eq!(share(heir.lease.node).await, (8, 5));
     assert_eq!(bed.number("SELECT count(*) FROM orders").await, 5);
@@ -215,6 +227,88 @@ async fn what_a_dead_node_has_acknowledged_is_written_by_whoever_inherits_it_and
     );
     let log = "SELECT sum(held_delta)::int8 FROM stock_log WHERE node IS NOT NULL";
     assert_eq!(bed.number(log).await, 5);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_taker_that_was_paused_leaves_the_log_of_a_node_alone_that_has_come_back() {
+    let Some(server) = Server::start(Kind::Redis) else {
+        return;
+    };
+    let bed = Bed::open().await;
+    bed.skus(&[10]).await;
+    let mut dead = LoggingNode::join(&bed, &server, 1).await;
+    lanes::claim_free(&bed.database, dead.lease).await.unwrap();
+    shares::lend(&bed.database, dead.lease, SKU, 8, 1)
+        .await
+        .unwrap();
+    let sku = skus::load_all(&bed.database, dead.lease)
+        .await
+        .unwrap()
+        .remove(0);
+    dead.append(&[order(&sku, 1)]).await.unwrap();
+    let (paused, heir) = (bed.join(2).await, bed.join(3).await);
+    let stale = fence(&bed, paused, dead.lease.node).await.dead.remove(0);
+    for node in fence(&bed, heir, paused.node).await.dead {
+        if node.lease.node == dead.lease.node {
+            assert_eq!(finished(&bed, &server, heir, &node).await, (1, 0));
+        }
+    }
+    let mut back = LoggingNode::join(&bed, &server, 1).await;
+    assert_eq!(back.lease.node, dead.lease.node);
+    // It goes on: the marker of its takeover is refused, and the database knows why.
+    let TakeoverError::Log(ReadError::LaterEpoch(epoch)) =
+        replaying(&bed, &server, &stale).await.unwrap_err()
+    else {
+        panic!("it must not take that log over");
+    };
+    let raised = takeover::raise_to(&bed.database, paused, stale.lease, epoch).await;
+    assert!(
+        matches!(raised, Err(StoreError::Fenced { .. })),
+        "{raised:?}"
+    );
+    back.append(&[order(&sku, 1)]).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dead_nodes_log_of_later_epochs_than_its_row_is_taken_over_above_them() {
+    let Some(server) = Server::start(Kind::Redis) else {
+        return;
+    };
+    let bed = Bed::open().await;
+    bed.skus(&[10]).await;
+    let mut dead = LoggingNode::join(&bed, &server, 1).await;
+    lanes::claim_free(&bed.database, dead.lease).await.unwrap();
+    shares::lend(&bed.database, dead.lease, SKU, 8, 1)
+        .await
+        .unwrap();
+    let sku = skus::load_all(&bed.database, dead.lease)
+        .await
+        .unwrap()
+        .remove(0);
+    // Its row has forgotten the epoch, as after a failover.
+    dead.place = Place {
+        epoch: 40,
+        number: 0,
+    };
+    let marker = frame::encode(dead.owner, dead.place, &[]);
+    let (client, place) = (Arc::clone(&dead.client), dead.place);
+    let sent = tokio::task::spawn_blocking(move || client.send(place, &marker));
+    sent.await.unwrap().unwrap();
+    dead.append(&[order(&sku, 1)]).await.unwrap();
+    let survivor = bed.join(2).await;
+    let mut taken = fence(&bed, survivor, dead.lease.node).await.dead.remove(0);
+    let refused = replaying(&bed, &server, &taken).await.unwrap_err();
+    let TakeoverError::Log(ReadError::LaterEpoch(41)) = refused else {
+        panic!("{refused}");
+    };
+    let raised = takeover::raise_to(&bed.database, survivor, taken.lease, 41).await;
+    taken.lease = raised.unwrap();
+    assert_eq!(finished(&bed, &server, survivor, &taken).await, (0, 1));
+    // Whoever gets the row next begins behind the marker, with nothing to compare.
+    let place = "SELECT log_epoch * 1000 + log_number FROM node WHERE node = 0";
+    assert_eq!(bed.number(place).await, 41_000);
+    let next = bed.join(1).await;
+    assert_eq!(next.epoch, 42);
 }
 
 /// Has a node renew its membership and take over who does not. Its takeovers are on a database of their own; the log of

@@ -5,7 +5,7 @@ use millrace::store::cluster::lanes::{self, HandOver, HandedOver};
 use millrace::store::cluster::membership::{self, Candidate, Join, Joined};
 use millrace::store::cluster::recall::{self, Lowered};
 use millrace::store::cluster::shares::{self, Supply, Want};
-use millrace::store::cluster::takeover::{self, Suspect};
+use millrace::store::cluster::takeover::{self, LogEnd, Suspect};
 use millrace::store::postgres::{Connected, Database, NodeLease};
 use millrace::store::schema;
 use millrace::store::{Ledger, StoreError};
@@ -553,7 +553,7 @@ impl Run {
         let at = self.random.random_range(0..self.begun.len());
         let (by, dead) = self.begun[at];
         let found = refused(
-            takeover::finish(&self.bed.database, real(by), real(dead), UnixMillis(0)).await,
+            takeover::finish(&self.bed.database, real(by), real(dead), LogEnd::default()).await,
         )
         .map(drop);
         let expected = self.arbiter.finish(by, dead);

@@ -77,6 +77,9 @@ struct AbandonArgs {
     /// (`queue.journal.lease_ms`): it is known to have ended, or its machine to be destroyed.
     #[arg(long)]
     process_is_gone: bool,
+    /// The log of this node of a cluster, whose takeover waits for it because it cannot be read. The other nodes run.
+    #[arg(long, value_name = "NUMBER", conflicts_with = "process_is_gone")]
+    node: Option<i16>,
 }
 
 pub async fn run(args: &QueueArgs) -> anyhow::Result<bool> {
@@ -257,6 +260,9 @@ async fn abandon(args: &AbandonArgs) -> anyhow::Result<bool> {
         );
     }
     logging::start(&config.log)?;
+    if let Some(node) = args.node {
+        return abandon_of(&config, node).await;
+    }
     let directory = config.journal_dir();
     let is_journal = config.queue.backend == Backend::Journal;
     // Held to the end: nobody starts on it meanwhile.
@@ -341,5 +347,22 @@ async fn abandon(args: &AbandonArgs) -> anyhow::Result<bool> {
             PathBuf::from(aside).display()
         ));
     }
+    Ok(done)
+}
+
+async fn abandon_of(config: &Config, node: i16) -> anyhow::Result<bool> {
+    let open = open_database(config).await?;
+    let done = order_log::abandon_of(&open.database, node).await?;
+    open.database.close();
+    say(&if done {
+        format!(
+            "the log of node {node} is given up; its lanes open at the node that takes it over. Its stream or topic is left as \
+             it is: delete it before a node has this number again"
+        )
+    } else {
+        format!(
+            "nothing is changed: node {node} was not taken over, or the database knows of no log of it that may hold orders"
+        )
+    });
     Ok(done)
 }

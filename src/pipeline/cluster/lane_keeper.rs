@@ -198,23 +198,21 @@ impl LaneKeeper {
                 lanes.close(row.lane);
                 gone.insert(row.lane);
             }
-            match row
-                .node
-                .filter(|node| *node != own)
-                .map(|node| addresses.get(&node))
-            {
-                Some(Some(owner)) if row.blocked_by.is_none() => {
-                    let owner = owner.clone();
-                    let elsewhere = Standing::Elsewhere { epoch, owner };
-                    if let Standing::Elsewhere { owner, .. } = &elsewhere
-                        && lanes.standing(row.lane) != elsewhere
-                    {
+            let owner = row.node.and_then(|node| addresses.get(&node));
+            match owner {
+                _ if is_ours => {}
+                Some(owner) if row.blocked_by.is_none() => {
+                    let elsewhere = Standing::Elsewhere {
+                        epoch,
+                        owner: owner.clone(),
+                    };
+                    if lanes.standing(row.lane) != elsewhere {
                         lanes.set_elsewhere(row.lane, epoch, owner.clone());
                     }
                 }
-                // Its owner is gone, or waits for a log: open nowhere.
-                Some(_) if lanes.standing(row.lane) != Standing::Closed => lanes.close(row.lane),
-                Some(_) | None => {}
+                // It is nobody's, its owner is gone, or it waits for a log: open nowhere.
+                _ if lanes.standing(row.lane) != Standing::Closed => lanes.close(row.lane),
+                _ => {}
             }
         }
         self.forget(gone).await;

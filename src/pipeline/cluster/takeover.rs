@@ -29,7 +29,8 @@ use crate::state::orphans::Orphans;
 use crate::store::StoreError;
 use crate::store::batch::BatchWriter;
 use crate::store::cluster::shares::Share;
-use crate::store::cluster::takeover::{self, DeadNode, Suspect};
+use crate::store::cluster::takeover::{self, DeadNode, LogEnd, Suspect};
+use crate::store::postgres::order_log::NotedLog;
 use crate::store::postgres::{Database, NodeLease};
 
 /// Reasons why a log could not be replayed.
@@ -47,6 +48,14 @@ pub enum TakeoverError {
     /// The settings of this node do not lead to it.
     #[error("{0}")]
     Unreachable(String),
+}
+
+impl TakeoverError {
+    /// Whether it is about the log, so that other takeovers may go on.
+    fn is_of_log(&self) -> bool {
+        !matches!(self, TakeoverError::Store(error)
+            if error.is_transient() || matches!(error, StoreError::Fenced { .. }))
+    }
 }
 
 /// The conditions of a replay.
@@ -69,8 +78,8 @@ pub struct Replaying<'a> {
 pub struct Replayed {
     /// Its orders.
     pub applied: Applied,
-    /// Every id in it lies before this moment; ids that were leased in it too.
-    pub id_high_water: UnixMillis,
+    /// Where it ends. Every id in it lies before its moment; ids that were leased in it too.
+    pub end: LogEnd,
     /// A moment of [`now_ms`] at which the dead node could no longer acknowledge, nor extend its right to answer. Its
     /// lanes open no earlier than a successor's wait after it.
     pub silent_since_ms: u64,
@@ -107,13 +116,17 @@ pub async fn replay(
     let replayer = Replayer::new(database.clone(), writer, with.rows_max);
     let mut replay = LogReplay::new(database, replayer, with.orphans, with.now).await?;
     let (mut parts, reading) = log_replay::orders_of(move |each| {
-        let taken = before.take_over(each)?;
-        Ok::<_, ReadError>((taken.id_high_water, now_ms()))
+        let taken = before.take_over_as(each)?;
+        let end = LogEnd {
+            ids_until: taken.id_high_water,
+            place: Some(taken.marker),
+        };
+        Ok::<_, ReadError>((end, now_ms()))
     });
     while let Some(part) = parts.recv().await {
         replay.apply(part).await?;
     }
-    let (id_high_water, silent_since_ms) = reading.await??;
+    let (end, silent_since_ms) = reading.await??;
     let applied = replay.applied();
     tracing::info!(
         node = lease.node,
@@ -124,7 +137,7 @@ pub async fn replay(
     );
     Ok(Replayed {
         applied,
-        id_high_water,
+        end,
         silent_since_ms,
     })
 }
@@ -166,39 +179,58 @@ impl Takeovers {
         Takeovers { parts }
     }
 
-    /// Finishes what an earlier process on this row had begun, before memory has any share.
+    /// Finishes what an earlier process on this row had begun, before memory has any share. A log that cannot be read stays
+    /// for [`Takeovers::run`].
     ///
     /// # Errors
-    /// The first that cannot be finished.
+    /// If the database does not answer, or this node was taken over.
     pub async fn finish_begun(&self, orphans: &Orphans) -> Result<(), TakeoverError> {
         let TakeoverParts {
             member, database, ..
         } = &self.parts;
         for dead in takeover::begun(database, member.lease).await?.dead {
-            let ids_until = self.replay(&dead, orphans).await?;
-            self.finish(dead.lease, ids_until).await?;
+            let node = dead.lease.node;
+            match self.replay(dead, orphans).await {
+                Ok((dead, end)) => drop(self.finish(dead, end).await?),
+                Err(error) if error.is_of_log() => tell_unreadable(node, &error),
+                Err(error) => return Err(error),
+            }
         }
         Ok(())
     }
 
+    /// Goes on with every takeover that was begun. One whose log cannot be read keeps no other waiting.
     async fn settle_begun(&self, state: &State) -> Result<(), TakeoverError> {
         let TakeoverParts {
             member, database, ..
         } = &self.parts;
         let begun = takeover::begun(database, member.lease).await?;
         member.note_taken(begun.lanes.iter().map(|row| row.lane).collect());
+        let mut failed = None;
         for dead in begun.dead {
-            let ids_until = self.replay(&dead, &state.orphans).await?;
-            member.set_merging(true);
-            let merged = self.finish(dead.lease, ids_until).await;
-            if let Ok(merged) = &merged {
-                lending::merged(state, merged);
+            let node = dead.lease.node;
+            match self.replay(dead, &state.orphans).await {
+                Ok((dead, end)) => self.merge(state, dead, end).await?,
+                Err(error) if error.is_of_log() => {
+                    tell_unreadable(node, &error);
+                    failed = Some(error);
+                }
+                Err(error) => return Err(error),
             }
-            member.set_merging(false);
-            merged?;
-            self.parts.changed.notify_one();
         }
-        Ok(())
+        failed.map_or(Ok(()), Err)
+    }
+
+    async fn merge(&self, state: &State, dead: NodeLease, end: LogEnd) -> Result<(), StoreError> {
+        let member = &self.parts.member;
+        member.set_merging(true);
+        let merged = self.finish(dead, end).await;
+        if let Ok(merged) = &merged {
+            lending::merged(state, merged);
+        }
+        member.set_merging(false);
+        self.parts.changed.notify_one();
+        merged.map(drop)
     }
 
     /// Runs until the future is dropped or this node is taken over itself.
@@ -227,10 +259,12 @@ impl Takeovers {
                     self.parts.member.look_now();
                 }
                 Err(error) => {
-                    tracing::error!(
-                        reason = %error,
-                        "a node that is gone could not be taken over; its lanes stay closed; retrying"
-                    );
+                    if !error.is_of_log() {
+                        tracing::error!(
+                            reason = %error,
+                            "a node that is gone could not be taken over; its lanes stay closed; retrying"
+                        );
+                    }
                     tokio::time::sleep(backoff.pause()).await;
                     continue;
                 }
@@ -263,55 +297,68 @@ impl Takeovers {
         Ok(true)
     }
 
-    /// Replays the log of a dead node. Every id that it has leased lies before the moment that it returns.
+    /// Replays the log of a dead node, if it may hold orders. Returns the right to write as the dead node from then on, and
+    /// where its log ends.
     async fn replay(
         &self,
-        dead: &DeadNode,
+        mut dead: DeadNode,
         orphans: &Orphans,
-    ) -> Result<UnixMillis, TakeoverError> {
-        let parts = &self.parts;
-        let (ids_until, silent_since_ms) = match dead.log.as_ref().filter(|log| log.in_use) {
-            // Nothing is acknowledged before its row then, and the row's writers are fenced.
-            None => (dead.ids_until, now_ms()),
-            Some(log) => {
-                let (find, node) = (Arc::clone(&parts.find_log), dead.lease.node);
-                let found = tokio::task::spawn_blocking(move || find(node)).await?;
-                let (broker, name) = found.map_err(TakeoverError::Unreachable)?;
-                if name != log.name {
-                    return Err(TakeoverError::Unreachable(format!(
-                        "the log of node {node} is {} ({}), and the settings of this node lead to {}: give all nodes the \
-                         same queue settings",
-                        log.title,
-                        log.name,
-                        broker.title()
-                    )));
+    ) -> Result<(NodeLease, LogEnd), TakeoverError> {
+        let TakeoverParts {
+            member, database, ..
+        } = &self.parts;
+        let (mut end, silent_since_ms) = loop {
+            let Some(log) = dead.log.as_ref().filter(|log| log.in_use) else {
+                // Nothing is acknowledged before its row then, and the row's writers are fenced.
+                break (LogEnd::default(), now_ms());
+            };
+            let with = Replaying {
+                broker: self.find_log(dead.lease.node, log).await?,
+                identity: self.parts.identity,
+                rows_max: self.parts.rows_max,
+                orphans,
+                now: self.parts.clock.now(),
+            };
+            match replay(database, &dead, with).await {
+                Ok(replayed) => break (replayed.end, replayed.silent_since_ms),
+                Err(TakeoverError::Log(ReadError::LaterEpoch(epoch))) => {
+                    let (by, of) = (member.lease, dead.lease);
+                    dead.lease = takeover::raise_to(database, by, of, epoch).await?;
                 }
-                let with = Replaying {
-                    broker,
-                    identity: parts.identity,
-                    rows_max: parts.rows_max,
-                    orphans,
-                    now: parts.clock.now(),
-                };
-                let replayed = replay(&parts.database, dead, with).await?;
-                let ids_until = dead.ids_until.max(replayed.id_high_water);
-                (ids_until, replayed.silent_since_ms)
+                Err(error) => return Err(error),
             }
         };
+        end.ids_until = end.ids_until.max(dead.ids_until);
         // Before its lanes are unblocked: whoever looks then finds that they have to wait.
-        parts.member.wait_for_answers_of(silent_since_ms);
-        Ok(ids_until)
+        member.wait_for_answers_of(silent_since_ms);
+        Ok((dead.lease, end))
+    }
+
+    async fn find_log(&self, node: i16, log: &NotedLog) -> Result<Arc<dyn Broker>, TakeoverError> {
+        let find = Arc::clone(&self.parts.find_log);
+        let found = tokio::task::spawn_blocking(move || find(node)).await?;
+        let (broker, name) = found.map_err(TakeoverError::Unreachable)?;
+        if name == log.name {
+            return Ok(broker);
+        }
+        Err(TakeoverError::Unreachable(format!(
+            "the log of node {node} is {} ({}), and the settings of this node lead to {}: give all nodes the same queue \
+             settings",
+            log.title,
+            log.name,
+            broker.title()
+        )))
     }
 
     /// Ends a takeover. Returns the shares that became this node's.
     async fn finish(
         &self,
         dead: NodeLease,
-        ids_until: UnixMillis,
+        end: LogEnd,
     ) -> Result<Vec<(SkuNumber, Share)>, StoreError> {
         let (database, by) = (&self.parts.database, self.parts.member.lease);
         let shares = takeover::shares_of(database, dead).await?;
-        let merged = match takeover::finish(database, by, dead, ids_until).await {
+        let merged = match takeover::finish(database, by, dead, end).await {
             Err(error) if error.is_transient() => {
                 tracing::warn!(reason = %error, "the outcome of a takeover is unknown; looking it up");
                 if !self.is_finished(dead).await? {
@@ -337,4 +384,13 @@ impl Takeovers {
             }
         }
     }
+}
+
+fn tell_unreadable(node: i16, error: &TakeoverError) {
+    tracing::error!(
+        node,
+        reason = %error,
+        "the log of a node that is gone could not be read; the lanes that wait for it stay closed; retrying (millrace queue \
+         abandon --node gives it up)"
+    );
 }

@@ -85,8 +85,8 @@ pub async fn locked(database: &Database, lanes: LaneSet) -> Result<Vec<LaneRow>,
 }
 
 /// Takes every lane that is nobody's, with the units of their unpaid orders. All of them or none, because these units
-/// are one number. None while the log of a single node, which had all lanes, may hold orders. Returns the lanes that
-/// were taken.
+/// are one number. None while the log of a single node, which had all lanes, may hold orders, whoever replays it. Returns
+/// the lanes that were taken.
 ///
 /// # Errors
 /// [`StoreError::Fenced`] if the node was taken over; otherwise if the database does not answer.
@@ -98,15 +98,19 @@ pub async fn claim_free(database: &Database, lease: NodeLease) -> Result<Vec<Lan
                 &[],
             )
             .await?;
-        // The orders in the log of a single node belong to lanes that are nobody's: it comes first.
+        // The orders in the log of a single node belong to lanes that are nobody's: it comes first, also while another process
+        // replays it, as a node without lanes that starts or is taken over.
         let taken = transaction
             .query(
                 &format!(
                     "UPDATE lane SET node = $1, epoch = epoch + 1, ids_until_ms = greatest(ids_until_ms,
                             (SELECT max(ids_leased_until_ms) FROM node WHERE state IN ('single', 'left')))
-                      WHERE node IS NULL AND NOT EXISTS (SELECT FROM node WHERE state = 'single' AND journal_in_use
-                                                            OR state = 'dead' AND NOT EXISTS
-                                                               (SELECT FROM lane b WHERE b.blocked_by = node.node))
+                      WHERE node IS NULL AND NOT EXISTS
+                            (SELECT FROM node n
+                              WHERE n.state = 'single' AND n.journal_in_use
+                                 OR n.state = 'joining' AND n.journal_in_use AND n.node <> $1
+                                    AND NOT EXISTS (SELECT FROM lane b WHERE b.node = n.node)
+                                 OR n.state = 'dead' AND NOT EXISTS (SELECT FROM lane b WHERE b.blocked_by = n.node))
                       RETURNING {COLUMNS}"
                 ),
                 &[&lease.node],

@@ -52,8 +52,8 @@ pub struct Joined {
     pub ids_leased_until: UnixMillis,
     /// The lanes of the row, blocked until its log is replayed.
     pub lanes: Vec<LaneRow>,
-    /// Whether it was the row of a process on its own: the orders of its log have their units in `sku`.
-    pub was_single: bool,
+    /// The counters of the orders in its log.
+    pub log_ledger: Ledger,
     /// Whether an operator has paused every sale.
     pub paused: bool,
     /// The issuer of receipts: this database.
@@ -162,6 +162,7 @@ pub async fn join(session: &mut Connected, candidate: &Candidate<'_>) -> Result<
     )
     .await?;
     let joining = async {
+        let log_ledger = takeover::log_ledger(&transaction, node).await?;
         transaction
             .execute(
                 "UPDATE node SET state = 'joining', home = $2::text::uuid, address = $3, reads_format = $4,
@@ -175,10 +176,20 @@ pub async fn join(session: &mut Connected, candidate: &Candidate<'_>) -> Result<
             )
             .await?;
         let inherited = takeover::inherit(&transaction, node, lease).await?;
+        if was_single {
+            // It had all lanes.
+            transaction
+                .execute(
+                    "UPDATE lane SET ids_until_ms = greatest(ids_until_ms, $1)
+                       FROM (SELECT lane AS of FROM lane WHERE node IS NULL ORDER BY lane FOR UPDATE) f WHERE lane = f.of",
+                    &[&id_high_water.0],
+                )
+                .await?;
+        }
         let blocked = takeover::block(&transaction, node).await?;
-        Ok::<_, Error>((inherited, blocked))
+        Ok::<_, Error>((log_ledger, inherited, blocked))
     };
-    let (inherited, blocked) = joining.await.map_err(step(doing))?;
+    let (log_ledger, inherited, blocked) = joining.await.map_err(step(doing))?;
     let lanes = blocked.iter().map(lanes::lane_row);
     let lanes = lanes.collect::<Result<_, _>>()?;
     let receipts = lease::issuer(&transaction, id_high_water).await?;
@@ -188,7 +199,7 @@ pub async fn join(session: &mut Connected, candidate: &Candidate<'_>) -> Result<
         id_high_water,
         ids_leased_until,
         lanes,
-        was_single,
+        log_ledger,
         paused,
         receipts,
         inherited,

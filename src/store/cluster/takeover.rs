@@ -18,6 +18,7 @@ use tokio_postgres::{Error, Row, Transaction};
 use super::in_force;
 use super::lanes::{self, LaneRow};
 use super::shares::Share;
+use crate::order::log_place::Position;
 use crate::order::{SkuNumber, UnixMillis};
 use crate::store::postgres::order_log::{self, NotedLog};
 use crate::store::postgres::{Connected, Database, NodeLease, lease};
@@ -157,8 +158,7 @@ fn lane_columns() -> String {
     columns.join(", ")
 }
 
-/// Makes a node dead, for `by`: raises its epoch and those of its writers, whose transactions have ended then. A single
-/// node had no shares, so its log is replayed on `sku`.
+/// Makes a node dead, for `by`: raises its epoch and those of its writers, whose transactions have ended then.
 async fn raise(transaction: &Transaction<'_>, node: i16, by: NodeLease) -> Result<DeadNode, Error> {
     transaction
         .execute(
@@ -185,11 +185,30 @@ async fn raise(transaction: &Transaction<'_>, node: i16, by: NodeLease) -> Resul
     Ok(dead)
 }
 
+/// Whether a node has a share.
+const HAS_SHARE: &str = "EXISTS (SELECT FROM stock_share s WHERE s.node = node.node)";
+
+/// The counters of the orders in the log of a node. Without a share they are those of `sku`: it was a process on its own, or
+/// somebody who replayed the log of one and did not get further.
+fn ledger_of_log(has_share: bool) -> Ledger {
+    if has_share {
+        Ledger::Share
+    } else {
+        Ledger::Sku
+    }
+}
+
+/// The counters of the orders in the log of a node.
+pub(super) async fn log_ledger(transaction: &Transaction<'_>, node: i16) -> Result<Ledger, Error> {
+    let sql = format!("SELECT {HAS_SHARE} FROM node WHERE node = $1");
+    let row = transaction.query_one(&sql, &[&node]).await?;
+    Ok(ledger_of_log(row.get(0)))
+}
+
 /// The columns of `node` that [`dead_node`] reads.
 fn dead_columns() -> String {
     format!(
-        "node.node, epoch, ids_leased_until_ms, EXISTS (SELECT FROM stock_share s WHERE s.node = node.node),
-         journal_id IS NOT NULL, {}",
+        "node.node, epoch, ids_leased_until_ms, {HAS_SHARE}, journal_id IS NOT NULL, {}",
         order_log::COLUMNS
     )
 }
@@ -199,11 +218,7 @@ fn dead_node(row: &Row) -> DeadNode {
         lease: NodeLease {
             node: row.get(0),
             epoch: row.get(1),
-            ledger: if row.get(3) {
-                Ledger::Share
-            } else {
-                Ledger::Sku
-            },
+            ledger: ledger_of_log(row.get(3)),
         },
         log: row.get::<_, bool>(4).then(|| order_log::noted_log(row, 5)),
         ids_until: UnixMillis(row.get(2)),
@@ -284,11 +299,77 @@ pub(super) async fn block(transaction: &Transaction<'_>, node: i16) -> Result<Ve
         .await
 }
 
-/// Ends the takeover of `dead` by `by`, after its log was replayed: the log is settled, the lanes that waited for it are
-/// unblocked, its shares become the survivor's.
+/// Raises the epoch of a dead node, whose log has later ones than its row: PostgreSQL has forgotten them in a failover. Returns
+/// the right to write as the dead node.
 ///
-/// If the dead node had no lane, nobody has its buyers, and its units go back to `sku`. Every id that it has leased in its
-/// log lies before `ids_until`. Returns the shares that became the survivor's.
+/// # Errors
+/// [`StoreError::Fenced`] if either was taken over, or the takeover was inherited by another node; otherwise if the database
+/// does not answer.
+pub async fn raise_to(
+    database: &Database,
+    by: NodeLease,
+    dead: NodeLease,
+    epoch: u64,
+) -> Result<NodeLease, StoreError> {
+    let raised = NodeLease {
+        epoch: i64::try_from(epoch).unwrap_or(i64::MAX),
+        ..dead
+    };
+    let mut client = database.pooled().await?;
+    let work = async {
+        let transaction = client.transaction().await?;
+        if !lock_begun(&transaction, by, dead).await? {
+            return Ok(None);
+        }
+        for table in ["writer", "node"] {
+            transaction
+                .execute(
+                    &format!("UPDATE {table} SET epoch = $2 WHERE node = $1"),
+                    &[&raised.node, &raised.epoch],
+                )
+                .await?;
+        }
+        transaction.commit().await?;
+        Ok(Some(raised))
+    };
+    let raised = database
+        .timed("raising the epoch of a node that is gone", work)
+        .await?;
+    raised.ok_or_else(|| by.is_lost())
+}
+
+/// Locks the row of a dead node for `by`, which takes it over. False: either was taken over, or the takeover has ended.
+async fn lock_begun(
+    transaction: &Transaction<'_>,
+    by: NodeLease,
+    dead: NodeLease,
+) -> Result<bool, Error> {
+    if by.node < dead.node && !in_force(transaction, by).await? {
+        return Ok(false);
+    }
+    let row = transaction
+        .query_opt(
+            &format!("{IS_BEGUN} FOR UPDATE"),
+            &[&dead.node, &dead.epoch, &by.node, &by.epoch],
+        )
+        .await?;
+    Ok(row.is_some() && (by.node < dead.node || in_force(transaction, by).await?))
+}
+
+/// The end of a dead node's log, after it was replayed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LogEnd {
+    /// Every id that the node has leased lies before this moment.
+    pub ids_until: UnixMillis,
+    /// The place up to which every order in it is settled, if it was read.
+    pub place: Option<Position>,
+}
+
+/// Ends the takeover of `dead` by `by`, after its log was replayed to `end`: the log is settled, the lanes that waited for it
+/// are unblocked, its shares become the survivor's.
+///
+/// If the dead node had no lane, nobody has its buyers, and its units go back to `sku`. Returns the shares that became the
+/// survivor's.
 ///
 /// # Errors
 /// [`StoreError::Fenced`] if either was taken over, or the takeover was inherited by another node.
@@ -296,28 +377,18 @@ pub async fn finish(
     database: &Database,
     by: NodeLease,
     dead: NodeLease,
-    ids_until: UnixMillis,
+    end: LogEnd,
 ) -> Result<Vec<(SkuNumber, Share)>, StoreError> {
     let mut client = database.pooled().await?;
     let work = async {
         let transaction = client.transaction().await?;
-        if by.node < dead.node && !in_force(&transaction, by).await? {
-            return Ok(None);
-        }
-        let is_ours = transaction
-            .query_opt(
-                &format!("{IS_BEGUN} FOR UPDATE"),
-                &[&dead.node, &dead.epoch, &by.node, &by.epoch],
-            )
-            .await?
-            .is_some();
-        if !is_ours || (by.node >= dead.node && !in_force(&transaction, by).await?) {
+        if !lock_begun(&transaction, by, dead).await? {
             return Ok(None);
         }
         let unblocked = transaction
             .execute(
                 "UPDATE lane SET blocked_by = NULL, ids_until_ms = greatest(ids_until_ms, $2) WHERE blocked_by = $1",
-                &[&dead.node, &ids_until.0],
+                &[&dead.node, &end.ids_until.0],
             )
             .await?;
         let merged = if unblocked == 0 {
@@ -326,11 +397,20 @@ pub async fn finish(
         } else {
             merge(&transaction, dead.node, by.node).await?
         };
+        let [epoch, number, offset] = order_log::columns(end.place);
         transaction
             .execute(
                 "UPDATE node SET state = 'left', taken_by = NULL, taken_epoch = NULL, journal_in_use = false,
-                        unpaid_from = CASE WHEN $2 THEN $3 ELSE unpaid_from END WHERE node = $1",
-                &[&dead.node, &(unblocked > 0), &lease::NOTHING_UNPAID],
+                        unpaid_from = CASE WHEN $2 THEN $3 ELSE unpaid_from END, log_epoch = coalesce($4, log_epoch),
+                        log_number = coalesce($5, log_number), log_offset = coalesce($6, log_offset) WHERE node = $1",
+                &[
+                    &dead.node,
+                    &(unblocked > 0),
+                    &lease::NOTHING_UNPAID,
+                    &epoch,
+                    &number,
+                    &offset,
+                ],
             )
             .await?;
         transaction.commit().await?;

@@ -208,6 +208,26 @@ pub async fn abandon(
     .map(|changed| changed == 1)
 }
 
+/// Gives up the orders that the log of a dead node may still hold, at an operator's decision, while other nodes run: whoever
+/// takes it over goes on without the log. Returns false, with nothing changed, if the node is not dead or has no log in use.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn abandon_of(database: &Database, node: i16) -> Result<bool, StoreError> {
+    let client = database.pooled().await?;
+    let changed = database
+        .timed(
+            "abandoning the order log of a node",
+            client.execute(
+                "UPDATE node SET journal_in_use = false, log_epoch = NULL, log_number = NULL, log_offset = NULL
+                  WHERE node = $1 AND state = 'dead' AND journal_in_use",
+                &[&node],
+            ),
+        )
+        .await?;
+    Ok(changed == 1)
+}
+
 /// The number of each worker's last batch, by worker.
 ///
 /// # Errors
@@ -230,7 +250,7 @@ pub async fn worker_batches(
 }
 
 /// A place as the columns of `node` have it: epoch, number, offset.
-fn columns(place: Option<Position>) -> [Option<i64>; 3] {
+pub(in crate::store) fn columns(place: Option<Position>) -> [Option<i64>; 3] {
     let signed = |at: u64| i64::try_from(at).unwrap_or(i64::MAX);
     match place {
         None => [None; 3],

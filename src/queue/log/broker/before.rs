@@ -33,7 +33,7 @@ pub struct BeforeStart {
     pub broker: Arc<dyn Broker>,
     /// The database and node that take it over.
     pub owner: Owner,
-    /// The epoch of this process; the log's epoch is higher if the log has a higher one already.
+    /// The epoch of this process.
     pub epoch: u64,
     /// What PostgreSQL knows of it.
     pub known: Known,
@@ -55,11 +55,29 @@ pub struct TakenOver {
 
 impl BeforeStart {
     /// Takes the log over, and passes every record behind the place to `each`, in order. From the marker on no
-    /// other process can acknowledge anything in this log.
+    /// other process can acknowledge anything in this log. Its epoch is higher than that of this process if the log has a
+    /// higher one already: PostgreSQL has forgotten that in a failover.
     ///
     /// # Errors
     /// [`ReadError`].
-    pub fn take_over(self, mut each: impl FnMut(Record)) -> Result<TakenOver, ReadError> {
+    pub fn take_over(self, each: impl FnMut(Record)) -> Result<TakenOver, ReadError> {
+        self.take(each, |_| Ok(()))
+    }
+
+    /// The same under no other epoch than `epoch`. A process that was paused and replaced in between cannot tell a failover
+    /// from its replacement, whose log it must leave alone; PostgreSQL can.
+    ///
+    /// # Errors
+    /// [`ReadError::LaterEpoch`]; some records may have been passed on before.
+    pub fn take_over_as(self, each: impl FnMut(Record)) -> Result<TakenOver, ReadError> {
+        self.take(each, |epoch| Err(ReadError::LaterEpoch(epoch)))
+    }
+
+    fn take(
+        self,
+        mut each: impl FnMut(Record),
+        beyond: impl Fn(u64) -> Result<(), ReadError>,
+    ) -> Result<TakenOver, ReadError> {
         let mut taken = TakenOver {
             marker: Position {
                 place: Place {
@@ -77,6 +95,9 @@ impl BeforeStart {
         let mut epoch = before.epoch.max(newest + 1);
         if let Some(place) = before.known.place {
             epoch = epoch.max(place.place.epoch + 1);
+        }
+        if epoch > before.epoch {
+            beyond(epoch)?;
         }
         if !before.known.in_use && has_unknown && before.known.place.is_none() {
             return Err(ReadError::Foreign(format!(
@@ -119,6 +140,7 @@ impl BeforeStart {
                 return Ok(taken);
             }
             epoch = epoch.max(last.map_or(0, |last| last.epoch)) + 1;
+            beyond(epoch)?;
         }
         Err(ReadError::Broker(BrokerError::Refused(
             taken.before.is_used(epoch, "its epochs go on"),

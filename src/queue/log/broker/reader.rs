@@ -25,6 +25,9 @@ pub enum ReadError {
     /// Acknowledged groups are missing or damaged.
     #[error("{0}")]
     Damaged(String),
+    /// It has groups of a later epoch than that of whoever takes it over, who needs this one.
+    #[error("the log has groups of a later epoch; epoch {0} is needed to take it over")]
+    LaterEpoch(u64),
 }
 
 impl IsAway for ReadError {
