@@ -47,6 +47,8 @@ pub(super) struct JoinedNode {
     pub(super) had_lanes: bool,
     /// The counters of the orders in its log.
     pub(super) log_ledger: Ledger,
+    /// How long an earlier process on its row may answer after a contact.
+    pub(super) answer_lease_ms: u64,
     /// Takes dead nodes over, those first that an earlier process on this row had begun with.
     pub(super) takeovers: Takeovers,
     /// Woken when something about lanes has changed.
@@ -126,12 +128,14 @@ pub(super) async fn join(
         log: log.as_deref(),
         address: &address,
         reads_format: GROUP_FORMAT,
+        answer_lease_ms: config.cluster.answer_lease_ms,
         shards: writers.count(),
         ids_from: clock.now(),
     };
     let joined = take_row(&mut session, &candidate, control).await?;
     let node = joined.lease.node;
     tracing::info!(node, epoch = joined.lease.epoch, %address, "joined the cluster");
+    let database = &database.clone().of_node(joined.lease.node)?;
     // Named for the node, so that whoever fences it may end it.
     let session = lease::share(database, &session_name(joined.lease)).await?;
     let settings = &config.cluster;
@@ -157,6 +161,7 @@ pub(super) async fn join(
         ids_leased_until,
         lanes,
         log_ledger,
+        answer_lease_ms,
         paused,
         receipts,
         ..
@@ -183,6 +188,7 @@ pub(super) async fn join(
         listener,
         had_lanes: !lanes.is_empty(),
         log_ledger,
+        answer_lease_ms,
         takeovers,
         changed,
         loaded: BTreeMap::new(),

@@ -111,6 +111,7 @@ impl Ownership {
         prepare_schema(config, &database).await?;
         let clock = clock::check(config, &database, &shared, false).await?;
         let (owned, node) = joining::join(parts, &database, shared, clock).await?;
+        let database = database.of_node(owned.lease.node)?;
         let number = u8::try_from(owned.lease.node).unwrap_or(u8::MAX);
         let log = order_log::find(config, control, number).await?;
         let session = database.connect(joining::NAME).await?;

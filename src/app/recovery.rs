@@ -66,7 +66,8 @@ pub(super) async fn state(
     }
     if let Some(node) = ownership.node.as_ref().filter(|node| node.had_lanes) {
         // From the marker in its log on, an earlier process on this row can answer only as long as its contact lasts.
-        node.member.wait_for_answers_of(now_ms());
+        node.member
+            .wait_for_answers_of(now_ms(), node.answer_lease_ms);
     }
     control.progress("reading the database".to_owned());
     let leased_until = ownership.ids_leased_until;

@@ -213,7 +213,14 @@ impl Node {
         let config = self.config.to_str().expect("a path in UTF-8");
         let number = number.to_string();
         let words = [
-            "queue", "abandon", "--config", config, "--yes", "--node", &number,
+            "queue",
+            "abandon",
+            "--config",
+            config,
+            "--yes",
+            "--process-is-gone",
+            "--node",
+            &number,
         ];
         let done = millrace(&words).output().expect("run the program");
         assert!(done.status.success(), "{done:?}");

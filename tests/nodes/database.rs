@@ -294,6 +294,30 @@ async fn a_dead_node_is_fenced_although_its_backend_is_in_the_middle_of_a_transa
 }
 
 #[tokio::test]
+async fn no_other_backend_of_a_dead_node_or_of_its_takeovers_is_in_the_way() {
+    let mut bed = Bed::open().await;
+    let (heir, survivor, dead) = (bed.join(1).await, bed.join(2).await, bed.join(3).await);
+    // The replay of a node that it had taken over, and lending or a hand-over of its own.
+    let gone = suspect(&bed, dead.node).await;
+    let fenced = takeover::fence(&bed.database, &mut bed.session, survivor, gone).await;
+    assert!(fenced.unwrap().is_some());
+    let replay = bed.database.connect("millrace worker 2/0").await.unwrap();
+    replay
+        .batch_execute("BEGIN; SELECT FROM writer WHERE node = 2 AND shard = 0 FOR UPDATE")
+        .await
+        .unwrap();
+    let pool = bed.database.clone().of_node(survivor.node).unwrap();
+    let lending = pool.pooled().await.unwrap();
+    lending
+        .batch_execute("BEGIN; SELECT FROM node WHERE node = 1 FOR KEY SHARE")
+        .await
+        .unwrap();
+    let gone = suspect(&bed, survivor.node).await;
+    let fenced = takeover::fence(&bed.database, &mut bed.session, heir, gone).await;
+    assert_eq!(fenced.unwrap().unwrap().dead.len(), 2);
+}
+
+#[tokio::test]
 async fn a_session_that_is_not_the_dead_nodes_is_not_ended() {
     let mut bed = Bed::open().await;
     let (survivor, dead) = (bed.join(1).await, bed.join(2).await);

@@ -7,12 +7,14 @@ use std::time::{Duration, Instant};
 use millrace::metrics::Metrics;
 use millrace::order::payment::{Delivery, Notice, Payment, Provider};
 use millrace::order::{
-    Currency, IdClock, OrderId, OrderStatus, Quantity, Refusal, SkuId, SkuNumber, UnixMillis,
+    Currency, IdClock, LaneSet, OrderId, OrderStatus, Quantity, Refusal, SkuId, SkuNumber,
+    UnixMillis,
 };
 use millrace::pipeline::admin::audit::audit;
 use millrace::pipeline::admin::pauses::Pauses;
 use millrace::pipeline::cluster::lending::{Lending, LendingParts};
 use millrace::pipeline::cluster::terms::{self, Terms};
+use millrace::pipeline::failover::loading;
 use millrace::pipeline::payments::settler::{Settler, SettlerParts, Signals};
 use millrace::state::State;
 use millrace::state::buyers::Buyers;
@@ -258,6 +260,23 @@ async fn a_unit_that_comes_back_at_one_node_is_sold_at_another() {
     nodes[0].cancel(orders[1]).await;
     assert_eq!(nodes[2].buy(2).await, None);
     assert_sound(&bed, &nodes).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ids_go_on_above_those_of_the_orders_that_are_loaded() {
+    let bed = Bed::open().await;
+    bed.logged_skus(&[5]).await;
+    let node = Node::start(&bed, 1).await;
+    node.buy(1).await.unwrap();
+    // Its node had a fast clock, and a lease that nobody knows of.
+    let far = OrderId::floor_of(UnixMillis::now().plus_ms(600_000));
+    bed.sql(&format!("UPDATE orders SET order_id = {}", far.as_i64()))
+        .await;
+    let (database, floor) = (&bed.database, node.state.ids.window_floor(3_600_000));
+    let all = LaneSet::ALL;
+    let loaded = loading::load(&node.state, database, node.lease, floor, all, |_, _| {});
+    assert_eq!(loaded.await.unwrap().orders, 1);
+    assert!(node.state.ids.now() > far.millis());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

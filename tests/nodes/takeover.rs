@@ -1,13 +1,14 @@
 //! The log of a dead node on a real broker, and the task that takes nodes over.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use millrace::metrics::Metrics;
 use millrace::order::{ClockReading, Lane, Order, SkuNumber, UnixMillis};
 use millrace::pipeline::cluster::member::{Member, Renewing, session_name};
 use millrace::pipeline::cluster::takeover::{
-    Replayed, Replaying, TakeoverError, TakeoverParts, Takeovers, replay,
+    FindLog, Replayed, Replaying, TakeoverError, TakeoverParts, Takeovers, replay,
 };
 use millrace::pipeline::failover::lease::AcknowledgeLease;
 use millrace::queue::log::broker::reader::ReadError;
@@ -311,9 +312,13 @@ async fn a_dead_nodes_log_of_later_epochs_than_its_row_is_taken_over_above_them(
     assert_eq!(next.epoch, 42);
 }
 
-/// Has a node renew its membership and take over who does not. Its takeovers are on a database of their own; the log of
-/// nobody is to be found.
-async fn takes_over(bed: &Bed, node: &Node, database: Database) -> JoinSet<()> {
+/// Has a node renew its membership and take over who does not. Its takeovers are on a database of their own.
+async fn takes_over(
+    bed: &Bed,
+    node: &Node,
+    database: Database,
+    find_log: FindLog,
+) -> (Arc<Member>, JoinSet<()>) {
     let (lease_ms, answer_lease_ms) = (1_000, 300);
     let member = Arc::new(Member::new(
         node.lease,
@@ -331,9 +336,9 @@ async fn takes_over(bed: &Bed, node: &Node, database: Database) -> JoinSet<()> {
         Arc::clone(&node.state.poison),
     );
     let takeovers = Takeovers::new(TakeoverParts {
-        member,
+        member: Arc::clone(&member),
         database,
-        find_log: Arc::new(|node| Err(format!("the log of node {node} is not there"))),
+        find_log,
         identity: identity(bed).await,
         rows_max: 100,
         clock: ClockReading::take(),
@@ -343,7 +348,7 @@ async fn takes_over(bed: &Bed, node: &Node, database: Database) -> JoinSet<()> {
     let mut tasks = JoinSet::new();
     tasks.spawn(renewing.run());
     tasks.spawn(takeovers.run(Arc::clone(&node.state)));
-    tasks
+    (member, tasks)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -363,14 +368,15 @@ async fn a_takeover_goes_on_although_the_answer_to_one_of_its_commits_is_lost() 
         lanes::claim_free(&bed.database, dead).await.unwrap();
         shares::lend(&bed.database, dead, SKU, 9, 1).await.unwrap();
         bed.settle(dead, 1, 3, 2).await.unwrap();
-        // Its log may hold orders, so there is time between the two transactions.
+        // Its log may hold orders, so there is time between the two transactions. It may answer for longer than others.
         bed.sql(
-            "UPDATE node SET journal_id = '00000000-0000-0000-0000-00000000000a', journal_in_use = true
-              WHERE node = 1",
+            "UPDATE node SET journal_id = '00000000-0000-0000-0000-00000000000a', journal_in_use = true,
+                    answer_lease_ms = 600000 WHERE node = 1",
         )
         .await;
         proxy.cut(cut);
-        let _tasks = takes_over(&bed, &survivor, through.unwrap()).await;
+        let find_log: FindLog = Arc::new(|_| Err("it is not there yet".to_owned()));
+        let (member, _tasks) = takes_over(&bed, &survivor, through.unwrap(), find_log).await;
         wait_until("it is fenced", async || {
             bed.number("SELECT count(*) FROM node WHERE state = 'dead'")
                 .await
@@ -389,6 +395,51 @@ async fn a_takeover_goes_on_although_the_answer_to_one_of_its_commits_is_lost() 
         survivor.agrees().await;
         let stock = survivor.state.catalogue.by_number(SKU).unwrap();
         assert_eq!(stock.counter().snapshot().held, 3, "{cut:?}");
+        assert!(member.opens_in() > Some(Duration::from_secs(500)));
         assert!(proxy.has_cut());
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_log_of_a_single_process_that_is_gone_is_replayed_by_nodes_with_rows_of_their_own() {
+    let Some(server) = Server::start(Kind::Redis) else {
+        return;
+    };
+    let bed = Bed::open().await;
+    bed.logged_skus(&[10]).await;
+    let mut single = LoggingNode::join(&bed, &server, 1).await;
+    let sku = skus::load_all(&bed.database, single.lease)
+        .await
+        .unwrap()
+        .remove(0);
+    single.append(&[order(&sku, 3)]).await.unwrap();
+    bed.sql("UPDATE node SET state = 'single', home = NULL WHERE node = 0")
+        .await;
+    let node = Node::start(&bed, 2).await;
+    assert_eq!(node.lease.node, 1);
+    let log = (client(&server, 0), format!("{:032x}", 0));
+    let is_there = Arc::new(AtomicBool::new(false));
+    let find_log: FindLog = {
+        let is_there = Arc::clone(&is_there);
+        Arc::new(move |_| match is_there.load(Ordering::Relaxed) {
+            true => Ok(log.clone()),
+            false => Err("it is not there yet".to_owned()),
+        })
+    };
+    let (_member, _tasks) = takes_over(&bed, &node, bed.database.clone(), find_log).await;
+    wait_until("its log is looked for", async || {
+        bed.number("SELECT renewals FROM node WHERE node = 1").await > 12
+    })
+    .await;
+    let state = "SELECT count(*) FROM node WHERE node = 0 AND state = 'single'";
+    assert_eq!(bed.number(state).await, 1, "a process on its own may go on");
+    is_there.store(true, Ordering::Relaxed);
+    wait_until("its lanes are free", async || {
+        let taken = lanes::claim_free(&bed.database, node.lease).await;
+        taken.unwrap().len() == Lane::COUNT
+    })
+    .await;
+    assert_eq!(bed.number("SELECT count(*) FROM orders").await, 1);
+    let share = shares::share_of(&bed.database, 1, SKU).await.unwrap();
+    assert_eq!(share.held, 3);
 }

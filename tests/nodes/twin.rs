@@ -112,6 +112,7 @@ pub fn candidate(ids_from: i64, id: &str) -> Candidate<'_> {
         log: None,
         address: "127.0.0.1:8082",
         reads_format: 1,
+        answer_lease_ms: 300,
         shards: 2,
         ids_from: UnixMillis(ids_from),
     }

@@ -89,6 +89,7 @@ impl Sale {
             log: None,
             address: "127.0.0.1:8082",
             reads_format: 1,
+            answer_lease_ms: 3_000,
             shards,
             ids_from: UnixMillis::now(),
         };

@@ -77,8 +77,9 @@ struct AbandonArgs {
     /// (`queue.journal.lease_ms`): it is known to have ended, or its machine to be destroyed.
     #[arg(long)]
     process_is_gone: bool,
-    /// The log of this node of a cluster, whose takeover waits for it because it cannot be read. The other nodes run.
-    #[arg(long, value_name = "NUMBER", conflicts_with = "process_is_gone")]
+    /// The log of this node of a cluster, whose takeover waits for it because it cannot be read. The other nodes run. The
+    /// node's own process has to be gone: one that is only cut off from the database would go on acknowledging orders.
+    #[arg(long, value_name = "NUMBER", requires = "process_is_gone")]
     node: Option<i16>,
 }
 

@@ -48,7 +48,7 @@ impl NodeView {
             units_lent: of.units_lent,
             units_held: of.units_held,
             log: row.log.clone(),
-            log_in_use: of.log_in_use,
+            log_in_use: row.log_in_use,
         }
     }
 }

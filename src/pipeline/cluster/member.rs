@@ -128,9 +128,10 @@ impl Member {
     }
 
     /// Notes that a node can answer from its memory no longer than its answer lease after `silent_since_ms`: no lane opens
-    /// here before that is over.
-    pub fn wait_for_answers_of(&self, silent_since_ms: u64) {
-        let until = silent_since_ms.saturating_add(waited_ms(self.answer_lease_ms));
+    /// here before that is over. Of its lease and this node's own the longer one counts.
+    pub fn wait_for_answers_of(&self, silent_since_ms: u64, answer_lease_ms: u64) {
+        let lease_ms = answer_lease_ms.max(self.answer_lease_ms);
+        let until = silent_since_ms.saturating_add(waited_ms(lease_ms));
         self.opens_from_ms.fetch_max(until, Ordering::AcqRel);
     }
 

@@ -15,7 +15,7 @@ use std::time::Duration;
 use tokio::sync::Notify;
 
 use super::lending;
-use super::member::Member;
+use super::member::{Member, Seen};
 use crate::backoff::Backoff;
 use crate::metrics::Metrics;
 use crate::order::{ClockReading, SkuNumber, UnixMillis};
@@ -30,7 +30,7 @@ use crate::store::StoreError;
 use crate::store::batch::BatchWriter;
 use crate::store::cluster::shares::Share;
 use crate::store::cluster::takeover::{self, DeadNode, LogEnd, Suspect};
-use crate::store::postgres::order_log::NotedLog;
+use crate::store::postgres::order_log::{self, NotedLog};
 use crate::store::postgres::{Database, NodeLease};
 
 /// Reasons why a log could not be replayed.
@@ -242,14 +242,19 @@ impl Takeovers {
             let now = Arc::clone(&seen.borrow_and_update());
             let mut has_begun = now.nodes.iter().any(|row| row.taken_by == Some(own));
             let mut step = Ok(());
-            for suspect in &now.suspects {
-                match self.fence(*suspect).await {
+            let mut suspects = now.suspects.clone();
+            match self.gone_single(&now).await {
+                Ok(gone) => suspects.extend(gone),
+                Err(error) => step = Err(error),
+            }
+            for suspect in suspects {
+                match self.fence(suspect).await {
                     Ok(fenced) => has_begun |= fenced,
                     Err(error) => step = Err(error),
                 }
             }
-            if has_begun && step.is_ok() {
-                step = self.settle_begun(&state).await;
+            if has_begun {
+                step = step.and(self.settle_begun(&state).await);
             }
             match step {
                 Ok(()) => backoff.reset(),
@@ -273,6 +278,36 @@ impl Takeovers {
                 return;
             }
         }
+    }
+
+    /// The row of a process on its own that is gone, and whose log this node can read: nobody gets a lane before that. This
+    /// node's share of the lock shows that none runs. The lowest active node does it.
+    async fn gone_single(&self, seen: &Seen) -> Result<Option<Suspect>, TakeoverError> {
+        let TakeoverParts {
+            member, database, ..
+        } = &self.parts;
+        let mut nodes = seen.nodes.iter();
+        let is_lowest = nodes
+            .find(|row| row.is_active())
+            .is_some_and(|row| row.node == member.lease.node);
+        let mut nodes = seen.nodes.iter();
+        let gone = nodes.find(|row| row.state == "single" && row.log_in_use);
+        let Some(row) = gone.filter(|_| is_lowest) else {
+            return Ok(None);
+        };
+        let client = database.pooled().await?;
+        let Some(log) = order_log::noted(database, &client, row.node).await? else {
+            return Ok(None);
+        };
+        if let Err(error) = self.find_log(row.node, &log).await {
+            tell_unreadable(row.node, &error);
+            return Err(error);
+        }
+        Ok(Some(Suspect {
+            node: row.node,
+            epoch: row.epoch,
+            renewals: row.renewals,
+        }))
     }
 
     /// Fences a suspect. False: there was nothing to do.
@@ -330,7 +365,7 @@ impl Takeovers {
         };
         end.ids_until = end.ids_until.max(dead.ids_until);
         // Before its lanes are unblocked: whoever looks then finds that they have to wait.
-        member.wait_for_answers_of(silent_since_ms);
+        member.wait_for_answers_of(silent_since_ms, dead.answer_lease_ms);
         Ok((dead.lease, end))
     }
 
@@ -391,6 +426,6 @@ fn tell_unreadable(node: i16, error: &TakeoverError) {
         node,
         reason = %error,
         "the log of a node that is gone could not be read; the lanes that wait for it stay closed; retrying (millrace queue \
-         abandon --node gives it up)"
+         abandon gives it up)"
     );
 }

@@ -25,6 +25,8 @@ pub struct Loaded {
 /// Reads the orders of some lanes. None of them may be open here, and memory must have nothing of them. `floor` is the
 /// lowest id of the idempotency window; `tell` gets the progress about once a second.
 ///
+/// Ids go on above those that are read, whatever was leased: the place of a dead node's log may have overtaken a lease in it.
+///
 /// # Errors
 /// If a row is not one of ours, or the database's error. Memory may have a part of the lanes then.
 pub async fn load(
@@ -58,6 +60,7 @@ pub async fn load(
     let limited: HashSet<_> = limited.iter().map(|sku| sku.number).collect();
     let others = others.iter().map(|sku| sku.number);
     state.buyers.note_incomplete(others);
+    let mut newest = None;
     window::load(
         database,
         floor,
@@ -66,6 +69,7 @@ pub async fn load(
                 return;
             }
             loaded.orders += 1;
+            newest = newest.max(Some(order.order_id));
             if open_until == Some(UnixMillis::NEVER) {
                 waiting.push((order.sku, order.order_id, order.quantity.get()));
             } else if let Some(until) = open_until {
@@ -78,6 +82,9 @@ pub async fn load(
         |progress| tell("reading the idempotency window", progress),
     )
     .await?;
+    if let Some(newest) = newest {
+        state.ids.raise(newest.millis().plus_ms(1));
+    }
     if !limited.is_empty() {
         count_older(state, database, limited, floor, is_wanted, tell).await?;
     }

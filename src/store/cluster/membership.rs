@@ -35,6 +35,8 @@ pub struct Candidate<'a> {
     pub address: &'a str,
     /// The newest format of a group that it can read.
     pub reads_format: i16,
+    /// `cluster.answer_lease_ms`.
+    pub answer_lease_ms: u64,
     /// Number of its writers.
     pub shards: i16,
     /// No id may lie before this moment.
@@ -54,6 +56,8 @@ pub struct Joined {
     pub lanes: Vec<LaneRow>,
     /// The counters of the orders in its log.
     pub log_ledger: Ledger,
+    /// How long an earlier process on this row may answer from its memory after a contact.
+    pub answer_lease_ms: u64,
     /// Whether an operator has paused every sale.
     pub paused: bool,
     /// The issuer of receipts: this database.
@@ -97,6 +101,8 @@ pub struct NodeRow {
     pub taken_by: Option<i16>,
     /// The title of its order log.
     pub log: Option<String>,
+    /// Whether its order log may hold orders that are not rows yet.
+    pub log_in_use: bool,
     /// Whether it is to hand everything over and leave.
     pub drain: bool,
 }
@@ -163,18 +169,21 @@ pub async fn join(session: &mut Connected, candidate: &Candidate<'_>) -> Result<
     .await?;
     let joining = async {
         let log_ledger = takeover::log_ledger(&transaction, node).await?;
-        transaction
-            .execute(
+        let before = transaction
+            .query_one(
                 "UPDATE node SET state = 'joining', home = $2::text::uuid, address = $3, reads_format = $4,
-                        renewals = abs(renewals) + 1, taken_by = NULL, taken_epoch = NULL, drain = false WHERE node = $1",
+                        renewals = abs(renewals) + 1, taken_by = NULL, taken_epoch = NULL, drain = false, answer_lease_ms = $5
+                   FROM (SELECT answer_lease_ms AS earlier FROM node WHERE node = $1) b WHERE node = $1 RETURNING earlier",
                 &[
                     &node,
                     &candidate.home,
                     &candidate.address,
                     &candidate.reads_format,
+                    &i64::try_from(candidate.answer_lease_ms).unwrap_or(i64::MAX),
                 ],
             )
             .await?;
+        let answer_lease_ms = takeover::milliseconds(&before, 0);
         let inherited = takeover::inherit(&transaction, node, lease).await?;
         if was_single {
             // It had all lanes.
@@ -187,9 +196,9 @@ pub async fn join(session: &mut Connected, candidate: &Candidate<'_>) -> Result<
                 .await?;
         }
         let blocked = takeover::block(&transaction, node).await?;
-        Ok::<_, Error>((log_ledger, inherited, blocked))
+        Ok::<_, Error>((log_ledger, answer_lease_ms, inherited, blocked))
     };
-    let (log_ledger, inherited, blocked) = joining.await.map_err(step(doing))?;
+    let (log_ledger, answer_lease_ms, inherited, blocked) = joining.await.map_err(step(doing))?;
     let lanes = blocked.iter().map(lanes::lane_row);
     let lanes = lanes.collect::<Result<_, _>>()?;
     let receipts = lease::issuer(&transaction, id_high_water).await?;
@@ -200,6 +209,7 @@ pub async fn join(session: &mut Connected, candidate: &Candidate<'_>) -> Result<
         ids_leased_until,
         lanes,
         log_ledger,
+        answer_lease_ms,
         paused,
         receipts,
         inherited,
@@ -485,8 +495,6 @@ pub struct Holdings {
     pub units_lent: i64,
     /// Of these, units of unpaid orders that are rows.
     pub units_held: i64,
-    /// Whether its order log may hold orders that are not rows yet.
-    pub log_in_use: bool,
 }
 
 /// Every node of a cluster, with what it has.
@@ -496,8 +504,8 @@ pub struct Holdings {
 pub async fn holdings(database: &Database) -> Result<Vec<Holdings>, StoreError> {
     let client = database.pooled().await?;
     let sql = "
-        SELECT n.node, n.epoch, n.state, n.renewals, n.address, n.reads_format, n.taken_by, n.log_title, n.drain,
-               l.lanes, l.blocked, s.lent, s.held, n.journal_in_use
+        SELECT n.node, n.epoch, n.state, n.renewals, n.address, n.reads_format, n.taken_by, n.log_title, n.journal_in_use, n.drain,
+               l.lanes, l.blocked, s.lent, s.held
           FROM node n,
                LATERAL (SELECT count(*) AS lanes, count(blocked_by) AS blocked FROM lane WHERE node = n.node) l,
                LATERAL (SELECT coalesce(sum(lent), 0)::int8 AS lent, coalesce(sum(held), 0)::int8 AS held
@@ -508,17 +516,17 @@ pub async fn holdings(database: &Database) -> Result<Vec<Holdings>, StoreError> 
         .await?;
     let of = |row: &Row| Holdings {
         node: node_row(row),
-        lanes: row.get(9),
-        lanes_blocked: row.get(10),
-        units_lent: row.get(11),
-        units_held: row.get(12),
-        log_in_use: row.get(13),
+        lanes: row.get(10),
+        lanes_blocked: row.get(11),
+        units_lent: row.get(12),
+        units_held: row.get(13),
     };
     Ok(rows.iter().map(of).collect())
 }
 
 const NODES: &str = "
-    SELECT node, epoch, state, renewals, address, reads_format, taken_by, log_title, drain FROM node ORDER BY node";
+    SELECT node, epoch, state, renewals, address, reads_format, taken_by, log_title, journal_in_use, drain
+      FROM node ORDER BY node";
 
 fn node_row(row: &Row) -> NodeRow {
     NodeRow {
@@ -530,6 +538,7 @@ fn node_row(row: &Row) -> NodeRow {
         reads_format: row.get(5),
         taken_by: row.get(6),
         log: row.get(7),
-        drain: row.get(8),
+        log_in_use: row.get(8),
+        drain: row.get(9),
     }
 }

@@ -47,6 +47,8 @@ pub struct DeadNode {
     pub log: Option<NotedLog>,
     /// Every id that it has leased in the database lies before this moment. Its log may have leased more.
     pub ids_until: UnixMillis,
+    /// How long it may answer from its memory after a contact.
+    pub answer_lease_ms: u64,
 }
 
 /// The result of fencing a suspect.
@@ -208,7 +210,7 @@ pub(super) async fn log_ledger(transaction: &Transaction<'_>, node: i16) -> Resu
 /// The columns of `node` that [`dead_node`] reads.
 fn dead_columns() -> String {
     format!(
-        "node.node, epoch, ids_leased_until_ms, {HAS_SHARE}, journal_id IS NOT NULL, {}",
+        "node.node, epoch, ids_leased_until_ms, {HAS_SHARE}, answer_lease_ms, journal_id IS NOT NULL, {}",
         order_log::COLUMNS
     )
 }
@@ -220,9 +222,14 @@ fn dead_node(row: &Row) -> DeadNode {
             epoch: row.get(1),
             ledger: ledger_of_log(row.get(3)),
         },
-        log: row.get::<_, bool>(4).then(|| order_log::noted_log(row, 5)),
+        log: row.get::<_, bool>(5).then(|| order_log::noted_log(row, 6)),
         ids_until: UnixMillis(row.get(2)),
+        answer_lease_ms: milliseconds(row, 4),
     }
+}
+
+pub(super) fn milliseconds(row: &Row, at: usize) -> u64 {
+    u64::try_from(row.get::<_, i64>(at)).unwrap_or(0)
 }
 
 /// What `by` has begun and not finished, by the rows: nodes that it has fenced or inherited, and its lanes that wait for their
@@ -557,18 +564,19 @@ async fn keep_ending(database: &Database, backend: i32, node: i16) -> Infallible
     }
 }
 
-/// Terminates the backends of the dead node that `backend` waits for. Only those bear its name; another process that
-/// fences the same node is left alone.
+/// Terminates the backends that `backend` waits for, if they are the dead node's, or of its takeover of another. Only those
+/// bear its number; another process that fences the same node is left alone.
 async fn end_blockers(database: &Database, backend: i32, node: i16) -> Result<(), StoreError> {
     let client = database.pooled().await?;
-    let of_node = format!("^millrace [a-z]+ {node}(/[0-9]+)?$");
     let ended = database
         .timed(
             "ending the backends of a node that is gone",
             client.execute(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-                  WHERE pid = ANY (pg_blocking_pids($1)) AND application_name ~ $2",
-                &[&backend, &of_node],
+                  WHERE pid = ANY (pg_blocking_pids($1))
+                    AND substring(application_name FROM '^millrace [a-z]+ ([0-9]+)(?:/[0-9]+)?$')
+                        IN (SELECT node::text FROM node WHERE node = $2 OR taken_by = $2)",
+                &[&backend, &node],
             ),
         )
         .await?;

@@ -113,14 +113,18 @@ impl Connector {
 }
 
 /// Lets the pool connect through the same connector.
-pub(super) struct PoolConnector(pub std::sync::Arc<Connector>);
+pub(super) struct PoolConnector {
+    pub(super) connector: std::sync::Arc<Connector>,
+    /// The `application_name` of its connections.
+    pub(super) name: std::sync::Arc<str>,
+}
 
 impl deadpool_postgres::Connect for PoolConnector {
     fn connect(
         &self,
         _: &Config,
     ) -> Pin<Box<dyn Future<Output = Result<Driven, tokio_postgres::Error>> + Send + '_>> {
-        Box::pin(self.0.connect("millrace"))
+        Box::pin(self.connector.connect(&self.name))
     }
 }
 

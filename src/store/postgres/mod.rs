@@ -71,7 +71,12 @@ pub struct Database {
     schema: String,
     step_timeout: Duration,
     pool: Pool,
+    /// The `application_name` of pooled connections.
+    name: Arc<str>,
 }
+
+/// Pooled connections of a process that is no node of a cluster.
+const NAME: &str = "millrace";
 
 /// A connection outside of the pool. Dropping it closes the socket at once, even if the server has stopped
 /// answering.
@@ -147,12 +152,14 @@ impl Database {
             .connect_timeout(step_timeout)
             .tcp_user_timeout(step_timeout);
         let connector = Arc::new(Connector::new(&config, parameters)?);
-        let pool = make_pool(&connector, schema, pool_size, step_timeout)?;
+        let name = Arc::from(NAME);
+        let pool = make_pool(&connector, &name, schema, pool_size, step_timeout)?;
         Ok(Database {
             connector,
             schema: schema.to_owned(),
             step_timeout,
             pool,
+            name,
         })
     }
 
@@ -161,11 +168,24 @@ impl Database {
     /// # Errors
     /// If no pool can be made.
     pub fn with_own_pool(&self, pool_size: usize) -> Result<Self, StoreError> {
-        let pool = make_pool(&self.connector, &self.schema, pool_size, self.step_timeout)?;
+        let Database {
+            connector, name, ..
+        } = self;
+        let pool = make_pool(connector, name, &self.schema, pool_size, self.step_timeout)?;
         Ok(Database {
             pool,
             ..self.clone()
         })
+    }
+
+    /// The same database for a node of a cluster, with a pool whose connections bear its number, so that whoever fences it
+    /// may end them.
+    ///
+    /// # Errors
+    /// If no pool can be made.
+    pub fn of_node(mut self, node: i16) -> Result<Self, StoreError> {
+        self.name = Arc::from(format!("{NAME} pool {node}"));
+        self.with_own_pool(self.pool.status().max_size)
     }
 
     /// Longest time for one step of a conversation, from `database.step_timeout_ms`.
@@ -253,6 +273,7 @@ impl Database {
 
 fn make_pool(
     connector: &Arc<Connector>,
+    name: &Arc<str>,
     schema: &str,
     pool_size: usize,
     step_timeout: Duration,
@@ -261,7 +282,10 @@ fn make_pool(
     let manager = Manager::from_connect(
         // The connector knows the hosts; this only fills the driver's parameter.
         tokio_postgres::Config::new(),
-        PoolConnector(Arc::clone(connector)),
+        PoolConnector {
+            connector: Arc::clone(connector),
+            name: Arc::clone(name),
+        },
         ManagerConfig {
             recycling_method: RecyclingMethod::Verified,
         },

@@ -1,8 +1,8 @@
 //! The database's record of the order log: the log that may hold acknowledged orders which are not rows yet, the
 //! place up to which they are settled, the end of its process's right to acknowledge, and the progress of workers.
 
-use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
+use tokio_postgres::{Client, Row};
 
 use super::{Connected, Database, NodeLease};
 use crate::order::log_place::{Place, Position};
@@ -42,19 +42,19 @@ pub struct NotedLog {
     pub renewal: Option<Renewal>,
 }
 
-/// The recorded log of a node, read on the connection of [`lease::claim`](super::lease::claim).
+/// The recorded log of a node.
 ///
 /// # Errors
 /// If the database does not answer.
 pub async fn noted(
     database: &Database,
-    guard: &Connected,
+    client: &Client,
     node: i16,
 ) -> Result<Option<NotedLog>, StoreError> {
     let row = database
         .timed(
             "reading which order log is in use",
-            guard.query_opt(
+            client.query_opt(
                 &format!("SELECT {COLUMNS} FROM node WHERE node = $1 AND journal_id IS NOT NULL"),
                 &[&node],
             ),
