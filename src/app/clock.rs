@@ -1,4 +1,5 @@
-//! The clock of this process: the machine's, after a comparison with the database's.
+//! The clock of this process: the machine's, after a comparison with the database's. A node of a cluster goes on from the
+//! database's, so that all nodes agree.
 //!
 //! Much depends on the time at start: order ids, the extent of the idempotency window, expired orders. A clock
 //! that is days ahead forgets keys, expires payable orders, and leaves its mark in the leased order ids.
@@ -84,6 +85,11 @@ pub(super) async fn check(
             allowed_ms,
         }));
     }
+    let clock = match config.cluster.enabled {
+        false => clock,
+        // Of one order several nodes say whether it was paid in time.
+        true => going_on(server.now, asked, answered),
+    };
     let Some(last_used) = server.last_used else {
         return Ok(clock);
     };
@@ -112,9 +118,28 @@ pub(super) async fn check(
     Ok(clock)
 }
 
+/// A clock that goes on from the database's, which was read between these two moments of another one: halfway, so that it is
+/// off by half of their distance at most.
+fn going_on(there: UnixMillis, asked: UnixMillis, answered: UnixMillis) -> ClockReading {
+    ClockReading::of(there.plus_ms(behind_ms(asked, answered) / 2))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_clock_of_a_node_goes_on_from_the_database_s_whatever_its_machine_says() {
+        let there = UnixMillis(1_800_000_000_000);
+        for apart_ms in [0, 100_000] {
+            let asked = UnixMillis(there.0 + apart_ms);
+            let now = going_on(there, asked, asked.plus_ms(40)).now();
+            assert!(
+                (there.plus_ms(20)..there.plus_ms(60_000)).contains(&now),
+                "{now}"
+            );
+        }
+    }
 
     #[test]
     fn a_refusal_names_both_times_the_difference_and_the_remedy() {

@@ -85,7 +85,7 @@ impl JoinedNode {
                     changed.notify_one();
                 }
                 // Looked for often enough.
-                Hint::Want(_) | Hint::Terms | Hint::Payment(_) => {}
+                Hint::Want(_) | Hint::Terms | Hint::Payment(_) | Hint::PaymentArrives(..) => {}
             }),
         })
     }

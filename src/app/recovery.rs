@@ -42,7 +42,7 @@ use crate::store::cluster::{self, membership};
 use crate::store::postgres::lease::ID_LEASE_MS;
 use crate::store::postgres::order_log::LogName;
 use crate::store::postgres::window::ReadProgress;
-use crate::store::postgres::{Database, NodeLease, audit, lanes, orders, parked, payments, skus};
+use crate::store::postgres::{Database, NodeLease, audit, lanes, orders, parked, skus};
 
 /// Recently written orders that are answered from memory, about 200 bytes each.
 const RECENT_ORDERS: usize = 65_536;
@@ -57,7 +57,9 @@ pub(super) async fn state(
     control: &ControlPlane,
 ) -> Result<Arc<State>, StartError> {
     let (lease, clock) = (ownership.lease, ownership.clock);
-    let orphans = orphans(&ownership.database).await?;
+    // Before the replay, so that an order that is written late but was paid in time is payable.
+    let orphans = Orphans::default();
+    loading::load_orphans(&ownership.database, &orphans).await?;
     let mut high_water = ownership.id_high_water;
     if let Some((log, name)) = ownership.log.take() {
         let log = replay(config, ownership, (log, &name), &orphans, control).await?;
@@ -178,16 +180,6 @@ async fn replay(
         "replayed {title}"
     );
     Ok(log)
-}
-
-/// The orders that payments wait for. They are read before the replay, so that an order that is written late
-/// but was paid in time is payable.
-async fn orphans(database: &Database) -> Result<Orphans, StoreError> {
-    let orphans = Orphans::default();
-    for (id, received_at) in payments::orphaned_orders(database).await? {
-        orphans.insert(id, received_at);
-    }
-    Ok(orphans)
 }
 
 /// Rebuilds the in-memory state from the database.

@@ -129,6 +129,14 @@ impl ClockReading {
         }
     }
 
+    /// A reading of another clock, which says `now`.
+    pub fn of(now: UnixMillis) -> Self {
+        ClockReading {
+            wall: now,
+            at: Instant::now(),
+        }
+    }
+
     /// The current time, continued from this reading.
     pub fn now(&self) -> UnixMillis {
         let since = u64::try_from(self.at.elapsed().as_millis());

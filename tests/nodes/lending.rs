@@ -19,6 +19,7 @@ use millrace::pipeline::payments::settler::{Settler, SettlerParts, Signals};
 use millrace::state::State;
 use millrace::state::buyers::Buyers;
 use millrace::state::effects::Row;
+use millrace::state::lanes::NodeLanes;
 use millrace::state::pending::Pending;
 use millrace::state::sticky_refusals::StickyRefusals;
 use millrace::state::stock::{Ask, Catalogue, SaleTerms, Sku};
@@ -27,9 +28,9 @@ use millrace::store::cluster::recall::{self, Lowered};
 use millrace::store::cluster::{lanes, shares};
 use millrace::store::postgres::transitions::{self, Transition, Which};
 use millrace::store::postgres::{Database, NodeLease, skus};
+use millrace::store::settlement::SettlementWriter;
 use millrace::store::settlement::payments::{self, Arrival};
 use millrace::store::settlement::refunds::{self, Recorded, RefundNote};
-use millrace::store::settlement::{SettlementWriter, expiry};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use tokio::sync::Mutex;
@@ -40,12 +41,12 @@ use crate::support::sale::{SCHEMA, count, order};
 use crate::twin::Bed;
 
 /// Longer than anything here takes.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A node as far as stock goes.
 pub struct Node {
     pub lease: NodeLease,
-    database: Database,
+    pub database: Database,
     pub state: Arc<State>,
     writer: Mutex<BatchWriter>,
     lending: JoinHandle<()>,
@@ -59,12 +60,22 @@ impl Node {
 
     /// Whose lending has a database of its own.
     async fn start_on(bed: &Bed, lease: NodeLease, for_lending: Database) -> Arc<Self> {
+        Self::start_with(bed, lease, for_lending, None).await
+    }
+
+    /// That knows which lanes are open here.
+    pub async fn start_with(
+        bed: &Bed,
+        lease: NodeLease,
+        for_lending: Database,
+        lanes: Option<NodeLanes>,
+    ) -> Arc<Self> {
         let database = bed.database.clone();
         let catalogue = Catalogue::default();
         catalogue.add(skus::load_all(&database, lease).await.unwrap());
         let hour = UnixMillis::now().plus_ms(3_600_000);
         let state = Arc::new(State {
-            lanes: None,
+            lanes,
             recent_orders: millrace::state::recent_orders::RecentOrders::with_capacity(1_000),
             expiry_index: millrace::state::expiry_index::ExpiryIndex::default(),
             orphans: millrace::state::orphans::Orphans::default(),
@@ -97,7 +108,7 @@ impl Node {
     }
 
     /// Buys as a request does. The order, or `None`: sold out.
-    async fn buy(&self, units: u32) -> Option<OrderId> {
+    pub async fn buy(&self, units: u32) -> Option<OrderId> {
         let (sku, deadline) = (self.sku(), Instant::now() + PATIENCE);
         let hold = loop {
             assert!(Instant::now() < deadline, "neither sold nor sold out");
@@ -124,6 +135,18 @@ impl Node {
             let ended = millrace::order::Ended::Cancelled;
             self.state.end_unpaid(&units, ended, Row::Moved);
         }
+    }
+
+    /// A task's part of it that moves units.
+    pub fn settler(&self) -> Settler {
+        Settler::new(SettlerParts {
+            state: Arc::clone(&self.state),
+            database: self.database.clone(),
+            lease: self.lease,
+            writer: SettlementWriter::new(self.database.clone(), self.lease, 1),
+            signals: Arc::new(Signals::default()),
+            metrics: Metrics::new().unwrap(),
+        })
     }
 
     /// Until memory has what the row has.
@@ -194,7 +217,7 @@ async fn sell_out(bed: &Bed, node: &Node, total: i64) {
 }
 
 /// Every promise over all shares.
-async fn assert_sound(bed: &Bed, nodes: &[Arc<Node>]) {
+pub async fn assert_sound(bed: &Bed, nodes: &[Arc<Node>]) {
     for node in nodes {
         node.agrees().await;
         node.says_what_the_rows_say(bed).await;
@@ -534,7 +557,7 @@ async fn what_an_operator_changes_at_one_node_is_in_force_at_the_others_or_they_
 }
 
 /// A callback about a payment of `amount` for this order.
-fn payment_of(id: OrderId, amount: i64) -> Delivery {
+pub fn payment_of(id: OrderId, amount: i64) -> Delivery {
     Delivery {
         notice: Notice {
             provider: Provider::Standard,
@@ -554,7 +577,7 @@ fn payment_of(id: OrderId, amount: i64) -> Delivery {
     }
 }
 
-fn arrival(now: UnixMillis) -> Arrival {
+pub fn arrival(now: UnixMillis) -> Arrival {
     Arrival {
         now,
         check_at: now,
@@ -564,62 +587,15 @@ fn arrival(now: UnixMillis) -> Arrival {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_order_does_not_expire_while_another_node_stores_its_payment() {
-    let bed = Bed::open().await;
-    bed.logged_skus(&[10]).await;
-    let (owner, other) = (Node::start(&bed, 1).await, Node::start(&bed, 2).await);
-    let id = owner.buy(1).await.unwrap();
-    let proxy = Proxy::start(&bed.test.config()).await;
-    let config = proxy.config(&bed.test.config());
-    let slow = Database::with_config(config, SCHEMA, 2, Duration::from_secs(10)).unwrap();
-    let (mut storing, mut expiring) = (
-        SettlementWriter::new(slow, other.lease, 1),
-        SettlementWriter::new(bed.database.clone(), owner.lease, 1),
-    );
-    let (now, delivery) = (UnixMillis::now(), payment_of(id, 100));
-    let later = now.plus_ms(86_400_000);
-    // The payment is on its way: nothing of it is committed.
-    proxy.cut(Cut::Late(Duration::from_secs(1)));
-    let (deliveries, elsewhere) = ([&delivery], [id]);
-    let stored = payments::ingest(&mut storing, &deliveries, arrival(now), &[], &elsewhere);
-    let meanwhile = async {
-        let deadline = Instant::now() + PATIENCE;
-        while proxy.late() == 0 {
-            assert!(Instant::now() < deadline);
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-        expiry::end_overdue(&mut expiring, &[id], later, true).await
-    };
-    let (stored, meanwhile) = tokio::join!(stored, meanwhile);
-    assert_eq!(stored.unwrap().orphans.len(), 1);
-    assert_eq!(meanwhile.unwrap(), [], "its row is locked");
-    let afterwards = expiry::end_overdue(&mut expiring, &[id], later, true).await;
-    assert_eq!(afterwards.unwrap(), [], "it was paid in time");
-    let matched = payments::match_orphans(&mut expiring, &[id], now).await;
-    assert_eq!(matched.unwrap().matched.len(), 1);
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn paid_units_are_swept_and_a_refund_at_another_node_finds_them() {
     let bed = Bed::open().await;
     bed.logged_skus(&[10]).await;
     let (seller, other) = (Node::start(&bed, 1).await, Node::start(&bed, 2).await);
     let id = seller.buy(2).await.unwrap();
-    let metrics = Metrics::new().unwrap();
-    let settler = |node: &Node| {
-        Settler::new(SettlerParts {
-            state: Arc::clone(&node.state),
-            database: node.database.clone(),
-            lease: node.lease,
-            writer: SettlementWriter::new(node.database.clone(), node.lease, 1),
-            signals: Arc::new(Signals::default()),
-            metrics: metrics.clone(),
-        })
-    };
     let delivery = payment_of(id, 200);
     let now = UnixMillis::now();
     let arrival = arrival(now);
-    let mut paying = settler(&seller);
+    let mut paying = seller.settler();
     let mut writer = SettlementWriter::new(bed.database.clone(), seller.lease, 1);
     let settled = payments::ingest(&mut writer, &[&delivery], arrival, &[], &[])
         .await
@@ -641,7 +617,7 @@ async fn paid_units_are_swept_and_a_refund_at_another_node_finds_them() {
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     };
-    settler(&other).apply_moves(&[moved]).await;
+    other.settler().apply_moves(&[moved]).await;
     let status = format!("SELECT status::int8 FROM orders WHERE order_id = {id}");
     assert_eq!(
         bed.number(&status).await,

@@ -4,6 +4,7 @@
 //!   operations;
 //! * `database`: what an arbiter in memory cannot show: concurrent transactions, locks, a schema of before;
 //! * `lending`: the task that lends in running nodes, with buyers at several at once;
+//! * `payments`: payments of orders whose lane another node has;
 //! * `takeover`: the log of a dead node on a real broker;
 //! * `model`: nodes, brokers and clients in virtual time on the naive arbiter, with a planted defect for each rule of
 //!   the protocol.
@@ -17,5 +18,6 @@ mod arbiter;
 mod database;
 mod lending;
 mod model;
+mod payments;
 mod takeover;
 mod twin;

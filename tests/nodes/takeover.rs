@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use millrace::metrics::Metrics;
+use millrace::order::payment::Delivery;
 use millrace::order::{ClockReading, Lane, Order, SkuNumber, UnixMillis};
 use millrace::pipeline::cluster::member::{Member, Renewing, session_name};
 use millrace::pipeline::cluster::takeover::{
@@ -25,9 +26,11 @@ use millrace::store::cluster::takeover::{self, DeadNode, Suspect};
 use millrace::store::cluster::{lanes, membership, shares};
 use millrace::store::postgres::order_log::{self, LogName};
 use millrace::store::postgres::{Database, NodeLease, lease, skus};
+use millrace::store::settlement::SettlementWriter;
+use millrace::store::settlement::payments;
 use tokio::task::JoinSet;
 
-use crate::lending::Node;
+use crate::lending::{Node, arrival, payment_of};
 use crate::support::brokers::{Broker as Server, Kind};
 use crate::support::proxy::{Cut, Proxy};
 use crate::support::sale::{SCHEMA, order, refs};
@@ -442,4 +445,51 @@ async fn the_log_of_a_single_process_that_is_gone_is_replayed_by_nodes_with_rows
     assert_eq!(bed.number("SELECT count(*) FROM orders").await, 1);
     let share = shares::share_of(&bed.database, 1, SKU).await.unwrap();
     assert_eq!(share.held, 3);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_order_in_a_dead_nodes_log_that_was_paid_in_time_at_another_node_is_payable() {
+    let Some(server) = Server::start(Kind::Redis) else {
+        return;
+    };
+    let bed = Bed::open().await;
+    bed.skus(&[10]).await;
+    let mut dead = LoggingNode::join(&bed, &server, 1).await;
+    let survivor = LoggingNode::join(&bed, &server, 2).await;
+    lanes::claim_free(&bed.database, dead.lease).await.unwrap();
+    shares::lend(&bed.database, dead.lease, SKU, 8, 1)
+        .await
+        .unwrap();
+    let sku = skus::load_all(&bed.database, dead.lease)
+        .await
+        .unwrap()
+        .remove(0);
+    let now = UnixMillis::now();
+    let due = || Order {
+        expires_at: UnixMillis(now.0 - 1_000),
+        ..order(&sku, 1)
+    };
+    let (paid_for, unpaid) = (due(), due());
+    dead.append(&[paid_for.clone(), unpaid.clone()])
+        .await
+        .unwrap();
+    let paid = Delivery {
+        received_at: UnixMillis(now.0 - 2_000),
+        ..payment_of(paid_for.id, 100)
+    };
+    let mut storing = SettlementWriter::new(bed.database.clone(), survivor.lease, 1);
+    payments::ingest(&mut storing, &[&paid], arrival(now), &[], &[paid_for.id])
+        .await
+        .unwrap();
+    let taken = fence(&bed, survivor.lease, dead.lease.node).await;
+    assert_eq!(replayed(&bed, &server, &taken.dead[0]).await, (2, 0));
+    let status = async |order: &Order| {
+        let status = format!(
+            "SELECT status::int8 FROM orders WHERE order_id = {}",
+            order.id
+        );
+        bed.number(&status).await
+    };
+    assert_eq!(status(&unpaid).await, 4, "nobody has paid it");
+    assert_eq!(status(&paid_for).await, 1);
 }

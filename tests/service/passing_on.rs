@@ -34,7 +34,7 @@ struct Node {
     hints: Arc<Mutex<Vec<(u8, Hint)>>>,
     /// The way of the others to this node.
     relay: Relay,
-    _database: TestDatabase,
+    database: TestDatabase,
 }
 
 struct Cluster {
@@ -64,6 +64,10 @@ impl Cluster {
 
     /// Nodes that have, or have not, had contact lately.
     async fn start_where(has_contact: impl Fn(u8) -> bool) -> Self {
+        Self::start_with(has_contact, |_| {}).await
+    }
+
+    async fn start_with(has_contact: impl Fn(u8) -> bool, configure: fn(&mut Config)) -> Self {
         let mut nodes = Vec::new();
         for node in 0..NODES {
             let database = TestDatabase::create().await;
@@ -87,7 +91,11 @@ impl Cluster {
                     Box::new(move |from, hint| hints.lock().unwrap().push((from, hint)))
                 },
             };
-            let server = TestServer::start_node(&database, accept_payments, parts).await;
+            let configure = |config: &mut Config| {
+                accept_payments(config);
+                configure(config);
+            };
+            let server = TestServer::start_node(&database, configure, parts).await;
             server.put_sku(SKU, UNITS, json!({})).await;
             server.put_sku(SOLD_OUT, 0, json!({})).await;
             nodes.push(Node {
@@ -95,7 +103,7 @@ impl Cluster {
                 lanes,
                 hints,
                 relay,
-                _database: database,
+                database,
             });
         }
         let cluster = Cluster { nodes };
@@ -262,6 +270,42 @@ fn an_order_is_the_same_at_every_node() {
             );
             cluster.server(node).assert_audit().await;
         }
+        cluster.stop().await;
+    });
+}
+
+#[test]
+fn an_order_does_not_expire_while_another_node_cannot_store_its_payment() {
+    block_on(async {
+        let soon = |config: &mut Config| config.orders.payment_ttl_ms = 2_000;
+        let cluster = Cluster::start_with(|_| true, soon).await;
+        let mut numbers = 0..;
+        let (owner, other) = (cluster.server(0), cluster.server(1));
+        let mut place = async || {
+            let user = buyer_of(0, &mut numbers);
+            owner.order(&user, SKU, None).await.json()
+        };
+        let (paid_for, unpaid) = (place().await, place().await);
+        let mut client = cluster.nodes[1].database.connect().await;
+        let transaction = client.transaction().await.unwrap();
+        let hold = "LOCK TABLE millrace.payment_events IN EXCLUSIVE MODE";
+        transaction.batch_execute(hold).await.unwrap();
+        let answer = Paid::of(&paid_for).deliver(other.data).await;
+        assert_eq!(answer.status, 503, "{answer:?}");
+        let client = cluster.nodes[0].database.connect().await;
+        let status = async |order: &Value| -> i32 {
+            let id: i64 = order["order_id"].as_str().unwrap().parse().unwrap();
+            let status = "SELECT status::int4 FROM millrace.orders WHERE order_id = $1";
+            client.query_one(status, &[&id]).await.unwrap().get(0)
+        };
+        let deadline = Instant::now() + PATIENCE;
+        // It was placed later, so the other one is due too.
+        while status(&unpaid).await != 4 {
+            assert!(Instant::now() < deadline);
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        assert_eq!(status(&paid_for).await, 1, "it waits for its payment");
+        transaction.rollback().await.unwrap();
         cluster.stop().await;
     });
 }

@@ -59,7 +59,7 @@ impl From<OperatorError> for Failure {
                 available: Some(available),
                 ..Problem::new(409, "sold_out", detail)
             },
-            OperatorError::StockElsewhere | OperatorError::UnitsOut => {
+            OperatorError::StockElsewhere | OperatorError::LaneMoves | OperatorError::UnitsOut => {
                 Problem::new(503, "not_ready", detail).retry_after(1)
             }
             OperatorError::DrawAtNodes => Problem::new(409, "draw_at_nodes", detail),

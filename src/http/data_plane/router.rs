@@ -240,8 +240,10 @@ impl PeerService for Arc<Router> {
     }
 
     fn hint(&self, from: u8, hint: Hint) {
-        if let Hint::Payment(_) = hint {
-            self.context.callbacks.look_for_orphans();
+        match hint {
+            Hint::Payment(_) => self.context.callbacks.look_for_orphans(),
+            Hint::PaymentArrives(id, paid_at) => self.context.callbacks.expect(id, paid_at),
+            Hint::LanesMoved | Hint::Terms | Hint::Want(_) => {}
         }
         if let Some(nodes) = &self.context.nodes {
             (nodes.on_hint)(from, hint);

@@ -19,7 +19,7 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use tokio_util::codec::{Decoder, LengthDelimitedCodec};
 
 use super::{Answer, Identity};
-use crate::order::{OrderId, SkuId};
+use crate::order::{OrderId, SkuId, UnixMillis};
 
 /// Most bytes of a frame behind its length: an answer to a batch of 1,000 orders, each with 1 KiB of attributes.
 pub const FRAME_BYTES_MAX: usize = 4 * 1024 * 1024;
@@ -148,6 +148,8 @@ pub enum Hint {
     Want(SkuId),
     /// A payment for this order is stored and waits.
     Payment(OrderId),
+    /// A payment for this order, made at this moment, has come in and is to be stored.
+    PaymentArrives(OrderId, UnixMillis),
 }
 
 /// A frame that its sender cannot have meant.
@@ -268,6 +270,10 @@ impl Fields {
                     Hint::Want(SkuId::new(&self.text(length)?).ok()?)
                 }
                 4 => Hint::Payment(OrderId::new(self.u64()?)?),
+                5 => {
+                    let id = OrderId::new(self.u64()?)?;
+                    Hint::PaymentArrives(id, UnixMillis(self.u64()?.cast_signed()))
+                }
                 _ => return None,
             }),
             kind::PING => Frame::Ping(self.u64()?),
@@ -518,6 +524,11 @@ impl Frame {
                         out.put_u8(4);
                         out.put_u64(id.get());
                     }
+                    Hint::PaymentArrives(id, paid_at) => {
+                        out.put_u8(5);
+                        out.put_u64(id.get());
+                        out.put_i64(paid_at.0);
+                    }
                 }
             }),
             Frame::Ping(number) => put(out, |out| {
@@ -586,6 +597,7 @@ mod tests {
             Frame::Hint(Hint::Terms),
             Frame::Hint(Hint::Want(SkuId::new("A").unwrap())),
             Frame::Hint(Hint::Payment(OrderId::MAX)),
+            Frame::Hint(Hint::PaymentArrives(OrderId::MAX, UnixMillis(-1))),
             Frame::Ping(5),
             Frame::Pong(5),
         ]

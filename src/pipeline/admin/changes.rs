@@ -5,6 +5,7 @@ use std::sync::Arc;
 use crate::order::{UnixMillis, UserId};
 use crate::state::State;
 use crate::state::buyers::LiveOrder;
+use crate::state::lanes::OwnedPass;
 use crate::state::row_changes::RowChange;
 use crate::state::stock::{Hold, Sku};
 use crate::store::StoreError;
@@ -18,6 +19,8 @@ pub(super) struct Retried {
     pub(super) expires_at: UnixMillis,
     /// Dropped after the hold.
     pub(super) _change: RowChange,
+    /// At a node: its lane is not handed over while the outcome is unknown.
+    pub(super) _lane: Option<OwnedPass>,
 }
 
 impl Retried {

@@ -13,7 +13,7 @@ use super::lost_answers::{LostAnswer, LostAnswers};
 use super::pauses::Pauses;
 use super::{draws, limits};
 use crate::order::draw::{Beacon, Header};
-use crate::order::{OrderId, Quantity, Refusal, SkuId};
+use crate::order::{Lane, OrderId, Quantity, Refusal, SkuId, UserId};
 use crate::pipeline::cluster::{lending, terms};
 use crate::pipeline::orders::parking::ParkingHandle;
 use crate::pipeline::payments::processor::PaymentsHandle;
@@ -95,6 +95,9 @@ pub enum OperatorError {
         "this node has too few units, and which others have is not known yet; nothing has changed: send the request again"
     )]
     StockElsewhere,
+    /// The lane of a dead letter's buyer is not open here any more.
+    #[error("the buyer's lane is moving from one node to another; send the request again")]
+    LaneMoves,
     /// A draw, where several nodes sell.
     #[error(
         "allocation: a draw needs a single node; with several, a SKU is sold first come, first served"
@@ -461,6 +464,14 @@ impl Operator {
             .ok_or(OperatorError::UnknownDeadLetter(id))?;
         let quantity = Quantity::new(letter.quantity).unwrap_or(Quantity::ONE);
         let expires_at = self.state.ids.real_now().plus_ms(self.payment_ttl_ms);
+        let lane = match &self.state.lanes {
+            None => None,
+            Some(of) => {
+                let lane = Lane::of(&UserId::from_row(&letter.user_id));
+                let entered = of.lanes.enter_owned(lane);
+                Some(entered.map_err(|_| OperatorError::LaneMoves)?)
+            }
+        };
         let earlier = turn.remove(&id);
         let is_again = earlier.is_some();
         // Before the hold: the row has none yet.
@@ -486,6 +497,7 @@ impl Operator {
             },
             expires_at,
             _change: change,
+            _lane: lane,
         };
         // Noted before the row exists, so that no start is told to look for unpaid orders only above it.
         self.state

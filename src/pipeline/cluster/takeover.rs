@@ -20,6 +20,7 @@ use crate::backoff::Backoff;
 use crate::metrics::Metrics;
 use crate::order::{ClockReading, SkuNumber, UnixMillis};
 use crate::pipeline::failover::lease::now_ms;
+use crate::pipeline::failover::loading;
 use crate::pipeline::failover::log_replay::{self, LogReplay};
 use crate::pipeline::failover::replay::{Applied, Replayer};
 use crate::queue::log::broker::reader::ReadError;
@@ -114,6 +115,8 @@ pub async fn replay(
     };
     let writer = BatchWriter::new(database.clone(), lease, SHARD);
     let replayer = Replayer::new(database.clone(), writer, with.rows_max);
+    // Other nodes store payments for its orders meanwhile.
+    loading::load_orphans(database, with.orphans).await?;
     let mut replay = LogReplay::new(database, replayer, with.orphans, with.now).await?;
     let (mut parts, reading) = log_replay::orders_of(move |each| {
         let taken = before.take_over_as(each)?;

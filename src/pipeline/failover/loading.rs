@@ -8,10 +8,11 @@ use std::time::Instant;
 
 use crate::order::{Lane, LaneSet, OrderId, SkuNumber, UnixMillis, UserId};
 use crate::state::State;
+use crate::state::orphans::Orphans;
 use crate::state::stock::Catalogue;
 use crate::store::StoreError;
 use crate::store::postgres::window::{self, ReadProgress};
-use crate::store::postgres::{Database, NodeLease, draws, orders};
+use crate::store::postgres::{Database, NodeLease, draws, orders, payments};
 
 /// Orders that were read.
 #[derive(Debug, Default)]
@@ -96,6 +97,17 @@ pub async fn load(
     }
     wait_again(&state.catalogue, waiting);
     Ok(loaded)
+}
+
+/// Reads which orders have payments that wait for them.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn load_orphans(database: &Database, orphans: &Orphans) -> Result<(), StoreError> {
+    for (id, paid_at) in payments::orphaned_orders(database).await? {
+        orphans.insert(id, paid_at);
+    }
+    Ok(())
 }
 
 /// Puts orders that wait for units back on their lists. Units that are free are kept for them.

@@ -19,6 +19,7 @@ use super::settler::{Settler, Signals};
 use crate::faults::bug;
 use crate::order::payment::Delivery;
 use crate::order::{OrderId, UnixMillis};
+use crate::pipeline::cluster::held::hold;
 use crate::state::State;
 use crate::store::StoreError;
 use crate::store::settlement::payments::{self, Arrival};
@@ -51,18 +52,8 @@ pub enum NotStored {
 
 struct Request {
     delivery: Delivery,
-    owner: Owner,
     answer: oneshot::Sender<Result<(), NotStored>>,
     _incoming: Option<IncomingPayment>,
-}
-
-/// The process that owns the lane of a payment's order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Owner {
-    /// This one: the payment is matched at once, if that is possible.
-    Here,
-    /// Another node, or none at this moment: the payment is stored as an orphan, and the owner matches it.
-    Elsewhere,
 }
 
 /// Registers a payment that has arrived and is not stored yet; dropping it ends the registration.
@@ -102,19 +93,10 @@ impl CallbacksHandle {
     /// # Errors
     /// [`NotStored`]: nothing is stored, or the outcome is unknown. Delivering the same message again is safe.
     pub async fn ingest(&self, delivery: Delivery) -> Result<(), NotStored> {
-        self.ingest_for(delivery, Owner::Here).await
-    }
-
-    /// The same for an order that another node may own.
-    ///
-    /// # Errors
-    /// As [`CallbacksHandle::ingest`].
-    pub async fn ingest_for(&self, delivery: Delivery, owner: Owner) -> Result<(), NotStored> {
         let (answer, answered) = oneshot::channel();
         let request = Request {
             _incoming: IncomingPayment::new(&self.state, &delivery),
             delivery,
-            owner,
             answer,
         };
         self.requests
@@ -137,6 +119,11 @@ impl CallbacksHandle {
         self.signals.set_may_have_orphans(true);
     }
 
+    /// Another node is about to store a payment for an order of this one, made at `paid_at`.
+    pub fn expect(&self, id: OrderId, paid_at: UnixMillis) {
+        expect(&self.state, id, paid_at);
+    }
+
     /// The time of a callback's arrival, in milliseconds since the epoch.
     pub fn now(&self) -> UnixMillis {
         self.state.ids.real_now()
@@ -147,9 +134,13 @@ impl CallbacksHandle {
 fn expect_again(state: &State, delivery: &Delivery) {
     let payment = delivery.notice.payment.as_ref();
     if let Some(id) = payment.and_then(|payment| payment.order_id()) {
-        let until = state.ids.real_now().plus_ms(EXPECTED_MS);
-        state.orphans.expect(id, delivery.paid_at(), until);
+        expect(state, id, delivery.paid_at());
     }
+}
+
+fn expect(state: &State, id: OrderId, paid_at: UnixMillis) {
+    let until = state.ids.real_now().plus_ms(EXPECTED_MS);
+    state.orphans.expect(id, paid_at, until);
 }
 
 /// The task.
@@ -204,12 +195,7 @@ impl Callbacks {
         let mut parts = vec![requests];
         while let Some(mut part) = parts.pop() {
             let deliveries: Vec<&Delivery> = part.iter().map(|one| &one.delivery).collect();
-            let elsewhere: Vec<OrderId> = part
-                .iter()
-                .filter(|one| one.owner == Owner::Elsewhere)
-                .filter_map(|one| one.delivery.notice.payment.as_ref()?.order_id())
-                .collect();
-            let stored = self.store(&deliveries, &elsewhere).await;
+            let stored = self.store(&deliveries).await;
             if let Err(error) = &stored
                 && !error.is_transient()
                 && part.len() > 1
@@ -235,18 +221,24 @@ impl Callbacks {
         }
     }
 
-    /// Stores messages and matches their payments to their orders, except for orders that are `elsewhere`.
-    async fn store(
-        &mut self,
-        deliveries: &[&Delivery],
-        elsewhere: &[OrderId],
-    ) -> Result<(), StoreError> {
+    /// Stores messages and matches their payments to their orders. Lanes of orders that are matched here are held until
+    /// memory is updated; payments of other orders are stored as orphans, and the owner of their lane matches them.
+    async fn store(&mut self, deliveries: &[&Delivery]) -> Result<(), StoreError> {
         let state = Arc::clone(&self.settler.parts.state);
         let signals = Arc::clone(&self.settler.parts.signals);
         let now = state.ids.real_now();
         let orders = || {
             let payments = deliveries.iter().map(|one| &one.notice.payment);
             payments.filter_map(|payment| payment.as_ref()?.order_id())
+        };
+        let (_held, elsewhere) = match &state.lanes {
+            None => (None, Vec::new()),
+            Some(lanes) => {
+                let database = &self.settler.parts.database;
+                let (held, here, _) = hold(Some(lanes), database, orders().collect()).await?;
+                let elsewhere = orders().filter(|id| !here.contains(id)).collect();
+                (Some(held), elsewhere)
+            }
         };
         let in_flight: Vec<OrderId> = orders()
             .filter(|id| {
@@ -267,7 +259,7 @@ impl Callbacks {
         // While row locks are unavailable, payments are stored without waiting for rows and matched later.
         let match_now = !signals.rows_are_held();
         let first = if match_now { matched } else { unmatched };
-        let mut stored = self.ingest(deliveries, first, &in_flight, elsewhere).await;
+        let mut stored = self.ingest(deliveries, first, &in_flight, &elsewhere).await;
         if let Err(error) = &stored
             && match_now
             && !matches!(error, StoreError::Fenced { .. })
@@ -279,7 +271,7 @@ impl Callbacks {
             }
             tracing::warn!(reason = %error, payments = deliveries.len(), "payments could not be matched now; storing them first, matching later");
             stored = self
-                .ingest(deliveries, unmatched, &in_flight, elsewhere)
+                .ingest(deliveries, unmatched, &in_flight, &elsewhere)
                 .await;
         }
         stored

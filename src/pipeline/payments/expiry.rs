@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use super::settler::Settler;
 use crate::backoff::Backoff;
 use crate::faults::bug;
-use crate::order::{IdRange, OrderId, SkuNumber, UnixMillis};
+use crate::order::{IdRange, LaneSet, OrderId, SkuNumber, UnixMillis};
 use crate::pipeline::cluster::held::hold;
 use crate::state::expiry_index::{Due, Nearness, Ranges};
 use crate::store::StoreError;
@@ -432,7 +432,7 @@ impl Expiry {
         let noted = self.try_note_least().await;
         let least = match noted {
             Ok(Some(least)) => least,
-            // An older order has just become unpaid again; noted the next time.
+            // An older order has just become unpaid again, or a lane is not open; noted the next time.
             Ok(None) | Err(_) => self.noted.map_or(OrderId::MAX, |(least, _)| least),
         };
         self.noted = Some((least, Instant::now()));
@@ -442,6 +442,9 @@ impl Expiry {
         let writer = self.settler.plain_writer().await?;
         let changes = expiry::unpaid_changes(writer).await?;
         let state = &self.settler.parts.state;
+        // Before memory is asked: the orders of a lane are in it when the lane opens.
+        let lanes = state.lanes.as_ref();
+        let loaded = lanes.map_or_else(LaneSet::default, |of| of.lanes.open_here());
         let deferred = self.deferred.values().filter_map(|one| one.work.least());
         let least = deferred
             .chain(self.work.least())
@@ -456,7 +459,7 @@ impl Expiry {
             return Ok(Some(least));
         }
         let writer = self.settler.plain_writer().await?;
-        let noted = expiry::note_unpaid_from(writer, changes, least).await?;
+        let noted = expiry::note_unpaid_from(writer, changes, least, loaded).await?;
         Ok(noted.then_some(least))
     }
 }

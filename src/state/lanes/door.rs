@@ -25,7 +25,7 @@ pub struct LanePass<'a> {
 
 impl Drop for LanePass<'_> {
     fn drop(&mut self) {
-        self.door.word.fetch_sub(1, Ordering::Release);
+        self.door.leave();
     }
 }
 
@@ -42,8 +42,13 @@ impl Door {
         if self.word.fetch_add(1, Ordering::Acquire) & OPEN != 0 {
             return Some(LanePass { door: self });
         }
-        self.word.fetch_sub(1, Ordering::Release);
+        self.leave();
         None
+    }
+
+    /// Returns a pass.
+    pub(super) fn leave(&self) {
+        self.word.fetch_sub(1, Ordering::Release);
     }
 
     pub(super) fn open(&self) {

@@ -54,6 +54,19 @@ pub enum Standing {
     },
 }
 
+/// A [`LanePass`] that outlives a request.
+#[derive(Debug)]
+pub struct OwnedPass {
+    lanes: Arc<Lanes>,
+    lane: Lane,
+}
+
+impl Drop for OwnedPass {
+    fn drop(&mut self) {
+        self.lanes.door(self.lane).leave();
+    }
+}
+
 /// The lanes of a node, for tasks that act on orders.
 #[derive(Clone, Debug)]
 pub struct NodeLanes {
@@ -125,6 +138,18 @@ impl Lanes {
                 Standing::Here { .. } => Standing::Closed,
                 other => other,
             })
+    }
+
+    /// The same for work that may outlive its request.
+    ///
+    /// # Errors
+    /// As [`Lanes::enter`].
+    pub fn enter_owned(self: &Arc<Self>, lane: Lane) -> Result<OwnedPass, Standing> {
+        let pass = self.enter(lane)?;
+        // Returned by the other one.
+        std::mem::forget(pass);
+        let lanes = Arc::clone(self);
+        Ok(OwnedPass { lanes, lane })
     }
 
     /// Admits work on those of some lanes that are open here. A lane is not handed over while its pass lives.

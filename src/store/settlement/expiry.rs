@@ -6,7 +6,7 @@ use futures_util::future::join_all;
 use super::statements::{Change, Changes, Closing, Sql};
 use super::{Destination, SettlementWriter, UnitMove};
 use crate::faults::bug;
-use crate::order::{Ended, IdRange, OrderId, OrderUnits, SkuNumber, UnixMillis, UserId};
+use crate::order::{Ended, IdRange, LaneSet, OrderId, OrderUnits, SkuNumber, UnixMillis, UserId};
 use crate::store::StoreError;
 
 /// An unpaid order past its deadline.
@@ -105,10 +105,20 @@ pub async fn end_overdue(
     let ids: Vec<i64> = orders.iter().map(|id| id.as_i64()).collect();
     writer
         .transact("expiring orders", async |client, statements| {
+            let locked: Vec<i64>;
+            let ids = match with_orphans {
+                false => &ids,
+                true => {
+                    let lock = statements.of(client, Sql::LockOverdue).await?;
+                    let rows = client.query(lock, &[&ids, &now.0]).await?;
+                    locked = rows.iter().map(|row| row.get(0)).collect();
+                    &locked
+                }
+            };
             let rows = client
                 .query(
                     statements.of(client, Sql::Expire).await?,
-                    &[&ids, &now.0, &with_orphans],
+                    &[ids, &now.0, &with_orphans],
                 )
                 .await?;
             let (mut changes, mut moved) = (Changes::default(), Vec::with_capacity(rows.len()));
@@ -164,7 +174,7 @@ pub async fn held_skus(
 }
 
 /// Number of times that an older order became unpaid again. Pass it to [`note_unpaid_from`]; read it before
-/// asking memory for the lowest unpaid order.
+/// asking memory for the lowest unpaid order and for its lanes.
 ///
 /// # Errors
 /// If the database does not answer.
@@ -183,8 +193,8 @@ pub async fn unpaid_changes(writer: &mut SettlementWriter) -> Result<i64, StoreE
 }
 
 /// Stores, for the next start, that no unpaid order older than the idempotency window has an id below `id`.
-/// If an older order has become unpaid again since `changes` was read, nothing is stored and false
-/// returned.
+/// If an older order has become unpaid again since `changes` was read, or this node has a lane beside those that are
+/// `loaded`, nothing is stored and false returned.
 ///
 /// # Errors
 /// If the database does not answer; the next start then reads more than it needs.
@@ -192,15 +202,20 @@ pub async fn note_unpaid_from(
     writer: &mut SettlementWriter,
     changes: i64,
     id: OrderId,
+    loaded: LaneSet,
 ) -> Result<bool, StoreError> {
     let lease = writer.row.lease;
+    let loaded: Vec<i16> = loaded.iter().map(|lane| lane.get().into()).collect();
     let noted = writer
         .transact(
             "noting the least unpaid order",
             async |client, statements| {
                 let note = statements.of(client, Sql::UnpaidFrom).await?;
                 let noted = client
-                    .execute(note, &[&lease.node, &lease.epoch, &changes, &id.as_i64()])
+                    .execute(
+                        note,
+                        &[&lease.node, &lease.epoch, &changes, &id.as_i64(), &loaded],
+                    )
                     .await?;
                 Ok((noted, Closing::default()))
             },

@@ -66,9 +66,13 @@ pub async fn ingest(
             ];
             let store_events = statements.of(client, Sql::Events).await?;
             let known = statements.of(client, Sql::Known).await?;
-            if !elsewhere.is_empty() && arrival.match_now {
+            if !elsewhere.is_empty() {
                 let ids: Vec<i64> = elsewhere.iter().map(|id| id.as_i64()).collect();
-                let share = statements.of(client, Sql::ShareOrders).await?;
+                let share = match arrival.match_now {
+                    true => Sql::ShareOrders,
+                    false => Sql::TryShareOrders,
+                };
+                let share = statements.of(client, share).await?;
                 client.execute(share, &[&ids]).await?;
             }
             // One flush, the locks in their order. The first error is the cause; those after it only say that

@@ -55,6 +55,10 @@ const TRY_ORDERS: &str = "
 const SHARE_ORDERS: &str =
     "SELECT FROM orders WHERE order_id = ANY ($1) ORDER BY order_id FOR SHARE";
 
+/// The same, skipping locked rows: whoever has locked one decides about it first.
+const TRY_SHARE_ORDERS: &str =
+    "SELECT FROM orders WHERE order_id = ANY ($1) ORDER BY order_id FOR SHARE SKIP LOCKED";
+
 const LOCK_DEAD_LETTERS: &str = "
     SELECT order_id, status, amount, currency, sku, quantity, user_id, expires_at < '9999-01-01 00:00:00+00'
       FROM dead_letters WHERE order_id = ANY ($1) ORDER BY order_id FOR UPDATE";
@@ -121,6 +125,13 @@ const LOOK: &str = "
            array_agg((extract(epoch FROM expires_at) * 1000)::int8 ORDER BY order_id) FILTER (WHERE due)
       FROM looked_at";
 
+/// Locks those of these orders that are unpaid and past their deadline, before [`EXPIRE`] looks at their payments. In one
+/// statement the look would have the snapshot from before the lock, and miss a payment that another node commits in between.
+const LOCK_OVERDUE: &str = "
+    SELECT order_id FROM orders
+     WHERE order_id = ANY ($1) AND status = 1 AND expires_at <= to_timestamp($2::int8 / 1000.0)
+     ORDER BY order_id FOR UPDATE SKIP LOCKED";
+
 /// Expires those of these orders that are still unpaid and past their deadline. Locked rows are skipped. $3:
 /// whether there may be orphans; an order whose orphan was paid in time is left to it.
 const EXPIRE: &str = "
@@ -168,9 +179,10 @@ const FREE_SKUS: &str =
 
 const UNPAID_CHANGES: &str = "SELECT unpaid_changes FROM node WHERE node = $1";
 
-/// Guarded: no older order has become unpaid again since $3 was read.
+/// Guarded: no older order has become unpaid again since $3 was read, and memory has the orders of every lane of this node.
 const UNPAID_FROM: &str = "
-    UPDATE node SET unpaid_from = $4 WHERE node = $1 AND epoch = $2 AND unpaid_changes = $3";
+    UPDATE node SET unpaid_from = $4 WHERE node = $1 AND epoch = $2 AND unpaid_changes = $3
+       AND NOT EXISTS (SELECT FROM lane l WHERE l.node = $1 AND l.lane <> ALL ($5::int2[]))";
 
 /// Writes a lost order from its receipt, unless it exists after all.
 const RECOVER: &str = "
@@ -197,6 +209,7 @@ pub(super) enum Sql {
     MovePayments,
     GiveUp,
     Look,
+    LockOverdue,
     Expire,
     Assign,
     EndWaiting,
@@ -209,9 +222,10 @@ pub(super) enum Sql {
     Counters,
     RefundSwept,
     ShareOrders,
+    TryShareOrders,
 }
 
-const SQL: [&str; 25] = [
+const SQL: [&str; 27] = [
     FENCE,
     EVENTS,
     KNOWN,
@@ -225,6 +239,7 @@ const SQL: [&str; 25] = [
     MOVE_PAYMENTS,
     GIVE_UP,
     LOOK,
+    LOCK_OVERDUE,
     EXPIRE,
     ASSIGN,
     END_WAITING,
@@ -237,6 +252,7 @@ const SQL: [&str; 25] = [
     COUNTERS,
     REFUND_SWEPT,
     SHARE_ORDERS,
+    TRY_SHARE_ORDERS,
 ];
 
 /// The statements prepared so far, in the order of [`Sql`].

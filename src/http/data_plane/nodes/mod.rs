@@ -23,7 +23,6 @@ use crate::http::peers::{Answer, Hint};
 use crate::http::problem::Problem;
 use crate::order::{Cutover, Lane, OrderId, UserId};
 use crate::pipeline::failover::lease;
-use crate::pipeline::payments::callbacks::Owner;
 use crate::state::lanes::{LanePass, Lanes, NodeAddress, Standing};
 
 /// The cluster, as the data plane sees it.
@@ -140,24 +139,17 @@ pub(super) fn place_of_order(
         .transpose()
 }
 
-/// The process that matches a payment for this order, and the order's lane if it is this one. An order whose id names no
-/// lane is matched by whoever owns the lane of its row.
-pub(super) fn owner(nodes: Option<&Nodes>, id: OrderId) -> (Owner, Held<'_>) {
-    let Some(nodes) = nodes else {
-        return (Owner::Here, Held(None));
-    };
-    let pass = nodes
-        .cutover
-        .lane_of(id)
-        .map(|lane| nodes.lanes.enter(lane));
-    match pass {
-        Some(Ok(pass)) => (Owner::Here, Held(Some((nodes, pass)))),
-        Some(Err(_)) | None => (Owner::Elsewhere, Held(None)),
-    }
+/// Holds the lane of an order, if it is open here.
+pub(super) fn hold(nodes: Option<&Nodes>, id: OrderId) -> Held<'_> {
+    Held(nodes.and_then(|nodes| {
+        let lane = nodes.cutover.lane_of(id)?;
+        Some((nodes, nodes.lanes.enter(lane).ok()?))
+    }))
 }
 
-/// Tells the owner of an order's lane that a payment for it is stored. If that does not arrive, it is found in a while.
-pub(super) fn tell_owner(nodes: Option<&Nodes>, id: OrderId) {
+/// Tells the owner of an order's lane of a payment for it, if it is another node. If that does not arrive, a payment is found
+/// in a while once it is stored.
+pub(super) fn tell_owner(nodes: Option<&Nodes>, id: OrderId, hint: &Hint) {
     let Some(nodes) = nodes else {
         return;
     };
@@ -166,7 +158,7 @@ pub(super) fn tell_owner(nodes: Option<&Nodes>, id: OrderId) {
         .lane_of(id)
         .map(|lane| nodes.lanes.standing(lane));
     if let Some(Standing::Elsewhere { owner, .. }) = standing {
-        nodes.peers.hint(owner.node, &Hint::Payment(id));
+        nodes.peers.hint(owner.node, hint);
     }
 }
 

@@ -9,9 +9,10 @@ use super::providers::{CallbackError, PaymentProvider};
 use crate::http::data_plane::context::Context;
 use crate::http::data_plane::nodes;
 use crate::http::message::{Request, Response};
+use crate::http::peers::Hint;
 use crate::order::UnixMillis;
 use crate::order::payment::{Delivery, Payment};
-use crate::pipeline::payments::callbacks::{NotStored, Owner};
+use crate::pipeline::payments::callbacks::NotStored;
 use crate::spans;
 
 /// Longest time until a platform is told to deliver again. Platforms time out after about five
@@ -40,10 +41,15 @@ pub(in crate::http::data_plane) fn notify(
                 Some(_) => None,
             };
             let order_id = delivery.notice.payment.as_ref().and_then(Payment::order_id);
-            let owner = order_id.map(|id| nodes::owner(context.nodes.as_ref(), id));
-            // The lane is not handed over before the payment is stored.
-            let (owner, _held) = owner.unwrap_or((Owner::Here, nodes::Held::default()));
-            let storing = async move { callbacks.ingest_for(delivery, owner).await };
+            let nodes = context.nodes.as_ref();
+            if let Some(id) = order_id {
+                // It does not let the order expire meanwhile.
+                let arrives = Hint::PaymentArrives(id, delivery.paid_at());
+                nodes::tell_owner(nodes, id, &arrives);
+            }
+            // The next owner of the lane would not know of a payment that is not stored yet.
+            let _held = order_id.map(|id| nodes::hold(nodes, id));
+            let storing = async move { callbacks.ingest(delivery).await };
             let read_at = request.trace.map(|trace| (trace, Instant::now()));
             let stored = context.on_tokio(request, started + ANSWER_WITHIN, storing);
             if let Some((trace, read_at)) = read_at {
@@ -52,8 +58,8 @@ pub(in crate::http::data_plane) fn notify(
             }
             match stored {
                 Ok(Ok(())) => {
-                    if let (Owner::Elsewhere, Some(id)) = (owner, order_id) {
-                        nodes::tell_owner(context.nodes.as_ref(), id);
+                    if let Some(id) = order_id {
+                        nodes::tell_owner(nodes, id, &Hint::Payment(id));
                     }
                     Ok(kind)
                 }
