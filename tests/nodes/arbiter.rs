@@ -179,12 +179,7 @@ impl Arbiter {
             node,
             epoch: old + 1,
         };
-        self.wants.retain(|want| want.node != node);
-        for ((_, of), share) in &mut self.shares {
-            if *of == node {
-                share.answered = 0;
-            }
-        }
+        self.forget_wants(node);
         let inherited = self.inherit(node, lease);
         let mut lanes = Vec::new();
         for (at, lane) in self.lanes.iter_mut().enumerate() {
@@ -243,6 +238,7 @@ impl Arbiter {
                 lane.ids_until = lane.ids_until.max(used);
             }
         }
+        self.forget_wants(lease.node);
         self.dissolve(lease.node);
         Ok(true)
     }
@@ -491,7 +487,7 @@ impl Arbiter {
         }
         let mut fenced = vec![self.raise(node, by)];
         fenced.extend(self.inherit(node, by));
-        self.wants.retain(|want| want.node != node);
+        self.forget_wants(node);
         let ids_until = self.nodes[&node].ids_until;
         let mut lanes = Vec::new();
         for (at, lane) in self.lanes.iter_mut().enumerate() {
@@ -544,6 +540,15 @@ impl Arbiter {
         let row = self.nodes.get_mut(&dead.node).unwrap();
         (row.state, row.log_in_use) = (State::Left, false);
         Ok(())
+    }
+
+    fn forget_wants(&mut self, node: Node) {
+        self.wants.retain(|want| want.node != node);
+        for ((_, of), share) in &mut self.shares {
+            if *of == node {
+                share.answered = 0;
+            }
+        }
     }
 
     pub fn merge(&mut self, from: Node, to: Node) {

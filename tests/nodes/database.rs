@@ -64,7 +64,7 @@ async fn sell(database: &Database, sellers: &mut [Seller], at: usize) -> bool {
             .iter()
             .find(|want| want.node == sellers[at].lease.node)
             .unwrap();
-        match shares::supply(database, own).await.unwrap() {
+        match shares::supply(database, own).await.unwrap().unwrap() {
             Supply::Pool => {}
             Supply::Unanswered => {
                 for other in sellers
@@ -134,7 +134,7 @@ async fn a_dead_node_makes_sold_out_wait_for_its_share() {
     );
     let wants = shares::wants(&bed.database).await.unwrap();
     let supply = || shares::supply(&bed.database, &wants[0]);
-    assert_eq!(supply().await.unwrap(), Supply::Unanswered);
+    assert_eq!(supply().await.unwrap(), Some(Supply::Unanswered));
     let mut session = bed.database.connect("test").await.unwrap();
     let suspect = suspect(&bed, dead.node).await;
     let fenced = takeover::fence(&bed.database, &mut session, survivor, suspect).await;
@@ -142,7 +142,7 @@ async fn a_dead_node_makes_sold_out_wait_for_its_share() {
     assert_eq!(fenced.lanes.len(), Lane::COUNT);
     assert_eq!(
         supply().await.unwrap(),
-        Supply::Unanswered,
+        Some(Supply::Unanswered),
         "its log may hold orders"
     );
     takeover::finish(

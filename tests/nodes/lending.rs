@@ -24,7 +24,7 @@ use millrace::state::pending::Pending;
 use millrace::state::sticky_refusals::StickyRefusals;
 use millrace::state::stock::{Ask, Catalogue, SaleTerms, Sku};
 use millrace::store::batch::BatchWriter;
-use millrace::store::cluster::recall::{self, Lowered};
+use millrace::store::cluster::recall::{self, Lowered, Lowering};
 use millrace::store::cluster::{lanes, shares};
 use millrace::store::postgres::transitions::{self, Transition, Which};
 use millrace::store::postgres::{Database, NodeLease, skus};
@@ -425,7 +425,10 @@ async fn a_total_is_lowered_once_the_free_units_are_back() {
         }
     }
     let lease = nodes[0].lease;
-    let lower = |total| recall::lower_total(&bed.database, lease, SkuNumber(1), total, "put", None);
+    let lower = |total| {
+        let lowering = Lowering::To(total);
+        recall::lower_total(&bed.database, lease, SkuNumber(1), lowering, "put", None)
+    };
     let refused = lower(29).await.unwrap();
     assert_eq!(refused, Lowered::Refused { committed: 30 });
     let deadline = Instant::now() + PATIENCE;

@@ -5,6 +5,7 @@
 //! * `database`: what an arbiter in memory cannot show: concurrent transactions, locks, a schema of before;
 //! * `lending`: the task that lends in running nodes, with buyers at several at once;
 //! * `payments`: payments of orders whose lane another node has;
+//! * `stock`: wants that nobody has any more, totals that are lowered at two nodes;
 //! * `takeover`: the log of a dead node on a real broker;
 //! * `model`: nodes, brokers and clients in virtual time on the naive arbiter, with a planted defect for each rule of
 //!   the protocol.
@@ -19,5 +20,6 @@ mod database;
 mod lending;
 mod model;
 mod payments;
+mod stock;
 mod takeover;
 mod twin;

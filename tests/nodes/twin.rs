@@ -3,7 +3,7 @@
 use millrace::order::{Lane, SkuNumber, UnixMillis};
 use millrace::store::cluster::lanes::{self, HandOver, HandedOver};
 use millrace::store::cluster::membership::{self, Candidate, Join, Joined};
-use millrace::store::cluster::recall::{self, Lowered};
+use millrace::store::cluster::recall::{self, Lowered, Lowering};
 use millrace::store::cluster::shares::{self, Supply, Want};
 use millrace::store::cluster::takeover::{self, LogEnd, Suspect};
 use millrace::store::postgres::{Connected, Database, NodeLease};
@@ -374,7 +374,15 @@ impl Run {
             82..=84 => {
                 let total = self.random.random_range(10..60);
                 let found = refused(
-                    recall::lower_total(&database, real(lease), number, total, "put", None).await,
+                    recall::lower_total(
+                        &database,
+                        real(lease),
+                        number,
+                        Lowering::To(total),
+                        "put",
+                        None,
+                    )
+                    .await,
                 );
                 let expected = self.arbiter.lower_total(lease, sku, total);
                 let found = found.map(|lowered| match lowered {
@@ -492,7 +500,11 @@ impl Run {
         }
         let at = self.random.random_range(0..wants.len());
         let (want, naive) = (wants[at], known[at]);
-        let supply = match shares::supply(&self.bed.database, &want).await.unwrap() {
+        let supply = match shares::supply(&self.bed.database, &want)
+            .await
+            .unwrap()
+            .unwrap()
+        {
             Supply::Pool => arbiter::Supply::Pool,
             Supply::Unanswered => arbiter::Supply::Unanswered,
             Supply::None => arbiter::Supply::None,

@@ -20,7 +20,7 @@ use crate::pipeline::payments::processor::PaymentsHandle;
 use crate::state::State;
 use crate::state::buyers::LiveOrder;
 use crate::state::stock::{BelowCommitted, SaleTerms, Sku};
-use crate::store::cluster::recall::{self, Lowered};
+use crate::store::cluster::recall::{self, Lowered, Lowering};
 use crate::store::postgres::dead_letters::{self, DeadLetter};
 use crate::store::postgres::{Database, NodeLease, skus};
 use crate::store::settlement::refunds::{Recorded, RefundNote};
@@ -250,7 +250,8 @@ impl Operator {
             changed.push("total");
         }
         if sku.shared().is_some() && total < before {
-            self.recall(&sku, total, "put", None).await?;
+            let lowering = Lowering::To(total.into());
+            self.recall(&sku, lowering, "put", None).await?;
         }
         self.change_total(&sku, total, storing).await?;
         if let Some(stored) = stored {
@@ -296,7 +297,8 @@ impl Operator {
             .and_then(|total| u32::try_from(total).ok())
             .ok_or(OperatorError::TotalOutOfRange)?;
         if sku.shared().is_some() && units < 0 {
-            self.recall(&sku, total, "restock", key).await?;
+            let lowering = Lowering::By(-units);
+            self.recall(&sku, lowering, "restock", key).await?;
         } else {
             let storing = skus::restock(&self.database, self.lease, id, units, key);
             self.change_total(&sku, total, storing).await?;
@@ -309,7 +311,7 @@ impl Operator {
     async fn recall(
         &self,
         sku: &Sku,
-        total: u32,
+        lowering: Lowering,
         reference: &str,
         key: Option<&str>,
     ) -> Result<(), OperatorError> {
@@ -317,7 +319,7 @@ impl Operator {
         let asked = Instant::now();
         loop {
             let lowered =
-                recall::lower_total(database, lease, sku.number, total.into(), reference, key);
+                recall::lower_total(database, lease, sku.number, lowering, reference, key);
             match lowered.await? {
                 Lowered::Done => return Ok(()),
                 Lowered::Refused { committed } => {

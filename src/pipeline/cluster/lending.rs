@@ -17,11 +17,13 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::timer::Timer;
 use crate::order::{Quantity, Refusal, SkuNumber, UnixMillis};
 use crate::pipeline::payments::settler::wait_until_sold;
 use crate::state::State;
 use crate::state::stock::{Ask, Hold, SaleStock, Shared, Sku, StockSnapshot, Wanted};
 use crate::store::StoreError;
+use crate::store::cluster::recall;
 use crate::store::cluster::shares::{self, Lent, Share, Supply, Want};
 use crate::store::cluster::stock::{self, Books};
 use crate::store::postgres::{Database, NodeLease};
@@ -44,6 +46,8 @@ const SAMPLES: usize = 10;
 const AHEAD_MS: u64 = 60_000;
 /// Time for which tasks of this process ask for units.
 const HOLD: Duration = Duration::from_secs(2);
+/// Time after which whoever lowers a total has given up, or is gone. It takes two seconds at most.
+const RECALL: Duration = Duration::from_secs(5);
 /// Pause after a failure.
 const PAUSE: Duration = Duration::from_millis(200);
 
@@ -83,7 +87,8 @@ struct OwnShare {
     /// When a want of another node was answered last.
     answered_at: Option<Instant>,
     is_lent_ahead: bool,
-    is_recalled: bool,
+    /// When a total was first seen to be lowered, while it is.
+    recalled_since: Option<Instant>,
     /// Units in the pool when they were read last.
     pool: u32,
     /// Units taken so far, as seen every tenth of a second.
@@ -97,28 +102,6 @@ impl OwnShare {
             return 0;
         };
         u32::try_from(last - first).unwrap_or(0)
-    }
-}
-
-/// Something that is done at an interval.
-#[derive(Debug)]
-struct Timer {
-    every: Duration,
-    due: Instant,
-}
-
-impl Timer {
-    fn new(every: Duration) -> Self {
-        let due = Instant::now();
-        Timer { every, due }
-    }
-
-    fn is_due(&mut self) -> bool {
-        let is_due = Instant::now() >= self.due;
-        if is_due {
-            self.due = Instant::now() + self.every;
-        }
-        is_due
     }
 }
 
@@ -410,7 +393,14 @@ impl Lending {
                 sold: units(sale.sold),
             };
             share.pool = units(sale.pool);
-            share.is_recalled = sale.is_recalled;
+            let since = share.recalled_since.unwrap_or(read_at);
+            share.recalled_since = sale.is_recalled.then_some(since);
+            if sale.is_recalled && since.elapsed() >= RECALL {
+                share.recalled_since = None;
+                tracing::warn!(sku_id = %sku.id, "nobody has ended the lowering of a total that was begun; it is given up");
+                recall::end_recall(&self.parts.database, self.parts.lease, sale.sku).await?;
+                continue;
+            }
             let is_returned = sale.is_recalled && !share.is_in_doubt && sku.counter().free() > 0;
             if let Some(shared) = sku.shared() {
                 let pool = share.pool;
@@ -445,7 +435,14 @@ impl Lending {
             return self.lend_wanted(sku, shared, wanted).await;
         };
         let looked_at = Instant::now();
-        match shares::supply(&self.parts.database, &want).await? {
+        let Some(supply) = shares::supply(&self.parts.database, &want).await? else {
+            // The answer to its withdrawal was lost. The next look leaves another one.
+            if let Some(share) = self.shares.get_mut(&sku.number) {
+                share.want = None;
+            }
+            return Ok(());
+        };
+        match supply {
             Supply::Unanswered if want.units <= i64::from(missing) => Ok(()),
             Supply::Unanswered | Supply::Pool => self.lend_wanted(sku, shared, wanted).await,
             Supply::None => {
@@ -542,7 +539,11 @@ impl Lending {
             } else {
                 continue;
             };
-            if share.pool == 0 || share.is_recalled || share.is_in_doubt || share.want.is_some() {
+            if share.pool == 0
+                || share.recalled_since.is_some()
+                || share.is_in_doubt
+                || share.want.is_some()
+            {
                 continue;
             }
             share.is_lent_ahead = true;

@@ -19,4 +19,5 @@ pub mod lending;
 pub mod member;
 pub mod takeover;
 pub mod terms;
+mod timer;
 pub mod watch;

@@ -443,6 +443,7 @@ pub async fn leave(
                 &[&lease.node, &used.0],
             )
             .await?;
+        takeover::forget_wants(&transaction, lease.node).await?;
         takeover::dissolve(&transaction, lease.node).await?;
         // The epoch too, so that nothing of the process that leaves comes behind.
         transaction

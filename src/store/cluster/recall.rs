@@ -8,6 +8,15 @@ use crate::order::SkuNumber;
 use crate::store::StoreError;
 use crate::store::postgres::{Database, NodeLease};
 
+/// How a total is lowered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lowering {
+    /// To so many units.
+    To(i64),
+    /// By so many units, whatever others have made of the total meanwhile.
+    By(i64),
+}
+
 /// The outcome of lowering a total.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lowered {
@@ -32,7 +41,7 @@ pub async fn lower_total(
     database: &Database,
     lease: NodeLease,
     sku: SkuNumber,
-    total: i64,
+    lowering: Lowering,
     reference: &str,
     request_key: Option<&str>,
 ) -> Result<Lowered, StoreError> {
@@ -40,12 +49,16 @@ pub async fn lower_total(
         Pool::lock(transaction, sku).await?;
         let row = transaction
             .query_one(
-                "SELECT s.held + s.sold + s.lent, s.held + s.sold + coalesce(sum(o.held + o.sold), 0)::int8
+                "SELECT s.held + s.sold + s.lent, s.held + s.sold + coalesce(sum(o.held + o.sold), 0)::int8, s.total
                    FROM sku s LEFT JOIN stock_share o ON o.sku = s.id WHERE s.id = $1 GROUP BY s.id",
                 &[&sku.0],
             )
             .await?;
-        let (least, committed): (i64, i64) = (row.get(0), row.get(1));
+        let (least, committed, before): (i64, i64, i64) = (row.get(0), row.get(1), row.get(2));
+        let total = match lowering {
+            Lowering::To(total) => total,
+            Lowering::By(units) => before - units,
+        };
         let lowered = match () {
             () if total >= least => Lowered::Done,
             () if total < committed => Lowered::Refused { committed },

@@ -322,32 +322,32 @@ pub async fn wants(database: &Database) -> Result<Vec<Want>, StoreError> {
 }
 
 /// Whether units for a want of this node may still turn up. `sold_out` may be answered after [`Supply::None`] only,
-/// and then [`withdraw`] lets the pool lend to others again.
+/// and then [`withdraw`] lets the pool lend to others again. `None`: the want does not stand any more, so nobody answers it.
 ///
 /// # Errors
-/// If the database does not answer, or the want is not there.
-pub async fn supply(database: &Database, want: &Want) -> Result<Supply, StoreError> {
+/// If the database does not answer.
+pub async fn supply(database: &Database, want: &Want) -> Result<Option<Supply>, StoreError> {
     let client = database.pooled().await?;
     // Memory takes units before the row says so, and the row returns them before memory does. So a share that has
     // nothing free by its row has nothing free in memory. A dead node answers nothing until its share is merged.
     let row = database
         .timed(
             "asking whether a SKU is sold out",
-            client.query_one(
+            client.query_opt(
                 "SELECT s.total - s.held - s.sold - s.lent >= $3 AND s.recall IS NULL,
                         s.recall IS NOT NULL
                         OR EXISTS (SELECT FROM stock_share o WHERE o.sku = s.id AND o.node <> $2 AND o.answered < $4
                                       AND o.lent > o.held + o.sold)
-                   FROM sku s WHERE s.id = $1",
+                   FROM sku s JOIN stock_want w ON w.sku = s.id AND w.node = $2 AND w.number = $4 WHERE s.id = $1",
                 &[&want.sku.0, &want.node, &want.units, &want.number],
             ),
         )
         .await?;
-    Ok(match (row.get(0), row.get(1)) {
+    Ok(row.map(|row| match (row.get(0), row.get(1)) {
         (true, _) => Supply::Pool,
         (false, true) => Supply::Unanswered,
         (false, false) => Supply::None,
-    })
+    }))
 }
 
 /// Withdraws the node's want of a SKU.

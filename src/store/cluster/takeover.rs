@@ -134,9 +134,6 @@ async fn fence_in(
     }
     let mut fenced = vec![raise(&transaction, suspect.node, by).await?];
     fenced.extend(inherit(&transaction, suspect.node, by).await?);
-    transaction
-        .execute("DELETE FROM stock_want WHERE node = $1", &[&suspect.node])
-        .await?;
     let rows = transaction
         .query(
             &format!(
@@ -149,6 +146,7 @@ async fn fence_in(
         )
         .await?;
     lanes::share_unpaid_from(&transaction, suspect.node, by.node).await?;
+    forget_wants(&transaction, suspect.node).await?;
     transaction.commit().await?;
     Ok(Attempt::Done(fenced, rows))
 }
@@ -283,18 +281,24 @@ pub(super) async fn inherit(
     Ok(fenced)
 }
 
-/// Blocks the lanes of a node that starts again, until its own log is replayed. Returns all its lanes.
-pub(super) async fn block(transaction: &Transaction<'_>, node: i16) -> Result<Vec<Row>, Error> {
+/// Ends what a process of this node wanted, and its answers to others: orders that were in its memory alone are gone, so units
+/// may be free that it had none of.
+pub(super) async fn forget_wants(transaction: &Transaction<'_>, node: i16) -> Result<(), Error> {
     transaction
         .execute("DELETE FROM stock_want WHERE node = $1", &[&node])
         .await?;
-    // Orders that were in memory alone are gone, so units may be free that the process before had none of.
     transaction
         .execute(
             "UPDATE stock_share SET answered = 0 WHERE node = $1 AND answered > 0",
             &[&node],
         )
-        .await?;
+        .await
+        .map(|_| ())
+}
+
+/// Blocks the lanes of a node that starts again, until its own log is replayed. Returns all its lanes.
+pub(super) async fn block(transaction: &Transaction<'_>, node: i16) -> Result<Vec<Row>, Error> {
+    forget_wants(transaction, node).await?;
     transaction
         .query(
             &format!(
