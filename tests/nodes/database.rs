@@ -7,8 +7,8 @@ use millrace::store::cluster::lanes::{self, HandOver, HandedOver};
 use millrace::store::cluster::membership::{self, Join};
 use millrace::store::cluster::shares::{self, Share, Supply};
 use millrace::store::cluster::takeover::{self, LogEnd, Suspect};
-use millrace::store::postgres::lease;
-use millrace::store::postgres::{Connected, Database, NodeLease};
+use millrace::store::cluster::terms;
+use millrace::store::postgres::{Connected, Database, NodeLease, lease, skus};
 use millrace::store::{Ledger, StoreError};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -586,4 +586,27 @@ async fn ids_go_on_above_those_of_a_single_process_whichever_node_gets_its_lanes
     let lanes = lanes::claim_free(&bed.database, other).await.unwrap();
     assert_eq!(lanes.len(), Lane::COUNT);
     assert!(lanes.iter().all(|row| row.ids_until >= UnixMillis(5_000)));
+}
+
+#[tokio::test]
+async fn a_pause_of_every_sale_is_in_force_at_nodes_that_did_not_exist_then() {
+    let bed = Bed::open().await;
+    let first = bed.join(1).await;
+    skus::set_all_paused(&bed.database, first, true)
+        .await
+        .unwrap();
+    let mut session = bed.database.connect("test").await.unwrap();
+    let joined = membership::join(&mut session, &candidate(0, &uuid(2))).await;
+    let Join::Joined(second) = joined.unwrap() else {
+        panic!("it does not join");
+    };
+    assert!(second.paused, "from its start");
+    let left = membership::leave(&bed.database, first, UnixMillis(0)).await;
+    assert!(left.unwrap());
+    assert!(terms::last(&bed.database).await.unwrap().is_paused);
+    skus::set_all_paused(&bed.database, second.lease, false)
+        .await
+        .unwrap();
+    bed.join(1).await;
+    assert!(!terms::last(&bed.database).await.unwrap().is_paused);
 }

@@ -3,6 +3,7 @@
 //! * `twin`: the transactions of `store::cluster` on a real PostgreSQL, against a naive arbiter, by the same random
 //!   operations;
 //! * `database`: what an arbiter in memory cannot show: concurrent transactions, locks, a schema of before;
+//! * `keeping`: what keeps a lane where it is;
 //! * `lending`: the task that lends in running nodes, with buyers at several at once;
 //! * `payments`: payments of orders whose lane another node has;
 //! * `stock`: wants that nobody has any more, totals that are lowered at two nodes;
@@ -17,6 +18,7 @@ mod support;
 
 mod arbiter;
 mod database;
+mod keeping;
 mod lending;
 mod model;
 mod payments;

@@ -1,7 +1,7 @@
 //! A purchase limit counts every live order, including orders that have left memory: they are read from the
 //! database before a limit takes effect.
 
-use crate::order::{OrderId, SkuId};
+use crate::order::{Lane, LaneSet, OrderId, SkuId};
 use crate::state::State;
 use crate::state::buyers::Counting;
 use crate::state::stock::SaleTerms;
@@ -25,6 +25,9 @@ pub(in crate::pipeline) async fn count<'a>(
     let Some(sku) = needed else { return Ok(None) };
     let counting = state.buyers.counting(sku.number);
     if !counting.is_complete() {
+        // A lane that comes meanwhile has its orders counted by whoever loads it.
+        let lanes = state.lanes.as_ref();
+        let lanes = lanes.map_or(LaneSet::ALL, |of| of.lanes.not_elsewhere());
         let skus = [sku.number];
         let (mut orders, started) = (0_u64, std::time::Instant::now());
         window::load_live_orders(
@@ -32,8 +35,10 @@ pub(in crate::pipeline) async fn count<'a>(
             &skus,
             OrderId::MAX,
             |user_id, order| {
-                orders += 1;
-                counting.add(user_id, order);
+                if lanes.has(Lane::of(&user_id)) {
+                    orders += 1;
+                    counting.add(user_id, order);
+                }
             },
             |progress| {
                 tracing::info!(sku_id = %id, "reading the orders of a SKU that gets a limit: {progress}");

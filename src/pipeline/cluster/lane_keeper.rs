@@ -29,8 +29,8 @@ use crate::state::lanes::{NodeAddress, NodeLanes, Standing};
 use crate::store::StoreError;
 use crate::store::cluster::lanes::{self, HandOver, HandedOver, LaneRow};
 use crate::store::cluster::membership;
+use crate::store::postgres::Database;
 use crate::store::postgres::lease::ID_LEASE_MS;
-use crate::store::postgres::{Database, payments};
 
 /// Longest time for the requests and orders of lanes that are handed over. They open again after it.
 const DRAIN_WITHIN: Duration = Duration::from_secs(2);
@@ -308,9 +308,10 @@ impl LaneKeeper {
         let until = state.ids.now().plus_ms(ID_LEASE_MS);
         membership::lease_ids(&parts.database, lease, until).await?;
         state.ids.extend_lease(until);
-        for (id, received_at) in payments::orphaned_orders(&parts.database).await? {
-            state.orphans.insert(id, received_at);
-        }
+        loading::load_orphans(&parts.database, &state.orphans).await?;
+        // Limits may have counted orders of them.
+        let forgetting = Arc::clone(state);
+        let _ = tokio::task::spawn_blocking(move || forgetting.forget_lanes(set)).await;
         let floor = state.ids.window_floor(parts.window_ms);
         let loading = async {
             let loading = loading::load(state, &parts.database, lease, floor, set, |_, _| {});
@@ -399,9 +400,19 @@ impl LaneKeeper {
             tokio::time::sleep(LOOK).await;
             busy = self.under_way(going);
         }
-        let drained: LaneSet = going.iter().filter(|lane| !busy.has(*lane)).collect();
-        self.reopen(busy);
-        self.hold_back(busy.iter());
+        // Workers may have parked orders of them before they were drained.
+        let parked = match lanes::parked(&self.parts.database).await {
+            Ok(parked) => parked,
+            Err(error) => {
+                self.reopen(going);
+                return Err(error);
+            }
+        };
+        let stays = |lane: &Lane| busy.has(*lane) || parked.has(*lane);
+        let (staying, drained): (Vec<Lane>, Vec<Lane>) = going.iter().partition(stays);
+        let drained: LaneSet = drained.into_iter().collect();
+        self.hold_back(staying.iter().copied());
+        self.reopen(staying.into_iter().collect());
         if drained.is_empty() {
             return Ok(false);
         }

@@ -53,11 +53,9 @@ pub async fn load(
             state.expiry_index.note([(units.order_id, open.expires_at)]);
         }
     }
-    let (limited, others): (Vec<_>, Vec<_>) = state
-        .catalogue
-        .all()
-        .into_iter()
-        .partition(|sku| sku.terms().need_units(state.ids.real_now()));
+    let (limited, others): (Vec<_>, Vec<_>) = state.catalogue.all().into_iter().partition(|sku| {
+        sku.terms().need_units(state.ids.real_now()) || state.buyers.is_counting(sku.number)
+    });
     let limited: HashSet<_> = limited.iter().map(|sku| sku.number).collect();
     let others = others.iter().map(|sku| sku.number);
     state.buyers.note_incomplete(others);

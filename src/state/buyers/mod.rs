@@ -303,12 +303,15 @@ impl Buyers {
         check_key(self.records.get(user_id).as_deref(), order)
     }
 
-    /// Enters an order that was read at start. `limited`: its SKU has a limit.
+    /// Enters an order that was read at start, or replaces it: a limit may have it counted already. `limited`: its SKU has a
+    /// limit.
     pub fn restore(&self, user_id: UserId, order: BuyerOrder, limited: bool) {
         let entry = Entry::new(order, limited);
-        let mut delta = CountDelta::default();
+        let mut record = self.records.entry(user_id).or_default();
+        let mut delta = record.remove(order.order_id);
         delta.enter(&entry);
-        self.records.entry(user_id).or_default().insert(entry);
+        record.insert(entry);
+        drop(record);
         self.count(delta);
     }
 
@@ -329,6 +332,11 @@ impl Buyers {
     pub fn counting(&self, sku: SkuNumber) -> Counting<'_> {
         self.counted.write().counting = Some((sku, HashSet::new()));
         Counting { buyers: self, sku }
+    }
+
+    /// The SKU whose orders are being counted.
+    pub fn is_counting(&self, sku: SkuNumber) -> bool {
+        self.counted.read().is_counting(sku)
     }
 
     /// Removes an order that was never written: its key may be used afresh.
@@ -876,6 +884,22 @@ mod tests {
         buyers.evict(Eviction::before(id(9)), |_| true);
         assert_eq!(taken(&buyers, &user), 1);
         assert!(buyers.counting(SkuNumber(1)).is_complete());
+    }
+
+    #[test]
+    fn an_order_that_was_counted_for_a_limit_counts_once_when_its_lane_is_loaded() {
+        let (buyers, user) = (Buyers::new(10, 10), user("u"));
+        let counting = buyers.counting(SkuNumber(1));
+        assert!(buyers.is_counting(SkuNumber(1)) && !buyers.is_counting(SkuNumber(2)));
+        counting.add(user.clone(), LiveOrder::of(&entry(1, 7, 1, 1)));
+        buyers.restore(user.clone(), entry(1, 7, 1, 1), true);
+        counting.add(user.clone(), LiveOrder::of(&entry(1, 7, 1, 1)));
+        assert_eq!((taken(&buyers, &user), buyers.len()), (1, 1));
+        let again = buyers.claim(&user, entry(2, 7, 1, 1), Some(1), Ok(()), &NothingSticky);
+        assert!(
+            matches!(again, Ok(Claimed::Duplicate(first)) if first == id(1)),
+            "its key is known"
+        );
     }
 
     #[test]

@@ -190,6 +190,17 @@ impl Lanes {
             .collect()
     }
 
+    /// The lanes that are not another node's, as far as is known.
+    pub fn not_elsewhere(&self) -> LaneSet {
+        // Before the standings: a lane that is not coming any more is open.
+        let coming = self.coming();
+        let standings = self.snapshot().into_iter();
+        let ours = standings.filter(|(lane, standing)| {
+            coming.has(*lane) || !matches!(standing, Standing::Elsewhere { .. })
+        });
+        ours.map(|(lane, _)| lane).collect()
+    }
+
     /// Notes which lanes are ours and about to be opened. Requests of them are passed on to their last owner meanwhile, which
     /// sends them back.
     pub fn set_coming(&self, lanes: LaneSet) {
@@ -277,6 +288,28 @@ mod tests {
         assert!(!lanes.is_drained(lane()));
         drop(second);
         assert!(lanes.is_drained(lane()));
+    }
+
+    #[test]
+    fn a_lane_is_not_drained_while_work_that_outlives_its_request_has_a_pass() {
+        let lanes = Arc::new(Lanes::new());
+        assert!(lanes.enter_owned(lane()).is_err());
+        lanes.open(lane(), 1);
+        let pass = lanes.enter_owned(lane()).unwrap();
+        lanes.close(lane());
+        assert!(!lanes.is_drained(lane()));
+        drop(pass);
+        assert!(lanes.is_drained(lane()));
+    }
+
+    #[test]
+    fn a_lane_of_another_node_that_is_about_to_open_here_is_not_elsewhere() {
+        let lanes = Lanes::new();
+        lanes.set_elsewhere(lane(), 1, owner(2));
+        assert!(!lanes.not_elsewhere().has(lane()));
+        assert!(lanes.not_elsewhere().has(Lane::FIRST));
+        lanes.set_coming([lane()].into_iter().collect());
+        assert!(lanes.not_elsewhere().has(lane()));
     }
 
     #[test]

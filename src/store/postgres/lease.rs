@@ -201,25 +201,26 @@ pub(in crate::store) async fn raise_epoch(
     let doing = "raising a node's epoch";
     let row: Option<Row> = transaction
         .query_opt(
-            "SELECT ids_leased_until_ms, paused FROM node WHERE node = $1 FOR UPDATE",
+            "SELECT ids_leased_until_ms FROM node WHERE node = $1 FOR UPDATE",
             &[&node],
         )
         .await
         .map_err(StoreError::statement(doing))?;
-    let paused = row.as_ref().is_some_and(|row| row.get(1));
     let high_water = UnixMillis(row.map_or(0, |row| row.get(0))).max(ids_from);
     let leased_until = high_water.plus_ms(ID_LEASE_MS);
-    let epoch: i64 = transaction
+    // A pause of every sale is in all rows, also in one that did not exist when it was set.
+    let raised = transaction
         .query_one(
-            "INSERT INTO node (node, epoch, ids_leased_until_ms, started_at) VALUES ($1, 1, $2, now())
+            "INSERT INTO node (node, epoch, ids_leased_until_ms, started_at, paused)
+             SELECT $1, 1, $2, now(), coalesce(bool_or(paused), false) FROM node WHERE state IN ('single', 'joining', 'active')
              ON CONFLICT (node) DO UPDATE SET epoch = node.epoch + 1,
-                 ids_leased_until_ms = excluded.ids_leased_until_ms, started_at = now()
-             RETURNING epoch",
+                 ids_leased_until_ms = excluded.ids_leased_until_ms, started_at = now(), paused = node.paused OR excluded.paused
+             RETURNING epoch, paused",
             &[&node, &leased_until.0],
         )
         .await
-        .map_err(StoreError::statement(doing))?
-        .get(0);
+        .map_err(StoreError::statement(doing))?;
+    let (epoch, paused): (i64, bool) = (raised.get(0), raised.get(1));
     // Waits for a predecessor's transactions, which lock their writer's row.
     transaction
         .execute(

@@ -364,7 +364,7 @@ pub async fn set_all_paused(
                 &[&lease.node, &paused, &lease.epoch],
             )
             .await?;
-        if lease.ledger == Ledger::Share && changed == 1 {
+        if changed == 1 {
             transaction
                 .execute("UPDATE node SET paused = $1 WHERE paused <> $1", &[&paused])
                 .await?;

@@ -252,8 +252,13 @@ impl BrokerWriter {
                 offset,
                 ..kept.position
             };
-            if let Some(before) = index.checked_sub(1) {
-                self.check_between(self.kept[before].position, at)?;
+            match index.checked_sub(1) {
+                Some(before) => self.check_between(self.kept[before].position, at)?,
+                // A marker may have come since the look at the tail, before the first of all that is there.
+                None => {
+                    let mut pages = Pages::after(&*self.broker, None);
+                    while !self.read(&mut pages)?.is_empty() {}
+                }
             }
             self.kept[index].position = at;
         }
