@@ -131,8 +131,8 @@ impl Background {
         let (callbacks, payments, orphan_checks) = background.settle_payments(parts)?;
         let operators = parts.database().with_own_pool(OPERATORS_POOL)?;
         let (parking, pauses) = background.serve_operators(parts, &operators)?;
-        if parts.member.is_some() {
-            background.share_stock(parts, &pauses)?;
+        if let Some(member) = &parts.member {
+            background.share_stock(parts, &pauses, member)?;
         }
         background.run(
             "the count of dead letters",
@@ -308,7 +308,12 @@ impl Background {
     }
 
     /// A node's shares of stock, and what operators change at other nodes.
-    fn share_stock(&mut self, parts: &Parts<'_>, pauses: &Arc<Pauses>) -> Result<(), StartError> {
+    fn share_stock(
+        &mut self,
+        parts: &Parts<'_>,
+        pauses: &Arc<Pauses>,
+        member: &Member,
+    ) -> Result<(), StartError> {
         let lease = parts.ownership.lease;
         let lending = Lending::new(LendingParts {
             state: Arc::clone(parts.state),
@@ -321,6 +326,7 @@ impl Background {
             database: parts.database().with_own_pool(1)?,
             lease,
             pauses: Arc::clone(pauses),
+            moving: Arc::clone(&member.moving),
         };
         self.run("the terms set at other nodes", terms.run());
         Ok(())

@@ -5,15 +5,19 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use millrace::metrics::Metrics;
-use millrace::order::{Cutover, Lane, LaneSet, OrderId};
+use millrace::order::{Cutover, Lane, LaneSet, OrderId, SkuId, SkuNumber};
+use millrace::pipeline::admin::pauses::Pauses;
 use millrace::pipeline::cluster::lane_keeper::{KeeperParts, LaneKeeper, Neighbours};
+use millrace::pipeline::cluster::lending;
 use millrace::pipeline::cluster::member::{Member, Renewing, session_name};
+use millrace::pipeline::cluster::terms::Terms;
 use millrace::pipeline::failover::lease::AcknowledgeLease;
 use millrace::pipeline::orders::cancel::Canceller;
 use millrace::queue::RingQueue;
 use millrace::state::lanes::{Lanes, NodeAddress, NodeLanes, Standing};
-use millrace::store::cluster::lanes;
-use millrace::store::postgres::lease;
+use millrace::state::stock::SaleTerms;
+use millrace::store::cluster::{lanes, shares};
+use millrace::store::postgres::{lease, skus};
 
 use crate::lending::Node;
 use crate::support::waiting::{PATIENCE, wait_until};
@@ -106,4 +110,66 @@ async fn a_lane_whose_order_is_parked_while_it_drains_stays() {
     assert_eq!(bed.number(&stays).await, 1);
     assert!(doors.open_here().has(parked));
     renewing.abort();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_sku_whose_units_come_with_a_lane_has_them_once() {
+    let bed = Bed::open().await;
+    bed.logged_skus(&[10]).await;
+    let own = bed.join(1).await;
+    let rows = lanes::claim_free(&bed.database, own).await.unwrap();
+    let node_lanes = NodeLanes {
+        lanes: Arc::new(Lanes::new()),
+        cutover: Cutover(OrderId::MIN),
+    };
+    let doors = Arc::clone(&node_lanes.lanes);
+    let node = Node::start_with(&bed, own, bed.database.clone(), Some(node_lanes)).await;
+    let coming = rows[0].lane;
+    for row in &rows[1..] {
+        doors.open(row.lane, 1);
+    }
+    // Made and sold at another node, from which the lane has come with the unit of an order.
+    let (id, new) = (SkuId::new("S1").unwrap(), SkuNumber(2));
+    let terms = SaleTerms::clone(
+        &node
+            .state
+            .catalogue
+            .by_number(SkuNumber(1))
+            .unwrap()
+            .terms(),
+    );
+    let made = skus::put(&bed.database, own, &id, &terms, 5).await;
+    assert_eq!(made.unwrap().number, new);
+    shares::lend(&bed.database, own, new, 1, 1).await.unwrap();
+    bed.settle(own, new.0, 1, 0).await.unwrap();
+    skus::set_all_paused(&bed.database, own, true)
+        .await
+        .unwrap();
+    let moving = Arc::<tokio::sync::Mutex<()>>::default();
+    let terms = Terms {
+        state: Arc::clone(&node.state),
+        database: bed.database.clone(),
+        lease: own,
+        pauses: Arc::new(Pauses::new(
+            Arc::clone(&node.state),
+            bed.database.clone(),
+            own,
+        )),
+        moving: Arc::clone(&moving),
+    };
+    let terms = tokio::spawn(terms.run());
+    wait_until("it has looked", async || node.state.catalogue.is_paused()).await;
+    // The keeper loads it.
+    let loading = moving.lock().await;
+    lending::received(&node.state, &[(new, 1)]);
+    doors.open(coming, 1);
+    drop(loading);
+    wait_until("it is known", async || {
+        node.state.catalogue.get(&id).is_some()
+    })
+    .await;
+    let sku = node.state.catalogue.get(&id).unwrap();
+    let stock = sku.counter().snapshot();
+    assert_eq!((stock.total, stock.held), (1, 1));
+    terms.abort();
 }

@@ -505,6 +505,7 @@ async fn what_an_operator_changes_at_one_node_is_in_force_at_the_others_or_they_
         database: bed.database.clone(),
         lease: other.lease,
         pauses: Arc::new(pauses),
+        moving: Arc::default(),
     };
     let running = tokio::spawn(terms.run());
     let put = async |name: &str, title: &str, total| {

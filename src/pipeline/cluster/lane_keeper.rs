@@ -278,11 +278,8 @@ impl LaneKeeper {
         doors.set_coming(ours.iter().map(|row| row.lane).collect());
         // The units of a dead node's orders came with its share.
         let taken = self.parts.member.taken();
-        let (mut from_the_dead, given): (Vec<_>, Vec<_>) =
+        let (from_the_dead, given): (Vec<_>, Vec<_>) =
             coming.into_iter().partition(|row| taken.has(row.lane));
-        if self.parts.member.is_merging() {
-            from_the_dead.clear();
-        }
         for (coming, is_given) in [(given, true), (from_the_dead, false)] {
             if !coming.is_empty() {
                 self.load(&coming, is_given).await?;
@@ -302,6 +299,7 @@ impl LaneKeeper {
         let parts = &self.parts;
         let (state, lease) = (&parts.state, parts.member.lease);
         let started = Instant::now();
+        let _moving = parts.member.moving.lock().await;
         let set: LaneSet = coming.iter().map(|row| row.lane).collect();
         let ids_from = coming.iter().map(|row| row.ids_until).max();
         state.ids.raise(ids_from.unwrap_or(UnixMillis(0)));
@@ -424,6 +422,8 @@ impl LaneKeeper {
                 return Err(error);
             }
         };
+        let moving = Arc::clone(&self.parts.member.moving);
+        let _moving = moving.lock().await;
         // Beyond every id that was given out here.
         let ids_until = self.parts.state.ids.now().plus_ms(1);
         let (mut gone, mut units) = (LaneSet::default(), BTreeMap::<SkuNumber, i64>::new());

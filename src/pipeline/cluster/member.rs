@@ -9,7 +9,7 @@
 //!
 //! On a task and a connection of its own, so that no other load can delay a renewal.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -65,8 +65,8 @@ pub struct Member {
     opens_from_ms: AtomicU64,
     /// Lanes that came with the share of a dead node and that are not loaded yet.
     taken: Mutex<LaneSet>,
-    /// Whether the rows may have the share of a dead node that memory does not have yet.
-    is_merging: AtomicBool,
+    /// Held from before units move in the rows, with a lane or with the share of a dead node, until memory has them.
+    pub moving: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Member {
@@ -90,7 +90,7 @@ impl Member {
             renewed_at_ms: AtomicU64::new(now_ms()),
             opens_from_ms: AtomicU64::new(0),
             taken: Mutex::default(),
-            is_merging: AtomicBool::new(false),
+            moving: Arc::default(),
         }
     }
 
@@ -150,16 +150,6 @@ impl Member {
     /// Those of them that are not loaded yet.
     pub(super) fn taken(&self) -> LaneSet {
         *self.taken.lock()
-    }
-
-    /// Notes that the share of a dead node is on its way into memory, or there.
-    pub(super) fn set_merging(&self, is_merging: bool) {
-        self.is_merging.store(is_merging, Ordering::Release);
-    }
-
-    /// Whether one is on its way: orders that came with it are not loaded before.
-    pub(super) fn is_merging(&self) -> bool {
-        self.is_merging.load(Ordering::Acquire)
     }
 
     pub(super) fn note_loaded(&self, lanes: LaneSet) {

@@ -225,15 +225,12 @@ impl Takeovers {
     }
 
     async fn merge(&self, state: &State, dead: NodeLease, end: LogEnd) -> Result<(), StoreError> {
-        let member = &self.parts.member;
-        member.set_merging(true);
-        let merged = self.finish(dead, end).await;
-        if let Ok(merged) = &merged {
-            lending::merged(state, merged);
-        }
-        member.set_merging(false);
+        let moving = self.parts.member.moving.lock().await;
+        let merged = self.finish(dead, end).await?;
+        lending::merged(state, &merged);
+        drop(moving);
         self.parts.changed.notify_one();
-        merged.map(drop)
+        Ok(())
     }
 
     /// Runs until the future is dropped or this node is taken over itself.

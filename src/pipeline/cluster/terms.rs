@@ -4,11 +4,14 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tokio::sync::Mutex;
+
 use crate::pipeline::admin::changes::check_number;
 use crate::pipeline::admin::limits;
 use crate::pipeline::admin::pauses::Pauses;
 use crate::state::State;
 use crate::state::stock::SaleTerms;
+use crate::store::cluster::lanes::{self, LaneRow};
 use crate::store::cluster::terms::{self, Changes};
 use crate::store::postgres::{Database, NodeLease, skus};
 use crate::store::{Ledger, StoreError};
@@ -30,6 +33,8 @@ pub struct Terms {
     pub lease: NodeLease,
     /// Pauses that this node stores itself.
     pub pauses: Arc<Pauses>,
+    /// Held while units that have moved in the rows are on their way into memory.
+    pub moving: Arc<Mutex<()>>,
 }
 
 impl Terms {
@@ -38,7 +43,8 @@ impl Terms {
         let mut seen = None;
         loop {
             match self.look(seen).await {
-                Ok(changes) => seen = Some(changes),
+                Ok(Some(changes)) => seen = Some(changes),
+                Ok(None) => {}
                 Err(error @ StoreError::Fenced { .. }) => {
                     self.state.poison.set(error.to_string());
                     return;
@@ -51,17 +57,18 @@ impl Terms {
         }
     }
 
-    /// Takes over what has changed since `seen`, and returns what is in force now.
-    async fn look(&self, seen: Option<Changes>) -> Result<Changes, StoreError> {
+    /// Takes over what has changed since `seen`, and returns what is in force now. `None`: a SKU is missing.
+    async fn look(&self, seen: Option<Changes>) -> Result<Option<Changes>, StoreError> {
         let changes = terms::last(&self.database).await?;
         if seen == Some(changes) {
-            return Ok(changes);
+            return Ok(seen);
         }
+        let mut has_new = false;
         self.pauses.adopt_all(changes.is_paused);
         for stored in skus::load_all(&self.database, self.lease).await? {
             check_number(&self.state, &stored)?;
             let Some(sku) = self.state.catalogue.get(&stored.id) else {
-                self.state.catalogue.add([stored]);
+                has_new = true;
                 continue;
             };
             let terms = SaleTerms::clone(&stored.terms());
@@ -72,8 +79,31 @@ impl Terms {
             }
             self.pauses.adopt(&sku, stored.is_paused());
         }
+        if has_new && !self.add_new().await? {
+            return Ok(None);
+        }
         terms::note_seen(&self.database, self.lease, changes.number).await?;
-        Ok(changes)
+        Ok(Some(changes))
+    }
+
+    /// Adds SKUs with this node's shares of them. Returns false, with none added, if a lane of this node is not open: its units
+    /// are in the shares, and come into memory once its orders are loaded.
+    async fn add_new(&self) -> Result<bool, StoreError> {
+        let _moving = self.moving.lock().await;
+        let mut new = skus::load_all(&self.database, self.lease).await?;
+        new.retain(|stored| self.state.catalogue.get(&stored.id).is_none());
+        if let Some(of) = &self.state.lanes {
+            let open = of.lanes.open_here();
+            // After the shares: a lane that has come in between is not open.
+            let rows = lanes::all(&self.database).await?;
+            let is_ours =
+                |row: &&LaneRow| row.node == Some(self.lease.node) && row.blocked_by.is_none();
+            if !rows.iter().filter(is_ours).all(|row| open.has(row.lane)) {
+                return Ok(false);
+            }
+        }
+        self.state.catalogue.add(new);
+        Ok(true)
     }
 }
 
