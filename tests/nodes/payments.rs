@@ -191,6 +191,15 @@ async fn what_a_start_looks_for_is_not_raised_before_every_lane_is_loaded() {
         survivor.node
     );
     assert_eq!(bed.number(&from).await, 5);
+    // Somebody raises the node's epoch, and waits for this writer.
+    let raising = session.transaction().await.unwrap();
+    raising
+        .execute("SELECT FROM node FOR UPDATE", &[])
+        .await
+        .unwrap();
+    let noted = expiry::note_unpaid_from(&mut expiring, changes, later, LaneSet::ALL).await;
+    assert!(!noted.unwrap());
+    raising.rollback().await.unwrap();
     let noted = expiry::note_unpaid_from(&mut expiring, changes, later, LaneSet::ALL).await;
     assert!(noted.unwrap());
     assert_eq!(bed.number(&from).await, 1_000);

@@ -193,8 +193,8 @@ pub async fn unpaid_changes(writer: &mut SettlementWriter) -> Result<i64, StoreE
 }
 
 /// Stores, for the next start, that no unpaid order older than the idempotency window has an id below `id`.
-/// If an older order has become unpaid again since `changes` was read, or this node has a lane beside those that are
-/// `loaded`, nothing is stored and false returned.
+/// If an older order has become unpaid again since `changes` was read, this node has a lane beside those that are `loaded`, or
+/// its row is locked, nothing is stored and false returned.
 ///
 /// # Errors
 /// If the database does not answer; the next start then reads more than it needs.

@@ -180,8 +180,10 @@ const FREE_SKUS: &str =
 const UNPAID_CHANGES: &str = "SELECT unpaid_changes FROM node WHERE node = $1";
 
 /// Guarded: no older order has become unpaid again since $3 was read, and memory has the orders of every lane of this node.
+/// Skips a locked row: whoever raises the epoch has it, and waits for this writer.
 const UNPAID_FROM: &str = "
-    UPDATE node SET unpaid_from = $4 WHERE node = $1 AND epoch = $2 AND unpaid_changes = $3
+    UPDATE node SET unpaid_from = $4
+     WHERE node = (SELECT node FROM node WHERE node = $1 AND epoch = $2 AND unpaid_changes = $3 FOR NO KEY UPDATE SKIP LOCKED)
        AND NOT EXISTS (SELECT FROM lane l WHERE l.node = $1 AND l.lane <> ALL ($5::int2[]))";
 
 /// Writes a lost order from its receipt, unless it exists after all.
