@@ -22,6 +22,7 @@ use millrace::state::lanes::Lanes;
 use millrace::state::orphans::Orphans;
 use millrace::store::StoreError;
 use millrace::store::batch::BatchWriter;
+use millrace::store::cluster::lanes::HandOver;
 use millrace::store::cluster::takeover::{self, DeadNode, Suspect};
 use millrace::store::cluster::{lanes, membership, shares};
 use millrace::store::postgres::order_log::{self, LogName};
@@ -401,6 +402,42 @@ async fn a_takeover_goes_on_although_the_answer_to_one_of_its_commits_is_lost() 
         assert!(member.opens_in() > Some(Duration::from_secs(500)));
         assert!(proxy.has_cut());
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_takeover_that_the_database_refuses_keeps_no_other_waiting() {
+    let bed = Bed::open().await;
+    bed.logged_skus(&[20]).await;
+    let survivor = Node::start(&bed, 1).await;
+    let (first, second) = (bed.join(2).await, bed.join(3).await);
+    let lane = lanes::claim_free(&bed.database, first).await.unwrap()[0];
+    let over = HandOver {
+        lane: lane.lane,
+        epoch: lane.epoch,
+        to: second.node,
+        ids_until: UnixMillis(0),
+        held: &[],
+    };
+    lanes::hand_over(&bed.database, first, &over).await.unwrap();
+    for dead in [first, second] {
+        shares::lend(&bed.database, dead, SKU, 2, 1).await.unwrap();
+    }
+    bed.sql(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'no'; END $$;
+         CREATE TRIGGER refuse BEFORE DELETE ON stock_share FOR EACH ROW WHEN (OLD.node = 1) EXECUTE FUNCTION refuse()",
+    )
+    .await;
+    let find_log: FindLog = Arc::new(|_| Err("nobody has one".to_owned()));
+    let (_member, _tasks) = takes_over(&bed, &survivor, bed.database.clone(), find_log).await;
+    let left = async |node: i16| {
+        let left = format!("SELECT count(*) FROM node WHERE node = {node} AND state = 'left'");
+        bed.number(&left).await == 1
+    };
+    wait_until("the other one is taken over", async || left(2).await).await;
+    assert!(!left(1).await);
+    bed.sql("DROP TRIGGER refuse ON stock_share").await;
+    wait_until("so is this one", async || left(1).await).await;
+    survivor.agrees().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -52,8 +52,8 @@ pub enum TakeoverError {
 }
 
 impl TakeoverError {
-    /// Whether it is about the log, so that other takeovers may go on.
-    fn is_of_log(&self) -> bool {
+    /// Whether it is about this dead node or its log alone, so that other takeovers may go on.
+    fn is_of_one(&self) -> bool {
         !matches!(self, TakeoverError::Store(error)
             if error.is_transient() || matches!(error, StoreError::Fenced { .. }))
     }
@@ -195,14 +195,14 @@ impl Takeovers {
             let node = dead.lease.node;
             match self.replay(dead, orphans).await {
                 Ok((dead, end)) => drop(self.finish(dead, end).await?),
-                Err(error) if error.is_of_log() => tell_unreadable(node, &error),
+                Err(error) if error.is_of_one() => tell_stuck(node, &error),
                 Err(error) => return Err(error),
             }
         }
         Ok(())
     }
 
-    /// Goes on with every takeover that was begun. One whose log cannot be read keeps no other waiting.
+    /// Goes on with every takeover that was begun. One that cannot be ended keeps no other waiting.
     async fn settle_begun(&self, state: &State) -> Result<(), TakeoverError> {
         let TakeoverParts {
             member, database, ..
@@ -212,10 +212,14 @@ impl Takeovers {
         let mut failed = None;
         for dead in begun.dead {
             let node = dead.lease.node;
-            match self.replay(dead, &state.orphans).await {
-                Ok((dead, end)) => self.merge(state, dead, end).await?,
-                Err(error) if error.is_of_log() => {
-                    tell_unreadable(node, &error);
+            let settled = match self.replay(dead, &state.orphans).await {
+                Ok((dead, end)) => self.merge(state, dead, end).await.map_err(Into::into),
+                Err(error) => Err(error),
+            };
+            match settled {
+                Ok(()) => {}
+                Err(error) if error.is_of_one() => {
+                    tell_stuck(node, &error);
                     failed = Some(error);
                 }
                 Err(error) => return Err(error),
@@ -264,7 +268,7 @@ impl Takeovers {
                     self.parts.member.look_now();
                 }
                 Err(error) => {
-                    if !error.is_of_log() {
+                    if !error.is_of_one() {
                         tracing::error!(
                             reason = %error,
                             "a node that is gone could not be taken over; its lanes stay closed; retrying"
@@ -300,7 +304,7 @@ impl Takeovers {
             return Ok(None);
         };
         if let Err(error) = self.find_log(row.node, &log).await {
-            tell_unreadable(row.node, &error);
+            tell_stuck(row.node, &error);
             return Err(error);
         }
         Ok(Some(Suspect {
@@ -421,11 +425,11 @@ impl Takeovers {
     }
 }
 
-fn tell_unreadable(node: i16, error: &TakeoverError) {
+fn tell_stuck(node: i16, error: &TakeoverError) {
     tracing::error!(
         node,
         reason = %error,
-        "the log of a node that is gone could not be read; the lanes that wait for it stay closed; retrying (millrace queue \
-         abandon gives it up)"
+        "the takeover of a node that is gone cannot be ended; the lanes that wait for it stay closed; retrying (millrace queue \
+         abandon gives up a log that is lost)"
     );
 }
