@@ -2565,6 +2565,8 @@ export interface components {
         "Idempotency-Replayed": "true";
         /** @description Path of the order. */
         Location: string;
+        /** @description With several nodes: those that have not taken the change over within a second, or `unknown`. It is in force at the node that answers, and at the others once they reach the database. */
+        "Millrace-Unreached-Nodes": string;
         /** @description The next page, if there is one (RFC 8288, `rel="next"`). */
         NextPage: string;
         /** @description The preference that was honoured, as it was (RFC 7240). */
@@ -3215,6 +3217,7 @@ export interface operations {
             /** @description The state after it. */
             200: {
                 headers: {
+                    "Millrace-Unreached-Nodes": components["headers"]["Millrace-Unreached-Nodes"];
                     [name: string]: unknown;
                 };
                 content: {
@@ -3353,6 +3356,7 @@ export interface operations {
             /** @description The state after it. */
             200: {
                 headers: {
+                    "Millrace-Unreached-Nodes": components["headers"]["Millrace-Unreached-Nodes"];
                     [name: string]: unknown;
                 };
                 content: {
@@ -3415,6 +3419,7 @@ export interface operations {
             /** @description Replaced. */
             200: {
                 headers: {
+                    "Millrace-Unreached-Nodes": components["headers"]["Millrace-Unreached-Nodes"];
                     [name: string]: unknown;
                 };
                 content: {
@@ -3424,6 +3429,7 @@ export interface operations {
             /** @description Created. */
             201: {
                 headers: {
+                    "Millrace-Unreached-Nodes": components["headers"]["Millrace-Unreached-Nodes"];
                     [name: string]: unknown;
                 };
                 content: {
@@ -3495,6 +3501,7 @@ export interface operations {
             /** @description The SKU after it. */
             200: {
                 headers: {
+                    "Millrace-Unreached-Nodes": components["headers"]["Millrace-Unreached-Nodes"];
                     [name: string]: unknown;
                 };
                 content: {
@@ -3536,6 +3543,7 @@ export interface operations {
             200: {
                 headers: {
                     "Idempotency-Replayed": components["headers"]["Idempotency-Replayed"];
+                    "Millrace-Unreached-Nodes": components["headers"]["Millrace-Unreached-Nodes"];
                     [name: string]: unknown;
                 };
                 content: {
@@ -3570,6 +3578,7 @@ export interface operations {
             /** @description The SKU after it. */
             200: {
                 headers: {
+                    "Millrace-Unreached-Nodes": components["headers"]["Millrace-Unreached-Nodes"];
                     [name: string]: unknown;
                 };
                 content: {

@@ -229,7 +229,10 @@ const FACTS: &str = "
            greatest(backends.everybodys - backends.ours, 0)::int8,
            CASE WHEN inet_server_addr() IS NOT DISTINCT FROM inet_client_addr()
                 THEN (SELECT setting FROM pg_settings WHERE name = 'data_directory') END,
-           (SELECT coalesce(sum(total - held - sold), 0)::int8 FROM sku WHERE closes_at IS NULL OR closes_at > now()),
+           -- What the orders of nodes have taken is in their shares.
+           (SELECT coalesce(sum(s.total - s.held - s.sold - coalesce(h.taken, 0)), 0)::int8
+              FROM sku s LEFT JOIN (SELECT sku, sum(held + sold) AS taken FROM stock_share GROUP BY sku) h ON h.sku = s.id
+             WHERE s.closes_at IS NULL OR s.closes_at > now()),
            (extract(epoch FROM clock_timestamp()) * 1000)::int8,
            pg_backend_pid(),
            pg_size_bytes(current_setting('wal_keep_size')),
