@@ -3,6 +3,10 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+#[allow(dead_code, reason = "the suite of traces uses the rest")]
+#[path = "../traces/collector.rs"]
+mod collector;
+
 mod connections;
 mod contract;
 mod doors;

@@ -6,11 +6,13 @@ use std::net::TcpListener;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use crate::collector::Collector;
 use crate::support::block_on;
 use crate::support::http::{Answer, Connection, try_call};
 use crate::support::postgres::TestDatabase;
 use crate::support::relay::{Relay, Way};
 use crate::support::server::TestServer;
+use crate::support::waiting::wait_until;
 use crate::support::webhook::{Paid, SECRET as PAYMENT_SECRET};
 use millrace::app::nodes::NodeParts;
 use millrace::config::Config;
@@ -64,10 +66,10 @@ impl Cluster {
 
     /// Nodes that have, or have not, had contact lately.
     async fn start_where(has_contact: impl Fn(u8) -> bool) -> Self {
-        Self::start_with(has_contact, |_| {}).await
+        Self::start_with(accept_payments, has_contact).await
     }
 
-    async fn start_with(has_contact: impl Fn(u8) -> bool, configure: fn(&mut Config)) -> Self {
+    async fn start_with(configure: impl Fn(&mut Config), has_contact: impl Fn(u8) -> bool) -> Self {
         let mut nodes = Vec::new();
         for node in 0..NODES {
             let database = TestDatabase::create().await;
@@ -91,11 +93,7 @@ impl Cluster {
                     Box::new(move |from, hint| hints.lock().unwrap().push((from, hint)))
                 },
             };
-            let configure = |config: &mut Config| {
-                accept_payments(config);
-                configure(config);
-            };
-            let server = TestServer::start_node(&database, configure, parts).await;
+            let server = TestServer::start_node(&database, &configure, parts).await;
             server.put_sku(SKU, UNITS, json!({})).await;
             server.put_sku(SOLD_OUT, 0, json!({})).await;
             nodes.push(Node {
@@ -277,8 +275,11 @@ fn an_order_is_the_same_at_every_node() {
 #[test]
 fn an_order_does_not_expire_while_another_node_cannot_store_its_payment() {
     block_on(async {
-        let soon = |config: &mut Config| config.orders.payment_ttl_ms = 2_000;
-        let cluster = Cluster::start_with(|_| true, soon).await;
+        let soon = |config: &mut Config| {
+            accept_payments(config);
+            config.orders.payment_ttl_ms = 2_000;
+        };
+        let cluster = Cluster::start_with(soon, |_| true).await;
         let mut numbers = 0..;
         let (owner, other) = (cluster.server(0), cluster.server(1));
         let mut place = async || {
@@ -306,6 +307,72 @@ fn an_order_does_not_expire_while_another_node_cannot_store_its_payment() {
         }
         assert_eq!(status(&paid_for).await, 1, "it waits for its payment");
         transaction.rollback().await.unwrap();
+        cluster.stop().await;
+    });
+}
+
+#[test]
+fn an_order_that_is_passed_on_is_one_trace_at_both_nodes() {
+    const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
+    block_on(async {
+        let collector = Collector::start().await;
+        let url = collector.url();
+        let traced = |config: &mut Config| {
+            config.tracing.otlp_url.clone_from(&url);
+            // Whoever is asked decides, and not the owner once more.
+            config.tracing.sample = 1.0;
+        };
+        let cluster = Cluster::start_with(traced, |_| true).await;
+        let mut numbers = 0..;
+        let server = cluster.server(0);
+        let line = |user: &str| json!({ "user_id": user, "sku_id": SKU });
+        let not_sampled = format!("00-{TRACE}-00f067aa0ba902b7-00");
+        let user = buyer_of(1, &mut numbers);
+        let fields = [("traceparent", &*not_sampled)];
+        let answer = server.post(line(&user), None, &fields).await;
+        assert_eq!(answer.status, 201, "{answer:?}");
+        let sampled = format!("00-{TRACE}-00f067aa0ba902b7-01");
+        for route in ["/v1/orders", "/v1/orders:batch"] {
+            let is_batch = route.ends_with("batch");
+            let user = buyer_of(1, &mut numbers);
+            let media = if is_batch {
+                "application/x-ndjson"
+            } else {
+                "application/json"
+            };
+            let fields = [
+                ("Content-Type", media),
+                ("traceparent", &*sampled),
+                ("tracestate", "a=b"),
+            ];
+            let body = line(&user).to_string();
+            let answer =
+                crate::support::server::request(server.data, "POST", route, &fields, body).await;
+            assert!(answer.status < 300, "{answer:?}");
+            let name = format!("POST {route}");
+            let of_route = || {
+                let mut spans = collector.heard();
+                spans.retain(|span| span.name == name && span.trace_id == TRACE);
+                spans
+            };
+            wait_until("both requests", async || of_route().len() >= 2).await;
+            let spans = of_route();
+            let first = spans.iter().find(|span| span.parent == "00f067aa0ba902b7");
+            let first = first.expect("the node that was asked");
+            let below = spans.iter().filter(|span| span.parent == first.span_id);
+            assert_eq!((below.count(), spans.len()), (1, 2), "{spans:?}");
+        }
+        let names = ["admission", "queue", "COPY orders"];
+        let parts = || {
+            collector
+                .heard()
+                .into_iter()
+                .filter(|span| names.contains(&&*span.name))
+                .count()
+        };
+        wait_until("the parts of both orders", async || parts() >= 6).await;
+        assert_eq!(parts(), 6, "{:?}", collector.heard());
+        assert!(collector.heard().iter().all(|span| span.trace_id == TRACE));
         cluster.stop().await;
     });
 }

@@ -111,14 +111,33 @@ impl Router {
         Some(problem.code)
     }
 
+    /// The same with the span of the request, if it has one.
+    fn answer_traced(&self, request: &Request<'_>, origin: Origin, response: &mut Response) {
+        let Some(span) = self.span(request, origin) else {
+            self.answer(request, origin, response);
+            return;
+        };
+        let traced = Request {
+            trace: Some(span.trace()),
+            ..*request
+        };
+        let code = self.answer(&traced, origin, response);
+        let route = template(request.path());
+        span.end(request.method, route, response.status(), code);
+    }
+
     /// Begins the span of a request, if requests are traced and it is sampled. Anybody may send a callback, so its sender
-    /// has no say in that.
-    fn span(&self, request: &Request<'_>) -> Option<RequestSpan> {
+    /// has no say in that. The node that passes a request on has decided, and names its own span if it is sampled.
+    fn span(&self, request: &Request<'_>, origin: Origin) -> Option<RequestSpan> {
         let spans = self.spans.as_ref()?;
-        spans.request(&match provider_word(request.path()) {
-            Some(_) => TraceFields::default(),
-            None => request.trace_fields(),
-        })
+        let fields = match (provider_word(request.path()), origin) {
+            (Some(_), Origin::Client) => TraceFields::default(),
+            _ => request.trace_fields(),
+        };
+        if matches!(origin, Origin::Node(_)) && fields.parent.is_none() {
+            return None;
+        }
+        spans.request(&fields)
     }
 
     fn check_head(&self, head: &Request<'_>) -> Result<(), Problem> {
@@ -219,24 +238,14 @@ impl Service for Router {
     }
 
     fn call(&self, request: &Request<'_>, response: &mut Response) {
-        let Some(span) = self.span(request) else {
-            self.answer(request, Origin::Client, response);
-            return;
-        };
-        let traced = Request {
-            trace: Some(span.trace()),
-            ..*request
-        };
-        let code = self.answer(&traced, Origin::Client, response);
-        let route = template(request.path());
-        span.end(request.method, route, response.status(), code);
+        self.answer_traced(request, Origin::Client, response);
     }
 }
 
 /// The end of a link: requests that another node has authorized.
 impl PeerService for Arc<Router> {
     fn call(&self, request: &Request<'_>, terms: Terms, response: &mut Response) {
-        self.answer(request, Origin::Node(terms), response);
+        self.answer_traced(request, Origin::Node(terms), response);
     }
 
     fn hint(&self, from: u8, hint: Hint) {

@@ -13,16 +13,19 @@
 
 use std::time::{Duration, Instant};
 
+use smallvec::SmallVec;
+
 use super::{Nodes, closed, unreachable};
 use crate::backoff::Backoff;
 use crate::http::data_plane::context::Context;
 use crate::http::message::Request;
-use crate::http::peers::frame::CallParts;
+use crate::http::peers::frame::{CallParts, HEADERS_MAX};
 use crate::http::peers::link::PendingCall;
 use crate::http::peers::{Answer, NotRun, Outcome, Unsent};
 use crate::http::problem::Problem;
 use crate::http::server::wake::wait;
 use crate::order::Lane;
+use crate::spans::Trace;
 use crate::state::lanes::{NodeAddress, Standing};
 
 /// The part of the client's wait that the owner does not get: the way there and back, and a deadline that is a little late.
@@ -103,8 +106,13 @@ pub(in crate::http::data_plane) fn begin(nodes: &Nodes, passing: &Passing<'_>) -
     };
     let now = Instant::now();
     let left = passing.until.saturating_duration_since(now);
+    let traceparent = passing.request.trace.map(Trace::traceparent);
+    let traced = traceparent
+        .as_ref()
+        .map(|parent| traced(passing, parent.as_bytes()));
     let parts = CallParts {
         wait: left.saturating_sub(MARGIN),
+        headers: traced.as_deref().unwrap_or(passing.parts.headers),
         ..passing.parts
     };
     let deadline = passing.until.max(now + MARGIN) + PATIENCE;
@@ -157,6 +165,15 @@ pub(in crate::http::data_plane) fn finish(
             (false, false) => return Passed::NotRun(closed()),
         }
     }
+}
+
+/// The fields of a sampled request, with the span of this node as the parent of the owner's.
+fn traced<'a>(passing: &Passing<'a>, traceparent: &'a [u8]) -> SmallVec<[(&'a str, &'a [u8]); 6]> {
+    let state = passing.request.header("tracestate");
+    let context = std::iter::once(("traceparent", traceparent))
+        .chain(state.map(|state| ("tracestate", state)));
+    let fields = passing.parts.headers.iter().copied();
+    fields.chain(context).take(HEADERS_MAX).collect()
 }
 
 fn end_of(passing: &Passing<'_>, begun: Begun) -> Attempt {
