@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Backend, Config, ConfigError, Retention, Secret};
+use super::{Backend, Config, ConfigError, Secret};
 
 /// Bytes that a secret has at least: whoever can connect can try secrets at leisure.
 const SECRET_BYTES_MIN: usize = 32;
@@ -85,11 +85,6 @@ pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
     if config.database.url.is_empty() {
         let message = "is needed with cluster.enabled: all nodes work on one PostgreSQL";
         return fault("database.url", message.to_owned());
-    }
-    if config.retention != Retention::default() {
-        let message =
-            "several nodes delete no rows yet; leave it out, or set cluster.enabled = false";
-        return fault("retention.orders_days", message.to_owned());
     }
     match config.queue.backend {
         Backend::Memory | Backend::Redis | Backend::Kafka | Backend::RocketMq => {}

@@ -388,7 +388,8 @@ pub struct RateLimit {
     /// Limit for each `user_id`: `off`, or a rate such as `5/s` or `100/min`.
     #[schemars(with = "String")]
     pub per_user: Rate,
-    /// Limit for all users together: `off`, or a rate such as `20000/s`.
+    /// Limit for all users together: `off`, or a rate such as `20000/s`. Of the whole sale: several nodes share it by the
+    /// lanes of buyers that each has.
     #[schemars(with = "String")]
     pub overall: Rate,
 }
@@ -434,7 +435,7 @@ impl From<Rate> for String {
     }
 }
 
-/// `[retention]`
+/// `[retention]`, equal on all nodes: one of them deletes for all.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize, JsonSchema, PartialEq, Eq)]
 #[serde(deny_unknown_fields, default)]
 pub struct Retention {

@@ -90,7 +90,7 @@ impl Pruning {
         }
     }
 
-    /// Deletes all rows past their retention, in parts of `rows` rows.
+    /// Deletes all rows past their retention, in parts of `rows` rows. Of several nodes one does; the others delete none.
     ///
     /// # Errors
     /// If the database does not answer, or this process may not write any more; completed parts stay deleted.
@@ -98,6 +98,29 @@ impl Pruning {
         let mut pruner = Pruner::connect(&self.database, self.lease).await?;
         // A row is old only if both clocks say so.
         let now = pruner.now().await?.min(self.state.ids.real_now());
+        let pruned = match pruner.is_chosen().await? {
+            true => self.prune(&mut pruner, now, rows).await?,
+            false => Pruned::default(),
+        };
+        let oldest = pruner.oldest().await?;
+        // The label of the stock log keeps the name that dashboards know.
+        for (table, moment) in [
+            ("orders", oldest.order),
+            ("payment_events", oldest.event),
+            ("stock_journal", oldest.entry),
+        ] {
+            let age_ms = moment.map_or(0, |moment| now.0.saturating_sub(moment.0).max(0));
+            self.metrics.set_oldest_row(table, age_ms / 1_000);
+        }
+        Ok(pruned)
+    }
+
+    async fn prune(
+        &self,
+        pruner: &mut Pruner,
+        now: UnixMillis,
+        rows: i64,
+    ) -> Result<Pruned, StoreError> {
         let mut pruned = Pruned::default();
         let counted = &self.metrics.pruned_rows;
         if let Some(cutoff) = before(now, self.settings.orders_days) {
@@ -111,7 +134,7 @@ impl Pruning {
                     below,
                     ended: cutoff,
                 };
-                let (gone, next) = self.part(&mut pruner, part, rows).await?;
+                let (gone, next) = self.part(pruner, part, rows).await?;
                 counted.add("orders", gone);
                 pruned.orders += gone;
                 after = next;
@@ -124,7 +147,7 @@ impl Pruning {
                     after: from,
                     before: cutoff,
                 };
-                let (gone, next) = self.part(&mut pruner, part, rows).await?;
+                let (gone, next) = self.part(pruner, part, rows).await?;
                 counted.add("payment_events", gone);
                 pruned.events += gone;
                 after = next;
@@ -138,22 +161,12 @@ impl Pruning {
                         sku: sku.number,
                         before: cutoff,
                     };
-                    let (gone, next) = self.part(&mut pruner, part, rows).await?;
+                    let (gone, next) = self.part(pruner, part, rows).await?;
                     counted.add("stock_journal", gone);
                     pruned.entries += gone;
                     more = next.is_some();
                 }
             }
-        }
-        let oldest = pruner.oldest().await?;
-        // The label of the stock log keeps the name that dashboards know.
-        for (table, moment) in [
-            ("orders", oldest.order),
-            ("payment_events", oldest.event),
-            ("stock_journal", oldest.entry),
-        ] {
-            let age_ms = moment.map_or(0, |moment| now.0.saturating_sub(moment.0).max(0));
-            self.metrics.set_oldest_row(table, age_ms / 1_000);
         }
         Ok(pruned)
     }

@@ -147,7 +147,9 @@ impl Intake {
     /// # Errors
     /// [`Refusal::RateLimited`].
     pub fn check_rate(&self, user_id: &UserId) -> Result<(), Refusal> {
-        self.rate_limits.check(user_id)
+        let lanes = self.state.lanes.as_ref();
+        let lanes = lanes.map(|of_node| &*of_node.lanes);
+        self.rate_limits.check(user_id, lanes)
     }
 
     /// Refuses a waiting order that, by estimate, could not be written in time: it would hold units and time

@@ -16,9 +16,12 @@ use super::audit::LOCK;
 use super::transitions::fence;
 use super::{Connected, Database, NodeLease};
 use crate::order::{OrderId, SkuNumber, UnixMillis};
-use crate::store::StoreError;
+use crate::store::{Ledger, StoreError};
 
 const DOING: &str = "deleting old rows";
+
+/// The advisory lock of the node that deletes, followed by the schema's name.
+const NODES: &str = "millrace pruning:";
 
 /// Statement timeout of a part.
 const PART_TIMEOUT: Duration = Duration::from_secs(2);
@@ -184,6 +187,25 @@ impl Pruner {
             client,
             lease,
         })
+    }
+
+    /// Whether this process deletes for all nodes, as long as it is connected. None does while the log of a dead node waits
+    /// for its replay, which must find the rows that it has already.
+    ///
+    /// # Errors
+    /// If the database does not answer.
+    pub async fn is_chosen(&self) -> Result<bool, StoreError> {
+        if self.lease.ledger == Ledger::Sku {
+            return Ok(true);
+        }
+        let name = format!("{NODES}{}", self.database.schema());
+        let sql = "SELECT NOT EXISTS (SELECT FROM node WHERE state = 'dead')
+                          AND pg_try_advisory_lock(hashtextextended($1, 0))";
+        let row = self
+            .database
+            .timed(DOING, self.client.query_one(sql, &[&name]))
+            .await?;
+        Ok(row.get(0))
     }
 
     /// The database's clock.
