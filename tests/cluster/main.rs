@@ -1,4 +1,4 @@
-//! Several nodes serve one sale: processes on one PostgreSQL, with their order logs on one Redis. What happens when they
+//! Several nodes serve one sale: processes on one PostgreSQL, with their order logs on one Redis, Kafka or RocketMQ. What happens when they
 //! come, go in an orderly way, are killed with -9 and lose their directories, or are paused for longer than their lease.
 
 #[path = "../support/mod.rs"]
@@ -13,6 +13,7 @@ use millrace::config::{Backend, Config};
 use rustix::process::Signal;
 use serde_json::json;
 use support::block_on;
+use support::brokers::Kind;
 use support::http::{call, try_call};
 use support::server::TestServer;
 use support::waiting::wait_until;
@@ -183,8 +184,22 @@ fn orders_are_paid_or_expire_wherever_their_callbacks_come_in_and_their_lanes_go
 
 #[test]
 fn a_node_that_is_killed_and_loses_its_directory_loses_nothing_that_was_acknowledged() {
+    loses_nothing(Kind::Redis);
+}
+
+#[test]
+fn nor_does_one_whose_log_is_a_partition_of_kafka() {
+    loses_nothing(Kind::Kafka);
+}
+
+#[test]
+fn nor_does_one_whose_log_is_a_queue_of_rocketmq() {
+    loses_nothing(Kind::RocketMq);
+}
+
+fn loses_nothing(kind: Kind) {
     block_on(async {
-        let Some(cluster) = Cluster::open().await else {
+        let Some(cluster) = Cluster::on(kind, 900_000).await else {
             return;
         };
         let [one, two, three] = three(&cluster).await;

@@ -51,9 +51,14 @@ impl Cluster {
 
     /// The same with another time to pay.
     pub async fn with_payment_ttl_ms(payment_ttl_ms: u64) -> Option<Self> {
+        Self::on(Kind::Redis, payment_ttl_ms).await
+    }
+
+    /// The same with the logs on a broker of this kind.
+    pub async fn on(kind: Kind, payment_ttl_ms: u64) -> Option<Self> {
         Some(Cluster {
             payment_ttl_ms,
-            broker: Broker::start(Kind::Redis)?,
+            broker: Broker::start(kind)?,
             database: TestDatabase::create().await,
             dir: test_dir(),
             started: AtomicU64::new(0),
@@ -66,7 +71,7 @@ impl Cluster {
             .unwrap_or_else(|ended| panic!("{name} ended: {}\n{}", ended.status, ended.log))
     }
 
-    /// Where the nodes keep their logs.
+    /// The Redis where the nodes keep their logs.
     pub fn redis(&self) -> String {
         format!("redis://{}/", self.broker.address())
     }
@@ -109,8 +114,15 @@ impl Cluster {
     }
 
     fn config(&self, data_dir: &Path) -> String {
+        // The broker's settings, named as variables of the environment.
+        let setting = |(name, value): &(String, String)| {
+            let path = name.trim_start_matches("MILLRACE_").replace("__", ".");
+            format!("{} = \"{value}\"\n", path.to_lowercase())
+        };
+        let queue: String = self.broker.env().iter().map(setting).collect();
         format!(
             r#"
+            {queue}
             data_dir = "{data_dir}"
             [database]
             url = "{url}"
@@ -120,10 +132,6 @@ impl Cluster {
             threads = 2
             [control_plane]
             listen = "127.0.0.1:0"
-            [queue]
-            backend = "redis"
-            [queue.redis]
-            url = "{redis}"
             [workers]
             count = 2
             [orders]
@@ -143,7 +151,6 @@ impl Cluster {
             "#,
             data_dir = data_dir.display(),
             url = self.database.url(),
-            redis = self.redis(),
             payment_ttl_ms = self.payment_ttl_ms,
         )
     }

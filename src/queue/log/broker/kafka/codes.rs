@@ -21,6 +21,7 @@ pub(super) const LEADER_NOT_AVAILABLE: i16 = 5;
 pub(super) const REPLICA_NOT_AVAILABLE: i16 = 9;
 pub(super) const UNSUPPORTED_SASL_MECHANISM: i16 = 33;
 pub(super) const TOPIC_ALREADY_EXISTS: i16 = 36;
+pub(super) const INVALID_PARTITIONS: i16 = 37;
 
 /// Codes with their name, their consequence and the remedy.
 ///
@@ -153,7 +154,12 @@ const CODES: [(i16, &str, Verdict, &str); 39] = [
         Away,
         "somebody has just made it",
     ),
-    (37, "INVALID_PARTITIONS", Refused, "make the topic by hand"),
+    (
+        INVALID_PARTITIONS,
+        "INVALID_PARTITIONS",
+        Refused,
+        "make the topic by hand",
+    ),
     (
         38,
         "INVALID_REPLICATION_FACTOR",

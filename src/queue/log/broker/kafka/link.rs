@@ -11,12 +11,13 @@ use std::{
 use bytes::{Bytes, BytesMut};
 use kafka_protocol::{
     messages::{
-        ApiKey, ApiVersionsRequest, ApiVersionsResponse, CreateTopicsRequest, CreateTopicsResponse,
-        DeleteRecordsRequest, DeleteRecordsResponse, DescribeConfigsRequest,
-        DescribeConfigsResponse, DescribeLogDirsRequest, DescribeLogDirsResponse, FetchRequest,
-        FetchResponse, ListOffsetsRequest, ListOffsetsResponse, MetadataRequest, MetadataResponse,
-        ProduceRequest, ProduceResponse, RequestHeader, SaslAuthenticateRequest,
-        SaslAuthenticateResponse, SaslHandshakeRequest, SaslHandshakeResponse,
+        ApiKey, ApiVersionsRequest, ApiVersionsResponse, CreatePartitionsRequest,
+        CreatePartitionsResponse, CreateTopicsRequest, CreateTopicsResponse, DeleteRecordsRequest,
+        DeleteRecordsResponse, DescribeConfigsRequest, DescribeConfigsResponse,
+        DescribeLogDirsRequest, DescribeLogDirsResponse, FetchRequest, FetchResponse,
+        ListOffsetsRequest, ListOffsetsResponse, MetadataRequest, MetadataResponse, ProduceRequest,
+        ProduceResponse, RequestHeader, SaslAuthenticateRequest, SaslAuthenticateResponse,
+        SaslHandshakeRequest, SaslHandshakeResponse,
     },
     protocol::{Decodable, Encodable, StrBytes},
 };
@@ -48,6 +49,7 @@ macro_rules! asks {
 
 asks! {
     ApiVersionsRequest => ApiVersionsResponse, ApiVersions 0;
+    CreatePartitionsRequest => CreatePartitionsResponse, CreatePartitions 1;
     CreateTopicsRequest => CreateTopicsResponse, CreateTopics 4;
     DeleteRecordsRequest => DeleteRecordsResponse, DeleteRecords 1;
     DescribeConfigsRequest => DescribeConfigsResponse, DescribeConfigs 2;

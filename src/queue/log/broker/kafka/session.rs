@@ -22,8 +22,8 @@ use rustls::{
 use super::{
     BrokerError, KafkaSettings, Tls,
     codes::{
-        self, LEADER_NOT_AVAILABLE, REPLICA_NOT_AVAILABLE, TOPIC_ALREADY_EXISTS,
-        UNKNOWN_TOPIC_OR_PARTITION,
+        self, INVALID_PARTITIONS, LEADER_NOT_AVAILABLE, REPLICA_NOT_AVAILABLE,
+        TOPIC_ALREADY_EXISTS, UNKNOWN_TOPIC_OR_PARTITION,
     },
     link::{Ask, Fault, Link, Server},
     topic::{self, Facts},
@@ -87,6 +87,8 @@ impl Leader {
 /// What metadata say of the partition.
 enum Found {
     Missing,
+    /// The topic is there, and this partition of it is not.
+    TooFew(BrokerError),
     /// There is no leader now, and there may be one soon.
     Leaderless(BrokerError),
     Led {
@@ -124,7 +126,7 @@ impl Cluster {
         })
     }
 
-    /// Finds the leader, connects to it, and checks the topic, after making it if `make` allows that.
+    /// Finds the leader, connects to it, and checks the topic, after making it or its partition if `make` allows that.
     pub(super) fn open(&self, deadline: Instant, make: bool) -> Result<Leader, BrokerError> {
         let mut link = self.any(deadline)?;
         let mut made = false;
@@ -147,8 +149,14 @@ impl Cluster {
                     self.create(&metadata, deadline)?;
                     made = true;
                 }
-                // A topic just made is not known everywhere at once.
-                Found::Missing | Found::Leaderless(_) if made && milliseconds(deadline) > 1 => {
+                Found::TooFew(_) if make && !made => {
+                    self.extend(&metadata, deadline)?;
+                    made = true;
+                }
+                // What was just made is not known everywhere at once.
+                Found::Missing | Found::TooFew(_) | Found::Leaderless(_)
+                    if made && milliseconds(deadline) > 1 =>
+                {
                     std::thread::sleep(PAUSE);
                 }
                 Found::Missing => {
@@ -157,7 +165,7 @@ impl Cluster {
                         self.settings.topic
                     )));
                 }
-                Found::Leaderless(error) => return Err(error),
+                Found::TooFew(error) | Found::Leaderless(error) => return Err(error),
             }
         }
     }
@@ -267,11 +275,11 @@ impl Cluster {
             .iter()
             .find(|p| p.partition_index == wanted)
         else {
-            return Err(BrokerError::Refused(format!(
+            return Ok(Found::TooFew(BrokerError::Refused(format!(
                 "topic {topic} has {} partitions and must have {} for partition {wanted}",
                 found.partitions.len(),
                 i64::from(wanted) + 1
-            )));
+            ))));
         };
         // A replica that is missing does not keep the leader from answering.
         if !matches!(partition.error_code, 0 | REPLICA_NOT_AVAILABLE) {
@@ -298,16 +306,48 @@ impl Cluster {
         })
     }
 
-    /// Makes the topic, by way of the controller: older brokers do not pass this request on.
-    fn create(&self, metadata: &MetadataResponse, deadline: Instant) -> Result<(), BrokerError> {
-        let topic = &self.settings.topic;
+    /// A connection to the controller: older brokers do not pass requests for new topics and partitions on.
+    fn controller(
+        &self,
+        metadata: &MetadataResponse,
+        deadline: Instant,
+    ) -> Result<Link, BrokerError> {
         let controller = metadata
             .brokers
             .iter()
             .find(|broker| broker.node_id == metadata.controller_id)
             .and_then(|broker| server(&broker.host, broker.port))
             .ok_or_else(|| BrokerError::Away("kafka has no controller now".to_owned()))?;
-        let mut link = self.link(&controller, deadline)?;
+        self.link(&controller, deadline)
+    }
+
+    /// Gives the topic the partitions that are missing, as another node may do at the same time.
+    fn extend(&self, metadata: &MetadataResponse, deadline: Instant) -> Result<(), BrokerError> {
+        let topic = &self.settings.topic;
+        let mut link = self.controller(metadata, deadline)?;
+        let partitions = self.settings.partition.saturating_add(1);
+        let request = topic::extension(topic, partitions, milliseconds(deadline));
+        let answer = ask(&mut link, &request, deadline)?;
+        let code = answer.results.first().map(|result| result.error_code);
+        match code {
+            Some(0 | INVALID_PARTITIONS) => Ok(()),
+            Some(code) => Err(codes::of_question(
+                &link.server.to_string(),
+                code,
+                Some(&format!("topic {topic} cannot get {partitions} partitions")),
+            )),
+            None => Err(BrokerError::Away(format!(
+                "{} did not answer for topic {topic}",
+                link.server
+            ))),
+        }
+    }
+
+    /// Makes the topic.
+    fn create(&self, metadata: &MetadataResponse, deadline: Instant) -> Result<(), BrokerError> {
+        let topic = &self.settings.topic;
+        let mut link = self.controller(metadata, deadline)?;
+        let controller = link.server.clone();
         let partitions = self.settings.partition.saturating_add(1);
         let request = topic::creation(
             topic,

@@ -4,7 +4,9 @@ use std::collections::HashMap;
 
 use kafka_protocol::{
     messages::{
-        CreateTopicsRequest, DescribeConfigsRequest, DescribeConfigsResponse, TopicName,
+        CreatePartitionsRequest, CreateTopicsRequest, DescribeConfigsRequest,
+        DescribeConfigsResponse, TopicName,
+        create_partitions_request::CreatePartitionsTopic,
         create_topics_request::{CreatableTopic, CreatableTopicConfig},
         describe_configs_request::DescribeConfigsResource,
     },
@@ -83,6 +85,18 @@ pub(super) fn creation(
         .with_replication_factor(i16::try_from(replicas).unwrap_or(1))
         .with_configs(settings);
     CreateTopicsRequest::default()
+        .with_topics(vec![topic])
+        .with_timeout_ms(timeout_ms)
+}
+
+/// The request that gives a topic the partitions that are missing.
+pub(super) fn extension(topic: &str, partitions: i32, timeout_ms: i32) -> CreatePartitionsRequest {
+    let topic = CreatePartitionsTopic::default()
+        .with_name(TopicName(topic.to_owned().into()))
+        .with_count(partitions)
+        // Kafka chooses the brokers.
+        .with_assignments(None);
+    CreatePartitionsRequest::default()
         .with_topics(vec![topic])
         .with_timeout_ms(timeout_ms)
 }
