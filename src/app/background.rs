@@ -15,6 +15,7 @@ use crate::pipeline::WakeAll;
 use crate::pipeline::admin::open_letters;
 use crate::pipeline::admin::pauses::Pauses;
 use crate::pipeline::admin::pruning::{PrunedBelow, Pruning};
+use crate::pipeline::cluster::hints::Hints;
 use crate::pipeline::cluster::lending::{Lending, LendingParts};
 use crate::pipeline::cluster::member::Member;
 use crate::pipeline::cluster::terms::Terms;
@@ -99,6 +100,12 @@ pub(super) struct Parts<'a> {
 impl Parts<'_> {
     fn database(&self) -> &Database {
         &self.ownership.database
+    }
+
+    /// Hints between nodes; those of a process on its own go nowhere.
+    pub(super) fn hints(&self) -> Arc<Hints> {
+        let member = self.member.as_ref();
+        member.map_or_else(Arc::default, |member| Arc::clone(&member.hints))
     }
 }
 
@@ -319,6 +326,7 @@ impl Background {
             state: Arc::clone(parts.state),
             database: parts.database().with_own_pool(1)?,
             lease,
+            hints: parts.hints(),
         });
         self.run("the lending of stock", lending.run());
         let terms = Terms {
@@ -327,6 +335,7 @@ impl Background {
             lease,
             pauses: Arc::clone(pauses),
             moving: Arc::clone(&member.moving),
+            hints: parts.hints(),
         };
         self.run("the terms set at other nodes", terms.run());
         Ok(())

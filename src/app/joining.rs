@@ -84,8 +84,10 @@ impl JoinedNode {
                     member.look_now();
                     changed.notify_one();
                 }
-                // Looked for often enough.
-                Hint::Want(_) | Hint::Terms | Hint::Payment(_) | Hint::PaymentArrives(..) => {}
+                Hint::Want(_) => member.hints.want_left(),
+                Hint::Terms => member.hints.terms_changed(),
+                // The callbacks look for it.
+                Hint::Payment(_) | Hint::PaymentArrives(..) => {}
             }),
         })
     }

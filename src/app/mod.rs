@@ -299,6 +299,7 @@ fn control_plane_parts(
             handles.payments,
             handles.pauses,
             handles.parking,
+            parts.hints(),
             config.orders.payment_ttl_ms,
         ),
         refresh: Arc::clone(&planes.refresh),

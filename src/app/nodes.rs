@@ -17,7 +17,7 @@ use crate::http::peers::key::ClusterKey;
 use crate::http::peers::pool::Peers;
 use crate::http::peers::server::PeerServer;
 use crate::http::peers::{Hint, Identity};
-use crate::order::Cutover;
+use crate::order::{Cutover, SkuId};
 use crate::pipeline::cluster::lane_keeper::{KeeperParts, LaneKeeper, Neighbours};
 use crate::pipeline::cluster::member::{Member, Seen};
 use crate::state::State;
@@ -138,9 +138,21 @@ impl Neighbours for Peers {
     }
 
     fn lanes_moved(&self) {
-        for link in self.report() {
-            self.hint(link.peer.node, &Hint::LanesMoved);
-        }
+        tell(self, &Hint::LanesMoved);
+    }
+
+    fn want_left(&self, sku: &SkuId) {
+        tell(self, &Hint::Want(sku.clone()));
+    }
+
+    fn terms_changed(&self) {
+        tell(self, &Hint::Terms);
+    }
+}
+
+fn tell(peers: &Peers, hint: &Hint) {
+    for link in peers.report() {
+        peers.hint(link.peer.node, hint);
     }
 }
 
@@ -163,6 +175,8 @@ impl Node {
         } = joined;
         let (state, queue) = (Arc::clone(parts.state), Arc::clone(&parts.path.queue));
         member.lease_ids_of(Arc::clone(&state), Arc::clone(&queue));
+        let neighbours = Arc::clone(&self.peers) as Arc<dyn Neighbours>;
+        member.hints.reach(Arc::clone(&neighbours));
         let own = member.lease.node;
         let mut seen = member.watch();
         let is_active = |seen: &Arc<_>| is_active(seen, own);
@@ -181,7 +195,7 @@ impl Node {
             canceller: handles.canceller.clone(),
             database: database.clone(),
             window_ms: parts.config.orders.idempotency_window_ms,
-            neighbours: Arc::clone(&self.peers) as Arc<dyn Neighbours>,
+            neighbours,
             loaded,
             changed,
             metrics: parts.metrics.clone(),

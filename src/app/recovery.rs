@@ -212,13 +212,13 @@ async fn recover(
         membership::activate(database, lease).await?;
     }
     let floor = ids.window_floor(config.orders.idempotency_window_ms);
-    if !bug("sell_what_is_parked") {
-        hold_parked(&catalogue, database, lease, floor).await?;
-    }
     let (lanes, loaded) = match node {
         None => (None, LaneSet::ALL),
         Some((lanes, loaded)) => (Some(lanes), loaded),
     };
+    if !bug("sell_what_is_parked") {
+        hold_parked(&catalogue, database, lease, floor, loaded).await?;
+    }
     let state = State {
         catalogue,
         buyers,
@@ -277,20 +277,21 @@ async fn lanes_of(
     Ok(node.loaded.keys().copied().collect())
 }
 
-/// Holds the units of parked orders. Their SKUs' rows do not count them and may be wrong, so the held units are
+/// Holds the units of parked orders of these lanes. Their SKUs' rows do not count them and may be wrong, so the held units are
 /// summed up from the orders.
 async fn hold_parked(
     catalogue: &Catalogue,
     database: &Database,
     lease: NodeLease,
     floor: OrderId,
+    lanes: LaneSet,
 ) -> Result<(), StoreError> {
-    let parked = parked::by_sku(database).await?;
+    let parked = parked::by_sku(database, lanes).await?;
     if parked.is_empty() {
         return Ok(());
     }
     let skus: Vec<SkuNumber> = parked.keys().copied().collect();
-    let by_rows = orders::held_units(database, lease, floor, &skus).await?;
+    let by_rows = orders::held_units(database, lease, floor, lanes, &skus).await?;
     for (number, parked) in parked {
         let Some(sku) = catalogue.by_number(number) else {
             continue;

@@ -6,6 +6,7 @@ mod support;
 
 mod demo;
 mod nodes;
+mod parked;
 
 use std::time::{Duration, Instant};
 

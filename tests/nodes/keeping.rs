@@ -29,6 +29,10 @@ impl Neighbours for Nobody {
     fn are(&self, _: &[NodeAddress]) {}
 
     fn lanes_moved(&self) {}
+
+    fn want_left(&self, _: &SkuId) {}
+
+    fn terms_changed(&self) {}
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -156,6 +160,7 @@ async fn a_new_sku_whose_units_come_with_a_lane_has_them_once() {
             own,
         )),
         moving: Arc::clone(&moving),
+        hints: Arc::default(),
     };
     let terms = tokio::spawn(terms.run());
     wait_until("it has looked", async || node.state.catalogue.is_paused()).await;

@@ -12,6 +12,7 @@ use millrace::order::{
 };
 use millrace::pipeline::admin::audit::audit;
 use millrace::pipeline::admin::pauses::Pauses;
+use millrace::pipeline::cluster::hints::Hints;
 use millrace::pipeline::cluster::lending::{Lending, LendingParts};
 use millrace::pipeline::cluster::terms::{self, Terms};
 use millrace::pipeline::failover::loading;
@@ -49,6 +50,7 @@ pub struct Node {
     pub database: Database,
     pub state: Arc<State>,
     writer: Mutex<BatchWriter>,
+    hints: Arc<Hints>,
     lending: JoinHandle<()>,
 }
 
@@ -89,16 +91,19 @@ impl Node {
             progress: Default::default(),
             ids: IdClock::new(UnixMillis(0), hour),
         });
+        let hints = bed.links.join();
         let lending = Lending::new(LendingParts {
             state: Arc::clone(&state),
             database: for_lending,
             lease,
+            hints: Arc::clone(&hints),
         });
         Arc::new(Node {
             writer: Mutex::new(BatchWriter::new(database.clone(), lease, 0)),
             database,
             lease,
             state,
+            hints,
             lending: tokio::spawn(lending.run()),
         })
     }
@@ -506,6 +511,7 @@ async fn what_an_operator_changes_at_one_node_is_in_force_at_the_others_or_they_
         lease: other.lease,
         pauses: Arc::new(pauses),
         moving: Arc::default(),
+        hints: Arc::clone(&other.hints),
     };
     let running = tokio::spawn(terms.run());
     let put = async |name: &str, title: &str, total| {
@@ -524,7 +530,9 @@ async fn what_an_operator_changes_at_one_node_is_in_force_at_the_others_or_they_
         .await
         .unwrap();
     assert_eq!(
-        terms::unreached(&bed.database, own.lease).await.unwrap(),
+        terms::unreached(&bed.database, own.lease, &own.hints)
+            .await
+            .unwrap(),
         Vec::<i16>::new()
     );
     assert_eq!(other.sku().terms().title, "another title");
@@ -539,7 +547,9 @@ async fn what_an_operator_changes_at_one_node_is_in_force_at_the_others_or_they_
         .await
         .unwrap();
     assert_eq!(
-        terms::unreached(&bed.database, own.lease).await.unwrap(),
+        terms::unreached(&bed.database, own.lease, &own.hints)
+            .await
+            .unwrap(),
         Vec::<i16>::new()
     );
     assert!(!other.state.catalogue.is_paused());
@@ -556,7 +566,9 @@ async fn what_an_operator_changes_at_one_node_is_in_force_at_the_others_or_they_
     assert_eq!(placed, 12);
     running.abort();
     put("S0", "nobody hears of it", 12).await;
-    let unreached = terms::unreached(&bed.database, own.lease).await.unwrap();
+    let unreached = terms::unreached(&bed.database, own.lease, &own.hints)
+        .await
+        .unwrap();
     assert_eq!(unreached, [other.lease.node]);
 }
 
@@ -635,4 +647,25 @@ async fn paid_units_are_swept_and_a_refund_at_another_node_finds_them() {
     }
     assert_eq!(placed, 10, "refunded units are on sale again");
     assert_sound(&bed, &nodes).await;
+}
+
+#[tokio::test]
+async fn nodes_without_buyers_ask_the_database_rarely() {
+    let bed = Bed::open().await;
+    bed.skus(&[100]).await;
+    let nodes = three(&bed).await;
+    for node in &nodes {
+        node.says_what_the_rows_say(&bed).await;
+    }
+    let commits = "SELECT xact_commit FROM pg_stat_database WHERE datname = current_database()";
+    let before = bed.number(commits).await;
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    let asked = bed.number(commits).await - before;
+    // In a second, each with a message that verifies the connection: ten readings of the counters and two looks for wants, of
+    // two messages, at each node; and the counters added up for all, 13 times at most. A server counts a session's
+    // statements up to a second later.
+    assert!(
+        asked <= 5 * (3 * (10 * 2 + 2 * 3 + 1) + 13 + 1),
+        "{asked} statements in 4 s"
+    );
 }

@@ -3,9 +3,11 @@
 //! * `twin`: the transactions of `store::cluster` on a real PostgreSQL, against a naive arbiter, by the same random
 //!   operations;
 //! * `database`: what an arbiter in memory cannot show: concurrent transactions, locks, a schema of before;
+//! * `counters`: the counters of the whole sale, which one node adds up for all;
 //! * `keeping`: what keeps a lane where it is;
 //! * `lending`: the task that lends in running nodes, with buyers at several at once;
 //! * `payments`: payments of orders whose lane another node has;
+//! * `retention`: which of them deletes old rows;
 //! * `stock`: wants that nobody has any more, totals that are lowered at two nodes;
 //! * `takeover`: the log of a dead node on a real broker;
 //! * `model`: nodes, brokers and clients in virtual time on the naive arbiter, with a planted defect for each rule of
@@ -17,11 +19,13 @@
 mod support;
 
 mod arbiter;
+mod counters;
 mod database;
 mod keeping;
 mod lending;
 mod model;
 mod payments;
+mod retention;
 mod stock;
 mod takeover;
 mod twin;

@@ -1,6 +1,12 @@
 //! The transactions on PostgreSQL and the naive arbiter, by the same random operations.
 
-use millrace::order::{Lane, SkuNumber, UnixMillis};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+
+use millrace::order::{Lane, SkuId, SkuNumber, UnixMillis};
+use millrace::pipeline::cluster::hints::Hints;
+use millrace::pipeline::cluster::lane_keeper::Neighbours;
+use millrace::state::lanes::NodeAddress;
 use millrace::store::cluster::lanes::{self, HandOver, HandedOver};
 use millrace::store::cluster::membership::{self, Candidate, Join, Joined};
 use millrace::store::cluster::recall::{self, Lowered, Lowering};
@@ -21,6 +27,47 @@ pub struct Bed {
     pub database: Database,
     pub session: Connected,
     pub test: TestDatabase,
+    /// Between the nodes of this database.
+    pub links: Arc<Links>,
+}
+
+/// Links on which every third hint is lost.
+#[derive(Default)]
+pub struct Links {
+    nodes: Mutex<Vec<Arc<Hints>>>,
+    sent: AtomicUsize,
+}
+
+impl Links {
+    /// A node more, and its hints.
+    pub fn join(self: &Arc<Self>) -> Arc<Hints> {
+        let hints = Arc::<Hints>::default();
+        hints.reach(Arc::clone(self) as Arc<dyn Neighbours>);
+        self.nodes.lock().unwrap().push(Arc::clone(&hints));
+        hints
+    }
+
+    fn tell(&self, hint: impl Fn(&Hints)) {
+        for node in &*self.nodes.lock().unwrap() {
+            if self.sent.fetch_add(1, Ordering::Relaxed) % 3 < 2 {
+                hint(node);
+            }
+        }
+    }
+}
+
+impl Neighbours for Links {
+    fn are(&self, _: &[NodeAddress]) {}
+
+    fn lanes_moved(&self) {}
+
+    fn want_left(&self, _: &SkuId) {
+        self.tell(Hints::want_left);
+    }
+
+    fn terms_changed(&self) {
+        self.tell(Hints::terms_changed);
+    }
 }
 
 impl Bed {
@@ -33,6 +80,7 @@ impl Bed {
             database,
             session,
             test,
+            links: Arc::default(),
         }
     }
 

@@ -4,7 +4,9 @@ use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use millrace::order::{Currency, Ended, Order, OrderId, OrderStatus, SkuId, UnixMillis, UserId};
+use millrace::order::{
+    Currency, Cutover, Ended, Lane, LaneSet, Order, OrderId, OrderStatus, SkuId, UnixMillis, UserId,
+};
 use millrace::state::buyers::{BuyerOrder, Buyers, Claimed, Eviction, LiveOrder, NothingSticky};
 use millrace::state::stock::{DayTime, DayWindow, DrawTerms, SaleTerms, Sku, WaitlistTerms};
 use millrace::store::StoreError;
@@ -107,6 +109,7 @@ async fn load(sale: &Sale, floor: OrderId) -> HashMap<OrderId, (UserId, BuyerOrd
     let read = window::load(
         &sale.database,
         floor,
+        LaneSet::ALL,
         |user, order, _| {
             assert!(loaded.insert(order.order_id, (user, order)).is_none());
         },
@@ -197,7 +200,7 @@ async fn fill(sale: &Sale, sku: &Sku, rows: u64) {
     sale.sql(&format!(
         "INSERT INTO orders (order_id, user_id, sku, quantity, adjustment, amount, currency, status, created_at, expires_at,
                              key_hash, payload_hash)
-         SELECT n << 22, 'buyer-' || n, {number}, 1, 0, 100, 'EUR', CASE n % 4 WHEN 0 THEN 3 ELSE 2 END, now(), now(),
+         SELECT (n << 22) | ((n & 63) << 16), 'buyer-' || n, {number}, 1, 0, 100, 'EUR', CASE n % 4 WHEN 0 THEN 3 ELSE 2 END, now(), now(),
                 md5(n::text)::uuid, n
            FROM generate_series(1, {rows}::bigint) n"
     ))
@@ -218,6 +221,7 @@ async fn a_long_window_is_read_in_parts_with_progress() {
     let read = window::load(
         &sale.database,
         OrderId::MIN,
+        LaneSet::ALL,
         |user, order, _| buyers.restore(user, order, true),
         |progress| {
             println!("{progress}");
@@ -267,6 +271,7 @@ async fn a_long_window_is_read_in_parts_with_progress() {
         &sale.database,
         &[sku.number],
         OrderId::MAX,
+        LaneSet::ALL,
         |user, order| buyers.restore_live(user, order),
         |progress| println!("{progress}"),
     )
@@ -280,6 +285,91 @@ async fn a_long_window_is_read_in_parts_with_progress() {
         started.elapsed().as_secs_f64(),
         grown / buyers.len() as u64
     );
+}
+
+/// `MILLRACE_WINDOW=1000000 cargo test --test store orders_of_its_lanes -- --nocapture` says what that takes.
+#[tokio::test]
+async fn a_node_reads_the_orders_of_its_lanes_alone() {
+    let rows = count("MILLRACE_WINDOW", 30_000);
+    let sale = Sale::open(1).await;
+    let sku = sale.sku_with("A", 100, Some(9)).await;
+    fill(&sale, &sku, rows).await;
+    // Half of the ids are from before lanes. Some rows were refused, and some orders are parked.
+    let columns = "order_id, user_id, sku, quantity, adjustment, amount, currency, created_at, expires_at, key_hash, payload_hash";
+    sale.sql(&format!(
+        "UPDATE sku SET created_at = NULL;
+         UPDATE database_identity SET lanes_from = ({rows}::int8 / 2) << 22;
+         WITH gone AS (DELETE FROM orders WHERE order_id >> 22 <= 100 RETURNING *)
+         INSERT INTO dead_letters ({columns}, sqlstate, reason) SELECT {columns}, '23514', '' FROM gone;
+         WITH gone AS (DELETE FROM orders WHERE order_id >> 22 > {rows} - 100 RETURNING *)
+         INSERT INTO parked_orders ({columns}) SELECT {columns} FROM gone"
+    ))
+    .await;
+    sale.sql("VACUUM ANALYZE orders").await;
+    let cutover = Cutover(OrderId::new((rows / 2) << 22).unwrap());
+    let some: LaneSet = Lane::all().step_by(9).collect();
+    let is_of_some = |id: OrderId, user: &UserId| {
+        some.has(cutover.lane_of(id).unwrap_or_else(|| Lane::of(user)))
+    };
+    for lanes in [LaneSet::ALL, some] {
+        let (mut read, started) = (HashSet::new(), Instant::now());
+        let remember = |user: UserId, order: BuyerOrder, _| {
+            assert!(lanes == LaneSet::ALL || is_of_some(order.order_id, &user));
+            assert!(read.insert(order.order_id));
+        };
+        let floor = OrderId::MIN;
+        let count = window::load(&sale.database, floor, lanes, remember, |_| {}).await;
+        println!(
+            "{} lanes: {} ms",
+            lanes.len(),
+            started.elapsed().as_millis()
+        );
+        assert_eq!(count.unwrap(), read.len() as u64);
+        if lanes == LaneSet::ALL {
+            assert_eq!(read.len() as u64, rows);
+        }
+        let of_some = (1..=rows).filter(|number| {
+            let id = OrderId::new(number << 22 | (number & 63) << 16).unwrap();
+            let user = UserId::new(&format!("buyer-{number}")).unwrap();
+            assert!(lanes != LaneSet::ALL || read.contains(&id));
+            is_of_some(id, &user)
+        });
+        let of_some = of_some.count();
+        assert!(
+            lanes == LaneSet::ALL || read.len() == of_some,
+            "{} of {of_some}",
+            read.len()
+        );
+
+        // What a limit counts: live ones, the parked ones among them.
+        let mut live = HashSet::new();
+        let skus = [sku.number];
+        let count = |user: UserId, order: LiveOrder| {
+            assert!(lanes == LaneSet::ALL || is_of_some(order.order_id, &user));
+            assert!(live.insert(order.order_id));
+        };
+        let counted =
+            window::load_live_orders(&sale.database, &skus, OrderId::MAX, lanes, count, |_| {});
+        counted.await.unwrap();
+        let is_live = |id: &OrderId| {
+            let number = id.get() >> 22;
+            number > rows - 100 || number > 100 && number % 4 != 0
+        };
+        let of_read: HashSet<OrderId> = read.into_iter().filter(is_live).collect();
+        let differ = live.symmetric_difference(&of_read).next();
+        assert_eq!((live.len(), differ), (of_read.len(), None));
+    }
+    sale.sql("UPDATE database_identity SET lanes_from = 1")
+        .await;
+    let started = Instant::now();
+    let count = window::load(&sale.database, OrderId::MIN, some, |_, _, _| {}, |_| {}).await;
+    println!(
+        "{} lanes, every id names its own: {} ms",
+        some.len(),
+        started.elapsed().as_millis()
+    );
+    let of_some = (1..=rows).filter(|number| some.has(Lane::new((number & 63) as u8).unwrap()));
+    assert_eq!(count.unwrap(), of_some.count() as u64);
 }
 
 /// Looks buyers up for as long as `walk` lasts. The slowest look-up: about the longest time for which
@@ -329,6 +419,7 @@ async fn a_slow_database_is_read_in_smaller_parts_until_all_is_read() {
     let count = window::load(
         &impatient,
         OrderId::MIN,
+        LaneSet::ALL,
         |_, order, _| assert!(read.insert(order.order_id), "twice"),
         |progress| told.push(progress),
     )
@@ -346,6 +437,7 @@ async fn a_slow_database_is_read_in_smaller_parts_until_all_is_read() {
         &impatient,
         &[sku.number],
         OrderId::MAX,
+        LaneSet::ALL,
         |_, _| live += 1,
         |_| {},
     )
@@ -376,6 +468,7 @@ async fn live_orders_of_a_sku_are_read_below_an_id_and_from_its_making_on() {
             &sale.database,
             &[a.number],
             below,
+            LaneSet::ALL,
             |user, order| read.push((user, order)),
             |_| {},
         )

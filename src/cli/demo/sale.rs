@@ -315,8 +315,7 @@ impl Sale<'_> {
         if service.nodes().is_none() {
             return Ok(audit);
         }
-        let (sales, _) = stock::sales(service.database()).await?;
-        let mut free: i64 = sales.iter().map(|sale| sale.pool).sum();
+        let mut free = stock::pool(service.database()).await?;
         for control in service.control_planes().iter().skip(1) {
             let other = self.audit(&control.to_string()).await?;
             let skus = other["skus"].as_array().into_iter().flatten();

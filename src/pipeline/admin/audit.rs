@@ -443,6 +443,12 @@ fn live_check(found: &DatabaseAudit, live_of: impl Fn(&str) -> Option<LiveFigure
     over_skus(found, "I2", LIVE_CHECK, |sku| {
         let figures = live_of(&sku.sku_id)?;
         let (total, held, sold) = match figures.node {
+            // Those of its parked orders that are of its lanes are held in memory, and not in its share.
+            Some(node) if sku.parked > 0 => {
+                let (total, held, sold) = sku.share_of(node);
+                let parked = i64::from(figures.held) - i64::from(figures.kept) - held;
+                (total, held + parked.clamp(0, sku.parked), sold)
+            }
             Some(node) => sku.share_of(node),
             // While it has parked orders, its row is known to be wrong.
             None if sku.parked > 0 => {

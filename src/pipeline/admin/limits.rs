@@ -34,6 +34,7 @@ pub(in crate::pipeline) async fn count<'a>(
             database,
             &skus,
             OrderId::MAX,
+            LaneSet::ALL,
             |user_id, order| {
                 if lanes.has(Lane::of(&user_id)) {
                     orders += 1;

@@ -14,6 +14,7 @@ use super::pauses::Pauses;
 use super::{draws, limits};
 use crate::order::draw::{Beacon, Header};
 use crate::order::{Lane, OrderId, Quantity, Refusal, SkuId, UserId};
+use crate::pipeline::cluster::hints::Hints;
 use crate::pipeline::cluster::{lending, terms};
 use crate::pipeline::orders::parking::ParkingHandle;
 use crate::pipeline::payments::processor::PaymentsHandle;
@@ -148,6 +149,7 @@ pub struct Operator {
     payments: PaymentsHandle,
     pauses: Arc<Pauses>,
     parking: ParkingHandle,
+    hints: Arc<Hints>,
     payment_ttl_ms: u64,
     /// Serializes changes of terms: a change that sets a limit may take long, and no other request waits for
     /// it.
@@ -177,6 +179,7 @@ impl Operator {
         payments: PaymentsHandle,
         pauses: Arc<Pauses>,
         parking: ParkingHandle,
+        hints: Arc<Hints>,
         payment_ttl_ms: u64,
     ) -> Self {
         let one_at_a_time = Arc::new(Mutex::new(HashMap::new()));
@@ -195,6 +198,7 @@ impl Operator {
             payments,
             pauses,
             parking,
+            hints,
             payment_ttl_ms,
             changing_terms,
             one_at_a_time,
@@ -340,7 +344,7 @@ impl Operator {
     /// # Errors
     /// If the database does not answer.
     pub async fn unreached(&self) -> Result<Vec<i16>, StoreError> {
-        terms::unreached(&self.database, self.lease).await
+        terms::unreached(&self.database, self.lease, &self.hints).await
     }
 
     /// Stores a new total and puts it in force.

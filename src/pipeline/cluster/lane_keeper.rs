@@ -20,7 +20,7 @@ use tokio::sync::Notify;
 use super::member::Member;
 use super::{balance, lending};
 use crate::metrics::Metrics;
-use crate::order::{Lane, LaneSet, SkuNumber, UnixMillis};
+use crate::order::{Lane, LaneSet, SkuId, SkuNumber, UnixMillis};
 use crate::pipeline::failover::loading;
 use crate::pipeline::orders::cancel::Canceller;
 use crate::queue::OrderQueue;
@@ -48,6 +48,12 @@ pub trait Neighbours: Send + Sync {
 
     /// Tells all that lanes have moved.
     fn lanes_moved(&self);
+
+    /// Tells all that this node wants units of a SKU.
+    fn want_left(&self, sku: &SkuId);
+
+    /// Tells all that terms or pauses have changed.
+    fn terms_changed(&self);
 }
 
 /// The parts of the keeper.

@@ -17,23 +17,30 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::hints::Hints;
 use super::timer::Timer;
 use crate::order::{Quantity, Refusal, SkuNumber, UnixMillis};
+use crate::pipeline::orders::parking;
 use crate::pipeline::payments::settler::wait_until_sold;
 use crate::state::State;
 use crate::state::stock::{Ask, Hold, SaleStock, Shared, Sku, StockSnapshot, Wanted};
 use crate::store::StoreError;
 use crate::store::cluster::recall;
 use crate::store::cluster::shares::{self, Lent, Share, Supply, Want};
-use crate::store::cluster::stock::{self, Books};
+use crate::store::cluster::stock::{self, Books, Sale};
+use crate::store::postgres::parked::ParkedOf;
 use crate::store::postgres::{Database, NodeLease};
 
 /// Interval between two looks for requests that found a share dry.
 const TICK: Duration = Duration::from_millis(10);
-/// Interval between two looks for wants of other nodes.
-const WANTS: Duration = Duration::from_millis(50);
+/// Interval between two looks for wants of other nodes, which tell of theirs.
+const WANTS: Duration = Duration::from_millis(500);
+/// The same while there are some.
+const WANTED: Duration = Duration::from_millis(50);
 /// Interval between two readings of the whole sale's counters, which may be 250 ms old in answers.
 const SALES: Duration = Duration::from_millis(100);
+/// Age up to which those that another node has added up are taken.
+const SALES_AGE: Duration = Duration::from_millis(75);
 /// Interval between two looks at what each share has used.
 const USE: Duration = Duration::from_millis(100);
 /// Interval between two moves of sold units to `sku`.
@@ -59,6 +66,8 @@ pub struct LendingParts {
     pub database: Database,
     /// The lease of this node.
     pub lease: NodeLease,
+    /// Hints to and from other nodes.
+    pub hints: Arc<Hints>,
 }
 
 /// The task.
@@ -67,6 +76,8 @@ pub struct Lending {
     shares: BTreeMap<SkuNumber, OwnShare>,
     /// Active nodes.
     nodes: u32,
+    /// The counters of the whole sale, as they were read last, and their version.
+    sale: (Option<i64>, Vec<Sale>),
     wants: Timer,
     sales: Timer,
     uses: Timer,
@@ -115,17 +126,30 @@ pub fn given(state: &State, held: &[(SkuNumber, i64)]) {
     each(state, held, |sku, units| sku.counter().give_held(units));
 }
 
-/// Notes that the shares of a node that is gone are this one's. Memory has loaded its unpaid orders.
-pub fn merged(state: &State, shares: &[(SkuNumber, Share)]) {
+/// Notes that the shares of a node that is gone are this one's, with the orders of its lanes that are `parked`: their units are
+/// free by the row, and held.
+pub fn merged(
+    state: &State,
+    shares: &[(SkuNumber, Share)],
+    parked: &BTreeMap<SkuNumber, ParkedOf>,
+) {
     for (sku, share) in shares {
+        let parked = parked.get(sku).copied().unwrap_or_default();
         let Some(sku) = state.catalogue.by_number(*sku) else {
             continue;
         };
         let counter = sku.counter();
         // Taken before it is free: nobody can hold a unit that is not.
-        counter.receive_held(units(share.held + share.sold));
+        let taken = share.held + share.sold + parked.units.cast_signed();
+        counter.receive_held(units(taken));
         counter.sell(units(share.sold));
-        counter.lend(units(share.lent - share.held - share.sold));
+        counter.lend(units((share.lent - taken).max(0)));
+        if parked.orders > 0 {
+            state.catalogue.set_fault(&sku, parking::FOUND, 1);
+            if let Some(parking) = sku.fault().begin_parking() {
+                parking.done(parked.orders);
+            }
+        }
         forget_sold_out(&sku);
     }
 }
@@ -177,6 +201,7 @@ impl Lending {
             parts,
             shares: BTreeMap::new(),
             nodes: 1,
+            sale: (None, Vec::new()),
             wants: Timer::new(WANTS),
             sales: Timer::new(SALES),
             uses: Timer::new(USE),
@@ -208,7 +233,7 @@ impl Lending {
     async fn step(&mut self) -> Result<(), StoreError> {
         self.learn_of_new().await?;
         self.settle_doubts().await?;
-        if self.wants.is_due() {
+        if self.parts.hints.take_want() || self.wants.is_due() {
             self.answer_wants().await?;
         }
         if self.sales.is_due() {
@@ -351,6 +376,8 @@ impl Lending {
     /// Gives other nodes what they want.
     async fn answer_wants(&mut self) -> Result<(), StoreError> {
         let wants = shares::wants(&self.parts.database).await?;
+        let pause = if wants.is_empty() { WANTS } else { WANTED };
+        self.wants.due = Instant::now() + pause;
         for want in wants {
             let Some(sku) = self.parts.state.catalogue.by_number(want.sku) else {
                 continue;
@@ -376,10 +403,17 @@ impl Lending {
 
     /// Reads the counters of the whole sale.
     async fn read_sales(&mut self) -> Result<(), StoreError> {
-        let read_at = Instant::now();
-        let (sales, nodes) = stock::sales(&self.parts.database).await?;
-        self.nodes = u32::try_from(nodes).unwrap_or(1).max(1);
-        for sale in sales {
+        let (known, database) = (self.sale.0, &self.parts.database);
+        let Some(read) = stock::sales(database, known, SALES_AGE).await? else {
+            // Another node adds them up, and has done so at the next look.
+            self.sales.due = Instant::now();
+            return Ok(());
+        };
+        self.nodes = u32::try_from(read.nodes).unwrap_or(1).max(1);
+        let before = std::mem::take(&mut self.sale.1);
+        self.sale = (Some(read.version), read.sales.unwrap_or(before));
+        let read_at = read.read_at;
+        for sale in self.sale.1.clone() {
             let (Some(sku), Some(share)) = (
                 self.parts.state.catalogue.by_number(sale.sku),
                 self.shares.get_mut(&sale.sku),
@@ -487,6 +521,8 @@ impl Lending {
         let lent = self.lend(sku, used.max(wanted.units), Some(least)).await?;
         if lent.units > 0 {
             shared.answer_all();
+        } else if standing.is_none() {
+            self.parts.hints.tell_want(&sku.id);
         }
         if let Some(share) = self.shares.get_mut(&sku.number) {
             share.want = lent.want.map(|number| Want {

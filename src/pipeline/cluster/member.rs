@@ -16,6 +16,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 
+use super::hints::Hints;
 use super::watch::{Beat, Watch};
 use crate::order::{Lane, LaneSet, UnixMillis};
 use crate::pipeline::failover::lease::{AcknowledgeLease, now_ms, waited_ms};
@@ -55,6 +56,8 @@ pub struct Member {
     pub answer_lease_ms: u64,
     /// The right to acknowledge orders before they are rows.
     pub acknowledge: Arc<AcknowledgeLease>,
+    /// Hints to and from other nodes.
+    pub hints: Arc<Hints>,
     /// Gives out ids, once there is a state; the log leases them while the database is away.
     ids: OnceLock<(Arc<State>, Arc<dyn OrderQueue>)>,
     seen: watch::Sender<Arc<Seen>>,
@@ -84,6 +87,7 @@ impl Member {
             lease_ms,
             answer_lease_ms,
             acknowledge,
+            hints: Arc::default(),
             ids: OnceLock::new(),
             seen: watch::Sender::default(),
             renew_now: Notify::new(),

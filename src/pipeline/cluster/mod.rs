@@ -14,6 +14,7 @@
 
 pub mod balance;
 pub mod held;
+pub mod hints;
 pub mod lane_keeper;
 pub mod lending;
 pub mod member;

@@ -29,10 +29,11 @@ use crate::state::State;
 use crate::state::orphans::Orphans;
 use crate::store::StoreError;
 use crate::store::batch::BatchWriter;
+use crate::store::cluster::lanes;
 use crate::store::cluster::shares::Share;
 use crate::store::cluster::takeover::{self, DeadNode, LogEnd, Suspect};
 use crate::store::postgres::order_log::{self, NotedLog};
-use crate::store::postgres::{Database, NodeLease};
+use crate::store::postgres::{Database, NodeLease, parked};
 
 /// Reasons why a log could not be replayed.
 #[derive(Debug, thiserror::Error)]
@@ -229,9 +230,17 @@ impl Takeovers {
     }
 
     async fn merge(&self, state: &State, dead: NodeLease, end: LogEnd) -> Result<(), StoreError> {
-        let moving = self.parts.member.moving.lock().await;
+        let TakeoverParts {
+            member, database, ..
+        } = &self.parts;
+        let moving = member.moving.lock().await;
+        let rows = lanes::all(database).await?;
+        let of_dead = rows.iter().filter(|row| row.blocked_by == Some(dead.node));
+        let parked = parked::by_sku(database, of_dead.map(|row| row.lane).collect()).await?;
         let merged = self.finish(dead, end).await?;
-        lending::merged(state, &merged);
+        lending::merged(state, &merged, &parked);
+        let orders: u64 = parked.values().map(|parked| parked.orders).sum();
+        self.parts.metrics.orders_parked.add(orders.cast_signed());
         drop(moving);
         self.parts.changed.notify_one();
         Ok(())

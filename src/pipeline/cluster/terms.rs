@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Mutex;
 
+use super::hints::Hints;
 use crate::pipeline::admin::changes::check_number;
 use crate::pipeline::admin::limits;
 use crate::pipeline::admin::pauses::Pauses;
@@ -16,8 +17,10 @@ use crate::store::cluster::terms::{self, Changes};
 use crate::store::postgres::{Database, NodeLease, skus};
 use crate::store::{Ledger, StoreError};
 
-/// Interval between two looks. An operator waits for the other nodes for a second.
-const LOOK: Duration = Duration::from_millis(200);
+/// Interval between two looks, if no other node tells of a change. An operator waits for the other nodes for a second.
+const LOOK: Duration = Duration::from_millis(500);
+/// Pause after a failure.
+const PAUSE: Duration = Duration::from_millis(200);
 /// Time that an operator waits for the other nodes.
 const REACH: Duration = Duration::from_secs(1);
 /// Interval at which it is asked whether they have a change.
@@ -35,6 +38,8 @@ pub struct Terms {
     pub pauses: Arc<Pauses>,
     /// Held while units that have moved in the rows are on their way into memory.
     pub moving: Arc<Mutex<()>>,
+    /// Hints from other nodes.
+    pub hints: Arc<Hints>,
 }
 
 impl Terms {
@@ -43,17 +48,20 @@ impl Terms {
         let mut seen = None;
         loop {
             match self.look(seen).await {
-                Ok(Some(changes)) => seen = Some(changes),
-                Ok(None) => {}
+                Ok(changes) => {
+                    seen = changes.or(seen);
+                    // Whoever told of a change meanwhile has it seen at the next look.
+                    let _ = tokio::time::timeout(LOOK, self.hints.terms()).await;
+                }
                 Err(error @ StoreError::Fenced { .. }) => {
                     self.state.poison.set(error.to_string());
                     return;
                 }
                 Err(error) => {
                     tracing::warn!(reason = %error, "changes of operators at other nodes are not taken over for now; retrying");
+                    tokio::time::sleep(PAUSE).await;
                 }
             }
-            tokio::time::sleep(LOOK).await;
         }
     }
 
@@ -107,14 +115,20 @@ impl Terms {
     }
 }
 
-/// Waits until every other node has taken over what was committed before, for a second. Returns those that have not.
+/// Tells the other nodes, and waits until each has taken over what was committed before, for a second. Returns those that
+/// have not.
 ///
 /// # Errors
 /// If the database does not answer.
-pub async fn unreached(database: &Database, lease: NodeLease) -> Result<Vec<i16>, StoreError> {
+pub async fn unreached(
+    database: &Database,
+    lease: NodeLease,
+    hints: &Hints,
+) -> Result<Vec<i16>, StoreError> {
     if lease.ledger == Ledger::Sku {
         return Ok(Vec::new());
     }
+    hints.tell_terms();
     let (changes, asked) = (terms::last(database).await?, Instant::now());
     loop {
         let left = terms::unreached(database, lease, changes.number).await?;

@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::time::Instant;
 
-use crate::order::{Lane, LaneSet, OrderId, SkuNumber, UnixMillis, UserId};
+use crate::order::{LaneSet, OrderId, SkuNumber, UnixMillis};
 use crate::state::State;
 use crate::state::orphans::Orphans;
 use crate::state::stock::Catalogue;
@@ -38,14 +38,10 @@ pub async fn load(
     lanes: LaneSet,
     mut tell: impl FnMut(&str, ReadProgress),
 ) -> Result<Loaded, StoreError> {
-    let is_wanted = |user: &UserId| lanes == LaneSet::ALL || lanes.has(Lane::of(user));
     let mut loaded = Loaded::default();
     let mut waiting: Vec<(SkuNumber, OrderId, u32)> = Vec::new();
-    for open in orders::open_below(database, lease, floor).await? {
+    for open in orders::open_below(database, lease, floor, lanes).await? {
         let units = &open.units;
-        if !is_wanted(&units.user_id) {
-            continue;
-        }
         if open.waits() {
             waiting.push((units.sku, units.order_id, units.quantity));
         } else {
@@ -63,10 +59,8 @@ pub async fn load(
     window::load(
         database,
         floor,
+        lanes,
         |user, order, open_until| {
-            if !is_wanted(&user) {
-                return;
-            }
             loaded.orders += 1;
             newest = newest.max(Some(order.order_id));
             if open_until == Some(UnixMillis::NEVER) {
@@ -85,7 +79,7 @@ pub async fn load(
         state.ids.raise(newest.millis().plus_ms(1));
     }
     if !limited.is_empty() {
-        count_older(state, database, limited, floor, is_wanted, tell).await?;
+        count_older(state, database, limited, floor, lanes, tell).await?;
     }
     for sku in state.catalogue.all() {
         if sku.draw().is_some_and(|draw| draw.is_drawn()) {
@@ -131,7 +125,7 @@ async fn count_older(
     database: &Database,
     limited: HashSet<SkuNumber>,
     floor: OrderId,
-    is_wanted: impl Fn(&UserId) -> bool,
+    lanes: LaneSet,
     mut tell: impl FnMut(&str, ReadProgress),
 ) -> Result<(), StoreError> {
     let limited: Vec<_> = limited.into_iter().collect();
@@ -141,11 +135,10 @@ async fn count_older(
         database,
         &limited,
         floor,
+        lanes,
         |user, order| {
-            if is_wanted(&user) {
-                orders += 1;
-                state.buyers.restore_live(user, order);
-            }
+            orders += 1;
+            state.buyers.restore_live(user, order);
         },
         |progress| tell("reading the older orders that limits count", progress),
     )

@@ -17,7 +17,7 @@ use tokio::sync::{Notify, mpsc};
 
 use super::replay::Replayer;
 use crate::metrics::Metrics;
-use crate::order::{Ended, Order, OrderId, OrderStatus, OrderUnits, SkuNumber};
+use crate::order::{Ended, LaneSet, Order, OrderId, OrderStatus, OrderUnits, SkuNumber};
 use crate::pipeline::admin::pruning::PrunedBelow;
 use crate::pipeline::orders::lookup::{self, LookupError};
 use crate::pipeline::orders::parking;
@@ -316,7 +316,8 @@ impl Restorer {
     /// Puts orders back on their lists whose assignment the database has lost: their rows wait, and memory has
     /// them as live and not on the list. Their units are kept for the list, so that whoever is first has them.
     async fn wait_again(&self) -> Result<(), StoreError> {
-        let open = orders::open_below(&self.database, self.lease, OrderId::MAX).await?;
+        let open =
+            orders::open_below(&self.database, self.lease, OrderId::MAX, LaneSet::ALL).await?;
         let is_lost = |units: &&OrderUnits| {
             let known = self.state.buyers.find(&units.user_id, units.order_id);
             let is_in_flight = self.state.pending.get(units.order_id).is_some();

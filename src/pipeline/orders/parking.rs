@@ -8,7 +8,8 @@
 //!                                                         └─ the row is refused ──► dead_letters
 //! ```
 //!
-//! While a SKU has parked orders it is not sold, and their units are held in memory. One task retries them, SKU
+//! While a SKU has parked orders it is not sold, and their units are held in memory: at a node, while orders of its own lanes
+//! are parked. One task retries them, SKU
 //! by SKU and in parts. Once a SKU has none left and its counters are accepted, its sale resumes by itself.
 
 use std::collections::BTreeMap;
@@ -19,9 +20,10 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::backoff::Backoff;
 use crate::metrics::Metrics;
-use crate::order::{Ended, Order, OrderStatus, SkuNumber, UnixMillis};
-use crate::state::State;
+use crate::order::{Ended, LaneSet, Order, OrderStatus, SkuNumber, UnixMillis};
+use crate::pipeline::cluster::held;
 use crate::state::stock::{Refused, Sku};
+use crate::state::{State, lanes};
 use crate::store::StoreError;
 use crate::store::WriteError;
 use crate::store::batch::BatchWriter;
@@ -213,8 +215,16 @@ impl Parking {
             let Some(seen) = sku.fault().look() else {
                 return Ok(Tried::Refused);
             };
-            let part = parked::of_sku(&self.database, sku.number, size as i64).await?;
+            let lanes = lanes::here(self.state.lanes.as_ref());
+            let part = parked::of_sku(&self.database, sku.number, lanes, size as i64).await?;
             if part.is_empty() {
+                let node = self.lease.node;
+                if self.state.lanes.is_some()
+                    && parked::count_of_node(&self.database, node, sku.number).await? > 0
+                {
+                    // Their lanes are ours and about to open.
+                    return Ok(Tried::Refused);
+                }
                 let units = sku.fault().refused().map_or(0, |refused| refused.units);
                 if moved == 0
                     && let Some(reason) =
@@ -244,7 +254,7 @@ impl Parking {
                 Part::Counter { reason } => {
                     let units = part.first().map_or(1, |order| order.quantity.get());
                     sku.fault().set(&reason, units);
-                    let parked = parked::by_sku(&self.database).await?;
+                    let parked = parked::by_sku(&self.database, lanes).await?;
                     self.count(
                         sku,
                         parked.get(&sku.number).map_or(0, |parked| parked.orders),
@@ -302,7 +312,8 @@ impl Parking {
     async fn expire(&mut self) -> Result<(), StoreError> {
         for _ in 0..PARTS {
             let now = self.state.ids.real_now();
-            let part = parked::due(&self.database, now, self.expiry_at, PART as i64);
+            let lanes = lanes::here(self.state.lanes.as_ref());
+            let part = parked::due(&self.database, now, self.expiry_at, lanes, PART as i64);
             let part = part.await?;
             let Some(last) = part.last() else {
                 self.expiry_at = START;
@@ -326,8 +337,14 @@ impl Parking {
         Ok(())
     }
 
-    /// Turns parked orders into rows, in the database and in memory.
+    /// Turns parked orders into rows, in the database and in memory. Their lanes stay here meanwhile.
     async fn unpark(&mut self, rows: &[(&Order, OrderStatus)]) -> Result<Part, StoreError> {
+        let state = Arc::clone(&self.state);
+        let ids = rows.iter().map(|(order, _)| order.id).collect();
+        let (_held, here, _) = held::hold(state.lanes.as_ref(), &self.database, ids).await?;
+        if here.len() < rows.len() {
+            return Ok(Part::Changed);
+        }
         loop {
             match self.writer.unpark(rows).await {
                 Ok(()) => break,
@@ -366,7 +383,13 @@ impl Parking {
         sqlstate: &str,
         reason: &str,
     ) -> Result<(), StoreError> {
+        let state = Arc::clone(&self.state);
         for order in part {
+            let ids = vec![order.id];
+            let (_held, here, _) = held::hold(state.lanes.as_ref(), &self.database, ids).await?;
+            if here.is_empty() {
+                continue;
+            }
             if parked::make_dead_letter(&self.database, self.lease, order.id, sqlstate, reason)
                 .await?
             {
@@ -400,7 +423,7 @@ pub async fn recount(
     database: &Database,
     metrics: &Metrics,
 ) -> Result<(), StoreError> {
-    let parked = parked::by_sku(database).await?;
+    let parked = parked::by_sku(database, LaneSet::ALL).await?;
     for (number, parked) in parked {
         let Some(sku) = state.catalogue.by_number(number) else {
             continue;
@@ -414,5 +437,5 @@ pub async fn recount(
     Ok(())
 }
 
-/// Reason of the fault of a SKU whose parked orders were found at a start or after a failover.
+/// Reason of the fault of a SKU whose parked orders were found at a start, after a failover, or after a takeover.
 pub const FOUND: &str = "orders of it were parked before; they have not been tried again yet";

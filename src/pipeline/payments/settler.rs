@@ -14,7 +14,7 @@ use tokio::sync::{OwnedRwLockReadGuard, RwLock};
 use super::processor::PAUSE;
 use crate::metrics::Metrics;
 use crate::order::payment::Verdict;
-use crate::order::{OrderId, SkuNumber};
+use crate::order::{LaneSet, OrderId, SkuNumber};
 use crate::state::State;
 use crate::state::effects::Row;
 use crate::state::row_changes::RowChange;
@@ -133,7 +133,7 @@ impl Settler {
     async fn correct_memory(&self) -> Result<(), StoreError> {
         let _alone = self.parts.signals.moving.write().await;
         let (database, lease) = (&self.parts.database, self.parts.lease);
-        let open = orders::open_below(database, lease, OrderId::MAX).await?;
+        let open = orders::open_below(database, lease, OrderId::MAX, LaneSet::ALL).await?;
         let payable = open.iter().filter(|open| !open.waits());
         let until = payable.map(|open| (open.units.order_id, open.expires_at));
         self.parts.state.expiry_index.note(until);

@@ -76,6 +76,11 @@ pub struct NodeLanes {
     pub cutover: Cutover,
 }
 
+/// The lanes that a process has open; one on its own has all.
+pub fn here(of_node: Option<&NodeLanes>) -> LaneSet {
+    of_node.map_or(LaneSet::ALL, |of_node| of_node.lanes.open_here())
+}
+
 /// The lanes.
 #[derive(Debug)]
 pub struct Lanes {

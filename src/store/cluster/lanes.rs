@@ -307,9 +307,20 @@ pub async fn note_unpaid(
 }
 
 /// The lane of a row of `orders` or `parked_orders`: in its id, of its `user_id` for ids from before lanes.
-const OF_ROW: &str = "
+pub(in crate::store) const OF_ROW: &str = "
     CASE WHEN order_id >= (SELECT lanes_from FROM database_identity) THEN (order_id >> 16) & 63
          ELSE get_byte(sha256(convert_to(user_id, 'UTF8')), 0) >> 2 END";
+
+/// A row of these tables is of the lanes in this parameter, which are [`numbers`].
+pub(in crate::store) fn is_of(parameter: &str) -> String {
+    let all = Lane::COUNT;
+    format!("(cardinality({parameter}::int8[]) = {all} OR ({OF_ROW}) = ANY ({parameter}))")
+}
+
+/// The lanes as a parameter.
+pub(in crate::store) fn numbers(lanes: LaneSet) -> Vec<i64> {
+    lanes.iter().map(|lane| i64::from(lane.get())).collect()
+}
 
 fn lane_of(row: &Row, at: usize) -> Option<Lane> {
     let number = u8::try_from(row.get::<_, i64>(at));
@@ -327,7 +338,6 @@ pub async fn held_by(
     lanes: LaneSet,
 ) -> Result<BTreeMap<Lane, Vec<(SkuNumber, i64)>>, StoreError> {
     let client = database.pooled().await?;
-    let numbers: Vec<i64> = lanes.iter().map(|lane| i64::from(lane.get())).collect();
     // Without a step timeout, because there may be many.
     let rows = client
         .query(
@@ -337,7 +347,7 @@ pub async fn held_by(
                           WHERE order_id >= (SELECT unpaid_from FROM node WHERE node = $1) AND status = 1) o
                   WHERE lane = ANY ($2) GROUP BY lane, sku ORDER BY lane, sku"
             ),
-            &[&lease.node, &numbers],
+            &[&lease.node, &numbers(lanes)],
         )
         .await
         .map_err(StoreError::statement("adding up what the orders of lanes hold"))?;
@@ -365,7 +375,7 @@ pub async fn parked(database: &Database) -> Result<LaneSet, StoreError> {
     Ok(rows.iter().filter_map(|row| lane_of(row, 0)).collect())
 }
 
-/// The lanes of orders whose ids are from before lanes, by their rows.
+/// The lanes of orders whose ids are from before lanes, by their rows or as they are parked.
 ///
 /// # Errors
 /// If the database does not answer.
@@ -375,7 +385,11 @@ pub async fn of_rows(
 ) -> Result<HashMap<OrderId, Lane>, StoreError> {
     let client = database.pooled().await?;
     let ids: Vec<i64> = ids.iter().map(|id| id.as_i64()).collect();
-    let sql = format!("SELECT order_id, ({OF_ROW})::int8 FROM orders WHERE order_id = ANY ($1)");
+    let sql = format!(
+        "SELECT order_id, ({OF_ROW})::int8
+           FROM (SELECT order_id, user_id FROM orders UNION ALL SELECT order_id, user_id FROM parked_orders) o
+          WHERE order_id = ANY ($1)"
+    );
     let rows = database
         .timed(
             "looking up the lanes of orders",

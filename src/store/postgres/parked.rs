@@ -7,9 +7,11 @@ use tokio_postgres::Row;
 
 use super::{Database, NodeLease};
 use crate::order::{
-    Currency, KeyHash, Order, OrderId, PayloadHash, Quantity, SkuId, SkuNumber, UnixMillis, UserId,
+    Currency, KeyHash, LaneSet, Order, OrderId, PayloadHash, Quantity, SkuId, SkuNumber,
+    UnixMillis, UserId,
 };
 use crate::store::StoreError;
+use crate::store::cluster::lanes::{OF_ROW, is_of, numbers};
 
 /// Parked orders of a SKU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -50,17 +52,21 @@ fn from_row(row: &Row) -> Result<Order, StoreError> {
     })
 }
 
-/// Parked orders by SKU, without SKUs that have none.
+/// Parked orders of these lanes by SKU, without SKUs that have none.
 ///
 /// # Errors
 /// If the database does not answer.
-pub async fn by_sku(database: &Database) -> Result<BTreeMap<SkuNumber, ParkedOf>, StoreError> {
+pub async fn by_sku(
+    database: &Database,
+    lanes: LaneSet,
+) -> Result<BTreeMap<SkuNumber, ParkedOf>, StoreError> {
     let client = database.pooled().await?;
+    let sql = format!(
+        "SELECT sku, count(*), sum(quantity)::int8 FROM parked_orders WHERE {} GROUP BY sku",
+        is_of("$1")
+    );
     let rows = client
-        .query(
-            "SELECT sku, count(*), sum(quantity)::int8 FROM parked_orders GROUP BY sku",
-            &[],
-        )
+        .query(&sql, &[&numbers(lanes)])
         .await
         .map_err(StoreError::statement("counting parked orders"))?;
     let count = |row: &Row, at| u64::try_from(row.get::<_, i64>(at)).unwrap_or(0);
@@ -73,30 +79,54 @@ pub async fn by_sku(database: &Database) -> Result<BTreeMap<SkuNumber, ParkedOf>
         .collect())
 }
 
-/// Parked orders of a SKU, at most `limit`, the oldest first.
+/// Number of parked orders of a SKU whose lanes the node has, by their rows, open or not.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn count_of_node(
+    database: &Database,
+    node: i16,
+    sku: SkuNumber,
+) -> Result<i64, StoreError> {
+    let client = database.pooled().await?;
+    let sql = format!(
+        "SELECT count(*) FROM parked_orders WHERE sku = $1 AND ({OF_ROW}) IN (SELECT lane FROM lane WHERE node = $2)"
+    );
+    let row = database
+        .timed(
+            "counting parked orders",
+            client.query_one(&sql, &[&sku.0, &node]),
+        )
+        .await?;
+    Ok(row.get(0))
+}
+
+/// Parked orders of a SKU and these lanes, at most `limit`, the oldest first.
 ///
 /// # Errors
 /// If the database does not answer.
 pub async fn of_sku(
     database: &Database,
     sku: SkuNumber,
+    lanes: LaneSet,
     limit: i64,
 ) -> Result<Vec<Order>, StoreError> {
     let client = database.pooled().await?;
     let sql = format!(
         "SELECT {COLUMNS} FROM parked_orders p JOIN sku s ON s.id = p.sku
-          WHERE p.sku = $1 ORDER BY p.order_id LIMIT $2"
+          WHERE p.sku = $1 AND {} ORDER BY p.order_id LIMIT $2",
+        is_of("$3")
     );
     let rows = database
         .timed(
             "reading parked orders",
-            client.query(&sql, &[&sku.0, &limit]),
+            client.query(&sql, &[&sku.0, &limit, &numbers(lanes)]),
         )
         .await?;
     rows.iter().map(from_row).collect()
 }
 
-/// Parked orders whose payment deadline is at or before `now`, at most `limit`, after the position `after`
+/// Parked orders of these lanes whose payment deadline is at or before `now`, at most `limit`, after the position `after`
 /// in the order of deadline and id.
 ///
 /// # Errors
@@ -105,19 +135,22 @@ pub async fn due(
     database: &Database,
     now: UnixMillis,
     after: (UnixMillis, i64),
+    lanes: LaneSet,
     limit: i64,
 ) -> Result<Vec<Order>, StoreError> {
     let client = database.pooled().await?;
     let sql = format!(
         "SELECT {COLUMNS} FROM parked_orders p JOIN sku s ON s.id = p.sku
           WHERE p.expires_at <= to_timestamp($1::int8 / 1000.0)
-            AND (p.expires_at, p.order_id) > (to_timestamp($2::int8 / 1000.0), $3)
-          ORDER BY p.expires_at, p.order_id LIMIT $4"
+            AND (p.expires_at, p.order_id) > (to_timestamp($2::int8 / 1000.0), $3) AND {}
+          ORDER BY p.expires_at, p.order_id LIMIT $4",
+        is_of("$5")
     );
+    let numbers = numbers(lanes);
     let rows = database
         .timed(
             "reading parked orders",
-            client.query(&sql, &[&now.0, &after.0.0, &after.1, &limit]),
+            client.query(&sql, &[&now.0, &after.0.0, &after.1, &limit, &numbers]),
         )
         .await?;
     rows.iter().map(from_row).collect()

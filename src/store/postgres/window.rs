@@ -19,10 +19,12 @@ use tokio_postgres::types::{FromSql, ToSql, Type};
 use super::Database;
 use super::by_key::{self, By};
 use crate::order::{
-    Ended, KeyHash, OrderId, OrderStatus, PayloadHash, Quantity, SkuNumber, UnixMillis, UserId,
+    Ended, KeyHash, LaneSet, OrderId, OrderStatus, PayloadHash, Quantity, SkuNumber, UnixMillis,
+    UserId,
 };
 use crate::state::buyers::{BuyerOrder, LiveOrder};
 use crate::store::StoreError;
+use crate::store::cluster::lanes::{is_of, numbers};
 
 /// Maximum of rows of a part.
 const PART_ROWS_MAX: i64 = 50_000;
@@ -350,8 +352,8 @@ fn how_it_ended(row: &Row) -> Result<Option<Ended>, StoreError> {
     Ok(Ended::of(status))
 }
 
-/// Passes every order from `floor` on, dead letters included, and every parked order to `remember`, so that
-/// keys and limits survive a restart, with the payment deadline if the order is open; an order that waits for
+/// Passes every order of these lanes from `floor` on, dead letters included, and every parked order of theirs to `remember`,
+/// so that keys and limits survive a restart, with the payment deadline if the order is open; an order that waits for
 /// units has none ([`UnixMillis::NEVER`]). `tell` gets the
 /// progress about once a second. Returns the number of orders.
 ///
@@ -360,20 +362,20 @@ fn how_it_ended(row: &Row) -> Result<Option<Ended>, StoreError> {
 pub async fn load(
     database: &Database,
     floor: OrderId,
+    lanes: LaneSet,
     mut remember: impl FnMut(UserId, BuyerOrder, Option<UnixMillis>),
     mut tell: impl FnMut(ReadProgress),
 ) -> Result<u64, StoreError> {
     let parts = Parts::new(database, "reading the idempotency window", AT_ONCE_MAX);
     let mut course = parts.course(floor, OrderId::MAX).await?;
     let columns = "order_id, user_id, sku, quantity, key_hash, payload_hash";
-    let range = "WHERE order_id >= $1 AND order_id <= $2 ORDER BY order_id LIMIT $3";
-    let orders = format!(
-        "SELECT {columns}, status, CASE WHEN status IN (1, 7) THEN expires_at END
-           FROM orders {range}"
-    );
-    let dead_letters =
-        format!("SELECT {columns}, NULL::int2, NULL::timestamptz FROM dead_letters {range}");
-    let parked = format!("SELECT {columns}, 1::int2, NULL::timestamptz FROM parked_orders {range}");
+    let orders =
+        format!("{columns}, status, CASE WHEN status IN (1, 7) THEN expires_at END FROM orders");
+    let dead_letters = format!("{columns}, NULL::int2, NULL::timestamptz FROM dead_letters");
+    let parked = format!("{columns}, 1::int2, NULL::timestamptz FROM parked_orders");
+    let numbers = numbers(lanes);
+    let some: [&(dyn ToSql + Sync); 1] = [&numbers];
+    let more: &[&(dyn ToSql + Sync)] = if lanes == LaneSet::ALL { &[] } else { &some };
     // The ids beyond the last order are a range of their own, so that both halves of a cut range have rows.
     let mut ranges = vec![(floor, OrderId::MAX)];
     if let Some((_, last)) = course.ends
@@ -381,14 +383,25 @@ pub async fn load(
     {
         ranges = vec![(after, OrderId::MAX), (floor, last)];
     }
-    for (sql, ranges) in [
+    let mut found = 0;
+    for (from, ranges) in [
         (orders, ranges),
         (dead_letters, vec![(floor, OrderId::MAX)]),
         (parked, vec![(OrderId::MIN, OrderId::MAX)]),
     ] {
+        let sql = part_of(&from, lanes);
         let remember = |rows: &[Row]| {
-            let mut last = None;
+            let mut end = (rows.len() as i64, None);
             for row in rows {
+                let raw: i64 = row.get(0);
+                end.1 = Some(order_id(raw)?);
+                if lanes != LaneSet::ALL {
+                    end.0 = row.get(8);
+                    if !row.get::<_, bool>(9) {
+                        continue;
+                    }
+                }
+                found += 1;
                 let (user_id, order) = live_order(row)?;
                 let remembered = BuyerOrder {
                     order_id: order.order_id,
@@ -400,20 +413,36 @@ pub async fn load(
                 };
                 let open_until = row.get::<_, Option<Moment>>(7);
                 remember(user_id, remembered, open_until.map(|until| until.0));
-                last = Some(order.order_id);
             }
-            Ok((rows.len() as i64, last))
+            Ok(end)
         };
         let note = |rows, from, to| {
             course.note(rows, from, to);
             course.tell(&mut tell);
         };
-        parts.read(&sql, ranges, &[], remember, note).await?;
+        parts.read(&sql, ranges, more, remember, note).await?;
     }
-    Ok(course.rows)
+    Ok(found)
 }
 
-/// Passes every live order of these SKUs with an id below `below` to `count`. Reads all orders since the
+/// The rows of a part, all of `from` or, of some lanes ($4), those and the last row of a full part, which says with its number
+/// where the next one begins. The server reads past the others: an index that names lanes would be one more for every order
+/// to enter.
+fn part_of(from: &str, lanes: LaneSet) -> String {
+    let range = "WHERE order_id >= $1 AND order_id <= $2 ORDER BY order_id LIMIT $3";
+    if lanes == LaneSet::ALL {
+        return format!("SELECT {from} {range}");
+    }
+    let (columns, table) = from.split_once(" FROM ").unwrap_or((from, ""));
+    let is_wanted = is_of("$4");
+    format!(
+        "SELECT * FROM (SELECT *, {is_wanted} AS is_wanted
+                          FROM (SELECT {columns}, row_number() OVER (ORDER BY order_id) AS number FROM {table} {range}) part) rows
+          WHERE is_wanted OR number = $3"
+    )
+}
+
+/// Passes every live order of these SKUs and lanes with an id below `below` to `count`. Reads all orders since the
 /// first of the SKUs was created; `tell` gets the progress about once a second.
 ///
 /// # Errors
@@ -422,6 +451,7 @@ pub async fn load_live_orders(
     database: &Database,
     skus: &[SkuNumber],
     below: OrderId,
+    lanes: LaneSet,
     mut count: impl FnMut(UserId, LiveOrder),
     mut tell: impl FnMut(ReadProgress),
 ) -> Result<(), StoreError> {
@@ -434,8 +464,12 @@ pub async fn load_live_orders(
     // One part at a time, because orders may be placed meanwhile.
     let parts = Parts::new(database, doing, 1);
     // Parked orders first: they may become rows meanwhile, but rows are never parked.
-    let parked = "SELECT order_id, user_id, sku, quantity FROM parked_orders
-                   WHERE order_id >= $1 AND order_id <= $2 AND sku = ANY ($4) ORDER BY order_id LIMIT $3";
+    let numbers = numbers(lanes);
+    let of_lanes = is_of("$5");
+    let parked = format!(
+        "SELECT order_id, user_id, sku, quantity FROM parked_orders
+          WHERE order_id >= $1 AND order_id <= $2 AND sku = ANY ($4) AND {of_lanes} ORDER BY order_id LIMIT $3"
+    );
     let remember = |rows: &[Row]| {
         let mut last = None;
         for row in rows {
@@ -447,20 +481,29 @@ pub async fn load_live_orders(
     };
     let all_parked = vec![(OrderId::MIN, to)];
     parts
-        .read(parked, all_parked, &[&skus], remember, |_, _, _| {})
+        .read(
+            &parked,
+            all_parked,
+            &[&skus, &numbers],
+            remember,
+            |_, _, _| {},
+        )
         .await?;
     if from > to {
         return Ok(());
     }
     let mut course = parts.course(from, to).await?;
     // The last row, which has no buyer, gives the end of the part.
-    let sql = "WITH part AS MATERIALIZED (
-                   SELECT order_id, user_id, sku, quantity, status FROM orders
-                    WHERE order_id >= $1 AND order_id <= $2 ORDER BY order_id LIMIT $3
-               )
-               SELECT order_id, user_id, sku, quantity FROM part WHERE sku = ANY ($4) AND status = ANY ($5::int2[])
-               UNION ALL
-               SELECT max(order_id), NULL, NULL, count(*)::int4 FROM part";
+    let sql = format!(
+        "WITH part AS MATERIALIZED (
+             SELECT order_id, user_id, sku, quantity, status FROM orders
+              WHERE order_id >= $1 AND order_id <= $2 ORDER BY order_id LIMIT $3
+         )
+         SELECT order_id, user_id, sku, quantity FROM part
+          WHERE sku = ANY ($4) AND {of_lanes} AND status = ANY ($6::int2[])
+         UNION ALL
+         SELECT max(order_id), NULL, NULL, count(*)::int4 FROM part"
+    );
     let remember = |rows: &[Row]| {
         let mut end = (0, None);
         for row in rows {
@@ -480,9 +523,9 @@ pub async fn load_live_orders(
     };
     parts
         .read(
-            sql,
+            &sql,
             vec![(from, to)],
-            &[&skus, &live_codes()],
+            &[&skus, &numbers, &live_codes()],
             remember,
             note,
         )

@@ -15,10 +15,11 @@ pub use self::present::{absent_among, present_among};
 use super::{Database, NodeLease};
 use crate::order::receipt::SignedParts;
 use crate::order::{
-    Currency, KeyHash, OrderId, OrderStatus, OrderUnits, PayloadHash, SkuNumber, SkuTag,
+    Currency, KeyHash, LaneSet, OrderId, OrderStatus, OrderUnits, PayloadHash, SkuNumber, SkuTag,
     UnixMillis, UserId,
 };
 use crate::store::StoreError;
+use crate::store::cluster::lanes::{is_of, numbers};
 
 /// An order as stored in the database.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -231,7 +232,7 @@ pub async fn open_among(database: &Database, ids: &[OrderId]) -> Result<Vec<Orde
         .collect())
 }
 
-/// Open orders with ids below `window_floor`, from the recorded lowest one on.
+/// Open orders of these lanes with ids below `window_floor`, from the recorded lowest one on.
 ///
 /// # Errors
 /// If the database does not answer.
@@ -239,15 +240,21 @@ pub async fn open_below(
     database: &Database,
     lease: NodeLease,
     window_floor: OrderId,
+    lanes: LaneSet,
 ) -> Result<Vec<OpenOrder>, StoreError> {
     let doing = "looking for unpaid orders";
     let client = database.pooled().await?;
-    let parameters: [&(dyn ToSql + Sync); 2] = [&lease.node, &window_floor.as_i64()];
+    let parameters: [&(dyn ToSql + Sync); 3] =
+        [&lease.node, &window_floor.as_i64(), &numbers(lanes)];
     // Without a step timeout, because there may be many.
     let rows = client
         .query_raw(
-            "SELECT order_id, user_id, sku, quantity, (extract(epoch FROM expires_at) * 1000)::int8 FROM orders
-              WHERE order_id >= (SELECT unpaid_from FROM node WHERE node = $1) AND order_id < $2 AND status IN (1, 7)",
+            &format!(
+                "SELECT order_id, user_id, sku, quantity, (extract(epoch FROM expires_at) * 1000)::int8 FROM orders
+                  WHERE order_id >= (SELECT unpaid_from FROM node WHERE node = $1) AND order_id < $2 AND status IN (1, 7)
+                    AND {}",
+                is_of("$3")
+            ),
             parameters,
         )
         .await
@@ -269,7 +276,7 @@ pub async fn open_below(
     Ok(found)
 }
 
-/// Units that unpaid rows of these SKUs hold, whatever `sku.held` says. `window_floor`: the lowest id of
+/// Units that unpaid rows of these SKUs and lanes hold, whatever their counters say. `window_floor`: the lowest id of
 /// the idempotency window.
 ///
 /// # Errors
@@ -278,6 +285,7 @@ pub async fn held_units(
     database: &Database,
     lease: NodeLease,
     window_floor: OrderId,
+    lanes: LaneSet,
     skus: &[SkuNumber],
 ) -> Result<BTreeMap<SkuNumber, u64>, StoreError> {
     let client = database.pooled().await?;
@@ -286,10 +294,19 @@ pub async fn held_units(
     // Without a step timeout, because there may be many.
     let rows = client
         .query(
-            "SELECT sku, sum(quantity)::int8 FROM orders
-              WHERE order_id >= (SELECT least(unpaid_from, $2) FROM node WHERE node = $1)
-                AND status = $3 AND sku = ANY ($4) GROUP BY sku",
-            &[&lease.node, &window_floor.as_i64(), &unpaid, &skus],
+            &format!(
+                "SELECT sku, sum(quantity)::int8 FROM orders
+                  WHERE order_id >= (SELECT least(unpaid_from, $2) FROM node WHERE node = $1)
+                    AND status = $3 AND sku = ANY ($4) AND {} GROUP BY sku",
+                is_of("$5")
+            ),
+            &[
+                &lease.node,
+                &window_floor.as_i64(),
+                &unpaid,
+                &skus,
+                &numbers(lanes),
+            ],
         )
         .await
         .map_err(StoreError::statement("adding up what unpaid orders hold"))?;
