@@ -114,7 +114,7 @@ pub const SUPERVISED: [&str; 29] = [
 ];
 
 /// The same, in a process that is one node of several. `tests/program/supervision.rs` leaves them out.
-pub const SUPERVISED_IN_CLUSTER: [&str; 7] = [
+pub const SUPERVISED_IN_CLUSTER: [&str; 8] = [
     "the link to a node",
     "the server of other nodes",
     "the renewal of the membership",
@@ -122,6 +122,7 @@ pub const SUPERVISED_IN_CLUSTER: [&str; 7] = [
     "the takeovers of dead nodes",
     "the lending of stock",
     "the terms set at other nodes",
+    "the waiting lists of all nodes",
 ];
 
 /// How a supervised task is made to end.

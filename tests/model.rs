@@ -1109,7 +1109,8 @@ impl Round {
             .map(|one| OrderId::new(one.id).unwrap())
             .collect();
         assert_eq!(
-            sku.waitlist().unservable(sku.counter(), usize::MAX),
+            sku.waitlist()
+                .unservable(sku.counter().snapshot().total, usize::MAX),
             unservable
         );
         let left = rows[self.random.random_range(0..rows.len())];

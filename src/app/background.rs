@@ -17,6 +17,7 @@ use crate::pipeline::admin::pauses::Pauses;
 use crate::pipeline::admin::pruning::{PrunedBelow, Pruning};
 use crate::pipeline::cluster::hints::Hints;
 use crate::pipeline::cluster::lending::{Lending, LendingParts};
+use crate::pipeline::cluster::lists::Lists;
 use crate::pipeline::cluster::member::Member;
 use crate::pipeline::cluster::terms::Terms;
 use crate::pipeline::events::feeder::Feeder;
@@ -139,7 +140,7 @@ impl Background {
         let operators = parts.database().with_own_pool(OPERATORS_POOL)?;
         let (parking, pauses) = background.serve_operators(parts, &operators)?;
         if let Some(member) = &parts.member {
-            background.share_stock(parts, &pauses, member)?;
+            background.share_stock(parts, &pauses, member).await?;
         }
         background.run(
             "the count of dead letters",
@@ -315,7 +316,7 @@ impl Background {
     }
 
     /// A node's shares of stock, and what operators change at other nodes.
-    fn share_stock(
+    async fn share_stock(
         &mut self,
         parts: &Parts<'_>,
         pauses: &Arc<Pauses>,
@@ -338,6 +339,17 @@ impl Background {
             hints: parts.hints(),
         };
         self.run("the terms set at other nodes", terms.run());
+        let Some(lanes) = parts.state.lanes.clone() else {
+            unreachable!("recovery gives a node its lanes");
+        };
+        let mut lists = Lists::new(
+            Arc::clone(parts.state),
+            lanes,
+            parts.database().with_own_pool(1)?,
+        );
+        // Before a lane opens: nobody overtakes those who wait at other nodes.
+        lists.look().await?;
+        self.run("the waiting lists of all nodes", lists.run());
         Ok(())
     }
 

@@ -1,9 +1,11 @@
 //! Buyers who wait for units: they ask for their orders until these have units, and pay them then.
 //!
-//! A list serves its orders in their sequence, so only the first known orders of each SKU are asked for. Once a SKU
+//! A list serves its orders in their sequence, so only the first known orders of each SKU are asked for: of a single node until
+//! one still waits; of several, whose sequence is not that of ids, a few beyond it. Once a SKU
 //! has neither free nor held units, nobody who waits for it will be served any more.
 
 use std::collections::{BTreeMap, HashMap};
+use std::ops::Bound::{Excluded, Unbounded};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, TryRecvError};
@@ -20,6 +22,8 @@ use super::platform::PlacedOrder;
 const PAUSE: Duration = Duration::from_millis(20);
 /// Interval at which a SKU is looked at for units that may still come back.
 const LOOK: Duration = Duration::from_millis(500);
+/// Orders that may still wait before no further one is asked for, where several nodes sell.
+const BEYOND: usize = 16;
 /// Timeout of a look.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -135,7 +139,7 @@ struct Asker {
 }
 
 impl Asker {
-    /// Asks for the first orders of a SKU, as long as they have left the list. Returns whether any has.
+    /// Asks for the first orders of a SKU, as long as they have left the list, or few have not. Returns whether any has.
     async fn serve(
         &self,
         client: &mut GetClient,
@@ -144,18 +148,31 @@ impl Asker {
         report: &mut WaitlistReport,
     ) -> bool {
         let mut has_moved = false;
-        while let Some(first) = orders.first_entry() {
-            let path = self.shared.target.order_path(*first.key(), 0);
+        let beyond = match self.shared.target.addresses.len() {
+            1 => 1,
+            _ => BEYOND,
+        };
+        let (mut after, mut waiting) = (0, 0);
+        while waiting < beyond {
+            let next = orders.range((Excluded(after), Unbounded)).next();
+            let Some((order_id, buyer)) = next.map(|(id, buyer)| (*id, *buyer)) else {
+                break;
+            };
+            after = order_id;
+            let path = self.shared.target.order_path(order_id, 0);
             let Ok(got) = client.get(&path).await else {
                 break;
             };
             match serde_json::from_slice::<Order>(&got.body) {
-                Ok(order) if ["waitlisted", "undecided"].contains(&&*order.status) => break,
+                Ok(order) if ["waitlisted", "undecided"].contains(&&*order.status) => {
+                    waiting += 1;
+                    continue;
+                }
                 Ok(order) if order.status == "pending_payment" => {
                     report.assigned += 1;
                     let arrival = Arrival {
                         scheduled_ns: 0,
-                        buyer: *first.get(),
+                        buyer,
                         sku,
                         double: false,
                     };
@@ -171,7 +188,7 @@ impl Asker {
                 Err(_) => break,
             }
             has_moved = true;
-            first.remove();
+            orders.remove(&order_id);
         }
         has_moved
     }

@@ -235,9 +235,9 @@ impl State {
         // Every order that waits has an id that names its lane: lists are younger than lanes.
         let leaves = |id: &OrderId| lanes.has(id.lane_bits());
         for sku in self.catalogue.waiting() {
-            let waiting = sku.waitlist().joined_before(OrderId::MAX, usize::MAX);
-            sku.waitlist()
-                .remove(sku.counter(), waiting.into_iter().filter(leaves));
+            let mut waiting = sku.waitlist().joined_before(OrderId::MAX, usize::MAX);
+            waiting.retain(leaves);
+            sku.waitlist().give_away(sku.counter(), waiting);
         }
     }
 

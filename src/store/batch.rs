@@ -25,10 +25,11 @@ use tokio::sync::OnceCell;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{CopyInSink, Statement};
 
+use super::cluster::lists;
 use super::error::{refuses_row, sqlstate};
 use super::fenced::{FENCE, FencedWriter, Resolved, timed};
 use super::postgres::{Connected, Database, NodeLease, orders};
-use super::{StoreError, WriteError, copy};
+use super::{Ledger, StoreError, WriteError, copy};
 use crate::faults::{bug, crash_point};
 use crate::order::{Order, OrderId, OrderStatus};
 
@@ -138,6 +139,8 @@ struct Session {
     /// Prepared when they are first needed.
     park: OnceCell<Statement>,
     copy_traced: OnceCell<Statement>,
+    /// At a node: entries of waiting lists.
+    enter: OnceCell<[Statement; 2]>,
 }
 
 impl BatchWriter {
@@ -331,6 +334,7 @@ impl BatchWriter {
     ) -> Result<(), WriteError> {
         let client = &session.client;
         let step = self.row.database.step_timeout();
+        let entering = self.entering(session, work).await?;
         let (sink, counted) = self.begin(session, batch, work).await?;
         self.buffer.clear();
         let (skus, units) = match work {
@@ -362,10 +366,12 @@ impl BatchWriter {
             sink.as_mut().finish().await
         };
         let move_and_commit = async {
-            tokio::join!(
+            let (entered, moved, committed) = tokio::join!(
+                enter(client, &entering),
                 client.execute(counters, &parameters),
                 client.batch_execute("COMMIT"),
-            )
+            );
+            (entered.and(moved), committed)
         };
         if counted && !matches!(work, Work::Park(_)) {
             let copied = timed("writing a batch", step, copy).await?;
@@ -403,6 +409,46 @@ impl BatchWriter {
         commit_result(moved, committed)
     }
 
+    /// At a node: what enters the orders of a batch that wait into their lists. `None`: none does.
+    async fn entering<'a>(
+        &self,
+        session: &'a Session,
+        work: Work<'_>,
+    ) -> Result<Option<Entering<'a>>, WriteError> {
+        let (Ledger::Share, Work::Write(rows) | Work::Unpark(rows)) = (self.row.lease.ledger, work)
+        else {
+            return Ok(None);
+        };
+        let waiting = rows
+            .iter()
+            .map(|(order, _)| *order)
+            .filter(|order| order.waits());
+        let (orders, skus): (Vec<i64>, Vec<i32>) = waiting
+            .map(|order| (order.id.as_i64(), order.sku.0))
+            .unzip();
+        if orders.is_empty() {
+            return Ok(None);
+        }
+        let prepare = async || {
+            let client = &session.client;
+            Ok([
+                client.prepare(lists::LOCK).await?,
+                client.prepare(lists::ENTER).await?,
+            ])
+        };
+        let (doing, step) = (
+            "preparing entries of a list",
+            self.row.database.step_timeout(),
+        );
+        let statements = timed(doing, step, session.enter.get_or_try_init(prepare)).await?;
+        let statements = statements.map_err(retry(doing))?;
+        Ok(Some(Entering {
+            statements,
+            skus,
+            orders,
+        }))
+    }
+
     /// Connects and resolves the batch in doubt. Returns true if it was committed.
     async fn connect(&mut self) -> Result<bool, WriteError> {
         let unknown = self.row.unknown;
@@ -437,6 +483,7 @@ impl BatchWriter {
             counters,
             park: OnceCell::new(),
             copy_traced: OnceCell::new(),
+            enter: OnceCell::new(),
         });
         Ok(false)
     }
@@ -512,6 +559,29 @@ impl BatchWriter {
         }
         Ok(())
     }
+}
+
+/// Orders that enter their waiting lists.
+struct Entering<'a> {
+    statements: &'a [Statement; 2],
+    skus: Vec<i32>,
+    orders: Vec<i64>,
+}
+
+/// Enters orders into their lists, after their rows are written.
+async fn enter(
+    client: &Connected,
+    entering: &Option<Entering<'_>>,
+) -> Result<u64, tokio_postgres::Error> {
+    let Some(entering) = entering else {
+        return Ok(0);
+    };
+    let [lock, enter] = entering.statements;
+    let (skus, orders): ([&(dyn ToSql + Sync); 1], [&(dyn ToSql + Sync); 1]) =
+        ([&entering.skus], [&entering.orders]);
+    let (locked, entered) =
+        tokio::join!(client.execute(lock, &skus), client.execute(enter, &orders));
+    locked.and(entered)
 }
 
 /// Classifies the end of a transaction. If the counters were moved, the COMMIT was no disguised ROLLBACK. A

@@ -7,6 +7,7 @@ mod support;
 mod demo;
 mod nodes;
 mod parked;
+mod waiting;
 
 use std::time::{Duration, Instant};
 

@@ -62,7 +62,6 @@ impl From<OperatorError> for Failure {
             OperatorError::StockElsewhere | OperatorError::LaneMoves | OperatorError::UnitsOut => {
                 Problem::new(503, "not_ready", detail).retry_after(1)
             }
-            OperatorError::DrawAtNodes => Problem::new(409, "draw_at_nodes", detail),
             OperatorError::RefusedAgain(_) => Problem::new(409, "refused_again", detail),
             OperatorError::CountersRefused { .. } => Problem::new(409, "counters_refused", detail),
             OperatorError::PauseNotStored { .. } | OperatorError::ResumeNotStored { .. } => {

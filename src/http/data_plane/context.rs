@@ -22,10 +22,16 @@ use crate::pipeline::orders::lookup::{Found, LookupError, OrderLookup};
 use crate::pipeline::payments::callbacks::CallbacksHandle;
 use crate::queue::OrderQueue;
 use crate::state::State;
-use crate::state::stock::HasLeft;
+use crate::state::stock::{HasLeft, Sku};
 use crate::store::StoreError;
 use crate::store::postgres::Database;
 use crate::store::postgres::orders::StoredOrder;
+
+/// Time that an answer about an order waits for its place among those of all nodes.
+const TURN_WITHIN: Duration = Duration::from_secs(1);
+
+/// Interval at which that is looked for.
+const TURN_LOOK: Duration = Duration::from_millis(5);
 
 /// Interval at which requests that wait for units look whether the process stops.
 const STOPPING_LOOK: Duration = Duration::from_secs(1);
@@ -99,9 +105,32 @@ impl Context {
         OrderView::now(order, status, &self.state, &self.receipts)
     }
 
-    /// The position of an order on its waiting list; `None` if it is not there.
-    pub(super) fn position(&self, sku: SkuNumber, id: OrderId) -> Option<usize> {
-        self.state.catalogue.by_number(sku)?.waitlist().position(id)
+    /// Whether an order is on its waiting list.
+    pub(super) fn is_listed(&self, order: &Order) -> bool {
+        let sku = self.state.catalogue.by_number(order.sku);
+        sku.is_some_and(|sku| sku.waitlist().has(order.id))
+    }
+
+    /// At a node: waits until the place of an order among those of all nodes is known, for a moment.
+    pub(super) fn wait_for_turn(&self, request: &Request<'_>, sku: SkuNumber, id: OrderId) {
+        let sku = self.state.catalogue.by_number(sku);
+        let is_shared = |sku: &Arc<Sku>| sku.shared().is_some() && sku.is_drawn();
+        let Some(sku) = sku.filter(is_shared) else {
+            return;
+        };
+        if !sku.waitlist().lacks_turn(id) {
+            return;
+        }
+        let waiting = async move {
+            let looks = async {
+                while sku.waitlist().lacks_turn(id) {
+                    tokio::time::sleep(TURN_LOOK).await;
+                }
+            };
+            tokio::time::timeout(TURN_WITHIN, looks).await
+        };
+        // Without it the position counts all others.
+        let _ = self.on_tokio(request, Instant::now() + 2 * TURN_WITHIN, waiting);
     }
 
     /// Waits until an order has left its waiting list, or `until`. Returns whether it is there still.

@@ -136,7 +136,7 @@ impl SkuView {
             opens_at: terms.opens_at.map(Time),
             closes_at: terms.closes_at.map(Time),
             per_user_limit: terms.per_user_limit,
-            waiting: sku.waitlist().len(),
+            waiting: sku.waitlist().waiting(),
             waitlist_max: terms.waitlist.max,
             waitlist_skips: terms.waitlist.skips,
             waitlist_payment_ttl_ms: terms.waitlist.payment_ttl_ms,

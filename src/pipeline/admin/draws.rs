@@ -4,6 +4,7 @@
 use super::operator::OperatorError;
 use crate::order::draw::{Beacon, Header};
 use crate::state::stock::{DrawChange, Sku};
+use crate::store::cluster::lists;
 use crate::store::postgres::draws::{self, BeaconStored};
 use crate::store::postgres::{Database, NodeLease};
 
@@ -11,7 +12,11 @@ use crate::store::postgres::{Database, NodeLease};
 const MAY_CHANGE: [&str; 2] = ["title", "total"];
 
 /// Checks that `changed` terms of a SKU may change. While the guard lives, nobody enters its draw.
-pub(super) fn begin_change(
+///
+/// # Errors
+/// [`OperatorError::DrawFixed`], [`OperatorError::AllocationFixed`], or the database's error.
+pub(super) async fn begin_change(
+    database: &Database,
     sku: &Sku,
     changed: &[&'static str],
 ) -> Result<Option<DrawChange>, OperatorError> {
@@ -20,11 +25,19 @@ pub(super) fn begin_change(
     if changed.is_empty() {
         return Ok(None);
     }
+    // Somebody may wait at another node.
+    let is_waited = match sku.shared() {
+        None => !sku.waitlist().is_empty(),
+        Some(_) => lists::is_listed(database, sku.number).await?,
+    };
     if let Some(draw) = sku.draw() {
         let change = sku.waitlist().locked(|| draw.begin_change());
-        return change.map(Some).ok_or(OperatorError::DrawFixed { changed });
+        return match change.filter(|_| !is_waited) {
+            None => Err(OperatorError::DrawFixed { changed }),
+            unentered => Ok(unentered),
+        };
     }
-    if changed.contains(&"allocation") && !sku.waitlist().is_empty() {
+    if changed.contains(&"allocation") && is_waited {
         return Err(OperatorError::AllocationFixed);
     }
     Ok(None)

@@ -21,11 +21,11 @@ use crate::pipeline::payments::processor::PaymentsHandle;
 use crate::state::State;
 use crate::state::buyers::LiveOrder;
 use crate::state::stock::{BelowCommitted, SaleTerms, Sku};
+use crate::store::StoreError;
 use crate::store::cluster::recall::{self, Lowered, Lowering};
 use crate::store::postgres::dead_letters::{self, DeadLetter};
 use crate::store::postgres::{Database, NodeLease, skus};
 use crate::store::settlement::refunds::{Recorded, RefundNote};
-use crate::store::{Ledger, StoreError};
 
 /// Time that free units have to come back when a total is lowered.
 const RECALL: Duration = Duration::from_secs(2);
@@ -99,11 +99,6 @@ pub enum OperatorError {
     /// The lane of a dead letter's buyer is not open here any more.
     #[error("the buyer's lane is moving from one node to another; send the request again")]
     LaneMoves,
-    /// A draw, where several nodes sell.
-    #[error(
-        "allocation: a draw needs a single node; with several, a SKU is sold first come, first served"
-    )]
-    DrawAtNodes,
     /// The database refuses a dead letter's row again.
     #[error("the database refuses the row again: {0}")]
     RefusedAgain(String),
@@ -220,9 +215,6 @@ impl Operator {
         terms: SaleTerms,
         total: u32,
     ) -> Result<Put, OperatorError> {
-        if terms.draw.is_some() && self.lease.ledger == Ledger::Share {
-            return Err(OperatorError::DrawAtNodes);
-        }
         let _changing = self.changing_terms.lock().await;
         // Held until the terms are in force.
         let _counting = limits::count(&self.state, &self.database, id, &terms).await?;
@@ -241,7 +233,7 @@ impl Operator {
         };
         let mut changed = sku.terms().differing(&terms);
         // Held until the terms are in force: nobody enters meanwhile.
-        let _unentered = draws::begin_change(&sku, &changed)?;
+        let _unentered = draws::begin_change(&self.database, &sku, &changed).await?;
         let mut stored = None;
         let storing = async {
             let made = skus::put(&self.database, self.lease, id, &terms, total).await?;

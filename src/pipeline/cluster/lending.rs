@@ -7,6 +7,7 @@
 //!   dry, requests ask    pool ─► want ─► others give back ─► units, or nobody has any: sold out
 //!   others want          free units go back, the share is marked
 //!   a total is lowered   free units go back
+//!   orders wait          free units go back, and nothing is lent but to those orders (`store::cluster::lists`)
 //! ```
 //!
 //! Memory never has more than the row: units are taken out of memory before they leave the row, and enter it after they
@@ -242,6 +243,13 @@ impl Lending {
         for sku in self.parts.state.catalogue.wanted() {
             self.look(&sku).await?;
         }
+        // What comes free here while orders wait, here or elsewhere: the pool's units are for them.
+        for sku in self.parts.state.catalogue.waiting() {
+            let share = self.shares.get(&sku.number);
+            if sku.counter().kept() > 0 && share.is_some_and(|share| !share.is_in_doubt) {
+                self.give_back(&sku, None).await?;
+            }
+        }
         self.end_wants().await?;
         if self.uses.is_due() {
             self.refill().await?;
@@ -348,6 +356,10 @@ impl Lending {
             share.pool = share.pool.saturating_sub(units(lent.units));
         }
         self.put(sku, lent.units, lent.swept).await;
+        if lent.is_waited {
+            forget_sold_out(sku);
+            sku.waitlist().note_somebody(sku.counter());
+        }
         Ok(lent)
     }
 
@@ -519,7 +531,7 @@ impl Lending {
         let standing = share.and_then(|share| share.want);
         let least = missing.min(standing.map_or(u32::MAX, |want| units(want.units)));
         let lent = self.lend(sku, used.max(wanted.units), Some(least)).await?;
-        if lent.units > 0 {
+        if lent.units > 0 || lent.is_waited {
             shared.answer_all();
         } else if standing.is_none() {
             self.parts.hints.tell_want(&sku.id);
@@ -575,11 +587,8 @@ impl Lending {
             } else {
                 continue;
             };
-            if share.pool == 0
-                || share.recalled_since.is_some()
-                || share.is_in_doubt
-                || share.want.is_some()
-            {
+            let is_kept = share.want.is_some() || sku.counter().is_waiting();
+            if share.pool == 0 || share.recalled_since.is_some() || share.is_in_doubt || is_kept {
                 continue;
             }
             share.is_lent_ahead = true;

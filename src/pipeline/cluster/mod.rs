@@ -7,6 +7,7 @@
 //! * [`lane_keeper`]: opening, closing and handing over lanes;
 //! * [`held`]: lanes that do not move while their orders do;
 //! * [`lending`]: the node's shares of stock;
+//! * [`lists`]: who waits for units, at whatever node;
 //! * [`terms`]: operators' changes at other nodes;
 //! * [`takeover`]: replaying the log of a node that is gone, and taking its lanes over.
 //!
@@ -17,6 +18,7 @@ pub mod held;
 pub mod hints;
 pub mod lane_keeper;
 pub mod lending;
+pub mod lists;
 pub mod member;
 pub mod takeover;
 pub mod terms;

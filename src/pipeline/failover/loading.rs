@@ -10,9 +10,10 @@ use crate::order::{LaneSet, OrderId, SkuNumber, UnixMillis};
 use crate::state::State;
 use crate::state::orphans::Orphans;
 use crate::state::stock::Catalogue;
-use crate::store::StoreError;
+use crate::store::cluster::lists;
 use crate::store::postgres::window::{self, ReadProgress};
 use crate::store::postgres::{Database, NodeLease, draws, orders, payments};
+use crate::store::{Ledger, StoreError};
 
 /// Orders that were read.
 #[derive(Debug, Default)]
@@ -81,7 +82,16 @@ pub async fn load(
     if !limited.is_empty() {
         count_older(state, database, limited, floor, lanes, tell).await?;
     }
-    for sku in state.catalogue.all() {
+    if lease.ledger == Ledger::Share {
+        let mut skus: Vec<SkuNumber> = waiting.iter().map(|(sku, ..)| *sku).collect();
+        skus.sort_unstable();
+        skus.dedup();
+        let ids: Vec<OrderId> = waiting.iter().map(|(_, id, _)| *id).collect();
+        lists::restore(database, lease, &skus, &ids).await?;
+    }
+    // The sequence of several nodes is that of the entries of the list.
+    let all = state.catalogue.all().into_iter();
+    for sku in all.filter(|_| lease.ledger == Ledger::Sku) {
         if sku.draw().is_some_and(|draw| draw.is_drawn()) {
             let places = draws::waiting_places(database, sku.number).await?;
             sku.waitlist().take_places(places);

@@ -5,7 +5,8 @@
 //! ```
 //!
 //! Each step is one transaction that does nothing if it is done, so a step that failed, was killed, or whose commit is
-//! in doubt is repeated. Memory follows the database: after a restart the draw goes on where its row says. The units go
+//! in doubt is repeated. Of several nodes each does them: each closes the draw for itself, and once all have, whichever is first
+//! fixes the entries, and whichever is first makes the draw. Memory follows the database: after a restart the draw goes on where its row says. The units go
 //! out by the assigner (`payments::assigner`), like those of any waiting list, once the list is in the order of rank.
 
 use std::sync::Arc;
@@ -47,9 +48,7 @@ impl Drawer {
                 let (Some(terms), Some(draw)) = (terms, draw) else {
                     continue;
                 };
-                // Among several nodes nobody draws yet: a list has one owner.
-                let is_shared = sku.shared().is_some();
-                if is_shared || draw.is_drawn() || self.state.ids.real_now() < terms.at {
+                if draw.is_drawn() || self.state.ids.real_now() < terms.at {
                     continue;
                 }
                 if let Err(error) = self.advance(&sku, &terms, &draw).await {
@@ -81,34 +80,51 @@ impl Drawer {
             if sku.waitlist().joining() > 0 {
                 return Ok(());
             }
-            self.fix(sku, draw).await?;
+            if !self.fix(sku, draw).await? {
+                return Ok(());
+            }
         }
         if terms.beacon.is_some() && !draw.has_beacon() {
-            return Ok(());
+            // It may have been supplied at another node.
+            if sku.shared().is_none() || !draws::has_beacon(&self.database, sku.number).await? {
+                return Ok(());
+            }
+            draw.note_beacon();
         }
         let now = self.state.ids.real_now();
-        let places = draws::draw(&self.database, self.lease, sku.number, now).await?;
-        let entries = places.len();
-        sku.waitlist().take_places(places);
+        let made = draws::draw(&self.database, self.lease, sku.number, now).await?;
+        let Some(places) = made else {
+            return Ok(());
+        };
+        if sku.shared().is_none() {
+            sku.waitlist().take_places(places);
+        }
         draw.reach(DrawPhase::Drawn);
         tracing::info!(
-            sku_id = %sku.id, entries,
+            sku_id = %sku.id,
             "the draw is made, and its seed is public: units go out by rank (GET /v1/skus/{}/draw)", sku.id
         );
         Ok(())
     }
 
-    async fn fix(&self, sku: &Sku, draw: &Draw) -> Result<(), StoreError> {
+    /// Fixes the entries. False: not yet, because another node takes some.
+    async fn fix(&self, sku: &Sku, draw: &Draw) -> Result<bool, StoreError> {
+        if sku.shared().is_some() {
+            draws::close(&self.database, self.lease, sku.number).await?;
+        }
         // Nobody enters before the sale opens.
         let opens_at = sku.terms().opens_at.unwrap_or_default();
         let first = OrderId::floor_of(UnixMillis(opens_at.0.saturating_sub(CLOCKS_DIFFER_MS)));
         let now = self.state.ids.real_now();
         let fixed = draws::fix(&self.database, self.lease, sku.number, first, now).await?;
+        let Some(fixed) = fixed else {
+            return Ok(false);
+        };
         draw.reach(DrawPhase::Fixed);
         tracing::info!(
             sku_id = %sku.id, entries = fixed.entries, units = fixed.units, entries_hash = %fixed.hash,
             "the entries of the draw are fixed"
         );
-        Ok(())
+        Ok(true)
     }
 }

@@ -32,7 +32,7 @@ use crate::state::State;
 use crate::state::buyers::{BuyerClaim, BuyerOrder, Claimed, Sticky};
 use crate::state::pending::PendingOrder;
 use crate::state::sticky_refusals::StickyRefusals;
-use crate::state::stock::{Draw, DrawPhase, Hold, Placed, SaleTerms, Sku, WaitPlace};
+use crate::state::stock::{Draw, DrawPhase, Hold, Joiner, Placed, SaleTerms, Sku, WaitPlace};
 
 /// A client's request for an order, each member validated on its own.
 #[derive(Clone, Debug)]
@@ -211,8 +211,6 @@ impl Intake {
             Some((entered, draw.at))
         });
         let window = window.and_then(|()| match &draw {
-            // A list has one owner, and nodes have none yet.
-            Some(_) if sku.shared().is_some() => Err(Refusal::SalePaused),
             Some((draw, at)) => self.takes_entries(draw, *at, now),
             None => Ok(()),
         });
@@ -220,16 +218,13 @@ impl Intake {
         let available = sku.counter().free();
         let is_short = available < request.quantity.get() && !bug("hold_without_checking");
         let may_wait = || {
-            if sku.shared().is_some() {
-                return false;
-            }
-            let total = sku.counter().snapshot().total;
-            (request.waitlist || draw.is_some()) && request.quantity.get() <= total
+            let is_due = request.waitlist && sku.has_list_for(request.quantity);
+            (is_due || draw.is_some()) && request.quantity.get() <= sku.stock().total
         };
         let (order_id, room) = if is_short && !may_wait() {
             (NO_ORDER, Err(sku.refuse(request.quantity, available)))
         } else if (is_short || draw.is_some())
-            && sku.waitlist().len() >= terms.waitlist.max as usize
+            && sku.waitlist().waiting() >= terms.waitlist.max as usize
         {
             (NO_ORDER, Err(Refusal::WaitlistFull))
         } else {
@@ -329,8 +324,7 @@ impl Intake {
     ) -> Result<Admission, Refusal> {
         let state = &self.state;
         let sticky = self.under_key(request, &quote);
-        let may_join = request.waitlist && quote.sku.shared().is_none();
-        let (claim, share) = if may_join || quote.draw.is_some() {
+        let (claim, share) = if request.waitlist || quote.draw.is_some() {
             match self.claim_share_or_place(request, &mut quote, &sticky)? {
                 Ok(claimed) => claimed,
                 Err(duplicate) => return Ok(self.duplicate(duplicate)),
@@ -404,8 +398,13 @@ impl Intake {
         sticky: &UnderKey<'_>,
     ) -> Result<Result<(BuyerClaim<'a>, Share), OrderId>, Refusal> {
         let sku = Arc::clone(&quote.sku);
-        let (units, max) = (request.quantity.get(), quote.waitlist_max);
         let draw = quote.draw.clone();
+        let joiner = Joiner {
+            units: request.quantity.get(),
+            max: quote.waitlist_max,
+            total: sku.stock().total,
+            is_sold_out: draw.is_some() || sku.has_list_for(request.quantity),
+        };
         let claim = || -> Result<(OrderId, BuyerClaim<'a>), Result<OrderId, Refusal>> {
             let id = self
                 .state
@@ -429,8 +428,8 @@ impl Intake {
         };
         let (list, counter) = (sku.waitlist(), sku.counter());
         let placed = match &draw {
-            Some(_) => list.enter(counter, units, max, claim),
-            None => list.hold_or_join(counter, units, max, claim),
+            Some(_) => list.enter(counter, joiner, claim),
+            None => list.hold_or_join(counter, joiner, claim),
         };
         let (placed, id, claim) = match placed {
             Ok(placed) => placed,
@@ -443,6 +442,7 @@ impl Intake {
             }
             Placed::Joined => return Ok(Ok((claim, Share::Place(WaitPlace::of(&sku, id))))),
             Placed::Full => Refusal::WaitlistFull,
+            Placed::Elsewhere => Refusal::StockElsewhere,
             Placed::TooMany => Refusal::SoldOut {
                 available: sku.counter().free(),
             },

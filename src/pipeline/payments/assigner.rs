@@ -9,6 +9,9 @@
 //!                         └── kept again ◄────┘
 //! ```
 //!
+//! At one of several nodes the units come from the pool, in one transaction with the assignment, to the node's own orders
+//! whose turn it is (`store::cluster::lists`).
+//!
 //! A unit is assigned once: the list gives it to one transaction, whose UPDATE moves only rows that still wait,
 //! and an unknown COMMIT is looked up before anything else happens (`store::fenced`). A crash between any two steps
 //! leaves rows that wait or rows that are payable, and a start rebuilds the list and the kept units from those.
@@ -22,8 +25,9 @@ use crate::backoff::Backoff;
 use crate::faults::crash_point;
 use crate::order::{Ended, OrderId, SkuNumber, UnixMillis};
 use crate::pipeline::cluster::held::hold;
-use crate::state::stock::Sku;
+use crate::state::stock::{Shared, Sku};
 use crate::store::StoreError;
+use crate::store::cluster::lists;
 use crate::store::settlement::waitlist::{self, Ending};
 
 /// Interval between two looks for units and for ends.
@@ -108,6 +112,10 @@ impl Assigner {
             }
             let ttl_ms = sku.terms().waitlist.payment_ttl_ms;
             let ttl_ms = ttl_ms.unwrap_or(self.payment_ttl_ms);
+            if sku.shared().is_some() {
+                more |= self.assign_covered(&sku, ttl_ms).await?;
+                continue;
+            }
             groups.entry(ttl_ms).or_default().push(sku);
         }
         for (ttl_ms, skus) in groups {
@@ -226,16 +234,71 @@ impl Assigner {
             }
         }
         drop(moving);
+        self.note_assigned(assigned.len(), started);
+        Ok(())
+    }
+
+    /// At a node: assigns units of the pool to those of its orders whose turn it is. Returns whether there were any.
+    async fn assign_covered(&mut self, sku: &Arc<Sku>, ttl_ms: u64) -> Result<bool, StoreError> {
+        let (list, counter) = (sku.waitlist(), sku.counter());
+        let sale = sku.shared().and_then(Shared::sale);
+        if list.is_empty() || sale.is_none_or(|sale| sale.pool == 0) {
+            list.rest();
+            return Ok(false);
+        }
+        let state = Arc::clone(&self.settler.parts.state);
+        let database = self.settler.parts.database.clone();
+        let skips = sku.skips();
+        let covered = lists::covered(&database, sku.number, skips).await?;
+        let own = covered.iter().filter(|entry| list.has(entry.order_id));
+        let own: Vec<_> = own.take(ORDERS_MAX).collect();
+        list.note_servable(!own.is_empty());
+        let ids = own.iter().map(|entry| entry.order_id).collect();
+        let (_held, ids, _) = hold(state.lanes.as_ref(), &database, ids).await?;
+        let own = own.iter().filter(|entry| ids.contains(&entry.order_id));
+        let units: u32 = own.map(|entry| entry.units).sum();
+        if ids.is_empty() {
+            return Ok(false);
+        }
+        crash_point("waitlist.selected");
+        for id in &ids {
+            state.recent_orders.forget(*id);
+        }
+        let started = Instant::now();
+        let now = state.ids.real_now();
+        let expires_at = now.plus_ms(ttl_ms);
+        let (moving, writer) = self.settler.writer().await?;
+        // In memory before they are rows: whoever pays finds them held.
+        counter.receive_held(units);
+        let assigned =
+            waitlist::assign_covered(writer, sku.number, skips, &ids, now, expires_at).await;
+        let taken = assigned.as_deref().unwrap_or_default().iter();
+        counter.give_held(units - taken.map(|order| order.quantity).sum::<u32>());
+        let assigned = match assigned {
+            Ok(assigned) => assigned,
+            Err(error) if error.is_about_rows() => {
+                drop(moving);
+                self.defer(sku, &error);
+                return Ok(false);
+            }
+            Err(error) => return Err(error),
+        };
+        crash_point("waitlist.assigned");
+        let ids: Vec<OrderId> = assigned.iter().map(|order| order.order_id).collect();
+        state.assigned(sku, &ids, expires_at);
+        drop(moving);
+        self.deferred.remove(&sku.number);
+        self.note_assigned(ids.len(), started);
+        Ok(!ids.is_empty())
+    }
+
+    fn note_assigned(&self, orders: usize, started: Instant) {
         let metrics = &self.settler.parts.metrics.waitlist;
-        metrics.assigned.inc_by(assigned.len() as u64);
+        metrics.assigned.inc_by(orders as u64);
         metrics
             .assign_seconds
             .observe(started.elapsed().as_secs_f64());
-        tracing::debug!(
-            orders = assigned.len(),
-            "units were assigned to waiting orders"
-        );
-        Ok(())
+        tracing::debug!(orders, "units were assigned to waiting orders");
     }
 
     /// Ends the wait of orders whose list has ended: all after `closes_at`, and without one those that have waited
@@ -251,9 +314,10 @@ impl Assigner {
         };
         let over = before.map(|before| list.joined_before(before, ORDERS_MAX));
         let (mut due, mut why) = (over.unwrap_or_default(), Ending::Over);
-        // An entry of a draw is passed over, and keeps its rank. Of several nodes each knows its share, not the total.
-        if due.is_empty() && sku.draw().is_none() && sku.shared().is_none() {
-            due = list.unservable(sku.counter(), ORDERS_MAX);
+        // An entry of a draw is passed over, and keeps its rank. A node that has not read the total yet knows its share alone.
+        let knows_total = sku.shared().is_none_or(|shared| shared.sale().is_some());
+        if due.is_empty() && sku.draw().is_none() && knows_total {
+            due = list.unservable(sku.stock().total, ORDERS_MAX);
             why = Ending::Unservable;
         }
         let database = self.settler.parts.database.clone();

@@ -335,7 +335,7 @@ impl StockCounter {
         .unwrap_or_else(|taken| panic!("{units} units more than {taken} do not fit"));
     }
 
-    /// A node: takes all free units out of its share, and returns their number and what was lent before.
+    /// A node: takes all free or kept units out of its share, and returns their number and what was lent before.
     pub fn take_free(&self) -> (u32, u32) {
         let before = Cell::new((0, 0));
         let _ = self.change(
@@ -343,9 +343,9 @@ impl StockCounter {
                 before.set((total - taken, total));
                 Some((taken, taken))
             },
-            |total, _| {
-                before.set((0, total));
-                None
+            |total, kept| {
+                before.set((kept, total));
+                Some((total - kept, 0))
             },
         );
         before.get()

@@ -5,6 +5,7 @@ mod draw;
 mod fault;
 mod shared;
 mod terms;
+mod turns;
 mod waitlist;
 
 use std::collections::HashMap;
@@ -23,7 +24,9 @@ pub use draw::{Draw, DrawChange, DrawPhase};
 pub use fault::{Fault, Parking, Refused, Seen};
 pub use shared::{Ask, SaleStock, Shared, TooManyAsk, Wanted};
 pub use terms::{DayTime, DayWindow, DrawTerms, SaleTerms, WAITLIST_MAX_DEFAULT, WaitlistTerms};
-pub use waitlist::{HasLeft, Placed, WaitPlace, Waitlist};
+pub use turns::Turn;
+use turns::Turns;
+pub use waitlist::{HasLeft, Joiner, Placed, WaitPlace, Waitlist};
 
 /// Whether a SKU is on sale now; the `state` of API.md.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -117,19 +120,37 @@ impl Sku {
 
     /// The counters of the whole sale, for people. A node that has not read them yet knows its own share alone.
     pub fn stock(&self) -> StockSnapshot {
-        let sale = self.shared().and_then(Shared::sale);
-        sale.map_or_else(|| self.counter.snapshot(), |sale| sale.stock)
+        let Some(sale) = self.shared().and_then(Shared::sale) else {
+            return self.counter.snapshot();
+        };
+        let mut stock = sale.stock;
+        if self.counter.is_waiting() {
+            // Wherever they are, they are kept for those who wait.
+            stock.held += std::mem::take(&mut stock.free);
+        }
+        stock
     }
 
     /// The refusal of an order for which too few units are free here.
     pub fn refuse(&self, quantity: Quantity, available: u32) -> Refusal {
         match self.shared() {
             None => Refusal::SoldOut { available },
+            // Whatever comes free is kept for those who wait.
+            Some(_) if self.counter.is_waiting() => Refusal::SoldOut { available },
             Some(shared) if shared.is_sold_out(quantity.get()) => Refusal::SoldOut {
                 available: self.stock().free.min(quantity.get() - 1),
             },
             Some(_) => Refusal::StockElsewhere,
         }
+    }
+
+    /// Whether an order for which too few units are free here may wait for them: somebody waits already, or no other node has
+    /// units for it.
+    pub fn has_list_for(&self, quantity: Quantity) -> bool {
+        self.counter.is_waiting()
+            || self
+                .shared()
+                .is_none_or(|shared| shared.is_sold_out(quantity.get()))
     }
 
     /// The terms in force.
@@ -198,12 +219,15 @@ impl Sku {
             && (self.is_drawn() || bug("assign_before_the_draw"))
     }
 
-    /// Takes kept units for the orders that are next in line, at most `max` of them. An entry of a draw that asks for
-    /// more than is left is passed over, and keeps its rank.
-    pub fn select_waiting(&self, max: usize) -> Vec<(OrderId, u32)> {
+    /// Whether an order is passed over that asks for more units than are left. An entry of a draw is, and keeps its rank.
+    pub fn skips(&self) -> bool {
         let is_by_rank = self.draw.load().is_some() && !bug("stop_at_who_does_not_fit");
-        let skips = self.terms.load().waitlist.skips || is_by_rank;
-        self.waitlist.select(&self.counter, skips, max)
+        self.terms.load().waitlist.skips || is_by_rank
+    }
+
+    /// Takes kept units for the orders that are next in line, at most `max` of them.
+    pub fn select_waiting(&self, max: usize) -> Vec<(OrderId, u32)> {
+        self.waitlist.select(&self.counter, self.skips(), max)
     }
 
     /// Holds `quantity` of the free units; dropping the guard releases them.

@@ -12,16 +12,19 @@
 //! an order, whatever its state, the SKU's counter is in its waiting form. An order that is not a row yet is not
 //! assigned, and neither is any behind it: it may still be abandoned.
 //!
+//! At one of several nodes the list has the orders of its own lanes, and their sequence is that of all nodes together
+//! ([`Turns`]), which the database has. While orders wait at other nodes, the counter is in its waiting form too.
+//!
 //! Locks: the list, then a shard of the buyers' map or the counter's kept units.
 
 use std::collections::{HashMap, VecDeque};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-use super::{Sku, StockCounter};
+use super::{Sku, StockCounter, Turn, Turns};
 use crate::faults::bug;
 use crate::order::OrderId;
 use crate::sync::Guarded;
@@ -173,6 +176,8 @@ struct Inner {
     most: u32,
     /// Since when units are kept that the next order could have.
     servable_since: Option<Instant>,
+    /// The sequence of all nodes together; `None`: a single node has the list.
+    turns: Option<Turns>,
 }
 
 /// Where an order that accepts to wait was placed.
@@ -186,6 +191,21 @@ pub enum Placed {
     Full,
     /// Nowhere: it asks for more units than the SKU has in total.
     TooMany,
+    /// Nowhere: nobody waits, and other nodes may have units for it.
+    Elsewhere,
+}
+
+/// An order that accepts to wait.
+#[derive(Clone, Copy, Debug)]
+pub struct Joiner {
+    /// Its units.
+    pub units: u32,
+    /// Orders that may wait.
+    pub max: u32,
+    /// Units of the sale in total.
+    pub total: u32,
+    /// Whether no other node may have units for it.
+    pub is_sold_out: bool,
 }
 
 /// The waiting list of one SKU.
@@ -194,6 +214,12 @@ pub struct Waitlist {
     inner: Guarded<Inner>,
     /// Orders on the list, written under its lock.
     len: AtomicUsize,
+    /// Orders that wait at other nodes, as they were read last, or more. Written under the lock.
+    elsewhere: AtomicUsize,
+    /// Whether an order has got its row, and with it its turn among those of all nodes, since these were read.
+    has_news: AtomicBool,
+    /// Whether orders were restored since.
+    was_restored: AtomicBool,
 }
 
 impl Waitlist {
@@ -202,26 +228,29 @@ impl Waitlist {
         self.len.load(Ordering::Relaxed)
     }
 
-    /// Whether nobody waits.
+    /// Orders that wait, at other nodes too.
+    pub fn waiting(&self) -> usize {
+        self.len() + self.elsewhere.load(Ordering::Relaxed)
+    }
+
+    /// Whether nobody waits here.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Places an order of `units`: it holds them if they are free and nobody waits, and else joins the list, which
-    /// may have `max` orders. `claim` gives the order its id and enters it into its buyer's record. It runs under
-    /// the list's lock and must not block.
+    /// Places an order: it holds its units if they are free and nobody waits, and else joins the list. `claim` gives the order its
+    /// id and enters it into its buyer's record. It runs under the list's lock and must not block.
     ///
     /// # Errors
     /// That of `claim`; nothing is placed.
     pub fn hold_or_join<C, E>(
         &self,
         counter: &StockCounter,
-        units: u32,
-        max: u32,
+        joiner: Joiner,
         claim: impl FnOnce() -> Result<(OrderId, C), E>,
     ) -> Result<(Placed, OrderId, C), E> {
-        let hold = || counter.hold(units).is_ok();
-        self.place(counter, units, max, hold, claim)
+        let hold = || counter.hold(joiner.units).is_ok();
+        self.place(counter, joiner, hold, claim)
     }
 
     /// The same for an entry of a draw, which holds nothing although units are free.
@@ -231,18 +260,16 @@ impl Waitlist {
     pub fn enter<C, E>(
         &self,
         counter: &StockCounter,
-        units: u32,
-        max: u32,
+        joiner: Joiner,
         claim: impl FnOnce() -> Result<(OrderId, C), E>,
     ) -> Result<(Placed, OrderId, C), E> {
-        self.place(counter, units, max, || false, claim)
+        self.place(counter, joiner, || false, claim)
     }
 
     fn place<C, E>(
         &self,
         counter: &StockCounter,
-        units: u32,
-        max: u32,
+        joiner: Joiner,
         hold: impl FnOnce() -> bool,
         claim: impl FnOnce() -> Result<(OrderId, C), E>,
     ) -> Result<(Placed, OrderId, C), E> {
@@ -250,12 +277,14 @@ impl Waitlist {
             let (id, claimed) = claim()?;
             let placed = if hold() {
                 Placed::Held
-            } else if units > counter.snapshot().total {
+            } else if joiner.units > joiner.total {
                 Placed::TooMany
-            } else if self.len() >= max as usize {
+            } else if !joiner.is_sold_out && !counter.is_waiting() {
+                Placed::Elsewhere
+            } else if self.waiting() >= joiner.max as usize {
                 Placed::Full
             } else {
-                self.insert(inner, counter, id, units, Stage::Joining);
+                self.insert(inner, counter, id, joiner.units, Stage::Joining);
                 Placed::Joined
             };
             Ok((placed, id, claimed))
@@ -283,6 +312,7 @@ impl Waitlist {
                 return false;
             }
             self.insert(inner, counter, id, units, Stage::Waiting);
+            self.was_restored.store(true, Ordering::Relaxed);
             true
         })
     }
@@ -313,6 +343,7 @@ impl Waitlist {
             {
                 entry.stage = Stage::Waiting;
             }
+            self.has_news.store(true, Ordering::Relaxed);
         });
     }
 
@@ -325,7 +356,7 @@ impl Waitlist {
                     continue;
                 }
                 woken.extend(inner.watchers.remove(&id));
-                if self.len.fetch_sub(1, Ordering::Relaxed) == 1 {
+                if self.len.fetch_sub(1, Ordering::Relaxed) == 1 && self.waiting() == 0 {
                     counter.end_waiting();
                     inner.servable_since = None;
                 }
@@ -337,11 +368,76 @@ impl Waitlist {
         }
     }
 
+    /// Removes orders that wait at another node from now on.
+    pub fn give_away(&self, counter: &StockCounter, ids: Vec<OrderId>) {
+        self.inner
+            .with(|_| self.elsewhere.fetch_add(ids.len(), Ordering::Relaxed));
+        self.remove(counter, ids);
+    }
+
+    /// A node: this many orders wait at others, and this is the sequence of all, ascending.
+    pub fn note_elsewhere(&self, counter: &StockCounter, orders: usize, entries: &[Turn]) {
+        let mut turns = Turns::default();
+        turns.extend(entries);
+        self.inner.with(|inner| {
+            inner.turns = Some(turns);
+            self.elsewhere.store(orders, Ordering::Relaxed);
+            match self.waiting() {
+                0 => counter.end_waiting(),
+                _ => counter.begin_waiting(),
+            }
+        });
+    }
+
+    /// A node: these have joined behind [`Waitlist::last_turn`], `orders` of them at other nodes.
+    pub fn note_joined(&self, orders: usize, entries: &[Turn]) {
+        self.inner.with(|inner| {
+            inner.turns.get_or_insert_default().extend(entries);
+            self.elsewhere.fetch_add(orders, Ordering::Relaxed);
+        });
+    }
+
+    /// The last turn that is known.
+    pub fn last_turn(&self) -> u64 {
+        self.inner
+            .with(|inner| inner.turns.as_ref().map_or(0, Turns::last))
+    }
+
+    /// A node: somebody waits, maybe at another one.
+    pub fn note_somebody(&self, counter: &StockCounter) {
+        self.inner.with(|_| {
+            self.elsewhere.fetch_max(1, Ordering::Relaxed);
+            counter.begin_waiting();
+        });
+    }
+
+    /// Whether an order has got a turn since turns were read.
+    pub fn has_news(&self) -> bool {
+        self.has_news.swap(false, Ordering::Relaxed)
+    }
+
+    /// Whether orders came with their lane, which have had turns before, since all turns were read.
+    pub fn was_restored(&self) -> bool {
+        self.was_restored.swap(false, Ordering::Relaxed)
+    }
+
+    /// A node: whether an order of its own waits whose place in the sequence of all is not known yet.
+    pub fn lacks_turn(&self, id: OrderId) -> bool {
+        self.inner.with(|inner| {
+            let turns = inner.turns.as_ref();
+            let turn = turns.and_then(|turns| turns.ahead(id));
+            turn.is_none() && inner.queue.find(id).is_some()
+        })
+    }
+
     /// Number of orders before this one, plus one; `None` if it is not on the list.
     pub fn position(&self, id: OrderId) -> Option<usize> {
-        self.inner
-            .with(|inner| inner.queue.rank(id))
-            .map(|rank| rank + 1)
+        self.inner.with(|inner| {
+            let rank = inner.queue.rank(id)?;
+            let turns = inner.turns.as_ref();
+            // One without a turn so far stands behind all that have one.
+            Some(turns.map_or(rank, |turns| turns.ahead(id).unwrap_or(turns.len())) + 1)
+        })
     }
 
     /// Whether an order is on the list.
@@ -398,10 +494,9 @@ impl Waitlist {
                     inner.wait_again(id);
                 }
             }
-            if selected.is_empty() {
-                inner.servable_since = None;
-            } else {
-                inner.servable_since.get_or_insert_with(Instant::now);
+            match selected.is_empty() {
+                true => inner.servable_since = None,
+                false => _ = inner.servable_since.get_or_insert_with(Instant::now),
             }
             selected
         })
@@ -433,9 +528,8 @@ impl Waitlist {
     }
 
     /// Orders whose rows wait for more units than the SKU has in total; at most `max`.
-    pub fn unservable(&self, counter: &StockCounter, max: usize) -> Vec<OrderId> {
+    pub fn unservable(&self, total: u32, max: usize) -> Vec<OrderId> {
         self.inner.with(|inner| {
-            let total = counter.snapshot().total;
             if inner.most <= total {
                 return Vec::new();
             }
@@ -448,9 +542,17 @@ impl Waitlist {
         })
     }
 
+    /// Whether units are there for an order that waits here.
+    pub fn note_servable(&self, is_servable: bool) {
+        self.inner.with(|inner| match is_servable {
+            true => _ = inner.servable_since.get_or_insert_with(Instant::now),
+            false => inner.servable_since = None,
+        });
+    }
+
     /// Forgets since when the next order could have been served: it may not be served now.
     pub fn rest(&self) {
-        self.inner.with(|inner| inner.servable_since = None);
+        self.note_servable(false);
     }
 
     /// How long units have been kept that the next order could have.
@@ -563,8 +665,18 @@ mod tests {
         OrderId::new(value).unwrap()
     }
 
+    fn joiner(counter: &StockCounter, units: u32, max: u32) -> Joiner {
+        Joiner {
+            units,
+            max,
+            total: counter.snapshot().total,
+            is_sold_out: true,
+        }
+    }
+
     fn join(list: &Waitlist, counter: &StockCounter, value: u64, units: u32) -> Placed {
-        let placed = list.hold_or_join(counter, units, 10_000, || Ok::<_, ()>((id(value), ())));
+        let joiner = joiner(counter, units, 10_000);
+        let placed = list.hold_or_join(counter, joiner, || Ok::<_, ()>((id(value), ())));
         placed.unwrap().0
     }
 
@@ -636,7 +748,8 @@ mod tests {
     fn the_list_is_bounded_and_refuses_what_it_could_never_serve() {
         let (list, counter) = (Waitlist::default(), StockCounter::new(1, 1, 0));
         let place = |value, units| {
-            let placed = list.hold_or_join(&counter, units, 1, || Ok::<_, ()>((id(value), ())));
+            let joiner = joiner(&counter, units, 1);
+            let placed = list.hold_or_join(&counter, joiner, || Ok::<_, ()>((id(value), ())));
             placed.unwrap().0
         };
         assert_eq!(place(1, 2), Placed::TooMany);
@@ -650,13 +763,16 @@ mod tests {
         let (list, counter) = (Waitlist::default(), StockCounter::new(5, 2, 0));
         joined(&list, &counter, &[(1, 4), (2, 3), (3, 4)]);
         assert_eq!(join(&list, &counter, 4, 5), Placed::Joined);
-        assert_eq!(list.unservable(&counter, 10), []);
+        assert_eq!(list.unservable(counter.snapshot().total, 10), []);
         counter.set_total(3).unwrap();
         // That of the fourth is not a row yet.
-        assert_eq!(list.unservable(&counter, 1), [id(1)]);
-        assert_eq!(list.unservable(&counter, 10), [id(1), id(3)]);
+        assert_eq!(list.unservable(counter.snapshot().total, 1), [id(1)]);
+        assert_eq!(
+            list.unservable(counter.snapshot().total, 10),
+            [id(1), id(3)]
+        );
         list.remove(&counter, [id(1), id(3), id(4)]);
-        assert_eq!(list.unservable(&counter, 10), []);
+        assert_eq!(list.unservable(counter.snapshot().total, 10), []);
         assert_eq!(list.select(&counter, false, 10), []);
         counter.release(2);
         assert_eq!(list.select(&counter, false, 10), [(id(2), 3)]);
@@ -666,7 +782,8 @@ mod tests {
     fn a_draw_puts_its_entries_in_the_order_of_their_places_before_whoever_joins_later() {
         let (list, counter) = (Waitlist::default(), StockCounter::new(9, 0, 0));
         for value in 1..=5 {
-            let entered = list.enter(&counter, 1, 10, || Ok::<_, ()>((id(1 << 40 | value), ())));
+            let joiner = joiner(&counter, 1, 10);
+            let entered = list.enter(&counter, joiner, || Ok::<_, ()>((id(1 << 40 | value), ())));
             assert_eq!(entered.unwrap().0, Placed::Joined, "units are free");
         }
         assert_eq!(list.joining(), 5);
@@ -692,6 +809,39 @@ mod tests {
         list.remove(&counter, [at(1)]);
         assert_eq!(list.oldest(), Some(at(3)));
         assert_eq!(list.first(), Some(at(1)), "it may come back");
+    }
+
+    #[test]
+    fn a_node_keeps_units_while_orders_wait_elsewhere_and_tells_positions_among_all() {
+        let (list, counter) = (Waitlist::default(), StockCounter::new(2, 0, 0));
+        let mut joiner = joiner(&counter, 3, 10);
+        joiner.total = 9;
+        joiner.is_sold_out = false;
+        let mut next = 1;
+        let mut place = |joiner| {
+            next += 1;
+            let placed = list.hold_or_join(&counter, joiner, || Ok::<_, ()>((id(next), ())));
+            placed.unwrap().0
+        };
+        assert_eq!(place(joiner), Placed::Elsewhere, "others may have units");
+        list.note_somebody(&counter);
+        assert_eq!((counter.free(), counter.kept(), list.waiting()), (0, 2, 1));
+        assert_eq!(place(joiner), Placed::Joined, "somebody waits");
+        assert_eq!(list.position(id(3)), Some(1), "nothing is known of others");
+        // Two at other nodes, before and behind it.
+        list.note_elsewhere(&counter, 1, &[(4, None), (6, Some(id(3)))]);
+        list.note_joined(1, &[(9, None)]);
+        assert_eq!((list.waiting(), list.position(id(3))), (3, Some(2)));
+        assert_eq!(place(joiner), Placed::Joined);
+        assert!(!list.lacks_turn(id(3)) && list.lacks_turn(id(4)));
+        assert_eq!(list.position(id(4)), Some(4), "behind all that have a turn");
+        list.give_away(&counter, vec![id(3), id(4)]);
+        assert!(
+            list.is_empty() && counter.is_waiting(),
+            "they wait elsewhere now"
+        );
+        list.note_elsewhere(&counter, 0, &[]);
+        assert_eq!((counter.free(), list.waiting()), (2, 0));
     }
 
     #[test]

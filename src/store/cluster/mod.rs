@@ -3,6 +3,7 @@
 //! * [`membership`]: a node's row: joining, renewing, leaving;
 //! * [`lanes`]: which node has which lane, and hand-over;
 //! * [`shares`]: units that a node may sell: lending, giving back, wants; [`recall`]: lowering a total;
+//! * [`lists`]: orders that wait for units;
 //! * [`stock`]: what nodes read of their shares and of the sale as a whole;
 //! * [`terms`]: what operators change, and which nodes know it;
 //! * [`takeover`]: what becomes of a node that is gone.
@@ -18,6 +19,7 @@
 //! [docs/NODES.md](../../../docs/NODES.md) has the protocol. A single node uses nothing of this.
 
 pub mod lanes;
+pub mod lists;
 pub mod membership;
 pub mod recall;
 pub mod shares;

@@ -74,7 +74,9 @@ pub async fn lower_total(
                 &lease.sql("WITH before AS (
                      SELECT total FROM sku WHERE id = $1
                  ), moved AS (
-                     UPDATE sku SET total = coalesce($2, total), recall = $3 WHERE id = $1 RETURNING id, total, held, sold
+                     UPDATE sku SET total = coalesce($2, total), recall = $3,
+                            waitlist_served = CASE WHEN $2 IS NULL THEN waitlist_served END
+                      WHERE id = $1 RETURNING id, total, held, sold
                  )
                  INSERT INTO stock_log (sku, @columncause, reference, total_delta, total_after, held_after, sold_after,
                                             request_key)

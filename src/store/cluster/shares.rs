@@ -37,6 +37,8 @@ pub struct Lent {
     pub swept: i64,
     /// The number of the want that was left because too few were there.
     pub want: Option<i64>,
+    /// Whether nothing was lent because orders wait, for which all units are kept.
+    pub is_waited: bool,
 }
 
 /// A want that is not served yet.
@@ -137,15 +139,18 @@ async fn borrow(
         let Some(pool) = Pool::lock(transaction, sku).await? else {
             return Ok(None);
         };
-        let oldest = transaction
-            .query_opt(
-                "SELECT node, number FROM stock_want WHERE sku = $1 ORDER BY number LIMIT 1",
+        // Wants are left and entries of lists made under the lock that is held now.
+        let before = transaction
+            .query_one(
+                "SELECT (SELECT node FROM stock_want WHERE sku = $1 ORDER BY number LIMIT 1),
+                        EXISTS (SELECT FROM waitlist_entries WHERE sku = $1)",
                 &[&sku.0],
             )
             .await?;
-        let is_next = oldest.is_none_or(|oldest| oldest.get::<_, i16>(0) == lease.node);
+        let (oldest, is_waited): (Option<i16>, bool) = (before.get(0), before.get(1));
+        let is_next = oldest.is_none_or(|oldest| oldest == lease.node);
         let units = match pool.free() {
-            _ if pool.is_recalled || !is_next => 0,
+            _ if pool.is_recalled || is_waited || !is_next => 0,
             free if free < least => 0,
             free => free.min(wanted.max(least)),
         };
@@ -162,6 +167,9 @@ async fn borrow(
                 .await?;
             withdraw_in(transaction, lease, sku).await?;
             None
+        } else if is_waited {
+            withdraw_in(transaction, lease, sku).await?;
+            None
         } else if want.is_none() {
             None
         } else {
@@ -174,7 +182,12 @@ async fn borrow(
                 .await?;
             Some(row.get(0))
         };
-        Ok(Some(Lent { units, swept, want }))
+        Ok(Some(Lent {
+            units,
+            swept,
+            want,
+            is_waited,
+        }))
     };
     let lent = transact(database, lease, "lending stock to a node", work).await?;
     lent.ok_or_else(|| StoreError::Data(format!("there is no SKU {}", sku.0)))

@@ -170,6 +170,7 @@ fn draw_of(stored: &StoredDraw) -> Arc<Draw> {
     let phase = match (stored.is_drawn, &stored.fixed) {
         (true, _) => DrawPhase::Drawn,
         (false, Some(_)) => DrawPhase::Fixed,
+        (false, None) if stored.is_closed => DrawPhase::Closed,
         (false, None) => DrawPhase::Open,
     };
     let has_beacon = stored.beacon.is_some();

@@ -5,7 +5,8 @@ use tokio_postgres::Transaction;
 
 use super::{Database, NodeLease};
 use crate::order::{Ended, OrderId, OrderStatus, OrderUnits, SkuNumber, UnixMillis, UserId};
-use crate::store::StoreError;
+use crate::store::cluster::lists;
+use crate::store::{Ledger, StoreError};
 
 /// Outcome of ending an order.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -119,6 +120,11 @@ async fn end_unpaid(
             )
             .await?;
         if let Some(row) = row.as_ref().filter(|row| row.get(3)) {
+            if lease.ledger == Ledger::Share {
+                transaction
+                    .execute(lists::LEAVE, &[&vec![id.as_i64()]])
+                    .await?;
+            }
             transaction.commit().await?;
             return Ok(Some(Transition::Left(units_of(id, row))));
         }

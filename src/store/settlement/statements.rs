@@ -8,6 +8,7 @@ use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Error, Statement};
 
 use crate::order::SkuNumber;
+use crate::store::cluster::lists;
 use crate::store::fenced::FENCE;
 use crate::store::postgres::NodeLease;
 
@@ -166,6 +167,25 @@ const END_WAITING: &str = "
     UPDATE orders o SET status = 4 FROM ended WHERE o.order_id = ended.order_id AND o.status = 7
     RETURNING o.order_id, o.user_id, o.sku, o.quantity";
 
+/// Locks those of these orders that wait.
+const LOCK_WAITING: &str = "SELECT order_id FROM orders WHERE order_id = ANY ($1) AND status = 7 ORDER BY order_id FOR UPDATE";
+
+/// Locks a SKU and reads the units of its pool; none while a total is lowered.
+const LOCK_POOL: &str = "
+    SELECT CASE WHEN recall IS NULL THEN total - held - sold - lent ELSE 0 END FROM sku WHERE id = $1 FOR UPDATE";
+
+/// Lends units to a node for orders that take them in the same transaction.
+const LEND_TAKEN: &str = "
+    INSERT INTO stock_share (sku, node, lent) VALUES ($1, $2, $3)
+    ON CONFLICT (sku, node) DO UPDATE SET lent = stock_share.lent + excluded.lent";
+
+/// Notes which turn was served; $2 NULL: somebody may have been passed over. The sequence of ids says nothing about those who
+/// were assigned up to now, $3.
+const NOTE_SERVED: &str = "
+    UPDATE sku SET waitlist_served = greatest($2::int8, CASE WHEN $2::int8 IS NOT NULL THEN waitlist_served END),
+           waitlist_strict_since = greatest(waitlist_strict_since, to_timestamp(($3::int8 + 1) / 1000.0))
+     WHERE id = $1";
+
 /// Notes that these SKUs, and no others, have orders that wait at node $1.
 const NOTE_LISTS: &str = "
     WITH ended AS (
@@ -215,6 +235,12 @@ pub(super) enum Sql {
     Expire,
     Assign,
     EndWaiting,
+    LockWaiting,
+    LockPool,
+    Front,
+    LeaveLists,
+    LendTaken,
+    NoteServed,
     NoteLists,
     FreeSkus,
     UnpaidChanges,
@@ -227,7 +253,7 @@ pub(super) enum Sql {
     TryShareOrders,
 }
 
-const SQL: [&str; 27] = [
+const SQL: [&str; 33] = [
     FENCE,
     EVENTS,
     KNOWN,
@@ -245,6 +271,12 @@ const SQL: [&str; 27] = [
     EXPIRE,
     ASSIGN,
     END_WAITING,
+    LOCK_WAITING,
+    LOCK_POOL,
+    lists::FRONT,
+    lists::LEAVE,
+    LEND_TAKEN,
+    NOTE_SERVED,
     NOTE_LISTS,
     FREE_SKUS,
     UNPAID_CHANGES,
@@ -287,7 +319,7 @@ impl Changes {
 
 impl Statements {
     pub(super) fn new(lease: NodeLease) -> Self {
-        let prepared = Default::default();
+        let prepared = std::array::from_fn(|_| OnceCell::new());
         Statements { lease, prepared }
     }
 

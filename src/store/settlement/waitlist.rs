@@ -3,7 +3,8 @@
 use super::SettlementWriter;
 use super::statements::{Change, Changes, Closing, Sql};
 use crate::order::{OrderId, OrderUnits, SkuNumber, UnixMillis, UserId};
-use crate::store::StoreError;
+use crate::store::cluster::lists;
+use crate::store::{Ledger, StoreError};
 
 /// Makes those of `orders` payable until `expires_at` that still wait, and moves their units to `held`, all or
 /// nothing. Returns them. The caller has units in memory for all of them.
@@ -40,6 +41,66 @@ pub async fn assign(
         .await
 }
 
+/// At a node: makes those of `orders`, which are of its lanes, payable until `expires_at` that still wait and that the pool
+/// covers (`store::cluster::lists`), and lends the node their units, all or nothing. Returns them.
+///
+/// # Errors
+/// Those of [`assign`].
+pub async fn assign_covered(
+    writer: &mut SettlementWriter,
+    sku: SkuNumber,
+    skips: bool,
+    orders: &[OrderId],
+    now: UnixMillis,
+    expires_at: UnixMillis,
+) -> Result<Vec<OrderUnits>, StoreError> {
+    let ids: Vec<i64> = orders.iter().map(|id| id.as_i64()).collect();
+    let node = writer.node();
+    writer
+        .transact("assigning units of the pool", async |client, statements| {
+            let of = async |sql| statements.of(client, sql).await;
+            let waiting = client.query(of(Sql::LockWaiting).await?, &[&ids]).await?;
+            let pool = client
+                .query_opt(of(Sql::LockPool).await?, &[&sku.0])
+                .await?;
+            let free: i64 = pool.map_or(0, |pool| pool.get(0));
+            let front = of(Sql::Front).await?;
+            let front = client
+                .query(front, &[&sku.0, &skips, &free, &lists::front_of(free)])
+                .await?;
+            // Both are sorted by id.
+            let waits = |id: i64| waiting.binary_search_by_key(&id, |row| row.get(0)).is_ok();
+            let mut covered = lists::cover(&front, free, skips);
+            covered.retain(|entry| waits(entry.order_id.as_i64()));
+            if covered.is_empty() {
+                return Ok((Vec::new(), Closing::default()));
+            }
+            let ids: Vec<i64> = covered.iter().map(|one| one.order_id.as_i64()).collect();
+            let served = covered.iter().map(|one| one.turn).max().filter(|_| !skips);
+            let assign = of(Sql::Assign).await?;
+            let rows = client.query(assign, &[&ids, &expires_at.0, &now.0]).await?;
+            let assigned = units_of(&rows);
+            let units: i64 = assigned.iter().map(|one| i64::from(one.quantity)).sum();
+            client.execute(of(Sql::LeaveLists).await?, &[&ids]).await?;
+            let lend = of(Sql::LendTaken).await?;
+            client.execute(lend, &[&sku.0, &node, &units]).await?;
+            let note = of(Sql::NoteServed).await?;
+            client.execute(note, &[&sku.0, &served, &now.0]).await?;
+            let mut changes = Changes::default();
+            let change = Change {
+                held: units,
+                ..Change::default()
+            };
+            changes.add(sku, change);
+            let from = assigned.first().map_or(0, |first| first.order_id.get());
+            let reference = format!("{} orders from {from}", assigned.len());
+            let mut closing = Closing::default();
+            closing.move_counters(&[("assigned", changes)], &reference);
+            Ok((assigned, closing))
+        })
+        .await
+}
+
 /// Why orders no longer wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ending {
@@ -64,7 +125,13 @@ pub async fn end(
         .transact("ending a waiting list", async |client, statements| {
             let end = statements.of(client, Sql::EndWaiting).await?;
             let rows = client.query(end, &[&ids, &is_unservable]).await?;
-            Ok((units_of(&rows), Closing::default()))
+            let ended = units_of(&rows);
+            let mut closing = Closing::default();
+            if statements.lease().ledger == Ledger::Share {
+                let ids: Vec<i64> = ended.iter().map(|one| one.order_id.as_i64()).collect();
+                closing.add(Sql::LeaveLists, vec![Box::new(ids)]);
+            }
+            Ok((ended, closing))
         })
         .await
 }

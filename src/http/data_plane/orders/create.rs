@@ -305,15 +305,18 @@ impl<'r> Creation<'r> {
                 status: OrderStatus::Waitlisted,
                 replayed,
                 ..
-            } if self.has_left(&pending.order) => {
-                self.left(&pending.order, *replayed).unwrap_or(answer)
+            } => {
+                let (context, order) = (self.context, &pending.order);
+                if pending.slot.state() == SlotState::Persisted {
+                    context.wait_for_turn(self.request, order.sku, order.id);
+                }
+                if context.is_listed(order) {
+                    return answer;
+                }
+                self.left(order, *replayed).unwrap_or(answer)
             }
             _ => answer,
         }
-    }
-
-    fn has_left(&self, order: &Order) -> bool {
-        self.context.position(order.sku, order.id).is_none()
     }
 
     /// The answer about an order that has left its waiting list since it was found: its row tells.

@@ -81,6 +81,9 @@ fn here(
         let order = &recent.order;
         // An order that has left its list is read from the database.
         if !order.waits() || context.stays_on_list(request, until, order.sku, id)? {
+            if order.waits() {
+                context.wait_for_turn(request, order.sku, id);
+            }
             let view = context.view(order, order.status_in_time());
             write::json(response, 200, &view);
             return Ok(());
@@ -95,6 +98,9 @@ fn here(
         let left = until.saturating_duration_since(Instant::now());
         let is_open = is_waiting || stored.status == OrderStatus::Accepted;
         if !is_open || stays || left.is_zero() || context.is_stopping() {
+            if stays {
+                context.wait_for_turn(request, stored.sku, id);
+            }
             write::json(response, 200, &context.stored_view(&stored));
             return Ok(());
         }

@@ -57,6 +57,8 @@ pub struct SkuAudit {
     pub sold_by_orders: i64,
     /// Orders that wait for units, as each was read.
     pub waiting: i64,
+    /// Entries of its waiting list, of which nodes keep one for each order that waits.
+    pub entries: i64,
     /// Whether an order still waits although a later one was served by the same strict list, or by rank.
     pub is_overtaken: bool,
     /// Units of parked orders, which memory holds and `held` does not count.
@@ -168,7 +170,8 @@ pub async fn run_watching<T: Send>(
     let duplicated_keys = keys::duplicates(&mut session, &orders.parts).await?;
     let dead_letters = orders::read_dead_letters(&mut session).await?;
     let payments = payments::read(&mut session).await?;
-    let overtaken = draws::overtaken(&session).await?;
+    let mut overtaken = draws::overtaken(&session).await?;
+    overtaken.extend(nodes::overtaken(&session).await?);
     let events_without_payment = payments::events_without_payment(&mut session).await?;
     let misplaced = nodes::misplaced(&mut session).await?;
     let sku = |(number, counters): (&i32, &stock::Counters)| {
@@ -191,6 +194,7 @@ pub async fn run_watching<T: Send>(
             held_by_orders: units.held,
             sold_by_orders: units.sold + counters.pruned.1,
             waiting: units.waiting,
+            entries: counters.entries,
             is_overtaken: units.is_overtaken || overtaken.contains(number),
             parked: counters.parked,
             motion: chain.motion,

@@ -1,4 +1,4 @@
-//! Whether the share of each node holds the units of its lanes' orders.
+//! Whether the share of each node holds the units of its lanes' orders, and their waiting lists were served in turn.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,6 +15,18 @@ const HELD: &str = "
            coalesce(sum(part.quantity) FILTER (WHERE part.status = 1), 0)::int8
       FROM part JOIN lane l ON l.lane = get_byte(sha256(convert_to(part.user_id, 'UTF8')), 0) >> 2
      GROUP BY 1, 2";
+
+/// While nodes sell: SKUs whose first entry still waits, although a later one was served while nobody might be passed over, and although the
+/// pool has not the units for it, which were there then.
+const OVERTAKEN: &str = "
+    SELECT s.id FROM sku s, LATERAL (
+        SELECT units FROM waitlist_entries e WHERE e.sku = s.id AND e.turn < s.waitlist_served ORDER BY turn LIMIT 1) first
+     WHERE first.units > s.total - s.held - s.sold - s.lent AND EXISTS (SELECT FROM lane WHERE node IS NOT NULL)";
+
+pub(super) async fn overtaken(session: &Session) -> Result<Vec<i32>, StoreError> {
+    let rows = session.query(OVERTAKEN, &[]).await?;
+    Ok(rows.iter().map(|row| row.get(0)).collect())
+}
 
 /// What may not change meanwhile: the shares, and which node has which lane.
 const STANDING: &str = "

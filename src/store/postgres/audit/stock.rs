@@ -13,7 +13,8 @@ pub(super) const SKUS: &str = "
     SELECT s.id, s.sku_id, s.total, s.held + h.held, s.sold + h.sold, coalesce(j.id, c.through_id, 0), coalesce(c.through_id, 0),
            coalesce(c.total, 0), coalesce(c.held, 0), coalesce(c.sold, 0), coalesce(o.orders, 0), coalesce(o.sold, 0),
            (SELECT coalesce(sum(p.quantity), 0) FROM parked_orders p WHERE p.sku = s.id)::int8, s.lent,
-           h.nodes, h.lent, h.helds, h.solds, h.newest
+           h.nodes, h.lent, h.helds, h.solds, h.newest,
+           (SELECT count(*) FROM waitlist_entries e WHERE e.sku = s.id)
       FROM sku s
      CROSS JOIN LATERAL (SELECT coalesce(sum(held), 0)::int8 AS held, coalesce(sum(sold), 0)::int8 AS sold,
                                 array_agg(node) AS nodes, array_agg(lent) AS lent, array_agg(held) AS helds,
@@ -57,6 +58,8 @@ pub(super) struct Counters {
     pub(super) lent: i64,
     /// The nodes' shares.
     pub(super) shares: Vec<NodeShare>,
+    /// Entries of its waiting list, which nodes keep.
+    pub(super) entries: i64,
 }
 
 /// The share of a node.
@@ -97,6 +100,7 @@ pub(super) fn counters(rows: &[Row]) -> BTreeMap<i32, Counters> {
                 parked: row.get(12),
                 lent: row.get(13),
                 shares: shares(row),
+                entries: row.get(19),
             };
             (row.get(0), counters)
         })

@@ -2,6 +2,13 @@
 //!
 //! Each step is one transaction that is fenced, and finds its own work done if it is repeated: a commit whose answer was
 //! lost needs no other remedy.
+//!
+//! * this file: secrets, fixing the entries, ranking them;
+//! * `closing`: the end of entries at several nodes;
+//! * `published`: what everybody may read.
+
+mod closing;
+mod published;
 
 use std::collections::HashMap;
 use std::pin::pin;
@@ -11,15 +18,16 @@ use bytes::{BufMut, Bytes, BytesMut};
 use futures_util::{SinkExt, StreamExt};
 use tokio_postgres::{Client, Row as DatabaseRow, Transaction};
 
+pub use self::closing::close;
+pub use self::published::{Page, page};
 use super::transitions::fence;
 use super::{Connected, Database, NodeLease};
 use crate::faults::crash_point;
 use crate::order::draw::{
-    Beacon, EntriesHash, Entry, EntryHash, EntryTokens, Header, RankDigits, Ranked, Ranking, Row,
-    Salt, Seed, State, VERSION, entries_hash, rows,
+    Beacon, EntriesHash, Entry, EntryTokens, Ranked, Ranking, Row, Salt, Seed, entries_hash, rows,
 };
-use crate::order::{OrderId, OrderStatus, Quantity, SkuId, SkuNumber, UnixMillis, UserId};
-use crate::store::StoreError;
+use crate::order::{OrderId, OrderStatus, Quantity, SkuNumber, UnixMillis, UserId};
+use crate::store::{Ledger, StoreError};
 
 /// Longest time for a step over all entries: a million take some seconds.
 const STEP: Duration = Duration::from_secs(600);
@@ -41,6 +49,8 @@ pub struct StoredDraw {
     pub beacon: Option<Beacon>,
     /// Whether the draw is made.
     pub is_drawn: bool,
+    /// Whether a node has closed it: whoever reads this takes no entries.
+    pub is_closed: bool,
 }
 
 /// The entries of a draw.
@@ -58,7 +68,7 @@ pub struct Fixed {
 
 const COLUMNS: &str =
     "d.sku, d.seed, d.salt, (extract(epoch FROM d.fixed_at) * 1000)::int8, d.units, d.entries,
-    d.entries_hash, d.beacon, d.drawn_at IS NOT NULL";
+    d.entries_hash, d.beacon, d.drawn_at IS NOT NULL, d.closed_at IS NOT NULL";
 
 fn data(what: impl std::fmt::Display) -> StoreError {
     StoreError::Data(format!("a draw: {what}"))
@@ -96,6 +106,7 @@ pub(super) fn from_row(row: &DatabaseRow) -> Result<StoredDraw, StoreError> {
         fixed,
         beacon: beacon.map(Beacon::new).transpose().map_err(data)?,
         is_drawn: row.get(8),
+        is_closed: row.get(9),
     })
 }
 
@@ -183,7 +194,7 @@ fn place_of(row: &DatabaseRow) -> Option<(OrderId, u32)> {
 }
 
 /// Fixes the entries of a SKU: those of its orders from `first` on that wait. Stores them with their number and hash.
-/// If they are fixed already, they stay as they are.
+/// If they are fixed already, they stay as they are. `None`: not yet, because another node takes entries, or is at this.
 ///
 /// # Errors
 /// [`StoreError::Fenced`] if this process may not write any more, or the database's error.
@@ -193,15 +204,23 @@ pub async fn fix(
     sku: SkuNumber,
     first: OrderId,
     now: UnixMillis,
-) -> Result<Fixed, StoreError> {
+) -> Result<Option<Fixed>, StoreError> {
     let doing = "fixing the entries of a draw";
     let failed = StoreError::statement(doing);
     let mut client = database.connect("millrace draw").await?;
     long(doing, async {
         let transaction = begin(&mut client, lease, doing).await?;
-        let draw = lock(&transaction, sku, doing).await?;
-        if let Some(fixed) = draw.fixed {
-            return Ok(fixed);
+        let Some(draw) = lock(&transaction, lease.ledger, sku, doing).await? else {
+            return Ok(None);
+        };
+        if draw.fixed.is_some() {
+            return Ok(draw.fixed);
+        }
+        if lease.ledger == Ledger::Share {
+            let is_closed = closing::is_closed_by_all(&transaction, sku).await;
+            if !is_closed.map_err(StoreError::statement(doing))? {
+                return Ok(None);
+            }
         }
         let tokens = EntryTokens::new(&draw.salt);
         let waiting = OrderStatus::Waitlisted.code();
@@ -233,6 +252,7 @@ pub async fn fix(
             .query_one(
                 "UPDATE draws d SET fixed_at = to_timestamp($2::int8 / 1000.0), entries = $3, entries_hash = $4,
                         units = s.total - s.held - s.sold
+                              - (SELECT coalesce(sum(held + sold), 0)::int8 FROM stock_share WHERE sku = s.id)
                    FROM sku s WHERE s.id = d.sku AND d.sku = $1
                  RETURNING d.units",
                 &[&sku.0, &now.0, &number, &&hash.0[..]],
@@ -242,12 +262,12 @@ pub async fn fix(
         let units: i64 = row.get(0);
         transaction.commit().await.map_err(failed)?;
         crash_point("draw.fixed");
-        Ok(Fixed {
+        Ok(Some(Fixed {
             at: now,
             units: u64::try_from(units).unwrap_or(0),
             entries: entries.len() as u64,
             hash,
-        })
+        }))
     })
     .await
 }
@@ -277,7 +297,8 @@ pub async fn store_beacon(
     let mut client = database.connect("millrace draw").await?;
     long(doing, async {
         let transaction = begin(&mut client, lease, doing).await?;
-        let draw = lock(&transaction, sku, doing).await?;
+        let draw = lock(&transaction, Ledger::Sku, sku, doing).await?;
+        let draw = draw.ok_or_else(|| data("it has no secrets"))?;
         match draw.beacon {
             Some(stored) if stored == *beacon => return Ok(BeaconStored::Stored),
             Some(other) => return Ok(BeaconStored::Other(other)),
@@ -298,8 +319,22 @@ pub async fn store_beacon(
     .await
 }
 
+/// Whether the beacon of a draw is stored.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn has_beacon(database: &Database, sku: SkuNumber) -> Result<bool, StoreError> {
+    let client = database.pooled().await?;
+    let sql = "SELECT EXISTS (SELECT FROM draws WHERE sku = $1 AND beacon IS NOT NULL)";
+    let row = database
+        .timed("looking for a beacon", client.query_one(sql, &[&sku.0]))
+        .await?;
+    Ok(row.get(0))
+}
+
 /// Makes a draw whose entries are fixed, with the beacon that is stored: ranks the entries and stores their places. From
-/// its commit on the seed is public. Returns the places, also if the draw was made before.
+/// its commit on the seed is public. Returns the places, also if the draw was made before; at a node none then, where the entries of
+/// the list have them. `None`: not yet, because another node is at this.
 ///
 /// # Errors
 /// [`StoreError::Fenced`] if this process may not write any more, or the database's error.
@@ -308,15 +343,17 @@ pub async fn draw(
     lease: NodeLease,
     sku: SkuNumber,
     now: UnixMillis,
-) -> Result<HashMap<OrderId, u32>, StoreError> {
+) -> Result<Option<HashMap<OrderId, u32>>, StoreError> {
     let doing = "making a draw";
     let mut client = database.connect("millrace draw").await?;
     let made = long(doing, async {
         let transaction = begin(&mut client, lease, doing).await?;
-        let draw = lock(&transaction, sku, doing).await?;
+        let Some(draw) = lock(&transaction, lease.ledger, sku, doing).await? else {
+            return Ok(Made::NotYet);
+        };
         let Some(fixed) = draw.fixed.filter(|_| !draw.is_drawn) else {
             return match draw.is_drawn {
-                true => Ok(None),
+                true => Ok(Made::Before),
                 false => Err(data("it is to be made, and its entries are not fixed")),
             };
         };
@@ -326,6 +363,12 @@ pub async fn draw(
         }
         let places = copy_places(&transaction, sku, &ids, &mut ranked, fixed.units, doing).await?;
         crash_point("draw.ranked");
+        if lease.ledger == Ledger::Share {
+            transaction
+                .execute(PLACES_ARE_TURNS, &[&sku.0])
+                .await
+                .map_err(StoreError::statement(doing))?;
+        }
         transaction
             .execute("DELETE FROM draw_entries WHERE sku = $1", &[&sku.0])
             .await
@@ -340,14 +383,28 @@ pub async fn draw(
         let failed = StoreError::statement(doing);
         transaction.commit().await.map_err(failed)?;
         crash_point("draw.drawn");
-        Ok(Some(places))
+        Ok(Made::Now(places))
     })
     .await?;
     match made {
-        Some(places) => Ok(places),
-        None => waiting_places(database, sku).await,
+        Made::Now(places) => Ok(Some(places)),
+        Made::Before if lease.ledger == Ledger::Share => Ok(Some(HashMap::new())),
+        Made::Before => waiting_places(database, sku).await.map(Some),
+        Made::NotYet => Ok(None),
     }
 }
+
+/// What became of making a draw.
+enum Made {
+    Now(HashMap<OrderId, u32>),
+    Before,
+    NotYet,
+}
+
+/// Puts the entries of the list in the order of their places. The turns given out since are above them: each entry has had one.
+const PLACES_ARE_TURNS: &str = "
+    UPDATE waitlist_entries e SET turn = p.place FROM draw_places p
+     WHERE p.sku = $1 AND e.order_id = p.order_id";
 
 /// The fixed entries in the order of rank, with their orders.
 async fn ranked(
@@ -429,97 +486,6 @@ async fn copy_places(
     Ok(places)
 }
 
-/// A part of a published draw.
-#[derive(Debug)]
-pub struct Page {
-    /// The first line of the file.
-    pub header: Header,
-    /// The entries behind the place that was asked for.
-    pub rows: Vec<Row>,
-}
-
-/// The published draw of a SKU: its first line, and at most `limit` entries behind the place `after`; none if the terms of
-/// the SKU name no draw.
-///
-/// # Errors
-/// If the database does not answer.
-pub async fn page(
-    database: &Database,
-    sku_id: &SkuId,
-    after: i64,
-    limit: i64,
-) -> Result<Option<Page>, StoreError> {
-    let client = database.pooled().await?;
-    let found = database
-        .timed(
-            "reading a draw",
-            client.query_opt(
-                &format!(
-                    "SELECT {COLUMNS}, (extract(epoch FROM s.draw_at) * 1000)::int8, s.draw_beacon
-                       FROM draws d JOIN sku s ON s.id = d.sku WHERE s.sku_id = $1 AND s.allocation = 'draw'"
-                ),
-                &[&sku_id.as_str()],
-            ),
-        )
-        .await?;
-    let Some(found) = found else {
-        return Ok(None);
-    };
-    let draw = from_row(&found)?;
-    let rows = match draw.is_drawn {
-        false => Vec::new(),
-        true => {
-            let found = database
-                .timed(
-                    "reading a draw",
-                    client.query(
-                        "SELECT place, entry, quantity, rank, won FROM draw_places
-                          WHERE sku = $1 AND place::int8 > $2 ORDER BY place LIMIT $3",
-                        &[&draw.sku.0, &after, &limit],
-                    ),
-                )
-                .await?;
-            found.iter().map(published).collect::<Result<_, _>>()?
-        }
-    };
-    let header = header(sku_id, &draw, UnixMillis(found.get(9)), found.get(10));
-    Ok(Some(Page { header, rows }))
-}
-
-/// The only place where a seed leaves, and only of a draw that is made.
-fn header(sku_id: &SkuId, draw: &StoredDraw, at: UnixMillis, beacon: Option<String>) -> Header {
-    let fixed = draw.fixed;
-    Header {
-        draw: VERSION.to_owned(),
-        sku_id: sku_id.to_string(),
-        state: match (draw.is_drawn, fixed) {
-            (true, _) => State::Drawn,
-            (false, Some(_)) => State::EntriesFixed,
-            (false, None) => State::EntriesOpen,
-        },
-        draw_at: at.to_string(),
-        draw_beacon: beacon,
-        commitment: draw.seed.commitment(),
-        fixed_at: fixed.map(|fixed| fixed.at.to_string()),
-        units: fixed.map(|fixed| fixed.units),
-        entries: fixed.map(|fixed| fixed.entries),
-        entries_hash: fixed.map(|fixed| fixed.hash),
-        beacon: draw.beacon.clone(),
-        seed: draw.is_drawn.then_some(draw.seed),
-    }
-}
-
-fn published(row: &DatabaseRow) -> Result<Row, StoreError> {
-    let place: i32 = row.get(0);
-    Ok(Row {
-        place: u64::try_from(place).map_err(data)?,
-        entry: EntryHash(bytes_32(row, 1)?),
-        quantity: quantity(row.get(2))?,
-        rank: RankDigits::new(row.get(3)).ok_or_else(|| data("a rank is not of digits"))?,
-        won: row.get(4),
-    })
-}
-
 fn quantity(units: i32) -> Result<Quantity, StoreError> {
     u32::try_from(units)
         .ok()
@@ -544,21 +510,28 @@ async fn begin<'a>(
     }
 }
 
+/// Locks a draw. `None`: another node has it locked, and no other process does.
 async fn lock(
     transaction: &Transaction<'_>,
+    ledger: Ledger,
     sku: SkuNumber,
     doing: &'static str,
-) -> Result<StoredDraw, StoreError> {
-    let row = transaction
-        .query_opt(
-            &format!("SELECT {COLUMNS} FROM draws d WHERE d.sku = $1 FOR UPDATE"),
-            &[&sku.0],
-        )
-        .await
-        .map_err(StoreError::statement(doing))?;
-    row.as_ref()
-        .map(from_row)
-        .unwrap_or_else(|| Err(data("it has no secrets")))
+) -> Result<Option<StoredDraw>, StoreError> {
+    let unless_locked = match ledger {
+        Ledger::Sku => "",
+        Ledger::Share => "SKIP LOCKED",
+    };
+    let sql = format!("SELECT {COLUMNS} FROM draws d WHERE d.sku = $1 FOR UPDATE {unless_locked}");
+    let row = transaction.query_opt(&sql, &[&sku.0]).await;
+    let row = row.map_err(StoreError::statement(doing))?;
+    match row {
+        None if ledger == Ledger::Share => Ok(None),
+        row => row
+            .as_ref()
+            .map(from_row)
+            .unwrap_or_else(|| Err(data("it has no secrets")))
+            .map(Some),
+    }
 }
 
 /// A step that may take long.
