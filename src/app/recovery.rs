@@ -60,10 +60,9 @@ pub(super) async fn state(
     // Before the replay, so that an order that is written late but was paid in time is payable.
     let orphans = Orphans::default();
     loading::load_orphans(&ownership.database, &orphans).await?;
-    let mut high_water = ownership.id_high_water;
     if let Some((log, name)) = ownership.log.take() {
         let log = replay(config, ownership, (log, &name), &orphans, control).await?;
-        high_water = high_water.max(log.id_high_water());
+        ownership.id_high_water = ownership.id_high_water.max(log.id_high_water());
         ownership.log = Some((log, name));
     }
     if let Some(node) = ownership.node.as_ref().filter(|node| node.had_lanes) {
@@ -73,7 +72,7 @@ pub(super) async fn state(
     }
     control.progress("reading the database".to_owned());
     let leased_until = ownership.ids_leased_until;
-    let ids = IdClock::going_on(clock, high_water, leased_until);
+    let ids = IdClock::going_on(clock, ownership.id_high_water, leased_until);
     let mut node = ownership.node.take();
     let mut lanes = LaneSet::ALL;
     if let Some(node) = &mut node {
@@ -209,7 +208,7 @@ async fn recover(
     catalogue.add(skus::load_all(database, lease).await?);
     if node.is_some() {
         // Not before: a lane that is given to an active node comes with units, which would be counted twice.
-        membership::activate(database, lease).await?;
+        membership::activate(database, lease, ownership.id_high_water).await?;
     }
     let floor = ids.window_floor(config.orders.idempotency_window_ms);
     let (lanes, loaded) = match node {

@@ -17,7 +17,9 @@ use serde_json::json;
 use support::block_on;
 use support::brokers::Kind;
 use support::http::{call, try_call};
+use support::proxy::Proxy;
 use support::server::TestServer;
+use support::standby::{self, Pair, Server};
 use support::waiting::wait_until;
 use support::webhook::Paid;
 
@@ -305,6 +307,68 @@ fn nodes_that_are_all_killed_and_started_again_go_on_with_what_they_had() {
             assert_eq!(again.json()["order_id"], placed.order_id, "{again:?}");
         }
         for node in nodes {
+            node.stop();
+        }
+    });
+}
+
+/// Orders that are acknowledged once they are in a log.
+fn place_async(nodes: &[&Node], numbers: std::ops::Range<usize>) -> Vec<Placed> {
+    let fields = [
+        ("Content-Type", "application/json"),
+        ("Idempotency-Key", "k"),
+        ("Prefer", "respond-async"),
+    ];
+    let place = |number: usize| {
+        let user = format!("u-{number}");
+        let body = json!({ "user_id": user, "sku_id": SKU }).to_string();
+        let node = nodes[number % nodes.len()];
+        let answer = call(node.served.data, "POST", "/v1/orders", &fields, &body);
+        assert_eq!(answer.status, 202, "{answer:?}");
+        Placed::of(&user, "k", &answer)
+    };
+    numbers.map(place).collect()
+}
+
+#[test]
+fn a_failover_that_loses_commits_ends_every_right_and_loses_no_order_that_is_in_a_log() {
+    block_on(async {
+        let mut pair = Pair::start().await;
+        let socket = |server: &Server| server.place.join(".s.PGSQL.5432");
+        let proxy = Proxy::start_at(&socket(&pair.primary)).await;
+        let url = proxy.url(standby::USER, standby::DATABASE);
+        let Some(cluster) = Cluster::open_at(url).await else {
+            return;
+        };
+        let [one, two, three] = three(&cluster).await;
+        let mut placed = place_async(&[&one, &two, &three], 0..60);
+        // From here on every commit is lost: that a node leaves, comes back and gets other lanes, units that are lent, orders.
+        pair.part().await;
+        one.stop();
+        Cluster::wait_for_lanes(&[&two, &three], &[32, 32]).await;
+        placed.extend(place_async(&[&two, &three], 60..120));
+        let one = cluster.start("one");
+        Cluster::wait_for_lanes(&[&one, &two, &three], &THIRDS).await;
+        placed.extend(place_async(&[&one, &two, &three], 120..180));
+        pair.primary.stop_immediately();
+        pair.promote().await;
+        proxy.lead_to(&socket(&pair.standby));
+        // Each sees another timeline, or a row that is not its own any more.
+        for node in [one, two, three] {
+            node.wait_for_its_end();
+        }
+        let nodes = ["one", "two", "three"].map(|name| cluster.start(name));
+        Cluster::wait_for_lanes(&nodes.each_ref(), &THIRDS).await;
+        Cluster::wait_for_sku(&nodes.each_ref(), SKU).await;
+        for (number, placed) in placed.iter().enumerate() {
+            let again = placed.again(nodes[number % 3].served.data, SKU);
+            assert_eq!(again.json()["order_id"], placed.order_id, "{again:?}");
+        }
+        let held = "SELECT sum(held)::int8 FROM (SELECT held FROM millrace.sku UNION ALL SELECT held FROM millrace.stock_share) h";
+        assert_eq!(pair.standby.number(held).await, placed.len() as i64);
+        for node in nodes {
+            let audit = call(node.served.control, "GET", "/admin/v1/audit", &[], "").json();
+            assert_eq!(audit["ok"], true, "{audit:#}");
             node.stop();
         }
     });

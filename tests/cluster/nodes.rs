@@ -28,6 +28,7 @@ const ANSWER_LEASE_MS: u64 = 900;
 /// A database and a broker, and the nodes on them.
 pub struct Cluster {
     pub database: TestDatabase,
+    url: String,
     broker: Broker,
     dir: TempDir,
     started: AtomicU64,
@@ -49,6 +50,13 @@ impl Cluster {
         Self::with_payment_ttl_ms(900_000).await
     }
 
+    /// The same on the server at `url`.
+    pub async fn open_at(url: String) -> Option<Self> {
+        let mut cluster = Self::open().await?;
+        cluster.url = url;
+        Some(cluster)
+    }
+
     /// The same with another time to pay.
     pub async fn with_payment_ttl_ms(payment_ttl_ms: u64) -> Option<Self> {
         Self::on(Kind::Redis, payment_ttl_ms).await
@@ -56,10 +64,12 @@ impl Cluster {
 
     /// The same with the logs on a broker of this kind.
     pub async fn on(kind: Kind, payment_ttl_ms: u64) -> Option<Self> {
+        let database = TestDatabase::create().await;
         Some(Cluster {
             payment_ttl_ms,
+            url: database.url().to_owned(),
             broker: Broker::start(kind)?,
-            database: TestDatabase::create().await,
+            database,
             dir: test_dir(),
             started: AtomicU64::new(0),
         })
@@ -150,7 +160,7 @@ impl Cluster {
             answer_lease_ms = {ANSWER_LEASE_MS}
             "#,
             data_dir = data_dir.display(),
-            url = self.database.url(),
+            url = self.url,
             payment_ttl_ms = self.payment_ttl_ms,
         )
     }
@@ -231,6 +241,13 @@ impl Node {
         ];
         let done = millrace(&words).output().expect("run the program");
         assert!(done.status.success(), "{done:?}");
+    }
+
+    /// Waits until it gives up.
+    pub fn wait_for_its_end(self) {
+        let code = self.served.wait();
+        let log = std::fs::read_to_string(&self.log).unwrap_or_default();
+        assert_ne!(code, Some(0), "{log}");
     }
 
     /// Waits until a clean end.

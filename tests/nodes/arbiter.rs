@@ -12,6 +12,8 @@ pub enum State {
     Active,
     /// Fenced; this node replays its log, at this epoch.
     Dead(Lease),
+    /// Fenced by a change of the timeline; nobody replays its log yet.
+    Lost,
     Left,
 }
 
@@ -53,6 +55,8 @@ pub struct Share {
     pub held: i64,
     pub sold: i64,
     pub answered: i64,
+    /// Units that it has borrowed, less those that it has given back.
+    pub borrowed: i64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,6 +96,13 @@ pub struct Arbiter {
     pub shares: BTreeMap<(Sku, Node), Share>,
     pub wants: Vec<Want>,
     next_want: i64,
+    /// The server's timeline, and that of the last join.
+    pub timeline: i64,
+    noted: i64,
+    /// Whether a change of it ends every right; the model has a defect for that.
+    pub disbands: bool,
+    /// Length of a lease of ids, as `lease::ID_LEASE_MS`.
+    pub id_lease: i64,
 }
 
 impl Arbiter {
@@ -99,6 +110,8 @@ impl Arbiter {
         Arbiter {
             lanes: vec![LaneRow::default(); lanes],
             next_want: 1,
+            disbands: true,
+            id_lease: 60_000,
             ..Arbiter::default()
         }
     }
@@ -150,6 +163,12 @@ impl Arbiter {
 
     /// The row, its lanes, and the dead nodes that it has to replay; `None`: its row is being replayed.
     pub fn join(&mut self, home: u64, now: i64) -> Option<(Lease, Vec<usize>, Vec<Lease>)> {
+        if self.noted != self.timeline {
+            self.noted = self.timeline;
+            if self.disbands {
+                self.disband();
+            }
+        }
         let own = self.nodes.iter().find(|(_, row)| row.home == home);
         let node = match own {
             Some((_, row)) if matches!(row.state, State::Dead(_)) => return None,
@@ -171,7 +190,7 @@ impl Arbiter {
             epoch: old + 1,
             renewals: renewals.abs() + 1,
             home,
-            ids_until: ids.max(now) + ID_LEASE,
+            ids_until: ids.max(now) + self.id_lease,
             log_in_use,
         };
         self.nodes.insert(node, row);
@@ -192,12 +211,44 @@ impl Arbiter {
         Some((lease, lanes, inherited))
     }
 
-    pub fn activate(&mut self, lease: Lease) -> Result<(), Refused> {
+    /// On another timeline nobody has a right: every row waits for its process or for a survivor, lanes are nobody's, and
+    /// so are units.
+    pub fn disband(&mut self) {
+        let ids_until = self.nodes.values().map(|row| row.ids_until).max();
+        for lane in &mut self.lanes {
+            if lane.node.is_some() {
+                *lane = LaneRow {
+                    node: None,
+                    epoch: lane.epoch + 1,
+                    ids_until: lane.ids_until.max(ids_until.unwrap_or(0)),
+                    blocked_by: None,
+                };
+            }
+        }
+        let nodes: Vec<Node> = self.nodes.keys().copied().collect();
+        for node in nodes {
+            let row = self.nodes.get_mut(&node).unwrap();
+            if row.state != State::Left {
+                (row.state, row.epoch) = (State::Lost, row.epoch + 1);
+            }
+            self.dissolve(node);
+        }
+        self.wants.clear();
+        for pool in self.pools.values_mut() {
+            pool.recall = None;
+        }
+    }
+
+    /// Every id in the node's log lies before `ids_until`.
+    pub fn activate(&mut self, lease: Lease, ids_until: i64) -> Result<(), Refused> {
         self.check(lease)?;
         self.nodes.get_mut(&lease.node).unwrap().state = State::Active;
         for lane in &mut self.lanes {
             if lane.node == Some(lease.node) && lane.blocked_by == Some(lease.node) {
                 lane.blocked_by = None;
+            }
+            if lane.node.is_none() {
+                lane.ids_until = lane.ids_until.max(ids_until);
             }
         }
         Ok(())
@@ -229,6 +280,7 @@ impl Arbiter {
             row_mut.renewals = -row.renewals.abs() - 1;
             return Ok(false);
         }
+        self.wants.retain(|want| want.node != lease.node);
         row_mut.state = State::Left;
         row_mut.epoch += 1;
         row_mut.ids_until = used;
@@ -245,11 +297,34 @@ impl Arbiter {
 
     // Lanes.
 
+    /// The log of a row that is nobody's has groups of this epoch: the failover has lost the join of its node.
+    pub fn adopt(&mut self, lease: Lease, node: Node, log_epoch: i64) -> Result<(), Refused> {
+        self.check(lease)?;
+        let new = NodeRow {
+            state: State::Left,
+            epoch: 0,
+            renewals: 0,
+            home: 0,
+            ids_until: 0,
+            log_in_use: true,
+        };
+        let row = self.nodes.entry(node).or_insert(new);
+        if row.state == State::Left && row.epoch < log_epoch {
+            (row.state, row.epoch, row.log_in_use) = (State::Lost, log_epoch + 1, true);
+        }
+        Ok(())
+    }
+
     pub fn claim_free(&mut self, lease: Lease) -> Result<Vec<usize>, Refused> {
         self.check(lease)?;
-        let waits = |(node, row): (&Node, &NodeRow)| {
-            matches!(row.state, State::Dead(_))
-                && self.lanes.iter().all(|lane| lane.blocked_by != Some(*node))
+        let waits = |(node, row): (&Node, &NodeRow)| match row.state {
+            State::Dead(_) => self.lanes.iter().all(|lane| lane.blocked_by != Some(*node)),
+            State::Lost => true,
+            State::Joining => {
+                let has_lane = self.lanes.iter().any(|lane| lane.node == Some(*node));
+                row.log_in_use && *node != lease.node && !has_lane
+            }
+            State::Active | State::Left => false,
         };
         if self.nodes.iter().any(waits) {
             return Ok(Vec::new());
@@ -328,6 +403,13 @@ impl Arbiter {
 
     // Shares.
 
+    /// While lanes are nobody's and a log may be replayed, the pool is kept for its orders.
+    pub fn is_kept(&self) -> bool {
+        let may_replay =
+            |row: &NodeRow| matches!(row.state, State::Joining | State::Dead(_) | State::Lost);
+        self.lanes.iter().any(|lane| lane.node.is_none()) && self.nodes.values().any(may_replay)
+    }
+
     /// Units, swept units, and the want that was left.
     pub fn lend(
         &mut self,
@@ -341,8 +423,9 @@ impl Arbiter {
         let oldest = of_sku.min_by_key(|want| want.number);
         let is_next = oldest.is_none_or(|want| want.node == lease.node);
         let free = self.free(sku);
+        let is_kept = self.is_kept();
         let pool = self.pools.get_mut(&sku).unwrap();
-        let units = if pool.recall.is_some() || !is_next || free < least {
+        let units = if pool.recall.is_some() || is_kept || !is_next || free < least {
             0
         } else {
             free.min(wanted.max(least))
@@ -356,6 +439,7 @@ impl Arbiter {
         if units > 0 {
             let share = self.shares.entry((sku, lease.node)).or_default();
             share.lent += units;
+            share.borrowed += units;
             share.answered = 0;
             self.withdraw(lease, sku)?;
             return Ok((units, swept, None));
@@ -401,20 +485,22 @@ impl Arbiter {
             share.answered = share.answered.max(number);
         }
         share.lent -= units;
+        share.borrowed -= units;
         Ok(())
     }
 
     pub fn supply(&self, want: &Want) -> Supply {
         let pool = self.pools[&want.sku];
+        let is_recalled = pool.recall.is_some() || self.is_kept();
         let unanswered = |((sku, node), share): (&(Sku, Node), &Share)| {
             *sku == want.sku
                 && *node != want.node
                 && share.answered < want.number
                 && share.lent > share.held + share.sold
         };
-        if self.free(want.sku) >= want.units && pool.recall.is_none() {
+        if self.free(want.sku) >= want.units && !is_recalled {
             Supply::Pool
-        } else if pool.recall.is_some() || self.shares.iter().any(unanswered) {
+        } else if is_recalled || self.shares.iter().any(unanswered) {
             Supply::Unanswered
         } else {
             Supply::None
@@ -433,9 +519,10 @@ impl Arbiter {
         let of_sku = self.shares.iter().filter(|((of, _), _)| *of == sku);
         let taken: i64 = of_sku.map(|(_, share)| share.held + share.sold).sum();
         let lent = self.lent(sku);
+        let is_kept = self.is_kept();
         let pool = self.pools.get_mut(&sku).unwrap();
         let outside = pool.held + pool.sold;
-        if total >= outside + lent {
+        if total >= outside + lent && !is_kept {
             (pool.total, pool.recall) = (total, None);
             return Ok(Lowered::Done);
         }
@@ -467,6 +554,18 @@ impl Arbiter {
         Ok(())
     }
 
+    /// The same for units that are in no share: those of a log that is replayed while lanes are nobody's.
+    pub fn settle_outside(&mut self, lease: Lease, sku: Sku, held: i64) -> Result<(), Refused> {
+        if !self.may_write(lease) {
+            return Err(Refused::Fenced);
+        }
+        if held > self.free(sku) {
+            return Err(Refused::Check);
+        }
+        self.pools.get_mut(&sku).unwrap().held += held;
+        Ok(())
+    }
+
     // Takeover.
 
     /// The fenced nodes, the suspect first, and the survivor's new lanes; `None`: it is not suspect any more.
@@ -480,7 +579,7 @@ impl Arbiter {
         self.check(by)?;
         let is_suspect = |row: &NodeRow| {
             (row.epoch, row.renewals) == (epoch, renewals)
-                && matches!(row.state, State::Joining | State::Active)
+                && matches!(row.state, State::Joining | State::Active | State::Lost)
         };
         if node == by.node || !self.nodes.get(&node).is_some_and(is_suspect) {
             return Ok(None);
@@ -520,7 +619,8 @@ impl Arbiter {
         dead.into_iter().map(|node| self.raise(node, by)).collect()
     }
 
-    pub fn finish(&mut self, by: Lease, dead: Lease) -> Result<(), Refused> {
+    /// Every id in the dead node's log lies before `ids_until`.
+    pub fn finish(&mut self, by: Lease, dead: Lease, ids_until: i64) -> Result<(), Refused> {
         self.check(by)?;
         if !self.may_write(dead) || self.nodes[&dead.node].state != State::Dead(by) {
             return Err(Refused::Fenced);
@@ -530,6 +630,10 @@ impl Arbiter {
             if lane.blocked_by == Some(dead.node) {
                 lane.blocked_by = None;
                 unblocked += 1;
+                lane.ids_until = lane.ids_until.max(ids_until);
+            }
+            if lane.node.is_none() {
+                lane.ids_until = lane.ids_until.max(ids_until);
             }
         }
         if unblocked == 0 {
@@ -585,6 +689,3 @@ impl Arbiter {
 
 /// The fenced nodes, and the survivor's new lanes.
 pub type Fenced = (Vec<Lease>, Vec<usize>);
-
-/// Length of a lease of ids, as `lease::ID_LEASE_MS`.
-pub const ID_LEASE: i64 = 60_000;

@@ -453,7 +453,7 @@ async fn the_data_of_a_single_node_is_taken_along_and_back() {
         "it has the log"
     );
     assert_eq!(joined.id_high_water, UnixMillis(5_000));
-    membership::activate(&bed.database, joined.lease)
+    membership::activate(&bed.database, joined.lease, UnixMillis(0))
         .await
         .unwrap();
     let lanes = lanes::claim_free(&bed.database, joined.lease)

@@ -123,7 +123,9 @@ impl Bed {
         let mut session = self.database.connect("test").await.unwrap();
         match membership::join(&mut session, &candidate(0, &uuid(home))).await {
             Ok(Join::Joined(Joined { lease, .. })) => {
-                membership::activate(&self.database, lease).await.unwrap();
+                membership::activate(&self.database, lease, UnixMillis(0))
+                    .await
+                    .unwrap();
                 lease
             }
             other => panic!("{other:?}"),
@@ -204,7 +206,7 @@ async fn read(bed: &Bed) -> String {
         "SELECT node, state, epoch, renewals, ids_leased_until_ms, journal_in_use, taken_by, taken_epoch FROM node ORDER BY node",
         "SELECT lane, node, epoch, ids_until_ms, blocked_by FROM lane ORDER BY lane",
         "SELECT id, total, held, sold, lent, recall FROM sku ORDER BY id",
-        "SELECT sku, node, lent, held, sold FROM stock_share WHERE (lent, held, sold) <> (0, 0, 0) ORDER BY sku, node",
+        "SELECT sku, node, lent, held, sold, borrowed FROM stock_share WHERE (lent, held, sold) <> (0, 0, 0) ORDER BY sku, node",
         "SELECT sku, node, units FROM stock_want ORDER BY number",
     ] {
         let rows = bed
@@ -232,6 +234,7 @@ fn told(arbiter: &Arbiter) -> String {
             State::Joining => ("joining", None),
             State::Active => ("active", None),
             State::Dead(by) => ("dead", Some(by)),
+            State::Lost => ("dead", None),
             State::Left => ("left", None),
         };
         text.push_str(&format!(
@@ -266,8 +269,8 @@ fn told(arbiter: &Arbiter) -> String {
     for ((sku, node), share) in &arbiter.shares {
         if (share.lent, share.held, share.sold) != (0, 0, 0) {
             text.push_str(&format!(
-                "{{\"sku\":{sku},\"node\":{node},\"lent\":{},\"held\":{},\"sold\":{}}}\n",
-                share.lent, share.held, share.sold
+                "{{\"sku\":{sku},\"node\":{node},\"lent\":{},\"held\":{},\"sold\":{},\"borrowed\":{}}}\n",
+                share.lent, share.held, share.sold, share.borrowed
             ));
         }
     }
@@ -357,10 +360,13 @@ impl Run {
         let kind = self.random.random_range(0..100);
         let (name, what) = match kind {
             0..=7 => ("join", self.join().await),
-            8..=13 => {
-                let found = refused(membership::activate(&database, real(lease)).await);
-                assert_eq!(found, self.arbiter.activate(lease), "activate {lease:?}");
-                ("activate", format!("{lease:?}"))
+            8 => ("fail over", self.fail_over().await),
+            9..=13 => {
+                let ids = self.random.random_range(0..1_000_000);
+                let found = membership::activate(&database, real(lease), UnixMillis(ids)).await;
+                let expected = self.arbiter.activate(lease, ids);
+                assert_eq!(refused(found), expected, "activate {lease:?}");
+                ("activate", format!("{lease:?} {ids}"))
             }
             14..=19 => {
                 let until = self.random.random_range(0..1_000_000);
@@ -454,6 +460,17 @@ impl Run {
         };
         *self.done.entry(name).or_default() += 1;
         format!("{name} {what}")
+    }
+
+    /// The server has another timeline. Now and then: every right ends with it.
+    async fn fail_over(&mut self) -> String {
+        if self.random.random_bool(0.5) {
+            self.bed
+                .sql("UPDATE database_identity SET timeline = timeline || '0'")
+                .await;
+            self.arbiter.timeline += 1;
+        }
+        String::new()
     }
 
     async fn join(&mut self) -> String {
@@ -613,11 +630,14 @@ impl Run {
         }
         let at = self.random.random_range(0..self.begun.len());
         let (by, dead) = self.begun[at];
-        let found = refused(
-            takeover::finish(&self.bed.database, real(by), real(dead), LogEnd::default()).await,
-        )
-        .map(drop);
-        let expected = self.arbiter.finish(by, dead);
+        let ids = self.random.random_range(0..1_000_000);
+        let end = LogEnd {
+            ids_until: UnixMillis(ids),
+            place: None,
+        };
+        let found = takeover::finish(&self.bed.database, real(by), real(dead), end);
+        let found = refused(found.await).map(drop);
+        let expected = self.arbiter.finish(by, dead, ids);
         assert_eq!(found, expected, "{by:?} {dead:?}");
         if expected.is_ok() {
             self.begun.remove(at);

@@ -98,7 +98,7 @@ impl Sale {
             panic!("{joined:?}");
         };
         self.taken.lease = joined.lease;
-        membership::activate(&self.database, joined.lease)
+        membership::activate(&self.database, joined.lease, UnixMillis(0))
             .await
             .unwrap();
         let lanes = lanes::claim_free(&self.database, joined.lease)

@@ -272,7 +272,7 @@ impl Renewing {
         let others: Vec<Beat> = look
             .nodes
             .iter()
-            .filter(|row| row.node != member.lease.node && row.is_alive())
+            .filter(|row| row.node != member.lease.node && row.is_watched())
             .map(|row| Beat {
                 node: row.node,
                 epoch: row.epoch,

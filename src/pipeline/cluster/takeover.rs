@@ -27,13 +27,13 @@ use crate::queue::log::broker::reader::ReadError;
 use crate::queue::log::broker::{BeforeStart, Broker, Known, Owner, PATIENCE};
 use crate::state::State;
 use crate::state::orphans::Orphans;
-use crate::store::StoreError;
 use crate::store::batch::BatchWriter;
 use crate::store::cluster::lanes;
 use crate::store::cluster::shares::Share;
 use crate::store::cluster::takeover::{self, DeadNode, LogEnd, Suspect};
 use crate::store::postgres::order_log::{self, NotedLog};
 use crate::store::postgres::{Database, NodeLease, parked};
+use crate::store::{Ledger, StoreError};
 
 /// Reasons why a log could not be replayed.
 #[derive(Debug, thiserror::Error)]
@@ -379,6 +379,12 @@ impl Takeovers {
         end.ids_until = end.ids_until.max(dead.ids_until);
         // Before its lanes are unblocked: whoever looks then finds that they have to wait.
         member.wait_for_answers_of(silent_since_ms, dead.answer_lease_ms);
+        // Lanes that are nobody's may go to another node at once, which does not know.
+        while dead.lease.ledger == Ledger::Sku
+            && let Some(left) = member.opens_in()
+        {
+            tokio::time::sleep(left).await;
+        }
         Ok((dead.lease, end))
     }
 

@@ -85,8 +85,8 @@ pub async fn locked(database: &Database, lanes: LaneSet) -> Result<Vec<LaneRow>,
 }
 
 /// Takes every lane that is nobody's, with the units of their unpaid orders. All of them or none, because these units
-/// are one number. None while the log of a single node, which had all lanes, may hold orders, whoever replays it. Returns
-/// the lanes that were taken.
+/// are one number. None while a log may hold orders of them: that of a single node, which had all lanes, of a dead one, or of
+/// one that joins. Returns the lanes that were taken.
 ///
 /// # Errors
 /// [`StoreError::Fenced`] if the node was taken over; otherwise if the database does not answer.

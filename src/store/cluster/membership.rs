@@ -8,6 +8,9 @@
 //!                     └─────────────────── dead ──► replayed by another ──► left ◄──┘
 //! ```
 //!
+//! A server of another timeline may lack commits, so no right outlives a failover: the first join on it [disbands](disband)
+//! the cluster, and every row is dead until its log is replayed.
+//!
 //! One active process a database, or the nodes of one cluster: each process of a cluster holds the advisory lock of
 //! [`crate::store::postgres::lease`] shared, a single one exclusively.
 
@@ -54,7 +57,8 @@ pub struct Joined {
     pub ids_leased_until: UnixMillis,
     /// The lanes of the row, blocked until its log is replayed.
     pub lanes: Vec<LaneRow>,
-    /// The counters of the orders in its log.
+    /// Where the units of the orders in its log are: a row without a share was that of a process on its own, or of a cluster
+    /// that was disbanded.
     pub log_ledger: Ledger,
     /// How long an earlier process on this row may answer from its memory after a contact.
     pub answer_lease_ms: u64,
@@ -113,6 +117,11 @@ impl NodeRow {
         matches!(self.state.as_str(), "joining" | "active")
     }
 
+    /// Whether its counter tells if it is gone: it is alive, or nobody replays its log yet.
+    pub fn is_watched(&self) -> bool {
+        self.is_alive() || self.state == "dead" && self.taken_by.is_none()
+    }
+
     /// Whether it may be given lanes.
     pub fn is_active(&self) -> bool {
         self.state == "active" && !self.drain && self.renewals >= 0
@@ -148,6 +157,7 @@ pub async fn join(session: &mut Connected, candidate: &Candidate<'_>) -> Result<
         )
         .await
         .map_err(step(doing))?;
+    follow_timeline(&transaction).await.map_err(step(doing))?;
     let found = choose(&transaction, candidate).await.map_err(step(doing))?;
     let (node, was_single) = match found {
         Choice::Row { node, was_single } => (node, was_single),
@@ -268,11 +278,68 @@ async fn choose(transaction: &Transaction<'_>, candidate: &Candidate<'_>) -> Res
     }))
 }
 
-/// Makes a node active after its own log was replayed: its lanes are blocked no longer.
+/// Disbands the cluster if the server has another timeline than at the last join.
+async fn follow_timeline(transaction: &Transaction<'_>) -> Result<(), Error> {
+    let row = transaction
+        .query_one(
+            "SELECT timeline, left(pg_walfile_name(pg_current_wal_insert_lsn()), 8) FROM database_identity",
+            &[],
+        )
+        .await?;
+    let (noted, now): (Option<String>, String) = (row.get(0), row.get(1));
+    if noted.as_ref() == Some(&now) {
+        return Ok(());
+    }
+    if let Some(noted) = noted {
+        tracing::warn!(
+            before = noted,
+            now,
+            "the database was failed over: every node starts again, and lanes open once all logs are replayed"
+        );
+        disband(transaction).await?;
+    }
+    transaction
+        .execute("UPDATE database_identity SET timeline = $1", &[&now])
+        .await
+        .map(|_| ())
+}
+
+/// Ends every right: rows are dead until their own processes or survivors have replayed their logs, lanes are nobody's, and
+/// so are units.
+async fn disband(transaction: &Transaction<'_>) -> Result<(), Error> {
+    const NODES: &str = "SELECT node FROM node WHERE state IN ('joining', 'active', 'dead') ORDER BY node FOR UPDATE";
+    let nodes = transaction.query(NODES, &[]).await?;
+    let nodes: Vec<i16> = nodes.iter().map(|row| row.get(0)).collect();
+    for statement in [
+        "SELECT FROM writer WHERE node = ANY ($1) ORDER BY node, shard FOR UPDATE",
+        "UPDATE node SET state = 'dead', taken_by = NULL, taken_epoch = NULL, epoch = epoch + 1 WHERE node = ANY ($1)",
+        "UPDATE writer w SET epoch = n.epoch FROM node n WHERE n.node = w.node AND n.node = ANY ($1)",
+        "SELECT FROM lane WHERE node = ANY ($1) ORDER BY lane FOR UPDATE",
+        "UPDATE lane SET node = NULL, blocked_by = NULL, epoch = epoch + 1,
+                ids_until_ms = greatest(ids_until_ms, (SELECT max(ids_leased_until_ms) FROM node)) WHERE node = ANY ($1)",
+    ] {
+        transaction.execute(statement, &[&nodes]).await?;
+    }
+    for node in nodes {
+        takeover::dissolve(transaction, node).await?;
+    }
+    transaction
+        .batch_execute(
+            "DELETE FROM stock_want; UPDATE sku SET recall = NULL WHERE recall IS NOT NULL",
+        )
+        .await
+}
+
+/// Makes a node active after its own log was replayed: its lanes are blocked no longer. Every id in the log lies before
+/// `ids_until`.
 ///
 /// # Errors
 /// [`StoreError::Fenced`] if the node was taken over; otherwise if the database does not answer.
-pub async fn activate(database: &Database, lease: NodeLease) -> Result<(), StoreError> {
+pub async fn activate(
+    database: &Database,
+    lease: NodeLease,
+    ids_until: UnixMillis,
+) -> Result<(), StoreError> {
     let mut client = database.pooled().await?;
     let work = async {
         let transaction = client.transaction().await?;
@@ -291,6 +358,7 @@ pub async fn activate(database: &Database, lease: NodeLease) -> Result<(), Store
                 &[&lease.node],
             )
             .await?;
+        takeover::raise_ids_of_free(&transaction, ids_until).await?;
         transaction.commit().await?;
         Ok(true)
     };

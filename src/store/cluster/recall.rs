@@ -46,7 +46,7 @@ pub async fn lower_total(
     request_key: Option<&str>,
 ) -> Result<Lowered, StoreError> {
     let work = async |transaction: &Transaction<'_>| {
-        Pool::lock(transaction, sku).await?;
+        let pool = Pool::lock(transaction, sku).await?;
         let row = transaction
             .query_one(
                 "SELECT s.held + s.sold + s.lent, s.held + s.sold + coalesce(sum(o.held + o.sold), 0)::int8, s.total
@@ -60,7 +60,7 @@ pub async fn lower_total(
             Lowering::By(units) => before - units,
         };
         let lowered = match () {
-            () if total >= least => Lowered::Done,
+            () if total >= least && pool.is_some_and(|pool| !pool.is_kept) => Lowered::Done,
             () if total < committed => Lowered::Refused { committed },
             () => Lowered::Waiting,
         };

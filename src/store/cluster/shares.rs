@@ -65,12 +65,17 @@ pub enum Supply {
     None,
 }
 
+/// While lanes are nobody's and a log may be replayed, the pool is kept for its orders.
+const IS_KEPT: &str = "(EXISTS (SELECT FROM lane WHERE node IS NULL)
+    AND EXISTS (SELECT FROM node WHERE state IN ('joining', 'dead')))";
+
 /// A SKU's counters outside of shares, locked.
 pub(super) struct Pool {
     total: i64,
     committed: i64,
     lent: i64,
     is_recalled: bool,
+    pub(super) is_kept: bool,
 }
 
 impl Pool {
@@ -80,7 +85,9 @@ impl Pool {
     ) -> Result<Option<Self>, Error> {
         let row = transaction
             .query_opt(
-                "SELECT total, held + sold, lent, recall IS NOT NULL FROM sku WHERE id = $1 FOR UPDATE",
+                &format!(
+                    "SELECT total, held + sold, lent, recall IS NOT NULL, {IS_KEPT} FROM sku WHERE id = $1 FOR UPDATE"
+                ),
                 &[&sku.0],
             )
             .await?;
@@ -89,6 +96,7 @@ impl Pool {
             committed: row.get(1),
             lent: row.get(2),
             is_recalled: row.get(3),
+            is_kept: row.get(4),
         }))
     }
 
@@ -150,7 +158,7 @@ async fn borrow(
         let (oldest, is_waited): (Option<i16>, bool) = (before.get(0), before.get(1));
         let is_next = oldest.is_none_or(|oldest| oldest == lease.node);
         let units = match pool.free() {
-            _ if pool.is_recalled || is_waited || !is_next => 0,
+            _ if pool.is_recalled || pool.is_kept || is_waited || !is_next => 0,
             free if free < least => 0,
             free => free.min(wanted.max(least)),
         };
@@ -347,11 +355,13 @@ pub async fn supply(database: &Database, want: &Want) -> Result<Option<Supply>, 
         .timed(
             "asking whether a SKU is sold out",
             client.query_opt(
-                "SELECT s.total - s.held - s.sold - s.lent >= $3 AND s.recall IS NULL,
-                        s.recall IS NOT NULL
-                        OR EXISTS (SELECT FROM stock_share o WHERE o.sku = s.id AND o.node <> $2 AND o.answered < $4
-                                      AND o.lent > o.held + o.sold)
-                   FROM sku s JOIN stock_want w ON w.sku = s.id AND w.node = $2 AND w.number = $4 WHERE s.id = $1",
+                &format!(
+                    "SELECT s.total - s.held - s.sold - s.lent >= $3 AND s.recall IS NULL AND NOT {IS_KEPT},
+                            s.recall IS NOT NULL OR {IS_KEPT}
+                            OR EXISTS (SELECT FROM stock_share o WHERE o.sku = s.id AND o.node <> $2 AND o.answered < $4
+                                          AND o.lent > o.held + o.sold)
+                       FROM sku s JOIN stock_want w ON w.sku = s.id AND w.node = $2 AND w.number = $4 WHERE s.id = $1"
+                ),
                 &[&want.sku.0, &want.node, &want.units, &want.number],
             ),
         )

@@ -122,7 +122,8 @@ async fn fence_in(
     let found = transaction
         .query_opt(
             "SELECT FROM node WHERE node = $1 AND epoch = $2 AND renewals = $3
-                AND (state IN ('joining', 'active') OR state = 'single' AND journal_in_use) FOR UPDATE",
+                AND (state IN ('joining', 'active') OR state = 'dead' AND taken_by IS NULL
+                     OR state = 'single' AND journal_in_use) FOR UPDATE",
             &[&suspect.node, &suspect.epoch, &suspect.renewals],
         )
         .await?;
@@ -402,6 +403,7 @@ pub async fn finish(
                 &[&dead.node, &end.ids_until.0],
             )
             .await?;
+        raise_ids_of_free(&transaction, end.ids_until).await?;
         let merged = if unblocked == 0 {
             dissolve(&transaction, dead.node).await?;
             Vec::new()
@@ -498,6 +500,20 @@ fn share_row(row: &Row) -> (SkuNumber, Share) {
         sold: row.get(3),
     };
     (SkuNumber(row.get(0)), share)
+}
+
+/// Whoever takes the lanes that are nobody's gives out no id of a log that was replayed meanwhile.
+pub(super) async fn raise_ids_of_free(
+    transaction: &Transaction<'_>,
+    ids_until: UnixMillis,
+) -> Result<(), Error> {
+    transaction
+        .execute(
+            "UPDATE lane SET ids_until_ms = $1 WHERE node IS NULL AND ids_until_ms < $1",
+            &[&ids_until.0],
+        )
+        .await
+        .map(|_| ())
 }
 
 /// The SKUs of a node's shares, locked.

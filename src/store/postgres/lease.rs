@@ -166,7 +166,7 @@ pub(in crate::store) async fn take_unpaid_from(
         .execute(
             "WITH others AS (
                  UPDATE node SET unpaid_from = $2 FROM (SELECT node AS of, unpaid_from AS was FROM node) b
-                  WHERE node = of AND node <> $1 AND state IN ('single', 'left') AND unpaid_from < $2 RETURNING was
+                  WHERE node = of AND node <> $1 AND unpaid_from < $2 RETURNING was
              )
              UPDATE node SET unpaid_changes = unpaid_changes + 1, unpaid_from = least(unpaid_from, (SELECT min(was) FROM others))
               WHERE node = $1 AND EXISTS (SELECT FROM others)",
