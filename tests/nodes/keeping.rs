@@ -163,7 +163,14 @@ async fn a_new_sku_whose_units_come_with_a_lane_has_them_once() {
         hints: Arc::default(),
     };
     let terms = tokio::spawn(terms.run());
-    wait_until("it has looked", async || node.state.catalogue.is_paused()).await;
+    wait_until("it looks", async || node.state.catalogue.is_paused()).await;
+    skus::set_all_paused(&bed.database, own, false)
+        .await
+        .unwrap();
+    wait_until("its first look is over", async || {
+        !node.state.catalogue.is_paused()
+    })
+    .await;
     // The keeper loads it.
     let loading = moving.lock().await;
     lending::received(&node.state, &[(new, 1)]);
