@@ -41,6 +41,12 @@ impl Backoff {
     /// not come back together.
     pub fn jittered_pause(&mut self) -> Duration {
         let pause = self.pause();
+        #[cfg(feature = "faults")]
+        if let Some(surroundings) = crate::simulated::surroundings() {
+            let least = self.shortest / 2;
+            let share = (surroundings.random() % 1_001) as u32;
+            return least + (pause.saturating_sub(least)) * share / 1_000;
+        }
         rand::rng().random_range(self.shortest / 2..=pause)
     }
 

@@ -159,6 +159,10 @@ pub fn crash_point(name: &'static str) {
 #[inline]
 pub fn bug(name: &'static str) -> bool {
     #[cfg(feature = "faults")]
+    if let Some(surroundings) = crate::simulated::surroundings() {
+        return surroundings.has_bug(name);
+    }
+    #[cfg(feature = "faults")]
     return chosen::bug(name);
     #[cfg(not(feature = "faults"))]
     {

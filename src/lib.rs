@@ -15,6 +15,7 @@
 pub mod app;
 pub mod backoff;
 pub mod cli;
+pub mod clock;
 pub mod config;
 pub mod faults;
 pub mod http;
@@ -25,6 +26,8 @@ pub mod order;
 pub mod pipeline;
 pub mod profile;
 pub mod queue;
+#[cfg(feature = "faults")]
+pub mod simulated;
 pub mod spans;
 pub mod state;
 pub mod store;

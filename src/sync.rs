@@ -12,12 +12,21 @@ pub(crate) use std::task::Waker;
 
 pub(crate) use crossbeam::queue::ArrayQueue;
 pub(crate) use dashmap::{DashMap, Entry};
-pub(crate) use parking_lot::{Condvar, Mutex};
+#[cfg(not(feature = "faults"))]
+pub(crate) use parking_lot::Condvar;
+pub(crate) use parking_lot::Mutex;
 pub(crate) use tokio::sync::Notify;
+#[cfg(not(feature = "faults"))]
+pub(crate) use tokio::task::spawn_blocking;
+
+#[cfg(feature = "faults")]
+pub(crate) use crate::simulated::{Condvar, spawn_blocking, thread};
 
 /// Threads, and how they sleep.
+#[cfg(not(feature = "faults"))]
 pub(crate) mod thread {
-    pub(crate) use std::thread::{Builder, JoinHandle, Thread, current, park, park_timeout};
+    pub(crate) use std::thread::{Builder, Thread, current, park, park_timeout};
+    pub(crate) type JoinHandle = std::thread::JoinHandle<()>;
 }
 
 /// A value behind a lock that is never held across a call-out.

@@ -18,7 +18,9 @@ const FLOORS: &[(&str, u8)] = &[
     ("backoff", 0),
     ("config", 0),
     ("metrics", 0),
+    ("clock", 0),
     ("faults", 0),
+    ("simulated", 0),
     ("sync", 0),
     ("supervise", 0),
     ("profile", 0),
@@ -69,9 +71,34 @@ const SIBLINGS: &[(&str, &str, &str)] = &[
         "each reason of a refund is a value of a label, and is named once",
     ),
     (
-        "src/order/mod.rs",
+        "src/order/",
+        "clock",
+        "clocks are read in one place, which a simulation replaces",
+    ),
+    (
+        "src/clock.rs",
         "faults",
         "the wall clock is read in one place, where a test can set it off",
+    ),
+    (
+        "src/clock.rs",
+        "simulated",
+        "a simulation has clocks of its own",
+    ),
+    (
+        "src/faults.rs",
+        "simulated",
+        "each simulation of a test has its own deliberate faults",
+    ),
+    (
+        "src/backoff.rs",
+        "simulated",
+        "chance is a simulation's own, so that its seed repeats it",
+    ),
+    (
+        "src/sync.rs",
+        "simulated",
+        "in a test build threads may be a simulation's",
     ),
     (
         "src/spans/",
@@ -163,6 +190,11 @@ const UNSUPERVISED: &[(&str, usize, &str)] = &[
         "src/store/postgres/connector.rs",
         1,
         "a connection, whose end its user sees",
+    ),
+    (
+        "src/simulated.rs",
+        4,
+        "in test builds alone: what a simulation's process starts, whose end the simulation sees",
     ),
     (
         "src/store/embedded/mod.rs",

@@ -6,6 +6,8 @@ use std::time::Instant;
 
 use super::{Lane, UnixMillis};
 
+use crate::clock;
+
 /// A 64-bit, time-ordered order id. Layout, from the most significant bit:
 ///
 /// ```text
@@ -125,7 +127,7 @@ impl ClockReading {
     pub fn take() -> Self {
         ClockReading {
             wall: UnixMillis::now(),
-            at: Instant::now(),
+            at: clock::now(),
         }
     }
 
@@ -139,7 +141,7 @@ impl ClockReading {
 
     /// The current time, continued from this reading.
     pub fn now(&self) -> UnixMillis {
-        let since = u64::try_from(self.at.elapsed().as_millis());
+        let since = u64::try_from(clock::since(self.at).as_millis());
         self.wall.plus_ms(since.unwrap_or(u64::MAX))
     }
 }
@@ -183,7 +185,7 @@ impl IdClock {
             leased_until: AtomicU64::new(since_epoch(leased_until)),
             base_ms,
             ahead_ms: base_ms - wall_ms,
-            started: Instant::now(),
+            started: clock::now(),
         }
     }
 
@@ -195,7 +197,7 @@ impl IdClock {
     /// The clock's time: monotonic, and never before an id of an earlier process, or of an earlier owner of a lane.
     pub fn now(&self) -> UnixMillis {
         let last_ms = self.last.load(Ordering::Relaxed) >> SEQUENCE_BITS;
-        UnixMillis((self.ms_at(Instant::now()).max(last_ms) + EPOCH_MS) as i64)
+        UnixMillis((self.ms_at(clock::now()).max(last_ms) + EPOCH_MS) as i64)
     }
 
     /// Lets no further id lie before `moment`. The lease has to reach beyond it before ids are given out again.
@@ -210,7 +212,7 @@ impl IdClock {
     /// since. After a crash [`IdClock::now`] runs ahead of it by the unused lease of the previous
     /// process.
     pub fn real_now(&self) -> UnixMillis {
-        self.real_at(Instant::now())
+        self.real_at(clock::now())
     }
 
     /// [`IdClock::real_now`] for a caller that has read the monotonic clock already.
@@ -230,7 +232,7 @@ impl IdClock {
     /// # Errors
     /// [`IdLeaseExhausted`] if the id would be beyond the lease.
     pub fn next(&self, lane: Lane) -> Result<OrderId, IdLeaseExhausted> {
-        self.next_at(Instant::now(), lane)
+        self.next_at(clock::now(), lane)
     }
 
     /// [`IdClock::next`] for a caller that has read the monotonic clock already.

@@ -48,9 +48,7 @@ pub struct UnixMillis(pub i64);
 impl UnixMillis {
     /// The wall clock now; 0 if it is before the epoch.
     pub fn now() -> Self {
-        let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-        let ms = since.map_or(0, |d| i64::try_from(d.as_millis()).unwrap_or(i64::MAX));
-        UnixMillis(ms.saturating_add(crate::faults::clock_off_ms()))
+        UnixMillis(crate::clock::wall_ms())
     }
 
     /// The `expires_at` of an order that has no time to pay yet, because it waits for units: 9999-01-01T00:00:00Z.

@@ -33,11 +33,11 @@
 //! frees the units. If that entry is gone, the task that moved the row does.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use super::State;
 use super::pending::{PendingOrder, Settled};
 use super::stock::{Sku, StockCounter};
+use crate::clock;
 use crate::faults::bug;
 use crate::order::{Ended, LaneSet, Order, OrderId, OrderUnits, SkuNumber, UnixMillis};
 
@@ -67,7 +67,7 @@ impl State {
 
     /// A claimed order whose row is committed.
     pub fn persisted(&self, pending: &Arc<PendingOrder>) {
-        if bug("double_release") && pending.is_overdue(Instant::now()) {
+        if bug("double_release") && pending.is_overdue(clock::now()) {
             self.release(&pending.order);
         }
         // Before it leaves the map, so that it is found in one of the two at any moment.

@@ -6,6 +6,7 @@
 
 use std::time::{Duration, Instant};
 
+use crate::clock;
 use crate::sync::{AtomicU64, Guarded, Ordering};
 
 /// Times of the last decisions and of the oldest wait. Observations only, and every value but the
@@ -25,7 +26,7 @@ pub struct Progress {
 impl Default for Progress {
     fn default() -> Self {
         Progress {
-            started: Instant::now(),
+            started: clock::now(),
             decided_ms: AtomicU64::new(0),
             waiting_since_ms: AtomicU64::new(0),
             given_up_ms: AtomicU64::new(0),
@@ -99,7 +100,7 @@ impl Progress {
     }
 
     fn now_ms(&self) -> u64 {
-        let ms = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let ms = u64::try_from(clock::since(self.started).as_millis()).unwrap_or(u64::MAX);
         ms.saturating_add(1)
     }
 }

@@ -9,6 +9,7 @@
 
 use std::time::{Duration, Instant};
 
+use crate::clock;
 use crate::sync::{AtomicU64, Guarded, Ordering};
 
 /// Most workers.
@@ -56,7 +57,7 @@ impl Default for ThroughputEstimator {
     fn default() -> Self {
         ThroughputEstimator {
             costs: Guarded::default(),
-            started: Instant::now(),
+            started: clock::now(),
             running: std::array::from_fn(|_| Running::default()),
             workers: AtomicU64::new(1),
             row_ns: AtomicU64::new(0),
@@ -144,7 +145,7 @@ impl ThroughputEstimator {
     }
 
     fn now_us(&self) -> u64 {
-        u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX)
+        u64::try_from(clock::since(self.started).as_micros()).unwrap_or(u64::MAX)
     }
 }
 

@@ -52,6 +52,7 @@ mod progress;
 mod recovery;
 mod settlement;
 mod sim_disk;
+mod simulation;
 
 use std::process::ExitCode;
 
@@ -88,6 +89,18 @@ const PROOFS: &[Proof] = &[
         counts: "lives of a log on a simulated broker that fails in every way",
         short: 400,
         run: order_log::run,
+    },
+    Proof {
+        name: "simulation",
+        counts: "seeds of a simulated node, each of sixteen simulated minutes with a fault every ten seconds",
+        short: 2,
+        run: simulation::run,
+    },
+    Proof {
+        name: "simulation_defects",
+        counts: "planted defects that the simulation has to find",
+        short: 8,
+        run: simulation::run_defects,
     },
     Proof {
         name: "kill9",

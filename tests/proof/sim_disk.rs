@@ -282,6 +282,19 @@ pub struct Replay {
 }
 
 impl Replay {
+    /// Begins with these files, all of them durable, as [`SimDisk::with`] does.
+    pub fn with(files: &BTreeMap<String, Vec<u8>>) -> Self {
+        let mut replay = Replay::default();
+        for (number, (name, bytes)) in files.iter().enumerate() {
+            replay.names.insert(name.clone(), number);
+            replay.files.push(bytes.clone());
+            replay.unsynced.push(Vec::new());
+        }
+        replay.durable_names = replay.names.clone();
+        replay.durable = replay.files.clone();
+        replay
+    }
+
     /// Does the next thing.
     pub fn step(&mut self, done: &Done) {
         match done {

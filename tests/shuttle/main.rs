@@ -17,7 +17,7 @@
 )]
 
 // Where the files below look for them.
-use millrace::{backoff, faults, metrics, order};
+use millrace::{backoff, clock, faults, metrics, order};
 
 #[path = "../../src/state/pending/mod.rs"]
 mod pending;

@@ -20,7 +20,8 @@ pub use tokio::sync::Notify;
 pub mod thread {
     use std::sync::Arc;
 
-    pub use shuttle::thread::{Builder, JoinHandle};
+    pub use shuttle::thread::Builder;
+    pub type JoinHandle = shuttle::thread::JoinHandle<()>;
 
     use super::{Condvar, Mutex};
 

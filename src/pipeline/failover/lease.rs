@@ -80,13 +80,7 @@ impl AcknowledgeLease {
 
 /// Milliseconds of a monotonic clock that also counts while the machine sleeps.
 pub fn now_ms() -> u64 {
-    #[cfg(target_os = "linux")]
-    let clock = rustix::time::ClockId::Boottime;
-    #[cfg(not(target_os = "linux"))]
-    let clock = rustix::time::ClockId::Monotonic;
-    let now = rustix::time::clock_gettime(clock);
-    let ms = now.tv_sec.saturating_mul(1_000) + now.tv_nsec / 1_000_000;
-    u64::try_from(ms).unwrap_or(0)
+    crate::clock::since_boot_ms()
 }
 
 /// The leases that [`keep`] renews.
@@ -148,6 +142,7 @@ pub async fn keep(leases: Leases) {
     let mut guard = leases.guard.lock().await;
     loop {
         tokio::select! {
+            biased;
             _ = tick.tick() => {}
             () = connected_again(&mut guard) => {}
         }

@@ -30,6 +30,7 @@ use crate::store::batch::BatchWriter;
 use crate::store::postgres::{
     Database, NodeLease, draws, order_log, orders, replication, transitions,
 };
+use crate::sync::spawn_blocking;
 
 /// Interval between two comparisons of batch numbers, besides those of the workers.
 const CHECK: Duration = Duration::from_secs(2);
@@ -144,6 +145,7 @@ impl Restorer {
         let mut timeline = self.watermarks.whole_timeline();
         loop {
             let told = tokio::select! {
+                biased;
                 () = self.watermarks.lost.notified() => true,
                 () = tokio::time::sleep(CHECK) => false,
             };
@@ -228,8 +230,9 @@ impl Restorer {
     /// another order by now, and the stock does not suffice for both.
     async fn end_again(&self) -> Result<(), StoreError> {
         let state = Arc::clone(&self.state);
-        let ended = tokio::task::spawn_blocking(move || state.buyers.ended_orders()).await;
-        let ended = ended.map_err(|panic| StoreError::Data(panic.to_string()))?;
+        let ended = spawn_blocking(move || state.buyers.ended_orders()).await;
+        let mut ended = ended.map_err(|panic| StoreError::Data(panic.to_string()))?;
+        ended.sort_unstable_by_key(|(id, _)| *id);
         let mut again = 0;
         for part in ended.chunks(PART) {
             let ids: Vec<OrderId> = part.iter().map(|(id, _)| *id).collect();
@@ -259,7 +262,7 @@ impl Restorer {
         // Sorted, so that each part is a short range of ids.
         recent.sort_by_key(|pending| pending.order.id);
         let pruned_below = self.pruned_below.load(Ordering::Acquire);
-        let reading = tokio::task::spawn_blocking(move || {
+        let reading = spawn_blocking(move || {
             let mut part = Vec::new();
             let mut each = |order: Order| {
                 if order.id.as_i64() < pruned_below {
@@ -355,15 +358,14 @@ impl Restorer {
     async fn release_lost(&self) -> Result<(), StoreError> {
         let panicked = |panic: tokio::task::JoinError| StoreError::Data(panic.to_string());
         let state = Arc::clone(&self.state);
-        let live = tokio::task::spawn_blocking(move || state.buyers.live_orders()).await;
+        let live = spawn_blocking(move || state.buyers.live_orders()).await;
         let absent = orders::absent_among(&self.database, &live.map_err(panicked)?).await?;
         if absent.is_empty() {
             return Ok(());
         }
         tokio::time::sleep(SECOND_LOOK).await;
         let (state, queue) = (Arc::clone(&self.state), Arc::clone(&self.queue));
-        let settled =
-            tokio::task::spawn_blocking(move || lookup::not_in_flight(&state, &*queue, absent));
+        let settled = spawn_blocking(move || lookup::not_in_flight(&state, &*queue, absent));
         let settled = settled
             .await
             .map_err(panicked)?
@@ -374,7 +376,7 @@ impl Restorer {
             .into_iter()
             .collect();
         let state = Arc::clone(&self.state);
-        let known = tokio::task::spawn_blocking(move || state.buyers.live_among(&nowhere));
+        let known = spawn_blocking(move || state.buyers.live_among(&nowhere));
         let mut released = 0;
         for (user_id, order) in known.await.map_err(panicked)? {
             if self.state.orphans.waits_for(order.order_id) {

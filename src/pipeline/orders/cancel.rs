@@ -285,6 +285,7 @@ impl Canceller {
         loop {
             let has_any = self.unresolved.next(None).is_some();
             tokio::select! {
+                biased;
                 () = tokio::time::sleep(pause), if has_any => {}
                 () = self.unresolved.changed.notified(), if !has_any => continue,
             }

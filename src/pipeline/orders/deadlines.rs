@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::clock;
 use crate::metrics::Metrics;
 use crate::pipeline::WakeAll;
 use crate::state::State;
@@ -21,7 +22,7 @@ pub async fn keep(state: Arc<State>, wake_all: WakeAll, metrics: Metrics) {
         tick.tick().await;
         state.throughput.refresh();
         look_at_progress(&state);
-        expire(&state, &wake_all, &metrics, Instant::now());
+        expire(&state, &wake_all, &metrics, clock::now());
     }
 }
 

@@ -20,6 +20,7 @@ use std::task::Waker;
 use std::time::{Duration, Instant};
 
 use super::rate_limit::RateLimits;
+use crate::clock;
 use crate::config::RateLimit;
 use crate::faults::bug;
 use crate::order::{
@@ -195,7 +196,7 @@ impl Intake {
         request: &OrderRequest<'_>,
     ) -> Result<(Quote, Result<Room<'_>, Refusal>), Refusal> {
         // Read once: a clock costs as much as a look at the stock.
-        let now = Instant::now();
+        let now = clock::now();
         let state = &self.state;
         let sku = state.catalogue.get(&request.sku_id);
         let sku = sku.ok_or(Refusal::UnknownSku)?;

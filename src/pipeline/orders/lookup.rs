@@ -24,6 +24,7 @@ use crate::state::pending::{PendingOrder, SlotState};
 use crate::store::StoreError;
 use crate::store::postgres::orders::{self, StoredOrder};
 use crate::store::postgres::{Database, parked};
+use crate::sync::spawn_blocking;
 
 /// An order, where it was found.
 #[derive(Debug)]
@@ -104,7 +105,7 @@ impl OrderLookup {
             return Ok(None);
         }
         let queue = Arc::clone(&self.queue);
-        let found = tokio::task::spawn_blocking(move || find_on_disk(&*queue, id)).await;
+        let found = spawn_blocking(move || find_on_disk(&*queue, id)).await;
         Ok(found.map_err(io::Error::other)??)
     }
 

@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::backoff::Backoff;
+use crate::clock;
 use crate::metrics::Metrics;
 use crate::order::{Ended, LaneSet, Order, OrderStatus, SkuNumber, UnixMillis};
 use crate::pipeline::cluster::held;
@@ -123,7 +124,7 @@ impl Parking {
             metrics,
             requests,
             due: BTreeMap::new(),
-            next_expiry: Instant::now(),
+            next_expiry: clock::now(),
             expiry_at: START,
         };
         (ParkingHandle { requests: sender }, parking)
@@ -183,13 +184,13 @@ impl Parking {
 
     /// Retries the SKUs that are due.
     async fn look(&mut self) -> Result<(), StoreError> {
-        if Instant::now() >= self.next_expiry {
-            self.next_expiry = Instant::now() + EXPIRE;
+        if clock::now() >= self.next_expiry {
+            self.next_expiry = clock::now() + EXPIRE;
             self.expire().await?;
         }
         let skus = self.state.catalogue.all();
         for sku in skus.iter().filter(|sku| sku.is_faulted()) {
-            let now = Instant::now();
+            let now = clock::now();
             let (at, mut backoff) = *self.due.entry(sku.number).or_insert((now, RETRY));
             if now < at {
                 continue;
@@ -199,7 +200,7 @@ impl Parking {
                 // The other SKUs have their turn first.
                 Tried::More => drop(self.due.insert(sku.number, (now, RETRY))),
                 Tried::Refused => {
-                    let next = Instant::now() + backoff.pause();
+                    let next = clock::now() + backoff.pause();
                     self.due.insert(sku.number, (next, backoff));
                 }
             }

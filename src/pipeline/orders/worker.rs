@@ -18,13 +18,14 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::sync::watch;
 
 use super::apply::{How, Isolated, Parts, Refusal};
 use super::worker_pool::{PrimaryGuard, WorkerPool, has_enough_for_two, linger};
 use crate::backoff::Backoff;
+use crate::clock;
 use crate::faults::crash_point;
 use crate::metrics::Metrics;
 use crate::order::{Order, OrderStatus, SkuNumber, UnixMillis};
@@ -182,10 +183,10 @@ impl Worker {
                 pool.request_help();
             }
             let nobody_waits = is_all && claimed.iter().all(|order| order.slot.is_durable());
-            let started = Instant::now();
+            let started = clock::now();
             let (rows, traced) = (claimed.len(), self.begin_traces(&claimed));
             pool.request_help_while(self.write(claimed)).await?;
-            pool.note_batch(started.elapsed());
+            pool.note_batch(clock::since(started));
             traced.iter().for_each(|order| order.decided(started, rows));
             if nobody_waits && self.slot.shard == 0 {
                 linger(&*queue, rows_max).await;
@@ -408,10 +409,10 @@ impl Worker {
                 (&pending.order, status)
             })
             .collect();
-        let started = Instant::now();
+        let started = clock::now();
         let mut backoff = RETRY;
         loop {
-            let attempted = Instant::now();
+            let attempted = clock::now();
             let result = self.writer.write_as(&orders).await;
             self.note_lost_commits();
             match result {
@@ -421,7 +422,7 @@ impl Worker {
                     self.metrics.batch_rows.observe(orders.len() as f64);
                     self.metrics
                         .batch_seconds
-                        .observe(started.elapsed().as_secs_f64());
+                        .observe(clock::since(started).as_secs_f64());
                     if backoff.attempts() > 0 {
                         tracing::info!(
                             rows = orders.len(),
@@ -433,7 +434,7 @@ impl Worker {
                     self.state.progress.decided();
                     self.state
                         .throughput
-                        .written(orders.len(), attempted.elapsed());
+                        .written(orders.len(), clock::since(attempted));
                     return Ok(Decided::Written(expired));
                 }
                 Err(WriteError::Row { sqlstate, reason }) => {
@@ -586,6 +587,7 @@ impl Worker {
             tracing::warn!(rows, attempts = backoff.attempts(), reason = %error, "a batch could not be written yet; retrying");
         }
         tokio::select! {
+            biased;
             () = tokio::time::sleep(wait) => Ok(()),
             _ = self.cut.wait_for(|cut| *cut) => Err(WorkerError::Cut(rows)),
         }

@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 
 use super::settler::Settler;
 use crate::backoff::Backoff;
+use crate::clock;
 use crate::faults::crash_point;
 use crate::order::{Ended, OrderId, SkuNumber, UnixMillis};
 use crate::pipeline::cluster::held::hold;
@@ -135,7 +136,7 @@ impl Assigner {
 
     fn is_deferred(&self, sku: SkuNumber) -> bool {
         let deferred = self.deferred.get(&sku);
-        deferred.is_some_and(|deferred| deferred.retry_at > Instant::now())
+        deferred.is_some_and(|deferred| deferred.retry_at > clock::now())
     }
 
     /// Assigns kept units to the next orders of these SKUs. Returns whether there were any.
@@ -209,7 +210,7 @@ impl Assigner {
         for id in &ids {
             state.recent_orders.forget(*id);
         }
-        let started = Instant::now();
+        let started = clock::now();
         let now = state.ids.real_now();
         let expires_at = now.plus_ms(ttl_ms);
         let (moving, writer) = self.settler.writer().await?;
@@ -297,7 +298,7 @@ impl Assigner {
         metrics.assigned.inc_by(orders as u64);
         metrics
             .assign_seconds
-            .observe(started.elapsed().as_secs_f64());
+            .observe(clock::since(started).as_secs_f64());
         tracing::debug!(orders, "units were assigned to waiting orders");
     }
 
@@ -362,10 +363,10 @@ impl Assigner {
     /// Defers a SKU: it is tried again by itself.
     fn defer(&mut self, sku: &Arc<Sku>, error: &StoreError) {
         let deferred = self.deferred.entry(sku.number).or_insert_with(|| Deferred {
-            retry_at: Instant::now(),
+            retry_at: clock::now(),
             backoff: DEFER,
         });
-        deferred.retry_at = Instant::now() + deferred.backoff.pause();
+        deferred.retry_at = clock::now() + deferred.backoff.pause();
         if deferred.backoff.is_at_longest() {
             tracing::error!(
                 sku_id = %sku.id, reason = %error,
@@ -376,10 +377,10 @@ impl Assigner {
     }
 
     fn note_metrics(&mut self) {
-        if self.metrics_at.is_some_and(|at| at.elapsed() < METRICS) {
+        if self.metrics_at.is_some_and(|at| clock::since(at) < METRICS) {
             return;
         }
-        self.metrics_at = Some(Instant::now());
+        self.metrics_at = Some(clock::now());
         let parts = &self.settler.parts;
         let now = parts.state.ids.now();
         let (mut oldest_ms, mut overdue) = (0, Duration::ZERO);

@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 
 use super::settler::Settler;
 use crate::backoff::Backoff;
+use crate::clock;
 use crate::faults::bug;
 use crate::order::{IdRange, LaneSet, OrderId, SkuNumber, UnixMillis};
 use crate::pipeline::cluster::held::hold;
@@ -209,7 +210,7 @@ impl Expiry {
         {
             taken.push(range);
         }
-        let started = Instant::now();
+        let started = clock::now();
         let writer = match self.settler.plain_writer().await {
             Ok(writer) => writer,
             Err(error) => {
@@ -221,7 +222,7 @@ impl Expiry {
             Ok(looked) => {
                 let payments = &self.settler.parts.metrics.payments;
                 payments.expiry_rows.inc_by(looked.rows.unsigned_abs());
-                self.rows = paced(self.rows, started.elapsed()).clamp(ROWS_MIN, ROWS_MAX);
+                self.rows = paced(self.rows, clock::since(started)).clamp(ROWS_MIN, ROWS_MAX);
                 self.put_back(sku, looked.rest);
                 if let Some(work) = self.work_of(sku) {
                     work.overdue.extend(looked.overdue);
@@ -313,7 +314,7 @@ impl Expiry {
             .filter(|one| is_here(&one.order_id) && !paid(one))
             .map(|one| one.order_id)
             .collect();
-        let started = Instant::now();
+        let started = clock::now();
         let (moving, writer) = self.settler.writer().await?;
         let expired = match ids.is_empty() {
             true => Ok(Vec::new()),
@@ -323,7 +324,7 @@ impl Expiry {
             self.orders = (self.orders / 4).max(1);
         }
         let expired = expired?;
-        self.orders = paced(self.orders, started.elapsed()).clamp(1, ORDERS_MAX);
+        self.orders = paced(self.orders, clock::since(started)).clamp(1, ORDERS_MAX);
         if !expired.is_empty() {
             let payments = &self.settler.parts.metrics.payments;
             payments.orders_expired.inc_by(expired.len() as u64);
@@ -364,10 +365,10 @@ impl Expiry {
     fn defer(&mut self, sku: SkuNumber, error: &StoreError) {
         let deferred = self.deferred.entry(sku).or_insert_with(|| Deferred {
             work: Work::default(),
-            retry_at: Instant::now(),
+            retry_at: clock::now(),
             backoff: DEFER,
         });
-        deferred.retry_at = Instant::now() + deferred.backoff.pause();
+        deferred.retry_at = clock::now() + deferred.backoff.pause();
         let is_long = deferred.backoff.is_at_longest();
         for one in std::mem::take(&mut deferred.work.overdue) {
             deferred.work.ranges.insert(one.order_id, DEFERRED);
@@ -386,7 +387,7 @@ impl Expiry {
 
     /// The deferred SKU that has been due for a retry for the longest time.
     fn next_deferred(&self) -> Option<SkuNumber> {
-        let now = Instant::now();
+        let now = clock::now();
         let due = self.deferred.iter().filter(|(_, one)| one.retry_at <= now);
         due.min_by_key(|(_, one)| one.retry_at).map(|(sku, _)| *sku)
     }
@@ -415,7 +416,7 @@ impl Expiry {
         }
         // The least recently tried SKU comes first, so each has its turn.
         if let Some(deferred) = self.deferred.get_mut(&sku) {
-            deferred.retry_at = deferred.retry_at.max(Instant::now());
+            deferred.retry_at = deferred.retry_at.max(clock::now());
             if deferred.work.is_empty() {
                 self.deferred.remove(&sku);
             }
@@ -426,7 +427,7 @@ impl Expiry {
     /// Stores an id below which no unpaid order lies, except those that a start finds in the idempotency window
     /// anyway. A failure only makes the next start read more.
     async fn note_least(&mut self) {
-        if self.noted.is_some_and(|(_, at)| at.elapsed() < NOTE) {
+        if self.noted.is_some_and(|(_, at)| clock::since(at) < NOTE) {
             return;
         }
         let noted = self.try_note_least().await;
@@ -435,7 +436,7 @@ impl Expiry {
             // An older order has just become unpaid again, or a lane is not open; noted the next time.
             Ok(None) | Err(_) => self.noted.map_or(OrderId::MAX, |(least, _)| least),
         };
-        self.noted = Some((least, Instant::now()));
+        self.noted = Some((least, clock::now()));
     }
 
     async fn try_note_least(&mut self) -> Result<Option<OrderId>, StoreError> {

@@ -11,11 +11,12 @@
 //! * `reconciler`: orphan payments; `callbacks` and `expiry` are tasks of their own; `settler`: the parts that
 //!   all three share.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 
 use super::reconciler::Reconciler;
+use crate::clock;
 use crate::order::OrderId;
 use crate::store::StoreError;
 use crate::store::settlement::refunds::{self, Closed, Recorded, RefundNote};
@@ -106,7 +107,7 @@ impl PaymentProcessor {
 
     /// Runs until the future is dropped or another process takes over.
     pub async fn run(mut self) {
-        let mut next_pass = Instant::now();
+        let mut next_pass = clock::now();
         loop {
             tokio::select! {
                 biased;
@@ -116,11 +117,11 @@ impl PaymentProcessor {
                 },
                 () = tokio::time::sleep_until(next_pass.into()) => {
                     next_pass = match self.reconcile().await {
-                        Ok(true) => Instant::now(),
-                        Ok(false) => Instant::now() + PASS_EVERY,
+                        Ok(true) => clock::now(),
+                        Ok(false) => clock::now() + PASS_EVERY,
                         Err(error) => {
                             self.reconciler.settler.note_failure(&error);
-                            Instant::now() + PAUSE
+                            clock::now() + PAUSE
                         }
                     };
                 }

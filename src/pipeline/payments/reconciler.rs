@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::settler::{Settler, Signals};
+use crate::clock;
 use crate::faults::bug;
 use crate::order::payment::{PaymentState, RefundReason};
 use crate::order::receipt::{ReceiptKeys, ReceiptOrder};
@@ -98,7 +99,7 @@ impl Reconciler {
         receipts: Arc<ReceiptKeys>,
         orphan_checks: OrphanChecks,
     ) -> Self {
-        let now = Instant::now();
+        let now = clock::now();
         let (state, database) = (&settler.parts.state, &settler.parts.database);
         let lookup = OrderLookup::new(Arc::clone(state), queue, database.clone());
         Reconciler {
@@ -115,26 +116,26 @@ impl Reconciler {
     /// Does one pass over the orphans, if there may be any. Returns true if more are due.
     pub(super) async fn run_pass(&mut self) -> Result<bool, StoreError> {
         self.count_open().await?;
-        if !self.signals().may_have_orphans() || Instant::now() < self.next_match {
+        if !self.signals().may_have_orphans() || clock::now() < self.next_match {
             return Ok(false);
         }
-        let started = Instant::now();
+        let started = clock::now();
         let matched = self.match_orphans().await?;
         let checked = self.check_orphans().await?;
         // A pass over many orphans takes longer, so the next one waits longer.
-        self.next_match = Instant::now() + MATCH.max(started.elapsed() * 3);
+        self.next_match = clock::now() + MATCH.max(clock::since(started) * 3);
         let more = matched || checked;
         if more {
-            self.next_match = Instant::now();
+            self.next_match = clock::now();
         }
         Ok(more)
     }
 
     async fn count_open(&mut self) -> Result<(), StoreError> {
-        if Instant::now() < self.next_count {
+        if clock::now() < self.next_count {
             return Ok(());
         }
-        self.next_count = Instant::now() + COUNT;
+        self.next_count = clock::now() + COUNT;
         // Before the count: a payment that arrives meanwhile sets it again.
         self.signals().set_may_have_orphans(false);
         let counted = postgres::payments::count_open(&self.settler.parts.database).await;
@@ -190,7 +191,7 @@ impl Reconciler {
                 Err(error) => Err(error),
             };
         }
-        let started = Instant::now();
+        let started = clock::now();
         for (payment, order_id) in orders {
             self.matched_up_to = payment;
             match self.match_orders(&[order_id]).await {
@@ -200,7 +201,7 @@ impl Reconciler {
                 }
                 Err(error) => return Err(error),
             }
-            if started.elapsed() > ONE_BY_ONE {
+            if clock::since(started) > ONE_BY_ONE {
                 return Ok(false);
             }
         }
@@ -236,7 +237,7 @@ impl Reconciler {
     /// Checks the orphans that are due. Returns true if more are due.
     async fn check_orphans(&mut self) -> Result<bool, StoreError> {
         let now = self.settler.parts.state.ids.real_now();
-        let started = Instant::now();
+        let started = clock::now();
         let due =
             postgres::payments::due_orphans(&self.settler.parts.database, now, CHECKS_MAX).await?;
         let full = due.len() as i64 == CHECKS_MAX;
@@ -266,7 +267,7 @@ impl Reconciler {
                 tracing::warn!(payment = payment.id, reason = %error, "a payment could not be decided yet; retrying");
                 self.put_off(&payment, payment.checks, UNDECIDED_MS).await?;
             }
-            if started.elapsed() > ONE_BY_ONE {
+            if clock::since(started) > ONE_BY_ONE {
                 return Ok(true);
             }
         }

@@ -2,11 +2,11 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::Instant;
 
 use super::shared::{Incoming, Shared};
 use super::spill::Waiting;
 use crate::backoff::Backoff;
+use crate::clock;
 use crate::faults::{bug, crash_point};
 use crate::queue::log::record::{GroupBytes, order_bytes};
 use crate::queue::log::{AppendError, GroupAt, LogWriter, Permit};
@@ -183,7 +183,7 @@ impl Appender {
         let leased = self.lease.iter().map(|(_, permit)| permit);
         let permits = self.orders.iter().map(|(_, permit)| permit).chain(leased);
         let reserved = permits.map(Permit::sectors).sum();
-        let started = Instant::now();
+        let started = clock::now();
         if let Some(contact) = &self.shared.parts.contact {
             self.sent_at_ms.get_or_insert_with(contact.now_ms);
         }
@@ -191,7 +191,7 @@ impl Appender {
         let metrics = &self.shared.parts.metrics;
         metrics
             .journal_sync_seconds
-            .observe(started.elapsed().as_secs_f64());
+            .observe(clock::since(started).as_secs_f64());
         appended
     }
 
@@ -347,8 +347,8 @@ impl Appender {
 
     /// Waits before the next attempt. The queue's end is waited for as long as an attempt may take.
     fn pause(&mut self) -> Step {
-        let until = Instant::now() + self.backoff.pause();
-        while let Some(left) = until.checked_duration_since(Instant::now()) {
+        let until = clock::now() + self.backoff.pause();
+        while let Some(left) = until.checked_duration_since(clock::now()) {
             if self.shared.cut.load(Ordering::Acquire) {
                 return Step::Ended;
             }

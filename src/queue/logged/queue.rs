@@ -44,7 +44,7 @@ const RETRY: (Duration, Duration) = (Duration::from_millis(20), Duration::from_s
 /// A durable queue: the ring in memory, over an order log.
 pub struct LoggedQueue {
     shared: Arc<Shared>,
-    threads: Mutex<Vec<JoinHandle<()>>>,
+    threads: Mutex<Vec<JoinHandle>>,
 }
 
 impl LoggedQueue {

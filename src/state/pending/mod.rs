@@ -4,9 +4,10 @@ mod slot;
 
 use std::borrow::Borrow;
 use std::hash::{Hash, Hasher};
-use std::sync::{Arc, LazyLock};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::clock;
 use crate::order::{Lane, LaneSet, Order, OrderId};
 use crate::sync::{AtomicU64, AtomicUsize, DashMap, Entry, Ordering, Waker};
 pub use slot::{Settled, Slot, SlotState};
@@ -197,7 +198,7 @@ impl Pending {
         self.orders.is_empty()
     }
 
-    /// Every order in flight with a deadline of some request that has passed. Walks the map only if
+    /// Every order in flight with a deadline of some request that has passed, the oldest first. Walks the map only if
     /// something can be due; otherwise costs one read.
     pub fn due(&self, now: Instant) -> Vec<Arc<PendingOrder>> {
         let now_ms = millis(now);
@@ -236,6 +237,7 @@ impl Pending {
             next = next.min(look_at);
         }
         self.next_due_ms.fetch_min(next, Ordering::AcqRel);
+        due.sort_unstable_by_key(|pending| pending.order.id);
         due
     }
 
@@ -258,11 +260,10 @@ impl Pending {
 /// A deadline that never comes.
 const NEVER: u64 = u64::MAX;
 
-/// Whole milliseconds since the first call that have passed at `now`: half the size of an [`Instant`], and small enough
+/// Whole milliseconds since the start that have passed at `now`: half the size of an [`Instant`], and small enough
 /// for an atomic.
 fn millis(now: Instant) -> u64 {
-    static START: LazyLock<Instant> = LazyLock::new(Instant::now);
-    let since = now.saturating_duration_since(*START).as_millis();
+    let since = now.saturating_duration_since(clock::start()).as_millis();
     u64::try_from(since).unwrap_or(NEVER)
 }
 

@@ -25,6 +25,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use super::{Sku, StockCounter, Turn, Turns};
+use crate::clock;
 use crate::faults::bug;
 use crate::order::OrderId;
 use crate::sync::Guarded;
@@ -558,7 +559,7 @@ impl Waitlist {
     /// How long units have been kept that the next order could have.
     pub fn overdue(&self) -> Duration {
         let since = self.inner.with(|inner| inner.servable_since);
-        since.map_or(Duration::ZERO, |since| since.elapsed())
+        since.map_or(Duration::ZERO, clock::since)
     }
 }
 

@@ -16,10 +16,11 @@
 use std::pin::Pin;
 
 use rand::seq::SliceRandom;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::JoinHandle;
 use tokio_postgres::config::{Host, LoadBalanceHosts, SslMode, TargetSessionAttrs};
 use tokio_postgres::error::SqlState;
-use tokio_postgres::{Client, Config};
+use tokio_postgres::{Client, Config, Connection};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::tls;
@@ -102,14 +103,28 @@ impl Connector {
     }
 
     async fn once(&self, config: &Config) -> Result<Driven, tokio_postgres::Error> {
-        let (client, connection) = config.connect(self.tls.clone()).await?;
-        let driver = tokio::spawn(async move {
-            if let Err(e) = connection.await {
-                tracing::debug!(reason = %chain(&e), "a database connection ended");
-            }
-        });
-        Ok((client, driver))
+        #[cfg(feature = "faults")]
+        if let Some(stream) = crate::simulated::surroundings().map(|here| here.dial()) {
+            let mut config = config.clone();
+            let config = config.ssl_mode(SslMode::Disable);
+            let connected = config.connect_raw(stream, tokio_postgres::NoTls);
+            return connected.await.map(drive);
+        }
+        config.connect(self.tls.clone()).await.map(drive)
     }
+}
+/// Drives a connection on a task of its own.
+fn drive<S, T>((client, connection): (Client, Connection<S, T>)) -> Driven
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let driver = tokio::spawn(async move {
+        if let Err(e) = connection.await {
+            tracing::debug!(reason = %chain(&e), "a database connection ended");
+        }
+    });
+    (client, driver)
 }
 
 /// Lets the pool connect through the same connector.

@@ -18,6 +18,7 @@ use tokio_postgres::types::{FromSql, ToSql, Type};
 
 use super::Database;
 use super::by_key::{self, By};
+use crate::clock;
 use crate::order::{
     Ended, KeyHash, LaneSet, OrderId, OrderStatus, PayloadHash, Quantity, SkuNumber, UnixMillis,
     UserId,
@@ -112,12 +113,12 @@ impl Course {
     }
 
     fn tell(&mut self, tell: &mut impl FnMut(ReadProgress)) {
-        if self.told.elapsed() >= PROGRESS {
-            self.told = Instant::now();
+        if clock::since(self.told) >= PROGRESS {
+            self.told = clock::now();
             tell(ReadProgress {
                 rows: self.rows,
                 of_about: self.of_about(),
-                elapsed: self.started.elapsed(),
+                elapsed: clock::since(self.started),
             });
         }
     }
@@ -168,8 +169,8 @@ impl<'a> Parts<'a> {
             estimate: None,
             ends: row.and_then(|row| Some((id(row, 0)?, id(row, 1)?))),
             ids: 0,
-            started: Instant::now(),
-            told: Instant::now(),
+            started: clock::now(),
+            told: clock::now(),
         };
         if row.is_some_and(|row| row.get(2)) {
             let sql = format!(
@@ -238,7 +239,7 @@ impl<'a> Parts<'a> {
             let most = self.rows.load(Ordering::Relaxed);
             let mut parameters: Vec<&(dyn ToSql + Sync)> = vec![&first, &last, &most];
             parameters.extend(more);
-            let asked = Instant::now();
+            let asked = clock::now();
             let read = by_key::read(self.database, self.doing, By::Order, sql, &parameters).await;
             match read {
                 Err(StoreError::Timeout { .. }) if most > PART_ROWS_MIN => {
@@ -246,9 +247,9 @@ impl<'a> Parts<'a> {
                 }
                 Err(error) => return Err(error),
                 Ok(rows) => {
-                    if asked.elapsed() > PART_TAKES {
+                    if clock::since(asked) > PART_TAKES {
                         self.resize(most, most / 2);
-                    } else if asked.elapsed() < PART_TAKES / 4 {
+                    } else if clock::since(asked) < PART_TAKES / 4 {
                         self.resize(most, most * 2);
                     }
                     return Ok(Part {
