@@ -2,16 +2,21 @@
 
 use std::time::{Duration, Instant};
 
+use hyper::StatusCode;
 use serde::Deserialize;
 use tokio::time::MissedTickBehavior;
 
 use super::error::LoadError;
-use super::get::GetClient;
+use super::get::{GetClient, Got};
 use super::report::{StockSample, StockSeries};
+use super::sender::Fault;
 use super::target::Target;
 
 /// Timeout of a sample.
 const TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Pause before a SKU is asked for again.
+const AGAIN_AFTER: Duration = Duration::from_millis(200);
 
 /// The most SKUs that are sampled; a chart shows no more.
 const WATCHED_MAX: usize = 16;
@@ -46,6 +51,18 @@ pub(super) struct StockWatch {
 }
 
 impl StockWatch {
+    /// Asks for a SKU, again while it says that it cannot tell yet.
+    async fn first_look(&mut self, sku: &str) -> Result<Got, Fault> {
+        let deadline = Instant::now() + TIMEOUT;
+        loop {
+            let reply = self.client.get(&self.target.sku_path(sku)).await?;
+            if reply.status != StatusCode::SERVICE_UNAVAILABLE || Instant::now() > deadline {
+                return Ok(reply);
+            }
+            tokio::time::sleep(AGAIN_AFTER).await;
+        }
+    }
+
     /// Checks that the target answers, accepts our token and knows the SKUs. A missing SKU is an error only
     /// if `strict`.
     pub(super) async fn open(
@@ -71,8 +88,7 @@ impl StockWatch {
         }
         for sku in skus.iter().take(WATCHED_MAX) {
             let reply = own
-                .client
-                .get(&target.sku_path(sku))
+                .first_look(sku)
                 .await
                 .map_err(|fault| LoadError::NoAnswer {
                     target: target.url.clone(),

@@ -265,7 +265,7 @@ impl Assigner {
         for id in &ids {
             state.recent_orders.forget(*id);
         }
-        let started = Instant::now();
+        let started = clock::now();
         let now = state.ids.real_now();
         let expires_at = now.plus_ms(ttl_ms);
         let (moving, writer) = self.settler.writer().await?;
