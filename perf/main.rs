@@ -23,6 +23,7 @@ mod database_away;
 mod duplicates;
 mod engine;
 mod entries;
+mod events;
 mod fixture;
 mod journal_sync;
 mod latency;
@@ -144,6 +145,10 @@ const CASES: &[Case] = &[
     Case {
         name: "latency",
         run: |lab| Box::pin(latency::run(lab)),
+    },
+    Case {
+        name: "events",
+        run: |lab| Box::pin(events::run(lab)),
     },
     Case {
         name: "stalls",

@@ -402,7 +402,7 @@ impl<'a> Proof<'a> {
             (load.threads, load.respond_async, load.batch_max) = (8, 90, 60);
         }
         load.platform = self.platform.as_ref();
-        load.waits = self.platform.is_some();
+        load.waits = true;
         let (stop, doors) = (AtomicBool::new(false), served.data.into());
         std::thread::scope(|scope| {
             scope.spawn(|| load.run(&stop));
@@ -462,7 +462,7 @@ impl<'a> Proof<'a> {
         let mut load = Load::prepare(&served, &self.checker, u64::MAX, &mut self.random)
             .map_err(|e| format!("no SKU can be put on sale: {e}"))?;
         load.platform = self.platform.as_ref();
-        load.waits = self.platform.is_some();
+        load.waits = true;
         let (stop, doors) = (AtomicBool::new(false), served.data.into());
         std::thread::scope(|scope| {
             scope.spawn(|| load.run(&stop));
