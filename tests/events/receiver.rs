@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -59,6 +60,7 @@ struct Shared {
     heard: Mutex<Vec<Heard>>,
     /// Messages by their id, so that a long run costs no search.
     counts: Mutex<HashMap<String, usize>>,
+    keeps: AtomicBool,
     script: Mutex<Script>,
 }
 
@@ -76,6 +78,7 @@ impl Receiver {
         let shared = Arc::new(Shared {
             heard: Mutex::default(),
             counts: Mutex::default(),
+            keeps: AtomicBool::new(true),
             script: Mutex::new(Box::new(|_, _| 204)),
         });
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0")
@@ -92,6 +95,11 @@ impl Receiver {
     /// Answers from now on with the status that `script` finds for an event, of which so many messages came before.
     pub fn answer(&self, script: impl Fn(&Value, usize) -> u16 + Send + Sync + 'static) {
         *self.shared.script.lock().expect("no panic") = Box::new(script);
+    }
+
+    /// From now on messages go to the script alone, for a run that has too many of them to keep.
+    pub fn keep_nothing(&self) {
+        self.shared.keeps.store(false, Ordering::Relaxed);
     }
 
     /// Every message so far.
@@ -163,13 +171,15 @@ async fn take(
         "webhook-signature",
         "traceparent",
     ];
-    heard.push(Heard {
-        headers: names.map(|name| (name.to_owned(), field(name))).into(),
-        body: String::from_utf8(body.to_vec()).expect("UTF-8"),
-        id,
-        event,
-        answer,
-    });
+    if shared.keeps.load(Ordering::Relaxed) {
+        heard.push(Heard {
+            headers: names.map(|name| (name.to_owned(), field(name))).into(),
+            body: String::from_utf8(body.to_vec()).expect("UTF-8"),
+            id,
+            event,
+            answer,
+        });
+    }
     let status = StatusCode::from_u16(answer).expect("a status");
     (status, [(header::LOCATION, "/elsewhere")]).into_response()
 }

@@ -23,6 +23,8 @@ pub const PATIENCE: Duration = Duration::from_secs(20);
 /// Segments of 64 KiB, 16 at most.
 const BYTES_MAX: u64 = 1 << 20;
 const NEVER: usize = usize::MAX;
+/// Why nothing was decided within [`PATIENCE`].
+pub const NOTHING: &str = "nothing comes out of the queue";
 
 /// The known facts about one order.
 pub struct Known {
@@ -151,7 +153,7 @@ impl Fixture {
         let taken = super::outcome::block_on(async {
             tokio::time::timeout(PATIENCE, self.queue.take(max)).await
         });
-        let taken = taken.map_err(|_| "nothing comes out of the queue".to_owned())?;
+        let taken = taken.map_err(|_| NOTHING.to_owned())?;
         let Some(taken) = taken else { return Ok(0) };
         let orders = taken.orders().to_vec();
         taken.ack();
