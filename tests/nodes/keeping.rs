@@ -8,8 +8,8 @@ use millrace::metrics::Metrics;
 use millrace::order::{Cutover, Lane, LaneSet, OrderId, SkuId, SkuNumber};
 use millrace::pipeline::admin::pauses::Pauses;
 use millrace::pipeline::cluster::lane_keeper::{KeeperParts, LaneKeeper, Neighbours};
-use millrace::pipeline::cluster::lending;
 use millrace::pipeline::cluster::member::{Member, Renewing, session_name};
+use millrace::pipeline::cluster::moved_units;
 use millrace::pipeline::cluster::terms::Terms;
 use millrace::pipeline::failover::lease::AcknowledgeLease;
 use millrace::pipeline::orders::cancel::Canceller;
@@ -173,7 +173,7 @@ async fn a_new_sku_whose_units_come_with_a_lane_has_them_once() {
     .await;
     // The keeper loads it.
     let loading = moving.lock().await;
-    lending::received(&node.state, &[(new, 1)]);
+    moved_units::received(&node.state, &[(new, 1)]);
     doors.open(coming, 1);
     drop(loading);
     wait_until("it is known", async || {

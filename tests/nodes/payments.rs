@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::poll;
 use millrace::order::{Cutover, Lane, LaneSet, OrderId, SkuNumber, UnixMillis};
-use millrace::pipeline::cluster::lending;
+use millrace::pipeline::cluster::moved_units;
 use millrace::pipeline::payments::callbacks::Callbacks;
 use millrace::state::lanes::{Lanes, NodeLanes};
 use millrace::store::cluster::lanes::{self, HandOver, HandedOver};
@@ -103,7 +103,7 @@ async fn a_payment_that_waits_while_its_lane_is_handed_over_is_left_to_the_new_o
     };
     let went = lanes::hand_over(&bed.database, lease, &over).await;
     assert_eq!(went.unwrap(), HandedOver::Yes { epoch: 2 });
-    lending::given(&owner.state, &held);
+    moved_units::given(&owner.state, &held);
     let task = tokio::spawn(task.run());
     storing.await.unwrap();
     let orphans = "SELECT count(*) FROM payments WHERE state = 'orphan'";

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
 use super::member::Member;
-use super::{balance, lending};
+use super::{balance, moved_units};
 use crate::metrics::Metrics;
 use crate::order::{Lane, LaneSet, SkuId, SkuNumber, UnixMillis};
 use crate::pipeline::failover::loading;
@@ -336,7 +336,7 @@ impl LaneKeeper {
         };
         if is_given {
             let held: Vec<_> = loaded.held.into_iter().collect();
-            lending::received(state, &held);
+            moved_units::received(state, &held);
         }
         parts.member.note_loaded(set);
         tracing::info!(
@@ -471,7 +471,7 @@ impl LaneKeeper {
         }
         self.loaded.retain(|lane, _| !gone.has(*lane));
         let units: Vec<_> = units.into_iter().collect();
-        lending::given(&self.parts.state, &units);
+        moved_units::given(&self.parts.state, &units);
         let state = Arc::clone(&self.parts.state);
         let _ = tokio::task::spawn_blocking(move || state.forget_lanes(gone)).await;
         self.parts.neighbours.lanes_moved();

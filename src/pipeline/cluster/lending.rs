@@ -21,7 +21,6 @@ use std::time::{Duration, Instant};
 use super::hints::Hints;
 use super::timer::Timer;
 use crate::order::{Quantity, Refusal, SkuNumber, UnixMillis};
-use crate::pipeline::orders::parking;
 use crate::pipeline::payments::settler::wait_until_sold;
 use crate::state::State;
 use crate::state::stock::{Ask, Hold, SaleStock, Shared, Sku, StockSnapshot, Wanted};
@@ -29,7 +28,6 @@ use crate::store::StoreError;
 use crate::store::cluster::recall;
 use crate::store::cluster::shares::{self, Lent, Share, Supply, Want};
 use crate::store::cluster::stock::{self, Books, Sale};
-use crate::store::postgres::parked::ParkedOf;
 use crate::store::postgres::{Database, NodeLease};
 
 /// Interval between two looks for requests that found a share dry.
@@ -117,44 +115,6 @@ impl OwnShare {
     }
 }
 
-/// Notes that a lane came to this node, with the units of its unpaid orders, which memory has loaded.
-pub fn received(state: &State, held: &[(SkuNumber, i64)]) {
-    each(state, held, |sku, units| sku.counter().receive_held(units));
-}
-
-/// Notes that a lane left this node, with the units of its unpaid orders.
-pub fn given(state: &State, held: &[(SkuNumber, i64)]) {
-    each(state, held, |sku, units| sku.counter().give_held(units));
-}
-
-/// Notes that the shares of a node that is gone are this one's, with the orders of its lanes that are `parked`: their units are
-/// free by the row, and held.
-pub fn merged(
-    state: &State,
-    shares: &[(SkuNumber, Share)],
-    parked: &BTreeMap<SkuNumber, ParkedOf>,
-) {
-    for (sku, share) in shares {
-        let parked = parked.get(sku).copied().unwrap_or_default();
-        let Some(sku) = state.catalogue.by_number(*sku) else {
-            continue;
-        };
-        let counter = sku.counter();
-        // Taken before it is free: nobody can hold a unit that is not.
-        let taken = share.held + share.sold + parked.units.cast_signed();
-        counter.receive_held(units(taken));
-        counter.sell(units(share.sold));
-        counter.lend(units((share.lent - taken).max(0)));
-        if parked.orders > 0 {
-            state.catalogue.set_fault(&sku, parking::FOUND, 1);
-            if let Some(parking) = sku.fault().begin_parking() {
-                parking.done(parked.orders);
-            }
-        }
-        forget_sold_out(&sku);
-    }
-}
-
 /// Holds units for a task of this process, as an order does: at a node whose share is dry, others are asked for up to two
 /// seconds.
 ///
@@ -176,20 +136,12 @@ pub async fn hold(sku: &Arc<Sku>, quantity: Quantity) -> Result<Hold, Refusal> {
     }
 }
 
-fn each(state: &State, held: &[(SkuNumber, i64)], change: impl Fn(&Sku, u32)) {
-    for (sku, held) in held {
-        if let Some(sku) = state.catalogue.by_number(*sku) {
-            change(&sku, units(*held));
-        }
-    }
-}
-
 /// Units of the database, which are in range by its CHECKs.
-fn units(units: i64) -> u32 {
+pub(super) fn units(units: i64) -> u32 {
     u32::try_from(units).unwrap_or_else(|_| panic!("{units} units are out of range"))
 }
 
-fn forget_sold_out(sku: &Sku) {
+pub(super) fn forget_sold_out(sku: &Sku) {
     if let Some(shared) = sku.shared() {
         shared.forget_sold_out();
     }

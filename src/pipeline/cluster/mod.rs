@@ -6,7 +6,8 @@
 //! * [`member`]: renewing, and seeing the other nodes;
 //! * [`lane_keeper`]: opening, closing and handing over lanes;
 //! * [`held`]: lanes that do not move while their orders do;
-//! * [`lending`]: the node's shares of stock;
+//! * [`lending`]: the node's shares of stock, and [`moved_units`]: those that come and go with lanes;
+//! * [`hints`]: what nodes tell each other, so that they need not ask the database often;
 //! * [`lists`]: who waits for units, at whatever node;
 //! * [`terms`]: operators' changes at other nodes;
 //! * [`takeover`]: replaying the log of a node that is gone, and taking its lanes over.
@@ -20,6 +21,7 @@ pub mod lane_keeper;
 pub mod lending;
 pub mod lists;
 pub mod member;
+pub mod moved_units;
 pub mod takeover;
 pub mod terms;
 mod timer;

@@ -14,8 +14,8 @@ use std::time::Duration;
 
 use tokio::sync::Notify;
 
-use super::lending;
 use super::member::{Member, Seen};
+use super::moved_units;
 use crate::backoff::Backoff;
 use crate::metrics::Metrics;
 use crate::order::{ClockReading, SkuNumber, UnixMillis};
@@ -238,7 +238,7 @@ impl Takeovers {
         let of_dead = rows.iter().filter(|row| row.blocked_by == Some(dead.node));
         let parked = parked::by_sku(database, of_dead.map(|row| row.lane).collect()).await?;
         let merged = self.finish(dead, end).await?;
-        lending::merged(state, &merged, &parked);
+        moved_units::merged(state, &merged, &parked);
         let orders: u64 = parked.values().map(|parked| parked.orders).sum();
         self.parts.metrics.orders_parked.add(orders.cast_signed());
         drop(moving);
