@@ -53,7 +53,7 @@ use crate::http::peers::pool::Peers;
 use crate::http::tokens::Tokens;
 use crate::metrics::Metrics;
 use crate::pipeline::admin::audit::Auditor;
-use crate::pipeline::admin::operator::Operator;
+use crate::pipeline::admin::operator::{Operator, OperatorParts};
 use crate::pipeline::admin::preflight::Preflighter;
 use crate::pipeline::orders::intake::Intake;
 use crate::pipeline::orders::lookup::OrderLookup;
@@ -292,16 +292,16 @@ fn control_plane_parts(
             Duration::from_millis(config.control_plane.audit_timeout_ms),
         ),
         preflighter: Preflighter::new(operators.clone(), preflight),
-        operator: Operator::new(
-            Arc::clone(state),
-            operators,
-            parts.ownership.lease,
-            handles.payments,
-            handles.pauses,
-            handles.parking,
-            parts.hints(),
-            config.orders.payment_ttl_ms,
-        ),
+        operator: Operator::new(OperatorParts {
+            state: Arc::clone(state),
+            database: operators,
+            lease: parts.ownership.lease,
+            payments: handles.payments,
+            pauses: handles.pauses,
+            parking: handles.parking,
+            hints: parts.hints(),
+            payment_ttl_ms: config.orders.payment_ttl_ms,
+        }),
         refresh: Arc::clone(&planes.refresh),
     })
 }

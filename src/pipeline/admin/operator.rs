@@ -135,6 +135,27 @@ pub enum OperatorError {
     Store(#[from] StoreError),
 }
 
+/// What an operator is made of.
+#[derive(Debug)]
+pub struct OperatorParts {
+    /// The state.
+    pub state: Arc<State>,
+    /// Connections of its own.
+    pub database: Database,
+    /// The node whose orders are decided about.
+    pub lease: NodeLease,
+    /// The way to the callbacks' task.
+    pub payments: PaymentsHandle,
+    /// Pauses, in memory and in the database.
+    pub pauses: Arc<Pauses>,
+    /// The way to the parked orders.
+    pub parking: ParkingHandle,
+    /// Hints to other nodes.
+    pub hints: Arc<Hints>,
+    /// `orders.payment_ttl_ms`.
+    pub payment_ttl_ms: u64,
+}
+
 /// Carries out operators' requests, one at a time; pauses take effect at once.
 #[derive(Debug)]
 pub struct Operator {
@@ -167,16 +188,17 @@ pub struct Put {
 
 impl Operator {
     /// An operator on this state and this database.
-    pub fn new(
-        state: Arc<State>,
-        database: Database,
-        lease: NodeLease,
-        payments: PaymentsHandle,
-        pauses: Arc<Pauses>,
-        parking: ParkingHandle,
-        hints: Arc<Hints>,
-        payment_ttl_ms: u64,
-    ) -> Self {
+    pub fn new(parts: OperatorParts) -> Self {
+        let OperatorParts {
+            state,
+            database,
+            lease,
+            payments,
+            pauses,
+            parking,
+            hints,
+            payment_ttl_ms,
+        } = parts;
         let one_at_a_time = Arc::new(Mutex::new(HashMap::new()));
         let changing_terms = Arc::default();
         let lost = LostAnswers::new(

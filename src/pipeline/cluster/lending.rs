@@ -26,7 +26,7 @@ use crate::state::State;
 use crate::state::stock::{Ask, Hold, SaleStock, Shared, Sku, StockSnapshot, Wanted};
 use crate::store::StoreError;
 use crate::store::cluster::recall;
-use crate::store::cluster::shares::{self, Lent, Share, Supply, Want};
+use crate::store::cluster::shares::{self, Lent, Supply, Want};
 use crate::store::cluster::stock::{self, Books, Sale};
 use crate::store::postgres::{Database, NodeLease};
 
