@@ -353,7 +353,7 @@ async fn a_node_reads_the_orders_of_its_lanes_alone() {
         counted.await.unwrap();
         let is_live = |id: &OrderId| {
             let number = id.get() >> 22;
-            number > rows - 100 || number > 100 && number % 4 != 0
+            number > rows - 100 || number > 100 && !number.is_multiple_of(4)
         };
         let of_read: HashSet<OrderId> = read.into_iter().filter(is_live).collect();
         let differ = live.symmetric_difference(&of_read).next();
