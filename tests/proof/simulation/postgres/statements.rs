@@ -7,7 +7,7 @@ use std::rc::Rc;
 use tokio_postgres::types::{FromSql, Type};
 
 use super::locks::Waits;
-use super::session::{Refused, Session};
+use super::session::{Refused, Session, Statement};
 use super::tables::{Key, Node, Order, Payment, Row, View, Writer};
 
 macro_rules! statements {
@@ -94,16 +94,16 @@ statements! {
     PresentByIds: "SELECT order_id, user_id, payload_hash FROM orders", ("i8[]") -> ("i8 t i8");
     Absent: "SELECT id FROM unnest($1::int8[]) id", ("i8[]") -> ("i8");
     OpenAmong: "SELECT order_id FROM orders WHERE order_id = ANY ($1) AND status IN (1, 7)", ("i8[]") -> ("i8");
-    OpenBelow: "SELECT order_id, user_id, sku, quantity, (extract(epoch FROM expires_at)", ("i2 i8") -> ("i8 t i4 i4 i8");
-    ParkedBySku: "SELECT sku, count(*), sum(quantity)::int8 FROM parked_orders", ("") -> ("i4 i8 i8");
+    OpenBelow: "SELECT order_id, user_id, sku, quantity, (extract(epoch FROM expires_at)", ("i2 i8 i8[]") -> ("i8 t i4 i4 i8");
+    ParkedBySku: "SELECT sku, count(*), sum(quantity)::int8 FROM parked_orders", ("i8[]") -> ("i4 i8 i8");
     Ends: "SELECT (SELECT order_id FROM orders WHERE order_id >= $1", ("i8 i8") -> ("i8 i8 b");
     Window: "SELECT order_id, user_id, sku, quantity, key_hash, payload_hash, status,", ("i8 i8 i8") -> ("i8 t i4 i4 u i8 i2 z");
     WindowDead: "SELECT order_id, user_id, sku, quantity, key_hash, payload_hash, NULL::int2", ("i8 i8 i8") -> ("i8 t i4 i4 u i8 i2 z");
     WindowParked: "SELECT order_id, user_id, sku, quantity, key_hash, payload_hash, 1::int2", ("i8 i8 i8") -> ("i8 t i4 i4 u i8 i2 z");
     FirstOfSkus: "SELECT (extract(epoch FROM coalesce(created_at", ("i4[]") -> ("i8");
     IsParked: "SELECT FROM parked_orders", ("i8") -> ("");
-    LiveParked: "SELECT order_id, user_id, sku, quantity FROM parked_orders", ("i8 i8 i8 i4[]") -> ("i8 t i4 i4");
-    Live: "WITH part AS MATERIALIZED", ("i8 i8 i8 i4[] i2[]") -> ("i8 t i4 i4");
+    LiveParked: "SELECT order_id, user_id, sku, quantity FROM parked_orders", ("i8 i8 i8 i4[] i8[]") -> ("i8 t i4 i4");
+    Live: "WITH part AS MATERIALIZED", ("i8 i8 i8 i4[] i8[] i2[]") -> ("i8 t i4 i4");
 }
 
 fn type_of(word: &str) -> Type {
@@ -126,7 +126,7 @@ fn type_of(word: &str) -> Type {
 }
 
 /// The statement of a text, and the types of its parameters and columns.
-pub fn known(text: &str) -> Option<(Sql, Rc<[Type]>, Rc<[Type]>)> {
+pub fn known(text: &str) -> Option<Statement> {
     let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
     let found = STATEMENTS
         .iter()
@@ -860,7 +860,7 @@ impl Session {
             }
             Sql::FirstOfSkus => rows(vec![vec![I8(0)]]),
             Sql::Live => {
-                let (skus, live) = (with.i4s(4), with.i2s(5));
+                let (skus, live) = (with.i4s(4), with.i2s(6));
                 let mut part = self.view(|view| view.orders(with.i8(1), with.i8(2)));
                 part.truncate(with.i8(3) as usize);
                 let (last, count) = (part.last().map(|(id, _)| *id), part.len());
