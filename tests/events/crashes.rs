@@ -131,6 +131,8 @@ fn every_committed_change_is_heard_and_no_other_over_kills_and_a_failing_sink() 
                 format!("http://{}/", receiver.address),
             ),
             ("EVENTS__SINKS__SHOP__SECRET", SECRETS[0].to_owned()),
+            // Each event that fails keeps its turn until it is repeated.
+            ("EVENTS__SINKS__SHOP__IN_FLIGHT_MAX", "64".to_owned()),
             // A start reads what lies in it, and the buyers repeat nothing that is older.
             ("ORDERS__IDEMPOTENCY_WINDOW_MS", "300000".to_owned()),
         ]

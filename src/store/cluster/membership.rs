@@ -8,7 +8,7 @@
 //!                     └─────────────────── dead ──► replayed by another ──► left ◄──┘
 //! ```
 //!
-//! A server of another timeline may lack commits, so no right outlives a failover: the first join on it [disbands](disband)
+//! A server of another timeline may lack commits, so no right outlives a failover: the first join on it disbands
 //! the cluster, and every row is dead until its log is replayed.
 //!
 //! One active process a database, or the nodes of one cluster: each process of a cluster holds the advisory lock of
