@@ -7,6 +7,7 @@
 
 use tokio_postgres::{Row, Transaction};
 
+use super::lanes::numbers;
 use super::transact;
 use crate::order::{LaneSet, OrderId, SkuNumber};
 use crate::store::StoreError;
@@ -162,7 +163,7 @@ pub async fn count_elsewhere(
     own: LaneSet,
 ) -> Result<usize, StoreError> {
     let client = database.pooled().await?;
-    let own: Vec<i64> = own.iter().map(|lane| i64::from(lane.get())).collect();
+    let own = numbers(own);
     let row = client
         .query_one(
             "SELECT count(*) FROM waitlist_entries WHERE sku = $1 AND (order_id >> 16) & 63 <> ALL ($2)",
