@@ -687,7 +687,6 @@ fn sinks_of_events_are_refilled_and_their_dead_letters_retried_and_discarded() {
         };
         desk.server.put_sku("A", 10, Value::Null).await;
         desk.browser.click("Events");
-        desk.browser.sees("idle");
         desk.browser.sees("nothing yet");
         // Events begin with the slot.
         let slot = "SELECT FROM pg_replication_slots WHERE database = current_database() AND confirmed_flush_lsn IS NOT NULL";
@@ -696,6 +695,7 @@ fn sinks_of_events_are_refilled_and_their_dead_letters_retried_and_discarded() {
             !admin.query(slot, &[]).await.expect("the slots").is_empty()
         })
         .await;
+        desk.browser.sees("idle");
         let order = desk.order("anna", "A").await.json();
         let id = order["order_id"].as_str().expect("an order").to_owned();
         receiver.until("order.placed", &id).await;

@@ -8,13 +8,13 @@ use millrace::store::events::slot::SlotReader;
 use millrace::store::postgres::Database;
 use serde_json::json;
 
-use crate::receiver::{Receiver, SECRETS};
+use crate::receiver::{Receiver, SECRETS, SLOT};
 use crate::support::block_on;
 use crate::support::http::{call, try_call};
 use crate::support::postgres::{TestDatabase, test_dir};
 use crate::support::served::{Served, command};
 use crate::support::server::RECEIPT_KEY;
-use crate::support::waiting::wait_until;
+use crate::support::waiting::{wait_until, wait_until_within};
 
 const LEASE_MS: u64 = 3_000;
 
@@ -95,8 +95,8 @@ fn one_node_reads_the_slot_and_another_goes_on_when_it_is_killed() {
         let (database, receiver) = (TestDatabase::create().await, Receiver::start().await);
         let dirs = [test_dir(), test_dir()];
         let first = serve(dirs[0].path(), &database, &receiver).await;
-        // It has nothing to deliver yet.
-        wait_until("the first node reads the slot", async || {
+        // It has nothing to deliver yet. Events begin with the slot.
+        wait_until_within("the first node reads the slot", SLOT, async || {
             state_at(&first) == "idle"
         })
         .await;

@@ -19,7 +19,7 @@ use crate::support::waiting::{wait_until, wait_until_within};
 use crate::support::webhook;
 
 /// Longest wait for a slot.
-const SLOT: Duration = Duration::from_secs(120);
+pub const SLOT: Duration = Duration::from_secs(120);
 
 /// The secrets that the receiver knows.
 pub const SECRETS: [&str; 2] = [

@@ -1081,10 +1081,10 @@ export interface components {
             /** @description Why it gets no events. */
             reason: string | null;
             /**
-             * @description `idle`: no event since the start, so nobody knows whether it would take one. `elsewhere`: another process reads its slot.
+             * @description `starting`: its replication slot is not there yet, and events begin with it. `idle`: no event since the start, so nobody knows whether it would take one. `elsewhere`: another process reads its slot.
              * @enum {string}
              */
-            state: "idle" | "delivering" | "failing" | "refilling" | "disabled" | "elsewhere";
+            state: "starting" | "idle" | "delivering" | "failing" | "refilling" | "disabled" | "elsewhere";
             /** @description Its kind and address. */
             to: string;
             /**

@@ -42,6 +42,10 @@ impl SinkView {
             ("failing", Some(reason))
         } else if status.is_refilling {
             ("refilling", None)
+        } else if !status.is_listening {
+            let reason = "its replication slot is not there yet, and events begin with it; PostgreSQL makes it once \
+                          every transaction that is open has ended";
+            ("starting", Some(reason.to_owned()))
         } else if status.has_delivered {
             ("delivering", None)
         } else {

@@ -246,6 +246,10 @@ impl Feeder {
     async fn slot(&mut self, reader: &SlotReader) -> Result<Option<(Slot, Lsn)>, StoreError> {
         let state = reader.state().await?;
         self.observe_kept(state.slot.map_or(0, |slot| slot.kept_bytes));
+        let is_listening = state.slot.is_some();
+        self.parts
+            .status
+            .change(|status| status.is_listening = is_listening);
         let name = &self.parts.name;
         match state.slot {
             Some(slot) if slot.kept_bytes <= self.parts.lag_bytes_max => {

@@ -33,6 +33,8 @@ pub struct SinkStatus {
     pub is_refilling: bool,
     /// Whether another process reads its slot.
     pub is_elsewhere: bool,
+    /// Whether there is a slot: events begin with it.
+    pub is_listening: bool,
 }
 
 /// The status of one sink, shared with its feeder.

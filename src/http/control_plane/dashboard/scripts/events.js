@@ -6,6 +6,7 @@ const SINK_STATES = {
   failing: "bad",
   disabled: "bad",
   elsewhere: "",
+  starting: "warn",
 };
 
 let eventLetters = { shown: false, limit: PAGE };
