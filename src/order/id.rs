@@ -67,10 +67,13 @@ impl OrderId {
         UnixMillis(((self.0 >> (SEQUENCE_BITS + LANE_BITS)) + EPOCH_MS) as i64)
     }
 
-    /// Its place among the ids of one clock, which gives them out in this order, whatever their lanes.
+    /// Its place among all ids, which a clock gives out in this order, whatever their lanes. No other id has the same: two
+    /// nodes may give out ids of one moment with one sequence number, in different lanes.
     pub fn turn(self) -> u64 {
         let ms = self.0 >> (SEQUENCE_BITS + LANE_BITS);
-        ms << SEQUENCE_BITS | self.0 & ((1 << SEQUENCE_BITS) - 1)
+        let sequence = self.0 & ((1 << SEQUENCE_BITS) - 1);
+        let lane = self.0 >> SEQUENCE_BITS & ((1 << LANE_BITS) - 1);
+        (ms << SEQUENCE_BITS | sequence) << LANE_BITS | lane
     }
 
     /// The bits of the lane; meaningful from the [`Cutover`](super::Cutover) on.

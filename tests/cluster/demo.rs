@@ -35,6 +35,12 @@ fn the_demo_over_three_nodes_loses_one_and_keeps_every_promise() {
     assert!(output.status.success(), "{log}\n{:#}", figures["promises"]);
     assert_eq!(figures["ok"], true);
     let promises = figures["promises"].as_array().expect("the promises");
+    let joined = figures["load"]["waitlist"]["joined"].as_u64();
+    assert!(
+        joined.is_some_and(|joined| joined > 0),
+        "{:#}",
+        figures["load"]["waitlist"]
+    );
     let killed = promises.iter().find(|promise| {
         let name = promise["name"].as_str().unwrap_or_default();
         name.starts_with("A node was killed with -9")

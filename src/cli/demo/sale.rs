@@ -200,20 +200,17 @@ impl Sale<'_> {
     async fn put_catalogue(&self, control: &str) -> anyhow::Result<()> {
         let args = self.args;
         for item in &CATALOGUE {
-            let mut body = json!({
+            let body = json!({
                 "title": item.title, "unit_price": item.unit_price, "currency": CURRENCY,
                 "total": (f64::from(args.stock) * item.stock_share) as u32, "per_user_limit": 1,
+                "waitlist_max": WAITLIST_MAX, "waitlist_payment_ttl_ms": ASSIGNED_TTL_MS,
             });
-            if self.has_waitlist() {
-                body["waitlist_max"] = WAITLIST_MAX.into();
-                body["waitlist_payment_ttl_ms"] = ASSIGNED_TTL_MS.into();
-            }
             let path = format!("/admin/v1/skus/{}", item.sku_id);
             self.call(control, "PUT", &path, Some(&body)).await?;
         }
         status(&format!(
             "On sale at http://{control}: {} units of {} SKUs, one to a buyer; {} buyers within {} s, {} clicks a second at the peak, \
-         3 of 10 double clicks; 7 of 10 orders are paid, the others expire after {} s{}",
+         3 of 10 double clicks; 7 of 10 orders are paid, the others expire after {} s and their units go to whoever waits{}",
             args.stock,
             CATALOGUE.len(),
             buyers(args),
@@ -221,7 +218,7 @@ impl Sale<'_> {
             args.rate(),
             PAYMENT_TTL_MS / 1_000,
             match args.nodes {
-                None => " and their units go to whoever waits".to_owned(),
+                None => String::new(),
                 Some(count) => format!(
                     "; the last of {count} nodes is killed with -9 after {} s, and its directory deleted",
                     self.half().as_secs_f64()
@@ -229,11 +226,6 @@ impl Sale<'_> {
             }
         ));
         Ok(())
-    }
-
-    /// The lists of several nodes may stop after one was killed (docs/NODES.md).
-    fn has_waitlist(&self) -> bool {
-        self.args.nodes.is_none()
     }
 
     fn plan(&self, service: &Service) -> LoadPlan {
@@ -253,7 +245,7 @@ impl Sale<'_> {
             one_order_per_buyer: true,
             double_click_share: 0.3,
             mode: OrderMode::Mixed,
-            waitlist: self.has_waitlist(),
+            waitlist: true,
             waitlist_after_ms: REFLOW_MS_MAX,
             seed: args.seed,
             keep_outcomes: true,

@@ -661,6 +661,7 @@ impl Drop for HasLeft {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::order::UnixMillis;
 
     fn id(value: u64) -> OrderId {
         OrderId::new(value).unwrap()
@@ -843,6 +844,20 @@ mod tests {
         );
         list.note_elsewhere(&counter, 0, &[]);
         assert_eq!((counter.free(), list.waiting()), (2, 0));
+    }
+
+    /// After a takeover a list has the ids of two clocks.
+    #[test]
+    fn orders_of_one_moment_at_two_nodes_are_both_on_the_list() {
+        let (list, counter) = (Waitlist::default(), StockCounter::new(0, 0, 0));
+        let moment = OrderId::floor_of(UnixMillis(1_800_000_000_000)).get();
+        let in_lane = |lane: u64| id(moment | lane << 16 | 7);
+        assert!(list.restore(&counter, in_lane(3), 1));
+        assert!(list.restore(&counter, in_lane(4), 1));
+        assert!(!list.restore(&counter, in_lane(4), 1), "it is there");
+        assert_eq!(list.len(), 2);
+        list.remove(&counter, [in_lane(3)]);
+        assert!(list.has(in_lane(4)) && !list.has(in_lane(3)));
     }
 
     #[test]
