@@ -345,6 +345,7 @@ impl Background {
         let mut lists = Lists::new(
             Arc::clone(parts.state),
             lanes,
+            lease.node,
             parts.database().with_own_pool(1)?,
         );
         // Before a lane opens: nobody overtakes those who wait at other nodes.

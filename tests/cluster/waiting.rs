@@ -1,6 +1,7 @@
 //! Waiting lists and draws over several nodes: units go to whoever is next among the buyers of all nodes, wherever they come
 //! free, whichever nodes are killed or hand their lanes over meanwhile.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
@@ -113,6 +114,64 @@ fn waiting(nodes: &[&Node], buyers: std::ops::Range<usize>) -> Vec<String> {
         id(&answer)
     });
     joined.collect()
+}
+
+/// The first of a list waits at one node, and a unit comes free at another that has not read any list since.
+#[test]
+fn nobody_overtakes_the_first_who_waits_at_another_node() {
+    block_on(async {
+        let Some(cluster) = Cluster::open().await else {
+            return;
+        };
+        let nodes = three(&cluster).await;
+        let at: Vec<SocketAddr> = nodes.iter().map(|node| node.served.data).collect();
+        for round in 0..6 {
+            let sku = format!("F{round}");
+            assert_eq!(put(&nodes[0], &sku, json!({ "total": 6 })).status, 201);
+            Cluster::wait_for_sku(&nodes.each_ref(), &sku).await;
+            let buy = |number: usize, user: String, waits: bool| {
+                let user = format!("{sku}-{user}");
+                let body = json!({ "user_id": user, "sku_id": sku, "waitlist": waits });
+                order(at[number % 3], &body)
+            };
+            let held: Vec<String> = (0..6)
+                .map(|number| id(&buy(number, format!("held-{number}"), false)))
+                .collect();
+            let first = buy(round, "first".to_owned(), true);
+            assert_eq!(first.json()["status"], "waitlisted", "{first:?}");
+            for (number, held) in held.iter().enumerate() {
+                assert_eq!(cancel(at[number % 3], held, "").status, 200);
+                if number > 0 {
+                    continue;
+                }
+                for newcomer in 0..12 {
+                    let refused = buy(newcomer, format!("new-{newcomer}"), false);
+                    let order = order_at(at[0], &id(&first));
+                    assert!(
+                        refused.json()["code"] == "sold_out"
+                            || order["status"] == "pending_payment",
+                        "{refused:?}, {order}"
+                    );
+                }
+            }
+            until_status(at[round % 3], &id(&first), "pending_payment").await;
+            // Nobody waits any more, and the units of the others are on sale.
+            let later = Cell::new(0);
+            for _ in 0..5 {
+                wait_until("a unit is sold", async || {
+                    later.set(later.get() + 1);
+                    buy(later.get(), format!("later-{}", later.get()), false).status == 201
+                })
+                .await;
+            }
+            let last = buy(0, "last".to_owned(), false);
+            assert_eq!(last.json()["code"], "sold_out", "{last:?}");
+        }
+        assert_whole(&nodes[0]).await;
+        for node in nodes {
+            node.stop();
+        }
+    });
 }
 
 #[test]

@@ -64,7 +64,7 @@ async fn sell(database: &Database, sellers: &mut [Seller], at: usize) -> bool {
             .iter()
             .find(|want| want.node == sellers[at].lease.node)
             .unwrap();
-        match shares::supply(database, own).await.unwrap().unwrap() {
+        match shares::supply(database, own, false).await.unwrap().unwrap() {
             Supply::Pool => {}
             Supply::Unanswered => {
                 for other in sellers
@@ -133,7 +133,7 @@ async fn a_dead_node_makes_sold_out_wait_for_its_share() {
             .is_some()
     );
     let wants = shares::wants(&bed.database).await.unwrap();
-    let supply = || shares::supply(&bed.database, &wants[0]);
+    let supply = || shares::supply(&bed.database, &wants[0], false);
     assert_eq!(supply().await.unwrap(), Some(Supply::Unanswered));
     let mut session = bed.database.connect("test").await.unwrap();
     let suspect = suspect(&bed, dead.node).await;

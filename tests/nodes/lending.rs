@@ -121,7 +121,7 @@ impl Node {
                 Ok(hold) => break hold,
                 Err(Refusal::SoldOut { .. }) => return None,
                 Err(Refusal::StockElsewhere) => {
-                    let ask = Ask::new(&sku, units).unwrap().unwrap();
+                    let ask = Ask::new(&sku, units, false).unwrap().unwrap();
                     let _ = tokio::time::timeout(Duration::from_secs(2), ask).await;
                 }
                 Err(other) => panic!("{other:?}"),

@@ -24,7 +24,7 @@ async fn a_want_that_was_withdrawn_is_no_reason_to_say_sold_out() {
     shares::answer(&bed.database, other, &want, 0, 1)
         .await
         .unwrap();
-    let supply = || shares::supply(&bed.database, &want);
+    let supply = || shares::supply(&bed.database, &want, false);
     assert_eq!(supply().await.unwrap(), Some(Supply::None));
     shares::withdraw(&bed.database, own, SKU).await.unwrap();
     // Its order is cancelled, and it has no want to answer any more.
@@ -54,7 +54,7 @@ async fn what_a_dead_node_has_answered_counts_no_longer() {
     let mut session = bed.database.connect("test").await.unwrap();
     let fenced = takeover::fence(&bed.database, &mut session, taker, suspect).await;
     assert!(fenced.unwrap().is_some());
-    let supply = shares::supply(&bed.database, &want).await.unwrap();
+    let supply = shares::supply(&bed.database, &want, false).await.unwrap();
     assert_eq!(supply, Some(Supply::Unanswered));
 }
 

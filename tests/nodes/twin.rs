@@ -565,7 +565,7 @@ impl Run {
         }
         let at = self.random.random_range(0..wants.len());
         let (want, naive) = (wants[at], known[at]);
-        let supply = match shares::supply(&self.bed.database, &want)
+        let supply = match shares::supply(&self.bed.database, &want, false)
             .await
             .unwrap()
             .unwrap()

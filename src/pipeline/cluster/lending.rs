@@ -12,14 +12,16 @@
 //!
 //! Memory never has more than the row: units are taken out of memory before they leave the row, and enter it after they
 //! are in the row. If the answer to a transaction is lost, the sums in the row tell what became of it
-//! ([`Books`]), and until then nothing else is lent to this share.
+//! ([`stock::Books`]), and until then nothing else is lent to this share.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::hints::Hints;
+use super::own_share::OwnShare;
 use super::timer::Timer;
+use crate::clock;
 use crate::order::{Quantity, Refusal, SkuNumber, UnixMillis};
 use crate::pipeline::payments::settler::wait_until_sold;
 use crate::state::State;
@@ -27,7 +29,7 @@ use crate::state::stock::{Ask, Hold, SaleStock, Shared, Sku, StockSnapshot, Want
 use crate::store::StoreError;
 use crate::store::cluster::recall;
 use crate::store::cluster::shares::{self, Lent, Supply, Want};
-use crate::store::cluster::stock::{self, Books, Sale};
+use crate::store::cluster::stock::{self, Sale};
 use crate::store::postgres::{Database, NodeLease};
 
 /// Interval between two looks for requests that found a share dry.
@@ -44,10 +46,8 @@ const SALES_AGE: Duration = Duration::from_millis(75);
 const USE: Duration = Duration::from_millis(100);
 /// Interval between two moves of sold units to `sku`.
 const SWEEP: Duration = Duration::from_secs(1);
-/// Interval at which a want that stands is answered again: a takeover or a lane may have brought units.
-const ANSWER: Duration = Duration::from_millis(250);
-/// Samples of a share's use, a second together.
-const SAMPLES: usize = 10;
+/// Time for orders that asked to join a list that nobody is on, and longest time until the first of them is a row.
+const JOINING: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 /// Units come in advance from this long before a sale opens.
 const AHEAD_MS: u64 = 60_000;
 /// Time for which tasks of this process ask for units.
@@ -83,38 +83,6 @@ pub struct Lending {
     sweeps: Timer,
 }
 
-/// What this task knows of a share.
-#[derive(Debug, Default)]
-struct OwnShare {
-    /// What memory has of it.
-    books: Books,
-    /// Units that are out of memory, and not known to be out of the row.
-    returning: u32,
-    /// Whether the answer to a transaction was lost.
-    is_in_doubt: bool,
-    /// The want of this node that stands.
-    want: Option<Want>,
-    /// When a want of another node was answered last.
-    answered_at: Option<Instant>,
-    is_lent_ahead: bool,
-    /// When a total was first seen to be lowered, while it is.
-    recalled_since: Option<Instant>,
-    /// Units in the pool when they were read last.
-    pool: u32,
-    /// Units taken so far, as seen every tenth of a second.
-    taken: VecDeque<i64>,
-}
-
-impl OwnShare {
-    /// Units that were taken within the last second.
-    fn used(&self) -> u32 {
-        let (Some(first), Some(last)) = (self.taken.front(), self.taken.back()) else {
-            return 0;
-        };
-        u32::try_from(last - first).unwrap_or(0)
-    }
-}
-
 /// Holds units for a task of this process, as an order does: at a node whose share is dry, others are asked for up to two
 /// seconds.
 ///
@@ -127,7 +95,7 @@ pub async fn hold(sku: &Arc<Sku>, quantity: Quantity) -> Result<Hold, Refusal> {
             Err(refusal @ Refusal::StockElsewhere) => refusal,
             held => return held,
         };
-        let Ok(Some(ask)) = Ask::new(sku, quantity.get()) else {
+        let Ok(Some(ask)) = Ask::new(sku, quantity.get(), false) else {
             return Err(refusal);
         };
         if tokio::time::timeout_at(deadline, ask).await.is_err() {
@@ -225,11 +193,7 @@ impl Lending {
         let books = stock::books(&self.parts.database, self.parts.lease.node, &new).await?;
         for sku in new {
             let books = books.get(&sku).copied().unwrap_or_default();
-            let share = OwnShare {
-                books,
-                ..OwnShare::default()
-            };
-            self.shares.insert(sku, share);
+            self.shares.insert(sku, OwnShare::of(books));
         }
         Ok(())
     }
@@ -254,6 +218,8 @@ impl Lending {
             };
             share.is_in_doubt = false;
             share.want = None;
+            share.opened_at = None;
+            sku.waitlist().close(true);
             let returning = std::mem::take(&mut share.returning);
             let borrowed = found.borrowed - share.books.borrowed + i64::from(returning);
             let swept = found.swept - share.books.swept;
@@ -272,6 +238,8 @@ impl Lending {
         }
         if lent > 0 {
             forget_sold_out(sku);
+            // The pool has lent, so nobody waits.
+            sku.waitlist().resume(sku.counter(), clock::now());
             sku.counter().lend(units(lent));
         }
     }
@@ -356,9 +324,12 @@ impl Lending {
             {
                 continue;
             }
-            let is_due = share.answered_at.is_none_or(|at| at.elapsed() >= ANSWER);
-            if sku.counter().free() > 0 || is_due {
-                share.answered_at = Some(Instant::now());
+            if sku.counter().free() > 0 || share.is_due(&want) {
+                let newest = share.answered.map_or(0, |(newest, _)| newest);
+                share.answered = Some((newest.max(want.number), Instant::now()));
+                if sku.terms().waitlist.max > 0 {
+                    sku.waitlist().suspend(sku.counter());
+                }
                 self.give_back(&sku, Some(&want)).await?;
             }
         }
@@ -423,6 +394,11 @@ impl Lending {
         let Some(wanted) = shared.wanted().filter(|_| !share.is_in_doubt) else {
             return Ok(());
         };
+        if share.opened_at.is_some() {
+            // They may join, and what comes free meanwhile is for those who have joined.
+            shared.answer_all();
+            return Ok(());
+        }
         let missing = wanted.least.saturating_sub(sku.counter().free());
         if missing == 0 {
             shared.forget_sold_out();
@@ -433,7 +409,8 @@ impl Lending {
             return self.lend_wanted(sku, shared, wanted).await;
         };
         let looked_at = Instant::now();
-        let Some(supply) = shares::supply(&self.parts.database, &want).await? else {
+        let database = &self.parts.database;
+        let Some(supply) = shares::supply(database, &want, wanted.may_join).await? else {
             // The answer to its withdrawal was lost. The next look leaves another one.
             if let Some(share) = self.shares.get_mut(&sku.number) {
                 share.want = None;
@@ -458,11 +435,16 @@ impl Lending {
                 if sold_out_from > wanted.least {
                     return self.lend_wanted(sku, shared, wanted).await;
                 }
-                shares::withdraw(database, *lease, sku.number).await?;
+                if wanted.may_join {
+                    sku.waitlist().open();
+                } else {
+                    shares::withdraw(database, *lease, sku.number).await?;
+                }
                 shared.set_sold_out(sold_out_from, looked_at);
                 shared.answer_all();
                 if let Some(share) = self.shares.get_mut(&sku.number) {
-                    share.want = None;
+                    share.want = share.want.filter(|_| wanted.may_join);
+                    share.opened_at = share.want.map(|_| Instant::now());
                 }
                 Ok(())
             }
@@ -499,15 +481,21 @@ impl Lending {
         Ok(())
     }
 
-    /// Withdraws wants for which no request waits any more.
+    /// Withdraws wants for which no request waits any more, and those for whom somebody has joined the list.
     async fn end_wants(&mut self) -> Result<(), StoreError> {
         for (number, share) in &mut self.shares {
             if share.want.is_none() {
                 continue;
             }
-            let sku = self.parts.state.catalogue.by_number(*number);
-            let is_wanted = |sku: &Arc<Sku>| sku.shared().and_then(Shared::wanted).is_some();
-            if !sku.as_ref().is_some_and(is_wanted) {
+            let Some(sku) = self.parts.state.catalogue.by_number(*number) else {
+                continue;
+            };
+            let is_over = match share.opened_at.map(|at| at.elapsed()) {
+                Some(open) => open >= JOINING.0 && sku.waitlist().close(open >= JOINING.1),
+                None => sku.shared().and_then(Shared::wanted).is_none(),
+            };
+            if is_over {
+                share.opened_at = None;
                 shares::withdraw(&self.parts.database, self.parts.lease, *number).await?;
                 share.want = None;
             }
@@ -524,10 +512,7 @@ impl Lending {
             };
             let stock = sku.counter().snapshot();
             let taken = i64::from(stock.total - stock.free) + share.books.swept;
-            share.taken.push_back(taken);
-            if share.taken.len() > SAMPLES {
-                share.taken.pop_front();
-            }
+            share.note_taken(taken);
             let used = share.used();
             let opens_at = sku.terms().opens_at;
             let is_ahead = !share.is_lent_ahead && opens_at.is_none_or(|at| at <= now);

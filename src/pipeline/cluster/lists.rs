@@ -1,10 +1,11 @@
 //! The waiting lists of all nodes, as far as each has to know them: that somebody waits, so that nobody overtakes, and the
 //! sequence, for people. Units are assigned by the rows alone (`store::cluster::lists`).
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::clock;
 use crate::order::{LaneSet, OrderId, SkuNumber};
 use crate::state::State;
 use crate::state::lanes::NodeLanes;
@@ -25,6 +26,7 @@ const REST_PER_ORDER: Duration = Duration::from_micros(20);
 pub struct Lists {
     state: Arc<State>,
     lanes: NodeLanes,
+    node: i16,
     database: Database,
     /// When each list may be read as a whole again.
     next: BTreeMap<SkuNumber, Instant>,
@@ -32,10 +34,11 @@ pub struct Lists {
 
 impl Lists {
     /// The task, not yet running, with a connection of its own.
-    pub fn new(state: Arc<State>, lanes: NodeLanes, database: Database) -> Self {
+    pub fn new(state: Arc<State>, lanes: NodeLanes, node: i16, database: Database) -> Self {
         Lists {
             state,
             lanes,
+            node,
             database,
             next: BTreeMap::new(),
         }
@@ -68,18 +71,22 @@ impl Lists {
     /// # Errors
     /// If the database does not answer.
     pub async fn look(&mut self) -> Result<(), StoreError> {
-        let listed = lists::listed(&self.database).await?;
-        let listed: HashSet<SkuNumber> = listed.into_iter().collect();
+        let looked_at = clock::now();
+        let listed = lists::listed(&self.database, self.node).await?;
         for sku in self.state.catalogue.waiting() {
-            if !listed.contains(&sku.number) {
+            let is_listed = listed.get(&sku.number);
+            if is_listed != Some(&true) {
                 sku.waitlist().note_elsewhere(sku.counter(), 0, &[]);
             }
+            if is_listed.is_none() {
+                sku.waitlist().resume(sku.counter(), looked_at);
+            }
         }
-        for number in listed {
+        for (number, _) in listed.into_iter().filter(|(_, is_listed)| *is_listed) {
             let Some(sku) = self.state.catalogue.by_number(number) else {
                 continue;
             };
-            if !sku.counter().is_waiting() {
+            if !sku.is_waited() {
                 sku.waitlist().note_somebody(sku.counter());
             }
             let next = self.next.get(&number);

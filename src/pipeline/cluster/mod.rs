@@ -22,6 +22,7 @@ pub mod lending;
 pub mod lists;
 pub mod member;
 pub mod moved_units;
+mod own_share;
 pub mod takeover;
 pub mod terms;
 mod timer;

@@ -218,12 +218,12 @@ impl Intake {
         let amount = amount(&terms, request).and_then(|amount| window.map(|()| amount));
         let available = sku.counter().free();
         let is_short = available < request.quantity.get() && !bug("hold_without_checking");
-        let may_wait = || {
-            let is_due = request.waitlist && sku.has_list_for(request.quantity);
-            (is_due || draw.is_some()) && request.quantity.get() <= sku.stock().total
-        };
+        let may_wait =
+            || (request.waitlist || draw.is_some()) && request.quantity.get() <= sku.stock().total;
         let (order_id, room) = if is_short && !may_wait() {
             (NO_ORDER, Err(sku.refuse(request.quantity, available)))
+        } else if is_short && draw.is_none() && !sku.knows_for_waiting(request.quantity) {
+            (NO_ORDER, Err(Refusal::StockElsewhere))
         } else if (is_short || draw.is_some())
             && sku.waitlist().waiting() >= terms.waitlist.max as usize
         {
@@ -404,7 +404,7 @@ impl Intake {
             units: request.quantity.get(),
             max: quote.waitlist_max,
             total: sku.stock().total,
-            is_sold_out: draw.is_some() || sku.has_list_for(request.quantity),
+            is_shared: draw.is_none() && sku.shared().is_some(),
         };
         let claim = || -> Result<(OrderId, BuyerClaim<'a>), Result<OrderId, Refusal>> {
             let id = self

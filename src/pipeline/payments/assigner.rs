@@ -349,7 +349,8 @@ impl Assigner {
     /// Stores which SKUs have a list, if that has changed.
     async fn note_lists(&mut self) -> Result<(), StoreError> {
         let waiting = self.settler.parts.state.catalogue.waiting();
-        let mut skus: Vec<SkuNumber> = waiting.iter().map(|sku| sku.number).collect();
+        let waited = waiting.iter().filter(|sku| sku.is_waited());
+        let mut skus: Vec<SkuNumber> = waited.map(|sku| sku.number).collect();
         skus.sort_unstable();
         let lists = (skus, self.settler.parts.writer.commits_lost());
         if self.noted.as_ref() != Some(&lists) {

@@ -124,7 +124,7 @@ impl Sku {
             return self.counter.snapshot();
         };
         let mut stock = sale.stock;
-        if self.counter.is_waiting() {
+        if self.is_waited() {
             // Wherever they are, they are kept for those who wait.
             stock.held += std::mem::take(&mut stock.free);
         }
@@ -136,7 +136,7 @@ impl Sku {
         match self.shared() {
             None => Refusal::SoldOut { available },
             // Whatever comes free is kept for those who wait.
-            Some(_) if self.counter.is_waiting() => Refusal::SoldOut { available },
+            Some(_) if self.is_waited() => Refusal::SoldOut { available },
             Some(shared) if shared.is_sold_out(quantity.get()) => Refusal::SoldOut {
                 available: self.stock().free.min(quantity.get() - 1),
             },
@@ -144,13 +144,21 @@ impl Sku {
         }
     }
 
-    /// Whether an order for which too few units are free here may wait for them: somebody waits already, or no other node has
-    /// units for it.
-    pub fn has_list_for(&self, quantity: Quantity) -> bool {
-        self.counter.is_waiting()
-            || self
-                .shared()
-                .is_none_or(|shared| shared.is_sold_out(quantity.get()))
+    /// Whether orders wait for its units, at other nodes too.
+    pub fn is_waited(&self) -> bool {
+        self.waitlist.waiting() > 0
+    }
+
+    /// Whether it is known what becomes of an order that accepts to wait and finds too few units here: at a node somebody
+    /// waits already, or nobody else gets what comes free, or there is no list and nobody has units.
+    pub fn knows_for_waiting(&self, quantity: Quantity) -> bool {
+        let Some(shared) = self.shared() else {
+            return true;
+        };
+        let has_list = self.terms.load().waitlist.max > 0;
+        self.is_waited()
+            || self.waitlist.takes_first()
+            || !has_list && shared.is_sold_out(quantity.get())
     }
 
     /// The terms in force.

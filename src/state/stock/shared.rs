@@ -63,6 +63,7 @@ struct Asks {
 #[derive(Debug)]
 struct Waiting {
     units: u32,
+    may_join: bool,
     waker: Option<Waker>,
     is_answered: bool,
 }
@@ -74,6 +75,8 @@ pub struct Wanted {
     pub least: u32,
     /// Units of all of them.
     pub units: u32,
+    /// Whether one of them would rather join the waiting list than be refused.
+    pub may_join: bool,
 }
 
 impl Shared {
@@ -138,15 +141,16 @@ impl Shared {
         if self.asking.load(Ordering::Acquire) > 0 {
             let wanted = self.asks.with(|asks| {
                 let waiting = asks.waiting.values().filter(|one| !one.is_answered);
-                let units = waiting.map(|one| one.units);
-                units.fold(None, |wanted: Option<Wanted>, units| {
+                waiting.fold(None, |wanted: Option<Wanted>, one| {
                     let before = wanted.unwrap_or(Wanted {
-                        least: units,
+                        least: one.units,
                         units: 0,
+                        may_join: false,
                     });
                     Some(Wanted {
-                        least: before.least.min(units),
-                        units: before.units.saturating_add(units),
+                        least: before.least.min(one.units),
+                        units: before.units.saturating_add(one.units),
+                        may_join: before.may_join || one.may_join,
                     })
                 })
             });
@@ -161,6 +165,7 @@ impl Shared {
         (is_due && self.was_said.load(Ordering::Relaxed)).then_some(Wanted {
             least,
             units: least,
+            may_join: false,
         })
     }
 
@@ -192,11 +197,11 @@ pub struct Ask {
 }
 
 impl Ask {
-    /// Asks for `units`. `None`: the SKU is not shared.
+    /// Asks for `units`, or, with `may_join`, whether it may be the first to wait. `None`: the SKU is not shared.
     ///
     /// # Errors
     /// [`TooManyAsk`].
-    pub fn new(sku: &Arc<Sku>, units: u32) -> Result<Option<Self>, TooManyAsk> {
+    pub fn new(sku: &Arc<Sku>, units: u32, may_join: bool) -> Result<Option<Self>, TooManyAsk> {
         let Some(shared) = sku.shared() else {
             return Ok(None);
         };
@@ -207,6 +212,7 @@ impl Ask {
             asks.next += 1;
             let waiting = Waiting {
                 units,
+                may_join,
                 waker: None,
                 is_answered: false,
             };

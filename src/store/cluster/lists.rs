@@ -5,6 +5,8 @@
 //! entries of its own lanes and to no others ([`settlement::waitlist`](crate::store::settlement::waitlist)), so the units of all
 //! others stay for whoever has them. While a SKU has an entry, the pool lends nothing else.
 
+use std::collections::BTreeMap;
+
 use tokio_postgres::{Row, Transaction};
 
 use super::lanes::numbers;
@@ -99,18 +101,24 @@ pub async fn covered(
         .await
 }
 
-/// The SKUs of which orders wait.
+/// The SKUs of which orders wait (true), or of which another node than this one has a want, so that somebody may join there
+/// (false). Whoever joins has an entry before the want is withdrawn.
 ///
 /// # Errors
 /// If the database does not answer.
-pub async fn listed(database: &Database) -> Result<Vec<SkuNumber>, StoreError> {
+pub async fn listed(
+    database: &Database,
+    node: i16,
+) -> Result<BTreeMap<SkuNumber, bool>, StoreError> {
     let client = database.pooled().await?;
-    let sql =
-        "SELECT id FROM sku s WHERE EXISTS (SELECT FROM waitlist_entries e WHERE e.sku = s.id)";
+    let sql = "SELECT id, is_listed
+                 FROM (SELECT id, EXISTS (SELECT FROM waitlist_entries e WHERE e.sku = s.id) AS is_listed FROM sku s) found
+                WHERE is_listed OR EXISTS (SELECT FROM stock_want w WHERE w.sku = id AND w.node <> $1)";
     let rows = database
-        .timed("looking for waiting lists", client.query(sql, &[]))
+        .timed("looking for waiting lists", client.query(sql, &[&node]))
         .await?;
-    Ok(rows.iter().map(|row| SkuNumber(row.get(0))).collect())
+    let of = |row: &Row| (SkuNumber(row.get(0)), row.get(1));
+    Ok(rows.iter().map(of).collect())
 }
 
 /// Whether orders of a SKU wait.

@@ -345,9 +345,16 @@ pub async fn wants(database: &Database) -> Result<Vec<Want>, StoreError> {
 /// Whether units for a want of this node may still turn up. `sold_out` may be answered after [`Supply::None`] only,
 /// and then [`withdraw`] lets the pool lend to others again. `None`: the want does not stand any more, so nobody answers it.
 ///
+/// `of_all`: [`Supply::None`] means that those nodes have answered too which have nothing free, but held units, which may
+/// come free: they keep them while the want stands.
+///
 /// # Errors
 /// If the database does not answer.
-pub async fn supply(database: &Database, want: &Want) -> Result<Option<Supply>, StoreError> {
+pub async fn supply(
+    database: &Database,
+    want: &Want,
+    of_all: bool,
+) -> Result<Option<Supply>, StoreError> {
     let client = database.pooled().await?;
     // Memory takes units before the row says so, and the row returns them before memory does. So a share that has
     // nothing free by its row has nothing free in memory. A dead node answers nothing until its share is merged.
@@ -359,10 +366,10 @@ pub async fn supply(database: &Database, want: &Want) -> Result<Option<Supply>, 
                     "SELECT s.total - s.held - s.sold - s.lent >= $3 AND s.recall IS NULL AND NOT {IS_KEPT},
                             s.recall IS NOT NULL OR {IS_KEPT}
                             OR EXISTS (SELECT FROM stock_share o WHERE o.sku = s.id AND o.node <> $2 AND o.answered < $4
-                                          AND o.lent > o.held + o.sold)
+                                          AND o.lent > CASE WHEN $5 THEN o.sold ELSE o.held + o.sold END)
                        FROM sku s JOIN stock_want w ON w.sku = s.id AND w.node = $2 AND w.number = $4 WHERE s.id = $1"
                 ),
-                &[&want.sku.0, &want.node, &want.units, &want.number],
+                &[&want.sku.0, &want.node, &want.units, &want.number, &of_all],
             ),
         )
         .await?;

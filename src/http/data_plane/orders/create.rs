@@ -282,7 +282,8 @@ impl<'r> Creation<'r> {
         let Some(sku) = context.state.catalogue.get(&order.sku_id) else {
             return Ok(false);
         };
-        let ask = Ask::new(&sku, order.quantity.get());
+        let may_join = order.waitlist && sku.terms().waitlist.max > 0;
+        let ask = Ask::new(&sku, order.quantity.get(), may_join);
         let Some(ask) = ask.map_err(|TooManyAsk| refuse(context, Refusal::Overloaded))? else {
             return Ok(false);
         };

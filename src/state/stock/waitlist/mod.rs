@@ -13,159 +13,26 @@
 //! assigned, and neither is any behind it: it may still be abandoned.
 //!
 //! At one of several nodes the list has the orders of its own lanes, and their sequence is that of all nodes together
-//! ([`Turns`]), which the database has. While orders wait at other nodes, the counter is in its waiting form too.
+//! ([`Turns`]), which the database has. While orders wait at other nodes, the counter is in its waiting form too. Where
+//! nobody waits, an order joins only while the list is *open*: every node has answered a want of this one, and keeps
+//! whatever comes free until it knows whether somebody has joined ([`Waitlist::suspend`]).
 //!
 //! Locks: the list, then a shard of the buyers' map or the counter's kept units.
 
-use std::collections::{HashMap, VecDeque};
+mod queue;
+
+use std::collections::HashMap;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
+use self::queue::{Entry, Queue, Stage};
 use super::{Sku, StockCounter, Turn, Turns};
 use crate::clock;
-use crate::faults::bug;
 use crate::order::OrderId;
 use crate::sync::Guarded;
-
-/// Orders in a block of the queue; a block is split at twice as many. Finding a position costs a step for each
-/// block before it.
-const BLOCK: usize = 512;
-
-/// State of an order on the list.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stage {
-    /// Its row is not written yet.
-    Joining,
-    /// Its row is committed.
-    Waiting,
-    /// A transaction that assigns units to it is under way.
-    Assigning,
-}
-
-/// An order on the list.
-#[derive(Clone, Copy, Debug)]
-struct Entry {
-    /// The list is sorted by it: the turn of its id; after a draw the place of an entry in it, which is below every turn.
-    key: u64,
-    id: OrderId,
-    units: u32,
-    stage: Stage,
-}
-
-/// Entries by key, in blocks, so that inserting, removing and ranking are cheap anywhere.
-#[derive(Debug, Default)]
-struct Queue {
-    /// None is empty.
-    blocks: VecDeque<Vec<Entry>>,
-    /// After a draw, the places of its entries. They stay when an entry leaves: it may come back.
-    places: HashMap<OrderId, u32, foldhash::fast::RandomState>,
-    /// After a draw, an id that no entry is below.
-    least: Option<OrderId>,
-}
-
-impl Queue {
-    fn key(&self, id: OrderId) -> u64 {
-        self.places
-            .get(&id)
-            .map_or(id.turn(), |place| (*place).into())
-    }
-
-    fn block_of(&self, key: u64) -> usize {
-        let before = |block: &Vec<Entry>| block.last().is_some_and(|last| last.key < key);
-        self.blocks.partition_point(before)
-    }
-
-    /// Puts the entries of a draw, and all that come back, in the order of their places, before all others.
-    fn take_places(&mut self, places: impl IntoIterator<Item = (OrderId, u32)>) {
-        if bug("rank_by_arrival") {
-            return;
-        }
-        self.places.extend(places);
-        let mut entries: Vec<Entry> = self.blocks.drain(..).flatten().collect();
-        for entry in &mut entries {
-            entry.key = self.key(entry.id);
-        }
-        entries.sort_unstable_by_key(|entry| entry.key);
-        self.least = self.places.keys().min().copied();
-        self.blocks = entries.chunks(BLOCK).map(<[Entry]>::to_vec).collect();
-    }
-
-    /// Block and index of an entry.
-    fn find(&self, id: OrderId) -> Option<(usize, usize)> {
-        let key = self.key(id);
-        let at = self.block_of(key);
-        let found = self
-            .blocks
-            .get(at)?
-            .binary_search_by_key(&key, |one| one.key);
-        found.ok().map(|index| (at, index))
-    }
-
-    /// Number of entries before this one.
-    fn rank(&self, id: OrderId) -> Option<usize> {
-        let (at, index) = self.find(id)?;
-        Some(self.blocks.iter().take(at).map(Vec::len).sum::<usize>() + index)
-    }
-
-    /// Adds an entry unless it is there.
-    fn insert(&mut self, id: OrderId, units: u32, stage: Stage) -> bool {
-        let entry = Entry {
-            key: self.key(id),
-            id,
-            units,
-            stage,
-        };
-        let at = self.block_of(entry.key);
-        let last = self.blocks.len().saturating_sub(1);
-        let Some(block) = self.blocks.get_mut(at.min(last)) else {
-            self.blocks.push_back(vec![entry]);
-            return true;
-        };
-        let Err(index) = block.binary_search_by_key(&entry.key, |one| one.key) else {
-            return false;
-        };
-        if at > last && block.len() >= BLOCK {
-            // At the end, where nearly all come: full blocks are left as they are.
-            self.blocks.push_back(vec![entry]);
-            return true;
-        }
-        block.insert(index, entry);
-        if block.len() >= 2 * BLOCK {
-            let upper = block.split_off(BLOCK);
-            self.blocks.insert(at.min(last) + 1, upper);
-        }
-        true
-    }
-
-    fn remove(&mut self, id: OrderId) -> Option<Entry> {
-        let (at, index) = self.find(id)?;
-        let block = self.blocks.get_mut(at)?;
-        let entry = block.remove(index);
-        if block.is_empty() {
-            self.blocks.remove(at);
-        }
-        if bug("forget_the_place") {
-            self.places.remove(&id);
-        }
-        Some(entry)
-    }
-
-    fn get_mut(&mut self, id: OrderId) -> Option<&mut Entry> {
-        let (at, index) = self.find(id)?;
-        self.blocks.get_mut(at)?.get_mut(index)
-    }
-
-    fn iter(&self) -> impl Iterator<Item = &Entry> {
-        self.blocks.iter().flatten()
-    }
-
-    fn iter_mut(&mut self) -> impl Iterator<Item = &mut Entry> {
-        self.blocks.iter_mut().flatten()
-    }
-}
 
 #[derive(Debug, Default)]
 struct Inner {
@@ -179,6 +46,8 @@ struct Inner {
     servable_since: Option<Instant>,
     /// The sequence of all nodes together; `None`: a single node has the list.
     turns: Option<Turns>,
+    /// Since when units are kept because somebody may join at another node.
+    suspended_at: Option<Instant>,
 }
 
 /// Where an order that accepts to wait was placed.
@@ -192,7 +61,7 @@ pub enum Placed {
     Full,
     /// Nowhere: it asks for more units than the SKU has in total.
     TooMany,
-    /// Nowhere: nobody waits, and other nodes may have units for it.
+    /// Nowhere: nobody waits, and other nodes may have units for it, or sell what comes free before they know of it.
     Elsewhere,
 }
 
@@ -205,8 +74,8 @@ pub struct Joiner {
     pub max: u32,
     /// Units of the sale in total.
     pub total: u32,
-    /// Whether no other node may have units for it.
-    pub is_sold_out: bool,
+    /// Whether other nodes may have units for it.
+    pub is_shared: bool,
 }
 
 /// The waiting list of one SKU.
@@ -221,6 +90,8 @@ pub struct Waitlist {
     has_news: AtomicBool,
     /// Whether orders were restored since.
     was_restored: AtomicBool,
+    /// Whether an order may be the first to wait. Written under the lock.
+    is_open: AtomicBool,
 }
 
 impl Waitlist {
@@ -280,7 +151,7 @@ impl Waitlist {
                 Placed::Held
             } else if joiner.units > joiner.total {
                 Placed::TooMany
-            } else if !joiner.is_sold_out && !counter.is_waiting() {
+            } else if joiner.is_shared && !self.takes_first() && self.waiting() == 0 {
                 Placed::Elsewhere
             } else if self.waiting() >= joiner.max as usize {
                 Placed::Full
@@ -357,9 +228,8 @@ impl Waitlist {
                     continue;
                 }
                 woken.extend(inner.watchers.remove(&id));
-                if self.len.fetch_sub(1, Ordering::Relaxed) == 1 && self.waiting() == 0 {
-                    counter.end_waiting();
-                    inner.servable_since = None;
+                if self.len.fetch_sub(1, Ordering::Relaxed) == 1 {
+                    self.end(inner, counter, true);
                 }
             }
             woken
@@ -382,12 +252,69 @@ impl Waitlist {
         turns.extend(entries);
         self.inner.with(|inner| {
             inner.turns = Some(turns);
+            let waited = self.waiting() > 0;
             self.elsewhere.store(orders, Ordering::Relaxed);
-            match self.waiting() {
-                0 => counter.end_waiting(),
-                _ => counter.begin_waiting(),
-            }
+            self.end(inner, counter, waited);
         });
+    }
+
+    /// A node whose list ends suspends it: another may not have heard of the end yet, and take whoever joins.
+    fn end(&self, inner: &mut Inner, counter: &StockCounter, waited: bool) {
+        if waited && self.waiting() == 0 {
+            inner.servable_since = None;
+            if inner.turns.is_some() {
+                inner.suspended_at = Some(clock::now());
+            }
+        }
+        self.settle(inner, counter);
+    }
+
+    /// Units are kept while somebody waits or may.
+    fn settle(&self, inner: &Inner, counter: &StockCounter) {
+        if self.waiting() > 0 || inner.suspended_at.is_some() {
+            counter.begin_waiting();
+        } else {
+            counter.end_waiting();
+        }
+    }
+
+    /// A node that answers a want of another: somebody may join there. From now on whatever comes free is kept.
+    pub fn suspend(&self, counter: &StockCounter) {
+        self.inner.with(|inner| {
+            inner.suspended_at = Some(clock::now());
+            self.settle(inner, counter);
+        });
+    }
+
+    /// Nobody had joined, and no want stood, at `looked_at` or later. Whatever was answered since is kept to.
+    pub fn resume(&self, counter: &StockCounter, looked_at: Instant) {
+        self.inner.with(|inner| {
+            inner.suspended_at = inner.suspended_at.filter(|at| *at >= looked_at);
+            self.settle(inner, counter);
+        });
+    }
+
+    /// Whether an order may be the first to wait.
+    pub fn takes_first(&self) -> bool {
+        self.is_open.load(Ordering::Relaxed)
+    }
+
+    /// Every other node keeps what comes free: an order may be the first to wait.
+    pub fn open(&self) {
+        self.inner
+            .with(|_| self.is_open.store(true, Ordering::Relaxed));
+    }
+
+    /// Ends that. False: an order has joined that other nodes cannot see yet, because it is no row, and `is_late` is false too.
+    pub fn close(&self, is_late: bool) -> bool {
+        self.inner.with(|inner| {
+            let is_row = |entry: &Entry| entry.stage != Stage::Joining;
+            let is_seen = self.is_empty() || inner.queue.iter().any(is_row);
+            if is_seen || is_late {
+                self.is_open.store(false, Ordering::Relaxed);
+            }
+            is_seen || is_late
+        })
     }
 
     /// A node: these have joined behind [`Waitlist::last_turn`], `orders` of them at other nodes.
@@ -672,7 +599,7 @@ mod tests {
             units,
             max,
             total: counter.snapshot().total,
-            is_sold_out: true,
+            is_shared: false,
         }
     }
 
@@ -818,7 +745,7 @@ mod tests {
         let (list, counter) = (Waitlist::default(), StockCounter::new(2, 0, 0));
         let mut joiner = joiner(&counter, 3, 10);
         joiner.total = 9;
-        joiner.is_sold_out = false;
+        joiner.is_shared = true;
         let mut next = 1;
         let mut place = |joiner| {
             next += 1;
@@ -843,7 +770,44 @@ mod tests {
             "they wait elsewhere now"
         );
         list.note_elsewhere(&counter, 0, &[]);
-        assert_eq!((counter.free(), list.waiting()), (2, 0));
+        assert_eq!((counter.kept(), list.waiting()), (2, 0), "others may wait");
+        list.resume(&counter, clock::now() + Duration::from_millis(1));
+        assert_eq!((counter.free(), counter.kept()), (2, 0));
+    }
+
+    #[test]
+    fn whoever_is_the_first_to_wait_joins_while_all_nodes_keep_what_comes_free() {
+        let (list, counter) = (Waitlist::default(), StockCounter::new(0, 0, 0));
+        let joiner = Joiner {
+            total: 9,
+            is_shared: true,
+            ..joiner(&counter, 1, 10)
+        };
+        let place = |value| {
+            let placed = list.hold_or_join(&counter, joiner, || Ok::<_, ()>((id(value), ())));
+            placed.unwrap().0
+        };
+        assert_eq!(place(1), Placed::Elsewhere);
+        list.open();
+        assert_eq!(place(2), Placed::Joined);
+        assert!(!list.close(false), "the others cannot see it yet");
+        list.row_written(id(2));
+        assert!(list.close(false) && !list.takes_first());
+        assert_eq!(place(3), Placed::Joined, "somebody waits");
+        list.remove(&counter, [id(2), id(3)]);
+        assert_eq!(place(4), Placed::Elsewhere);
+
+        // At another node.
+        let (list, counter) = (Waitlist::default(), StockCounter::new(1, 1, 0));
+        let looked_at = clock::now();
+        list.suspend(&counter);
+        counter.release(1);
+        assert_eq!((counter.free(), counter.kept(), list.waiting()), (0, 1, 0));
+        list.note_elsewhere(&counter, 0, &[]);
+        list.resume(&counter, looked_at);
+        assert_eq!(counter.kept(), 1, "what was read is older");
+        list.resume(&counter, clock::now() + Duration::from_millis(1));
+        assert_eq!((counter.free(), counter.kept()), (1, 0));
     }
 
     /// After a takeover a list has the ids of two clocks.
