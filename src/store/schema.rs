@@ -70,6 +70,9 @@ pub async fn migrate(client: &mut Client, schema: &str) -> Result<usize, StoreEr
 
 async fn migrate_alone(client: &mut Client, schema: &str) -> Result<usize, StoreError> {
     refuse_foreign(client, schema).await?;
+    if has_history(client, schema).await? {
+        refuse_newer(client, schema).await?;
+    }
     // `IF NOT EXISTS` would require the right to create even if nothing is to be created.
     let exists = client
         .query_opt("SELECT FROM pg_namespace WHERE nspname = $1", &[&schema])
@@ -125,10 +128,7 @@ pub async fn inspect(client: &mut Client, schema: &str) -> Result<(), StoreError
     check_encoding(client).await?;
     refuse_foreign(client, schema).await?;
     if has_history(client, schema).await? {
-        return match versions(client).await? {
-            (newest, found) if found > newest => Err(newer(schema)),
-            _ => Ok(()),
-        };
+        return refuse_newer(client, schema).await;
     }
     let may_make: bool = client
         .query_one(
@@ -163,9 +163,17 @@ async fn versions(client: &Client) -> Result<(Option<i64>, Option<i64>), StoreEr
     Ok((newest.map(i64::from), found.map(i64::from)))
 }
 
+/// Refuses a schema that a newer release has migrated.
+async fn refuse_newer(client: &Client, schema: &str) -> Result<(), StoreError> {
+    match versions(client).await? {
+        (newest, found) if found > newest => Err(newer(schema)),
+        _ => Ok(()),
+    }
+}
+
 fn newer(schema: &str) -> StoreError {
     StoreError::Schema(format!(
-        "schema {schema} is newer than this release of Millrace"
+        "schema {schema} is newer than this release of Millrace: a newer one has migrated it; start that one"
     ))
 }
 
