@@ -75,6 +75,16 @@ pub enum StartError {
         /// The log found instead, if any.
         found: String,
     },
+    /// Nodes that are gone have logs to which the settings do not lead.
+    #[error(
+        "nodes of a cluster have not left this database, and their order logs may hold acknowledged orders that it does not have yet: {logs}. The settings of this process do not lead there: {found}. Start it with the [queue] of the nodes; or start the nodes and let them leave; or, if a log is lost, give its orders up with `millrace queue abandon --node N --yes --process-is-gone`"
+    )]
+    LogsOfNodes {
+        /// The nodes and their logs.
+        logs: String,
+        /// What the settings say instead.
+        found: String,
+    },
     /// The journal here was written for another database.
     #[error(
         "the journal in {directory} holds {records} orders, and this database does not know it: it belongs to another one. Correct database.url or queue.journal.dir, or move the directory away"

@@ -21,18 +21,23 @@ use crate::order::{ClockReading, Lane};
 use crate::pipeline::cluster::member::{Member, Renewing, session_name};
 use crate::pipeline::cluster::takeover::{FindLog, TakeoverParts, Takeovers};
 use crate::pipeline::failover::lease::AcknowledgeLease;
+use crate::queue::log::broker::frame;
 use crate::state::State;
 use crate::state::lanes::Lanes;
 use crate::state::poison::Poison;
 use crate::store::Ledger;
+use crate::store::cluster::formats::Formats;
 use crate::store::cluster::membership::{self, Candidate, Join, Joined};
 use crate::store::postgres::{Connected, Database, lease};
 use crate::supervise::Supervisor;
 
 /// The file under `data_dir` that names the row of this process.
 const HOME: &str = "node.id";
-/// Version of the groups in an order log that this release writes and reads.
-const GROUP_FORMAT: i16 = 1;
+/// The format of the groups in an order log: this release knows one.
+pub(super) const FORMATS: Formats = Formats {
+    reads: frame::VERSION as i16,
+    writes_from: frame::VERSION as i16,
+};
 /// Pause before a row is asked for again whose log another node replays.
 const ASK_AGAIN: Duration = Duration::from_millis(250);
 /// `application_name` of a session that has no number yet.
@@ -129,7 +134,7 @@ pub(super) async fn join(
         home: &home,
         log: log.as_deref(),
         address: &address,
-        reads_format: GROUP_FORMAT,
+        formats: FORMATS,
         answer_lease_ms: config.cluster.answer_lease_ms,
         shards: writers.count(),
         ids_from: clock.now(),
@@ -249,8 +254,8 @@ fn advertised(config: &Config, listener: &TcpListener) -> std::io::Result<String
     }
 }
 
-/// The logs of other nodes, by the settings of this one.
-fn find_log(config: &Config) -> FindLog {
+/// The logs of other nodes, by the settings of this process.
+pub(super) fn find_log(config: &Config) -> FindLog {
     let config = config.clone();
     Arc::new(move |node| {
         let number = u8::try_from(node).map_err(|_| format!("there is a node {node}"))?;

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   start:  start checks ─► listeners, planes ─► ownership: journal read or broker asked, PostgreSQL, schema, clocks, take over
-//!                                               (a node of a cluster: PostgreSQL, schema, clocks, join, broker asked)
+//!                                               (a node of a cluster: PostgreSQL, schema, clocks, join, broker asked;
+//!                                               a process on its own where nodes have not left: see `gone_nodes`)
 //!           ─► recovery: broker's log read, order log replayed, memory rebuilt ─► order path: queue, workers
 //!           ─► background tasks ─► the data plane's service, the intake opens
 //!   drain:  the same from the end, see `drain`
@@ -14,6 +15,7 @@ mod clock;
 mod drain;
 mod error;
 mod events;
+mod gone_nodes;
 mod joining;
 pub mod nodes;
 mod open;

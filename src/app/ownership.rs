@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use tokio::sync::Mutex;
 
+use super::gone_nodes::GoneNodes;
 use super::joining::{self, JoinParts, JoinedNode};
 use super::open::{OpenDatabase, open_database, prepare_schema};
 use super::order_log::{self, FoundLog, OwnedLog};
@@ -26,6 +27,8 @@ pub(super) struct Ownership {
     pub(super) guard: Option<Arc<Mutex<NodeGuard>>>,
     /// The membership of a node.
     pub(super) node: Option<JoinedNode>,
+    /// The nodes whose place a process on its own takes.
+    pub(super) gone: Option<GoneNodes>,
     /// The order log and its name, if the queue is durable.
     pub(super) log: Option<(OwnedLog, LogName)>,
     pub(super) clock: ClockReading,
@@ -60,17 +63,19 @@ impl Ownership {
         let log = order_log::find(config, &planes.control, 0).await?;
         planes.control.progress("opening the database".to_owned());
         let OpenDatabase { database, embedded } = open_database(config).await?;
-        let guard = lease::claim(&database).await?;
+        let mut guard = lease::claim(&database).await?;
         // Not earlier: another process may be running on this `data_dir`, and its file must not be replaced.
         let noted = planes.write_addresses(&config.data_dir);
         noted.map_err(|source| StartError::data_dir(config, source))?;
         prepare_schema(config, &database).await?;
+        let gone = GoneNodes::look(config, &planes.control, &database, &guard).await?;
         let noted = postgres::order_log::noted(&database, &guard, 0).await?;
         order_log::check(config, log.as_ref(), noted.as_ref())?;
         let clock = clock::check(config, &database, &guard, embedded.is_some()).await?;
         let logged = log.as_ref().map(|log| log.id_high_water());
         let ids_from = logged.unwrap_or(UnixMillis(0)).max(clock.now());
         let writers = Writers::beside(config.worker_count());
+        gone.disband(&database, &mut guard).await?;
         let Taken {
             lease,
             id_high_water,
@@ -91,6 +96,7 @@ impl Ownership {
         Ok(Ownership {
             embedded: embedded.map(|embedded| Arc::new(Mutex::new(embedded))),
             guard: Some(Arc::new(Mutex::new(guard))),
+            gone: Some(gone),
             ..owned.of(database, log, clock, receipt_secrets, writers)
         })
     }
@@ -149,6 +155,7 @@ impl Owned {
             lease: self.lease,
             guard: None,
             node: None,
+            gone: None,
             log,
             clock,
             receipts: Arc::new(ReceiptKeys::new(receipt_secrets, &self.receipts)),

@@ -4,6 +4,7 @@
 //!    read in step 3.
 //! 2. Orders of orphan payments are read, so that an order that was paid in time is payable.
 //! 3. The order log is replayed, oldest order first: what the database lacks is written.
+//!    So are the logs of nodes whose place a process on its own takes (`gone_nodes`).
 //! 4. Memory is rebuilt from the database alone: SKUs, units of parked orders, unpaid orders, the orders of the
 //!    idempotency window, and older live orders of SKUs with a purchase limit.
 
@@ -64,6 +65,9 @@ pub(super) async fn state(
         let log = replay(config, ownership, (log, &name), &orphans, control).await?;
         ownership.id_high_water = ownership.id_high_water.max(log.id_high_water());
         ownership.log = Some((log, name));
+    }
+    if let Some(gone) = ownership.gone.take() {
+        gone.replay(config, ownership, &orphans, control).await?;
     }
     if let Some(node) = ownership.node.as_ref().filter(|node| node.had_lanes) {
         // From the marker in its log on, an earlier process on this row can answer only as long as its contact lasts.

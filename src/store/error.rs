@@ -60,12 +60,15 @@ pub enum StoreError {
     AlreadyActive(String),
     /// Nodes of a cluster have not left this database.
     #[error(
-        "this database belongs to several nodes, and these have not left it: {nodes}; a process on its own would neither know their orders nor their stock, so let them leave, each with its log, first"
+        "this database belongs to several nodes, and these have not left it: {nodes}; a process on its own would neither know their orders nor their stock"
     )]
     NodesRemain {
         /// Their numbers, separated by commas.
         nodes: String,
     },
+    /// Nodes of a release beside which this one cannot be a node.
+    #[error("the nodes of this database are of another release: {0}")]
+    OtherRelease(String),
     /// The database has other orders under these ids: a defect, or a journal of another history.
     #[error(
         "{count} orders have ids under which the database has orders of other buyers or with other contents ({ids}): either this journal and this database do not belong together, or one of them was edited; nothing of them is written"
@@ -269,6 +272,7 @@ impl StoreError {
             | StoreError::Fenced { .. }
             | StoreError::AlreadyActive(_)
             | StoreError::NodesRemain { .. }
+            | StoreError::OtherRelease(_)
             | StoreError::OtherOrders { .. }
             | StoreError::Events(_)
             | StoreError::Data(_) => false,

@@ -4,9 +4,11 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod alone;
 mod demo;
 mod nodes;
 mod parked;
+mod releases;
 mod waiting;
 
 use std::time::{Duration, Instant};

@@ -16,6 +16,7 @@ use crate::support::broker_admin;
 use crate::support::brokers::{Broker, Kind};
 use crate::support::http::{Answer, call, try_call};
 use crate::support::postgres::{TestDatabase, test_dir};
+use crate::support::proxy::Proxy;
 use crate::support::served::{Ended, Served, millrace};
 use crate::support::server::RECEIPT_KEY;
 use crate::support::waiting::wait_until;
@@ -23,7 +24,7 @@ use crate::support::webhook::SECRET;
 
 /// Leases of the nodes, in milliseconds.
 pub const LEASE_MS: u64 = 3_000;
-const ANSWER_LEASE_MS: u64 = 900;
+pub const ANSWER_LEASE_MS: u64 = 900;
 
 /// A database and a broker, and the nodes on them.
 pub struct Cluster {
@@ -55,6 +56,16 @@ impl Cluster {
         let mut cluster = Self::open().await?;
         cluster.url = url;
         Some(cluster)
+    }
+
+    /// A proxy through which nodes come to the database from now on.
+    pub async fn through_a_proxy(&mut self) -> Proxy {
+        let config = self.database.config();
+        let proxy = Proxy::start(&config).await;
+        let names = config.get_user().zip(config.get_dbname());
+        let (user, name) = names.expect("a user and a database");
+        self.url = proxy.url(user, name);
+        proxy
     }
 
     /// The same with another time to pay.
@@ -104,12 +115,28 @@ impl Cluster {
 
     /// The same, if it gets that far.
     pub fn try_start(&self, name: &str) -> Result<Node, Ended> {
+        self.try_start_with(name, |settings| settings)
+    }
+
+    /// Starts a process on its own with the settings of the nodes, if it gets that far.
+    pub fn try_start_alone(&self, name: &str) -> Result<Node, Ended> {
+        self.try_start_with(name, |settings| {
+            settings.replace("enabled = true", "enabled = false")
+        })
+    }
+
+    /// The same with other settings.
+    pub fn try_start_with(
+        &self,
+        name: &str,
+        change: impl Fn(String) -> String,
+    ) -> Result<Node, Ended> {
         let data_dir = self.dir.path().join(name);
         std::fs::create_dir_all(&data_dir).expect("a directory");
         let number = self.started.fetch_add(1, Ordering::Relaxed);
         let log = self.dir.path().join(format!("{name}-{number}.log"));
         let config = data_dir.join("millrace.toml");
-        std::fs::write(&config, self.config(&data_dir)).expect("write the configuration");
+        std::fs::write(&config, change(self.config(&data_dir))).expect("write the configuration");
         let output = File::create(&log).expect("a log");
         let path = config.to_str().expect("a path in UTF-8");
         let mut command = millrace(&["serve", "--config", path]);
@@ -227,20 +254,7 @@ impl Node {
 
     /// Gives up the log of a node, with this one's settings.
     pub fn abandon_log_of(&self, number: i64) {
-        let config = self.config.to_str().expect("a path in UTF-8");
-        let number = number.to_string();
-        let words = [
-            "queue",
-            "abandon",
-            "--config",
-            config,
-            "--yes",
-            "--process-is-gone",
-            "--node",
-            &number,
-        ];
-        let done = millrace(&words).output().expect("run the program");
-        assert!(done.status.success(), "{done:?}");
+        abandon_log_of(&self.config, number);
     }
 
     /// Waits until it gives up.
@@ -257,6 +271,27 @@ impl Node {
         let log = std::fs::read_to_string(&self.log).unwrap_or_default();
         assert_eq!(code, Some(0), "{log}");
     }
+}
+
+/// Gives up the log of a node, with the settings in a file.
+pub fn abandon_log_of(config: &Path, number: i64) {
+    abandon_log(config, &["--node", &number.to_string()]);
+}
+
+/// Gives up the log of node 0 as that of a process on its own, or the one that `more` names.
+pub fn abandon_log(config: &Path, more: &[&str]) {
+    let config = config.to_str().expect("a path in UTF-8");
+    let words = [
+        "queue",
+        "abandon",
+        "--config",
+        config,
+        "--yes",
+        "--process-is-gone",
+    ];
+    let mut command = millrace(&words);
+    let done = command.args(more).output().expect("run the program");
+    assert!(done.status.success(), "{done:?}");
 }
 
 /// What became of an order that was asked for again until it was placed or refused for good.

@@ -3,6 +3,7 @@
 //! * `twin`: the transactions of `store::cluster` on a real PostgreSQL, against a naive arbiter, by the same random
 //!   operations;
 //! * `database`: what an arbiter in memory cannot show: concurrent transactions, locks, a schema of before;
+//! * `alone`: a process on its own where nodes have not left;
 //! * `counters`: the counters of the whole sale, which one node adds up for all;
 //! * `keeping`: what keeps a lane where it is;
 //! * `lending`: the task that lends in running nodes, with buyers at several at once;
@@ -18,6 +19,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod alone;
 mod arbiter;
 mod counters;
 mod database;

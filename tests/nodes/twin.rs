@@ -7,6 +7,7 @@ use millrace::order::{Lane, SkuId, SkuNumber, UnixMillis};
 use millrace::pipeline::cluster::hints::Hints;
 use millrace::pipeline::cluster::lane_keeper::Neighbours;
 use millrace::state::lanes::NodeAddress;
+use millrace::store::cluster::formats::Formats;
 use millrace::store::cluster::lanes::{self, HandOver, HandedOver};
 use millrace::store::cluster::membership::{self, Candidate, Join, Joined};
 use millrace::store::cluster::recall::{self, Lowered, Lowering};
@@ -161,7 +162,10 @@ pub fn candidate(ids_from: i64, id: &str) -> Candidate<'_> {
         home: id,
         log: None,
         address: "127.0.0.1:8082",
-        reads_format: 1,
+        formats: Formats {
+            reads: 1,
+            writes_from: 1,
+        },
         answer_lease_ms: 300,
         shards: 2,
         ids_from: UnixMillis(ids_from),

@@ -172,6 +172,12 @@ impl Proxy {
         self.shut(true);
     }
 
+    /// Ends every connection, and lets nobody in any more.
+    pub fn cut_off(&self) {
+        self.close();
+        self.shared.severed.send_replace(());
+    }
+
     /// Lets nobody in, or everybody again; connections that are there stay.
     pub fn shut(&self, shut: bool) {
         self.shared.closed.store(shut, Ordering::SeqCst);

@@ -11,6 +11,7 @@ use millrace::pipeline::admin::audit::{audit, audit_in_parts};
 use millrace::state::State;
 use millrace::state::stock::{SaleTerms, Sku, WaitlistTerms};
 use millrace::store::batch::BatchWriter;
+use millrace::store::cluster::formats::Formats;
 use millrace::store::cluster::lanes;
 use millrace::store::cluster::membership::{self, Candidate, Join};
 use millrace::store::postgres::audit::PartRows;
@@ -88,7 +89,10 @@ impl Sale {
             home: "00000000-0000-0000-0000-000000000001",
             log: None,
             address: "127.0.0.1:8082",
-            reads_format: 1,
+            formats: Formats {
+                reads: 1,
+                writes_from: 1,
+            },
             answer_lease_ms: 3_000,
             shards,
             ids_from: UnixMillis::now(),

@@ -21,6 +21,7 @@ use crate::queue::log::file::disk::RealDisk;
 use crate::queue::log::file::recovery::{Scanned, identity, salvage, scan};
 use crate::queue::log::file::segment::file_name;
 use crate::queue::log::record::Record;
+use crate::store::StoreError;
 use crate::store::postgres::{lease, order_log};
 
 #[derive(Debug, Args)]
@@ -77,7 +78,7 @@ struct AbandonArgs {
     /// (`queue.journal.lease_ms`): it is known to have ended, or its machine to be destroyed.
     #[arg(long)]
     process_is_gone: bool,
-    /// The log of this node of a cluster, whose takeover waits for it because it cannot be read. The other nodes run. The
+    /// The log of this node of a cluster, whose takeover waits for it because it cannot be read. The other nodes may run. The
     /// node's own process has to be gone: one that is only cut off from the database would go on acknowledging orders.
     #[arg(long, value_name = "NUMBER", requires = "process_is_gone")]
     node: Option<i16>,
@@ -353,16 +354,22 @@ async fn abandon(args: &AbandonArgs) -> anyhow::Result<bool> {
 
 async fn abandon_of(config: &Config, node: i16) -> anyhow::Result<bool> {
     let open = open_database(config).await?;
-    let done = order_log::abandon_of(&open.database, node).await?;
+    // Held to the end: nobody starts meanwhile.
+    let guard = match lease::claim(&open.database).await {
+        Err(StoreError::AlreadyActive(_)) => None,
+        claimed => Some(claimed?),
+    };
+    let done = order_log::abandon_of(&open.database, node, guard.is_some()).await?;
+    drop(guard);
     open.database.close();
     say(&if done {
         format!(
-            "the log of node {node} is given up; its lanes open at the node that takes it over. Its stream or topic is left as \
-             it is: delete it before a node has this number again"
+            "the log of node {node} is given up; its lanes open at the node that takes it over, or at the process that starts \
+             next. Its stream or topic is left as it is: delete it before a node has this number again"
         )
     } else {
         format!(
-            "nothing is changed: node {node} was not taken over, or the database knows of no log of it that may hold orders"
+            "nothing is changed: node {node} runs or has left, or the database knows of no log of it that may hold orders"
         )
     });
     Ok(done)

@@ -203,6 +203,26 @@ impl Takeovers {
         Ok(())
     }
 
+    /// Finishes every takeover for a process on its own, which has the lock and has disbanded the nodes: their logs are replayed,
+    /// and once none of them can answer from its memory any more, they have left.
+    ///
+    /// # Errors
+    /// The first that cannot be ended; it may be tried again, from the start.
+    pub async fn finish_disbanded(&self, orphans: &Orphans) -> Result<(), TakeoverError> {
+        let TakeoverParts {
+            member, database, ..
+        } = &self.parts;
+        let mut replayed = Vec::new();
+        for dead in takeover::begun(database, member.lease).await?.dead {
+            replayed.push(self.read_log(dead, orphans).await?);
+        }
+        self.wait_for_answers().await;
+        for (dead, end) in replayed {
+            drop(self.finish(dead, end).await?);
+        }
+        Ok(())
+    }
+
     /// Goes on with every takeover that was begun. One that cannot be ended keeps no other waiting.
     async fn settle_begun(&self, state: &State) -> Result<(), TakeoverError> {
         let TakeoverParts {
@@ -345,9 +365,28 @@ impl Takeovers {
         Ok(true)
     }
 
-    /// Replays the log of a dead node, if it may hold orders. Returns the right to write as the dead node from then on, and
-    /// where its log ends.
+    /// Replays the log of a dead node, if it may hold orders, so that its takeover can be ended. Returns the right to write as
+    /// the dead node from then on, and where its log ends.
     async fn replay(
+        &self,
+        dead: DeadNode,
+        orphans: &Orphans,
+    ) -> Result<(NodeLease, LogEnd), TakeoverError> {
+        let (dead, end) = self.read_log(dead, orphans).await?;
+        if dead.ledger == Ledger::Sku {
+            // Lanes that are nobody's may go to another node at once, which does not know.
+            self.wait_for_answers().await;
+        }
+        Ok((dead, end))
+    }
+
+    async fn wait_for_answers(&self) {
+        while let Some(left) = self.parts.member.opens_in() {
+            tokio::time::sleep(left).await;
+        }
+    }
+
+    async fn read_log(
         &self,
         mut dead: DeadNode,
         orphans: &Orphans,
@@ -379,12 +418,6 @@ impl Takeovers {
         end.ids_until = end.ids_until.max(dead.ids_until);
         // Before its lanes are unblocked: whoever looks then finds that they have to wait.
         member.wait_for_answers_of(silent_since_ms, dead.answer_lease_ms);
-        // Lanes that are nobody's may go to another node at once, which does not know.
-        while dead.lease.ledger == Ledger::Sku
-            && let Some(left) = member.opens_in()
-        {
-            tokio::time::sleep(left).await;
-        }
         Ok((dead.lease, end))
     }
 

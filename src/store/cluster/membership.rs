@@ -16,6 +16,8 @@
 
 use tokio_postgres::{Error, Row, Transaction};
 
+use super::disband;
+use super::formats::Formats;
 use super::lanes::{self, LaneRow};
 use super::takeover::{self, DeadNode};
 use crate::order::UnixMillis;
@@ -36,8 +38,8 @@ pub struct Candidate<'a> {
     pub log: Option<&'a str>,
     /// Host and port at which other nodes reach it.
     pub address: &'a str,
-    /// The newest format of a group that it can read.
-    pub reads_format: i16,
+    /// The formats of a group that it knows.
+    pub formats: Formats,
     /// `cluster.answer_lease_ms`.
     pub answer_lease_ms: u64,
     /// Number of its writers.
@@ -141,7 +143,7 @@ pub struct Look {
 /// earlier process on it, and blocks its lanes until its log is replayed.
 ///
 /// # Errors
-/// If the database does not answer.
+/// [`StoreError::OtherRelease`] if the others are of a release that does not fit; otherwise if the database does not answer.
 pub async fn join(session: &mut Connected, candidate: &Candidate<'_>) -> Result<Join, StoreError> {
     let doing = "joining the cluster";
     let transaction = session
@@ -157,7 +159,18 @@ pub async fn join(session: &mut Connected, candidate: &Candidate<'_>) -> Result<
         )
         .await
         .map_err(step(doing))?;
-    follow_timeline(&transaction).await.map_err(step(doing))?;
+    disband::follow_timeline(&transaction)
+        .await
+        .map_err(step(doing))?;
+    let members = transaction
+        .query(
+            "SELECT node, reads_format FROM node WHERE state IN ('joining', 'active', 'dead')",
+            &[],
+        )
+        .await
+        .map_err(step(doing))?;
+    let members = members.iter().map(|row| (row.get(0), row.get(1)));
+    candidate.formats.fit(members)?;
     let found = choose(&transaction, candidate).await.map_err(step(doing))?;
     let (node, was_single) = match found {
         Choice::Row { node, was_single } => (node, was_single),
@@ -188,7 +201,7 @@ pub async fn join(session: &mut Connected, candidate: &Candidate<'_>) -> Result<
                     &node,
                     &candidate.home,
                     &candidate.address,
-                    &candidate.reads_format,
+                    &candidate.formats.reads,
                     &i64::try_from(candidate.answer_lease_ms).unwrap_or(i64::MAX),
                 ],
             )
@@ -276,58 +289,6 @@ async fn choose(transaction: &Transaction<'_>, candidate: &Candidate<'_>) -> Res
         node,
         was_single: false,
     }))
-}
-
-/// Disbands the cluster if the server has another timeline than at the last join.
-async fn follow_timeline(transaction: &Transaction<'_>) -> Result<(), Error> {
-    let row = transaction
-        .query_one(
-            "SELECT timeline, left(pg_walfile_name(pg_current_wal_insert_lsn()), 8) FROM database_identity",
-            &[],
-        )
-        .await?;
-    let (noted, now): (Option<String>, String) = (row.get(0), row.get(1));
-    if noted.as_ref() == Some(&now) {
-        return Ok(());
-    }
-    if let Some(noted) = noted {
-        tracing::warn!(
-            before = noted,
-            now,
-            "the database was failed over: every node starts again, and lanes open once all logs are replayed"
-        );
-        disband(transaction).await?;
-    }
-    transaction
-        .execute("UPDATE database_identity SET timeline = $1", &[&now])
-        .await
-        .map(|_| ())
-}
-
-/// Ends every right: rows are dead until their own processes or survivors have replayed their logs, lanes are nobody's, and
-/// so are units.
-async fn disband(transaction: &Transaction<'_>) -> Result<(), Error> {
-    const NODES: &str = "SELECT node FROM node WHERE state IN ('joining', 'active', 'dead') ORDER BY node FOR UPDATE";
-    let nodes = transaction.query(NODES, &[]).await?;
-    let nodes: Vec<i16> = nodes.iter().map(|row| row.get(0)).collect();
-    for statement in [
-        "SELECT FROM writer WHERE node = ANY ($1) ORDER BY node, shard FOR UPDATE",
-        "UPDATE node SET state = 'dead', taken_by = NULL, taken_epoch = NULL, epoch = epoch + 1 WHERE node = ANY ($1)",
-        "UPDATE writer w SET epoch = n.epoch FROM node n WHERE n.node = w.node AND n.node = ANY ($1)",
-        "SELECT FROM lane WHERE node = ANY ($1) ORDER BY lane FOR UPDATE",
-        "UPDATE lane SET node = NULL, blocked_by = NULL, epoch = epoch + 1,
-                ids_until_ms = greatest(ids_until_ms, (SELECT max(ids_leased_until_ms) FROM node)) WHERE node = ANY ($1)",
-    ] {
-        transaction.execute(statement, &[&nodes]).await?;
-    }
-    for node in nodes {
-        takeover::dissolve(transaction, node).await?;
-    }
-    transaction
-        .batch_execute(
-            "DELETE FROM stock_want; UPDATE sku SET recall = NULL WHERE recall IS NOT NULL",
-        )
-        .await
 }
 
 /// Makes a node active after its own log was replayed: its lanes are blocked no longer. Every id in the log lies before

@@ -1,12 +1,13 @@
 //! Several nodes on one database: the transactions by which PostgreSQL arbitrates between them.
 //!
-//! * [`membership`]: a node's row: joining, renewing, leaving;
+//! * [`membership`]: a node's row: joining, renewing, leaving; [`formats`]: nodes of several releases;
 //! * [`lanes`]: which node has which lane, and hand-over;
 //! * [`shares`]: units that a node may sell: lending, giving back, wants; [`recall`]: lowering a total;
 //! * [`lists`]: orders that wait for units;
 //! * [`stock`]: what nodes read of their shares and of the sale as a whole;
 //! * [`terms`]: what operators change, and which nodes know it;
-//! * [`takeover`]: what becomes of a node that is gone.
+//! * [`takeover`]: what becomes of a node that is gone;
+//! * [`disband`]: what becomes of all of them, after a failover or if a process on its own takes their place.
 //!
 //! Rules of every transaction here:
 //!
@@ -16,8 +17,10 @@
 //! 3. A node's `lent` is changed by that node, or by the one that raised its epoch. Nobody else takes units from it.
 //! 4. It is safe to repeat after a lost answer: it names the epoch that it expects, or the row tells what happened.
 //!
-//! [docs/NODES.md](../../../docs/NODES.md) has the protocol. A single node uses nothing of this.
+//! [docs/NODES.md](../../../docs/NODES.md) has the protocol. A single node uses nothing of this once it has started.
 
+pub mod disband;
+pub mod formats;
 pub mod lanes;
 pub mod lists;
 pub mod membership;
@@ -61,7 +64,7 @@ async fn transact<T>(
 async fn in_force(transaction: &Transaction<'_>, lease: NodeLease) -> Result<bool, Error> {
     let row = transaction
         .query_opt(
-            "SELECT FROM node WHERE node = $1 AND epoch = $2 AND state IN ('joining', 'active') FOR KEY SHARE",
+            "SELECT FROM node WHERE node = $1 AND epoch = $2 AND state IN ('single', 'joining', 'active') FOR KEY SHARE",
             &[&lease.node, &lease.epoch],
         )
         .await?;

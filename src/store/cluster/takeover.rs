@@ -71,19 +71,11 @@ pub async fn fence(
     by: NodeLease,
     suspect: Suspect,
 ) -> Result<Option<Takeover>, StoreError> {
-    let backend: i32 = database
-        .timed(
-            "asking for our backend",
-            session.query_one("SELECT pg_backend_pid()", &[]),
-        )
-        .await?
-        .get(0);
-    let fencing = database.timed("fencing a node", fence_in(session, by, suspect));
-    let fenced = tokio::select! {
-        fenced = fencing => fenced?,
-        never = keep_ending(database, backend, suspect.node) => match never {},
-    };
-    match fenced {
+    let (doing, nodes) = ("fencing a node", [suspect.node]);
+    let fenced = without_blockers(database, session, doing, &nodes, async |session| {
+        fence_in(session, by, suspect).await
+    });
+    match fenced.await? {
         Attempt::NotInForce => Err(by.is_lost()),
         Attempt::NotSuspect => Ok(None),
         Attempt::Done(fenced, rows) => {
@@ -239,7 +231,8 @@ pub(super) fn milliseconds(row: &Row, at: usize) -> u64 {
 pub async fn begun(database: &Database, by: NodeLease) -> Result<Takeover, StoreError> {
     let client = database.pooled().await?;
     let dead = format!(
-        "SELECT {} FROM node WHERE state = 'dead' AND taken_by = $1 AND taken_epoch = $2 ORDER BY node",
+        "SELECT {} FROM node WHERE state = 'dead' AND taken_by IS NOT DISTINCT FROM $1
+                AND taken_epoch IS NOT DISTINCT FROM $2 ORDER BY node",
         dead_columns()
     );
     let lanes = format!(
@@ -247,7 +240,7 @@ pub async fn begun(database: &Database, by: NodeLease) -> Result<Takeover, Store
         lanes::COLUMNS
     );
     let reading = async {
-        let dead = client.query(&dead, &[&by.node, &by.epoch]).await?;
+        let dead = client.query(&dead, &[&taker(by).0, &taker(by).1]).await?;
         let lanes = client.query(&lanes, &[&by.node]).await?;
         Ok((dead, lanes))
     };
@@ -362,7 +355,7 @@ async fn lock_begun(
     let row = transaction
         .query_opt(
             &format!("{IS_BEGUN} FOR UPDATE"),
-            &[&dead.node, &dead.epoch, &by.node, &by.epoch],
+            &[&dead.node, &dead.epoch, &taker(by).0, &taker(by).1],
         )
         .await?;
     Ok(row.is_some() && (by.node < dead.node || in_force(transaction, by).await?))
@@ -471,13 +464,13 @@ pub async fn is_finished(
         let begun = client
             .query_opt(
                 &format!("{IS_BEGUN} FOR SHARE"),
-                &[&dead.node, &dead.epoch, &by.node, &by.epoch],
+                &[&dead.node, &dead.epoch, &taker(by).0, &taker(by).1],
             )
             .await?;
         // Whoever inherits the dead node raises this epoch in the same transaction.
         let in_force = client
             .query_opt(
-                "SELECT FROM node WHERE node = $1 AND epoch = $2 AND state IN ('joining', 'active')",
+                "SELECT FROM node WHERE node = $1 AND epoch = $2 AND state IN ('single', 'joining', 'active')",
                 &[&by.node, &by.epoch],
             )
             .await?;
@@ -489,9 +482,19 @@ pub async fn is_finished(
     finished.ok_or_else(|| by.is_lost())
 }
 
-/// The row of the dead node $1, at the epoch $2, whose takeover by the node $3 at the epoch $4 has not ended.
-const IS_BEGUN: &str =
-    "SELECT FROM node WHERE node = $1 AND epoch = $2 AND taken_by = $3 AND taken_epoch = $4";
+/// The row of the dead node $1, at the epoch $2, whose takeover by [`taker`] $3 and $4 has not ended.
+const IS_BEGUN: &str = "
+    SELECT FROM node WHERE node = $1 AND epoch = $2 AND state = 'dead'
+       AND taken_by IS NOT DISTINCT FROM $3 AND taken_epoch IS NOT DISTINCT FROM $4";
+
+/// What the row of a dead node says of whoever takes it over: the node and its epoch, and nothing of a process on its own. If
+/// that one dies, nobody inherits the row: whoever comes next, its own process among them, takes it.
+fn taker(by: NodeLease) -> (Option<i16>, Option<i64>) {
+    match by.ledger {
+        Ledger::Sku => (None, None),
+        Ledger::Share => (Some(by.node), Some(by.epoch)),
+    }
+}
 
 fn share_row(row: &Row) -> (SkuNumber, Share) {
     let share = Share {
@@ -570,13 +573,35 @@ pub(super) async fn dissolve(transaction: &Transaction<'_>, node: i16) -> Result
         .map(|_| ())
 }
 
+/// Does `work` on a session, and meanwhile terminates the backends of these nodes that are in its way: nobody is there who
+/// would end their transactions.
+pub(super) async fn without_blockers<T>(
+    database: &Database,
+    session: &mut Connected,
+    doing: &'static str,
+    nodes: &[i16],
+    work: impl AsyncFnOnce(&mut Connected) -> Result<T, Error>,
+) -> Result<T, StoreError> {
+    let backend: i32 = database
+        .timed(
+            "asking for our backend",
+            session.query_one("SELECT pg_backend_pid()", &[]),
+        )
+        .await?
+        .get(0);
+    tokio::select! {
+        done = database.timed(doing, work(session)) => done,
+        never = keep_ending(database, backend, nodes) => match never {},
+    }
+}
+
 /// Ends blockers once every [`PATIENCE`], until it is dropped.
-async fn keep_ending(database: &Database, backend: i32, node: i16) -> Infallible {
+async fn keep_ending(database: &Database, backend: i32, nodes: &[i16]) -> Infallible {
     loop {
         tokio::time::sleep(PATIENCE).await;
-        if let Err(error) = end_blockers(database, backend, node).await {
+        if let Err(error) = end_blockers(database, backend, nodes).await {
             tracing::warn!(
-                node, reason = %error,
+                ?nodes, reason = %error,
                 "backends of a node that is gone could not be terminated; retrying (pg_terminate_backend needs the same role \
                  or pg_signal_backend)"
             );
@@ -584,9 +609,9 @@ async fn keep_ending(database: &Database, backend: i32, node: i16) -> Infallible
     }
 }
 
-/// Terminates the backends that `backend` waits for, if they are the dead node's, or of its takeover of another. Only those
-/// bear its number; another process that fences the same node is left alone.
-async fn end_blockers(database: &Database, backend: i32, node: i16) -> Result<(), StoreError> {
+/// Terminates the backends that `backend` waits for, if they are those of dead nodes, or of their takeovers of others. Only
+/// those bear their numbers; another process that fences the same node is left alone.
+async fn end_blockers(database: &Database, backend: i32, nodes: &[i16]) -> Result<(), StoreError> {
     let client = database.pooled().await?;
     let ended = database
         .timed(
@@ -595,13 +620,13 @@ async fn end_blockers(database: &Database, backend: i32, node: i16) -> Result<()
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
                   WHERE pid = ANY (pg_blocking_pids($1))
                     AND substring(application_name FROM '^millrace [a-z]+ ([0-9]+)(?:/[0-9]+)?$')
-                        IN (SELECT node::text FROM node WHERE node = $2 OR taken_by = $2)",
-                &[&backend, &node],
+                        IN (SELECT node::text FROM node WHERE node = ANY ($2) OR taken_by = ANY ($2))",
+                &[&backend, &nodes],
             ),
         )
         .await?;
     if ended > 0 {
-        tracing::warn!(node, ended, "terminated backends of a node that is gone");
+        tracing::warn!(?nodes, ended, "terminated backends of a node that is gone");
     }
     Ok(())
 }

@@ -131,12 +131,13 @@ pub(in crate::store) async fn issuer(
     })
 }
 
-/// Makes a node the only one. The units and lanes of nodes that have not left are theirs.
+/// Makes a node the only one. The units and lanes of nodes that have not left, and are not disbanded, are theirs.
 async fn alone(transaction: &Transaction<'_>, node: i16) -> Result<(), StoreError> {
     let doing = "looking for other nodes";
     let others: Option<String> = transaction
         .query_one(
-            "SELECT string_agg(node::text, ', ' ORDER BY node) FROM node WHERE state IN ('joining', 'active', 'dead')",
+            "SELECT string_agg(node::text, ', ' ORDER BY node) FROM node
+              WHERE state IN ('joining', 'active') OR taken_by IS NOT NULL",
             &[],
         )
         .await
@@ -147,7 +148,7 @@ async fn alone(transaction: &Transaction<'_>, node: i16) -> Result<(), StoreErro
     }
     transaction
         .execute(
-            "UPDATE node SET state = 'single', home = NULL, address = NULL WHERE node = $1 AND state = 'left'",
+            "UPDATE node SET state = 'single', home = NULL, address = NULL WHERE node = $1 AND state IN ('left', 'dead')",
             &[&node],
         )
         .await
@@ -286,6 +287,31 @@ pub async fn share(database: &Database, name: &str) -> Result<Connected, StoreEr
         return Ok(guard);
     }
     Err(already_active(database, &guard).await)
+}
+
+/// Lets nodes have the lock for `time`, and takes it again: one that is alive and reaches the database has it then.
+///
+/// # Errors
+/// [`StoreError::AlreadyActive`] if one has it.
+pub async fn give_way(
+    database: &Database,
+    guard: &Connected,
+    time: Duration,
+) -> Result<(), StoreError> {
+    database
+        .timed(
+            "letting other processes have the lock",
+            guard.query(
+                "SELECT pg_advisory_unlock(hashtextextended($1, 0))",
+                &[&lock_name(database)],
+            ),
+        )
+        .await?;
+    tokio::time::sleep(time).await;
+    if lock_out_others(database, guard).await? {
+        return Ok(());
+    }
+    Err(already_active(database, guard).await)
 }
 
 async fn already_active(database: &Database, guard: &Connected) -> StoreError {

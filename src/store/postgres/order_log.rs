@@ -208,20 +208,26 @@ pub async fn abandon(
     .map(|changed| changed == 1)
 }
 
-/// Gives up the orders that the log of a dead node may still hold, at an operator's decision, while other nodes run: whoever
-/// takes it over goes on without the log. Returns false, with nothing changed, if the node is not dead or has no log in use.
+/// Gives up the orders that the log of a node may still hold, at an operator's decision: that of a dead node while others run,
+/// where whoever takes it over goes on without the log; or, if `nobody_runs`, that of any node that has not left. Returns
+/// false, with nothing changed, if there is no such node with a log in use.
 ///
 /// # Errors
 /// If the database does not answer.
-pub async fn abandon_of(database: &Database, node: i16) -> Result<bool, StoreError> {
+pub async fn abandon_of(
+    database: &Database,
+    node: i16,
+    nobody_runs: bool,
+) -> Result<bool, StoreError> {
     let client = database.pooled().await?;
     let changed = database
         .timed(
             "abandoning the order log of a node",
             client.execute(
-                "UPDATE node SET journal_in_use = false, log_epoch = NULL, log_number = NULL, log_offset = NULL
-                  WHERE node = $1 AND state = 'dead' AND journal_in_use",
-                &[&node],
+                "UPDATE node SET journal_in_use = false, epoch = epoch + $2::bool::int, log_epoch = NULL, log_number = NULL,
+                        log_offset = NULL
+                  WHERE node = $1 AND journal_in_use AND (state = 'dead' OR $2 AND state IN ('joining', 'active'))",
+                &[&node, &nobody_runs],
             ),
         )
         .await?;

@@ -16,7 +16,7 @@ pub const HEAD: usize = 48;
 pub const CLOSING: &[u8] = b"closed";
 const MAGIC: &[u8; 4] = b"MRLG";
 /// Version of this format.
-const VERSION: u8 = 1;
+pub const VERSION: u8 = 1;
 const CRC: std::ops::Range<usize> = 44..48;
 
 /// The database and the node that a log belongs to.
