@@ -121,6 +121,39 @@ async fn a_node_comes_back_to_its_log_after_a_process_on_its_own_was_stopped_bef
 }
 
 #[tokio::test]
+async fn a_process_on_its_own_that_has_lost_the_lock_is_fenced_by_a_node_that_comes_back_to_its_row()
+ {
+    let bed = Bed::open().await;
+    bed.join(1).await;
+    let two = bed.join(2).await;
+    let alone = start_alone(&bed.database).await;
+    let begun = takeover::begun(&bed.database, alone).await.unwrap();
+    let end = LogEnd {
+        ids_until: UnixMillis(90_000),
+        place: None,
+    };
+    for dead in begun.dead {
+        takeover::finish(&bed.database, alone, dead.lease, end)
+            .await
+            .unwrap();
+    }
+    let may_write = format!(
+        "SELECT count(*) FROM writer WHERE node = {} AND epoch = {}",
+        alone.node, alone.epoch
+    );
+    assert!(bed.number(&may_write).await > 0);
+    let home = uuid(2);
+    let mut session = bed.database.connect("test").await.unwrap();
+    match membership::join(&mut session, &candidate(0, &home)).await {
+        Ok(Join::Joined(joined)) => assert_eq!(joined.lease.node, two.node),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(bed.number(&may_write).await, 0);
+    let late = takeover::raise_to(&bed.database, alone, two, 99).await;
+    assert!(matches!(late, Err(StoreError::Fenced { .. })), "{late:?}");
+}
+
+#[tokio::test]
 async fn a_process_on_its_own_gives_way_to_a_node_that_is_alive() {
     let bed = Bed::open().await;
     let guard = lease::claim(&bed.database).await.unwrap();

@@ -31,8 +31,9 @@ use crate::store::postgres::Database;
 
 /// Events that are read and not delivered; beyond it nothing more is read.
 const WINDOW: usize = 4_000;
-/// Messages after which a reading ends with its transaction.
-const PEEK_ROWS: i32 = 2_000;
+/// Messages after which a reading ends with its transaction: twice as many after each that has found more, because every one
+/// decodes from the slot's restart position on, and what failed is tried again a window at a time.
+const PEEK_ROWS: std::ops::RangeInclusive<i32> = 2_000..=32_000;
 /// Longest pause between readings, each of which decodes from the slot's restart position on.
 const POLL_MAX: Duration = Duration::from_secs(5);
 /// Interval at which operators' wishes and waiting events are looked at, and at which the place is noted.
@@ -76,6 +77,8 @@ pub struct Feeder {
     read_to: Lsn,
     /// Messages between the slot's place and there.
     read_messages: i32,
+    /// Messages of the next reading.
+    peek_rows: i32,
     /// Commit of the newest event that was read.
     newest: Option<UnixMillis>,
     refilling: Option<Refilling>,
@@ -102,6 +105,7 @@ impl Feeder {
             names: SkuNames::default(),
             read_to: Lsn::default(),
             read_messages: 0,
+            peek_rows: *PEEK_ROWS.start(),
             newest: None,
             refilling: None,
             refill_end: None,
@@ -434,9 +438,17 @@ impl Feeder {
         reader: &SlotReader,
         slot: Slot,
     ) -> Result<Option<bool>, StoreError> {
-        let read = reader
-            .peek(PEEK_ROWS.saturating_add(self.read_messages))
-            .await?;
+        let rows = self.peek_rows.saturating_add(self.read_messages);
+        let read = reader.peek(rows).await?;
+        let messages = read
+            .transactions
+            .iter()
+            .map(|one| one.messages)
+            .sum::<i32>();
+        self.peek_rows = match messages >= rows {
+            true => (self.peek_rows * 2).min(*PEEK_ROWS.end()),
+            false => *PEEK_ROWS.start(),
+        };
         let mut is_new = false;
         for mut transaction in read.transactions {
             if transaction.end <= self.read_to {

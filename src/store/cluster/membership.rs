@@ -208,6 +208,7 @@ pub async fn join(session: &mut Connected, candidate: &Candidate<'_>) -> Result<
             .await?;
         let answer_lease_ms = takeover::milliseconds(&before, 0);
         let inherited = takeover::inherit(&transaction, node, lease).await?;
+        fence_single(&transaction, node).await?;
         if was_single {
             // It had all lanes.
             transaction
@@ -237,6 +238,24 @@ pub async fn join(session: &mut Connected, candidate: &Candidate<'_>) -> Result<
         receipts,
         inherited,
     }))
+}
+
+/// Ends the rights of a process on its own that has lost the lock, and maybe does not know it. One whose log may hold orders is
+/// taken over instead.
+async fn fence_single(transaction: &Transaction<'_>, joining: i16) -> Result<(), Error> {
+    let fenced = transaction
+        .query(
+            "UPDATE node SET state = 'left', epoch = epoch + 1
+              WHERE state = 'single' AND NOT journal_in_use AND node <> $1 RETURNING node, epoch",
+            &[&joining],
+        )
+        .await?;
+    for row in fenced {
+        let (node, epoch): (i16, i64) = (row.get(0), row.get(1));
+        let raise = "UPDATE writer SET epoch = $2 WHERE node = $1";
+        transaction.execute(raise, &[&node, &epoch]).await?;
+    }
+    Ok(())
 }
 
 enum Choice {
