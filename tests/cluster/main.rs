@@ -6,6 +6,7 @@ mod support;
 
 mod alone;
 mod demo;
+mod draws;
 mod nodes;
 mod parked;
 mod releases;
@@ -33,10 +34,16 @@ const UNITS: u32 = 1_000_000;
 /// A third of 64 lanes each.
 const THIRDS: [usize; 3] = [21, 21, 22];
 
-/// Three nodes with a SKU on sale, each with a third of the lanes.
-async fn three(cluster: &Cluster) -> [Node; 3] {
+/// Three nodes, each with a third of the lanes.
+async fn three_nodes(cluster: &Cluster) -> [Node; 3] {
     let nodes = ["one", "two", "three"].map(|name| cluster.start(name));
     Cluster::wait_for_lanes(&nodes.each_ref(), &THIRDS).await;
+    nodes
+}
+
+/// The same with a SKU on sale.
+async fn three(cluster: &Cluster) -> [Node; 3] {
+    let nodes = three_nodes(cluster).await;
     nodes[0].served.put_sku(SKU, UNITS);
     Cluster::wait_for_sku(&nodes.each_ref(), SKU).await;
     nodes

@@ -125,7 +125,20 @@ impl Cluster {
         })
     }
 
-    /// The same with other settings.
+    /// Starts one, and waits until it is ready.
+    pub fn start_alone(&self, name: &str) -> Node {
+        self.try_start_alone(name)
+            .unwrap_or_else(|ended| panic!("{name} ended: {}\n{}", ended.status, ended.log))
+    }
+
+    /// Writes a file, and returns its path.
+    pub fn write(&self, name: &str, text: &str) -> String {
+        let path = self.dir.path().join(name);
+        std::fs::write(&path, text).expect("write a file");
+        path.to_str().expect("a path in UTF-8").to_owned()
+    }
+
+    /// The same as [`Self::try_start`] with other settings.
     pub fn try_start_with(
         &self,
         name: &str,

@@ -1,14 +1,10 @@
-//! Waiting lists and draws over several nodes: units go to whoever is next among the buyers of all nodes, wherever they come
+//! Waiting lists over several nodes: units go to whoever is next among the buyers of all nodes, wherever they come
 //! free, whichever nodes are killed or hand their lanes over meanwhile.
 
 use std::cell::Cell;
-use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
 use millrace::config::{Backend, Config};
-use millrace::order::draw::verify::{Evidence, Opening, verify};
-use millrace::order::draw::{EntryToken, Row};
-use millrace::order::{UnixMillis, UserId};
 use serde_json::{Value, json};
 
 use crate::nodes::{Cluster, Node, order_at};
@@ -19,9 +15,9 @@ use crate::support::waiting::wait_until;
 use crate::support::webhook::Paid;
 use crate::{THIRDS, three};
 
-const SKU: &str = "W";
+pub const SKU: &str = "W";
 
-fn put(at: &Node, sku: &str, terms: Value) -> Answer {
+pub fn put(at: &Node, sku: &str, terms: Value) -> Answer {
     let mut body = json!({ "unit_price": 100, "currency": "EUR" });
     let more = terms.as_object().unwrap().clone();
     body.as_object_mut().unwrap().extend(more);
@@ -29,27 +25,32 @@ fn put(at: &Node, sku: &str, terms: Value) -> Answer {
     call(at.served.control, "PUT", &target, &[], &body.to_string())
 }
 
-fn order(at: SocketAddr, body: &Value) -> Answer {
-    let fields = [
+pub fn order(at: SocketAddr, body: &Value) -> Answer {
+    order_with(at, body, &[])
+}
+
+pub fn order_with(at: SocketAddr, body: &Value, more: &[(&str, &str)]) -> Answer {
+    let mut fields = vec![
         ("Content-Type", "application/json"),
         ("Idempotency-Key", "k"),
     ];
+    fields.extend_from_slice(more);
     call(at, "POST", "/v1/orders", &fields, &body.to_string())
 }
 
-fn join(at: SocketAddr, user: &str) -> Answer {
+pub fn join(at: SocketAddr, user: &str) -> Answer {
     order(
         at,
         &json!({ "user_id": user, "sku_id": SKU, "waitlist": true }),
     )
 }
 
-fn id(answer: &Answer) -> String {
+pub fn id(answer: &Answer) -> String {
     let id = answer.json()["order_id"].as_str().map(str::to_owned);
     id.unwrap_or_else(|| panic!("{answer:?}"))
 }
 
-fn cancel(at: SocketAddr, id: &str, query: &str) -> Answer {
+pub fn cancel(at: SocketAddr, id: &str, query: &str) -> Answer {
     call(
         at,
         "POST",
@@ -59,7 +60,7 @@ fn cancel(at: SocketAddr, id: &str, query: &str) -> Answer {
     )
 }
 
-async fn until_status(at: SocketAddr, id: &str, wanted: &str) -> Value {
+pub async fn until_status(at: SocketAddr, id: &str, wanted: &str) -> Value {
     wait_until(&format!("{id} is {wanted}"), async || {
         order_at(at, id)["status"] == wanted
     })
@@ -67,12 +68,12 @@ async fn until_status(at: SocketAddr, id: &str, wanted: &str) -> Value {
     order_at(at, id)
 }
 
-fn sku_at(at: SocketAddr, sku: &str) -> Value {
+pub fn sku_at(at: SocketAddr, sku: &str) -> Value {
     call(at, "GET", &format!("/v1/skus/{sku}"), &[], "").json()
 }
 
 /// Waits until every promise holds at a node, memory included.
-async fn assert_whole(node: &Node) {
+pub async fn assert_whole(node: &Node) {
     wait_until("every promise holds", async || {
         let audit = try_call(node.served.control, "GET", "/admin/v1/audit", &[], "");
         let audit = audit.map(|audit| audit.json()).unwrap_or_default();
@@ -432,121 +433,5 @@ fn a_list_goes_from_a_process_on_its_own_to_nodes_and_back() {
         }
         single.assert_audit().await;
         assert!(single.stop().await);
-    });
-}
-
-#[test]
-fn a_draw_over_three_nodes_is_one_draw_and_its_published_file_is_right() {
-    block_on(async {
-        let Some(cluster) = Cluster::open().await else {
-            return;
-        };
-        let nodes = three(&cluster).await;
-        let at: Vec<SocketAddr> = nodes.iter().map(|node| node.served.data).collect();
-        let now = UnixMillis::now();
-        let mut terms = json!({
-            "total": 20,
-            "allocation": "draw",
-            "opens_at": UnixMillis(now.0 - 60_000).to_string(),
-            "draw_at": now.plus_ms(8_000).to_string(),
-            "closes_at": now.plus_ms(3_600_000).to_string(),
-            "draw_beacon": "the number of the day",
-        });
-        let made = put(&nodes[0], SKU, terms.clone());
-        assert_eq!(made.status, 201, "{made:?}");
-        Cluster::wait_for_sku(&nodes.each_ref(), SKU).await;
-        let mut entries = BTreeMap::new();
-        for number in 0..60 {
-            let quantity = 1 + number % 3;
-            let body =
-                json!({ "user_id": format!("u-{number}"), "sku_id": SKU, "quantity": quantity });
-            let entered = order(at[number % 3], &body);
-            assert_eq!(entered.status, 202, "{entered:?}");
-            let order = entered.json();
-            assert!(order.get("position").is_none(), "{order}");
-            let token = order["entry_token"].as_str().unwrap();
-            let opening = Opening {
-                user_id: UserId::new(order["user_id"].as_str().unwrap()).unwrap(),
-                token: EntryToken::from_hex(token).unwrap(),
-            };
-            let hash = opening.token.entry_hash(&opening.user_id);
-            entries.insert(hash.to_string(), (id(&entered), opening));
-        }
-        // Whichever node is asked: the terms stay once somebody has entered at any.
-        terms["draw_beacon"] = json!("another number");
-        for node in &nodes {
-            let changed = put(node, SKU, terms.clone());
-            assert_eq!(changed.json()["code"], "draw_fixed", "{changed:?}");
-        }
-        let twice = order(
-            at[0],
-            &json!({ "user_id": "u-7", "sku_id": SKU, "quantity": 1 }),
-        );
-        assert_eq!(twice.status, 422, "another body under its key: {twice:?}");
-        for at in &at {
-            wait_until("the entries are fixed", async || {
-                sku_at(*at, SKU)["state"] == "entries_fixed"
-            })
-            .await;
-        }
-        let late = order(at[2], &json!({ "user_id": "late", "sku_id": SKU }));
-        assert_eq!(late.json()["code"], "draw_under_way", "{late:?}");
-        let published = |at: SocketAddr| {
-            let target = format!("/v1/skus/{SKU}/draw?limit=1000");
-            String::from_utf8(call(at, "GET", &target, &[], "").body).unwrap()
-        };
-        let before = millrace::order::draw::verify::header_of(published(at[1]).as_bytes()).unwrap();
-        assert_eq!((before.entries, before.units), (Some(60), Some(20)));
-        // A node dies before the beacon is known, which another one is given.
-        let [one, two, three] = nodes;
-        three.served.kill();
-        let target = format!("/admin/v1/skus/{SKU}/draw");
-        let beacon = json!({ "beacon": "4242" }).to_string();
-        let supplied = call(two.served.control, "POST", &target, &[], &beacon);
-        assert_eq!(supplied.status, 200, "{supplied:?}");
-        for node in [&one, &two] {
-            wait_until("the draw is made", async || {
-                sku_at(node.served.data, SKU)["state"] == "drawn"
-            })
-            .await;
-        }
-        let file = published(at[0]);
-        assert_eq!(file, published(at[1]));
-        let evidence = Evidence {
-            earlier: vec![before],
-            openings: entries
-                .values()
-                .map(|(_, opening)| opening.clone())
-                .collect(),
-        };
-        let verdict = verify(file.as_bytes(), &evidence).unwrap();
-        assert!(verdict.ok, "{verdict:#?}");
-        Cluster::wait_for_lanes(&[&one, &two], &[32, 32]).await;
-        // Those that have won get their units, those of the dead node too, and the others stay in the order of rank.
-        let mut place = 0;
-        for line in file.lines().skip(1) {
-            let row: Row = serde_json::from_str(line).unwrap();
-            let (id, _) = &entries[&row.entry.to_string()];
-            if row.won {
-                until_status(at[0], id, "pending_payment").await;
-                continue;
-            }
-            place += 1;
-            wait_until("it waits at its place", async || {
-                let order = order_at(at[1], id);
-                order["status"] == "waitlisted" && order["position"] == place
-            })
-            .await;
-        }
-        let behind = order(
-            at[0],
-            &json!({ "user_id": "after", "sku_id": SKU, "waitlist": true }),
-        );
-        assert_eq!(behind.json()["position"], place + 1, "{behind:?}");
-        for node in [&one, &two] {
-            assert_whole(node).await;
-        }
-        one.stop();
-        two.stop();
     });
 }

@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use tokio_postgres::{Error, Row, Transaction};
 
-use super::transact;
+use super::{lists, transact};
 use crate::order::{Lane, LaneSet, OrderId, SkuNumber, UnixMillis};
 use crate::store::StoreError;
 use crate::store::postgres::{Database, NodeLease, lease};
@@ -117,14 +117,8 @@ pub async fn claim_free(database: &Database, lease: NodeLease) -> Result<Vec<Lan
             )
             .await?;
         if !taken.is_empty() {
-            // A process on its own keeps no entries. Those that lack are made when the lanes are loaded.
-            transaction
-                .execute(
-                    "DELETE FROM waitlist_entries e
-                      WHERE NOT EXISTS (SELECT FROM orders o WHERE o.order_id = e.order_id AND o.status = 7)",
-                    &[],
-                )
-                .await?;
+            // Those that lack are made when the lanes are loaded.
+            lists::follow_single(transaction).await?;
             held_into_share(transaction, lease.node).await?;
             lease::take_unpaid_from(transaction, lease.node).await?;
         }

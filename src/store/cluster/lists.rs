@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 
-use tokio_postgres::{Row, Transaction};
+use tokio_postgres::{Error, Row, Transaction};
 
 use super::lanes::numbers;
 use super::transact;
@@ -191,7 +191,19 @@ const ABOVE_PLACES: &str = "
 /// The turns of entries that have places in a draw.
 const PLACES: &str = "
     UPDATE waitlist_entries e SET turn = p.place FROM draw_places p
-     WHERE p.sku = ANY ($1) AND e.order_id = p.order_id AND e.turn <> p.place";
+     WHERE p.sku = e.sku AND p.order_id = e.order_id AND p.place <> e.turn";
+
+/// Entries of orders that do not wait.
+const STALE: &str = "
+    DELETE FROM waitlist_entries e
+     WHERE NOT EXISTS (SELECT FROM orders o WHERE o.order_id = e.order_id AND o.status = 7)";
+
+/// Follows what a process on its own, which leaves entries as they are, has made of their orders: some do not wait any more, and
+/// some have been drawn.
+pub(super) async fn follow_single(transaction: &Transaction<'_>) -> Result<(), Error> {
+    transaction.execute(STALE, &[]).await?;
+    transaction.execute(PLACES, &[]).await.map(|_| ())
+}
 
 /// Makes entries of orders that wait and have none: a process on its own has written them, and has maybe made their draw.
 ///
@@ -212,7 +224,7 @@ pub async fn restore(
         transaction.execute(LOCK, &[&skus]).await?;
         transaction.query(ABOVE_PLACES, &[&skus]).await?;
         if transaction.execute(ENTER, &[&orders]).await? > 0 {
-            transaction.execute(PLACES, &[&skus]).await?;
+            transaction.execute(PLACES, &[]).await?;
         }
         Ok(())
     };
