@@ -337,6 +337,7 @@ impl Background {
             pauses: Arc::clone(pauses),
             moving: Arc::clone(&member.moving),
             hints: parts.hints(),
+            metrics: parts.metrics.clone(),
         };
         self.run("the terms set at other nodes", terms.run());
         let Some(lanes) = parts.state.lanes.clone() else {

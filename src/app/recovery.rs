@@ -220,7 +220,8 @@ async fn recover(
         Some((lanes, loaded)) => (Some(lanes), loaded),
     };
     if !bug("sell_what_is_parked") {
-        hold_parked(&catalogue, database, lease, floor, loaded).await?;
+        let parked = hold_parked(&catalogue, database, lease, floor, loaded).await?;
+        control.metrics().orders_parked.set(parked.cast_signed());
     }
     let state = State {
         catalogue,
@@ -288,17 +289,19 @@ async fn hold_parked(
     lease: NodeLease,
     floor: OrderId,
     lanes: LaneSet,
-) -> Result<(), StoreError> {
+) -> Result<u64, StoreError> {
     let parked = parked::by_sku(database, lanes).await?;
     if parked.is_empty() {
-        return Ok(());
+        return Ok(0);
     }
     let skus: Vec<SkuNumber> = parked.keys().copied().collect();
     let by_rows = orders::held_units(database, lease, floor, lanes, &skus).await?;
+    let mut orders = 0;
     for (number, parked) in parked {
         let Some(sku) = catalogue.by_number(number) else {
             continue;
         };
+        orders += parked.orders;
         let held = by_rows.get(&number).copied().unwrap_or(0) + parked.units;
         let units = u32::try_from(held)
             .map_err(|_| StoreError::Data(format!("sku {}: its orders hold {held}", sku.id)))?;
@@ -312,7 +315,7 @@ async fn hold_parked(
              accepts them (see the audit)"
         );
     }
-    Ok(())
+    Ok(orders)
 }
 
 fn tell(control: &ControlPlane, doing: &str, progress: ReadProgress) {

@@ -1,4 +1,4 @@
-//! Parked orders belong to a lane: the node that has it writes them, and whoever takes the node over.
+//! Parked orders belong to a lane: the node that has it writes them, whoever that is by then.
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -7,10 +7,11 @@ use std::net::SocketAddr;
 use millrace::order::{Lane, UserId};
 use serde_json::json;
 
-use crate::nodes::{Cluster, Node};
+use crate::nodes::{Cluster, Node, Placed, order_at};
 use crate::support::block_on;
 use crate::support::http::{Answer, call};
 use crate::support::waiting::wait_until;
+use crate::{THIRDS, three_nodes};
 
 const SKU: &str = "A";
 const UNITS: u32 = 60;
@@ -48,7 +49,11 @@ fn number_of(node: &Node) -> i64 {
 }
 
 fn order(at: SocketAddr, user: &str, prefer: &str) -> Answer {
-    let fields = [("Content-Type", "application/json"), ("Prefer", prefer)];
+    let fields = [
+        ("Content-Type", "application/json"),
+        ("Idempotency-Key", user),
+        ("Prefer", prefer),
+    ];
     let body = json!({ "user_id": user, "sku_id": SKU }).to_string();
     call(at, "POST", "/v1/orders", &fields, &body)
 }
@@ -59,8 +64,7 @@ fn parked_orders_are_those_of_the_node_of_their_lane_and_of_whoever_takes_it_ove
         let Some(cluster) = Cluster::open().await else {
             return;
         };
-        let nodes = ["one", "two", "three"].map(|name| cluster.start(name));
-        Cluster::wait_for_lanes(&nodes.each_ref(), &crate::THIRDS).await;
+        let nodes = three_nodes(&cluster).await;
         nodes[0].served.put_sku(SKU, UNITS);
         Cluster::wait_for_sku(&nodes.each_ref(), SKU).await;
         let [one, two, three] = nodes;
@@ -96,12 +100,7 @@ fn parked_orders_are_those_of_the_node_of_their_lane_and_of_whoever_takes_it_ove
         })
         .await;
 
-        // The others sell, also one that starts now, and leave them alone.
-        two.stop();
-        Cluster::wait_for_lanes(&[&one, &three], &[32, 32]).await;
-        let two = cluster.start("two");
-        Cluster::wait_for_lanes(&[&one, &two, &three], &crate::THIRDS).await;
-        let of = owners(one.served.data);
+        // The others sell, and leave them alone.
         for node in [&one, &two] {
             let buyer = buyer_of(&of, number_of(node), &mut numbers);
             let answer = order(node.served.data, &buyer, "wait=5");
@@ -118,28 +117,163 @@ fn parked_orders_are_those_of_the_node_of_their_lane_and_of_whoever_takes_it_ove
             count(parked).await == 0
         })
         .await;
-        let (late, refused) = (Cell::new(0), Cell::new(0));
-        wait_until("it is sold out", async || {
-            late.set(late.get() + 1);
-            let buyer = format!("late-{}", late.get());
-            let answer = order(one.served.data, &buyer, "wait=5");
-            assert!(matches!(answer.status, 201 | 409 | 503), "{answer:?}");
-            let is_refused = answer.status == 409 && answer.code() == "sold_out";
-            refused.set(refused.get() + i64::from(is_refused));
-            refused.get() > 3
+        sell_out(&cluster, &[&one, &two]).await;
+        one.stop();
+        two.stop();
+    });
+}
+
+/// Sells what is left: as many units as there are have orders then, and memory agrees with the rows.
+async fn sell_out(cluster: &Cluster, nodes: &[&Node]) {
+    let (late, refused) = (Cell::new(0), Cell::new(0));
+    wait_until("it is sold out", async || {
+        late.set(late.get() + 1);
+        let buyer = format!("late-{}", late.get());
+        let answer = order(nodes[0].served.data, &buyer, "wait=5");
+        assert!(matches!(answer.status, 201 | 409 | 503), "{answer:?}");
+        let is_refused = answer.status == 409 && answer.code() == "sold_out";
+        refused.set(refused.get() + i64::from(is_refused));
+        refused.get() > 3
+    })
+    .await;
+    let client = cluster.database.connect().await;
+    let orders = "SELECT count(*) FROM millrace.orders";
+    let orders: i64 = client.query_one(orders, &[]).await.unwrap().get(0);
+    assert_eq!(orders, i64::from(UNITS));
+    for node in nodes {
+        wait_until("memory agrees with the rows", async || {
+            call(node.served.control, "GET", "/admin/v1/audit", &[], "").json()["ok"] == true
         })
         .await;
-        assert_eq!(
-            count("SELECT count(*) FROM millrace.orders").await,
-            i64::from(UNITS)
-        );
-        for node in [&one, &two] {
-            wait_until("memory agrees with the rows", async || {
-                call(node.served.control, "GET", "/admin/v1/audit", &[], "").json()["ok"] == true
+    }
+}
+
+/// Orders that were accepted and are parked.
+struct Parked<'a> {
+    cluster: &'a Cluster,
+    accepted: Vec<Placed>,
+}
+
+impl<'a> Parked<'a> {
+    /// Makes the database refuse whatever holds units, and has it park orders of buyers of every lane.
+    async fn some(cluster: &'a Cluster, at: &Node) -> Self {
+        let mut client = cluster.database.connect().await;
+        // Orders are accepted before any of them is refused.
+        let breaking = client.transaction().await.unwrap();
+        for table in ["sku", "stock_share"] {
+            let broken =
+                format!("ALTER TABLE millrace.{table} ADD CONSTRAINT broken CHECK (held = 0)");
+            breaking.batch_execute(&broken).await.unwrap();
+        }
+        let mut parked = Parked {
+            cluster,
+            accepted: Vec::new(),
+        };
+        for number in 0..12 {
+            let user = format!("parked-{number}");
+            let answer = order(at.served.data, &user, "respond-async");
+            if answer.status == 202 {
+                parked.accepted.push(Placed::of(&user, &user, &answer));
+            }
+        }
+        assert!(!parked.accepted.is_empty());
+        breaking.commit().await.unwrap();
+        let all = parked.accepted.len() as i64;
+        wait_until("what was accepted is parked", async || {
+            parked.count().await == all
+        })
+        .await;
+        parked
+    }
+
+    async fn count(&self) -> i64 {
+        let client = self.cluster.database.connect().await;
+        let sql = "SELECT count(*) FROM millrace.parked_orders";
+        client.query_one(sql, &[]).await.unwrap().get(0)
+    }
+
+    /// They are parked still, and their keys answer for them.
+    async fn assert_known(&self, at: &Node) {
+        assert_eq!(self.count().await, self.accepted.len() as i64);
+        for placed in &self.accepted {
+            let id = &placed.order_id;
+            assert_eq!(order_at(at.served.data, id)["status"], "accepted");
+            let again = placed.again(at.served.data, SKU);
+            assert_eq!(again.json()["order_id"], json!(id), "{again:?}");
+        }
+    }
+
+    /// Mends the database: they become rows.
+    async fn mended(&self, at: &Node) {
+        let client = self.cluster.database.connect().await;
+        for table in ["sku", "stock_share"] {
+            let mended = format!("ALTER TABLE millrace.{table} DROP CONSTRAINT broken");
+            client.batch_execute(&mended).await.unwrap();
+        }
+        self.are_rows(at).await;
+    }
+
+    async fn are_rows(&self, at: &Node) {
+        for placed in &self.accepted {
+            let id = &placed.order_id;
+            wait_until("it is a row", async || {
+                order_at(at.served.data, id)["status"] == "pending_payment"
             })
             .await;
         }
-        one.stop();
-        two.stop();
+    }
+}
+
+#[test]
+fn parked_orders_go_with_their_lanes_while_nodes_are_replaced() {
+    block_on(async {
+        let Some(cluster) = Cluster::open().await else {
+            return;
+        };
+        let nodes = three_nodes(&cluster).await;
+        nodes[0].served.put_sku(SKU, UNITS);
+        Cluster::wait_for_sku(&nodes.each_ref(), SKU).await;
+        let parked = Parked::some(&cluster, &nodes[1]).await;
+        let mut nodes = Vec::from(nodes);
+        for name in ["one", "two", "three"] {
+            nodes.remove(0).stop();
+            parked.assert_known(&nodes[0]).await;
+            nodes.push(cluster.start(name));
+            let all: Vec<&Node> = nodes.iter().collect();
+            Cluster::wait_for_lanes(&all, &THIRDS).await;
+            parked.assert_known(&nodes[2]).await;
+        }
+        parked.mended(&nodes[0]).await;
+        sell_out(&cluster, &nodes.iter().collect::<Vec<_>>()).await;
+        for node in nodes {
+            node.stop();
+        }
+    });
+}
+
+#[test]
+fn parked_orders_go_from_a_process_on_its_own_to_nodes_and_back() {
+    block_on(async {
+        let Some(cluster) = Cluster::open().await else {
+            return;
+        };
+        let single = cluster.start_alone("alone");
+        single.served.put_sku(SKU, UNITS);
+        let parked = Parked::some(&cluster, &single).await;
+        parked.assert_known(&single).await;
+        single.stop();
+        let two = || ["one", "two"].map(|name| cluster.start(name));
+        let nodes = two();
+        Cluster::wait_for_lanes(&nodes.each_ref(), &[32, 32]).await;
+        parked.assert_known(&nodes[1]).await;
+        nodes.into_iter().for_each(Node::stop);
+        let single = cluster.start_alone("alone");
+        parked.assert_known(&single).await;
+        single.stop();
+        let nodes = two();
+        Cluster::wait_for_lanes(&nodes.each_ref(), &[32, 32]).await;
+        parked.mended(&nodes[0]).await;
+        sell_out(&cluster, &nodes.each_ref()).await;
+        nodes.into_iter().for_each(Node::stop);
     });
 }

@@ -353,7 +353,7 @@ impl Arbiter {
         Ok(taken)
     }
 
-    /// The new epoch; `None`: nothing has changed.
+    /// With so many units of each SKU, of which so many are held. The new epoch; `None`: nothing has changed.
     pub fn hand_over(
         &mut self,
         lease: Lease,
@@ -361,7 +361,7 @@ impl Arbiter {
         epoch: i64,
         to: Node,
         ids_until: i64,
-        held: &[(Sku, i64)],
+        units: &[(Sku, i64, i64)],
     ) -> Result<Option<i64>, Refused> {
         self.check(lease)?;
         let row = self.lanes[lane];
@@ -372,18 +372,20 @@ impl Arbiter {
                 .is_some_and(|row| row.state == State::Active);
         let is_ours =
             row.node == Some(lease.node) && row.epoch == epoch && row.blocked_by.is_none();
-        let has = |(sku, _): &(Sku, i64)| self.shares.contains_key(&(*sku, lease.node));
+        let has = |(sku, ..): &(Sku, i64, i64)| self.shares.contains_key(&(*sku, lease.node));
         if !may_take || !is_ours {
             return Ok(None);
         }
-        let enough = |(sku, units): &(Sku, i64)| {
+        let enough = |(sku, lent, held): &(Sku, i64, i64)| {
             let share = self.shares.get(&(*sku, lease.node));
-            share.is_none_or(|share| share.held >= *units)
+            share.is_none_or(|share| {
+                share.held >= *held && share.lent - lent >= share.held - held + share.sold
+            })
         };
-        if !held.iter().all(enough) {
+        if !units.iter().all(enough) {
             return Err(Refused::Check);
         }
-        if !held.iter().all(has) {
+        if !units.iter().all(has) {
             return Ok(None);
         }
         self.lanes[lane] = LaneRow {
@@ -392,11 +394,11 @@ impl Arbiter {
             ids_until: row.ids_until.max(ids_until),
             blocked_by: None,
         };
-        for (sku, units) in held {
+        for (sku, lent, held) in units {
             let giver = self.shares.get_mut(&(*sku, lease.node)).unwrap();
-            (giver.lent, giver.held) = (giver.lent - units, giver.held - units);
+            (giver.lent, giver.held) = (giver.lent - lent, giver.held - held);
             let taker = self.shares.entry((*sku, to)).or_default();
-            (taker.lent, taker.held) = (taker.lent + units, taker.held + units);
+            (taker.lent, taker.held) = (taker.lent + lent, taker.held + held);
         }
         Ok(Some(epoch + 1))
     }

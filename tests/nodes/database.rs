@@ -1,13 +1,15 @@
 //! What an arbiter in memory cannot show: transactions at the same time, locks, a database of before.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use millrace::order::{Lane, SkuNumber, UnixMillis};
-use millrace::store::cluster::lanes::{self, HandOver, HandedOver};
+use millrace::store::cluster::lanes::{self, HandOver, HandedOver, LaneUnits};
 use millrace::store::cluster::membership::{self, Join};
 use millrace::store::cluster::shares::{self, Share, Supply};
 use millrace::store::cluster::takeover::{self, LogEnd, Suspect};
 use millrace::store::cluster::terms;
+use millrace::store::postgres::parked::ParkedOf;
 use millrace::store::postgres::{Connected, Database, NodeLease, lease, skus};
 use millrace::store::{Ledger, StoreError};
 use rand::rngs::StdRng;
@@ -239,7 +241,10 @@ async fn busy(database: &Database, lease: NodeLease, nodes: &[NodeLease], random
                 epoch: row.epoch,
                 to: nodes[random.random_range(0..nodes.len())].node,
                 ids_until: UnixMillis(0),
-                held: &[(SkuNumber(1), 1), (SkuNumber(3), 2)],
+                units: &LaneUnits::joined(
+                    [(SkuNumber(1), 1), (SkuNumber(3), 2)].into(),
+                    BTreeMap::new(),
+                ),
             };
             lanes::hand_over(database, lease, &over).await.map(|_| ())
         }
@@ -371,7 +376,17 @@ async fn a_lost_answer_to_a_hand_over_is_no_second_hand_over() {
         epoch: lane.epoch,
         to: taker.node,
         ids_until: UnixMillis(77),
-        held: &[(SKU, 3)],
+        units: &LaneUnits::joined(
+            [(SKU, 3)].into(),
+            [(
+                SKU,
+                ParkedOf {
+                    orders: 1,
+                    units: 2,
+                },
+            )]
+            .into(),
+        ),
     };
     let first = lanes::hand_over(&bed.database, giver, &over).await.unwrap();
     assert_eq!(first, HandedOver::Yes { epoch: 2 });
@@ -388,8 +403,8 @@ async fn a_lost_answer_to_a_hand_over_is_no_second_hand_over() {
         held,
         sold: 0,
     };
-    assert_eq!(share(giver.node).await, of(5, 2));
-    assert_eq!(share(taker.node).await, of(3, 3));
+    assert_eq!(share(giver.node).await, of(3, 2));
+    assert_eq!(share(taker.node).await, of(5, 3));
 }
 
 #[tokio::test]
@@ -495,6 +510,32 @@ async fn the_data_of_a_single_node_is_taken_along_and_back() {
             .await,
         64
     );
+}
+
+#[tokio::test]
+async fn the_units_of_parked_orders_are_for_whoever_takes_their_lanes_as_far_as_they_are_there() {
+    let bed = Bed::open().await;
+    bed.skus(&[10, 3]).await;
+    bed.sql(
+        "UPDATE sku SET held = 2 WHERE id = 1;
+         UPDATE sku SET sold = 2 WHERE id = 2;
+         INSERT INTO parked_orders (order_id, user_id, sku, quantity, adjustment, amount, currency, created_at, expires_at, payload_hash)
+         SELECT id, 'u', sku, units, 0, 100, 'EUR', now(), now(), 0 FROM (VALUES (1, 1, 1), (2, 1, 2), (3, 2, 4)) AS p (id, sku, units)",
+    )
+    .await;
+    let node = bed.join(1).await;
+    lanes::claim_free(&bed.database, node).await.unwrap();
+    let share = async |sku| {
+        shares::share_of(&bed.database, node.node, SkuNumber(sku))
+            .await
+            .unwrap()
+    };
+    let of = |lent, held| Share {
+        lent,
+        held,
+        sold: 0,
+    };
+    assert_eq!((share(1).await, share(2).await), (of(5, 2), of(1, 0)));
 }
 
 #[tokio::test]

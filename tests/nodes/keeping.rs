@@ -1,22 +1,24 @@
-//! The keeper of a node's lanes: what keeps a lane where it is.
+//! The keeper of a node's lanes: what goes with a lane, and what comes with one.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
 use millrace::metrics::Metrics;
-use millrace::order::{Cutover, Lane, LaneSet, OrderId, SkuId, SkuNumber};
+use millrace::order::{Cutover, Lane, LaneSet, OrderId, Quantity, SkuId, SkuNumber};
 use millrace::pipeline::admin::pauses::Pauses;
 use millrace::pipeline::cluster::lane_keeper::{KeeperParts, LaneKeeper, Neighbours};
 use millrace::pipeline::cluster::member::{Member, Renewing, session_name};
-use millrace::pipeline::cluster::moved_units;
 use millrace::pipeline::cluster::terms::Terms;
+use millrace::pipeline::cluster::{lending, moved_units};
 use millrace::pipeline::failover::lease::AcknowledgeLease;
 use millrace::pipeline::orders::cancel::Canceller;
 use millrace::queue::RingQueue;
 use millrace::state::lanes::{Lanes, NodeAddress, NodeLanes, Standing};
 use millrace::state::stock::SaleTerms;
+use millrace::store::cluster::lanes::LaneUnits;
 use millrace::store::cluster::{lanes, shares};
+use millrace::store::postgres::parked::ParkedOf;
 use millrace::store::postgres::{lease, skus};
 
 use crate::lending::Node;
@@ -36,7 +38,7 @@ impl Neighbours for Nobody {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_lane_whose_order_is_parked_while_it_drains_stays() {
+async fn an_order_that_is_parked_while_its_lane_drains_goes_with_it() {
     let bed = Bed::open().await;
     bed.logged_skus(&[10]).await;
     let own = bed.join(1).await;
@@ -84,18 +86,16 @@ async fn a_lane_whose_order_is_parked_while_it_drains_stays() {
         changed: Arc::default(),
         metrics: Metrics::new().unwrap(),
     });
+    let sku = node.state.catalogue.by_number(SkuNumber(1)).unwrap();
     let (_, passes) = doors.enter_among(LaneSet::ALL);
     let parking = async {
         let closed = || Lane::all().find(|lane| doors.standing(*lane) == Standing::Closed);
         wait_until("one is closed", async || closed().is_some()).await;
         let lane = closed().unwrap();
-        let id = (1_i64 << 22) + (i64::from(lane.get()) << 16);
-        bed.sql(&format!(
-            "INSERT INTO parked_orders (order_id, user_id, sku, quantity, adjustment, amount, currency, created_at, expires_at,
-                                        payload_hash)
-             VALUES ({id}, 'u', 1, 1, 0, 100, 'EUR', now(), now(), 0)"
-        ))
-        .await;
+        lending::hold(&sku, Quantity::ONE).await.unwrap().commit();
+        node.state.catalogue.set_fault(&sku, "refused", 1);
+        sku.fault().begin_parking().unwrap().done(1);
+        bed.park(lane, SkuNumber(1)).await;
         drop(passes);
         lane
     };
@@ -107,12 +107,22 @@ async fn a_lane_whose_order_is_parked_while_it_drains_stays() {
         assert!(Instant::now() < deadline, "none goes");
         keeper.pass().await.unwrap();
     }
-    let stays = format!(
-        "SELECT count(*) FROM lane WHERE node = 0 AND lane = {}",
+    let went = format!(
+        "SELECT count(*) FROM lane WHERE node = 1 AND lane = {}",
         parked.get()
     );
-    assert_eq!(bed.number(&stays).await, 1);
-    assert!(doors.open_here().has(parked));
+    while bed.number(&went).await == 0 {
+        assert!(Instant::now() < deadline, "it stays");
+        keeper.pass().await.unwrap();
+    }
+    // With its unit, in the rows and in memory.
+    assert_eq!(
+        bed.number("SELECT lent FROM stock_share WHERE node = 1")
+            .await,
+        1
+    );
+    assert_eq!(sku.counter().snapshot().held, 0);
+    assert_eq!(sku.fault().refused().unwrap().parked, 0);
     renewing.abort();
 }
 
@@ -132,7 +142,7 @@ async fn a_new_sku_whose_units_come_with_a_lane_has_them_once() {
     for row in &rows[1..] {
         doors.open(row.lane, 1);
     }
-    // Made and sold at another node, from which the lane has come with the unit of an order.
+    // Made and sold at another node, from which the lane has come with the units of an order and of one that is parked.
     let (id, new) = (SkuId::new("S1").unwrap(), SkuNumber(2));
     let terms = SaleTerms::clone(
         &node
@@ -144,8 +154,9 @@ async fn a_new_sku_whose_units_come_with_a_lane_has_them_once() {
     );
     let made = skus::put(&bed.database, own, &id, &terms, 5).await;
     assert_eq!(made.unwrap().number, new);
-    shares::lend(&bed.database, own, new, 1, 1).await.unwrap();
+    shares::lend(&bed.database, own, new, 2, 1).await.unwrap();
     bed.settle(own, new.0, 1, 0).await.unwrap();
+    bed.park(coming, new).await;
     skus::set_all_paused(&bed.database, own, true)
         .await
         .unwrap();
@@ -161,6 +172,7 @@ async fn a_new_sku_whose_units_come_with_a_lane_has_them_once() {
         )),
         moving: Arc::clone(&moving),
         hints: Arc::default(),
+        metrics: Metrics::new().unwrap(),
     };
     let terms = tokio::spawn(terms.run());
     wait_until("it looks", async || node.state.catalogue.is_paused()).await;
@@ -173,7 +185,12 @@ async fn a_new_sku_whose_units_come_with_a_lane_has_them_once() {
     .await;
     // The keeper loads it.
     let loading = moving.lock().await;
-    moved_units::received(&node.state, &[(new, 1)]);
+    let parked = ParkedOf {
+        orders: 1,
+        units: 1,
+    };
+    let units = LaneUnits::joined([(new, 1)].into(), [(new, parked)].into());
+    moved_units::received(&node.state, &Metrics::new().unwrap(), &units);
     doors.open(coming, 1);
     drop(loading);
     wait_until("it is known", async || {
@@ -182,6 +199,7 @@ async fn a_new_sku_whose_units_come_with_a_lane_has_them_once() {
     .await;
     let sku = node.state.catalogue.get(&id).unwrap();
     let stock = sku.counter().snapshot();
-    assert_eq!((stock.total, stock.held), (1, 1));
+    assert_eq!((stock.total, stock.held), (2, 2));
+    assert_eq!(sku.fault().refused().unwrap().parked, 1);
     terms.abort();
 }

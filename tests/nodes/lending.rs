@@ -512,6 +512,7 @@ async fn what_an_operator_changes_at_one_node_is_in_force_at_the_others_or_they_
         pauses: Arc::new(pauses),
         moving: Arc::default(),
         hints: Arc::clone(&other.hints),
+        metrics: Metrics::new().unwrap(),
     };
     let running = tokio::spawn(terms.run());
     let put = async |name: &str, title: &str, total| {

@@ -5,7 +5,7 @@
 //! * `database`: what an arbiter in memory cannot show: concurrent transactions, locks, a schema of before;
 //! * `alone`: a process on its own where nodes have not left;
 //! * `counters`: the counters of the whole sale, which one node adds up for all;
-//! * `keeping`: what keeps a lane where it is;
+//! * `keeping`: what goes with a lane, and what comes with one;
 //! * `lending`: the task that lends in running nodes, with buyers at several at once;
 //! * `payments`: payments of orders whose lane another node has;
 //! * `retention`: which of them deletes old rows;

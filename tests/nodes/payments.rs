@@ -1,15 +1,17 @@
 //! Payments of orders whose lane another node has.
 
+use std::collections::BTreeMap;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::poll;
+use millrace::metrics::Metrics;
 use millrace::order::{Cutover, Lane, LaneSet, OrderId, SkuNumber, UnixMillis};
 use millrace::pipeline::cluster::moved_units;
 use millrace::pipeline::payments::callbacks::Callbacks;
 use millrace::state::lanes::{Lanes, NodeLanes};
-use millrace::store::cluster::lanes::{self, HandOver, HandedOver};
+use millrace::store::cluster::lanes::{self, HandOver, HandedOver, LaneUnits};
 use millrace::store::cluster::takeover::{self, Suspect};
 use millrace::store::cluster::{membership, shares};
 use millrace::store::postgres::Database;
@@ -93,17 +95,17 @@ async fn a_payment_that_waits_while_its_lane_is_handed_over_is_left_to_the_new_o
     // As the keeper does, and the callback is no request any more: it was answered.
     doors.close(lane);
     assert!(doors.is_drained(lane));
-    let held = [(SkuNumber(1), 1)];
+    let units = LaneUnits::joined([(SkuNumber(1), 1)].into(), BTreeMap::new());
     let over = HandOver {
         lane,
         epoch: 1,
         to: taker.node,
         ids_until: UnixMillis(0),
-        held: &held,
+        units: &units,
     };
     let went = lanes::hand_over(&bed.database, lease, &over).await;
     assert_eq!(went.unwrap(), HandedOver::Yes { epoch: 2 });
-    moved_units::given(&owner.state, &held);
+    moved_units::given(&owner.state, &Metrics::new().unwrap(), &units);
     let task = tokio::spawn(task.run());
     storing.await.unwrap();
     let orphans = "SELECT count(*) FROM payments WHERE state = 'orphan'";

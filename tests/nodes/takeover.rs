@@ -416,7 +416,7 @@ async fn a_takeover_that_the_database_refuses_keeps_no_other_waiting() {
         epoch: lane.epoch,
         to: second.node,
         ids_until: UnixMillis(0),
-        held: &[],
+        units: &[],
     };
     lanes::hand_over(&bed.database, first, &over).await.unwrap();
     for dead in [first, second] {

@@ -8,11 +8,12 @@ use millrace::pipeline::cluster::hints::Hints;
 use millrace::pipeline::cluster::lane_keeper::Neighbours;
 use millrace::state::lanes::NodeAddress;
 use millrace::store::cluster::formats::Formats;
-use millrace::store::cluster::lanes::{self, HandOver, HandedOver};
+use millrace::store::cluster::lanes::{self, HandOver, HandedOver, LaneUnits};
 use millrace::store::cluster::membership::{self, Candidate, Join, Joined};
 use millrace::store::cluster::recall::{self, Lowered, Lowering};
 use millrace::store::cluster::shares::{self, Supply, Want};
 use millrace::store::cluster::takeover::{self, LogEnd, Suspect};
+use millrace::store::postgres::parked::ParkedOf;
 use millrace::store::postgres::{Connected, Database, NodeLease};
 use millrace::store::schema;
 use millrace::store::{Ledger, StoreError};
@@ -105,6 +106,18 @@ impl Bed {
             "INSERT INTO stock_log (sku, cause, reference, total_delta, total_after, held_after, sold_after)
              SELECT id, 'admin', 'put', total, total, held, sold FROM sku",
         )
+        .await;
+    }
+
+    /// Parks an order for one unit.
+    pub async fn park(&self, lane: Lane, sku: SkuNumber) {
+        let id = (1_i64 << 22) + (i64::from(lane.get()) << 16);
+        self.sql(&format!(
+            "INSERT INTO parked_orders (order_id, user_id, sku, quantity, adjustment, amount, currency, created_at, expires_at,
+                                        payload_hash)
+             VALUES ({id}, 'u', {}, 1, 0, 100, 'EUR', now(), now(), 0)",
+            sku.0
+        ))
         .await;
     }
 
@@ -520,31 +533,41 @@ impl Run {
         };
         let to = self.random.random_range(0..HOMES as i16);
         let ids_until = self.random.random_range(0..1_000_000);
-        let mut held = Vec::new();
+        let mut units = Vec::new();
         for sku in 1..=SKUS {
             let share = self.arbiter.shares.get(&(sku, from.node)).copied();
             let most = share.map_or(1, |share| {
                 share.held + i64::from(self.random.random_bool(0.05))
             });
-            if most > 0 && self.random.random_bool(0.6) {
-                held.push((sku, self.random.random_range(1..=most)));
+            let free = share.map_or(0, |share| {
+                share.lent - share.held - share.sold + i64::from(self.random.random_bool(0.05))
+            });
+            if most + free > 0 && self.random.random_bool(0.6) {
+                let held = self.random.random_range(0..=most);
+                let parked = self.random.random_range(0..=free);
+                units.push((sku, held + parked, held));
             }
         }
-        let numbered: Vec<_> = held
-            .iter()
-            .map(|(sku, units)| (SkuNumber(*sku), *units))
-            .collect();
+        let of_lane = |(sku, lent, held): &(i32, i64, i64)| LaneUnits {
+            sku: SkuNumber(*sku),
+            held: *held,
+            parked: ParkedOf {
+                orders: 1,
+                units: (lent - held).cast_unsigned(),
+            },
+        };
+        let of_lane: Vec<_> = units.iter().map(of_lane).collect();
         let over = HandOver {
             lane: Lane::new(at as u8).unwrap(),
             epoch,
             to,
             ids_until: UnixMillis(ids_until),
-            held: &numbered,
+            units: &of_lane,
         };
         let found = refused(lanes::hand_over(&self.bed.database, real(from), &over).await);
         let expected = self
             .arbiter
-            .hand_over(from, at, epoch, to, ids_until, &held);
+            .hand_over(from, at, epoch, to, ids_until, &units);
         let found = found.map(|over| match over {
             HandedOver::Yes { epoch } => Some(epoch),
             HandedOver::No => None,

@@ -20,17 +20,17 @@ use tokio::sync::Notify;
 use super::member::Member;
 use super::{balance, moved_units};
 use crate::metrics::Metrics;
-use crate::order::{Lane, LaneSet, SkuId, SkuNumber, UnixMillis};
+use crate::order::{Lane, LaneSet, SkuId, UnixMillis};
 use crate::pipeline::failover::loading;
 use crate::pipeline::orders::cancel::Canceller;
 use crate::queue::OrderQueue;
 use crate::state::State;
 use crate::state::lanes::{NodeAddress, NodeLanes, Standing};
 use crate::store::StoreError;
-use crate::store::cluster::lanes::{self, HandOver, HandedOver, LaneRow};
+use crate::store::cluster::lanes::{self, HandOver, HandedOver, LaneRow, LaneUnits};
 use crate::store::cluster::membership;
-use crate::store::postgres::Database;
 use crate::store::postgres::lease::ID_LEASE_MS;
+use crate::store::postgres::{Database, parked};
 
 /// Longest time for the requests and orders of lanes that are handed over. They open again after it.
 const DRAIN_WITHIN: Duration = Duration::from_secs(2);
@@ -324,9 +324,10 @@ impl LaneKeeper {
             if let Some(least) = state.expiry_index.least() {
                 lanes::note_unpaid(&parts.database, lease, least).await?;
             }
-            Ok(loaded)
+            let parked = parked::by_sku(&parts.database, set).await?;
+            Ok((loaded, parked))
         };
-        let loaded = match loading.await {
+        let (loaded, parked) = match loading.await {
             Ok(loaded) => loaded,
             Err(error) => {
                 // A part of them may be there; begun again from nothing.
@@ -335,8 +336,8 @@ impl LaneKeeper {
             }
         };
         if is_given {
-            let held: Vec<_> = loaded.held.into_iter().collect();
-            moved_units::received(state, &held);
+            let came = LaneUnits::joined(loaded.held, parked);
+            moved_units::received(state, &parts.metrics, &came);
         }
         parts.member.note_loaded(set);
         tracing::info!(
@@ -381,18 +382,12 @@ impl LaneKeeper {
             .map(|step| step.lane)
             .take(AT_ONCE)
             .collect();
-        let parked = lanes::parked(&self.parts.database).await?;
-        let going: LaneSet = set.iter().filter(|lane| !parked.has(*lane)).collect();
-        self.hold_back(set.iter().filter(|lane| parked.has(*lane)));
-        if going.is_empty() {
-            return Ok(false);
-        }
-        self.hand_over(going, to).await
+        self.hand_over(set, to).await
     }
 
-    fn hold_back(&mut self, lanes: impl Iterator<Item = Lane>) {
+    fn hold_back(&mut self, lanes: LaneSet) {
         let until = Instant::now() + TRY_AGAIN;
-        self.stuck.extend(lanes.map(|lane| (lane, until)));
+        self.stuck.extend(lanes.iter().map(|lane| (lane, until)));
     }
 
     async fn hand_over(&mut self, going: LaneSet, to: i16) -> Result<bool, StoreError> {
@@ -404,25 +399,16 @@ impl LaneKeeper {
             tokio::time::sleep(LOOK).await;
             busy = self.under_way(going);
         }
-        // Workers may have parked orders of them before they were drained.
-        let parked = match lanes::parked(&self.parts.database).await {
-            Ok(parked) => parked,
-            Err(error) => {
-                self.reopen(going);
-                return Err(error);
-            }
-        };
-        let stays = |lane: &Lane| busy.has(*lane) || parked.has(*lane);
-        let (staying, drained): (Vec<Lane>, Vec<Lane>) = going.iter().partition(stays);
-        let drained: LaneSet = drained.into_iter().collect();
-        self.hold_back(staying.iter().copied());
-        self.reopen(staying.into_iter().collect());
+        let drained: LaneSet = going.iter().filter(|lane| !busy.has(*lane)).collect();
+        self.hold_back(busy);
+        self.reopen(busy);
         if drained.is_empty() {
             return Ok(false);
         }
         let (database, lease) = (self.parts.database.clone(), self.parts.member.lease);
-        let mut held = match lanes::held_by(&database, lease, drained).await {
-            Ok(held) => held,
+        // Also of orders that were parked before they were drained.
+        let units = match lanes::units_of(&database, lease, drained).await {
+            Ok(units) => units,
             Err(error) => {
                 self.reopen(drained);
                 return Err(error);
@@ -432,19 +418,17 @@ impl LaneKeeper {
         let _moving = moving.lock().await;
         // Beyond every id that was given out here.
         let ids_until = self.parts.state.ids.now().plus_ms(1);
-        let (mut gone, mut units) = (LaneSet::default(), BTreeMap::<SkuNumber, i64>::new());
-        let mut failed = None;
+        let (mut gone, mut failed) = (LaneSet::default(), None);
         for lane in drained.iter() {
             let Some(epoch) = self.loaded.get(&lane).copied() else {
                 continue;
             };
-            let of_lane = held.remove(&lane).unwrap_or_default();
             let over = HandOver {
                 lane,
                 epoch,
                 to,
                 ids_until,
-                held: &of_lane,
+                units: units.get(&lane).map_or(&[], Vec::as_slice),
             };
             match lanes::hand_over(&database, lease, &over).await {
                 Ok(HandedOver::Yes { .. }) => {}
@@ -455,23 +439,22 @@ impl LaneKeeper {
                 }
             }
             gone.insert(lane);
-            for (sku, count) in of_lane {
-                *units.entry(sku).or_default() += count;
-            }
         }
         if let Some(error) = failed {
             // The answer to one was lost: the rows say what became of it, before anything is open again.
             let unknown: LaneSet = drained.iter().filter(|lane| !gone.has(*lane)).collect();
-            self.settle_unknown(unknown, &database, held, &mut gone, &mut units, error)
-                .await?;
+            let went = self.settle_unknown(unknown, &database, error).await?;
+            gone.extend(went.iter());
+            self.hold_back(unknown.iter().filter(|lane| !went.has(*lane)).collect());
         }
         self.reopen(drained.iter().filter(|lane| !gone.has(*lane)).collect());
         if gone.is_empty() {
             return Ok(false);
         }
         self.loaded.retain(|lane, _| !gone.has(*lane));
-        let units: Vec<_> = units.into_iter().collect();
-        moved_units::given(&self.parts.state, &units);
+        for of_lane in gone.iter().filter_map(|lane| units.get(&lane)) {
+            moved_units::given(&self.parts.state, &self.parts.metrics, of_lane);
+        }
         let state = Arc::clone(&self.parts.state);
         let _ = tokio::task::spawn_blocking(move || state.forget_lanes(gone)).await;
         self.parts.neighbours.lanes_moved();
@@ -489,17 +472,14 @@ impl LaneKeeper {
         Ok(true)
     }
 
-    /// Finds out which of these lanes went, after an answer was lost. Waits for the database: until it answers they stay
+    /// Those of these lanes that went, after an answer was lost. Waits for the database: until it answers they stay
     /// closed.
     async fn settle_unknown(
         &self,
         unknown: LaneSet,
         database: &Database,
-        mut held: BTreeMap<Lane, Vec<(SkuNumber, i64)>>,
-        gone: &mut LaneSet,
-        units: &mut BTreeMap<SkuNumber, i64>,
         error: StoreError,
-    ) -> Result<(), StoreError> {
+    ) -> Result<LaneSet, StoreError> {
         if error.is_final() {
             return Err(error);
         }
@@ -508,16 +488,9 @@ impl LaneKeeper {
             // A transaction of the lost connection has ended once its lock is free.
             match lanes::locked(database, unknown).await {
                 Ok(rows) => {
-                    for row in rows {
-                        if self.loaded.get(&row.lane) == Some(&row.epoch) {
-                            continue;
-                        }
-                        gone.insert(row.lane);
-                        for (sku, count) in held.remove(&row.lane).unwrap_or_default() {
-                            *units.entry(sku).or_default() += count;
-                        }
-                    }
-                    return Ok(());
+                    let is_here = |row: &LaneRow| self.loaded.get(&row.lane) == Some(&row.epoch);
+                    let gone = rows.iter().filter(|row| !is_here(row));
+                    return Ok(gone.map(|row| row.lane).collect());
                 }
                 Err(error) if error.is_final() => return Err(error),
                 Err(_) if self.parts.state.poison.is_set() => return Err(error),

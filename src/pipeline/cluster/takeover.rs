@@ -258,9 +258,7 @@ impl Takeovers {
         let of_dead = rows.iter().filter(|row| row.blocked_by == Some(dead.node));
         let parked = parked::by_sku(database, of_dead.map(|row| row.lane).collect()).await?;
         let merged = self.finish(dead, end).await?;
-        moved_units::merged(state, &merged, &parked);
-        let orders: u64 = parked.values().map(|parked| parked.orders).sum();
-        self.parts.metrics.orders_parked.add(orders.cast_signed());
+        moved_units::merged(state, &self.parts.metrics, &merged, &parked);
         drop(moving);
         self.parts.changed.notify_one();
         Ok(())

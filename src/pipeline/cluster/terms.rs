@@ -1,12 +1,16 @@
 //! Terms of SKUs, totals and pauses reach every node: each looks for changes that operators have made at any node, and
 //! says which one it has taken over last.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::Mutex;
 
 use super::hints::Hints;
+use super::moved_units;
+use crate::metrics::Metrics;
+use crate::order::LaneSet;
 use crate::pipeline::admin::changes::check_number;
 use crate::pipeline::admin::limits;
 use crate::pipeline::admin::pauses::Pauses;
@@ -14,7 +18,7 @@ use crate::state::State;
 use crate::state::stock::SaleTerms;
 use crate::store::cluster::lanes::{self, LaneRow};
 use crate::store::cluster::terms::{self, Changes};
-use crate::store::postgres::{Database, NodeLease, skus};
+use crate::store::postgres::{Database, NodeLease, parked, skus};
 use crate::store::{Ledger, StoreError};
 
 /// Interval between two looks, if no other node tells of a change. An operator waits for the other nodes for a second.
@@ -40,6 +44,8 @@ pub struct Terms {
     pub moving: Arc<Mutex<()>>,
     /// Hints from other nodes.
     pub hints: Arc<Hints>,
+    /// The metrics.
+    pub metrics: Metrics,
 }
 
 impl Terms {
@@ -100,17 +106,20 @@ impl Terms {
         let _moving = self.moving.lock().await;
         let mut new = skus::load_all(&self.database, self.lease).await?;
         new.retain(|stored| self.state.catalogue.get(&stored.id).is_none());
+        let mut parked = BTreeMap::new();
         if let Some(of) = &self.state.lanes {
             let open = of.lanes.open_here();
             // After the shares: a lane that has come in between is not open.
             let rows = lanes::all(&self.database).await?;
             let is_ours =
                 |row: &&LaneRow| row.node == Some(self.lease.node) && row.blocked_by.is_none();
-            if !rows.iter().filter(is_ours).all(|row| open.has(row.lane)) {
+            let ours: LaneSet = rows.iter().filter(is_ours).map(|row| row.lane).collect();
+            if ours.iter().any(|lane| !open.has(lane)) {
                 return Ok(false);
             }
+            parked = parked::by_sku(&self.database, ours).await?;
         }
-        self.state.catalogue.add(new);
+        moved_units::add(&self.state, &self.metrics, new, &parked);
         Ok(true)
     }
 }

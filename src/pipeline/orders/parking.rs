@@ -132,10 +132,6 @@ impl Parking {
 
     /// Runs until the future is dropped or this process may not write any more.
     pub async fn run(mut self) {
-        let state = Arc::clone(&self.state);
-        let parked = |sku: &Arc<Sku>| sku.fault().refused().map_or(0, |refused| refused.parked);
-        let parked: u64 = state.catalogue.all().iter().map(parked).sum();
-        self.metrics.orders_parked.add(parked as i64);
         loop {
             tokio::select! {
                 biased;
@@ -405,9 +401,8 @@ impl Parking {
 
     fn left(&self, order: &Order) {
         if let Some(sku) = self.state.catalogue.by_number(order.sku) {
-            sku.fault().unparked(1);
+            self.metrics.orders_parked.add(sku.fault().unparked(1));
         }
-        self.metrics.orders_parked.dec();
     }
 }
 

@@ -391,7 +391,7 @@ impl StockCounter {
         .is_ok()
     }
 
-    /// Only at a start: takes the units of parked orders whose SKU's row is wrong, whatever its total. Its sale
+    /// Only before anybody can hold units: takes those of parked orders whose SKU's row is wrong, whatever its total. Its sale
     /// is paused, so nothing is sold from a total that grows here.
     ///
     /// # Panics

@@ -83,10 +83,13 @@ impl Fault {
         })
     }
 
-    /// Subtracts orders that are no longer parked.
-    pub fn unparked(&self, orders: u64) {
-        self.inner
-            .with(|inner| inner.parked = inner.parked.saturating_sub(orders));
+    /// Subtracts orders that are no longer parked here. Returns the change.
+    pub fn unparked(&self, orders: u64) -> i64 {
+        self.inner.with(|inner| {
+            let before = inner.parked;
+            inner.parked = before.saturating_sub(orders);
+            inner.parked as i64 - before as i64
+        })
     }
 
     /// Sets the number of parked orders to the database's. Returns the change.
@@ -161,7 +164,7 @@ mod tests {
             (&*refused.reason, refused.parked, refused.units),
             ("still", 5, 2)
         );
-        fault.unparked(5);
+        assert_eq!(fault.unparked(7), -5);
         assert!(fault.clear(fault.look().unwrap()));
         assert!(!fault.is_set() && fault.refused().is_none());
     }

@@ -16,6 +16,7 @@ use tokio_postgres::{Error, Row, Transaction};
 use super::{lists, transact};
 use crate::order::{Lane, LaneSet, OrderId, SkuNumber, UnixMillis};
 use crate::store::StoreError;
+use crate::store::postgres::parked::ParkedOf;
 use crate::store::postgres::{Database, NodeLease, lease};
 
 /// The row of a lane.
@@ -84,7 +85,7 @@ pub async fn locked(database: &Database, lanes: LaneSet) -> Result<Vec<LaneRow>,
     rows.iter().map(lane_row).collect()
 }
 
-/// Takes every lane that is nobody's, with the units of their unpaid orders. All of them or none, because these units
+/// Takes every lane that is nobody's, with the units of their orders. All of them or none, because these units
 /// are one number. None while a log may hold orders of them: that of a single node, which had all lanes, of a dead one, or of
 /// one that joins. Returns the lanes that were taken.
 ///
@@ -119,7 +120,8 @@ pub async fn claim_free(database: &Database, lease: NodeLease) -> Result<Vec<Lan
         if !taken.is_empty() {
             // Those that lack are made when the lanes are loaded.
             lists::follow_single(transaction).await?;
-            held_into_share(transaction, lease.node).await?;
+            let numbers = taken.iter().map(|row| row.get::<_, i16>(0).into());
+            units_into_share(transaction, lease.node, &numbers.collect::<Vec<_>>()).await?;
             lease::take_unpaid_from(transaction, lease.node).await?;
         }
         Ok(taken)
@@ -128,32 +130,78 @@ pub async fn claim_free(database: &Database, lease: NodeLease) -> Result<Vec<Lan
     taken.iter().map(lane_row).collect()
 }
 
-/// Moves the units of unpaid orders that are outside of any share into a node's.
-async fn held_into_share(transaction: &Transaction<'_>, node: i16) -> Result<(), Error> {
-    let rows = transaction
-        .query(
-            "SELECT id, held FROM sku WHERE held > 0 ORDER BY id FOR UPDATE",
-            &[],
-        )
-        .await?;
+/// Moves the units of orders that are outside of any share into a node's: those of unpaid ones, which `sku` holds, and those of
+/// parked ones in these lanes, which are in the pool, unless somebody has changed its numbers.
+async fn units_into_share(
+    transaction: &Transaction<'_>,
+    node: i16,
+    lanes: &[i64],
+) -> Result<(), Error> {
+    let sql = format!(
+        "SELECT id, held, held + greatest(least(coalesce(p.units, 0), total - held - sold - lent), 0)
+           FROM sku LEFT JOIN (SELECT sku, sum(quantity)::int8 AS units FROM parked_orders WHERE {} GROUP BY sku) p ON p.sku = id
+          WHERE held > 0 OR p.units > 0 ORDER BY id FOR UPDATE OF sku",
+        is_of("$1")
+    );
+    let rows = transaction.query(&sql, &[&lanes]).await?;
     let skus: Vec<i32> = rows.iter().map(|row| row.get(0)).collect();
-    let units: Vec<i64> = rows.iter().map(|row| row.get(1)).collect();
+    let held: Vec<i64> = rows.iter().map(|row| row.get(1)).collect();
+    let lent: Vec<i64> = rows.iter().map(|row| row.get(2)).collect();
     // Out of `held` first: `held + sold + lent` may be all of the total.
     transaction
         .execute("UPDATE sku SET held = 0 WHERE id = ANY ($1)", &[&skus])
         .await?;
     transaction
-        .execute(INTO_SHARE, &[&node, &skus, &units])
+        .execute(INTO_SHARE, &[&node, &skus, &lent, &held])
         .await?;
     Ok(())
 }
 
-/// Adds held units to the shares of a node.
+/// Adds units to the shares of a node.
 const INTO_SHARE: &str = "
     INSERT INTO stock_share (sku, node, lent, held)
-    SELECT w.sku, $1, w.units, w.units FROM unnest($2::int4[], $3::int8[]) AS w (sku, units)
+    SELECT w.sku, $1, w.lent, w.held FROM unnest($2::int4[], $3::int8[], $4::int8[]) AS w (sku, lent, held)
     ON CONFLICT (sku, node) DO UPDATE
        SET lent = stock_share.lent + excluded.lent, held = stock_share.held + excluded.held";
+
+/// Units of a SKU that the orders of a lane have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LaneUnits {
+    /// The SKU.
+    pub sku: SkuNumber,
+    /// Units of unpaid orders: held in the share of its owner.
+    pub held: i64,
+    /// Its parked orders. Their units are free in the share of its owner, by its row.
+    pub parked: ParkedOf,
+}
+
+impl LaneUnits {
+    /// Of all SKUs.
+    pub fn joined(
+        held: BTreeMap<SkuNumber, i64>,
+        mut parked: BTreeMap<SkuNumber, ParkedOf>,
+    ) -> Vec<Self> {
+        let mut units: Vec<_> = held
+            .into_iter()
+            .map(|(sku, held)| LaneUnits {
+                sku,
+                held,
+                parked: parked.remove(&sku).unwrap_or_default(),
+            })
+            .collect();
+        units.extend(parked.into_iter().map(|(sku, parked)| LaneUnits {
+            sku,
+            held: 0,
+            parked,
+        }));
+        units
+    }
+
+    /// What all of them have in a share.
+    pub fn lent(&self) -> i64 {
+        self.held + self.parked.units.cast_signed()
+    }
+}
 
 /// A lane that is handed over.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -166,8 +214,8 @@ pub struct HandOver<'a> {
     pub to: i16,
     /// Every id that the giver has given out in it lies before this moment.
     pub ids_until: UnixMillis,
-    /// Units of its unpaid orders, by SKU, ascending. They move from the giver's shares to the taker's.
-    pub held: &'a [(SkuNumber, i64)],
+    /// What its orders have, by SKU, ascending. It moves from the giver's shares to the taker's.
+    pub units: &'a [LaneUnits],
 }
 
 /// The outcome of a hand-over.
@@ -183,11 +231,11 @@ pub enum HandedOver {
     No,
 }
 
-/// Gives a lane and the units of its unpaid orders to another node. A repeat after a lost answer returns
+/// Gives a lane and the units of its orders to another node. A repeat after a lost answer returns
 /// [`HandedOver::No`], and [`all`] tells whether the first attempt was committed.
 ///
 /// # Errors
-/// A CHECK violation if the giver's share holds fewer units; [`StoreError::Fenced`] if the giver was taken over.
+/// A CHECK violation if the giver's share has fewer units; [`StoreError::Fenced`] if the giver was taken over.
 pub async fn hand_over(
     database: &Database,
     lease: NodeLease,
@@ -195,8 +243,9 @@ pub async fn hand_over(
 ) -> Result<HandedOver, StoreError> {
     let mut client = database.pooled().await?;
     let lane = i16::from(over.lane.get());
-    let skus: Vec<i32> = over.held.iter().map(|(sku, _)| sku.0).collect();
-    let units: Vec<i64> = over.held.iter().map(|(_, units)| *units).collect();
+    let skus: Vec<i32> = over.units.iter().map(|units| units.sku.0).collect();
+    let lent: Vec<i64> = over.units.iter().map(LaneUnits::lent).collect();
+    let held: Vec<i64> = over.units.iter().map(|units| units.held).collect();
     let work = async {
         let transaction = client.transaction().await?;
         let nodes = transaction
@@ -242,16 +291,16 @@ pub async fn hand_over(
         // Out of the giver's share first: what is lent never exceeds the total in between.
         let given = transaction
             .execute(
-                "UPDATE stock_share s SET lent = s.lent - w.units, held = s.held - w.units
-                   FROM unnest($2::int4[], $3::int8[]) AS w (sku, units) WHERE s.sku = w.sku AND s.node = $1",
-                &[&lease.node, &skus, &units],
+                "UPDATE stock_share s SET lent = s.lent - w.lent, held = s.held - w.held
+                   FROM unnest($2::int4[], $3::int8[], $4::int8[]) AS w (sku, lent, held) WHERE s.sku = w.sku AND s.node = $1",
+                &[&lease.node, &skus, &lent, &held],
             )
             .await?;
         if given != skus.len() as u64 {
             return Ok(Some(HandedOver::No));
         }
         transaction
-            .execute(INTO_SHARE, &[&over.to, &skus, &units])
+            .execute(INTO_SHARE, &[&over.to, &skus, &lent, &held])
             .await?;
         share_unpaid_from(&transaction, lease.node, over.to).await?;
         transaction.commit().await?;
@@ -329,52 +378,44 @@ fn lane_of(row: &Row, at: usize) -> Option<Lane> {
     number.ok().and_then(Lane::new)
 }
 
-/// Units of the unpaid orders of these lanes, by SKU, ascending. The lanes are closed and drained in this process, so
-/// nothing moves.
+/// What the orders of these lanes have, by SKU, ascending. The lanes are closed and drained in this process, so nothing moves.
 ///
 /// # Errors
 /// If the database does not answer.
-pub async fn held_by(
+pub async fn units_of(
     database: &Database,
     lease: NodeLease,
     lanes: LaneSet,
-) -> Result<BTreeMap<Lane, Vec<(SkuNumber, i64)>>, StoreError> {
+) -> Result<BTreeMap<Lane, Vec<LaneUnits>>, StoreError> {
     let client = database.pooled().await?;
     // Without a step timeout, because there may be many.
     let rows = client
         .query(
             &format!(
-                "SELECT lane::int8, sku, sum(quantity)::int8
-                   FROM (SELECT {OF_ROW} AS lane, sku, quantity FROM orders
-                          WHERE order_id >= (SELECT unpaid_from FROM node WHERE node = $1) AND status = 1) o
+                "SELECT lane::int8, sku, sum(held)::int8, sum(orders)::int8, sum(parked)::int8
+                   FROM (SELECT {OF_ROW} AS lane, sku, quantity AS held, 0 AS orders, 0 AS parked FROM orders
+                          WHERE order_id >= (SELECT unpaid_from FROM node WHERE node = $1) AND status = 1
+                         UNION ALL SELECT {OF_ROW}, sku, 0, 1, quantity FROM parked_orders) o
                   WHERE lane = ANY ($2) GROUP BY lane, sku ORDER BY lane, sku"
             ),
             &[&lease.node, &numbers(lanes)],
         )
         .await
-        .map_err(StoreError::statement("adding up what the orders of lanes hold"))?;
-    let mut held = BTreeMap::<Lane, Vec<_>>::new();
+        .map_err(StoreError::statement("adding up what the orders of lanes have"))?;
+    let mut units = BTreeMap::<Lane, Vec<_>>::new();
     for row in &rows {
         if let Some(lane) = lane_of(row, 0) {
-            held.entry(lane)
-                .or_default()
-                .push((SkuNumber(row.get(1)), row.get(2)));
+            units.entry(lane).or_default().push(LaneUnits {
+                sku: SkuNumber(row.get(1)),
+                held: row.get(2),
+                parked: ParkedOf {
+                    orders: row.get::<_, i64>(3).cast_unsigned(),
+                    units: row.get::<_, i64>(4).cast_unsigned(),
+                },
+            });
         }
     }
-    Ok(held)
-}
-
-/// The lanes with parked orders, which stay where they are.
-///
-/// # Errors
-/// If the database does not answer.
-pub async fn parked(database: &Database) -> Result<LaneSet, StoreError> {
-    let client = database.pooled().await?;
-    let sql = format!("SELECT DISTINCT ({OF_ROW})::int8 FROM parked_orders");
-    let rows = database
-        .timed("looking for parked orders", client.query(&sql, &[]))
-        .await?;
-    Ok(rows.iter().filter_map(|row| lane_of(row, 0)).collect())
+    Ok(units)
 }
 
 /// The lanes of orders whose ids are from before lanes, by their rows or as they are parked.

@@ -213,9 +213,9 @@ impl World {
         let held = match self.units_of_lane(at) {
             0 => vec![],
             _ if self.has(Defect::LeaveUnits) => vec![],
-            units => vec![(SKU, units)],
+            units => vec![(SKU, units, units)],
         };
-        let moved = held.first().map_or(0, |(_, units)| *units);
+        let moved = held.first().map_or(0, |(.., units)| *units);
         let (is_lost, is_done) = (self.loses(0.3), self.chance(0.5));
         if is_lost {
             self.saw("answer of a hand-over lost");
