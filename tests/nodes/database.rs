@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use millrace::order::{Lane, SkuNumber, UnixMillis};
+use millrace::order::{Lane, OrderId, SkuNumber, UnixMillis};
 use millrace::store::cluster::lanes::{self, HandOver, HandedOver, LaneUnits};
 use millrace::store::cluster::membership::{self, Join};
 use millrace::store::cluster::shares::{self, Share, Supply};
 use millrace::store::cluster::takeover::{self, LogEnd, Suspect};
-use millrace::store::cluster::terms;
+use millrace::store::cluster::{lists, terms};
 use millrace::store::postgres::parked::ParkedOf;
 use millrace::store::postgres::{Connected, Database, NodeLease, lease, skus};
 use millrace::store::{Ledger, StoreError};
@@ -536,6 +536,27 @@ async fn the_units_of_parked_orders_are_for_whoever_takes_their_lanes_as_far_as_
         sold: 0,
     };
     assert_eq!((share(1).await, share(2).await), (of(5, 2), of(1, 0)));
+}
+
+#[tokio::test]
+async fn entering_all_that_wait_into_lists_may_take_longer_than_a_step() {
+    let bed = Bed::open().await;
+    bed.skus(&[10]).await;
+    let node = bed.join(1).await;
+    bed.sql(
+        "INSERT INTO orders (order_id, user_id, sku, quantity, adjustment, amount, currency, status, created_at, expires_at, payload_hash)
+         VALUES (65536, 'u', 1, 1, 0, 100, 'EUR', 7, now(), '9999-01-01', 0);
+         CREATE FUNCTION slowly() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(2.5); RETURN NEW; END $$;
+         CREATE TRIGGER slowly BEFORE INSERT ON waitlist_entries FOR EACH ROW EXECUTE FUNCTION slowly()",
+    )
+    .await;
+    let step = Duration::from_secs(2);
+    let database = Database::with_config(bed.test.config(), SCHEMA, 1, step).unwrap();
+    let waits = OrderId::from_i64(65_536).unwrap();
+    lists::restore(&database, node, &[SKU], &[waits])
+        .await
+        .unwrap();
+    assert_eq!(bed.number("SELECT count(*) FROM waitlist_entries").await, 1);
 }
 
 #[tokio::test]

@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use tokio_postgres::{Error, Row, Transaction};
 
-use super::{lists, transact};
+use super::{lists, transact_long};
 use crate::order::{Lane, LaneSet, OrderId, SkuNumber, UnixMillis};
 use crate::store::StoreError;
 use crate::store::postgres::parked::ParkedOf;
@@ -126,7 +126,7 @@ pub async fn claim_free(database: &Database, lease: NodeLease) -> Result<Vec<Lan
         }
         Ok(taken)
     };
-    let taken = transact(database, lease, "taking free lanes", work).await?;
+    let taken = transact_long(database, lease, "taking free lanes", work).await?;
     taken.iter().map(lane_row).collect()
 }
 

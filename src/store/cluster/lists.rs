@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use tokio_postgres::{Error, Row, Transaction};
 
 use super::lanes::numbers;
-use super::transact;
+use super::transact_long;
 use crate::order::{LaneSet, OrderId, SkuNumber};
 use crate::store::StoreError;
 use crate::store::postgres::{Database, NodeLease};
@@ -228,5 +228,5 @@ pub async fn restore(
         }
         Ok(())
     };
-    transact(database, lease, "entering orders into waiting lists", work).await
+    transact_long(database, lease, "entering orders into waiting lists", work).await
 }

@@ -30,10 +30,15 @@ pub mod stock;
 pub mod takeover;
 pub mod terms;
 
-use tokio_postgres::{Error, Transaction};
+use std::time::Duration;
+
+use tokio_postgres::{Client, Error, Transaction};
 
 use super::StoreError;
 use super::postgres::{Database, NodeLease};
+
+/// Longest time of a transaction over all orders that wait: a million take some seconds, on a slow machine a minute.
+const LONG: Duration = Duration::from_secs(600);
 
 /// Does `work` in a transaction of a node whose lease is in force, and commits it.
 ///
@@ -46,17 +51,40 @@ async fn transact<T>(
     work: impl AsyncFnOnce(&Transaction<'_>) -> Result<T, Error>,
 ) -> Result<T, StoreError> {
     let mut client = database.pooled().await?;
-    let transacted = async {
-        let transaction = client.transaction().await?;
-        if !in_force(&transaction, lease).await? {
-            return Ok(None);
-        }
-        let done = work(&transaction).await?;
-        transaction.commit().await?;
-        Ok(Some(done))
-    };
-    let done = database.timed(doing, transacted).await?;
+    let done = database
+        .timed(doing, commit(&mut client, lease, work))
+        .await?;
     done.ok_or_else(|| lease.is_lost())
+}
+
+/// The same for work on each order that waits, of which there may be millions.
+async fn transact_long<T>(
+    database: &Database,
+    lease: NodeLease,
+    doing: &'static str,
+    work: impl AsyncFnOnce(&Transaction<'_>) -> Result<T, Error>,
+) -> Result<T, StoreError> {
+    let mut client = database.pooled().await?;
+    let done = tokio::time::timeout(LONG, commit(&mut client, lease, work)).await;
+    let timeout = StoreError::Timeout { doing, after: LONG };
+    let done = done.map_err(|_| timeout)?;
+    done.map_err(StoreError::statement(doing))?
+        .ok_or_else(|| lease.is_lost())
+}
+
+/// `None`: the lease is not in force.
+async fn commit<T>(
+    client: &mut Client,
+    lease: NodeLease,
+    work: impl AsyncFnOnce(&Transaction<'_>) -> Result<T, Error>,
+) -> Result<Option<T>, Error> {
+    let transaction = client.transaction().await?;
+    if !in_force(&transaction, lease).await? {
+        return Ok(None);
+    }
+    let done = work(&transaction).await?;
+    transaction.commit().await?;
+    Ok(Some(done))
 }
 
 /// Locks the row of a node against raising its epoch, and tells whether the lease is in force: the node was not taken
