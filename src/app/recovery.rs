@@ -306,7 +306,11 @@ async fn hold_parked(
         let units = u32::try_from(held)
             .map_err(|_| StoreError::Data(format!("sku {}: its orders hold {held}", sku.id)))?;
         sku.counter().release(sku.counter().snapshot().held);
+        let total = sku.counter().snapshot().total;
         sku.counter().hold_regardless(units);
+        if sku.shared().is_some() {
+            sku.fault().lack(sku.counter().snapshot().total - total);
+        }
         catalogue.set_fault(&sku, parking::FOUND, 1);
         sku.fault().set_parked(parked.orders);
         tracing::error!(

@@ -141,11 +141,16 @@ async fn sell_out(cluster: &Cluster, nodes: &[&Node]) {
     let orders: i64 = client.query_one(orders, &[]).await.unwrap().get(0);
     assert_eq!(orders, i64::from(UNITS));
     for node in nodes {
-        wait_until("memory agrees with the rows", async || {
-            call(node.served.control, "GET", "/admin/v1/audit", &[], "").json()["ok"] == true
-        })
-        .await;
+        agrees(node).await;
     }
+}
+
+/// Waits until memory agrees with the rows.
+async fn agrees(node: &Node) {
+    wait_until("memory agrees with the rows", async || {
+        call(node.served.control, "GET", "/admin/v1/audit", &[], "").json()["ok"] == true
+    })
+    .await;
 }
 
 /// Orders that were accepted and are parked.
@@ -273,6 +278,53 @@ fn parked_orders_go_from_a_process_on_its_own_to_nodes_and_back() {
         let nodes = two();
         Cluster::wait_for_lanes(&nodes.each_ref(), &[32, 32]).await;
         parked.mended(&nodes[0]).await;
+        sell_out(&cluster, &nodes.each_ref()).await;
+        nodes.into_iter().for_each(Node::stop);
+    });
+}
+
+#[test]
+fn orders_that_were_parked_because_of_an_edited_row_go_on_at_nodes_once_it_is_mended() {
+    block_on(async {
+        let Some(cluster) = Cluster::open().await else {
+            return;
+        };
+        let single = cluster.start_alone("alone");
+        single.served.put_sku(SKU, UNITS);
+        for number in 0..3 {
+            let placed = order(single.served.data, &format!("first-{number}"), "wait=5");
+            assert_eq!(placed.status, 201, "{placed:?}");
+        }
+        let client = cluster.database.connect().await;
+        let edited = format!("UPDATE millrace.sku SET total = total - {}", UNITS - 3);
+        client.batch_execute(&edited).await.unwrap();
+        let mut accepted = Vec::new();
+        for number in 0..4 {
+            let user = format!("parked-{number}");
+            let answer = order(single.served.data, &user, "respond-async");
+            if answer.status == 202 {
+                accepted.push(Placed::of(&user, &user, &answer));
+            }
+        }
+        assert!(!accepted.is_empty());
+        let parked = Parked {
+            cluster: &cluster,
+            accepted,
+        };
+        wait_until("what was accepted is parked", async || {
+            parked.count().await == parked.accepted.len() as i64
+        })
+        .await;
+        single.stop();
+        let nodes = ["one", "two"].map(|name| cluster.start(name));
+        Cluster::wait_for_lanes(&nodes.each_ref(), &[32, 32]).await;
+        parked.assert_known(&nodes[1]).await;
+        let mended = format!("UPDATE millrace.sku SET total = total + {}", UNITS - 3);
+        client.batch_execute(&mended).await.unwrap();
+        parked.are_rows(&nodes[0]).await;
+        for node in &nodes {
+            agrees(node).await;
+        }
         sell_out(&cluster, &nodes.each_ref()).await;
         nodes.into_iter().for_each(Node::stop);
     });

@@ -49,6 +49,7 @@ pub fn merged(
         counter.receive_held(units(taken));
         counter.sell(units(share.sold));
         counter.lend(units((share.lent - taken).max(0)));
+        sku.fault().lack(units((taken - share.lent).max(0)));
         note_parked(state, metrics, &sku, parked);
         forget_sold_out(&sku);
     }

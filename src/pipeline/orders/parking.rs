@@ -21,8 +21,8 @@ use tokio::sync::{mpsc, oneshot};
 use crate::backoff::Backoff;
 use crate::clock;
 use crate::metrics::Metrics;
-use crate::order::{Ended, LaneSet, Order, OrderStatus, SkuNumber, UnixMillis};
-use crate::pipeline::cluster::held;
+use crate::order::{Ended, LaneSet, Order, OrderStatus, Quantity, SkuNumber, UnixMillis};
+use crate::pipeline::cluster::{held, lending};
 use crate::state::stock::{Refused, Sku};
 use crate::state::{State, lanes};
 use crate::store::StoreError;
@@ -212,6 +212,9 @@ impl Parking {
             let Some(seen) = sku.fault().look() else {
                 return Ok(Tried::Refused);
             };
+            if !cover(sku).await {
+                return Ok(Tried::Refused);
+            }
             let lanes = lanes::here(self.state.lanes.as_ref());
             let part = parked::of_sku(&self.database, sku.number, lanes, size as i64).await?;
             if part.is_empty() {
@@ -406,6 +409,23 @@ impl Parking {
     }
 }
 
+/// Has the units that parked orders hold in memory lent to this node, as far as its share has them not: the row in `sku` was wrong when
+/// it got their lanes. False: the SKU has not enough.
+async fn cover(sku: &Arc<Sku>) -> bool {
+    let Some(lacking) = Quantity::new(sku.fault().lacking()) else {
+        return true;
+    };
+    let Ok(lent) = lending::hold(sku, lacking).await else {
+        sku.fault().set(LACKING, lacking.get());
+        return false;
+    };
+    // Memory has counted them since.
+    lent.commit();
+    sku.counter().give_held(lacking.get());
+    sku.fault().covered(lacking.get());
+    true
+}
+
 /// A position before every parked order.
 const START: (UnixMillis, i64) = (UnixMillis(0), 0);
 
@@ -432,6 +452,10 @@ pub async fn recount(
     }
     Ok(())
 }
+
+/// Reason of the fault of a SKU of which this node has not all units that its parked orders hold.
+const LACKING: &str =
+    "the sale has not the units that its parked orders hold: its total is too low";
 
 /// Reason of the fault of a SKU whose parked orders were found at a start, after a failover, or after a takeover.
 pub const FOUND: &str = "orders of it were parked before; they have not been tried again yet";

@@ -35,6 +35,8 @@ struct Inner {
     reason: Option<Arc<str>>,
     units: u32,
     parked: u64,
+    /// At a node: units that parked orders hold in memory and that are not in its share.
+    lacking: u32,
     /// Transactions that are about to park orders.
     parking: u32,
     /// Number of those that have ended.
@@ -98,6 +100,21 @@ impl Fault {
             let before = std::mem::replace(&mut inner.parked, orders);
             orders as i64 - before as i64
         })
+    }
+
+    /// Notes that parked orders hold units in memory that are not in the share of this node.
+    pub fn lack(&self, units: u32) {
+        self.inner.with(|inner| inner.lacking += units);
+    }
+
+    /// Units that parked orders hold in memory and that are not in the share of this node.
+    pub fn lacking(&self) -> u32 {
+        self.inner.with(|inner| inner.lacking)
+    }
+
+    /// Notes that so many of them are.
+    pub fn covered(&self, units: u32) {
+        self.inner.with(|inner| inner.lacking -= units);
     }
 
     /// Call before a search for parked orders, and pass the result to [`Fault::clear`] if there
