@@ -1,5 +1,6 @@
 //! Draws over several nodes, and draws that go from a process on its own to nodes and back, at every step.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
@@ -94,8 +95,15 @@ impl Draw {
     /// Finds those that were accepted.
     async fn find(&mut self, at: &Node, accepted: Vec<String>) {
         for id in accepted {
-            self.entries
-                .push(until_status(at.served.data, &id, "waitlisted").await);
+            let entry = RefCell::new(Value::Null);
+            wait_until("it is an entry", async || {
+                let found = order_at(at.served.data, &id);
+                let is_found = found["entry_token"].is_string();
+                entry.replace(found);
+                is_found
+            })
+            .await;
+            self.entries.push(entry.into_inner());
         }
     }
 
@@ -106,19 +114,16 @@ impl Draw {
             .push(file.lines().next().expect("its first line").to_owned());
     }
 
-    /// Entries are as they were answered, whoever is asked now.
-    fn assert_known(&self, at: &Node) {
+    /// Waits until entries are as they were answered, whoever is asked now: a busy node may answer later, or from the row alone.
+    async fn until_known(&self, at: &Node) {
         for entry in &self.entries {
-            let now = order_at(at.served.data, entry["order_id"].as_str().expect("an id"));
-            for member in [
-                "order_id",
-                "user_id",
-                "quantity",
-                "entry_token",
-                "created_at",
-            ] {
-                assert_eq!(now[member], entry[member], "{now}");
-            }
+            let id = entry["order_id"].as_str().expect("an id");
+            wait_until("it is as it was answered", async || {
+                let now = order_at(at.served.data, id);
+                let members = ["user_id", "quantity", "entry_token", "created_at"];
+                members.iter().all(|member| now[member] == entry[member])
+            })
+            .await;
         }
     }
 
@@ -327,7 +332,7 @@ async fn draw_over(
     let sellers = sellers.then(fixed, end).await;
     let last = sellers.nodes.last().expect("a process");
     draw.find(last, accepted).await;
-    draw.assert_known(last);
+    draw.until_known(last).await;
     draw.enter(&sellers.all(), 30);
     draw.look(last);
     until_state(&sellers.all(), "entries_fixed").await;
@@ -336,7 +341,7 @@ async fn draw_over(
     let sellers = sellers.then(drawn, end).await;
     until_state(&sellers.all(), "entries_fixed").await;
     let last = sellers.nodes.last().expect("a process");
-    draw.assert_known(last);
+    draw.until_known(last).await;
     let supplied = supply_beacon(last);
     assert_eq!(supplied.status, 200, "{supplied:?}");
     until_state(&sellers.all(), "drawn").await;
@@ -357,7 +362,10 @@ async fn draw_over(
     // As many units as an entry is for at most.
     let won = rows.iter().filter(|(_, won)| *won);
     for (id, _) in won.take(3) {
-        assert_eq!(cancel(one.served.data, id, "").status, 200);
+        wait_until("its unit comes back", async || {
+            cancel(one.served.data, id, "").status == 200
+        })
+        .await;
     }
     until_status(last.served.data, &waiting[0], "pending_payment").await;
     for node in sellers.all() {

@@ -198,13 +198,15 @@ impl<'a> Parked<'a> {
     }
 
     /// They are parked still, and their keys answer for them.
-    async fn assert_known(&self, at: &Node) {
+    async fn until_known(&self, at: &Node) {
         assert_eq!(self.count().await, self.accepted.len() as i64);
         for placed in &self.accepted {
             let id = &placed.order_id;
-            assert_eq!(order_at(at.served.data, id)["status"], "accepted");
-            let again = placed.again(at.served.data, SKU);
-            assert_eq!(again.json()["order_id"], json!(id), "{again:?}");
+            wait_until("it is parked, and its key answers for it", async || {
+                order_at(at.served.data, id)["status"] == "accepted"
+                    && placed.again(at.served.data, SKU).json()["order_id"] == json!(id)
+            })
+            .await;
         }
     }
 
@@ -242,11 +244,11 @@ fn parked_orders_go_with_their_lanes_while_nodes_are_replaced() {
         let mut nodes = Vec::from(nodes);
         for name in ["one", "two", "three"] {
             nodes.remove(0).stop();
-            parked.assert_known(&nodes[0]).await;
+            parked.until_known(&nodes[0]).await;
             nodes.push(cluster.start(name));
             let all: Vec<&Node> = nodes.iter().collect();
             Cluster::wait_for_lanes(&all, &THIRDS).await;
-            parked.assert_known(&nodes[2]).await;
+            parked.until_known(&nodes[2]).await;
         }
         parked.mended(&nodes[0]).await;
         sell_out(&cluster, &nodes.iter().collect::<Vec<_>>()).await;
@@ -265,15 +267,15 @@ fn parked_orders_go_from_a_process_on_its_own_to_nodes_and_back() {
         let single = cluster.start_alone("alone");
         single.served.put_sku(SKU, UNITS);
         let parked = Parked::some(&cluster, &single).await;
-        parked.assert_known(&single).await;
+        parked.until_known(&single).await;
         single.stop();
         let two = || ["one", "two"].map(|name| cluster.start(name));
         let nodes = two();
         Cluster::wait_for_lanes(&nodes.each_ref(), &[32, 32]).await;
-        parked.assert_known(&nodes[1]).await;
+        parked.until_known(&nodes[1]).await;
         nodes.into_iter().for_each(Node::stop);
         let single = cluster.start_alone("alone");
-        parked.assert_known(&single).await;
+        parked.until_known(&single).await;
         single.stop();
         let nodes = two();
         Cluster::wait_for_lanes(&nodes.each_ref(), &[32, 32]).await;
@@ -318,7 +320,7 @@ fn orders_that_were_parked_because_of_an_edited_row_go_on_at_nodes_once_it_is_me
         single.stop();
         let nodes = ["one", "two"].map(|name| cluster.start(name));
         Cluster::wait_for_lanes(&nodes.each_ref(), &[32, 32]).await;
-        parked.assert_known(&nodes[1]).await;
+        parked.until_known(&nodes[1]).await;
         let mended = format!("UPDATE millrace.sku SET total = total + {}", UNITS - 3);
         client.batch_execute(&mended).await.unwrap();
         parked.are_rows(&nodes[0]).await;
