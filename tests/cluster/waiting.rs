@@ -1,8 +1,9 @@
 //! Waiting lists over several nodes: units go to whoever is next among the buyers of all nodes, wherever they come
 //! free, whichever nodes are killed or hand their lanes over meanwhile.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use millrace::config::{Backend, Config};
 use serde_json::{Value, json};
@@ -11,7 +12,7 @@ use crate::nodes::{Cluster, Node, order_at};
 use crate::support::block_on;
 use crate::support::http::{Answer, call, try_call};
 use crate::support::server::TestServer;
-use crate::support::waiting::wait_until;
+use crate::support::waiting::{until, wait_until};
 use crate::support::webhook::Paid;
 use crate::{THIRDS, three};
 
@@ -35,7 +36,25 @@ pub fn order_with(at: SocketAddr, body: &Value, more: &[(&str, &str)]) -> Answer
         ("Idempotency-Key", "k"),
     ];
     fields.extend_from_slice(more);
-    call(at, "POST", "/v1/orders", &fields, &body.to_string())
+    decided(at, "POST", "/v1/orders", &fields, &body.to_string())
+}
+
+/// Asks again while a node says that it has decided nothing, as busy ones do.
+fn decided(
+    at: SocketAddr,
+    method: &str,
+    target: &str,
+    fields: &[(&str, &str)],
+    body: &str,
+) -> Answer {
+    let answer = RefCell::new(None);
+    until("a decision", Duration::from_secs(30), || {
+        let asked = call(at, method, target, fields, body);
+        let is_decided = asked.status != 503;
+        answer.replace(Some(asked));
+        is_decided
+    });
+    answer.take().expect("an answer")
 }
 
 pub fn join(at: SocketAddr, user: &str) -> Answer {
@@ -51,13 +70,8 @@ pub fn id(answer: &Answer) -> String {
 }
 
 pub fn cancel(at: SocketAddr, id: &str, query: &str) -> Answer {
-    call(
-        at,
-        "POST",
-        &format!("/v1/orders/{id}/cancel{query}"),
-        &[],
-        "",
-    )
+    let target = format!("/v1/orders/{id}/cancel{query}");
+    decided(at, "POST", &target, &[], "")
 }
 
 pub async fn until_status(at: SocketAddr, id: &str, wanted: &str) -> Value {
@@ -69,7 +83,7 @@ pub async fn until_status(at: SocketAddr, id: &str, wanted: &str) -> Value {
 }
 
 pub fn sku_at(at: SocketAddr, sku: &str) -> Value {
-    call(at, "GET", &format!("/v1/skus/{sku}"), &[], "").json()
+    decided(at, "GET", &format!("/v1/skus/{sku}"), &[], "").json()
 }
 
 /// Waits until every promise holds at a node, memory included.
