@@ -34,6 +34,8 @@ const WINDOW: usize = 4_000;
 /// Messages after which a reading ends with its transaction: twice as many after each that has found more, because every one
 /// decodes from the slot's restart position on, and what failed is tried again a window at a time.
 const PEEK_ROWS: std::ops::RangeInclusive<i32> = 2_000..=32_000;
+/// Pause after a reading that has found all there was, as a multiple of its time: orders need the server's processors more.
+const PAUSES: u32 = 8;
 /// Longest pause between readings, each of which decodes from the slot's restart position on.
 const POLL_MAX: Duration = Duration::from_secs(5);
 /// Interval at which operators' wishes and waiting events are looked at, and at which the place is noted.
@@ -338,7 +340,9 @@ impl Feeder {
             let took = started.elapsed();
             pause = match is_idle {
                 true => (took * 3).clamp(POLL, POLL_MAX),
-                false => took.min(LOOK),
+                // More is there already.
+                false if self.peek_rows > *PEEK_ROWS.start() => Duration::ZERO,
+                false => (took * PAUSES).min(LOOK),
             };
         }
         if !self.deliver().await? {
