@@ -20,7 +20,7 @@ use crate::http::data_plane::nodes::{
 use crate::http::message::{Request, Response};
 use crate::http::peers::frame::{CallParts, HEADERS_MAX};
 use crate::http::problem::Problem;
-use crate::http::wire::{OrderBody, OrderView, UndecidedView, write};
+use crate::http::wire::{OrderBody, UndecidedView, write};
 use crate::order::{IdempotencyKey, Lane, OrderId, UserId};
 
 /// What keys begin with that a node has made. A buyer's own may begin so too, which does no harm.
@@ -167,8 +167,7 @@ pub(super) fn from_row(
     let deadline = Instant::now() + context.order_timeout;
     let stored = context.find_stored(request, deadline, id)?;
     let stored = stored.ok_or(problem)?;
-    let view = OrderView::stored(&stored, stored.status, &context.receipts);
-    write::json(response, 200, &view);
+    write::json(response, 200, &context.stored_view(&stored));
     Ok(())
 }
 
