@@ -359,14 +359,17 @@ async fn draw_over(
     until_waiting(one, &waiting).await;
     let behind = join(last.served.data, "after");
     assert_eq!(behind.json()["position"], waiting.len() + 1, "{behind:?}");
-    // As many units as an entry is for at most.
-    let won = rows.iter().filter(|(_, won)| *won);
-    for (id, _) in won.take(3) {
-        wait_until("its unit comes back", async || {
-            cancel(one.served.data, id, "").status == 200
-        })
-        .await;
-    }
+    // As many units as the next in rank waits for come back together: fewer would go to those behind it.
+    let units = |id: &str| order_at(one.served.data, id)["quantity"].as_u64();
+    let wanted = units(&waiting[0]);
+    let mut won = rows.iter().filter(|(_, won)| *won);
+    let (enough, _) = won
+        .find(|(id, _)| units(id) >= wanted)
+        .expect("a winner of as many units");
+    wait_until("its units come back", async || {
+        cancel(one.served.data, enough, "").status == 200
+    })
+    .await;
     until_status(last.served.data, &waiting[0], "pending_payment").await;
     for node in sellers.all() {
         assert_whole(node).await;
