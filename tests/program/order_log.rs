@@ -11,7 +11,7 @@ use crate::support::broker_admin::redis;
 use crate::support::brokers::{Broker, Kind};
 use crate::support::http::{Answer, call, try_call};
 use crate::support::postgres::{TestDatabase, test_dir};
-use crate::support::served::{PATIENCE, Served, run};
+use crate::support::served::{Served, run};
 use crate::support::waiting::until;
 use serde_json::{Value, json};
 
