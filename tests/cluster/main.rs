@@ -14,14 +14,12 @@ mod waiting;
 
 use std::time::{Duration, Instant};
 
-use millrace::config::{Backend, Config};
 use rustix::process::Signal;
 use serde_json::json;
 use support::block_on;
 use support::brokers::Kind;
 use support::http::{call, try_call};
 use support::proxy::Proxy;
-use support::server::TestServer;
 use support::standby::{self, Pair, Server};
 use support::waiting::wait_until;
 use support::webhook::Paid;
@@ -394,16 +392,7 @@ fn a_process_on_its_own_and_nodes_take_turns_at_one_database() {
         let Some(cluster) = Cluster::open().await else {
             return;
         };
-        let redis = cluster.redis();
-        let alone = || {
-            let redis = redis.clone();
-            let configure = move |config: &mut Config| {
-                config.queue.backend = Backend::Redis;
-                config.queue.redis.url = redis;
-            };
-            TestServer::start_at(cluster.database.url(), configure)
-        };
-        let single = alone().await;
+        let single = cluster.serve_alone().await;
         single.put_sku(SKU, UNITS, json!({})).await;
         let mut placed = Vec::new();
         for number in 0..20 {
@@ -438,7 +427,7 @@ fn a_process_on_its_own_and_nodes_take_turns_at_one_database() {
         one.stop();
         two.stop();
 
-        let single = alone().await;
+        let single = cluster.serve_alone().await;
         for placed in &placed {
             let again = placed.again(single.data, SKU);
             assert_eq!(again.json()["order_id"], placed.order_id, "{again:?}");

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use millrace::config::Backend;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -18,7 +19,7 @@ use crate::support::http::{Answer, call, try_call};
 use crate::support::postgres::{TestDatabase, test_dir};
 use crate::support::proxy::Proxy;
 use crate::support::served::{Ended, Served, millrace};
-use crate::support::server::RECEIPT_KEY;
+use crate::support::server::{RECEIPT_KEY, TestServer};
 use crate::support::waiting::wait_until;
 use crate::support::webhook::SECRET;
 
@@ -95,6 +96,16 @@ impl Cluster {
     /// The Redis where the nodes keep their logs.
     pub fn redis(&self) -> String {
         format!("redis://{}/", self.broker.address())
+    }
+
+    /// A process on its own inside of the test, with its log on the same Redis.
+    pub async fn serve_alone(&self) -> TestServer {
+        let redis = self.redis();
+        TestServer::start_at(self.database.url(), |config| {
+            config.queue.backend = Backend::Redis;
+            config.queue.redis.url = redis;
+        })
+        .await
     }
 
     /// Deletes the log of a node.

@@ -5,13 +5,11 @@ use std::cell::{Cell, RefCell};
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use millrace::config::{Backend, Config};
 use serde_json::{Value, json};
 
 use crate::nodes::{Cluster, Node, order_at};
 use crate::support::block_on;
 use crate::support::http::{Answer, call, try_call};
-use crate::support::server::TestServer;
 use crate::support::waiting::{until, wait_until};
 use crate::support::webhook::Paid;
 use crate::{THIRDS, three};
@@ -394,16 +392,7 @@ fn a_list_goes_from_a_process_on_its_own_to_nodes_and_back() {
         let Some(cluster) = Cluster::open().await else {
             return;
         };
-        let redis = cluster.redis();
-        let alone = || {
-            let redis = redis.clone();
-            let configure = move |config: &mut Config| {
-                config.queue.backend = Backend::Redis;
-                config.queue.redis.url = redis;
-            };
-            TestServer::start_at(cluster.database.url(), configure)
-        };
-        let single = alone().await;
+        let single = cluster.serve_alone().await;
         single.put_sku(SKU, 4, json!({})).await;
         let mut held = Vec::new();
         for number in 0..4 {
@@ -440,7 +429,7 @@ fn a_list_goes_from_a_process_on_its_own_to_nodes_and_back() {
         assert_whole(&one).await;
         one.stop();
         two.stop();
-        let single = alone().await;
+        let single = cluster.serve_alone().await;
         for (ahead, id) in ids[2..].iter().enumerate() {
             let order = single.get(&format!("/v1/orders/{id}")).await.json();
             assert_eq!(order["position"], ahead + 1, "{order}");

@@ -24,18 +24,7 @@ pub async fn assign(
             let assign = statements.of(client, Sql::Assign).await?;
             let rows = client.query(assign, &[&ids, &expires_at.0, &now.0]).await?;
             let assigned = units_of(&rows);
-            let mut changes = Changes::default();
-            for units in &assigned {
-                let change = Change {
-                    held: i64::from(units.quantity),
-                    ..Change::default()
-                };
-                changes.add(units.sku, change);
-            }
-            let from = assigned.first().map_or(0, |first| first.order_id.get());
-            let reference = format!("{} orders from {from}", assigned.len());
-            let mut closing = Closing::default();
-            closing.move_counters(&[("assigned", changes)], &reference);
+            let closing = holding(&assigned);
             Ok((assigned, closing))
         })
         .await
@@ -86,19 +75,27 @@ pub async fn assign_covered(
             client.execute(lend, &[&sku.0, &node, &units]).await?;
             let note = of(Sql::NoteServed).await?;
             client.execute(note, &[&sku.0, &served, &now.0]).await?;
-            let mut changes = Changes::default();
-            let change = Change {
-                held: units,
-                ..Change::default()
-            };
-            changes.add(sku, change);
-            let from = assigned.first().map_or(0, |first| first.order_id.get());
-            let reference = format!("{} orders from {from}", assigned.len());
-            let mut closing = Closing::default();
-            closing.move_counters(&[("assigned", changes)], &reference);
+            let closing = holding(&assigned);
             Ok((assigned, closing))
         })
         .await
+}
+
+/// Counts the units of these orders, which have waited, as held.
+fn holding(assigned: &[OrderUnits]) -> Closing<'static> {
+    let mut changes = Changes::default();
+    for units in assigned {
+        let change = Change {
+            held: i64::from(units.quantity),
+            ..Change::default()
+        };
+        changes.add(units.sku, change);
+    }
+    let from = assigned.first().map_or(0, |first| first.order_id.get());
+    let reference = format!("{} orders from {from}", assigned.len());
+    let mut closing = Closing::default();
+    closing.move_counters(&[("assigned", changes)], &reference);
+    closing
 }
 
 /// Why orders no longer wait.
