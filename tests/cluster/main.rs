@@ -122,6 +122,26 @@ fn every_node_serves_every_buyer() {
 }
 
 #[test]
+fn a_node_that_leaves_takes_over_none_that_dies_while_another_stays() {
+    block_on(async {
+        let Some(cluster) = Cluster::open().await else {
+            return;
+        };
+        let [leaving, dying, staying] = three(&cluster).await;
+        let target = "/admin/v1/nodes/0/drain";
+        let drain = call(staying.served.control, "POST", target, &[], "");
+        assert_eq!(drain.status, 200, "{drain:?}");
+        Cluster::wait_for_lanes(&[&leaving, &dying, &staying], &[32, 32]).await;
+        dying.served.kill();
+        Cluster::wait_for_lanes(&[&leaving, &staying], &[64]).await;
+        let takeovers = |node: &Node| node.served.metric("millrace_takeovers_total").unwrap();
+        assert_eq!((takeovers(&leaving), takeovers(&staying)), (0.0, 1.0));
+        leaving.stop();
+        staying.stop();
+    });
+}
+
+#[test]
 fn orders_are_paid_or_expire_wherever_their_callbacks_come_in_and_their_lanes_go() {
     block_on(async {
         let Some(cluster) = Cluster::with_payment_ttl_ms(6_000).await else {

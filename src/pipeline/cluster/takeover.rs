@@ -152,6 +152,15 @@ const AGAIN: Backoff = Backoff::new(Duration::from_millis(500), Duration::from_s
 /// Finds the order log of a node: its client, checked, and its name in the database.
 pub type FindLog = Arc<dyn Fn(i16) -> Result<(Arc<dyn Broker>, String), String> + Send + Sync>;
 
+/// Whether this node is leaving and another one stays: what comes free is that one's, and would only be closed twice.
+fn has_heir(seen: &Seen, own: i16) -> bool {
+    let mut nodes = seen.nodes.iter();
+    let is_leaving = nodes.any(|row| row.node == own && row.drain);
+    let mut others = seen.nodes.iter().filter(|row| row.node != own);
+    let is_suspected = |node| seen.suspects.iter().any(|suspect| suspect.node == node);
+    is_leaving && others.any(|row| row.is_active() && !is_suspected(row.node))
+}
+
 /// The parts of whoever takes dead nodes over.
 pub struct TakeoverParts {
     /// The membership.
@@ -273,7 +282,10 @@ impl Takeovers {
             let now = Arc::clone(&seen.borrow_and_update());
             let mut has_begun = now.nodes.iter().any(|row| row.taken_by == Some(own));
             let mut step = Ok(());
-            let mut suspects = now.suspects.clone();
+            let mut suspects = match has_heir(&now, own) {
+                true => Vec::new(),
+                false => now.suspects.clone(),
+            };
             match self.gone_single(&now).await {
                 Ok(gone) => suspects.extend(gone),
                 Err(error) => step = Err(error),
