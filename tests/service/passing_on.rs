@@ -861,6 +861,58 @@ fn a_node_that_stops_answers_what_it_was_passed() {
     });
 }
 
+#[test]
+fn a_node_that_stops_and_has_handed_its_lanes_over_says_so_to_whoever_does_not_know() {
+    block_on(async {
+        let mut cluster = Cluster::start().await;
+        let mut numbers = 0..;
+        let user = buyer_of(1, &mut numbers);
+        let lane = Lane::of(&UserId::new(&user).unwrap());
+        let wait = [("Prefer", "wait=1")];
+        // An order that waits for its row keeps node 1 from ending.
+        let locking = cluster.nodes[1].database.connect().await;
+        let lock = "BEGIN; LOCK TABLE millrace.orders";
+        locking.batch_execute(lock).await.expect(lock);
+        let address = cluster.server(1).data;
+        let waiting = buyer_of(1, &mut numbers);
+        let waiting = tokio::task::spawn_blocking(move || {
+            let body = json!({ "user_id": waiting, "sku_id": SKU }).to_string();
+            let fields = [("Content-Type", "application/json")];
+            try_call(address, "POST", "/v1/orders", &fields, &body)
+        });
+        wait_until("the order waits", async || {
+            cluster.server(1).stock(SKU).await.1 == 1
+        })
+        .await;
+        // It stops; the lane is node 2's, and node 0 does not know.
+        let owner = cluster.address(2);
+        cluster.nodes[1].lanes.set_elsewhere(lane, 2, owner.clone());
+        cluster.nodes[2].lanes.open(lane, 2);
+        let leaving = cluster.nodes.remove(1);
+        let control = leaving.server.control;
+        let leaving = tokio::spawn(leaving.server.stop());
+        wait_until("it drains", async || {
+            let live = try_call(control, "GET", "/admin/v1/live", &[], "");
+            live.is_ok_and(|live| live.json()["state"] == "draining")
+        })
+        .await;
+        let order = json!({ "user_id": user, "sku_id": SKU });
+        let refused = cluster
+            .server(0)
+            .post(order.clone(), Some("k"), &wait)
+            .await;
+        let shown = (refused.status, refused.code(), refused.field("retry-after"));
+        assert_eq!(shown, (503, "not_ready".to_owned(), Some("1")));
+        cluster.nodes[0].lanes.set_elsewhere(lane, 2, owner);
+        let placed = cluster.server(0).post(order, Some("k"), &wait).await;
+        assert_eq!(placed.status, 201, "{placed:?}");
+        locking.batch_execute("ROLLBACK").await.expect("unlock");
+        let _ = waiting.await;
+        leaving.await.expect("it ends");
+        cluster.stop().await;
+    });
+}
+
 /// Processor time of this process without the present thread.
 fn servers_time() -> Duration {
     let time = |clock| {

@@ -87,7 +87,7 @@ pub(in crate::http::data_plane) fn batch(
     origin: Origin,
     response: &mut Response,
 ) -> Result<(), Problem> {
-    check_open(context)?;
+    check_open(context, origin)?;
     require_media_type(request, &[NDJSON, "application/jsonl", "application/json"])?;
     no_batch_key(request.header("idempotency-key").is_some())?;
     let body = request.body.strip_suffix(b"\n").unwrap_or(request.body);

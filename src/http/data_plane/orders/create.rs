@@ -5,13 +5,14 @@ use std::time::{Duration, Instant};
 
 use super::elsewhere::{self, Away};
 use super::follow::wait_for_other;
+use super::preference::Preference;
 use crate::backoff::Backoff;
 use crate::http::data_plane::context::Context;
 use crate::http::data_plane::nodes::{self, Origin, Place};
 use crate::http::message::{Request, Response};
 use crate::http::problem::Problem;
 use crate::http::server::wake::wait;
-use crate::http::wire::{OrderBody, OrderView, Preference, idempotency_key, write};
+use crate::http::wire::{OrderBody, OrderView, idempotency_key, write};
 use crate::order::{KeyHash, Order, OrderStatus, Refusal};
 use crate::pipeline::orders::intake::{Admission, OrderRequest};
 use crate::pipeline::orders::lookup::Found;
@@ -141,7 +142,7 @@ pub(in crate::http::data_plane) fn one(
     origin: Origin,
     response: &mut Response,
 ) -> Result<(), Problem> {
-    check_open(context)?;
+    check_open(context, origin)?;
     require_media_type(request, &["application/json"])?;
     let key = idempotency_key(request.header_values("idempotency-key"))?;
     let body = OrderBody::parse(request.body)?;
@@ -457,7 +458,7 @@ fn answer_by_slot(
                 Ok(()) => Refusal::SalePaused,
                 Err(_) => Refusal::Draining,
             };
-            Answer::Problem(Problem::from(refusal))
+            Answer::Problem(problem(context, refusal))
         }
         SlotState::Failed if replayed => {
             count(context, "replayed");
@@ -511,18 +512,29 @@ fn note_wait(trace: &Trace, from: Instant, pending: &PendingOrder, state: SlotSt
 
 fn refuse(context: &Context, refusal: Refusal) -> Problem {
     count(context, refusal.code());
-    Problem::from(refusal)
+    problem(context, refusal)
+}
+
+fn problem(context: &Context, refusal: Refusal) -> Problem {
+    let problem = Problem::from(refusal);
+    match refusal {
+        // Other nodes go on.
+        Refusal::Draining if context.nodes.is_some() => problem.retry_after(1),
+        _ => problem,
+    }
 }
 
 pub(super) fn count(context: &Context, outcome: &'static str) {
     context.metrics.orders.count(outcome);
 }
 
-pub(super) fn check_open(context: &Context) -> Result<(), Problem> {
-    context
-        .intake
-        .check_open()
-        .map_err(|refusal| refuse(context, refusal))
+/// Whether this process takes orders. A node that leaves has no lanes, and says so to another that does not know that yet and
+/// passes an order on: that one asks the new owner then.
+pub(super) fn check_open(context: &Context, origin: Origin) -> Result<(), Problem> {
+    match (context.intake.check_open(), origin) {
+        (Err(Refusal::Draining), Origin::Node(_)) => Ok(()),
+        (open, _) => open.map_err(|refusal| refuse(context, refusal)),
+    }
 }
 
 pub(super) fn require_media_type(request: &Request<'_>, allowed: &[&str]) -> Result<(), Problem> {

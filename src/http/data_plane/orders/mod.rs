@@ -5,4 +5,5 @@ pub(super) mod cancel;
 pub(super) mod create;
 mod elsewhere;
 mod follow;
+mod preference;
 pub(super) mod read;
