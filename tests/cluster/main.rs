@@ -459,38 +459,6 @@ fn a_process_on_its_own_and_nodes_take_turns_at_one_database() {
 }
 
 #[test]
-fn nodes_that_are_replaced_one_after_the_other_refuse_for_a_moment_and_no_more() {
-    block_on(async {
-        let Some(cluster) = Cluster::open().await else {
-            return;
-        };
-        let mut nodes = Vec::from(three(&cluster).await);
-        let names = ["one", "two", "three"];
-        let buyers = Buyers::start(6, SKU, nodes.iter().map(|node| node.served.data).collect());
-        for name in names {
-            buyers.wait_for(60).await;
-            let node = nodes.remove(0);
-            // Its load balancer has been told.
-            buyers.go_to(nodes.iter().map(|node| node.served.data).collect());
-            // Requests that are under way there.
-            buyers.wait_for(20).await;
-            node.stop();
-            nodes.push(cluster.start(name));
-            let all: Vec<&Node> = nodes.iter().collect();
-            Cluster::wait_for_lanes(&all, &THIRDS).await;
-            buyers.go_to(nodes.iter().map(|node| node.served.data).collect());
-        }
-        buyers.wait_for(60).await;
-        let (placed, strange) = buyers.stop();
-        assert!(strange.is_empty(), "{strange:?}");
-        assert_all_there(&cluster.database, &placed).await;
-        for node in nodes {
-            node.stop();
-        }
-    });
-}
-
-#[test]
 fn a_node_that_is_paused_for_longer_than_its_lease_acknowledges_nothing_more() {
     block_on(async {
         let Some(cluster) = Cluster::open().await else {

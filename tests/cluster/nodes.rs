@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -18,7 +19,7 @@ use crate::support::brokers::{Broker, Kind};
 use crate::support::http::{Answer, call, try_call};
 use crate::support::postgres::{TestDatabase, test_dir};
 use crate::support::proxy::Proxy;
-use crate::support::served::{Ended, Served, millrace};
+use crate::support::served::{Ended, Served, millrace, program};
 use crate::support::server::{RECEIPT_KEY, TestServer};
 use crate::support::waiting::wait_until;
 use crate::support::webhook::SECRET;
@@ -155,6 +156,20 @@ impl Cluster {
         name: &str,
         change: impl Fn(String) -> String,
     ) -> Result<Node, Ended> {
+        self.try_start_as(name, change, millrace)
+    }
+
+    /// The same as [`Self::try_start`] with the program of another release.
+    pub fn try_start_other(&self, other: &str, name: &str) -> Result<Node, Ended> {
+        self.try_start_as(name, |settings| settings, |args| program(other, args))
+    }
+
+    fn try_start_as(
+        &self,
+        name: &str,
+        change: impl Fn(String) -> String,
+        program: impl Fn(&[&str]) -> Command,
+    ) -> Result<Node, Ended> {
         let data_dir = self.dir.path().join(name);
         std::fs::create_dir_all(&data_dir).expect("a directory");
         let number = self.started.fetch_add(1, Ordering::Relaxed);
@@ -163,7 +178,7 @@ impl Cluster {
         std::fs::write(&config, change(self.config(&data_dir))).expect("write the configuration");
         let output = File::create(&log).expect("a log");
         let path = config.to_str().expect("a path in UTF-8");
-        let mut command = millrace(&["serve", "--config", path]);
+        let mut command = program(&["serve", "--config", path]);
         command.stderr(output);
         let served = Served::try_start_as(&mut command, &data_dir, &log)?;
         Ok(Node {
@@ -358,7 +373,7 @@ pub struct Buyers {
     pub placed: Arc<Mutex<Vec<Placed>>>,
     /// Answers that no client should see, and lost connections.
     pub strange: Arc<Mutex<Vec<String>>>,
-    targets: Arc<Mutex<Vec<SocketAddr>>>,
+    pub targets: Arc<Mutex<Vec<SocketAddr>>>,
 }
 
 impl Buyers {
@@ -465,17 +480,8 @@ impl Placing<'_> {
                     // Undecided: the same again.
                 }
                 // A lane that moves, or a node that cannot reach another: asked again, as the answer says.
-                Ok(answer)
-                    if matches!(answer.status, 503 | 421)
-                        && answer.field("retry-after").is_some() => {}
-                Ok(answer) => {
-                    let what = format!(
-                        "{} {}",
-                        answer.status,
-                        String::from_utf8_lossy(&answer.body)
-                    );
-                    self.strange.lock().unwrap().push(what);
-                }
+                Ok(answer) if is_for_a_moment(&answer) => {}
+                Ok(answer) => self.strange.lock().unwrap().push(told(&answer)),
                 Err(error) => self.strange.lock().unwrap().push(format!("lost: {error}")),
             }
             if self.stop.load(Ordering::Relaxed) || since.elapsed() > Duration::from_secs(30) {
@@ -496,6 +502,22 @@ impl Placing<'_> {
         }
         try_call(target, "POST", "/v1/orders", &fields, body)
     }
+}
+
+/// Whether an answer says that the same request may be served in two seconds at most.
+pub fn is_for_a_moment(answer: &Answer) -> bool {
+    let after = answer.field("retry-after");
+    let after = after.and_then(|seconds| seconds.parse::<u64>().ok());
+    matches!(answer.status, 503 | 421) && after.is_some_and(|seconds| seconds <= 2)
+}
+
+/// An answer for whoever reads why a test fails.
+pub fn told(answer: &Answer) -> String {
+    let (after, body) = (
+        answer.field("retry-after"),
+        String::from_utf8_lossy(&answer.body),
+    );
+    format!("{} {after:?} {body}", answer.status)
 }
 
 /// Asserts that each acknowledged order is a row, and that no key has two.

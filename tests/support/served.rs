@@ -23,7 +23,11 @@ const LOOK: Duration = Duration::from_millis(2);
 /// The binary with these arguments, and without whatever the caller's environment would configure
 /// but the PostgreSQL that was chosen for the tests.
 pub fn millrace(args: &[&str]) -> Command {
-    let binary = env!("CARGO_BIN_EXE_millrace");
+    program(env!("CARGO_BIN_EXE_millrace"), args)
+}
+
+/// The same for the binary of another release.
+pub fn program(binary: &str, args: &[&str]) -> Command {
     let mut command = if ignores_hangups() {
         let mut command = Command::new("env");
         command.args(["--default-signal=HUP", binary]);

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Makes the data that a release leaves behind when it is killed in the middle of a sale.
 
-    tests/upgrade/make.py COMMIT VERSION [--binary PATH]
+    tests/upgrade/make.py COMMIT [VERSION [--binary PATH]]
 
-Builds COMMIT's debug binary in target/upgrade (or takes PATH), sells with it on a fresh PostgreSQL of
+Builds COMMIT's debug binary in target/upgrade (or takes PATH). Without VERSION it prints the binary's path, for
+MILLRACE_OTHER_PROGRAM (CONTRIBUTING.md). Otherwise it sells with the binary on a fresh PostgreSQL of
 the oldest version that is supported, and ends it with SIGKILL while orders that it has acknowledged are
 in its journal alone. What is left goes to tests/upgrade/VERSION, from which tests/service/upgrade.rs starts:
 
@@ -44,11 +45,14 @@ PATIENCE = 60
 def main():
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("commit")
-    arguments.add_argument("version")
+    arguments.add_argument("version", nargs="?")
     arguments.add_argument("--binary", type=pathlib.Path)
     arguments = arguments.parse_args()
     commit = output("git", "-C", ROOT, "rev-parse", f"{arguments.commit}^{{commit}}")
     binary = arguments.binary or build(commit)
+    if not arguments.version:
+        print(binary)
+        return
     with tempfile.TemporaryDirectory(prefix="millrace-release-") as place:
         place = pathlib.Path(place)
         place.chmod(0o755)
