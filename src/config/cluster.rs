@@ -9,6 +9,9 @@ use super::{Backend, Config, ConfigError, Secret};
 
 /// Bytes that a secret has at least: whoever can connect can try secrets at leisure.
 const SECRET_BYTES_MIN: usize = 32;
+/// Longest step of a node, in milliseconds. Units of a dead node are in the rows from a commit on whose answer may be lost, and
+/// memory has to have them within ten seconds: `payments::settler` waits for no longer.
+const STEP_MS_MAX: u64 = 9_000;
 /// What a configured stream has in the place of the node's number.
 pub(super) const NODE: &str = "{node}";
 
@@ -75,6 +78,16 @@ pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
             format!(
                 "{} is not less than cluster.lease_ms, {}: a node must have stopped answering before another takes over",
                 cluster.answer_lease_ms, cluster.lease_ms
+            ),
+        );
+    }
+    let step_ms = config.database.step_timeout_ms;
+    if step_ms > STEP_MS_MAX {
+        return fault(
+            "database.step_timeout_ms",
+            format!(
+                "{step_ms} is more than {STEP_MS_MAX}, which a node may take at most: it ends if it has not learnt for longer \
+                 what became of a takeover"
             ),
         );
     }
@@ -152,6 +165,11 @@ mod tests {
         assert!(
             short.starts_with("configuration field cluster.secret: has 31 bytes"),
             "{short}"
+        );
+        let slow = refused(|config| config.database.step_timeout_ms = 9_001);
+        assert!(
+            slow.contains("database.step_timeout_ms: 9001 is more than 9000"),
+            "{slow}"
         );
         let key = refused(|config| config.receipt.key.0.clear());
         assert!(key.contains("receipt.key: is needed"), "{key}");

@@ -131,7 +131,7 @@ pub struct Database {
     #[schemars(range(min = 1, max = 100))]
     pub pool_size: usize,
     /// Longest time for one step of a conversation with the database, in milliseconds. A slower
-    /// step counts as lost and is settled on a new connection.
+    /// step counts as lost and is settled on a new connection. At most 9000 with `cluster.enabled`.
     #[schemars(range(min = 100, max = 600_000))]
     pub step_timeout_ms: u64,
     /// Largest difference at start between this machine's clock and the database's, in
@@ -252,7 +252,8 @@ pub struct Redis {
     pub url: String,
     /// Key of the stream. Empty: `millrace:{schema}:{node}`; a process that is no node of a cluster is node 0.
     pub stream: String,
-    /// Replicas that must confirm each group (`WAIT`, from 7.2 on `WAITAOF`) before its orders are acknowledged.
+    /// Replicas that must confirm each group (`WAIT`, from 7.2 on `WAITAOF`) before its orders are acknowledged. With fewer than
+    /// half of them, no majority of the servers has a group; a warning says so.
     #[schemars(range(min = 0, max = 16))]
     pub replicas_min: u32,
 }

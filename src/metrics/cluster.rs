@@ -11,5 +11,7 @@ metrics! {
             "Nodes that were gone and that this node has fenced.";
         renewal_age_seconds = float_gauge("millrace_renewal_age_seconds"):
             "Time since the last committed renewal of this node's membership; 0 for a process that is no node.";
+        clock_apart_seconds = float_gauge("millrace_clock_apart_seconds"):
+            "How far this node's clock is from the database's at least, negative if it is behind; it goes on from that at the start. 0 for a process that is no node.";
     }
 }

@@ -47,6 +47,14 @@ fn an_append_to_redis_waits_for_its_replicas() {
         client.send(place(1, 0), b"marker").is_ok()
     });
     assert_eq!(length(&replica), ":1");
+    // Acknowledged by one of two servers would be no majority.
+    assert_eq!(client.check().expect("a server with a replica"), [""; 0]);
+    let alone = redis_client(master.redis_settings(&log, Duration::from_secs(1)));
+    let warnings = alone.check().expect("a server with a replica");
+    says(
+        &warnings[0],
+        &["has 1 replicas", "replicas_min = 0", "set it to 1 or more"],
+    );
     replica.server.pause();
     // The second time it is there already.
     for _ in 0..2 {

@@ -3,20 +3,21 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use millrace::order::{Lane, OrderId, SkuNumber, UnixMillis};
+use millrace::order::{Lane, OrderId, SkuId, SkuNumber, UnixMillis};
 use millrace::store::cluster::lanes::{self, HandOver, HandedOver, LaneUnits};
 use millrace::store::cluster::membership::{self, Join};
 use millrace::store::cluster::shares::{self, Share, Supply};
 use millrace::store::cluster::takeover::{self, LogEnd, Suspect};
 use millrace::store::cluster::{lists, terms};
 use millrace::store::postgres::parked::ParkedOf;
-use millrace::store::postgres::{Connected, Database, NodeLease, lease, skus};
+use millrace::store::postgres::{Connected, Database, NodeLease, dead_letters, lease, skus};
 use millrace::store::{Ledger, StoreError};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use crate::support::postgres::connect;
 use crate::support::sale::{SCHEMA, STEP, count, take_over};
+use crate::support::waiting::wait_until;
 use crate::twin::{Bed, candidate, uuid};
 
 const SKU: SkuNumber = SkuNumber(1);
@@ -364,6 +365,41 @@ async fn two_survivors_that_fence_one_node_at_once_do_not_both_get_it() {
 }
 
 #[tokio::test]
+async fn a_process_that_comes_back_while_its_row_is_fenced_waits_for_the_replay() {
+    let bed = Bed::open().await;
+    let (survivor, dead) = (bed.join(1).await, bed.join(2).await);
+    lanes::claim_free(&bed.database, dead).await.unwrap();
+    // The fence has the row, and waits for its writers.
+    let holding = bed.database.connect("test").await.unwrap();
+    let hold = format!(
+        "BEGIN; SELECT FROM writer WHERE node = {} FOR UPDATE",
+        dead.node
+    );
+    holding.batch_execute(&hold).await.unwrap();
+    let waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'";
+    let wait_for = async |count: i64| {
+        wait_until("they wait", async || bed.number(waiting).await == count).await;
+    };
+    let gone = suspect(&bed, dead.node).await;
+    let mut session = bed.database.connect("test").await.unwrap();
+    let database = bed.database.clone();
+    let fencing =
+        tokio::spawn(async move { takeover::fence(&database, &mut session, survivor, gone).await });
+    wait_for(1).await;
+    let mut session = bed.database.connect("test").await.unwrap();
+    let joining =
+        tokio::spawn(async move { membership::join(&mut session, &candidate(0, &uuid(2))).await });
+    wait_for(2).await;
+    holding.batch_execute("ROLLBACK").await.unwrap();
+    assert!(fencing.await.unwrap().unwrap().is_some());
+    let joined = joining.await.unwrap();
+    assert!(
+        matches!(joined, Ok(Join::BeingReplayed { node: 1, by: 0 })),
+        "{joined:?}"
+    );
+}
+
+#[tokio::test]
 async fn a_lost_answer_to_a_hand_over_is_no_second_hand_over() {
     let bed = Bed::open().await;
     bed.skus(&[10]).await;
@@ -671,4 +707,69 @@ async fn a_pause_of_every_sale_is_in_force_at_nodes_that_did_not_exist_then() {
         .unwrap();
     bed.join(1).await;
     assert!(!terms::last(&bed.database).await.unwrap().is_paused);
+}
+
+#[tokio::test]
+async fn a_pause_of_every_sale_is_in_the_row_that_is_made_while_it_is_stored() {
+    let bed = Bed::open().await;
+    let (first, second) = (bed.join(1).await, bed.join(2).await);
+    let holding = bed.database.connect("test").await.unwrap();
+    let waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'";
+    let somebody_waits = async || bed.number(waiting).await == 1;
+    let paused = "SELECT count(*) FROM node WHERE paused";
+    // It waits for a row that it has seen while another one is made.
+    let hold = format!(
+        "BEGIN; SELECT FROM node WHERE node = {} FOR UPDATE",
+        second.node
+    );
+    holding.batch_execute(&hold).await.unwrap();
+    let database = bed.database.clone();
+    let pausing = tokio::spawn(async move { skus::set_all_paused(&database, first, true).await });
+    wait_until("the pause waits", somebody_waits).await;
+    bed.join(3).await;
+    holding.batch_execute("ROLLBACK").await.unwrap();
+    pausing.await.unwrap().unwrap();
+    assert_eq!(bed.number(paused).await, 3);
+    // It is all but committed, and whoever makes a row has not seen it.
+    bed.sql("UPDATE node SET paused = false").await;
+    let pause =
+        "BEGIN; UPDATE node SET paused = true; UPDATE database_identity SET terms = terms + 1";
+    holding.batch_execute(pause).await.unwrap();
+    let (joining, ()) = tokio::join!(bed.join(4), async {
+        wait_until("the new node waits", somebody_waits).await;
+        holding.batch_execute("COMMIT").await.unwrap();
+    });
+    assert_eq!((joining.node, bed.number(paused).await), (3, 4));
+}
+
+#[tokio::test]
+async fn a_node_that_was_taken_over_stores_no_pause_and_discards_no_dead_letter() {
+    let mut bed = Bed::open().await;
+    bed.skus(&[1]).await;
+    bed.sql(
+        "INSERT INTO dead_letters (order_id, user_id, sku, quantity, adjustment, amount, currency, created_at, expires_at,
+                                   payload_hash, sqlstate, reason)
+         VALUES (1, 'u', 1, 1, 0, 1, 'EUR', now(), now(), 0, '23514', '')",
+    )
+    .await;
+    let (survivor, dead) = (bed.join(1).await, bed.join(2).await);
+    let gone = suspect(&bed, dead.node).await;
+    let fenced = takeover::fence(&bed.database, &mut bed.session, survivor, gone).await;
+    assert!(fenced.unwrap().is_some());
+    let id = SkuId::new("S0").unwrap();
+    let changed =
+        "SELECT count(*) FROM sku, dead_letters WHERE paused AND discarded_at IS NOT NULL";
+    for (lease, is_done) in [(dead, false), (survivor, true)] {
+        let paused = skus::set_paused(&bed.database, lease, &id, true).await;
+        let discarded = dead_letters::discard(&bed.database, lease, 1, None).await;
+        for done in [&paused, &discarded] {
+            let is_fenced = matches!(done, Err(StoreError::Fenced { .. }));
+            assert_eq!(
+                (is_fenced, matches!(done, Ok(true))),
+                (!is_done, is_done),
+                "{done:?}"
+            );
+        }
+        assert_eq!(bed.number(changed).await, i64::from(is_done));
+    }
 }

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use millrace::metrics::Metrics;
-use millrace::order::{Cutover, Lane, LaneSet, OrderId, Quantity, SkuId, SkuNumber};
+use millrace::order::{
+    ClockReading, Cutover, IdClock, Lane, LaneSet, OrderId, Quantity, SkuId, SkuNumber, UnixMillis,
+};
 use millrace::pipeline::admin::pauses::Pauses;
 use millrace::pipeline::cluster::lane_keeper::{KeeperParts, LaneKeeper, Neighbours};
 use millrace::pipeline::cluster::member::{Member, Renewing, session_name};
@@ -15,13 +17,15 @@ use millrace::pipeline::failover::lease::AcknowledgeLease;
 use millrace::pipeline::orders::cancel::Canceller;
 use millrace::queue::RingQueue;
 use millrace::state::lanes::{Lanes, NodeAddress, NodeLanes, Standing};
-use millrace::state::stock::SaleTerms;
+use millrace::state::poison::Poison;
+use millrace::state::stock::{Catalogue, SaleTerms};
 use millrace::store::cluster::lanes::LaneUnits;
 use millrace::store::cluster::{lanes, shares};
 use millrace::store::postgres::parked::ParkedOf;
-use millrace::store::postgres::{lease, skus};
+use millrace::store::postgres::{NodeLease, lease, skus};
+use tokio::task::JoinHandle;
 
-use crate::lending::Node;
+use crate::lending::{Node, state};
 use crate::support::waiting::{PATIENCE, wait_until};
 use crate::twin::Bed;
 
@@ -35,6 +39,46 @@ impl Neighbours for Nobody {
     fn want_left(&self, _: &SkuId) {}
 
     fn terms_changed(&self) {}
+}
+
+fn member(own: NodeLease, lanes: Arc<Lanes>) -> Arc<Member> {
+    let acknowledge = Arc::new(AcknowledgeLease::of_log());
+    Arc::new(Member::new(own, lanes, 10_000, 3_000, acknowledge))
+}
+
+/// The task that renews it.
+async fn renew(bed: &Bed, member: &Arc<Member>, poison: &Arc<Poison>) -> JoinHandle<()> {
+    let session = lease::share(&bed.database, &session_name(member.lease)).await;
+    let renewing = Renewing::new(
+        Arc::clone(member),
+        bed.database.clone(),
+        session.unwrap(),
+        Arc::clone(poison),
+    );
+    tokio::spawn(renewing.run())
+}
+
+#[tokio::test]
+async fn a_clock_that_has_gone_away_from_the_database_s_is_known_by_how_much() {
+    let bed = Bed::open().await;
+    let own = bed.join(1).await;
+    for ahead_ms in [0, 60_000, -60_000] {
+        let clock = ClockReading::of(UnixMillis(UnixMillis::now().0 + ahead_ms));
+        let ids = IdClock::going_on(clock, UnixMillis(0), UnixMillis(i64::MAX));
+        let state = Arc::new(state(Catalogue::default(), None, ids));
+        let member = member(own, Arc::default());
+        member.lease_ids_of(Arc::clone(&state), Arc::new(RingQueue::new(8)));
+        let mut seen = member.watch();
+        let renewing = renew(&bed, &member, &state.poison).await;
+        seen.changed().await.unwrap();
+        // At least so far: the answer takes its time.
+        let apart_ms = member.clock_apart_ms();
+        assert!(
+            (ahead_ms - apart_ms).abs() < 30_000,
+            "{ahead_ms}: {apart_ms}"
+        );
+        renewing.abort();
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -54,21 +98,8 @@ async fn an_order_that_is_parked_while_its_lane_drains_goes_with_it() {
     }
     let lanes = Some(node_lanes.clone());
     let node = Node::start_with(&bed, own, bed.database.clone(), lanes).await;
-    let member = Arc::new(Member::new(
-        own,
-        Arc::clone(&doors),
-        10_000,
-        3_000,
-        Arc::new(AcknowledgeLease::of_log()),
-    ));
-    let session = lease::share(&bed.database, &session_name(own)).await;
-    let renewing = Renewing::new(
-        Arc::clone(&member),
-        bed.database.clone(),
-        session.unwrap(),
-        Arc::clone(&node.state.poison),
-    );
-    let renewing = tokio::spawn(renewing.run());
+    let member = member(own, Arc::clone(&doors));
+    let renewing = renew(&bed, &member, &node.state.poison).await;
     wait_until("both are seen", async || member.seen().nodes.len() == 2).await;
     let mut keeper = LaneKeeper::new(KeeperParts {
         member,

@@ -54,6 +54,25 @@ pub struct Node {
     lending: JoinHandle<()>,
 }
 
+/// The memory of a node.
+pub fn state(catalogue: Catalogue, lanes: Option<NodeLanes>, ids: IdClock) -> State {
+    State {
+        lanes,
+        recent_orders: millrace::state::recent_orders::RecentOrders::with_capacity(1_000),
+        expiry_index: millrace::state::expiry_index::ExpiryIndex::default(),
+        orphans: millrace::state::orphans::Orphans::default(),
+        catalogue,
+        buyers: Buyers::new(1_000_000, 10_000),
+        sticky_refusals: StickyRefusals::with_capacity(1_000),
+        pending: Arc::new(Pending::with_capacity(1_000)),
+        row_changes: Default::default(),
+        poison: Default::default(),
+        throughput: Default::default(),
+        progress: Default::default(),
+        ids,
+    }
+}
+
 impl Node {
     pub async fn start(bed: &Bed, home: u64) -> Arc<Self> {
         let lease = bed.join(home).await;
@@ -76,21 +95,8 @@ impl Node {
         let catalogue = Catalogue::default();
         catalogue.add(skus::load_all(&database, lease).await.unwrap());
         let hour = UnixMillis::now().plus_ms(3_600_000);
-        let state = Arc::new(State {
-            lanes,
-            recent_orders: millrace::state::recent_orders::RecentOrders::with_capacity(1_000),
-            expiry_index: millrace::state::expiry_index::ExpiryIndex::default(),
-            orphans: millrace::state::orphans::Orphans::default(),
-            catalogue,
-            buyers: Buyers::new(1_000_000, 10_000),
-            sticky_refusals: StickyRefusals::with_capacity(1_000),
-            pending: Arc::new(Pending::with_capacity(1_000)),
-            row_changes: Default::default(),
-            poison: Default::default(),
-            throughput: Default::default(),
-            progress: Default::default(),
-            ids: IdClock::new(UnixMillis(0), hour),
-        });
+        let ids = IdClock::new(UnixMillis(0), hour);
+        let state = Arc::new(state(catalogue, lanes, ids));
         let hints = bed.links.join();
         let lending = Lending::new(LendingParts {
             state: Arc::clone(&state),

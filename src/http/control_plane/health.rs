@@ -196,6 +196,8 @@ pub(super) async fn metrics(State(plane): State<ControlPlane>) -> Response {
         if let Some(member) = &parts.member {
             let age = member.renewed_ago_ms() as f64 / 1_000.0;
             metrics.cluster.renewal_age_seconds.set(age);
+            let apart = member.clock_apart_ms() as f64 / 1_000.0;
+            metrics.cluster.clock_apart_seconds.set(apart);
             let open = member.lanes.open_here().len();
             metrics.cluster.lanes_open.set(open as i64);
         }

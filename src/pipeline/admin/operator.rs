@@ -553,7 +553,7 @@ impl Operator {
         note: Option<&str>,
     ) -> Result<DeadLetter, OperatorError> {
         let _turn = self.one_at_a_time.lock().await;
-        if !dead_letters::discard(&self.database, id, note).await? {
+        if !dead_letters::discard(&self.database, self.lease, id, note).await? {
             return Err(OperatorError::UnknownDeadLetter(id));
         }
         tracing::info!(dead_letter = id, "an operator has discarded a dead letter");

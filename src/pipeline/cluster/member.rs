@@ -9,7 +9,7 @@
 //!
 //! On a task and a connection of its own, so that no other load can delay a renewal.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -32,6 +32,9 @@ use crate::store::postgres::{Connected, Database, NodeLease};
 
 /// Renewals in the time of a lease. A watcher counts anew after a gap of two of them.
 const RENEWALS: u64 = 8;
+/// A clock that is further from the database's than this is warned of, in milliseconds: orders of its lanes fall due that much
+/// earlier or later than at other nodes.
+const CLOCK_APART_MS: i64 = 1_000;
 /// Pause before a lost connection is established again.
 const RECONNECT: Duration = Duration::from_millis(250);
 
@@ -64,6 +67,8 @@ pub struct Member {
     renew_now: Notify,
     /// When the last committed renewal was sent, by [`now_ms`].
     renewed_at_ms: AtomicU64,
+    /// How far this node's clock was from the database's at the last renewal, in milliseconds.
+    clock_apart_ms: AtomicI64,
     /// Lanes open no earlier, by [`now_ms`]: until then a node that was taken over may answer from its memory.
     opens_from_ms: AtomicU64,
     /// Lanes that came with the share of a dead node and that are not loaded yet.
@@ -92,6 +97,7 @@ impl Member {
             seen: watch::Sender::default(),
             renew_now: Notify::new(),
             renewed_at_ms: AtomicU64::new(now_ms()),
+            clock_apart_ms: AtomicI64::new(0),
             opens_from_ms: AtomicU64::new(0),
             taken: Mutex::default(),
             moving: Arc::default(),
@@ -129,6 +135,31 @@ impl Member {
     /// Milliseconds since the last renewal that was committed.
     pub fn renewed_ago_ms(&self) -> u64 {
         now_ms().saturating_sub(self.renewed_at_ms.load(Ordering::Acquire))
+    }
+
+    /// How far this node's clock is from the database's, which it went on from at the start: at least so many milliseconds
+    /// ahead, or, if negative, behind.
+    pub fn clock_apart_ms(&self) -> i64 {
+        self.clock_apart_ms.load(Ordering::Relaxed)
+    }
+
+    /// Notes the database's clock, which was read between these two moments of this node's.
+    fn compare_clocks(&self, asked: UnixMillis, there: UnixMillis, answered: UnixMillis) {
+        let apart_ms = (asked.0 - there.0).max(0) - (there.0 - answered.0).max(0);
+        let before_ms = self.clock_apart_ms.swap(apart_ms, Ordering::Relaxed);
+        let is_far = |ms: i64| ms.abs() > CLOCK_APART_MS;
+        match (is_far(before_ms), is_far(apart_ms)) {
+            (false, true) => tracing::warn!(
+                apart_ms,
+                "this node's clock has gone away from the database's, so its orders fall due at another time than those of other \
+                 nodes: start it again, and see to the clocks of both machines"
+            ),
+            (true, false) => tracing::info!(
+                apart_ms,
+                "this node's clock agrees with the database's again"
+            ),
+            _ => {}
+        }
     }
 
     /// Notes that a node can answer from its memory no longer than its answer lease after `silent_since_ms`: no lane opens
@@ -243,7 +274,8 @@ impl Renewing {
             None => lease::share(&self.database, &session_name(member.lease)).await?,
         };
         let until = self.ids_until();
-        let asked_ms = now_ms();
+        let clock = || member.ids.get().map(|(state, _)| state.ids.real_now());
+        let (asked_ms, asked) = (now_ms(), clock());
         let looked =
             membership::renew_and_look(&self.database, &session, member.lease, until).await;
         if let Err(error) = &looked
@@ -258,6 +290,9 @@ impl Renewing {
         member.contact(asked_ms);
         if let Some((state, _)) = member.ids.get() {
             state.ids.extend_lease(until);
+        }
+        if let Some((asked, answered)) = asked.zip(clock()) {
+            member.compare_clocks(asked, look.now, answered);
         }
         if let Some(before) = self.timeline.replace(look.timeline.clone())
             && before != look.timeline

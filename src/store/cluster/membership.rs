@@ -137,6 +137,8 @@ pub struct Look {
     pub nodes: Vec<NodeRow>,
     /// The server's timeline: it changes if a standby is promoted.
     pub timeline: String,
+    /// The server's clock.
+    pub now: UnixMillis,
 }
 
 /// Takes a row: the one that `home` names, else one that nobody needs, else a new one. Raises its epoch, which fences an
@@ -264,10 +266,11 @@ enum Choice {
     Full,
 }
 
+/// The row stays as it is until the end of the transaction: whoever fences it has done so, or finds another epoch.
 async fn choose(transaction: &Transaction<'_>, candidate: &Candidate<'_>) -> Result<Choice, Error> {
     let home = transaction
         .query_opt(
-            "SELECT node, taken_by FROM node WHERE home = $1::text::uuid",
+            "SELECT node, taken_by FROM node WHERE home = $1::text::uuid FOR UPDATE",
             &[&candidate.home],
         )
         .await?;
@@ -287,7 +290,7 @@ async fn choose(transaction: &Transaction<'_>, candidate: &Candidate<'_>) -> Res
             "SELECT node, state = 'single' FROM node
               WHERE (state = 'left' AND NOT journal_in_use)
                  OR (state = 'single' AND (NOT journal_in_use OR journal_id = $1::text::uuid))
-              ORDER BY state = 'single' DESC, node LIMIT 1",
+              ORDER BY state = 'single' DESC, node LIMIT 1 FOR UPDATE",
             &[&candidate.log],
         )
         .await?;
@@ -323,9 +326,12 @@ pub async fn activate(
     let mut client = database.pooled().await?;
     let work = async {
         let transaction = client.transaction().await?;
+        // A pause of every sale that was being stored when the row was made is committed: joining waits for changes of terms.
         let changed = transaction
             .execute(
-                "UPDATE node SET state = 'active' WHERE node = $1 AND epoch = $2 AND state IN ('joining', 'active')",
+                "UPDATE node SET state = 'active', paused = paused OR EXISTS (
+                        SELECT FROM node o WHERE o.paused AND o.state IN ('single', 'joining', 'active'))
+                  WHERE node = $1 AND epoch = $2 AND state IN ('joining', 'active')",
                 &[&lease.node, &lease.epoch],
             )
             .await?;
@@ -386,15 +392,16 @@ pub async fn renew_and_look(
         tokio::try_join!(
             session.query(NODES, &[]),
             session.query_one(
-                "SELECT left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)",
+                "SELECT left(pg_walfile_name(pg_current_wal_insert_lsn()), 8), (extract(epoch FROM clock_timestamp()) * 1000)::int8",
                 &[]
             ),
         )
     };
-    let (nodes, timeline) = database.timed("looking at the nodes", looking).await?;
+    let (nodes, server) = database.timed("looking at the nodes", looking).await?;
     Ok(Look {
         nodes: nodes.iter().map(node_row).collect(),
-        timeline: timeline.get(0),
+        timeline: server.get(0),
+        now: UnixMillis(server.get(1)),
     })
 }
 

@@ -44,7 +44,7 @@ const LONG: Duration = Duration::from_secs(600);
 ///
 /// # Errors
 /// [`StoreError::Fenced`] if the node was taken over; otherwise if the database does not answer.
-async fn transact<T>(
+pub(in crate::store) async fn transact<T>(
     database: &Database,
     lease: NodeLease,
     doing: &'static str,

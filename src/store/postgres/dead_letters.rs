@@ -1,9 +1,11 @@
 //! Dead letters: orders whose row the database refused. An operator retries or discards them.
 
+use tokio_postgres::Transaction;
+
 use super::transitions::fence;
 use super::{Database, NodeLease};
 use crate::order::{OrderId, SkuNumber, UnixMillis};
-use crate::store::StoreError;
+use crate::store::{Ledger, StoreError, cluster};
 
 /// One dead letter.
 #[derive(Clone, Debug)]
@@ -146,19 +148,29 @@ pub async fn count_open(database: &Database, most: i64) -> Result<i64, StoreErro
 /// Discards a dead letter: its order stays `failed`. Returns false if there is no such open dead letter.
 ///
 /// # Errors
-/// If the database does not answer.
-pub async fn discard(database: &Database, id: i64, note: Option<&str>) -> Result<bool, StoreError> {
-    let client = database.pooled().await?;
-    let changed = database
-        .timed(
-            "discarding a dead letter",
-            client.execute(
-                "UPDATE dead_letters SET discarded_at = clock_timestamp(), note = $2
-                  WHERE id = $1 AND discarded_at IS NULL",
-                &[&id, &note],
-            ),
-        )
-        .await?;
+/// If the database does not answer; [`StoreError::Fenced`] if this node was taken over.
+pub async fn discard(
+    database: &Database,
+    lease: NodeLease,
+    id: i64,
+    note: Option<&str>,
+) -> Result<bool, StoreError> {
+    let doing = "discarding a dead letter";
+    let sql = "UPDATE dead_letters SET discarded_at = clock_timestamp(), note = $2
+                WHERE id = $1 AND discarded_at IS NULL";
+    let changed = match lease.ledger {
+        Ledger::Sku => {
+            let client = database.pooled().await?;
+            database
+                .timed(doing, client.execute(sql, &[&id, &note]))
+                .await?
+        }
+        Ledger::Share => {
+            let discarding =
+                async |transaction: &Transaction<'_>| transaction.execute(sql, &[&id, &note]).await;
+            cluster::transact(database, lease, doing, discarding).await?
+        }
+    };
     Ok(changed == 1)
 }
 

@@ -15,7 +15,7 @@ use crate::state::stock::{
     DayTime, DayWindow, Draw, DrawPhase, DrawTerms, SaleTerms, Sku, StockCounter,
     WAITLIST_MAX_DEFAULT, WaitlistTerms,
 };
-use crate::store::cluster::terms;
+use crate::store::cluster::{self, terms};
 use crate::store::{Ledger, StoreError};
 
 fn data(what: impl std::fmt::Display) -> StoreError {
@@ -293,27 +293,32 @@ pub async fn put(
 /// Stores whether a SKU is paused. Returns false if there is no such SKU.
 ///
 /// # Errors
-/// If the database does not answer.
+/// If the database does not answer; [`StoreError::Fenced`] if this node was taken over.
 pub async fn set_paused(
     database: &Database,
     lease: NodeLease,
     id: &SkuId,
     paused: bool,
 ) -> Result<bool, StoreError> {
-    let mut client = database.pooled().await?;
-    let work = async {
-        let transaction = client.transaction().await?;
-        let changed = transaction
-            .execute(
-                "UPDATE sku SET paused = $2 WHERE sku_id = $1",
-                &[&id.as_str(), &paused],
-            )
-            .await?;
-        terms::note(&*transaction, lease).await?;
-        transaction.commit().await?;
-        Ok(changed == 1)
+    let doing = "pausing a SKU";
+    let sql = "UPDATE sku SET paused = $2 WHERE sku_id = $1";
+    let changed = match lease.ledger {
+        Ledger::Sku => {
+            let client = database.pooled().await?;
+            database
+                .timed(doing, client.execute(sql, &[&id.as_str(), &paused]))
+                .await?
+        }
+        Ledger::Share => {
+            let pausing = async |transaction: &Transaction<'_>| {
+                let changed = transaction.execute(sql, &[&id.as_str(), &paused]).await?;
+                terms::note(transaction, lease).await?;
+                Ok(changed)
+            };
+            cluster::transact(database, lease, doing, pausing).await?
+        }
     };
-    database.timed("pausing a SKU", work).await
+    Ok(changed == 1)
 }
 
 /// A SKU's row. Waits for earlier changes of its terms or total that are under way.
@@ -366,10 +371,13 @@ pub async fn set_all_paused(
             )
             .await?;
         if changed == 1 {
-            transaction
-                .execute("UPDATE node SET paused = $1 WHERE paused <> $1", &[&paused])
-                .await?;
-            terms::note(&*transaction, lease).await?;
+            let all = "UPDATE node SET paused = $1 WHERE paused <> $1";
+            transaction.execute(all, &[&paused]).await?;
+            if lease.ledger == Ledger::Share {
+                terms::note(&*transaction, lease).await?;
+                // Rows that were made meanwhile. Whoever makes one from here on waits for this transaction.
+                transaction.execute(all, &[&paused]).await?;
+            }
         }
         transaction.commit().await?;
         Ok(changed)

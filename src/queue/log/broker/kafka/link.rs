@@ -153,7 +153,7 @@ impl Stream {
     }
 }
 
-pub(super) fn exchange(stream: &mut (impl Read + Write), request: &[u8]) -> io::Result<Bytes> {
+fn exchange(stream: &mut (impl Read + Write), request: &[u8]) -> io::Result<Bytes> {
     stream.write_all(request)?;
     stream.flush()?;
     let mut length = [0; 4];

@@ -22,8 +22,6 @@
 //! the new one.
 
 mod codes;
-#[cfg(feature = "fuzz")]
-pub mod fuzz;
 mod link;
 mod producer;
 mod records;

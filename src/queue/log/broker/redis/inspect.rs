@@ -63,6 +63,7 @@ pub(super) fn inspect(
     replicas_min: u32,
     deadline: Instant,
 ) -> Result<Vec<String>, BrokerError> {
+    let name = &address.name;
     let mut questions = vec![cmd("ROLE"), cmd("INFO")];
     for setting in SETTINGS {
         questions.push(two("CONFIG", "GET", setting.name));
@@ -76,18 +77,6 @@ pub(super) fn inspect(
     questions.push(length);
 
     let mut replies = link.exchange(&questions, deadline);
-    let warnings;
-    (warnings, link.has_waitaof) = judge(address, &mut replies, replicas_min)?;
-    Ok(warnings)
-}
-
-/// The sentences about the answers to all of these questions, and whether the server has `WAITAOF`.
-pub(super) fn judge(
-    address: &Address,
-    replies: &mut Replies,
-    replicas_min: u32,
-) -> Result<(Vec<String>, bool), BrokerError> {
-    let name = &address.name;
     let role_answer = replies.next(name)?;
     let info = match replies.next(name)? {
         Value::BulkString(text) => String::from_utf8_lossy(&text).into_owned(),
@@ -101,15 +90,22 @@ pub(super) fn judge(
             "{name} has {replicas} of the {replicas_min} replicas that queue.redis.replicas_min demands; until they \
              are connected no append is acknowledged"
         )),
+        // Half of the servers, without the master, which is the other one of a majority.
+        Some(replicas) if u64::from(replicas_min) < replicas.div_ceil(2) => warnings.push(format!(
+            "{name} has {replicas} replicas, and queue.redis.replicas_min = {replicas_min} acknowledges groups that no majority \
+             of the servers has: after a failover, or with two masters in a partition, they may be missing; set it to \
+             {} or more",
+            replicas.div_ceil(2)
+        )),
         Some(_) => {}
         None => warnings.push(format!(
             "{name} answers this user neither ROLE nor INFO: its being the master could not be checked"
         )),
     }
     check_version(name, &info)?;
-    let unchecked = check_settings(address, replies, &info)?;
+    let unchecked = check_settings(address, &mut replies, &info)?;
     check_first_file(name, &info)?;
-    let has_waitaof = match replies.next(name)? {
+    link.has_waitaof = match replies.next(name)? {
         Value::ServerError(error) if forbidden(&error) => false,
         Value::ServerError(error) => return Err(answers::of_question(name, &error)),
         _ => true,
@@ -124,14 +120,14 @@ pub(super) fn judge(
         warnings.push(format!(
             "{name} does not show its CONFIG to this user: {} could not be checked{}",
             unchecked.join(", "),
-            if has_waitaof {
+            if link.has_waitaof {
                 "; WAITAOF confirms the flush of every append all the same"
             } else {
                 ""
             }
         ));
     }
-    Ok((warnings, has_waitaof))
+    Ok(warnings)
 }
 
 /// Settings that could be read nowhere.
