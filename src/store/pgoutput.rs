@@ -220,6 +220,8 @@ impl Decoder {
                     column
                 });
                 let columns = columns.collect::<Option<_>>()?;
+                // A message that is refused describes nothing.
+                rest.0.is_empty().then_some(())?;
                 self.relations
                     .insert(id, Arc::new(Relation { name, columns }));
                 Message::Other
@@ -416,6 +418,9 @@ mod tests {
                 "{length}"
             );
         }
+        let longer = [&table[..], b"x"].concat();
+        assert!(decoder.decode(longer.into()).is_err());
+        assert!(decoder.decode(change.clone()).is_err(), "still not");
         decoder.decode(table).unwrap();
         for length in 0..change.len() {
             assert!(decoder.decode(change.slice(..length)).is_err(), "{length}");

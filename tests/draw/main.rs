@@ -508,6 +508,28 @@ fn every_altered_byte_and_every_cut_is_found() {
     }
 }
 
+/// The ranks of a few entries are so short that another beacon may give them, too, and the file alone does not tell.
+#[test]
+fn another_beacon_is_found_by_a_copy_of_the_file_however_few_entered() {
+    let mut draw = Draw::of_crowd(1, 1);
+    draw.fixed.draw_beacon = Some("a beacon".to_owned());
+    let with = |draw: &mut Draw, beacon: &str| {
+        draw.beacon = Some(Beacon::new(beacon).unwrap());
+        draw.file()
+    };
+    let file = with(&mut draw, "1");
+    let rank = |file: &str| file.split("\"rank\":").nth(1).map(str::to_owned);
+    let other = (2..)
+        .map(|number| with(&mut draw, &number.to_string()))
+        .find(|other| rank(other) == rank(&file))
+        .expect("one of sixteen");
+    let mut evidence = draw.evidence();
+    assert_eq!(wrong(&other, &evidence), BTreeSet::new());
+    evidence.earlier.push(header_of(file.as_bytes()).unwrap());
+    assert_eq!(wrong(&file, &evidence), BTreeSet::new());
+    assert_eq!(wrong(&other, &evidence), BTreeSet::from(["earlier"]));
+}
+
 #[test]
 fn a_line_that_does_not_end_takes_no_memory_without_end() {
     let (_, draw) = vectors().swap_remove(1);

@@ -5,7 +5,7 @@
 //! | [`json`] | the only way from JSON to a struct |
 //! | [`orders`], [`order_history`], [`skus`], [`dead_letters`], [`payments`], [`events`] | bodies and views |
 //! | `lanes`, `nodes` | the lanes and the nodes of a cluster |
-//! | [`headers`], [`query`] | header fields and query fields |
+//! | [`headers`], [`Preference`], [`query`] | header fields and query fields |
 //! | [`mod@write`] | writing an answer |
 
 pub mod dead_letters;
@@ -17,6 +17,7 @@ mod nodes;
 pub mod order_history;
 pub mod orders;
 pub mod payments;
+mod preference;
 pub mod query;
 pub mod skus;
 mod text;
@@ -29,6 +30,7 @@ pub use json::no_members;
 pub use lanes::{LaneView, LanesView};
 pub use nodes::{NodeView, NodesView};
 pub use orders::{ATTRIBUTES_BYTES_MAX, BatchLine, OrderBody, OrderList, OrderView, UndecidedView};
+pub use preference::Preference;
 pub use skus::{DrawBody, OperatorSkuView, PutSkuView, RestockBody, SkuBody, SkuView};
 
 #[cfg(test)]

@@ -2,11 +2,12 @@
 
 use crate::http::problem::Problem;
 
-/// The value under a name, not decoded.
+/// The value under a name, not decoded; empty if the name stands alone.
 pub fn value<'a>(query: &'a str, name: &str) -> Option<&'a str> {
-    query
-        .split('&')
-        .find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='))
+    query.split('&').find_map(|pair| {
+        let (this, value) = pair.split_once('=').unwrap_or((pair, ""));
+        (this == name).then_some(value)
+    })
 }
 
 /// Refuses query fields that would be ignored: those other than `names`, and a second one of the
@@ -67,6 +68,7 @@ mod tests {
         assert_eq!(number("wait=7&limit=007", "wait").ok(), Some(Some(7)));
         assert_eq!(number("limit=007", "limit").ok(), Some(Some(7)));
         assert_eq!(number("wait=7", "limit").ok(), Some(None));
+        assert!(number("limit=7&wait", "wait").is_err(), "not left out");
         for value in ["", "+5", "-0", "5 ", "5.0", "18446744073709551616"] {
             let refused = number(&format!("wait={value}"), "wait").unwrap_err();
             assert_eq!((refused.status, refused.code), (400, "invalid_field"));

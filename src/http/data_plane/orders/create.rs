@@ -5,14 +5,13 @@ use std::time::{Duration, Instant};
 
 use super::elsewhere::{self, Away};
 use super::follow::wait_for_other;
-use super::preference::Preference;
 use crate::backoff::Backoff;
 use crate::http::data_plane::context::Context;
 use crate::http::data_plane::nodes::{self, Origin, Place};
 use crate::http::message::{Request, Response};
 use crate::http::problem::Problem;
 use crate::http::server::wake::wait;
-use crate::http::wire::{OrderBody, OrderView, idempotency_key, write};
+use crate::http::wire::{OrderBody, OrderView, Preference, idempotency_key, write};
 use crate::order::{KeyHash, Order, OrderStatus, Refusal};
 use crate::pipeline::orders::intake::{Admission, OrderRequest};
 use crate::pipeline::orders::lookup::Found;

@@ -5,5 +5,4 @@ pub(super) mod cancel;
 pub(super) mod create;
 mod elsewhere;
 mod follow;
-mod preference;
 pub(super) mod read;

@@ -419,6 +419,14 @@ fn earlier_files_agree(header: &Header, earlier: &[Header]) -> Check {
             earlier.entries_hash.map(|hash| hash.to_string()),
             header.entries_hash.map(|hash| hash.to_string()),
         );
+        // The commitment binds the seed; nothing else binds this.
+        let beacon = |header: &Header| {
+            header
+                .beacon
+                .as_ref()
+                .map(|value| value.as_str().to_owned())
+        };
+        must_be("beacon", beacon(earlier), beacon(header));
     }
     check(
         "earlier",

@@ -153,7 +153,7 @@ impl Stream {
     }
 }
 
-fn exchange(stream: &mut (impl Read + Write), request: &[u8]) -> io::Result<Bytes> {
+pub(super) fn exchange(stream: &mut (impl Read + Write), request: &[u8]) -> io::Result<Bytes> {
     stream.write_all(request)?;
     stream.flush()?;
     let mut length = [0; 4];

@@ -22,6 +22,8 @@
 //! the new one.
 
 mod codes;
+#[cfg(feature = "fuzz")]
+pub mod fuzz;
 mod link;
 mod producer;
 mod records;

@@ -107,7 +107,7 @@ impl<'a> Scram<'a> {
         Ok(Self::with_nonce(sasl, BASE64.encode(random)))
     }
 
-    fn with_nonce(sasl: &'a Sasl, nonce: String) -> Self {
+    pub(super) fn with_nonce(sasl: &'a Sasl, nonce: String) -> Self {
         let user = sasl.user.replace('=', "=3D").replace(',', "=2C");
         let first = format!("n={user},r={nonce}");
         Self { sasl, nonce, first }

@@ -36,7 +36,7 @@ pub(super) fn waits(link: &Link, replicas_min: u32, deadline: Instant) -> Vec<Cm
 /// Reads the answers to [`waits`]. The group is stored, so whatever is missing is [`SendError::Unknown`].
 pub(super) fn confirmed(
     address: &Address,
-    link: &Link,
+    has_waitaof: bool,
     replicas_min: u32,
     replies: &mut Replies,
 ) -> Result<(), SendError> {
@@ -62,7 +62,7 @@ pub(super) fn confirmed(
             return lacking(format!("{have} of {needed} replicas received it"));
         }
     }
-    if link.has_waitaof {
+    if has_waitaof {
         let (local, have) = next("WAITAOF")?;
         if local < 1 {
             return lacking("it was not flushed there".to_owned());

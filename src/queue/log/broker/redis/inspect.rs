@@ -63,7 +63,6 @@ pub(super) fn inspect(
     replicas_min: u32,
     deadline: Instant,
 ) -> Result<Vec<String>, BrokerError> {
-    let name = &address.name;
     let mut questions = vec![cmd("ROLE"), cmd("INFO")];
     for setting in SETTINGS {
         questions.push(two("CONFIG", "GET", setting.name));
@@ -77,6 +76,18 @@ pub(super) fn inspect(
     questions.push(length);
 
     let mut replies = link.exchange(&questions, deadline);
+    let warnings;
+    (warnings, link.has_waitaof) = judge(address, &mut replies, replicas_min)?;
+    Ok(warnings)
+}
+
+/// The sentences about the answers to all of these questions, and whether the server has `WAITAOF`.
+pub(super) fn judge(
+    address: &Address,
+    replies: &mut Replies,
+    replicas_min: u32,
+) -> Result<(Vec<String>, bool), BrokerError> {
+    let name = &address.name;
     let role_answer = replies.next(name)?;
     let info = match replies.next(name)? {
         Value::BulkString(text) => String::from_utf8_lossy(&text).into_owned(),
@@ -103,9 +114,9 @@ pub(super) fn inspect(
         )),
     }
     check_version(name, &info)?;
-    let unchecked = check_settings(address, &mut replies, &info)?;
+    let unchecked = check_settings(address, replies, &info)?;
     check_first_file(name, &info)?;
-    link.has_waitaof = match replies.next(name)? {
+    let has_waitaof = match replies.next(name)? {
         Value::ServerError(error) if forbidden(&error) => false,
         Value::ServerError(error) => return Err(answers::of_question(name, &error)),
         _ => true,
@@ -120,14 +131,14 @@ pub(super) fn inspect(
         warnings.push(format!(
             "{name} does not show its CONFIG to this user: {} could not be checked{}",
             unchecked.join(", "),
-            if link.has_waitaof {
+            if has_waitaof {
                 "; WAITAOF confirms the flush of every append all the same"
             } else {
                 ""
             }
         ));
     }
-    Ok(warnings)
+    Ok((warnings, has_waitaof))
 }
 
 /// Settings that could be read nowhere.

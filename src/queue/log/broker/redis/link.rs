@@ -224,6 +224,16 @@ impl Link {
 }
 
 impl Replies {
+    /// Answers that came in whole.
+    #[cfg(feature = "fuzz")]
+    pub(super) fn whole(answers: Vec<Value>) -> Self {
+        Self {
+            answers: answers.into_iter(),
+            broken: None,
+            new: false,
+        }
+    }
+
     /// The next answer, or the reason why there is none.
     pub(super) fn next(&mut self, server: &str) -> Result<Value, BrokerError> {
         if let Some(answer) = self.answers.next() {

@@ -25,11 +25,13 @@ use parking_lot::Mutex;
 
 use self::answers::Verdict;
 use self::inspect::{inspect, require_master};
-use self::link::{Address, Link, unknown};
+use self::link::{Address, Link, Replies, unknown};
 use super::{Broker, BrokerError, Place, Position, SendError, Stored};
 
 mod answers;
 mod durable;
+#[cfg(feature = "fuzz")]
+pub mod fuzz;
 mod inspect;
 mod link;
 
@@ -144,9 +146,7 @@ impl RedisBroker {
         commands.extend(durable::waits(link, self.replicas_min, deadline));
         let mut replies = link.exchange(&commands, deadline);
         match replies.next(&self.address.name).map_err(unknown)? {
-            Value::BulkString(stored) if stored == id.as_bytes() => {
-                durable::confirmed(&self.address, link, self.replicas_min, &mut replies)
-            }
+            Value::BulkString(stored) if stored == id.as_bytes() => self.confirmed(link, replies),
             Value::ServerError(error) if answers::verdict(&error) == Verdict::NotAbove => {
                 self.there_already(link, id, frame, deadline)
             }
@@ -213,7 +213,7 @@ impl RedisBroker {
         // Refused if the group exists; the second command says whether it does.
         replies.next(&self.address.name).map_err(unknown)?;
         match replies.next(&self.address.name).map_err(unknown)? {
-            Value::Okay => durable::confirmed(&self.address, link, self.replicas_min, &mut replies),
+            Value::Okay => self.confirmed(link, replies),
             // The frame is there, so no certain refusal may be reported.
             Value::ServerError(error) => Err(SendError::Unknown(answers::sentence(
                 &self.address.name,
@@ -221,6 +221,15 @@ impl RedisBroker {
             ))),
             _ => Err(unknown(self.address.strange("XGROUP SETID"))),
         }
+    }
+
+    fn confirmed(&self, link: &Link, mut replies: Replies) -> Result<(), SendError> {
+        durable::confirmed(
+            &self.address,
+            link.has_waitaof,
+            self.replicas_min,
+            &mut replies,
+        )
     }
 
     /// Entries of an answer to `XRANGE`.
@@ -248,6 +257,7 @@ impl RedisBroker {
                 number: number.parse().ok()?,
             })
         });
+        let place = place.filter(|place| id_of(*place) == id);
         let mut fields = fields.into_iter();
         match (place, fields.next(), fields.next(), fields.next()) {
             (Some(_), Some(Value::BulkString(field)), Some(Value::BulkString(frame)), None)

@@ -20,11 +20,15 @@ impl Preference {
             let Ok(field) = std::str::from_utf8(field) else {
                 continue;
             };
-            for item in field.split(',') {
+            for item in outside_quotes(field, ',') {
                 // What follows a semicolon are parameters; none is defined for these two.
-                let item = item.split(';').next().unwrap_or_default();
+                let item = outside_quotes(item, ';').next().unwrap_or_default();
                 let (name, value) = item.split_once('=').unwrap_or((item, ""));
-                let (name, value) = (name.trim(), value.trim().trim_matches('"'));
+                let (name, value) = (name.trim_ascii(), value.trim_ascii());
+                let quoted = value
+                    .strip_prefix('"')
+                    .and_then(|text| text.strip_suffix('"'));
+                let value = quoted.unwrap_or(value);
                 if name.eq_ignore_ascii_case("respond-async") {
                     preference.respond_async = true;
                 } else if name.eq_ignore_ascii_case("wait")
@@ -39,6 +43,17 @@ impl Preference {
     }
 }
 
+/// Splits at a separator. Within a quoted string (RFC 9110 5.6.4) it separates nothing.
+fn outside_quotes(text: &str, separator: char) -> impl Iterator<Item = &str> {
+    let (mut is_quoted, mut is_escaped) = (false, false);
+    text.split(move |c| {
+        let separates = c == separator && !is_quoted;
+        is_quoted ^= c == '"' && !is_escaped;
+        is_escaped = is_quoted && c == '\\' && !is_escaped;
+        separates
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -48,7 +63,7 @@ mod tests {
         let parse =
             |fields: &[&str]| Preference::parse(fields.iter().map(|field| field.as_bytes()));
         let wait = |seconds| Some(Duration::from_secs(seconds));
-        let cases: [(&[&str], Preference); 8] = [
+        let cases: [(&[&str], Preference); 9] = [
             (
                 &[],
                 Preference {
@@ -92,6 +107,10 @@ mod tests {
                 },
             ),
             (&["handling=lenient,,;"], Preference::default()),
+            (
+                &[r#"note="a, respond-async, \", wait=1"; wait=2, wait="3;4", wait=""5"""#],
+                Preference::default(),
+            ),
             (&["wait=99999999999999999999999"], Preference::default()),
         ];
         for (fields, expected) in cases {
