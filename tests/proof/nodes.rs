@@ -25,7 +25,7 @@ use self::cluster::{Cluster, LEASE, PATIENCE};
 use self::faults::{Deck, Fault};
 use self::network::Network;
 use self::probes::Probes;
-use super::checker::{Checker, Findings, read_rows};
+use super::checker::{Checker, Findings, OrderRow, read_rows};
 use super::load::{Load, audit, compare_counters, put_skus, retry_some};
 use super::outcome::{Why, block_on, in_series};
 use super::platform::Platform;
@@ -326,9 +326,16 @@ impl Proof<'_> {
         let asked = &cluster.machines[self.random.random_range(0..cluster.machines.len())];
         let mut said = Findings::default();
         retry_some(asked.data(), checker, 30, seed, &mut said);
-        let deadline = Instant::now() + SETTLING;
+        let mut deadline = Instant::now() + SETTLING;
+        let mut waiting = usize::MAX;
         loop {
             let found = block_on(read_rows(&config));
+            // Whoever is assigned units does not pay any more, and the next one waits until they come back.
+            let waits = |row: &&OrderRow| row.status == "waitlisted";
+            let still = found.orders.iter().filter(waits).count();
+            if still < std::mem::replace(&mut waiting, still) {
+                deadline = Instant::now() + SETTLING;
+            }
             let mut findings = checker.check(&found);
             let is_cancel_asked = |user: &str| checker.is_cancel_asked(user);
             platform.check(&found, is_cancel_asked, all, &mut findings);

@@ -183,7 +183,31 @@ impl<'a> Cluster<'a> {
     /// as whoever keeps a service running would.
     pub fn until_whole(&mut self) -> Result<(), String> {
         let all: Vec<usize> = (0..self.machines.len()).collect();
-        self.until_dealt(&all, &DEALT)
+        let mut before = self.renewals();
+        loop {
+            self.until_dealt(&all, &DEALT)?;
+            let now = self.renewals();
+            let is_same =
+                |(one, two): (&(i16, i64, i64), &(i16, i64, i64))| (one.0, one.1) == (two.0, two.1);
+            if before.len() != now.len() || !before.iter().zip(&now).all(is_same) {
+                before = now;
+            } else if before.iter().zip(&now).all(|(one, two)| one.2 < two.2) {
+                return Ok(());
+            }
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    /// How often each node has renewed, with its number and epoch. One that was paused is not fenced any more once it has.
+    fn renewals(&self) -> Vec<(i16, i64, i64)> {
+        block_on(async {
+            let sql = "SELECT node, epoch, renewals FROM millrace.node WHERE state = 'active' ORDER BY node";
+            let rows = self.database.session().await.query(sql, &[]).await;
+            let rows = rows.expect("what each node has renewed");
+            rows.iter()
+                .map(|row| (row.get(0), row.get(1), row.get(2)))
+                .collect()
+        })
     }
 
     /// Waits until these machines have nodes that know that lanes are dealt like this.
