@@ -2,10 +2,7 @@
 //!
 //! Format: PostgreSQL documentation, "Logical Replication Message Formats". All integers big-endian. A transaction is
 //! one `Begin`, its changes and one `Commit`, complete and in the order of commits. Each table is described before
-//! its first row.
-//!
-//! Why a decoder of our own: the crates that decode `pgoutput` bring a replication client with its own TLS and
-//! authentication, beside the connector that knows every form of `database.url`. The messages take one page.
+//! its first row. `Begin` and `Commit` are read by `pgwire-replication`, which leaves the rows to its users.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -31,18 +28,6 @@ impl std::fmt::Display for Lsn {
 /// One message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Message {
-    /// A transaction begins.
-    Begin {
-        /// Its number.
-        xid: u32,
-        /// When it was committed.
-        committed_at: UnixMillis,
-    },
-    /// The transaction ends.
-    Commit {
-        /// The position behind it: a reader that has all of it goes on there.
-        end: Lsn,
-    },
     /// A new row.
     Insert(Row),
     /// A changed row.
@@ -170,7 +155,7 @@ impl Row {
     }
 }
 
-/// Decodes the messages of one reading, which describes each table anew.
+/// Decodes the messages of one stream, which describes each table anew.
 #[derive(Debug, Default)]
 pub struct Decoder {
     relations: HashMap<u32, Arc<Relation>>,
@@ -194,19 +179,6 @@ impl Decoder {
 
     fn read(&mut self, rest: &mut Rest) -> Option<Message> {
         let message = match rest.u8()? {
-            b'B' => {
-                rest.u64()?;
-                let committed_at = moment(rest.u64()?.cast_signed());
-                let xid = rest.u32()?;
-                Message::Begin { xid, committed_at }
-            }
-            b'C' => {
-                rest.u8()?;
-                rest.u64()?;
-                let end = Lsn(rest.u64()?);
-                rest.u64()?;
-                Message::Commit { end }
-            }
             b'R' => {
                 let id = rest.u32()?;
                 rest.text()?;
@@ -276,10 +248,6 @@ impl Rest {
         self.0.try_get_u32().ok()
     }
 
-    fn u64(&mut self) -> Option<u64> {
-        self.0.try_get_u64().ok()
-    }
-
     /// A text that ends with a zero.
     fn text(&mut self) -> Option<String> {
         let end = self.0.iter().position(|byte| *byte == 0)?;
@@ -311,7 +279,7 @@ impl Rest {
 }
 
 /// From microseconds since 2000.
-fn moment(micros: i64) -> UnixMillis {
+pub(super) fn moment(micros: i64) -> UnixMillis {
     UnixMillis(micros.div_euclid(1_000).saturating_add(POSTGRES_EPOCH_MS))
 }
 
@@ -435,25 +403,8 @@ mod tests {
     }
 
     #[test]
-    fn a_transaction_has_its_moment_and_its_end() {
-        let mut begin = BytesMut::from(&b"B"[..]);
-        begin.put_u64(0x1_0000_0010);
-        begin.put_i64(1_500);
-        begin.put_u32(731);
-        assert_eq!(
-            Decoder::default().decode(begin.freeze()).unwrap(),
-            Message::Begin {
-                xid: 731,
-                committed_at: UnixMillis(POSTGRES_EPOCH_MS + 1)
-            }
-        );
-        let mut commit = BytesMut::from(&b"C\0"[..]);
-        commit.put_u64(0x1_0000_0010);
-        commit.put_u64(0x1_0000_0040);
-        commit.put_i64(1_500);
-        let Message::Commit { end } = Decoder::default().decode(commit.freeze()).unwrap() else {
-            panic!("no commit");
-        };
-        assert_eq!(end.to_string(), "1/40");
+    fn moments_begin_in_2000() {
+        assert_eq!(moment(1_500), UnixMillis(POSTGRES_EPOCH_MS + 1));
+        assert_eq!(moment(-1), UnixMillis(POSTGRES_EPOCH_MS - 1));
     }
 }

@@ -12,7 +12,7 @@ use crate::support::pgbouncer::PgBouncer;
 use crate::support::server::TestServer;
 use futures_util::future::join_all;
 use millrace::store::StoreError;
-use millrace::store::postgres::{Database, pooling};
+use millrace::store::postgres::{Database, ReplicationStream, pooling};
 use serde_json::Value;
 
 const STEP: Duration = Duration::from_secs(5);
@@ -31,12 +31,23 @@ fn open(url: &str) -> Result<Database, StoreError> {
     Database::new(url, "millrace", 2, STEP)
 }
 
-/// Connects, by itself and through the pool, and says whether it is encrypted.
+/// Connects, by itself, through the pool and for a stream of changes, and says whether it is encrypted.
 async fn encrypted(url: &str) -> Result<bool, String> {
     const ASK: &str = "SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()";
+    const SENDERS: &str = "SELECT ssl FROM pg_stat_ssl JOIN pg_stat_activity USING (pid)
+                            WHERE backend_type = 'walsender' ORDER BY backend_start";
     let database = open(url).map_err(|e| e.to_string())?;
     let alone = match database.connect("millrace test").await {
-        Ok(client) => Ok(client.query_one(ASK, &[]).await.expect("ask").get(0)),
+        Ok(client) => {
+            let alone = client.query_one(ASK, &[]).await.expect("ask").get(0);
+            let streams = ReplicationStream::connect(&database, &client).await;
+            let stream = streams.expect("a stream goes the same way");
+            let mut senders = client.query(SENDERS, &[]).await.expect("ask");
+            let newest = senders.pop().expect("the server has a sender");
+            assert_eq!(newest.get::<_, bool>(0), alone, "a stream too: {url}");
+            drop(stream);
+            Ok(alone)
+        }
         Err(error) => Err(error.to_string()),
     };
     let pooled: Result<bool, String> = match database.pooled().await {
@@ -67,6 +78,7 @@ async fn assert_goes(url: &str, wanted: Result<bool, &str>) {
 fn each_sslmode_takes_the_certificates_that_it_should() {
     block_on(async {
         let server = Listening::start().await;
+        server.let_all_stream().await;
         let ours = Authority::new("ours");
         let other = Authority::new("another");
         let own = self_signed(&["localhost"], 2200);
@@ -192,6 +204,7 @@ fn files_that_are_missing_or_wrong_are_named() {
 fn the_servers_own_rules_choose_between_tls_and_none() {
     block_on(async {
         let server = Listening::start().await;
+        server.let_all_stream().await;
         let ours = Authority::new("ours");
         server.write("clients.crt", &ours.certificate);
         server
@@ -237,6 +250,7 @@ fn the_servers_own_rules_choose_between_tls_and_none() {
 fn scram_unix_sockets_and_several_hosts() {
     block_on(async {
         let server = Listening::start().await;
+        server.let_all_stream().await;
         let (port, closed) = (server.port, free_port());
         let socket = server.dir.path().display().to_string();
         let encoded = socket.replace('/', "%2F");
@@ -513,6 +527,14 @@ fn every_command_refuses_shared_sessions_in_one_sentence() {
         }
         let output = millrace(&["config", "check"], &pooler.url("session"), &[]);
         assert!(output.status.success(), "{}", last_line(&output));
+        // A stream of changes does not go through it.
+        let pooled = open(&pooler.url("session")).expect("a URL");
+        let session = pooled.connect("millrace test").await.expect("a session");
+        let refused = ReplicationStream::connect(&pooled, &session).await;
+        let refused = refused
+            .expect_err("PgBouncer knows no replication")
+            .to_string();
+        assert!(refused.contains("replication"), "{refused}");
         let none = server
             .administrator()
             .await

@@ -139,6 +139,17 @@ impl Listening {
         }
     }
 
+    /// Lets every role open streams of changes.
+    pub async fn let_all_stream(&self) {
+        let roles =
+            ["shop", "tls", "plain", "holder"].map(|role| format!("ALTER ROLE {role} REPLICATION"));
+        let client = self.administrator().await;
+        client
+            .batch_execute(&roles.join(";"))
+            .await
+            .expect("the right to stream");
+    }
+
     fn superuser(&self, database: &str) -> tokio_postgres::Config {
         let mut config = tokio_postgres::Config::new();
         config

@@ -2,7 +2,7 @@
 //!
 //! Events that are read and not delivered are the *window*. Its rules:
 //!
-//! 1. The slot moves on once the window is empty, so whatever happens in between is read again.
+//! 1. The slot moves on once the window is empty, so whatever was read when this process ends is read again.
 //! 2. Events that the sink does not take while it takes others go to `event_deliveries`, and later events of their
 //!    subjects behind them: one order never holds up the others.
 //! 3. A sink that takes nothing is away. Its window stays, the slot stays, and PostgreSQL keeps WAL for it, up to
@@ -25,29 +25,21 @@ use crate::store::events::deliveries;
 use crate::store::events::refill::Refilling;
 use crate::store::events::sinks::{self, SinkRow};
 use crate::store::events::slot::{self, Slot, SlotReader};
+use crate::store::events::transactions::{Told, Transactions};
 use crate::store::events::{Change, SkuNames};
 use crate::store::pgoutput::Lsn;
 use crate::store::postgres::Database;
 
 /// Events that are read and not delivered; beyond it nothing more is read.
 const WINDOW: usize = 4_000;
-/// Messages after which a reading ends with its transaction: twice as many after each that has found more, because every one
-/// decodes from the slot's restart position on, and what failed is tried again a window at a time.
-const PEEK_ROWS: std::ops::RangeInclusive<i32> = 2_000..=32_000;
-/// Pause after a reading that has found all there was, as a multiple of its time: orders need the server's processors more.
-const PAUSES: u32 = 8;
-/// Longest pause between readings, each of which decodes from the slot's restart position on.
-const POLL_MAX: Duration = Duration::from_secs(5);
-/// Interval at which operators' wishes and waiting events are looked at, and at which the place is noted.
+/// How long events are gathered after the first of a window, so that many are delivered together.
+const GATHERING: Duration = Duration::from_millis(20);
+/// Interval at which operators' wishes, waiting events and the slot are looked at, and at which the place is noted.
 const LOOK: Duration = Duration::from_secs(1);
 /// Pauses before the database is asked again.
 const DATABASE_AWAY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
 /// Silence after which another process that reads the slot counts as paused.
 const SILENCE_MAX: Duration = Duration::from_secs(60);
-/// WAL without events after which the slot moves on, and the longest time until it does.
-const IDLE_BYTES: u64 = 1 << 20;
-const IDLE: Duration = Duration::from_secs(10);
-
 /// The resources of a feeder.
 #[derive(Debug)]
 pub struct FeederParts {
@@ -75,12 +67,12 @@ pub struct Feeder {
     parts: FeederParts,
     names: SkuNames,
     deliverer: Deliverer,
-    /// The end of the last transaction in the window, or before it.
+    /// The slot as it was last looked at, and when.
+    slot: Option<(Slot, Instant)>,
+    /// What the slot tells.
+    stream: Option<Transactions>,
+    /// Everything before it is in the window, or delivered.
     read_to: Lsn,
-    /// Messages between the slot's place and there.
-    read_messages: i32,
-    /// Messages of the next reading.
-    peek_rows: i32,
     /// Commit of the newest event that was read.
     newest: Option<UnixMillis>,
     refilling: Option<Refilling>,
@@ -88,7 +80,8 @@ pub struct Feeder {
     refill_end: Option<Lsn>,
     row: Option<SinkRow>,
     looked_at: Option<Instant>,
-    moved_at: Instant,
+    /// The slot may move on to there: everything before it is delivered.
+    delivered_to: Lsn,
     placed_at: Option<Instant>,
 }
 
@@ -105,15 +98,15 @@ impl Feeder {
             ),
             parts,
             names: SkuNames::default(),
+            slot: None,
+            stream: None,
             read_to: Lsn::default(),
-            read_messages: 0,
-            peek_rows: *PEEK_ROWS.start(),
             newest: None,
             refilling: None,
             refill_end: None,
             row: None,
             looked_at: None,
-            moved_at: Instant::now(),
+            delivered_to: Lsn::default(),
             placed_at: None,
         }
     }
@@ -144,8 +137,10 @@ impl Feeder {
     /// Forgets what was read: it is read again from the slot's place on. After a failover an LSN means another place.
     fn begin_anew(&mut self) {
         self.deliverer.window.clear();
+        self.slot = None;
+        self.stream = None;
         self.read_to = Lsn::default();
-        self.read_messages = 0;
+        self.delivered_to = Lsn::default();
         self.refilling = None;
         self.refill_end = None;
         self.looked_at = None;
@@ -159,8 +154,8 @@ impl Feeder {
             self.look().await?;
             if let Some(reason) = self.row.as_ref().and_then(|row| row.disabled.clone()) {
                 self.stand_still(&reader, reason).await?;
-            } else if let Some((slot, flushed)) = self.slot(&reader).await? {
-                self.step(&reader, slot, flushed).await?;
+            } else if let Some(slot) = self.slot(&reader).await? {
+                self.step(&reader, slot).await?;
             }
         }
     }
@@ -227,6 +222,7 @@ impl Feeder {
 
     /// A sink that wants no events keeps no WAL.
     async fn stand_still(&mut self, reader: &SlotReader, reason: String) -> Result<(), StoreError> {
+        (self.stream, self.slot) = (None, None);
         let state = reader.state().await?;
         if state.slot.is_some() || state.is_lost {
             reader.drop_slot().await?;
@@ -248,8 +244,13 @@ impl Feeder {
         self.parts.metrics.observe_kept(&self.parts.name, bytes);
     }
 
-    /// The slot, if it may be read, and the end of the WAL on the server's disk.
-    async fn slot(&mut self, reader: &SlotReader) -> Result<Option<(Slot, Lsn)>, StoreError> {
+    /// The slot, if it may be read, as it was within the last second.
+    async fn slot(&mut self, reader: &SlotReader) -> Result<Option<Slot>, StoreError> {
+        if let Some((slot, at)) = self.slot
+            && at.elapsed() < LOOK
+        {
+            return Ok(Some(slot));
+        }
         let state = reader.state().await?;
         self.observe_kept(state.slot.map_or(0, |slot| slot.kept_bytes));
         let is_listening = state.slot.is_some();
@@ -263,7 +264,13 @@ impl Feeder {
                     sinks::note_place(&self.parts.database, name, slot.oldest_xid, None).await?;
                     self.looked_at = None;
                 }
-                return Ok(Some((slot, state.flushed)));
+                if self.stream.is_some() && !slot.is_read {
+                    return Err(StoreError::Events(
+                        "the server does not stream to this process any more".to_owned(),
+                    ));
+                }
+                self.slot = Some((slot, Instant::now()));
+                return Ok(Some(slot));
             }
             Some(slot) => {
                 self.give_up(
@@ -316,62 +323,30 @@ impl Feeder {
         Ok(is_delivered)
     }
 
-    /// Reads, delivers, and moves the slot on.
-    async fn step(
-        &mut self,
-        reader: &SlotReader,
-        slot: Slot,
-        flushed: Lsn,
-    ) -> Result<(), StoreError> {
+    /// Reads, delivers, and lets the slot move on.
+    async fn step(&mut self, reader: &SlotReader, slot: Slot) -> Result<(), StoreError> {
         if !self.deliverer.may_try() {
             tokio::time::sleep(POLL).await;
             return Ok(());
         }
-        self.read_to = self.read_to.max(slot.confirmed);
         self.read_rows(reader).await?;
-        let mut pause = Duration::ZERO;
-        let mut is_idle = false;
-        if self.deliverer.window.len() < WINDOW {
-            let started = Instant::now();
-            is_idle = match self.read_slot(reader, slot).await? {
-                Some(is_new) => !is_new,
-                None => return Ok(()),
-            };
-            let took = started.elapsed();
-            pause = match is_idle {
-                true => (took * 3).clamp(POLL, POLL_MAX),
-                // More is there already.
-                false if self.peek_rows > *PEEK_ROWS.start() => Duration::ZERO,
-                false => (took * PAUSES).min(LOOK),
-            };
-        }
-        if !self.deliver().await? {
+        if !self.read_slot(reader, slot).await? || !self.deliver().await? {
             return Ok(());
         }
         // Everything that was read is delivered, so a failure to read is over, without an event too.
         self.parts.status.change(|status| status.failure = None);
-        let end = match is_idle {
-            // Nothing before it was left unread.
-            true => flushed.max(self.read_to),
-            false => self.read_to,
-        };
-        let gap = end.0.saturating_sub(slot.confirmed.0);
-        let is_due = self.moved_at.elapsed() >= IDLE || self.refill_end.is_some();
-        if gap > 0 && (!is_idle || gap >= IDLE_BYTES || is_due || self.read_to > slot.confirmed) {
-            reader.advance(end).await?;
-            self.read_to = end;
-            self.read_messages = 0;
-            self.moved_at = Instant::now();
+        if self.read_to > self.delivered_to {
+            self.delivered_to = self.read_to;
+            if let Some(stream) = &self.stream {
+                stream.delivered(self.read_to);
+            }
             self.note_place(slot).await?;
-            self.end_refill(end).await?;
-        }
-        if !pause.is_zero() {
-            tokio::time::sleep(pause).await;
+            self.end_refill().await?;
         }
         Ok(())
     }
 
-    /// Notes the place, once a second. `slot` was looked at before it moved on, so what is not delivered is not older.
+    /// Notes the place, once a second. `slot` was looked at before, so what is not delivered is not older.
     async fn note_place(&mut self, slot: Slot) -> Result<(), StoreError> {
         if self.placed_at.is_some_and(|at| at.elapsed() < LOOK) {
             return Ok(());
@@ -414,16 +389,16 @@ impl Feeder {
             .await?;
         self.take(&changes, true);
         if is_read {
-            self.refill_end = Some(reader.state().await?.flushed);
+            self.refill_end = Some(reader.mark().await?);
         }
         Ok(())
     }
 
-    async fn end_refill(&mut self, moved_to: Lsn) -> Result<(), StoreError> {
+    async fn end_refill(&mut self) -> Result<(), StoreError> {
         let Some(refilling) = &self.refilling else {
             return Ok(());
         };
-        if self.refill_end.is_none_or(|end| moved_to < end) {
+        if self.refill_end.is_none_or(|end| self.delivered_to < end) {
             return Ok(());
         }
         let refill = refilling.refill();
@@ -436,50 +411,50 @@ impl Feeder {
         self.look().await
     }
 
-    /// Reads what is behind the window. Returns false if there was nothing, and `None` if the slot is given up.
-    async fn read_slot(
-        &mut self,
-        reader: &SlotReader,
-        slot: Slot,
-    ) -> Result<Option<bool>, StoreError> {
-        let rows = self.peek_rows.saturating_add(self.read_messages);
-        let read = reader.peek(rows).await?;
-        let messages = read
-            .transactions
-            .iter()
-            .map(|one| one.messages)
-            .sum::<i32>();
-        self.peek_rows = match messages >= rows {
-            true => (self.peek_rows * 2).min(*PEEK_ROWS.end()),
-            false => *PEEK_ROWS.start(),
+    /// Fills the window with what the slot tells now, or in a moment. Returns false if the slot is given up.
+    async fn read_slot(&mut self, reader: &SlotReader, slot: Slot) -> Result<bool, StoreError> {
+        let mut stream = match self.stream.take() {
+            Some(stream) => stream,
+            None => reader.stream(slot).await?,
         };
-        let mut is_new = false;
-        for mut transaction in read.transactions {
-            if transaction.end <= self.read_to {
-                continue;
+        // Rows are read meanwhile.
+        let is_refilling = self.refilling.as_ref().is_some_and(|one| !one.is_read());
+        let patience = if is_refilling { Duration::ZERO } else { POLL };
+        let mut until = Instant::now() + patience;
+        while self.deliverer.window.len() < WINDOW {
+            let Ok(told) = tokio::time::timeout_at(until.into(), stream.next()).await else {
+                break;
+            };
+            match told? {
+                Told::Transaction(mut transaction) => {
+                    self.read_to = transaction.end;
+                    if let Some(refilling) = &mut self.refilling {
+                        refilling.screen(&mut transaction);
+                    }
+                    let mut changes = transaction.changes;
+                    self.names
+                        .fill_in(&self.parts.database, &mut changes)
+                        .await?;
+                    self.take(&changes, false);
+                    if !changes.is_empty() {
+                        until = until.min(Instant::now() + GATHERING);
+                    }
+                }
+                Told::Place(place) => self.read_to = self.read_to.max(place),
+                Told::Overlong if self.deliverer.window.is_empty() => {
+                    self.give_up(
+                        reader,
+                        slot,
+                        "a transaction of somebody else changes more rows than are held in memory",
+                    )
+                    .await?;
+                    return Ok(false);
+                }
+                Told::Overlong => break,
             }
-            is_new = true;
-            self.read_to = transaction.end;
-            self.read_messages = self.read_messages.saturating_add(transaction.messages);
-            if let Some(refilling) = &mut self.refilling {
-                refilling.screen(&mut transaction);
-            }
-            let mut changes = transaction.changes;
-            self.names
-                .fill_in(&self.parts.database, &mut changes)
-                .await?;
-            self.take(&changes, false);
         }
-        if read.is_overlong && !is_new && self.deliverer.window.is_empty() {
-            self.give_up(
-                reader,
-                slot,
-                "a transaction of somebody else changes more rows than are held in memory",
-            )
-            .await?;
-            return Ok(None);
-        }
-        Ok(Some(is_new))
+        self.stream = Some(stream);
+        Ok(true)
     }
 
     /// Drops the slot. The place stays, and the rows are read from there on.
@@ -492,6 +467,7 @@ impl Feeder {
         let (database, name) = (&self.parts.database, &self.parts.name);
         sinks::note_place(database, name, slot.oldest_xid, None).await?;
         sinks::refill_from_place(database, name).await?;
+        (self.stream, self.slot) = (None, None);
         reader.drop_slot().await?;
         self.parts
             .metrics

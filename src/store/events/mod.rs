@@ -2,21 +2,19 @@
 //! committed change is told, and nothing else is.
 //!
 //! * this file: a change, and the names of SKUs;
-//! * [`slot`]: the publication, and the replication slot of a sink, read through SQL functions;
+//! * [`slot`]: the publication, and the replication slot of a sink;
+//! * [`transactions`]: the stream of a slot, put together to transactions;
 //! * `rows`: a change out of a decoded row;
 //! * [`refill`]: the same changes read from the rows, once a slot is gone;
 //! * [`sinks`]: how far each sink is;
 //! * [`deliveries`]: events that wait for a sink, and its dead letters.
-//!
-//! Why SQL functions instead of the replication protocol: they go over the connections that are there already, with
-//! every form of `database.url`, and the driver does not speak the other. Their price is that each reading decodes
-//! anew from the slot's restart position, which is up to half a minute of WAL; readings pause accordingly.
 
 pub mod deliveries;
 pub mod refill;
 mod rows;
 pub mod sinks;
 pub mod slot;
+pub mod transactions;
 
 use std::collections::HashMap;
 
@@ -95,8 +93,6 @@ pub struct Transaction {
     pub end: super::pgoutput::Lsn,
     /// Its changes that make events, in their order.
     pub changes: Vec<Change>,
-    /// Messages that told it.
-    pub messages: i32,
 }
 
 /// The shop's ids of SKUs by the database's numbers. A number never changes its id.

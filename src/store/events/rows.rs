@@ -12,7 +12,7 @@ pub(super) fn change_of(message: &Message, at: UnixMillis) -> Result<Option<Chan
     let (old, new) = match message {
         Message::Insert(new) => (None, new),
         Message::Update { old, new } => (old.as_ref(), new),
-        Message::Begin { .. } | Message::Commit { .. } | Message::Other => return Ok(None),
+        Message::Other => return Ok(None),
     };
     let (table, of) = match new.table() {
         "orders" => (Table::Orders, Some(order(new, false)?)),

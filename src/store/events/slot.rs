@@ -1,23 +1,17 @@
 //! The publication, and the replication slot of a sink.
 //!
-//! A slot is read by peeking and moved on by itself once what was read is delivered, so that a crash between the two
-//! delivers again and loses nothing.
+//! The server streams what was committed since the slot's place, and moves the place on once it is told that what was
+//! read is delivered. A crash between the two delivers again and loses nothing.
 
 use std::time::Duration;
 
-use bytes::Bytes;
-use futures_util::{StreamExt, pin_mut};
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::ToSql;
 
-use super::{Transaction, rows};
-use crate::order::UnixMillis;
-use crate::store::pgoutput::{Decoder, Lsn, Message};
-use crate::store::postgres::{Connected, Database};
+use super::transactions::Transactions;
+use crate::store::pgoutput::Lsn;
+use crate::store::postgres::{Connected, Database, ReplicationStream};
 use crate::store::{StoreError, quoted};
-
-/// Longest decoding of one reading: the server may have to go through `events.lag_bytes_max` of WAL first.
-const DECODING: Duration = Duration::from_secs(600);
 
 /// Longest wait for a slot: it begins once every transaction that writes just now has ended.
 const MAKING: Duration = Duration::from_secs(60);
@@ -44,23 +38,9 @@ pub fn slot_of(schema: &str, sink: &str) -> String {
     format!("millrace_{schema}_{sink}")
 }
 
-/// Most changes of one transaction that are read; Millrace's own have 100,000 at most.
-const CHANGES_MAX: usize = 200_000;
-
-/// What was read.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Reading {
-    /// Whole transactions, in the order of their commits.
-    pub transactions: Vec<Transaction>,
-    /// Whether the next one, which somebody else made, has more changes than are held in memory.
-    pub is_overlong: bool,
-}
-
 /// What a slot looks like from outside.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SlotState {
-    /// Everything before it is on the server's disk.
-    pub flushed: Lsn,
     /// `None`: there is no slot, or it has lost its place.
     pub slot: Option<Slot>,
     /// Whether there is one that has lost its place.
@@ -76,6 +56,8 @@ pub struct Slot {
     pub kept_bytes: u64,
     /// What is not delivered was written by this transaction or a later one. With its epoch.
     pub oldest_xid: i64,
+    /// Whether a session streams it.
+    pub is_read: bool,
 }
 
 /// A connection that reads the slot of one sink. It holds a lock, so that one process alone reads it.
@@ -142,29 +124,23 @@ impl SlotReader {
         let row = self
             .one(
                 "looking at a replication slot",
-                "SELECT (pg_current_wal_flush_lsn() - '0/0')::int8, s.slot_name IS NOT NULL,
-                        coalesce(s.wal_status = 'lost', false), (s.confirmed_flush_lsn - '0/0')::int8,
-                        (pg_current_wal_flush_lsn() - s.restart_lsn)::int8,
+                "SELECT s.slot_name IS NOT NULL, coalesce(s.wal_status = 'lost', false), coalesce(s.active, false),
+                        (s.confirmed_flush_lsn - '0/0')::int8, (pg_current_wal_flush_lsn() - s.restart_lsn)::int8,
                         pg_snapshot_xmax(pg_current_snapshot())::text::int8 - age(s.catalog_xmin)
                    FROM (SELECT) one LEFT JOIN pg_replication_slots s
                         ON s.slot_name = $1::text AND s.database = current_database()",
                 &[&self.slot],
             )
             .await?;
-        let lsn = |column| {
-            Lsn(row
-                .get::<_, Option<i64>>(column)
-                .unwrap_or(0)
-                .cast_unsigned())
-        };
-        let (is_there, is_lost): (bool, bool) = (row.get(1), row.get(2));
+        let (is_there, is_lost): (bool, bool) = (row.get(0), row.get(1));
+        let number = |column| row.get::<_, Option<i64>>(column).unwrap_or(0);
         let slot = Slot {
-            confirmed: lsn(3),
-            kept_bytes: u64::try_from(row.get::<_, Option<i64>>(4).unwrap_or(0)).unwrap_or(0),
-            oldest_xid: row.get::<_, Option<i64>>(5).unwrap_or(0),
+            confirmed: Lsn(number(3).cast_unsigned()),
+            kept_bytes: u64::try_from(number(4)).unwrap_or(0),
+            oldest_xid: number(5),
+            is_read: row.get(2),
         };
         Ok(SlotState {
-            flushed: lsn(0),
             slot: (is_there && !is_lost).then_some(slot),
             is_lost,
         })
@@ -219,114 +195,41 @@ impl SlotReader {
     /// # Errors
     /// If the database does not answer.
     pub async fn drop_slot(&self) -> Result<(), StoreError> {
-        drop_slots(
-            &self.client,
-            &self.database,
-            std::slice::from_ref(&self.slot),
-        )
-        .await
+        let slots = std::slice::from_ref(&self.slot);
+        drop_slots(&self.client, &self.database, slots).await
     }
 
-    /// Reads transactions from the slot's place on, until they have `rows_max` messages, and leaves the place where
-    /// it is.
+    /// Streams the transactions from the slot's place on. Whoever else has begun that had the lock before, and is
+    /// paused or cut off: its stream is ended.
     ///
     /// # Errors
-    /// If the server cannot decode, or does not answer.
-    pub async fn peek(&self, rows_max: i32) -> Result<Reading, StoreError> {
-        let doing = "decoding the write-ahead log";
-        let reading = async {
-            let parameters: [&(dyn ToSql + Sync); 3] = [&self.slot, &rows_max, &self.publication];
-            let messages = self
-                .client
-                .query_raw(
-                    "SELECT data FROM pg_logical_slot_peek_binary_changes($1::text::name, NULL, $2, 'proto_version', '1',
-                            'publication_names', $3, 'binary', 'true')",
-                    parameters,
-                )
-                .await
-                .map_err(StoreError::statement(doing))?;
-            pin_mut!(messages);
-            let mut assembler = Assembler::default();
-            while let Some(row) = messages.next().await {
-                let row = row.map_err(StoreError::statement(doing))?;
-                assembler.take(Bytes::copy_from_slice(row.get(0)))?;
-                if assembler.changes.len() > CHANGES_MAX {
-                    assembler.read.is_overlong = true;
-                    break;
-                }
-            }
-            Ok(assembler.read)
-        };
-        match tokio::time::timeout(DECODING, reading).await {
-            Ok(read) => read,
-            Err(_) => Err(StoreError::Timeout {
-                doing,
-                after: DECODING,
-            }),
-        }
+    /// If the server does not answer, or refuses it.
+    pub async fn stream(&self, slot: Slot) -> Result<Transactions, StoreError> {
+        let slots = std::slice::from_ref(&self.slot);
+        end_streams(&self.client, &self.database, slots).await?;
+        let stream = ReplicationStream::start(
+            &self.database,
+            &self.client,
+            &self.slot,
+            &self.publication,
+            slot.confirmed,
+        );
+        stream.await.map(Transactions::new)
     }
 
-    /// Moves the place of the slot forward: everything before `to` is delivered.
+    /// A place in the write-ahead log that the stream passes after all that is committed now.
     ///
     /// # Errors
     /// If the database does not answer.
-    pub async fn advance(&self, to: Lsn) -> Result<(), StoreError> {
-        let doing = "moving a replication slot on";
-        let to = to.to_string();
-        let parameters: [&(dyn ToSql + Sync); 2] = [&self.slot, &to];
-        let moving = self.client.execute(
-            "SELECT pg_replication_slot_advance($1::text::name, $2::text::pg_lsn)",
-            &parameters,
-        );
-        match tokio::time::timeout(DECODING, moving).await {
-            Ok(moved) => moved.map(|_| ()).map_err(StoreError::statement(doing)),
-            Err(_) => Err(StoreError::Timeout {
-                doing,
-                after: DECODING,
-            }),
-        }
-    }
-}
-
-/// Puts messages together to transactions.
-#[derive(Default)]
-struct Assembler {
-    decoder: Decoder,
-    open: Option<(u32, UnixMillis)>,
-    changes: Vec<super::Change>,
-    messages: i32,
-    read: Reading,
-}
-
-impl Assembler {
-    fn take(&mut self, message: Bytes) -> Result<(), StoreError> {
-        let message = self.decoder.decode(message)?;
-        self.messages = self.messages.saturating_add(1);
-        match (&message, self.open) {
-            (Message::Begin { xid, committed_at }, None) => {
-                self.open = Some((*xid, *committed_at));
-            }
-            (Message::Commit { end }, Some((xid, _))) => {
-                self.open = None;
-                self.read.transactions.push(Transaction {
-                    xid,
-                    end: *end,
-                    changes: std::mem::take(&mut self.changes),
-                    messages: std::mem::take(&mut self.messages),
-                });
-            }
-            (Message::Insert(_) | Message::Update { .. }, Some((_, at))) => {
-                self.changes.extend(rows::change_of(&message, at)?);
-            }
-            (Message::Other, _) => {}
-            _ => {
-                return Err(StoreError::Data(
-                    "the write-ahead log is decoded into messages in an order that cannot be"
-                        .to_owned(),
-                ));
-            }
-        }
-        Ok(())
+    pub async fn mark(&self) -> Result<Lsn, StoreError> {
+        let row = self
+            .one(
+                "marking a place in the write-ahead log",
+                "SELECT (pg_logical_emit_message(true, 'millrace', '') - '0/0')::int8",
+                &[],
+            )
+            .await?;
+        Ok(Lsn(row.get::<_, i64>(0).cast_unsigned()))
     }
 }
 
@@ -415,11 +318,28 @@ pub async fn drop_all(database: &Database, slots_at: &Database) -> Result<Vec<St
     Ok(slots)
 }
 
+async fn end_streams(
+    client: &tokio_postgres::Client,
+    database: &Database,
+    slots: &[String],
+) -> Result<(), StoreError> {
+    let longest_ms = i64::try_from(database.step_timeout().as_millis() / 2).unwrap_or(i64::MAX);
+    let parameters: [&(dyn ToSql + Sync); 2] = [&slots, &longest_ms];
+    let ending = client.execute(
+        "SELECT pg_terminate_backend(active_pid, $2) FROM pg_replication_slots
+          WHERE slot_name::text = ANY ($1) AND active_pid IS NOT NULL",
+        &parameters,
+    );
+    let ended = database.timed("ending the stream of a slot", ending).await;
+    ended.map(|_| ())
+}
+
 async fn drop_slots(
     client: &tokio_postgres::Client,
     database: &Database,
     slots: &[String],
 ) -> Result<(), StoreError> {
+    end_streams(client, database, slots).await?;
     database
         .timed(
             "dropping a replication slot",
@@ -463,8 +383,8 @@ pub async fn check_publication(database: &Database) -> Result<(), StoreError> {
     )))
 }
 
-/// Checks that events can be read here: the server's settings, the role's rights, and a slot that is free. Makes a
-/// slot that ends with the session.
+/// Checks that events can be read here: the server's settings, the role's rights, a slot and a sender that are free. Makes
+/// a slot that ends with the session.
 ///
 /// # Errors
 /// [`StoreError::Events`] with the remedy.
@@ -507,22 +427,24 @@ pub async fn check(database: &Database) -> Result<(), StoreError> {
                 .to_owned(),
         )
     })?;
-    match made {
-        // It ends with the session.
-        Ok(_) => Ok(()),
-        Err(error) if error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => {
-            Err(StoreError::Events(
-                "the role may not make replication slots: ALTER ROLE … REPLICATION, or the managed service's role for it \
-                 (such as rds_replication); or name another role in events.database_url"
-                    .to_owned(),
-            ))
-        }
-        Err(error) if error.code() == Some(&SqlState::CONFIGURATION_LIMIT_EXCEEDED) => {
-            Err(StoreError::Events(format!(
-                "all {slots_max} replication slots of the server are in use: raise max_replication_slots, or drop those that \
-                 nobody needs (pg_replication_slots)"
-            )))
-        }
-        Err(error) => Err(StoreError::statement("making a replication slot")(error)),
-    }
+    made.map_err(|error| match error.code() {
+        Some(&SqlState::INSUFFICIENT_PRIVILEGE) => StoreError::Events(
+            "the role may not make replication slots: ALTER ROLE … REPLICATION, or the managed service's role for it \
+             (such as rds_replication); or name another role in events.database_url"
+                .to_owned(),
+        ),
+        Some(&SqlState::CONFIGURATION_LIMIT_EXCEEDED) => StoreError::Events(format!(
+            "all {slots_max} replication slots of the server are in use: raise max_replication_slots, or drop those that \
+             nobody needs (pg_replication_slots)"
+        )),
+        _ => StoreError::statement("making a replication slot")(error),
+    })?;
+    // The slot ends with its session.
+    let stream = ReplicationStream::connect(database, &client).await;
+    stream.map(|_| ()).map_err(|error| {
+        StoreError::Events(format!(
+            "the server streams no changes ({error}): each sink needs one of its max_wal_senders, and events.database_url has \
+             to lead to the server itself, not to a pooler"
+        ))
+    })
 }

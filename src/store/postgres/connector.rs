@@ -31,6 +31,20 @@ use crate::store::error::{chain, rustls_error};
 /// A connection's client, and the task that drives it.
 pub(super) type Driven = (Client, JoinHandle<()>);
 
+/// How a connection was made.
+#[derive(Clone)]
+pub(super) struct Way {
+    /// Its host alone, with the `sslmode` that has led there.
+    pub(super) host: Config,
+    pub(super) tls: MakeRustlsConnect,
+}
+
+impl std::fmt::Debug for Way {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.host.fmt(f)
+    }
+}
+
 /// Connects to the configured hosts.
 pub(super) struct Connector {
     /// One configuration for each host, in the order of `database.url`.
@@ -68,7 +82,7 @@ impl Connector {
     ///
     /// # Errors
     /// The error of the last host.
-    pub async fn connect(&self, name: &str) -> Result<Driven, tokio_postgres::Error> {
+    pub async fn connect(&self, name: &str) -> Result<(Driven, Way), tokio_postgres::Error> {
         let mut hosts: Vec<&Config> = self.hosts.iter().collect();
         if self.shuffled {
             hosts.shuffle(&mut rand::rng());
@@ -83,23 +97,29 @@ impl Connector {
         match last {
             Some(error) => Err(error),
             // The driver's own complaint about a configuration without a host.
-            None => self.once(&Config::new()).await,
+            None => self.connect_to(&Config::new(), name).await,
         }
     }
 
-    async fn connect_to(&self, host: &Config, name: &str) -> Result<Driven, tokio_postgres::Error> {
+    async fn connect_to(
+        &self,
+        host: &Config,
+        name: &str,
+    ) -> Result<(Driven, Way), tokio_postgres::Error> {
         let mut host = host.clone();
         host.application_name(name);
         let (first, second) = attempts(self.mode, &host);
         host.ssl_mode(first);
-        match (self.once(&host).await, second) {
+        let driven = match (self.once(&host).await, second) {
             (Err(error), Some(second)) if another_way_may_help(&error) => {
                 tracing::debug!(reason = %chain(&error), "another attempt, as sslmode allows");
                 host.ssl_mode(second);
                 self.once(&host).await
             }
             (result, _) => result,
-        }
+        }?;
+        let tls = self.tls.clone();
+        Ok((driven, Way { host, tls }))
     }
 
     async fn once(&self, config: &Config) -> Result<Driven, tokio_postgres::Error> {
@@ -139,7 +159,10 @@ impl deadpool_postgres::Connect for PoolConnector {
         &self,
         _: &Config,
     ) -> Pin<Box<dyn Future<Output = Result<Driven, tokio_postgres::Error>> + Send + '_>> {
-        Box::pin(self.connector.connect(&self.name))
+        Box::pin(async {
+            let (driven, _) = self.connector.connect(&self.name).await?;
+            Ok(driven)
+        })
     }
 }
 

@@ -17,6 +17,7 @@
 //! * [`draws`]: the secrets of draws, their entries and their outcome;
 //! * [`skus`]: reading and administration of SKUs;
 //! * [`replication`]: replication to standbys, and holders of old row versions;
+//! * `replication_stream`: the way of the replication protocol to the server;
 //! * [`blockers`]: sessions of others whose locks our sessions wait for;
 //! * [`preflight`]: what tells before a sale whether the database will hold it;
 //! * [`audit`]: recomputes every promise that the database can show;
@@ -43,6 +44,7 @@ pub mod pooling;
 pub mod preflight;
 pub mod pruning;
 pub mod replication;
+mod replication_stream;
 pub mod skus;
 mod tls;
 pub mod transitions;
@@ -59,10 +61,11 @@ use deadpool_postgres::{
 use tokio::task::JoinHandle;
 use tokio_postgres::Client;
 
-use self::connector::{Connector, PoolConnector};
+use self::connector::{Connector, PoolConnector, Way};
 use self::url::TlsParameters;
 use super::StoreError;
 pub use lease::NodeLease;
+pub use replication_stream::ReplicationStream;
 
 /// A connector, and a pool of connections for all work that is not a worker's batch.
 #[derive(Clone, Debug)]
@@ -84,6 +87,7 @@ const NAME: &str = "millrace";
 pub struct Connected {
     client: Client,
     driver: JoinHandle<()>,
+    way: Way,
 }
 
 impl Deref for Connected {
@@ -216,12 +220,16 @@ impl Database {
     /// [`StoreError::Connect`] or [`StoreError::Timeout`].
     pub async fn connect(&self, name: &str) -> Result<Connected, StoreError> {
         let connecting = async {
-            let (client, driver) = self
+            let ((client, driver), way) = self
                 .connector
                 .connect(name)
                 .await
                 .map_err(StoreError::Connect)?;
-            let connected = Connected { client, driver };
+            let connected = Connected {
+                client,
+                driver,
+                way,
+            };
             connected
                 .batch_execute(&session_setup(&self.schema, self.step_timeout))
                 .await
