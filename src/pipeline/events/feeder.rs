@@ -32,8 +32,10 @@ use crate::store::postgres::Database;
 
 /// Events that are read and not delivered; beyond it nothing more is read.
 const WINDOW: usize = 4_000;
-/// How long events are gathered after the first of a window, so that many are delivered together.
-const GATHERING: Duration = Duration::from_millis(20);
+/// Pause between readings while there are events: many are read and delivered together, for a few wake-ups.
+const PAUSE: Duration = Duration::from_millis(100);
+/// A reading ends if nothing comes for so long, and at the latest after so long.
+const READING: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(20));
 /// Interval at which operators' wishes, waiting events and the slot are looked at, and at which the place is noted.
 const LOOK: Duration = Duration::from_secs(1);
 /// Pauses before the database is asked again.
@@ -330,7 +332,10 @@ impl Feeder {
             return Ok(());
         }
         self.read_rows(reader).await?;
-        if !self.read_slot(reader, slot).await? || !self.deliver().await? {
+        let Some(pause) = self.read_slot(reader, slot).await? else {
+            return Ok(());
+        };
+        if !self.deliver().await? {
             return Ok(());
         }
         // Everything that was read is delivered, so a failure to read is over, without an event too.
@@ -343,6 +348,7 @@ impl Feeder {
             self.note_place(slot).await?;
             self.end_refill().await?;
         }
+        tokio::time::sleep(pause).await;
         Ok(())
     }
 
@@ -411,18 +417,23 @@ impl Feeder {
         self.look().await
     }
 
-    /// Fills the window with what the slot tells now, or in a moment. Returns false if the slot is given up.
-    async fn read_slot(&mut self, reader: &SlotReader, slot: Slot) -> Result<bool, StoreError> {
+    /// Fills the window with what the slot tells. Returns the pause until there may be more; `None` if the slot is given up.
+    async fn read_slot(
+        &mut self,
+        reader: &SlotReader,
+        slot: Slot,
+    ) -> Result<Option<Duration>, StoreError> {
         let mut stream = match self.stream.take() {
             Some(stream) => stream,
             None => reader.stream(slot).await?,
         };
-        // Rows are read meanwhile.
-        let is_refilling = self.refilling.as_ref().is_some_and(|one| !one.is_read());
-        let patience = if is_refilling { Duration::ZERO } else { POLL };
-        let mut until = Instant::now() + patience;
+        let until = Instant::now() + READING.1;
+        let mut pause = POLL;
         while self.deliverer.window.len() < WINDOW {
-            let Ok(told) = tokio::time::timeout_at(until.into(), stream.next()).await else {
+            let patience = READING
+                .0
+                .min(until.saturating_duration_since(Instant::now()));
+            let Ok(told) = tokio::time::timeout(patience, stream.next()).await else {
                 break;
             };
             match told? {
@@ -437,7 +448,7 @@ impl Feeder {
                         .await?;
                     self.take(&changes, false);
                     if !changes.is_empty() {
-                        until = until.min(Instant::now() + GATHERING);
+                        pause = PAUSE;
                     }
                 }
                 Told::Place(place) => self.read_to = self.read_to.max(place),
@@ -448,13 +459,17 @@ impl Feeder {
                         "a transaction of somebody else changes more rows than are held in memory",
                     )
                     .await?;
-                    return Ok(false);
+                    return Ok(None);
                 }
                 Told::Overlong => break,
             }
         }
         self.stream = Some(stream);
-        Ok(true)
+        let is_refilling = self.refilling.as_ref().is_some_and(|one| !one.is_read());
+        if is_refilling || self.deliverer.window.len() >= WINDOW {
+            pause = Duration::ZERO;
+        }
+        Ok(Some(pause))
     }
 
     /// Drops the slot. The place stays, and the rows are read from there on.

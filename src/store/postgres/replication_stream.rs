@@ -24,8 +24,8 @@ use crate::store::pgoutput::Lsn;
 
 /// PostgreSQL's port.
 const PORT: u16 = 5432;
-/// Messages that are read ahead of whoever takes them.
-const AHEAD: usize = 1_024;
+/// Messages that are read ahead of whoever takes them. The rest stays in the socket, and wakes nobody until then.
+const AHEAD: usize = 64;
 /// Interval at which the server is told how far the changes were taken.
 const STATUS: std::time::Duration = std::time::Duration::from_millis(200);
 

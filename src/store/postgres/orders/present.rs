@@ -4,7 +4,7 @@
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use futures_util::future::try_join;
+use futures_util::{FutureExt as _, StreamExt as _, TryStreamExt as _, stream};
 use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
 
@@ -76,25 +76,22 @@ pub async fn present_among(
     let mut present = HashSet::with_capacity(orders.len());
     let mut others: Vec<OrderId> = Vec::new();
     let size = LookUpSize::default();
-    for pair in sorted.chunks(2 * LOOK_UP_MAX) {
-        let (first, second) = pair.split_at(pair.len().min(LOOK_UP_MAX));
-        // Two at a time: one is read from the tables while the other is compared.
-        let found = try_join(
-            rows_of(database, first, &size),
-            rows_of(database, second, &size),
-        )
-        .await?;
-        for (part, rows) in [(first, found.0), (second, found.1)] {
-            for row in &rows {
-                let id: i64 = row.get(0);
-                let Ok(at) = part.binary_search_by_key(&id, |order| order.id.as_i64()) else {
-                    continue;
-                };
-                if is_row_of(row, part[at]) {
-                    present.insert(part[at].id);
-                } else {
-                    others.push(part[at].id);
-                }
+    let look_ups: Vec<_> = sorted
+        .chunks(LOOK_UP_MAX)
+        .map(|part| rows_of(database, part, &size).boxed())
+        .collect();
+    // Two at a time: one is read from the tables while the other is compared.
+    let mut look_ups = stream::iter(look_ups).buffered(2);
+    while let Some((part, rows)) = look_ups.try_next().await? {
+        for row in &rows {
+            let id: i64 = row.get(0);
+            let Ok(at) = part.binary_search_by_key(&id, |order| order.id.as_i64()) else {
+                continue;
+            };
+            if is_row_of(row, part[at]) {
+                present.insert(part[at].id);
+            } else {
+                others.push(part[at].id);
             }
         }
     }
@@ -142,12 +139,12 @@ pub async fn absent_among(
     Ok(absent)
 }
 
-/// The rows of these sorted orders, looked up in as many steps as needed.
-async fn rows_of(
+/// These sorted orders with their rows, looked up in as many steps as needed.
+async fn rows_of<'a>(
     database: &Database,
-    orders: &[&Order],
+    orders: &'a [&'a Order],
     size: &LookUpSize,
-) -> Result<Vec<Row>, StoreError> {
+) -> Result<(&'a [&'a Order], Vec<Row>), StoreError> {
     let (mut left, mut found) = (orders, Vec::with_capacity(orders.len()));
     while !left.is_empty() {
         let at_once = size.orders.load(Ordering::Relaxed);
@@ -172,7 +169,7 @@ async fn rows_of(
             Err(error) => return Err(error),
         }
     }
-    Ok(found)
+    Ok((orders, found))
 }
 
 /// The rows of these sorted orders. With `as_range`, also the rows between them, or `None` if there are too
