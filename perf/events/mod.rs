@@ -16,8 +16,8 @@ use crate::fixture::machine::family_cpu_seconds;
 use crate::fixture::{Finding, Lab, Scratch, blocking};
 use crate::wait_mode::CONNECTIONS;
 
-/// Orders a second.
-const RATE: f64 = 3_000.0;
+/// Orders a second: while processors are free most of the time, and while they are busy for more than half of it.
+const RATES: [f64; 2] = [1_000.0, 3_000.0];
 const PATIENCE: Duration = Duration::from_secs(120);
 const SIDES: [&str; 3] = ["no sink", "a Redis stream", "a webhook"];
 
@@ -53,8 +53,26 @@ pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
     }
     let length = lab.window() * 2;
     for side in &mut sides {
-        side.sell(length / 4).await?;
+        side.sell(RATES[1], length / 4).await?;
     }
+    let mut found = Vec::new();
+    for rate in RATES {
+        found.extend(at_rate(lab, &mut sides, rate, length).await?);
+    }
+    for side in sides {
+        side.server.audit()?;
+        drop(side.server);
+        side.postgres.stop().await?;
+    }
+    Ok(found)
+}
+
+async fn at_rate(
+    lab: &Lab,
+    sides: &mut [Side],
+    rate: f64,
+    length: Duration,
+) -> anyhow::Result<Vec<Finding>> {
     let mut costs: [Costs; 3] = Default::default();
     let rounds = alternate(lab.rounds(), SIDES, async |at| {
         let (side, costs) = (&mut sides[at], &mut costs[at]);
@@ -62,7 +80,7 @@ pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
         let wal = side.wal().await?;
         let postgres = family_cpu_seconds(side.postmaster)?;
         let service = side.server.process.usage()?.cpu_seconds;
-        let (orders, p50, p99, late) = side.sell(length).await?;
+        let (orders, p50, p99, late) = side.sell(rate, length).await?;
         costs.p50_ms.push(p50 / 1_000.0);
         costs.p99_ms.push(p99 / 1_000.0);
         costs.wal_bytes.push((side.wal().await? - wal) / orders);
@@ -74,24 +92,20 @@ pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
         Ok(p99)
     })
     .await?;
-    for side in sides {
-        side.server.audit()?;
-        drop(side.server);
-        side.postgres.stop().await?;
-    }
-    Ok(findings(&rounds.ratio(1, 0), &rounds.ratio(2, 0), &costs))
+    let ratios = [rounds.ratio(1, 0), rounds.ratio(2, 0)];
+    Ok(findings(rate, &ratios, &costs))
 }
 
-fn findings(redis: &Spread, webhook: &Spread, costs: &[Costs; 3]) -> Vec<Finding> {
+fn findings(rate: f64, ratios: &[Spread; 2], costs: &[Costs; 3]) -> Vec<Finding> {
     let mut findings = Vec::new();
-    for (name, ratio) in [(SIDES[1], redis), (SIDES[2], webhook)] {
-        let what = format!("p99 of a waiting order at 3,000 a second, with {name} / without");
+    for (name, ratio) in SIDES[1..].iter().zip(ratios) {
+        let what = format!("p99 of a waiting order at {rate} a second, with {name} / without");
         findings.push(Finding::spread(what, *ratio));
     }
     for (name, costs) in SIDES.iter().zip(costs) {
         let mut tell = |what: &str, values: &[f64]| {
             findings.push(Finding::spread(
-                format!("{name}: {what}"),
+                format!("{name}, {rate} a second: {what}"),
                 Spread::of(values),
             ));
         };
@@ -179,9 +193,13 @@ impl Side {
 
     /// Places orders for so long, and waits until every sink has heard of all. Gives how many there were, the p50 and the
     /// p99 in µs, and how long it took until all were heard of.
-    async fn sell(&mut self, length: Duration) -> anyhow::Result<(f64, f64, f64, Duration)> {
+    async fn sell(
+        &mut self,
+        rate: f64,
+        length: Duration,
+    ) -> anyhow::Result<(f64, f64, f64, Duration)> {
         let placed = blocking(|| {
-            offer(self.server.data, CONNECTIONS, RATE, length, &mut self.order)?.only(201)
+            offer(self.server.data, CONNECTIONS, rate, length, &mut self.order)?.only(201)
         })?;
         let ended = Instant::now();
         let end: String = self

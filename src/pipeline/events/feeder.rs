@@ -33,7 +33,7 @@ use crate::store::postgres::Database;
 /// Events that are read and not delivered; beyond it nothing more is read.
 const WINDOW: usize = 4_000;
 /// Pause between readings while there are events: many are read and delivered together, for a few wake-ups.
-const PAUSE: Duration = Duration::from_millis(100);
+const PAUSE: Duration = Duration::from_millis(40);
 /// A reading ends if nothing comes for so long, and at the latest after so long.
 const READING: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(20));
 /// Interval at which operators' wishes, waiting events and the slot are looked at, and at which the place is noted.
