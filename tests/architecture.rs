@@ -192,6 +192,11 @@ const UNSUPERVISED: &[(&str, usize, &str)] = &[
         "a connection, whose end its user sees",
     ),
     (
+        "src/store/postgres/replication_stream.rs",
+        1,
+        "the relay of a stream of changes, which ends with it; whoever reads it sees the end",
+    ),
+    (
         "src/simulated.rs",
         4,
         "in test builds alone: what a simulation's process starts, whose end the simulation sees",
