@@ -3,6 +3,7 @@
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::time::Instant;
 
 use millrace::order::{Lane, UserId};
 use serde_json::json;
@@ -10,7 +11,7 @@ use serde_json::json;
 use crate::nodes::{Cluster, Node, Placed, order_at};
 use crate::support::block_on;
 use crate::support::http::{Answer, call};
-use crate::support::waiting::wait_until;
+use crate::support::waiting::{PATIENCE, wait_until};
 use crate::{THIRDS, three_nodes};
 
 const SKU: &str = "A";
@@ -162,33 +163,46 @@ struct Parked<'a> {
 impl<'a> Parked<'a> {
     /// Makes the database refuse whatever holds units, and has it park orders of buyers of every lane.
     async fn some(cluster: &'a Cluster, at: &Node) -> Self {
-        let mut client = cluster.database.connect().await;
-        // Orders are accepted before any of them is refused.
-        let breaking = client.transaction().await.unwrap();
-        for table in ["sku", "stock_share"] {
-            let broken =
-                format!("ALTER TABLE millrace.{table} ADD CONSTRAINT broken CHECK (held = 0)");
-            breaking.batch_execute(&broken).await.unwrap();
-        }
         let mut parked = Parked {
             cluster,
             accepted: Vec::new(),
         };
-        for number in 0..12 {
-            let user = format!("parked-{number}");
-            let answer = order(at.served.data, &user, "respond-async");
-            if answer.status == 202 {
-                parked.accepted.push(Placed::of(&user, &user, &answer));
-            }
+        let deadline = Instant::now() + PATIENCE;
+        while parked.accepted.is_empty() {
+            assert!(Instant::now() < deadline, "no node has units for an order");
+            parked.accepted = parked.accepted_of_some(at).await;
         }
-        assert!(!parked.accepted.is_empty());
-        breaking.commit().await.unwrap();
         let all = parked.accepted.len() as i64;
         wait_until("what was accepted is parked", async || {
             parked.count().await == all
         })
         .await;
         parked
+    }
+
+    /// Orders that were accepted before the database refuses what holds units, which it does from then on if there are any.
+    async fn accepted_of_some(&self, at: &Node) -> Vec<Placed> {
+        let mut client = self.cluster.database.connect().await;
+        let breaking = client.transaction().await.unwrap();
+        for table in ["sku", "stock_share"] {
+            let broken =
+                format!("ALTER TABLE millrace.{table} ADD CONSTRAINT broken CHECK (held = 0)");
+            breaking.batch_execute(&broken).await.unwrap();
+        }
+        let mut accepted = Vec::new();
+        for number in 0..12 {
+            let user = format!("parked-{number}");
+            let answer = order(at.served.data, &user, "respond-async");
+            if answer.status == 202 {
+                accepted.push(Placed::of(&user, &user, &answer));
+            }
+        }
+        match accepted.is_empty() {
+            // Shares that are empty are filled once the tables are free.
+            true => breaking.rollback().await.unwrap(),
+            false => breaking.commit().await.unwrap(),
+        }
+        accepted
     }
 
     async fn count(&self) -> i64 {
