@@ -84,6 +84,10 @@ pub fn in_series(
             return Err(repeat(findings.into_words()));
         }
         sum.add(&findings);
+        if first + length < cycles {
+            // What a long run has shown, if it is cut off.
+            println!("{name} {}/{cycles}: {sum}", first + length);
+        }
     }
     let seconds = started.elapsed().as_secs();
     Ok(format!(
