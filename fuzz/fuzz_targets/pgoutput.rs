@@ -10,7 +10,7 @@ use arbitrary::{Arbitrary, Unstructured};
 use bytes::Bytes;
 use libfuzzer_sys::fuzz_target;
 use millrace::order::UnixMillis;
-use millrace::store::pgoutput::{Decoder, Lsn, Message, Row};
+use millrace::store::pgoutput::{Decoder, Message, Row};
 
 /// The name of a table and those of its columns.
 type Table = (String, Vec<String>);
@@ -24,13 +24,6 @@ enum Value {
 
 #[derive(Arbitrary, Clone, Debug, PartialEq, Eq)]
 enum Said {
-    Begin {
-        xid: u32,
-        micros: i64,
-    },
-    Commit {
-        end: u64,
-    },
     Relation {
         id: u8,
         name: String,
@@ -94,18 +87,6 @@ impl<'a> Front<'a> {
     fn message(mut self) -> Option<(Said, u32)> {
         let mut table = 0;
         let said = match self.number(1)? as u8 {
-            b'B' => {
-                self.take(8)?;
-                let micros = self.number(8)?.cast_signed();
-                let xid = self.number(4)? as u32;
-                Said::Begin { xid, micros }
-            }
-            b'C' => {
-                self.take(9)?;
-                let end = self.number(8)?;
-                self.take(8)?;
-                Said::Commit { end }
-            }
             b'R' => {
                 table = self.number(4)? as u32;
                 self.text()?;
@@ -175,16 +156,6 @@ fn put_row(bytes: &mut Vec<u8>, row: &[Value]) {
 fn written(said: &Said) -> Vec<u8> {
     let mut bytes = Vec::new();
     match said {
-        Said::Begin { xid, micros } => {
-            bytes.extend(b"B\0\0\0\0\0\0\0\x01");
-            bytes.extend(micros.to_be_bytes());
-            bytes.extend(xid.to_be_bytes());
-        }
-        Said::Commit { end } => {
-            bytes.extend(b"C\0\0\0\0\0\0\0\0\x01");
-            bytes.extend(end.to_be_bytes());
-            bytes.extend([0; 8]);
-        }
         Said::Relation { id, name, columns } => {
             bytes.extend([b'R', 0, 0, 0, *id]);
             bytes.extend(b"millrace\0");
@@ -278,16 +249,6 @@ fn check(decoder: &mut Decoder, tables: &mut HashMap<u32, Table>, bytes: &[u8]) 
         return false;
     };
     match (decoded.expect("a message"), said) {
-        (
-            Message::Begin { xid, committed_at },
-            Said::Begin {
-                xid: wanted,
-                micros,
-            },
-        ) => {
-            assert_eq!((xid, committed_at), (wanted, moment_of(micros)));
-        }
-        (Message::Commit { end }, Said::Commit { end: wanted }) => assert_eq!(end, Lsn(wanted)),
         (Message::Insert(row), Said::Insert { row: wanted, .. }) => {
             same_row(&row, &tables[&table], &wanted);
         }
