@@ -53,11 +53,7 @@ impl ReplicationStream {
             client.identify_system().await?;
             Ok(client)
         };
-        let client = within(database, connecting).await?;
-        Ok(ReplicationStream {
-            client,
-            _relay: relay,
-        })
+        Self::within(database, connecting, relay).await
     }
 
     /// Connects as `session` has connected, and streams the changes of `publication` from `slot` on.
@@ -78,7 +74,23 @@ impl ReplicationStream {
             client.wait_started().await?;
             Ok(client)
         };
-        let client = within(database, starting).await?;
+        Self::within(database, starting, relay).await
+    }
+
+    async fn within(
+        database: &Database,
+        opening: impl Future<Output = Result<ReplicationClient, PgWireError>>,
+        relay: Option<Relay>,
+    ) -> Result<Self, StoreError> {
+        let client = match tokio::time::timeout(database.step_timeout(), opening).await {
+            Ok(opened) => opened.map_err(refused)?,
+            Err(_) => {
+                return Err(StoreError::Timeout {
+                    doing: "starting the stream of changes",
+                    after: database.step_timeout(),
+                });
+            }
+        };
         Ok(ReplicationStream {
             client,
             _relay: relay,
@@ -153,19 +165,6 @@ async fn way(
         config = config.with_options(options);
     }
     Ok((config, relay))
-}
-
-async fn within<T>(
-    database: &Database,
-    step: impl Future<Output = Result<T, PgWireError>>,
-) -> Result<T, StoreError> {
-    match tokio::time::timeout(database.step_timeout(), step).await {
-        Ok(done) => done.map_err(refused),
-        Err(_) => Err(StoreError::Timeout {
-            doing: "starting the stream of changes",
-            after: database.step_timeout(),
-        }),
-    }
 }
 
 fn refused(error: PgWireError) -> StoreError {
