@@ -183,6 +183,7 @@ impl<'a> Cluster<'a> {
     /// as whoever keeps a service running would.
     pub fn until_whole(&mut self) -> Result<(), String> {
         let all: Vec<usize> = (0..self.machines.len()).collect();
+        let deadline = Instant::now() + PATIENCE;
         let mut before = self.renewals();
         loop {
             self.until_dealt(&all, &DEALT)?;
@@ -193,6 +194,9 @@ impl<'a> Cluster<'a> {
                 before = now;
             } else if before.iter().zip(&now).all(|(one, two)| one.2 < two.2) {
                 return Ok(());
+            }
+            if Instant::now() >= deadline {
+                return Err(format!("not every node has renewed: {before:?}"));
             }
             std::thread::sleep(LOOK);
         }
