@@ -1,6 +1,7 @@
-//! The clocks of this machine, read in one place: a simulation has its own (`simulated`).
+//! The clocks of this process, read in one place: a simulation has its own (`simulated`).
 
 use std::sync::LazyLock;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// The monotonic clock.
@@ -29,8 +30,30 @@ pub fn start() -> Instant {
     *START
 }
 
-/// The wall clock, in Unix milliseconds; 0 if it is before the epoch.
+/// The wall time at [`start`] if this process goes by another clock than its machine's, in Unix milliseconds.
+static OTHER_CLOCK: AtomicI64 = AtomicI64::new(i64::MIN);
+
+/// Lets [`wall_ms`] go on from `now_ms` with the monotonic clock, whatever the machine's says: the nodes of a cluster go by
+/// their database's.
+pub fn go_by(now_ms: i64) {
+    // Nothing else is published through it.
+    OTHER_CLOCK.store(now_ms.saturating_sub(since_start_ms()), Ordering::Relaxed);
+}
+
+fn since_start_ms() -> i64 {
+    i64::try_from(since(start()).as_millis()).unwrap_or(i64::MAX)
+}
+
+/// The wall clock, in Unix milliseconds: the machine's, or what [`go_by`] was told last.
 pub fn wall_ms() -> i64 {
+    match OTHER_CLOCK.load(Ordering::Relaxed) {
+        i64::MIN => machine_ms(),
+        at_start => at_start.saturating_add(since_start_ms()),
+    }
+}
+
+/// The machine's wall clock, in Unix milliseconds; 0 if it is before the epoch.
+pub fn machine_ms() -> i64 {
     #[cfg(feature = "faults")]
     if let Some(surroundings) = crate::simulated::surroundings() {
         return surroundings.wall_ms();

@@ -167,6 +167,11 @@ const UNSUPERVISED: &[(&str, usize, &str)] = &[
          waits for",
     ),
     (
+        "src/http/peers/outbox.rs",
+        1,
+        "the gatherer, without which links time out and are opened again",
+    ),
+    (
         "src/http/otlp.rs",
         1,
         "a request of the exporter of spans, which waits for it",

@@ -1,4 +1,4 @@
-//! What events cost: waiting orders at a fixed rate without a sink, with a Redis stream and with a webhook, each with a
+//! What events cost: waiting orders at a fixed rate without a sink, twice, with a Redis stream and with a webhook, each with a
 //! PostgreSQL of its own, because decoding needs a WAL of another level.
 
 use std::time::{Duration, Instant};
@@ -12,14 +12,17 @@ use crate::fixture::compare::{Spread, alternate};
 use crate::fixture::database::{self, Postgres};
 use crate::fixture::engine::HOT;
 use crate::fixture::flood::{Template, offer};
-use crate::fixture::machine::family_cpu_seconds;
+use crate::fixture::machine::{family_cpu_seconds, thread_cpu_seconds};
 use crate::fixture::{Finding, Lab, Scratch, blocking};
 use crate::wait_mode::CONNECTIONS;
 
 /// Orders a second: while processors are free most of the time, and while they are busy for more than half of it.
 const RATES: [f64; 2] = [1_000.0, 3_000.0];
 const PATIENCE: Duration = Duration::from_secs(120);
-const SIDES: [&str; 3] = ["no sink", "a Redis stream", "a webhook"];
+/// The second says how far two sides differ that are the same.
+const SIDES: [&str; 4] = ["no sink", "no sink again", "a Redis stream", "a webhook"];
+/// The first side that has a sink.
+const REDIS: usize = 2;
 
 struct Side {
     postgres: Postgres,
@@ -37,7 +40,10 @@ struct Costs {
     p99_ms: Vec<f64>,
     wal_bytes: Vec<f64>,
     postgres_micros: Vec<f64>,
-    service_micros: Vec<f64>,
+    /// Of the service without the thread that delivers events.
+    orders_micros: Vec<f64>,
+    /// Of that thread.
+    delivery_micros: Vec<f64>,
     heard_after_ms: Vec<f64>,
 }
 
@@ -73,36 +79,45 @@ async fn at_rate(
     rate: f64,
     length: Duration,
 ) -> anyhow::Result<Vec<Finding>> {
-    let mut costs: [Costs; 3] = Default::default();
+    let mut costs: [Costs; SIDES.len()] = Default::default();
     let rounds = alternate(lab.rounds(), SIDES, async |at| {
         let (side, costs) = (&mut sides[at], &mut costs[at]);
         database::settle(&side.client).await?;
         let wal = side.wal().await?;
         let postgres = family_cpu_seconds(side.postmaster)?;
-        let service = side.server.process.usage()?.cpu_seconds;
+        let service = side.service()?;
         let (orders, p50, p99, late) = side.sell(rate, length).await?;
         costs.p50_ms.push(p50 / 1_000.0);
         costs.p99_ms.push(p99 / 1_000.0);
         costs.wal_bytes.push((side.wal().await? - wal) / orders);
         let spent = family_cpu_seconds(side.postmaster)? - postgres;
         costs.postgres_micros.push(spent * 1e6 / orders);
-        let spent = side.server.process.usage()?.cpu_seconds - service;
-        costs.service_micros.push(spent * 1e6 / orders);
+        let [all, delivery] = side.service()?;
+        let (all, delivery) = (all - service[0], delivery - service[1]);
+        costs.orders_micros.push((all - delivery) * 1e6 / orders);
+        costs.delivery_micros.push(delivery * 1e6 / orders);
         costs.heard_after_ms.push(late.as_secs_f64() * 1_000.0);
         Ok(p99)
     })
     .await?;
-    let ratios = [rounds.ratio(1, 0), rounds.ratio(2, 0)];
-    Ok(findings(rate, &ratios, &costs))
+    let mut found = Vec::new();
+    for (at, name) in SIDES.iter().enumerate().skip(1) {
+        let what = format!("p99 of a waiting order at {rate} a second, {name} / no sink");
+        found.push(Finding::spread(what, rounds.ratio(at, 0)));
+        let ratios = costs[at].orders_micros.iter().zip(&costs[0].orders_micros);
+        let ratios: Vec<f64> = ratios.map(|(with, without)| with / without).collect();
+        let what = format!(
+            "processor time of the service for an order at {rate} a second, delivery of events left out, {name} / no sink"
+        );
+        found.push(Finding::spread(what, Spread::of(&ratios)));
+    }
+    found.extend(findings(rate, &costs));
+    Ok(found)
 }
 
-fn findings(rate: f64, ratios: &[Spread; 2], costs: &[Costs; 3]) -> Vec<Finding> {
+fn findings(rate: f64, costs: &[Costs]) -> Vec<Finding> {
     let mut findings = Vec::new();
-    for (name, ratio) in SIDES[1..].iter().zip(ratios) {
-        let what = format!("p99 of a waiting order at {rate} a second, with {name} / without");
-        findings.push(Finding::spread(what, *ratio));
-    }
-    for (name, costs) in SIDES.iter().zip(costs) {
+    for (at, (name, costs)) in SIDES.iter().zip(costs).enumerate() {
         let mut tell = |what: &str, values: &[f64]| {
             findings.push(Finding::spread(
                 format!("{name}, {rate} a second: {what}"),
@@ -117,10 +132,14 @@ fn findings(rate: f64, ratios: &[Spread; 2], costs: &[Costs; 3]) -> Vec<Finding>
             &costs.postgres_micros,
         );
         tell(
-            "processor time of the service an order, µs",
-            &costs.service_micros,
+            "processor time of the service for an order, µs",
+            &costs.orders_micros,
         );
-        if *name != SIDES[0] {
+        if at >= REDIS {
+            tell(
+                "processor time of delivering its event, µs",
+                &costs.delivery_micros,
+            );
             tell(
                 "from the last order to all events delivered and noted, ms",
                 &costs.heard_after_ms,
@@ -142,17 +161,17 @@ impl Side {
             .position(|side| *side == name)
             .unwrap_or_default();
         let dir = format!("side-{at}");
-        let postgres = Postgres::start_in(scratch, &format!("{dir}-postgres"), at > 0).await?;
+        let postgres = Postgres::start_in(scratch, &format!("{dir}-postgres"), at >= REDIS).await?;
         let url = postgres.database("events").await?;
         let redis = format!("redis://{}/", broker.address());
         let secret = "whsec_bGFiLWxhYi1sYWItbGFiLWxhYi1sYWItbGFi";
         let mut settings = vec![("DATABASE__URL", url.as_str())];
         match at {
-            1 => settings.extend([
+            REDIS => settings.extend([
                 ("EVENTS__SINKS__LAB__KIND", "redis"),
                 ("EVENTS__SINKS__LAB__URL", redis.as_str()),
             ]),
-            2 => settings.extend([
+            at if at > REDIS => settings.extend([
                 ("EVENTS__SINKS__LAB__URL", hook),
                 ("EVENTS__SINKS__LAB__SECRET", secret),
             ]),
@@ -163,7 +182,7 @@ impl Side {
         let client = database::connect(&url).await?;
         let slots = "SELECT count(*) FROM pg_replication_slots WHERE database = current_database()";
         let deadline = Instant::now() + PATIENCE;
-        while client.query_one(slots, &[]).await?.get::<_, i64>(0) < i64::from(at > 0) {
+        while client.query_one(slots, &[]).await?.get::<_, i64>(0) < i64::from(at >= REDIS) {
             ensure!(Instant::now() < deadline, "there is no slot for {name}");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -183,6 +202,13 @@ impl Side {
             server,
             order: Template::order(HOT, ""),
         })
+    }
+
+    /// Processor time of the service so far in seconds: all, and that of delivering events.
+    fn service(&self) -> anyhow::Result<[f64; 2]> {
+        let process = &self.server.process;
+        let delivery = thread_cpu_seconds(process.id(), "events")?;
+        Ok([process.usage()?.cpu_seconds, delivery])
     }
 
     /// Bytes of WAL written so far.

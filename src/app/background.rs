@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::Mutex;
 use tokio::task::AbortHandle;
 
+use super::aside::Aside;
 use super::order_path::OrderPath;
 use super::ownership::Ownership;
 use super::{StartError, events};
@@ -84,6 +85,8 @@ pub(super) fn connections_max(config: &Config) -> usize {
 pub(super) struct Background {
     supervisor: Supervisor,
     tasks: Vec<AbortHandle>,
+    /// Where events are delivered.
+    aside: Option<Aside>,
 }
 
 /// The resources of the tasks.
@@ -133,6 +136,7 @@ impl Background {
         let mut background = Background {
             supervisor,
             tasks: Vec::new(),
+            aside: None,
         };
         background.watch_orders(parts);
         background.keep_ownership(parts).await?;
@@ -160,10 +164,7 @@ impl Background {
         // So that a client that is told that orders are taken finds the service ready.
         looker.look().await;
         background.run("the database health check", health::keep(looker));
-        let (feeders, sinks) = events::feeders(parts)?;
-        for feeder in feeders {
-            background.run("the delivery of events", Feeder::run(feeder));
-        }
+        let sinks = background.deliver_events(parts)?;
         let handles = Handles {
             sinks,
             callbacks,
@@ -176,6 +177,22 @@ impl Background {
             operators,
         };
         Ok((background, handles))
+    }
+
+    /// Events, on a thread of their own.
+    fn deliver_events(&mut self, parts: &Parts<'_>) -> Result<Sinks, StartError> {
+        let (feeders, sinks) = events::feeders(parts)?;
+        if feeders.is_empty() {
+            return Ok(sinks);
+        }
+        let aside = Aside::start("events").map_err(StartError::Events)?;
+        let entered = aside.enter();
+        for feeder in feeders {
+            self.run("the delivery of events", Feeder::run(feeder));
+        }
+        drop(entered);
+        self.aside = Some(aside);
+        Ok(sinks)
     }
 
     /// Deadlines of orders in flight, and eviction of old orders from memory.

@@ -60,6 +60,9 @@ pub enum StartError {
     /// A thread or socket could not be created.
     #[error("cannot start the data plane: {0}")]
     Engine(std::io::Error),
+    /// The thread that delivers events could not be started.
+    #[error("cannot start the delivery of events: {0}")]
+    Events(std::io::Error),
     /// The journal cannot be used.
     #[error(transparent)]
     Journal(JournalError),

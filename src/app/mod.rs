@@ -9,6 +9,7 @@
 //!   drain:  the same from the end, see `drain`
 //! ```
 
+mod aside;
 mod background;
 pub(crate) mod brokers;
 mod clock;

@@ -10,7 +10,7 @@
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -22,6 +22,7 @@ use ring::hmac;
 
 use super::webhook_secret::{self, BYTES_MIN};
 use crate::http::outgoing::{self, OutgoingClient, causes};
+use crate::order::UnixMillis;
 use crate::pipeline::events::{Delivering, Delivery, Event, Sink};
 
 /// Longest wait for an answer.
@@ -83,11 +84,7 @@ impl Webhook {
     }
 
     async fn post(&self, event: &Event) -> Delivery {
-        let seconds = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default()
-            .as_secs()
-            .to_string();
+        let seconds = (UnixMillis::now().0 / 1_000).to_string();
         let request = Request::builder()
             .method(Method::POST)
             .uri(self.url.clone())

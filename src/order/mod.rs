@@ -46,9 +46,14 @@ pub use status::{Ended, OrderStatus};
 pub struct UnixMillis(pub i64);
 
 impl UnixMillis {
-    /// The wall clock now; 0 if it is before the epoch.
+    /// The wall clock now; at a node of a cluster the database's, as of its start.
     pub fn now() -> Self {
         UnixMillis(crate::clock::wall_ms())
+    }
+
+    /// The machine's wall clock now, to be compared with another; 0 if it is before the epoch.
+    pub fn of_machine() -> Self {
+        UnixMillis(crate::clock::machine_ms())
     }
 
     /// The `expires_at` of an order that has no time to pay yet, because it waits for units: 9999-01-01T00:00:00Z.

@@ -439,6 +439,7 @@ fn suffer(
                 let _ = kill_process(*process, Signal::CONT);
             }
         }
+        Fault::FailedOver => cluster.fail_over(moment * 2),
         Fault::BrokerKilled => {
             cluster.broker.kill9();
             sleep(moment * random.random_range(1..6));

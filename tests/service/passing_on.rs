@@ -2,7 +2,7 @@
 //! Three whole servers, each with a database of its own and a third of the lanes; the links between them go through relays
 //! that cut and freeze them.
 
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -34,13 +34,17 @@ struct Node {
     lanes: Arc<Lanes>,
     /// News from other nodes.
     hints: Arc<Mutex<Vec<(u8, Hint)>>>,
-    /// The way of the others to this node.
+    /// Where it listens for the others.
+    address: SocketAddr,
+    /// The way of the others to this node, where it is not left out.
     relay: Relay,
     database: TestDatabase,
 }
 
 struct Cluster {
     nodes: Vec<Node>,
+    /// Whether the links lead through the relays.
+    relayed: bool,
 }
 
 /// The node that owns a buyer's lane at first.
@@ -66,15 +70,20 @@ impl Cluster {
 
     /// Nodes that have, or have not, had contact lately.
     async fn start_where(has_contact: impl Fn(u8) -> bool) -> Self {
-        Self::start_with(accept_payments, has_contact).await
+        Self::start_with(accept_payments, has_contact, true).await
     }
 
-    async fn start_with(configure: impl Fn(&mut Config), has_contact: impl Fn(u8) -> bool) -> Self {
+    async fn start_with(
+        configure: impl Fn(&mut Config),
+        has_contact: impl Fn(u8) -> bool,
+        relayed: bool,
+    ) -> Self {
         let mut nodes = Vec::new();
         for node in 0..NODES {
             let database = TestDatabase::create().await;
             let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-            let relay = Relay::start(listener.local_addr().expect("its address")).await;
+            let address = listener.local_addr().expect("its address");
+            let relay = Relay::start(address).await;
             let lanes = Arc::new(Lanes::new());
             if has_contact(node) {
                 lanes.contact(u64::MAX);
@@ -100,11 +109,12 @@ impl Cluster {
                 server,
                 lanes,
                 hints,
+                address,
                 relay,
                 database,
             });
         }
-        let cluster = Cluster { nodes };
+        let cluster = Cluster { nodes, relayed };
         for lane in Lane::all() {
             cluster.give(lane, lane.get() % NODES, 1);
         }
@@ -113,10 +123,15 @@ impl Cluster {
     }
 
     fn address(&self, node: u8) -> NodeAddress {
-        let address = self.nodes[usize::from(node)].relay.address.to_string();
+        let Node { relay, address, .. } = &self.nodes[usize::from(node)];
+        let address = if self.relayed {
+            &relay.address
+        } else {
+            address
+        };
         NodeAddress {
             node,
-            address: address.into(),
+            address: address.to_string().into(),
         }
     }
 
@@ -279,7 +294,7 @@ fn an_order_does_not_expire_while_another_node_cannot_store_its_payment() {
             accept_payments(config);
             config.orders.payment_ttl_ms = 2_000;
         };
-        let cluster = Cluster::start_with(soon, |_| true).await;
+        let cluster = Cluster::start_with(soon, |_| true, true).await;
         let mut numbers = 0..;
         let (owner, other) = (cluster.server(0), cluster.server(1));
         let mut place = async || {
@@ -322,7 +337,7 @@ fn an_order_that_is_passed_on_is_one_trace_at_both_nodes() {
             // Whoever is asked decides, and not the owner once more.
             config.tracing.sample = 1.0;
         };
-        let cluster = Cluster::start_with(traced, |_| true).await;
+        let cluster = Cluster::start_with(traced, |_| true, true).await;
         let mut numbers = 0..;
         let server = cluster.server(0);
         let line = |user: &str| json!({ "user_id": user, "sku_id": SKU });
@@ -833,7 +848,7 @@ fn a_silent_link_is_undecided_within_the_wait_and_a_retry_under_the_key_tells() 
 fn a_node_that_stops_answers_what_it_was_passed() {
     block_on(async {
         let cluster = Cluster::start().await;
-        let Cluster { mut nodes } = cluster;
+        let Cluster { mut nodes, .. } = cluster;
         let mut numbers = 0..;
         let user = buyer_of(1, &mut numbers);
         let address = nodes[0].server.data;
@@ -950,7 +965,8 @@ fn costs_of_an_order_that_is_passed_on_and_of_one_at_its_node_beside_a_process_o
     };
     let orders: usize = orders.parse().expect("a number of orders");
     block_on(async move {
-        let cluster = Cluster::start().await;
+        // A relay's time would count as the servers'.
+        let cluster = Cluster::start_with(accept_payments, |_| true, false).await;
         let database = TestDatabase::create().await;
         let alone = TestServer::start(&database, accept_payments).await;
         alone.put_sku(SKU, 2 * UNITS, json!({})).await;

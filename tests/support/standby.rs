@@ -80,6 +80,76 @@ impl Server {
         server
     }
 
+    /// Starts a standby that follows it, in directories of `dir` that begin with `name`; reached by its socket alone.
+    pub async fn follow(&self, dir: &Path, name: &str) -> Self {
+        let data = dir.join(format!("{name}-data"));
+        let output = as_user(&self.program.with_file_name("pg_basebackup"), self.user)
+            .arg("-h")
+            .arg(&self.place)
+            .args(["-p", "5432", "-U", USER, "-X", "stream", "-c", "fast"])
+            .args(["--no-sync", "-C", "-S", SLOT, "-D"])
+            .arg(&data)
+            .current_dir(&self.place)
+            .output()
+            .expect("run pg_basebackup");
+        assert!(
+            output.status.success(),
+            "pg_basebackup: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        write(&data, "standby.signal", "", self.user);
+        let upstream = format!(
+            "primary_conninfo=host={} port=5432 user={USER} application_name={SLOT}",
+            self.place.display()
+        );
+        let own = [
+            upstream,
+            format!("primary_slot_name={SLOT}"),
+            "listen_addresses=".to_owned(),
+        ];
+        let mut standby = Server {
+            place: dir.join(name),
+            program: self.program.clone(),
+            user: self.user,
+            settings: self.settings.iter().cloned().chain(own).collect(),
+            process: None,
+            data,
+        };
+        standby.start().await;
+        self.until_followed().await;
+        standby
+    }
+
+    /// Waits until a standby streams from it.
+    async fn until_followed(&self) {
+        self.until("SELECT count(*) = 1 FROM pg_stat_replication WHERE state = 'streaming'")
+            .await;
+    }
+
+    /// Whether its commits wait until its standby has them on disk.
+    pub async fn wait_for_standby(&self, on: bool) {
+        let names = if on { format!("'{SLOT}'") } else { "''".into() };
+        self.set("synchronous_standby_names", &names).await;
+        if on {
+            self.until("SELECT count(*) = 1 FROM pg_stat_replication WHERE sync_state = 'sync'")
+                .await;
+        }
+    }
+
+    /// Makes a standby a primary of its own.
+    pub async fn promote(&self) {
+        self.sql("SELECT pg_promote(true, 30)").await;
+        self.until("SELECT NOT pg_is_in_recovery()").await;
+    }
+
+    /// Puts a promoted standby in the place of a primary that is gone: at the same address, with the same settings.
+    pub async fn replace(&mut self, gone: Server) {
+        self.stop_immediately();
+        self.settings.clone_from(&gone.settings);
+        let _ = std::fs::remove_dir_all(&gone.data);
+        self.start().await;
+    }
+
     /// Starts it, also again, and waits until it answers.
     pub async fn start(&mut self) {
         assert!(self.try_start().await, "{}", self.log());
@@ -320,56 +390,17 @@ impl Pair {
     pub async fn start() -> Self {
         let dir = test_dir();
         let primary = Server::start_in(dir.path(), &[]).await;
-        let data = dir.path().join("standby-data");
-        let output = as_user(
-            &primary.program.with_file_name("pg_basebackup"),
-            primary.user,
-        )
-        .arg("-h")
-        .arg(&primary.place)
-        .args(["-p", "5432", "-U", USER, "-X", "stream", "-c", "fast"])
-        .args(["--no-sync", "-C", "-S", SLOT, "-D"])
-        .arg(&data)
-        .current_dir(&primary.place)
-        .output()
-        .expect("run pg_basebackup");
-        assert!(
-            output.status.success(),
-            "pg_basebackup: {}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-        write(&data, "standby.signal", "", primary.user);
-        let upstream = format!(
-            "primary_conninfo=host={} port=5432 user={USER} application_name={SLOT}",
-            primary.place.display()
-        );
-        let mut standby = Server {
-            place: dir.path().join("standby"),
-            program: primary.program.clone(),
-            user: primary.user,
-            settings: vec![upstream, format!("primary_slot_name={SLOT}")],
-            process: None,
-            data,
-        };
-        standby.start().await;
-        let pair = Pair {
+        let standby = primary.follow(dir.path(), "standby").await;
+        Pair {
             primary,
             standby,
             _dir: dir,
-        };
-        pair.until_streaming().await;
-        pair
+        }
     }
 
     /// Whether a commit on the primary waits until the standby has it on disk.
     pub async fn synchronous(&self, on: bool) {
-        let names = if on { format!("'{SLOT}'") } else { "''".into() };
-        self.primary.set("synchronous_standby_names", &names).await;
-        if on {
-            self.primary
-                .until("SELECT count(*) = 1 FROM pg_stat_replication WHERE sync_state = 'sync'")
-                .await;
-        }
+        self.primary.wait_for_standby(on).await;
     }
 
     /// Parts the two. What the primary writes from here on is certainly not on the standby, also
@@ -391,19 +422,12 @@ impl Pair {
     /// Lets the standby follow again.
     pub async fn join(&self) {
         self.primary.admit(OPEN).await;
-        self.until_streaming().await;
-    }
-
-    async fn until_streaming(&self) {
-        self.primary
-            .until("SELECT count(*) = 1 FROM pg_stat_replication WHERE state = 'streaming'")
-            .await;
+        self.primary.until_followed().await;
     }
 
     /// Makes the standby a primary of its own.
     pub async fn promote(&self) {
-        self.standby.sql("SELECT pg_promote(true, 30)").await;
-        self.standby.until("SELECT NOT pg_is_in_recovery()").await;
+        self.standby.promote().await;
     }
 }
 

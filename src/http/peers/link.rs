@@ -105,7 +105,7 @@ impl Waiter {
 struct Connection {
     identity: Identity,
     opened: Instant,
-    outbox: Outbox,
+    outbox: Arc<Outbox>,
     calls: Mutex<HashMap<u64, Arc<Waiter>, foldhash::fast::RandomState>>,
     next: AtomicU64,
     /// Reads so far.
@@ -118,7 +118,7 @@ impl Connection {
         Connection {
             identity,
             opened: Instant::now(),
-            outbox: Outbox::default(),
+            outbox: Arc::default(),
             calls: Mutex::default(),
             next: AtomicU64::new(0),
             heard: AtomicU64::new(0),
@@ -454,6 +454,7 @@ async fn keep(shared: Arc<Shared>) {
                 let connection = Arc::new(Connection::new(opened.hello.from.clone()));
                 let epoch = connection.identity.epoch;
                 tracing::info!(node, %address, epoch, "connected to a node");
+                connection.outbox.start_gatherer();
                 shared.connection.store(Some(Arc::clone(&connection)));
                 let guard = FailOnDrop {
                     connection: &connection,

@@ -1,20 +1,32 @@
 //! Frames that wait to be written to a connection.
 //!
 //! Whoever has a frame appends it under a lock that is held for a copy of it; one task takes all that is there and
-//! writes it. So frames that come while a write is under way share the next one.
+//! writes it. So frames that come while a write is under way share the next one. Frames of coroutines share one in any
+//! case: the *gatherer*, a coroutine, is called first, and has its turn after those that were ready before it.
+//!
+//! ```text
+//!   first frame ─┬─ of a coroutine ─► gatherer ─┐
+//!                └─ of a thread ────────────────┴─► writer
+//! ```
 //!
 //! The outbox numbers the bytes that ever passed through it. Once the connection is lost, the number of those that the
 //! writer has taken tells which frames may have left and which cannot have.
 
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::task::Waker;
 
 use bytes::BytesMut;
+use may::coroutine::{self, Coroutine};
 use parking_lot::Mutex;
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::sync::Notify;
 
 use super::QUEUED_BYTES_MAX;
+use crate::http::server::runtime;
+use crate::http::server::wake::park_until;
 
 /// A buffer larger than this is given back after its write.
 const KEPT_BYTES: usize = 256 * 1024;
@@ -45,9 +57,52 @@ struct Waiting {
 pub struct Outbox {
     waiting: Mutex<Waiting>,
     ready: Notify,
+    gatherer: OnceLock<Coroutine>,
+    /// Whether the gatherer is to wake the writer.
+    called: AtomicBool,
 }
 
 impl Outbox {
+    /// Starts its gatherer, which ends once the outbox is closed. Without one the writer is woken by each who finds the
+    /// outbox empty.
+    pub fn start_gatherer(self: &Arc<Self>) {
+        runtime::configure(0);
+        let outbox = Arc::clone(self);
+        // Without memory for a stack the runtime panics.
+        let started = catch_unwind(AssertUnwindSafe(|| {
+            may::go!(move || {
+                outbox.gather();
+                // See the acceptor of the server: a coroutine must not end inside of a wake-up.
+                coroutine::yield_now();
+            })
+        }));
+        if let Ok(started) = started {
+            let _ = self.gatherer.set(started.coroutine().clone());
+        }
+    }
+
+    fn gather(&self) {
+        let mut closed = false;
+        while !closed {
+            park_until(|| {
+                closed = self.waiting.lock().closed;
+                closed || self.called.swap(false, Ordering::Acquire)
+            });
+            self.ready.notify_one();
+        }
+    }
+
+    /// Has the writer woken, now or once the coroutines that are ready have run.
+    fn call_writer(&self) {
+        match self.gatherer.get() {
+            Some(gatherer) if coroutine::is_coroutine() => {
+                self.called.store(true, Ordering::Release);
+                gatherer.unpark();
+            }
+            _ => self.ready.notify_one(),
+        }
+    }
+
     /// Appends a frame of about `bytes` bytes. `put` is told the number of its first byte.
     ///
     /// # Errors
@@ -98,7 +153,7 @@ impl Outbox {
         drop(waiting);
         // If others wait already, the writer looks at them after its present write.
         if first {
-            self.ready.notify_one();
+            self.call_writer();
         }
         Ok(())
     }
@@ -155,6 +210,9 @@ impl Outbox {
         let (taken, woken) = (waiting.taken, std::mem::take(&mut waiting.for_room));
         drop(waiting);
         woken.into_iter().for_each(Waker::wake);
+        if let Some(gatherer) = self.gatherer.get() {
+            gatherer.unpark();
+        }
         taken
     }
 }
@@ -197,6 +255,41 @@ mod tests {
         }
         assert_eq!(outbox.close(), 6);
         assert_eq!(push(&outbox, b"g"), Err(Refused::Closed));
+    }
+
+    #[tokio::test]
+    async fn frames_of_coroutines_are_written_and_the_gatherer_ends_with_the_outbox() {
+        const FRAMES: usize = 8;
+        let outbox = Arc::<Outbox>::default();
+        outbox.start_gatherer();
+        let pushing = Arc::clone(&outbox);
+        may::go!(move || {
+            for _ in 0..FRAMES {
+                let outbox = Arc::clone(&pushing);
+                may::go!(move || {
+                    push(&outbox, b"frame").unwrap();
+                    coroutine::yield_now();
+                });
+            }
+            coroutine::yield_now();
+        });
+        let (mut near, mut far) = tokio::io::duplex(1024);
+        let reading = async {
+            let mut all = [0; 5 * FRAMES];
+            far.read_exact(&mut all).await.unwrap();
+            all
+        };
+        tokio::select! {
+            error = outbox.write_to(&mut near) => panic!("{error}"),
+            all = reading => assert_eq!(all[..], b"frame".repeat(FRAMES)),
+        }
+        // Its gatherer ends.
+        outbox.close();
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        while Arc::strong_count(&outbox) > 1 {
+            assert!(std::time::Instant::now() < deadline, "it still gathers");
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+        }
     }
 
     #[tokio::test]

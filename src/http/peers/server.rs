@@ -240,6 +240,7 @@ async fn serve<S: PeerService>(shared: Arc<Shared<S>>, socket: TcpStream, strang
         old.end.notify_one();
     }
     connection.start_feeder(&shared);
+    connection.outbox.start_gatherer();
     let error = connection.run(opened, &shared).await;
     tracing::info!(node = from.node, epoch = from.epoch, reason = %error, "the connection of a node has ended");
     drop(end);
@@ -272,7 +273,7 @@ impl<S> Drop for Ended<'_, S> {
 /// One connection.
 struct Connection {
     from: u8,
-    outbox: Outbox,
+    outbox: Arc<Outbox>,
     /// Calls that wait for the feeder. Bounded by `running`.
     jobs: SegQueue<Call>,
     feeder: Mutex<Option<Coroutine>>,
@@ -291,7 +292,7 @@ impl Connection {
     fn new(from: u8) -> Self {
         Connection {
             from,
-            outbox: Outbox::default(),
+            outbox: Arc::default(),
             jobs: SegQueue::new(),
             feeder: Mutex::new(None),
             closed: AtomicBool::new(false),

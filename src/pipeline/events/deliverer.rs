@@ -2,12 +2,13 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use super::status::Shared;
 use super::{Delivery, Event, Sink};
 use crate::backoff::Backoff;
 use crate::metrics::Metrics;
+use crate::order::UnixMillis;
 use crate::store::StoreError;
 use crate::store::events::deliveries::{self, Waiting};
 use crate::store::events::sinks;
@@ -83,12 +84,9 @@ impl Deliverer {
 
     /// Age in milliseconds of the oldest event in the window.
     pub(super) fn behind_ms(&self) -> u64 {
-        let now = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default();
-        let now = i64::try_from(now.as_millis()).unwrap_or(i64::MAX);
-        let oldest = self.window.first().map_or(now, |event| event.at.0);
-        u64::try_from(now - oldest).unwrap_or(0)
+        let now = UnixMillis::now();
+        let oldest = self.window.first().map_or(now, |event| event.at);
+        u64::try_from(now.0 - oldest.0).unwrap_or(0)
     }
 
     /// Reads which subjects wait.

@@ -25,6 +25,8 @@ pub const LEASE: Duration = Duration::from_millis(3_000);
 const ANSWER_LEASE_MS: u64 = 900;
 /// How long buyers have to pay; some are late.
 const PAYMENT_TTL_MS: u64 = 5_000;
+/// How far the clock of the first machine is ahead, and that of the second behind.
+const CLOCKS_APART: Duration = Duration::from_secs(3_600);
 const LOOK: Duration = Duration::from_millis(20);
 const PORT: u16 = 8080;
 /// A third of 64 lanes each.
@@ -47,11 +49,45 @@ const WITNESS: &str = "
     END $$;
     CREATE TRIGGER witness AFTER INSERT ON millrace.orders FOR EACH ROW EXECUTE FUNCTION witness.look();";
 
+/// The library that sets a process's clock apart.
+fn faketime() -> Result<PathBuf, Why> {
+    let folders = std::fs::read_dir("/usr/lib")
+        .into_iter()
+        .flatten()
+        .flatten();
+    let places = folders.map(|folder| folder.path().join("faketime/libfaketimeMT.so.1"));
+    let missing = || Why::NotRun("libfaketime is not installed".to_owned());
+    places
+        .into_iter()
+        .find(|place| place.exists())
+        .ok_or_else(missing)
+}
+
 /// What every node has in common.
 struct Common {
     settings: Vec<(String, String)>,
     dir: TempDir,
     doors: Arc<Doors>,
+    faketime: PathBuf,
+}
+
+impl Common {
+    /// What sets the clock of a machine, and leaves the one that runs since its start alone (`faketime(1)`).
+    fn clock_of(&self, machine: u8) -> Vec<(String, String)> {
+        let apart = CLOCKS_APART.as_secs();
+        let time = match machine {
+            1 => format!("+{apart}"),
+            2 => format!("-{apart}"),
+            _ => return Vec::new(),
+        };
+        [
+            ("LD_PRELOAD", self.faketime.display().to_string()),
+            ("FAKETIME", time),
+            ("FAKETIME_DONT_FAKE_MONOTONIC", "1".to_owned()),
+        ]
+        .map(|(name, value)| (name.to_owned(), value))
+        .to_vec()
+    }
 }
 
 pub struct Cluster<'a> {
@@ -62,6 +98,7 @@ pub struct Cluster<'a> {
     /// The nodes that the load balancer has.
     pub doors: Arc<Doors>,
     common: Common,
+    failovers: u32,
 }
 
 /// A machine, and the node on it while there is one.
@@ -83,8 +120,11 @@ impl<'a> Cluster<'a> {
         let dir = test_dir();
         let rules = dir.path().join("rules.conf");
         let subnet = format!("host all all {}/24 trust", Link::Database.outside());
-        std::fs::write(&rules, format!("local all all trust\n{subnet}\n"))
-            .map_err(|error| format!("write the rules: {error}"))?;
+        std::fs::write(
+            &rules,
+            format!("local all,replication all trust\n{subnet}\n"),
+        )
+        .map_err(|error| format!("write the rules: {error}"))?;
         let settings = [
             ("listen_addresses", Link::Database.outside().to_string()),
             ("hba_file", rules.display().to_string()),
@@ -111,6 +151,10 @@ impl<'a> Cluster<'a> {
         let mut settings: Vec<(String, String)> = [
             ("DATABASE__URL", url),
             ("DATABASE__POOL_SIZE", "4".to_owned()),
+            (
+                "DATABASE__CLOCK_DIFFERENCE_MAX_MS",
+                (2 * CLOCKS_APART.as_millis()).to_string(),
+            ),
             ("DATA_PLANE__TRUST_NETWORK", "true".to_owned()),
             ("DATA_PLANE__THREADS", "2".to_owned()),
             ("WORKERS__COUNT", "2".to_owned()),
@@ -137,6 +181,7 @@ impl<'a> Cluster<'a> {
             settings,
             dir,
             doors: Arc::clone(&doors),
+            faketime: faketime()?,
         };
         let machine = |(number, space)| Machine {
             number,
@@ -155,6 +200,7 @@ impl<'a> Cluster<'a> {
             machines,
             doors,
             common,
+            failovers: 0,
         };
         // The first one makes the tables.
         cluster.machines[0].start(&cluster.common)?;
@@ -297,6 +343,22 @@ impl<'a> Cluster<'a> {
         kept.display().to_string()
     }
 
+    /// A synchronous standby takes the place of the database, which is gone. `moment`: how long they run together.
+    pub fn fail_over(&mut self, moment: Duration) {
+        self.failovers += 1;
+        let name = format!("standby-{}", self.failovers);
+        let (dir, primary) = (self.common.dir.path(), &mut self.database);
+        block_on(async {
+            let standby = primary.follow(dir, &name).await;
+            primary.wait_for_standby(true).await;
+            tokio::time::sleep(moment).await;
+            primary.stop_immediately();
+            standby.promote().await;
+            let gone = std::mem::replace(primary, standby);
+            primary.replace(gone).await;
+        });
+    }
+
     /// Makes a machine start its node.
     pub fn start_at(&mut self, at: usize) -> Result<(), String> {
         self.machines[at].start(&self.common)
@@ -319,6 +381,7 @@ impl Machine<'_> {
         ] {
             settings.push((format!("MILLRACE_{name}"), value));
         }
+        settings.extend(common.clock_of(self.number));
         let deadline = Instant::now() + PATIENCE;
         loop {
             self.lives += 1;

@@ -22,6 +22,8 @@ pub enum Fault {
     DatabaseRestarted,
     /// All processes of PostgreSQL are stopped for a while, with SIGSTOP.
     DatabaseStalled,
+    /// The database's machine is lost, and its synchronous standby takes its place.
+    FailedOver,
     /// The broker is killed and started again.
     BrokerKilled,
     /// A node is lost, and the node that takes it over is killed in the middle of that.
@@ -37,7 +39,7 @@ pub enum Fault {
 }
 
 impl Fault {
-    const ALL: [Self; 17] = [
+    const ALL: [Self; 18] = [
         Fault::Lost,
         Fault::Killed,
         Fault::Paused,
@@ -49,6 +51,7 @@ impl Fault {
         Fault::CutOff(false, true, true),
         Fault::DatabaseRestarted,
         Fault::DatabaseStalled,
+        Fault::FailedOver,
         Fault::BrokerKilled,
         Fault::SurvivorKilled,
         Fault::KilledHandingOver,
@@ -91,6 +94,7 @@ impl fmt::Display for Fault {
             }
             Fault::DatabaseRestarted => f.write_str("database_restarted"),
             Fault::DatabaseStalled => f.write_str("database_stalled"),
+            Fault::FailedOver => f.write_str("failed_over"),
             Fault::BrokerKilled => f.write_str("broker_killed"),
             Fault::SurvivorKilled => f.write_str("survivor_killed"),
             Fault::KilledHandingOver => f.write_str("killed_handing_over"),

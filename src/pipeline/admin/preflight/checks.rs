@@ -325,7 +325,7 @@ fn clock(seen: &Seen<'_>) -> Check {
     let apart = seen.facts.clock_apart_ms;
     let check = Check::new(
         "clock",
-        format!("{apart} ms apart, at {}", UnixMillis::now()),
+        format!("{apart} ms apart, at {}", UnixMillis::of_machine()),
     );
     let remedy = "synchronize the clocks of this machine and of the server (NTP)";
     match apart {

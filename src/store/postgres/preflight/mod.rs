@@ -247,10 +247,10 @@ pub async fn read(database: &Database, session: &Connected) -> Result<Facts, Sto
     let segments = present(database, session).await?;
     let kept = kept::read(database, session).await?;
     let statement = database.timed(DOING, session.prepare(FACTS)).await?;
-    let asked = UnixMillis::now();
+    let asked = UnixMillis::of_machine();
     let row = database.timed(DOING, session.query_one(&statement, &[]));
     let row = row.await?;
-    let answered = UnixMillis::now();
+    let answered = UnixMillis::of_machine();
     let natural = |at: usize| u64::try_from(row.get::<_, i64>(at)).unwrap_or(0);
     // The server read its clock between the two readings.
     let there = row.get::<_, i64>(19);
