@@ -15,7 +15,8 @@
 //! | [`outbox`] | frames that wait to be written, and which of them the connection may have carried |
 //! | [`link`] | the connection to one node, and the calls on it |
 //! | [`pool`] | a link to each node |
-//! | [`server`] | the other end: runs each call on a coroutine of its own |
+//! | [`server`] | the other end: runs each call on a coroutine |
+//! | `runners` | those coroutines, which go on with other calls |
 //!
 //! # Promises of the link
 //!
@@ -43,6 +44,7 @@ pub mod key;
 pub mod link;
 pub mod outbox;
 pub mod pool;
+mod runners;
 pub mod server;
 
 use std::time::Duration;

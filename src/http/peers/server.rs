@@ -5,8 +5,8 @@
 //!                writer (tokio) ◄─ outbox ◄───────────────────────────────────────┘ its answer
 //! ```
 //!
-//! The feeder starts the coroutines of all calls that one read has brought: a wake-up from a foreign thread costs about
-//! a microsecond, a start from a coroutine a fraction of that.
+//! The feeder gives each call that one read has brought a coroutine: a wake-up from a foreign thread costs about a
+//! microsecond, one from a coroutine a fraction of that.
 
 use std::collections::HashMap;
 use std::io;
@@ -14,6 +14,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::task::Waker;
 use std::time::{Duration, Instant};
 
 use crossbeam::queue::SegQueue;
@@ -30,12 +31,13 @@ use super::greet::{self, Opened};
 use super::key::ClusterKey;
 use super::link::Silence;
 use super::outbox::{Outbox, Refused};
+use super::runners::Runners;
 use super::{CALLS_MAX, Hint, Identity, SERVED_BYTES_MAX, SILENCE_MAX, TICK};
 use crate::backoff::Backoff;
 use crate::http::message::{Request, Response};
 use crate::http::problem::Problem;
 use crate::http::server::runtime;
-use crate::http::server::wake::{CoroutineWaker, park_until};
+use crate::http::server::wake::park_until;
 use crate::supervise::Supervisor;
 
 /// Connections at a time whose callers are not known yet. Each ends within the time for a handshake.
@@ -277,6 +279,7 @@ struct Connection {
     /// Calls that wait for the feeder. Bounded by `running`.
     jobs: SegQueue<Call>,
     feeder: Mutex<Option<Coroutine>>,
+    runners: Runners<(Call, Running)>,
     closed: AtomicBool,
     /// Calls that have no answer yet.
     running: AtomicUsize,
@@ -295,6 +298,7 @@ impl Connection {
             outbox: Arc::default(),
             jobs: SegQueue::new(),
             feeder: Mutex::new(None),
+            runners: Runners::default(),
             closed: AtomicBool::new(false),
             running: AtomicUsize::new(0),
             running_bytes: AtomicUsize::new(0),
@@ -431,7 +435,7 @@ impl Drop for EndOnDrop {
     }
 }
 
-/// Starts a coroutine for each call, until the connection is closed.
+/// Gives each call a coroutine, until the connection is closed.
 fn feed<S: PeerService>(connection: &Arc<Connection>, shared: &Arc<Shared<S>>) {
     loop {
         // Read before the queue is emptied: nothing stays in it.
@@ -440,6 +444,7 @@ fn feed<S: PeerService>(connection: &Arc<Connection>, shared: &Arc<Shared<S>>) {
             start(connection, shared, call);
         }
         if closed {
+            connection.runners.close();
             return;
         }
         park_until(|| !connection.jobs.is_empty() || connection.closed.load(Ordering::Acquire));
@@ -456,18 +461,30 @@ fn start<S: PeerService>(connection: &Arc<Connection>, shared: &Arc<Shared<S>>, 
     if connection.closed.load(Ordering::Acquire) {
         return;
     }
-    let theirs = Arc::clone(shared);
+    let Err(job) = connection.runners.give((call, running)) else {
+        return;
+    };
+    let (connection, theirs) = (Arc::clone(connection), Arc::clone(shared));
+    let refusing = Arc::clone(&connection);
     // Without memory for a stack the runtime panics.
     let started = catch_unwind(AssertUnwindSafe(|| {
         may::go!(move || {
-            run(&running.connection, &theirs.service, &call);
-            drop(running);
+            let mut response = Response::default();
+            connection.runners.run(job, |(call, running), waker| {
+                run(
+                    &running.connection,
+                    &theirs.service,
+                    &call,
+                    waker,
+                    &mut response,
+                );
+            });
             may::coroutine::yield_now();
         });
     }));
     if started.is_err() {
         tracing::warn!("cannot start the coroutine of a passed-on request");
-        connection.refuse(number, NotRun::Busy);
+        refusing.refuse(number, NotRun::Busy);
     }
 }
 
@@ -489,7 +506,13 @@ impl Drop for Running {
 }
 
 /// Runs one call and sends its answer.
-fn run<S: PeerService>(connection: &Connection, service: &S, call: &Call) {
+fn run<S: PeerService>(
+    connection: &Connection,
+    service: &S,
+    call: &Call,
+    waker: &Arc<Waker>,
+    response: &mut Response,
+) {
     let headers: SmallVec<[httparse::Header<'_>; 8]> = call
         .headers
         .iter()
@@ -498,13 +521,12 @@ fn run<S: PeerService>(connection: &Connection, service: &S, call: &Call) {
             value,
         })
         .collect();
-    let waker = Arc::new(CoroutineWaker::current());
     let request = Request {
         method: call.method,
         target: text(&call.target),
         headers: &headers,
         body: &call.body,
-        waker: &waker,
+        waker,
         before_wait: &|| {},
         trace: None,
     };
@@ -513,20 +535,19 @@ fn run<S: PeerService>(connection: &Connection, service: &S, call: &Call) {
         wait: call.wait,
         has_own_keys: call.has_own_keys,
     };
-    let mut response = Response::default();
     response.clear();
     let served = catch_unwind(AssertUnwindSafe(|| {
-        service.call(&request, terms, &mut response);
+        service.call(&request, terms, response);
     }));
     if served.is_err() || !(200..600).contains(&response.status()) {
         response.clear();
-        Problem::internal().write_to(&mut response);
+        Problem::internal().write_to(response);
     }
     let (fields, body) = (response.fields().as_bytes(), response.body());
     let bytes = frame::answer_bytes(fields, body);
     // Waits while a caller takes its answers slowly. A connection that is gone needs none.
     park_until(|| {
-        let pushed = connection.outbox.push_or_wait(bytes, &waker, |out| {
+        let pushed = connection.outbox.push_or_wait(bytes, waker, |out| {
             frame::put_answer(call.number, response.status(), fields, body, out);
         });
         pushed != Err(Refused::Full)
