@@ -14,6 +14,8 @@ mod waiting;
 
 use std::time::{Duration, Instant};
 
+use millrace::order::UnixMillis;
+use millrace::order::UnixMillis;
 use rustix::process::Signal;
 use serde_json::json;
 use support::block_on;
@@ -138,6 +140,36 @@ fn a_node_that_leaves_takes_over_none_that_dies_while_another_stays() {
         assert_eq!((takeovers(&leaving), takeovers(&staying)), (0.0, 1.0));
         leaving.stop();
         staying.stop();
+    });
+}
+
+#[test]
+fn a_node_whose_machine_has_a_wrong_clock_goes_by_that_of_the_database() {
+    const AHEAD_MS: u64 = 3_600_000;
+    block_on(async {
+        let Some(cluster) = Cluster::open().await else {
+            return;
+        };
+        let node = cluster.start_ahead("one", AHEAD_MS);
+        node.served.put_sku(SKU, UNITS);
+        let opens_at = UnixMillis::now().plus_ms(AHEAD_MS / 2).to_string();
+        let terms =
+            json!({ "unit_price": 100, "currency": "EUR", "total": 10, "opens_at": opens_at });
+        let (target, body) = ("/admin/v1/skus/later", terms.to_string());
+        let put = call(node.served.control, "PUT", target, &[], &body);
+        assert!((200..300).contains(&put.status), "{put:?}");
+        let order = |sku: &str| {
+            let body = json!({ "user_id": "u", "sku_id": sku }).to_string();
+            let fields = [("Content-Type", "application/json")];
+            call(node.served.data, "POST", "/v1/orders", &fields, &body)
+        };
+        let early = order("later");
+        assert_eq!(early.json()["code"], "sale_not_open", "{early:?}");
+        let placed = order(SKU);
+        assert_eq!(placed.status, 201, "{placed:?}");
+        let paid = Paid::of(&placed.json()).deliver(node.served.data).await;
+        assert_eq!(paid.status, 200, "its timestamp is of now: {paid:?}");
+        node.stop();
     });
 }
 

@@ -159,6 +159,22 @@ impl Cluster {
         self.try_start_as(name, change, millrace)
     }
 
+    /// The same as [`Self::start`] on a machine whose clock is so many milliseconds ahead.
+    pub fn start_ahead(&self, name: &str, ahead_ms: u64) -> Node {
+        let allow = format!("pool_size = 4\nclock_difference_max_ms = {}", 2 * ahead_ms);
+        let start = |args: &[&str]| {
+            let mut command = millrace(args);
+            command.env("MILLRACE_FAULT", format!("clock@{ahead_ms}"));
+            command
+        };
+        self.try_start_as(
+            name,
+            |settings| settings.replace("pool_size = 4", &allow),
+            start,
+        )
+        .unwrap_or_else(|ended| panic!("{name} ended: {}\n{}", ended.status, ended.log))
+    }
+
     /// The same as [`Self::try_start`] with the program of another release.
     pub fn try_start_other(&self, other: &str, name: &str) -> Result<Node, Ended> {
         self.try_start_as(name, |settings| settings, |args| program(other, args))
