@@ -21,3 +21,7 @@ mod passing_on;
 mod progress;
 mod upgrade;
 mod waitlist;
+
+/// The program's, for what is measured here.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;

@@ -955,7 +955,8 @@ fn cost_of(crowd: &mut [Connection], buyers: &[String]) -> f64 {
     (servers_time() - before).as_secs_f64() * 1e6 / buyers.len() as f64
 }
 
-/// By hand, in release: `MILLRACE_PASSED_ON=10000 cargo test --release --test service passing_on::costs -- --nocapture`.
+/// Orders without a key, so that one that is passed on also pays for the key that it is given. By hand, in release:
+/// `MILLRACE_PASSED_ON=10000 cargo test --release --test service passing_on::costs -- --nocapture`.
 #[test]
 fn costs_of_an_order_that_is_passed_on_and_of_one_at_its_node_beside_a_process_on_its_own() {
     const CROWD: usize = 128;
