@@ -49,6 +49,9 @@ const CALLER_SILENCE_MAX: Duration = SILENCE_MAX.saturating_mul(2);
 /// Time to write that a node is gone.
 const GOODBYE_WITHIN: Duration = Duration::from_millis(200);
 
+/// A buffer for answers that is larger is given back after its call.
+const KEPT_BYTES: usize = 16 * 1024;
+
 /// Pauses while no connection can be accepted.
 const ACCEPT_AGAIN: Backoff = Backoff::new(Duration::from_millis(5), Duration::from_millis(500));
 
@@ -478,6 +481,9 @@ fn start<S: PeerService>(connection: &Arc<Connection>, shared: &Arc<Shared<S>>, 
                     waker,
                     &mut response,
                 );
+                if response.body_mut().capacity() > KEPT_BYTES {
+                    response = Response::default();
+                }
             });
             may::coroutine::yield_now();
         });
