@@ -48,3 +48,29 @@ fn be_nice() {
         tracing::debug!(reason = %error, "a thread keeps its priority");
     }
 }
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+
+    fn here() -> (Option<String>, i32) {
+        let niceness = rustix::process::getpriority_process(None).unwrap();
+        (std::thread::current().name().map(str::to_owned), niceness)
+    }
+
+    #[tokio::test]
+    async fn what_is_started_there_has_less_weight_and_nothing_else() {
+        let (name, niceness) = here();
+        let aside = Aside::start("aside").unwrap();
+        let entered = aside.enter();
+        let task = tokio::spawn(async { here() });
+        drop(entered);
+        // An ordinary user's process may have been started nice already.
+        let expected = (Some("aside".to_owned()), NICE.max(niceness));
+        assert_eq!(task.await.unwrap(), expected);
+        assert_eq!(
+            tokio::spawn(async { here() }).await.unwrap(),
+            (name, niceness)
+        );
+    }
+}
