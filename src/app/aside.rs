@@ -44,8 +44,13 @@ impl Drop for Aside {
 /// On Linux the niceness is that of the calling thread; elsewhere it would be the whole process's.
 fn be_nice() {
     #[cfg(target_os = "linux")]
-    if let Err(error) = rustix::process::setpriority_process(None, NICE) {
-        tracing::debug!(reason = %error, "a thread keeps its priority");
+    {
+        use rustix::process::{getpriority_process, setpriority_process};
+        // Never more weight than the process was started with.
+        let nicer = |niceness| setpriority_process(None, NICE.max(niceness));
+        if let Err(error) = getpriority_process(None).and_then(nicer) {
+            tracing::debug!(reason = %error, "a thread keeps its priority");
+        }
     }
 }
 
