@@ -15,7 +15,6 @@ mod waiting;
 use std::time::{Duration, Instant};
 
 use millrace::order::UnixMillis;
-use millrace::order::UnixMillis;
 use rustix::process::Signal;
 use serde_json::json;
 use support::block_on;
