@@ -1,7 +1,5 @@
 //! Record batches: one frame to send, and the frames of an answer.
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use bytes::{Bytes, BytesMut};
 use kafka_protocol::records::{
     Compression, NO_PARTITION_LEADER_EPOCH, NO_PRODUCER_EPOCH, NO_PRODUCER_ID, NO_SEQUENCE, Record,
@@ -9,6 +7,7 @@ use kafka_protocol::records::{
 };
 
 use super::Stored;
+use crate::order::UnixMillis;
 
 /// Bytes of a batch of one record without its value, at most: header 61, and lengths, attributes and deltas of the
 /// record 27.
@@ -28,9 +27,6 @@ pub(super) fn batch(frame: &[u8]) -> Result<Bytes, String> {
 
 /// A record of this moment, with its place in its batch.
 pub(super) fn record(offset: i64, key: Option<Bytes>, value: Bytes) -> Record {
-    let now = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
     Record {
         transactional: false,
         control: false,
@@ -42,7 +38,7 @@ pub(super) fn record(offset: i64, key: Option<Bytes>, value: Bytes) -> Record {
         offset,
         // The encoder begins another batch where numbers do not go on, and a server takes one in a request.
         sequence: NO_SEQUENCE.wrapping_add(i32::try_from(offset).unwrap_or(i32::MAX)),
-        timestamp: i64::try_from(now.as_millis()).unwrap_or(i64::MAX),
+        timestamp: UnixMillis::now().0,
         key,
         value: Some(value),
         headers: Default::default(),

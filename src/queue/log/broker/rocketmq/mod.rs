@@ -32,7 +32,7 @@ mod session;
 mod wire;
 
 use std::fmt;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
@@ -40,6 +40,7 @@ use self::route::Route;
 use self::session::Session;
 use self::wire::{CallError, Credentials, Fields};
 use super::{Broker, BrokerError, Place, Position, SendError, Stored};
+use crate::order::UnixMillis;
 
 /// Greatest length of a frame; brokers take messages of 4 MiB unless told otherwise.
 const FRAME_BYTES_MAX: usize = 1024 * 1024;
@@ -143,10 +144,6 @@ impl RocketMqBroker {
     }
 
     fn message_fields(&self) -> Fields {
-        let born = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default()
-            .as_millis();
         let mut fields = self.queue_fields();
         fields.extend([
             ("producerGroup", self.settings.topic.clone()),
@@ -154,7 +151,7 @@ impl RocketMqBroker {
             ("defaultTopic", self.settings.topic.clone()),
             ("defaultTopicQueueNums", "1".to_owned()),
             ("sysFlag", "0".to_owned()),
-            ("bornTimestamp", born.to_string()),
+            ("bornTimestamp", UnixMillis::now().0.to_string()),
             ("flag", "0".to_owned()),
             // The answer waits for the disk and the replicas.
             ("properties", "WAIT\u{1}true\u{2}".to_owned()),
