@@ -21,8 +21,9 @@ const RATES: [f64; 2] = [1_000.0, 3_000.0];
 const PATIENCE: Duration = Duration::from_secs(120);
 /// The second says how far two sides differ that are the same.
 const SIDES: [&str; 4] = ["no sink", "no sink again", "a Redis stream", "a webhook"];
-/// The first side that has a sink.
+/// The sides that have a sink.
 const REDIS: usize = 2;
+const WEBHOOK: usize = 3;
 
 struct Side {
     postgres: Postgres,
@@ -171,7 +172,7 @@ impl Side {
                 ("EVENTS__SINKS__LAB__KIND", "redis"),
                 ("EVENTS__SINKS__LAB__URL", redis.as_str()),
             ]),
-            at if at > REDIS => settings.extend([
+            WEBHOOK => settings.extend([
                 ("EVENTS__SINKS__LAB__URL", hook),
                 ("EVENTS__SINKS__LAB__SECRET", secret),
             ]),

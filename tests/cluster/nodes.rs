@@ -47,6 +47,11 @@ pub struct Node {
     config: PathBuf,
 }
 
+/// The node, which has to be there.
+fn started(name: &str, start: Result<Node, Ended>) -> Node {
+    start.unwrap_or_else(|ended| panic!("{name} ended: {}\n{}", ended.status, ended.log))
+}
+
 impl Cluster {
     /// A cluster without nodes; `None` if there is no broker here.
     pub async fn open() -> Option<Self> {
@@ -90,8 +95,7 @@ impl Cluster {
 
     /// Starts a node on a directory of its own, and waits until it is ready.
     pub fn start(&self, name: &str) -> Node {
-        self.try_start(name)
-            .unwrap_or_else(|ended| panic!("{name} ended: {}\n{}", ended.status, ended.log))
+        started(name, self.try_start(name))
     }
 
     /// The Redis where the nodes keep their logs.
@@ -139,8 +143,7 @@ impl Cluster {
 
     /// Starts one, and waits until it is ready.
     pub fn start_alone(&self, name: &str) -> Node {
-        self.try_start_alone(name)
-            .unwrap_or_else(|ended| panic!("{name} ended: {}\n{}", ended.status, ended.log))
+        started(name, self.try_start_alone(name))
     }
 
     /// Writes a file, and returns its path.
@@ -167,12 +170,8 @@ impl Cluster {
             command.env("MILLRACE_FAULT", format!("clock@{ahead_ms}"));
             command
         };
-        self.try_start_as(
-            name,
-            |settings| settings.replace("pool_size = 4", &allow),
-            start,
-        )
-        .unwrap_or_else(|ended| panic!("{name} ended: {}\n{}", ended.status, ended.log))
+        let change = |settings: String| settings.replace("pool_size = 4", &allow);
+        started(name, self.try_start_as(name, change, start))
     }
 
     /// The same as [`Self::try_start`] with the program of another release.

@@ -14,7 +14,6 @@
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::task::Waker;
 
@@ -26,7 +25,6 @@ use tokio::sync::Notify;
 
 use super::QUEUED_BYTES_MAX;
 use crate::http::server::runtime;
-use crate::http::server::wake::park_until;
 
 /// A buffer larger than this is given back after its write.
 const KEPT_BYTES: usize = 256 * 1024;
@@ -58,8 +56,6 @@ pub struct Outbox {
     waiting: Mutex<Waiting>,
     ready: Notify,
     gatherer: OnceLock<Coroutine>,
-    /// Whether the gatherer is to wake the writer.
-    called: AtomicBool,
 }
 
 impl Outbox {
@@ -82,12 +78,9 @@ impl Outbox {
     }
 
     fn gather(&self) {
-        let mut closed = false;
-        while !closed {
-            park_until(|| {
-                closed = self.waiting.lock().closed;
-                closed || self.called.swap(false, Ordering::Acquire)
-            });
+        while !self.waiting.lock().closed {
+            // A call that comes before is not lost, and one without a frame wakes the writer in vain.
+            coroutine::park();
             self.ready.notify_one();
         }
     }
@@ -95,10 +88,7 @@ impl Outbox {
     /// Has the writer woken, now or once the coroutines that are ready have run.
     fn call_writer(&self) {
         match self.gatherer.get() {
-            Some(gatherer) if coroutine::is_coroutine() => {
-                self.called.store(true, Ordering::Release);
-                gatherer.unpark();
-            }
+            Some(gatherer) if coroutine::is_coroutine() => gatherer.unpark(),
             _ => self.ready.notify_one(),
         }
     }

@@ -42,6 +42,7 @@ const LOOK: Duration = Duration::from_secs(1);
 const DATABASE_AWAY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
 /// Silence after which another process that reads the slot counts as paused.
 const SILENCE_MAX: Duration = Duration::from_secs(60);
+
 /// The resources of a feeder.
 #[derive(Debug)]
 pub struct FeederParts {

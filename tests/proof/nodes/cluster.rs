@@ -117,6 +117,7 @@ pub struct Machine<'a> {
 impl<'a> Cluster<'a> {
     /// Three nodes, each with a third of the lanes.
     pub fn start(network: &'a Network, bug: Option<&str>) -> Result<Self, Why> {
+        let faketime = faketime()?;
         let dir = test_dir();
         let rules = dir.path().join("rules.conf");
         let subnet = format!("host all all {}/24 trust", Link::Database.outside());
@@ -181,7 +182,7 @@ impl<'a> Cluster<'a> {
             settings,
             dir,
             doors: Arc::clone(&doors),
-            faketime: faketime()?,
+            faketime,
         };
         let machine = |(number, space)| Machine {
             number,
@@ -234,11 +235,13 @@ impl<'a> Cluster<'a> {
         loop {
             self.until_dealt(&all, &DEALT)?;
             let now = self.renewals();
-            let is_same =
-                |(one, two): (&(i16, i64, i64), &(i16, i64, i64))| (one.0, one.1) == (two.0, two.1);
-            if before.len() != now.len() || !before.iter().zip(&now).all(is_same) {
+            if !before.keys().eq(now.keys()) {
                 before = now;
-            } else if before.iter().zip(&now).all(|(one, two)| one.2 < two.2) {
+            } else if before
+                .values()
+                .zip(now.values())
+                .all(|(one, two)| one < two)
+            {
                 return Ok(());
             }
             if Instant::now() >= deadline {
@@ -248,14 +251,14 @@ impl<'a> Cluster<'a> {
         }
     }
 
-    /// How often each node has renewed, with its number and epoch. One that was paused is not fenced any more once it has.
-    fn renewals(&self) -> Vec<(i16, i64, i64)> {
+    /// How often each node has renewed, by its number and epoch. One that was paused is not fenced any more once it has.
+    fn renewals(&self) -> BTreeMap<(i16, i64), i64> {
         block_on(async {
-            let sql = "SELECT node, epoch, renewals FROM millrace.node WHERE state = 'active' ORDER BY node";
+            let sql = "SELECT node, epoch, renewals FROM millrace.node WHERE state = 'active'";
             let rows = self.database.session().await.query(sql, &[]).await;
             let rows = rows.expect("what each node has renewed");
             rows.iter()
-                .map(|row| (row.get(0), row.get(1), row.get(2)))
+                .map(|row| ((row.get(0), row.get(1)), row.get(2)))
                 .collect()
         })
     }
