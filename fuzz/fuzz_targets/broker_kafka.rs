@@ -4,19 +4,24 @@
 //! - the bytes of an answer behind their length, however they arrive: exactly those, or a refusal;
 //! - the challenge of SCRAM: what it is answered with, a naive server of RFC 5802 takes;
 //! - settings of a topic: it passes only with every one that the promise rests on;
-//! - the code of a produce request: an answer with an offset never reads as "not stored".
+//! - the code of a produce request: an answer with an offset never reads as "not stored";
+//! - metadata that were made from the input, encoded here: the leader of a partition is the one that they name, with its epoch
+//!   and replicas, and what is missing, leaderless or cut off is told apart;
+//! - the list of brokers to begin with: hosts and ports as Kafka's own clients take them.
 
 #![no_main]
 
 use std::collections::HashMap;
 use std::io::{self, Read, Write};
+use std::time::Duration;
 
 use arbitrary::{Arbitrary, Unstructured};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use libfuzzer_sys::fuzz_target;
 use millrace::queue::log::broker::SendError;
-use millrace::queue::log::broker::kafka::{Mechanism, Sasl, fuzz};
+use millrace::queue::log::broker::kafka::fuzz::{Address, Found};
+use millrace::queue::log::broker::kafka::{KafkaSettings, Mechanism, Sasl, fuzz};
 use ring::{digest, hmac, pbkdf2};
 
 #[derive(Arbitrary, Debug)]
@@ -281,11 +286,265 @@ fn settings(input: &[u8]) {
     }
 }
 
+const TOPIC: &str = "orders";
+
+#[derive(Arbitrary, Debug)]
+enum Code {
+    None,
+    UnknownTopicOrPartition,
+    LeaderNotAvailable,
+    ReplicaNotAvailable,
+    Other(i16),
+}
+
+impl Code {
+    fn number(&self) -> i16 {
+        match self {
+            Code::None => 0,
+            Code::UnknownTopicOrPartition => 3,
+            Code::LeaderNotAvailable => 5,
+            Code::ReplicaNotAvailable => 9,
+            Code::Other(number) => *number,
+        }
+    }
+}
+
+#[derive(Arbitrary, Debug)]
+enum Port {
+    Usual,
+    Other(i32),
+}
+
+#[derive(Arbitrary, Debug)]
+struct Member<'a> {
+    id: u8,
+    host: &'a str,
+    port: Port,
+    rack: Option<&'a str>,
+}
+
+#[derive(Arbitrary, Debug)]
+struct Partition {
+    code: Code,
+    index: u8,
+    leader: u8,
+    epoch: i32,
+    replicas: Vec<u8>,
+    in_sync: Vec<u8>,
+}
+
+#[derive(Arbitrary, Debug)]
+struct Topic<'a> {
+    other_name: Option<&'a str>,
+    code: Code,
+    partitions: Vec<Partition>,
+}
+
+#[derive(Arbitrary, Debug)]
+struct Metadata<'a> {
+    wanted: u8,
+    members: Vec<Member<'a>>,
+    cluster: Option<&'a str>,
+    controller: u8,
+    topics: Vec<Topic<'a>>,
+    cut: u8,
+}
+
+/// Ids, and numbers of partitions, so few that they meet.
+fn id(byte: u8) -> i32 {
+    i32::from(byte % 8) - 1
+}
+
+fn string(bytes: &mut Vec<u8>, text: &str) {
+    bytes.extend(u16::try_from(text.len()).unwrap().to_be_bytes());
+    bytes.extend(text.as_bytes());
+}
+
+fn nullable(bytes: &mut Vec<u8>, text: Option<&str>) {
+    match text {
+        Some(text) => string(bytes, text),
+        None => bytes.extend((-1_i16).to_be_bytes()),
+    }
+}
+
+fn count(bytes: &mut Vec<u8>, count: usize) {
+    bytes.extend(i32::try_from(count).unwrap().to_be_bytes());
+}
+
+fn ids(bytes: &mut Vec<u8>, list: &[u8]) {
+    count(bytes, list.len());
+    for one in list {
+        bytes.extend(id(*one).to_be_bytes());
+    }
+}
+
+impl Port {
+    fn number(&self) -> i32 {
+        match self {
+            Port::Usual => 9092,
+            Port::Other(number) => *number,
+        }
+    }
+}
+
+/// MetadataResponse 8 of Kafka's protocol.
+fn encoded(raw: &Metadata) -> Vec<u8> {
+    let mut bytes = vec![0; 4];
+    count(&mut bytes, raw.members.len());
+    for member in &raw.members {
+        bytes.extend(id(member.id).to_be_bytes());
+        string(&mut bytes, member.host);
+        bytes.extend(member.port.number().to_be_bytes());
+        nullable(&mut bytes, member.rack);
+    }
+    nullable(&mut bytes, raw.cluster);
+    bytes.extend(id(raw.controller).to_be_bytes());
+    count(&mut bytes, raw.topics.len());
+    for topic in &raw.topics {
+        bytes.extend(topic.code.number().to_be_bytes());
+        string(&mut bytes, topic.other_name.unwrap_or(TOPIC));
+        bytes.push(0);
+        count(&mut bytes, topic.partitions.len());
+        for partition in &topic.partitions {
+            bytes.extend(partition.code.number().to_be_bytes());
+            bytes.extend(id(partition.index).to_be_bytes());
+            bytes.extend(id(partition.leader).to_be_bytes());
+            bytes.extend(partition.epoch.to_be_bytes());
+            ids(&mut bytes, &partition.replicas);
+            ids(&mut bytes, &partition.in_sync);
+            ids(&mut bytes, &[]);
+        }
+        bytes.extend(i32::MIN.to_be_bytes());
+    }
+    bytes.extend(i32::MIN.to_be_bytes());
+    bytes
+}
+
+/// A host of the characters that Kafka's own clients take, and a port.
+fn address(host: &str, port: i32) -> Option<Address> {
+    let right =
+        |one: char| matches!(one, '0'..='9' | 'a'..='z' | 'A'..='Z' | '-' | '%' | '.' | '_' | ':');
+    let port = u16::try_from(port).ok()?;
+    (port > 0 && !host.is_empty() && host.chars().all(right)).then(|| (host.to_owned(), port))
+}
+
+fn metadata(raw: &Metadata) {
+    let wanted = i32::from(raw.wanted % 8);
+    let settings = KafkaSettings {
+        bootstrap: "broker:9092".to_owned(),
+        topic: TOPIC.to_owned(),
+        partition: wanted,
+        tls: None,
+        sasl: None,
+        timeout: Duration::from_secs(1),
+    };
+    let mut bytes = encoded(raw);
+    bytes.truncate(bytes.len() - usize::from(raw.cut).min(bytes.len()));
+    let said = fuzz::metadata(settings, bytes.into());
+    if raw.cut > 0 {
+        assert!(said.is_err(), "an answer cut off is taken");
+        return;
+    }
+    let said = said.expect("an answer");
+
+    let named = raw.members.iter();
+    let named = named.filter_map(|member| address(member.host, member.port.number()));
+    assert_eq!(said.named, named.take(16).collect::<Vec<_>>());
+
+    let leader = |partition: &Partition| {
+        if !matches!(partition.code.number(), 0 | 9) {
+            return None;
+        }
+        let mut members = raw.members.iter();
+        let member = members.find(|member| id(member.id) == id(partition.leader))?;
+        address(member.host, member.port.number())
+    };
+    let mut topics = raw.topics.iter();
+    let topic = topics.find(|topic| topic.other_name.unwrap_or(TOPIC) == TOPIC);
+    let (code, partitions) = match topic {
+        Some(topic) => (topic.code.number(), topic.partitions.as_slice()),
+        None => (3, [].as_slice()),
+    };
+    let due = match code {
+        0 => {
+            let mut partitions = partitions.iter();
+            match partitions.find(|partition| id(partition.index) == wanted) {
+                Some(partition) => Ok(match leader(partition) {
+                    Some(server) => Found::Led {
+                        server,
+                        epoch: partition.epoch,
+                        replicas: partition.replicas.len(),
+                    },
+                    None => Found::Leaderless,
+                }),
+                None => Ok(Found::TooFew),
+            }
+        }
+        3 => Ok(Found::Missing),
+        5 => Ok(Found::Leaderless),
+        _ => Err(()),
+    };
+    assert_eq!(said.partition.map_err(|_| ()), due);
+
+    // One of each number, from 0 on.
+    let mut leaders = (code == 0).then(Vec::new);
+    for number in 0..partitions.len() {
+        let mut found = partitions
+            .iter()
+            .filter(|partition| usize::try_from(id(partition.index)) == Ok(number));
+        let server = match (found.next(), found.next()) {
+            (Some(partition), None) => leader(partition),
+            _ => None,
+        };
+        leaders = leaders.zip(server).map(|(mut leaders, server)| {
+            leaders.push(server);
+            leaders
+        });
+    }
+    assert_eq!(said.leaders.ok(), leaders);
+}
+
+/// The list, character by character.
+fn bootstrap(input: &[u8]) {
+    let text = String::from_utf8_lossy(input);
+    let mut due = Some(Vec::new());
+    for item in text.split(',') {
+        let item = item.trim();
+        if item.is_empty() {
+            continue;
+        }
+        let found = item.rfind(':').and_then(|colon| {
+            let (host, port) = (&item[..colon], &item[colon + 1..]);
+            let is_bracketed = host.len() > 1 && host.starts_with('[') && host.ends_with(']');
+            let host = if is_bracketed {
+                &host[1..host.len() - 1]
+            } else {
+                host
+            };
+            let mut number: i32 = 0;
+            for digit in port.chars() {
+                let digit = i32::try_from(digit.to_digit(10)?).unwrap();
+                number = number.saturating_mul(10).saturating_add(digit);
+            }
+            address(host, number)
+        });
+        due = due.zip(found).map(|(mut due, found)| {
+            due.push(found);
+            due
+        });
+    }
+    let due = due.filter(|due| !due.is_empty());
+    match fuzz::servers(&text) {
+        Ok(servers) => assert_eq!(Some(servers), due),
+        Err(_) => assert_eq!(due, None),
+    }
+}
+
 fuzz_target!(|input: &[u8]| {
     let Some((kind, rest)) = input.split_first() else {
         return;
     };
-    match kind % 5 {
+    match kind.wrapping_sub(b'A') % 7 {
         0 => {
             if let Ok(raw) = Unstructured::new(rest).arbitrary() {
                 fetched(raw);
@@ -294,7 +553,7 @@ fuzz_target!(|input: &[u8]| {
         1 => exchange(rest),
         2 => scram(rest),
         3 => settings(rest),
-        _ => {
+        4 => {
             let [a, b, base @ ..] = rest else {
                 return;
             };
@@ -307,5 +566,11 @@ fuzz_target!(|input: &[u8]| {
                 "{error}"
             );
         }
+        5 => {
+            if let Ok(raw) = Unstructured::new(rest).arbitrary() {
+                metadata(&raw);
+            }
+        }
+        _ => bootstrap(rest),
     }
 });

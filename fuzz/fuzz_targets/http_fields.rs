@@ -1,5 +1,5 @@
-//! The fields of a head that decide about an order, on any bytes; the first byte chooses which, and a line break ends a
-//! field. A second, naive reader of each field's RFC, byte by byte, comes to the same.
+//! The fields of a head that decide about an order or admit an operator, on any bytes; the first byte chooses which, and a line
+//! break ends a field. A second, naive reader of each field's RFC, byte by byte, comes to the same.
 
 #![no_main]
 
@@ -7,6 +7,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use libfuzzer_sys::fuzz_target;
+use millrace::http::control_plane::cookies;
 use millrace::http::origin::SiteFields;
 use millrace::http::tokens::Tokens;
 use millrace::http::wire::{Preference, idempotency_key, require_identity};
@@ -145,7 +146,7 @@ fn site(fields: &[&[u8]]) {
             let address = std::str::from_utf8(bare)
                 .ok()
                 .and_then(|text| text.parse::<IpAddr>().ok());
-            name.to_ascii_lowercase() == b"localhost"
+            name.eq_ignore_ascii_case(b"localhost")
                 || address.is_some_and(|address| match address {
                     IpAddr::V4(address) => address.octets()[0] == 127,
                     IpAddr::V6(address) => u128::from(address) == 1,
@@ -178,10 +179,40 @@ fn token(fields: &[&[u8]]) {
     let right = field.is_some_and(|field| {
         let (scheme, token) = field.split_at_checked(7).unwrap_or_default();
         let token = token.trim_ascii();
-        scheme.to_ascii_lowercase() == b"bearer " && (token == b"secret" || token == b"other")
+        scheme.eq_ignore_ascii_case(b"bearer ") && (token == b"secret" || token == b"other")
     });
     assert_eq!(tokens.allow(field), right);
     assert!(Tokens::default().allow(field));
+}
+
+/// RFC 6265 4.2.1: pairs end at a semicolon, blanks around them count for nothing, a name ends at the first `=`, and quotes
+/// belong to the value.
+fn session(fields: &[&[u8]]) {
+    let mut due: Vec<Vec<u8>> = Vec::new();
+    for field in fields {
+        let (mut name, mut value): (Vec<u8>, Option<Vec<u8>>) = (Vec::new(), None);
+        for byte in field.iter().copied().chain([b';']) {
+            match (byte, &mut value) {
+                (b';', _) => {
+                    if let Some(mut value) = value.take()
+                        && name == b"millrace_session"
+                    {
+                        while value.last().is_some_and(u8::is_ascii_whitespace) {
+                            value.pop();
+                        }
+                        due.push(value);
+                    }
+                    name.clear();
+                }
+                (b'=', None) => value = Some(Vec::new()),
+                (byte, None) if byte.is_ascii_whitespace() && name.is_empty() => {}
+                (byte, None) => name.push(byte),
+                (byte, Some(value)) => value.push(byte),
+            }
+        }
+    }
+    let found: Vec<&[u8]> = cookies(fields.iter().copied()).collect();
+    assert_eq!(found, due);
 }
 
 fuzz_target!(|input: &[u8]| {
@@ -192,7 +223,7 @@ fuzz_target!(|input: &[u8]| {
         [] => Vec::new(),
         rest => rest.split(|byte| *byte == b'\n').collect(),
     };
-    match kind % 5 {
+    match kind.wrapping_sub(b'A') % 6 {
         0 => assert_eq!(
             Preference::parse(fields.iter().copied()),
             preference(&fields),
@@ -200,6 +231,7 @@ fuzz_target!(|input: &[u8]| {
         1 => key(&fields),
         2 => coding(&fields),
         3 => site(&fields),
-        _ => token(&fields),
+        4 => token(&fields),
+        _ => session(&fields),
     }
 });

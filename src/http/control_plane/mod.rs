@@ -48,6 +48,8 @@ use crate::queue::OrderQueue;
 use crate::store::postgres::Database;
 use failure::Failure;
 use sessions::Sessions;
+#[cfg(feature = "fuzz")]
+pub use sessions::cookies;
 
 /// Refreshes the gauges that other modules count, before metrics are rendered.
 pub type Refresh = Arc<dyn Fn(&Metrics) + Send + Sync>;

@@ -38,38 +38,44 @@ impl Sessions {
         {
             ends.remove(&first);
         }
-        ends.insert(hash(&value), now + SESSION_LASTS);
+        ends.insert(hash(value.as_bytes()), now + SESSION_LASTS);
         Some(value)
     }
 
-    /// Ends the session of a request.
+    /// Ends the sessions of a request.
     pub(super) fn end(&self, headers: &HeaderMap) {
-        if let Some(value) = cookie(headers) {
+        for value in cookies(fields(headers)) {
             self.ends.lock().remove(&hash(value));
         }
     }
 
     /// Whether a request belongs to a session.
     pub(super) fn allow(&self, headers: &HeaderMap) -> bool {
-        cookie(headers).is_some_and(|value| {
-            let ends = self.ends.lock();
-            ends.get(&hash(value))
-                .is_some_and(|end| *end > Instant::now())
-        })
+        let now = Instant::now();
+        cookies(fields(headers))
+            .map(hash)
+            .any(|id| self.ends.lock().get(&id).is_some_and(|end| *end > now))
     }
 }
 
-fn hash(value: &str) -> [u8; 32] {
-    Sha256::digest(value.as_bytes()).into()
+fn hash(value: &[u8]) -> [u8; 32] {
+    Sha256::digest(value).into()
 }
 
-fn cookie(headers: &HeaderMap) -> Option<&str> {
-    headers
-        .get_all(header::COOKIE)
-        .iter()
-        .filter_map(|field| field.to_str().ok())
-        .flat_map(|field| field.split(';'))
-        .find_map(|pair| pair.trim().strip_prefix(COOKIE)?.strip_prefix('='))
+fn fields(headers: &HeaderMap) -> impl Iterator<Item = &[u8]> {
+    let fields = headers.get_all(header::COOKIE).into_iter();
+    fields.map(|field| field.as_bytes())
+}
+
+/// The values that `Cookie` fields have for the session (RFC 6265 4.2). A browser sends those that any port and path of this
+/// host has set, in an order that says nothing, and their bytes need not be text.
+pub fn cookies<'a>(fields: impl Iterator<Item = &'a [u8]>) -> impl Iterator<Item = &'a [u8]> {
+    fields
+        .flat_map(|field| field.split(|byte| *byte == b';'))
+        .filter_map(|pair| {
+            let rest = pair.trim_ascii().strip_prefix(COOKIE.as_bytes())?;
+            rest.strip_prefix(b"=")
+        })
 }
 
 #[cfg(test)]
@@ -101,5 +107,30 @@ mod tests {
         }
         assert_eq!(sessions.ends.lock().len(), SESSIONS_MAX);
         assert!(!sessions.allow(&with(&oldest)));
+    }
+
+    #[test]
+    fn cookies_of_other_services_on_this_host_end_no_session() {
+        let sessions = Sessions::default();
+        let value = sessions.begin().unwrap();
+        for cookies in [
+            format!("{COOKIE}=of another path; {COOKIE}={value}"),
+            format!("name=Zo\u{eb}; {COOKIE}={value}"),
+            format!("{COOKIE}2=x; a{COOKIE}=y;{COOKIE}={value};"),
+        ] {
+            let with = HeaderMap::from_iter([(
+                header::COOKIE,
+                cookies.as_bytes().try_into().expect("a field"),
+            )]);
+            assert!(sessions.allow(&with), "{cookies}");
+        }
+        let quoted = headers(&[("cookie", &format!("{COOKIE}=\"{value}\""))]);
+        assert!(!sessions.allow(&quoted));
+        let both = headers(&[
+            ("cookie", &format!("{COOKIE}=x")),
+            ("cookie", &format!("{COOKIE}={value}")),
+        ]);
+        sessions.end(&both);
+        assert!(!sessions.allow(&both));
     }
 }

@@ -7,8 +7,9 @@ use std::{
 
 use kafka_protocol::{
     messages::{
-        MetadataRequest, MetadataResponse, TopicName, metadata_request::MetadataRequestTopic,
-        metadata_response::MetadataResponsePartition,
+        MetadataRequest, MetadataResponse, TopicName,
+        metadata_request::MetadataRequestTopic,
+        metadata_response::{MetadataResponsePartition, MetadataResponseTopic},
     },
     protocol::StrBytes,
 };
@@ -85,7 +86,7 @@ impl Leader {
 }
 
 /// What metadata say of the partition.
-enum Found {
+pub(super) enum Found {
     Missing,
     /// The topic is there, and this partition of it is not.
     TooFew(BrokerError),
@@ -174,32 +175,7 @@ impl Cluster {
     pub(super) fn leaders(&self, deadline: Instant) -> Result<Vec<Server>, BrokerError> {
         let mut link = self.any(deadline)?;
         let metadata = self.metadata(&mut link, deadline)?;
-        let topic = &self.settings.topic;
-        let of = |code| {
-            codes::of_question(
-                &link.server.to_string(),
-                code,
-                Some(&format!("topic {topic}")),
-            )
-        };
-        let found = match metadata.topics.first() {
-            Some(found) if found.error_code == 0 => found,
-            Some(found) if found.error_code != UNKNOWN_TOPIC_OR_PARTITION => {
-                return Err(of(found.error_code));
-            }
-            _ => {
-                return Err(BrokerError::Away(format!(
-                    "topic {topic} is missing: make it, with the partitions and the retention that its readers want"
-                )));
-            }
-        };
-        let mut partitions: Vec<_> = found.partitions.iter().collect();
-        partitions.sort_by_key(|partition| partition.partition_index);
-        let leader = |partition: &&MetadataResponsePartition| match self.led(&metadata, partition) {
-            Some(Found::Led { server, .. }) => Ok(server),
-            _ => Err(of(LEADER_NOT_AVAILABLE)),
-        };
-        partitions.iter().map(leader).collect()
+        self.find_all(&link.server, &metadata)
     }
 
     /// A connection to one server.
@@ -246,26 +222,21 @@ impl Cluster {
             .with_topics(Some(vec![topic]))
             .with_allow_auto_topic_creation(false);
         let answer = ask(link, &request, deadline)?;
-        let mut known: Vec<_> = answer
-            .brokers
-            .iter()
-            .filter_map(|b| server(&b.host, b.port))
-            .collect();
-        known.truncate(16);
-        *self.known.lock() = known;
+        *self.known.lock() = named(&answer);
         Ok(answer)
     }
 
-    fn find(&self, asked: &Server, metadata: &MetadataResponse) -> Result<Found, BrokerError> {
-        let topic = &self.settings.topic;
-        let of =
-            |code| codes::of_question(&asked.to_string(), code, Some(&format!("topic {topic}")));
-        let Some(found) = metadata.topics.first() else {
+    pub(super) fn find(
+        &self,
+        asked: &Server,
+        metadata: &MetadataResponse,
+    ) -> Result<Found, BrokerError> {
+        let of = |code| self.of_topic(asked, code);
+        let Some(found) = self.topic(metadata) else {
             return Ok(Found::Missing);
         };
         match found.error_code {
             0 => {}
-            UNKNOWN_TOPIC_OR_PARTITION => return Ok(Found::Missing),
             LEADER_NOT_AVAILABLE => return Ok(Found::Leaderless(of(LEADER_NOT_AVAILABLE))),
             code => return Err(of(code)),
         }
@@ -276,34 +247,61 @@ impl Cluster {
             .find(|p| p.partition_index == wanted)
         else {
             return Ok(Found::TooFew(BrokerError::Refused(format!(
-                "topic {topic} has {} partitions and must have {} for partition {wanted}",
+                "topic {} has {} partitions and must have {} for partition {wanted}",
+                self.settings.topic,
                 found.partitions.len(),
                 i64::from(wanted) + 1
             ))));
         };
-        // A replica that is missing does not keep the leader from answering.
-        if !matches!(partition.error_code, 0 | REPLICA_NOT_AVAILABLE) {
-            return Ok(Found::Leaderless(of(partition.error_code)));
-        }
-        Ok(self
-            .led(metadata, partition)
-            .unwrap_or_else(|| Found::Leaderless(of(LEADER_NOT_AVAILABLE))))
+        Ok(match led(metadata, partition) {
+            Ok(server) => Found::Led {
+                server,
+                epoch: partition.leader_epoch,
+                replicas: partition.replica_nodes.len(),
+            },
+            Err(code) => Found::Leaderless(of(code)),
+        })
     }
 
-    fn led(
+    pub(super) fn find_all(
         &self,
+        asked: &Server,
         metadata: &MetadataResponse,
-        partition: &MetadataResponsePartition,
-    ) -> Option<Found> {
-        let leader = metadata
-            .brokers
+    ) -> Result<Vec<Server>, BrokerError> {
+        let Some(found) = self.topic(metadata) else {
+            return Err(BrokerError::Away(format!(
+                "topic {} is missing: make it, with the partitions and the retention that its readers want",
+                self.settings.topic
+            )));
+        };
+        if found.error_code != 0 {
+            return Err(self.of_topic(asked, found.error_code));
+        }
+        let mut partitions: Vec<_> = found.partitions.iter().collect();
+        partitions.sort_by_key(|partition| partition.partition_index);
+        let leader = |(number, partition): (i32, &MetadataResponsePartition)| {
+            if partition.partition_index != number {
+                return Err(LEADER_NOT_AVAILABLE);
+            }
+            led(metadata, partition)
+        };
+        let leaders: Result<_, _> = (0..).zip(partitions).map(leader).collect();
+        leaders.map_err(|code| self.of_topic(asked, code))
+    }
+
+    /// The topic, if it is there.
+    fn topic<'a>(&self, metadata: &'a MetadataResponse) -> Option<&'a MetadataResponseTopic> {
+        let is_ours = |name: &TopicName| name.0.as_str() == self.settings.topic;
+        metadata
+            .topics
             .iter()
-            .find(|broker| broker.node_id == partition.leader_id)?;
-        Some(Found::Led {
-            server: server(&leader.host, leader.port)?,
-            epoch: partition.leader_epoch,
-            replicas: partition.replica_nodes.len(),
-        })
+            .find(|topic| topic.name.as_ref().is_some_and(is_ours))
+            .filter(|topic| topic.error_code != UNKNOWN_TOPIC_OR_PARTITION)
+    }
+
+    fn of_topic(&self, asked: &Server, code: i16) -> BrokerError {
+        let topic = format!("topic {}", self.settings.topic);
+        codes::of_question(&asked.to_string(), code, Some(&topic))
     }
 
     /// A connection to the controller: older brokers do not pass requests for new topics and partitions on.
@@ -404,26 +402,48 @@ fn of_fault(fault: Fault) -> BrokerError {
     }
 }
 
+/// The leader of a partition, or the code that says why there is none.
+fn led(metadata: &MetadataResponse, partition: &MetadataResponsePartition) -> Result<Server, i16> {
+    // A replica that is missing does not keep the leader from answering.
+    if !matches!(partition.error_code, 0 | REPLICA_NOT_AVAILABLE) {
+        return Err(partition.error_code);
+    }
+    metadata
+        .brokers
+        .iter()
+        .find(|broker| broker.node_id == partition.leader_id)
+        .and_then(|leader| server(&leader.host, leader.port))
+        .ok_or(LEADER_NOT_AVAILABLE)
+}
+
+/// The brokers that metadata name.
+pub(super) fn named(metadata: &MetadataResponse) -> Vec<Server> {
+    let brokers = metadata.brokers.iter();
+    brokers
+        .filter_map(|broker| server(&broker.host, broker.port))
+        .take(16)
+        .collect()
+}
+
+/// A host of the characters that Kafka's own clients take, and a port.
 fn server(host: &str, port: i32) -> Option<Server> {
-    let port = u16::try_from(port).ok()?;
-    Some(Server {
+    let port = u16::try_from(port).ok().filter(|port| *port != 0)?;
+    let is_of_host = |byte: u8| byte.is_ascii_alphanumeric() || b"-%._:".contains(&byte);
+    (!host.is_empty() && host.bytes().all(is_of_host)).then(|| Server {
         host: host.to_owned(),
         port,
     })
 }
 
-fn servers(list: &str) -> Result<Vec<Server>, BrokerError> {
+pub(super) fn servers(list: &str) -> Result<Vec<Server>, BrokerError> {
     let parsed = |item: &str| {
         let (host, port) = item.rsplit_once(':')?;
         let host = host
             .strip_prefix('[')
             .and_then(|h| h.strip_suffix(']'))
             .unwrap_or(host);
-        let port = port.parse().ok().filter(|port| *port != 0)?;
-        (!host.is_empty() && !host.contains(['/', '@', ' '])).then(|| Server {
-            host: host.to_owned(),
-            port,
-        })
+        let is_number = port.bytes().all(|byte| byte.is_ascii_digit());
+        server(host, is_number.then(|| port.parse().ok())??)
     };
     let items = list
         .split(',')
@@ -482,6 +502,7 @@ fn client_config(tls: &Tls) -> Result<Arc<ClientConfig>, BrokerError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use kafka_protocol::messages::{BrokerId, metadata_response::MetadataResponseBroker};
 
     #[test]
     fn addresses_are_host_and_port() {
@@ -499,11 +520,70 @@ mod tests {
             "a:0",
             ":1",
             "a:65536",
+            "a:+1",
+            "[::1:1",
+            "a b:1",
             "user:secret@a:1",
             "kafka://a:1",
         ] {
             let error = told(list).unwrap_err().to_string();
             assert!(!error.contains("secret"), "{error}");
         }
+    }
+
+    /// Metadata of a topic in whose partitions one and its leader are odd.
+    fn metadata(partitions: &[(i32, i32)]) -> MetadataResponse {
+        let broker = |(id, host, port)| {
+            MetadataResponseBroker::default()
+                .with_node_id(BrokerId(id))
+                .with_host(StrBytes::from_static_str(host))
+                .with_port(port)
+        };
+        let partition = |(index, leader): &(i32, i32)| {
+            MetadataResponsePartition::default()
+                .with_partition_index(*index)
+                .with_leader_id(BrokerId(*leader))
+        };
+        let topic = MetadataResponseTopic::default()
+            .with_name(Some(TopicName(StrBytes::from_static_str("t"))))
+            .with_partitions(partitions.iter().map(partition).collect());
+        let brokers = [(1, "a", 9092), (2, "b", 0), (3, "", 9092)];
+        MetadataResponse::default()
+            .with_brokers(brokers.map(broker).to_vec())
+            .with_topics(vec![topic])
+    }
+
+    #[test]
+    fn the_leaders_are_those_of_every_partition_or_none() {
+        let cluster = Cluster::new(KafkaSettings {
+            bootstrap: "a:9092".to_owned(),
+            topic: "t".to_owned(),
+            partition: 0,
+            tls: None,
+            sasl: None,
+            timeout: Duration::from_secs(1),
+        })
+        .unwrap();
+        let asked = &cluster.bootstrap[0];
+        let all = |partitions: &[_]| cluster.find_all(asked, &metadata(partitions));
+        assert_eq!(
+            all(&[(1, 1), (0, 1)]).unwrap(),
+            [asked.clone(), asked.clone()]
+        );
+        // A gap, a partition twice, and leaders that nobody can connect to.
+        for partitions in [
+            [(0, 1), (2, 1)],
+            [(0, 1), (0, 1)],
+            [(0, 1), (1, 2)],
+            [(0, 3), (1, 1)],
+        ] {
+            assert!(
+                matches!(all(&partitions), Err(BrokerError::Away(_))),
+                "{partitions:?}"
+            );
+        }
+        let mut other = metadata(&[(0, 1)]);
+        other.topics[0].name = Some(TopicName(StrBytes::from_static_str("other")));
+        assert!(matches!(cluster.find(asked, &other), Ok(Found::Missing)));
     }
 }
