@@ -74,6 +74,11 @@ async fn no_unit_and_no_key_is_held_by_an_order_that_is_nowhere() {
     .await;
     assert!(known(&in_flight.order) && known(&paid) && known(&written[0].order));
     assert_eq!(sku.counter().snapshot().held, 2 + 3 + 3);
+    // Its payment is to be refunded, for want of a receipt.
+    orphans.remove(paid.id);
+    until("what is not recovered is released", || !known(&paid)).await;
+    assert!(known(&in_flight.order) && known(&written[0].order));
+    assert_eq!(sku.counter().snapshot().held, 2 + 3);
     watching.abort();
 }
 

@@ -143,6 +143,7 @@ impl Restorer {
         let writer = BatchWriter::new(self.database.clone(), self.lease, shard);
         let mut replayer = Replayer::new(self.database.clone(), writer, self.rows_max);
         let mut timeline = self.watermarks.whole_timeline();
+        let mut kept = Vec::new();
         loop {
             let told = tokio::select! {
                 biased;
@@ -152,12 +153,16 @@ impl Restorer {
             // Not short-circuited: each check also records what it has seen.
             let promoted = self.was_promoted(&mut timeline).await;
             if !(self.some_are_lost().await || promoted || told) {
+                if let Err(error) = self.release_kept(&mut kept).await {
+                    tracing::warn!(reason = %error, "lost orders could not be released yet; retrying");
+                }
                 continue;
             }
             self.watermarks.set_whole(None);
             let before = replayer.applied();
             match self.restore(&mut replayer).await {
-                Ok(()) => {
+                Ok(waited_for) => {
+                    kept = waited_for;
                     self.watermarks.restored(timeline.clone());
                     let after = replayer.applied();
                     let written = after.written - before.written;
@@ -231,7 +236,7 @@ impl Restorer {
     async fn end_again(&self) -> Result<(), StoreError> {
         let state = Arc::clone(&self.state);
         let ended = spawn_blocking(move || state.buyers.ended_orders()).await;
-        let mut ended = ended.map_err(|panic| StoreError::Data(panic.to_string()))?;
+        let mut ended = ended.map_err(panicked)?;
         ended.sort_unstable_by_key(|(id, _)| *id);
         let mut again = 0;
         for part in ended.chunks(PART) {
@@ -254,7 +259,8 @@ impl Restorer {
         Ok(())
     }
 
-    async fn restore(&self, replayer: &mut Replayer) -> Result<(), StoreError> {
+    /// Returns the lost orders that a payment waits for.
+    async fn restore(&self, replayer: &mut Replayer) -> Result<Vec<OrderUnits>, StoreError> {
         self.end_again().await?;
         replayer.forget_faults();
         let (parts, mut read) = mpsc::channel::<Vec<Order>>(1);
@@ -307,12 +313,9 @@ impl Restorer {
         // The database may have parked orders again, or have lost the fact that they were unparked.
         parking::recount(&self.state, &self.database, &self.metrics).await?;
         match reading.await {
-            Ok(Ok(())) => {
-                self.release_lost().await?;
-                Ok(())
-            }
+            Ok(Ok(())) => self.release_lost().await,
             Ok(Err(error)) => Err(StoreError::Data(error.to_string())),
-            Err(panic) => Err(StoreError::Data(panic.to_string())),
+            Err(panic) => Err(panicked(panic)),
         }
     }
 
@@ -354,50 +357,79 @@ impl Restorer {
     }
 
     /// Releases the units and keys of live orders that are neither in the database nor in flight nor in the
-    /// journal. An order that a payment waits for is kept: it is recovered from its receipt.
-    async fn release_lost(&self) -> Result<(), StoreError> {
-        let panicked = |panic: tokio::task::JoinError| StoreError::Data(panic.to_string());
+    /// journal. Returns those that a payment waits for: its receipt may recover them.
+    async fn release_lost(&self) -> Result<Vec<OrderUnits>, StoreError> {
         let state = Arc::clone(&self.state);
         let live = spawn_blocking(move || state.buyers.live_orders()).await;
         let absent = orders::absent_among(&self.database, &live.map_err(panicked)?).await?;
         if absent.is_empty() {
-            return Ok(());
+            return Ok(Vec::new());
         }
         tokio::time::sleep(SECOND_LOOK).await;
+        let nowhere = self.nowhere(absent).await?;
+        let state = Arc::clone(&self.state);
+        let known = spawn_blocking(move || state.buyers.live_among(&nowhere));
+        let lost = known.await.map_err(panicked)?;
+        let lost = lost.into_iter().map(|(user_id, order)| OrderUnits {
+            order_id: order.order_id,
+            user_id,
+            sku: order.sku,
+            quantity: order.quantity.get(),
+        });
+        Ok(self.release(lost.collect()))
+    }
+
+    /// Releases those of the lost orders whose payment was decided and did not recover them.
+    async fn release_kept(&self, kept: &mut Vec<OrderUnits>) -> Result<(), StoreError> {
+        let is_decided = |units: &&OrderUnits| !self.state.orphans.waits_for(units.order_id);
+        let decided: Vec<OrderId> = kept
+            .iter()
+            .filter(is_decided)
+            .map(|units| units.order_id)
+            .collect();
+        if decided.is_empty() {
+            return Ok(());
+        }
+        let absent = orders::absent_among(&self.database, &decided).await?;
+        let nowhere = self.nowhere(absent).await?;
+        let (mut lost, waited_for): (Vec<_>, Vec<_>) = kept
+            .drain(..)
+            .partition(|units| decided.contains(&units.order_id));
+        lost.retain(|units| {
+            let known = self.state.buyers.find(&units.user_id, units.order_id);
+            nowhere.contains(&units.order_id) && known.is_some_and(|known| known.is_live())
+        });
+        *kept = self.release(lost);
+        kept.extend(waited_for);
+        Ok(())
+    }
+
+    /// Those of the orders without a row that are not in flight or in the journal either. An order that has left memory
+    /// meanwhile is a row by now, or was abandoned.
+    async fn nowhere(&self, absent: Vec<OrderId>) -> Result<HashSet<OrderId>, StoreError> {
         let (state, queue) = (Arc::clone(&self.state), Arc::clone(&self.queue));
         let settled = spawn_blocking(move || lookup::not_in_flight(&state, &*queue, absent));
         let settled = settled
             .await
             .map_err(panicked)?
             .map_err(LookupError::from)?;
-        // An order that has left memory since the first look is a row by now, or was abandoned.
-        let nowhere: HashSet<OrderId> = orders::absent_among(&self.database, &settled)
-            .await?
-            .into_iter()
-            .collect();
-        let state = Arc::clone(&self.state);
-        let known = spawn_blocking(move || state.buyers.live_among(&nowhere));
-        let mut released = 0;
-        for (user_id, order) in known.await.map_err(panicked)? {
-            if self.state.orphans.waits_for(order.order_id) {
-                continue;
-            }
-            self.state.lost(&OrderUnits {
-                order_id: order.order_id,
-                user_id,
-                sku: order.sku,
-                quantity: order.quantity.get(),
-            });
-            released += 1;
-        }
-        if released > 0 {
+        let nowhere = orders::absent_among(&self.database, &settled).await?;
+        Ok(nowhere.into_iter().collect())
+    }
+
+    /// Releases orders of which no copy is left. Returns those that a payment waits for.
+    fn release(&self, mut lost: Vec<OrderUnits>) -> Vec<OrderUnits> {
+        let kept = lost.extract_if(.., |units| self.state.orphans.waits_for(units.order_id));
+        let kept = kept.collect();
+        lost.iter().for_each(|units| self.state.lost(units));
+        if !lost.is_empty() {
             tracing::error!(
-                orders = released,
+                orders = lost.len(),
                 "the database has lost orders of which no copy is left: their units and keys are free again; only synchronous \
                  replication keeps every commit (synchronous_standby_names)"
             );
         }
-        Ok(())
+        kept
     }
 
     /// The status that an order's row must have. `None`: the order is in flight, and its worker writes it.
@@ -419,6 +451,10 @@ impl Restorer {
             None => OrderStatus::Expired,
         })
     }
+}
+
+fn panicked(panic: tokio::task::JoinError) -> StoreError {
+    StoreError::Data(panic.to_string())
 }
 
 fn deduplicated(mut orders: Vec<(Order, OrderStatus)>) -> Vec<(Order, OrderStatus)> {

@@ -435,7 +435,10 @@ impl Reconciler {
             payload: receipt.payload,
             attributes: None,
         };
-        // A failover may have lost the row of an order that memory knows and whose units it holds.
+        // A failover may have lost the row of an order that memory knows: one that waits for units, or has them.
+        if sku.waitlist().has(order.id) {
+            return Decision::GiveUp(RefundReason::NotAssigned);
+        }
         let known = state.buyers.find(&order.user_id, order.id);
         let held = known.is_some_and(|known| known.is_live());
         let late = payment.paid_at >= order.expires_at;

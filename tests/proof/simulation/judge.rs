@@ -17,7 +17,7 @@ const NEVER_MS: i64 = 253_370_764_800_000;
 /// What is known of an order from outside.
 pub struct Placed {
     pub order: Order,
-    pub receipt: String,
+    pub receipt: Option<String>,
     /// It was acknowledged, or told to be a row.
     is_promised: bool,
     asked_to_cancel: bool,

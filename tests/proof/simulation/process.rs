@@ -82,7 +82,8 @@ pub enum Answer {
     /// The order, as a row or an acknowledged record.
     Order {
         order: Box<Order>,
-        receipt: String,
+        /// None for an order that waits for units.
+        receipt: Option<String>,
         how: How,
         /// This very request has placed it.
         is_new: bool,
@@ -456,10 +457,10 @@ impl Process {
     }
 
     fn order(&self, order: &Order, how: How, is_new: bool) -> Answer {
-        let receipt = self.receipts.sign(&SignedParts::from(order));
+        let sign = || self.receipts.sign(&SignedParts::from(order));
         Answer::Order {
             order: Box::new(order.clone()),
-            receipt: receipt.as_str().to_owned(),
+            receipt: (!order.waits()).then(|| sign().as_str().to_owned()),
             how,
             is_new,
         }

@@ -253,6 +253,8 @@ impl Sim {
             return;
         };
         amount += i64::from(is_wrong);
+        // Some shops do not pass it on.
+        let receipt = receipt.filter(|_| self.chance(|random| random.random_ratio(9, 10)));
         let made_at = UnixMillis(self.wall_ms());
         let mut stored = false;
         for attempt in 0..60 {
@@ -267,7 +269,7 @@ impl Sim {
                     order_ref: id.to_string(),
                     amount,
                     currency: Currency::new("EUR").expect("a currency"),
-                    receipt: Some(receipt.clone()),
+                    receipt: receipt.clone(),
                     made_at: Some(made_at),
                 };
                 let delivery = Delivery {
