@@ -1,60 +1,93 @@
-//! P7, third part: whether anything grows while a sale goes on and on.
+//! P7, third part: whether anything grows while a sale goes on and on, with payments, buyers who wait for units, and the
+//! log of accepted orders on a broker.
 
 use std::time::{Duration, Instant};
 
 use anyhow::ensure;
+use serde_json::json;
 
-use crate::fixture::child::Server;
+use crate::brokers::Kind;
+use crate::fixture::child::{Server, call, start_broker};
 use crate::fixture::engine::HOT;
 use crate::fixture::load::{Load, load};
 use crate::fixture::machine::Usage;
 use crate::fixture::{Finding, Lab, Scratch, Target, blocking};
 
 /// Orders a second: a fraction of what it can do, so that nothing is refused for want of room.
-const RATE: f64 = 4_000.0;
+const RATE: f64 = 2_000.0;
 const CONNECTIONS: usize = 256;
 /// What Millrace remembers of buyers is bounded by this window; it is reached early in the soak, so
 /// that what grows afterwards should not.
 const WINDOW_MS: &str = "10000";
+/// An order that is not paid gives its units back to those who wait.
+const PAYMENT_TTL_MS: &str = "5000";
+/// The share of orders with units that are paid.
+const PAID: &str = "0.3";
+/// Units at the start, and those that come each second in place of paid ones: fewer than are asked for, so that the list is full.
+const UNITS: u32 = 5_000;
+const RESTOCKED: u32 = 300;
+const WAITLIST_MAX: u32 = 2_000;
+const SECRET: &str = "whsec_c29hay1zZWNyZXQtb2YtMjQtYnl0ZXMh";
 /// Looks at the process.
-const LOOKS: usize = 60;
+const LOOKS: u32 = 60;
 
 /// Runs the case.
 pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
     let scratch = Scratch::new()?;
-    let settings = [
+    let broker = start_broker(Kind::Redis)?;
+    let mut settings = vec![
         ("ORDERS__IDEMPOTENCY_WINDOW_MS", WINDOW_MS),
-        ("ORDERS__PAYMENT_TTL_MS", "5000"),
+        ("ORDERS__PAYMENT_TTL_MS", PAYMENT_TTL_MS),
+        ("PAYMENTS__STANDARD__SECRET", SECRET),
     ];
+    settings.extend(
+        broker
+            .env()
+            .iter()
+            .filter_map(|(name, value)| Some((name.strip_prefix("MILLRACE_")?, value.as_str()))),
+    );
     let server = Server::start(&scratch.dir("millrace")?, &settings)?;
-    server.put_sku(HOT, 1_000_000)?;
+    server.put_sku_with(HOT, UNITS, json!({"waitlist_max": WAITLIST_MAX}))?;
     let length = Duration::from_secs_f64(lab.soak_minutes * 60.0);
+    // No key comes again after its window, when it might be used afresh: the audit knows no windows.
+    let buyers = (RATE * length.as_secs_f64()).ceil().to_string();
     let plan = Load {
         rate: RATE,
         seconds: length.as_secs_f64(),
         mode: "mixed",
         connections: CONNECTIONS,
         seed: 1,
-        // No key comes again after its window, when it might be used afresh: the audit knows no windows.
         more: [
-            "--buyers",
-            "4000000",
-            "--one-order-per-buyer",
-            "--duplicates",
-            "0.1",
+            ["--buyers", &buyers, "--one-order-per-buyer"].as_slice(),
+            &["--duplicates", "0.1", "--waitlist"],
+            &["--pay", PAID, "--payment-secret", SECRET],
         ]
+        .concat()
+        .into_iter()
         .map(str::to_owned)
-        .to_vec(),
+        .collect(),
     };
     let address = server.data;
     let loading = tokio::task::spawn_blocking(move || load(address, HOT, &plan));
     let started = Instant::now();
     let mut looks: Vec<Usage> = Vec::new();
+    let restock = json!({"quantity": RESTOCKED}).to_string();
+    let mut seconds = tokio::time::interval(Duration::from_secs(1));
     while started.elapsed() < length {
-        tokio::time::sleep(length / LOOKS as u32).await;
-        looks.push(server.process.usage()?);
+        seconds.tick().await;
+        let target = format!("/admin/v1/skus/{HOT}/restock");
+        let (status, answer) = blocking(|| call(server.control, "POST", &target, &restock))?;
+        ensure!(status == 200, "a restock: {status} {answer}");
+        if started.elapsed() > length / LOOKS * (looks.len() as u32 + 1) {
+            looks.push(server.process.usage()?);
+        }
     }
     let report = loading.await??;
+    let (payments, waitlist) = (&report.0["payments"], &report.0["waitlist"]);
+    ensure!(
+        payments["unacknowledged"] == 0 && payments["false_signatures"]["taken"] == 0,
+        "payments: {payments:#}"
+    );
     blocking(|| server.audit())?;
     let in_flight = server.metric("millrace_orders_in_flight")?;
     let stopped_clean = blocking(|| server.process.terminate())?;
@@ -89,6 +122,15 @@ pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
             highest(late, |usage| usage.resident_bytes) / 1_048_576.0,
         ),
         Finding::of("orders placed", report.number("placed")?),
+        Finding::of(
+            "of which waited for units",
+            waitlist["joined"].as_f64().unwrap_or(0.0),
+        ),
+        Finding::of(
+            "of which were given some",
+            waitlist["assigned"].as_f64().unwrap_or(0.0),
+        ),
+        Finding::of("payments", payments["acknowledged"].as_f64().unwrap_or(0.0)),
         Finding::of("answers that were failures", report.number("errors")?),
     ])
 }

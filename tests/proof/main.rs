@@ -58,8 +58,8 @@ use std::process::ExitCode;
 
 use outcome::{Proof, report};
 
-/// Every proof.
-const PROOFS: &[Proof] = &[
+/// Proofs that only compute.
+const COMPUTING: &[Proof] = &[
     Proof {
         name: "checker",
         counts: "rounds of the checker against planted falsehoods",
@@ -102,6 +102,11 @@ const PROOFS: &[Proof] = &[
         short: 8,
         run: simulation::run_defects,
     },
+];
+
+/// Proofs that run processes, for which they mostly wait. `power` collects every process without a parent, so each runs
+/// by itself.
+const WAITING: &[Proof] = &[
     Proof {
         name: "kill9",
         counts: "cycles of load, kill -9 and recovery",
@@ -172,15 +177,17 @@ const PROOFS: &[Proof] = &[
     },
 ];
 
+fn proofs() -> impl Iterator<Item = &'static Proof> {
+    COMPUTING.iter().chain(WAITING)
+}
+
 fn main() -> ExitCode {
     let mut words: Vec<String> = Vec::new();
     let mut arguments = std::env::args().skip(1);
     while let Some(word) = arguments.next() {
         match word.as_str() {
             "--list" => {
-                PROOFS
-                    .iter()
-                    .for_each(|proof| println!("{}: test", proof.name));
+                proofs().for_each(|proof| println!("{}: test", proof.name));
                 return ExitCode::SUCCESS;
             }
             // What begins with a dash is meant for the usual test harness, some with a value.
@@ -191,17 +198,17 @@ fn main() -> ExitCode {
             _ => words.push(word),
         }
     }
-    let chosen: Vec<(&Proof, u64)> = match words.as_slice() {
-        [] => PROOFS.iter().map(|proof| (proof, proof.short)).collect(),
+    let all_held = match words.as_slice() {
+        [] => run_all(),
         [name, rest @ ..] => {
-            let proof = PROOFS.iter().find(|proof| proof.name == name);
+            let proof = proofs().find(|proof| proof.name == name);
             let count = match rest {
                 [] => proof.map(|proof| proof.short),
                 [count] => count.parse().ok(),
                 _ => None,
             };
             match (proof, count) {
-                (Some(proof), Some(count)) => vec![(proof, count)],
+                (Some(proof), Some(count)) => report(proof, count),
                 // `cargo test WORD` runs every test target with that word.
                 (None, _) if rest.is_empty() => {
                     eprintln!("no proof is called {name}: none was run");
@@ -211,10 +218,6 @@ fn main() -> ExitCode {
             }
         }
     };
-    let mut all_held = true;
-    for (proof, count) in chosen {
-        all_held &= report(proof, count);
-    }
     if all_held {
         ExitCode::SUCCESS
     } else {
@@ -222,9 +225,24 @@ fn main() -> ExitCode {
     }
 }
 
+/// Runs every proof in its short form, those that compute beside those that wait. Returns whether none failed.
+fn run_all() -> bool {
+    let in_turn = |proofs: &'static [Proof]| {
+        let held = proofs.iter().map(|proof| report(proof, proof.short));
+        // Each runs, also after one that failed.
+        held.fold(true, |all, held| all && held)
+    };
+    let computing = std::thread::Builder::new().name("computing".to_owned());
+    let computing = computing
+        .spawn(move || in_turn(COMPUTING))
+        .expect("a thread");
+    let waiting = in_turn(WAITING);
+    computing.join().is_ok_and(|held| held) && waiting
+}
+
 fn usage() -> ExitCode {
     eprintln!("usage: proof [NAME [COUNT]]");
-    for proof in PROOFS {
+    for proof in proofs() {
         let Proof {
             name,
             counts,
