@@ -274,6 +274,7 @@ impl IdClock {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Duration;
 
     fn lane(number: u8) -> Lane {
         Lane::new(number).unwrap()
@@ -307,6 +308,44 @@ mod tests {
             assert!(before.millis() <= id.millis(), "{before} {id}");
             before = id;
         }
+    }
+
+    #[test]
+    fn ids_are_in_turn_as_they_were_given_out_whatever_their_lanes() {
+        let clock = clock();
+        let mut before = clock.next(lane(63)).unwrap().turn();
+        for n in 0..10_000_u32 {
+            let turn = clock.next(lane(63 - (n % 64) as u8)).unwrap().turn();
+            assert!(before < turn, "{before} {turn}");
+            before = turn;
+        }
+    }
+
+    #[test]
+    fn two_nodes_give_out_no_two_ids_of_one_turn() {
+        let turns = |lane: u64| {
+            let at =
+                |ms: u64, sequence| OrderId((ms << LANE_BITS | lane) << SEQUENCE_BITS | sequence);
+            [
+                at(1, 0),
+                at(1, 1),
+                at(1, (1 << SEQUENCE_BITS) - 1),
+                at(2, 0),
+            ]
+            .map(OrderId::turn)
+        };
+        let (one, other) = (turns(0), turns(63));
+        assert!(one.iter().zip(&other).all(|(one, other)| one < other));
+        assert!(other.iter().zip(&one[1..]).all(|(other, one)| other < one));
+    }
+
+    #[test]
+    fn a_clock_goes_on_with_the_monotonic_clock() {
+        let (clock, now) = (clock(), Instant::now());
+        let later = now + Duration::from_secs(5);
+        assert_eq!(clock.real_at(later).0 - clock.real_at(now).0, 5_000);
+        let ids = [now, later].map(|at| clock.next_at(at, lane(3)).unwrap().millis().0);
+        assert_eq!(ids[1] - ids[0], 5_000);
     }
 
     #[test]

@@ -158,7 +158,7 @@ mod tests {
         assert_eq!(set.iter().map(Lane::get).collect::<Vec<_>>(), [0, 5, 63]);
         assert!(set.has(lane(63)) && !set.has(lane(1)));
         assert_eq!((set.len(), LaneSet::ALL.len()), (3, Lane::COUNT));
-        assert!(LaneSet::default().is_empty());
+        assert!(LaneSet::default().is_empty() && !set.is_empty());
     }
 
     #[test]

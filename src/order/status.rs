@@ -178,6 +178,26 @@ mod tests {
     }
 
     #[test]
+    fn an_order_is_live_until_it_has_ended_and_holds_units_unless_it_waits() {
+        for status in OrderStatus::ALL {
+            let ended = Ended::of(status);
+            assert_eq!(status.is_live(), ended.is_none(), "{status}");
+            assert!(ended.is_none_or(|ended| Ended::of(ended.status()) == Some(ended)));
+            let holds = status.is_live() && status != OrderStatus::Waitlisted;
+            assert_eq!(status.holds_units(), holds, "{status}");
+        }
+        let live = OrderStatus::ALL.map(OrderStatus::is_live);
+        assert_eq!(
+            live,
+            [
+                true, true, true, true, true, false, false, false, false, false
+            ]
+        );
+        assert_eq!(Ended::of(OrderStatus::RefundDue), Some(Ended::Cancelled));
+        assert_eq!(Ended::of(OrderStatus::Refunded), Some(Ended::Cancelled));
+    }
+
+    #[test]
     fn every_pair_of_statuses_is_decided_and_units_never_come_back_to_life() {
         for from in OrderStatus::ALL {
             assert!(!from.may_become(from), "{from} must not become itself");

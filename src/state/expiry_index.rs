@@ -257,13 +257,14 @@ mod tests {
             ranges_max: 2,
         };
         let mut ranges = Ranges::default();
-        for value in [1, 1_000, 3, 1_005] {
+        for value in [10, 1_000, 20, 1_100] {
             ranges.insert(id(value), nearness);
         }
+        assert_eq!(ranges.len(), 2);
         let (first, second) = (ranges.pop_first(), ranges.pop_first());
         assert_eq!(
             (first, second, ranges.len()),
-            (Some(range(1, 3)), Some(range(1_000, 1_005)), 0)
+            (Some(range(10, 20)), Some(range(1_000, 1_100)), 0)
         );
     }
 }

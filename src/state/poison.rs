@@ -48,5 +48,6 @@ mod tests {
         poison.set("a worker panicked");
         poison.set("and then another");
         assert_eq!(poison.reason(), Some("a worker panicked"));
+        assert!(poison.is_set());
     }
 }

@@ -203,6 +203,54 @@ mod tests {
     }
 
     #[test]
+    fn small_batches_tell_the_fixed_time_and_larger_ones_the_time_of_a_row() {
+        let pace = ThroughputEstimator::default();
+        let batches = [
+            (LARGE_ROWS - 1, 10, 0),
+            // 10 ms are fixed, so 22 are for 16 rows.
+            (LARGE_ROWS, 32, 1_375),
+            // 1 ms a row, and a second or more counts alone.
+            (1_000, 1_010, 1_000),
+            // 0.5 ms a row, with a weight of 0.51.
+            (1_000, 510, 745),
+        ];
+        for (rows, took, wait_ms) in batches {
+            pace.written(rows, ms(took));
+            pace.refresh();
+            let waits = pace.wait_ms(1_000);
+            assert!(waits.abs_diff(wait_ms) <= 1, "{rows} rows: {waits}");
+        }
+    }
+
+    #[test]
+    fn rows_that_are_being_written_are_ahead_too() {
+        let pace = ThroughputEstimator::default();
+        pace.written(1_000, ms(1_000));
+        pace.begin(0, 2, 300);
+        pace.begin(1, 2, 500);
+        pace.refresh();
+        assert_eq!(pace.wait_ms(0), 400, "800 rows of 1 ms by two workers");
+        assert_eq!(pace.wait_ms(1_000), 900);
+        pace.end(0);
+        pace.refresh();
+        assert_eq!(pace.wait_ms(0), 250);
+    }
+
+    #[test]
+    fn a_large_batch_is_not_late_before_it_can_be_done() {
+        let pace = ThroughputEstimator::default();
+        pace.written(1_000, ms(1_000_000));
+        pace.begin(0, 1, 1_000);
+        std::thread::sleep(ms(150));
+        pace.refresh();
+        assert_eq!(
+            pace.wait_ms(0),
+            1_000_000,
+            "its own thousand rows of a second"
+        );
+    }
+
+    #[test]
     fn a_batch_that_does_not_come_back_tells_before_it_does() {
         let pace = ThroughputEstimator::default();
         pace.written(1, ms(1));

@@ -150,3 +150,31 @@ impl<'a> Reader<'a> {
             .ok_or(ReceiptError::Malformed)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_has_one_form() {
+        for value in [0, 1, 0x7f, 0x80, 0x3fff, 0x4000, u64::MAX >> 1, u64::MAX] {
+            let mut bytes = Vec::new();
+            let mut rest = value;
+            while rest > 0x7f {
+                bytes.push(rest as u8 | 0x80);
+                rest >>= 7;
+            }
+            bytes.push(rest as u8);
+            assert_eq!(Reader(&bytes).varint(), Ok(value));
+        }
+        let too_long: [&[u8]; 4] = [&[0x80, 0x00], &[0xff, 0x80, 0x00], &[0x80], &[0xff; 11]];
+        let too_large = [&[0xff; 9][..], &[0x02]].concat();
+        for bytes in too_long.into_iter().chain([&too_large[..]]) {
+            assert_eq!(
+                Reader(bytes).varint(),
+                Err(ReceiptError::Malformed),
+                "{bytes:?}"
+            );
+        }
+    }
+}

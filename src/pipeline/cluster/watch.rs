@@ -148,6 +148,18 @@ mod tests {
     }
 
     #[test]
+    fn a_quarter_of_a_lease_without_a_renewal_of_our_own_is_no_gap_and_more_is() {
+        let mut watch = Watch::new(LEASE_MS);
+        for now_ms in (0..=10_000).step_by(2_500) {
+            watch.renewed(now_ms, now_ms, &[beat(5)]);
+        }
+        assert_eq!(watch.suspects(12_500).len(), 1);
+        assert_eq!(watch.suspects(12_501), []);
+        watch.renewed(12_501, 12_501, &[beat(5)]);
+        assert_eq!(watch.suspects(12_501), []);
+    }
+
+    #[test]
     fn the_time_that_an_answer_takes_is_never_counted_against_the_other() {
         let mut watch = Watch::new(LEASE_MS);
         for sent_ms in (0..=11_000).step_by(1_000) {
@@ -168,6 +180,7 @@ mod tests {
     #[test]
     fn a_node_that_gives_its_lease_up_is_suspect_at_once() {
         assert_eq!(watch(0, |_| -6).suspects(0).len(), 1);
+        assert_eq!(watch(0, |_| 0).suspects(0), [], "it has just begun");
     }
 
     #[test]

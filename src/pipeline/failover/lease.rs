@@ -179,6 +179,7 @@ mod tests {
         for lease_ms in [1_000, 600_000, 86_400_000] {
             // A clock that is a twentieth fast.
             assert!(waited_ms(lease_ms) * 20 / 21 > lease_ms, "{lease_ms}");
+            assert!(waited_ms(lease_ms) <= lease_ms * 11 / 10 + 1_000);
         }
     }
 

@@ -345,5 +345,26 @@ mod tests {
         for cut in 0..bytes.as_bytes().len() {
             assert_eq!(decode(&bytes.as_bytes()[..cut]), Err(Malformed), "{cut}");
         }
+        let one_more = [bytes.as_bytes(), &[0]].concat();
+        assert_eq!(decode(&one_more), Err(Malformed));
+        let appended = bytes.group();
+        assert_eq!((appended.records, appended.orders), (4, 3));
+        let id = order(None).id;
+        assert_eq!(appended.ids, Some((id, id)));
+        bytes.begin(4, 104);
+        assert!(bytes.is_empty());
+        assert_eq!(decode(bytes.as_bytes()), Err(Malformed), "no record");
+    }
+
+    #[test]
+    fn the_largest_order_takes_as_many_bytes_as_are_reserved_for_it() {
+        let long = "a".repeat(1_024);
+        let mut bytes = GroupBytes::default();
+        bytes.begin(1, 1);
+        let room = bytes.as_bytes().len() + RECORD_MAX;
+        assert_eq!(order_bytes(Some(&long)), RECORD_MAX);
+        assert!(bytes.fits(RECORD_MAX, room) && !bytes.fits(RECORD_MAX, room - 1));
+        bytes.push_order(&order(Some(&long)));
+        assert_eq!(bytes.as_bytes().len(), room);
     }
 }

@@ -234,6 +234,15 @@ mod tests {
             assert_eq!(spill.in_memory_of(1, place), Some(0));
         }
         assert_eq!(spill.in_memory_of(1, last + 1), None);
+        spill.advance();
+        assert_eq!(spill.in_memory_of(1, first), Some(1));
+        assert_eq!(spill.orders(), 2 * all.len() - 1);
+        for _ in all {
+            spill.pop();
+        }
+        assert_eq!(spill.orders(), 0);
+        let groups = spill.groups.lock();
+        assert!(groups.groups.is_empty() && groups.least.is_empty());
     }
 
     #[test]

@@ -781,6 +781,25 @@ mod tests {
     }
 
     #[test]
+    fn an_order_is_found_by_its_key_on_its_page_and_by_its_end() {
+        let (buyers, user) = (Buyers::new(10, 10), user("u"));
+        assert!(buyers.is_empty() && buyers.used() == 0.0);
+        for order in [entry(5, 1, 7, 1), entry(6, 2, 8, 1)] {
+            commit(buyers.claim(&user, order, None, Ok(()), &NothingSticky));
+        }
+        let under = |key, payload| buyers.under_key(&user, &entry(9, key, payload, 1));
+        assert_eq!(under(1, 7), Ok(Some(id(5))));
+        assert_eq!(under(1, 8), Err(Refusal::IdempotencyKeyReused));
+        assert_eq!(under(3, 7), Ok(None));
+        assert_eq!(buyers.page(&user, id(6), 9), [entry(5, 1, 7, 1)]);
+        assert_eq!(buyers.ended_orders(), []);
+        buyers.deactivate(&user, id(5), Ended::Expired);
+        assert_eq!(buyers.ended_orders(), [(id(5), Ended::Expired)]);
+        assert_eq!(buyers.live_orders(), [id(6)]);
+        assert!(!buyers.is_empty() && buyers.used() == 0.2);
+    }
+
+    #[test]
     fn a_dropped_claim_leaves_nothing() {
         let buyers = Buyers::new(10, 10);
         let user = UserId::new("u").unwrap();
@@ -971,6 +990,29 @@ mod tests {
         assert_eq!((placed, refused), (8, Refusal::MemoryFull));
         let eviction = buyers.early_eviction(id(1), id(3), id(9));
         assert_eq!(buyers.evict(eviction, |_| false), 2);
+    }
+
+    #[test]
+    fn an_early_eviction_takes_the_oldest_and_no_more_than_it_must() {
+        let buyers = Buyers::new(1_000, 1_000);
+        let place = |of: u64| {
+            let (user, order) = (user(&format!("u{}", of % 100)), entry(of * 1_000, 0, 1, 1));
+            commit(buyers.claim(&user, order, None, Ok(()), &NothingSticky));
+        };
+        (1..=900).for_each(place);
+        assert!(!buyers.is_tight(), "nine tenths are not yet tight");
+        (901..=1_000).for_each(place);
+        assert!(buyers.is_tight());
+        let (floor, now) = (id(1), id(1_000_001));
+        let eviction = buyers.early_eviction(floor, now, now);
+        let gone = buyers.evict(eviction, |_| false);
+        // Of 256 parts of the window each has about four orders.
+        assert!((200..=204).contains(&gone), "{gone}");
+        let mut left = buyers.live_orders();
+        left.sort_unstable();
+        assert_eq!(left[0].get(), (gone as u64 + 1) * 1_000);
+        assert_eq!(left.len(), 1_000 - gone);
+        assert!(!buyers.is_tight());
     }
 
     /// A long record answers as many short ones do.

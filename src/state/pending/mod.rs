@@ -330,6 +330,88 @@ pub(super) mod tests {
         assert!(!slot.claim());
     }
 
+    /// What a slot says of the log: its state, whether the log has it for certain, or may have it, and in which span.
+    fn log_of(slot: &Slot) -> (SlotState, bool, bool, u64) {
+        (
+            slot.state(),
+            slot.is_durable(),
+            slot.is_recorded(),
+            slot.span(),
+        )
+    }
+
+    #[test]
+    fn what_the_log_has_of_an_order_stays_known_whatever_becomes_of_it() {
+        const SPAN: u64 = (1 << 54) - 1;
+        let appended = |durable| {
+            let slot = Slot::appending(None);
+            assert!(slot.send());
+            assert_eq!(log_of(&slot), (SlotState::Appending, false, true, 0));
+            assert!(!slot.abandon() && !slot.spill() && !slot.claim());
+            slot.appended(SPAN, durable);
+            slot
+        };
+        let slots = [
+            (true, Slot::recovered(SPAN)),
+            (true, appended(true)),
+            (false, appended(false)),
+        ];
+        for (durable, slot) in slots {
+            assert_eq!(log_of(&slot), (SlotState::Waiting, durable, true, SPAN));
+            assert!(!slot.abandon(), "a restart would write it");
+            slot.subscribe(Waker::noop().clone());
+            assert!(slot.claim());
+            slot.take_wakers(|_| {});
+            assert_eq!(log_of(&slot), (SlotState::Claimed, durable, true, SPAN));
+            slot.settle(Settled::Unwritten);
+            assert_eq!(log_of(&slot), (SlotState::Unwritten, durable, true, SPAN));
+        }
+        let spilled = appended(true);
+        assert!(spilled.spill() && !spilled.spill());
+        assert_eq!(log_of(&spilled), (SlotState::OnDisk, true, true, SPAN));
+    }
+
+    #[test]
+    fn what_the_log_has_not_may_be_abandoned_and_does_not_spill() {
+        let slot = Slot::appending(None);
+        assert!(slot.send());
+        slot.not_sent();
+        assert_eq!(log_of(&slot), (SlotState::Appending, false, false, 0));
+        assert!(slot.abandon() && !slot.send());
+        assert_eq!(log_of(&slot), (SlotState::Abandoned, false, false, 0));
+        let slot = Slot::new(None);
+        assert_eq!(log_of(&slot), (SlotState::Waiting, false, false, 0));
+        assert!(!slot.spill());
+    }
+
+    #[test]
+    fn only_a_state_that_nothing_follows_is_final() {
+        let settled = |settled| {
+            let slot = Slot::new(None);
+            assert!(slot.claim() && !slot.state().is_final());
+            slot.settle(settled);
+            slot.state()
+        };
+        let ends = [
+            (Settled::Persisted, SlotState::Persisted),
+            (Settled::Failed, SlotState::Failed),
+            (Settled::Unwritten, SlotState::Unwritten),
+            (Settled::OnDisk, SlotState::OnDisk),
+        ];
+        for (how, state) in ends {
+            assert_eq!(settled(how), state);
+            assert!(state.is_final());
+        }
+        assert!(SlotState::Abandoned.is_final());
+        assert!(!SlotState::Waiting.is_final() && !SlotState::Appending.is_final());
+    }
+
+    #[test]
+    #[should_panic(expected = "no log has so many spans")]
+    fn a_span_that_does_not_fit_is_a_broken_invariant() {
+        Slot::recovered(1 << 56);
+    }
+
     #[test]
     #[should_panic(expected = "not claimed")]
     fn settling_what_is_not_claimed_is_a_broken_invariant() {
@@ -415,5 +497,81 @@ pub(super) mod tests {
         assert!(pending.due(now + Duration::from_millis(100)).is_empty());
         enter(3, 200);
         assert_eq!(pending.due(now + Duration::from_millis(700)).len(), 2);
+    }
+
+    #[test]
+    fn an_overdue_order_is_looked_at_again_unless_a_log_has_it() {
+        let now = Instant::now();
+        let after = |millis| now + Duration::from_millis(millis);
+        let looks = |entry: PendingOrder| {
+            let pending = Pending::with_capacity(16);
+            pending.insert(&Arc::new(entry));
+            // The first look finds it, the second is too early, the third is due if any is.
+            [60, 100, 170].map(|millis| pending.due(after(millis)).len())
+        };
+        let waiting = PendingOrder::new(order(1), after(50), None);
+        assert!(!waiting.is_overdue(now) && waiting.is_overdue(after(51)));
+        assert_eq!(looks(waiting), [1, 0, 1]);
+        let appending = || PendingOrder::appending(order(1), after(50), None);
+        assert_eq!(looks(appending()), [1, 0, 1]);
+        let sent = appending();
+        assert!(sent.slot.send());
+        assert_eq!(looks(sent), [1, 0, 1], "its record may be refused yet");
+        let appended = appending();
+        assert!(appended.slot.send());
+        appended.slot.appended(1, false);
+        assert_eq!(looks(appended), [1, 0, 0]);
+    }
+
+    #[test]
+    fn a_request_that_waits_for_less_time_is_woken_first_and_the_order_at_its_own_deadline() {
+        let now = Instant::now();
+        let after = |millis| now + Duration::from_millis(millis);
+        let pending = Pending::with_capacity(16);
+        let entry = Arc::new(PendingOrder::new(order(1), after(500), None));
+        pending.insert(&entry);
+        pending.wake_by(&entry, after(50));
+        pending.wake_by(&entry, after(900));
+        let looks = [40, 60, 490, 510].map(|millis| pending.due(after(millis)).len());
+        assert_eq!(looks, [0, 1, 0, 1]);
+    }
+
+    #[test]
+    fn an_order_is_due_in_the_very_millisecond_of_its_deadline() {
+        let pending = Pending::with_capacity(16);
+        let deadline = clock::start() + Duration::from_secs(3_600);
+        pending.insert(&Arc::new(PendingOrder::new(order(1), deadline, None)));
+        assert!(pending.due(deadline - Duration::from_millis(1)).is_empty());
+        assert_eq!(pending.due(deadline).len(), 1);
+    }
+
+    #[test]
+    fn each_of_many_orders_is_itself() {
+        let pending = Pending::with_capacity(16);
+        for id in 1..=10_000 {
+            pending.insert(&Arc::new(PendingOrder::recovered(order(id), id)));
+        }
+        assert_eq!(pending.len(), 10_000);
+        for id in 1..=10_000 {
+            let known = pending.get(OrderId::new(id).unwrap());
+            assert_eq!(known.map(|known| known.slot.span()), Some(id));
+        }
+    }
+
+    #[test]
+    fn orders_on_the_disk_are_in_flight_too() {
+        let pending = Pending::with_capacity(16);
+        for id in 1..=3 {
+            pending.insert(&Arc::new(PendingOrder::recovered(order(id), 1)));
+        }
+        assert_eq!((pending.len(), pending.in_flight()), (3, 3));
+        pending.spilled(2);
+        pending.remove(OrderId::new(1).unwrap());
+        pending.remove(OrderId::new(2).unwrap());
+        assert_eq!((pending.len(), pending.in_flight()), (1, 3));
+        pending.insert(&Arc::new(PendingOrder::recovered(order(2), 1)));
+        pending.read_back(1);
+        assert_eq!((pending.len(), pending.in_flight()), (2, 3));
+        assert!(!pending.is_empty());
     }
 }

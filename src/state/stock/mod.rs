@@ -539,6 +539,29 @@ mod tests {
     }
 
     #[test]
+    fn units_that_come_back_go_to_those_who_wait_in_turn() {
+        let sku = sku(0);
+        let id = |n| OrderId::new(n).unwrap();
+        let waits = |n, units| sku.waitlist().restore(sku.counter(), id(n), units);
+        assert!(waits(1, 3) && waits(2, 3) && waits(3, 2) && !waits(3, 2));
+        sku.counter().set_total(5).unwrap();
+        let select = |skips, max| sku.waitlist().select(sku.counter(), skips, max);
+        assert_eq!(
+            select(false, 9),
+            [(id(1), 3)],
+            "3 do not suffice for the next"
+        );
+        assert_eq!(sku.counter().kept(), 2);
+        assert_eq!(select(false, 9), [], "nobody is passed over");
+        assert_eq!(select(true, 0), []);
+        assert_eq!(select(true, 9), [(id(3), 2)]);
+        assert_eq!((sku.counter().kept(), sku.counter().free()), (0, 0));
+        sku.counter().set_total(8).unwrap();
+        assert_eq!(select(true, 9), [(id(2), 3)]);
+        assert_eq!(sku.counter().snapshot().held, 8);
+    }
+
+    #[test]
     fn units_that_are_withdrawn_leave_the_total_and_nobody_can_take_them() {
         let counter = StockCounter::new(10, 4, 3);
         counter.withdraw(2);

@@ -573,8 +573,104 @@ mod tests {
     }
 
     #[test]
+    fn the_advice_on_wal_is_as_large_as_the_sale() {
+        let settings = settings();
+        let mut seen = seen(&settings);
+        seen.sale.orders = Some(10_000_000);
+        let sql = wal::checkpoints(&seen).sql;
+        assert_eq!(
+            sql[..2],
+            [
+                "ALTER SYSTEM SET max_wal_size = '36GB';",
+                "ALTER SYSTEM SET min_wal_size = '19GB';"
+            ],
+            "20 GB, and 1.9 times as much until a checkpoint is due at nine tenths"
+        );
+        // The 61 segments that are there need no room.
+        let grows = (36 << 30) - 61 * (16 << 20);
+        for (wal, statements) in [(grows, 3), (grows - 1, 0)] {
+            seen.facts.room = Some(Room {
+                rows: 0,
+                wal,
+                shared: false,
+            });
+            assert_eq!(wal::checkpoints(&seen).sql.len(), statements);
+        }
+    }
+
+    #[test]
+    fn segments_are_prepared_unless_that_is_in_vain() {
+        let advice = |orders: u64, wal: u64| {
+            let settings = settings();
+            let mut seen = seen(&settings);
+            seen.sale.orders = Some(orders);
+            seen.facts.segments_ready = Some(0);
+            seen.facts.room = Some(Room {
+                rows: 0,
+                wal,
+                shared: false,
+            });
+            wal::segments(&seen).remedy.unwrap_or_default()
+        };
+        // 10,000 orders fill two segments of 16 MB; 128 MB stay free.
+        assert!(advice(10_000, 160 << 20).starts_with("millrace preflight --prepare"));
+        assert!(advice(10_000, (160 << 20) - 1).starts_with("make room"));
+        // Of 64 segments of max_wal_size one is in use.
+        let segments = |segments: u64| segments * (16 << 20) / WAL_BYTES;
+        assert!(advice(segments(63), 1 << 40).starts_with("millrace preflight --prepare"));
+        assert!(advice(segments(64), 1 << 40).starts_with("raise max_wal_size, which keeps 63"));
+    }
+
+    #[test]
+    fn the_rate_is_that_of_copy_and_the_wait_what_arrives_faster() {
+        let settings = settings();
+        let mut seen = seen(&settings);
+        let mut waits = |rate| {
+            rows(&mut seen, 1_000.0, rate);
+            let (_, measured) = all(&seen);
+            assert_eq!(measured.orders_per_second, Some(800));
+            measured.wait_ms
+        };
+        // 10,000 orders are written in 12.5 s.
+        assert_eq!(waits(None), Some(12_500));
+        assert_eq!(waits(Some(1_000)), Some(2_500));
+        assert_eq!(waits(Some(800)), Some(0));
+    }
+
+    #[test]
+    fn a_bound_itself_is_good() {
+        assert_eq!(verdicts(|s| slow(s, 20)), verdicts(|_| {}));
+        assert!(verdicts(|s| slow(s, 100)).contains(&("commit", Verdict::Warn)));
+        let clock = |apart| verdicts(move |s| s.facts.clock_apart_ms = apart);
+        assert_eq!(clock(1_000), verdicts(|_| {}));
+        assert!(clock(1_001).contains(&("clock", Verdict::Warn)));
+        assert!(clock(120_000).contains(&("clock", Verdict::Warn)));
+        assert!(clock(120_001).contains(&("clock", Verdict::Bad)));
+    }
+
+    #[test]
+    fn a_standby_that_commits_wait_for_is_named_with_its_reason() {
+        let advice = |awaited, synchronous, catching_up| {
+            let settings = settings();
+            let mut seen = seen(&settings);
+            seen.facts.synchronous_standby_names = "ANY 1 (a, b)".to_owned();
+            seen.facts.standbys = Some(2);
+            seen.facts.standbys_awaited = awaited;
+            seen.facts.standbys_synchronous = synchronous;
+            seen.facts.standbys_catching_up = catching_up;
+            replication::check(&seen).remedy
+        };
+        let told = |remedy: Option<String>, part: &str| remedy.is_some_and(|it| it.contains(part));
+        assert!(told(advice(1, 0, 1), "is catching up"));
+        assert!(told(advice(1, 0, 0), "is away"));
+        assert!(told(advice(2, 1, 0), "1 of 2 are there"));
+        assert_eq!(advice(1, 1, 0), None);
+    }
+
+    #[test]
     fn figures_are_for_people() {
         assert_eq!(grouped(0), "0");
+        assert_eq!(grouped(123_456), "123,456");
         assert_eq!(grouped(1_234_567), "1,234,567");
         assert_eq!(bytes(1), "1 MB");
         assert_eq!(bytes(3 << 29), "1.5 GB");

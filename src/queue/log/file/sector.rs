@@ -170,4 +170,25 @@ mod tests {
         assert_eq!(decode(&out, Seal::new(&[8; 16], 3), 9), Sector::Damaged);
         assert_eq!(decode(&[0; SECTOR], seal, 9), Sector::Zero);
     }
+
+    #[test]
+    fn a_sealed_sector_that_makes_no_sense_is_damage() {
+        let seal = Seal::new(&[7; 16], 3);
+        let sealed = |index: u16, count: u16, used: usize| {
+            let mut sector = [0; SECTOR];
+            sector[12..14].copy_from_slice(&index.to_le_bytes());
+            sector[14..16].copy_from_slice(&count.to_le_bytes());
+            sector[16..18].copy_from_slice(&(used as u16).to_le_bytes());
+            let crc = seal.of(9, &sector[4..]);
+            sector[..4].copy_from_slice(&crc.to_le_bytes());
+            decode(&sector, seal, 9)
+        };
+        assert!(matches!(
+            sealed(1, 2, PAYLOAD),
+            Sector::Part { index: 1, .. }
+        ));
+        assert_eq!(sealed(0, 1, 0), Sector::Damaged);
+        assert_eq!(sealed(0, 1, PAYLOAD + 1), Sector::Damaged);
+        assert_eq!(sealed(1, 1, 1), Sector::Damaged);
+    }
 }

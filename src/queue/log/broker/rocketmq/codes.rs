@@ -215,6 +215,26 @@ mod tests {
     }
 
     #[test]
+    fn an_operator_reads_the_name_the_code_and_a_line_of_the_remark() {
+        let told = |code, remark: &str| {
+            words(&Answer {
+                code,
+                remark: remark.to_owned(),
+                ..Answer::default()
+            })
+        };
+        assert_eq!(told(1500, ""), "GO_AWAY (1500)");
+        assert_eq!(
+            told(24, "no\r\nsuch"),
+            "SUBSCRIPTION_NOT_EXIST (24): nosuch"
+        );
+        assert_eq!(
+            told(4711, &"x".repeat(900)).len(),
+            "code (4711): ".len() + 300
+        );
+    }
+
+    #[test]
     fn every_code_outside_of_the_table_is_unknown() {
         let listed: Vec<i64> = SENT.iter().map(|&(code, ..)| code).collect();
         for code in (-2000..4000).filter(|code| !listed.contains(code)) {
