@@ -46,7 +46,7 @@ pub const CRASH_POINTS: [&str; 24] = [
 ];
 
 /// Every defect that can be enabled.
-pub const BUGS: [&str; 31] = [
+pub const BUGS: [&str; 33] = [
     "acknowledge_before_broker",
     "unknown_is_success",
     "no_fence",
@@ -72,6 +72,8 @@ pub const BUGS: [&str; 31] = [
     "ready_without_progress",
     "pause_when_stored",
     "sell_what_is_parked",
+    "forget_a_retry",
+    "refund_again",
     "forget_what_falls_due_while_loading",
     "two_entries_of_a_user",
     "assign_before_the_draw",

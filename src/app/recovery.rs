@@ -16,14 +16,13 @@ use super::joining::JoinedNode;
 use super::order_log::OwnedLog;
 use super::ownership::Ownership;
 use crate::config::{Backend, Config};
-use crate::faults::{bug, crash_point};
+use crate::faults::crash_point;
 use crate::http::control_plane::ControlPlane;
-use crate::order::{IdClock, LaneSet, OrderId, SkuNumber};
+use crate::order::{IdClock, LaneSet, OrderId};
 use crate::pipeline::failover::lease::now_ms;
 use crate::pipeline::failover::loading;
 use crate::pipeline::failover::log_replay::{self, LogReplay};
 use crate::pipeline::failover::replay::{Applied, Replayer};
-use crate::pipeline::orders::parking;
 use crate::state::State;
 use crate::state::buyers::Buyers;
 use crate::state::expiry_index::ExpiryIndex;
@@ -43,7 +42,7 @@ use crate::store::cluster::{self, membership};
 use crate::store::postgres::lease::ID_LEASE_MS;
 use crate::store::postgres::order_log::LogName;
 use crate::store::postgres::window::ReadProgress;
-use crate::store::postgres::{Database, NodeLease, audit, lanes, orders, parked, skus};
+use crate::store::postgres::{NodeLease, audit, lanes, skus};
 
 /// Recently written orders that are answered from memory, about 200 bytes each.
 const RECENT_ORDERS: usize = 65_536;
@@ -219,10 +218,8 @@ async fn recover(
         None => (None, LaneSet::ALL),
         Some((lanes, loaded)) => (Some(lanes), loaded),
     };
-    if !bug("sell_what_is_parked") {
-        let parked = hold_parked(&catalogue, database, lease, floor, loaded).await?;
-        control.metrics().orders_parked.set(parked.cast_signed());
-    }
+    let parked = loading::hold_parked(&catalogue, database, lease, floor, loaded).await?;
+    control.metrics().orders_parked.set(parked.cast_signed());
     let state = State {
         catalogue,
         buyers,
@@ -279,47 +276,6 @@ async fn lanes_of(
     membership::lease_ids(database, lease, until).await?;
     ids.extend_lease(until);
     Ok(node.loaded.keys().copied().collect())
-}
-
-/// Holds the units of parked orders of these lanes. Their SKUs' rows do not count them and may be wrong, so the held units are
-/// summed up from the orders.
-async fn hold_parked(
-    catalogue: &Catalogue,
-    database: &Database,
-    lease: NodeLease,
-    floor: OrderId,
-    lanes: LaneSet,
-) -> Result<u64, StoreError> {
-    let parked = parked::by_sku(database, lanes).await?;
-    if parked.is_empty() {
-        return Ok(0);
-    }
-    let skus: Vec<SkuNumber> = parked.keys().copied().collect();
-    let by_rows = orders::held_units(database, lease, floor, lanes, &skus).await?;
-    let mut orders = 0;
-    for (number, parked) in parked {
-        let Some(sku) = catalogue.by_number(number) else {
-            continue;
-        };
-        orders += parked.orders;
-        let held = by_rows.get(&number).copied().unwrap_or(0) + parked.units;
-        let units = u32::try_from(held)
-            .map_err(|_| StoreError::Data(format!("sku {}: its orders hold {held}", sku.id)))?;
-        sku.counter().release(sku.counter().snapshot().held);
-        let total = sku.counter().snapshot().total;
-        sku.counter().hold_regardless(units);
-        if sku.shared().is_some() {
-            sku.fault().lack(sku.counter().snapshot().total - total);
-        }
-        catalogue.set_fault(&sku, parking::FOUND, 1);
-        sku.fault().set_parked(parked.orders);
-        tracing::error!(
-            sku_id = %sku.id, orders = parked.orders, units = parked.units,
-            "orders of this SKU are parked, because the database refused its counters: its sale is paused until the database \
-             accepts them (see the audit)"
-        );
-    }
-    Ok(orders)
 }
 
 fn tell(control: &ControlPlane, doing: &str, progress: ReadProgress) {

@@ -27,9 +27,11 @@ enum Catch {
     Database(&'static str),
     /// By the naive twin, which tries each by itself: `cargo test --test model`.
     Twin,
+    /// By `simulation_defects`, which tries each by itself.
+    Simulation,
 }
 
-use Catch::{Alone, Database, Kill9, Nodes, Payments, Progress, Recovery, Twin};
+use Catch::{Alone, Database, Kill9, Nodes, Payments, Progress, Recovery, Simulation, Twin};
 
 /// Every defect of [`BUGS`], its description, and the proof that catches it.
 const CAUGHT_BY: &[(&str, &str, Catch)] = &[
@@ -185,6 +187,16 @@ const CAUGHT_BY: &[(&str, &str, Catch)] = &[
         "an entry that leaves the list, and comes back without its rank",
         Twin,
     ),
+    (
+        "forget_a_retry",
+        "the retry of a dead letter whose answer was lost, and whose units are free",
+        Simulation,
+    ),
+    (
+        "refund_again",
+        "a refund that is sent twice and goes to a second payment",
+        Simulation,
+    ),
 ];
 
 /// Tries the first `count` of them, or the one that `MILLRACE_BUG` names.
@@ -215,7 +227,7 @@ pub fn run(count: u64) -> Result<String, Why> {
                 outcome => said(outcome),
             },
             Database(case) => said(database::with_bug(3, case, Some(bug))),
-            Twin => continue,
+            Twin | Simulation => continue,
         };
         if why.is_none() {
             return Err(Why::Failed(format!("{bug} ({what}) was not caught")));

@@ -224,3 +224,33 @@ fn parked_orders_are_cancelled_expire_and_are_paid_as_others_are() {
         assert!(server.stop().await);
     });
 }
+
+#[test]
+fn a_parked_order_that_is_cancelled_while_a_trigger_drops_its_row_stays_parked() {
+    block_on(async {
+        let database = TestDatabase::create().await;
+        let admin = database.connect().await;
+        let server = TestServer::start(&database, |_| {}).await;
+        server.put_sku("A", 10, Value::Null).await;
+        let run = async |sql: &str| admin.batch_execute(sql).await.unwrap();
+        run("UPDATE millrace.sku SET total = 0").await;
+        let order = accept(&server, "u", "A").await;
+        until_number(&admin, 1, PARKED).await;
+        run("CREATE FUNCTION millrace.drop_it() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$;
+             CREATE TRIGGER drop_it BEFORE INSERT ON millrace.orders FOR EACH ROW EXECUTE FUNCTION millrace.drop_it()")
+            .await;
+        let refused = cancel(&server, &order).await;
+        assert!(refused.status >= 500, "{refused:?}");
+        assert_eq!(number(&admin, PARKED).await, 1);
+        run("DROP TRIGGER drop_it ON millrace.orders").await;
+        let cancelled = cancel(&server, &order).await;
+        assert_eq!(cancelled.json()["status"], "cancelled", "{cancelled:?}");
+        run("UPDATE millrace.sku SET total = 10").await;
+        wait_until("the sale goes on", async || {
+            state(&server, "A").await == "open"
+        })
+        .await;
+        server.assert_audit().await;
+        assert!(server.stop().await);
+    });
+}

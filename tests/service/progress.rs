@@ -434,3 +434,24 @@ fn a_sale_whose_counters_are_refused_is_not_resumed_until_they_are_taken() {
         assert!(server.stop().await);
     });
 }
+
+#[test]
+fn a_resumed_sale_has_the_total_that_its_row_has() {
+    block_on(async {
+        let database = TestDatabase::create().await;
+        let server = TestServer::start(&database, |_| {}).await;
+        server.put_sku("A", 10, Value::Null).await;
+        let operator = database.connect().await;
+        for total in [4, 10] {
+            let edit = format!("UPDATE millrace.sku SET total = {total}");
+            operator.batch_execute(&edit).await.expect("edit");
+            let resumed = server
+                .control("POST", "/admin/v1/skus/A/resume", Value::Null)
+                .await;
+            let told = (resumed.status, resumed.json()["total"].clone());
+            assert_eq!(told, (200, json!(total)));
+        }
+        server.assert_audit().await;
+        assert!(server.stop().await);
+    });
+}

@@ -6,13 +6,15 @@
 use std::collections::{BTreeMap, HashSet};
 use std::time::Instant;
 
+use crate::faults::bug;
 use crate::order::{LaneSet, OrderId, SkuNumber, UnixMillis};
+use crate::pipeline::orders::parking;
 use crate::state::State;
 use crate::state::orphans::Orphans;
 use crate::state::stock::Catalogue;
 use crate::store::cluster::lists;
 use crate::store::postgres::window::{self, ReadProgress};
-use crate::store::postgres::{Database, NodeLease, draws, orders, payments};
+use crate::store::postgres::{Database, NodeLease, draws, orders, parked, payments};
 use crate::store::{Ledger, StoreError};
 
 /// Orders that were read.
@@ -110,6 +112,50 @@ pub async fn load_orphans(database: &Database, orphans: &Orphans) -> Result<(), 
         orphans.insert(id, paid_at);
     }
     Ok(())
+}
+
+/// Holds the units of parked orders of these lanes. Their SKUs' rows do not count them and may be wrong, so the held units are
+/// summed up from the orders. Returns the number of orders.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn hold_parked(
+    catalogue: &Catalogue,
+    database: &Database,
+    lease: NodeLease,
+    floor: OrderId,
+    lanes: LaneSet,
+) -> Result<u64, StoreError> {
+    let parked = parked::by_sku(database, lanes).await?;
+    if parked.is_empty() || bug("sell_what_is_parked") {
+        return Ok(0);
+    }
+    let skus: Vec<SkuNumber> = parked.keys().copied().collect();
+    let by_rows = orders::held_units(database, lease, floor, lanes, &skus).await?;
+    let mut orders = 0;
+    for (number, parked) in parked {
+        let Some(sku) = catalogue.by_number(number) else {
+            continue;
+        };
+        orders += parked.orders;
+        let held = by_rows.get(&number).copied().unwrap_or(0) + parked.units;
+        let units = u32::try_from(held)
+            .map_err(|_| StoreError::Data(format!("sku {}: its orders hold {held}", sku.id)))?;
+        sku.counter().release(sku.counter().snapshot().held);
+        let total = sku.counter().snapshot().total;
+        sku.counter().hold_regardless(units);
+        if sku.shared().is_some() {
+            sku.fault().lack(sku.counter().snapshot().total - total);
+        }
+        catalogue.set_fault(&sku, parking::FOUND, 1);
+        sku.fault().set_parked(parked.orders);
+        tracing::error!(
+            sku_id = %sku.id, orders = parked.orders, units = parked.units,
+            "orders of this SKU are parked, because the database refused its counters: its sale is paused until the database \
+             accepts them (see the audit)"
+        );
+    }
+    Ok(orders)
 }
 
 /// Puts orders that wait for units back on their lists. Units that are free are kept for them.

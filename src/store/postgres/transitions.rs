@@ -98,6 +98,7 @@ async fn end_unpaid(
 ) -> Result<Transition, StoreError> {
     let cause = to.as_str();
     let mut client = database.pooled().await?;
+    let mut is_dropped = false;
     let work = async {
         let transaction = client.transaction().await?;
         if !fence(&transaction, lease).await? {
@@ -137,16 +138,23 @@ async fn end_unpaid(
                          DELETE FROM parked_orders
                           WHERE order_id = $1 AND $4 AND ($3::int8 IS NULL OR expires_at > to_timestamp($3 / 1000.0))
                          RETURNING *
+                     ), written AS (
+                         INSERT INTO orders (order_id, user_id, sku, quantity, adjustment, amount, currency, status,
+                                created_at, expires_at, key_hash, payload_hash, attributes)
+                         SELECT order_id, user_id, sku, quantity, adjustment, amount, currency, $2,
+                                created_at, expires_at, key_hash, payload_hash, attributes
+                           FROM gone RETURNING user_id, sku, quantity
                      )
-                     INSERT INTO orders (order_id, user_id, sku, quantity, adjustment, amount, currency, status,
-                            created_at, expires_at, key_hash, payload_hash, attributes)
-                     SELECT order_id, user_id, sku, quantity, adjustment, amount, currency, $2,
-                            created_at, expires_at, key_hash, payload_hash, attributes
-                       FROM gone RETURNING user_id, sku, quantity",
+                     SELECT w.user_id, w.sku, w.quantity FROM gone LEFT JOIN written w ON true",
                     &[&id.as_i64(), &to, &now.map(|now| now.0), &is_any],
                 )
                 .await?;
             if let Some(row) = parked {
+                if row.get::<_, Option<&str>>(0).is_none() {
+                    is_dropped = true;
+                    transaction.rollback().await?;
+                    return Ok(None);
+                }
                 transaction.commit().await?;
                 return Ok(Some(Transition::Now(units_of(id, &row))));
             }
@@ -191,8 +199,10 @@ async fn end_unpaid(
         transaction.commit().await?;
         Ok(Some(Transition::Now(units_of(id, &row))))
     };
-    database
-        .timed("cancelling an order", work)
-        .await?
-        .ok_or(lease.is_lost())
+    let done = database.timed("cancelling an order", work).await?;
+    if is_dropped {
+        let why = format!("a trigger on the table orders drops the row of parked order {id}");
+        return Err(StoreError::Data(why));
+    }
+    done.ok_or(lease.is_lost())
 }

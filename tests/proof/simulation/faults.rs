@@ -11,15 +11,21 @@ use tokio::time::{Instant, sleep};
 
 use super::Sim;
 use super::disk::{LivingDisk, any_failure};
+use super::judge;
+use super::operators::SKUS;
 use super::postgres::CommitFault;
+use super::postgres::tables::View;
 use super::process::Process;
 use super::shop::pause_ms;
 use crate::sim_disk::Crash;
 
 /// Mean time between two faults, in milliseconds.
-const FAULT_MS: f64 = 10_000.0;
+const FAULT_MS: f64 = 8_500.0;
 /// How often the rows are looked at.
 const LOOK: Duration = Duration::from_secs(5);
+
+/// After so long memory has followed a commit.
+const MEMORY: Duration = Duration::from_millis(300);
 
 /// How often each kind of fault happened.
 #[derive(Clone, Debug, Default)]
@@ -65,14 +71,39 @@ impl Sim {
             if let Err(why) = verdict {
                 return self.fail(why);
             }
+            self.compare_memory().await;
         }
         if next < until {
             self.happens();
         }
     }
 
+    /// Whenever nothing is on its way, the counters in memory are those of the rows.
+    async fn compare_memory(&self) {
+        let commits = self.server.commits();
+        if self.memory_differs().is_none() {
+            return;
+        }
+        // Memory follows a commit.
+        sleep(MEMORY).await;
+        if self.server.commits() == commits
+            && let Some(why) = self.memory_differs()
+        {
+            self.fail(why);
+        }
+    }
+
+    fn memory_differs(&self) -> Option<String> {
+        let (process, _) = self.at_rest()?;
+        if self.judge(|judge| judge.has_lost()) {
+            return None;
+        }
+        let memory = |rows: &View<'_>| judge::memory(rows, &process.state, |_| true);
+        self.server.look(memory).err()
+    }
+
     fn happens(self: &Rc<Self>) {
-        let kinds = if self.with_failovers { 14 } else { 13 };
+        let kinds = if self.with_failovers { 17 } else { 16 };
         let (kind, ms) = self.chance(|random| {
             (
                 random.random_range(0..kinds),
@@ -90,12 +121,7 @@ impl Sim {
                 "connection_cut"
             }
             7 | 8 => {
-                let fault = [
-                    CommitFault::CutBefore,
-                    CommitFault::CutAfter,
-                    CommitFault::HangsBefore,
-                    CommitFault::HangsAfter,
-                ][(ms % 4) as usize];
+                let fault = CommitFault::ALL[(ms % 4) as usize];
                 self.server.set_commit_fault(fault);
                 "commit_answer_lost"
             }
@@ -124,6 +150,17 @@ impl Sim {
                 self.world.shift_wall(off);
                 "clock_set"
             }
+            13 | 14 => {
+                let sku = self.chance(|random| random.random_range(1..=SKUS));
+                let kind = self.refuse_counters(sku);
+                let sim = Rc::clone(self);
+                spawn_local(async move {
+                    sleep(Duration::from_millis(18 * ms)).await;
+                    sim.accept_counters(sku).await;
+                });
+                kind
+            }
+            15 => self.refuse_rows(10 * ms),
             _ => {
                 let lag = (ms % 5) as usize;
                 let changed = self.server.fail_over(lag);
@@ -165,9 +202,14 @@ impl Sim {
         "disk_slow"
     }
 
-    /// Nothing happens any more.
-    pub fn mend(&self) {
+    /// Nothing happens any more, but that the counters of `kept` are refused.
+    pub fn mend(self: &Rc<Self>, kept: Option<i32>) {
         self.server.back();
+        self.server.set_loses_answers(false);
+        self.server.set_trigger(None);
+        for sku in (1..=SKUS).filter(|sku| Some(*sku) != kept) {
+            spawn_local(Rc::clone(self).accept_counters(sku));
+        }
         if let Some(process) = self.process() {
             process.disk.mend();
         }
@@ -198,7 +240,7 @@ impl Sim {
                     self.note(format_args!("no start: {why}"));
                     let files = self.chance(|random| disk.crash(Crash::Everything, random));
                     *self.files.borrow_mut() = files;
-                    if ["damaged", "other orders", "missing"]
+                    if ["damaged", "other orders", "missing", "error serializing"]
                         .iter()
                         .any(|word| why.contains(word))
                     {

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use millrace::order::{Order, OrderId};
+use millrace::order::{Order, OrderId, OrderStatus};
 use millrace::state::State;
 
 use super::postgres::tables::{self, Key, Row, View};
@@ -33,9 +33,19 @@ pub struct Judge {
     timed_out: BTreeSet<i64>,
     /// Payments that were answered with success, with their orders.
     stored: BTreeMap<String, i64>,
+    /// Orders that were told to be dead letters; those that an operator wanted to retry, and has.
+    told_failed: BTreeSet<i64>,
+    asked_to_retry: BTreeSet<i64>,
+    retried: BTreeSet<i64>,
+    /// Paid orders that an operator gave up, and whether their units were to be sold again.
+    given_up: BTreeMap<i64, bool>,
+    /// Refunds that were recorded, with their orders.
+    refunds: BTreeMap<String, i64>,
     /// Orders and payments whose rows a failover has changed.
     failed_over: BTreeSet<i64>,
     payments_failed_over: BTreeSet<String>,
+    /// Some failover has lost something.
+    has_lost: bool,
     /// The highest id of earlier processes, as its place among the ids of one clock.
     last_turn: u64,
     last_turn_before: u64,
@@ -85,6 +95,9 @@ impl Judge {
             Answer::TimedOut(id) => {
                 self.timed_out.insert(id.as_i64());
             }
+            Answer::Stored(id, OrderStatus::Failed) => {
+                self.told_failed.insert(id.as_i64());
+            }
             Answer::Stored(..) | Answer::Refused(_) => {}
         }
         Ok(())
@@ -111,16 +124,47 @@ impl Judge {
     pub fn was_stored(&mut self, payment: &str, id: i64, in_time: bool) {
         self.stored.insert(payment.to_owned(), id);
         if let Some(order) = self.placed.get_mut(&id) {
-            order.must_be_paid |= in_time && !order.asked_to_cancel;
+            let is_lost = self.payments_failed_over.contains(payment);
+            order.must_be_paid |= in_time && !order.asked_to_cancel && !is_lost;
         }
+    }
+
+    pub fn asked_to_retry(&mut self, id: i64) {
+        self.asked_to_retry.insert(id);
+    }
+
+    pub fn was_retried(&mut self, id: i64) {
+        self.retried.insert(id);
+    }
+
+    /// An operator wants the money of a paid order to go back.
+    pub fn gives_up(&mut self, id: i64, restock: bool) {
+        self.given_up.insert(id, restock);
+    }
+
+    pub fn is_given_up(&self, id: i64) -> bool {
+        self.given_up.contains_key(&id)
+    }
+
+    pub fn was_refunded(&mut self, id: i64, reference: &str) {
+        self.refunds.insert(reference.to_owned(), id);
     }
 
     /// A failover has changed these rows.
     pub fn failed_over(&mut self, changed: &BTreeSet<Key>) {
+        self.has_lost |= !changed.is_empty();
         for key in changed {
             match key {
-                Key::Order(id) | Key::DeadLetter(id) => drop(self.failed_over.insert(*id)),
-                Key::PaymentId(_, name) => drop(self.payments_failed_over.insert(name.clone())),
+                Key::Order(id) | Key::DeadLetter(id) | Key::Parked(id) => {
+                    self.failed_over.insert(*id);
+                }
+                Key::PaymentId(_, name) => {
+                    self.payments_failed_over.insert(name.clone());
+                    let order = self.stored.get(name);
+                    if let Some(order) = order.and_then(|id| self.placed.get_mut(id)) {
+                        order.must_be_paid = false;
+                    }
+                }
                 _ => {}
             }
         }
@@ -129,18 +173,29 @@ impl Judge {
     /// What holds between any two commits.
     pub fn look(&self, rows: &View<'_>) -> Verdict {
         let mut counted: BTreeMap<i32, (i64, i64)> = BTreeMap::new();
-        let mut keys = BTreeSet::new();
+        let mut parked: BTreeMap<i32, i64> = BTreeMap::new();
+        let (mut ids, mut keys) = (BTreeSet::new(), BTreeSet::new());
         let mut live: BTreeMap<(i32, &str), i64> = BTreeMap::new();
-        for (id, order) in orders(rows) {
+        for (id, place, order) in everywhere(rows) {
             let counters = counted.entry(order.sku).or_default();
             let units = i64::from(order.quantity);
-            match order.status {
-                Some(1) => counters.0 += units,
-                Some(2) => counters.1 += units,
+            match (place, order.status) {
+                (Place::Row, Some(1)) => counters.0 += units,
+                (Place::Row, Some(2)) => counters.1 += units,
+                (Place::Parked, _) => *parked.entry(order.sku).or_default() += units,
                 _ => {}
             }
-            if matches!(order.status, Some(1 | 2 | 7)) {
+            let is_live = match place {
+                Place::Row => matches!(order.status, Some(1 | 2 | 7)),
+                Place::Parked => true,
+                Place::DeadLetter => false,
+            };
+            // An operator may give a buyer more than the limit.
+            if is_live && !self.asked_to_retry.contains(&id) {
                 *live.entry((order.sku, &order.user)).or_default() += units;
+            }
+            if !ids.insert(id) {
+                return Err(format!("order {id} is in two tables"));
             }
             if let Some(key) = &order.key
                 && !keys.insert((&order.user, key))
@@ -148,7 +203,7 @@ impl Judge {
                 return Err(format!("order {id} has the key of another"));
             }
             if self.timed_out.contains(&id) {
-                return Err(format!("order {id} timed out, and is a row"));
+                return Err(format!("order {id} timed out, and is there: {place:?}"));
             }
         }
         for (id, sku) in rows.skus() {
@@ -162,6 +217,10 @@ impl Judge {
             if held + sold > sku.total {
                 return Err(format!("sku {} is oversold", sku.name));
             }
+            let parked = parked.get(&id).copied().unwrap_or(0);
+            if held + sold + parked > sku.total + sku.taken_off && !self.has_lost {
+                return Err(format!("sku {} is oversold by {parked} parked", sku.name));
+            }
             if let Some(limit) = sku.limit {
                 let most = live.iter().filter(|((of, _), _)| *of == id);
                 if let Some(((_, user), units)) = most.max_by_key(|(_, units)| **units)
@@ -174,13 +233,103 @@ impl Judge {
         Ok(())
     }
 
-    /// What holds once nothing is on its way. `now_ms`: the wall clock of the process.
-    pub fn calm(&self, rows: &View<'_>, state: &State, now_ms: i64) -> Verdict {
+    /// What holds once nothing is on its way. `now_ms`: the wall clock of the process. `kept`: the one SKU whose
+    /// counters are refused.
+    pub fn calm(
+        &self,
+        rows: &View<'_>,
+        state: &State,
+        now_ms: i64,
+        kept: Option<i32>,
+        has_refused: impl Fn(i64) -> bool,
+    ) -> Verdict {
         self.look(rows)?;
         self.promises(rows, now_ms)?;
+        self.aside(rows, now_ms, kept, has_refused)?;
         self.money(rows)?;
-        self.lists(rows)?;
-        memory(rows, state)
+        self.refunds(rows)?;
+        self.lists(rows, kept)?;
+        memory(rows, state, |sku| Some(sku) == kept)
+    }
+
+    /// Whether a failover has lost anything.
+    pub fn has_lost(&self) -> bool {
+        self.has_lost
+    }
+
+    /// Orders are parked or dead letters only for a reason.
+    fn aside(
+        &self,
+        rows: &View<'_>,
+        now_ms: i64,
+        kept: Option<i32>,
+        has_refused: impl Fn(i64) -> bool,
+    ) -> Verdict {
+        for (id, place, order) in everywhere(rows) {
+            let is_paid = || !rows.payments(|_, one| one.order == Some(id)).is_empty();
+            if place == Place::Parked && Some(order.sku) != kept {
+                return Err(format!("order {id} is parked still"));
+            }
+            if place == Place::Parked && order.expires_ms < now_ms - SOON_MS && !is_paid() {
+                return Err(format!("order {id} should have expired, and is parked"));
+            }
+            if place == Place::DeadLetter && !has_refused(id) && !self.failed_over.contains(&id) {
+                return Err(format!(
+                    "order {id} is a dead letter, and nobody has refused it"
+                ));
+            }
+        }
+        let mut failed = self
+            .told_failed
+            .iter()
+            .filter(|id| !self.failed_over.contains(id));
+        let is_retried = |id: &i64| self.asked_to_retry.contains(id);
+        if let Some(id) = failed.find(|id| !rows.has(&Key::DeadLetter(**id)) && !is_retried(id)) {
+            return Err(format!("order {id} was told to have failed, and has not"));
+        }
+        let mut retried = self
+            .retried
+            .iter()
+            .filter(|id| !self.failed_over.contains(id));
+        match retried.find(|id| !rows.has(&Key::Order(**id))) {
+            None => Ok(()),
+            Some(id) => Err(format!("order {id} was retried, and is no row")),
+        }
+    }
+
+    /// Every recorded refund is there, and units left the sale with none but those that were to.
+    fn refunds(&self, rows: &View<'_>) -> Verdict {
+        let recorded = rows.payments(|_, one| one.state == "refunded");
+        let is_there = |reference: &str, order: i64| {
+            let mut recorded = recorded.iter().map(|(_, one)| one);
+            recorded
+                .any(|one| one.reference.as_deref() == Some(reference) && one.order == Some(order))
+        };
+        let mut refunds = self.refunds.iter();
+        if self.has_lost {
+            return Ok(());
+        }
+        let lost = refunds.find(|(reference, order)| !is_there(reference, **order));
+        if let Some((reference, order)) = lost {
+            return Err(format!("{reference} of order {order} is lost"));
+        }
+        let at_first = super::shop::skus();
+        for (number, sku) in rows.skus() {
+            let is_withdrawn = |(id, order): &(i64, &tables::Order)| {
+                let is_refunded = order.status == Some(6) && order.reason.is_none();
+                order.sku == number && is_refunded && self.given_up.get(id) == Some(&false)
+            };
+            let withdrawn = orders(rows).filter(is_withdrawn);
+            let withdrawn: i64 = withdrawn.map(|(_, order)| i64::from(order.quantity)).sum();
+            let before = at_first[number as usize - 1].total;
+            if sku.total + sku.taken_off != before - withdrawn {
+                return Err(format!(
+                    "sku {} had {before} units, {withdrawn} were taken out, and it has {} and {} that were edited",
+                    sku.name, sku.total, sku.taken_off
+                ));
+            }
+        }
+        Ok(())
     }
 
     /// Every promised order is there, and stands as it was told.
@@ -191,9 +340,12 @@ impl Judge {
             }
             let key = Key::Order(*id);
             let Some(order) = rows.order(&key) else {
-                let is_letter = rows.has(&Key::DeadLetter(*id));
-                if placed.is_promised && !is_letter {
+                let is_aside = rows.has(&Key::DeadLetter(*id)) || rows.has(&Key::Parked(*id));
+                if placed.is_promised && !is_aside {
                     return Err(format!("order {id} was promised and is lost"));
+                }
+                if placed.was_cancelled && rows.has(&Key::Parked(*id)) {
+                    return Err(format!("order {id} was cancelled and is parked"));
                 }
                 continue;
             };
@@ -210,7 +362,8 @@ impl Judge {
                 ));
             }
             let is_cancelled = placed.asked_to_cancel && matches!(order.status, Some(3 | 5));
-            if placed.must_be_paid && order.status != Some(2) && !is_cancelled {
+            let is_given_up = self.is_given_up(*id) && order.status == Some(6);
+            if placed.must_be_paid && order.status != Some(2) && !is_cancelled && !is_given_up {
                 return Err(format!(
                     "order {id} was paid in time and is {:?}",
                     order.status
@@ -241,6 +394,8 @@ impl Judge {
                     let order = payment.order.ok_or("a matched payment without an order")?;
                     *matched.entry(order).or_default() += 1;
                 }
+                // It waits for its order.
+                "orphan" if payment.order.is_some_and(|id| rows.has(&Key::Parked(id))) => {}
                 "orphan" => return Err(format!("payment {id} is an orphan still")),
                 "refund_due" if payment.reason.is_none() => {
                     return Err(format!("payment {id} is refunded for no reason"));
@@ -271,8 +426,9 @@ impl Judge {
     }
 
     /// Nobody waits while units are free, and nobody was served before somebody ahead.
-    fn lists(&self, rows: &View<'_>) -> Verdict {
-        for (number, sku) in rows.skus() {
+    fn lists(&self, rows: &View<'_>, kept: Option<i32>) -> Verdict {
+        let skus = rows.skus().into_iter();
+        for (number, sku) in skus.filter(|(number, _)| Some(*number) != kept) {
             let of_sku = orders(rows).filter(|(_, order)| order.sku == number);
             let mut waiting: Vec<_> = of_sku
                 .filter(|(_, order)| order.status == Some(7))
@@ -305,23 +461,34 @@ impl Judge {
     }
 }
 
-/// Counters and records in memory are those of the rows.
-fn memory(rows: &View<'_>, state: &State) -> Verdict {
+/// Counters and records in memory are those of the rows, parked orders hold units. `is_refused`: of this SKU the total is
+/// not.
+pub fn memory(rows: &View<'_>, state: &State, is_refused: impl Fn(i32) -> bool) -> Verdict {
+    let mut parked: BTreeMap<i32, i64> = BTreeMap::new();
+    for (_, _, order) in everywhere(rows).filter(|(_, place, _)| *place == Place::Parked) {
+        *parked.entry(order.sku).or_default() += i64::from(order.quantity);
+    }
     for (number, sku) in rows.skus() {
         let known = state
             .catalogue
             .by_number(millrace::order::SkuNumber(number));
         let known = known.ok_or("a SKU is not in memory")?;
         let stock = known.counter().snapshot();
-        let kept = i64::from(known.counter().kept());
+        let kept_units = i64::from(known.counter().kept());
         let [total, free, held, sold] =
             [stock.total, stock.free, stock.held, stock.sold].map(i64::from);
         if total != free + held + sold {
             return Err(format!("sku {}: {stock:?} do not add up", sku.name));
         }
-        if (total, held - kept, sold) != (sku.total, sku.held, sku.sold) {
+        let is_refused = is_refused(number);
+        if known.is_faulted() && !is_refused {
+            return Err(format!("sku {}: its counters are refused still", sku.name));
+        }
+        let parked = parked.get(&number).copied().unwrap_or(0);
+        let has_total = total == sku.total || is_refused;
+        if !has_total || (held - kept_units, sold) != (sku.held + parked, sku.sold) {
             return Err(format!(
-                "sku {}: memory has {stock:?} with {kept} kept, the row {sku:?}",
+                "sku {}: memory has {stock:?} with {kept_units} kept, {parked} are parked, the row {sku:?}",
                 sku.name
             ));
         }
@@ -336,23 +503,49 @@ fn memory(rows: &View<'_>, state: &State) -> Verdict {
             ));
         }
     }
-    for (id, order) in orders(rows) {
+    for (id, place, order) in everywhere(rows) {
         let (Ok(user), Some(order_id)) = (
             millrace::order::UserId::new(&order.user),
             OrderId::from_i64(id),
         ) else {
             return Err(format!("order {id} has an impossible buyer"));
         };
-        let is_live = matches!(order.status, Some(1 | 2 | 7));
+        let is_live = match place {
+            Place::Row => matches!(order.status, Some(1 | 2 | 7)),
+            Place::Parked => true,
+            Place::DeadLetter => false,
+        };
         let known = state.buyers.find(&user, order_id);
         if known.map(|known| known.is_live()) != Some(is_live) {
             return Err(format!(
-                "order {id} is {:?}, its buyer's record {known:?}",
+                "order {id} is {place:?} {:?}, its buyer's record {known:?}",
                 order.status
             ));
         }
     }
     Ok(())
+}
+
+/// The table that an order is in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    Row,
+    Parked,
+    DeadLetter,
+}
+
+/// Every order, with its table.
+fn everywhere<'a>(rows: &View<'a>) -> impl Iterator<Item = (i64, Place, &'a tables::Order)> {
+    let all = rows.committed.range(Key::Order(i64::MIN)..);
+    let all = all.map_while(|(key, row)| match (key, &**row) {
+        (Key::Order(id), Row::Order(order)) => Some((*id, Place::Row, order)),
+        (Key::Parked(id), Row::Parked(order)) => Some((*id, Place::Parked, order)),
+        (Key::DeadLetter(id), Row::DeadLetter(letter)) => {
+            Some((*id, Place::DeadLetter, &letter.order))
+        }
+        _ => None,
+    });
+    all
 }
 
 /// Every order that is a row.

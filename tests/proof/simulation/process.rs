@@ -14,6 +14,8 @@ use millrace::metrics::Metrics;
 use millrace::order::payment::Delivery;
 use millrace::order::receipt::{ReceiptKeys, SignedParts};
 use millrace::order::{ClockReading, IdClock, LaneSet, Order, OrderId, OrderStatus, Refusal};
+use millrace::pipeline::admin::operator::{Operator, OperatorParts};
+use millrace::pipeline::admin::pauses::Pauses;
 use millrace::pipeline::failover::lease::{self, AcknowledgeLease, Leases};
 use millrace::pipeline::failover::loading;
 use millrace::pipeline::failover::log_replay::LogReplay;
@@ -23,6 +25,7 @@ use millrace::pipeline::orders::cancel::{CancelError, Canceller, Which};
 use millrace::pipeline::orders::deadlines;
 use millrace::pipeline::orders::intake::{Admission, Intake, OrderRequest};
 use millrace::pipeline::orders::lookup::{Found, OrderLookup};
+use millrace::pipeline::orders::parking::Parking;
 use millrace::pipeline::orders::worker::{Worker, WorkerSlot};
 use millrace::pipeline::orders::worker_pool::WorkerPool;
 use millrace::pipeline::payments::assigner::Assigner;
@@ -111,6 +114,7 @@ pub struct Process {
     pub state: Arc<State>,
     pub queue: Arc<LoggedQueue>,
     pub canceller: Canceller,
+    pub operator: Operator,
     intake: Arc<Intake>,
     lookup: OrderLookup,
     callbacks: CallbacksHandle,
@@ -141,6 +145,7 @@ impl Process {
             state,
             queue,
             canceller,
+            operator,
             intake,
             lookup,
             callbacks,
@@ -151,6 +156,7 @@ impl Process {
             state,
             queue,
             canceller,
+            operator,
             intake,
             lookup,
             callbacks,
@@ -171,7 +177,7 @@ impl Process {
         let clock = ClockReading::take();
         let ids_from = opened.scanned.id_high_water.max(clock.now());
         let shards = WORKERS as i16;
-        let taken = store_lease::take_over(guard, shards + 6, ids_from).await?;
+        let taken = store_lease::take_over(guard, shards + 7, ids_from).await?;
         let lease = taken.lease;
         let guard = NodeGuard::keep(database.clone(), taken.guard).await?;
         let secrets = ["the secret of simulated receipts"];
@@ -199,6 +205,7 @@ impl Process {
         let catalogue = Catalogue::default();
         catalogue.add(skus::load_all(&database, lease).await?);
         let floor = ids.window_floor(WINDOW_MS);
+        loading::hold_parked(&catalogue, &database, lease, floor, LaneSet::ALL).await?;
         let poison = Arc::<Poison>::default();
         let state = State {
             catalogue,
@@ -318,9 +325,28 @@ impl Process {
             checks,
         );
         let (payments, processor) = PaymentProcessor::new(reconciler);
-        tasks.spawn(async move {
-            let _handle = payments;
-            processor.run().await;
+        tasks.spawn(processor.run());
+        let operators = database.with_own_pool(2)?;
+        let (parking_handle, parking) = Parking::new(
+            Arc::clone(&state),
+            operators.clone(),
+            lease,
+            BatchWriter::new(database.clone(), lease, shards + 1),
+            metrics.clone(),
+        );
+        tasks.spawn(parking.run());
+        let pauses = Pauses::new(Arc::clone(&state), database.with_own_pool(1)?, lease);
+        let pauses = Arc::new(pauses);
+        tasks.spawn(Arc::clone(&pauses).keep_storing());
+        let operator = Operator::new(OperatorParts {
+            state: Arc::clone(&state),
+            database: operators,
+            lease,
+            payments,
+            pauses,
+            parking: parking_handle,
+            hints: Default::default(),
+            payment_ttl_ms: PAYMENT_TTL_MS,
         });
         let assigner = Assigner::new(settler(5)?, PAYMENT_TTL_MS, WAITLIST_TTL_MS);
         tasks.spawn(assigner.run());
@@ -331,6 +357,7 @@ impl Process {
             state,
             queue,
             canceller,
+            operator,
             intake,
             lookup,
             callbacks,
@@ -364,7 +391,7 @@ impl Process {
     }
 
     /// What a request comes to, unless the process dies meanwhile.
-    async fn unless_dead<T>(&self, work: impl Future<Output = T>) -> Result<T, Dead> {
+    pub async fn unless_dead<T>(&self, work: impl Future<Output = T>) -> Result<T, Dead> {
         tokio::select! {
             biased;
             () = self.death() => Err(Dead),
@@ -488,6 +515,7 @@ struct Parts {
     state: Arc<State>,
     queue: Arc<LoggedQueue>,
     canceller: Canceller,
+    operator: Operator,
     intake: Arc<Intake>,
     lookup: OrderLookup,
     callbacks: CallbacksHandle,

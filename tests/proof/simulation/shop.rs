@@ -15,7 +15,7 @@ use tokio::time::{Instant, sleep};
 
 use super::Sim;
 use super::judge::has_time;
-use super::postgres::tables::{Key, Sku};
+use super::postgres::tables::{Key, Sku, View};
 use super::process::{Answer, Dead, How, ORDER_TIMEOUT};
 
 /// Mean time between two buyers, in milliseconds.
@@ -36,6 +36,7 @@ pub fn skus() -> Vec<Sku> {
         sold: 0,
         limit,
         skips,
+        taken_off: 0,
     };
     vec![
         sku("many", 2_000, None, false),
@@ -173,7 +174,7 @@ impl Sim {
     }
 
     /// What becomes of an order: it is paid, cancelled, or left.
-    async fn go_on(self: &Rc<Self>, number: u64, id: i64, fate: u32) {
+    pub async fn go_on(self: &Rc<Self>, number: u64, id: i64, fate: u32) {
         let think = self.chance(|random| pause_ms(random, 9_000.0));
         sleep(Duration::from_millis(think)).await;
         match fate {
@@ -258,7 +259,10 @@ impl Sim {
         let made_at = UnixMillis(self.wall_ms());
         let mut stored = false;
         for attempt in 0..60 {
-            self.gate().await;
+            // Who waits for an answer does not wait for the end of a calm.
+            if attempt == 0 {
+                self.gate().await;
+            }
             let (there, is_lost) =
                 self.chance(|random| (pause_ms(random, 40.0), random.random_ratio(1, 20)));
             sleep(Duration::from_millis(there)).await;
@@ -283,7 +287,11 @@ impl Sim {
                     received_at,
                 };
                 // As it stands when it is stored, at the latest.
-                let row = |sim: &Self| sim.server().look(|rows| rows.order(&Key::Order(id)));
+                let row = |sim: &Self| {
+                    let parked = |rows: &View<'_>| rows.parked(&Key::Parked(id));
+                    sim.server()
+                        .look(|rows| rows.order(&Key::Order(id)).or_else(|| parked(rows)))
+                };
                 let answer = process.notify(delivery).await;
                 self.note(format_args!("payment {name} for {id}: {answer:?}"));
                 if let Ok(true) = answer {

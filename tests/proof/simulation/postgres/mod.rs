@@ -1,6 +1,7 @@
 //! A simulated PostgreSQL: sessions that speak its protocol, transactions with row locks, and everything that can
 //! happen to a server and the way to it.
 
+mod copied;
 mod locks;
 mod session;
 mod statements;
@@ -37,6 +38,26 @@ pub enum CommitFault {
     HangsAfter,
 }
 
+impl CommitFault {
+    pub const ALL: [CommitFault; 4] = [
+        CommitFault::CutBefore,
+        CommitFault::CutAfter,
+        CommitFault::HangsBefore,
+        CommitFault::HangsAfter,
+    ];
+}
+
+/// A trigger that somebody has made on `orders`: it does not want orders for so many units.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Trigger {
+    pub quantity: i32,
+    /// It drops their rows without an error.
+    pub drops: bool,
+}
+
+/// The number of no session: who edits rows by hand.
+const BY_HAND: i32 = 1;
+
 /// The server.
 pub struct Server {
     inner: RefCell<Inner>,
@@ -49,10 +70,18 @@ struct Inner {
     sessions: BTreeMap<i32, (String, Option<AbortHandle>)>,
     next_pid: i32,
     next_payment: i64,
+    next_letter: i64,
+    /// A check that somebody has added: `held` of a SKU may not exceed this.
+    held_max: BTreeMap<i32, i64>,
+    trigger: Option<Trigger>,
+    /// Orders whose rows were refused.
+    refused: BTreeSet<i64>,
     timeline: u32,
     is_away: bool,
     stalled_until: Option<Instant>,
     commit_fault: Option<CommitFault>,
+    /// Whether answers to COMMITs of parked orders and dead letters, which are few, get lost by themselves.
+    loses_answers: bool,
     random: StdRng,
     commits: u64,
     statements: BTreeMap<String, Statement>,
@@ -66,10 +95,15 @@ impl Server {
             sessions: BTreeMap::new(),
             next_pid: 100,
             next_payment: 1,
+            next_letter: 1,
+            held_max: BTreeMap::new(),
+            trigger: None,
+            refused: BTreeSet::new(),
             timeline: 1,
             is_away: false,
             stalled_until: None,
             commit_fault: None,
+            loses_answers: false,
             random,
             commits: 0,
             statements: BTreeMap::new(),
@@ -114,6 +148,10 @@ impl Server {
         self.inner.borrow_mut().commit_fault = Some(fault);
     }
 
+    pub fn set_loses_answers(&self, loses: bool) {
+        self.inner.borrow_mut().loses_answers = loses;
+    }
+
     /// Ends every session; with `away` none is let in until [`Server::back`].
     pub fn cut_all(&self, away: bool) {
         let pids: Vec<i32> = {
@@ -148,6 +186,38 @@ impl Server {
         let mut inner = self.inner.borrow_mut();
         inner.timeline += 1;
         inner.committed.lose(lag)
+    }
+
+    /// Adds a check to the counters of a SKU, or drops it.
+    pub fn check_held(&self, sku: i32, most: Option<i64>) {
+        let held_max = &mut self.inner.borrow_mut().held_max;
+        match most {
+            Some(most) => drop(held_max.insert(sku, most)),
+            None => drop(held_max.remove(&sku)),
+        }
+    }
+
+    /// Edits the row of a SKU, as soon as no transaction has it.
+    pub async fn edit(&self, sku: i32, edit: impl FnOnce(&mut Sku)) {
+        let key = Key::Sku(sku);
+        while !self.take_lock(&key, BY_HAND) {
+            self.released().await;
+        }
+        let Some(mut row) = self.look(|rows| rows.sku(&key)) else {
+            return self.rolled_back(BY_HAND);
+        };
+        edit(&mut row);
+        let written = Written::from([(key, Some(Rc::new(Row::Sku(row))))]);
+        self.commit(BY_HAND, written);
+    }
+
+    pub fn set_trigger(&self, trigger: Option<Trigger>) {
+        self.inner.borrow_mut().trigger = trigger;
+    }
+
+    /// Whether the row of an order was refused at some time.
+    pub fn has_refused(&self, order: i64) -> bool {
+        self.inner.borrow().refused.contains(&order)
     }
 
     pub fn commits(&self) -> u64 {
@@ -271,11 +341,36 @@ impl Server {
         inner.next_payment - 1
     }
 
+    fn next_letter(&self) -> i64 {
+        let mut inner = self.inner.borrow_mut();
+        inner.next_letter += 1;
+        inner.next_letter - 1
+    }
+
+    fn held_max(&self, sku: i32) -> Option<i64> {
+        self.inner.borrow().held_max.get(&sku).copied()
+    }
+
+    fn trigger(&self) -> Option<Trigger> {
+        self.inner.borrow().trigger
+    }
+
+    fn note_refused(&self, order: i64) {
+        self.inner.borrow_mut().refused.insert(order);
+    }
+
     fn timeline(&self) -> String {
         format!("{:08X}", self.inner.borrow().timeline)
     }
 
-    fn take_commit_fault(&self) -> Option<CommitFault> {
-        self.inner.borrow_mut().commit_fault.take()
+    /// What happens to a COMMIT. `is_numbered`: it has the number of its writer.
+    fn take_commit_fault(&self, is_numbered: bool) -> Option<CommitFault> {
+        let mut inner = self.inner.borrow_mut();
+        if is_numbered {
+            return inner.commit_fault.take();
+        }
+        let is_lost = inner.loses_answers && inner.random.random_ratio(1, 8);
+        let number = inner.random.random_range(0..CommitFault::ALL.len());
+        is_lost.then_some(CommitFault::ALL[number])
     }
 }

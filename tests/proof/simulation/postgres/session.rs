@@ -11,10 +11,11 @@ use tokio::time::Instant;
 use tokio_postgres::types::{ToSql, Type};
 
 use super::super::here;
+use super::copied::copied_rows;
 use super::locks::Waits;
 use super::statements::{Done, Parameters, Sql, Value};
-use super::tables::{Key, Order, View, Written};
-use super::{CommitFault, Server};
+use super::tables::{Key, View, Written};
+use super::{CommitFault, Server, Trigger};
 
 /// Why a statement failed.
 #[derive(Debug)]
@@ -48,8 +49,10 @@ pub struct Session {
     lock_timeout_here: Option<Duration>,
     statements: BTreeMap<String, Statement>,
     bound: Option<(Statement, Parameters)>,
+    /// The trigger on `orders` that the transaction's lock keeps as it is.
+    locked_trigger: Option<Option<Trigger>>,
     /// The rows of a COPY that is under way.
-    copy: Option<Vec<u8>>,
+    copy: Option<(Sql, Vec<u8>)>,
     /// After an error everything is skipped until the next Sync.
     skips: bool,
     out: BytesMut,
@@ -73,6 +76,7 @@ impl Session {
             lock_timeout_here: None,
             statements: BTreeMap::new(),
             bound: None,
+            locked_trigger: None,
             copy: None,
             skips: false,
             out: BytesMut::new(),
@@ -144,7 +148,7 @@ impl Session {
         }
         if tag == b'S' {
             if !self.in_transaction {
-                self.end_implicit();
+                self.end_implicit().await?;
             }
             self.skips = false;
             self.ready();
@@ -230,12 +234,13 @@ impl Session {
             return Ok(());
         }
         note(format_args!("  {} {sql:?}", self.pid));
-        if sql == Sql::CopyOrders {
-            self.copy = Some(Vec::new());
+        if matches!(sql, Sql::CopyOrders | Sql::CopyParked) {
+            self.copy = Some((sql, Vec::new()));
+            let columns = if sql == Sql::CopyOrders { 13 } else { 12 };
             message(&mut self.out, b'G', |out| {
                 out.put_u8(1);
-                out.put_i16(13);
-                (0..13).for_each(|_| out.put_i16(1));
+                out.put_i16(columns);
+                (0..columns).for_each(|_| out.put_i16(1));
             });
             return Ok(());
         }
@@ -261,7 +266,7 @@ impl Session {
     async fn take_copy(&mut self, tag: u8, body: &BytesMut) -> Result<(), Cut> {
         match tag {
             b'd' => {
-                if let Some(copy) = &mut self.copy {
+                if let Some((_, copy)) = &mut self.copy {
                     copy.extend_from_slice(body);
                 }
             }
@@ -275,8 +280,10 @@ impl Session {
                 });
             }
             b'c' => {
-                let rows = copied_rows(&self.copy.take().unwrap_or_default());
-                match self.copied(rows).await {
+                let Some((to, bytes)) = self.copy.take() else {
+                    unreachable!("looked at before");
+                };
+                match self.copied(to, copied_rows(&bytes)).await {
                     Ok(count) => complete(&mut self.out, &format!("COPY {count}")),
                     Err(refused) => self.refuse(refused),
                 }
@@ -318,6 +325,10 @@ impl Session {
                     self.lock_timeout = milliseconds(set);
                     "SET"
                 }
+                lock if lock.starts_with("LOCK TABLE orders") => {
+                    self.locked_trigger = Some(self.server.trigger());
+                    "LOCK TABLE"
+                }
                 known if known.starts_with("SET ") || known.starts_with("LOCK TABLE") => "SET",
                 known if known.starts_with("SELECT set_config") || known == "SELECT 1" => {
                     "SELECT 0"
@@ -336,18 +347,19 @@ impl Session {
     }
 
     /// Ends the transaction of a statement outside of an explicit one.
-    fn end_implicit(&mut self) {
+    async fn end_implicit(&mut self) -> Result<(), Cut> {
         if self.has_failed {
             self.roll_back();
-        } else {
-            self.server.commit(self.pid, mem::take(&mut self.written));
+            return Ok(());
         }
+        self.commit().await
     }
 
     async fn commit(&mut self) -> Result<(), Cut> {
         let is_numbered = self.written.keys().any(|key| matches!(key, Key::Writer(_)));
-        let fault = if is_numbered {
-            self.server.take_commit_fault()
+        let is_aside = |key: &Key| matches!(key, Key::DeadLetter(_) | Key::Parked(_));
+        let fault = if is_numbered || self.written.keys().any(is_aside) {
+            self.server.take_commit_fault(is_numbered)
         } else {
             None
         };
@@ -383,6 +395,12 @@ impl Session {
         self.in_transaction = false;
         self.has_failed = false;
         self.lock_timeout_here = None;
+        self.locked_trigger = None;
+    }
+
+    /// The trigger on `orders`, if somebody has made one.
+    pub fn trigger(&self) -> Option<Trigger> {
+        self.locked_trigger.unwrap_or_else(|| self.server.trigger())
     }
 
     fn refuse(&mut self, Refused { code, message: why }: Refused) {
@@ -506,51 +524,4 @@ fn array(values: &impl ToSql, of: &Type) -> Vec<u8> {
     let mut bytes = BytesMut::new();
     values.to_sql(of, &mut bytes).expect("an array");
     bytes.to_vec()
-}
-
-/// The rows of a COPY in binary form, see `store::copy`.
-fn copied_rows(bytes: &[u8]) -> Vec<(i64, Order)> {
-    // Signature, flags, length of the extension.
-    let mut rest = &bytes[19..];
-    let mut rows = Vec::new();
-    while rest.get_i16() >= 0 {
-        let mut field = || {
-            let length = rest.get_i32();
-            (length >= 0).then(|| {
-                let (value, behind) = rest.split_at(length as usize);
-                rest = behind;
-                value.to_vec()
-            })
-        };
-        let number = |value: Option<Vec<u8>>| {
-            let value = value.unwrap_or_default();
-            let sign = value.first().is_some_and(|first| first & 0x80 != 0);
-            let start = if sign { -1_i64 } else { 0 };
-            value
-                .iter()
-                .fold(start, |sum, byte| (sum << 8) | i64::from(*byte))
-        };
-        let word =
-            |value: Option<Vec<u8>>| String::from_utf8(value.unwrap_or_default()).expect("UTF-8");
-        let moment = |value| number(value) / 1_000 + 946_684_800_000;
-        let id = number(field());
-        let order = Order {
-            user: word(field()),
-            sku: number(field()) as i32,
-            quantity: number(field()) as i32,
-            adjustment: number(field()),
-            amount: number(field()),
-            currency: word(field()),
-            status: field().map(|value| number(Some(value)) as i16),
-            created_ms: moment(field()),
-            expires_ms: moment(field()),
-            key: field(),
-            payload: number(field()),
-            attributes: field().map(|value| word(Some(value)).into()),
-            reason: None,
-            assigned_ms: None,
-        };
-        rows.push((id, order));
-    }
-    rows
 }

@@ -12,6 +12,7 @@ pub enum Key {
     Sku(i32),
     Order(i64),
     DeadLetter(i64),
+    Parked(i64),
     Payment(i64),
     /// The unique key of a payment: provider and its id.
     PaymentId(String, String),
@@ -44,6 +45,8 @@ pub struct Sku {
     pub sold: i64,
     pub limit: Option<i64>,
     pub skips: bool,
+    /// Units that somebody has taken off `total` by hand.
+    pub taken_off: i64,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -65,6 +68,14 @@ pub struct Order {
     pub assigned_ms: Option<i64>,
 }
 
+/// An order whose row was refused; its status is `None` unless it was paid.
+#[derive(Clone, Debug)]
+pub struct Letter {
+    pub number: i64,
+    pub order: Order,
+    pub is_discarded: bool,
+}
+
 #[derive(Clone, Debug)]
 pub struct Payment {
     pub received_ms: i64,
@@ -81,6 +92,8 @@ pub struct Payment {
     pub changed_ms: i64,
     pub checks: i32,
     pub check_ms: i64,
+    /// Of its refund.
+    pub reference: Option<String>,
 }
 
 impl Payment {
@@ -98,7 +111,8 @@ pub enum Row {
     Writer(Writer),
     Sku(Sku),
     Order(Order),
-    DeadLetter(Order),
+    DeadLetter(Letter),
+    Parked(Order),
     Payment(Payment),
     PaymentId,
     Event,
@@ -184,6 +198,8 @@ getters! {
     sku: Sku => Sku;
     order: Order => Order;
     payment: Payment => Payment;
+    letter: DeadLetter => Letter;
+    parked: Parked => Order;
 }
 
 impl View<'_> {
@@ -199,72 +215,98 @@ impl View<'_> {
     }
 
     /// Rows between two keys, in their order.
-    fn range(&self, from: Key, to: Key) -> BTreeMap<Key, Rc<Row>> {
-        let committed = self.committed.range(from.clone()..=to.clone());
-        let mut found: BTreeMap<_, _> = committed
-            .map(|(key, row)| (key.clone(), Rc::clone(row)))
-            .collect();
-        for (key, row) in self.written.range(from..=to) {
-            match row {
-                Some(row) => found.insert(key.clone(), Rc::clone(row)),
-                None => found.remove(key),
-            };
-        }
-        found
-    }
-
-    pub fn orders(&self, from: i64, to: i64) -> Vec<(i64, Order)> {
+    fn range(&self, from: Key, to: Key) -> Vec<(&Key, &Row)> {
         if from > to {
             return Vec::new();
         }
-        let rows = self.range(Key::Order(from), Key::Order(to));
-        rows.into_iter()
-            .filter_map(|(key, row)| match (key, &*row) {
-                (Key::Order(id), Row::Order(order)) => Some((id, order.clone())),
-                _ => None,
-            })
-            .collect()
+        let mut written = self.written.range(from.clone()..=to.clone()).peekable();
+        let is_untouched = written.peek().is_none();
+        let committed = self.committed.range(from..=to);
+        let committed =
+            committed.filter(|(key, _)| is_untouched || !self.written.contains_key(*key));
+        let mut found: Vec<_> = committed.map(|(key, row)| (key, &**row)).collect();
+        if !is_untouched {
+            found.extend(written.filter_map(|(key, row)| Some((key, &**row.as_ref()?))));
+            found.sort_unstable_by_key(|(key, _)| *key);
+        }
+        found
+    }
+}
+
+macro_rules! lists {
+    ($($name:ident: $variant:ident($key:ty) => $of:ty;)*) => {
+        impl View<'_> {
+            $(pub fn $name(
+                &self,
+                from: $key,
+                to: $key,
+                is_wanted: impl Fn($key, &$of) -> bool,
+            ) -> Vec<($key, $of)> {
+                let rows = self.range(Key::$variant(from), Key::$variant(to)).into_iter();
+                rows.filter_map(|(key, row)| match (key, row) {
+                    (Key::$variant(id), Row::$variant(row)) if is_wanted(*id, row) => {
+                        Some((*id, row.clone()))
+                    }
+                    _ => None,
+                })
+                .collect()
+            })*
+        }
+    };
+}
+
+lists! {
+    orders_where: Order(i64) => Order;
+    parked_where: Parked(i64) => Order;
+    letters_where: DeadLetter(i64) => Letter;
+    payments_where: Payment(i64) => Payment;
+    skus_where: Sku(i32) => Sku;
+    writers_where: Writer(i16) => Writer;
+}
+
+impl View<'_> {
+    /// The first orders of a range.
+    pub fn first_orders(&self, from: i64, to: i64, limit: usize) -> Vec<(i64, &Order)> {
+        let rows = self.range(Key::Order(from), Key::Order(to)).into_iter();
+        let orders = rows.filter_map(|(key, row)| match (key, row) {
+            (Key::Order(id), Row::Order(order)) => Some((*id, order)),
+            _ => None,
+        });
+        orders.take(limit).collect()
+    }
+
+    pub fn orders(&self, from: i64, to: i64) -> Vec<(i64, Order)> {
+        self.orders_where(from, to, |_, _| true)
+    }
+
+    pub fn all_parked(&self, from: i64, to: i64) -> Vec<(i64, Order)> {
+        self.parked_where(from, to, |_, _| true)
+    }
+
+    pub fn letters(&self, from: i64, to: i64) -> Vec<(i64, Letter)> {
+        self.letters_where(from, to, |_, _| true)
     }
 
     pub fn payments(&self, is_wanted: impl Fn(i64, &Payment) -> bool) -> Vec<(i64, Payment)> {
-        let rows = self.range(Key::Payment(i64::MIN), Key::Payment(i64::MAX));
-        rows.into_iter()
-            .filter_map(|(key, row)| match (key, &*row) {
-                (Key::Payment(id), Row::Payment(payment)) if is_wanted(id, payment) => {
-                    Some((id, payment.clone()))
-                }
-                _ => None,
-            })
-            .collect()
+        self.payments_where(i64::MIN, i64::MAX, is_wanted)
     }
 
     pub fn skus(&self) -> Vec<(i32, Sku)> {
-        let rows = self.range(Key::Sku(i32::MIN), Key::Sku(i32::MAX));
-        rows.into_iter()
-            .filter_map(|(key, row)| match (key, &*row) {
-                (Key::Sku(id), Row::Sku(sku)) => Some((id, sku.clone())),
-                _ => None,
-            })
-            .collect()
+        self.skus_where(i32::MIN, i32::MAX, |_, _| true)
     }
 
     pub fn writers(&self) -> Vec<(i16, Writer)> {
-        let rows = self.range(Key::Writer(i16::MIN), Key::Writer(i16::MAX));
-        rows.into_iter()
-            .filter_map(|(key, row)| match (key, &*row) {
-                (Key::Writer(shard), Row::Writer(writer)) => Some((shard, writer.clone())),
-                _ => None,
-            })
-            .collect()
+        self.writers_where(i16::MIN, i16::MAX, |_, _| true)
     }
 
     pub fn lists(&self) -> Vec<i32> {
-        let rows = self.range(Key::List(i32::MIN), Key::List(i32::MAX));
-        rows.into_keys()
-            .filter_map(|key| match key {
-                Key::List(sku) => Some(sku),
-                _ => None,
-            })
-            .collect()
+        let rows = self
+            .range(Key::List(i32::MIN), Key::List(i32::MAX))
+            .into_iter();
+        rows.filter_map(|(key, _)| match key {
+            Key::List(sku) => Some(*sku),
+            _ => None,
+        })
+        .collect()
     }
 }
