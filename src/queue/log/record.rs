@@ -351,6 +351,7 @@ mod tests {
         assert_eq!((appended.records, appended.orders), (4, 3));
         let id = order(None).id;
         assert_eq!(appended.ids, Some((id, id)));
+        assert!(!bytes.is_empty());
         bytes.begin(4, 104);
         assert!(bytes.is_empty());
         assert_eq!(decode(bytes.as_bytes()), Err(Malformed), "no record");

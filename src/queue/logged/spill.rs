@@ -237,7 +237,12 @@ mod tests {
         spill.advance();
         assert_eq!(spill.in_memory_of(1, first), Some(1));
         assert_eq!(spill.orders(), 2 * all.len() - 1);
-        for _ in all {
+        spill.push(Waiting {
+            skip: 1,
+            ..group(last + 1, None)
+        });
+        assert_eq!(spill.orders(), 2 * all.len());
+        for _ in first..=last + 1 {
             spill.pop();
         }
         assert_eq!(spill.orders(), 0);

@@ -655,4 +655,23 @@ mod tests {
         sku.set_paused(true);
         assert_eq!(sku.window(UnixMillis(150)), Err(Refusal::SalePaused));
     }
+
+    #[test]
+    fn a_sale_without_a_beginning_may_close_and_one_without_an_end_may_open() {
+        let window = |opens_at: Option<i64>, closes_at: Option<i64>| {
+            let sku = sku(1);
+            let mut terms = SaleTerms::clone(&sku.terms());
+            terms.opens_at = opens_at.map(UnixMillis);
+            terms.closes_at = closes_at.map(UnixMillis);
+            sku.set_terms(terms);
+            sku.window(UnixMillis(150))
+        };
+        assert_eq!(window(None, None), Ok(()));
+        assert_eq!(window(None, Some(150)), Err(Refusal::SaleClosed));
+        let opens_at = UnixMillis(151);
+        assert_eq!(
+            window(Some(151), None),
+            Err(Refusal::SaleNotOpen { opens_at })
+        );
+    }
 }

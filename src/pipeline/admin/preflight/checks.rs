@@ -604,7 +604,7 @@ mod tests {
             let settings = settings();
             let mut seen = seen(&settings);
             seen.sale.orders = Some(orders);
-            seen.facts.segments_ready = Some(0);
+            seen.facts.segments_ready = Some(1);
             seen.facts.room = Some(Room {
                 rows: 0,
                 wal,
@@ -612,9 +612,9 @@ mod tests {
             });
             wal::segments(&seen).remedy.unwrap_or_default()
         };
-        // 10,000 orders fill two segments of 16 MB; 128 MB stay free.
-        assert!(advice(10_000, 160 << 20).starts_with("millrace preflight --prepare"));
-        assert!(advice(10_000, (160 << 20) - 1).starts_with("make room"));
+        // 10,000 orders fill two segments of 16 MB, of which one is ready; 128 MB stay free.
+        assert!(advice(10_000, 144 << 20).starts_with("millrace preflight --prepare"));
+        assert!(advice(10_000, (144 << 20) - 1).starts_with("make room"));
         // Of 64 segments of max_wal_size one is in use.
         let segments = |segments: u64| segments * (16 << 20) / WAL_BYTES;
         assert!(advice(segments(63), 1 << 40).starts_with("millrace preflight --prepare"));
@@ -650,7 +650,7 @@ mod tests {
 
     #[test]
     fn a_standby_that_commits_wait_for_is_named_with_its_reason() {
-        let advice = |awaited, synchronous, catching_up| {
+        let advice = |awaited, synchronous, catching_up, lag| {
             let settings = settings();
             let mut seen = seen(&settings);
             seen.facts.synchronous_standby_names = "ANY 1 (a, b)".to_owned();
@@ -658,13 +658,15 @@ mod tests {
             seen.facts.standbys_awaited = awaited;
             seen.facts.standbys_synchronous = synchronous;
             seen.facts.standbys_catching_up = catching_up;
+            seen.facts.standby_lag_bytes = lag;
             replication::check(&seen).remedy
         };
         let told = |remedy: Option<String>, part: &str| remedy.is_some_and(|it| it.contains(part));
-        assert!(told(advice(1, 0, 1), "is catching up"));
-        assert!(told(advice(1, 0, 0), "is away"));
-        assert!(told(advice(2, 1, 0), "1 of 2 are there"));
-        assert_eq!(advice(1, 1, 0), None);
+        assert!(told(advice(1, 0, 1, 0), "is catching up"));
+        assert!(told(advice(1, 0, 0, 0), "is away"));
+        assert!(told(advice(2, 1, 0, 0), "1 of 2 are there"));
+        assert_eq!(advice(1, 1, 0, LAG_BYTES), None);
+        assert!(told(advice(1, 1, 0, LAG_BYTES + 1), "catch up"));
     }
 
     #[test]

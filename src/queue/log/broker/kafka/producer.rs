@@ -288,4 +288,17 @@ mod tests {
         assert_eq!(parts(&[0, 1, 2, 4], &sent), [vec![0, 1], vec![2, 4]]);
         assert_eq!(parts(&[], &sent), [[0; 0]; 0]);
     }
+
+    #[test]
+    fn a_batch_is_full_to_the_last_byte_keys_and_overhead_included() {
+        let half = BATCH_BYTES_MAX / 2 - records::OVERHEAD_BYTES;
+        let record = |key: usize, more: usize| KeyedRecord {
+            key: "k".repeat(key),
+            value: "x".repeat(half - key + more),
+            traceparent: None,
+        };
+        let sent = [record(10, 0), record(200, 0), record(200, 1)];
+        assert_eq!(parts(&[0, 1], &sent), [vec![0, 1]]);
+        assert_eq!(parts(&[0, 2], &sent), [vec![0], vec![2]]);
+    }
 }
