@@ -537,15 +537,14 @@ enum Place {
 /// Every order, with its table.
 fn everywhere<'a>(rows: &View<'a>) -> impl Iterator<Item = (i64, Place, &'a tables::Order)> {
     let all = rows.committed.range(Key::Order(i64::MIN)..);
-    let all = all.map_while(|(key, row)| match (key, &**row) {
+    all.map_while(|(key, row)| match (key, &**row) {
         (Key::Order(id), Row::Order(order)) => Some((*id, Place::Row, order)),
         (Key::Parked(id), Row::Parked(order)) => Some((*id, Place::Parked, order)),
         (Key::DeadLetter(id), Row::DeadLetter(letter)) => {
             Some((*id, Place::DeadLetter, &letter.order))
         }
         _ => None,
-    });
-    all
+    })
 }
 
 /// Every order that is a row.

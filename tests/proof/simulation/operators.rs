@@ -64,9 +64,8 @@ impl Sim {
             if let Some(process) = self.process() {
                 let resumed = process.unless_dead(process.operator.resume(&id)).await;
                 self.note(format_args!("resume {id}: {}", outcome(&resumed)));
-                match resumed {
-                    Ok(Ok(_) | Err(OperatorError::CountersRefused { .. })) => return,
-                    Ok(Err(_)) | Err(Dead) => {}
+                if let Ok(Ok(_) | Err(OperatorError::CountersRefused { .. })) = resumed {
+                    return;
                 }
             }
             sleep(Duration::from_millis(700)).await;
