@@ -390,9 +390,17 @@ impl Parking {
             if here.is_empty() {
                 continue;
             }
-            if parked::make_dead_letter(&self.database, self.lease, order.id, sqlstate, reason)
-                .await?
-            {
+            let is_dead_letter = loop {
+                let (database, lease) = (&self.database, self.lease);
+                match parked::make_dead_letter(database, lease, order.id, sqlstate, reason).await {
+                    Err(error) if error.is_transient() => {
+                        tracing::warn!(order_id = %order.id, reason = %error, "a parked order may or may not be a dead letter by now; asking the database again");
+                        tokio::time::sleep(PAUSE).await;
+                    }
+                    done => break done?,
+                }
+            };
+            if is_dead_letter {
                 tracing::error!(order_id = %order.id, sqlstate, reason, "the database refused a parked order; it is a dead letter now: retry or discard it at /admin/v1/dead-letters");
                 self.metrics.dead_letters.inc();
                 self.state.ended(order, Ended::Failed);

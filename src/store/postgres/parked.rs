@@ -174,8 +174,8 @@ pub async fn contains(database: &Database, id: OrderId) -> Result<bool, StoreErr
     Ok(row.is_some())
 }
 
-/// Turns a parked order into a dead letter, because the database refuses its row. Returns false if it is
-/// not parked any more.
+/// Turns a parked order into a dead letter, because the database refuses its row. Returns whether it is one now, by this call or
+/// by one before whose answer was lost.
 ///
 /// # Errors
 /// If the database does not answer.
@@ -187,22 +187,24 @@ pub async fn make_dead_letter(
     reason: &str,
 ) -> Result<bool, StoreError> {
     let client = database.pooled().await?;
-    let dead_lettered = database
+    let row = database
         .timed(
             "writing a dead letter",
-            client.execute(
+            client.query_one(
                 "WITH gone AS (
                      DELETE FROM parked_orders WHERE order_id = $1
                         AND EXISTS (SELECT FROM node WHERE node = $4 AND epoch = $5 FOR SHARE) RETURNING *
+                 ), made AS (
+                     INSERT INTO dead_letters (order_id, user_id, sku, quantity, adjustment, amount, currency,
+                            created_at, expires_at, key_hash, payload_hash, attributes, sqlstate, reason)
+                     SELECT order_id, user_id, sku, quantity, adjustment, amount, currency,
+                            created_at, expires_at, key_hash, payload_hash, attributes::text, $2, $3
+                       FROM gone RETURNING order_id
                  )
-                 INSERT INTO dead_letters (order_id, user_id, sku, quantity, adjustment, amount, currency,
-                        created_at, expires_at, key_hash, payload_hash, attributes, sqlstate, reason)
-                 SELECT order_id, user_id, sku, quantity, adjustment, amount, currency,
-                        created_at, expires_at, key_hash, payload_hash, attributes::text, $2, $3
-                   FROM gone",
+                 SELECT EXISTS (SELECT FROM made) OR EXISTS (SELECT FROM dead_letters WHERE order_id = $1)",
                 &[&id.as_i64(), &sqlstate, &reason, &lease.node, &lease.epoch],
             ),
         )
         .await?;
-    Ok(dead_lettered == 1)
+    Ok(row.get(0))
 }

@@ -8,7 +8,7 @@ use tokio_postgres::types::Type;
 use super::super::locks::Waits;
 use super::super::session::{Refused, Session};
 use super::super::tables::{Key, Letter, Node, Order, Row};
-use super::Value::{Bytes, I4, I8, Null, Text};
+use super::Value::{Bool, Bytes, I4, I8, Null, Text};
 use super::{
     Done, PAYABLE, Parameters, Sql, Value, changed, facts, rows, sorted, units, window_row,
 };
@@ -115,16 +115,21 @@ impl Session {
                 rows(vec![if is_in { row } else { of_no_row }])
             }
             Sql::BuryParked => {
-                let node = self.view(|view| view.node(&Key::Node));
-                if node.map(|node| node.epoch) != Some(with.i8(5)) {
-                    return changed(0);
-                }
                 let id = with.i8(1);
-                let Some(order) = self.take_parked(id).await? else {
-                    return changed(0);
+                let key = Key::DeadLetter(id);
+                let is_one_already = self.view(|view| view.has(&key));
+                let node = self.view(|view| view.node(&Key::Node));
+                let is_ours = node.map(|node| node.epoch) == Some(with.i8(5));
+                let order = if is_ours {
+                    self.take_parked(id).await?
+                } else {
+                    None
                 };
-                self.bury(id, order);
-                changed(1)
+                let is_made = order.is_some();
+                if let Some(order) = order {
+                    self.bury(id, order);
+                }
+                rows(vec![vec![Bool(is_made || is_one_already)]])
             }
             Sql::DeadLetter => {
                 let node = self.view(|view| view.node(&Key::Node));

@@ -81,7 +81,7 @@ statements! {
         ParkedBySku: "SELECT sku, count(*), sum(quantity)::int8 FROM parked_orders", ("i8[]") -> ("i4 i8 i8");
         ParkedOf: "SELECT p.order_id, p.user_id, s.sku_id, p.sku,", "WHERE p.sku = $1", ("i4 i8 i8[]") -> ("i8 t t i4 i4 i8 i8 t i8 i8 y i8 t");
         ParkedDue: "SELECT p.order_id, p.user_id, s.sku_id, p.sku,", "WHERE p.expires_at <=", ("i8 i8 i8 i8 i8[]") -> ("i8 t t i4 i4 i8 i8 t i8 i8 y i8 t");
-        BuryParked: "WITH gone AS ( DELETE FROM parked_orders", "INSERT INTO dead_letters", ("i8 t t i2 i8") -> ("");
+        BuryParked: "WITH gone AS ( DELETE FROM parked_orders", "INSERT INTO dead_letters", ("i8 t t i2 i8") -> ("b");
         EndParked: "WITH gone AS ( DELETE FROM parked_orders", ("i8 i2 i8 b") -> ("t i4 i4");
         IsParked: "SELECT FROM parked_orders", ("i8") -> ("");
         WindowParked: "SELECT order_id, user_id, sku, quantity, key_hash, payload_hash, 1::int2", ("i8 i8 i8") -> ("i8 t i4 i4 u i8 i2 z");
