@@ -3,8 +3,8 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::ensure;
-use serde_json::json;
+use anyhow::{Context, ensure};
+use serde_json::{Value, json};
 
 use crate::brokers::Kind;
 use crate::fixture::child::{Server, call, start_broker};
@@ -23,9 +23,8 @@ const WINDOW_MS: &str = "10000";
 const PAYMENT_TTL_MS: &str = "5000";
 /// The share of orders with units that are paid.
 const PAID: &str = "0.3";
-/// Units at the start, and those that come each second in place of paid ones: fewer than are asked for, so that the list is full.
+/// Units that are not paid: fewer than are asked for, so that buyers wait. What is paid is restocked each second.
 const UNITS: u32 = 5_000;
-const RESTOCKED: u32 = 300;
 const WAITLIST_MAX: u32 = 2_000;
 const SECRET: &str = "whsec_c29hay1zZWNyZXQtb2YtMjQtYnl0ZXMh";
 /// Looks at the process.
@@ -71,13 +70,11 @@ pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
     let loading = tokio::task::spawn_blocking(move || load(address, HOT, &plan));
     let started = Instant::now();
     let mut looks: Vec<Usage> = Vec::new();
-    let restock = json!({"quantity": RESTOCKED}).to_string();
     let mut seconds = tokio::time::interval(Duration::from_secs(1));
+    let mut replaced = 0;
     while started.elapsed() < length {
         seconds.tick().await;
-        let target = format!("/admin/v1/skus/{HOT}/restock");
-        let (status, answer) = blocking(|| call(server.control, "POST", &target, &restock))?;
-        ensure!(status == 200, "a restock: {status} {answer}");
+        replaced += blocking(|| replace_paid(&server, replaced))?;
         if started.elapsed() > length / LOOKS * (looks.len() as u32 + 1) {
             looks.push(server.process.usage()?);
         }
@@ -133,4 +130,20 @@ pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
         Finding::of("payments", payments["acknowledged"].as_f64().unwrap_or(0.0)),
         Finding::of("answers that were failures", report.number("errors")?),
     ])
+}
+
+/// Restocks as many units as were paid beyond `replaced`. Returns their number.
+fn replace_paid(server: &Server, replaced: u64) -> anyhow::Result<u64> {
+    let target = format!("/admin/v1/skus/{HOT}");
+    let (status, answer) = call(server.control, "GET", &target, "")?;
+    let sku: Value = serde_json::from_str(&answer)?;
+    let sold = sku["sold"].as_u64().context("a SKU without sold units")?;
+    ensure!(status == 200, "a look at the SKU: {status} {answer}");
+    let paid = sold.saturating_sub(replaced);
+    if paid > 0 {
+        let body = json!({"quantity": paid}).to_string();
+        let (status, answer) = call(server.control, "POST", &format!("{target}/restock"), &body)?;
+        ensure!(status == 200, "a restock: {status} {answer}");
+    }
+    Ok(paid)
 }
