@@ -99,7 +99,7 @@ const COMPUTING: &[Proof] = &[
     Proof {
         name: "simulation_defects",
         counts: "planted defects that the simulation has to find",
-        short: 8,
+        short: 11,
         run: simulation::run_defects,
     },
 ];
