@@ -2,7 +2,7 @@
 //! stream, on the same Redis.
 
 use crate::brokers::Kind;
-use crate::fixture::child::{Server, Service, start_broker};
+use crate::fixture::child::{Server, Service, log_settings, start_broker};
 use crate::fixture::compare::{Spread, alternate};
 use crate::fixture::database::{Postgres, drained};
 use crate::fixture::engine::HOT;
@@ -30,12 +30,8 @@ pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
     for (name, kind) in BACKENDS {
         let broker = kind.map(start_broker).transpose()?;
         let url = postgres.database(name).await?;
-        let mut settings = vec![("MILLRACE_DATABASE__URL".to_owned(), url)];
-        settings.extend(broker.iter().flat_map(|broker| broker.env()).cloned());
-        let settings: Vec<(&str, &str)> = settings
-            .iter()
-            .filter_map(|(name, value)| Some((name.strip_prefix("MILLRACE_")?, value.as_str())))
-            .collect();
+        let mut settings = vec![("DATABASE__URL", url.as_str())];
+        settings.extend(broker.iter().flat_map(log_settings));
         let server = Server::start(&scratch.dir(name)?, &settings)?;
         server.put_sku(HOT, u32::MAX)?;
         servers.push(server);

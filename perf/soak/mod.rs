@@ -7,7 +7,7 @@ use anyhow::{Context, ensure};
 use serde_json::{Value, json};
 
 use crate::brokers::Kind;
-use crate::fixture::child::{Server, call, start_broker};
+use crate::fixture::child::{Server, call, log_settings, start_broker};
 use crate::fixture::engine::HOT;
 use crate::fixture::load::{Load, load};
 use crate::fixture::machine::Usage;
@@ -39,12 +39,7 @@ pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
         ("ORDERS__PAYMENT_TTL_MS", PAYMENT_TTL_MS),
         ("PAYMENTS__STANDARD__SECRET", SECRET),
     ];
-    settings.extend(
-        broker
-            .env()
-            .iter()
-            .filter_map(|(name, value)| Some((name.strip_prefix("MILLRACE_")?, value.as_str()))),
-    );
+    settings.extend(log_settings(&broker));
     let server = Server::start(&scratch.dir("millrace")?, &settings)?;
     server.put_sku_with(HOT, UNITS, json!({"waitlist_max": WAITLIST_MAX}))?;
     let length = Duration::from_secs_f64(lab.soak_minutes * 60.0);
@@ -136,9 +131,9 @@ pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
 fn replace_paid(server: &Server, replaced: u64) -> anyhow::Result<u64> {
     let target = format!("/admin/v1/skus/{HOT}");
     let (status, answer) = call(server.control, "GET", &target, "")?;
+    ensure!(status == 200, "a look at the SKU: {status} {answer}");
     let sku: Value = serde_json::from_str(&answer)?;
     let sold = sku["sold"].as_u64().context("a SKU without sold units")?;
-    ensure!(status == 200, "a look at the SKU: {status} {answer}");
     let paid = sold.saturating_sub(replaced);
     if paid > 0 {
         let body = json!({"quantity": paid}).to_string();

@@ -49,7 +49,7 @@ pub struct Sku {
     pub taken_off: i64,
 }
 
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Order {
     pub user: String,
     pub sku: i32,

@@ -140,20 +140,12 @@ impl Session {
                     return changed(0);
                 }
                 let order = Order {
-                    user: with.text(2),
-                    sku: with.i4(3),
-                    quantity: with.i4(4),
-                    adjustment: with.i8(5),
-                    amount: with.i8(6),
-                    currency: with.text(7),
-                    status: None,
                     created_ms: with.i8(8),
                     expires_ms: with.i8(9),
                     key: with.0[9].clone(),
                     payload: with.i8(11),
                     attributes: with.get::<&str>(12, &Type::TEXT).map(Rc::from),
-                    reason: None,
-                    assigned_ms: None,
+                    ..with.bought()
                 };
                 self.bury(with.i8(1), order);
                 changed(1)

@@ -254,6 +254,18 @@ impl Parameters {
     fn i8s_or_null(&self, number: usize) -> Vec<Option<i64>> {
         self.get(number, &Type::INT8_ARRAY).expect("int8s")
     }
+    /// An order of these parameters, from the second on: its buyer, what it is for, and its price.
+    fn bought(&self) -> Order {
+        Order {
+            user: self.text(2),
+            sku: self.i4(3),
+            quantity: self.i4(4),
+            adjustment: self.i8(5),
+            amount: self.i8(6),
+            currency: self.text(7),
+            ..Order::default()
+        }
+    }
     fn texts(&self, number: usize) -> Vec<Option<String>> {
         self.get(number, &Type::TEXT_ARRAY).expect("texts")
     }

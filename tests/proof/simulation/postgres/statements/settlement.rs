@@ -258,20 +258,13 @@ impl Session {
                     return changed(0);
                 }
                 let order = Order {
-                    user: with.text(2),
-                    sku: with.i4(3),
-                    quantity: with.i4(4),
-                    adjustment: with.i8(5),
-                    amount: with.i8(6),
-                    currency: with.text(7),
                     status: with.get(8, &Type::INT2),
                     created_ms: with.i8(9),
                     expires_ms: with.i8(10),
                     key: with.0[10].clone(),
                     payload: with.i8(12),
-                    attributes: None,
                     reason: with.get(13, &Type::TEXT),
-                    assigned_ms: None,
+                    ..with.bought()
                 };
                 let is_in = self.insert(id, order)?;
                 changed(usize::from(is_in))
