@@ -129,15 +129,15 @@ pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
 
 /// Restocks as many units as were paid beyond `replaced`. Returns their number.
 fn replace_paid(server: &Server, replaced: u64) -> anyhow::Result<u64> {
-    let target = format!("/admin/v1/skus/{HOT}");
-    let (status, answer) = call(server.control, "GET", &target, "")?;
+    let (status, answer) = call(server.data, "GET", &format!("/v1/skus/{HOT}"), "")?;
     ensure!(status == 200, "a look at the SKU: {status} {answer}");
     let sku: Value = serde_json::from_str(&answer)?;
     let sold = sku["sold"].as_u64().context("a SKU without sold units")?;
     let paid = sold.saturating_sub(replaced);
     if paid > 0 {
         let body = json!({"quantity": paid}).to_string();
-        let (status, answer) = call(server.control, "POST", &format!("{target}/restock"), &body)?;
+        let target = format!("/admin/v1/skus/{HOT}/restock");
+        let (status, answer) = call(server.control, "POST", &target, &body)?;
         ensure!(status == 200, "a restock: {status} {answer}");
     }
     Ok(paid)
