@@ -190,14 +190,14 @@ pub(super) fn name_of(config: &Config, node: u8) -> String {
 
 /// Checks the broker's settings. A broker that is away is waited for.
 fn checked(broker: &dyn Broker) -> Result<Vec<String>, StartError> {
-    let checked = while_away(PATIENCE, || broker.check()).and_then(|warnings| {
+    let checked = while_away(PATIENCE, || broker.check()).and_then(|checked| {
         if broker.frame_max() < FRAME_MIN {
             return Err(BrokerError::Refused(format!(
                 "it takes messages of {} bytes, and {FRAME_MIN} are needed",
                 broker.frame_max()
             )));
         }
-        Ok(warnings)
+        Ok(checked.warnings)
     });
     checked.map_err(|reason| StartError::Broker {
         title: broker.title(),

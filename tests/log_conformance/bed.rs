@@ -237,6 +237,7 @@ pub fn redis_client(settings: RedisSettings) -> RedisBroker {
 pub fn connect(client: &dyn Broker) -> Vec<String> {
     while_away(PATIENCE, || client.check())
         .unwrap_or_else(|error| panic!("{}: {error}", client.title()))
+        .warnings
 }
 
 /// A name that no other log has.

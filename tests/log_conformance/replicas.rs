@@ -35,7 +35,7 @@ fn an_append_to_redis_waits_for_its_replicas() {
         replicas_min: 1,
         ..master.redis_settings(&log, Duration::from_secs(1))
     });
-    let warnings = client.check().expect("a server without replicas");
+    let warnings = client.check().expect("a server without replicas").warnings;
     says(
         &warnings[0],
         &["0 of the 1 replicas", "queue.redis.replicas_min"],
@@ -48,9 +48,12 @@ fn an_append_to_redis_waits_for_its_replicas() {
     });
     assert_eq!(length(&replica), ":1");
     // Acknowledged by one of two servers would be no majority.
-    assert_eq!(client.check().expect("a server with a replica"), [""; 0]);
+    assert_eq!(
+        client.check().expect("a server with a replica").warnings,
+        [""; 0]
+    );
     let alone = redis_client(master.redis_settings(&log, Duration::from_secs(1)));
-    let warnings = alone.check().expect("a server with a replica");
+    let warnings = alone.check().expect("a server with a replica").warnings;
     says(
         &warnings[0],
         &["has 1 replicas", "replicas_min = 0", "set it to 1 or more"],

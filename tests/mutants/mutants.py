@@ -101,7 +101,7 @@ def build(mutants):
         texts = {name: file.render(out) for name, file in files.items()}
         for name, text in texts.items():
             write(TREE / name, text)
-        messages, code = cargo("check", "--lib", "--features", "faults")
+        messages, code = cargo("check", "--lib", "--features", "faults,fuzz")
         if code == 0:
             return out
         refused, unplaced = {}, []

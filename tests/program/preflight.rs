@@ -19,7 +19,9 @@ use millrace::order::UnixMillis;
 use millrace::pipeline::admin::preflight::{
     Check, LogProbe, ROW_BYTES, Report, Sale, Settings, Verdict, WAL_BYTES, preflight,
 };
-use millrace::queue::log::broker::{Broker, BrokerError, Place, Position, SendError, Stored};
+use millrace::queue::log::broker::{
+    Broker, BrokerError, Checked, Place, Position, SendError, Stored,
+};
 use millrace::store::postgres::Database;
 use millrace::store::{StoreError, schema};
 use rustix::process::{Pid, Signal, kill_process};
@@ -437,12 +439,15 @@ fn an_archive_that_takes_nothing_is_bad() {
 
 /// A broker of which nothing but its check is asked.
 #[derive(Debug)]
-struct Checked(Option<&'static str>);
+struct CheckAlone(Option<&'static str>);
 
-impl Broker for Checked {
-    fn check(&self) -> Result<Vec<String>, BrokerError> {
+impl Broker for CheckAlone {
+    fn check(&self) -> Result<Checked, BrokerError> {
         match self.0 {
-            Some(warning) => Ok(vec![warning.to_owned()]),
+            Some(warning) => Ok(Checked {
+                warnings: vec![warning.to_owned()],
+                is_anew: false,
+            }),
             None => Err(BrokerError::Away("connection refused".to_owned())),
         }
     }
@@ -472,18 +477,18 @@ fn a_broker_is_asked_again_although_its_appends_were_fast_before() {
         for _ in 0..200 {
             metrics.journal_sync_seconds.observe(0.0015);
         }
-        let found = async |broker: Checked| {
+        let found = async |broker: CheckAlone| {
             let mut settings = settings();
             settings.log = LogProbe::Broker(Arc::new(broker), Some(metrics.clone()));
             let report = preflight(&database, &settings, sale(1_000), false).await;
             check(&report.expect("a preflight"), "order_log").clone()
         };
-        let weak = found(Checked(Some("topic t has 1 replica"))).await;
+        let weak = found(CheckAlone(Some("topic t has 1 replica"))).await;
         assert_eq!(weak.verdict, Verdict::Warn, "{weak:?}");
         let told = ["200 groups", "topic t has 1 replica"];
         let all = told.iter().all(|part| weak.figure.contains(part));
         assert!(all && weak.remedy.is_some(), "{weak:?}");
-        let away = found(Checked(None)).await;
+        let away = found(CheckAlone(None)).await;
         assert_eq!(away.verdict, Verdict::Bad, "{away:?}");
         assert!(away.figure.contains("connection refused"), "{away:?}");
     });

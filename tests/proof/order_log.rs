@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use millrace::queue::log::broker::reader::ReadError;
 use millrace::queue::log::broker::{
-    BeforeStart, Broker, BrokerError, BrokerLimits, Known, Owner, Place, Position, SendError,
-    Stored,
+    BeforeStart, Broker, BrokerError, BrokerLimits, Checked, Known, Owner, Place, Position,
+    SendError, Stored,
 };
 use millrace::queue::log::record::{GroupBytes, Record};
 use millrace::queue::log::{AppendError, Log};
@@ -50,10 +50,11 @@ pub fn run(count: u64) -> Result<String, Why> {
         failovers,
         lost_again,
         stops,
+        looks,
     } = figures;
     Ok(format!(
         "lives={count} acked={acked} unknown={unknown} takeovers={takeovers} fenced={fenced} failovers={failovers} \
-         appended_again={lost_again} stops={stops} lost=0 acked_behind_a_marker=0 seed={seed}"
+         appended_again={lost_again} stops={stops} looks={looks} lost=0 acked_behind_a_marker=0 seed={seed}"
     ))
 }
 
@@ -66,6 +67,7 @@ struct Figures {
     failovers: u64,
     lost_again: u64,
     stops: u64,
+    looks: u64,
 }
 
 /// One process's client of a broker with one log.
@@ -115,13 +117,15 @@ impl Inner {
 }
 
 impl Broker for SimBroker {
-    fn check(&self) -> Result<Vec<String>, BrokerError> {
+    fn check(&self) -> Result<Checked, BrokerError> {
         let mut inner = self.inner.lock().unwrap();
         if !inner.is_calm && inner.rng.random_bool(0.1) {
             return Err(BrokerError::Away("simulated".to_owned()));
         }
-        self.server.store(inner.server, Ordering::Relaxed);
-        Ok(Vec::new())
+        Ok(Checked {
+            warnings: Vec::new(),
+            is_anew: self.server.swap(inner.server, Ordering::Relaxed) != inner.server,
+        })
     }
 
     fn send(&self, place: Place, frame: &[u8]) -> Result<u64, SendError> {
@@ -197,6 +201,9 @@ impl Broker for SimBroker {
 /// A process with the log.
 struct Process {
     log: Log,
+    epoch: u64,
+    /// Number of the last group that was acknowledged; 0: the marker alone.
+    appended: u64,
     /// The order of the group in doubt.
     doubt: Option<u64>,
     /// Why it appends nothing any more.
@@ -257,6 +264,7 @@ impl World {
                 0..6 => self.take_over(figures)?,
                 6..10 if self.fails_over => self.fail_over(figures),
                 10..13 => self.stop(figures),
+                28..40 if !self.processes.is_empty() => self.look(figures)?,
                 // A process that was replaced, and does not know it.
                 13..28 if self.processes.len() > 1 && !self.fails_over => {
                     let older = self.rng.random_range(0..self.processes.len() - 1);
@@ -329,6 +337,8 @@ impl World {
             place: Some(taken.marker),
         };
         self.processes.push(Process {
+            epoch: taken.marker.place.epoch,
+            appended: 0,
             log: taken.start(BrokerLimits {
                 bytes_max: 1 << 30,
                 retain: Duration::ZERO,
@@ -362,6 +372,47 @@ impl World {
         };
     }
 
+    /// The newest process compares a part of what it has appended. What it calls whole has to be there.
+    fn look(&mut self, figures: &mut Figures) -> Result<(), String> {
+        let Some(process) = self.processes.last_mut() else {
+            return Ok(());
+        };
+        if process.doubt.is_some() || process.ended.is_some() {
+            return Ok(());
+        }
+        match process.log.writer.look() {
+            Ok(false) | Err(AppendError::NotNow(_) | AppendError::Unknown(_)) => {}
+            Ok(true) => {
+                figures.looks += 1;
+                let inner = self.inner.lock().unwrap();
+                let present: HashSet<_> =
+                    inner.entries.iter().map(|(_, place, _)| *place).collect();
+                let epoch = process.epoch;
+                let is_there = |number: &u64| {
+                    present.contains(&Place {
+                        epoch,
+                        number: *number,
+                    })
+                };
+                if let Some(number) = (1..=process.appended).find(|number| !is_there(number)) {
+                    return Err(format!(
+                        "group {epoch}-{number} is gone, and a look found the log whole"
+                    ));
+                }
+                self.excused.clear();
+            }
+            Err(AppendError::Final(why)) => {
+                if !self.failed_over && self.epoch_is_ours(&why) {
+                    return Err(format!("the newest process gives up at a look: {why}"));
+                }
+                if let Some(process) = self.processes.last_mut() {
+                    process.ended = Some(why);
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn append(&mut self, which: usize, figures: &mut Figures) -> Result<(), String> {
         let is_newest = which + 1 == self.processes.len();
         let process = &mut self.processes[which];
@@ -388,8 +439,9 @@ impl World {
             let _ = process.log.writer.room(2_000);
         }
         match process.log.writer.append(&group.group(), permit.sectors()) {
-            Ok(_) => {
+            Ok(at) => {
                 let _ = permit.spend();
+                process.appended = at.place;
                 if !is_newest {
                     return Err(format!(
                         "{id} was acknowledged behind a later process's marker"

@@ -152,7 +152,7 @@ pub(super) fn verify(config: &Config) -> anyhow::Result<bool> {
 
 fn connect(config: &Config) -> anyhow::Result<Arc<dyn Broker>> {
     let broker = brokers::client(config, 0)?;
-    for warning in while_away(PATIENCE, || broker.check())? {
+    for warning in while_away(PATIENCE, || broker.check())?.warnings {
         say(&format!("{}: {warning}", broker.title()));
     }
     Ok(broker)

@@ -85,8 +85,8 @@ impl Appender {
                     Step::Ended => Step::Ended,
                 };
             }
-            if shared.look_is_due.swap(false, Ordering::AcqRel) {
-                return self.probe();
+            if shared.look_is_due.load(Ordering::Acquire) {
+                return self.look();
             }
             return next_if(shared.incoming.wait());
         }
@@ -122,15 +122,35 @@ impl Appender {
         if shared.incoming.is_closed() && shared.incoming.len() == 0 {
             return Step::Ended;
         }
-        match self.writer.probe() {
+        let probed = self.writer.probe();
+        self.found(probed)
+    }
+
+    /// Compares the next part of the log with what was appended. Groups that come meanwhile go before the rest of it.
+    fn look(&mut self) -> Step {
+        let shared = Arc::clone(&self.shared);
+        if shared.incoming.is_closed() && shared.incoming.len() == 0 {
+            return Step::Ended;
+        }
+        let looked = self.writer.look();
+        if looked == Ok(false) {
+            return Step::Next;
+        }
+        shared.look_is_due.store(false, Ordering::Release);
+        self.found(looked.map(|_| ()))
+    }
+
+    /// What came of asking the log.
+    fn found(&mut self, asked: Result<(), AppendError>) -> Step {
+        match asked {
             Ok(()) => {
                 self.backoff.reset();
-                shared.set_back();
+                self.shared.set_back();
             }
             Err(AppendError::NotNow(reason) | AppendError::Unknown(reason)) => {
-                shared.set_away(reason)
+                self.shared.set_away(reason)
             }
-            Err(AppendError::Final(reason)) => shared.fail(reason),
+            Err(AppendError::Final(reason)) => self.shared.fail(reason),
         }
         Step::Next
     }

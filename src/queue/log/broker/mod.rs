@@ -166,14 +166,23 @@ pub fn while_away<T, E: IsAway>(
     }
 }
 
+/// What [`Broker::check`] has found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Checked {
+    /// What weakens the promise, a sentence each.
+    pub warnings: Vec<String>,
+    /// Whether the connection of [`Broker::send`] is a new one, which may lead to a server that has lost groups.
+    pub is_anew: bool,
+}
+
 /// A broker that keeps one log.
 pub trait Broker: Send + Sync + fmt::Debug {
     /// Connects anew if the connection of [`Broker::send`] is gone, makes the stream or topic if it is missing and may be made, and reads every setting
-    /// of the server that the promise rests on. Returns warnings, a sentence each.
+    /// of the server that the promise rests on.
     ///
     /// # Errors
     /// [`BrokerError::Refused`] with one sentence: the setting, its value, and the value that it needs.
-    fn check(&self) -> Result<Vec<String>, BrokerError>;
+    fn check(&self) -> Result<Checked, BrokerError>;
 
     /// Stores a frame behind all others, and returns its offset once it is durable by the broker's own promise.
     /// It never connects by itself: a new connection may lead to a server that has lost groups in a failover, so

@@ -20,6 +20,17 @@ struct Kept {
     frame: Vec<u8>,
 }
 
+/// Bytes that a look compares at once: the next group waits for them.
+const LOOK_BYTES: usize = 64 << 10;
+
+/// How far a look has come.
+#[derive(Clone, Copy, Debug)]
+struct Look {
+    after: Option<Position>,
+    /// The kept frame that has to come next.
+    next: Place,
+}
+
 /// The writing end of a broker's log.
 #[derive(Debug)]
 pub(super) struct BrokerWriter {
@@ -38,6 +49,10 @@ pub(super) struct BrokerWriter {
     /// Whether the broker may have failed over since the last success: its tail is compared before the next
     /// group.
     suspects: bool,
+    look: Option<Look>,
+    /// The last group at the end of the last comparison. If nothing was appended since, a look begins here: a failover
+    /// loses the end of a log, so this group too.
+    compared: Place,
 }
 
 impl BrokerWriter {
@@ -65,6 +80,8 @@ impl BrokerWriter {
             }]),
             doubt: None,
             suspects: false,
+            look: None,
+            compared: marker.place,
         }
     }
 
@@ -153,6 +170,7 @@ impl BrokerWriter {
 
     /// Connects, to a server that may be another one, and appends again what it has lost.
     fn reconnect(&mut self) -> Result<(), AppendError> {
+        self.look = None;
         let checked = self.broker.check();
         checked.map_err(|error| AppendError::NotNow(error.to_string()))?;
         self.compare_tail()
@@ -183,14 +201,7 @@ impl BrokerWriter {
     /// After a failure the broker may be another one, which lacks the last groups: those are appended again under
     /// their numbers.
     fn compare_tail(&mut self) -> Result<(), AppendError> {
-        // What the broker was allowed to forget cannot be compared.
-        let kept_from = self.log.kept_from();
-        while self.kept.len() > 1
-            && let Some(oldest) = self.kept.front()
-            && oldest.position.place < kept_from
-        {
-            self.drop_oldest();
-        }
+        let kept_from = self.drop_forgotten();
         let (begins_at, present) = self.tail()?;
         // It deletes by age.
         if let Some(begins_at) = begins_at
@@ -236,14 +247,13 @@ impl BrokerWriter {
             )));
         }
         let lost: Vec<usize> = (from..self.kept.len()).collect();
-        if lost.is_empty() {
-            return Ok(());
+        if !lost.is_empty() {
+            tracing::warn!(
+                groups = lost.len(),
+                "{} has lost groups in a failover; they are appended again",
+                self.broker.title()
+            );
         }
-        tracing::warn!(
-            groups = lost.len(),
-            "{} has lost groups in a failover; they are appended again",
-            self.broker.title()
-        );
         for index in lost {
             let kept = &self.kept[index];
             let sent = self.broker.send(kept.position.place, &kept.frame);
@@ -262,6 +272,7 @@ impl BrokerWriter {
             }
             self.kept[index].position = at;
         }
+        self.compared = self.last().place;
         Ok(())
     }
 
@@ -359,6 +370,74 @@ impl BrokerWriter {
         }
     }
 
+    /// What the broker was allowed to forget cannot be compared. Returns the first place that it may not forget.
+    fn drop_forgotten(&mut self) -> Place {
+        let kept_from = self.log.kept_from();
+        while self.kept.len() > 1
+            && let Some(oldest) = self.kept.front()
+            && oldest.position.place < kept_from
+        {
+            self.drop_oldest();
+        }
+        kept_from
+    }
+
+    /// Compares the next page of the log with what is kept, and says whether it was the last one. `None`: it is not as
+    /// it was kept, or the server may be another one.
+    fn compare_page(&mut self) -> Result<Option<bool>, BrokerError> {
+        let mut look = match self.look.take() {
+            Some(look) => look,
+            None => {
+                if self.broker.check()?.is_anew || self.suspects {
+                    return Ok(None);
+                }
+                self.drop_forgotten();
+                let last = self.last();
+                let begin = if last.place == self.compared {
+                    last
+                } else {
+                    self.kept.front().map_or(last, |oldest| oldest.position)
+                };
+                Look {
+                    after: before(begin, self.broker.fences()),
+                    next: begin.place,
+                }
+            }
+        };
+        let page = self.broker.read(look.after, LOOK_BYTES)?;
+        let Some(last) = page.last().map(Stored::position) else {
+            if look.next != self.next {
+                return Ok(None);
+            }
+            self.compared = self.last().place;
+            return Ok(Some(true));
+        };
+        look.after = Some(last);
+        let kept_from = self.log.kept_from();
+        for stored in &page {
+            // Before what is kept, or a group that was sent twice.
+            let Some(place) = stored.frame_place().filter(|place| *place >= look.next) else {
+                continue;
+            };
+            // It was allowed to forget more since the look began.
+            look.next = look.next.max(kept_from.min(place));
+            let kept = self.index_of(place).and_then(|index| self.kept.get(index));
+            let is_elsewhere = kept.is_some_and(|kept| kept.position.offset != stored.offset);
+            if place != look.next || is_elsewhere {
+                return Ok(None);
+            }
+            look.next.number += 1;
+        }
+        self.look = Some(look);
+        Ok(Some(false))
+    }
+
+    /// Where a group of this process is kept, if it still is: numbers have no gaps.
+    fn index_of(&self, place: Place) -> Option<usize> {
+        let oldest = self.kept.front()?.position.place.number;
+        Some(place.number.checked_sub(oldest)? as usize)
+    }
+
     fn drop_oldest(&mut self) {
         if let Some(oldest) = self.kept.pop_front() {
             self.kept_bytes -= oldest.frame.len();
@@ -382,6 +461,18 @@ impl LogWriter for BrokerWriter {
         self.reconnect()?;
         self.suspects = false;
         Ok(())
+    }
+
+    fn look(&mut self) -> Result<bool, AppendError> {
+        match self.compare_page() {
+            Ok(Some(is_whole)) => Ok(is_whole),
+            // The whole comparison says what has happened.
+            Ok(None) | Err(BrokerError::Lost(_)) => self.probe().map(|()| true),
+            Err(error) => {
+                self.suspects = true;
+                Err(AppendError::NotNow(error.to_string()))
+            }
+        }
     }
 
     fn append(&mut self, group: &NewGroup<'_>, reserved: u32) -> Result<GroupAt, AppendError> {

@@ -50,7 +50,7 @@ use kafka_protocol::{
 };
 use parking_lot::Mutex;
 
-use super::{Broker, BrokerError, Place, Position, SendError, Stored};
+use super::{Broker, BrokerError, Checked, Place, Position, SendError, Stored};
 
 pub use producer::{KeyedRecord, Producer};
 pub use sasl::{Mechanism, Sasl};
@@ -247,7 +247,7 @@ const LATEST: i64 = -1;
 const EARLIEST: i64 = -2;
 
 impl Broker for KafkaBroker {
-    fn check(&self) -> Result<Vec<String>, BrokerError> {
+    fn check(&self) -> Result<Checked, BrokerError> {
         let mut asking = self.asking.lock();
         *asking = None;
         let leader = self.cluster.open(self.deadline(), true)?;
@@ -255,8 +255,12 @@ impl Broker for KafkaBroker {
         let warnings = leader.facts.warnings.clone();
         *asking = Some(leader);
         let mut sending = self.sending.lock();
-        *sending = Some(self.ready(sending.take(), self.deadline())?);
-        Ok(warnings)
+        let kept = sending
+            .take()
+            .and_then(|mut leader| leader.link.is_open().then_some(leader));
+        let is_anew = kept.is_none();
+        *sending = Some(self.ready(kept, self.deadline())?);
+        Ok(Checked { warnings, is_anew })
     }
 
     fn send(&self, _place: Place, frame: &[u8]) -> Result<u64, SendError> {

@@ -26,7 +26,7 @@ use parking_lot::Mutex;
 use self::answers::Verdict;
 use self::inspect::{inspect, require_master};
 use self::link::{Address, Link, Replies, unknown};
-use super::{Broker, BrokerError, Place, Position, SendError, Stored};
+use super::{Broker, BrokerError, Checked, Place, Position, SendError, Stored};
 
 mod answers;
 mod durable;
@@ -373,11 +373,13 @@ impl RedisBroker {
 }
 
 impl Broker for RedisBroker {
-    fn check(&self) -> Result<Vec<String>, BrokerError> {
-        {
+    fn check(&self) -> Result<Checked, BrokerError> {
+        let is_anew = {
             let mut sender = self.sender.lock();
             let deadline = Instant::now() + self.timeout;
-            *sender = match sender.take().and_then(|link| link.alive(deadline)) {
+            let kept = sender.take().and_then(|link| link.alive(deadline));
+            let is_anew = kept.is_none();
+            *sender = match kept {
                 Some(link) => Some(link),
                 None => {
                     // The server may be another one: both connections lead to the same.
@@ -385,8 +387,9 @@ impl Broker for RedisBroker {
                     Some(self.connect_sender(deadline)?)
                 }
             };
-        }
-        self.with_reader(|link, deadline| {
+            is_anew
+        };
+        let warnings = self.with_reader(|link, deadline| {
             inspect(
                 &self.address,
                 link,
@@ -394,7 +397,8 @@ impl Broker for RedisBroker {
                 self.replicas_min,
                 deadline,
             )
-        })
+        })?;
+        Ok(Checked { warnings, is_anew })
     }
 
     fn send(&self, place: Place, frame: &[u8]) -> Result<u64, SendError> {

@@ -39,7 +39,7 @@ use parking_lot::Mutex;
 use self::route::Route;
 use self::session::Session;
 use self::wire::{CallError, Credentials, Fields};
-use super::{Broker, BrokerError, Place, Position, SendError, Stored};
+use super::{Broker, BrokerError, Checked, Place, Position, SendError, Stored};
 use crate::order::UnixMillis;
 
 /// Greatest length of a frame; brokers take messages of 4 MiB unless told otherwise.
@@ -187,8 +187,9 @@ impl RocketMqBroker {
 }
 
 impl Broker for RocketMqBroker {
-    fn check(&self) -> Result<Vec<String>, BrokerError> {
+    fn check(&self) -> Result<Checked, BrokerError> {
         let (session, warnings) = session::open_to_write(self, self.deadline())?;
+        let mut is_anew = false;
         // A sender that is under way has checked the settings itself.
         if let Some(mut writer) = self.writer.try_lock()
             && writer
@@ -196,10 +197,11 @@ impl Broker for RocketMqBroker {
                 .is_none_or(|session| !session.connection.is_open())
         {
             *writer = Some(session);
+            is_anew = true;
             // The master may be another one: both connections lead to the same.
             *self.reader.lock() = None;
         }
-        Ok(warnings)
+        Ok(Checked { warnings, is_anew })
     }
 
     fn send(&self, _place: Place, frame: &[u8]) -> Result<u64, SendError> {
