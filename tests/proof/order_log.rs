@@ -201,6 +201,7 @@ impl Broker for SimBroker {
 /// A process with the log.
 struct Process {
     log: Log,
+    broker: Arc<SimBroker>,
     epoch: u64,
     /// Number of the last group that was acknowledged; 0: the marker alone.
     appended: u64,
@@ -290,7 +291,7 @@ impl World {
         });
         let _ = broker.check();
         let before = BeforeStart {
-            broker,
+            broker: Arc::clone(&broker) as Arc<dyn Broker>,
             owner: OWNER,
             epoch: self.epoch,
             known: self.known,
@@ -337,6 +338,7 @@ impl World {
             place: Some(taken.marker),
         };
         self.processes.push(Process {
+            broker,
             epoch: taken.marker.place.epoch,
             appended: 0,
             log: taken.start(BrokerLimits {
@@ -372,7 +374,8 @@ impl World {
         };
     }
 
-    /// The newest process compares a part of what it has appended. What it calls whole has to be there.
+    /// The newest process compares a part of what it has appended. What it calls whole has to be there, unless the broker has
+    /// failed over since: the next append finds the connection gone.
     fn look(&mut self, figures: &mut Figures) -> Result<(), String> {
         let Some(process) = self.processes.last_mut() else {
             return Ok(());
@@ -394,6 +397,10 @@ impl World {
                         number: *number,
                     })
                 };
+                let is_connected = process.broker.server.load(Ordering::Relaxed) == inner.server;
+                if !is_connected {
+                    return Ok(());
+                }
                 if let Some(number) = (1..=process.appended).find(|number| !is_there(number)) {
                     return Err(format!(
                         "group {epoch}-{number} is gone, and a look found the log whole"
