@@ -71,7 +71,11 @@ pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
         seconds.tick().await;
         replaced += blocking(|| replace_paid(&server, replaced))?;
         if started.elapsed() > length / LOOKS * (looks.len() as u32 + 1) {
-            looks.push(server.process.usage()?);
+            let mut look = server.process.usage()?;
+            // How many connections a client opens is its own matter.
+            let connections = blocking(|| server.metric("millrace_connections"))?;
+            look.descriptors = look.descriptors.saturating_sub(connections as u64);
+            looks.push(look);
         }
     }
     let report = loading.await??;
@@ -91,7 +95,7 @@ pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
         let bytes = looks.iter().map(|look| look.resident_bytes);
         bytes.max().unwrap_or(0) as f64
     };
-    // One more for a moment is no growth; one that stays is in every look.
+    // One more for a moment, as a connection that has just come, is no growth; one that stays is in every look.
     let descriptors = |looks: &[Usage]| {
         let open = looks.iter().map(|look| look.descriptors);
         open.min().unwrap_or(0) as f64
@@ -111,7 +115,7 @@ pub async fn run(lab: &Lab) -> anyhow::Result<Vec<Finding>> {
         )
         .against("P7c", Target::AtMost(2.0)),
         Finding::of(
-            "growth of open descriptors, likewise, of the least, %",
+            "growth of open descriptors without connections, likewise, of the least, %",
             growth(descriptors),
         )
         .against("P7d", Target::AtMost(0.0)),
