@@ -35,7 +35,7 @@ ROOT = pathlib.Path.cwd()
 OUT = ROOT / "target/mutants"
 TREE = OUT / "tree"
 # Those without PostgreSQL first: they take a second where the others take ten.
-SUITES = "lib,queue,proof,model,pipeline,store,payments,service"
+SUITES = "lib,queue,proof,model,pipeline,store,payments,service,nodes,draw,cluster,events,log_conformance"
 # The tests of the suite `proof`: the proofs that need nothing beside the processor, briefly.
 PROOFS = ["crash_states 300", "every_byte 300", "nth_call 2", "order_log 40", "simulation 1"]
 # Tests of one process, the quickest first: a suite with PostgreSQL starts a server in each.

@@ -306,7 +306,7 @@ impl World {
         let taken = match taken {
             Ok(taken) => taken,
             // As a process that does not come up.
-            Err(ReadError::Broker(_)) => return Ok(()),
+            Err(ReadError::Broker(_)) if !self.inner.lock().unwrap().is_calm => return Ok(()),
             Err(error) if self.failed_over => {
                 // Loud, and an operator's matter: nothing more can be told of this life.
                 self.start_anew();
