@@ -51,7 +51,7 @@ impl Sampler {
             let count = u64::try_from(count).unwrap_or(0);
             *counts.entry(folded(&Frames::from(stack))).or_default() += count;
         }
-        // The debug information of the whole program, some 250 MiB.
+        // The debug information of the whole program: 84 MiB of file pages, and what was parsed of it.
         backtrace::clear_symbol_cache();
         Ok(counts)
     }

@@ -388,35 +388,35 @@ impl World {
             Ok(true) => {
                 figures.looks += 1;
                 let inner = self.inner.lock().unwrap();
-                let present: HashSet<_> =
-                    inner.entries.iter().map(|(_, place, _)| *place).collect();
-                let epoch = process.epoch;
-                let is_there = |number: &u64| {
-                    present.contains(&Place {
-                        epoch,
-                        number: *number,
-                    })
-                };
-                let is_connected = process.broker.server.load(Ordering::Relaxed) == inner.server;
-                if !is_connected {
+                if process.broker.server.load(Ordering::Relaxed) != inner.server {
                     return Ok(());
                 }
-                if let Some(number) = (1..=process.appended).find(|number| !is_there(number)) {
+                let epoch = process.epoch;
+                let places = inner.entries.iter().map(|(_, place, _)| place);
+                let present: HashSet<u64> = places
+                    .filter(|place| place.epoch == epoch)
+                    .map(|place| place.number)
+                    .collect();
+                if let Some(number) = (1..=process.appended).find(|one| !present.contains(one)) {
                     return Err(format!(
                         "group {epoch}-{number} is gone, and a look found the log whole"
                     ));
                 }
                 self.excused.clear();
             }
-            Err(AppendError::Final(why)) => {
-                if !self.failed_over && self.epoch_is_ours(&why) {
-                    return Err(format!("the newest process gives up at a look: {why}"));
-                }
-                if let Some(process) = self.processes.last_mut() {
-                    process.ended = Some(why);
-                }
-            }
+            Err(AppendError::Final(why)) => self.give_up(self.processes.len() - 1, why, figures)?,
         }
+        Ok(())
+    }
+
+    /// A process appends nothing any more. The newest one has to have a reason.
+    fn give_up(&mut self, which: usize, why: String, figures: &mut Figures) -> Result<(), String> {
+        let is_newest = which + 1 == self.processes.len();
+        if is_newest && !self.failed_over && self.epoch_is_ours(&why) {
+            return Err(format!("the newest process gives up: {why}"));
+        }
+        figures.fenced += u64::from(!self.failed_over);
+        self.processes[which].ended = Some(why);
         Ok(())
     }
 
@@ -467,13 +467,7 @@ impl World {
                 figures.unknown += 1;
                 process.doubt = Some(id);
             }
-            Err(AppendError::Final(why)) => {
-                if is_newest && !self.failed_over && self.epoch_is_ours(&why) {
-                    return Err(format!("the newest process gives up: {why}"));
-                }
-                figures.fenced += u64::from(!self.failed_over);
-                self.processes[which].ended = Some(why);
-            }
+            Err(AppendError::Final(why)) => self.give_up(which, why, figures)?,
         }
         Ok(())
     }

@@ -81,12 +81,12 @@ impl Appender {
         if self.group.is_empty() {
             if shared.is_away.load(Ordering::Acquire) {
                 return match self.pause() {
-                    Step::Next => self.probe(),
+                    Step::Next => self.ask(|writer| writer.probe().map(|()| true)),
                     Step::Ended => Step::Ended,
                 };
             }
             if shared.look_is_due.load(Ordering::Acquire) {
-                return self.look();
+                return self.ask(|writer| writer.look());
             }
             return next_if(shared.incoming.wait());
         }
@@ -116,42 +116,28 @@ impl Appender {
         }
     }
 
-    /// Asks a log whether it is there and whole. While it is away nobody is let in.
-    fn probe(&mut self) -> Step {
+    /// Asks a log whether it is there and whole; `false` if there is more to ask. Groups that come meanwhile go before that. While
+    /// the log is away nobody is let in.
+    fn ask(
+        &mut self,
+        question: impl FnOnce(&mut dyn LogWriter) -> Result<bool, AppendError>,
+    ) -> Step {
         let shared = Arc::clone(&self.shared);
         if shared.incoming.is_closed() && shared.incoming.len() == 0 {
             return Step::Ended;
         }
-        let probed = self.writer.probe();
-        self.found(probed)
-    }
-
-    /// Compares the next part of the log with what was appended. Groups that come meanwhile go before the rest of it.
-    fn look(&mut self) -> Step {
-        let shared = Arc::clone(&self.shared);
-        if shared.incoming.is_closed() && shared.incoming.len() == 0 {
-            return Step::Ended;
-        }
-        let looked = self.writer.look();
-        if looked == Ok(false) {
-            return Step::Next;
-        }
-        shared.look_is_due.store(false, Ordering::Release);
-        self.found(looked.map(|_| ()))
-    }
-
-    /// What came of asking the log.
-    fn found(&mut self, asked: Result<(), AppendError>) -> Step {
-        match asked {
-            Ok(()) => {
+        match question(&mut *self.writer) {
+            Ok(false) => return Step::Next,
+            Ok(true) => {
                 self.backoff.reset();
-                self.shared.set_back();
+                shared.set_back();
             }
             Err(AppendError::NotNow(reason) | AppendError::Unknown(reason)) => {
-                self.shared.set_away(reason)
+                shared.set_away(reason)
             }
-            Err(AppendError::Final(reason)) => self.shared.fail(reason),
+            Err(AppendError::Final(reason)) => shared.fail(reason),
         }
+        shared.look_is_due.store(false, Ordering::Release);
         Step::Next
     }
 

@@ -349,8 +349,8 @@ async fn appends(log: &LogProbe) -> Result<Appended, String> {
             Box::new(move || {
                 let started = Instant::now();
                 let checked = broker.check();
-                let checked = checked.map_err(|error| format!("{}: {error}", broker.title()))?;
-                let warnings = checked.warnings;
+                let checked = checked.map_err(|error| format!("{}: {error}", broker.title()));
+                let warnings = checked?.warnings;
                 let checked = Latencies::of(vec![started.elapsed()]);
                 Ok((appended.or(checked), warnings))
             })

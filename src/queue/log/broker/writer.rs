@@ -387,22 +387,8 @@ impl BrokerWriter {
     fn compare_page(&mut self) -> Result<Option<bool>, BrokerError> {
         let mut look = match self.look.take() {
             Some(look) => look,
-            None => {
-                if self.broker.check()?.is_anew || self.suspects {
-                    return Ok(None);
-                }
-                self.drop_forgotten();
-                let last = self.last();
-                let begin = if last.place == self.compared {
-                    last
-                } else {
-                    self.kept.front().map_or(last, |oldest| oldest.position)
-                };
-                Look {
-                    after: before(begin, self.broker.fences()),
-                    next: begin.place,
-                }
-            }
+            None if self.broker.check()?.is_anew || self.suspects => return Ok(None),
+            None => self.new_look(),
         };
         let page = self.broker.read(look.after, LOOK_BYTES)?;
         let Some(last) = page.last().map(Stored::position) else {
@@ -421,7 +407,7 @@ impl BrokerWriter {
             };
             // It was allowed to forget more since the look began.
             look.next = look.next.max(kept_from.min(place));
-            let kept = self.index_of(place).and_then(|index| self.kept.get(index));
+            let kept = self.kept_at(place);
             let is_elsewhere = kept.is_some_and(|kept| kept.position.offset != stored.offset);
             if place != look.next || is_elsewhere {
                 return Ok(None);
@@ -432,10 +418,23 @@ impl BrokerWriter {
         Ok(Some(false))
     }
 
-    /// Where a group of this process is kept, if it still is: numbers have no gaps.
-    fn index_of(&self, place: Place) -> Option<usize> {
+    fn new_look(&mut self) -> Look {
+        self.drop_forgotten();
+        let last = self.last();
+        let begin = match self.kept.front() {
+            Some(oldest) if last.place != self.compared => oldest.position,
+            _ => last,
+        };
+        Look {
+            after: before(begin, self.broker.fences()),
+            next: begin.place,
+        }
+    }
+
+    /// The frame of a group of this process, if it is still kept: numbers have no gaps.
+    fn kept_at(&self, place: Place) -> Option<&Kept> {
         let oldest = self.kept.front()?.position.place.number;
-        Some(place.number.checked_sub(oldest)? as usize)
+        self.kept.get(place.number.checked_sub(oldest)? as usize)
     }
 
     fn drop_oldest(&mut self) {

@@ -131,11 +131,13 @@ impl KafkaBroker {
 
     /// The leader, on a connection that is still open. A new connection has checked the topic.
     fn ready(&self, kept: Option<Leader>, deadline: Instant) -> Result<Leader, BrokerError> {
-        if let Some(mut leader) = kept
-            && leader.link.is_open()
-        {
-            return Ok(leader);
+        match still_open(kept) {
+            Some(leader) => Ok(leader),
+            None => self.connect(deadline),
         }
+    }
+
+    fn connect(&self, deadline: Instant) -> Result<Leader, BrokerError> {
         let leader = self.cluster.open(deadline, false)?;
         self.note(&leader);
         Ok(leader)
@@ -246,6 +248,10 @@ impl KafkaBroker {
 const LATEST: i64 = -1;
 const EARLIEST: i64 = -2;
 
+fn still_open(kept: Option<Leader>) -> Option<Leader> {
+    kept.and_then(|mut leader| leader.link.is_open().then_some(leader))
+}
+
 impl Broker for KafkaBroker {
     fn check(&self) -> Result<Checked, BrokerError> {
         let mut asking = self.asking.lock();
@@ -255,21 +261,19 @@ impl Broker for KafkaBroker {
         let warnings = leader.facts.warnings.clone();
         *asking = Some(leader);
         let mut sending = self.sending.lock();
-        let kept = sending
-            .take()
-            .and_then(|mut leader| leader.link.is_open().then_some(leader));
+        let kept = still_open(sending.take());
         let is_anew = kept.is_none();
-        *sending = Some(self.ready(kept, self.deadline())?);
+        *sending = Some(match kept {
+            Some(leader) => leader,
+            None => self.connect(self.deadline())?,
+        });
         Ok(Checked { warnings, is_anew })
     }
 
     fn send(&self, _place: Place, frame: &[u8]) -> Result<u64, SendError> {
         let mut sending = self.sending.lock();
         let deadline = self.deadline();
-        let kept = sending
-            .take()
-            .and_then(|mut leader| leader.link.is_open().then_some(leader));
-        let Some(mut leader) = kept else {
+        let Some(mut leader) = still_open(sending.take()) else {
             return Err(SendError::Away(format!(
                 "{} is not connected",
                 self.title()
