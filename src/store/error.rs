@@ -45,7 +45,7 @@ pub enum StoreError {
     Schema(String),
     /// Another process has taken this node over.
     #[error(
-        "another Millrace has taken over this database (epoch {found}, ours is {ours}); this process must stop"
+        "another Millrace has taken over the work of this process (epoch {found}, ours is {ours}); it must stop"
     )]
     Fenced {
         /// The epoch in the database.

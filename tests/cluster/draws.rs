@@ -12,7 +12,7 @@ use crate::nodes::{Cluster, Node, order_at};
 use crate::support::block_on;
 use crate::support::http::{Answer, call};
 use crate::support::served::millrace;
-use crate::support::waiting::wait_until;
+use crate::support::waiting::{PATIENCE, wait_until, wait_until_within};
 use crate::three_nodes;
 use crate::waiting::{
     SKU, assert_whole, cancel, id, join, order, order_with, put, sku_at, until_status,
@@ -20,6 +20,40 @@ use crate::waiting::{
 
 /// Units of the draw. Entries are for one, two or three.
 const UNITS: usize = 20;
+
+/// How much longer than at first entries are open, each time that the machine was too slow to make all of them.
+const LONGER: [u32; 3] = [1, 4, 16];
+
+/// The entries ended before all were made.
+struct TooLate;
+
+/// Plays a draw on a cluster of its own, whose entries are open for so long, or for longer until that is enough.
+async fn with_time_enough(open_ms: u64, play: impl AsyncFn(&Cluster, u64) -> Result<(), TooLate>) {
+    for open_ms in LONGER.map(|times| u64::from(times) * open_ms) {
+        let Some(cluster) = Cluster::open().await else {
+            return;
+        };
+        match play(&cluster, open_ms).await {
+            Ok(()) => return,
+            Err(TooLate) => println!("entries ended after {open_ms} ms before all were made"),
+        }
+    }
+    panic!("the entries ended before all were made");
+}
+
+/// Asserts that it is an entry, if that was asked for in time.
+fn entered(answer: &Answer) -> Result<Value, TooLate> {
+    let order = answer.json();
+    if order["code"] == "draw_under_way" {
+        return Err(TooLate);
+    }
+    assert_eq!(
+        (answer.status, &order["status"]),
+        (202, &json!("waitlisted")),
+        "{order}"
+    );
+    Ok(order)
+}
 
 /// A draw, as its buyers and whoever looks at it know it.
 #[derive(Default)]
@@ -30,14 +64,14 @@ struct Draw {
     earlier: Vec<String>,
 }
 
-/// Terms of a draw so much later.
-fn terms(draw_in_ms: u64) -> Value {
+/// Terms of a draw whose entries are open for so long.
+fn terms(open_ms: u64) -> Value {
     let now = UnixMillis::now();
     json!({
         "total": UNITS,
         "allocation": "draw",
         "opens_at": UnixMillis(now.0 - 60_000).to_string(),
-        "draw_at": now.plus_ms(draw_in_ms).to_string(),
+        "draw_at": now.plus_ms(open_ms).to_string(),
         "closes_at": now.plus_ms(3_600_000).to_string(),
         "draw_beacon": "the number of the day",
     })
@@ -55,39 +89,40 @@ fn published(at: SocketAddr) -> String {
 }
 
 async fn until_state(nodes: &[&Node], state: &str) {
+    let patience = LONGER[2] * PATIENCE;
     for node in nodes {
-        wait_until(&format!("the draw is {state}"), async || {
+        wait_until_within(&format!("the draw is {state}"), patience, async || {
             sku_at(node.served.data, SKU)["state"] == state
         })
         .await;
     }
 }
 
+/// What the buyer of this number asks for.
+fn entry(number: usize) -> Value {
+    json!({ "user_id": format!("u-{number}"), "sku_id": SKU, "quantity": 1 + number % 3 })
+}
+
 impl Draw {
     /// So many more entries, one after the other at one node after the other.
-    fn enter(&mut self, nodes: &[&Node], more: usize) {
+    fn enter(&mut self, nodes: &[&Node], more: usize) -> Result<(), TooLate> {
         for number in self.entries.len()..self.entries.len() + more {
-            let body = json!({ "user_id": format!("u-{number}"), "sku_id": SKU, "quantity": 1 + number % 3 });
-            let entered = order(nodes[number % nodes.len()].served.data, &body);
-            let order = entered.json();
-            assert_eq!(
-                (entered.status, &order["status"]),
-                (202, &json!("waitlisted")),
-                "{order}"
-            );
-            assert_eq!(order.get("position"), None, "{order}");
-            self.entries.push(order);
+            let answer = order(nodes[number % nodes.len()].served.data, &entry(number));
+            let entry = entered(&answer)?;
+            assert_eq!(entry.get("position"), None, "{entry}");
+            self.entries.push(entry);
         }
+        Ok(())
     }
 
     /// So many more, which are answered before they are rows. Their ids.
-    fn accepted(&self, at: &Node, more: usize) -> Vec<String> {
+    fn accepted(&self, at: &Node, more: usize) -> Result<Vec<String>, TooLate> {
         let numbers = self.entries.len()..self.entries.len() + more;
         let accepted = numbers.map(|number| {
-            let body = json!({ "user_id": format!("u-{number}"), "sku_id": SKU, "quantity": 1 + number % 3 });
-            let accepted = order_with(at.served.data, &body, &[("Prefer", "respond-async")]);
-            assert_eq!(accepted.status, 202, "{accepted:?}");
-            id(&accepted)
+            let fields = [("Prefer", "respond-async")];
+            let accepted = order_with(at.served.data, &entry(number), &fields);
+            entered(&accepted)?;
+            Ok(id(&accepted))
         });
         accepted.collect()
     }
@@ -202,17 +237,14 @@ async fn until_waiting(at: &Node, ids: &[String]) {
 
 #[test]
 fn a_draw_over_three_nodes_is_one_draw_and_its_published_file_is_right() {
-    block_on(async {
-        let Some(cluster) = Cluster::open().await else {
-            return;
-        };
-        let nodes = three_nodes(&cluster).await;
-        let mut terms = terms(8_000);
+    block_on(with_time_enough(8_000, async |cluster, open_ms| {
+        let nodes = three_nodes(cluster).await;
+        let mut terms = terms(open_ms);
         let made = put(&nodes[0], SKU, terms.clone());
         assert_eq!(made.status, 201, "{made:?}");
         Cluster::wait_for_sku(&nodes.each_ref(), SKU).await;
         let mut draw = Draw::default();
-        draw.enter(&nodes.each_ref(), 60);
+        draw.enter(&nodes.each_ref(), 60)?;
         // Whichever node is asked: the terms stay once somebody has entered at any.
         terms["draw_beacon"] = json!("another number");
         for node in &nodes {
@@ -237,7 +269,7 @@ fn a_draw_over_three_nodes_is_one_draw_and_its_published_file_is_right() {
         until_state(&[&one, &two], "drawn").await;
         let file = published(one.served.data);
         assert_eq!(file, published(two.served.data));
-        let rows = draw.verified(&file, &cluster);
+        let rows = draw.verified(&file, cluster);
         Cluster::wait_for_lanes(&[&one, &two], &[32, 32]).await;
         // Those that have won get their units, those of the dead node too.
         let waiting = until_served(&one, &rows).await;
@@ -248,7 +280,8 @@ fn a_draw_over_three_nodes_is_one_draw_and_its_published_file_is_right() {
         }
         one.stop();
         two.stop();
-    });
+        Ok(())
+    }));
 }
 
 /// Who sells.
@@ -316,24 +349,24 @@ impl<'a> Sellers<'a> {
 /// after they have got the beacon, and where units come back with the fourth.
 async fn draw_over(
     cluster: &Cluster,
-    draw_in_ms: u64,
+    open_ms: u64,
     [entered, fixed, drawn, went_on]: [Who; 4],
     end: End,
-) {
+) -> Result<(), TooLate> {
     let sellers = Sellers::start(cluster, entered).await;
-    let made = put(&sellers.nodes[0], SKU, terms(draw_in_ms));
+    let made = put(&sellers.nodes[0], SKU, terms(open_ms));
     assert_eq!(made.status, 201, "{made:?}");
     Cluster::wait_for_sku(&sellers.all(), SKU).await;
     let mut draw = Draw::default();
     draw.look(&sellers.nodes[0]);
-    draw.enter(&sellers.all(), 20);
-    let accepted = draw.accepted(&sellers.nodes[0], 5);
+    draw.enter(&sellers.all(), 20)?;
+    let accepted = draw.accepted(&sellers.nodes[0], 5)?;
 
     let sellers = sellers.then(fixed, end).await;
     let last = sellers.nodes.last().expect("a process");
     draw.find(last, accepted).await;
     draw.until_known(last).await;
-    draw.enter(&sellers.all(), 30);
+    draw.enter(&sellers.all(), 30)?;
     draw.look(last);
     until_state(&sellers.all(), "entries_fixed").await;
     draw.look(last);
@@ -375,44 +408,33 @@ async fn draw_over(
         assert_whole(node).await;
     }
     sellers.end(End::Stopped);
+    Ok(())
 }
 
 #[test]
 fn a_draw_that_a_process_on_its_own_began_is_made_by_nodes() {
-    block_on(async {
-        let Some(cluster) = Cluster::open().await else {
-            return;
-        };
-        draw_over(&cluster, 25_000, [Alone, Nodes, Nodes, Alone], End::Killed).await;
-    });
+    block_on(with_time_enough(25_000, async |cluster, open_ms| {
+        draw_over(cluster, open_ms, [Alone, Nodes, Nodes, Alone], End::Killed).await
+    }));
 }
 
 #[test]
 fn a_draw_that_nodes_began_is_made_by_a_process_on_its_own() {
-    block_on(async {
-        let Some(cluster) = Cluster::open().await else {
-            return;
-        };
-        draw_over(&cluster, 25_000, [Nodes, Alone, Alone, Nodes], End::Stopped).await;
-    });
+    block_on(with_time_enough(25_000, async |cluster, open_ms| {
+        draw_over(cluster, open_ms, [Nodes, Alone, Alone, Nodes], End::Stopped).await
+    }));
 }
 
 #[test]
 fn entries_that_nodes_have_fixed_are_ranked_by_a_process_on_its_own() {
-    block_on(async {
-        let Some(cluster) = Cluster::open().await else {
-            return;
-        };
-        draw_over(&cluster, 8_000, [Nodes, Nodes, Alone, Nodes], End::Killed).await;
-    });
+    block_on(with_time_enough(8_000, async |cluster, open_ms| {
+        draw_over(cluster, open_ms, [Nodes, Nodes, Alone, Nodes], End::Killed).await
+    }));
 }
 
 #[test]
 fn entries_that_a_process_on_its_own_has_fixed_are_ranked_by_nodes() {
-    block_on(async {
-        let Some(cluster) = Cluster::open().await else {
-            return;
-        };
-        draw_over(&cluster, 8_000, [Alone, Alone, Nodes, Alone], End::Killed).await;
-    });
+    block_on(with_time_enough(8_000, async |cluster, open_ms| {
+        draw_over(cluster, open_ms, [Alone, Alone, Nodes, Alone], End::Killed).await
+    }));
 }

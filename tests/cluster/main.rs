@@ -539,7 +539,8 @@ fn a_node_that_is_paused_for_longer_than_its_lease_acknowledges_nothing_more() {
             .ended_by(Instant::now() + Duration::from_millis(20 * LEASE_MS));
         let log = std::fs::read_to_string(&three.log).unwrap_or_default();
         assert_eq!(ended.and_then(|ended| ended.code()), Some(1), "{log}");
-        assert!(log.contains("was taken over"), "{log}");
+        // By what it has found first: the epoch of its log, or of its row.
+        assert!(log.contains("taken over"), "{log}");
         let (placed, strange) = buyers.stop();
         let strange: Vec<_> = strange
             .into_iter()
