@@ -16,14 +16,18 @@ impl Poison {
     /// Stops the process from taking orders, with this reason.
     pub fn set(&self, reason: impl Into<String>) {
         let reason = reason.into();
-        // First of all: nothing, not even the log, may come before it. A second reason is a
-        // consequence of the first and only logged.
-        let _ = self.reason.set(reason.clone());
-        tracing::error!(
-            %reason,
-            "poisoned: this process takes no more orders and stops; restart it, and report the \
-             reason"
-        );
+        // First of all: nothing, not even the log, may come before it.
+        match self.reason.set(reason.clone()) {
+            Ok(()) => tracing::error!(
+                %reason,
+                "poisoned: this process takes no more orders and stops; restart it, and report the \
+                 reason"
+            ),
+            Err(_) => tracing::warn!(
+                %reason,
+                "a part of this process has failed while it stops; the line `poisoned` before has the first reason"
+            ),
+        }
     }
 
     /// The first reason, if there is one.

@@ -293,6 +293,48 @@ fn an_audit_in_the_midst_of_an_assignment_is_no_false_alarm() {
 }
 
 #[test]
+fn a_list_whose_assignments_the_database_refuses_keeps_no_other_waiting() {
+    block_on(async {
+        let database = TestDatabase::create().await;
+        let server = TestServer::start(&database, |_| {}).await;
+        let mut lists = Vec::new();
+        for name in ["A", "B"] {
+            server.put_sku(name, 1, json!({})).await;
+            let holds = id(&server.order("u1", name, None).await);
+            let body = json!({"user_id": "u2", "sku_id": name, "waitlist": true});
+            let waits = waits_at(&server.post(body, None, &[]).await, 202, 1);
+            lists.push((holds, waits));
+        }
+        let client = database.connect().await;
+        let refuse = format!(
+            "ALTER TABLE millrace.orders
+               ADD CONSTRAINT refused CHECK (order_id <> {} OR status = 7) NOT VALID",
+            lists[0].1
+        );
+        client.batch_execute(&refuse).await.expect("a constraint");
+        for (holds, _) in &lists {
+            assert_eq!(cancel(&server, holds, "").await.status, 200);
+        }
+        let is = async |waits: &str, status: &str| order(&server, waits).await["status"] == status;
+        wait_until("the other list is served", async || {
+            is(&lists[1].1, "pending_payment").await
+        })
+        .await;
+        // Its unit waits with it, and nobody else gets that.
+        assert!(is(&lists[0].1, "waitlisted").await);
+        assert_eq!(server.order("u3", "A", None).await.code(), "sold_out");
+        let mend = "ALTER TABLE millrace.orders DROP CONSTRAINT refused";
+        client.batch_execute(mend).await.expect("no constraint");
+        wait_until("this one too", async || {
+            is(&lists[0].1, "pending_payment").await
+        })
+        .await;
+        assert_whole(&server).await;
+        assert!(server.stop().await);
+    });
+}
+
+#[test]
 fn a_strict_list_serves_nobody_before_its_first_order_and_a_skipping_one_does() {
     block_on(async {
         let database = TestDatabase::create().await;
