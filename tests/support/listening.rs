@@ -39,8 +39,12 @@ const RULES: &str = "
 local     all millrace              trust
 local     all all                   scram-sha-256
 host      all shop   127.0.0.1/32   scram-sha-256
-hostssl   all tls    127.0.0.1/32   scram-sha-256
 hostnossl all plain  127.0.0.1/32   scram-sha-256
+";
+
+/// The same over TLS. A server that is built without it does not start with such rules.
+const RULES_OF_TLS: &str = "
+hostssl   all tls    127.0.0.1/32   scram-sha-256
 hostssl   all holder 127.0.0.1/32   cert
 ";
 
@@ -56,6 +60,20 @@ pub struct Listening {
 }
 
 impl Listening {
+    /// Starts one that can [`Self::present`] certificates; `None` if the PostgreSQL of this run is built without TLS.
+    pub async fn start_for_tls() -> Option<Self> {
+        let listening = Self::start().await;
+        let client = listening.administrator().await;
+        let library = client.query_one("SHOW ssl_library", &[]).await;
+        let library: String = library.expect("a setting").get(0);
+        if library.is_empty() {
+            println!("not run: TLS to PostgreSQL: this one is built without it");
+            return None;
+        }
+        listening.write("hba.conf", &format!("{RULES}{RULES_OF_TLS}"));
+        Some(listening)
+    }
+
     /// Starts one without TLS.
     pub async fn start() -> Self {
         let dir = test_dir();
