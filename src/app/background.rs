@@ -15,7 +15,7 @@ use crate::metrics::Metrics;
 use crate::pipeline::WakeAll;
 use crate::pipeline::admin::open_letters;
 use crate::pipeline::admin::pauses::Pauses;
-use crate::pipeline::admin::pruning::{PrunedBelow, Pruning};
+use crate::pipeline::admin::pruning::Pruning;
 use crate::pipeline::cluster::hints::Hints;
 use crate::pipeline::cluster::lending::{Lending, LendingParts};
 use crate::pipeline::cluster::lists::Lists;
@@ -222,7 +222,6 @@ impl Background {
             ..
         } = parts;
         let watching = parts.database().with_own_pool(WATCH_POOL)?;
-        let pruned_below = PrunedBelow::default();
         // A node renews its membership instead, and starts again after a failover.
         if let Some(guard) = &ownership.guard {
             let leases = Leases {
@@ -240,7 +239,6 @@ impl Background {
                 database: watching.clone(),
                 lease: ownership.lease,
                 watermarks: Arc::clone(&path.watermarks),
-                pruned_below: Arc::clone(&pruned_below),
                 metrics: parts.metrics.clone(),
                 rows_max: config.workers.batch_rows_max,
             };
@@ -264,7 +262,6 @@ impl Background {
                 lease: ownership.lease,
                 state: Arc::clone(state),
                 settings: config.retention,
-                pruned_below,
                 metrics: parts.metrics.clone(),
             };
             self.run("the deletion of old rows", pruning.keep());

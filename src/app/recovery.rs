@@ -131,21 +131,20 @@ async fn replay(
     }
     let title = &name.title;
     let started = Instant::now();
-    let (mut parts, reading) = log_replay::orders_of(move |each| log.records(each));
-    let replayer = Replayer::new(
+    let (parts, reading) = log_replay::orders_of(move |each| log.records(each));
+    let mut replayer = Replayer::new(
         database.clone(),
         BatchWriter::new(database.clone(), lease, ownership.writers.replay()),
         config.workers.batch_rows_max,
     );
     let now = ownership.clock.now();
-    let mut replay = LogReplay::new(database, replayer, orphans, now).await?;
+    let replay = LogReplay::new(database, orphans, now).await?;
     let mut told = Instant::now();
     let mut done = 0;
-    while let Some(part) = parts.recv().await {
-        done += part.len() as u64;
-        replay.apply(part).await?;
+    let of = total.map_or_else(String::new, |total| format!(" of {total}"));
+    let applied = |orders: usize| {
         crash_point("recovery.replayed_part");
-        let of = total.map_or_else(String::new, |total| format!(" of {total}"));
+        done += orders as u64;
         control.progress(format!("replaying {title}: {done}{of} orders"));
         if told.elapsed() > PROGRESS {
             told = Instant::now();
@@ -160,7 +159,8 @@ async fn replay(
                 "replaying {title}"
             );
         }
-    }
+    };
+    replay.run(&mut replayer, parts, applied).await?;
     let log = reading
         .await
         .map_err(|panic| StartError::Engine(std::io::Error::other(panic)))??;
@@ -169,7 +169,7 @@ async fn replay(
         present,
         refused,
         parked,
-    } = replay.applied();
+    } = replayer.applied();
     crash_point("recovery.replayed");
     control.metrics().journal_replayed.set(written as i64);
     tracing::info!(

@@ -442,8 +442,8 @@ impl From<Rate> for String {
 pub struct Retention {
     /// Days after which a cancelled, expired, refunded or paid order is deleted; 0: never. At least
     /// 7, because platforms deliver payments late, and longer than `orders.idempotency_window_ms`
-    /// and `orders.payment_ttl_ms`. A deleted order is answered `404 unknown_order`, and no refund
-    /// can be recorded with it.
+    /// and `orders.payment_ttl_ms`. A deleted order is answered `404 unknown_order`, no refund
+    /// can be recorded with it, and a payment for it that comes later has to be refunded.
     ///
     /// Orders with an open payment are kept. Paid orders of a SKU with a `per_user_limit` are kept
     /// until the same number of days after its `closes_at`. A limit that is set later does not

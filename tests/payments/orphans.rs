@@ -9,7 +9,7 @@ use crate::support::block_on;
 use crate::support::http::{Connection, call};
 use crate::support::postgres::{connect, test_dir};
 use crate::support::served::{OwnPostgres, Served, end_postgres, millrace};
-use crate::support::server::{RECEIPT_KEY, TestServer};
+use crate::support::server::{RECEIPT_KEY, TestServer, request};
 use crate::support::webhook::{Paid, SECRET, send};
 
 #[test]
@@ -128,14 +128,14 @@ const FORGET: &str = "
 /// The rows are taken away, as a failover without its commits would, and memory forgets at a
 /// restart.
 pub async fn lose(shop: Shop) -> Shop {
+    restart_after(shop, FORGET).await
+}
+
+/// Something happens to the database, and memory forgets at a restart.
+async fn restart_after(shop: Shop, sql: &str) -> Shop {
     let Shop { database, server } = shop;
     assert!(server.stop().await);
-    database
-        .connect()
-        .await
-        .batch_execute(FORGET)
-        .await
-        .unwrap();
+    database.connect().await.batch_execute(sql).await.unwrap();
     let server = TestServer::start(&database, |config| {
         config.payments.standard.secret.0 = vec![SECRET.to_owned()];
         config.payments.orphan_check_ms = 100;
@@ -198,6 +198,42 @@ fn a_row_that_is_lost_while_memory_knows_its_order_is_not_held_twice() {
         }
         shop.until_money([2, 0, 0, 0]).await;
         assert_eq!(shop.server.stock("A").await, (0, 0, 2));
+        shop.close().await;
+    });
+}
+
+/// What retention does, if every order is old enough.
+const DELETE_OLD: &str = "
+    SET search_path = millrace;
+    INSERT INTO orders_checkpoint (sku, orders, sold)
+    SELECT sku, count(*), coalesce(sum(quantity) FILTER (WHERE status = 2), 0) FROM orders GROUP BY sku;
+    INSERT INTO orders_deleted (below) SELECT max(order_id) + 1 FROM orders;
+    UPDATE payments SET order_pruned = true;
+    DELETE FROM orders";
+
+#[test]
+fn a_payment_for_an_order_that_was_deleted_is_refunded_and_makes_no_order() {
+    block_on(async {
+        let shop = Shop::open(5, |_| {}).await;
+        let (paid, cancelled) = (shop.order("u").await, shop.order("v").await);
+        shop.pay(&Paid::of(&paid)).await;
+        shop.until(&paid, "paid").await;
+        let id = cancelled["order_id"].as_str().unwrap();
+        let cancel = format!("/v1/orders/{id}/cancel");
+        let answer = request(shop.server.data, "POST", &cancel, &[], String::new()).await;
+        assert_eq!(answer.status, 200, "{answer:?}");
+        let shop = restart_after(shop, DELETE_OLD).await;
+        for order in [&paid, &cancelled] {
+            assert_eq!(shop.look(order).await["code"], "unknown_order");
+            shop.pay(&Paid::of(order).again("second")).await;
+        }
+        shop.until_money([1, 0, 2, 0]).await;
+        let due = shop.open_payments("/admin/v1/orphan-payments").await;
+        let mut reasons: Vec<_> = due.iter().map(|one| &one["refund_reason"]).collect();
+        reasons.sort_by_key(|reason| reason.to_string());
+        assert_eq!(reasons, ["already_paid", "order_cancelled"]);
+        assert_eq!(shop.server.stock("A").await, (4, 0, 1));
+        assert_eq!(shop.look(&paid).await["code"], "unknown_order");
         shop.close().await;
     });
 }

@@ -21,7 +21,6 @@ fn restorer(line: &Line) -> (Restorer, Arc<Watermarks>) {
         database: line.sale.database.clone(),
         lease: line.sale.lease(),
         watermarks: Arc::clone(&watermarks),
-        pruned_below: Default::default(),
         metrics: line.metrics.clone(),
         rows_max: 100,
     };

@@ -4,11 +4,15 @@ use std::time::{Duration, Instant};
 
 use millrace::order::{Order, OrderId, UnixMillis};
 use millrace::pipeline::admin::audit::audit;
+use millrace::pipeline::failover::log_replay::LogReplay;
+use millrace::pipeline::failover::replay::{Applied, Replayer};
+use millrace::state::orphans::Orphans;
 use millrace::state::stock::Sku;
 use millrace::store::postgres::pruning::{Part, PrunedPart, Pruner};
 use millrace::store::postgres::{self, skus, transitions};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+use tokio::sync::mpsc;
 
 use crate::support::sale::{Sale, count, order, orders, refs};
 
@@ -145,6 +149,55 @@ async fn an_order_is_deleted_once_nobody_needs_it_and_its_units_stay_counted() {
     sale.sql("UPDATE orders_checkpoint SET sold = sold - 1 WHERE sold > 0")
         .await;
     assert_eq!(sale.faults().await.len(), 2);
+}
+
+#[tokio::test]
+async fn an_order_log_that_outlasts_a_row_does_not_bring_its_order_back() {
+    let sale = Sale::open(1).await;
+    let sku = sale.sku("A", 100).await;
+    let paid = place(&sale, &sku, 1).await;
+    let mut waited = order(&sku, 1);
+    waited.expires_at = UnixMillis::NEVER;
+    sale.writer(0).write(&[&waited]).await.unwrap();
+    let open = place(&sale, &sku, 1).await;
+    pay(&sale, &paid[0]).await;
+    let cancelling = transitions::cancel(
+        &sale.database,
+        sale.lease(),
+        waited.id,
+        None,
+        transitions::Which::Waiting,
+    );
+    cancelling.await.unwrap();
+    let mut pruner = Pruner::connect(&sale.database, sale.lease()).await.unwrap();
+    assert_eq!(run(&mut pruner, all_orders(0), 100).await.0, 2);
+
+    let not_written = orders(&sku, 2);
+    let mut logged = paid;
+    logged.extend([waited]);
+    logged.extend(open.iter().chain(&not_written).cloned());
+    let (parts, receiver) = mpsc::channel(logged.len());
+    for order in logged {
+        parts.try_send(vec![order]).unwrap();
+    }
+    drop(parts);
+    let mut replayer = Replayer::new(sale.database.clone(), sale.writer(0), 100);
+    let (orphans, now) = (Orphans::default(), UnixMillis::now());
+    let replay = LogReplay::new(&sale.database, &orphans, now).await.unwrap();
+    let mut parts = 0;
+    let running = replay.run(&mut replayer, receiver, |orders| parts += orders);
+    running.await.unwrap();
+    assert_eq!(parts, 5);
+    let expected = Applied {
+        written: 2,
+        present: 3,
+        ..Applied::default()
+    };
+    assert_eq!(replayer.applied(), expected);
+    let left = open.iter().chain(&not_written);
+    let left: Vec<i64> = left.map(|order| order.id.as_i64()).collect();
+    assert_eq!(sale.ids("orders").await, left);
+    assert_eq!(sale.faults().await, [""; 0]);
 }
 
 #[tokio::test]

@@ -12,7 +12,6 @@
 //! runs.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::config::Retention;
@@ -36,9 +35,6 @@ const BUSY_IN_FLIGHT: usize = 64;
 /// Longest time that a busy queue delays a part.
 const BUSY_MAX: Duration = Duration::from_secs(30);
 
-/// Orders with lower ids may have been deleted: a missing one is not lost.
-pub type PrunedBelow = Arc<AtomicI64>;
-
 /// Deletes old rows.
 pub struct Pruning {
     /// The database.
@@ -49,8 +45,6 @@ pub struct Pruning {
     pub state: Arc<State>,
     /// The retention of each table.
     pub settings: Retention,
-    /// Raised before orders with lower ids are deleted.
-    pub pruned_below: PrunedBelow,
     /// The metrics.
     pub metrics: Metrics,
 }
@@ -125,8 +119,6 @@ impl Pruning {
         let counted = &self.metrics.pruned_rows;
         if let Some(cutoff) = before(now, self.settings.orders_days) {
             let below = OrderId::floor_of(cutoff);
-            self.pruned_below
-                .fetch_max(below.as_i64(), Ordering::AcqRel);
             let mut after = Some(0);
             while let Some(from) = after {
                 let part = Part::Orders {

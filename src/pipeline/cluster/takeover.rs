@@ -115,11 +115,11 @@ pub async fn replay(
         patience: PATIENCE,
     };
     let writer = BatchWriter::new(database.clone(), lease, SHARD);
-    let replayer = Replayer::new(database.clone(), writer, with.rows_max);
+    let mut replayer = Replayer::new(database.clone(), writer, with.rows_max);
     // Other nodes store payments for its orders meanwhile.
     loading::load_orphans(database, with.orphans).await?;
-    let mut replay = LogReplay::new(database, replayer, with.orphans, with.now).await?;
-    let (mut parts, reading) = log_replay::orders_of(move |each| {
+    let replay = LogReplay::new(database, with.orphans, with.now).await?;
+    let (parts, reading) = log_replay::orders_of(move |each| {
         let taken = before.take_over_as(each)?;
         let end = LogEnd {
             ids_until: taken.id_high_water,
@@ -127,11 +127,9 @@ pub async fn replay(
         };
         Ok::<_, ReadError>((end, now_ms()))
     });
-    while let Some(part) = parts.recv().await {
-        replay.apply(part).await?;
-    }
+    replay.run(&mut replayer, parts, |_| {}).await?;
     let (end, silent_since_ms) = reading.await??;
-    let applied = replay.applied();
+    let applied = replayer.applied();
     tracing::info!(
         node = lease.node,
         written = applied.written,

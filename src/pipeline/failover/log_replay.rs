@@ -3,14 +3,14 @@
 //!
 //! Used at a start, and for the log of a node that is gone.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
-use super::replay::{Applied, Replayer};
+use super::replay::{self, Replayer};
 use crate::faults::bug;
-use crate::order::{Order, OrderStatus, SkuId, SkuNumber, UnixMillis};
+use crate::order::{Order, OrderId, OrderStatus, SkuId, SkuNumber, UnixMillis};
 use crate::queue::log::record::Record;
 use crate::state::orphans::Orphans;
 use crate::store::StoreError;
@@ -71,10 +71,17 @@ impl Numbers {
     }
 }
 
+/// A part of a log.
+struct LookedUp {
+    orders: Vec<(Order, OrderStatus)>,
+    /// Those that exist already.
+    there: HashSet<OrderId>,
+}
+
 /// Applies the orders of a log.
 pub struct LogReplay<'a> {
+    database: &'a Database,
     numbers: Numbers,
-    replayer: Replayer,
     /// Orders that payments wait for: one that is written late but was paid in time is payable.
     orphans: &'a Orphans,
     /// An order whose time to pay is over by now is written as expired.
@@ -82,30 +89,52 @@ pub struct LogReplay<'a> {
 }
 
 impl<'a> LogReplay<'a> {
-    /// A replay through `replayer`.
+    /// A replay into the SKUs that the database has now.
     ///
     /// # Errors
     /// If the SKUs cannot be read.
     pub async fn new(
-        database: &Database,
-        replayer: Replayer,
+        database: &'a Database,
         orphans: &'a Orphans,
         now: UnixMillis,
     ) -> Result<Self, StoreError> {
         Ok(LogReplay {
+            database,
             numbers: Numbers::read(database).await?,
-            replayer,
             orphans,
             now,
         })
     }
 
-    /// Writes those of `orders` that the database lacks. Retries as long as the database does not answer.
+    /// Writes through `replayer` what the database lacks of the orders that `parts` brings, while the next part is looked
+    /// up on another session. `applied` hears how many orders each part had. Retries as long as the database does not
+    /// answer.
     ///
     /// # Errors
     /// As [`Replayer::apply`].
-    pub async fn apply(&mut self, orders: Vec<Order>) -> Result<(), StoreError> {
-        let mut part: Vec<(Order, OrderStatus)> = orders
+    pub async fn run(
+        &self,
+        replayer: &mut Replayer,
+        mut parts: mpsc::Receiver<Vec<Order>>,
+        mut applied: impl FnMut(usize),
+    ) -> Result<(), StoreError> {
+        let mut next = self.look_up(parts.recv().await).await?;
+        while let Some(LookedUp { orders, there }) = next {
+            let following = async { self.look_up(parts.recv().await).await };
+            let (written, looked_up) =
+                tokio::join!(replayer.apply_missing(&orders, &there), following);
+            written?;
+            applied(orders.len());
+            next = looked_up?;
+        }
+        Ok(())
+    }
+
+    async fn look_up(&self, part: Option<Vec<Order>>) -> Result<Option<LookedUp>, StoreError> {
+        let Some(part) = part else {
+            return Ok(None);
+        };
+        let mut orders: Vec<(Order, OrderStatus)> = part
             .into_iter()
             .map(|mut order| {
                 order.sku = self.numbers.of(&order);
@@ -119,13 +148,9 @@ impl<'a> LogReplay<'a> {
             })
             .collect();
         if bug("skip_a_replay") {
-            part.pop();
+            orders.pop();
         }
-        self.replayer.apply(&part).await
-    }
-
-    /// The orders applied so far.
-    pub fn applied(&self) -> Applied {
-        self.replayer.applied()
+        let there = replay::look_up(self.database, &orders).await?;
+        Ok(Some(LookedUp { orders, there }))
     }
 }

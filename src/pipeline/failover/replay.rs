@@ -1,20 +1,21 @@
 //! Idempotent writing of orders that may be rows already: the order log's after a start, and those that a
 //! failover lost.
 //!
-//! The orders' ids are looked up first and only missing orders are copied; counters move by the orders written.
+//! The orders' ids are looked up first and only missing orders are copied; counters move by the orders written. An order
+//! whose row retention has deleted is not missing.
 //! A refused row becomes a dead letter. An order that turns out to exist, because a worker was faster, counts
 //! as present. Orders of a SKU whose counters are refused are parked ([`crate::pipeline::orders::parking`]).
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::time::Duration;
 
 use crate::faults::bug;
-use crate::order::{Order, OrderStatus, SkuNumber};
+use crate::order::{Order, OrderId, OrderStatus, SkuNumber};
 use crate::pipeline::orders::apply::{How, Isolated, Parts, Refusal};
 use crate::store::StoreError;
 use crate::store::WriteError;
 use crate::store::batch::{BatchWriter, Refused};
-use crate::store::postgres::{Database, orders};
+use crate::store::postgres::{Database, orders, pruning};
 
 const RETRY: Duration = Duration::from_millis(200);
 /// SQLSTATE of a dead letter whose own is unknown: `data_exception`.
@@ -25,7 +26,7 @@ const LOST: &str = "22000";
 pub struct Applied {
     /// Missing, and written.
     pub written: u64,
-    /// Already there.
+    /// Already there, or deleted since.
     pub present: u64,
     /// Refused by the database; dead letters now.
     pub refused: u64,
@@ -79,13 +80,19 @@ impl Replayer {
     /// # Errors
     /// If this process may not write any more, or the database has other orders under these ids.
     pub async fn apply(&mut self, orders: &[(Order, OrderStatus)]) -> Result<(), StoreError> {
-        let wanted: Vec<&Order> = orders.iter().map(|(order, _)| order).collect();
-        let there = loop {
-            match orders::present_among(&self.database, &wanted).await {
-                Ok(there) => break there,
-                Err(error) => pause(error).await?,
-            }
-        };
+        let there = look_up(&self.database, orders).await?;
+        self.apply_missing(orders, &there).await
+    }
+
+    /// As [`Replayer::apply`], of orders that were looked up before: those of `there` exist.
+    ///
+    /// # Errors
+    /// If this process may not write any more, or the database has another order under the id of one of them.
+    pub async fn apply_missing(
+        &mut self,
+        orders: &[(Order, OrderStatus)],
+        there: &HashSet<OrderId>,
+    ) -> Result<(), StoreError> {
         let missing: Vec<(&Order, OrderStatus)> = orders
             .iter()
             .filter(|(order, _)| !there.contains(&order.id) || bug("replay_without_looking"))
@@ -204,6 +211,34 @@ impl Replayer {
                 }
                 Err(error) => pause(error).await?,
             }
+        }
+    }
+}
+
+/// Those of `orders` that are not to be written: they exist already, or were deleted since by retention, which an order log
+/// may outlast. Retries as long as the database does not answer.
+///
+/// # Errors
+/// If the database has other orders under these ids.
+pub async fn look_up(
+    database: &Database,
+    orders: &[(Order, OrderStatus)],
+) -> Result<HashSet<OrderId>, StoreError> {
+    let wanted: Vec<&Order> = orders.iter().map(|(order, _)| order).collect();
+    let looking = async || {
+        let mut there = orders::present_among(database, &wanted).await?;
+        if there.len() < wanted.len() {
+            // Not before: rows may be deleted meanwhile.
+            let below = pruning::deleted_below(database).await?;
+            let ids = wanted.iter().map(|order| order.id);
+            there.extend(ids.filter(|id| id.as_i64() < below));
+        }
+        Ok(there)
+    };
+    loop {
+        match looking().await {
+            Ok(there) => return Ok(there),
+            Err(error) => pause(error).await?,
         }
     }
 }

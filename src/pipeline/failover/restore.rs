@@ -18,7 +18,6 @@ use tokio::sync::{Notify, mpsc};
 use super::replay::Replayer;
 use crate::metrics::Metrics;
 use crate::order::{Ended, LaneSet, Order, OrderId, OrderStatus, OrderUnits, SkuNumber};
-use crate::pipeline::admin::pruning::PrunedBelow;
 use crate::pipeline::orders::lookup::{self, LookupError};
 use crate::pipeline::orders::parking;
 use crate::queue::OrderQueue;
@@ -128,8 +127,6 @@ pub struct Restorer {
     pub lease: NodeLease,
     /// The last committed batch of each worker.
     pub watermarks: Arc<Watermarks>,
-    /// Orders with lower ids were deleted by pruning and are not restored.
-    pub pruned_below: PrunedBelow,
     /// The metrics.
     pub metrics: Metrics,
     /// Maximum of rows in one write.
@@ -267,13 +264,9 @@ impl Restorer {
         let (queue, mut recent) = (Arc::clone(&self.queue), self.state.recent_orders.all());
         // Sorted, so that each part is a short range of ids.
         recent.sort_by_key(|pending| pending.order.id);
-        let pruned_below = self.pruned_below.load(Ordering::Acquire);
         let reading = spawn_blocking(move || {
             let mut part = Vec::new();
             let mut each = |order: Order| {
-                if order.id.as_i64() < pruned_below {
-                    return;
-                }
                 part.push(order);
                 if part.len() >= PART {
                     // If the receiver is gone, the process is ending.

@@ -7,7 +7,7 @@
 //!           ├─ its order is in flight, or waits in the journal ──────► waits with it
 //!           ├─ not found, and fewer checks than configured ──────────► waits twice as long
 //!           └─ checks used up ──────────► receipt ─┬─ ours, and it fits ─► the order is written, paid
-//!                                                  └─ else ──────────────► refund_due
+//!                                                  └─ else, or deleted ──► refund_due
 //! ```
 //!
 //! The reconciler runs in the same process as the callbacks on purpose: if it is down, so are they, and the
@@ -29,6 +29,7 @@ use crate::queue::OrderQueue;
 use crate::state::buyers::{BuyerClaim, BuyerOrder, Claimed, NothingSticky};
 use crate::state::stock::Sku;
 use crate::store::postgres::payments::StoredPayment;
+use crate::store::postgres::pruning;
 use crate::store::{StoreError, postgres, settlement};
 
 /// Maximum of payments matched in one transaction.
@@ -336,7 +337,13 @@ impl Reconciler {
                 decision => decision,
             },
         };
-        match decision {
+        let over = match &decision {
+            Decision::Recover { order, .. } | Decision::RecoverForRefund(order, _) => {
+                self.end_of_deleted(payment, order).await?
+            }
+            _ => None,
+        };
+        match over.map_or(decision, Decision::GiveUp) {
             Decision::Later | Decision::Ask(..) => {
                 return self.put_off(payment, payment.checks, IN_FLIGHT_MS).await;
             }
@@ -358,6 +365,25 @@ impl Reconciler {
             state.orphans.remove(id);
         }
         Ok(())
+    }
+
+    /// Why the payment of an order has to be refunded that retention has deleted. `None`: it was not deleted.
+    async fn end_of_deleted(
+        &self,
+        payment: &StoredPayment,
+        order: &Order,
+    ) -> Result<Option<RefundReason>, StoreError> {
+        let database = &self.settler.parts.database;
+        if order.id.as_i64() >= pruning::deleted_below(database).await? {
+            return Ok(None);
+        }
+        Ok(Some(if pruning::was_paid(database, order.id).await? {
+            RefundReason::AlreadyPaid
+        } else if payment.paid_at >= order.expires_at {
+            RefundReason::OrderExpired
+        } else {
+            RefundReason::OrderCancelled
+        }))
     }
 
     /// Writes a lost order as `refund_due`. If memory does not know the order, its key is claimed first;

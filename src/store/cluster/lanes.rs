@@ -54,12 +54,9 @@ pub(super) fn lane_row(row: &Row) -> Result<LaneRow, StoreError> {
 /// # Errors
 /// If the database does not answer.
 pub async fn all(database: &Database) -> Result<Vec<LaneRow>, StoreError> {
-    let client = database.pooled().await?;
+    let sql = format!("SELECT {COLUMNS} FROM lane ORDER BY lane");
     let rows = database
-        .timed(
-            "reading the lanes",
-            client.query(&format!("SELECT {COLUMNS} FROM lane ORDER BY lane"), &[]),
-        )
+        .query_prepared("reading the lanes", &sql, &[])
         .await?;
     rows.iter().map(lane_row).collect()
 }

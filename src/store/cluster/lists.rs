@@ -110,12 +110,11 @@ pub async fn listed(
     database: &Database,
     node: i16,
 ) -> Result<BTreeMap<SkuNumber, bool>, StoreError> {
-    let client = database.pooled().await?;
     let sql = "SELECT id, is_listed
                  FROM (SELECT id, EXISTS (SELECT FROM waitlist_entries e WHERE e.sku = s.id) AS is_listed FROM sku s) found
                 WHERE is_listed OR EXISTS (SELECT FROM stock_want w WHERE w.sku = id AND w.node <> $1)";
     let rows = database
-        .timed("looking for waiting lists", client.query(sql, &[&node]))
+        .query_prepared("looking for waiting lists", sql, &[&node])
         .await?;
     let of = |row: &Row| (SkuNumber(row.get(0)), row.get(1));
     Ok(rows.iter().map(of).collect())

@@ -323,15 +323,9 @@ async fn give(
 /// # Errors
 /// If the database does not answer.
 pub async fn wants(database: &Database) -> Result<Vec<Want>, StoreError> {
-    let client = database.pooled().await?;
+    let sql = "SELECT number, sku, node, units FROM stock_want ORDER BY number";
     let rows = database
-        .timed(
-            "reading wants of stock",
-            client.query(
-                "SELECT number, sku, node, units FROM stock_want ORDER BY number",
-                &[],
-            ),
-        )
+        .query_prepared("reading wants of stock", sql, &[])
         .await?;
     let want = |row: &tokio_postgres::Row| Want {
         number: row.get(0),

@@ -32,17 +32,14 @@ pub struct Changes {
 /// # Errors
 /// If the database does not answer.
 pub async fn last(database: &Database) -> Result<Changes, StoreError> {
-    let client = database.pooled().await?;
-    let row = database
-        .timed(
-            "looking for changes of terms",
-            client.query_one(
-                "SELECT terms, EXISTS (SELECT FROM node WHERE paused AND state IN ('joining', 'active'))
-                   FROM database_identity",
-                &[],
-            ),
-        )
-        .await?;
+    let sql =
+        "SELECT terms, EXISTS (SELECT FROM node WHERE paused AND state IN ('joining', 'active'))
+                 FROM database_identity";
+    let doing = "looking for changes of terms";
+    let rows = database.query_prepared(doing, sql, &[]).await?;
+    let row = rows
+        .first()
+        .ok_or_else(|| StoreError::Data("the database has no identity".to_owned()))?;
     Ok(Changes {
         number: row.get(0),
         is_paused: row.get(1),

@@ -59,7 +59,8 @@ use deadpool_postgres::{
     Hook, HookError, Manager, ManagerConfig, Pool, PoolError, RecyclingMethod, Runtime,
 };
 use tokio::task::JoinHandle;
-use tokio_postgres::Client;
+use tokio_postgres::types::ToSql;
+use tokio_postgres::{Client, Row};
 
 use self::connector::{Connector, PoolConnector, Way};
 use self::url::TlsParameters;
@@ -260,6 +261,24 @@ impl Database {
                 after: self.step_timeout,
             }),
         }
+    }
+
+    /// Rows of a statement that is asked many times: each connection of the pool parses and plans it once.
+    ///
+    /// # Errors
+    /// If the database does not answer.
+    pub async fn query_prepared(
+        &self,
+        doing: &'static str,
+        sql: &str,
+        parameters: &[&(dyn ToSql + Sync)],
+    ) -> Result<Vec<Row>, StoreError> {
+        let client = self.pooled().await?;
+        let querying = async {
+            let statement = client.prepare_cached(sql).await?;
+            client.query(&statement, parameters).await
+        };
+        self.timed(doing, querying).await
     }
 
     /// Whether the database answers.

@@ -51,6 +51,9 @@ const ORDERS: &str = "
         INSERT INTO orders_checkpoint AS c (sku, orders, sold)
         SELECT sku, count(*), coalesce(sum(quantity) FILTER (WHERE status = 2), 0) FROM gone GROUP BY sku ORDER BY sku
         ON CONFLICT (sku) DO UPDATE SET orders = c.orders + excluded.orders, sold = c.sold + excluded.sold
+    ), marked_below AS (
+        INSERT INTO orders_deleted AS d (below) SELECT max(order_id) + 1 FROM gone HAVING count(*) > 0
+        ON CONFLICT (single) DO UPDATE SET below = greatest(d.below, excluded.below)
     )
     SELECT (SELECT count(*) FROM part), (SELECT max(order_id) FROM part), (SELECT count(*) FROM gone)";
 
@@ -103,6 +106,33 @@ const OLDEST: &str = "
               FROM sku s LEFT JOIN stock_log_checkpoint c ON c.sku = s.id
              CROSS JOIN LATERAL (SELECT at FROM stock_log WHERE sku = s.id AND id > coalesce(c.through_id, 0)
                                   ORDER BY id LIMIT 1) j)";
+
+/// Orders with lower ids may have been deleted. One whose row was missing at a look before this one was written, and has
+/// come to its end.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn deleted_below(database: &Database) -> Result<i64, StoreError> {
+    let client = database.pooled().await?;
+    let sql = "SELECT below FROM orders_deleted";
+    let doing = "reading which orders may be deleted";
+    let row = database.timed(doing, client.query_opt(sql, &[])).await?;
+    Ok(row.map_or(0, |row| row.get(0)))
+}
+
+/// Whether a payment has paid this order, which was deleted.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn was_paid(database: &Database, id: OrderId) -> Result<bool, StoreError> {
+    let client = database.pooled().await?;
+    let sql = "SELECT EXISTS (SELECT FROM payments WHERE order_id = $1 AND state = 'matched' AND order_pruned)";
+    let doing = "reading whether a deleted order was paid";
+    let row = database
+        .timed(doing, client.query_one(sql, &[&id.as_i64()]))
+        .await?;
+    Ok(row.get(0))
+}
 
 /// A part of the rows to delete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -52,7 +52,7 @@ use millrace::store::postgres::lease::{self as store_lease, NodeGuard};
 use millrace::store::postgres::{Database, replication, skus};
 use millrace::store::settlement::SettlementWriter;
 use rand::rngs::StdRng;
-use tokio::sync::{Mutex, watch};
+use tokio::sync::{Mutex, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -65,6 +65,7 @@ const BYTES_MAX: u64 = 1 << 20;
 const WORKERS: usize = 2;
 const CAPACITY: usize = 16;
 const ROWS_MAX: usize = 16;
+const REPLAYED_AT_ONCE: usize = 40;
 pub const PAYMENT_TTL_MS: u64 = 60_000;
 const WAITLIST_TTL_MS: u64 = 600_000;
 const WINDOW_MS: u64 = 7_200_000;
@@ -197,9 +198,10 @@ impl Process {
         ));
         if !recorded.is_empty() {
             let writer = BatchWriter::new(database.clone(), lease, shards);
-            let replayer = Replayer::new(database.clone(), writer, ROWS_MAX);
-            let mut replay = LogReplay::new(&database, replayer, &orphans, clock.now()).await?;
-            replay.apply(recorded).await?;
+            let mut replayer = Replayer::new(database.clone(), writer, ROWS_MAX);
+            let replay = LogReplay::new(&database, &orphans, clock.now()).await?;
+            let parts = in_parts(recorded);
+            replay.run(&mut replayer, parts, |_| {}).await?;
         }
         let ids = IdClock::going_on(clock, taken.id_high_water, taken.ids_leased_until);
         let catalogue = Catalogue::default();
@@ -294,7 +296,6 @@ impl Process {
             database: database.with_own_pool(2)?,
             lease,
             watermarks,
-            pruned_below: Default::default(),
             metrics: metrics.clone(),
             rows_max: ROWS_MAX,
         };
@@ -523,6 +524,17 @@ struct Parts {
 }
 
 /// Waits as a connection does: it looks again whenever the order's slot wakes it.
+/// The orders of a journal as its reader passes them on.
+fn in_parts(mut orders: Vec<Order>) -> mpsc::Receiver<Vec<Order>> {
+    let (parts, receiver) = mpsc::channel(orders.len().div_ceil(REPLAYED_AT_ONCE).max(1));
+    while !orders.is_empty() {
+        let rest = orders.split_off(orders.len().min(REPLAYED_AT_ONCE));
+        let sent = parts.try_send(std::mem::replace(&mut orders, rest));
+        sent.expect("room for every part");
+    }
+    receiver
+}
+
 async fn wait_for(pending: &PendingOrder, is_over: impl Fn(&PendingOrder) -> bool) -> SlotState {
     poll_fn(|context| {
         pending.slot.subscribe(context.waker().clone());

@@ -177,21 +177,11 @@ pub async fn of_user(
 /// # Errors
 /// If the database does not answer.
 pub async fn find(database: &Database, id: OrderId) -> Result<Option<StoredOrder>, StoreError> {
-    let client = database.pooled().await?;
-    let statement = client
-        .prepare_cached(&format!(
-            "SELECT {COLUMNS} FROM order_rows WHERE order_id = $1"
-        ))
-        .await
-        .map_err(StoreError::statement("looking an order up"))?;
-    let id_column = id.as_i64();
-    let row = database
-        .timed(
-            "looking an order up",
-            client.query_opt(&statement, &[&id_column]),
-        )
+    let sql = format!("SELECT {COLUMNS} FROM order_rows WHERE order_id = $1");
+    let rows = database
+        .query_prepared("looking an order up", &sql, &[&id.as_i64()])
         .await?;
-    row.as_ref().map(from_row).transpose()
+    rows.first().map(from_row).transpose()
 }
 
 /// An order that is open in the database: payable, or waiting for units.

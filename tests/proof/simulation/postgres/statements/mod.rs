@@ -138,6 +138,7 @@ statements! {
         DueOrphans: "SELECT p.id, p.provider", "p.check_at <= to_timestamp($1", ("i8 i8") -> ("i8 t t t i8 i8 t t t t i8 i8 i4 i8 t t b i8");
         PresentInRange: "(SELECT order_id, user_id, payload_hash, 0 FROM orders", ("i8 i8 i8") -> ("i8 t i8 i4");
         PresentByIds: "SELECT order_id, user_id, payload_hash FROM orders", ("i8[]") -> ("i8 t i8");
+        DeletedBelow: "SELECT below FROM orders_deleted", ("") -> ("i8");
         Absent: "SELECT id FROM unnest($1::int8[]) id", ("i8[]") -> ("i8");
         OpenAmong: "SELECT order_id FROM orders WHERE order_id = ANY ($1) AND status IN (1, 7)", ("i8[]") -> ("i8");
         OpenBelow: "SELECT order_id, user_id, sku, quantity, (extract(epoch FROM expires_at)", ("i2 i8 i8[]") -> ("i8 t i4 i4 i8");

@@ -39,6 +39,8 @@ impl Session {
                 };
                 rows(self.view(|view| view.skus()).into_iter().map(sku).collect())
             }
+            // Nothing is pruned here.
+            Sql::DeletedBelow => rows(Vec::new()),
             Sql::SkuNumbers => {
                 let skus = self.view(|view| view.skus()).into_iter();
                 rows(skus.map(|(id, one)| vec![Text(one.name), I4(id)]).collect())
