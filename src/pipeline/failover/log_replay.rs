@@ -3,37 +3,48 @@
 //!
 //! Used at a start, and for the log of a node that is gone.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
+use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use tokio::sync::mpsc;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinError, JoinHandle};
+use tokio_util::task::AbortOnDropHandle;
 
 use super::replay::{self, Replayer};
 use crate::faults::bug;
-use crate::order::{Order, OrderId, OrderStatus, SkuId, SkuNumber, UnixMillis};
+use crate::order::{Order, OrderStatus, SkuId, SkuNumber, UnixMillis};
 use crate::queue::log::record::Record;
 use crate::state::orphans::Orphans;
 use crate::store::StoreError;
+use crate::store::postgres::orders::OrderIds;
 use crate::store::postgres::{Database, skus};
 
 /// Orders of the log that are read, looked up and written at once.
 const PART: usize = 20_000;
+/// The newest of them that wait for the next part: requests that run at once are not recorded in the sequence of their ids,
+/// and a part with others' ids between its own is not compared by digests.
+const HELD_BACK: usize = 1_000;
+/// Parts that are looked up at a time.
+const LOOK_UPS: usize = 2;
 
 /// Reads a log on a blocking thread. `read` passes each record on, in the order of writing. Returns the orders in parts,
-/// and the result of `read`.
+/// the oldest first but for those that were recorded late, and the result of `read`.
 pub fn orders_of<T: Send + 'static>(
     read: impl FnOnce(&mut dyn FnMut(Record)) -> T + Send + 'static,
 ) -> (mpsc::Receiver<Vec<Order>>, JoinHandle<T>) {
     let (parts, receiver) = mpsc::channel::<Vec<Order>>(1);
     let reading = tokio::task::spawn_blocking(move || {
-        let mut part = Vec::with_capacity(PART);
+        let mut part = Vec::with_capacity(PART + HELD_BACK);
         let result = read(&mut |record| {
             if let Record::Order(order) = record {
                 part.push(*order);
             }
-            if part.len() == PART {
+            if part.len() == PART + HELD_BACK {
+                part.sort_unstable_by_key(|order| order.id);
+                let mut next = Vec::with_capacity(PART + HELD_BACK);
+                next.extend(part.drain(PART..));
                 // If the receiver is gone, the replay has failed.
-                let _ = parts.blocking_send(std::mem::replace(&mut part, Vec::with_capacity(PART)));
+                let _ = parts.blocking_send(std::mem::replace(&mut part, next));
             }
         });
         let _ = parts.blocking_send(part);
@@ -75,7 +86,7 @@ impl Numbers {
 struct LookedUp {
     orders: Vec<(Order, OrderStatus)>,
     /// Those that exist already.
-    there: HashSet<OrderId>,
+    there: OrderIds,
 }
 
 /// Applies the orders of a log.
@@ -106,8 +117,8 @@ impl<'a> LogReplay<'a> {
         })
     }
 
-    /// Writes through `replayer` what the database lacks of the orders that `parts` brings, while the next part is looked
-    /// up on another session. `applied` hears how many orders each part had. Retries as long as the database does not
+    /// Writes through `replayer` what the database lacks of the orders that `parts` brings, while the next parts are
+    /// looked up on other sessions. `applied` hears how many orders each part had. Retries as long as the database does not
     /// answer.
     ///
     /// # Errors
@@ -118,39 +129,55 @@ impl<'a> LogReplay<'a> {
         mut parts: mpsc::Receiver<Vec<Order>>,
         mut applied: impl FnMut(usize),
     ) -> Result<(), StoreError> {
-        let mut next = self.look_up(parts.recv().await).await?;
-        while let Some(LookedUp { orders, there }) = next {
-            let following = async { self.look_up(parts.recv().await).await };
-            let (written, looked_up) =
-                tokio::join!(replayer.apply_missing(&orders, &there), following);
+        let parts = stream::poll_fn(|context| parts.poll_recv(context));
+        // As tasks, so that their time limits do not run while a part is written.
+        let look_up = |part| {
+            let looking = look_up(self.database.clone(), self.with_status(part));
+            AbortOnDropHandle::new(tokio::spawn(looking))
+        };
+        let mut looked_up = parts.map(look_up).buffered(LOOK_UPS);
+        let mut next = looked_up.try_next().await.map_err(panicked)?;
+        while let Some(part) = next {
+            let LookedUp { orders, there } = part?;
+            let (written, following) = tokio::join!(
+                replayer.apply_missing(&orders, &there),
+                looked_up.try_next()
+            );
             written?;
             applied(orders.len());
-            next = looked_up?;
+            next = following.map_err(panicked)?;
         }
         Ok(())
     }
 
-    async fn look_up(&self, part: Option<Vec<Order>>) -> Result<Option<LookedUp>, StoreError> {
-        let Some(part) = part else {
-            return Ok(None);
+    /// These orders as they are in the database's numbers, each with the status that its row gets.
+    fn with_status(&self, part: Vec<Order>) -> Vec<(Order, OrderStatus)> {
+        let with_status = |mut order: Order| {
+            order.sku = self.numbers.of(&order);
+            let is_late = self.orphans.is_late(order.id, order.expires_at, self.now);
+            let status = if is_late {
+                OrderStatus::Expired
+            } else {
+                order.status_in_time()
+            };
+            (order, status)
         };
-        let mut orders: Vec<(Order, OrderStatus)> = part
-            .into_iter()
-            .map(|mut order| {
-                order.sku = self.numbers.of(&order);
-                let is_late = self.orphans.is_late(order.id, order.expires_at, self.now);
-                let status = if is_late {
-                    OrderStatus::Expired
-                } else {
-                    order.status_in_time()
-                };
-                (order, status)
-            })
-            .collect();
+        let mut orders: Vec<_> = part.into_iter().map(with_status).collect();
         if bug("skip_a_replay") {
             orders.pop();
         }
-        let there = replay::look_up(self.database, &orders).await?;
-        Ok(Some(LookedUp { orders, there }))
+        orders
     }
+}
+
+async fn look_up(
+    database: Database,
+    orders: Vec<(Order, OrderStatus)>,
+) -> Result<LookedUp, StoreError> {
+    let there = replay::look_up(&database, &orders).await?;
+    Ok(LookedUp { orders, there })
+}
+
+fn panicked(panic: JoinError) -> StoreError {
+    StoreError::Data(panic.to_string())
 }

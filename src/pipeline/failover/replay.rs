@@ -6,15 +6,16 @@
 //! A refused row becomes a dead letter. An order that turns out to exist, because a worker was faster, counts
 //! as present. Orders of a SKU whose counters are refused are parked ([`crate::pipeline::orders::parking`]).
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use crate::faults::bug;
-use crate::order::{Order, OrderId, OrderStatus, SkuNumber};
+use crate::order::{Order, OrderStatus, SkuNumber};
 use crate::pipeline::orders::apply::{How, Isolated, Parts, Refusal};
 use crate::store::StoreError;
 use crate::store::WriteError;
 use crate::store::batch::{BatchWriter, Refused};
+use crate::store::postgres::orders::OrderIds;
 use crate::store::postgres::{Database, orders, pruning};
 
 const RETRY: Duration = Duration::from_millis(200);
@@ -91,7 +92,7 @@ impl Replayer {
     pub async fn apply_missing(
         &mut self,
         orders: &[(Order, OrderStatus)],
-        there: &HashSet<OrderId>,
+        there: &OrderIds,
     ) -> Result<(), StoreError> {
         let missing: Vec<(&Order, OrderStatus)> = orders
             .iter()
@@ -223,7 +224,7 @@ impl Replayer {
 pub async fn look_up(
     database: &Database,
     orders: &[(Order, OrderStatus)],
-) -> Result<HashSet<OrderId>, StoreError> {
+) -> Result<OrderIds, StoreError> {
     let wanted: Vec<&Order> = orders.iter().map(|(order, _)| order).collect();
     let looking = async || {
         let mut there = orders::present_among(database, &wanted).await?;

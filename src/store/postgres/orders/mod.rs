@@ -11,7 +11,7 @@ use futures_util::{StreamExt, pin_mut};
 use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
 
-pub use self::present::{absent_among, present_among};
+pub use self::present::{OrderIds, absent_among, present_among};
 use super::{Database, NodeLease};
 use crate::order::receipt::SignedParts;
 use crate::order::{

@@ -136,6 +136,7 @@ statements! {
         CountOpen: "SELECT count(*) FILTER (WHERE state = 'orphan')", ("") -> ("i8 i8 i8 i8");
         OrphansWithOrder: "SELECT * FROM (SELECT p.id, p.provider", "AND p.id > $1) p WHERE has_order", ("i8 i8") -> ("i8 t t t i8 i8 t t t t i8 i8 i4 i8 t t b i8");
         DueOrphans: "SELECT p.id, p.provider", "p.check_at <= to_timestamp($1", ("i8 i8") -> ("i8 t t t i8 i8 t t t t i8 i8 i4 i8 t t b i8");
+        DigestOfRange: "SELECT sha256(string_agg(", ("i8 i8 i8") -> ("y");
         PresentInRange: "(SELECT order_id, user_id, payload_hash, 0 FROM orders", ("i8 i8 i8") -> ("i8 t i8 i4");
         PresentByIds: "SELECT order_id, user_id, payload_hash FROM orders", ("i8[]") -> ("i8 t i8");
         DeletedBelow: "SELECT below FROM orders_deleted", ("") -> ("i8");

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use sha2::{Digest, Sha256};
+
 use super::super::session::{Refused, Session};
 use super::super::tables::{Key, Order, Payment, Sku, View};
 use super::Value::{Bool, Bytes, I4, I8, Null, Text};
@@ -105,6 +107,20 @@ impl Session {
                 });
                 due.truncate(limit);
                 rows(due)
+            }
+            Sql::DigestOfRange => {
+                let (from, to, limit) = (with.i8(1), with.i8(2), with.i8(3) as usize);
+                let one = |(id, one): (i64, &Order)| {
+                    let numbers = [id.to_be_bytes(), one.payload.to_be_bytes()];
+                    [numbers.as_flattened(), one.user.as_bytes()].concat()
+                };
+                let found: Vec<Vec<u8>> = self.view(|view| {
+                    let found = view.first_orders(from, to, limit).into_iter();
+                    found.map(one).collect()
+                });
+                let digest = Sha256::digest(found.join(&0));
+                let digest = (!found.is_empty()).then(|| Bytes(digest.to_vec()));
+                rows(vec![vec![digest.unwrap_or(Null)]])
             }
             Sql::PresentInRange => {
                 let (from, to, limit) = (with.i8(1), with.i8(2), with.i8(3) as usize);
