@@ -192,6 +192,11 @@ const UNSUPERVISED: &[(&str, usize, &str)] = &[
         "the search for what came of operators' changes; what is open stays as safe as it was meanwhile",
     ),
     (
+        "src/pipeline/failover/log_replay.rs",
+        1,
+        "a look-up, which the replay waits for",
+    ),
+    (
         "src/store/postgres/connector.rs",
         1,
         "a connection, whose end its user sees",
