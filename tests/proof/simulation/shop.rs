@@ -15,7 +15,7 @@ use tokio::time::{Instant, sleep};
 
 use super::Sim;
 use super::judge::has_time;
-use super::postgres::tables::{Key, Sku, View};
+use super::postgres::tables::{Key, Sku};
 use super::process::{Answer, Dead, How, ORDER_TIMEOUT};
 
 /// Mean time between two buyers, in milliseconds.
@@ -247,12 +247,23 @@ impl Sim {
         is_wrong: bool,
         again: bool,
     ) {
-        let Some((mut amount, receipt)) = self.judge(|judge| {
+        let Some((mut amount, receipt, told)) = self.judge(|judge| {
             let known = judge.order(id)?;
-            Some((known.order.amount, known.receipt.clone()))
+            let told = known.order.expires_at.0;
+            Some((known.order.amount, known.receipt.clone(), told))
         }) else {
             return;
         };
+        // As it stands in its table, perhaps among the parked ones.
+        let expires_ms = || {
+            self.server().look(|rows| {
+                let order = rows.order(&Key::Order(id));
+                let order = order.or_else(|| rows.parked(&Key::Parked(id)));
+                order.map(|order| order.expires_ms)
+            })
+        };
+        // A payment of an order that waits has to be refunded, also if it is heard of again once the order has units.
+        let had_time = has_time(expires_ms().unwrap_or(told));
         amount += i64::from(is_wrong);
         // Some shops do not pass it on.
         let receipt = receipt.filter(|_| self.chance(|random| random.random_ratio(9, 10)));
@@ -286,19 +297,13 @@ impl Sim {
                     },
                     received_at,
                 };
-                // As it stands when it is stored, at the latest.
-                let row = |sim: &Self| {
-                    let parked = |rows: &View<'_>| rows.parked(&Key::Parked(id));
-                    sim.server()
-                        .look(|rows| rows.order(&Key::Order(id)).or_else(|| parked(rows)))
-                };
                 let answer = process.notify(delivery).await;
                 self.note(format_args!("payment {name} for {id}: {answer:?}"));
                 if let Ok(true) = answer {
-                    let deadline = row(self).map(|row| row.expires_ms);
+                    // When it is stored, at the latest.
                     let now = process.state.ids.real_now().0;
-                    let in_time = deadline
-                        .filter(|until| has_time(*until))
+                    let in_time = expires_ms()
+                        .filter(|until| had_time && has_time(*until))
                         .is_some_and(|until| made_at.0.max(now) + MARGIN_MS < until);
                     self.judge(|judge| judge.was_stored(&name, id, in_time && !is_wrong));
                     if stored || (!again && !is_lost) {
