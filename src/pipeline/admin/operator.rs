@@ -478,18 +478,18 @@ impl Operator {
     /// is.
     pub async fn retry_dead_letter(&self, id: i64) -> Result<DeadLetter, OperatorError> {
         let mut turn = self.one_at_a_time.lock().await;
-        let letter = match self.open_dead_letter(id).await {
-            Ok(letter) => letter,
-            Err(error) => {
-                // It is gone: the earlier retry was committed, and its row holds the units.
-                if matches!(error, OperatorError::UnknownDeadLetter(_)) {
-                    turn.remove(&id)
-                        .into_iter()
-                        .for_each(|retried| retried.revived(&self.state));
-                }
-                return Err(error);
+        let Some(letter) = dead_letters::find(&self.database, id).await? else {
+            // It is gone: the earlier retry was committed, and its row holds the units.
+            if let Some(retried) = turn.remove(&id) {
+                retried.revived(&self.state);
             }
+            return Err(OperatorError::UnknownDeadLetter(id));
         };
+        if letter.discarded_at.is_some() {
+            // So no earlier retry was committed, nor can be; its units are free.
+            turn.remove(&id);
+            return Err(OperatorError::UnknownDeadLetter(id));
+        }
         let sku = self
             .state
             .catalogue
@@ -540,9 +540,18 @@ impl Operator {
         self.lost.note(&written, LostAnswer::DeadLetter(id));
         match written {
             Ok(true) => {}
-            // The earlier retry was committed at this very moment.
-            Ok(false) if is_again => {}
-            Ok(false) => return Err(OperatorError::UnknownDeadLetter(id)),
+            Ok(false) => match dead_letters::find(&self.database, id).await {
+                // The earlier retry was committed at this very moment.
+                Ok(None) if is_again => {}
+                // It was discarded, or a payment has reached it: the units are free.
+                Ok(_) => return Err(OperatorError::UnknownDeadLetter(id)),
+                Err(error) => {
+                    if is_again {
+                        turn.insert(id, retried);
+                    }
+                    return Err(error.into());
+                }
+            },
             Err(error) if error.is_transient() && !bug("forget_a_retry") => {
                 // The commit is in doubt. A committed row holds the units, so they stay held until the outcome
                 // is known, which is safe in either case.
@@ -601,13 +610,6 @@ impl Operator {
     ) -> Result<Header, OperatorError> {
         let sku = self.known(id)?;
         draws::supply_beacon(&self.database, self.lease, &sku, beacon).await
-    }
-
-    async fn open_dead_letter(&self, id: i64) -> Result<DeadLetter, OperatorError> {
-        let letter = dead_letters::find(&self.database, id).await?;
-        letter
-            .filter(|letter| letter.discarded_at.is_none())
-            .ok_or(OperatorError::UnknownDeadLetter(id))
     }
 
     fn known(&self, id: &SkuId) -> Result<Arc<Sku>, OperatorError> {
