@@ -540,9 +540,9 @@ impl Operator {
         self.lost.note(&written, LostAnswer::DeadLetter(id));
         match written {
             Ok(true) => {}
-            Ok(false) => match dead_letters::find(&self.database, id).await {
+            Ok(false) => match dead_letters::is_committed(&self.database, id).await {
                 // The earlier retry was committed at this very moment.
-                Ok(None) if is_again => {}
+                Ok(false) if is_again => {}
                 // It was discarded, or a payment has reached it: the units are free.
                 Ok(_) => return Err(OperatorError::UnknownDeadLetter(id)),
                 Err(error) => {

@@ -7,10 +7,11 @@ use std::collections::HashMap;
 
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use tokio::sync::mpsc;
-use tokio::task::{JoinError, JoinHandle};
+use tokio::task::JoinHandle;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::replay::{self, Replayer};
+use super::restore::panicked;
 use crate::faults::bug;
 use crate::order::{Order, OrderStatus, SkuId, SkuNumber, UnixMillis};
 use crate::queue::log::record::Record;
@@ -176,8 +177,4 @@ async fn look_up(
 ) -> Result<LookedUp, StoreError> {
     let there = replay::look_up(&database, &orders).await?;
     Ok(LookedUp { orders, there })
-}
-
-fn panicked(panic: JoinError) -> StoreError {
-    StoreError::Data(panic.to_string())
 }

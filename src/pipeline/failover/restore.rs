@@ -446,7 +446,8 @@ impl Restorer {
     }
 }
 
-fn panicked(panic: tokio::task::JoinError) -> StoreError {
+/// The error of a task that panicked.
+pub(super) fn panicked(panic: tokio::task::JoinError) -> StoreError {
     StoreError::Data(panic.to_string())
 }
 

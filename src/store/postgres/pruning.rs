@@ -113,11 +113,10 @@ const OLDEST: &str = "
 /// # Errors
 /// If the database does not answer.
 pub async fn deleted_below(database: &Database) -> Result<i64, StoreError> {
-    let client = database.pooled().await?;
     let sql = "SELECT below FROM orders_deleted";
     let doing = "reading which orders may be deleted";
-    let row = database.timed(doing, client.query_opt(sql, &[])).await?;
-    Ok(row.map_or(0, |row| row.get(0)))
+    let rows = database.query_prepared(doing, sql, &[]).await?;
+    Ok(rows.first().map_or(0, |row| row.get(0)))
 }
 
 /// Whether a payment has paid this order, which was deleted.

@@ -523,7 +523,6 @@ struct Parts {
     receipts: Arc<ReceiptKeys>,
 }
 
-/// Waits as a connection does: it looks again whenever the order's slot wakes it.
 /// The orders of a journal as its reader passes them on.
 fn in_parts(mut orders: Vec<Order>) -> mpsc::Receiver<Vec<Order>> {
     let (parts, receiver) = mpsc::channel(orders.len().div_ceil(REPLAYED_AT_ONCE).max(1));
@@ -535,6 +534,7 @@ fn in_parts(mut orders: Vec<Order>) -> mpsc::Receiver<Vec<Order>> {
     receiver
 }
 
+/// Waits as a connection does: it looks again whenever the order's slot wakes it.
 async fn wait_for(pending: &PendingOrder, is_over: impl Fn(&PendingOrder) -> bool) -> SlotState {
     poll_fn(|context| {
         pending.slot.subscribe(context.waker().clone());

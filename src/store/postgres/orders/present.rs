@@ -167,8 +167,8 @@ impl LookUp<'_> {
             return Ok(());
         };
         if self.whole > WHOLE_MIN {
-            // One more than wanted, so that a longer range differs.
-            let limit = ids.len() as i64 + 1;
+            // Among so many rows there is the last order only if nothing lies between.
+            let limit = ids.len() as i64;
             let parameters: [&(dyn ToSql + Sync); 3] = [low, high, &limit];
             let rows = by_key::read(self.database, doing, By::Order, DIGEST, &parameters).await?;
             let found: Option<&[u8]> = rows.first().and_then(|row| row.get(0));
